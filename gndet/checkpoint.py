@@ -1,0 +1,275 @@
+"""Checkpoints as folders that are either whole or not there: `<group>.safetensors`, meta.json, manifest.json.
+
+Nothing is pickled.  A folder is written beside its place, synced file by file, its manifest (size and sha256
+of every other file) last, and renamed into place: a kill or a power cut at any moment leaves the last one.
+A run folder holds checkpoints/update-0001200/..., and `last` and `best`, relative links into checkpoints/.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from gndet.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+META = "meta.json"
+TENSORS = ".safetensors"  # suffix of a group's file
+CHECKPOINTS = "checkpoints"  # their folder inside a run folder
+TEMPORARY = ".tmp-"  # being written or being removed: sweep() deletes it
+ASIDE = ".old-"  # the checkpoint that is being replaced: sweep() puts it back where its successor is missing
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that has been read and verified; its tensors are on the CPU."""
+
+    path: Path
+    groups: dict[str, dict[str, Tensor]]
+    meta: dict[str, Any]
+
+
+class _File(BaseModel):
+    """What the manifest promises of one file."""
+
+    model_config = ConfigDict(extra="forbid")
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """manifest.json."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1]
+    files: dict[str, _File]
+
+
+def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+    """Write a checkpoint so that it is whole or absent after a crash at any moment.
+
+    folder: where it goes; a checkpoint of that name is replaced.  groups: tensors on any device, by group
+    ("model", "ema", "optimizer") and key.  meta: what JSON can hold.  One process at a time may write.
+    Raises CheckpointError with the path and the reason (disk full, no permission); what was there stays.
+    """
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
+    aside = folder.with_name(ASIDE + folder.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        _write_folder(temporary, groups, meta)
+        if folder.exists():
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+        _sync(folder.parent)
+    except OSError as error:
+        _put_back(aside)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{folder}: cannot save the checkpoint: {error.strerror or error}") from error
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkpoint:
+    """Read a checkpoint after comparing every file with the manifest.
+
+    groups: names of the groups to return, all by default.
+    Raises CheckpointError that names the file and what is wrong with it, or the groups that there are.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{folder}: not a gndet checkpoint: {_what_is_there(folder)}")
+    try:
+        manifest = _Manifest.model_validate_json(_read(folder / MANIFEST))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: {error.errors()[0]['msg']}") from None
+    known = [name.removesuffix(TENSORS) for name in manifest.files if name.endswith(TENSORS)]
+    wanted = known if groups is None else groups
+    if missing := [name for name in wanted if name not in known]:
+        raise CheckpointError(f"{folder}: no group {', '.join(missing)}; it has {', '.join(known)}")
+    meta: dict[str, Any] | None = None
+    tensors = {}
+    for name, promised in manifest.files.items():
+        data = _verified(folder, name, promised)
+        if name == META:
+            meta = _parsed_meta(folder / name, data)
+        elif name.removesuffix(TENSORS) in wanted:
+            tensors[name.removesuffix(TENSORS)] = _parsed_tensors(folder / name, data)
+    if meta is None:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: it does not list {META}")
+    return Checkpoint(folder, tensors, meta)
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """List the checkpoint folders of a run, the one with the highest update number first; none is opened."""
+    found = [path for path in (run / CHECKPOINTS).glob("update-*") if re.fullmatch(r"update-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
+
+
+def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest checkpoint of a run that verifies.
+
+    Returns it, or None where there is none, and one line for each newer one that is damaged and passed over.
+    """
+    passed_over = []
+    for folder in run_checkpoints(run):
+        try:
+            return load_checkpoint(folder), passed_over
+        except CheckpointError as error:
+            passed_over.append(f"passed over {error}")
+    return None, passed_over
+
+
+def point(run: Path, name: str, folder: Path) -> None:
+    """Make run/name ("last", "best") a relative link to a checkpoint folder, in one step.
+
+    Raises CheckpointError where the link cannot be written.
+    """
+    temporary = run / (TEMPORARY + name)
+    try:
+        temporary.unlink(missing_ok=True)
+        os.symlink(os.path.relpath(folder, run), temporary)
+        os.replace(temporary, run / name)
+        _sync(run)
+    except OSError as error:
+        raise CheckpointError(f"{run / name}: cannot point it at {folder.name}: {error.strerror}") from error
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Remove the checkpoints of a run, but not the newest keep_last nor those that last and best point at.
+
+    keep_last: at least 1.  Raises CheckpointError where one cannot be removed.
+    """
+    linked = {(run / name).resolve() for name in ("last", "best")}
+    for folder in run_checkpoints(run)[keep_last:]:
+        if folder.resolve() in linked:
+            continue
+        temporary = folder.with_name(TEMPORARY + folder.name)
+        try:
+            os.rename(folder, temporary)  # else a kill while removing leaves what looks like damage
+            shutil.rmtree(temporary)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot remove the checkpoint: {error.strerror}") from error
+
+
+def sweep(run: Path) -> None:
+    """Clear away what a killed process left in a run folder; only for the process that writes to it.
+
+    A checkpoint that was moved aside for a successor that never came is put back.
+    """
+    for aside in (run / CHECKPOINTS).glob(f"{ASIDE}*"):
+        _put_back(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+    for temporary in (run / CHECKPOINTS).glob(f"{TEMPORARY}*"):
+        shutil.rmtree(temporary, ignore_errors=True)
+    for link in run.glob(f"{TEMPORARY}*"):
+        link.unlink()
+
+
+def resolve(path: Path) -> Path:
+    """Find the checkpoint that a path means.
+
+    path: a checkpoint folder, or a run folder, of which best is taken, else last, else the newest.
+    Returns the checkpoint folder, links followed; it is not verified.
+    Raises CheckpointError saying what was looked for and what is there.
+    """
+    for folder in (path, path / "best", path / "last", *run_checkpoints(path)):
+        if (folder / MANIFEST).is_file():
+            return folder.resolve()
+    raise CheckpointError(
+        f"{path}: neither a gndet checkpoint (a folder with {MANIFEST}) nor a run folder "
+        f"(with best, last or {CHECKPOINTS}/update-...): {_what_is_there(path)}"
+    )
+
+
+def _write_folder(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+    """Write and sync all files of a checkpoint, the manifest last."""
+    folder.mkdir()
+    files = {}
+    for name, tensors in groups.items():
+        copies = {  # copies: safetensors refuses tensors that share memory
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in tensors.items()
+        }
+        files[name + TENSORS] = _write(folder / (name + TENSORS), safetensors.torch.save(copies))
+    files[META] = _write(folder / META, json.dumps(meta, indent=1).encode())
+    _write(folder / MANIFEST, _Manifest(format=1, files=files).model_dump_json(indent=1).encode())
+    _sync(folder)
+
+
+def _write(path: Path, data: bytes) -> _File:
+    """Write one file through to the disk; return its entry in the manifest."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return _File(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _sync(folder: Path) -> None:
+    """Sync a folder's entries, without which a power cut may undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_back(aside: Path) -> None:
+    """Undo the moving aside of a checkpoint whose successor did not arrive."""
+    folder = aside.with_name(aside.name.removeprefix(ASIDE))
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
+
+
+def _verified(folder: Path, name: str, promised: _File) -> bytes:
+    """Read one file of a checkpoint and compare it with its entry in the manifest."""
+    if Path(name).name != name:
+        raise CheckpointError(f"{folder / MANIFEST}: lists {name!r}, which is outside the checkpoint")
+    data = _read(folder / name)
+    if len(data) != promised.bytes:
+        raise CheckpointError(f"{folder / name}: damaged: {len(data)} bytes, expected {promised.bytes}")
+    if hashlib.sha256(data).hexdigest() != promised.sha256:
+        raise CheckpointError(f"{folder / name}: damaged: its sha256 is not the manifest's")
+    return data
+
+
+def _parsed_meta(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        return TypeAdapter(dict[str, Any]).validate_json(data)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: not a JSON object: {error.errors()[0]['msg']}") from None
+
+
+def _parsed_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _what_is_there(path: Path) -> str:
+    """Say what a path holds, for errors."""
+    if path.is_file():
+        return "it is a file; pickled weights (.pth, .pt, .pkl) are not read"
+    if not path.is_dir():
+        return "there is no such folder"
+    names = sorted(child.name for child in path.iterdir())
+    return f"the folder holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"

@@ -1,0 +1,112 @@
+"""`gndet VERB ...`: the command line. torch is imported inside the verb that needs it, so that --help answers at once."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gndet import __version__
+from gndet.errors import GndetError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb.  Returns the exit status: 0, or 2 after a mistake of the user's, told without a traceback."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except GndetError as error:
+        print(f"gndet {options.verb}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"gndet {options.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs and their arguments."""
+    top = argparse.ArgumentParser(prog="gndet", description="Object-detection training around Group Normalization.")
+    top.add_argument("--version", action="version", version=__version__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    overrides = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
+
+    verb = verbs.add_parser("train", help="train a detector, or go on with an unfinished run")
+    verb.add_argument("config", help="YAML file, like configs/quickstart.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("--fresh", action="store_true", help="move a run that is in the folder aside and start anew")
+    verb.set_defaults(run=train)
+
+    verb = verbs.add_parser("evaluate", help="COCO metrics of a checkpoint")
+    verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("--out", type=Path, help="write the detections here, JSON in COCO's results format")
+    verb.set_defaults(run=evaluate)
+
+    verb = verbs.add_parser("predict", help="draw detections on pictures")
+    verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
+    verb.add_argument("pictures", type=Path, nargs="+", help="picture files or folders of them")
+    verb.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
+    verb.add_argument("--threshold", type=float, default=0.5, help="score from which a detection is drawn (0.5)")
+    verb.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help=overrides)
+    verb.set_defaults(run=predict)
+
+    verb = verbs.add_parser("config", help="print the resolved config")
+    verb.add_argument("config", help="YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.set_defaults(run=config)
+    return top
+
+
+def train(options: argparse.Namespace) -> int:
+    """gndet train CONFIG [key=value ...] [--fresh]"""
+    from gndet.config import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from rich.console import Console
+
+    from gndet import train as training
+
+    training.train(cfg, fresh=options.fresh, console=Console())
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
+    from gndet.distributed import process
+    from gndet.evaluation import save_results, table
+    from gndet.inference import evaluate_checkpoint, load_detector
+
+    device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
+    with process(device) as proc:
+        detector = load_detector(options.checkpoint, options.overrides, proc)
+        dataset, evaluation = evaluate_checkpoint(detector, proc)
+        if proc.first:
+            print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
+            print(table(evaluation))
+            if options.out:
+                save_results(options.out, evaluation.results)
+                print(f"{len(evaluation.results)} detections -> {options.out}")
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    """gndet predict CHECKPOINT PICTURE_OR_FOLDER ... --out FOLDER"""
+    from gndet import inference
+    from gndet.distributed import process
+
+    device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
+    with process(device) as proc:
+        detector = inference.load_detector(options.checkpoint, options.overrides, proc)
+        inference.predict(detector, options.pictures, options.out, options.threshold, proc.device, print)
+    return 0
+
+
+def config(options: argparse.Namespace) -> int:
+    """gndet config CONFIG [key=value ...]"""
+    from gndet.config import config_to_yaml, load_config
+
+    print(config_to_yaml(load_config(options.config, options.overrides)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,412 @@
+"""Every option, typed, with its unit and source; the YAML reader (`base:` chain, `key=value` overrides).
+
+Unknown keys are refused with the nearest known one; every error names the file, the line and the key.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gndet.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1_000_000  # a config is a page of text; anything larger is a mistake or an attack
+MAX_CONFIG_NODES = 20_000  # expanded aliases count: an alias bomb stops here
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NormConfig(Section):
+    """A normalisation layer. Wu & He, "Group Normalization", ECCV 2018."""
+
+    kind: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
+    groups: int = Field(32, ge=1, description="number of groups, gn only; the paper's default is 32")
+    channels_per_group: int | None = Field(None, ge=1, description="gn only; set, it takes the place of `groups`")
+    eps: float = Field(1e-5, ge=0, description="added to the variance; torch's and Detectron's default")
+    momentum: float = Field(0.1, gt=0, le=1, description="of the running statistics: bn, sync_bn, brn")
+    padding: Literal["auto", "masked", "plain"] = Field(
+        "auto",
+        description="masked: statistics over the picture only, padding zero after the layer. auto: masked where the "
+        "kind does not mix images (gn, ln, in, frozen_bn, none), plain for bn, sync_bn, brn",
+    )
+    weight_standardization: bool = Field(
+        False, description="standardise the weights of the convolutions before this norm (Qiao et al. 2019)"
+    )
+
+    @property
+    def masked(self) -> bool:
+        """Whether the padding around a picture is kept out of statistics and results."""
+        if self.padding == "auto":
+            return self.kind not in ("bn", "sync_bn", "brn")
+        return self.padding == "masked"
+
+    @model_validator(mode="after")
+    def _batch_statistics_are_plain(self) -> "NormConfig":
+        if self.padding == "masked" and self.kind in ("bn", "sync_bn", "brn"):
+            raise ValueError(f"padding: masked is not available for kind: {self.kind}, whose statistics mix images")
+        return self
+
+
+class BackboneConfig(Section):
+    """ResNet (He et al. 2016), stride in the 3x3 convolution of a bottleneck."""
+
+    depth: Literal[18, 34, 50, 101, 152] = 50
+    norm: NormConfig | None = Field(None, description="whole override of model.norm for this part")
+    freeze_at: int = Field(
+        0, ge=0, le=5, description="freeze the stem (1) and stages res2..res5 (2..5); 0 freezes nothing. Detectron: 2"
+    )
+    zero_init_last_gamma: bool = Field(
+        False, description="gamma 0 in the last norm of a block (Goyal et al. 2017, 5.1); the GN paper does so too"
+    )
+
+
+class FPNConfig(Section):
+    """Feature pyramid P2-P6 (Lin et al. 2017)."""
+
+    channels: int = Field(256, ge=1)
+    norm: NormConfig | None = None
+
+
+class RPNConfig(Section):
+    """Region proposal network (Ren et al. 2015; FPN: one anchor size a level)."""
+
+    anchor_sizes: tuple[float, float, float, float, float] = Field(
+        (32, 64, 128, 256, 512), description="side of the square anchor on P2..P6, pixels"
+    )
+    aspect_ratios: tuple[float, ...] = Field((0.5, 1.0, 2.0), description="height / width")
+    norm: NormConfig | None = Field(
+        NormConfig(kind="none"), description="the RPN has no norm in any toolkit; null takes model.norm"
+    )
+    positive_iou: float = Field(0.7, ge=0, le=1)
+    negative_iou: float = Field(0.3, ge=0, le=1)
+    anchors_per_image: int = Field(256, ge=2, description="sampled for the loss")
+    positive_fraction: float = Field(0.5, gt=0, le=1)
+    nms_threshold: float = Field(0.7, gt=0, le=1)
+    pre_nms_train: int = Field(2000, ge=1, description="candidates a level and image before NMS (detectron2)")
+    pre_nms_test: int = Field(1000, ge=1)
+    post_nms_train: int = Field(1000, ge=1, description="proposals an image; per image, never per batch (detectron2)")
+    post_nms_test: int = Field(1000, ge=1)
+    loss_beta: float = Field(0.0, ge=0, description="smooth-L1 transition; 0 is L1 (detectron2), 1/9 Detectron")
+
+
+class BoxHeadConfig(Section):
+    """Box head: 2fc (Lin et al. 2017) or 4conv1fc (the GN paper's)."""
+
+    kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
+    conv_channels: int = Field(256, ge=1)
+    num_convs: int = Field(4, ge=1, description="of 4conv1fc")
+    fc_channels: int = Field(1024, ge=1)
+    norm: NormConfig | None = Field(None, description="whole override of model.norm; the 2fc head has no norm")
+    pool_size: int = Field(7, ge=1, description="side of the RoIAlign output")
+    sampling_ratio: int = Field(2, ge=0, description="RoIAlign samples a bin; 0 is adaptive (detectron2)")
+    regions_per_image: int = Field(512, ge=1)
+    positive_fraction: float = Field(0.25, gt=0, le=1)
+    positive_iou: float = Field(0.5, ge=0, le=1)
+    loss_beta: float = Field(0.0, ge=0, description="smooth-L1 transition; 0 is L1 (detectron2), 1 Detectron")
+    score_threshold: float = Field(0.05, ge=0, le=1, description="of detections")
+    nms_threshold: float = Field(0.5, gt=0, le=1, description="of detections, class by class")
+    detections_per_image: int = Field(100, ge=1)
+
+
+class MaskHeadConfig(Section):
+    """Mask head: convolutions, a deconvolution to 28 x 28, one mask a class (He et al. 2017)."""
+
+    channels: int = Field(256, ge=1)
+    num_convs: int = Field(4, ge=1)
+    norm: NormConfig | None = None
+    pool_size: int = Field(14, ge=1, description="side of the RoIAlign output; masks have twice that")
+    sampling_ratio: int = Field(2, ge=0)
+
+
+class ModelConfig(Section):
+    """A Mask R-CNN; masks: false makes it a Faster R-CNN."""
+
+    norm: NormConfig = NormConfig()
+    masks: bool = True
+    pixel_mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="RGB, 0-255 (ImageNet)")
+    pixel_std: tuple[float, float, float] = Field((58.395, 57.12, 57.375), description="RGB, 0-255 (ImageNet)")
+    backbone: BackboneConfig = BackboneConfig()
+    fpn: FPNConfig = FPNConfig()
+    rpn: RPNConfig = RPNConfig()
+    box_head: BoxHeadConfig = BoxHeadConfig()
+    mask_head: MaskHeadConfig = MaskHeadConfig()
+
+
+class DatasetConfig(Section):
+    """One data set. kind: coco reads a COCO JSON file; kind: shapes draws its images from a seed."""
+
+    kind: Literal["coco", "shapes"] = "coco"
+    annotations: str = Field("", description="coco: the JSON file, relative to data.root")
+    images: str = Field("", description="coco: the image folder, relative to data.root")
+    count: int = Field(400, ge=1, description="shapes: number of images")
+    size: int = Field(160, ge=64, description="shapes: side of the square image, pixels")
+    seed: int = Field(0, description="shapes: another seed draws another set")
+
+    @model_validator(mode="after")
+    def _coco_names_its_file(self) -> "DatasetConfig":
+        if self.kind == "coco" and not self.annotations:
+            raise ValueError("kind: coco needs `annotations`, a COCO JSON file relative to data.root")
+        return self
+
+
+class DataConfig(Section):
+    """Data sets, sizes and augmentation."""
+
+    root: str = Field("datasets", description="folder that annotations and images are relative to")
+    train: DatasetConfig = DatasetConfig(annotations="annotations/instances_train2017.json", images="train2017")
+    val: DatasetConfig = DatasetConfig(annotations="annotations/instances_val2017.json", images="val2017")
+    classes: tuple[str, ...] | None = Field(None, description="class names to use, in this order; all by default")
+    shortest_edge: tuple[int, ...] = Field(
+        (640, 672, 704, 736, 768, 800), description="training: one of these a picture, pixels (detectron2)"
+    )
+    shortest_edge_test: int = Field(800, ge=16)
+    max_edge: int = Field(1333, ge=16, description="limit of the longer edge, pixels")
+    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
+    flip_vertical: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
+    keep_empty: bool = Field(False, description="keep training images without objects (as negatives)")
+    workers: int = Field(2, ge=0, description="loader processes a rank; results do not depend on it")
+    canvas_multiple: int = Field(32, ge=1, description="canvas edges are multiples of this, so that few shapes occur")
+
+
+class OptimizerConfig(Section):
+    """SGD with momentum, or AdamW."""
+
+    kind: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.02, gt=0, description="for the reference batch; scaled linearly with global_batch for sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw")
+    weight_decay: float = Field(1e-4, ge=0)
+    norm_weight_decay: float = Field(0.0, ge=0, description="of gamma and beta; 0 as in Detectron (WEIGHT_DECAY_GN)")
+    clip_grad_norm: float = Field(0.0, ge=0, description="limit of the global gradient norm; 0 is off")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over time, stated for `reference_batch` images an update and rescaled to global_batch."""
+
+    kind: Literal["step", "cosine"] = "step"
+    updates: int = Field(90_000, ge=1)
+    steps: tuple[int, ...] = Field((60_000, 80_000), description="kind: step: updates at which lr is multiplied")
+    gamma: float = Field(0.1, gt=0, le=1)
+    warmup: int = Field(1000, ge=0, description="updates of linear warm-up")
+    warmup_factor: float = Field(0.001, ge=0, le=1, description="lr at update 0 as a fraction (detectron2: 0.001)")
+    reference_batch: int = Field(16, ge=1)
+
+
+class TrainConfig(Section):
+    """The run: batch, optimiser, schedule, what is written when."""
+
+    weights: str = Field("", description="fine-tune from this gndet checkpoint or run folder")
+    global_batch: int = Field(16, ge=1, description="images an update, over all processes")
+    images_per_gpu: int = Field(2, ge=1, description="images a process computes at once; accumulation follows")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPU")
+    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights an update; 0 is off")
+    log_every: int = Field(20, ge=1, description="updates")
+    eval_every: int = Field(5000, ge=0, description="updates; 0 evaluates at the end only")
+    checkpoint_every: int = Field(1000, ge=0, description="updates; 0 saves with evaluations only")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept; best/ and last/ point beside them")
+    vis_images: int = Field(4, ge=0, description="validation images drawn at each evaluation")
+
+
+class EvaluationConfig(Section):
+    """COCO metrics."""
+
+    engine: Literal["hotcoco", "pycocotools"] = Field("hotcoco", description="pycocotools is the reference, slower")
+    max_detections: int = Field(100, ge=1, description="an image, as in COCO; raise it where images hold more objects")
+    images_per_gpu: int = Field(1, ge=1)
+
+
+class Config(Section):
+    """The whole config of a run."""
+
+    out: str = Field("", description="run folder; runs/<config name> by default")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    deterministic: bool = Field(False, description="deterministic GPU algorithms; the CPU is deterministic as it is")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "Config":
+        if self.train.global_batch % self.train.images_per_gpu:
+            raise ValueError(
+                f"train.global_batch: {self.train.global_batch} is not a multiple of "
+                f"train.images_per_gpu: {self.train.images_per_gpu}"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config with its `base:` chain, apply `key=value` overrides, validate.
+
+    path: YAML file.  overrides: dotted keys, values in YAML.  An unset `out` becomes runs/<file name>.
+    A `norm:` section in a file replaces that of its base whole; a dotted override changes one key of it.
+    Raises ConfigError that names file and line (or the override), key, value and what was expected.
+    """
+    origin: Origin = {}
+    tree = _read_chain(Path(path), origin, ())
+    tree.setdefault("out", f"runs/{Path(path).stem}")
+    _override(tree, overrides, origin)
+    return _validated(tree, origin, str(path))
+
+
+def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config:
+    """Apply `key=value` overrides to a Config; source names where it came from in errors."""
+    origin: Origin = {}
+    tree = cfg.model_dump(mode="json")
+    _override(tree, overrides, origin)
+    return _validated(tree, origin, source)
+
+
+def config_from_dict(tree: dict[str, Any], source: str) -> Config:
+    """Validate a config that was stored in a run or a checkpoint; source names it in errors."""
+    return _validated(tree, {}, source)
+
+
+def config_to_yaml(cfg: Config) -> str:
+    """Write the resolved config as YAML that `load_config` reads back to an equal Config."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+Origin = dict[tuple[str, ...], str]  # where each key was set: "file.yaml:12" or "override 'a.b=c'"
+
+
+def _read_chain(path: Path, origin: Origin, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """Read path over the configs its `base:` names; note in origin where each key was set."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base:` leads back to this file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: {len(data)} bytes, a config has at most {MAX_CONFIG_BYTES}")
+    try:
+        text = data.decode("utf-8")
+        node = yaml.compose(text, yaml.SafeLoader)
+        own: Origin = {}
+        if node is not None:
+            _note_lines(node, (), path, own, [0])
+        tree = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    result: dict[str, Any] = {}
+    if base is not None:
+        if not isinstance(base, str):
+            raise ConfigError(f"{own.get(('base',), path)}: base: {base!r}, expected the path of a YAML file")
+        result = _read_chain(path.parent / base, origin, (*seen, path.resolve()))
+    _merge(result, tree, whole=("norm",))
+    origin.update(own)
+    return result
+
+
+def _note_lines(node: yaml.Node, keys: tuple[str, ...], path: Path, origin: Origin, visited: list[int]) -> None:
+    """Note "file:line" of every key, refuse duplicate keys, and stop an alias bomb (visited counts nodes)."""
+    visited[0] += 1
+    if visited[0] > MAX_CONFIG_NODES:
+        raise ConfigError(f"{path}: more than {MAX_CONFIG_NODES} values once its aliases are expanded")
+    if isinstance(node, yaml.MappingNode):
+        names = set()
+        for key, value in node.value:
+            line = f"{path}:{key.start_mark.line + 1}"
+            if key.value in names:
+                raise ConfigError(f"{line}: key {'.'.join((*keys, key.value))} is given twice")
+            names.add(key.value)
+            origin[(*keys, key.value)] = line
+            _note_lines(value, (*keys, key.value), path, origin, visited)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _note_lines(value, keys, path, origin, visited)
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> None:
+    """Apply `key=value` overrides to tree in place."""
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not separator or not all(keys):
+            raise ConfigError(f"override {text!r}: expected key=value, like train.global_batch=8")
+        try:
+            change: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
+        for depth in range(len(keys), 0, -1):
+            origin[keys[:depth]] = f"override {text!r}"
+            change = {keys[depth - 1]: change}
+        _merge(tree, change)
+
+
+def _merge(tree: dict[str, Any], change: dict[str, Any], whole: tuple[str, ...] = ()) -> None:
+    """Put change over tree in place: mappings key by key, anything else (and the keys in whole) replaced."""
+    for key, value in change.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict) and key not in whole:
+            _merge(tree[key], value, whole)
+        else:
+            tree[key] = value
+
+
+def _validated(tree: dict[str, Any], origin: Origin, source: str) -> Config:
+    """Build the Config, or raise a ConfigError with a line for every mistake."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(one, origin, source) for one in error.errors())) from None
+
+
+def _describe(error: Any, origin: Origin, source: str) -> str:
+    """Turn one pydantic error into `file:line: key: value, expected ...`."""
+    keys = tuple(str(part) for part in error["loc"])
+    where = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), source)
+    name = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        elsewhere = [path for path in _all_keys() if path.split(".")[-1] == keys[-1]]
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        if not close and elsewhere:
+            hint = f"did you mean {elsewhere[0]}?"
+        return f"{where}: unknown key {name}; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" or not name:
+        return f"{where}: {name + ': ' if name else ''}{message}"
+    return f"{where}: {name}: got {error['input']!r}; {message[0].lower() + message[1:]}"
+
+
+def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section class behind a field (Optional unwrapped), or None for a plain value."""
+    annotation = model.model_fields[name].annotation
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _known_keys(keys: tuple[str, ...]) -> list[str]:
+    """The keys of the section that the dotted path keys leads to."""
+    model: type[BaseModel] = Config
+    for key in keys:
+        model = _section(model, key) or model
+    return list(model.model_fields)
+
+
+def _all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the config."""
+    for name in model.model_fields:
+        section = _section(model, name)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from _all_keys(section, f"{prefix}{name}.")

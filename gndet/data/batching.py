@@ -1,0 +1,172 @@
+"""Batches: samples padded to one canvas, and the two streams of them, for training and for evaluation.
+
+The training stream is endless. Position p is image `order(seed, p // n, n)[p % n]`; update u covers positions
+[u * global_batch, (u + 1) * global_batch) whatever the number of processes: a run resumes by arithmetic.
+Letters: B images, M ground-truth slots, n images of the data set, S mask side, (H, W) canvas.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.data
+
+from gndet.config import DataConfig
+from gndet.data.transforms import Sample, check_masks, test_sample, train_sample
+from gndet.errors import ConfigError, DataError
+from gndet.ops.noise import Stream, hash_ints
+from gndet.structures import Batch, Dataset, GroundTruth, Record
+
+MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
+PREFETCH = 4  # batches a worker prepares ahead
+
+
+def collate(samples: list[Sample], canvas_multiple: int) -> Batch:
+    """Put B samples on one canvas, their objects in M slots; the rest is zero and not valid.
+
+    The canvas is that of the pictures if all have one size (then padded is False), else the largest height
+    and width rounded up to a multiple of canvas_multiple.  M holds the most objects of an image: none is
+    dropped.
+    """
+    sizes = torch.tensor([sample.image.shape[1:] for sample in samples])  # (B, 2)
+    padded = bool((sizes != sizes[0]).any())
+    canvas = sizes.amax(0)
+    if padded:
+        canvas = (canvas + canvas_multiple - 1) // canvas_multiple * canvas_multiple
+    most = max(MIN_SLOTS, *(len(sample.labels) for sample in samples))
+    slots, side = 1 << (most - 1).bit_length(), samples[0].masks.shape[-1]
+    num = len(samples)
+    images = torch.zeros(num, 3, *canvas.tolist(), dtype=torch.uint8)
+    boxes, labels = torch.zeros(num, slots, 4), torch.zeros(num, slots, dtype=torch.int64)
+    masks = torch.zeros(num, slots, side, side, dtype=torch.bool)
+    valid = torch.zeros(num, slots, dtype=torch.bool)
+    for b, sample in enumerate(samples):
+        height, width = sample.image.shape[1:]
+        images[b, :, :height, :width] = sample.image
+        filled = slice(len(sample.labels))
+        boxes[b, filled], labels[b, filled], masks[b, filled] = sample.boxes, sample.labels, sample.masks
+        valid[b, filled] = True
+    keys = torch.tensor([sample.key for sample in samples])
+    return Batch(images, sizes, keys, GroundTruth(boxes, labels, masks, valid), padded)
+
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Shuffle n images as a function of seed and epoch.  Returns (n,) int64, a permutation."""
+    return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.ORDER, epoch))).permutation(n)
+
+
+def train_batches(
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    images_per_gpu: int,
+    global_batch: int,
+    rank: int,
+    world: int,
+    masks: bool,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """Give this process its micro-batches of the updates start .. stop - 1.
+
+    An update's global_batch positions are cut in order into micro-batches of images_per_gpu; micro-batch m
+    belongs to rank m % world, so each update yields global_batch / (images_per_gpu * world) of them.  The
+    result does not depend on data.workers.  Raises ConfigError where that does not divide, DataError for a
+    data set without an image to train on or, with masks, for an object without one; while iterating,
+    DataError for a broken picture.
+    """
+    if global_batch % (images_per_gpu * world):
+        raise ConfigError(
+            f"train.global_batch: {global_batch} is not a multiple of train.images_per_gpu x processes: "
+            f"{images_per_gpu} x {world} = {images_per_gpu * world}"
+        )
+    usable = [i for i, record in enumerate(dataset.records) if data.keep_empty or not record.crowd.all()]
+    if not usable:
+        raise DataError(f"{dataset.name}: none of {len(dataset.records)} images has an object to train on")
+    if masks:
+        for index in usable:
+            check_masks(dataset.records[index])
+    firsts = (
+        update * global_batch + micro * images_per_gpu
+        for update in range(start, stop)
+        for micro in range(rank, global_batch // images_per_gpu, world)
+    )
+    places = _places(firsts, images_per_gpu, seed, usable)
+    load = functools.partial(_load_train, dataset.records, data, seed, masks)
+    return _loaded(load, places, data, pin_memory)
+
+
+def test_batches(
+    dataset: Dataset, data: DataConfig, *, images_per_gpu: int, rank: int, world: int, pin_memory: bool
+) -> Iterator[tuple[list[int], Batch]]:
+    """Give this process the images rank::world, each once: indices into dataset.records and the batch.
+
+    The last batch may be smaller.  Raises DataError while iterating, for a broken picture.
+    """
+    share = list(range(rank, len(dataset.records), world))
+    items = (share[first : first + images_per_gpu] for first in range(0, len(share), images_per_gpu))
+    return _loaded(functools.partial(_load_test, dataset.records, data), items, data, pin_memory)
+
+
+def _places(
+    firsts: Iterable[int], length: int, seed: int, usable: list[int]
+) -> Iterator[list[tuple[int, int]]]:
+    """Turn each run of `length` positions of the training stream into (epoch, record index) pairs."""
+    shuffled = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
+    for first in firsts:
+        epochs = [divmod(position, len(usable)) for position in range(first, first + length)]
+        yield [(epoch, usable[shuffled(seed, epoch, len(usable))[place]]) for epoch, place in epochs]
+
+
+def _load_train(
+    records: list[Record], data: DataConfig, seed: int, masks: bool, places: list[tuple[int, int]]
+) -> Batch:
+    """Make one training batch."""
+    keys = [hash_ints(seed, epoch, records[index].image_id) for epoch, index in places]
+    samples = [
+        train_sample(records[index], index, data, key, masks)
+        for (_, index), key in zip(places, keys, strict=True)
+    ]
+    return collate(samples, data.canvas_multiple)
+
+
+def _load_test(records: list[Record], data: DataConfig, indices: list[int]) -> tuple[list[int], Batch]:
+    """Make one evaluation batch."""
+    samples = [test_sample(records[index], index, data) for index in indices]
+    return indices, collate(samples, data.canvas_multiple)
+
+
+class _Loads(torch.utils.data.Dataset):
+    """Make a batch of each item; a DataError travels as a value, for torch would wrap its text."""
+
+    def __init__(self, load: Callable[[Any], Any]) -> None:
+        self.load = load
+
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self.load(item)
+        except DataError as error:
+            return error
+
+
+def _loaded(
+    load: Callable[[Any], Any], items: Iterator[Any], data: DataConfig, pin_memory: bool
+) -> Iterator[Any]:
+    """Load items in data.workers processes (one thread each, torch's own habit), in order."""
+    loader = torch.utils.data.DataLoader(
+        _Loads(load),
+        batch_size=None,  # an item is a whole batch
+        sampler=items,
+        num_workers=data.workers,
+        prefetch_factor=PREFETCH if data.workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # it seeds the workers; the global one stays untouched
+    )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch

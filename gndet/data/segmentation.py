@@ -1,0 +1,144 @@
+"""Masks as COCO files write them: checked before pycocotools sees them, and drawn in the frame of their box.
+
+pycocotools crashes the process on NaN, infinite or huge polygon coordinates and returns uninitialised memory
+for run lengths that do not fill the image: what has not passed `check_segmentation` must not reach it.
+Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; pixel i covers [i, i + 1).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from torchvision.ops import roi_align
+
+from gndet.errors import DataError
+
+NUMBERS = {int, float}
+MAX_FRAME_REACH = (
+    16  # box sides a polygon may leave its box by; farther, its outline would take too long to walk
+)
+
+
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, int]:
+    """Refuse a segmentation that pycocotools cannot take; drop its polygons of fewer than 3 points.
+
+    segmentation: what the file has, not empty; size: height, width of the image in pixels.
+    Returns the segmentation (None if no polygon is left) and the number of polygons dropped.
+    Raises DataError with the value and what was expected; the caller knows file and id.
+    """
+    if isinstance(segmentation, dict):
+        _check_rle(segmentation, size)
+        return segmentation, 0
+    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
+        raise DataError(f"segmentation {brief(segmentation)}, expected a list of polygons or an RLE")
+    for polygon in segmentation:
+        _check_polygon(polygon, size)
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+    return polygons or None, len(segmentation) - len(polygons)
+
+
+def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Turn a checked segmentation into one compressed RLE of the image's size (height, width)."""
+    if isinstance(segmentation, list):
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, *size)
+    return segmentation
+
+
+def box_frame_masks(
+    segmentations: list[Any], boxes: np.ndarray, size: tuple[int, int], side: int
+) -> np.ndarray:
+    """Draw each object's mask in the frame of its own box.
+
+    segmentations: n, checked; boxes (n, 4) inside the image, not empty; size: height, width of the image;
+    side: S.  Returns (n, S, S) bool.  Polygons are moved into the frame and rasterised there; an RLE is
+    decoded, one at a time to bound the memory, and sampled bilinearly.
+    """
+    masks = np.zeros((len(boxes), side, side), dtype=bool)
+    for index, (segmentation, box) in enumerate(zip(segmentations, boxes, strict=True)):
+        polygons = _into_frame(segmentation, box, side)
+        if polygons is None:
+            masks[index] = _sample_rle(to_rle(segmentation, size), box, side)
+        else:
+            masks[index] = coco_mask.decode(to_rle(polygons, (side, side)))
+    return masks
+
+
+def _into_frame(segmentation: Any, box: np.ndarray, side: int) -> list[list[float]] | None:
+    """Map polygons into the frame of the box; None for an RLE and for polygons that leave it too far."""
+    if isinstance(segmentation, dict):
+        return None
+    scale = side / (box[2:] - box[:2])  # (2,) x, y
+    moved = [(np.reshape(polygon, (-1, 2)) - box[:2]) * scale for polygon in segmentation]  # (points, 2) each
+    if max(np.abs(points).max() for points in moved) > MAX_FRAME_REACH * side:
+        return None
+    return [points.ravel().tolist() for points in moved]
+
+
+def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
+    """Sample the mask of an RLE on a side x side grid over the box; bilinear, threshold 0.5."""
+    mask = coco_mask.decode(rle)  # (h, w) uint8
+    x0, y0 = np.floor(box[:2]).astype(int).clip(1) - 1  # bilinear sampling looks one pixel around
+    x1, y1 = np.ceil(box[2:]).astype(int) + 1
+    crop = torch.from_numpy(np.ascontiguousarray(mask[y0:y1, x0:x1])).float()  # (h', w')
+    region = torch.tensor([[0, *(box - (x0, y0, x0, y0))]], dtype=torch.float32)  # (1, 5) image index, xyxy
+    sampled = roi_align(crop[None, None], region, side, sampling_ratio=1, aligned=True)  # (1, 1, S, S)
+    return (sampled[0, 0] >= 0.5).numpy()
+
+
+def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
+    """Raise DataError for a polygon with an odd number of coordinates or with one that is no sane number."""
+    if len(polygon) % 2:
+        raise DataError(f"polygon of {len(polygon)} numbers, expected an even number (x, y pairs)")
+    reach = max(size)  # an outline may overhang a little; numbers farther out belong to another image
+    wrong = [number for number in polygon if type(number) not in NUMBERS or not -reach <= number <= 2 * reach]
+    if wrong:
+        raise DataError(f"polygon coordinate {wrong[0]!r}, expected a number from {-reach} to {2 * reach}")
+
+
+def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
+    """Raise DataError for an RLE of another size than the image's, or whose runs do not fill it."""
+    if rle.get("size") != list(size):
+        raise DataError(f"RLE size {brief(rle.get('size'))}, expected [height, width] {list(size)}")
+    counts = rle.get("counts")
+    if isinstance(counts, str):
+        runs = _run_lengths(counts)
+    elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
+        runs = counts
+    else:
+        raise DataError(f"RLE counts {brief(counts)}, expected a compressed string or a list of integers")
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise DataError(
+            f"RLE counts {brief(counts)}: run lengths from {min(runs, default=0)} on sum to {sum(runs)}, "
+            f"expected lengths >= 0 that sum to height x width = {size[0] * size[1]}"
+        )
+
+
+def _run_lengths(counts: str) -> list[int]:
+    """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
+
+    A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
+    follow, bit 4 of the last is the sign.  From the fourth on, each is the difference to the one before last.
+    """
+    code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if code.size == 0:
+        return []
+    ends = np.flatnonzero(code & 0x20 == 0)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if code.min() < 0 or code.max() > 63 or code[-1] & 0x20 or lengths.max() > MAX_CHAIN:
+        raise DataError(f"RLE counts {brief(counts)}, not a compressed run-length string")
+    place = np.arange(code.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((code & 0x1F) << 5 * place, starts)
+    runs -= np.where(code[ends] & 0x10, 1 << 5 * lengths, 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs.tolist()
+
+
+def brief(value: Any) -> str:
+    """Show a value of the file in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,134 @@
+"""A drawn data set, no download: discs, boxes, triangles and stars that cover each other.
+
+Image i is a pure function of (seed, i, size). Outlines and colours have random streams of their own, so that
+reading the data set paints nothing. Letters: n objects, V outline points, s image side in pixels.
+"""
+
+import colorsys
+import functools
+
+import numpy as np
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+from gndet.config import DataConfig, DatasetConfig
+from gndet.errors import DataError
+from gndet.ops.noise import Stream, hash_ints
+from gndet.structures import Dataset, Record
+
+CLASSES = ("disc", "box", "triangle", "star")
+MAX_COUNT = 1_000_000  # images a seed: image ids are seed * MAX_COUNT + 1 and on
+MAX_SEED = 2**32
+MIN_VISIBLE = 0.4  # an object covered further would be a fragment that tells nothing
+OUTLINE, COLOUR = 0, 1  # the random streams of an image
+
+
+def read_shapes(cfg: DatasetConfig, data: DataConfig) -> Dataset:
+    """Lay out cfg.count images of cfg.size x cfg.size pixels; `Record.load` draws them.
+
+    Boxes and masks are those of the visible part.  Raises DataError for a seed or count out of range.
+    """
+    if not 0 <= cfg.seed <= MAX_SEED or cfg.count > MAX_COUNT:
+        raise DataError(
+            f"shapes: seed {cfg.seed}, count {cfg.count}, expected 0 to {MAX_SEED}, 1 to {MAX_COUNT}"
+        )
+    records: list[Record] = []
+    first_id = 1
+    for index in range(cfg.count):
+        records.append(_to_record(cfg, index, first_id))
+        first_id += len(records[-1].labels)
+    return Dataset(
+        name=f"shapes: {cfg.count} images of {cfg.size} x {cfg.size} pixels, seed {cfg.seed}",
+        root=None,
+        classes=CLASSES,
+        category_ids=tuple(range(1, len(CLASSES) + 1)),
+        records=records,
+        fixes={},
+    )
+
+
+def draw_image(seed: int, index: int, size: int) -> np.ndarray:
+    """Draw image `index` of a seed.  Returns (size, size, 3) uint8 RGB."""
+    rng = _generator(seed, index, COLOUR)
+    y, x = np.mgrid[0:size, 0:size] / size  # (s, s) each, in [0, 1)
+    angle, frequency, phase = rng.uniform(0, 2 * np.pi), rng.uniform(2, 12), rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    start, end = rng.uniform(30, 130, (2, 3))  # dull colours; the objects are bright
+    picture = start + (end - start) * x[..., None]
+    picture += rng.uniform(0, 20) * np.sin(2 * np.pi * frequency * along + phase)[..., None]
+    for mask in _layout(seed, index, size)[1]:
+        hue, saturation, value = rng.uniform(0, 1), rng.uniform(0.5, 1), rng.uniform(0.6, 1)
+        picture[mask] = 255 * np.array(colorsys.hsv_to_rgb(hue, saturation, value))
+    picture += rng.normal(0, rng.uniform(2, 12), (size, size, 3))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def _to_record(cfg: DatasetConfig, index: int, first_id: int) -> Record:
+    """Lay out image `index`; its annotations are numbered from first_id."""
+    labels, visible = _layout(cfg.seed, index, cfg.size)
+    rles = coco_mask.encode(np.asfortranarray(visible.transpose(1, 2, 0), dtype=np.uint8))
+    boxes = coco_mask.toBbox(rles)  # (n, 4) xywh
+    boxes[:, 2:] += boxes[:, :2]
+    return Record(
+        image_id=cfg.seed * MAX_COUNT + 1 + index,
+        file_name=f"shapes-{cfg.seed}-{index:06d}.png",
+        size=(cfg.size, cfg.size),
+        load=functools.partial(draw_image, cfg.seed, index, cfg.size),
+        boxes=boxes,
+        labels=labels,
+        crowd=np.zeros(len(labels), dtype=bool),
+        area=visible.sum((1, 2)).astype(np.float64),
+        annotation_ids=np.arange(first_id, first_id + len(labels)),
+        segmentations=[{"size": rle["size"], "counts": rle["counts"].decode()} for rle in rles],
+    )
+
+
+def _layout(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Place 2 to 6 objects, later ones over earlier ones.
+
+    Returns labels (n,) int64 and visible masks (n, s, s) bool.  A place that would hide an earlier object
+    below MIN_VISIBLE of its area is drawn anew.
+    """
+    rng = _generator(seed, index, OUTLINE)
+    labels: list[int] = []
+    visible = np.zeros((0, size, size), dtype=bool)
+    whole = np.zeros(0)  # (n,) area of each object as if nothing covered it
+    for _ in range(rng.integers(2, 7)):
+        while True:
+            label = int(rng.integers(len(CLASSES)))
+            mask = _draw_mask(_outline(rng, label, size), size)
+            left = visible & ~mask
+            if (left.sum((1, 2)) >= MIN_VISIBLE * whole).all():
+                break
+        labels.append(label)
+        visible = np.concatenate((left, mask[None]))
+        whole = np.append(whole, mask.sum())
+    return np.array(labels, dtype=np.int64), visible
+
+
+def _outline(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
+    """Draw the outline of an object that lies inside the image.  Returns (V, 2) x, y in pixels."""
+    radius = rng.uniform(1 / 16, 1 / 4) * size
+    if CLASSES[label] == "box":
+        half = np.arctan(rng.uniform(0.4, 1))  # half the angle between two corners: the ratio of the sides
+        angles = np.array([-half, half, np.pi - half, np.pi + half])
+        radii = np.ones(4)
+    else:
+        points = {"disc": 48, "triangle": 3, "star": 10}[CLASSES[label]]
+        angles = np.arange(points) * (2 * np.pi / points)
+        radii = np.where(np.arange(points) % 2, 0.45, 1.0) if CLASSES[label] == "star" else np.ones(points)
+    angles = angles + rng.uniform(0, 2 * np.pi)
+    center = rng.uniform(radius, size - radius, 2)
+    return center + radius * radii[:, None] * np.stack((np.cos(angles), np.sin(angles)), axis=1)
+
+
+def _draw_mask(outline: np.ndarray, size: int) -> np.ndarray:
+    """Fill an outline (V, 2).  Returns (s, s) bool."""
+    canvas = Image.new("L", (size, size))
+    ImageDraw.Draw(canvas).polygon([(x, y) for x, y in outline.tolist()], fill=1)
+    return np.asarray(canvas, dtype=bool)
+
+
+def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    """The random numbers of one image and one use."""
+    return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.DRAW, index, stream)))

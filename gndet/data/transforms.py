@@ -1,0 +1,95 @@
+"""From a record to the picture the model sees: load, resize, flip, and the objects moved along.
+
+All randomness is a function of the image's key. Letters: n objects, S mask side, (h, w) picture.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from gndet.config import DataConfig
+from gndet.data.segmentation import box_frame_masks
+from gndet.errors import DataError
+from gndet.ops.noise import Stream, uniform
+from gndet.structures import MASK_SIDE, Record
+
+MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty but for rounding
+
+
+class Sample(NamedTuple):
+    """One picture with its objects."""
+
+    image: Tensor  # (3, h, w) uint8 RGB
+    boxes: Tensor  # (n, 4) float32 xyxy in picture pixels, inside the picture
+    labels: Tensor  # (n,) int64
+    masks: Tensor  # (n, S, S) bool, each in the frame of its box; (n, 0, 0) where masks are off
+    key: int  # the only source of randomness for this image; 0 in test
+    index: int  # of the record in the data set
+    scale: tuple[float, float]  # (y, x) from original to picture pixels
+
+
+def train_sample(record: Record, index: int, data: DataConfig, key: int, masks: bool) -> Sample:
+    """Load a record for training: one of data.shortest_edge, flips, crowd regions left out.
+
+    Boxes are clipped to the picture, empty ones dropped.  Raises DataError for a picture that cannot be read,
+    and with masks for an object without one.
+    """
+    edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
+    image, scale = _load_resized(record, edge, data.max_edge)
+    height, width = image.shape[1:]
+    limits = np.tile(record.size[::-1], 2)  # (4,) original width, height, width, height
+    boxes = record.boxes.clip(0, limits)  # (all objects, 4)
+    moved = boxes * np.tile(scale[::-1], 2)
+    keep = np.flatnonzero(~record.crowd & (moved[:, 2:] - moved[:, :2] >= MIN_SIDE).all(axis=1))  # (n,)
+    moved, frames = moved[keep], torch.zeros(len(keep), 0, 0, dtype=torch.bool)
+    if masks:
+        check_masks(record)
+        segmentations = [record.segmentations[k] for k in keep]
+        frames = torch.from_numpy(box_frame_masks(segmentations, boxes[keep], record.size, MASK_SIDE))
+    if uniform(key, Stream.FLIP) < data.flip:
+        image, frames = image.flip(-1), frames.flip(-1)
+        moved[:, [0, 2]] = width - moved[:, [2, 0]]
+    if uniform(key, Stream.FLIP_VERTICAL) < data.flip_vertical:
+        image, frames = image.flip(-2), frames.flip(-2)
+        moved[:, [1, 3]] = height - moved[:, [3, 1]]
+    boxes_out = torch.from_numpy(moved.astype(np.float32))
+    return Sample(image, boxes_out, torch.from_numpy(record.labels[keep]), frames, key, index, scale)
+
+
+def test_sample(record: Record, index: int, data: DataConfig) -> Sample:
+    """Load a record for evaluation: data.shortest_edge_test, no objects (n = 0).  Raises DataError."""
+    image, scale = _load_resized(record, data.shortest_edge_test, data.max_edge)
+    no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
+    return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0, index, scale)
+
+
+def check_masks(record: Record) -> None:
+    """Raise DataError if an object that training would use has no mask."""
+    for segmentation, crowd, number in zip(
+        record.segmentations, record.crowd, record.annotation_ids, strict=True
+    ):
+        if segmentation is None and not crowd:
+            raise DataError(
+                f"{record.file_name}: annotation {number} has no segmentation; "
+                "set model.masks=false for a data set without masks"
+            )
+
+
+def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[int, int]:
+    """Compute the (height, width) whose shorter edge is shortest_edge, or longer max_edge if that is less."""
+    scale = min(shortest_edge / min(size), max_edge / max(size))
+    height, width = (max(1, int(edge * scale + 0.5)) for edge in size)
+    return height, width
+
+
+def _load_resized(record: Record, shortest_edge: int, max_edge: int) -> tuple[Tensor, tuple[float, float]]:
+    """Load and resize a picture.  Returns (3, h, w) uint8 and the (y, x) scale."""
+    height, width = resized(record.size, shortest_edge, max_edge)
+    image = torch.from_numpy(record.load()).permute(
+        2, 0, 1
+    )  # channels last in memory: twice as fast to resize
+    image = functional.resize(image, [height, width], antialias=True)
+    return image, (height / record.size[0], width / record.size[1])

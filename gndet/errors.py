@@ -1,0 +1,24 @@
+"""The errors a user can cause. `gndet VERB` prints their text without a traceback and exits with 2.
+
+Every message names where the mistake came in (file, line, key or id), the value got and what was expected.
+"""
+
+
+class GndetError(Exception):
+    """Base of all errors that a user can cause."""
+
+
+class ConfigError(GndetError):
+    """A config file or an override is wrong."""
+
+
+class DataError(GndetError):
+    """A data set, an annotation file or an image is wrong."""
+
+
+class CheckpointError(GndetError):
+    """A checkpoint or a weights file is wrong, or does not fit."""
+
+
+class TrainingError(GndetError):
+    """A training run cannot go on: a non-finite loss, an output folder in use."""

@@ -1,0 +1,350 @@
+"""COCO evaluation: run a detector over a data set, write its detections as COCO results, score them.
+
+B images, n detections of one picture, (h, w) original picture, S mask side. Boxes are xyxy pixels of the
+canvas in `Detections`, and in results, where the file format is met, xywh pixels of the original picture.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import hotcoco
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from gndet.config import Config
+from gndet.data.batching import test_batches
+from gndet.data.coco import to_coco
+from gndet.structures import Dataset, Detections
+
+MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel belongs to the object from this probability on
+MIN_BOX_EDGE = 1e-3  # pixels; keeps an empty box from dividing by zero
+IOU_50, IOU_75 = 0, 5  # places in COCO's IoU thresholds 0.50, 0.55 ... 0.95
+ALL, SMALL, MEDIUM, LARGE = range(4)  # places in COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
+SUMMARY_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
+
+
+class Metrics(NamedTuple):
+    """COCO numbers of one kind (bbox or segm) in [0, 1]; nan where the data set has no such object."""
+
+    summary: dict[str, float]  # the keys of SUMMARY_COLUMNS, in the order of pycocotools' stats
+    per_class: list[dict[str, Any]]  # name, AP, AP50, AR, num_objects, num_images (crowd regions not counted)
+
+
+class Evaluation(NamedTuple):
+    """The outcome of `evaluate`."""
+
+    box: Metrics
+    mask: Metrics | None  # None for a detector or a data set without masks
+    results: list[dict[str, Any]]  # COCO results, images in the data set's order
+
+
+def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Sample each mask into the picture and yield it as a COCO run-length code.
+
+    masks (n, S, S) probabilities in the frame of the box; boxes (n, 4) xyxy pixels; size (h, w) of the
+    picture.  Bilinear at pixel centres, zero outside the map: detectron2's paste, which is grid_sample with
+    align_corners=False, as two products of small matrices.
+    Yields n of {"size": [h, w], "counts": str}.
+    """
+    height, width = size
+    picture = np.zeros(size, dtype=np.uint8, order="F")
+    for mask, box in zip(masks, boxes, strict=True):
+        rows, row_weights = _sampling(box[1], box[3], height, masks.shape[1])
+        columns, column_weights = _sampling(box[0], box[2], width, masks.shape[2])
+        picture[rows, columns] = row_weights @ mask @ column_weights.T >= MASK_THRESHOLD
+        code = coco_mask.encode(picture)
+        picture[rows, columns] = 0
+        yield {"size": [height, width], "counts": code["counts"].decode("ascii")}
+
+
+def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
+    """Find the pixels in [0, limit) that a box edge from low to high can touch, and their bilinear weights.
+
+    Returns the p pixels as a slice and (p, side) float32: the weight of each mask cell at each pixel centre.
+    """
+    edge = max(high - low, MIN_BOX_EDGE)
+    reach = edge / side  # a map fades to zero over half a cell outside its box
+    pixels = slice(*np.clip([int(np.floor(low - reach)), int(np.ceil(high + reach))], 0, limit))
+    position = (
+        np.arange(pixels.start, pixels.stop) + 0.5 - low
+    ) / edge * side - 0.5  # in cells; cell 0's centre is 0
+    weights = 1 - np.abs(position[:, None] - np.arange(side))
+    return pixels, np.clip(weights, 0, None).astype(np.float32)
+
+
+def to_results(
+    detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset
+) -> list[dict[str, Any]]:
+    """Turn a batch of detections into COCO results in the pixels of the original pictures.
+
+    indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures.
+    Returns a record for each valid detection: image_id, category_id, bbox xywh clipped to the picture, score,
+    and segmentation (run-length code) where the detections have masks.
+    """
+    parts = Detections(*(part.float().cpu().numpy() for part in detections))  # NumPy knows no bfloat16
+    results = []
+    for image, index in enumerate(indices):
+        record = dataset.records[index]
+        valid = parts.valid[image] > 0
+        height, width = record.size
+        scale = np.array([width, height]) / sizes[image].cpu().numpy()[::-1]
+        boxes = parts.boxes[image][valid].astype(np.float64) * np.tile(scale, 2)  # (n, 4)
+        clipped = np.clip(boxes, 0, [width, height, width, height])
+        clipped[:, 2:] -= clipped[:, :2]
+        found = [
+            {
+                "image_id": record.image_id,
+                "category_id": dataset.category_ids[int(label)],
+                "bbox": box.tolist(),
+                "score": float(score),
+            }
+            for label, box, score in zip(
+                parts.labels[image][valid], clipped, parts.scores[image][valid], strict=True
+            )
+        ]
+        if detections.masks.shape[-1]:
+            codes = paste_masks(parts.masks[image][valid], boxes, record.size)
+            found = [one | {"segmentation": code} for one, code in zip(found, codes, strict=True)]
+        results += found
+    return results
+
+
+def detect_dataset(
+    model: nn.Module,
+    dataset: Dataset,
+    cfg: Config,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    rank: int = 0,
+    world: int = 1,
+    on_image: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Detect in this rank's share of the data set; the model is in eval mode meanwhile, then as it was.
+
+    autocast: makes the context the model runs in.  on_image: called with each image id when it is done.
+    Returns COCO results as `to_results` does.
+    """
+    was_training = model.training
+    batches = test_batches(
+        dataset,
+        cfg.data,
+        images_per_gpu=cfg.evaluation.images_per_gpu,
+        rank=rank,
+        world=world,
+        pin_memory=device.type == "cuda",
+    )
+    results = []
+    model.eval()
+    try:
+        for indices, batch in batches:
+            with torch.inference_mode(), autocast():
+                detections = model.detect(
+                    batch.images.to(device, non_blocking=True),
+                    batch.sizes.to(device, non_blocking=True),
+                    batch.padded,
+                )
+            results += to_results(detections, indices, batch.sizes, dataset)
+            if on_image:
+                for index in indices:
+                    on_image(dataset.records[index].image_id)
+    finally:
+        model.train(was_training)
+    return results
+
+
+def coco_metrics(
+    ground_truth: dict[str, Any],
+    results: list[dict[str, Any]],
+    kind: Literal["bbox", "segm"],
+    *,
+    engine: Literal["hotcoco", "pycocotools"],
+    max_detections: int,
+) -> Metrics:
+    """Score COCO results: the same numbers by both engines, pycocotools' own stats at max_detections=100.
+
+    ground_truth: a COCO data set; it and results are left as they are.  max_detections: how many count,
+    an image and class, by falling score.  For segm a detection's size is its mask's area, as in detectron2.
+    """
+    shape = "bbox" if kind == "bbox" else "segmentation"  # with a bbox beside, segm would take the box's area
+    keys = ("image_id", "category_id", "score", shape)
+    results = [{key: one[key] for key in keys} for one in results]
+    # pycocotools writes into the annotations, and prints
+    ground_truth = ground_truth | {"annotations": [dict(one) for one in ground_truth["annotations"]]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = _hotcoco if engine == "hotcoco" else _pycocotools
+        scorer = run(ground_truth, results, kind)
+        limits = [1, min(10, max_detections), max_detections]  # the engines sort them
+        params = scorer.params
+        params.maxDets = limits
+        scorer.params = params
+        scorer.evaluate()
+        scorer.accumulate()
+    # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: less the recalls
+    return _metrics(scorer.eval["precision"], scorer.eval["recall"], ground_truth, list(scorer.params.catIds))
+
+
+def _hotcoco(ground_truth: dict, results: list[dict], kind: str) -> hotcoco.COCOeval:
+    truth = hotcoco.COCO(ground_truth)
+    return hotcoco.COCOeval(truth, truth.loadRes(results), kind)
+
+
+def _pycocotools(ground_truth: dict, results: list[dict], kind: str) -> COCOeval:
+    truth, found = COCO(), COCO()
+    truth.dataset = ground_truth
+    truth.createIndex()
+    if results:
+        found = truth.loadRes(results)
+    else:  # loadRes looks at the first result
+        found.dataset = ground_truth | {"annotations": []}
+        found.createIndex()
+    return COCOeval(truth, found, kind)
+
+
+def _metrics(
+    precision: np.ndarray, recall: np.ndarray, ground_truth: dict, category_ids: list[int]
+) -> Metrics:
+    """Read the numbers off the arrays as pycocotools' summarize() does, which knows a limit of 100 alone."""
+    summary = {
+        "AP": _mean(precision[:, :, :, ALL, -1]),
+        "AP50": _mean(precision[IOU_50, :, :, ALL, -1]),
+        "AP75": _mean(precision[IOU_75, :, :, ALL, -1]),
+        "APs": _mean(precision[:, :, :, SMALL, -1]),
+        "APm": _mean(precision[:, :, :, MEDIUM, -1]),
+        "APl": _mean(precision[:, :, :, LARGE, -1]),
+        "AR1": _mean(recall[:, :, ALL, 0]),
+        "AR10": _mean(recall[:, :, ALL, 1]),
+        "AR": _mean(recall[:, :, ALL, -1]),
+        "ARs": _mean(recall[:, :, SMALL, -1]),
+        "ARm": _mean(recall[:, :, MEDIUM, -1]),
+        "ARl": _mean(recall[:, :, LARGE, -1]),
+    }
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    images_with = {id: [] for id in names}
+    for annotation in ground_truth["annotations"]:
+        if not annotation.get("iscrowd", 0):
+            images_with[annotation["category_id"]].append(annotation["image_id"])
+    per_class = [
+        {
+            "name": names[id],
+            "AP": _mean(precision[:, :, place, ALL, -1]),
+            "AP50": _mean(precision[IOU_50, :, place, ALL, -1]),
+            "AR": _mean(recall[:, place, ALL, -1]),
+            "num_objects": len(images_with[id]),
+            "num_images": len(set(images_with[id])),
+        }
+        for place, id in enumerate(category_ids)
+    ]
+    return Metrics(summary, per_class)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over what is defined; the engines mark the rest with -1."""
+    defined = values[values > -1]
+    return float(np.mean(defined)) if defined.size else float("nan")
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    cfg: Config,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    rank: int,
+    world: int,
+    gather: Callable[[list], list[list]],
+    on_image: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Detect on all ranks and score everything on each of them; every rank gets the same answer.
+
+    gather: list of this rank in, the lists of all ranks out, on every rank.  on_image: called with each image
+    id of this rank's share.  Raises AssertionError where an image was not seen, or seen twice.
+    """
+    seen: list[int] = []
+
+    def note(image_id: int) -> None:
+        seen.append(image_id)
+        if on_image:
+            on_image(image_id)
+
+    shared = detect_dataset(
+        model, dataset, cfg, device=device, autocast=autocast, rank=rank, world=world, on_image=note
+    )
+    order = {record.image_id: place for place, record in enumerate(dataset.records)}
+    all_seen = [image_id for part in gather(seen) for image_id in part]
+    assert sorted(all_seen) == sorted(order), f"{len(all_seen)} images seen, not each of {len(order)} once"
+    results = [one for part in gather(shared) for one in part]
+    results.sort(key=lambda one: order[one["image_id"]])  # stable: an image's detections stay in their order
+    truth = to_coco(dataset)
+    score = functools.partial(
+        coco_metrics, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections
+    )
+    box, mask = score(truth, results, "bbox"), None
+    if cfg.model.masks and any("segmentation" in annotation for annotation in truth["annotations"]):
+        annotations = [_with_masks(annotation) for annotation in truth["annotations"]]
+        mask = score(truth | {"annotations": annotations}, results, "segm")
+    return Evaluation(box, mask, results)
+
+
+def _with_masks(annotation: dict[str, Any]) -> dict[str, Any]:
+    """Make an object without a mask a crowd region over its box: what is found there does not count."""
+    if "segmentation" in annotation:
+        return annotation
+    x, y, width, height = annotation["bbox"]
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    return annotation | {"iscrowd": 1, "segmentation": [corners]}
+
+
+def scalars(evaluation: Evaluation) -> dict[str, float]:
+    """Flatten the summaries for logs: {"box/AP": 0.41, ..., "mask/AP": 0.37, ...}."""
+    parts = {"box": evaluation.box, "mask": evaluation.mask}
+    return {
+        f"{name}/{key}": value for name, part in parts.items() if part for key, value in part.summary.items()
+    }
+
+
+def table(evaluation: Evaluation) -> str:
+    """Write the report in aligned columns: summaries, then classes, in percent; "-" is undefined."""
+    parts = {"box": evaluation.box} | ({"mask": evaluation.mask} if evaluation.mask else {})
+    summary = [["", *SUMMARY_COLUMNS]]
+    summary += [
+        [name, *(_percent(part.summary[key]) for key in SUMMARY_COLUMNS)] for name, part in parts.items()
+    ]
+    columns = ("AP", "AP50", "AR")
+    classes = [["class", "images", "objects", *(f"{name} {key}" for name in parts for key in columns)]]
+    for rows in zip(*(part.per_class for part in parts.values()), strict=True):
+        first = rows[0]
+        numbers = [_percent(row[key]) for row in rows for key in columns]
+        classes.append([first["name"], str(first["num_images"]), str(first["num_objects"]), *numbers])
+    return f"{_aligned(summary)}\n\n{_aligned(classes)}"
+
+
+def _percent(value: float) -> str:
+    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Pad the columns to their widest cell: the first to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
+    )
+
+
+def save_results(path: Path, results: list[dict[str, Any]]) -> None:
+    """Write COCO results as JSON, to a file beside first: a killed run leaves the old file or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(results), encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,149 @@
+"""What is done with a trained detector: evaluate it on a data set, predict on pictures."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from gndet.checkpoint import load_checkpoint, resolve
+from gndet.config import Config, config_from_dict, with_overrides
+from gndet.data import read_dataset
+from gndet.data.images import open_picture
+from gndet.distributed import Process, gather
+from gndet.errors import CheckpointError, DataError
+from gndet.evaluation import Evaluation, detect_dataset, evaluate
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.structures import Dataset, Record
+from gndet.visualize import draw_detections, save_picture
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+class Detector(NamedTuple):
+    """A trained model with what it was trained for."""
+
+    model: MaskRCNN
+    cfg: Config
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    autocast: Callable[[], AbstractContextManager]
+
+
+def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detector:
+    """Build the model of a checkpoint or run folder (its best) with its weights, the averaged ones if there are any.
+
+    overrides: `key=value` over the config it was trained with.  Raises CheckpointError, ConfigError.
+    """
+    folder = resolve(path)
+    saved = load_checkpoint(folder)
+    source = f"{folder}/meta.json"
+    if "config" not in saved.meta or "classes" not in saved.meta:
+        raise CheckpointError(f"{source}: no config or classes: not a checkpoint of a detector")
+    cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
+    classes = tuple(saved.meta["classes"])
+    model = build_model(cfg.model, len(classes))
+    try:
+        model.load_state_dict(saved.groups.get("ema", saved.groups["model"]))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: its weights do not fit the model of its config: {error}") from None
+    model = model.to(proc.device, memory_format=torch.channels_last).eval()
+    bf16 = cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and proc.device.type == "cuda")
+    autocast = partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
+    return Detector(model, cfg, classes, tuple(saved.meta["category_ids"]), autocast)
+
+
+def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Evaluation]:
+    """Evaluate on data.val of the detector's config.
+
+    Raises DataError where the data set's classes are not those the detector was trained for.
+    """
+    dataset = read_dataset(detector.cfg.data.val, detector.cfg.data)
+    if dataset.classes != detector.classes:
+        raise DataError(
+            f"{dataset.name}: has the classes {', '.join(dataset.classes)}; the detector knows "
+            f"{', '.join(detector.classes)}; data.classes chooses them by name"
+        )
+    evaluation = evaluate(
+        detector.model, dataset, detector.cfg, device=proc.device, autocast=detector.autocast, rank=proc.rank,
+        world=proc.world, gather=partial(gather, proc=proc),
+    )  # fmt: skip
+    return dataset, evaluation
+
+
+def predict(
+    detector: Detector, paths: Sequence[Path], out: Path, threshold: float, device: torch.device,
+    show: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Detect in pictures and folders of pictures; write each with its detections, and all as COCO results.
+
+    out: folder, made where missing: NAME.png for each picture, predictions.json (results, images and categories).
+    threshold: score from which a detection is drawn; the JSON holds all of them.  show: called with a line a picture.
+    Raises DataError for a path that is missing, no picture, or damaged, before anything is written.
+    """
+    files = find_pictures(paths)
+    records = []
+    for number, file in enumerate(files, start=1):
+        size = open_picture(file).shape[:2]
+        records.append(picture_record(number, file, (int(size[0]), int(size[1]))))
+    dataset = Dataset(str(out), None, detector.classes, detector.category_ids, records, {})
+    results = detect_dataset(detector.model, dataset, detector.cfg, device=device, autocast=detector.autocast)
+    out.mkdir(parents=True, exist_ok=True)
+    names = unique_names(files)
+    for record, name in zip(records, names, strict=True):
+        found = [one for one in results if one["image_id"] == record.image_id]
+        picture = draw_detections(record.load(), found, detector.classes, detector.category_ids, threshold)
+        save_picture(out / name, picture)
+        drawn = sum(one["score"] >= threshold for one in found)
+        show(f"{record.file_name}: {drawn} objects with a score of {threshold} or more -> {out / name}")
+    images = [
+        {"id": r.image_id, "file_name": r.file_name, "height": r.size[0], "width": r.size[1]} for r in records
+    ]
+    categories = [
+        {"id": id, "name": name} for id, name in zip(detector.category_ids, detector.classes, strict=True)
+    ]
+    (out / "predictions.json").write_text(json.dumps(results))
+    (out / "images.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    show(f"{len(results)} detections -> {out / 'predictions.json'} (COCO results; image ids in images.json)")
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The pictures among files and in folders, in order of name.  Raises DataError where there are none."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such picture or folder")
+    return files
+
+
+def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
+    """A picture of (height, width) as a record without objects."""
+    none = np.zeros(0)
+    return Record(
+        image_id, str(file), size, partial(open_picture, file), np.zeros((0, 4)), none.astype(np.int64),
+        none.astype(bool), none, none.astype(np.int64), [],
+    )  # fmt: skip
+
+
+def unique_names(files: Sequence[Path]) -> list[str]:
+    """A PNG name for each file, numbered where two would share one."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for number, file in enumerate(files, start=1):
+        name = f"{file.stem}.png"
+        if name in taken:
+            name = f"{file.stem}-{number}.png"
+        taken.add(name)
+        names.append(name)
+    return names

@@ -1,0 +1,154 @@
+"""The record of a run: metrics.jsonl, TensorBoard, and what is shown while it runs.
+
+An update is one step of the optimiser; numbers logged at update u describe the run after u updates.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+from torch.utils.tensorboard import SummaryWriter
+
+from gndet.errors import DataError
+
+
+class RunLog:
+    """Log of one run, kept by rank 0; usable as a context manager."""
+
+    def __init__(
+        self, out: Path, *, total_updates: int, first_update: int = 0, console: Console | None = None
+    ) -> None:
+        """Open the log of a run folder, and forget what a killed run logged past the point it resumes from.
+
+        out: run folder, made where missing.  total_updates: of the whole run.  first_update: updates done
+        before; 0 starts afresh.  console: where to show the run, live on a terminal, else in lines.
+        """
+        out.mkdir(parents=True, exist_ok=True)
+        last_kept = first_update or -1
+        _truncate(out / "metrics.jsonl", last_kept)
+        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_kept + 1)
+        self._total = total_updates
+        self._console = console
+        self._scores = ""
+        self._live = None
+        if console is not None and console.is_terminal:
+            columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("updates  {task.percentage:.0f} %"))
+            self._progress = Progress(*columns, expand=True)
+            self._task = self._progress.add_task("train", total=total_updates, completed=first_update)
+            # no refresh thread: loader processes are forked beside it, and would inherit its locks
+            self._live = Live(self._progress, console=console, auto_refresh=False)
+            self._live.start(refresh=True)
+
+    def train(self, update: int, values: dict[str, float]) -> None:
+        """Log training numbers.
+
+        values: loss, its parts loss_*, lr, images_per_s, data_wait (share of time in 0-1), memory_mib, eta_s:
+        any of them may be missing, and others are written but not shown.
+        """
+        self._write("train", update, values)
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, update)
+        if self._live is not None:
+            self._progress.update(self._task, completed=update)
+            text = Text("  ".join(filter(None, [_train_line(values), self._scores])))
+            self._live.update(Group(self._progress, text), refresh=True)
+        else:
+            self.message(f"update {update}/{self._total}  {_train_line(values)}")
+
+    def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
+        """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
+        self._write("evaluation", update, values)
+        for name, value in values.items():
+            self._board.add_scalar(f"val/{name}", value, update)
+        averages = {name: value for name, value in values.items() if name.split("/")[-1] == "AP"}
+        self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in averages.items())
+        self.message(f"evaluation after update {update}/{self._total}\n{table}")
+
+    def picture(self, update: int, tag: str, picture: np.ndarray) -> None:
+        """Log a picture (H, W, 3) uint8 to TensorBoard."""
+        self._board.add_image(tag, picture, update, dataformats="HWC")
+
+    def message(self, text: str) -> None:
+        """Show text, above the live display where there is one; it is not written to a file."""
+        if self._console is not None:
+            # a line of a log file is not folded at the width of a terminal that is not there
+            self._console.print(text, markup=False, highlight=False, soft_wrap=self._live is None)
+
+    def close(self) -> None:
+        """Write out what is buffered and leave the console as it was."""
+        if self._live is not None:
+            self._live.stop()
+        self._board.close()
+        self._file.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write(self, kind: str, update: int, values: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl; JSON has no NaN or infinity, they become null."""
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"update": update, "kind": kind, **line}, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def _train_line(values: dict[str, float]) -> str:
+    """Write training numbers in one line: `loss 1.234 (cls 0.5 mask 0.6)  lr 0.01  5.3 images/s  ...`."""
+    losses = " ".join(
+        f"{name.removeprefix('loss_')} {value:.3g}"
+        for name, value in values.items()
+        if name.startswith("loss_")
+    )
+    shown = {
+        "loss": lambda value: f"loss {value:.4g}" + (f" ({losses})" if losses else ""),
+        "lr": lambda value: f"lr {value:.3g}",
+        "images_per_s": lambda value: f"{value:.3g} images/s",
+        "data_wait": lambda value: f"data wait {100 * value:.0f} %",
+        "memory_mib": lambda value: f"{value:.0f} MiB",
+        "eta_s": lambda value: f"eta {timedelta(seconds=round(value)) if math.isfinite(value) else '?'}",
+    }
+    return "  ".join(write(values[name]) for name, write in shown.items() if name in values)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl: a dict a line with update, kind and the values, None where one was not finite.
+
+    A last line that a killed run left half-written is skipped.  Raises DataError for any other broken line.
+    """
+    return [entry for _, entry in _entries(path)]
+
+
+def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each whole line with what it says."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise DataError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}: {error}") from None
+        yield line, entry
+
+
+def _truncate(path: Path, last_update: int) -> None:
+    """Drop the lines of later updates and a half-written one; the file is replaced whole."""
+    if not path.exists():
+        return
+    kept = [line for line, entry in _entries(path) if entry["update"] <= last_update]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)

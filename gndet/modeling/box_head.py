@@ -1,0 +1,130 @@
+"""Box head: classifies regions and refines their boxes.
+
+B images, M ground-truth slots, K proposals, R regions an image, D detections; num_classes is the background's label.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gndet.config import BoxHeadConfig, NormConfig
+from gndet.modeling.norm import conv_factory
+from gndet.ops.boxes import clip_boxes, decode, encode, gather_rows, pairwise_iou
+from gndet.ops.matching import match, sample_balanced
+from gndet.ops.nms import nms_keep
+from gndet.ops.noise import Stream, ranks
+from gndet.ops.reduce import mean_per_image, smooth_l1, sum_per_image
+from gndet.ops.roi_align import roi_align_pyramid
+from gndet.structures import Batch, Detections, Regions
+
+DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+MAX_CANDIDATES = 2000  # class-wise boxes of an image that enter NMS, the best; ten times what COCO's images have
+
+
+def image_index(num_images: int, num_regions: int, device: torch.device) -> Tensor:
+    """The image of each region of a flattened (B, R).  Returns (B * R,) int64."""
+    return torch.arange(num_images, device=device).repeat_interleave(num_regions)
+
+
+class BoxHead(nn.Module):
+    """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores and class-specific box deltas."""
+
+    def __init__(self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cfg, self.num_classes = cfg, num_classes
+        conv = conv_factory(norm)
+        self.convs = nn.ModuleList()
+        if cfg.kind == "4conv1fc":
+            for _ in range(cfg.num_convs):
+                self.convs.append(conv(channels, cfg.conv_channels, 3))
+                channels = cfg.conv_channels
+                nn.init.kaiming_normal_(self.convs[-1].conv.weight, mode="fan_out", nonlinearity="relu")
+        width = channels * cfg.pool_size**2
+        self.fcs = nn.ModuleList()
+        for _ in range(2 if cfg.kind == "2fc" else 1):
+            self.fcs.append(nn.Linear(width, cfg.fc_channels))
+            width = cfg.fc_channels
+            nn.init.kaiming_uniform_(self.fcs[-1].weight, a=1)
+            nn.init.zeros_(self.fcs[-1].bias)
+        self.cls_score = nn.Linear(width, num_classes + 1)
+        self.bbox_pred = nn.Linear(width, num_classes * 4)
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.normal_(self.bbox_pred.weight, std=0.001)
+        nn.init.zeros_(self.cls_score.bias)
+        nn.init.zeros_(self.bbox_pred.bias)
+
+    def forward(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4)."""
+        num_images, num_regions = boxes.shape[:2]
+        image = image_index(num_images, num_regions, boxes.device)
+        x = roi_align_pyramid(
+            features, strides, boxes.flatten(0, 1), image, self.cfg.pool_size, self.cfg.sampling_ratio
+        )
+        for conv in self.convs:
+            x = conv(x)
+        x = x.flatten(1)  # (B * R, C * size * size)
+        for fc in self.fcs:
+            x = F.relu(fc(x))
+        logits = self.cls_score(x).float().unflatten(0, (num_images, num_regions))
+        deltas = self.bbox_pred(x).float().view(num_images, num_regions, self.num_classes, 4)
+        return logits, deltas
+
+    @torch.no_grad()
+    def sample_regions(self, boxes: Tensor, valid: Tensor, batch: Batch) -> Regions:
+        """Sample regions_per_image of the proposals (B, K, 4) and the ground truth, positives first."""
+        cfg, gt = self.cfg, batch.gt
+        ids = [torch.arange(boxes.shape[1], device=boxes.device), torch.arange(gt.boxes.shape[1], device=boxes.device)]
+        ids[1] = ids[1] + (1 << 24)  # an object's number does not depend on how many proposals there are
+        boxes = torch.cat([boxes, gt.boxes], dim=1)
+        valid = torch.cat([valid, gt.valid], dim=1)
+        iou = pairwise_iou(gt.boxes, boxes)
+        matched, label = match(iou, gt.valid, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
+        order = ranks(batch.keys, Stream.REGIONS, torch.cat(ids))
+        index, positive, chosen = sample_balanced(label, order, cfg.regions_per_image, cfg.positive_fraction)
+        matched = matched.gather(1, index)
+        labels = torch.where(positive, gt.labels.gather(1, matched), self.num_classes)
+        empty = torch.zeros((), device=boxes.device)
+        return Regions(
+            torch.where(chosen[..., None], gather_rows(boxes, index), empty), labels, matched, positive, chosen
+        )
+
+    def loss(
+        self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Losses of the regions: each image's are divided by its number of regions, then averaged over images."""
+        logits, deltas = self(features, strides, regions.boxes)
+        target = encode(gather_rows(batch.gt.boxes, regions.matched), regions.boxes, DELTA_WEIGHTS)
+        label = regions.labels.clamp(max=self.num_classes - 1)
+        delta = deltas.gather(2, label[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]  # (B, R, 4)
+        cls = F.cross_entropy(logits.flatten(0, 1), regions.labels.flatten(), reduction="none")
+        loc = smooth_l1(torch.where(regions.positive[..., None], delta - target, 0.0), self.cfg.loss_beta).sum(-1)
+        count = regions.valid.sum(dim=1).clamp(min=1)
+        return {
+            "loss_cls": mean_per_image(cls.view_as(regions.labels), regions.valid).mean(),
+            "loss_box_reg": (sum_per_image(loc, regions.positive) / count).mean(),
+        }
+
+    @torch.no_grad()
+    def detect(
+        self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, valid: Tensor, sizes: Tensor
+    ) -> Detections:
+        """Detections of the proposals boxes (B, K, 4), valid (B, K), after NMS class by class; without masks."""
+        cfg, num_classes = self.cfg, self.num_classes
+        logits, deltas = self(features, strides, boxes)
+        scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
+        usable = valid[..., None] & (scores > cfg.score_threshold)
+        scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
+        scores, index = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
+        label = index % num_classes
+        refined = decode(deltas, boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
+        found = clip_boxes(gather_rows(refined, index), sizes)
+        usable = (scores > 0) & found.isfinite().all(-1) & (found[..., 2:] > found[..., :2]).all(-1)
+        keep = nms_keep(found, scores, label, usable, cfg.nms_threshold)
+        scores = torch.where(keep, scores, -1.0)
+        scores, best = scores.topk(min(cfg.detections_per_image, scores.shape[1]), dim=1)
+        no_masks = boxes.new_zeros((*scores.shape, 0, 0))
+        return Detections(
+            gather_rows(found, best), scores.clamp(min=0), label.gather(1, best), no_masks, scores > 0
+        )

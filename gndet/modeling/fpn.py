@@ -1,0 +1,44 @@
+"""Feature pyramid network (Lin et al. 2017): C2..C5 to P2..P6. B images, C channels."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gndet.config import FPNConfig, NormConfig
+from gndet.modeling.norm import Areas, clear_padding, conv_factory
+
+LEVELS = (2, 3, 4, 5)
+
+
+class FPN(nn.Module):
+    """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbour top-down path; P6 is P5 subsampled by 2."""
+
+    strides = (4, 8, 16, 32, 64)
+
+    def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
+        super().__init__()
+        conv = conv_factory(norm)
+        self.channels = cfg.channels
+        for level, channels in zip(LEVELS, in_channels, strict=True):
+            self.add_module(f"lateral{level}", conv(channels, cfg.channels, 1, relu=False))
+            self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)  # Xavier over fan-in, as Caffe2's XavierFill
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, features: Sequence[Tensor], areas: Areas) -> list[Tensor]:
+        """C2..C5 (B, C, H/s, W/s) to P2..P6 (B, channels, H/s, W/s), areas of the pictures by stride."""
+        top = None
+        outputs = []
+        for level, feature in reversed(list(zip(LEVELS, features, strict=True))):
+            area = areas[2**level]
+            x = self.get_submodule(f"lateral{level}")(feature, area)
+            if top is not None:
+                above = F.interpolate(top, scale_factor=2.0, mode="nearest")
+                x = clear_padding(x + above[:, :, : x.shape[2], : x.shape[3]], area)
+            top = x
+            outputs.insert(0, self.get_submodule(f"output{level}")(x, area))
+        return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]

@@ -1,0 +1,87 @@
+"""Mask head (He et al. 2017): a 28 x 28 mask a class for each region. P regions, S side of the stored masks."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gndet.config import MaskHeadConfig, NormConfig
+from gndet.modeling.box_head import image_index
+from gndet.modeling.norm import conv_factory
+from gndet.ops.masks import mask_targets
+from gndet.ops.reduce import mean_per_image
+from gndet.ops.roi_align import roi_align_pyramid
+from gndet.structures import Batch, Detections, Regions
+
+
+class MaskHead(nn.Module):
+    """Convolutions, a deconvolution and a 1x1 convolution to num_classes masks."""
+
+    def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        conv = conv_factory(norm)
+        self.convs = nn.ModuleList()
+        for _ in range(cfg.num_convs):
+            self.convs.append(conv(channels, cfg.channels, 3))
+            channels = cfg.channels
+        self.deconv = nn.ConvTranspose2d(channels, cfg.channels, 2, 2)
+        self.logits = nn.Conv2d(cfg.channels, num_classes, 1)
+        for module in [*(c.conv for c in self.convs), self.deconv]:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.logits.weight, std=0.001)
+        nn.init.zeros_(self.logits.bias)
+
+    def forward(
+        self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
+    ) -> Tensor:
+        """boxes (P, 4) of images (P,) to the mask logits (P, 28, 28) of their labels (P,)."""
+        x = roi_align_pyramid(features, strides, boxes, image, self.cfg.pool_size, self.cfg.sampling_ratio)
+        for conv in self.convs:
+            x = conv(x)
+        x = self.logits(F.relu(self.deconv(x)))  # (P, num_classes, 28, 28)
+        return x[torch.arange(len(x), device=x.device), labels].float()
+
+    def loss(
+        self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of the positive regions' masks: mean over each image's positives, then over images."""
+        num_images, num_slots = regions.positive.shape
+        rows = _rows(regions.positive)
+        image = image_index(num_images, num_slots, rows.device)[rows]
+        boxes, matched = regions.boxes.flatten(0, 1)[rows], regions.matched.flatten()[rows]
+        labels = torch.where(regions.positive, regions.labels, 0).flatten()[rows]
+        logits = self(features, strides, boxes, image, labels)
+        with torch.no_grad():
+            target = mask_targets(batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1])
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))  # (P,)
+        padded = loss.new_zeros(num_images * num_slots).index_put((rows,), loss).view(num_images, num_slots)
+        return {"loss_mask": mean_per_image(padded, regions.positive).mean()}
+
+    @torch.no_grad()
+    def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Detections) -> Detections:
+        """Give detections their masks, (B, D, 28, 28) probabilities."""
+        num_images, num_slots = found.valid.shape
+        rows = _rows(found.valid)
+        image = image_index(num_images, num_slots, rows.device)[rows]
+        labels = torch.where(found.valid, found.labels, 0).flatten()[rows]
+        masks = self(features, strides, found.boxes.flatten(0, 1)[rows], image, labels).sigmoid()
+        side = masks.shape[-1]
+        padded = masks.new_zeros(num_images * num_slots, side, side).index_put((rows,), masks)
+        return found._replace(masks=padded.view(num_images, num_slots, side, side))
+
+
+def _rows(wanted: Tensor) -> Tensor:
+    """The slots the head computes, indices into the flattened wanted (B, P).
+
+    All of them on a GPU, where one graph and no host sync count; on the CPU, where work counts, those wanted and
+    always the first, so that a layer never sees an empty batch.
+    """
+    if wanted.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.arange(wanted.numel(), device=wanted.device)
+    wanted = wanted.flatten().clone()
+    wanted[0] = True
+    return wanted.nonzero()[:, 0]

@@ -1,0 +1,115 @@
+"""Mask R-CNN (He et al. 2017) with a pyramid, and the one place where its parts are chosen.
+
+B images, N anchors, K proposals, R regions and P positive regions an image, D detections, (H, W) canvas.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gndet.config import ModelConfig, NormConfig
+from gndet.errors import ConfigError
+from gndet.modeling.box_head import BoxHead
+from gndet.modeling.fpn import FPN
+from gndet.modeling.mask_head import MaskHead
+from gndet.modeling.norm import Area, Areas, picture_areas
+from gndet.modeling.resnet import ResNet
+from gndet.modeling.rpn import RPN
+from gndet.ops.roi_align import extend_edges
+from gndet.structures import Batch, Detections, Regions
+
+ROI_LEVELS = 4  # the heads pool from P2..P5
+
+
+class MaskRCNN(nn.Module):
+    """The detector; mask_head None makes it a Faster R-CNN."""
+
+    def __init__(
+        self, *, backbone: ResNet, fpn: FPN, rpn: RPN, box_head: BoxHead, mask_head: MaskHead | None,
+        pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float],
+    ) -> None:
+        super().__init__()
+        self.backbone, self.fpn, self.rpn = backbone, fpn, rpn
+        self.box_head, self.mask_head = box_head, mask_head
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
+
+    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], Areas]:
+        """P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
+        height, width = images.shape[2:]
+        areas = picture_areas(sizes, height, width, padded)
+        x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        if padded:
+            x = torch.where(Area.of(sizes, height, width).mask, x, 0.0)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.fpn(self.backbone(x, areas), areas), areas
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The training losses, each a mean over the images; a function of each image and its key alone.
+
+        Returns loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with masks, loss_mask.
+        """
+        features, areas = self.features(batch.images, batch.sizes, batch.padded)
+        logits, deltas = self.rpn(features, areas)  # L x (B, N_l), L x (B, N_l, 4)
+        anchors, ids = self.rpn.anchors(features)
+        inside = self.rpn.inside(areas, features)
+        losses = self.rpn.loss(logits, deltas, anchors, ids, inside, batch)
+        boxes, valid = self.rpn.propose(logits, deltas, anchors, inside, batch.sizes)  # (B, K, 4), (B, K)
+        regions = self.box_head.sample_regions(boxes, valid, batch)
+        pyramid, strides = self._pooled_levels(features, areas)
+        losses |= self.box_head.loss(pyramid, strides, regions, batch)
+        if self.mask_head is not None:
+            cfg = self.box_head.cfg
+            most = max(int(cfg.regions_per_image * cfg.positive_fraction), 1)  # positives come first
+            positives = Regions(*(field[:, :most] for field in regions))
+            losses |= self.mask_head.loss(pyramid, strides, positives, batch)
+        return losses
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
+        """Detections in canvas pixels, with masks if there is a mask head; arguments as Batch's fields."""
+        features, areas = self.features(images, sizes, padded)
+        logits, deltas = self.rpn(features, areas)
+        anchors, _ = self.rpn.anchors(features)
+        boxes, valid = self.rpn.propose(logits, deltas, anchors, self.rpn.inside(areas, features), sizes)
+        pyramid, strides = self._pooled_levels(features, areas)
+        found = self.box_head.detect(pyramid, strides, boxes, valid, sizes)
+        return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
+
+    def _pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
+        strides = self.fpn.strides[:ROI_LEVELS]
+        levels = [
+            feature if areas[stride] is None else extend_edges(feature, areas[stride].sizes)
+            for feature, stride in zip(features, strides, strict=False)
+        ]
+        return levels, strides
+
+
+def build_model(cfg: ModelConfig, num_classes: int) -> MaskRCNN:
+    """Choose and build the parts of a config; `part.norm or model.norm` decides each part's norm.
+
+    Raises ConfigError that names the part whose norm does not fit its channels.
+    """
+    norms = part_norms(cfg)
+    part = "backbone"
+    try:
+        backbone = ResNet(cfg.backbone, norms[part])
+        part = "fpn"
+        fpn = FPN(cfg.fpn, norms[part], backbone.channels)
+        part = "rpn"
+        rpn = RPN(cfg.rpn, norms[part], fpn.channels, fpn.strides)
+        part = "box_head"
+        box_head = BoxHead(cfg.box_head, norms[part], fpn.channels, num_classes)
+        part = "mask_head"
+        mask_head = MaskHead(cfg.mask_head, norms[part], fpn.channels, num_classes) if cfg.masks else None
+    except ConfigError as error:
+        raise ConfigError(f"model.{part}: {error}") from None
+    return MaskRCNN(
+        backbone=backbone, fpn=fpn, rpn=rpn, box_head=box_head, mask_head=mask_head,
+        pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std,
+    )
+
+
+def part_norms(cfg: ModelConfig) -> dict[str, NormConfig]:
+    """The norm of each part: its own, or model.norm."""
+    parts = ("backbone", "fpn", "rpn", "box_head", "mask_head")
+    return {part: getattr(cfg, part).norm or cfg.norm for part in parts}

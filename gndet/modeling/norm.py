@@ -1,0 +1,279 @@
+"""The normalisation layers, and the one place where a config's `norm` becomes layers.
+
+Every method computes y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel, and they differ in
+the set over which mu and var are taken (Wu & He 2018, section 3). x is (B, C, H, W); G groups.
+
+Images of a batch share a canvas. A *masked* layer takes its statistics over each picture alone and leaves zeros in the
+padding, so that an image's features are those of the image run alone; `area=None` says that nothing is padded.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from gndet.config import NormConfig
+from gndet.errors import ConfigError
+
+
+class Area(NamedTuple):
+    """Where the pictures lie on feature maps of one stride."""
+
+    sizes: Tensor  # (B, 2) int64 valid height, width in cells
+    mask: Tensor  # (B, 1, H, W) bool
+    count: Tensor  # (B, 1) float32 number of valid cells
+
+    @staticmethod
+    def of(sizes: Tensor, height: int, width: int) -> "Area":
+        """The area of pictures of the given sizes (B, 2) on (height, width) maps."""
+        row = torch.arange(height, device=sizes.device)[None, None, :, None]
+        column = torch.arange(width, device=sizes.device)[None, None, None, :]
+        mask = (row < sizes[:, 0, None, None, None]) & (column < sizes[:, 1, None, None, None])
+        return Area(sizes, mask, (sizes[:, :1] * sizes[:, 1:]).float())
+
+
+Areas = dict[int, Area | None]  # by stride; None where nothing is padded
+
+
+def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Areas:
+    """The areas of pictures of sizes (B, 2) on a (height, width) canvas, at the strides 2 to 64.
+
+    Every layer of the network halves by rounding up, so a picture has ceil(size / stride) cells.
+    """
+    if not padded:
+        return dict.fromkeys((2, 4, 8, 16, 32, 64))
+    return {s: Area.of((sizes + s - 1) // s, -(-height // s), -(-width // s)) for s in (2, 4, 8, 16, 32, 64)}
+
+
+def clear_padding(x: Tensor, area: Area | None) -> Tensor:
+    """Put zeros into the padding of x (B, C, H, W); area None: nothing is padded."""
+    return x if area is None else torch.where(area.mask, x, 0.0)
+
+
+class _MaskedGroupNorm(torch.autograd.Function):
+    """Group normalisation with statistics over each picture only; keeps x and two numbers a group for backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor, count: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        grouped = x.unflatten(1, (groups, -1))  # (B, G, C/G, H, W)
+        inside = mask[:, None]  # (B, 1, 1, H, W)
+        n = (count * grouped.shape[2]).to(x.dtype)  # (B, 1)
+        mean = torch.where(inside, grouped, 0.0).sum((2, 3, 4)) / n  # (B, G)
+        centred = torch.where(inside, grouped - mean[:, :, None, None, None], 0.0)
+        rstd = (centred.square().sum((2, 3, 4)) / n + eps).rsqrt()  # (B, G)
+        ctx.save_for_backward(x, mask, n, gamma, mean, rstd)
+        normal = (centred * rstd[:, :, None, None, None]).flatten(1, 2)
+        return torch.where(mask, torch.addcmul(beta[:, None, None], normal, gamma[:, None, None]), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, n, gamma, mean, rstd = ctx.saved_tensors
+        groups = mean.shape[1]
+        wide = (slice(None), slice(None), None, None, None)
+        normal = (x.unflatten(1, (groups, -1)) - mean[wide]) * rstd[wide]
+        normal = torch.where(mask[:, None], normal, 0.0)
+        grad = torch.where(mask, grad, 0.0).unflatten(1, (groups, -1))
+        weighted = grad * normal  # (B, G, C/G, H, W)
+        grad_gamma = weighted.sum((0, 3, 4)).flatten()
+        grad_beta = grad.sum((0, 3, 4)).flatten()
+        scale = gamma.view(1, groups, -1)  # (1, G, C/G)
+        mean_grad = (grad.sum((3, 4)) * scale).sum(2) / n  # (B, G)
+        mean_weighted = (weighted.sum((3, 4)) * scale).sum(2) / n
+        grad_x = grad * scale[..., None, None] - mean_grad[wide] - normal * mean_weighted[wide]
+        grad_x = torch.where(mask[:, None], grad_x * rstd[wide], 0.0).flatten(1, 2)
+        return grad_x, None, None, grad_gamma, grad_beta, None, None
+
+
+class GroupNorm(nn.Module):
+    """GN: statistics over (H, W) and the C/G channels of a group, one sample (Wu & He 2018, eq. 7).
+
+    groups = 1 is LN (over C, H, W), groups = C is IN (over H, W of one channel).
+    """
+
+    def __init__(self, channels: int, groups: int, eps: float, masked: bool) -> None:
+        super().__init__()
+        self.groups, self.eps, self.masked = groups, eps, masked
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        """x (B, C, H, W), area of the pictures or None.  Returns the same shape and type; statistics in float32."""
+        dtype = x.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.weight.dtype)
+            if area is None or not self.masked:
+                y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+            else:
+                y = _MaskedGroupNorm.apply(
+                    x, area.mask, area.count, self.weight, self.bias, self.groups, self.eps
+                )
+            return y.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.groups} groups, {len(self.weight)} channels, eps={self.eps}, masked={self.masked}"
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BN: statistics over (B, H, W) of one channel; running averages at test time (Ioffe & Szegedy 2015)."""
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """SyncBN: BN's statistics over (B, H, W) of all processes; plain BN in a single process.
+
+    On torch.distributed's own differentiable all-reduce, so that it runs with gloo on CPUs as with NCCL on GPUs.
+    """
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        wide = x.float()
+        moments = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), wide.new_tensor([x[:, 0].numel()])])
+        total = all_reduce(moments)
+        n = total[-1]
+        mean, square = (total[:-1] / n).chunk(2)  # (C,)
+        var = (square - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+class FrozenBatchNorm(nn.Module):
+    """Frozen BN: an affine map by stored statistics and stored gamma and beta, none of which is trained."""
+
+    def __init__(self, channels: int, eps: float, masked: bool) -> None:
+        super().__init__()
+        self.eps, self.masked = eps, masked
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        y = torch.addcmul(shift[:, None, None].to(x.dtype), x, scale[:, None, None].to(x.dtype))
+        return clear_padding(y, area) if self.masked else y
+
+
+class BatchRenorm(nn.BatchNorm2d):
+    """BRN: BN's statistics over (B, H, W), corrected towards the running ones by r and d (Ioffe 2017, algorithm 1).
+
+    The limits grow as in its section 4.2: r_max from 1 to 3 between updates 5,000 and 40,000, d_max from 0 to 5
+    between 5,000 and 25,000; before that it is BN.
+    """
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)  # (C,)
+        std = (var + self.eps).sqrt()
+        with torch.no_grad():
+            running_std = (self.running_var + self.eps).sqrt()
+            step = self.num_batches_tracked.float() - 5_000
+            r_max = 1 + 2 * (step / 35_000).clamp(0, 1)
+            d_max = 5 * (step / 20_000).clamp(0, 1)
+            r = (std / running_std).clamp(1 / r_max, r_max)
+            d = ((mean - self.running_mean) / running_std).clamp(-d_max, d_max)
+            n = x[:, 0].numel()
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
+        scale = self.weight * r / std
+        shift = self.bias + self.weight * d - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+class NoNorm(nn.Module):
+    """none: no statistics, no gamma or beta; the convolution before it has a bias."""
+
+    def __init__(self, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        return clear_padding(x, area) if self.masked else x
+
+
+def _group_norm(cfg: NormConfig, channels: int) -> nn.Module:
+    groups = cfg.groups if cfg.channels_per_group is None else max(channels // cfg.channels_per_group, 1)
+    if channels % groups or (cfg.channels_per_group and channels % cfg.channels_per_group):
+        fitting = [g for g in range(1, channels + 1) if channels % g == 0]
+        wanted = f"groups: {groups}" if cfg.channels_per_group is None else f"channels_per_group: {cfg.channels_per_group}"
+        raise ConfigError(f"norm {wanted} does not divide {channels} channels; these do: {', '.join(map(str, fitting))}")
+    return GroupNorm(channels, groups, cfg.eps, cfg.masked)
+
+
+# the norms by name; another one is an entry here (and a word in config.NormConfig.kind)
+NORMS: dict[str, Callable[[NormConfig, int], nn.Module]] = {
+    "gn": _group_norm,
+    "ln": lambda cfg, channels: GroupNorm(channels, 1, cfg.eps, cfg.masked),
+    "in": lambda cfg, channels: GroupNorm(channels, channels, cfg.eps, cfg.masked),
+    "bn": lambda cfg, channels: BatchNorm(channels, cfg.eps, cfg.momentum),
+    "sync_bn": lambda cfg, channels: SyncBatchNorm(channels, cfg.eps, cfg.momentum),
+    "frozen_bn": lambda cfg, channels: FrozenBatchNorm(channels, cfg.eps, cfg.masked),
+    "brn": lambda cfg, channels: BatchRenorm(channels, cfg.eps, cfg.momentum),
+    "none": lambda cfg, channels: NoNorm(cfg.masked),
+}
+
+
+def make_norm(cfg: NormConfig, channels: int) -> nn.Module:
+    """Build the norm layer of a config for feature maps of that many channels.
+
+    The layer is called with x (B, C, H, W) and an Area or None.  Raises ConfigError where the groups do not divide
+    the channels.
+    """
+    return NORMS[cfg.kind](cfg, channels)
+
+
+NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm)  # whose parameters are gamma and beta
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose weights are standardised per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) * (var + 1e-10).rsqrt(), self.bias)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, norm and, if asked for, ReLU: the brick of the whole network.
+
+    The convolution has a bias only where no norm follows.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True
+    ) -> None:
+        super().__init__()
+        layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
+        self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm.kind == "none")
+        self.norm = make_norm(norm, out_channels)
+        self.relu = relu
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        """x (B, C, H, W), area of the result or None.  Returns (B, out_channels, H/stride, W/stride)."""
+        x = self.norm(self.conv(x), area)
+        return F.relu(x, inplace=True) if self.relu else x
+
+
+ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True), the norm chosen
+
+
+def conv_factory(norm: NormConfig) -> ConvFactory:
+    """A ConvNorm with its norm chosen, for modules that need not know it."""
+    return partial(ConvNorm, norm=norm)

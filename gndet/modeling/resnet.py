@@ -1,0 +1,119 @@
+"""ResNet (He et al. 2016) that returns C2..C5. B images, C channels, (H, W) canvas."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gndet.config import BackboneConfig, NormConfig
+from gndet.modeling.norm import Area, Areas, ConvFactory, ConvNorm, clear_padding, conv_factory
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, for ResNet-18 and -34."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, conv: ConvFactory) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, channels, 3, stride=stride)
+        self.conv2 = conv(channels, channels, 3, relu=False)
+        self.shortcut = _shortcut(in_channels, channels, stride, conv)
+
+    @property
+    def last(self) -> ConvNorm:
+        """The convolution whose norm may start with gamma 0."""
+        return self.conv2
+
+    def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
+        """x (B, C, H, W), its area and that of the result.  Returns (B, channels, H/stride, W/stride)."""
+        y = self.conv2(self.conv1(x, area), area)
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, area)), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 beside a shortcut; the stride is in the 3x3, as in every GN recipe."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, conv: ConvFactory) -> None:
+        super().__init__()
+        self.conv1 = conv(in_channels, channels, 1)
+        self.conv2 = conv(channels, channels, 3, stride=stride)
+        self.conv3 = conv(channels, channels * 4, 1, relu=False)
+        self.shortcut = _shortcut(in_channels, channels * 4, stride, conv)
+
+    @property
+    def last(self) -> ConvNorm:
+        """The convolution whose norm may start with gamma 0."""
+        return self.conv3
+
+    def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
+        """x (B, C, H, W), its area and that of the result.  Returns (B, 4 * channels, H/stride, W/stride)."""
+        y = self.conv3(self.conv2(self.conv1(x, area_in), area), area)
+        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, area)), inplace=True)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> ConvNorm | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return conv(in_channels, out_channels, 1, stride=stride, relu=False)
+
+
+class ResNet(nn.Module):
+    """The backbone; `channels` are those of C2..C5, at strides 4, 8, 16, 32."""
+
+    def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
+        super().__init__()
+        conv = conv_factory(norm)
+        block = BasicBlock if cfg.depth < 50 else Bottleneck
+        self.stem = conv(3, 64, 7, stride=2)
+        self.channels = tuple(64 * 2**i * block.expansion for i in range(4))
+        in_channels = 64
+        for i, count in enumerate(BLOCKS[cfg.depth]):
+            blocks = []
+            for j in range(count):
+                blocks.append(block(in_channels, 64 * 2**i, 2 if i and not j else 1, conv))
+                in_channels = self.channels[i]
+            self.add_module(f"res{i + 2}", nn.ModuleList(blocks))
+        self._initialise(cfg.zero_init_last_gamma)
+        self.freeze(cfg.freeze_at)
+
+    def _initialise(self, zero_init_last_gamma: bool) -> None:
+        """MSRA initialisation (He et al. 2015), and gamma 0 in the last norm of a block if asked for."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if zero_init_last_gamma:
+            for stage in self.stages():
+                for block in stage:
+                    weight = getattr(block.last.norm, "weight", None)
+                    if weight is not None:
+                        nn.init.zeros_(weight)
+
+    def stages(self) -> list[nn.ModuleList]:
+        """res2..res5."""
+        return [self.get_submodule(f"res{i}") for i in (2, 3, 4, 5)]
+
+    def freeze(self, freeze_at: int) -> None:
+        """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
+        for part in [self.stem, *self.stages()][:freeze_at]:
+            part.requires_grad_(False)
+
+    def forward(self, x: Tensor, areas: Areas) -> list[Tensor]:
+        """x (B, 3, H, W) normalised, zero in the padding; areas of the pictures by stride.
+
+        Returns C2..C5, (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is a masked one.
+        """
+        x = self.stem(x, areas[2])
+        x = clear_padding(F.max_pool2d(x, 3, 2, 1), areas[4])  # after the ReLU zeros do not change a maximum
+        features = []
+        area = areas[4]
+        for stage, stride in zip(self.stages(), (4, 8, 16, 32), strict=True):
+            for block in stage:
+                x = block(x, area, areas[stride])
+                area = areas[stride]
+            features.append(x)
+        return features

@@ -1,0 +1,140 @@
+"""Region proposal network on a pyramid (Ren et al. 2015; Lin et al. 2017).
+
+B images, M ground-truth slots, N anchors of all levels, K proposals, A anchors a cell, L levels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gndet.config import NormConfig, RPNConfig
+from gndet.modeling.norm import Areas, conv_factory
+from gndet.ops.boxes import clip_boxes, decode, encode, gather_rows, pairwise_iou
+from gndet.ops.matching import match, sample_balanced
+from gndet.ops.nms import nms_keep
+from gndet.ops.noise import Stream, ranks
+from gndet.ops.reduce import smooth_l1, sum_per_image
+from gndet.structures import Batch
+
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+def level_anchors(
+    size: float, ratios: Sequence[float], stride: int, height: int, width: int, device: torch.device
+) -> Tensor:
+    """Anchors of one level, row by row, A a cell, centred on the cell's top-left pixel (as detectron2's).
+
+    Returns (height * width * A, 4) float32 xyxy pixels.
+    """
+    ratio = torch.tensor(ratios, device=device)
+    half = torch.stack([size / ratio.sqrt(), size * ratio.sqrt()], dim=-1) / 2  # (A, 2) width, height
+    y, x = torch.meshgrid(
+        torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
+    )
+    center = torch.stack([x, y], dim=-1).float().reshape(-1, 1, 2)  # (H * W, 1, 2)
+    return torch.cat([center - half, center + half], dim=-1).reshape(-1, 4)
+
+
+def cell_ids(level: int, height: int, width: int, num_anchors: int, device: torch.device) -> Tensor:
+    """Numbers in [0, 2**31) that name an anchor by level, row, column and kind, whatever the canvas.  Returns (N,)."""
+    row = torch.arange(height, device=device)[:, None, None]
+    column = torch.arange(width, device=device)[None, :, None]
+    kind = torch.arange(num_anchors, device=device)[None, None, :]
+    return ((((level << 12 | row) << 12) | column) << 4 | kind).flatten()  # 3 + 12 + 12 + 4 bits: maps to 4096 cells
+
+
+class RPN(nn.Module):
+    """Scores and refines anchors, and proposes regions."""
+
+    def __init__(self, cfg: RPNConfig, norm: NormConfig, channels: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.cfg, self.strides = cfg, tuple(strides)
+        self.num_anchors = len(cfg.aspect_ratios)
+        self.conv = conv_factory(norm)(channels, channels, 3)
+        self.objectness = nn.Conv2d(channels, self.num_anchors, 1)
+        self.deltas = nn.Conv2d(channels, self.num_anchors * 4, 1)
+        for module in (self.conv.conv, self.objectness, self.deltas):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Sequence[Tensor], areas: Areas) -> tuple[list[Tensor], list[Tensor]]:
+        """P2..P6 to objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4), float32."""
+        logits, deltas = [], []
+        for feature, stride in zip(features, self.strides, strict=True):
+            x = self.conv(feature, areas[stride])
+            logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
+            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4).float())
+        return logits, deltas
+
+    def anchors(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Anchors L x (N_l, 4) and their ids L x (N_l,) for feature maps (B, C, H, W)."""
+        boxes, ids = [], []
+        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            height, width = feature.shape[2:]
+            size, ratios = self.cfg.anchor_sizes[level], self.cfg.aspect_ratios
+            boxes.append(level_anchors(size, ratios, stride, height, width, feature.device))
+            ids.append(cell_ids(level, height, width, self.num_anchors, feature.device))
+        return boxes, ids
+
+    def inside(self, areas: Areas, features: Sequence[Tensor]) -> list[Tensor]:
+        """Which anchors belong to cells of the picture, L x (B, N_l) bool."""
+        masks = []
+        for feature, stride in zip(features, self.strides, strict=True):
+            area = areas[stride]
+            shape = (feature.shape[0], feature.shape[2] * feature.shape[3], self.num_anchors)
+            cells = feature.new_ones(shape[:2], dtype=torch.bool) if area is None else area.mask.flatten(1)
+            masks.append(cells[:, :, None].expand(shape).flatten(1))
+        return masks
+
+    def loss(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], ids: list[Tensor],
+        inside: list[Tensor], batch: Batch,
+    ) -> dict[str, Tensor]:
+        """Losses of sampled anchors: an image's are divided by anchors_per_image, then averaged over images."""
+        cfg, gt = self.cfg, batch.gt
+        boxes = torch.cat(anchors)[None]  # (1, N, 4)
+        with torch.no_grad():
+            iou = pairwise_iou(gt.boxes, boxes)  # (B, M, N)
+            matched, label = match(
+                iou, gt.valid, torch.cat(inside, 1), cfg.negative_iou, cfg.positive_iou, keep_best=True
+            )
+            order = ranks(batch.keys, Stream.ANCHORS, torch.cat(ids))
+            index, positive, valid = sample_balanced(label, order, cfg.anchors_per_image, cfg.positive_fraction)
+            anchor = boxes[0][index]  # (B, R, 4)
+            target = encode(gather_rows(gt.boxes, matched.gather(1, index)), anchor, DELTA_WEIGHTS)
+        score = torch.cat(logits, 1).gather(1, index)
+        delta = gather_rows(torch.cat(deltas, 1), index)
+        cls = F.binary_cross_entropy_with_logits(score, positive.float(), reduction="none")
+        loc = smooth_l1(torch.where(positive[..., None], delta - target, 0.0), cfg.loss_beta).sum(-1)
+        return {
+            "loss_rpn_cls": (sum_per_image(cls, valid) / cfg.anchors_per_image).mean(),
+            "loss_rpn_loc": (sum_per_image(loc, positive) / cfg.anchors_per_image).mean(),
+        }
+
+    @torch.no_grad()
+    def propose(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], inside: list[Tensor], sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The best regions of each image after NMS level by level; more in training than in evaluation.
+
+        sizes (B, 2) of the pictures.  Returns boxes (B, K, 4) clipped to the picture and valid (B, K), by falling
+        score.
+        """
+        pre = self.cfg.pre_nms_train if self.training else self.cfg.pre_nms_test
+        post = self.cfg.post_nms_train if self.training else self.cfg.post_nms_test
+        all_boxes, all_scores, all_valid = [], [], []
+        for score, delta, anchor, here in zip(logits, deltas, anchors, inside, strict=True):
+            score = torch.where(here & score.isfinite(), score, -torch.inf)
+            score, index = score.topk(min(pre, score.shape[1]), dim=1)
+            boxes = clip_boxes(decode(gather_rows(delta, index), anchor[index], DELTA_WEIGHTS), sizes)
+            valid = (score > -torch.inf) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+            keep = nms_keep(boxes, score, torch.zeros_like(index), valid, self.cfg.nms_threshold)
+            all_boxes.append(boxes)
+            all_scores.append(score)
+            all_valid.append(keep)
+        score = torch.where(torch.cat(all_valid, 1), torch.cat(all_scores, 1), -torch.inf)
+        score, index = score.topk(min(post, score.shape[1]), dim=1)
+        return gather_rows(torch.cat(all_boxes, 1), index), score > -torch.inf

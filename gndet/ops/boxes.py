@@ -1,0 +1,63 @@
+"""Box geometry on padded batches. B images, M ground-truth slots, N boxes; xyxy float32 pixels, float32 throughout."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = math.log(1000 / 16)  # Detectron: a 16 px anchor may grow to 1000 px
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every pair.
+
+    a (B, M, 4), b (B or 1, N, 4).  Returns (B, M, N) in [0, 1]; empty or inverted boxes give 0.
+    """
+    ax0, ay0, ax1, ay1 = a[:, :, None].unbind(-1)  # (B, M, 1)
+    bx0, by0, bx1, by1 = b[:, None].unbind(-1)  # (B, 1, N)
+    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)  # (B, M, N)
+    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
+    intersection = width * height
+    area_a = (ax1 - ax0).clamp(min=0) * (ay1 - ay0).clamp(min=0)
+    area_b = (bx1 - bx0).clamp(min=0) * (by1 - by0).clamp(min=0)
+    return intersection / (area_a + area_b - intersection).clamp(min=1e-6)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Limit boxes to their picture.
+
+    boxes (B, N, 4); sizes (B, 2) height, width in pixels.  Returns (B, N, 4).  A box wholly outside becomes
+    empty (zero area); none is removed.
+    """
+    limit = sizes.flip(-1).to(boxes.dtype)  # (B, 2) width, height
+    return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1)[:, None])
+
+
+def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Regression targets of boxes against anchors (Girshick et al. 2014, appendix C).
+
+    boxes, anchors (..., 4).  weights multiply dx, dy, dw, dh.  Returns (..., 4), finite for any boxes without NaN.
+    """
+    anchor_size = (anchors[..., 2:] - anchors[..., :2]).clamp(min=1e-3)
+    size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
+    shift = ((boxes[..., 2:] + boxes[..., :2]) - (anchors[..., 2:] + anchors[..., :2])) / 2 / anchor_size
+    deltas = torch.cat([shift, (size / anchor_size).log()], dim=-1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+    """Boxes from regression deltas, the inverse of `encode`; growth is limited to 1000 / 16.
+
+    deltas, anchors (..., 4), broadcastable.  Returns (..., 4) float32.
+    """
+    deltas = deltas.float() / anchors.new_tensor(weights)
+    size = anchors[..., 2:] - anchors[..., :2]
+    center = (anchors[..., 2:] + anchors[..., :2]) / 2 + deltas[..., :2] * size
+    half = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Take rows of each image: values (B, N, ...), index (B, R) int64 in [0, N).  Returns (B, R, ...)."""
+    trailing = values.shape[2:]
+    return values.gather(1, index.reshape(*index.shape, *(1,) * len(trailing)).expand(*index.shape, *trailing))

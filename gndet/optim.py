@@ -1,0 +1,87 @@
+"""Optimiser, learning-rate schedule and averaged weights. Schedules are pure functions of the update number."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from gndet.config import OptimizerConfig, ScheduleConfig
+from gndet.modeling.norm import NORM_LAYERS
+
+
+def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum or AdamW over the trainable parameters; gamma and beta have a weight decay of their own."""
+    norm, other = [], []
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                (norm if isinstance(module, NORM_LAYERS) else other).append(parameter)
+    groups = [
+        {"params": other, "weight_decay": cfg.weight_decay},
+        {"params": norm, "weight_decay": cfg.norm_weight_decay},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if cfg.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas)
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+
+
+def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:
+    """Updates of the run: as many images as the schedule states for its reference batch."""
+    return max(round(cfg.updates * cfg.reference_batch / global_batch), 1)
+
+
+def learning_rate(update: int, cfg: OptimizerConfig, schedule: ScheduleConfig, global_batch: int) -> float:
+    """The learning rate of an update (0, 1, ...), the schedule rescaled from its reference batch to global_batch.
+
+    It grows linearly with the batch for sgd (Goyal et al. 2017), with its square root for adamw (Malladi et al. 2022).
+    """
+    ratio = global_batch / schedule.reference_batch
+    peak = cfg.lr * (ratio if cfg.kind == "sgd" else math.sqrt(ratio))
+    reference_update = update * ratio  # the same number of images seen
+    if schedule.kind == "cosine":
+        factor = (1 + math.cos(math.pi * min(reference_update / schedule.updates, 1))) / 2
+    else:
+        factor = schedule.gamma ** sum(reference_update >= step for step in schedule.steps)
+    if reference_update < schedule.warmup:
+        done = reference_update / schedule.warmup
+        factor *= schedule.warmup_factor * (1 - done) + done
+    return peak * factor
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of a model's weights and running statistics."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors: {"momentum_buffer/fpn.output2.conv.weight": ...}."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in _trainable(model)
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Restore what `optimizer_tensors` gave, in the memory layout of the parameters (so that sums round alike)."""
+    parameters = dict(_trainable(model))
+    for full_name, value in tensors.items():
+        key, name = full_name.split("/", 1)
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][key] = value.detach()
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)

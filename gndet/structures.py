@@ -1,0 +1,80 @@
+"""What flows between the parts, as NamedTuples (pytree, DDP, pin_memory and torch.compile know them as they are).
+
+Letters used throughout the project: B images, M ground-truth slots, N anchors or candidates, R regions per image,
+P positive regions per image, D detections, C channels, L levels, S mask side, (H, W) canvas.
+Boxes are xyxy float32 pixels, sizes are (height, width), labels lie in [0, num_classes).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+MASK_SIDE = 112  # a 28 x 28 mask target sampled from 112 x 112 differs from the full mask in 0.5 % of its pixels
+
+
+class GroundTruth(NamedTuple):
+    """Objects of a batch, padded to M slots; a slot with valid == False may hold anything, NaN too."""
+
+    boxes: Tensor  # (B, M, 4) float32 xyxy in canvas pixels
+    labels: Tensor  # (B, M) int64 in [0, num_classes)
+    masks: Tensor  # (B, M, S, S) bool, each in the frame of its own box; S = 0 where masks are off
+    valid: Tensor  # (B, M) bool
+
+
+class Batch(NamedTuple):
+    """Images on one canvas with their objects: all that a training step sees."""
+
+    images: Tensor  # (B, 3, H, W) uint8 RGB, each picture in the top-left corner of the canvas
+    sizes: Tensor  # (B, 2) int64 height, width of the picture inside the canvas
+    keys: Tensor  # (B,) int64: hash of (seed, epoch, image id), the only source of randomness for this image
+    gt: GroundTruth
+    padded: bool  # False promises that every picture fills the canvas (then no norm needs a mask)
+
+
+class Regions(NamedTuple):
+    """Regions of interest sampled for the box and mask heads; positives come first."""
+
+    boxes: Tensor  # (B, R, 4) float32 xyxy in canvas pixels
+    labels: Tensor  # (B, R) int64; num_classes for background
+    matched: Tensor  # (B, R) int64 slot of the ground truth the region is compared with
+    positive: Tensor  # (B, R) bool
+    valid: Tensor  # (B, R) bool
+
+
+class Detections(NamedTuple):
+    """Detections of a batch, by falling score, padded to D slots."""
+
+    boxes: Tensor  # (B, D, 4) float32 xyxy in canvas pixels
+    scores: Tensor  # (B, D) float32 in [0, 1]
+    labels: Tensor  # (B, D) int64 in [0, num_classes)
+    masks: Tensor  # (B, D, 28, 28) float32 probabilities in the frame of the box; (B, D, 0, 0) where masks are off
+    valid: Tensor  # (B, D) bool
+
+
+class Record(NamedTuple):
+    """One image of a data set with its n objects as the annotation file gives them (float64, original pixels)."""
+
+    image_id: int
+    file_name: str  # for messages and predictions; a drawn image has a made-up name
+    size: tuple[int, int]  # height, width in pixels
+    load: Callable[[], np.ndarray]  # picklable; returns (height, width, 3) uint8 RGB
+    boxes: np.ndarray  # (n, 4) float64 xyxy
+    labels: np.ndarray  # (n,) int64 index into Dataset.classes
+    crowd: np.ndarray  # (n,) bool: a crowd region, ignored in training, kept in evaluation
+    area: np.ndarray  # (n,) float64 pixels, as COCO's evaluation wants it
+    annotation_ids: np.ndarray  # (n,) int64 >= 1, unique in the data set
+    segmentations: list[Any]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, or {"size", "counts"} RLE, or None
+
+
+class Dataset(NamedTuple):
+    """A data set that has been read and checked."""
+
+    name: str  # path of the annotation file, or what was drawn
+    root: Path | None  # folder of the images; None where they are drawn
+    classes: tuple[str, ...]  # class names; a label is an index into it
+    category_ids: tuple[int, ...]  # the file's category id of each class
+    records: list[Record]
+    fixes: dict[str, int]  # what was mended in memory, counted: {"zero-area boxes dropped": 2}

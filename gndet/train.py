@@ -1,0 +1,450 @@
+"""Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
+
+import os
+import platform
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from rich.console import Console
+from torch import Tensor, nn
+
+import gndet
+from gndet.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, point, prune, save_checkpoint, sweep
+from gndet.config import Config, config_from_dict, config_to_yaml
+from gndet.data import read_dataset
+from gndet.data.batching import train_batches
+from gndet.distributed import Process, any_process, gather, mean, process, wrap
+from gndet.errors import ConfigError, TrainingError
+from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
+from gndet.metrics import RunLog
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.optim import (
+    average_weights, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate,
+    total_updates,
+)
+from gndet.structures import Batch, Dataset
+from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
+from gndet.weights.load import load_weights
+
+# What may differ when a run goes on: nothing here changes what is learned.
+NEUTRAL = (
+    "device", "data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every",
+    "train.keep_last", "train.vis_images", "evaluation",
+)  # fmt: skip
+PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
+
+
+class Run(NamedTuple):
+    """What a run consists of."""
+
+    cfg: Config
+    out: Path
+    proc: Process
+    train_set: Dataset
+    val_set: Dataset
+    model: MaskRCNN
+    average: nn.Module | None  # the averaged weights, if any
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager]
+
+    @property
+    def detector(self) -> nn.Module:
+        """The weights that are evaluated."""
+        return self.model if self.average is None else self.average.module
+
+
+def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -> dict[str, float]:
+    """Train a detector into the folder cfg.out; go on where an unfinished run of the same config stopped.
+
+    fresh: move a run that is there aside and start anew.  Returns the metrics of the last evaluation, {"box/AP": ...}.
+    Raises ConfigError, DataError, CheckpointError or TrainingError; what was saved before stays.
+    """
+    out = Path(cfg.out)
+    with process(cfg.device, cfg.deterministic) as proc, stop_signals() as stopped:
+        # --- the run folder, the data, the model
+        saved = open_run(cfg, out, fresh, proc)
+        run, notes = build_run(cfg, out, proc, saved)
+        start, total = restore(run, saved), total_updates(cfg.train.schedule, cfg.train.global_batch)
+        notes += [f"continuing after update {start} of {total}"] if saved else []
+        best, values = (saved.meta["best"], saved.meta["metrics"]) if saved else (None, {})
+        forward = wrap(run.model, proc)
+        micro_batches = cfg.train.global_batch // (cfg.train.images_per_gpu * proc.world)
+        batches = train_batches(
+            run.train_set, cfg.data, seed=cfg.seed, start=start, stop=total, images_per_gpu=cfg.train.images_per_gpu,
+            global_batch=cfg.train.global_batch, rank=proc.rank, world=proc.world, masks=cfg.model.masks,
+            pin_memory=proc.device.type == "cuda",
+        )  # fmt: skip
+        meter = Meter(proc.device, cfg.train.global_batch)
+        with open_log(run, total, start, console) as log:
+            for note in notes:
+                log.message(note)
+            # --- the loop
+            for update in range(start, total):
+                lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
+                set_learning_rate(run.optimizer, lr)
+                run.optimizer.zero_grad()
+                for micro in range(micro_batches):
+                    batch = to_device(meter.wait_for(batches), proc.device)
+                    with synchronise(forward, last=micro == micro_batches - 1):
+                        with run.autocast():
+                            losses = forward(batch)
+                        (sum(losses.values()) / micro_batches).backward()
+                    meter.add(losses, micro_batches)
+                meter.check_finite(run.model, update, cfg)
+                if cfg.train.optimizer.clip_grad_norm:
+                    nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm)
+                run.optimizer.step()
+                if run.average is not None:
+                    run.average.update_parameters(run.model)
+                done = update + 1
+                # --- what is due: log, evaluate, save
+                stop = any_process(bool(stopped), proc)
+                if due(done, cfg.train.log_every, total):
+                    numbers = meter.read(proc) | {"lr": lr, "eta_s": meter.seconds_per_update * (total - done)}
+                    log.train(done, numbers)
+                evaluating = due(done, cfg.train.eval_every, total)
+                if evaluating:
+                    with meter.pause():
+                        evaluation = evaluate_run(run, done, log)
+                    values = scalars(evaluation)
+                if evaluating or stop or due(done, cfg.train.checkpoint_every, total):
+                    with meter.pause():
+                        better = evaluating and (best is None or score(values) > best)
+                        best = score(values) if better else best
+                        save(run, done, total, best, values, better)
+                if stop and done < total:
+                    log.message(f"stopped after update {done}; the same command goes on from {out}/last")
+                    raise TrainingError(f"{out}: stopped by a signal after update {done} of {total}")
+            if proc.first:
+                log.message(closing_words(out, cfg))
+    return values
+
+
+def due(done: int, every: int, total: int) -> bool:
+    """Whether something that happens every so many updates happens now; all happens at the end."""
+    return done == total or (every > 0 and done % every == 0)
+
+
+# --- the run folder
+
+
+def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> Checkpoint | None:
+    """Make or take up the run folder, write config.yaml; the newest checkpoint if there is one.
+
+    Raises TrainingError where the folder holds a finished or a different run, ConfigError where it cannot be written.
+    """
+    if proc.first:
+        if fresh and out.exists():
+            number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
+            out.rename(f"{out}-old-{number}")
+        if not fresh:
+            refuse_other_run(cfg, out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            partial_file = out / "config.yaml.partial"
+            partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
+            os.replace(partial_file, out / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
+        sweep(out)
+    gather([], proc)  # the others wait for the folder
+    saved, damaged = newest_checkpoint(out)
+    if damaged and saved is None:
+        raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
+    return saved
+
+
+def refuse_other_run(cfg: Config, out: Path) -> None:
+    """Raise TrainingError where the folder holds another run, a finished one, or something else."""
+    ways = "choose another out=FOLDER, or give --fresh to move the old one aside"
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"out: {out} is a file, expected a folder for the run")
+    if not (out / "config.yaml").exists():
+        if any(out.iterdir()):
+            raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
+        return
+    saved, _ = newest_checkpoint(out)
+    if saved is None:
+        return  # stopped before its first checkpoint: nothing is lost
+    old, new = flat(config_from_dict(saved.meta["config"], str(saved.path))), flat(cfg)
+    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(NEUTRAL) and key != "out"]
+    if changed:
+        lines = [f"  {key}: {old.get(key)!r} there, {new[key]!r} now" for key in changed[:8]]
+        raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
+    if saved.meta["update"] >= saved.meta["total_updates"]:
+        raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """The config as {"train.optimizer.lr": 0.02, ...}."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    return dict(walk(cfg.model_dump(mode="json"), ""))
+
+
+def save(run: Run, done: int, total: int, best: float | None, values: dict[str, float], better: bool) -> None:
+    """Write a checkpoint after `done` updates, point last (and best) to it, remove old ones."""
+    if not run.proc.first:
+        return
+    groups = {"model": run.model.state_dict(), "optimizer": optimizer_tensors(run.optimizer, run.model)}
+    if run.average is not None:
+        groups["ema"] = run.average.module.state_dict()
+    meta = {
+        "update": done, "total_updates": total, "best": best, "metrics": values,
+        "config": run.cfg.model_dump(mode="json"), "classes": list(run.train_set.classes),
+        "category_ids": list(run.train_set.category_ids), "versions": versions(),
+    }  # fmt: skip
+    folder = run.out / CHECKPOINTS / f"update-{done:07d}"
+    save_checkpoint(folder, groups, meta)
+    point(run.out, "last", folder)
+    if better:
+        point(run.out, "best", folder)
+    prune(run.out, run.cfg.train.keep_last)
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {
+        "gndet": gndet.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+
+
+# --- data, model, optimiser
+
+
+def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
+    """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
+    if cfg.model.backbone.freeze_at and not cfg.train.weights:
+        raise ConfigError(
+            f"model.backbone.freeze_at: {cfg.model.backbone.freeze_at} would freeze random weights; "
+            "set train.weights to a checkpoint, or model.backbone.freeze_at=0 to train from scratch"
+        )
+    train_set, val_set = read_dataset(cfg.data.train, cfg.data), read_dataset(cfg.data.val, cfg.data)
+    if train_set.classes != val_set.classes:
+        raise ConfigError(
+            f"data: the classes of {train_set.name} ({', '.join(train_set.classes)}) are not those of "
+            f"{val_set.name} ({', '.join(val_set.classes)}); data.classes chooses common ones"
+        )
+    notes = [
+        f"{which}: {len(data.records)} images, {sum(len(r.labels) for r in data.records)} objects, "
+        f"{len(data.classes)} classes from {data.name}"
+        + "".join(f"; {count} {what}" for what, count in data.fixes.items())
+        for which, data in (("train", train_set), ("val", val_set))
+    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model = build_model(cfg.model, len(train_set.classes))
+    if cfg.train.weights and saved is None:
+        notes += load_weights(model, Path(cfg.train.weights), train_set.classes, cfg.model)
+    model = model.to(proc.device, memory_format=torch.channels_last).train()
+    average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
+    bf16 = cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and proc.device.type == "cuda")
+    autocast = partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
+    optimizer = make_optimizer(cfg.train.optimizer, model)
+    notes.append(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}, "
+        f"{proc.world} process(es) x {cfg.train.images_per_gpu} images on {proc.device.type}, "
+        f"{cfg.train.global_batch} images an update"
+    )
+    return Run(cfg, out, proc, train_set, val_set, model, average, optimizer, autocast), notes
+
+
+def restore(run: Run, saved: Checkpoint | None) -> int:
+    """Put a checkpoint's state into the run.  Returns the number of updates done."""
+    if saved is None:
+        return 0
+    if tuple(saved.meta["classes"]) != run.train_set.classes:
+        raise TrainingError(
+            f"{saved.path}: trained for the classes {', '.join(saved.meta['classes'])}, the data now has "
+            f"{', '.join(run.train_set.classes)}; choose another out=FOLDER"
+        )
+    run.model.load_state_dict(saved.groups["model"])
+    load_optimizer_tensors(run.optimizer, run.model, saved.groups["optimizer"])
+    if run.average is not None:
+        run.average.module.load_state_dict(saved.groups["ema"])
+        run.average.n_averaged.fill_(saved.meta["update"])
+    return int(saved.meta["update"])
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch without waiting for it."""
+    if device.type == "cpu":
+        return batch
+    gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
+    images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
+    return Batch(images, sizes, keys, gt, batch.padded)
+
+
+def synchronise(forward: nn.Module, last: bool) -> AbstractContextManager:
+    """Average gradients over processes once an update: in the last micro-batch."""
+    return nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync()
+
+
+# --- what is shown
+
+
+def open_log(run: Run, total: int, start: int, console: Console | None) -> Any:
+    """The run's log on the first process, one that says nothing on the others."""
+    return RunLog(run.out, total_updates=total, first_update=start, console=console) if run.proc.first else Silence()
+
+
+class Silence:
+    """The log of a process that is not the first."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class Meter:
+    """Sums losses on the device and measures time, data wait and memory between two log lines."""
+
+    def __init__(self, device: torch.device, global_batch: int) -> None:
+        self.device, self.global_batch = device, global_batch
+        self.seconds_per_update = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, and how long it took."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, losses: dict[str, Tensor], micro_batches: int) -> None:
+        """Add a micro-batch's losses; the device is not waited for."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.detach() / micro_batches
+
+    def check_finite(self, model: nn.Module, update: int, cfg: Config) -> None:
+        """Raise TrainingError before an update that would put NaN or infinity into the weights."""
+        self.updates += 1
+        total = torch.stack([*self.sums.values()]).sum()
+        if not bool(total.isfinite()):  # the one host sync an update
+            losses = ", ".join(f"{name} {float(value):.4g}" for name, value in self.sums.items())
+            raise TrainingError(
+                f"{cfg.out}: a loss is not finite at update {update} ({losses}); the weights are untouched and the "
+                "last checkpoint is good. A lower train.optimizer.lr, a longer train.schedule.warmup or "
+                "train.optimizer.clip_grad_norm=10 usually helps"
+            )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a save out of the figures."""
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
+
+    def read(self, proc: Process) -> dict[str, float]:
+        """The means since the last call, over all processes, and start anew."""
+        names = list(self.sums)
+        sums = mean(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        self.seconds_per_update = seconds / self.updates
+        values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))
+        values["images_per_s"] = self.global_batch / self.seconds_per_update
+        values["data_wait"] = min(self.waited / seconds, 1.0)
+        values["memory_mib"] = memory_mib(self.device)
+        self._reset()
+        return values
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory so far: the GPU's, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def evaluate_run(run: Run, done: int, log: Any) -> Evaluation:
+    """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results."""
+    proc = run.proc
+    evaluation = evaluate(
+        run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
+        world=proc.world, gather=partial(gather, proc=proc),
+    )  # fmt: skip
+    if proc.first:
+        log.evaluation(done, scalars(evaluation), table(evaluation))
+        save_results(run.out / "detections.json", evaluation.results)
+        pictures = draw_examples(run, evaluation)
+        for i, picture in enumerate(pictures):
+            log.picture(done, f"val/{i}", picture)
+        if pictures:
+            save_picture(run.out / "predictions.png", grid(pictures, columns=2))
+    return evaluation
+
+
+def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:
+    """The first validation images, ground truth beside detections."""
+    pictures = []
+    for record in run.val_set.records[: run.cfg.train.vis_images]:
+        found = [one for one in evaluation.results if one["image_id"] == record.image_id]
+        image, data = record.load(), run.val_set
+        left = draw_ground_truth(image, record, data.classes)
+        right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD)
+        pictures.append(side_by_side(left, right, ("ground truth", "detections")))
+    return pictures
+
+
+def score(values: dict[str, float]) -> float:
+    """What `best` means: mask AP, or box AP without masks; undefined counts as 0."""
+    value = values.get("mask/AP", values["box/AP"])
+    return 0.0 if np.isnan(value) else value
+
+
+def closing_words(out: Path, cfg: Config) -> str:
+    """Where to find what the run made, and what to do next."""
+    best = out / "best"
+    return "\n".join([
+        f"finished. best checkpoint  {best}   (last: {out / 'last'})",
+        f"          metrics          {out / 'metrics.jsonl'}   (tensorboard --logdir {out / 'tensorboard'})",
+        f"          predictions      {out / 'predictions.png'}   (ground truth beside detections)",
+        f"next:     gndet evaluate {best}",
+        f"          gndet predict {best} IMAGE_OR_FOLDER --out predictions",
+    ])  # fmt: skip
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying, so that the current update is finished and saved.
+
+    A second signal ends the process at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,184 @@
+"""Pictures of objects: boxes, masks and labels drawn on an image, pictures side by side and in a grid.
+
+n objects, (H, W) image. Images are (H, W, 3) uint8 RGB, boxes (n, 4) xyxy in the pixels of the image.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+
+from gndet.data.segmentation import to_rle
+from gndet.structures import Record
+
+MIN_SIDE = 640  # pixels, of the longer side; a smaller picture is enlarged so that its labels are legible
+MAX_LABELS = 60  # above this many objects their labels would cover the picture, and are left out
+GOLDEN_ANGLE = 0.381966  # of a turn: successive hues stay far apart however many there are
+MASK_OPACITY = 0.4
+GAP = 8  # pixels between pictures
+PAPER = (255, 255, 255)
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """Return the RGB colour of a class: hues a golden angle apart, in three alternating depths."""
+    saturation, value = ((0.85, 1.0), (0.6, 1.0), (0.95, 0.8))[index % 3]
+    red, green, blue = colorsys.hsv_to_rgb((0.43 + index * GOLDEN_ANGLE) % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_objects(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[str],
+    class_indices: Sequence[int],
+    masks: Sequence[np.ndarray | None] | None = None,
+) -> np.ndarray:
+    """Draw boxes, labels and masks; later objects lie above earlier ones.
+
+    image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colours; masks: n of
+    (H, W) bool or None.  Returns (H', W', 3) uint8, enlarged where the longer side is below MIN_SIDE.
+    Above MAX_LABELS objects labels are left out, and the boxes of objects that have a mask.
+    """
+    height, width = image.shape[:2]
+    scale = max(1.0, MIN_SIDE / max(height, width))
+    size = (round(width * scale), round(height * scale))
+    pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
+    line = max(1, round(max(size) / 700))
+    colours = [colour(index) for index in class_indices]
+    masks = [None] * len(colours) if masks is None else masks
+    for mask, tint in zip(masks, colours, strict=True):
+        if mask is not None and mask.any():
+            _tint(pixels, mask, tint, line)
+    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * np.tile(np.array(size) / (width, height), 2)
+    boxes = np.clip(boxes, 0, [*size, *size] - np.ones(4))
+    crowded = len(boxes) > MAX_LABELS
+    for box, mask, tint in zip(boxes, masks, colours, strict=True):
+        if mask is None or not crowded:
+            draw.rectangle(tuple(box.round()), outline=tint, width=line)
+    if not crowded:
+        font = ImageFont.load_default(max(12, round(max(size) / 55)))
+        for box, label, tint in zip(boxes, labels, colours, strict=True):
+            _label(draw, box, label, tint, font, size)
+    return np.asarray(picture)
+
+
+def _tint(pixels: np.ndarray, mask: np.ndarray, tint: tuple[int, int, int], line: int) -> None:
+    """Blend a mask's colour into the pixels in place, with a solid outline `line` pixels wide inside it."""
+    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    ratio = np.array(pixels.shape[:2]) / mask.shape
+    top, left = np.floor(np.array([ys[0], xs[0]]) * ratio).astype(int)
+    bottom, right = np.ceil(np.array([ys[-1] + 1, xs[-1] + 1]) * ratio).astype(int)
+    rows = ((np.arange(top, bottom) + 0.5) / ratio[0]).astype(
+        int
+    )  # the mask's pixel under each of the picture's
+    columns = ((np.arange(left, right) + 0.5) / ratio[1]).astype(int)
+    inside = mask[np.ix_(rows, columns)]
+    core = np.pad(inside, line)
+    for axis in (0, 1):
+        core = core & np.roll(core, line, axis) & np.roll(core, -line, axis)
+    core = core[line:-line, line:-line]
+    region = pixels[top:bottom, left:right]
+    region[inside] += MASK_OPACITY * (tint - region[inside])
+    region[inside & ~core] = tint
+
+
+def _label(
+    draw: ImageDraw.ImageDraw,
+    box: np.ndarray,
+    label: str,
+    tint: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    size: tuple[int, int],
+) -> None:
+    """Write a label on a filled ground above its box, or in it where the picture ends; never outside."""
+    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    width, height = right - left + 6, bottom - top + 4
+    x = min(box[0], size[0] - width)
+    y = box[1] - height if box[1] >= height else box[1]
+    x, y = max(0, round(x)), max(0, round(min(y, size[1] - height)))
+    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=tint)
+    luminance = 0.299 * tint[0] + 0.587 * tint[1] + 0.114 * tint[2]  # ITU-R BT.601
+    draw.text((x + 3 - left, y + 2 - top), label, font=font, fill="black" if luminance > 120 else "white")
+
+
+def draw_ground_truth(image: np.ndarray, record: Record, classes: Sequence[str]) -> np.ndarray:
+    """Draw a record's objects; crowd regions are labelled as such.
+
+    image (H, W, 3) uint8 of the record's size.  Returns what `draw_objects` does.
+    """
+    labels = [
+        f"{classes[label]} (crowd)" if crowd else classes[label]
+        for label, crowd in zip(record.labels, record.crowd, strict=True)
+    ]
+    masks = [_decode(segmentation, record.size) for segmentation in record.segmentations]
+    return draw_objects(image, record.boxes, labels, record.labels.tolist(), masks)
+
+
+def draw_detections(
+    image: np.ndarray,
+    results: Sequence[dict[str, Any]],
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    threshold: float,
+) -> np.ndarray:
+    """Draw the COCO results of one image with a score of at least threshold, the best on top.
+
+    image (H, W, 3) uint8; results: boxes xywh in its pixels; category_ids: the file's id of each class.
+    Returns what `draw_objects` does.
+    """
+    shown = sorted((one for one in results if one["score"] >= threshold), key=lambda one: one["score"])
+    boxes = np.array([one["bbox"] for one in shown], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    indices = [category_ids.index(one["category_id"]) for one in shown]
+    labels = [f"{classes[index]} {one['score']:.2f}" for index, one in zip(indices, shown, strict=True)]
+    masks = [_decode(one.get("segmentation"), image.shape[:2]) for one in shown]
+    return draw_objects(image, boxes, labels, indices, masks)
+
+
+def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
+    """Make (H, W) bool of a COCO segmentation; None stays None."""
+    if segmentation is None:
+        return None
+    return coco_mask.decode(to_rle(segmentation, size)).astype(bool)
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str]) -> np.ndarray:
+    """Put two pictures beside each other, each under its caption.  Returns (H', W', 3) uint8."""
+    return grid([_captioned(left, captions[0]), _captioned(right, captions[1])], columns=2)
+
+
+def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    """Add a strip with the caption above the picture."""
+    font_size = max(14, round(max(picture.shape[:2]) / 40))
+    strip = Image.new("RGB", (picture.shape[1], round(1.6 * font_size)), PAPER)
+    font = ImageFont.load_default(font_size)
+    ImageDraw.Draw(strip).text((4, strip.height / 2), caption, font=font, fill="black", anchor="lm")
+    return np.concatenate([np.asarray(strip), picture])
+
+
+def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Put pictures, one at least, in rows of `columns`, each in a cell of the largest one's size.
+
+    Returns (H', W', 3) uint8.
+    """
+    columns = min(columns, len(pictures))
+    height = max(picture.shape[0] for picture in pictures) + GAP
+    width = max(picture.shape[1] for picture in pictures) + GAP
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * height + GAP, columns * width + GAP, 3), PAPER, dtype=np.uint8)
+    for place, picture in enumerate(pictures):
+        top, left = place // columns * height + GAP, place % columns * width + GAP
+        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return sheet
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 as the file type that the path's suffix names; missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)

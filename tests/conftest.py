@@ -1,0 +1,24 @@
+"""Fixtures that all tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Pin threads: results of a reduction depend on how it is split."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder of real test data; a test that needs it skips where it is absent."""
+    root = Path(os.environ.get("GNDET_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (root / "coco-tiny").is_dir():
+        pytest.skip(f"no real data at {root} (set GNDET_TEST_DATA)")
+    return root

@@ -1,0 +1,358 @@
+"""Evaluation against pycocotools' own numbers, and masks against a slow full-image paste."""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from gndet import evaluation
+from gndet.config import Config, DataConfig, DatasetConfig
+from gndet.data import read_dataset
+from gndet.data.segmentation import to_rle
+from gndet.structures import Dataset, Detections
+
+CPU = torch.device("cpu")
+ENGINES = ("hotcoco", "pycocotools")
+
+
+@pytest.fixture(scope="module")
+def truth(data_root: Path) -> dict:
+    return json.loads((data_root / "coco-tiny/annotations/instances_val2017.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Dataset:
+    return read_dataset(DatasetConfig(kind="shapes", count=4), DataConfig())
+
+
+def perturbed(truth: dict, seed: int) -> list[dict]:
+    """Results near the ground truth: shifted boxes and masks, some missed, some of a wrong class."""
+    random = np.random.default_rng(seed)
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    categories = [category["id"] for category in truth["categories"]]
+    results = []
+    for annotation in truth["annotations"]:
+        shift = random.integers(-6, 7, 2)
+        mask = coco_mask.decode(to_rle(annotation["segmentation"], sizes[annotation["image_id"]]))
+        code = coco_mask.encode(np.asfortranarray(np.roll(mask, shift, (0, 1))))
+        x, y, width, height = annotation["bbox"]
+        one = {
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "bbox": [x + float(shift[1]), y + float(shift[0]), width * random.uniform(0.8, 1.2), height],
+            "score": float(random.random()),
+            "segmentation": code | {"counts": code["counts"].decode()},
+        }
+        results += [one] if random.random() < 0.8 else []
+        results += [one | {"category_id": categories[random.integers(80)]}] if random.random() < 0.3 else []
+    return results
+
+
+def reference_stats(truth: dict, results: list[dict], kind: str) -> list[float]:
+    results = copy.deepcopy(results)
+    if kind == "segm":  # else pycocotools takes the box's area for the mask's
+        for one in results:
+            del one["bbox"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = copy.deepcopy(truth)
+        coco.createIndex()
+        scorer = COCOeval(coco, coco.loadRes(results), kind)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return scorer.stats.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_metrics_are_pycocotools_stats_bit_for_bit(truth: dict, engine: str, kind: str, capsys) -> None:
+    results = perturbed(truth, seed=1)
+    before = copy.deepcopy((truth, results))
+    metrics = evaluation.coco_metrics(truth, results, kind, engine=engine, max_detections=100)
+    assert list(metrics.summary.values()) == reference_stats(truth, results, kind)
+    assert 0.1 < metrics.summary["AP"] < 0.9
+    assert (truth, results) == before
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_per_class_numbers_are_those_of_the_class_alone(truth: dict, engine: str) -> None:
+    results = perturbed(truth, seed=2)
+    metrics = evaluation.coco_metrics(truth, results, "bbox", engine=engine, max_detections=100)
+    person = {
+        "images": truth["images"],
+        "annotations": [one for one in truth["annotations"] if one["category_id"] == 1],
+        "categories": [one for one in truth["categories"] if one["id"] == 1],
+    }
+    stats = reference_stats(person, [one for one in results if one["category_id"] == 1], "bbox")
+    row = next(row for row in metrics.per_class if row["name"] == "person")
+    assert [row["AP"], row["AP50"], row["AR"]] == [stats[0], stats[1], stats[8]]
+    objects = [one["image_id"] for one in person["annotations"] if not one["iscrowd"]]
+    assert (row["num_objects"], row["num_images"]) == (len(objects), len(set(objects)))
+    assert len(objects) < len(person["annotations"])  # there are crowd regions to leave out
+
+
+def row_of_boxes(count: int) -> tuple[dict, list[dict]]:
+    """One picture with count objects, each found exactly."""
+    boxes = [[20.0 * index, 0.0, 10.0, 10.0] for index in range(count)]
+    truth = {
+        "images": [{"id": 1, "height": 10, "width": 20 * count}, {"id": 2, "height": 10, "width": 10}],
+        "categories": [{"id": 5, "name": "box"}],
+        "annotations": [
+            {"id": index + 1, "image_id": 1, "category_id": 5, "bbox": box, "area": 100.0, "iscrowd": 0}
+            for index, box in enumerate(boxes)
+        ],
+    }
+    results = [
+        {"image_id": 1, "category_id": 5, "bbox": box, "score": 1 - index / count}
+        for index, box in enumerate(boxes)
+    ]
+    return truth, results
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_objects_beyond_the_limit_do_not_count(engine: str) -> None:
+    truth, results = row_of_boxes(200)
+    recall = {
+        limit: evaluation.coco_metrics(truth, results, "bbox", engine=engine, max_detections=limit).summary[
+            "AR"
+        ]
+        for limit in (5, 100, 300)
+    }
+    assert recall == pytest.approx({5: 0.025, 100: 0.5, 300: 1.0})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_absent_is_zero_or_undefined(engine: str) -> None:
+    truth, results = row_of_boxes(3)
+    empty = truth | {"annotations": []}
+    score = {"engine": engine, "max_detections": 100}
+    full = evaluation.coco_metrics(truth, results, "bbox", **score).summary
+    assert full["AP"] == full["APs"] == full["AR10"] == 1 and math.isnan(full["APl"])
+    assert full["AR1"] == pytest.approx(1 / 3)
+    missed = evaluation.coco_metrics(truth, [], "bbox", **score)
+    assert missed.summary["AP"] == 0 and missed.per_class[0]["AR"] == 0
+    for found in (results, []):
+        nothing = evaluation.coco_metrics(empty, found, "bbox", **score)
+        assert all(math.isnan(value) for value in nothing.summary.values())
+    no_image = evaluation.coco_metrics(empty | {"images": []}, [], "bbox", **score)
+    assert math.isnan(no_image.summary["AP"]) and no_image.per_class[0]["num_objects"] == 0
+
+
+def slow_paste(mask: Tensor, box: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """detectron2's paste: grid_sample at every pixel of the picture."""
+    ys, xs = (torch.arange(edge, dtype=torch.float64) + 0.5 for edge in size)
+    ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
+    xs = (xs - box[0]) / (box[2] - box[0]) * 2 - 1
+    points = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
+    return nn.functional.grid_sample(mask[None, None], points[None], align_corners=False)[0, 0].numpy()
+
+
+def test_pasted_masks_are_detectron2s() -> None:
+    generator = torch.Generator().manual_seed(3)
+    size = (61, 90)
+    masks = torch.rand(40, 28, 28, generator=generator, dtype=torch.float64)
+    masks[::2] = 0.3 + 0.7 * (masks[::2] > 0.05)  # solid to the border: what lies just outside the box shows
+    corners = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 80 - 10
+    edges = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 60 + 0.5
+    boxes = torch.cat([corners, corners + edges], dim=1)  # some smaller than a pixel, some leave the picture
+    codes = list(evaluation.paste_masks(masks.float().numpy(), boxes.numpy(), size))
+    covered = 0
+    for mask, box, code in zip(masks, boxes, codes, strict=True):
+        wanted = slow_paste(mask, box, size)
+        decided = np.abs(wanted - 0.5) > 1e-5  # float32 may round a tie to the other side
+        assert code["size"] == [61, 90] and isinstance(code["counts"], str)
+        assert ((coco_mask.decode(code) == 1) == (wanted >= 0.5))[decided].all()
+        covered += (wanted >= 0.5).sum()
+    assert covered > 5000
+
+
+def test_an_empty_box_pastes_without_a_crash() -> None:
+    boxes = np.array([[5.0, 5, 5, 9], [-30, -30, -20, -20], [4, 4, 4, 4]])
+    masks = np.ones((3, 28, 28), dtype=np.float32)
+    assert coco_mask.area(list(evaluation.paste_masks(masks, boxes, (20, 20)))).max() <= 4
+
+
+def test_three_hundred_masks_paste_in_seconds() -> None:
+    corners = np.random.default_rng(0).uniform(0, 1000, (300, 2))
+    boxes = np.concatenate([corners, corners + 60], axis=1)
+    start = time.perf_counter()
+    assert len(list(evaluation.paste_masks(np.ones((300, 28, 28), np.float32), boxes, (1040, 1388)))) == 300
+    assert time.perf_counter() - start < 5  # about 1 s on one core; grid_sample over the picture takes 20
+
+
+class Oracle(nn.Module):
+    """A detector that knows the answer: the records' ground truth in reading order, one slot too many."""
+
+    def __init__(self, dataset: Dataset, records: list[int]) -> None:
+        super().__init__()
+        self.records = [dataset.records[index] for index in records]
+
+    def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
+        assert not self.training and torch.is_inference_mode_enabled() and images.dtype == torch.uint8
+        now, self.records = self.records[: len(images)], self.records[len(images) :]
+        slots = 1 + max(len(record.labels) for record in now)
+        boxes = torch.full((len(now), slots, 4), float("nan"))
+        labels = torch.zeros(len(now), slots, dtype=torch.int64)
+        masks = torch.zeros(len(now), slots, 28, 28)
+        valid = torch.zeros(len(now), slots, dtype=torch.bool)
+        for place, (record, size) in enumerate(zip(now, sizes.tolist(), strict=True)):
+            count = len(record.labels)
+            scale = np.array(size[::-1]) / record.size[::-1]
+            boxes[place, :count] = torch.from_numpy(record.boxes * np.tile(scale, 2))
+            labels[place, :count] = torch.from_numpy(record.labels)
+            for slot, segmentation in enumerate(record.segmentations):
+                masks[place, slot] = self.in_box(segmentation, record.boxes[slot], record.size)
+            valid[place, :count] = True
+        scores = torch.full((len(now), slots), 0.5)
+        return Detections(boxes, scores, labels, masks, valid)
+
+    def in_box(self, segmentation: object, box: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """The object's mask as the mean of 4 x 4 points a cell."""
+        x, y = (
+            (box[axis] + (box[axis + 2] - box[axis]) * (np.arange(112) + 0.5) / 112).astype(int)
+            for axis in (0, 1)
+        )
+        mask = coco_mask.decode(to_rle(segmentation, size))
+        points = mask[np.ix_(y.clip(max=size[0] - 1), x.clip(max=size[1] - 1))]
+        return torch.from_numpy(points.reshape(28, 4, 28, 4).mean(axis=(1, 3)))
+
+
+def config(**options: object) -> Config:
+    data = DataConfig(workers=0, shortest_edge_test=100, max_edge=400)
+    return Config.model_validate({"data": data, "evaluation": {"images_per_gpu": 2, **options}})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_oracle_scores_one_whatever_the_picture_size(shapes: Dataset, engine: str) -> None:
+    model, seen = Oracle(shapes, [0, 1, 2, 3]), []
+    result = evaluation.evaluate(
+        model,
+        shapes,
+        config(engine=engine),
+        device=CPU,
+        autocast=contextlib.nullcontext,
+        rank=0,
+        world=1,
+        gather=lambda part: [part],
+        on_image=seen.append,
+    )
+    assert model.training and seen == [record.image_id for record in shapes.records]
+    assert len(result.results) == sum(len(record.labels) for record in shapes.records)
+    assert result.box.summary["AP"] == 1
+    assert result.mask.summary["AP50"] == 1 and result.mask.summary["AP"] > 0.8
+    boxes = np.array([one["bbox"] for one in result.results])
+    wanted = np.concatenate([record.boxes for record in shapes.records])
+    assert np.abs(boxes[:, :2] - wanted[:, :2]).max() < 1e-3
+    assert np.abs(boxes[:, 2:] - (wanted[:, 2:] - wanted[:, :2])).max() < 1e-3
+
+
+def test_ranks_together_see_each_image_once(shapes: Dataset) -> None:
+    def detect(rank: int, world: int) -> tuple[list[dict], list[int]]:
+        seen: list[int] = []
+        everything = Oracle(shapes, [])
+        order = list(range(rank, 4, world))
+        everything.records = [shapes.records[index] for index in order]
+        results = evaluation.detect_dataset(
+            everything,
+            shapes,
+            config(),
+            device=CPU,
+            autocast=contextlib.nullcontext,
+            rank=rank,
+            world=world,
+            on_image=seen.append,
+        )
+        return results, seen
+
+    parts = [detect(rank, 2) for rank in range(2)]
+    whole, _ = detect(0, 1)
+    assert sorted(parts[0][1] + parts[1][1]) == sorted(record.image_id for record in shapes.records)
+    by_image = sorted(parts[0][0] + parts[1][0], key=lambda one: one["image_id"])
+    assert by_image == sorted(whole, key=lambda one: one["image_id"])
+
+
+def test_an_image_seen_twice_is_refused(shapes: Dataset) -> None:
+    with pytest.raises(AssertionError, match="8 images seen"):
+        evaluation.evaluate(
+            Oracle(shapes, [0, 1, 2, 3]),
+            shapes,
+            config(),
+            device=CPU,
+            autocast=contextlib.nullcontext,
+            rank=0,
+            world=1,
+            gather=lambda part: [part, part],
+        )
+
+
+def test_boxes_are_clipped_to_the_picture_and_junk_slots_left_out(shapes: Dataset) -> None:
+    height, width = shapes.records[1].size
+    boxes = torch.tensor([[[-10.0, 20, 2 * width + 9, 2 * height + 9], [float("nan")] * 4]])
+    detections = Detections(
+        boxes,
+        torch.ones(1, 2),
+        torch.ones(1, 2).long(),
+        torch.zeros(1, 2, 0, 0),
+        torch.tensor([[True, False]]),
+    )
+    sizes = torch.tensor([[2 * height, 2 * width]])
+    (result,) = evaluation.to_results(detections, [1], sizes, shapes)
+    assert result["bbox"] == [0, 10, width, height - 10] and "segmentation" not in result
+    assert result["category_id"] == shapes.category_ids[1]
+    assert result["image_id"] == shapes.records[1].image_id
+
+
+def test_saved_results_load_in_pycocotools(truth: dict, tmp_path: Path, data_root: Path) -> None:
+    results = perturbed(truth, seed=4)
+    evaluation.save_results(tmp_path / "results.json", results)
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(str(data_root / "coco-tiny/annotations/instances_val2017.json"))
+        loaded = coco.loadRes(str(tmp_path / "results.json"))
+    assert len(loaded.getAnnIds()) == len(results)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_the_table_is_aligned_and_shows_undefined_as_a_dash() -> None:
+    truth, results = row_of_boxes(3)
+    box = evaluation.coco_metrics(truth, results, "bbox", engine="hotcoco", max_detections=100)
+    result = evaluation.Evaluation(box, None, results)
+    summary, classes = evaluation.table(result).split("\n\n")
+    assert summary.splitlines()[1].split()[:7] == ["box", "100.0", "100.0", "100.0", "100.0", "-", "-"]
+    assert classes.splitlines()[1].split() == ["box", "1", "3", "100.0", "100.0", "100.0"]
+    assert all(len({len(line) for line in part.splitlines()}) == 1 for part in (summary, classes))
+    assert evaluation.scalars(result)["box/AP"] == 1
+
+
+@pytest.mark.parametrize(("objects", "precision"), [(1, 1.0), (100, None)])
+def test_objects_without_a_mask_do_not_enter_mask_metrics(
+    shapes: Dataset, objects: int, precision: float | None
+) -> None:
+    records = [
+        record._replace(segmentations=[None] * len(record.labels[:objects]) + record.segmentations[objects:])
+        for record in shapes.records
+    ]
+    result = evaluation.evaluate(
+        Oracle(shapes, [0, 1, 2, 3]),
+        shapes._replace(records=records),
+        config(),
+        device=CPU,
+        autocast=contextlib.nullcontext,
+        rank=0,
+        world=1,
+        gather=lambda part: [part],
+    )
+    assert result.box.summary["AP"] == 1
+    assert (result.mask and result.mask.summary["AP50"]) == precision

@@ -1,0 +1,128 @@
+"""The log of a run: what is written, what survives a killed run, what is shown."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gndet.errors import DataError
+from gndet.metrics import RunLog, read_metrics
+
+VALUES = {
+    "loss": 1.234,
+    "loss_rpn_cls": 0.21,
+    "loss_mask": 0.6,
+    "lr": 0.01,
+    "images_per_s": 5.3,
+    "data_wait": 0.03,
+    "memory_mib": 812.0,
+    "eta_s": 200.0,
+}
+
+
+def log_updates(out: Path, first: int, updates: range) -> None:
+    with RunLog(out, total_updates=100, first_update=first) as log:
+        for update in updates:
+            log.train(update, {"loss": float(update)})
+
+
+def board(out: Path) -> EventAccumulator:
+    return EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0}).Reload()
+
+
+def test_what_is_logged_reads_back(tmp_path: Path) -> None:
+    picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    with RunLog(tmp_path, total_updates=100) as log:
+        log.train(20, VALUES)
+        log.evaluation(20, {"box/AP": 0.25, "mask/APs": float("nan")}, "a table")
+        log.picture(20, "val/first", picture)
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2  # flushed line by line
+    train, evaluation = read_metrics(tmp_path / "metrics.jsonl")
+    assert train == {"update": 20, "kind": "train", **VALUES}
+    assert evaluation == {"update": 20, "kind": "evaluation", "box/AP": 0.25, "mask/APs": None}
+    events = board(tmp_path)
+    assert events.Scalars("train/loss")[0].value == pytest.approx(1.234)
+    assert (events.Scalars("val/box/AP")[0].step, events.Scalars("val/box/AP")[0].value) == (20, 0.25)
+    assert math.isnan(events.Scalars("val/mask/APs")[0].value)
+    assert (events.Images("val/first")[0].height, events.Images("val/first")[0].width) == (6, 8)
+
+
+def test_not_finite_values_are_legal_json(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_updates=1) as log:
+        log.train(1, {"loss": math.inf, "eta_s": math.nan})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=refuse)["loss"] is None
+
+
+def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    log_updates(tmp_path, 0, range(10, 60, 10))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 60, "ki')  # killed while writing
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
+    log_updates(tmp_path, 30, range(40, 60, 10))
+    assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10, 20, 30, 40, 50]
+    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10, 20, 30, 40, 50]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_starting_afresh_forgets_everything(tmp_path: Path) -> None:
+    log_updates(tmp_path, 0, range(10, 30, 10))
+    log_updates(tmp_path, 0, range(10, 20, 10))
+    assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10]
+    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10]
+
+
+def test_a_broken_line_inside_the_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1}\nnonsense\n{"update": 2}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: .*nonsense"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_without_a_terminal_plain_lines_are_shown(tmp_path: Path, capsys) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80)
+    with RunLog(tmp_path, total_updates=1200, first_update=0, console=console) as log:
+        log.train(40, VALUES)
+        log.train(60, {"loss": math.nan, "eta_s": math.nan})
+        log.evaluation(60, {"box/AP": 0.25}, "class  AP\n[red]   1")
+        log.message("done")
+    assert text.getvalue().splitlines() == [
+        "update 40/1200  loss 1.234 (rpn_cls 0.21 mask 0.6)  lr 0.01  5.3 images/s  data wait 3 %  812 MiB"
+        "  eta 0:03:20",
+        "update 60/1200  loss nan  eta ?",
+        "evaluation after update 60/1200",
+        "class  AP",
+        "[red]   1",
+        "done",
+    ]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_progress_with_the_scores_so_far(tmp_path: Path) -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=200, color_system=None)
+    with RunLog(tmp_path, total_updates=1200, first_update=600, console=console) as log:
+        log.evaluation(600, {"box/AP": 0.25, "box/AP50": 0.5}, "the table")
+        log.train(900, VALUES)
+        log.message("a remark")
+    shown = text.getvalue()
+    assert "600/1200" in shown and "900/1200" in shown and "75 %" in shown
+    assert "5.3 images/s" in shown and "box/AP 25.0" in shown and "box/AP50" not in shown
+    assert "the table" in shown and "a remark" in shown
+    assert shown.rstrip().endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_without_a_console_nothing_is_shown(tmp_path: Path, capsys) -> None:
+    with RunLog(tmp_path, total_updates=10) as log:
+        log.train(5, VALUES)
+        log.message("unseen")
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,196 @@
+"""Fine-tuning carries over what fits, class rows by name, and names everything that does not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gndet.checkpoint import point, save_checkpoint
+from gndet.config import Config, ModelConfig, config_from_dict
+from gndet.errors import CheckpointError
+from gndet.modeling.mask_rcnn import build_model
+from gndet.weights.load import load_weights
+
+GN = {"kind": "gn", "groups": 8}
+HEADS = {"rpn", "box_head", "mask_head"}
+OLD, NEW = ("cat", "dog", "bus"), ("bus", "tram", "cat")  # tram is new, dog is gone
+
+
+def small(**changes: Any) -> Config:
+    """A config of a small model; changes are sections of `model`."""
+    model = {
+        "norm": GN,
+        "backbone": {"depth": 18},
+        "fpn": {"channels": 16},
+        "box_head": {"conv_channels": 16, "fc_channels": 24, "num_convs": 1},
+        "mask_head": {"channels": 16, "num_convs": 1},
+    }
+    return config_from_dict({"model": {**model, **changes}}, "test")
+
+
+def trained(cfg: Config, num_classes: int = len(OLD)) -> dict[str, Tensor]:
+    """A model's weights with a different number in every place, as after training."""
+    state = build_model(cfg.model, num_classes).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    return {
+        key: torch.rand(value.shape, generator=generator) + 2 if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+
+
+def save(path: Path, cfg: Config, classes: tuple[str, ...] = OLD, **groups: dict[str, Tensor]) -> Path:
+    meta = {"update": 7, "classes": classes, "config": cfg.model_dump(mode="json")}
+    save_checkpoint(path, groups or {"model": trained(cfg, len(classes))}, meta)
+    return path
+
+
+def loaded(path: Path, cfg: ModelConfig, classes: tuple[str, ...] = NEW) -> tuple[dict, dict, list[str]]:
+    """The weights of a new model before and after loading, and the report."""
+    model = build_model(cfg, len(classes))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    report = load_weights(model, path, classes, cfg)
+    return before, model.state_dict(), report
+
+
+def test_rows_follow_their_class_by_name_and_all_else_is_equal(tmp_path: Path) -> None:
+    cfg = small()
+    source = trained(cfg)
+    before, after, report = loaded(save(tmp_path / "a", cfg, model=source), cfg.model)
+    for key, value in after.items():
+        layer = key.rpartition(".")[0]
+        if layer == "box_head.cls_score":  # bus, tram, cat, background <- cat 0, dog 1, bus 2, background 3
+            assert torch.equal(value[[0, 2, 3]], source[key][[2, 0, 3]])
+            assert torch.equal(value[1], before[key][1])
+        elif layer == "box_head.bbox_pred":
+            assert torch.equal(value[:4], source[key][8:12]) and torch.equal(value[8:], source[key][:4])
+            assert torch.equal(value[4:8], before[key][4:8])
+        elif layer == "mask_head.logits":
+            assert torch.equal(value[[0, 2]], source[key][[2, 0]])
+            assert torch.equal(value[1], before[key][1])
+        else:
+            assert torch.equal(value, source[key]), key
+    assert report[1].startswith("tensors: backbone ")
+    assert report[2:] == [
+        "classes carried over by name: bus, cat",
+        "classes that start anew: tram",
+        "classes of the file not used: dog",
+    ]
+
+
+def test_the_same_classes_give_the_same_model(tmp_path: Path) -> None:
+    cfg = small()
+    source = trained(cfg)
+    _, after, report = loaded(save(tmp_path / "a", cfg, model=source), cfg.model, OLD)
+    assert all(torch.equal(after[key], source[key]) for key in after)
+    assert report[-1] == "classes carried over by name: cat, dog, bus"
+
+
+def test_averaged_weights_of_a_runs_best_checkpoint_are_preferred(tmp_path: Path) -> None:
+    cfg = small()
+    source = trained(cfg)
+    wrong = {key: torch.zeros_like(value) for key, value in source.items()}
+    best = save(tmp_path / "checkpoints" / "update-1", cfg, model=wrong, ema=source)
+    save(tmp_path / "checkpoints" / "update-2", cfg, model=wrong)
+    point(tmp_path, "best", best)
+    _, after, report = loaded(tmp_path, cfg.model, OLD)
+    assert torch.equal(after["fpn.lateral2.conv.weight"], source["fpn.lateral2.conv.weight"])
+    assert report[0].endswith("update-1, group ema, update 7")
+
+
+@pytest.mark.parametrize("from_masks", [True, False])
+def test_heads_that_one_side_lacks_are_listed_tensor_by_tensor(tmp_path: Path, from_masks: bool) -> None:
+    here, there = small(masks=not from_masks), small(masks=from_masks)
+    before, after, report = loaded(save(tmp_path / "a", there), here.model, OLD)
+    mask_keys = {key for key in build_model(small().model, 3).state_dict() if key.startswith("mask_head.")}
+    title = "tensors of the file not used" if from_masks else "tensors that start anew"
+    listed = next(line for line in report if line.startswith(title)).removeprefix(title + ": ")
+    assert set(listed.split(", ")) == mask_keys
+    assert all(torch.equal(after[key], before[key]) for key in after if key in mask_keys)
+
+
+def test_parts_without_heads_in_the_file_start_anew(tmp_path: Path) -> None:
+    cfg = small()
+    source = {key: value for key, value in trained(cfg).items() if key.split(".")[0] not in HEADS}
+    before, after, report = loaded(save(tmp_path / "a", cfg, model=source), cfg.model)
+    assert all(torch.equal(after[key], source.get(key, before[key])) for key in after)
+    assert not any(line.startswith("classes") for line in report)
+    title = "tensors that start anew: "
+    listed = next(line for line in report if line.startswith(title)).removeprefix(title)
+    assert set(listed.split(", ")) == after.keys() - source.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fpn": {"channels": 32}}, r"fpn\.channels: 32 in the file, 16 here"),
+        ({"backbone": {"depth": 34}}, r"absent here(.|\n)*backbone\.depth: 34 in the file, 18 here"),
+        (
+            {"rpn": {"aspect_ratios": [1]}},
+            r"rpn\.objectness\.weight: \[1, 16, 1, 1\] in the file, expected \[3,",
+        ),
+        (
+            {"box_head": {"conv_channels": 16, "fc_channels": 8, "num_convs": 1}},
+            r"box_head\.cls_score\.weight: \[4, 8\] in the file, expected \[4, 24\]",
+        ),
+    ],
+)
+def test_tensors_of_another_shape_are_refused_with_the_likely_cause(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = save(tmp_path / "a", small(**change))
+    model = build_model(small().model, len(NEW))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model, path, NEW, small().model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["backbone", "fpn"])
+def test_a_tensor_missing_from_backbone_or_fpn_is_refused(tmp_path: Path, part: str) -> None:
+    cfg = small()
+    source = trained(cfg)
+    gone = next(key for key in source if key.startswith(part + "."))
+    del source[gone]
+    with pytest.raises(
+        CheckpointError, match=f"1 tensors do not fit this model\n  {gone}: absent from the file"
+    ):
+        loaded(save(tmp_path / "a", cfg, model=source), cfg.model)
+
+
+@pytest.mark.parametrize("part", ["backbone", "fpn", "rpn", "box_head", "mask_head"])
+def test_weights_of_another_norm_are_refused_for_each_part(tmp_path: Path, part: str) -> None:
+    section = small().model.model_dump(mode="json")[part]
+    there = small(**{part: {**section, "norm": {"kind": "bn"}}})
+    here = small(**{part: {**section, "norm": GN}})
+    with pytest.raises(
+        CheckpointError,
+        match=rf"its {part} was trained with bn, this model has gn; set model\.{part}\.norm: \{{kind: bn",
+    ):
+        loaded(save(tmp_path / "a", there), here.model)
+
+
+@pytest.mark.parametrize(("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn")])
+def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: str) -> None:
+    cfg = small(norm={"kind": there})
+    source = trained(cfg)
+    path = save(tmp_path / "a", cfg, model=source)
+    _, after, report = loaded(path, small(norm={"kind": here}).model, OLD)
+    assert all(torch.equal(after[key], source[key]) for key in after.keys() & source.keys())
+    assert not any("num_batches_tracked" in line or "anew" in line or "not used" in line for line in report)
+
+
+def test_other_settings_of_the_same_norm_are_reported(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", small())
+    _, _, report = loaded(path, small(norm={"kind": "gn", "groups": 4, "padding": "plain"}).model)
+    assert "backbone.norm: groups 8 in the file, 4 here" in report
+    assert "fpn.norm: masked True in the file, False here" in report
+
+
+def test_a_checkpoint_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "a", {"model": {}}, {"config": {}})
+    with pytest.raises(CheckpointError, match=r"meta\.json has no classes"):
+        load_weights(nn.Identity(), tmp_path / "a", NEW, small().model)
+    with pytest.raises(CheckpointError, match="no group ema or model; it has optimizer"):
+        loaded(save(tmp_path / "b", small(), optimizer={}), small().model)

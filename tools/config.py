@@ -1,0 +1,11 @@
+"""Show a config as it is resolved; the same as `gndet config`.
+
+python tools/config.py configs/quickstart.yaml train.global_batch=8
+"""
+
+import sys
+
+from gndet.cli import main
+
+if __name__ == "__main__":  # loader processes may import this file again
+    raise SystemExit(main(["config", *sys.argv[1:]]))

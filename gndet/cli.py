@@ -1,6 +1,7 @@
 """`gndet VERB ...`: the command line. torch is imported inside the verb that needs it, so that --help answers at once."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from gndet.errors import GndetError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.  Returns the exit status: 0, or 2 after a mistake of the user's, told without a traceback."""
-    options = parser().parse_args(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options)
     except GndetError as error:
@@ -20,6 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"gndet {options.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; `key=value` overrides may stand anywhere (a picture of such a name is ./key=value)."""
+    is_override = [re.match(r"[a-z_][a-z0-9_.]*=", word) is not None for word in arguments]
+    options = parser().parse_args([w for w, o in zip(arguments, is_override, strict=True) if not o])
+    options.overrides = [w for w, o in zip(arguments, is_override, strict=True) if o]
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
     verb.add_argument("pictures", type=Path, nargs="+", help="picture files or folders of them")
     verb.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
-    verb.add_argument("--threshold", type=float, default=0.5, help="score from which a detection is drawn (0.5)")
-    verb.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help=overrides)
+    verb.add_argument("--threshold", type=float, default=0.5, help="score from which one is drawn (0.5)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     verb.set_defaults(run=predict)
 
     verb = verbs.add_parser("config", help="print the resolved config")

@@ -69,13 +69,13 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> 
 
 
 def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
-    """Find the pixels in [0, limit) that a box edge from low to high can touch, and their bilinear weights.
+    """Find the pixels in [0, limit) that a box edge from low to high touches, and their bilinear weights.
 
     Returns the p pixels as a slice and (p, side) float32: the weight of each mask cell at each pixel centre.
     """
     edge = max(high - low, MIN_BOX_EDGE)
-    reach = edge / side  # a map fades to zero over half a cell outside its box
-    pixels = slice(*np.clip([int(np.floor(low - reach)), int(np.ceil(high + reach))], 0, limit))
+    # a map fades to half its value at most on the border of its box: no pixel outside reaches MASK_THRESHOLD
+    pixels = slice(*np.clip([int(np.floor(low)), int(np.ceil(high))], 0, limit))
     position = (
         np.arange(pixels.start, pixels.stop) + 0.5 - low
     ) / edge * side - 0.5  # in cells; cell 0's centre is 0

@@ -75,7 +75,7 @@ def test_resuming_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None
 
 
 def test_starting_afresh_forgets_everything(tmp_path: Path) -> None:
-    log_updates(tmp_path, 0, range(10, 30, 10))
+    log_updates(tmp_path, 0, range(0, 30, 10))
     log_updates(tmp_path, 0, range(10, 20, 10))
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [10]
     assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [10]

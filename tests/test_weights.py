@@ -171,7 +171,9 @@ def test_weights_of_another_norm_are_refused_for_each_part(tmp_path: Path, part:
         loaded(save(tmp_path / "a", there), here.model)
 
 
-@pytest.mark.parametrize(("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn")])
+@pytest.mark.parametrize(
+    ("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn")]
+)
 def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: str) -> None:
     cfg = small(norm={"kind": there})
     source = trained(cfg)

@@ -1,6 +1,6 @@
 """Detect objects in images; the same as `gndet predict`.
 
-python tools/predict.py runs/quickstart photo.jpg
+python tools/predict.py runs/quickstart photo.jpg --out found
 """
 
 import sys

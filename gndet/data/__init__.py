@@ -28,7 +28,7 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
     unknown = [name for name in names if name not in dataset.classes]
     if unknown or not names or len(set(names)) < len(names):
         raise DataError(
-            f"{dataset.name}: data.classes: {', '.join(unknown) or list(names)}, expected different names among "
+            f"{dataset.name}: data.classes: {', '.join(unknown) or list(names)}, expected different ones of "
             f"{', '.join(dataset.classes)}"
         )
     old = [dataset.classes.index(name) for name in names]

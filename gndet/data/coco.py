@@ -93,14 +93,10 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(tree, dict):
-        raise DataError(
-            f"{path}: a JSON {type(tree).__name__}, expected COCO's object with images, annotations, ..."
-        )
+        raise DataError(f"{path}: a JSON {type(tree).__name__}, expected an object, as in COCO's format")
     for key in ("images", "annotations", "categories"):
         if not isinstance(tree.get(key), list) or not all(isinstance(item, dict) for item in tree[key]):
-            raise DataError(
-                f"{path}: {key}: {brief(tree.get(key))}, expected a list of objects, as in COCO's format"
-            )
+            raise DataError(f"{path}: {key}: {brief(tree.get(key))}, expected a list of objects, as in COCO")
         if not tree[key] and key != "annotations":
             raise DataError(f"{path}: {key}: the list is empty")
     return tree
@@ -148,8 +144,8 @@ def _read_sizes(items: list[dict[str, Any]], mistakes: list[str]) -> dict[int, S
         else:
             sizes[item["id"]] = None
             mistakes.append(
-                f"image {item['id']}: width {brief(width)}, height {brief(height)}, expected integers from 1 to "
-                f"{MAX_SIDE} with at most {MAX_PIXELS} pixels in all"
+                f"image {item['id']}: width {brief(width)}, height {brief(height)}, expected integers from 1 "
+                f"to {MAX_SIDE} with at most {MAX_PIXELS} pixels in all"
             )
     return sizes
 

@@ -10,17 +10,7 @@ from PIL import Image, ImageOps
 from gndet.errors import DataError
 
 MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
-FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "JPEG2000",
-    "MPO",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # not EPS: it runs Ghostscript
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     Image.DecompressionBombError,
     EOFError,

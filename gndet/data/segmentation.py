@@ -15,9 +15,8 @@ from torchvision.ops import roi_align
 from gndet.errors import DataError
 
 NUMBERS = {int, float}
-MAX_FRAME_REACH = (
-    16  # box sides a polygon may leave its box by; farther, its outline would take too long to walk
-)
+MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
+MAX_FRAME_REACH = 16  # box sides a polygon may leave its box by; farther out its outline is too long to walk
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, int]:
@@ -104,7 +103,7 @@ def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
         raise DataError(f"RLE size {brief(rle.get('size'))}, expected [height, width] {list(size)}")
     counts = rle.get("counts")
     if isinstance(counts, str):
-        runs = _run_lengths(counts)
+        runs = run_lengths(counts)
     elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
         runs = counts
     else:
@@ -116,8 +115,10 @@ def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
         )
 
 
-def _run_lengths(counts: str) -> list[int]:
+def run_lengths(counts: str) -> list[int]:
     """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
+
+    Raises DataError for a string that is none.
 
     A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
     follow, bit 4 of the last is the sign.  From the fourth on, each is the difference to the one before last.

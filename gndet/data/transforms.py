@@ -88,8 +88,6 @@ def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[i
 def _load_resized(record: Record, shortest_edge: int, max_edge: int) -> tuple[Tensor, tuple[float, float]]:
     """Load and resize a picture.  Returns (3, h, w) uint8 and the (y, x) scale."""
     height, width = resized(record.size, shortest_edge, max_edge)
-    image = torch.from_numpy(record.load()).permute(
-        2, 0, 1
-    )  # channels last in memory: twice as fast to resize
+    image = torch.from_numpy(record.load()).permute(2, 0, 1)  # channels last: twice as fast to resize
     image = functional.resize(image, [height, width], antialias=True)
     return image, (height / record.size[0], width / record.size[1])

@@ -136,7 +136,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        wide = x.float()
+        wide = x.to(self.running_mean.dtype)
         moments = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), wide.new_tensor([x[:, 0].numel()])])
         total = all_reduce(moments)
         n = total[-1]
@@ -179,7 +179,7 @@ class BatchRenorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
         if not self.training:
             return super().forward(x)
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)  # (C,)
+        var, mean = torch.var_mean(x.to(self.running_mean.dtype), (0, 2, 3), correction=0)  # (C,)
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             running_std = (self.running_var + self.eps).sqrt()

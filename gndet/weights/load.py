@@ -104,9 +104,10 @@ def _compare_norms(path: Path, trained: ModelConfig, config: ModelConfig) -> lis
         if part == "box_head" and "2fc" in (trained.box_head.kind, config.box_head.kind):
             continue  # the 2fc head has no norm
         if _family(before[part]) != _family(now[part]):
+            old, new = before[part].kind, now[part].kind
             raise CheckpointError(
-                f"{path}: its {part} was trained with {before[part].kind}, this model has {now[part].kind}; "
-                f"set model.{part}.norm: {{kind: {before[part].kind}}} or take a checkpoint of {now[part].kind}"
+                f"{path}: its {part} was trained with {old}, this model has {new}; "
+                f"set model.{part}.norm: {{kind: {old}}} or take a checkpoint trained with {new}"
             )
         grouping = ("groups", "channels_per_group") if now[part].kind == "gn" else ()
         for name in (*grouping, "weight_standardization", "eps", "masked"):

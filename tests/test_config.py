@@ -1,0 +1,88 @@
+"""The config reader: chains, overrides, and what it says of mistakes."""
+
+from pathlib import Path
+
+import pytest
+
+from gndet.config import config_from_dict, config_to_yaml, load_config, with_overrides
+from gndet.errors import ConfigError
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_child_overrides_its_base_key_by_key_and_norm_whole(tmp_path: Path) -> None:
+    write(tmp_path, "base.yaml", "model:\n  norm: {kind: gn, groups: 16}\n  fpn: {channels: 64}\nseed: 3\n")
+    child = write(tmp_path, "child.yaml", "base: base.yaml\nmodel:\n  norm: {kind: ln}\n")
+    cfg = load_config(child)
+    assert (cfg.model.norm.kind, cfg.model.norm.groups) == ("ln", 32)
+    assert (cfg.model.fpn.channels, cfg.seed, cfg.out) == (64, 3, "runs/child")
+
+
+def test_overrides_win_and_change_one_key(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "model:\n  norm: {kind: gn, groups: 16}\n")
+    cfg = load_config(path, ["model.norm.eps=1e-3", "model.backbone.norm.kind=frozen_bn", "data.shortest_edge=[96]"])
+    assert (cfg.model.norm.groups, cfg.model.norm.eps) == (16, 1e-3)
+    assert cfg.model.backbone.norm.kind == "frozen_bn" and cfg.data.shortest_edge == (96,)
+    assert load_config(path, ["model.norm.kind=bn"]).model.norm.kind == "bn"
+
+
+def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+    cfg = load_config(write(tmp_path, "a.yaml", "train: {optimizer: {lr: 1e-3}}\n"), ["train.ema=0.99"])
+    assert load_config(write(tmp_path, "b.yaml", config_to_yaml(cfg))) == cfg
+    assert config_from_dict(cfg.model_dump(mode="json"), "x") == cfg
+    assert cfg.train.optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model:\n  nrom: {kind: gn}\n", r"a\.yaml:2: unknown key model\.nrom; did you mean 'norm'"),
+        ("train:\n  lr: 0.1\n", r"a\.yaml:2: unknown key train\.lr; did you mean train\.optimizer\.lr"),
+        ("model:\n  norm:\n    kind: batch\n", r"a\.yaml:3: model\.norm\.kind: got 'batch'; .*'gn'.*'brn'"),
+        ("model:\n  norm: {groups: many}\n", r"a\.yaml:2: model\.norm\.groups: got 'many'; .*integer"),
+        ("train: {ema: .nan}\n", r"a\.yaml:1: train\.ema"),
+        ("seed: 1\nseed: 2\n", r"a\.yaml:2: key seed is given twice"),
+        ("model: {norm: {kind: bn, padding: masked}}\n", r"padding: masked is not available for kind: bn"),
+        ("data: {train: {kind: coco}}\n", r"data\.train: kind: coco needs `annotations`"),
+        ("train: {global_batch: 3, images_per_gpu: 2}\n", r"train\.global_batch: 3 is not a multiple of .*: 2"),
+        ("- 1\n- 2\n", r"a\.yaml: expected `key: value` lines, got list"),
+        ("model: [\n", r"a\.yaml: not valid YAML"),
+        ("base: missing.yaml\n", r"missing\.yaml: cannot read the config: No such file"),
+        ("base: a.yaml\n", r"`base:` leads back to this file"),
+        ("x: !!python/object/apply:os.system ['true']\n", r"a\.yaml: not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_mistakes_name_file_line_key_and_what_was_expected(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write(tmp_path, "a.yaml", text))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "seeed: 1\nmodel: {masks: perhaps}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["train.ema=2"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "a..b=1", "model.norm.kind=[", "model.norm=3"])
+def test_bad_overrides_are_refused_and_named(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match="override"):
+        load_config(write(tmp_path, "a.yaml", ""), [override])
+
+
+def test_an_alias_bomb_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
+    with pytest.raises(ConfigError, match="values once its aliases are expanded"):
+        load_config(write(tmp_path, "a.yaml", "\n".join(lines)))
+
+
+def test_overrides_of_a_stored_config(tmp_path: Path) -> None:
+    cfg = load_config(write(tmp_path, "a.yaml", ""))
+    assert with_overrides(cfg, ["data.root=elsewhere"], "x").data.root == "elsewhere"
+    with pytest.raises(ConfigError, match=r"override 'data\.rot=1': unknown key data\.rot; did you mean 'root'"):
+        with_overrides(cfg, ["data.rot=1"], "x")

@@ -1,0 +1,108 @@
+"""Every config is valid, recipes carry the published numbers, and the commands they show work."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from gndet.cli import parse
+from gndet.config import Config, load_config
+from gndet.modeling.mask_rcnn import part_norms
+
+CONFIGS = REPOSITORY / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*.yaml"))
+SCHEDULES = {
+    "1x": (90_000, (60_000, 80_000)),
+    "2x": (180_000, (120_000, 160_000)),
+    "3x": (270_000, (210_000, 250_000)),
+}
+PUBLISHED = {  # box, mask AP and whose; other toolkits' recipes that ours follow
+    "mask_rcnn_r50_fpn_gn_2x": "box AP 40.3, mask AP 35.7 (Detectron",
+    "mask_rcnn_r50_fpn_gn_3x": "box AP 42.6, mask AP 38.6 (detectron2",
+    "mask_rcnn_r50_fpn_scratch_gn_3x": "box AP 39.9, mask AP 36.6 (detectron2",
+    "mask_rcnn_r50_fpn_frozen_bn_1x": "box AP 38.6, mask AP 35.2 (detectron2",
+    "mask_rcnn_r101_fpn_gn_2x": "box AP 41.8, mask AP 36.8 (Detectron",
+    "mask_rcnn_r101_fpn_gn_3x": "box AP 42.3, mask AP 37.2 (Detectron",
+    "mask_rcnn_r101_fpn_scratch_gn_3x": "box AP 41.0, mask AP 36.4 (Detectron",
+}
+
+
+def recipe(name: str) -> Config:
+    return load_config(CONFIGS / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path: Path) -> None:
+    assert load_config(path).out == f"runs/{path.stem}"
+
+
+def test_the_set_of_recipes_is_whole() -> None:
+    kinds = ("gn_1x", "gn_2x", "gn_3x", "scratch_gn_3x", "frozen_bn_1x")
+    heads, depths = ("faster_rcnn", "mask_rcnn"), ("r50", "r101")
+    assert {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds} == set(
+        RECIPES
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_what_its_name_says(name: str) -> None:
+    cfg = recipe(name)
+    assert cfg.model.masks == name.startswith("mask_rcnn")
+    assert cfg.model.backbone.depth == int(re.search(r"_r(\d+)_", name)[1])
+    assert (cfg.train.schedule.updates, cfg.train.schedule.steps) == SCHEDULES[name[-2:]]
+    kinds = {part: norm.kind for part, norm in part_norms(cfg.model).items()}
+    if "frozen_bn" in name:
+        assert kinds.pop("backbone") == "frozen_bn" and set(kinds.values()) == {"none"}
+        assert cfg.model.box_head.kind == "2fc"
+    else:
+        assert kinds.pop("rpn") == "none" and set(kinds.values()) == {"gn"}
+        assert cfg.model.box_head.kind == "4conv1fc"
+    scratch = "scratch" in name
+    assert (cfg.model.backbone.freeze_at, cfg.train.weights == "") == ((0, True) if scratch else (2, False))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_what_all_published_ones_share(name: str) -> None:
+    cfg = recipe(name)
+    optimizer, schedule, data, model = cfg.train.optimizer, cfg.train.schedule, cfg.data, cfg.model
+    assert (optimizer.kind, optimizer.lr, optimizer.momentum) == ("sgd", 0.02, 0.9)
+    assert (optimizer.weight_decay, optimizer.norm_weight_decay) == (1e-4, 0)
+    assert (cfg.train.global_batch, schedule.reference_batch, schedule.kind, schedule.gamma) == (
+        16,
+        16,
+        "step",
+        0.1,
+    )
+    assert (schedule.warmup, schedule.warmup_factor) == (1000, 0.001)
+    assert (data.shortest_edge, data.max_edge) == ((640, 672, 704, 736, 768, 800), 1333)
+    assert (data.shortest_edge_test, data.flip) == (800, 0.5)
+    assert all(norm.groups == 32 and norm.eps == 1e-5 for norm in part_norms(model).values())
+    assert (model.fpn.channels, model.mask_head.channels, model.mask_head.num_convs) == (256, 256, 4)
+    assert (model.rpn.pre_nms_train, model.rpn.post_nms_train, model.box_head.regions_per_image) == (
+        2000,
+        1000,
+        512,
+    )
+    assert (model.box_head.fc_channels, model.box_head.score_threshold, model.box_head.nms_threshold) == (
+        1024,
+        0.05,
+        0.5,
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_headed_by_its_commands_and_what_to_expect(name: str) -> None:
+    single, multi, expect, *_ = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    assert parse(single.removeprefix("# gndet ").split()).config == f"configs/{name}.yaml"
+    assert multi == f"# torchrun --nproc_per_node=8 tools/train.py configs/{name}.yaml"
+    assert PUBLISHED.get(name, "no published figure known") in expect
+    assert expect.endswith("Ours: not run yet.")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "tools").glob("*.py")), ids=lambda path: path.name)
+def test_a_tool_is_the_verb_of_its_name(path: Path) -> None:
+    source = path.read_text()
+    (example,) = re.findall(rf"^python tools/{path.stem}\.py (.*)$", source, re.MULTILINE)
+    parse([path.stem, *example.split()])
+    assert f'main(["{path.stem}", *sys.argv[1:]])' in source

@@ -1,0 +1,53 @@
+"""The Dockerfile copies what exists, installs what pyproject.toml asks for, and its commands are commands."""
+
+import json
+import re
+import shlex
+import tomllib
+
+from conftest import REPOSITORY
+
+from gndet.cli import parse
+
+DOCKERFILE = (REPOSITORY / "docker" / "Dockerfile").read_text()
+COMMENTS = re.sub(r"\\\n#", " ", DOCKERFILE)  # a command on one line
+INSTRUCTIONS = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", DOCKERFILE)).splitlines()
+
+
+def arguments(instruction: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in INSTRUCTIONS if line.startswith(instruction + " ")]
+
+
+def test_every_copied_path_exists_and_nothing_is_copied_twice() -> None:
+    sources = [source for copy in arguments("COPY") for source in copy[:-1]]
+    assert {"pyproject.toml", "gndet"} <= set(sources) and len(sources) == len(set(sources))
+    assert not [source for source in sources if not (REPOSITORY / source).exists()]
+
+
+def test_every_command_shown_for_the_image_is_understood() -> None:
+    shown = [shlex.split(command) for command in re.findall(r"docker run .* gndet:\w+ (.*)", COMMENTS)]
+    assert len(shown) >= 4
+    for words in shown:
+        if words[0] == "--nproc_per_node=8":  # torchrun with a script of ours
+            assert (REPOSITORY / words[1]).is_file()
+            words = [words[1].removeprefix("tools/").removesuffix(".py"), *words[2:]]
+        options = parse(words)
+        if hasattr(options, "config"):
+            assert (REPOSITORY / options.config).is_file()
+
+
+def test_the_entry_point_is_a_script_of_the_package() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (entry,) = [json.loads(line.partition(" ")[2]) for line in INSTRUCTIONS if line.startswith("ENTRYPOINT ")]
+    assert entry[0] in project["scripts"]
+
+
+def test_the_wheels_fetched_first_are_those_the_package_needs() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    fetched = re.findall(r'"(torch[^"]*[<>=][^"]*)"', DOCKERFILE)
+    assert len(fetched) == 2 and set(fetched) <= set(project["dependencies"])
+
+
+def test_the_container_does_not_run_as_root() -> None:
+    users = arguments("USER")
+    assert users and users[-1] not in (["root"], ["0"])

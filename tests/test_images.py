@@ -1,0 +1,128 @@
+"""Every kind of picture file becomes upright 8-bit RGB, or a DataError that names the file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gndet.data.images import open_picture, read_image
+from gndet.errors import DataError
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    """A 20 x 30 picture, left half red, right half blue, the upper left corner white."""
+    pixels = np.zeros((20, 30, 3), dtype=np.uint8)
+    pixels[:, :15], pixels[:, 15:], pixels[:5, :5] = (255, 0, 0), (0, 0, 255), 255
+    return pixels
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P"])
+def test_colour_modes_keep_their_colours(tmp_path: Path, colours: np.ndarray, mode: str) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.fromarray(colours).convert(mode).save(path)
+    assert np.array_equal(read_image(path, (20, 30)), colours)
+
+
+def test_alpha_is_dropped_not_blended(tmp_path: Path, colours: np.ndarray) -> None:
+    transparent = np.concatenate((colours, np.zeros_like(colours[..., :1])), axis=2)
+    Image.fromarray(transparent, "RGBA").save(tmp_path / "a.png")
+    assert np.array_equal(open_picture(tmp_path / "a.png"), colours)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_modes_repeat_their_value(tmp_path: Path, mode: str) -> None:
+    grey = np.repeat(np.array([[0, 255]], dtype=np.uint8), 8, axis=0)
+    Image.fromarray(grey).convert(mode).save(tmp_path / "a.png")
+    assert np.array_equal(open_picture(tmp_path / "a.png"), np.repeat(grey[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bits_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(values).save(tmp_path / name)
+    assert np.array_equal(open_picture(tmp_path / name)[..., 0], np.arange(256).reshape(16, 16))
+
+
+def test_float_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif.*expected 8 or 16 bits"):
+        open_picture(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orientation: int) -> None:
+    undo = {  # what turns the stored picture upright, by EXIF 2.3, tag 0x0112
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: np.rot90,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(open_picture(tmp_path / "a.png"), undo[orientation](colours))
+
+
+def test_first_frame_of_an_animation_is_taken(tmp_path: Path, colours: np.ndarray) -> None:
+    frames = [Image.fromarray(colours), Image.fromarray(255 - colours)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert np.array_equal(open_picture(tmp_path / "a.gif"), colours)
+
+
+def test_another_size_names_file_and_both_sizes(tmp_path: Path, colours: np.ndarray) -> None:
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png.*\(20, 30\).*\(30, 20\)$"):
+        read_image(tmp_path / "a.png", (30, 20))
+
+
+def test_a_size_that_fits_before_exif_rotation_only_says_so(tmp_path: Path, colours: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colours).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg", (30, 20)).shape == (30, 20, 3)
+    with pytest.raises(DataError, match="only before the EXIF rotation"):
+        read_image(tmp_path / "a.jpg", (20, 30))
+
+
+@pytest.mark.parametrize("fault", ["missing", "empty", "html", "truncated", "garbled", "eps"])
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "tif", "webp", "bmp"])
+def test_broken_files_are_named(tmp_path: Path, fault: str, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    whole = path.read_bytes()
+    content = {
+        "empty": b"",
+        "html": b"<!DOCTYPE html><html><body>404</body></html>",
+        "truncated": whole[: len(whole) // 3],
+        "garbled": whole[:8] + bytes(len(whole) - 8),
+        "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
+    }
+    path.unlink()
+    if fault != "missing":
+        path.write_bytes(content[fault])
+    with pytest.raises(DataError, match=rf"a\.{kind}"):
+        open_picture(path)
+
+
+def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:
+    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(DataError, match=r"bomb\.png.*100000000"),
+    ):
+        open_picture(tmp_path / "bomb.png")
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb2.png")
+    with pytest.raises(DataError, match=r"bomb2\.png"):
+        open_picture(tmp_path / "bomb2.png")
+
+
+def test_the_picture_may_be_written_to(tmp_path: Path, colours: np.ndarray) -> None:
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    assert open_picture(tmp_path / "a.png").flags.writeable

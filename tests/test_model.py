@@ -1,0 +1,222 @@
+"""The detector: its losses, its one graph, what may and may not influence an image's result."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from models import NUM_CLASSES, make_batch, rows, small_config, small_model
+from torch import nn
+
+from gndet.config import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
+from gndet.errors import ConfigError
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.norm import NORMS, FrozenBatchNorm, GroupNorm, NoNorm
+from gndet.modeling.resnet import ResNet
+from gndet.modeling.rpn import cell_ids, level_anchors
+from gndet.structures import Batch
+
+LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
+SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
+
+
+def gradients(model: MaskRCNN, *batches: Batch) -> torch.Tensor:
+    """The gradient of the mean loss over the images of all batches, as one vector."""
+    model.zero_grad()
+    total = sum(len(batch.images) for batch in batches)
+    for batch in batches:
+        (sum(model(batch).values()) * len(batch.images) / total).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_losses_have_detectron2_s_names_are_finite_and_reach_every_parameter() -> None:
+    model = small_model()
+    losses = model(make_batch(SIZES[:3]))
+    assert list(losses) == LOSSES
+    sum(losses.values()).backward()
+    assert all(value.isfinite() and value > 0 for value in losses.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert 0.6 < losses["loss_rpn_cls"] < 0.8 and 0.6 < losses["loss_mask"] < 0.8  # ln 2 before training
+
+
+def test_initial_class_loss_is_that_of_an_even_guess() -> None:
+    model = small_model()
+    nn.init.zeros_(model.box_head.cls_score.weight)
+    assert math.isclose(model(make_batch(SIZES))["loss_cls"].item(), math.log(NUM_CLASSES + 1), rel_tol=1e-5)
+
+
+def test_the_whole_training_forward_is_one_graph() -> None:
+    explained = torch._dynamo.explain(small_model())(make_batch(SIZES))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@pytest.mark.parametrize("junk", [5000.0, -300.0, float("nan")])
+def test_what_stands_in_empty_slots_and_in_the_padding_changes_nothing(junk: float) -> None:
+    model, batch = small_model(), make_batch(SIZES)
+    clean = gradients(model, batch)
+    gt, empty = batch.gt, ~batch.gt.valid
+    poisoned = gt._replace(
+        boxes=torch.where(empty[..., None], junk, gt.boxes),
+        labels=torch.where(empty, 4, gt.labels),
+        masks=gt.masks | empty[..., None, None],
+    )
+    images = batch.images.clone()
+    for image, (height, width) in zip(images, SIZES, strict=True):
+        image[:, height:] = 255
+        image[:, :, width:] = 255
+    assert torch.equal(gradients(model, batch._replace(gt=poisoned, images=images)), clean)
+
+
+@pytest.mark.parametrize("kind", ["gn", "ln", "frozen_bn"])
+def test_an_image_s_features_do_not_depend_on_its_batch(kind: str) -> None:
+    model = small_model(NormConfig(kind=kind, channels_per_group=16)).double()
+    together = make_batch(SIZES)
+    features, _ = model.features(together.images, together.sizes, together.padded)
+    for i, size in enumerate(SIZES):
+        one = make_batch([size], first=i)
+        alone, _ = model.features(one.images, one.sizes, one.padded)
+        for level, expected in zip(features, alone, strict=True):
+            got = level[i : i + 1, :, : expected.shape[2], : expected.shape[3]]
+            assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_gradients_do_not_depend_on_how_images_are_batched() -> None:
+    model = small_model().double()
+    together = make_batch(SIZES)
+    alone = [make_batch([size], first=i) for i, size in enumerate(SIZES)]
+    expected = gradients(model, together)
+    for parts in (alone, [rows(together, 0, 2), rows(together, 2, 4)]):
+        got = gradients(model, *parts)
+        assert F.cosine_similarity(got, expected, dim=0) > 1 - 1e-9
+        assert (got - expected).norm() / expected.norm() < 1e-6
+
+
+def test_plain_padding_does_leak() -> None:
+    """Guards the tests above: what they check is not true of itself."""
+    model = small_model(NormConfig(channels_per_group=16, padding="plain")).double()
+    alone = [make_batch([size], first=i) for i, size in enumerate(SIZES)]
+    assert F.cosine_similarity(gradients(model, make_batch(SIZES)), gradients(model, *alone), dim=0) < 0.999
+
+
+def test_detections_are_those_of_the_image_alone_and_lie_inside_it() -> None:
+    model = small_model().double().eval()
+    model.box_head.cfg = model.box_head.cfg.model_copy(update={"score_threshold": 0.0})
+    batch = make_batch(SIZES)
+    found = model.detect(batch.images, batch.sizes, batch.padded)
+    assert found.boxes.shape == (4, 100, 4) and found.masks.shape == (4, 100, 28, 28)
+    for i, (height, width) in enumerate(SIZES):
+        one = make_batch([(height, width)], first=i)
+        alone = model.detect(one.images, one.sizes, one.padded)
+        torch.testing.assert_close(found.boxes[i], alone.boxes[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.scores[i], alone.scores[0])
+        torch.testing.assert_close(found.masks[i], alone.masks[0])
+        kept = found.boxes[i][found.valid[i]]
+        assert kept.min() >= 0 and (kept[:, 2] <= width).all() and (kept[:, 3] <= height).all()
+        assert (found.scores[i].diff() <= 0).all()
+
+
+def test_the_same_batch_and_key_give_the_same_losses_and_another_key_samples_otherwise() -> None:
+    model, batch = small_model(), make_batch(SIZES)
+    first, again, other = model(batch), model(batch), model(batch._replace(keys=batch.keys + 1))
+    assert all(torch.equal(first[name], again[name]) for name in LOSSES)
+    assert first["loss_rpn_cls"] != other["loss_rpn_cls"]
+
+
+def test_images_without_objects_train_as_negatives() -> None:
+    losses = small_model()(make_batch([(64, 96)], first=3))
+    assert losses["loss_mask"] == losses["loss_box_reg"] == losses["loss_rpn_loc"] == 0
+    assert losses["loss_cls"] > 0 and losses["loss_rpn_cls"] > 0
+
+
+@pytest.mark.parametrize("kind", sorted(NORMS))
+def test_every_norm_trains_with_and_without_weight_standardization(kind: str) -> None:
+    for standardize in (False, True):
+        norm = NormConfig(kind=kind, channels_per_group=16, weight_standardization=standardize)
+        losses = small_model(norm)(make_batch(SIZES[:2]))
+        sum(losses.values()).backward()
+        assert all(value.isfinite() for value in losses.values())
+
+
+def test_a_part_may_have_a_norm_of_its_own_and_the_rpn_has_none_by_default() -> None:
+    cfg = small_config(backbone=BackboneConfig(depth=18, norm=NormConfig(kind="frozen_bn")))
+    model = build_model(cfg, NUM_CLASSES)
+    kinds = {
+        part: {type(m) for m in getattr(model, part).modules() if isinstance(m, GroupNorm | FrozenBatchNorm | NoNorm)}
+        for part in ("backbone", "fpn", "rpn", "box_head", "mask_head")
+    }
+    assert kinds == {
+        "backbone": {FrozenBatchNorm}, "fpn": {GroupNorm}, "rpn": {NoNorm}, "box_head": {GroupNorm},
+        "mask_head": {GroupNorm},
+    }  # fmt: skip
+
+
+def test_a_norm_that_does_not_fit_names_the_part() -> None:
+    with pytest.raises(ConfigError, match=r"model\.fpn: norm groups: 24 does not divide 32 channels"):
+        build_model(small_config().model_copy(update={"norm": NormConfig(groups=24), "backbone":
+                    BackboneConfig(depth=18, norm=NormConfig())}), NUM_CLASSES)  # fmt: skip
+
+
+def test_masks_off_is_a_faster_rcnn() -> None:
+    model = small_model(masks=False)
+    assert list(model(make_batch(SIZES))) == LOSSES[:4]
+    batch = make_batch(SIZES)
+    assert model.eval().detect(batch.images, batch.sizes, True).masks.shape[2:] == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["2fc", "4conv1fc"])
+def test_box_head_layouts(kind: str) -> None:
+    head = small_model(box_head=BoxHeadConfig(kind=kind, conv_channels=32, fc_channels=64)).box_head
+    assert (len(head.convs), len(head.fcs)) == ((0, 2) if kind == "2fc" else (4, 1))
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_resnet_equals_torchvision_s(depth: int) -> None:
+    """Same parameters in the same order, same result: the layout, and the stride in the 3x3."""
+    reference = getattr(torchvision.models, f"resnet{depth}")(norm_layer=lambda c: nn.GroupNorm(32, c)).double()
+    ours = ResNet(BackboneConfig(depth=depth), NormConfig()).double()
+    theirs = [p for name, p in reference.named_parameters() if not name.startswith("fc.")]
+    names = {name: p.shape for name, p in ours.named_parameters()}
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs), names
+    with torch.no_grad():
+        for mine, other in zip(ours.parameters(), theirs, strict=True):
+            mine.copy_(other)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    expected = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
+    for stage, got in zip("1234", ours(x, dict.fromkeys((2, 4, 8, 16, 32))), strict=True):
+        expected = getattr(reference, f"layer{stage}")(expected)
+        torch.testing.assert_close(got, expected)
+
+
+def test_zero_init_makes_every_block_start_as_its_shortcut() -> None:
+    model = ResNet(BackboneConfig(depth=50, zero_init_last_gamma=True), NormConfig())
+    assert all(block.conv3.norm.weight.abs().max() == 0 for stage in model.stages() for block in stage)
+
+
+def test_freezing_stops_the_stem_and_the_first_stages() -> None:
+    model = ResNet(BackboneConfig(depth=18, freeze_at=2), NormConfig())
+    frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem", "res2"}
+
+
+def test_anchors_by_hand() -> None:
+    anchors = level_anchors(32, (0.5, 1.0, 2.0), 16, 2, 3, torch.device("cpu")).view(2, 3, 3, 4)
+    assert anchors[0, 0, 1].tolist() == [-16, -16, 16, 16]
+    assert anchors[1, 2, 1].tolist() == [16, 0, 48, 32]
+    size = anchors[..., 2:] - anchors[..., :2]
+    torch.testing.assert_close(size.prod(-1), torch.full((2, 3, 3), 1024.0))
+    torch.testing.assert_close(size[0, 0, :, 1] / size[0, 0, :, 0], torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_an_anchor_s_id_does_not_depend_on_the_canvas() -> None:
+    small = cell_ids(1, 4, 5, 3, torch.device("cpu")).view(4, 5, 3)
+    large = cell_ids(1, 8, 9, 3, torch.device("cpu")).view(8, 9, 3)
+    assert torch.equal(small, large[:4, :5])
+    assert len(torch.cat([cell_ids(i, 8, 9, 3, torch.device("cpu")) for i in range(5)]).unique()) == 5 * 8 * 9 * 3
+
+
+def test_default_config_is_the_paper_s_detector() -> None:
+    model = build_model(ModelConfig(), 80)
+    assert model.backbone.channels == (256, 512, 1024, 2048)
+    assert len(model.box_head.convs) == 4 and len(model.mask_head.convs) == 4
+    assert all(m.groups == 32 for m in model.modules() if isinstance(m, GroupNorm))

@@ -1,0 +1,181 @@
+"""Boxes, matching, sampling, NMS, RoIAlign and noise against torchvision and cases worked by hand."""
+
+import pytest
+import torch
+import torchvision
+
+from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
+from gndet.ops.masks import mask_targets
+from gndet.ops.matching import match, sample_balanced
+from gndet.ops.nms import fixed_point, nms_keep
+from gndet.ops.noise import Stream, hash_ints, ranks, uniform
+from gndet.ops.reduce import mean_per_image, smooth_l1
+from gndet.ops.roi_align import extend_edges, pyramid_level, roi_align_pyramid
+
+STRIDES = (4, 8, 16, 32)
+
+
+def random_boxes(*shape: int, side: float = 100.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(*shape, 2, generator=generator) * side
+    return torch.cat([corner, corner + torch.rand(*shape, 2, generator=generator) * side / 2 + 1], dim=-1)
+
+
+def test_iou_equals_torchvision() -> None:
+    a, b = random_boxes(2, 7), random_boxes(2, 30, seed=1)
+    expected = torch.stack([torchvision.ops.box_iou(x, y) for x, y in zip(a, b, strict=True)])
+    torch.testing.assert_close(pairwise_iou(a, b), expected)
+
+
+def test_empty_and_inverted_boxes_overlap_nothing() -> None:
+    odd = torch.tensor([[[5.0, 5, 5, 5], [50, 50, 10, 10]]])
+    assert pairwise_iou(odd, random_boxes(1, 20)).abs().max() == 0
+
+
+def test_clip_limits_each_image_to_its_own_size() -> None:
+    boxes = torch.tensor([[[-5.0, 2, 300, 300]]]).repeat(2, 1, 1)
+    clipped = clip_boxes(boxes, torch.tensor([[100, 200], [50, 60]]))
+    assert clipped[:, 0].tolist() == [[0, 2, 200, 100], [0, 2, 60, 50]]
+
+
+def test_decode_inverts_encode() -> None:
+    boxes, anchors = random_boxes(3, 9), random_boxes(3, 9, seed=1)
+    weights = (10.0, 10.0, 5.0, 5.0)
+    torch.testing.assert_close(decode(encode(boxes, anchors, weights), anchors, weights), boxes, rtol=0, atol=1e-3)
+
+
+def test_match_by_hand() -> None:
+    # two objects and a padded one; candidates: exact hit, half overlap, nothing, best of the second object
+    iou = torch.tensor([[[1.0, 0.5, 0.0, 0.0], [0.0, 0.1, 0.0, 0.2], [0.9, 0.9, 0.9, 0.9]]])
+    gt_valid, everywhere = torch.tensor([[True, True, False]]), torch.ones(1, 4, dtype=torch.bool)
+    matched, label = match(iou, gt_valid, everywhere, 0.3, 0.7, keep_best=True)
+    assert label.tolist() == [[1, -1, 0, 1]]
+    assert matched[0, [0, 1, 3]].tolist() == [0, 0, 1]
+    assert match(iou, gt_valid, everywhere, 0.3, 0.7, keep_best=False)[1].tolist() == [[1, -1, 0, 0]]
+
+
+def test_candidates_in_the_padding_are_neither_positive_nor_negative() -> None:
+    iou = torch.tensor([[[0.9, 0.1]]])
+    here = torch.tensor([[False, True]])
+    _, label = match(iou, torch.ones(1, 1, dtype=torch.bool), here, 0.3, 0.7, keep_best=True)
+    assert label[0, 0] == -1
+
+
+@pytest.mark.parametrize(("num_positive", "kept"), [(10, 10), (400, 128), (0, 0)])
+def test_sampling_takes_positives_first_and_at_most_their_share(num_positive: int, kept: int) -> None:
+    label = torch.zeros(1, 1000, dtype=torch.long)
+    label[0, 50 : 50 + num_positive] = 1
+    order = ranks(torch.tensor([123]), Stream.REGIONS, torch.arange(1000))
+    index, positive, valid = sample_balanced(label, order, 512, 0.25)
+    assert positive.sum() == kept and valid.all()
+    assert positive[0, :kept].all()
+    assert (label[0, index[0]] == positive[0].long()).all()
+    assert len(index[0].unique()) == 512
+
+
+def test_sampling_fewer_candidates_than_wanted_marks_the_rest_invalid() -> None:
+    label = torch.tensor([[1, -1, 0, -1]])
+    order = ranks(torch.tensor([5]), Stream.REGIONS, torch.arange(4))
+    index, positive, valid = sample_balanced(label, order, 512, 0.25)
+    assert index.shape == (1, 4)
+    assert positive.tolist() == [[True, False, False, False]]
+    assert valid.tolist() == [[True, True, False, False]]
+
+
+def test_noise_is_uniform_keyed_and_independent_of_the_other_candidates() -> None:
+    keys = torch.tensor([hash_ints(0, 1, 2), hash_ints(0, 1, 3)])
+    ids = torch.arange(100_000)
+    drawn = ranks(keys, Stream.ANCHORS, ids)
+    assert (drawn >= 0).all() and len(drawn[0].unique()) == len(ids)
+    share = drawn.double() / 2**59
+    assert abs(share.mean() - 0.5) < 0.005 and abs(share.std() - 12**-0.5) < 0.005
+    assert abs(torch.corrcoef(share)[0, 1]) < 0.02  # two images
+    assert abs(torch.corrcoef(torch.stack([share[0, :-1], share[0, 1:]]))[0, 1]) < 0.02  # neighbours
+    other = ranks(keys[:1], Stream.REGIONS, ids)
+    assert abs(torch.corrcoef(torch.stack([share[0], other[0].double()]))[0, 1]) < 0.02  # two uses of one key
+    some = torch.tensor([7, 99_999, 3])
+    assert torch.equal(ranks(keys[1:], Stream.ANCHORS, some)[0], drawn[1, some])
+
+
+def test_hash_is_sensitive_to_every_integer_and_their_order() -> None:
+    values = {hash_ints(*v) for v in [(1, 2, 3), (3, 2, 1), (1, 2), (1, 2, 4), (0, 2, 3), (-1, 2, 3), (1, 2, 3, 0)]}
+    assert len(values) == 7 and all(0 <= v < 2**63 for v in values)
+    assert abs(sum(uniform(7, i) for i in range(10_000)) / 10_000 - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nms_equals_torchvision_group_by_group(seed: int) -> None:
+    boxes = random_boxes(2, 400, seed=seed)
+    scores = torch.linspace(1, 0, 400).repeat(2, 1)
+    groups = torch.arange(400).repeat(2, 1) % 3
+    valid = torch.ones(2, 400, dtype=torch.bool)
+    valid[:, ::7] = False
+    boxes[:, ::7] = float("nan")
+    keep = nms_keep(boxes, scores, groups, valid, 0.5)
+    for i in range(2):
+        rows = valid[i].nonzero()[:, 0]
+        kept = torchvision.ops.batched_nms(boxes[i, rows], scores[i, rows], groups[i, rows], 0.5)
+        assert sorted(rows[kept].tolist()) == keep[i].nonzero()[:, 0].tolist()
+    assert torch.equal(fixed_point(boxes, groups, valid, 0.5), keep)  # what a GPU runs
+
+
+def test_pyramid_levels_of_the_paper() -> None:
+    sides = torch.tensor([16.0, 112, 224, 448, 2000])
+    boxes = torch.stack([torch.zeros(5), torch.zeros(5), sides, sides], dim=-1)
+    assert pyramid_level(boxes, 4).tolist() == [0, 1, 2, 3, 3]
+
+
+def test_roi_align_equals_torchvision_and_does_not_depend_on_the_form() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 4, 256 // s, 256 // s, generator=generator, requires_grad=True) for s in STRIDES]
+    boxes, image = random_boxes(40, side=200), torch.arange(40) % 2
+    pooled = roi_align_pyramid(features, STRIDES, boxes, image, 7, 2)
+    for i, level in enumerate(pyramid_level(boxes, 4)):
+        roi = torch.cat([image[i : i + 1, None].float(), boxes[i : i + 1]], dim=1)
+        expected = torchvision.ops.roi_align(features[level], roi, 7, 1 / STRIDES[level], 2, aligned=True)
+        torch.testing.assert_close(pooled[i : i + 1], expected)
+    gradient = torch.autograd.grad(pooled.square().sum(), features)
+    compiled = torch.compile(roi_align_pyramid, backend="eager", fullgraph=True)
+    again = compiled(features, STRIDES, boxes, image, 7, 2)
+    torch.testing.assert_close(again, pooled)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), features), gradient, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_roi_align_at_the_edge_sees_the_picture_not_the_padding() -> None:
+    alone = torch.randn(1, 3, 9, 10)
+    padded = torch.full((1, 3, 16, 16), 1e6)
+    padded[:, :, :9, :10] = alone
+    box = torch.tensor([[10.0, 12.0, 40.0, 36.0]])  # reaches the right and lower edge at stride 4
+    args = ((4,), box, torch.zeros(1, dtype=torch.long), 7, 2)
+    expected = roi_align_pyramid([alone], *args)
+    torch.testing.assert_close(roi_align_pyramid([extend_edges(padded, torch.tensor([[9, 10]]))], *args), expected)
+
+
+def test_nan_boxes_pool_to_something_finite() -> None:
+    features = [torch.randn(1, 2, 8, 8)]
+    out = roi_align_pyramid(features, (4,), torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.long), 7, 2)
+    assert out.isfinite().all()
+
+
+def test_mask_target_of_the_box_itself_is_the_mask() -> None:
+    mask = torch.zeros(1, 112, 112, dtype=torch.bool)
+    mask[0, :56] = True  # the upper half
+    box = torch.tensor([[10.0, 20.0, 66.0, 76.0]])
+    target = mask_targets(mask, box, box, 28)
+    assert target[0, :14].min() == 1 and target[0, 14:].max() == 0
+    lower = mask_targets(mask, box, torch.tensor([[10.0, 48.0, 66.0, 76.0]]), 28)
+    assert lower.max() == 0  # the lower half of the object, and nothing beyond the box
+
+
+def test_reductions_ignore_what_is_masked() -> None:
+    values = torch.tensor([[1.0, float("nan")], [3.0, 5.0]])
+    mask = torch.tensor([[True, False], [True, True]])
+    assert mean_per_image(values, mask).tolist() == [1.0, 4.0]
+    assert mean_per_image(values, torch.zeros_like(mask)).tolist() == [0.0, 0.0]
+
+
+def test_smooth_l1_equals_torch() -> None:
+    x = torch.linspace(-3, 3, 50)
+    torch.testing.assert_close(smooth_l1(x, 0.5), torch.nn.functional.smooth_l1_loss(x, 0 * x, reduction="none", beta=0.5))
+    torch.testing.assert_close(smooth_l1(x, 0.0), x.abs())

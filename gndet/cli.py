@@ -1,4 +1,7 @@
-"""`gndet VERB ...`: the command line. torch is imported inside the verb that needs it, so that --help answers at once."""
+"""`gndet VERB ...`: the command line.
+
+torch is imported inside the verb that needs it, so that --help answers at once.
+"""
 
 import argparse
 import re

@@ -145,9 +145,10 @@ class DatasetConfig(Section):
     kind: Literal["coco", "shapes"] = "coco"
     annotations: str = Field("", description="coco: the JSON file, relative to data.root")
     images: str = Field("", description="coco: the image folder, relative to data.root")
+    limit: int | None = Field(None, ge=1, description="use the first so many images only, to try things out")
     count: int = Field(400, ge=1, description="shapes: number of images")
     size: int = Field(160, ge=64, description="shapes: side of the square image, pixels")
-    seed: int = Field(0, description="shapes: another seed draws another set")
+    seed: int = Field(0, ge=0, description="shapes: another seed draws another set")
 
     @model_validator(mode="after")
     def _coco_names_its_file(self) -> "DatasetConfig":
@@ -228,7 +229,7 @@ class Config(Section):
     """The whole config of a run."""
 
     out: str = Field("", description="run folder; runs/<config name> by default")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = Field(False, description="deterministic GPU algorithms; the CPU is deterministic as it is")
     model: ModelConfig = ModelConfig()

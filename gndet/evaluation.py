@@ -76,16 +76,12 @@ def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np
     edge = max(high - low, MIN_BOX_EDGE)
     # a map fades to half its value at most on the border of its box: no pixel outside reaches MASK_THRESHOLD
     pixels = slice(*np.clip([int(np.floor(low)), int(np.ceil(high))], 0, limit))
-    position = (
-        np.arange(pixels.start, pixels.stop) + 0.5 - low
-    ) / edge * side - 0.5  # in cells; cell 0's centre is 0
+    position = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / edge * side - 0.5  # in cells; cell 0's centre is 0
     weights = 1 - np.abs(position[:, None] - np.arange(side))
     return pixels, np.clip(weights, 0, None).astype(np.float32)
 
 
-def to_results(
-    detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset
-) -> list[dict[str, Any]]:
+def to_results(detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset) -> list[dict[str, Any]]:
     """Turn a batch of detections into COCO results in the pixels of the original pictures.
 
     indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures.
@@ -109,9 +105,7 @@ def to_results(
                 "bbox": box.tolist(),
                 "score": float(score),
             }
-            for label, box, score in zip(
-                parts.labels[image][valid], clipped, parts.scores[image][valid], strict=True
-            )
+            for label, box, score in zip(parts.labels[image][valid], clipped, parts.scores[image][valid], strict=True)
         ]
         if detections.masks.shape[-1]:
             codes = paste_masks(parts.masks[image][valid], boxes, record.size)
@@ -212,9 +206,7 @@ def _pycocotools(ground_truth: dict, results: list[dict], kind: str) -> COCOeval
     return COCOeval(truth, found, kind)
 
 
-def _metrics(
-    precision: np.ndarray, recall: np.ndarray, ground_truth: dict, category_ids: list[int]
-) -> Metrics:
+def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, category_ids: list[int]) -> Metrics:
     """Read the numbers off the arrays as pycocotools' summarize() does, which knows a limit of 100 alone."""
     summary = {
         "AP": _mean(precision[:, :, :, ALL, -1]),
@@ -288,9 +280,7 @@ def evaluate(
     results = [one for part in gather(shared) for one in part]
     results.sort(key=lambda one: order[one["image_id"]])  # stable: an image's detections stay in their order
     truth = to_coco(dataset)
-    score = functools.partial(
-        coco_metrics, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections
-    )
+    score = functools.partial(coco_metrics, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections)
     box, mask = score(truth, results, "bbox"), None
     if cfg.model.masks and any("segmentation" in annotation for annotation in truth["annotations"]):
         annotations = [_with_masks(annotation) for annotation in truth["annotations"]]
@@ -310,18 +300,14 @@ def _with_masks(annotation: dict[str, Any]) -> dict[str, Any]:
 def scalars(evaluation: Evaluation) -> dict[str, float]:
     """Flatten the summaries for logs: {"box/AP": 0.41, ..., "mask/AP": 0.37, ...}."""
     parts = {"box": evaluation.box, "mask": evaluation.mask}
-    return {
-        f"{name}/{key}": value for name, part in parts.items() if part for key, value in part.summary.items()
-    }
+    return {f"{name}/{key}": value for name, part in parts.items() if part for key, value in part.summary.items()}
 
 
 def table(evaluation: Evaluation) -> str:
     """Write the report in aligned columns: summaries, then classes, in percent; "-" is undefined."""
     parts = {"box": evaluation.box} | ({"mask": evaluation.mask} if evaluation.mask else {})
     summary = [["", *SUMMARY_COLUMNS]]
-    summary += [
-        [name, *(_percent(part.summary[key]) for key in SUMMARY_COLUMNS)] for name, part in parts.items()
-    ]
+    summary += [[name, *(_percent(part.summary[key]) for key in SUMMARY_COLUMNS)] for name, part in parts.items()]
     columns = ("AP", "AP50", "AR")
     classes = [["class", "images", "objects", *(f"{name} {key}" for name in parts for key in columns)]]
     for rows in zip(*(part.per_class for part in parts.values()), strict=True):

@@ -100,12 +100,8 @@ def predict(
         save_picture(out / name, picture)
         drawn = sum(one["score"] >= threshold for one in found)
         show(f"{record.file_name}: {drawn} objects with a score of {threshold} or more -> {out / name}")
-    images = [
-        {"id": r.image_id, "file_name": r.file_name, "height": r.size[0], "width": r.size[1]} for r in records
-    ]
-    categories = [
-        {"id": id, "name": name} for id, name in zip(detector.category_ids, detector.classes, strict=True)
-    ]
+    images = [{"id": r.image_id, "file_name": r.file_name, "height": r.size[0], "width": r.size[1]} for r in records]
+    categories = [{"id": id, "name": name} for id, name in zip(detector.category_ids, detector.classes, strict=True)]
     (out / "predictions.json").write_text(json.dumps(results))
     (out / "images.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
     show(f"{len(results)} detections -> {out / 'predictions.json'} (COCO results; image ids in images.json)")

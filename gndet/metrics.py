@@ -24,9 +24,7 @@ from gndet.errors import DataError
 class RunLog:
     """Log of one run, kept by rank 0; usable as a context manager."""
 
-    def __init__(
-        self, out: Path, *, total_updates: int, first_update: int = 0, console: Console | None = None
-    ) -> None:
+    def __init__(self, out: Path, *, total_updates: int, first_update: int = 0, console: Console | None = None) -> None:
         """Open the log of a run folder, and forget what a killed run logged past the point it resumes from.
 
         out: run folder, made where missing.  total_updates: of the whole run.  first_update: updates done
@@ -108,9 +106,7 @@ class RunLog:
 def _train_line(values: dict[str, float]) -> str:
     """Write training numbers in one line: `loss 1.234 (cls 0.5 mask 0.6)  lr 0.01  5.3 images/s  ...`."""
     losses = " ".join(
-        f"{name.removeprefix('loss_')} {value:.3g}"
-        for name, value in values.items()
-        if name.startswith("loss_")
+        f"{name.removeprefix('loss_')} {value:.3g}" for name, value in values.items() if name.startswith("loss_")
     )
     shown = {
         "loss": lambda value: f"loss {value:.4g}" + (f" ({losses})" if losses else ""),

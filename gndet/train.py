@@ -28,7 +28,12 @@ from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
 from gndet.metrics import RunLog
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.optim import (
-    average_weights, learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate,
+    average_weights,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
     total_updates,
 )
 from gndet.structures import Batch, Dataset

@@ -74,9 +74,7 @@ def _tint(pixels: np.ndarray, mask: np.ndarray, tint: tuple[int, int, int], line
     ratio = np.array(pixels.shape[:2]) / mask.shape
     top, left = np.floor(np.array([ys[0], xs[0]]) * ratio).astype(int)
     bottom, right = np.ceil(np.array([ys[-1] + 1, xs[-1] + 1]) * ratio).astype(int)
-    rows = ((np.arange(top, bottom) + 0.5) / ratio[0]).astype(
-        int
-    )  # the mask's pixel under each of the picture's
+    rows = ((np.arange(top, bottom) + 0.5) / ratio[0]).astype(int)  # the mask's pixel under each of the picture's
     columns = ((np.arange(left, right) + 0.5) / ratio[1]).astype(int)
     inside = mask[np.ix_(rows, columns)]
     core = np.pad(inside, line)

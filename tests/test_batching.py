@@ -36,9 +36,7 @@ def batches(dataset: Dataset, data: DataConfig = DATA, **options: Any) -> list[B
         "rank": 0,
         "world": 1,
     }
-    return list(
-        batching.train_batches(dataset, data, **defaults | {"masks": False, "pin_memory": False} | options)
-    )
+    return list(batching.train_batches(dataset, data, **defaults | {"masks": False, "pin_memory": False} | options))
 
 
 def epoch_of_keys(dataset: Dataset, seed: int, epochs: int) -> dict[int, tuple[int, int]]:
@@ -190,9 +188,7 @@ def test_evaluation_sees_every_image_once(dataset: Dataset, world: int, workers:
     data = DATA.model_copy(update={"workers": workers if world == 2 else 0})
     seen = []
     for rank in range(world):
-        share = batching.test_batches(
-            dataset, data, images_per_gpu=2, rank=rank, world=world, pin_memory=False
-        )
+        share = batching.test_batches(dataset, data, images_per_gpu=2, rank=rank, world=world, pin_memory=False)
         for indices, batch in share:
             assert len(indices) == len(batch.images) <= 2 and not batch.gt.valid.any()
             assert isinstance(batch, Batch) and batch.images.shape[2:] == (48, 48) and not batch.padded

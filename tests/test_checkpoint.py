@@ -131,9 +131,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path: Path, kind:
     assert len(passed_over) == 1 and str(folder_of(tmp_path, 2)) in passed_over[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("meta.json", b"[]"), ("model.safetensors", b"\x80\x04pickle")]
-)
+@pytest.mark.parametrize(("name", "content"), [("meta.json", b"[]"), ("model.safetensors", b"\x80\x04pickle")])
 def test_a_file_of_another_kind_is_refused_even_if_the_manifest_vouches_for_it(
     tmp_path: Path, name: str, content: bytes
 ) -> None:
@@ -181,9 +179,7 @@ def test_a_crash_at_every_step_leaves_a_whole_checkpoint(tmp_path: Path, after: 
     with pytest.MonkeyPatch.context() as patch:
         counter = FailAt(patch, (*STEPS, "rmdir"), 0, after, Crash())
         save_replace_and_point(tmp_path / "count")
-    assert (
-        counter.calls == 2 * 7 + 2 + 3
-    )  # saves (4 files, folder, rename, parent), old one aside and away, link
+    assert counter.calls == 2 * 7 + 2 + 3  # saves (4 files, folder, rename, parent), old one aside and away, link
     for k in range(1, counter.calls + 1):
         run = tmp_path / str(k)
         save(run, 1)
@@ -246,12 +242,8 @@ def test_a_file_size_limit_of_the_system_is_reported(tmp_path: Path) -> None:
         "except CheckpointError as error:\n"
         "    print(error, load_checkpoint(folder).meta, [p.name for p in folder.parent.iterdir()])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "a"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == (
-        f"{tmp_path / 'a'}: cannot save the checkpoint: File too large {{'mark': 1}} ['a']"
-    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (f"{tmp_path / 'a'}: cannot save the checkpoint: File too large {{'mark': 1}} ['a']")
 
 
 def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:

@@ -136,14 +136,14 @@ BAD_RECORDS: list[tuple[str, int, dict[str, Any], str]] = [
     ("annotations", 1, {"segmentation": rle("")}, "annotation 2: RLE counts ''.*sum to 0"),
     ("annotations", 1, {"segmentation": rle("abc")}, "annotation 2: RLE counts 'abc'"),
     ("annotations", 1, {"segmentation": rle("P" * 40)}, "annotation 2: RLE counts .*not a compressed"),
+    ("annotations", 1, {"segmentation": rle("P" * 40 + "0")}, "annotation 2: RLE counts .*not a compressed"),
+    ("annotations", 1, {"segmentation": rle(" 1")}, "annotation 2: RLE counts ' 1', not a compressed"),
     ("annotations", 1, {"segmentation": rle("~é")}, "annotation 2: RLE counts '~é', not a compressed"),
 ]
 
 
 @pytest.mark.parametrize(("part", "index", "change", "message"), BAD_RECORDS)
-def test_a_bad_record_is_named(
-    tmp_path: Path, part: str, index: int, change: dict[str, Any], message: str
-) -> None:
+def test_a_bad_record_is_named(tmp_path: Path, part: str, index: int, change: dict[str, Any], message: str) -> None:
     tree = small()
     tree[part][index] |= change
     with pytest.raises(DataError, match=message) as error:
@@ -249,9 +249,7 @@ def test_what_passes_the_check_does_pycocotools_no_harm(seed: int) -> None:
     rng = np.random.default_rng(seed)
     passed = 0
     for _ in range(200):
-        points = rng.choice(
-            [0, 7, 19.5, 29, 30, -20, 59, 1e3, 1e12, NAN, INF], 6, p=[0.13] * 7 + [0.0225] * 4
-        )
+        points = rng.choice([0, 7, 19.5, 29, 30, -20, 59, 1e3, 1e12, NAN, INF], 6, p=[0.13] * 7 + [0.0225] * 4)
         text = bytes(rng.integers(40, 116, rng.integers(1, 5)).astype(np.uint8)).decode()
         for segmentation in ([points.tolist()], rle(text), rle(rng.integers(-1, 400, 3).tolist())):
             try:

@@ -53,7 +53,10 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("model: [\n", r"a\.yaml: not valid YAML"),
         ("base: missing.yaml\n", r"missing\.yaml: cannot read the config: No such file"),
         ("base: a.yaml\n", r"`base:` leads back to this file"),
-        ("x: !!python/object/apply:os.system ['true']\n", r"a\.yaml: not valid YAML: could not determine a constructor"),
+        (
+            "x: !!python/object/apply:os.system ['true']\n",
+            r"a\.yaml: not valid YAML: could not determine a constructor",
+        ),
     ],
 )
 def test_mistakes_name_file_line_key_and_what_was_expected(tmp_path: Path, text: str, expected: str) -> None:

@@ -40,9 +40,7 @@ def test_every_config_is_valid(path: Path) -> None:
 def test_the_set_of_recipes_is_whole() -> None:
     kinds = ("gn_1x", "gn_2x", "gn_3x", "scratch_gn_3x", "frozen_bn_1x")
     heads, depths = ("faster_rcnn", "mask_rcnn"), ("r50", "r101")
-    assert {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds} == set(
-        RECIPES
-    )
+    assert {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -116,8 +116,7 @@ def row_of_boxes(count: int) -> tuple[dict, list[dict]]:
         ],
     }
     results = [
-        {"image_id": 1, "category_id": 5, "bbox": box, "score": 1 - index / count}
-        for index, box in enumerate(boxes)
+        {"image_id": 1, "category_id": 5, "bbox": box, "score": 1 - index / count} for index, box in enumerate(boxes)
     ]
     return truth, results
 
@@ -126,9 +125,7 @@ def row_of_boxes(count: int) -> tuple[dict, list[dict]]:
 def test_objects_beyond_the_limit_do_not_count(engine: str) -> None:
     truth, results = row_of_boxes(200)
     recall = {
-        limit: evaluation.coco_metrics(truth, results, "bbox", engine=engine, max_detections=limit).summary[
-            "AR"
-        ]
+        limit: evaluation.coco_metrics(truth, results, "bbox", engine=engine, max_detections=limit).summary["AR"]
         for limit in (5, 100, 300)
     }
     assert recall == pytest.approx({5: 0.025, 100: 0.5, 300: 1.0})
@@ -192,9 +189,7 @@ def test_three_hundred_masks_paste_in_seconds() -> None:
     boxes = np.concatenate([corners, corners + 60], axis=1)
     start = time.perf_counter()
     assert len(list(evaluation.paste_masks(np.ones((300, 28, 28), np.float32), boxes, (1040, 1388)))) == 300
-    assert (
-        time.perf_counter() - start < 5
-    )  # 0.2 s on one core; pasting over the whole picture takes far longer
+    assert time.perf_counter() - start < 5  # 0.2 s on one core; pasting over the whole picture takes far longer
 
 
 class Oracle(nn.Module):
@@ -225,10 +220,7 @@ class Oracle(nn.Module):
 
     def in_box(self, segmentation: object, box: np.ndarray, size: tuple[int, int]) -> Tensor:
         """The object's mask as the mean of 4 x 4 points a cell."""
-        x, y = (
-            (box[axis] + (box[axis + 2] - box[axis]) * (np.arange(112) + 0.5) / 112).astype(int)
-            for axis in (0, 1)
-        )
+        x, y = ((box[axis] + (box[axis + 2] - box[axis]) * (np.arange(112) + 0.5) / 112).astype(int) for axis in (0, 1))
         mask = coco_mask.decode(to_rle(segmentation, size))
         points = mask[np.ix_(y.clip(max=size[0] - 1), x.clip(max=size[1] - 1))]
         return torch.from_numpy(points.reshape(28, 4, 28, 4).mean(axis=(1, 3)))
@@ -270,9 +262,7 @@ def test_ranks_together_give_the_results_of_one(shapes: Dataset, world: int) -> 
     results = []
     for rank in range(world):
         model = Oracle(shapes, list(range(rank, 4, world)))
-        results.append(
-            evaluation.detect_dataset(model, shapes, config(), rank=rank, on_image=seen[rank].append, **run)
-        )
+        results.append(evaluation.detect_dataset(model, shapes, config(), rank=rank, on_image=seen[rank].append, **run))
     answers = iter((seen, results))
     model = Oracle(shapes, list(range(0, 4, world)))
     whole = evaluation.evaluate(model, shapes, config(), rank=0, gather=lambda part: next(answers), **run)

@@ -27,7 +27,7 @@ def test_colour_modes_keep_their_colours(tmp_path: Path, colours: np.ndarray, mo
 
 def test_alpha_is_dropped_not_blended(tmp_path: Path, colours: np.ndarray) -> None:
     transparent = np.concatenate((colours, np.zeros_like(colours[..., :1])), axis=2)
-    Image.fromarray(transparent, "RGBA").save(tmp_path / "a.png")
+    Image.fromarray(transparent).save(tmp_path / "a.png")
     assert np.array_equal(open_picture(tmp_path / "a.png"), colours)
 
 
@@ -109,6 +109,20 @@ def test_broken_files_are_named(tmp_path: Path, fault: str, kind: str) -> None:
         path.write_bytes(content[fault])
     with pytest.raises(DataError, match=rf"a\.{kind}"):
         open_picture(path)
+
+
+@pytest.mark.parametrize("kind", ["eps", "ico", "pcx", "tga"])
+def test_kinds_not_asked_for_are_refused(tmp_path: Path, colours: np.ndarray, kind: str) -> None:
+    Image.fromarray(colours).save(tmp_path / f"a.{kind}")
+    with pytest.raises(DataError, match=rf"a\.{kind}"):
+        open_picture(tmp_path / f"a.{kind}")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_damaged_exif_does_not_spoil_a_good_picture(tmp_path: Path, colours: np.ndarray) -> None:
+    for damage in (b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
+        Image.fromarray(colours).save(tmp_path / "a.jpg", exif=damage)
+        assert open_picture(tmp_path / "a.jpg").shape == (20, 30, 3)
 
 
 def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:

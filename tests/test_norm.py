@@ -131,7 +131,9 @@ def test_weight_standardization_makes_the_convolution_blind_to_scale_and_shift_o
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     before = block(x)
     weight = block.conv.weight
-    standard = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.var((1, 2, 3), correction=0, keepdim=True).sqrt()
+    standard = (weight - weight.mean((1, 2, 3), keepdim=True)) / weight.var(
+        (1, 2, 3), correction=0, keepdim=True
+    ).sqrt()
     torch.testing.assert_close(block.conv(x), F.conv2d(x, standard, padding=1))
     weight.data = 3 * weight.data + 0.7
     torch.testing.assert_close(block(x), before)

@@ -177,5 +177,7 @@ def test_reductions_ignore_what_is_masked() -> None:
 
 def test_smooth_l1_equals_torch() -> None:
     x = torch.linspace(-3, 3, 50)
-    torch.testing.assert_close(smooth_l1(x, 0.5), torch.nn.functional.smooth_l1_loss(x, 0 * x, reduction="none", beta=0.5))
+    torch.testing.assert_close(
+        smooth_l1(x, 0.5), torch.nn.functional.smooth_l1_loss(x, 0 * x, reduction="none", beta=0.5)
+    )
     torch.testing.assert_close(smooth_l1(x, 0.0), x.abs())

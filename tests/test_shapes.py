@@ -62,9 +62,7 @@ def test_counts_and_classes_are_as_promised() -> None:
 
 def test_no_object_is_a_fragment() -> None:
     smallest = min(record.area.min() for record in shapes(count=100, size=160).records)
-    assert (
-        smallest > 0.4 * 75
-    )  # a star of the least radius, 10 pixels, drawn whole has about 80 pixels or more
+    assert smallest > 0.4 * 75  # a star of the least radius, 10 pixels, drawn whole has about 80 pixels or more
 
 
 def test_a_seed_out_of_range_is_refused() -> None:

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset, transforms
-from gndet.data.segmentation import box_frame_masks, to_rle
+from gndet.data.segmentation import box_frame_masks, into_frame, to_rle
 from gndet.errors import DataError
 from gndet.structures import MASK_SIDE, Dataset, Record
 
@@ -59,9 +59,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
         ("nuclei", "instances_val.json", "val"),
     ],
 )
-def test_frame_masks_pasted_back_are_the_full_size_masks(
-    data_root: Path, name: str, file: str, images: str
-) -> None:
+def test_frame_masks_pasted_back_are_the_full_size_masks(data_root: Path, name: str, file: str, images: str) -> None:
     data = DataConfig(root=str(data_root / name))
     dataset = read_dataset(DatasetConfig(annotations=f"annotations/{file}", images=images), data)
     overlaps = []
@@ -103,8 +101,9 @@ def test_a_frame_has_no_half_pixel_shift() -> None:
 
 
 def test_a_polygon_far_larger_than_its_box_is_drawn_too() -> None:
-    box = np.array([[10.0, 10, 10.01, 10.01]])
-    assert box_frame_masks([[[0, 0, 60, 0, 60, 40, 0, 40]]], box, (40, 60), MASK_SIDE).all()
+    polygons, box = [[0, 0, 60, 0, 60, 40, 0, 40]], np.array([10.0, 10, 10.001, 10.001])
+    assert into_frame(polygons, box, MASK_SIDE) is None  # 6 million pixels wide there
+    assert box_frame_masks([polygons], box[None], (40, 60), MASK_SIDE).all()
 
 
 def test_resize_keeps_the_ratio_and_both_limits() -> None:

@@ -64,9 +64,7 @@ def test_a_small_picture_is_enlarged_with_its_objects() -> None:
     picture = visualize.draw_objects(image, np.array([[16.0, 32, 24, 48]]), [""], [1], [mask])
     assert picture.shape == (visualize.MIN_SIDE, visualize.MIN_SIDE // 2, 3)
     factor = visualize.MIN_SIDE // 64
-    assert changed(picture, np.zeros_like(picture))[
-        32 * factor : 48 * factor, 16 * factor : 24 * factor
-    ].all()
+    assert changed(picture, np.zeros_like(picture))[32 * factor : 48 * factor, 16 * factor : 24 * factor].all()
     assert not picture[49 * factor :].any() and not picture[:, : 15 * factor].any()
 
 

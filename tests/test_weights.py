@@ -153,9 +153,7 @@ def test_a_tensor_missing_from_backbone_or_fpn_is_refused(tmp_path: Path, part: 
     source = trained(cfg)
     gone = next(key for key in source if key.startswith(part + "."))
     del source[gone]
-    with pytest.raises(
-        CheckpointError, match=f"1 tensors do not fit this model\n  {gone}: absent from the file"
-    ):
+    with pytest.raises(CheckpointError, match=f"1 tensors do not fit this model\n  {gone}: absent from the file"):
         loaded(save(tmp_path / "a", cfg, model=source), cfg.model)
 
 
@@ -171,9 +169,7 @@ def test_weights_of_another_norm_are_refused_for_each_part(tmp_path: Path, part:
         loaded(save(tmp_path / "a", there), here.model)
 
 
-@pytest.mark.parametrize(
-    ("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn")]
-)
+@pytest.mark.parametrize(("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn")])
 def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: str) -> None:
     cfg = small(norm={"kind": there})
     source = trained(cfg)

@@ -17,9 +17,11 @@ DATASETS: dict[str, Reader] = {"coco": read_coco, "shapes": read_shapes}
 def read_dataset(cfg: DatasetConfig, data: DataConfig) -> Dataset:
     """Read and check a data set of cfg.kind, with the classes of data.classes only, if given, in their order.
 
-    Images whose objects all are of other classes stay, without objects.  Raises DataError.
+    Images whose objects all are of other classes stay, without objects; cfg.limit keeps the first images only.
+    Raises DataError.
     """
     dataset = DATASETS[cfg.kind](cfg, data)
+    dataset = dataset._replace(records=dataset.records[: cfg.limit])
     return dataset if data.classes is None else _with_classes(dataset, data.classes)
 
 

@@ -112,9 +112,7 @@ def test_batches(
     return _loaded(functools.partial(_load_test, dataset.records, data), items, data, pin_memory)
 
 
-def _places(
-    firsts: Iterable[int], length: int, seed: int, usable: list[int]
-) -> Iterator[list[tuple[int, int]]]:
+def _places(firsts: Iterable[int], length: int, seed: int, usable: list[int]) -> Iterator[list[tuple[int, int]]]:
     """Turn each run of `length` positions of the training stream into (epoch, record index) pairs."""
     shuffled = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
     for first in firsts:
@@ -128,8 +126,7 @@ def _load_train(
     """Make one training batch."""
     keys = [hash_ints(seed, epoch, records[index].image_id) for epoch, index in places]
     samples = [
-        train_sample(records[index], index, data, key, masks)
-        for (_, index), key in zip(places, keys, strict=True)
+        train_sample(records[index], index, data, key, masks) for (_, index), key in zip(places, keys, strict=True)
     ]
     return collate(samples, data.canvas_multiple)
 
@@ -153,9 +150,7 @@ class _Loads(torch.utils.data.Dataset):
             return error
 
 
-def _loaded(
-    load: Callable[[Any], Any], items: Iterator[Any], data: DataConfig, pin_memory: bool
-) -> Iterator[Any]:
+def _loaded(load: Callable[[Any], Any], items: Iterator[Any], data: DataConfig, pin_memory: bool) -> Iterator[Any]:
     """Load items in data.workers processes (one thread each, torch's own habit), in order."""
     loader = torch.utils.data.DataLoader(
         _Loads(load),

@@ -38,7 +38,6 @@ def read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
             stored = image.size[::-1]  # height, width
             if stored[0] * stored[1] > MAX_PIXELS:
                 raise DataError(f"{path}: {stored[0]} x {stored[1]} pixels, over the limit of {MAX_PIXELS}")
-            image.load()
             pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))  # (h, w, 3), a copy
     except DECODER_ERRORS as error:
         raise DataError(f"{path}: cannot be read as a picture: {error}") from None

@@ -46,9 +46,7 @@ def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     return segmentation
 
 
-def box_frame_masks(
-    segmentations: list[Any], boxes: np.ndarray, size: tuple[int, int], side: int
-) -> np.ndarray:
+def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int, int], side: int) -> np.ndarray:
     """Draw each object's mask in the frame of its own box.
 
     segmentations: n, checked; boxes (n, 4) inside the image, not empty; size: height, width of the image;
@@ -57,7 +55,7 @@ def box_frame_masks(
     """
     masks = np.zeros((len(boxes), side, side), dtype=bool)
     for index, (segmentation, box) in enumerate(zip(segmentations, boxes, strict=True)):
-        polygons = _into_frame(segmentation, box, side)
+        polygons = into_frame(segmentation, box, side)
         if polygons is None:
             masks[index] = _sample_rle(to_rle(segmentation, size), box, side)
         else:
@@ -65,7 +63,7 @@ def box_frame_masks(
     return masks
 
 
-def _into_frame(segmentation: Any, box: np.ndarray, side: int) -> list[list[float]] | None:
+def into_frame(segmentation: Any, box: np.ndarray, side: int) -> list[list[float]] | None:
     """Map polygons into the frame of the box; None for an RLE and for polygons that leave it too far."""
     if isinstance(segmentation, dict):
         return None

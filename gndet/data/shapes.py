@@ -29,9 +29,7 @@ def read_shapes(cfg: DatasetConfig, data: DataConfig) -> Dataset:
     Boxes and masks are those of the visible part.  Raises DataError for a seed or count out of range.
     """
     if not 0 <= cfg.seed <= MAX_SEED or cfg.count > MAX_COUNT:
-        raise DataError(
-            f"shapes: seed {cfg.seed}, count {cfg.count}, expected 0 to {MAX_SEED}, 1 to {MAX_COUNT}"
-        )
+        raise DataError(f"shapes: seed {cfg.seed}, count {cfg.count}, expected 0 to {MAX_SEED}, 1 to {MAX_COUNT}")
     records: list[Record] = []
     first_id = 1
     for index in range(cfg.count):

@@ -68,9 +68,7 @@ def test_sample(record: Record, index: int, data: DataConfig) -> Sample:
 
 def check_masks(record: Record) -> None:
     """Raise DataError if an object that training would use has no mask."""
-    for segmentation, crowd, number in zip(
-        record.segmentations, record.crowd, record.annotation_ids, strict=True
-    ):
+    for segmentation, crowd, number in zip(record.segmentations, record.crowd, record.annotation_ids, strict=True):
         if segmentation is None and not crowd:
             raise DataError(
                 f"{record.file_name}: annotation {number} has no segmentation; "

@@ -125,6 +125,4 @@ class BoxHead(nn.Module):
         scores = torch.where(keep, scores, -1.0)
         scores, best = scores.topk(min(cfg.detections_per_image, scores.shape[1]), dim=1)
         no_masks = boxes.new_zeros((*scores.shape, 0, 0))
-        return Detections(
-            gather_rows(found, best), scores.clamp(min=0), label.gather(1, best), no_masks, scores > 0
-        )
+        return Detections(gather_rows(found, best), scores.clamp(min=0), label.gather(1, best), no_masks, scores > 0)

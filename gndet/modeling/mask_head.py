@@ -56,7 +56,9 @@ class MaskHead(nn.Module):
         labels = torch.where(regions.positive, regions.labels, 0).flatten()[rows]
         logits = self(features, strides, boxes, image, labels)
         with torch.no_grad():
-            target = mask_targets(batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1])
+            target = mask_targets(
+                batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1]
+            )
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))  # (P,)
         padded = loss.new_zeros(num_images * num_slots).index_put((rows,), loss).view(num_images, num_slots)
         return {"loss_mask": mean_per_image(padded, regions.positive).mean()}

@@ -24,8 +24,15 @@ class MaskRCNN(nn.Module):
     """The detector; mask_head None makes it a Faster R-CNN."""
 
     def __init__(
-        self, *, backbone: ResNet, fpn: FPN, rpn: RPN, box_head: BoxHead, mask_head: MaskHead | None,
-        pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float],
+        self,
+        *,
+        backbone: ResNet,
+        fpn: FPN,
+        rpn: RPN,
+        box_head: BoxHead,
+        mask_head: MaskHead | None,
+        pixel_mean: tuple[float, float, float],
+        pixel_std: tuple[float, float, float],
     ) -> None:
         super().__init__()
         self.backbone, self.fpn, self.rpn = backbone, fpn, rpn
@@ -104,8 +111,13 @@ def build_model(cfg: ModelConfig, num_classes: int) -> MaskRCNN:
     except ConfigError as error:
         raise ConfigError(f"model.{part}: {error}") from None
     return MaskRCNN(
-        backbone=backbone, fpn=fpn, rpn=rpn, box_head=box_head, mask_head=mask_head,
-        pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std,
+        backbone=backbone,
+        fpn=fpn,
+        rpn=rpn,
+        box_head=box_head,
+        mask_head=mask_head,
+        pixel_mean=cfg.pixel_mean,
+        pixel_std=cfg.pixel_std,
     )
 
 

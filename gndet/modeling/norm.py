@@ -111,9 +111,7 @@ class GroupNorm(nn.Module):
             if area is None or not self.masked:
                 y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
             else:
-                y = _MaskedGroupNorm.apply(
-                    x, area.mask, area.count, self.weight, self.bias, self.groups, self.eps
-                )
+                y = _MaskedGroupNorm.apply(x, area.mask, area.count, self.weight, self.bias, self.groups, self.eps)
             return y.to(dtype)
 
     def extra_repr(self) -> str:
@@ -212,8 +210,12 @@ def _group_norm(cfg: NormConfig, channels: int) -> nn.Module:
     groups = cfg.groups if cfg.channels_per_group is None else max(channels // cfg.channels_per_group, 1)
     if channels % groups or (cfg.channels_per_group and channels % cfg.channels_per_group):
         fitting = [g for g in range(1, channels + 1) if channels % g == 0]
-        wanted = f"groups: {groups}" if cfg.channels_per_group is None else f"channels_per_group: {cfg.channels_per_group}"
-        raise ConfigError(f"norm {wanted} does not divide {channels} channels; these do: {', '.join(map(str, fitting))}")
+        wanted = (
+            f"groups: {groups}" if cfg.channels_per_group is None else f"channels_per_group: {cfg.channels_per_group}"
+        )
+        raise ConfigError(
+            f"norm {wanted} does not divide {channels} channels; these do: {', '.join(map(str, fitting))}"
+        )
     return GroupNorm(channels, groups, cfg.eps, cfg.masked)
 
 

@@ -90,8 +90,13 @@ class RPN(nn.Module):
         return masks
 
     def loss(
-        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], ids: list[Tensor],
-        inside: list[Tensor], batch: Batch,
+        self,
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        anchors: list[Tensor],
+        ids: list[Tensor],
+        inside: list[Tensor],
+        batch: Batch,
     ) -> dict[str, Tensor]:
         """Losses of sampled anchors: an image's are divided by anchors_per_image, then averaged over images."""
         cfg, gt = self.cfg, batch.gt

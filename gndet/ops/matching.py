@@ -24,9 +24,7 @@ def match(
     return matched, torch.where(candidate_valid, label, -1)
 
 
-def sample_balanced(
-    label: Tensor, ranks: Tensor, num: int, positive_fraction: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def sample_balanced(label: Tensor, ranks: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     """Sample num candidates an image, at most num * positive_fraction of them positive.
 
     label (B, N) in {1, 0, -1}; ranks (B, N) int64 of `ops.noise.ranks`: the random order of the candidates.

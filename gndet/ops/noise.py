@@ -6,7 +6,6 @@ anchors and regions) is drawn from `uniform(key, stream)` or `ranks(keys, stream
 
 from enum import IntEnum
 
-import torch
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
@@ -40,7 +39,7 @@ def uniform(*values: int) -> float:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble 32-bit integers held in int64 (the finaliser of MurmurHash3; int64 overflow keeps the low bits right)."""
+    """Scramble 32-bit integers held in int64 (MurmurHash3; overflow keeps the low bits right)."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
     return x ^ (x >> 16)

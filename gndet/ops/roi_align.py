@@ -51,7 +51,9 @@ def roi_align_pyramid(
         return torch.cat(parts)[torch.cat(rows).argsort()]
     empty = torch.zeros_like(rois)
     parts = [
-        pool(f, torch.where((level == i)[:, None], rois, empty).to(f.dtype), size, 1.0 / s, sampling_ratio, aligned=True)
+        pool(
+            f, torch.where((level == i)[:, None], rois, empty).to(f.dtype), size, 1.0 / s, sampling_ratio, aligned=True
+        )
         for i, (f, s) in enumerate(zip(features, strides, strict=True))
     ]
     here = [(level == i)[:, None, None, None] for i in range(len(features))]

@@ -63,9 +63,7 @@ def load_weights(model: nn.Module, path: Path, classes: Sequence[str], config: M
     different = _compare_norms(checkpoint.path, trained, config)
     group = "ema" if "ema" in checkpoint.groups else "model"
     if group not in checkpoint.groups:
-        raise CheckpointError(
-            f"{checkpoint.path}: no group ema or model; it has {', '.join(checkpoint.groups)}"
-        )
+        raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(checkpoint.groups)}")
     source, own = checkpoint.groups[group], model.state_dict()
     plan = _plan(own, source, len(classes), len(known))
     if plan.wrong:
@@ -87,9 +85,7 @@ def _origin(checkpoint: Checkpoint) -> tuple[list[str], ModelConfig]:
     """The classes and the model config that a checkpoint was trained with."""
     for key, kind in (("classes", list), ("config", dict)):
         if not isinstance(checkpoint.meta.get(key), kind):
-            raise CheckpointError(
-                f"{checkpoint.path}: its meta.json has no {key}; was it saved by gndet train?"
-            )
+            raise CheckpointError(f"{checkpoint.path}: its meta.json has no {key}; was it saved by gndet train?")
     config = config_from_dict(checkpoint.meta["config"], f"{checkpoint.path}: config in meta.json")
     return checkpoint.meta["classes"], config.model
 
@@ -135,9 +131,7 @@ def _plan(own: dict[str, Tensor], source: dict[str, Tensor], num_classes: int, n
         expected = tensor.shape
         if layer in CLASS_ROWS:
             expected = (_num_rows(layer, num_known), *tensor.shape[1:])
-            assert len(tensor) == _num_rows(layer, num_classes), (
-                f"{key} {list(tensor.shape)}, {num_classes} classes"
-            )
+            assert len(tensor) == _num_rows(layer, num_classes), f"{key} {list(tensor.shape)}, {num_classes} classes"
         if source[key].shape != expected:
             plan.wrong.append(f"{key}: {list(source[key].shape)} in the file, expected {list(expected)}")
         else:
@@ -157,9 +151,7 @@ def _copy_rows(target: Tensor, source: Tensor, key: str, carried: Sequence[tuple
     layer = key.rpartition(".")[0]
     count = CLASS_ROWS[layer]
     for here, there in carried:
-        target[here * count : (here + 1) * count] = source[there * count : (there + 1) * count].to(
-            target.device
-        )
+        target[here * count : (here + 1) * count] = source[there * count : (there + 1) * count].to(target.device)
     if layer == BACKGROUND:
         target[-1] = source[-1].to(target.device)
 

@@ -1,0 +1,119 @@
+"""The command line as a user meets it, in processes of their own."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+from pycocotools.coco import COCO
+from test_train import CONFIG
+
+from gndet.cli import main
+from gndet.config import load_config
+from gndet.train import train
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "gndet.cli", *words], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    train(load_config(folder / "tiny.yaml", [f"out={folder / 'out'}", "train.schedule.updates=2"]))
+    return folder / "out"
+
+
+def test_help_and_config_do_not_import_torch() -> None:
+    code = "import sys; from gndet.cli import main\ntry: main({})\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    for words in (["--help"], ["train", "--help"], ["config", str(REPOSITORY / "configs/quickstart.yaml")]):
+        done = subprocess.run([sys.executable, "-c", code.format(words)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_help_answers_at_once() -> None:
+    """0.5 s is promised; 3 s here so that a busy machine does not fail it, an import of torch (3 s and more) does."""
+    began = time.monotonic()
+    assert run("--help").returncode == 0
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "config"])
+def test_tools_are_the_same_verbs(verb: str) -> None:
+    tool = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / f"{verb}.py"), "--help"], capture_output=True, text=True
+    )
+    assert tool.returncode == 0 and tool.stdout == run(verb, "--help").stdout
+
+
+def test_a_mistake_is_told_without_a_traceback() -> None:
+    done = run("config", str(REPOSITORY / "configs/quickstart.yaml"), "model.norm.knid=gn")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.strip() == (
+        "gndet config: override 'model.norm.knid=gn': unknown key model.norm.knid; did you mean 'kind'?"
+    )
+
+
+def test_config_prints_what_reads_back(tmp_path: Path) -> None:
+    path = REPOSITORY / "configs/quickstart.yaml"
+    done = run("config", str(path), "seed=7")
+    (tmp_path / "resolved.yaml").write_text(done.stdout)
+    assert load_config(tmp_path / "resolved.yaml") == load_config(path, ["seed=7"])
+
+
+def test_evaluate_prints_the_table_and_writes_results(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = trained / "results.json"
+    assert (
+        main(["evaluate", str(trained), "data.val.count=4", "--out", str(results), "evaluation.engine=pycocotools"])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "AP50" in printed and "triangle" in printed and "4 images" in printed
+    assert all(
+        {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(one)
+        for one in json.loads(results.read_text())
+    )
+
+
+def test_evaluate_refuses_other_classes_and_what_is_no_checkpoint(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(trained), "data.classes=[disc,box]"]) == 2
+    assert "has the classes disc, box; the detector knows disc, box, triangle, star" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_predict_draws_every_picture_and_writes_coco_results(trained: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    for name in ("a/one.png", "a/two.jpg", "one.jpg"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
+    out = tmp_path / "out"
+    words = ["predict", str(trained), str(tmp_path / "a"), str(tmp_path / "one.jpg"), str(tmp_path / "gray.png")]
+    assert main([*words, "--out", str(out), "--threshold", "0.1", "model.box_head.score_threshold=0.01"]) == 0
+    names = {file.name for file in out.iterdir()}
+    assert names == {"one.png", "two.png", "one-3.png", "gray.png", "predictions.json", "images.json"}
+    truth = COCO(str(out / "images.json"))
+    found = truth.loadRes(str(out / "predictions.json"))
+    assert len(found.anns) > 0 and {one["image_id"] for one in found.anns.values()} <= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("bad", ["missing.jpg", "empty.jpg", "text.jpg"])
+def test_predict_names_a_bad_picture_and_writes_nothing(
+    trained: Path, tmp_path: Path, bad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("<html>not found</html>")
+    assert main(["predict", str(trained), str(tmp_path / bad), "--out", str(tmp_path / "out")]) == 2
+    assert bad in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

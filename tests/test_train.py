@@ -1,0 +1,229 @@
+"""Training runs on a tiny detector: killed, resumed, spread over processes, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from rich.console import Console
+
+from gndet.checkpoint import load_checkpoint
+from gndet.config import Config, load_config
+from gndet.errors import ConfigError, DataError, GndetError, TrainingError
+from gndet.train import train
+
+CONFIG = {
+    "model": {
+        "norm": {"kind": "gn", "channels_per_group": 16},
+        "backbone": {"depth": 18},
+        "fpn": {"channels": 16},
+        "rpn": {
+            "anchor_sizes": [16, 32, 64, 96, 128], "anchors_per_image": 32, "pre_nms_train": 50, "pre_nms_test": 50,
+            "post_nms_train": 20, "post_nms_test": 20,
+        },
+        "box_head": {"conv_channels": 16, "num_convs": 1, "fc_channels": 32, "regions_per_image": 16},
+        "mask_head": {"channels": 16, "num_convs": 1},
+    },
+    "data": {
+        "train": {"kind": "shapes", "count": 7, "size": 64, "seed": 1},
+        "val": {"kind": "shapes", "count": 3, "size": 64, "seed": 2},
+        "shortest_edge": [64, 72], "shortest_edge_test": 64, "workers": 0,
+    },
+    "train": {
+        "global_batch": 2, "images_per_gpu": 1, "ema": 0.9, "log_every": 1, "eval_every": 0, "checkpoint_every": 2,
+        "keep_last": 9, "vis_images": 1, "schedule": {"updates": 6, "warmup": 2, "steps": [4], "reference_batch": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def load(config: Path, out: str, *overrides: str) -> Config:
+    return load_config(config, [f"out={config.parent / out}", *overrides])
+
+
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    saved = load_checkpoint(folder / "last")
+    return {f"{group}/{name}": value for group, tensors in saved.groups.items() for name, value in tensors.items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, two = last(a), last(b)
+    assert one.keys() == two.keys() and any(name.startswith("ema/") for name in one)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["update"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def command(config: Path, out: str, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "gndet.cli", "train", str(config), f"out={config.parent / out}", *overrides]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1")])
+def test_a_run_killed_mid_epoch_and_resumed_is_bit_identical(config: Path, overrides: tuple[str, ...]) -> None:
+    done = subprocess.run(command(config, "unbroken", *overrides), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    killed = subprocess.Popen(
+        command(config, "killed", "data.workers=2", *overrides), env=ENVIRONMENT, stdout=subprocess.DEVNULL
+    )
+    metrics = config.parent / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (not metrics.exists() or len(metrics.read_text().splitlines()) < 3):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL
+    again = subprocess.run(
+        command(config, "killed", "data.workers=1", *overrides), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "continuing after update" in again.stdout
+    assert_same(config.parent / "unbroken", config.parent / "killed")
+    assert losses(config.parent / "unbroken") == losses(config.parent / "killed")
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(config: Path) -> None:
+    train(load(config, "unbroken"))
+    stopped = subprocess.Popen(
+        command(config, "stopped", "train.checkpoint_every=0"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert stopped.stdout is not None
+    for line in stopped.stdout:
+        if line.startswith("update 1/"):
+            stopped.send_signal(signal.SIGINT)
+    assert stopped.wait() == 2
+    assert 1 <= load_checkpoint(config.parent / "stopped" / "last").meta["update"] < 6
+    train(load(config, "stopped"))
+    assert_same(config.parent / "unbroken", config.parent / "stopped")
+
+
+def test_two_processes_train_what_one_does(config: Path) -> None:
+    train(load(config, "one", "train.ema=0"))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone",
+         "-m", "gndet.cli", "train", str(config), f"out={config.parent / 'two'}", "train.ema=0"],
+        env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    one, two = last(config.parent / "one"), last(config.parent / "two")
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+    for (_, a), (_, b) in zip(losses(config.parent / "one"), losses(config.parent / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_accumulation_trains_what_the_whole_batch_does(config: Path) -> None:
+    train(load(config, "split", "train.ema=0"))
+    train(load(config, "whole", "train.ema=0", "train.images_per_gpu=2"))
+    one, two = last(config.parent / "split"), last(config.parent / "whole")
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
+
+
+def test_a_run_leaves_what_users_look_for(config: Path) -> None:
+    out = config.parent / "run"
+    with (config.parent / "log").open("w") as file:
+        values = train(load(config, "run", "train.eval_every=3"), console=Console(file=file))
+    assert set(values) >= {"box/AP", "box/AP50", "mask/AP", "mask/AP50", "box/AR"}
+    assert load_config(out / "config.yaml") == load(config, "run", "train.eval_every=3")
+    assert {"last", "best", "metrics.jsonl", "tensorboard", "predictions.png", "detections.json"} <= set(
+        os.listdir(out)
+    )
+    meta = load_checkpoint(out / "best").meta
+    assert meta["classes"] == ["disc", "box", "triangle", "star"] and meta["update"] in (3, 6)
+    text = (config.parent / "log").read_text()
+    assert "update 6/6" in text and "finished. best checkpoint" in text
+    assert sorted(update for update, _ in losses(out)) == [1, 2, 3, 4, 5, 6]
+    assert safetensors.torch.load_file(out / "last" / "model.safetensors")
+
+
+def test_a_finished_or_different_run_in_the_folder_is_refused_with_what_to_do(config: Path) -> None:
+    train(load(config, "run"))
+    with pytest.raises(TrainingError, match=r"this run is finished \(6 updates\).*out=FOLDER.*--fresh"):
+        train(load(config, "run"))
+    with pytest.raises(TrainingError, match=r"another config.*\n  train\.optimizer\.lr: 0\.02 there, 0\.01 now"):
+        train(load(config, "run", "train.optimizer.lr=0.01"))
+    train(load(config, "run", "train.schedule.updates=1"), fresh=True)
+    assert load_checkpoint(config.parent / "run-old-1" / "last").meta["update"] == 6  # nothing is deleted
+
+
+def test_options_that_change_nothing_learned_may_change_on_resume(config: Path) -> None:
+    train(load(config, "run", "train.schedule.updates=6"))
+    folder = config.parent / "run"
+    with pytest.raises(TrainingError, match="finished"):  # not: another config
+        train(load(config, "run", "train.log_every=5", "data.workers=1", "device=cpu"))
+    assert (folder / "last").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "message"),
+    [
+        (["model.backbone.freeze_at=2"], ConfigError, r"freeze_at: 2 would freeze random weights"),
+        (["model.norm.channels_per_group=24"], ConfigError, r"model\.backbone: norm channels_per_group: 24 does not"),
+        (["data.train.kind=coco", "data.train.annotations=none.json"], DataError, r"none\.json"),
+        (["train.weights=nowhere"], GndetError, r"nowhere"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_trained(
+    config: Path, overrides: list[str], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        train(load(config, "run", *overrides))
+    assert not (config.parent / "run" / "metrics.jsonl").exists()
+
+
+def test_folders_that_are_no_run_or_cannot_be_written_are_refused(config: Path) -> None:
+    (config.parent / "mine").mkdir()
+    (config.parent / "mine" / "thesis.tex").touch()
+    with pytest.raises(TrainingError, match=r"mine: holds files but no run"):
+        train(load(config, "mine"))
+    (config.parent / "file").touch()
+    with pytest.raises(ConfigError, match=r"file is a file"):
+        train(load(config, "file"))
+    with pytest.raises(ConfigError, match=r"cannot write the run folder"):
+        train(load_config(config, ["out=/proc/nowhere/run"]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_untouched(config: Path) -> None:
+    with pytest.raises(TrainingError, match=r"not finite at update \d+ .*train\.optimizer\.lr"):
+        train(load(config, "run", "train.optimizer.lr=1e30", "train.schedule.warmup=0", "train.checkpoint_every=1"))
+    assert all(value.isfinite().all() for value in last(config.parent / "run").values())
+
+
+def test_fine_tuning_carries_class_rows_over_by_name(config: Path) -> None:
+    train(load(config, "first"))
+    lines = config.parent / "log"
+    with lines.open("w") as file:
+        cfg = load(
+            config, "second", f"train.weights={config.parent / 'first'}", "data.classes=[star,disc]",
+            "train.schedule.updates=1", "model.backbone.freeze_at=2",
+        )  # fmt: skip
+        train(cfg, console=Console(file=file))
+    assert "star" in lines.read_text()
+    assert load_checkpoint(config.parent / "second" / "last").meta["classes"] == ["star", "disc"]
+    frozen = "model/backbone.res2.0.conv1.conv.weight"
+    source = load_checkpoint(config.parent / "first" / "best").groups["ema"]
+    assert torch.equal(last(config.parent / "second")[frozen], source[frozen.removeprefix("model/")])
+
+
+@pytest.mark.parametrize("kind", ["bn", "frozen_bn", "sync_bn", "brn", "in", "ln"])
+def test_the_norm_is_changed_from_the_command_line_alone(config: Path, kind: str) -> None:
+    values = train(load(config, kind, f"model.norm.kind={kind}", "train.schedule.updates=1", "train.images_per_gpu=2"))
+    assert 0 <= values["box/AP"] <= 1

@@ -19,7 +19,7 @@ from gndet.structures import Dataset, Record
 CLASSES = ("disc", "box", "triangle", "star")
 MAX_COUNT = 1_000_000  # images a seed: image ids are seed * MAX_COUNT + 1 and on
 MAX_SEED = 2**32
-MIN_VISIBLE = 0.4  # an object covered further would be a fragment that tells nothing
+MIN_VISIBLE = 0.5  # an object covered further would be a fragment that tells nothing
 OUTLINE, COLOUR = 0, 1  # the random streams of an image
 
 
@@ -82,7 +82,7 @@ def _to_record(cfg: DatasetConfig, index: int, first_id: int) -> Record:
 
 
 def _layout(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Place 2 to 6 objects, later ones over earlier ones.
+    """Place 2 to 5 objects, later ones over earlier ones.
 
     Returns labels (n,) int64 and visible masks (n, s, s) bool.  A place that would hide an earlier object
     below MIN_VISIBLE of its area is drawn anew.
@@ -91,7 +91,7 @@ def _layout(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     labels: list[int] = []
     visible = np.zeros((0, size, size), dtype=bool)
     whole = np.zeros(0)  # (n,) area of each object as if nothing covered it
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(2, 6)):
         while True:
             label = int(rng.integers(len(CLASSES)))
             mask = _draw_mask(_outline(rng, label, size), size)
@@ -106,7 +106,7 @@ def _layout(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _outline(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     """Draw the outline of an object that lies inside the image.  Returns (V, 2) x, y in pixels."""
-    radius = rng.uniform(1 / 16, 1 / 4) * size
+    radius = rng.uniform(1 / 10, 1 / 4) * size
     if CLASSES[label] == "box":
         half = np.arctan(rng.uniform(0.4, 1))  # half the angle between two corners: the ratio of the sides
         angles = np.array([-half, half, np.pi - half, np.pi + half])

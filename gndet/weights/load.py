@@ -16,24 +16,14 @@ from gndet.config import ModelConfig, NormConfig, config_from_dict
 from gndet.errors import CheckpointError
 from gndet.modeling.mask_rcnn import part_norms
 
-REQUIRED = ("backbone", "fpn")  # parts that a checkpoint must hold whole; the others may start anew
+REQUIRED = ("backbone",)  # parts that a checkpoint must hold whole; the others may start anew
 CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
 BACKGROUND = "box_head.cls_score"  # has one more row, the last
 COUNTER = "num_batches_tracked"  # bn has one, frozen_bn has none, and neither needs it
-SAME_TENSORS = (
-    "bn",
-    "sync_bn",
-    "frozen_bn",
-)  # these load each other's weights and compute the same at test time
+SAME_TENSORS = ("bn", "sync_bn", "frozen_bn")  # these load each other's weights and compute the same at test time
 SHAPING = (  # options of `model` that decide the shapes, named where shapes differ
     *("backbone.depth", "fpn.channels", "rpn.aspect_ratios"),
-    *(
-        "box_head.kind",
-        "box_head.num_convs",
-        "box_head.conv_channels",
-        "box_head.fc_channels",
-        "box_head.pool_size",
-    ),
+    *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
 )
 MAX_NAMED = 5  # tensors that an error names
@@ -54,7 +44,7 @@ def load_weights(model: nn.Module, path: Path, classes: Sequence[str], config: M
 
     model: built from config for `classes`, in the order of its labels.  path: checkpoint or run folder.
     Rows of a class that the checkpoint knows by the same name, and the background's, are carried over; those
-    of other classes and what the file lacks of rpn, box_head and mask_head keep their initialisation.
+    of other classes and what the file lacks outside the backbone keep their initialisation.
     Returns the report: what was loaded, and every tensor and class that was not.
     Raises CheckpointError, the model untouched, where the norms differ or tensors are missing or do not fit.
     """

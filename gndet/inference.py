@@ -42,8 +42,9 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
     folder = resolve(path)
     saved = load_checkpoint(folder)
     source = f"{folder}/meta.json"
-    if "config" not in saved.meta or "classes" not in saved.meta:
-        raise CheckpointError(f"{source}: no config or classes: not a checkpoint of a detector")
+    missing = [key for key in ("config", "classes", "category_ids") if key not in saved.meta]
+    if missing or "model" not in saved.groups:
+        raise CheckpointError(f"{source}: not a checkpoint of a detector, it lacks {', '.join(missing) or 'model'}")
     cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
     classes = tuple(saved.meta["classes"])
     model = build_model(cfg.model, len(classes))

@@ -76,10 +76,10 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
     out = Path(cfg.out)
     with process(cfg.device, cfg.deterministic) as proc, stop_signals() as stopped:
         # --- the run folder, the data, the model
-        saved = open_run(cfg, out, fresh, proc)
+        saved, damaged = open_run(cfg, out, fresh, proc)
         run, notes = build_run(cfg, out, proc, saved)
         start, total = restore(run, saved), total_updates(cfg.train.schedule, cfg.train.global_batch)
-        notes += [f"continuing after update {start} of {total}"] if saved else []
+        notes += [*damaged, f"continuing after update {start} of {total}"] if saved else []
         best, values = (saved.meta["best"], saved.meta["metrics"]) if saved else (None, {})
         forward = wrap(run.model, proc)
         micro_batches = cfg.train.global_batch // (cfg.train.images_per_gpu * proc.world)
@@ -104,7 +104,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                             losses = forward(batch)
                         (sum(losses.values()) / micro_batches).backward()
                     meter.add(losses, micro_batches)
-                meter.check_finite(run.model, update, cfg)
+                meter.check_finite(update, cfg, proc)
                 if cfg.train.optimizer.clip_grad_norm:
                     nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm)
                 run.optimizer.step()
@@ -142,8 +142,8 @@ def due(done: int, every: int, total: int) -> bool:
 # --- the run folder
 
 
-def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> Checkpoint | None:
-    """Make or take up the run folder, write config.yaml; the newest checkpoint if there is one.
+def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
+    """Make or take up the run folder, write config.yaml; the newest whole checkpoint, a line for each damaged one.
 
     Raises TrainingError where the folder holds a finished or a different run, ConfigError where it cannot be written.
     """
@@ -165,7 +165,7 @@ def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> Checkpoint |
     saved, damaged = newest_checkpoint(out)
     if damaged and saved is None:
         raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
-    return saved
+    return saved, damaged
 
 
 def refuse_other_run(cfg: Config, out: Path) -> None:
@@ -331,7 +331,6 @@ class Meter:
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
@@ -346,16 +345,16 @@ class Meter:
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss.detach() / micro_batches
 
-    def check_finite(self, model: nn.Module, update: int, cfg: Config) -> None:
-        """Raise TrainingError before an update that would put NaN or infinity into the weights."""
+    def check_finite(self, update: int, cfg: Config, proc: Process) -> None:
+        """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights."""
         self.updates += 1
-        total = torch.stack([*self.sums.values()]).sum()
-        if not bool(total.isfinite()):  # the one host sync an update
+        finite = bool(torch.stack([*self.sums.values()]).sum().isfinite())  # the one host sync an update
+        if any_process(not finite, proc):
             losses = ", ".join(f"{name} {float(value):.4g}" for name, value in self.sums.items())
             raise TrainingError(
-                f"{cfg.out}: a loss is not finite at update {update} ({losses}); the weights are untouched and the "
-                "last checkpoint is good. A lower train.optimizer.lr, a longer train.schedule.warmup or "
-                "train.optimizer.clip_grad_norm=10 usually helps"
+                f"{cfg.out}: a loss is not finite at update {update} (process {proc.rank}: {losses}); the weights are "
+                "untouched and the last checkpoint is good. A lower train.optimizer.lr, a longer "
+                "train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps"
             )
 
     @contextmanager

@@ -1,7 +1,11 @@
 """The norms against float64 formulas, torch and each other."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
@@ -147,3 +151,26 @@ def test_a_convolution_has_a_bias_only_without_a_norm() -> None:
 def test_paper_default() -> None:
     norm = make_norm(NormConfig(), 64)
     assert isinstance(norm, GroupNorm) and norm.groups == 32 and norm.eps == 1e-5
+
+
+def sync_bn_half(rank: int, rendezvous: str, outputs: str) -> None:
+    """One of two processes: normalise its half of the batch, save result and gradients."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    norm, x = layer("sync_bn"), images()[rank * 2 : rank * 2 + 2].requires_grad_()  # 2 images and 1
+    y = norm(x)
+    y.pow(3).sum().backward()
+    torch.save({"y": y.detach(), "x": x.grad, "mean": norm.running_mean, "var": norm.running_var}, f"{outputs}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_sync_bn_over_two_processes_is_bn_over_the_whole_batch(tmp_path: Path) -> None:
+    mp.spawn(sync_bn_half, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    halves = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
+    whole, x = layer("bn"), images().requires_grad_()
+    y = whole(x)
+    y.pow(3).sum().backward()
+    torch.testing.assert_close(torch.cat([half["y"] for half in halves]), y.detach())
+    torch.testing.assert_close(torch.cat([half["x"] for half in halves]), x.grad)
+    for half in halves:
+        torch.testing.assert_close(half["mean"], whole.running_mean)
+        torch.testing.assert_close(half["var"], whole.running_var)

@@ -78,14 +78,26 @@ def test_masked_norm_of_a_padded_image_is_that_of_the_image_alone(kind: str) -> 
         assert y[i, :, height:].abs().sum() == 0 and y[i, :, :, width:].abs().sum() == 0
 
 
-def test_masked_group_norm_has_the_gradient_of_its_formula() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masked_group_norm_has_the_gradient_of_its_formula(compiled: bool) -> None:
+    """On the CPU by crops, in a compiled graph (and on a GPU) by masks: both are tested."""
     norm, area = layer("gn"), Area.of(torch.tensor([[6, 7], [4, 5], [2, 3]]), H, W)
+    forward = torch.compile(norm, backend="eager", fullgraph=True) if compiled else norm
 
-    def run(x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(norm, {"weight": gamma, "bias": beta}, (x, area))
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return forward(x, area)
 
-    inputs = [t.detach().requires_grad_() for t in (images(), norm.weight, norm.bias)]
-    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradcheck(run, images().requires_grad_())
+    inside = torch.where(area.mask, images(), 0.0).requires_grad_()
+    weights = torch.randn(B, C, H, W, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (run(inside) * weights).sum().backward()
+    gamma, beta = norm.weight.grad.clone(), norm.bias.grad.clone()
+    norm.zero_grad()
+    for i, (height, width) in enumerate(area.sizes.tolist()):
+        alone = F.group_norm(inside[i : i + 1, :, :height, :width], 4, norm.weight, norm.bias, norm.eps)
+        (alone * weights[i : i + 1, :, :height, :width]).sum().backward()
+    torch.testing.assert_close(gamma, norm.weight.grad)
+    torch.testing.assert_close(beta, norm.bias.grad)
 
 
 def test_plain_padding_lets_the_padding_in() -> None:

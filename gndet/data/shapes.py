@@ -20,6 +20,7 @@ CLASSES = ("disc", "box", "triangle", "star")
 MAX_COUNT = 1_000_000  # images a seed: image ids are seed * MAX_COUNT + 1 and on
 MAX_SEED = 2**32
 MIN_VISIBLE = 0.5  # an object covered further would be a fragment that tells nothing
+MAX_TILT = np.pi / 8  # things stand upright, more or less; any rotation takes several times as long to learn
 OUTLINE, COLOUR = 0, 1  # the random streams of an image
 
 
@@ -109,13 +110,13 @@ def _outline(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     radius = rng.uniform(1 / 10, 1 / 4) * size
     if CLASSES[label] == "box":
         half = np.arctan(rng.uniform(0.4, 1))  # half the angle between two corners: the ratio of the sides
-        angles = np.array([-half, half, np.pi - half, np.pi + half])
+        angles = np.array([-half, half, np.pi - half, np.pi + half]) + rng.integers(2) * np.pi / 2
         radii = np.ones(4)
     else:
         points = {"disc": 48, "triangle": 3, "star": 10}[CLASSES[label]]
-        angles = np.arange(points) * (2 * np.pi / points)
+        angles = np.arange(points) * (2 * np.pi / points) - np.pi / 2  # a corner on top
         radii = np.where(np.arange(points) % 2, 0.45, 1.0) if CLASSES[label] == "star" else np.ones(points)
-    angles = angles + rng.uniform(0, 2 * np.pi)
+    angles = angles + rng.uniform(-MAX_TILT, MAX_TILT)
     center = rng.uniform(radius, size - radius, 2)
     return center + radius * radii[:, None] * np.stack((np.cos(angles), np.sin(angles)), axis=1)
 

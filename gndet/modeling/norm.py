@@ -91,6 +91,44 @@ class _MaskedGroupNorm(torch.autograd.Function):
         return grad_x, None, None, grad_gamma, grad_beta, None, None
 
 
+class _CroppedGroupNorm(torch.autograd.Function):
+    """The same on a CPU: torch's kernel on each picture's crop, half the time of the masked arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> Tensor:
+        y = torch.zeros_like(x)
+        statistics = []
+        for i, (height, width) in enumerate(sizes.tolist()):
+            crop = _crop(x, i, height, width)
+            part, *mean_and_rstd = torch.native_group_norm(
+                crop, gamma, beta, 1, x.shape[1], height * width, groups, eps
+            )
+            y[i, :, :height, :width] = part[0]
+            statistics.append(mean_and_rstd)
+        ctx.save_for_backward(x, sizes, gamma)
+        ctx.statistics, ctx.groups = statistics, groups
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, sizes, gamma = ctx.saved_tensors
+        grad_x, grad_gamma, grad_beta = torch.zeros_like(x), torch.zeros_like(gamma), torch.zeros_like(gamma)
+        for i, (height, width) in enumerate(sizes.tolist()):
+            crops = (_crop(t, i, height, width) for t in (grad, x))
+            parts = torch.ops.aten.native_group_norm_backward(
+                *crops, *ctx.statistics[i], gamma, 1, x.shape[1], height * width, ctx.groups, [True, True, True]
+            )
+            grad_x[i, :, :height, :width] = parts[0][0]
+            grad_gamma += parts[1]
+            grad_beta += parts[2]
+        return grad_x, None, grad_gamma, grad_beta, None, None
+
+
+def _crop(x: Tensor, image: int, height: int, width: int) -> Tensor:
+    """One picture of x (B, C, H, W) as (1, C, height, width), dense and channels-last."""
+    return x[image : image + 1, :, :height, :width].contiguous(memory_format=torch.channels_last)
+
+
 class GroupNorm(nn.Module):
     """GN: statistics over (H, W) and the C/G channels of a group, one sample (Wu & He 2018, eq. 7).
 
@@ -110,6 +148,8 @@ class GroupNorm(nn.Module):
             x = x.to(self.weight.dtype)
             if area is None or not self.masked:
                 y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+            elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+                y = _CroppedGroupNorm.apply(x, area.sizes, self.weight, self.bias, self.groups, self.eps)
             else:
                 y = _MaskedGroupNorm.apply(x, area.mask, area.count, self.weight, self.bias, self.groups, self.eps)
             return y.to(dtype)

@@ -61,7 +61,8 @@ def test_optimiser_state_survives_a_round_trip(kind: str) -> None:
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.empty_like(parameter).copy_(noise)  # in the parameter's layout, as autograd's
         optimizer.step()
 
     models = [small_model().to(memory_format=torch.channels_last) for _ in range(2)]

@@ -63,6 +63,11 @@ class RunLog:
         else:
             self.message(f"update {update}/{self._total}  {_train_line(values)}")
 
+    def evaluating(self, done: int, total: int) -> None:
+        """Show on a terminal how many of the images have been evaluated."""
+        if self._live is not None and (done == total or done % max(total // 100, 1) == 0):
+            self._live.update(Group(self._progress, Text(f"evaluating: {done} of {total} images")), refresh=True)
+
     def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
         """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
         self._write("evaluation", update, values)

@@ -1,5 +1,6 @@
 """Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
 
+import itertools
 import os
 import platform
 import resource
@@ -388,9 +389,11 @@ def memory_mib(device: torch.device) -> float:
 def evaluate_run(run: Run, done: int, log: Any) -> Evaluation:
     """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results."""
     proc = run.proc
+    share = len(range(proc.rank, len(run.val_set.records), proc.world))
+    count = itertools.count(1)
     evaluation = evaluate(
         run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
-        world=proc.world, gather=partial(gather, proc=proc),
+        world=proc.world, gather=partial(gather, proc=proc), on_image=lambda _: log.evaluating(next(count), share),
     )  # fmt: skip
     if proc.first:
         log.evaluation(done, scalars(evaluation), table(evaluation))

@@ -113,8 +113,10 @@ def test_a_terminal_shows_progress_with_the_scores_so_far(tmp_path: Path) -> Non
     with RunLog(tmp_path, total_updates=1200, first_update=600, console=console) as log:
         log.evaluation(600, {"box/AP": 0.25, "box/AP50": 0.5}, "the table")
         log.train(900, VALUES)
+        log.evaluating(20, 40)
         log.message("a remark")
     shown = text.getvalue()
+    assert "evaluating: 20 of 40 images" in shown
     assert "600/1200" in shown and "900/1200" in shown and "75 %" in shown
     assert "5.3 images/s" in shown and "box/AP 25.0" in shown and "box/AP50" not in shown
     assert "the table" in shown and "a remark" in shown

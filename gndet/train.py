@@ -1,6 +1,7 @@
 """Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
 
 import itertools
+import math
 import os
 import platform
 import resource
@@ -210,7 +211,8 @@ def save(run: Run, done: int, total: int, best: float | None, values: dict[str, 
     if run.average is not None:
         groups["ema"] = run.average.module.state_dict()
     meta = {
-        "update": done, "total_updates": total, "best": best, "metrics": values,
+        "update": done, "total_updates": total, "best": best,
+        "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
         "config": run.cfg.model_dump(mode="json"), "classes": list(run.train_set.classes),
         "category_ids": list(run.train_set.category_ids), "versions": versions(),
     }  # fmt: skip
@@ -421,7 +423,7 @@ def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:
 def score(values: dict[str, float]) -> float:
     """What `best` means: mask AP, or box AP without masks; undefined counts as 0."""
     value = values.get("mask/AP", values["box/AP"])
-    return 0.0 if np.isnan(value) else value
+    return 0.0 if math.isnan(value) else value
 
 
 def closing_words(out: Path, cfg: Config) -> str:

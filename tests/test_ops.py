@@ -142,6 +142,16 @@ def test_roi_align_equals_torchvision_and_does_not_depend_on_the_form() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_regions_keep_their_place_in_bf16() -> None:
+    ramp = (torch.arange(300.0) - 250).expand(1, 1, 300, 300)  # the value tells the column
+    box = torch.tensor([[1001.0, 40.0, 1005.0, 48.0]])  # bf16 knows 1000 and 1004
+    args = ((4,), box, torch.zeros(1, dtype=torch.long), 1, 2)
+    exact, low = roi_align_pyramid([ramp], *args), roi_align_pyramid([ramp.bfloat16()], *args)
+    assert low.dtype == torch.bfloat16
+    assert exact.item() == pytest.approx(1003 / 4 - 0.5 - 250)
+    assert low.item() == pytest.approx(exact.item(), abs=0.01)
+
+
 def test_roi_align_at_the_edge_sees_the_picture_not_the_padding() -> None:
     alone = torch.randn(1, 3, 9, 10)
     padded = torch.full((1, 3, 16, 16), 1e6)

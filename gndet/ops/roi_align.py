@@ -40,21 +40,21 @@ def roi_align_pyramid(
     """
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN
     level = pyramid_level(boxes, len(features))
-    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)  # (R, 5)
-    pool = torchvision.ops.roi_align
+    exact = torch.promote_types(features[0].dtype, torch.float32)  # in bf16 a coordinate of 1000 px is off by 2 px
+    rois = torch.cat([image[:, None], boxes], dim=1).to(exact)  # (R, 5)
+
+    def pool(feature: Tensor, stride: int, rois: Tensor) -> Tensor:
+        pooled = torchvision.ops.roi_align(feature.to(exact), rois, size, 1.0 / stride, sampling_ratio, aligned=True)
+        return pooled.to(feature.dtype)
+
+    levels = list(enumerate(zip(features, strides, strict=True)))
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():  # here work counts, not launches
-        rows = [(level == i).nonzero()[:, 0] for i in range(len(features))]
-        parts = [
-            pool(f, rois[r].to(f.dtype), size, 1.0 / s, sampling_ratio, aligned=True)
-            for f, s, r in zip(features, strides, rows, strict=True)
-        ]
+        rows = [(level == i).nonzero()[:, 0] for i, _ in levels]
+        parts = [pool(feature, stride, rois[rows[i]]) for i, (feature, stride) in levels]
         return torch.cat(parts)[torch.cat(rows).argsort()]
-    empty = torch.zeros_like(rois)
-    parts = [
-        pool(
-            f, torch.where((level == i)[:, None], rois, empty).to(f.dtype), size, 1.0 / s, sampling_ratio, aligned=True
-        )
-        for i, (f, s) in enumerate(zip(features, strides, strict=True))
-    ]
-    here = [(level == i)[:, None, None, None] for i in range(len(features))]
-    return sum((torch.where(h, p, 0.0) for h, p in zip(here, parts, strict=True)), torch.zeros_like(parts[0]))
+    pooled = torch.zeros((), dtype=features[0].dtype, device=boxes.device)
+    for i, (feature, stride) in levels:  # a region of another level is an empty box here, and adds nothing
+        here = (level == i)[:, None]
+        part = pool(feature, stride, torch.where(here, rois, 0.0))
+        pooled = pooled + torch.where(here[:, :, None, None], part, 0.0)
+    return pooled

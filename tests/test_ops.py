@@ -125,21 +125,37 @@ def test_pyramid_levels_of_the_paper() -> None:
     assert pyramid_level(boxes, 4).tolist() == [0, 1, 2, 3, 3]
 
 
-def test_roi_align_equals_torchvision_and_does_not_depend_on_the_form() -> None:
+@pytest.mark.parametrize("ratio", [0, 1, 2])
+def test_roi_align_equals_torchvision_forward_and_backward(ratio: int) -> None:
+    """With a fixed ratio pooled as bags on the CPU, with an adaptive one level by level, as on a GPU."""
     generator = torch.Generator().manual_seed(0)
-    features = [torch.randn(2, 4, 256 // s, 256 // s, generator=generator, requires_grad=True) for s in STRIDES]
-    boxes, image = random_boxes(40, side=200), torch.arange(40) % 2
-    pooled = roi_align_pyramid(features, STRIDES, boxes, image, 7, 2)
-    for i, level in enumerate(pyramid_level(boxes, 4)):
-        roi = torch.cat([image[i : i + 1, None].float(), boxes[i : i + 1]], dim=1)
-        expected = torchvision.ops.roi_align(features[level], roi, 7, 1 / STRIDES[level], 2, aligned=True)
-        torch.testing.assert_close(pooled[i : i + 1], expected)
-    gradient = torch.autograd.grad(pooled.square().sum(), features)
-    compiled = torch.compile(roi_align_pyramid, backend="eager", fullgraph=True)
-    again = compiled(features, STRIDES, boxes, image, 7, 2)
-    torch.testing.assert_close(again, pooled)
-    for a, b in zip(torch.autograd.grad(again.square().sum(), features), gradient, strict=True):
-        torch.testing.assert_close(a, b)
+    shapes = [(2, 4, -(-250 // s), -(-190 // s)) for s in STRIDES]
+    features = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    boxes, image = random_boxes(60, side=250), torch.arange(60) % 2
+    boxes[:20] *= torch.linspace(0.01, 4, 20)[:, None]  # tiny ones, and some that reach far outside
+    boxes[20] = 7.0  # empty
+    boxes[21] = torch.tensor([-30.0, -9, 12, 14])
+    pooled = roi_align_pyramid(features, STRIDES, boxes, image, 7, ratio)
+    level = pyramid_level(boxes, 4)
+    expected = torch.zeros_like(pooled)
+    for i, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
+        rois = torch.cat([image[:, None].double(), boxes.double()], dim=1)[level == i]
+        part = torchvision.ops.roi_align(feature, rois, 7, 1 / stride, ratio, aligned=True)
+        expected = expected.index_put(((level == i).nonzero()[:, 0],), part)
+    torch.testing.assert_close(pooled, expected)
+    weights = torch.randn(pooled.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((p * weights).sum(), features) for p in (pooled, expected)]
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_roi_align_of_no_regions(ratio: int) -> None:
+    feature = torch.randn(1, 3, 8, 8, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.long)
+    pooled = roi_align_pyramid([feature], (4,), torch.zeros(0, 4), none, 7, ratio)
+    assert pooled.shape == (0, 3, 7, 7)
+    pooled.sum().backward()
 
 
 def test_regions_keep_their_place_in_bf16() -> None:

@@ -208,7 +208,9 @@ class TrainConfig(Section):
     images_per_gpu: int = Field(2, ge=1, description="images a process computes at once; accumulation follows")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Literal["auto", "float32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPU")
+    precision: Literal["auto", "float32", "bf16", "float64"] = Field(
+        "auto", description="auto: bf16 autocast on GPU; float64 shows what is equal but for rounding, slowly"
+    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights an update; 0 is off")
     log_every: int = Field(20, ge=1, description="updates")
     eval_every: int = Field(5000, ge=0, description="updates; 0 evaluates at the end only")

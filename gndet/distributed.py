@@ -3,8 +3,9 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +66,13 @@ def _keep_freed_memory() -> None:
         if hasattr(libc, "mallopt"):
             libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
             libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def place(model: nn.Module, precision: str, proc: Process) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
+    """Move a model to the device in its precision (train.precision); with the context it is to run in."""
+    model = model.to(proc.device, torch.float64 if precision == "float64" else None, memory_format=torch.channels_last)
+    bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")
+    return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
 
 
 def wrap(model: nn.Module, proc: Process) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config import Config, config_from_dict, with_overrides
 from gndet.data import read_dataset
 from gndet.data.images import open_picture
-from gndet.distributed import Process, gather
+from gndet.distributed import Process, gather, place
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
@@ -52,9 +52,7 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
         model.load_state_dict(saved.groups.get("ema", saved.groups["model"]))
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its weights do not fit the model of its config: {error}") from None
-    model = model.to(proc.device, memory_format=torch.channels_last).eval()
-    bf16 = cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and proc.device.type == "cuda")
-    autocast = partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
+    model, autocast = place(model.eval(), cfg.train.precision, proc)
     return Detector(model, cfg, classes, tuple(saved.meta["category_ids"]), autocast)
 
 

@@ -24,7 +24,7 @@ from gndet.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, point, 
 from gndet.config import Config, config_from_dict, config_to_yaml
 from gndet.data import read_dataset
 from gndet.data.batching import train_batches
-from gndet.distributed import Process, any_process, gather, mean, process, wrap
+from gndet.distributed import Process, any_process, gather, mean, place, process, wrap
 from gndet.errors import ConfigError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
 from gndet.metrics import RunLog
@@ -259,10 +259,8 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
         model = build_model(cfg.model, len(train_set.classes))
     if cfg.train.weights and saved is None:
         notes += load_weights(model, Path(cfg.train.weights), train_set.classes, cfg.model)
-    model = model.to(proc.device, memory_format=torch.channels_last).train()
+    model, autocast = place(model.train(), cfg.train.precision, proc)
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
-    bf16 = cfg.train.precision == "bf16" or (cfg.train.precision == "auto" and proc.device.type == "cuda")
-    autocast = partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
     optimizer = make_optimizer(cfg.train.optimizer, model)
     notes.append(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}, "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gndet.config import BoxHeadConfig, NormConfig
 from gndet.modeling.norm import conv_factory
-from gndet.ops.boxes import clip_boxes, decode, encode, gather_rows, pairwise_iou
+from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.matching import match, sample_balanced
 from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
@@ -67,8 +67,8 @@ class BoxHead(nn.Module):
         x = x.flatten(1)  # (B * R, C * size * size)
         for fc in self.fcs:
             x = F.relu(fc(x))
-        logits = self.cls_score(x).float().unflatten(0, (num_images, num_regions))
-        deltas = self.bbox_pred(x).float().view(num_images, num_regions, self.num_classes, 4)
+        logits = full(self.cls_score(x)).unflatten(0, (num_images, num_regions))
+        deltas = full(self.bbox_pred(x)).view(num_images, num_regions, self.num_classes, 4)
         return logits, deltas
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gndet.config import MaskHeadConfig, NormConfig
 from gndet.modeling.box_head import image_index
 from gndet.modeling.norm import conv_factory
+from gndet.ops.boxes import full
 from gndet.ops.masks import mask_targets
 from gndet.ops.reduce import mean_per_image
 from gndet.ops.roi_align import roi_align_pyramid
@@ -43,7 +44,7 @@ class MaskHead(nn.Module):
         for conv in self.convs:
             x = conv(x)
         x = self.logits(F.relu(self.deconv(x)))  # (P, num_classes, 28, 28)
-        return x[torch.arange(len(x), device=x.device), labels].float()
+        return full(x[torch.arange(len(x), device=x.device), labels])
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
@@ -59,7 +60,9 @@ class MaskHead(nn.Module):
             target = mask_targets(
                 batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1]
             )
-        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2))  # (P,)
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none").mean(
+            (1, 2)
+        )  # (P,)
         padded = loss.new_zeros(num_images * num_slots).index_put((rows,), loss).view(num_images, num_slots)
         return {"loss_mask": mean_per_image(padded, regions.positive).mean()}
 

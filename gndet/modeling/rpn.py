@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gndet.config import NormConfig, RPNConfig
 from gndet.modeling.norm import Areas, conv_factory
-from gndet.ops.boxes import clip_boxes, decode, encode, gather_rows, pairwise_iou
+from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.matching import match, sample_balanced
 from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
@@ -65,8 +65,8 @@ class RPN(nn.Module):
         logits, deltas = [], []
         for feature, stride in zip(features, self.strides, strict=True):
             x = self.conv(feature, areas[stride])
-            logits.append(self.objectness(x).permute(0, 2, 3, 1).flatten(1).float())
-            deltas.append(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4).float())
+            logits.append(full(self.objectness(x).permute(0, 2, 3, 1).flatten(1)))
+            deltas.append(full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4)))
         return logits, deltas
 
     def anchors(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,7 +112,7 @@ class RPN(nn.Module):
             target = encode(gather_rows(gt.boxes, matched.gather(1, index)), anchor, DELTA_WEIGHTS)
         score = torch.cat(logits, 1).gather(1, index)
         delta = gather_rows(torch.cat(deltas, 1), index)
-        cls = F.binary_cross_entropy_with_logits(score, positive.float(), reduction="none")
+        cls = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")
         loc = smooth_l1(torch.where(positive[..., None], delta - target, 0.0), cfg.loss_beta).sum(-1)
         return {
             "loss_rpn_cls": (sum_per_image(cls, valid) / cfg.anchors_per_image).mean(),

@@ -8,6 +8,11 @@ from torch import Tensor
 MAX_LOG_SCALE = math.log(1000 / 16)  # Detectron: a 16 px anchor may grow to 1000 px
 
 
+def full(x: Tensor) -> Tensor:
+    """x in float32 at least: geometry and losses are not computed in half precision; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of every pair.
 
@@ -48,9 +53,9 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, f
 def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
     """Boxes from regression deltas, the inverse of `encode`; growth is limited to 1000 / 16.
 
-    deltas, anchors (..., 4), broadcastable.  Returns (..., 4) float32.
+    deltas, anchors (..., 4), broadcastable.  Returns (..., 4), float32 at least.
     """
-    deltas = deltas.float() / anchors.new_tensor(weights)
+    deltas = full(deltas) / anchors.new_tensor(weights)
     size = anchors[..., 2:] - anchors[..., :2]
     center = (anchors[..., 2:] + anchors[..., :2]) / 2 + deltas[..., :2] * size
     half = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2

@@ -6,19 +6,26 @@ An update is one step of the optimiser; numbers logged at update u describe the 
 import json
 import math
 import os
+import resource
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from gndet.errors import DataError
+from gndet.distributed import Process, any_process, mean
+from gndet.errors import DataError, TrainingError
+from gndet.structures import Batch
 
 
 class RunLog:
@@ -122,6 +129,70 @@ def _train_line(values: dict[str, float]) -> str:
         "eta_s": lambda value: f"eta {timedelta(seconds=round(value)) if math.isfinite(value) else '?'}",
     }
     return "  ".join(write(values[name]) for name, write in shown.items() if name in values)
+
+
+class Meter:
+    """Sums losses on the device and measures time, data wait and memory between two log lines."""
+
+    def __init__(self, device: torch.device, global_batch: int) -> None:
+        self.device, self.global_batch = device, global_batch
+        self.seconds_per_update = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch, and how long it took."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def add(self, losses: dict[str, Tensor], micro_batches: int) -> None:
+        """Add a micro-batch's losses; the device is not waited for."""
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss.detach() / micro_batches
+
+    def check_finite(self, update: int, out: Path, proc: Process) -> None:
+        """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights."""
+        self.updates += 1
+        finite = bool(torch.stack([*self.sums.values()]).sum().isfinite())  # the one host sync an update
+        if any_process(not finite, proc):
+            losses = ", ".join(f"{name} {float(value):.4g}" for name, value in self.sums.items())
+            raise TrainingError(
+                f"{out}: a loss is not finite at update {update} (process {proc.rank}: {losses}); the weights are "
+                "untouched and the last checkpoint is good. A lower train.optimizer.lr, a longer "
+                "train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps"
+            )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a save out of the figures."""
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
+
+    def read(self, proc: Process) -> dict[str, float]:
+        """The means since the last call, over all processes, and start anew."""
+        names = list(self.sums)
+        sums = mean(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        self.seconds_per_update = seconds / self.updates
+        values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))
+        values["images_per_s"] = self.global_batch / self.seconds_per_update
+        values["data_wait"] = min(self.waited / seconds, 1.0)
+        values["memory_mib"] = memory_mib(self.device)
+        self._reset()
+        return values
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory so far: the GPU's, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -2,11 +2,8 @@
 
 import itertools
 import math
-import os
 import platform
-import resource
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -17,17 +14,17 @@ import numpy as np
 import torch
 import torchvision
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import gndet
-from gndet.checkpoint import CHECKPOINTS, Checkpoint, newest_checkpoint, point, prune, save_checkpoint, sweep
-from gndet.config import Config, config_from_dict, config_to_yaml
+from gndet.checkpoint import CHECKPOINTS, Checkpoint, point, prune, save_checkpoint
+from gndet.config import Config
 from gndet.data import read_dataset
 from gndet.data.batching import train_batches
-from gndet.distributed import Process, any_process, gather, mean, place, process, wrap
+from gndet.distributed import Process, any_process, gather, place, process, wrap
 from gndet.errors import ConfigError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
-from gndet.metrics import RunLog
+from gndet.metrics import Meter, RunLog
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.optim import (
     average_weights,
@@ -38,15 +35,11 @@ from gndet.optim import (
     set_learning_rate,
     total_updates,
 )
+from gndet.run_folder import open_run
 from gndet.structures import Batch, Dataset
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
 from gndet.weights.load import load_weights
 
-# What may differ when a run goes on: nothing here changes what is learned.
-NEUTRAL = (
-    "device", "data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every",
-    "train.keep_last", "train.vis_images", "evaluation",
-)  # fmt: skip
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 
 
@@ -106,7 +99,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                             losses = forward(batch)
                         (sum(losses.values()) / micro_batches).backward()
                     meter.add(losses, micro_batches)
-                meter.check_finite(update, cfg, proc)
+                meter.check_finite(update, out, proc)
                 if cfg.train.optimizer.clip_grad_norm:
                     nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm)
                 run.optimizer.step()
@@ -141,66 +134,7 @@ def due(done: int, every: int, total: int) -> bool:
     return done == total or (every > 0 and done % every == 0)
 
 
-# --- the run folder
-
-
-def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
-    """Make or take up the run folder, write config.yaml; the newest whole checkpoint, a line for each damaged one.
-
-    Raises TrainingError where the folder holds a finished or a different run, ConfigError where it cannot be written.
-    """
-    if proc.first:
-        if fresh and out.exists():
-            number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
-            out.rename(f"{out}-old-{number}")
-        if not fresh:
-            refuse_other_run(cfg, out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            partial_file = out / "config.yaml.partial"
-            partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
-            os.replace(partial_file, out / "config.yaml")
-        except OSError as error:
-            raise ConfigError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
-        sweep(out)
-    gather([], proc)  # the others wait for the folder
-    saved, damaged = newest_checkpoint(out)
-    if damaged and saved is None:
-        raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
-    return saved, damaged
-
-
-def refuse_other_run(cfg: Config, out: Path) -> None:
-    """Raise TrainingError where the folder holds another run, a finished one, or something else."""
-    ways = "choose another out=FOLDER, or give --fresh to move the old one aside"
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"out: {out} is a file, expected a folder for the run")
-    if not (out / "config.yaml").exists():
-        if any(out.iterdir()):
-            raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
-        return
-    saved, _ = newest_checkpoint(out)
-    if saved is None:
-        return  # stopped before its first checkpoint: nothing is lost
-    old, new = flat(config_from_dict(saved.meta["config"], str(saved.path))), flat(cfg)
-    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(NEUTRAL) and key != "out"]
-    if changed:
-        lines = [f"  {key}: {old.get(key)!r} there, {new[key]!r} now" for key in changed[:8]]
-        raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
-    if saved.meta["update"] >= saved.meta["total_updates"]:
-        raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
-
-
-def flat(cfg: Config) -> dict[str, Any]:
-    """The config as {"train.optimizer.lr": 0.02, ...}."""
-
-    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-
-    return dict(walk(cfg.model_dump(mode="json"), ""))
+# --- checkpoints
 
 
 def save(run: Run, done: int, total: int, best: float | None, values: dict[str, float], better: bool) -> None:
@@ -320,70 +254,6 @@ class Silence:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
-
-
-class Meter:
-    """Sums losses on the device and measures time, data wait and memory between two log lines."""
-
-    def __init__(self, device: torch.device, global_batch: int) -> None:
-        self.device, self.global_batch = device, global_batch
-        self.seconds_per_update = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
-
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, and how long it took."""
-        before = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - before
-        return batch
-
-    def add(self, losses: dict[str, Tensor], micro_batches: int) -> None:
-        """Add a micro-batch's losses; the device is not waited for."""
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach() / micro_batches
-
-    def check_finite(self, update: int, cfg: Config, proc: Process) -> None:
-        """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights."""
-        self.updates += 1
-        finite = bool(torch.stack([*self.sums.values()]).sum().isfinite())  # the one host sync an update
-        if any_process(not finite, proc):
-            losses = ", ".join(f"{name} {float(value):.4g}" for name, value in self.sums.items())
-            raise TrainingError(
-                f"{cfg.out}: a loss is not finite at update {update} (process {proc.rank}: {losses}); the weights are "
-                "untouched and the last checkpoint is good. A lower train.optimizer.lr, a longer "
-                "train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps"
-            )
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time of an evaluation or a save out of the figures."""
-        before = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - before
-
-    def read(self, proc: Process) -> dict[str, float]:
-        """The means since the last call, over all processes, and start anew."""
-        names = list(self.sums)
-        sums = mean(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
-        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
-        self.seconds_per_update = seconds / self.updates
-        values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))
-        values["images_per_s"] = self.global_batch / self.seconds_per_update
-        values["data_wait"] = min(self.waited / seconds, 1.0)
-        values["memory_mib"] = memory_mib(self.device)
-        self._reset()
-        return values
-
-
-def memory_mib(device: torch.device) -> float:
-    """Peak memory so far: the GPU's, or this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
 
 
 def evaluate_run(run: Run, done: int, log: Any) -> Evaluation:

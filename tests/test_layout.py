@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "config", "structures", ""},
     {"ops"},
     {"modeling", "data"},
-    {"weights", "evaluation", "optim", "checkpoint", "metrics", "distributed", "visualize"},
+    {"weights", "evaluation", "optim", "checkpoint", "metrics", "distributed", "visualize", "run_folder"},
     {"train", "inference"},
     {"cli"},
 ]

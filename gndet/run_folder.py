@@ -1,0 +1,76 @@
+"""The run folder: made, taken up where an unfinished run stopped, or refused. One process at a time writes to it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
+from gndet.config import Config, config_from_dict, config_to_yaml
+from gndet.distributed import Process, gather
+from gndet.errors import ConfigError, TrainingError
+
+# What may differ when a run goes on: nothing here changes what is learned.
+NEUTRAL = (
+    "device", "data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every",
+    "train.keep_last", "train.vis_images", "evaluation",
+)  # fmt: skip
+
+
+def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
+    """Make or take up the run folder, write config.yaml; the newest whole checkpoint, a line for each damaged one.
+
+    Raises TrainingError where the folder holds a finished or a different run, ConfigError where it cannot be written.
+    """
+    if proc.first:
+        if fresh and out.exists():
+            number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
+            out.rename(f"{out}-old-{number}")
+        if not fresh:
+            refuse_other_run(cfg, out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            partial_file = out / "config.yaml.partial"
+            partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
+            os.replace(partial_file, out / "config.yaml")
+        except OSError as error:
+            raise ConfigError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
+        sweep(out)
+    gather([], proc)  # the others wait for the folder
+    saved, damaged = newest_checkpoint(out)
+    if damaged and saved is None:
+        raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
+    return saved, damaged
+
+
+def refuse_other_run(cfg: Config, out: Path) -> None:
+    """Raise TrainingError where the folder holds another run, a finished one, or something else."""
+    ways = "choose another out=FOLDER, or give --fresh to move the old one aside"
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"out: {out} is a file, expected a folder for the run")
+    if not (out / "config.yaml").exists():
+        if any(out.iterdir()):
+            raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
+        return
+    saved, _ = newest_checkpoint(out)
+    if saved is None:
+        return  # stopped before its first checkpoint: nothing is lost
+    old, new = flat(config_from_dict(saved.meta["config"], str(saved.path))), flat(cfg)
+    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(NEUTRAL) and key != "out"]
+    if changed:
+        lines = [f"  {key}: {old.get(key)!r} there, {new[key]!r} now" for key in changed[:8]]
+        raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
+    if saved.meta["update"] >= saved.meta["total_updates"]:
+        raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """The config as {"train.optimizer.lr": 0.02, ...}."""
+
+    def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+    return dict(walk(cfg.model_dump(mode="json"), ""))

@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 def train(options: argparse.Namespace) -> int:
     """gndet train CONFIG [key=value ...] [--fresh]"""
-    from gndet.config import load_config
+    from gndet.config_file import load_config
 
     cfg = load_config(options.config, options.overrides)
     from rich.console import Console
@@ -114,7 +114,7 @@ def predict(options: argparse.Namespace) -> int:
 
 def config(options: argparse.Namespace) -> int:
     """gndet config CONFIG [key=value ...]"""
-    from gndet.config import config_to_yaml, load_config
+    from gndet.config_file import config_to_yaml, load_config
 
     print(config_to_yaml(load_config(options.config, options.overrides)), end="")
     return 0

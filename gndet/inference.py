@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config import Config, config_from_dict, with_overrides
+from gndet.config import Config
+from gndet.config_file import config_from_dict, with_overrides
 from gndet.data import read_dataset
 from gndet.data.images import open_picture
 from gndet.distributed import Process, gather, place

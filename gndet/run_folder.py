@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
-from gndet.config import Config, config_from_dict, config_to_yaml
+from gndet.config import Config
+from gndet.config_file import config_from_dict, config_to_yaml
 from gndet.distributed import Process, gather
 from gndet.errors import ConfigError, TrainingError
 

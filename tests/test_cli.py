@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from test_train import CONFIG
 
 from gndet.cli import main
-from gndet.config import load_config
+from gndet.config_file import load_config
 from gndet.train import train
 
 

@@ -7,7 +7,8 @@ import pytest
 from conftest import REPOSITORY
 
 from gndet.cli import parse
-from gndet.config import Config, load_config
+from gndet.config import Config
+from gndet.config_file import load_config
 from gndet.modeling.mask_rcnn import part_norms
 
 CONFIGS = REPOSITORY / "configs"

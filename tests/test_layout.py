@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 FLOORS = [
-    {"errors", "config", "structures", ""},
+    {"errors", "config", "config_file", "structures", ""},
     {"ops"},
     {"modeling", "data"},
     {"weights", "evaluation", "optim", "checkpoint", "metrics", "distributed", "visualize", "run_folder"},

@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from gndet.checkpoint import load_checkpoint
-from gndet.config import Config, load_config
+from gndet.config import Config
+from gndet.config_file import load_config
 from gndet.errors import ConfigError, DataError, GndetError, TrainingError
 from gndet.train import train
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gndet.checkpoint import point, save_checkpoint
-from gndet.config import Config, ModelConfig, config_from_dict
+from gndet.config import Config, ModelConfig
+from gndet.config_file import config_from_dict
 from gndet.errors import CheckpointError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.load import load_weights

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gndet.checkpoint import Checkpoint, load_checkpoint, resolve
-from gndet.config import ModelConfig, NormConfig, config_from_dict
+from gndet.config import ModelConfig, NormConfig
+from gndet.config_file import config_from_dict
 from gndet.errors import CheckpointError
 from gndet.modeling.mask_rcnn import part_norms
 

@@ -29,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; `key=value` overrides may stand anywhere (a picture of such a name is ./key=value)."""
     is_override = [re.match(r"[a-z_][a-z0-9_.]*=", word) is not None for word in arguments]
-    options = parser().parse_args([w for w, o in zip(arguments, is_override, strict=True) if not o])
+    top = parser()
+    options = top.parse_args([w for w, o in zip(arguments, is_override, strict=True) if not o])
+    if getattr(options, "overrides", None):
+        top.error(f"{' '.join(options.overrides)}: expected key=value, like train.global_batch=8")
     options.overrides = [w for w, o in zip(arguments, is_override, strict=True) if o]
     return options
 
@@ -85,9 +88,11 @@ def evaluate(options: argparse.Namespace) -> int:
     """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
     from gndet.distributed import process
     from gndet.evaluation import save_results, table
-    from gndet.inference import evaluate_checkpoint, load_detector
+    from gndet.inference import evaluate_checkpoint, load_detector, make_folder
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
+    if options.out:
+        make_folder(options.out.parent)
     with process(device) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
         dataset, evaluation = evaluate_checkpoint(detector, proc)

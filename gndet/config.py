@@ -1,8 +1,12 @@
 """Every option, typed, with its default, unit and source. `config_file.py` reads them from YAML."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Edge = Annotated[int, Field(ge=16)]  # pixels
 
 
 class Section(BaseModel):
@@ -65,10 +69,12 @@ class FPNConfig(Section):
 class RPNConfig(Section):
     """Region proposal network (Ren et al. 2015; FPN: one anchor size a level)."""
 
-    anchor_sizes: tuple[float, float, float, float, float] = Field(
+    anchor_sizes: tuple[Positive, Positive, Positive, Positive, Positive] = Field(
         (32, 64, 128, 256, 512), description="side of the square anchor on P2..P6, pixels"
     )
-    aspect_ratios: tuple[float, ...] = Field((0.5, 1.0, 2.0), description="height / width")
+    aspect_ratios: tuple[Positive, ...] = Field(
+        (0.5, 1.0, 2.0), min_length=1, max_length=16, description="height / width"
+    )
     norm: NormConfig | None = Field(
         NormConfig(kind="none"), description="the RPN has no norm in any toolkit; null takes model.norm"
     )
@@ -119,7 +125,7 @@ class ModelConfig(Section):
     norm: NormConfig = NormConfig()
     masks: bool = True
     pixel_mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="RGB, 0-255 (ImageNet)")
-    pixel_std: tuple[float, float, float] = Field((58.395, 57.12, 57.375), description="RGB, 0-255 (ImageNet)")
+    pixel_std: tuple[Positive, Positive, Positive] = Field((58.395, 57.12, 57.375), description="RGB, 0-255 (ImageNet)")
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
     rpn: RPNConfig = RPNConfig()
@@ -152,8 +158,10 @@ class DataConfig(Section):
     train: DatasetConfig = DatasetConfig(annotations="annotations/instances_train2017.json", images="train2017")
     val: DatasetConfig = DatasetConfig(annotations="annotations/instances_val2017.json", images="val2017")
     classes: tuple[str, ...] | None = Field(None, description="class names to use, in this order; all by default")
-    shortest_edge: tuple[int, ...] = Field(
-        (640, 672, 704, 736, 768, 800), description="training: one of these a picture, pixels (detectron2)"
+    shortest_edge: tuple[Edge, ...] = Field(
+        (640, 672, 704, 736, 768, 800),
+        min_length=1,
+        description="training: one of these, pixels (detectron2)",
     )
     shortest_edge_test: int = Field(800, ge=16)
     max_edge: int = Field(1333, ge=16, description="limit of the longer edge, pixels")
@@ -170,7 +178,7 @@ class OptimizerConfig(Section):
     kind: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(0.02, gt=0, description="for the reference batch; scaled linearly with global_batch for sgd")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="adamw")
     weight_decay: float = Field(1e-4, ge=0)
     norm_weight_decay: float = Field(0.0, ge=0, description="of gamma and beta; 0 as in Detectron (WEIGHT_DECAY_GN)")
     clip_grad_norm: float = Field(0.0, ge=0, description="limit of the global gradient norm; 0 is off")

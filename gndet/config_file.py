@@ -94,6 +94,8 @@ def _note_lines(node: yaml.Node, keys: tuple[str, ...], path: Path, origin: Orig
         names = set()
         for key, value in node.value:
             line = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"{line}: a key is a word, got a list or a mapping")
             if key.value in names:
                 raise ConfigError(f"{line}: key {'.'.join((*keys, key.value))} is given twice")
             names.add(key.value)

@@ -82,6 +82,13 @@ def wrap(model: nn.Module, proc: Process) -> nn.Module:
     return DistributedDataParallel(model, device_ids=[proc.device.index] if proc.device.type == "cuda" else None)
 
 
+def share_buffers(model: nn.Module, proc: Process) -> None:
+    """Give every process the first one's buffers, BN's running statistics."""
+    if proc.world > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather(items: list[Any], proc: Process) -> list[list[Any]]:
     """Every process's list, by rank, on every process."""
     if proc.world == 1:

@@ -20,5 +20,9 @@ class CheckpointError(GndetError):
     """A checkpoint or a weights file is wrong, or does not fit."""
 
 
+class OutputError(GndetError):
+    """A file or folder that a result should go to cannot be written."""
+
+
 class TrainingError(GndetError):
     """A training run cannot go on: a non-finite loss, an output folder in use."""

@@ -16,7 +16,7 @@ from gndet.config_file import config_from_dict, with_overrides
 from gndet.data import read_dataset
 from gndet.data.images import open_picture
 from gndet.distributed import Process, gather, place
-from gndet.errors import CheckpointError, DataError
+from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Dataset, Record
@@ -83,17 +83,20 @@ def predict(
 
     out: folder, made where missing: NAME.png for each picture, predictions.json (results, images and categories).
     threshold: score from which a detection is drawn; the JSON holds all of them.  show: called with a line a picture.
-    Raises DataError for a path that is missing, no picture, or damaged, before anything is written.
+    Raises DataError for a path that is missing, no picture, or damaged, and OutputError for a folder that cannot be
+    made or whose pictures would be overwritten, before anything is written.
     """
     files = find_pictures(paths)
     records = []
     for number, file in enumerate(files, start=1):
         size = open_picture(file).shape[:2]
         records.append(picture_record(number, file, (int(size[0]), int(size[1]))))
-    dataset = Dataset(str(out), None, detector.classes, detector.category_ids, records, {})
-    results = detect_dataset(detector.model, dataset, detector.cfg, device=device, autocast=detector.autocast)
-    out.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset(str(out), detector.classes, detector.category_ids, records, {})
     names = unique_names(files)
+    if taken := {(out / name).resolve() for name in names} & {file.resolve() for file in files}:
+        raise OutputError(f"--out {out}: would overwrite the picture {min(taken)}; choose another folder")
+    make_folder(out)
+    results = detect_dataset(detector.model, dataset, detector.cfg, device=device, autocast=detector.autocast)
     for record, name in zip(records, names, strict=True):
         found = [one for one in results if one["image_id"] == record.image_id]
         picture = draw_detections(record.load(), found, detector.classes, detector.category_ids, threshold)
@@ -107,12 +110,21 @@ def predict(
     show(f"{len(results)} detections -> {out / 'predictions.json'} (COCO results; image ids in images.json)")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for results.  Raises OutputError where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--out {folder}: cannot make this folder: {error.strerror}") from None
+
+
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """The pictures among files and in folders, in order of name.  Raises DataError where there are none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+            visible = (file for file in path.iterdir() if not file.name.startswith("."))
+            inside = sorted(file for file in visible if file.suffix.lower() in PICTURES)
             if not inside:
                 raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
             files += inside
@@ -138,8 +150,8 @@ def unique_names(files: Sequence[Path]) -> list[str]:
     taken: set[str] = set()
     for number, file in enumerate(files, start=1):
         name = f"{file.stem}.png"
-        if name in taken:
-            name = f"{file.stem}-{number}.png"
+        while name in taken:
+            name = f"{name.removesuffix('.png')}-{number}.png"
         taken.add(name)
         names.append(name)
     return names

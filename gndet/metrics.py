@@ -44,7 +44,7 @@ class RunLog:
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_kept + 1)
         self._total = total_updates
         self._console = console
-        self._scores = ""
+        self._numbers = self._scores = ""
         self._live = None
         if console is not None and console.is_terminal:
             columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("updates  {task.percentage:.0f} %"))
@@ -63,12 +63,18 @@ class RunLog:
         self._write("train", update, values)
         for name, value in values.items():
             self._board.add_scalar(f"train/{name}", value, update)
+        self._numbers = _train_line(values)
         if self._live is not None:
             self._progress.update(self._task, completed=update)
-            text = Text("  ".join(filter(None, [_train_line(values), self._scores])))
-            self._live.update(Group(self._progress, text), refresh=True)
+            self._show_numbers()
         else:
             self.message(f"update {update}/{self._total}  {_train_line(values)}")
+
+    def _show_numbers(self) -> None:
+        """On a terminal, put the last numbers below the bar."""
+        if self._live is not None:
+            text = Text("  ".join(filter(None, [self._numbers, self._scores])))
+            self._live.update(Group(self._progress, text), refresh=True)
 
     def evaluating(self, done: int, total: int) -> None:
         """Show on a terminal how many of the images have been evaluated."""
@@ -82,6 +88,7 @@ class RunLog:
             self._board.add_scalar(f"val/{name}", value, update)
         averages = {name: value for name, value in values.items() if name.split("/")[-1] == "AP"}
         self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in averages.items())
+        self._show_numbers()
         self.message(f"evaluation after update {update}/{self._total}\n{table}")
 
     def picture(self, update: int, tag: str, picture: np.ndarray) -> None:
@@ -91,8 +98,8 @@ class RunLog:
     def message(self, text: str) -> None:
         """Show text, above the live display where there is one; it is not written to a file."""
         if self._console is not None:
-            # a line of a log file is not folded at the width of a terminal that is not there
-            self._console.print(text, markup=False, highlight=False, soft_wrap=self._live is None)
+            # not folded: a path or a command is copied whole, and a log file has no width
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Write out what is buffered and leave the console as it was."""
@@ -155,15 +162,18 @@ class Meter:
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss.detach() / micro_batches
 
-    def check_finite(self, update: int, out: Path, proc: Process) -> None:
-        """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights."""
+    def check_finite(self, update: int, norm: Tensor, out: Path, proc: Process) -> None:
+        """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights.
+
+        norm: of the gradient, not finite if any part of it is not.
+        """
         self.updates += 1
-        finite = bool(torch.stack([*self.sums.values()]).sum().isfinite())  # the one host sync an update
+        finite = bool(torch.stack([norm, *self.sums.values()]).sum().isfinite())  # the one host sync an update
         if any_process(not finite, proc):
             losses = ", ".join(f"{name} {float(value):.4g}" for name, value in self.sums.items())
             raise TrainingError(
-                f"{out}: a loss is not finite at update {update} (process {proc.rank}: {losses}); the weights are "
-                "untouched and the last checkpoint is good. A lower train.optimizer.lr, a longer "
+                f"{out}: a loss or the gradient is not finite at update {update} (process {proc.rank}: {losses}, "
+                f"gradient norm {float(norm):.4g}); this update was not made. A lower train.optimizer.lr, a longer "
                 "train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps"
             )
 

@@ -9,7 +9,7 @@ from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
 from gndet.config import Config
 from gndet.config_file import config_from_dict, config_to_yaml
 from gndet.distributed import Process, gather
-from gndet.errors import ConfigError, TrainingError
+from gndet.errors import GndetError, OutputError, TrainingError
 
 # What may differ when a run goes on: nothing here changes what is learned.
 NEUTRAL = (
@@ -18,30 +18,49 @@ NEUTRAL = (
 )  # fmt: skip
 
 
-def open_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
-    """Make or take up the run folder, write config.yaml; the newest whole checkpoint, a line for each damaged one.
+CONFIG = "config.yaml"
+UNSET = "not set"  # a key of a section that the other config does not have
 
-    Raises TrainingError where the folder holds a finished or a different run, ConfigError where it cannot be written.
+
+def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of an unfinished run, if there is one, and a line for each damaged one.
+
+    Only stale temporaries are touched.  Raises TrainingError, on all processes, where the folder holds a finished or a
+    different run, or something else.
     """
-    if proc.first:
-        if fresh and out.exists():
-            number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
-            out.rename(f"{out}-old-{number}")
-        if not fresh:
-            refuse_other_run(cfg, out)
+    refusal = []
+    if proc.first and not fresh:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            partial_file = out / "config.yaml.partial"
-            partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
-            os.replace(partial_file, out / "config.yaml")
-        except OSError as error:
-            raise ConfigError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
-        sweep(out)
-    gather([], proc)  # the others wait for the folder
-    saved, damaged = newest_checkpoint(out)
+            if (out / CONFIG).exists():
+                sweep(out)
+            refuse_other_run(cfg, out)
+        except GndetError as error:
+            refusal = [str(error)]
+    for text in gather(refusal, proc)[0]:
+        raise TrainingError(text)
+    saved, damaged = (None, []) if fresh else newest_checkpoint(out)
     if damaged and saved is None:
         raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
     return saved, damaged
+
+
+def make_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> None:
+    """Make the folder and write config.yaml; with fresh, a run that is there is moved aside first.
+
+    Raises OutputError where that cannot be done.
+    """
+    if proc.first:
+        try:
+            if fresh and out.exists():
+                number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
+                out.rename(f"{out}-old-{number}")
+            out.mkdir(parents=True, exist_ok=True)
+            partial_file = out / f"{CONFIG}.partial"
+            partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
+            os.replace(partial_file, out / CONFIG)
+        except OSError as error:
+            raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
+    gather([], proc)  # the others wait for the folder
 
 
 def refuse_other_run(cfg: Config, out: Path) -> None:
@@ -50,8 +69,8 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise ConfigError(f"out: {out} is a file, expected a folder for the run")
-    if not (out / "config.yaml").exists():
+        raise OutputError(f"out: {out} is a file, expected a folder for the run")
+    if not (out / CONFIG).exists():
         if any(out.iterdir()):
             raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
         return
@@ -59,9 +78,10 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     if saved is None:
         return  # stopped before its first checkpoint: nothing is lost
     old, new = flat(config_from_dict(saved.meta["config"], str(saved.path))), flat(cfg)
-    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(NEUTRAL) and key != "out"]
+    keys = [key for key in {**old, **new} if not key.startswith(NEUTRAL) and key != "out"]
+    changed = [key for key in keys if old.get(key, UNSET) != new.get(key, UNSET)]
     if changed:
-        lines = [f"  {key}: {old.get(key)!r} there, {new[key]!r} now" for key in changed[:8]]
+        lines = [f"  {key}: {old.get(key, UNSET)!r} there, {new.get(key, UNSET)!r} now" for key in changed[:8]]
         raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
     if saved.meta["update"] >= saved.meta["total_updates"]:
         raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")

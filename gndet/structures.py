@@ -6,7 +6,6 @@ Boxes are xyxy float32 pixels, sizes are (height, width), labels lie in [0, num_
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +72,6 @@ class Dataset(NamedTuple):
     """A data set that has been read and checked."""
 
     name: str  # path of the annotation file, or what was drawn
-    root: Path | None  # folder of the images; None where they are drawn
     classes: tuple[str, ...]  # class names; a label is an index into it
     category_ids: tuple[int, ...]  # the file's category id of each class
     records: list[Record]

@@ -1,5 +1,6 @@
 """Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
 
+import hashlib
 import itertools
 import math
 import platform
@@ -21,8 +22,8 @@ from gndet.checkpoint import CHECKPOINTS, Checkpoint, point, prune, save_checkpo
 from gndet.config import Config
 from gndet.data import read_dataset
 from gndet.data.batching import train_batches
-from gndet.distributed import Process, any_process, gather, place, process, wrap
-from gndet.errors import ConfigError, TrainingError
+from gndet.distributed import Process, any_process, gather, place, process, share_buffers, wrap
+from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
 from gndet.metrics import Meter, RunLog
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
@@ -35,7 +36,7 @@ from gndet.optim import (
     set_learning_rate,
     total_updates,
 )
-from gndet.run_folder import open_run
+from gndet.run_folder import find_run, make_run
 from gndet.structures import Batch, Dataset
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
 from gndet.weights.load import load_weights
@@ -62,6 +63,13 @@ class Run(NamedTuple):
         return self.model if self.average is None else self.average.module
 
 
+class Best(NamedTuple):
+    """The evaluation that `best` points to."""
+
+    score: float
+    update: int
+
+
 def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -> dict[str, float]:
     """Train a detector into the folder cfg.out; go on where an unfinished run of the same config stopped.
 
@@ -71,11 +79,11 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
     out = Path(cfg.out)
     with process(cfg.device, cfg.deterministic) as proc, stop_signals() as stopped:
         # --- the run folder, the data, the model
-        saved, damaged = open_run(cfg, out, fresh, proc)
+        saved, damaged = find_run(cfg, out, fresh, proc)
         run, notes = build_run(cfg, out, proc, saved)
         start, total = restore(run, saved), total_updates(cfg.train.schedule, cfg.train.global_batch)
         notes += [*damaged, f"continuing after update {start} of {total}"] if saved else []
-        best, values = (saved.meta["best"], saved.meta["metrics"]) if saved else (None, {})
+        values, best = resumed_metrics(saved)
         forward = wrap(run.model, proc)
         micro_batches = cfg.train.global_batch // (cfg.train.images_per_gpu * proc.world)
         batches = train_batches(
@@ -83,6 +91,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             global_batch=cfg.train.global_batch, rank=proc.rank, world=proc.world, masks=cfg.model.masks,
             pin_memory=proc.device.type == "cuda",
         )  # fmt: skip
+        make_run(cfg, out, fresh, proc)
         meter = Meter(proc.device, cfg.train.global_batch)
         with open_log(run, total, start, console) as log:
             for note in notes:
@@ -99,9 +108,8 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                             losses = forward(batch)
                         (sum(losses.values()) / micro_batches).backward()
                     meter.add(losses, micro_batches)
-                meter.check_finite(update, out, proc)
-                if cfg.train.optimizer.clip_grad_norm:
-                    nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm)
+                norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
+                meter.check_finite(update, norm, out, proc)
                 run.optimizer.step()
                 if run.average is not None:
                     run.average.update_parameters(run.model)
@@ -113,13 +121,16 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                     log.train(done, numbers)
                 evaluating = due(done, cfg.train.eval_every, total)
                 if evaluating:
-                    with meter.pause():
-                        evaluation = evaluate_run(run, done, log)
-                    values = scalars(evaluation)
+                    try:
+                        with meter.pause():
+                            values = scalars(evaluate_run(run, done, log))
+                    except GndetError:  # a picture that cannot be read, say: what was learned is kept
+                        save(run, done, total, best, values, better=False)
+                        raise
                 if evaluating or stop or due(done, cfg.train.checkpoint_every, total):
                     with meter.pause():
-                        better = evaluating and (best is None or score(values) > best)
-                        best = score(values) if better else best
+                        better = evaluating and (best is None or score(values) > best.score)
+                        best = Best(score(values), done) if better else best
                         save(run, done, total, best, values, better)
                 if stop and done < total:
                     log.message(f"stopped after update {done}; the same command goes on from {out}/last")
@@ -127,6 +138,14 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             if proc.first:
                 log.message(closing_words(out, cfg))
     return values
+
+
+def resumed_metrics(saved: Checkpoint | None) -> tuple[dict[str, float], Best | None]:
+    """The metrics of the last evaluation before a checkpoint, and the best one so far."""
+    if saved is None:
+        return {}, None
+    values = {name: math.nan if value is None else value for name, value in saved.meta["metrics"].items()}
+    return values, None if saved.meta["best"] is None else Best(saved.meta["best"], saved.meta["best_update"])
 
 
 def due(done: int, every: int, total: int) -> bool:
@@ -137,7 +156,7 @@ def due(done: int, every: int, total: int) -> bool:
 # --- checkpoints
 
 
-def save(run: Run, done: int, total: int, best: float | None, values: dict[str, float], better: bool) -> None:
+def save(run: Run, done: int, total: int, best: Best | None, values: dict[str, float], better: bool) -> None:
     """Write a checkpoint after `done` updates, point last (and best) to it, remove old ones."""
     if not run.proc.first:
         return
@@ -145,17 +164,27 @@ def save(run: Run, done: int, total: int, best: float | None, values: dict[str, 
     if run.average is not None:
         groups["ema"] = run.average.module.state_dict()
     meta = {
-        "update": done, "total_updates": total, "best": best,
+        "update": done, "total_updates": total, "best": best and best.score,
+        "best_update": best and best.update,
         "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
         "config": run.cfg.model_dump(mode="json"), "classes": list(run.train_set.classes),
-        "category_ids": list(run.train_set.category_ids), "versions": versions(),
+        "category_ids": list(run.train_set.category_ids), "data": fingerprint(run.train_set), "versions": versions(),
     }  # fmt: skip
     folder = run.out / CHECKPOINTS / f"update-{done:07d}"
     save_checkpoint(folder, groups, meta)
-    point(run.out, "last", folder)
     if better:
         point(run.out, "best", folder)
+    point(run.out, "last", folder)
     prune(run.out, run.cfg.train.keep_last)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A hash of what is learned from: the images' ids and sizes, the objects' boxes and classes."""
+    digest = hashlib.sha256()
+    for record in dataset.records:
+        digest.update(np.array([record.image_id, *record.size, len(record.labels)]).tobytes())
+        digest.update(record.boxes.tobytes() + record.labels.tobytes() + record.crowd.tobytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -213,6 +242,16 @@ def restore(run: Run, saved: Checkpoint | None) -> int:
             f"{saved.path}: trained for the classes {', '.join(saved.meta['classes'])}, the data now has "
             f"{', '.join(run.train_set.classes)}; choose another out=FOLDER"
         )
+    if saved.meta["data"] != fingerprint(run.train_set):
+        raise TrainingError(
+            f"{saved.path}: trained on other images or objects than {run.train_set.name} now holds; put the data back, "
+            "or choose another out=FOLDER with train.weights set to this run"
+        )
+    if run.proc.first:  # a kill may have come before the links were set
+        point(run.out, "last", saved.path)
+        best = saved.path.with_name(f"update-{saved.meta['best_update'] or 0:07d}")
+        if best.is_dir():
+            point(run.out, "best", best)
     run.model.load_state_dict(saved.groups["model"])
     load_optimizer_tensors(run.optimizer, run.model, saved.groups["optimizer"])
     if run.average is not None:
@@ -261,6 +300,7 @@ def evaluate_run(run: Run, done: int, log: Any) -> Evaluation:
     proc = run.proc
     share = len(range(proc.rank, len(run.val_set.records), proc.world))
     count = itertools.count(1)
+    share_buffers(run.detector, proc)  # BN's running statistics differ from process to process
     evaluation = evaluate(
         run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
         world=proc.world, gather=partial(gather, proc=proc), on_image=lambda _: log.evaluating(next(count), share),

@@ -58,8 +58,6 @@ def sample(height: int, width: int, number: int, side: int = MASK_SIDE) -> Sampl
         labels=torch.arange(number),
         masks=torch.rand(number, side, side) > 0.5,
         key=hash_ints(height, width),
-        index=0,
-        scale=(1.0, 1.0),
     )
 
 

@@ -62,6 +62,12 @@ def test_a_mistake_is_told_without_a_traceback() -> None:
     )
 
 
+@pytest.mark.parametrize("words", [("Train.global_batch=8",), ("train.global_batch", "8")])
+def test_words_that_are_no_override_are_refused(words: tuple[str, ...]) -> None:
+    done = run("config", str(REPOSITORY / "configs/quickstart.yaml"), *words)
+    assert done.returncode == 2 and f"{' '.join(words)}: expected key=value" in done.stderr
+
+
 def test_config_prints_what_reads_back(tmp_path: Path) -> None:
     path = REPOSITORY / "configs/quickstart.yaml"
     done = run("config", str(path), "seed=7")
@@ -106,6 +112,21 @@ def test_predict_draws_every_picture_and_writes_coco_results(trained: Path, tmp_
     truth = COCO(str(out / "images.json"))
     found = truth.loadRes(str(out / "predictions.json"))
     assert len(found.anns) > 0 and {one["image_id"] for one in found.anns.values()} <= {1, 2, 3, 4}
+
+
+def test_predict_overwrites_no_picture_and_gives_each_a_name(trained: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg", "a-3.png", "._a.jpg"):
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    before = (tmp_path / "a.png").read_bytes()
+    assert main(["predict", str(trained), str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert main(["predict", str(trained), str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+
+
+def test_results_that_cannot_be_written_are_told_first(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(trained), "--out", "/proc/nowhere/results.json"]) == 2
+    assert "--out /proc/nowhere: cannot make this folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", ["missing.jpg", "empty.jpg", "text.jpg"])

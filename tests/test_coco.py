@@ -88,6 +88,7 @@ def rle(counts: Any, size: Any = (20, 30)) -> dict[str, Any]:
 BAD_RECORDS: list[tuple[str, int, dict[str, Any], str]] = [
     ("images", 1, {"id": 7}, "image id 7 occurs twice"),
     ("images", 1, {"id": "x"}, "image id 'x'"),
+    ("images", 1, {"id": -1}, "image id -1, expected an integer of 0 or more"),
     ("images", 0, {"width": 0}, "image 7: width 0"),
     ("images", 0, {"height": None}, "image 7: width 30, height None"),
     ("images", 0, {"height": 20.0}, "image 7: width 30, height 20.0"),
@@ -175,7 +176,7 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path: Path, linked: str) 
     link.symlink_to(tmp_path / "c.png" if linked == "file" else tmp_path)
     tree = small()
     tree["images"][0]["file_name"] = "c.png" if linked == "file" else "more/c.png"
-    with pytest.raises(DataError, match=r"image 7: .* is a link that leads out"):
+    with pytest.raises(DataError, match=r"image 7: .* is empty, or a link that leads out"):
         read(tmp_path, tree)
 
 

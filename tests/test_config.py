@@ -51,6 +51,9 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("train: {global_batch: 3, images_per_gpu: 2}\n", r"train\.global_batch: 3 is not a multiple of .*: 2"),
         ("- 1\n- 2\n", r"a\.yaml: expected `key: value` lines, got list"),
         ("model: [\n", r"a\.yaml: not valid YAML"),
+        ("? [a, b]\n: 1\n", r"a\.yaml:1: a key is a word|a\.yaml: not valid YAML"),
+        ("data: {shortest_edge: []}\n", r"data\.shortest_edge: got \[\]"),
+        ("model: {pixel_std: [0, 1, 1]}\n", r"model\.pixel_std\.0: got 0; .*greater than 0"),
         ("base: missing.yaml\n", r"missing\.yaml: cannot read the config: No such file"),
         ("base: a.yaml\n", r"`base:` leads back to this file"),
         (

@@ -191,12 +191,22 @@ def test_resnet_equals_torchvision_s(depth: int) -> None:
 def test_zero_init_makes_every_block_start_as_its_shortcut() -> None:
     model = ResNet(BackboneConfig(depth=50, zero_init_last_gamma=True), NormConfig())
     assert all(block.conv3.norm.weight.abs().max() == 0 for stage in model.stages() for block in stage)
+    frozen = ResNet(BackboneConfig(depth=18, zero_init_last_gamma=True), NormConfig(kind="frozen_bn"))
+    assert all(block.conv2.norm.weight.min() == 1 for stage in frozen.stages() for block in stage)
 
 
 def test_freezing_stops_the_stem_and_the_first_stages() -> None:
     model = ResNet(BackboneConfig(depth=18, freeze_at=2), NormConfig())
     frozen = {name.split(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "res2"}
+
+
+def test_frozen_stages_keep_their_running_statistics() -> None:
+    cfg = small_config(NormConfig(kind="bn"), backbone=BackboneConfig(depth=18, freeze_at=2))
+    model = build_model(cfg, NUM_CLASSES).train()
+    model(make_batch(SIZES[:2]))
+    assert model.backbone.stem.norm.running_mean.abs().max() == 0
+    assert model.backbone.res3[0].conv1.norm.running_mean.abs().max() > 0
 
 
 def test_anchors_by_hand() -> None:

@@ -1,7 +1,9 @@
 """Training runs on a tiny detector: killed, resumed, spread over processes, refused."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,10 @@ from rich.console import Console
 from gndet.checkpoint import load_checkpoint
 from gndet.config import Config
 from gndet.config_file import load_config
-from gndet.errors import ConfigError, DataError, GndetError, TrainingError
+from gndet.data import shapes
+from gndet.distributed import Process
+from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
+from gndet.metrics import Meter
 from gndet.train import train
 
 CONFIG = {
@@ -172,6 +177,54 @@ def test_a_finished_or_different_run_in_the_folder_is_refused_with_what_to_do(co
     assert load_checkpoint(config.parent / "run-old-1" / "last").meta["update"] == 6  # nothing is deleted
 
 
+def forget(folder: Path, *updates: int) -> None:
+    """Make a finished run one that was killed earlier: remove its newest checkpoints."""
+    for update in updates:
+        shutil.rmtree(folder / "checkpoints" / f"update-{update:07d}")
+
+
+def test_resuming_between_evaluations_keeps_undefined_metrics_and_the_best(config: Path) -> None:
+    options = ("train.eval_every=2", "train.checkpoint_every=1")
+    train(load(config, "unbroken", *options))
+    train(load(config, "run", *options))
+    forget(config.parent / "run", 4, 5, 6)  # APl is undefined: no drawing is that large
+    train(load(config, "run", *options))
+    assert_same(config.parent / "unbroken", config.parent / "run")
+    best = [os.readlink(config.parent / name / "best") for name in ("unbroken", "run")]
+    assert best[0] == best[1]
+
+
+def test_a_part_s_norm_is_not_changed_by_resuming_without_it(config: Path) -> None:
+    train(load(config, "run", "model.backbone.norm.kind=ln"))
+    forget(config.parent / "run", 6)
+    with pytest.raises(TrainingError, match=r"model\.backbone\.norm\.kind: 'ln' there, 'not set' now"):
+        train(load(config, "run"))
+
+
+def test_resuming_on_other_data_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(load(config, "run"))
+    forget(config.parent / "run", 6)
+    monkeypatch.setattr(shapes, "MAX_TILT", 0.1)  # the same numbers of images and objects, in other places
+    with pytest.raises(TrainingError, match=r"update-0000004: trained on other images or objects than shapes"):
+        train(load(config, "run"))
+
+
+def test_a_mistake_with_fresh_leaves_the_old_run_where_it_is(config: Path) -> None:
+    train(load(config, "run"))
+    with pytest.raises(DataError):
+        train(load(config, "run", "data.train.kind=coco", "data.train.annotations=none.json"), fresh=True)
+    assert load_checkpoint(config.parent / "run" / "last").meta["update"] == 6
+    assert not (config.parent / "run-old-1").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path: Path) -> None:
+    meter = Meter(torch.device("cpu"), 2)
+    meter.add({"loss_cls": torch.tensor(1.0)}, 1)
+    meter.check_finite(0, torch.tensor(3.0), tmp_path, Process(0, 1, torch.device("cpu")))
+    with pytest.raises(TrainingError, match=r"gradient norm inf\); this update was not made"):
+        meter.check_finite(1, torch.tensor(math.inf), tmp_path, Process(0, 1, torch.device("cpu")))
+
+
 def test_options_that_change_nothing_learned_may_change_on_resume(config: Path) -> None:
     train(load(config, "run", "train.schedule.updates=6"))
     folder = config.parent / "run"
@@ -194,7 +247,7 @@ def test_mistakes_are_refused_before_anything_is_trained(
 ) -> None:
     with pytest.raises(kind, match=message):
         train(load(config, "run", *overrides))
-    assert not (config.parent / "run" / "metrics.jsonl").exists()
+    assert not (config.parent / "run").exists()
 
 
 def test_folders_that_are_no_run_or_cannot_be_written_are_refused(config: Path) -> None:
@@ -203,14 +256,14 @@ def test_folders_that_are_no_run_or_cannot_be_written_are_refused(config: Path) 
     with pytest.raises(TrainingError, match=r"mine: holds files but no run"):
         train(load(config, "mine"))
     (config.parent / "file").touch()
-    with pytest.raises(ConfigError, match=r"file is a file"):
+    with pytest.raises(TrainingError, match=r"file is a file"):
         train(load(config, "file"))
-    with pytest.raises(ConfigError, match=r"cannot write the run folder"):
+    with pytest.raises(OutputError, match=r"cannot write the run folder"):
         train(load_config(config, ["out=/proc/nowhere/run"]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_untouched(config: Path) -> None:
-    with pytest.raises(TrainingError, match=r"not finite at update \d+ .*train\.optimizer\.lr"):
+    with pytest.raises(TrainingError, match=r"not finite at update \d+ (.|\n)*train\.optimizer\.lr"):
         train(load(config, "run", "train.optimizer.lr=1e30", "train.schedule.warmup=0", "train.checkpoint_every=1"))
     assert all(value.isfinite().all() for value in last(config.parent / "run").values())
 

@@ -115,24 +115,24 @@ def test_resize_keeps_the_ratio_and_both_limits() -> None:
 
 def test_resize_equals_pillow_within_rounding(dataset: Dataset) -> None:
     record = dataset.records[0]
-    image = transforms.train_sample(record, 0, DataConfig(shortest_edge=(150,), flip=0), 1, False).image
+    image = transforms.train_sample(record, DataConfig(shortest_edge=(150,), flip=0), 1, False).image
     truth = np.asarray(Image.fromarray(record.load()).resize((150, 150), Image.Resampling.BILINEAR))
     assert (image.permute(1, 2, 0).int() - torch.from_numpy(truth.astype(np.int32))).abs().max() <= 1
 
 
 def test_boxes_are_scaled_clipped_and_dropped_when_empty() -> None:
     record = make_record([[-5, 10, 20, 50], [59.9999, 0, 70, 5], [0, 0, 60, 40]], [None] * 3)
-    sample = transforms.train_sample(record, 4, DataConfig(shortest_edge=(80,), flip=0), 1, False)
+    sample = transforms.train_sample(record, DataConfig(shortest_edge=(80,), flip=0), 1, False)
     assert sample.boxes.tolist() == [[0, 20, 40, 80], [0, 0, 120, 80]]
-    assert sample.labels.tolist() == [0, 2] and sample.scale == (2, 2) and sample.index == 4
+    assert sample.labels.tolist() == [0, 2]
     assert sample.image.shape == (3, 80, 120) and sample.masks.shape == (2, 0, 0)
 
 
 @pytest.mark.parametrize(("option", "axis"), [("flip", -1), ("flip_vertical", -2)])
 def test_a_flip_moves_picture_boxes_and_masks_together(dataset: Dataset, option: str, axis: int) -> None:
     for record in dataset.records:
-        plain = transforms.train_sample(record, 0, PLAIN, 1, True)
-        flipped = transforms.train_sample(record, 0, PLAIN.model_copy(update={option: 1.0}), 1, True)
+        plain = transforms.train_sample(record, PLAIN, 1, True)
+        flipped = transforms.train_sample(record, PLAIN.model_copy(update={option: 1.0}), 1, True)
         assert torch.equal(flipped.image.flip(axis), plain.image)
         assert torch.equal(flipped.masks.flip(axis), plain.masks)
         low, high = (0, 2) if axis == -1 else (1, 3)
@@ -144,7 +144,7 @@ def test_a_flip_moves_picture_boxes_and_masks_together(dataset: Dataset, option:
 def test_masks_lie_on_the_objects_after_resize_and_flips(dataset: Dataset) -> None:
     data = DataConfig(shortest_edge=(192,), flip=1, flip_vertical=1)
     for record in dataset.records:
-        sample = transforms.train_sample(record, 0, data, 1, True)
+        sample = transforms.train_sample(record, data, 1, True)
         masks = coco_mask.decode(record.segmentations)[::-1, ::-1].repeat(2, 0).repeat(2, 1)  # (192, 192, n)
         for k, box in enumerate(sample.boxes.numpy()):
             assert iou(paste(sample.masks[k].numpy(), box, (192, 192)), masks[..., k].astype(bool)) > 0.9
@@ -152,8 +152,8 @@ def test_masks_lie_on_the_objects_after_resize_and_flips(dataset: Dataset) -> No
 
 def test_augmentation_is_a_function_of_the_key(dataset: Dataset) -> None:
     data = DataConfig(shortest_edge=(64, 96, 128), flip=0.5)
-    samples = [transforms.train_sample(dataset.records[0], 0, data, key, False) for key in range(200)]
-    again = transforms.train_sample(dataset.records[0], 0, data, 17, False)
+    samples = [transforms.train_sample(dataset.records[0], data, key, False) for key in range(200)]
+    again = transforms.train_sample(dataset.records[0], data, 17, False)
     assert torch.equal(again.image, samples[17].image) and torch.equal(again.boxes, samples[17].boxes)
     edges = [sample.image.shape[1] for sample in samples]
     assert all(40 < edges.count(edge) < 95 for edge in data.shortest_edge)
@@ -163,20 +163,20 @@ def test_augmentation_is_a_function_of_the_key(dataset: Dataset) -> None:
 
 def test_crowd_regions_are_left_out() -> None:
     record = make_record([[0, 0, 9, 9], [5, 5, 20, 20]], [None, [[5, 5, 20, 5, 20, 20]]])
-    sample = transforms.train_sample(record._replace(crowd=np.array([True, False])), 0, PLAIN, 1, True)
+    sample = transforms.train_sample(record._replace(crowd=np.array([True, False])), PLAIN, 1, True)
     assert sample.labels.tolist() == [1] and sample.masks.shape == (1, MASK_SIDE, MASK_SIDE)
 
 
 def test_an_object_without_mask_is_named() -> None:
     record = make_record([[0, 0, 9, 9], [5, 5, 20, 20]], [[[0, 0, 9, 0, 9, 9]], None])
     with pytest.raises(DataError, match=r"made\.png: annotation 12 .*model\.masks=false"):
-        transforms.train_sample(record, 0, PLAIN, 1, True)
-    assert len(transforms.train_sample(record, 0, PLAIN, 1, False).labels) == 2
+        transforms.train_sample(record, PLAIN, 1, True)
+    assert len(transforms.train_sample(record, PLAIN, 1, False).labels) == 2
 
 
 def test_evaluation_resizes_and_gives_no_object(dataset: Dataset) -> None:
-    sample = transforms.test_sample(dataset.records[0], 3, DataConfig(shortest_edge_test=120, flip=1))
-    assert sample.image.shape == (3, 120, 120) and sample.scale == (1.25, 1.25) and sample.index == 3
+    sample = transforms.test_sample(dataset.records[0], DataConfig(shortest_edge_test=120, flip=1))
+    assert sample.image.shape == (3, 120, 120)
     assert sample.boxes.shape == (0, 4) and sample.labels.shape == (0,) and sample.masks.shape == (0, 0, 0)
-    plain = transforms.test_sample(dataset.records[0], 3, DataConfig(shortest_edge_test=96))
+    plain = transforms.test_sample(dataset.records[0], DataConfig(shortest_edge_test=96))
     assert np.array_equal(plain.image.permute(1, 2, 0).numpy(), dataset.records[0].load())

@@ -125,15 +125,13 @@ def _load_train(
 ) -> Batch:
     """Make one training batch."""
     keys = [hash_ints(seed, epoch, records[index].image_id) for epoch, index in places]
-    samples = [
-        train_sample(records[index], index, data, key, masks) for (_, index), key in zip(places, keys, strict=True)
-    ]
+    samples = [train_sample(records[index], data, key, masks) for (_, index), key in zip(places, keys, strict=True)]
     return collate(samples, data.canvas_multiple)
 
 
 def _load_test(records: list[Record], data: DataConfig, indices: list[int]) -> tuple[list[int], Batch]:
     """Make one evaluation batch."""
-    samples = [test_sample(records[index], index, data) for index in indices]
+    samples = [test_sample(records[index], data) for index in indices]
     return indices, collate(samples, data.canvas_multiple)
 
 

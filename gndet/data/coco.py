@@ -53,7 +53,6 @@ def read_coco(cfg: DatasetConfig, data: DataConfig) -> Dataset:
     category_ids = tuple(sorted(categories))
     return Dataset(
         name=str(path),
-        root=folder,
         classes=tuple(categories[category_id] for category_id in category_ids),
         category_ids=category_ids,
         records=_to_records(tree["images"], files, annotations, category_ids),
@@ -105,8 +104,8 @@ def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
 def _new_id(item: dict[str, Any], kind: str, seen: set[int], mistakes: list[str]) -> bool:
     """Note the id of an item in seen; report one that is no integer or was there before."""
     number = item.get("id")
-    if type(number) is not int or abs(number) >= 2**63:
-        mistakes.append(f"{kind} id {brief(number)}, expected an integer")
+    if type(number) is not int or abs(number) >= 2**63 or (number < 0 and kind != "annotation"):
+        mistakes.append(f"{kind} id {brief(number)}, expected an integer of 0 or more")
         return False
     if number in seen:
         mistakes.append(f"{kind} id {number} occurs twice, expected unique ids")
@@ -175,20 +174,22 @@ def _find_files(items: list[dict[str, Any]], folder: Path, mistakes: list[str]) 
             near = _nearest(relative.name, listing) if len(mistakes) < EXAMPLES else ""
             mistakes.append(f"{where}: no such file in {folder / relative.parent}{near}")
         elif not found:
-            mistakes.append(f"{where} is a link that leads out of {folder}")
+            mistakes.append(f"{where} is empty, or a link that leads out of {folder}")
         else:
             paths.append(folder / relative.parent / found)
     return paths
 
 
 def _list_folder(folder: Path, home: Path) -> dict[str, str]:
-    """List a folder as {name or its composed form: name on disk}, "" for a link that leaves home."""
+    """List a folder as {name or its composed form: name on disk}, "" for an empty file and a link that leaves home."""
     try:
         inside = folder.resolve().is_relative_to(home)
         with os.scandir(folder) as entries:
             names = {
                 entry.name: entry.name
-                if inside and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(home))
+                if inside
+                and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(home))
+                and entry.stat().st_size
                 else ""
                 for entry in entries
                 if entry.is_file()

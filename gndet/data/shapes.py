@@ -38,7 +38,6 @@ def read_shapes(cfg: DatasetConfig, data: DataConfig) -> Dataset:
         first_id += len(records[-1].labels)
     return Dataset(
         name=f"shapes: {cfg.count} images of {cfg.size} x {cfg.size} pixels, seed {cfg.seed}",
-        root=None,
         classes=CLASSES,
         category_ids=tuple(range(1, len(CLASSES) + 1)),
         records=records,

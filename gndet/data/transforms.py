@@ -27,11 +27,9 @@ class Sample(NamedTuple):
     labels: Tensor  # (n,) int64
     masks: Tensor  # (n, S, S) bool, each in the frame of its box; (n, 0, 0) where masks are off
     key: int  # the only source of randomness for this image; 0 in test
-    index: int  # of the record in the data set
-    scale: tuple[float, float]  # (y, x) from original to picture pixels
 
 
-def train_sample(record: Record, index: int, data: DataConfig, key: int, masks: bool) -> Sample:
+def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sample:
     """Load a record for training: one of data.shortest_edge, flips, crowd regions left out.
 
     Boxes are clipped to the picture, empty ones dropped.  Raises DataError for a picture that cannot be read,
@@ -56,14 +54,14 @@ def train_sample(record: Record, index: int, data: DataConfig, key: int, masks: 
         image, frames = image.flip(-2), frames.flip(-2)
         moved[:, [1, 3]] = height - moved[:, [3, 1]]
     boxes_out = torch.from_numpy(moved.astype(np.float32))
-    return Sample(image, boxes_out, torch.from_numpy(record.labels[keep]), frames, key, index, scale)
+    return Sample(image, boxes_out, torch.from_numpy(record.labels[keep]), frames, key)
 
 
-def test_sample(record: Record, index: int, data: DataConfig) -> Sample:
+def test_sample(record: Record, data: DataConfig) -> Sample:
     """Load a record for evaluation: data.shortest_edge_test, no objects (n = 0).  Raises DataError."""
-    image, scale = _load_resized(record, data.shortest_edge_test, data.max_edge)
+    image, _ = _load_resized(record, data.shortest_edge_test, data.max_edge)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
-    return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0, index, scale)
+    return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
 
 
 def check_masks(record: Record) -> None:
@@ -71,8 +69,8 @@ def check_masks(record: Record) -> None:
     for segmentation, crowd, number in zip(record.segmentations, record.crowd, record.annotation_ids, strict=True):
         if segmentation is None and not crowd:
             raise DataError(
-                f"{record.file_name}: annotation {number} has no segmentation; "
-                "set model.masks=false for a data set without masks"
+                f"{record.file_name}: annotation {number} has no usable segmentation (a polygon needs 3 points, an RLE "
+                "its image's size); mend it, or set model.masks=false to train on boxes alone"
             )
 
 

@@ -19,7 +19,7 @@ from gndet.ops.reduce import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions
 
-DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+DELTA_WEIGHTS = (10.0, 5.0)  # of the centre's shift and of the size's growth (Detectron)
 MAX_CANDIDATES = 2000  # class-wise boxes of an image that enter NMS, the best; ten times what COCO's images have
 
 

@@ -175,18 +175,17 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         wide = x.to(self.running_mean.dtype)
-        moments = torch.cat([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), wide.new_tensor([x[:, 0].numel()])])
-        total = all_reduce(moments)
+        total = all_reduce(torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([x[:, 0].numel()])]))
         n = total[-1]
-        mean, square = (total[:-1] / n).chunk(2)  # (C,)
-        var = (square - mean.square()).clamp(min=0)
+        mean = total[:-1] / n  # (C,)
+        centred = wide - mean[:, None, None]
+        var = all_reduce(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -210,8 +209,8 @@ class FrozenBatchNorm(nn.Module):
 class BatchRenorm(nn.BatchNorm2d):
     """BRN: BN's statistics over (B, H, W), corrected towards the running ones by r and d (Ioffe 2017, algorithm 1).
 
-    The limits grow as in its section 4.2: r_max from 1 to 3 between updates 5,000 and 40,000, d_max from 0 to 5
-    between 5,000 and 25,000; before that it is BN.
+    The limits grow as in its section 4.2: r_max from 1 to 3 between steps 5,000 and 40,000, d_max from 0 to 5 between
+    5,000 and 25,000; before that it is BN.  A step is a forward pass in training.
     """
 
     def forward(self, x: Tensor, area: Area | None = None) -> Tensor:

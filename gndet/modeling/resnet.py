@@ -65,6 +65,7 @@ class ResNet(nn.Module):
 
     def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
         super().__init__()
+        self.frozen: list[nn.Module] = []
         conv = conv_factory(norm)
         block = BasicBlock if cfg.depth < 50 else Bottleneck
         self.stem = conv(3, 64, 7, stride=2)
@@ -89,9 +90,9 @@ class ResNet(nn.Module):
         if zero_init_last_gamma:
             for stage in self.stages():
                 for block in stage:
-                    weight = getattr(block.last.norm, "weight", None)
-                    if weight is not None:
-                        nn.init.zeros_(weight)
+                    gamma = getattr(block.last.norm, "weight", None)
+                    if isinstance(gamma, nn.Parameter):  # a frozen gamma of 0 would never grow
+                        nn.init.zeros_(gamma)
 
     def stages(self) -> list[nn.ModuleList]:
         """res2..res5."""
@@ -99,8 +100,17 @@ class ResNet(nn.Module):
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
-        for part in [self.stem, *self.stages()][:freeze_at]:
+        self.frozen = [self.stem, *self.stages()][:freeze_at]
+        for part in self.frozen:
             part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ResNet":
+        """Set the training mode; frozen parts stay in evaluation, where BN keeps its statistics."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(self, x: Tensor, areas: Areas) -> list[Tensor]:
         """x (B, 3, H, W) normalised, zero in the padding; areas of the pictures by stride.

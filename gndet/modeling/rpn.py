@@ -18,7 +18,7 @@ from gndet.ops.noise import Stream, ranks
 from gndet.ops.reduce import smooth_l1, sum_per_image
 from gndet.structures import Batch
 
-DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+DELTA_WEIGHTS = (1.0, 1.0)  # of the centre's shift and of the size's growth
 
 
 def level_anchors(

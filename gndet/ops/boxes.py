@@ -38,27 +38,26 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1)[:, None])
 
 
-def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
     """Regression targets of boxes against anchors (Girshick et al. 2014, appendix C).
 
-    boxes, anchors (..., 4).  weights multiply dx, dy, dw, dh.  Returns (..., 4), finite for any boxes without NaN.
+    boxes, anchors (..., 4).  weights multiply (dx, dy) and (dw, dh).  Returns (..., 4), finite without NaN boxes.
     """
     anchor_size = (anchors[..., 2:] - anchors[..., :2]).clamp(min=1e-3)
     size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
     shift = ((boxes[..., 2:] + boxes[..., :2]) - (anchors[..., 2:] + anchors[..., :2])) / 2 / anchor_size
-    deltas = torch.cat([shift, (size / anchor_size).log()], dim=-1)
-    return deltas * deltas.new_tensor(weights)
+    return torch.cat([shift * weights[0], (size / anchor_size).log() * weights[1]], dim=-1)
 
 
-def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float, float, float]) -> Tensor:
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
     """Boxes from regression deltas, the inverse of `encode`; growth is limited to 1000 / 16.
 
     deltas, anchors (..., 4), broadcastable.  Returns (..., 4), float32 at least.
     """
-    deltas = full(deltas) / anchors.new_tensor(weights)
+    shift, growth = full(deltas[..., :2]) / weights[0], full(deltas[..., 2:]) / weights[1]
     size = anchors[..., 2:] - anchors[..., :2]
-    center = (anchors[..., 2:] + anchors[..., :2]) / 2 + deltas[..., :2] * size
-    half = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp() / 2
+    center = (anchors[..., 2:] + anchors[..., :2]) / 2 + shift * size
+    half = size * growth.clamp(max=MAX_LOG_SCALE).exp() / 2
     return torch.cat([center - half, center + half], dim=-1)
 
 

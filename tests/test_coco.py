@@ -292,3 +292,12 @@ def test_pycocotools_takes_the_written_dict(tmp_path: Path) -> None:
     truth.dataset = copy.deepcopy(to_coco(read(tmp_path, small())))
     truth.createIndex()
     assert [truth.annToMask(truth.anns[number]).sum() for number in (1, 2, 3)] == [36, 36, 36]
+
+
+def test_an_empty_picture_is_refused_before_training(tmp_path: Path) -> None:
+    tree = small()
+    tree["images"][0]["file_name"] = "c.png"
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "c.png").touch()
+    with pytest.raises(DataError, match=r"image 7: file_name 'c\.png' is empty"):
+        read(tmp_path, tree)

@@ -16,7 +16,7 @@ from gndet.data.segmentation import to_rle
 from gndet.structures import Record
 
 MIN_SIDE = 640  # pixels, of the longer side; a smaller picture is enlarged so that its labels are legible
-MAX_LABELS = 60  # above this many objects their labels would cover the picture, and are left out
+MAX_LABELS = 40  # above this many objects their labels would cover the picture, and are left out
 GOLDEN_ANGLE = 0.381966  # of a turn: successive hues stay far apart however many there are
 MASK_OPACITY = 0.4
 GAP = 8  # pixels between pictures

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -36,12 +36,17 @@ class NormConfig(Section):
     def masked(self) -> bool:
         """Whether the padding around a picture is kept out of statistics and results."""
         if self.padding == "auto":
-            return self.kind not in ("bn", "sync_bn", "brn")
+            return not self.mixes_images
         return self.padding == "masked"
+
+    @property
+    def mixes_images(self) -> bool:
+        """Whether the statistics are taken over all images, or regions, that are computed at once."""
+        return self.kind in ("bn", "sync_bn", "brn")
 
     @model_validator(mode="after")
     def _batch_statistics_are_plain(self) -> "NormConfig":
-        if self.padding == "masked" and self.kind in ("bn", "sync_bn", "brn"):
+        if self.padding == "masked" and self.mixes_images:
             raise ValueError(f"padding: masked is not available for kind: {self.kind}, whose statistics mix images")
         return self
 
@@ -132,6 +137,23 @@ class ModelConfig(Section):
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
 
+    def part_norms(self) -> dict[str, NormConfig]:
+        """The norm of each part: its own, or model.norm."""
+        parts = ("backbone", "fpn", "rpn", "box_head", "mask_head")
+        return {part: getattr(self, part).norm or self.norm for part in parts}
+
+    def batch_coupling(self) -> str | None:
+        """The first norm that makes an image's result depend on the images computed beside it, in words; or None."""
+        norms = self.part_norms()
+        unused = {"box_head": self.box_head.kind == "2fc", "mask_head": not self.masks}
+        for part in [part for part in norms if not unused.get(part)]:
+            key = f"model.{part}.norm" if getattr(self, part).norm else "model.norm"
+            if norms[part].mixes_images:
+                return f"{key}.kind: {norms[part].kind} takes its statistics over the images that are computed at once"
+            if not norms[part].masked and part in ("backbone", "fpn", "rpn"):
+                return f"{key}.padding: plain lets the padding beside a picture, which depends on its batch, into it"
+        return None
+
 
 class DatasetConfig(Section):
     """One data set. kind: coco reads a COCO JSON file; kind: shapes draws its images from a seed."""
@@ -201,7 +223,12 @@ class TrainConfig(Section):
 
     weights: str = Field("", description="fine-tune from this gndet checkpoint or run folder")
     global_batch: int = Field(16, ge=1, description="images an update, over all processes")
-    images_per_gpu: int = Field(2, ge=1, description="images a process computes at once; accumulation follows")
+    images_per_gpu: int | Literal["auto"] = Field(
+        2, description="images a process computes at once, accumulation follows; auto: as many as fit in memory"
+    )
+    memory_limit_mib: float | None = Field(
+        None, gt=0, description="MiB of tensors a process may hold; null is what the GPU has. auto needs it on a CPU"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["auto", "float32", "bf16", "float64"] = Field(
@@ -213,6 +240,13 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(1000, ge=0, description="updates; 0 saves with evaluations only")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept; best/ and last/ point beside them")
     vis_images: int = Field(4, ge=0, description="validation images drawn at each evaluation")
+
+    @field_validator("images_per_gpu", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: object) -> object:
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"got {value!r}; expected a number of images from 1 on, or auto")
+        return value
 
 
 class EvaluationConfig(Section):
@@ -236,10 +270,15 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> "Config":
-        if self.train.global_batch % self.train.images_per_gpu:
+    def _batch_splits(self) -> "Config":
+        whole, part, coupling = self.train.global_batch, self.train.images_per_gpu, self.model.batch_coupling()
+        if part == "auto":
+            if coupling:
+                raise ValueError(f"train.images_per_gpu: auto would change what is learned: {coupling}; give a number")
+        elif part > whole:
+            raise ValueError(f"train.images_per_gpu: {part} is more than train.global_batch: {whole}, all of an update")
+        elif coupling and whole % part:
             raise ValueError(
-                f"train.global_batch: {self.train.global_batch} is not a multiple of "
-                f"train.images_per_gpu: {self.train.images_per_gpu}"
+                f"train.global_batch: {whole} is not a multiple of train.images_per_gpu: {part}, and {coupling}"
             )
         return self

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gndet.errors import ConfigError
 
+BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 
 
@@ -75,18 +75,36 @@ def place(model: nn.Module, precision: str, proc: Process) -> tuple[nn.Module, C
     return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
 
 
-def wrap(model: nn.Module, proc: Process) -> nn.Module:
-    """Average gradients over the processes; a single process keeps the model as it is."""
+def sum_gradients(model: nn.Module, proc: Process) -> None:
+    """Sum the gradients over the processes, each once, in messages of at least BUCKET elements but the last.
+
+    Called once an update, when every process has computed its share.  DistributedDataParallel would send them during
+    the last backward pass, in which no process could then start its share again after running out of memory, and
+    would keep a second copy of all gradients.
+    """
     if proc.world == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[proc.device.index] if proc.device.type == "cuda" else None)
+        return
+    bucket: list[nn.Parameter] = []
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter)
+        if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
+            flat = torch.cat([p.grad.flatten() for p in bucket])
+            dist.all_reduce(flat)
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad.copy_(part.view_as(p.grad))
+            bucket = []
 
 
-def share_buffers(model: nn.Module, proc: Process) -> None:
-    """Give every process the first one's buffers, BN's running statistics."""
+def give_first_s(tensors: Iterable[Tensor], proc: Process) -> None:
+    """Give every process the first one's values: initial weights, BN's running statistics."""
     if proc.world > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            dense = tensor.contiguous()
+            dist.broadcast(dense, 0)
+            tensor.copy_(dense)
 
 
 def gather(items: list[Any], proc: Process) -> list[list[Any]]:
@@ -98,11 +116,11 @@ def gather(items: list[Any], proc: Process) -> list[list[Any]]:
     return gathered
 
 
-def mean(values: Tensor, proc: Process) -> Tensor:
-    """The mean of a tensor over the processes."""
+def total(values: Tensor, proc: Process) -> Tensor:
+    """The sum of a tensor over the processes."""
     if proc.world > 1:
         dist.all_reduce(values)
-    return values / proc.world
+    return values
 
 
 def any_process(flag: bool, proc: Process) -> bool:

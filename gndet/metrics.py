@@ -23,7 +23,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from gndet.distributed import Process, any_process, mean
+from gndet.distributed import Process, any_process, total
 from gndet.errors import DataError, TrainingError
 from gndet.structures import Batch
 
@@ -157,10 +157,10 @@ class Meter:
         self.waited += time.perf_counter() - before
         return batch
 
-    def add(self, losses: dict[str, Tensor], micro_batches: int) -> None:
-        """Add a micro-batch's losses; the device is not waited for."""
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Add this process's part of an update's losses; the device is not waited for."""
         for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss.detach() / micro_batches
+            self.sums[name] = self.sums.get(name, 0.0) + loss
 
     def check_finite(self, update: int, norm: Tensor, out: Path, proc: Process) -> None:
         """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights.
@@ -187,7 +187,7 @@ class Meter:
     def read(self, proc: Process) -> dict[str, float]:
         """The means since the last call, over all processes, and start anew."""
         names = list(self.sums)
-        sums = mean(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
+        sums = total(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         self.seconds_per_update = seconds / self.updates
         values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))

@@ -14,9 +14,9 @@ from gndet.errors import GndetError, OutputError, TrainingError
 # What may differ when a run goes on: nothing here changes what is learned.
 NEUTRAL = (
     "device", "data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every",
-    "train.keep_last", "train.vis_images", "evaluation",
+    "train.keep_last", "train.vis_images", "train.memory_limit_mib", "evaluation",
 )  # fmt: skip
-
+SPLIT = "train.images_per_gpu"  # neutral where images do not depend on each other
 
 CONFIG = "config.yaml"
 UNSET = "not set"  # a key of a section that the other config does not have
@@ -77,8 +77,9 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     saved, _ = newest_checkpoint(out)
     if saved is None:
         return  # stopped before its first checkpoint: nothing is lost
+    neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, "out", SPLIT)
     old, new = flat(config_from_dict(saved.meta["config"], str(saved.path))), flat(cfg)
-    keys = [key for key in {**old, **new} if not key.startswith(NEUTRAL) and key != "out"]
+    keys = [key for key in {**old, **new} if not key.startswith(neutral)]
     changed = [key for key in keys if old.get(key, UNSET) != new.get(key, UNSET)]
     if changed:
         lines = [f"  {key}: {old.get(key, UNSET)!r} there, {new.get(key, UNSET)!r} now" for key in changed[:8]]

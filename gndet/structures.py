@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+GROUND_TRUTH_IDS = 7 << 28  # ids of objects' own boxes start here, above those of anchors and below 2**31
 MASK_SIDE = 112  # a 28 x 28 mask target sampled from 112 x 112 differs from the full mask in 0.5 % of its pixels
 
 
@@ -33,14 +34,50 @@ class Batch(NamedTuple):
     padded: bool  # False promises that every picture fills the canvas (then no norm needs a mask)
 
 
+class Anchors(NamedTuple):
+    """The anchors of L levels, N_l on each."""
+
+    boxes: list[Tensor]  # L x (N_l, 4) float32 xyxy in canvas pixels
+    ids: list[Tensor]  # L x (N_l,) int64: names an anchor by level, row, column and kind, whatever the canvas
+    inside: list[Tensor]  # L x (B, N_l) bool: its cell belongs to the picture
+
+
+class AnchorSample(NamedTuple):
+    """Anchors sampled for the RPN's losses; positives come first."""
+
+    index: Tensor  # (B, R) int64 into the anchors of all levels
+    ids: Tensor  # (B, R) int64, Anchors.ids
+    targets: Tensor  # (B, R, 4) float32 regression targets, of use where positive
+    positive: Tensor  # (B, R) bool
+    valid: Tensor  # (B, R) bool
+
+
+class Proposals(NamedTuple):
+    """Regions that the RPN proposes, by falling score, padded to K slots."""
+
+    boxes: Tensor  # (B, K, 4) float32 xyxy in canvas pixels, inside the picture
+    ids: Tensor  # (B, K) int64 of the anchor each was refined from
+    valid: Tensor  # (B, K) bool
+
+
 class Regions(NamedTuple):
     """Regions of interest sampled for the box and mask heads; positives come first."""
 
     boxes: Tensor  # (B, R, 4) float32 xyxy in canvas pixels
+    ids: Tensor  # (B, R) int64: the proposal's, or GROUND_TRUTH_IDS + slot for an object's own box
     labels: Tensor  # (B, R) int64; num_classes for background
     matched: Tensor  # (B, R) int64 slot of the ground truth the region is compared with
     positive: Tensor  # (B, R) bool
     valid: Tensor  # (B, R) bool
+
+
+class Step(NamedTuple):
+    """A training forward: its losses, and all that was chosen on the way."""
+
+    losses: dict[str, Tensor]  # {name: (B,)}, a loss an image
+    anchors: AnchorSample
+    proposals: Proposals
+    regions: Regions
 
 
 class Detections(NamedTuple):

@@ -6,7 +6,7 @@ import math
 import platform
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,13 @@ import gndet
 from gndet.checkpoint import CHECKPOINTS, Checkpoint, point, prune, save_checkpoint
 from gndet.config import Config
 from gndet.data import read_dataset
-from gndet.data.batching import train_batches
-from gndet.distributed import Process, any_process, gather, place, process, share_buffers, wrap
+from gndet.data.batching import Replay, share, train_batches
+from gndet.distributed import Process, any_process, gather, give_first_s, place, process, sum_gradients
 from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
 from gndet.metrics import Meter, RunLog
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.micro_batch import gradients, images_at_once
+from gndet.modeling.mask_rcnn import build_model
 from gndet.optim import (
     average_weights,
     learning_rate,
@@ -36,31 +37,13 @@ from gndet.optim import (
     set_learning_rate,
     total_updates,
 )
+from gndet.run import Run
 from gndet.run_folder import find_run, make_run
-from gndet.structures import Batch, Dataset
+from gndet.structures import Dataset
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
 from gndet.weights.load import load_weights
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
-
-
-class Run(NamedTuple):
-    """What a run consists of."""
-
-    cfg: Config
-    out: Path
-    proc: Process
-    train_set: Dataset
-    val_set: Dataset
-    model: MaskRCNN
-    average: nn.Module | None  # the averaged weights, if any
-    optimizer: torch.optim.Optimizer
-    autocast: Callable[[], AbstractContextManager]
-
-    @property
-    def detector(self) -> nn.Module:
-        """The weights that are evaluated."""
-        return self.model if self.average is None else self.average.module
 
 
 class Best(NamedTuple):
@@ -84,10 +67,14 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         start, total = restore(run, saved), total_updates(cfg.train.schedule, cfg.train.global_batch)
         notes += [*damaged, f"continuing after update {start} of {total}"] if saved else []
         values, best = resumed_metrics(saved)
-        forward = wrap(run.model, proc)
-        micro_batches = cfg.train.global_batch // (cfg.train.images_per_gpu * proc.world)
+        loaded = size = images_at_once(run)
+        notes.append(
+            f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, "
+            f"{size} at once"
+        )
+        micro_batches = -(-len(share(cfg.train.global_batch, proc.rank, proc.world)) // loaded)
         batches = train_batches(
-            run.train_set, cfg.data, seed=cfg.seed, start=start, stop=total, images_per_gpu=cfg.train.images_per_gpu,
+            run.train_set, cfg.data, seed=cfg.seed, start=start, stop=total, images_per_gpu=loaded,
             global_batch=cfg.train.global_batch, rank=proc.rank, world=proc.world, masks=cfg.model.masks,
             pin_memory=proc.device.type == "cuda",
         )  # fmt: skip
@@ -100,14 +87,15 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             for update in range(start, total):
                 lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
                 set_learning_rate(run.optimizer, lr)
-                run.optimizer.zero_grad()
-                for micro in range(micro_batches):
-                    batch = to_device(meter.wait_for(batches), proc.device)
-                    with synchronise(forward, last=micro == micro_batches - 1):
-                        with run.autocast():
-                            losses = forward(batch)
-                        (sum(losses.values()) / micro_batches).backward()
-                    meter.add(losses, micro_batches)
+                losses, fitting = gradients(run, Replay(lambda: meter.wait_for(batches), micro_batches), size)
+                if fitting < size:
+                    log.message(
+                        f"update {update + 1}: out of memory with {size} images at once, computed with {fitting} from "
+                        "here on; what is learned does not change"
+                    )
+                    size = fitting
+                sum_gradients(run.model, proc)
+                meter.add(losses)
                 norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
                 meter.check_finite(update, norm, out, proc)
                 run.optimizer.step()
@@ -118,6 +106,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                 stop = any_process(bool(stopped), proc)
                 if due(done, cfg.train.log_every, total):
                     numbers = meter.read(proc) | {"lr": lr, "eta_s": meter.seconds_per_update * (total - done)}
+                    numbers["images_at_once"] = min(gather([size], proc))[0]  # of the process with the least memory
                     log.train(done, numbers)
                 evaluating = due(done, cfg.train.eval_every, total)
                 if evaluating:
@@ -223,13 +212,10 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     if cfg.train.weights and saved is None:
         notes += load_weights(model, Path(cfg.train.weights), train_set.classes, cfg.model)
     model, autocast = place(model.train(), cfg.train.precision, proc)
+    give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
-    notes.append(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}, "
-        f"{proc.world} process(es) x {cfg.train.images_per_gpu} images on {proc.device.type}, "
-        f"{cfg.train.global_batch} images an update"
-    )
+    notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
     return Run(cfg, out, proc, train_set, val_set, model, average, optimizer, autocast), notes
 
 
@@ -260,20 +246,6 @@ def restore(run: Run, saved: Checkpoint | None) -> int:
     return int(saved.meta["update"])
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch without waiting for it."""
-    if device.type == "cpu":
-        return batch
-    gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
-    images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
-    return Batch(images, sizes, keys, gt, batch.padded)
-
-
-def synchronise(forward: nn.Module, last: bool) -> AbstractContextManager:
-    """Average gradients over processes once an update: in the last micro-batch."""
-    return nullcontext() if last or not hasattr(forward, "no_sync") else forward.no_sync()
-
-
 # --- what is shown
 
 
@@ -300,7 +272,7 @@ def evaluate_run(run: Run, done: int, log: Any) -> Evaluation:
     proc = run.proc
     share = len(range(proc.rank, len(run.val_set.records), proc.world))
     count = itertools.count(1)
-    share_buffers(run.detector, proc)  # BN's running statistics differ from process to process
+    give_first_s(run.detector.buffers(), proc)  # BN's running statistics differ from process to process
     evaluation = evaluate(
         run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
         world=proc.world, gather=partial(gather, proc=proc), on_image=lambda _: log.evaluating(next(count), share),

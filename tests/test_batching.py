@@ -13,7 +13,7 @@ from gndet.config import DataConfig, DatasetConfig
 from gndet.data import batching, read_dataset
 from gndet.data.images import read_image
 from gndet.data.transforms import Sample
-from gndet.errors import ConfigError, DataError
+from gndet.errors import DataError
 from gndet.ops.noise import hash_ints
 from gndet.structures import MASK_SIDE, Batch, Dataset
 
@@ -138,12 +138,16 @@ def test_loading_leaves_the_global_generator_alone(dataset: Dataset) -> None:
     assert torch.equal(drawn, torch.rand(1))
 
 
-def test_a_batch_that_does_not_divide_is_refused_at_once(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch: 4 .* 2 x 3 = 6"):
-        batching.train_batches(
-            dataset, DATA, seed=0, start=0, stop=1, images_per_gpu=2, global_batch=4, rank=0, world=3,
-            masks=False, pin_memory=False,
-        )  # fmt: skip
+@pytest.mark.parametrize(("world", "global_batch"), [(2, 5), (3, 4), (3, 8), (5, 7)])
+def test_no_image_is_lost_or_twice_where_shares_differ_and_epochs_end_within_an_update(
+    dataset: Dataset, world: int, global_batch: int
+) -> None:
+    epochs = 2 * global_batch  # 11 images: every place of an update sees the end of an epoch
+    options = {"stop": 2 * 11, "global_batch": global_batch}
+    parts = [batches(dataset, rank=rank, world=world, **options) for rank in range(world)]
+    keys = Counter(key for part in parts for batch in part for key in batch.keys.tolist())
+    assert keys == Counter(epoch_of_keys(dataset, 0, epochs).keys())
+    assert {len(batch.images) for part in parts for batch in part} <= {1, 2}
 
 
 def test_images_without_objects_are_left_out_unless_kept(dataset: Dataset) -> None:

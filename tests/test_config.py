@@ -48,7 +48,11 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2\n", r"a\.yaml:2: key seed is given twice"),
         ("model: {norm: {kind: bn, padding: masked}}\n", r"padding: masked is not available for kind: bn"),
         ("data: {train: {kind: coco}}\n", r"data\.train: kind: coco needs `annotations`"),
-        ("train: {global_batch: 3, images_per_gpu: 2}\n", r"train\.global_batch: 3 is not a multiple of .*: 2"),
+        ("train: {global_batch: 3, images_per_gpu: 4}\n", r"train\.images_per_gpu: 4 is more than .*batch: 3"),
+        (
+            "model: {norm: {kind: bn}}\ntrain: {global_batch: 3}\n",
+            r"global_batch: 3 is not a multiple of .*, and .*bn",
+        ),
         ("- 1\n- 2\n", r"a\.yaml: expected `key: value` lines, got list"),
         ("model: [\n", r"a\.yaml: not valid YAML"),
         ("? [a, b]\n: 1\n", r"a\.yaml:1: a key is a word|a\.yaml: not valid YAML"),

@@ -9,7 +9,6 @@ from conftest import REPOSITORY
 from gndet.cli import parse
 from gndet.config import Config
 from gndet.config_file import load_config
-from gndet.modeling.mask_rcnn import part_norms
 
 CONFIGS = REPOSITORY / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*.yaml"))
@@ -50,7 +49,7 @@ def test_a_recipe_is_what_its_name_says(name: str) -> None:
     assert cfg.model.masks == name.startswith("mask_rcnn")
     assert cfg.model.backbone.depth == int(re.search(r"_r(\d+)_", name)[1])
     assert (cfg.train.schedule.updates, cfg.train.schedule.steps) == SCHEDULES[name[-2:]]
-    kinds = {part: norm.kind for part, norm in part_norms(cfg.model).items()}
+    kinds = {part: norm.kind for part, norm in cfg.model.part_norms().items()}
     if "frozen_bn" in name:
         assert kinds.pop("backbone") == "frozen_bn" and set(kinds.values()) == {"none"}
         assert cfg.model.box_head.kind == "2fc"
@@ -76,7 +75,7 @@ def test_a_recipe_has_what_all_published_ones_share(name: str) -> None:
     assert (schedule.warmup, schedule.warmup_factor) == (1000, 0.001)
     assert (data.shortest_edge, data.max_edge) == ((640, 672, 704, 736, 768, 800), 1333)
     assert (data.shortest_edge_test, data.flip) == (800, 0.5)
-    assert all(norm.groups == 32 and norm.eps == 1e-5 for norm in part_norms(model).values())
+    assert all(norm.groups == 32 and norm.eps == 1e-5 for norm in model.part_norms().values())
     assert (model.fpn.channels, model.mask_head.channels, model.mask_head.num_convs) == (256, 256, 4)
     assert (model.rpn.pre_nms_train, model.rpn.post_nms_train, model.box_head.regions_per_image) == (
         2000,

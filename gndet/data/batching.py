@@ -1,7 +1,8 @@
 """Batches: samples padded to one canvas, and the two streams of them, for training and for evaluation.
 
 The training stream is endless. Position p is image `order(seed, p // n, n)[p % n]`; update u covers positions
-[u * global_batch, (u + 1) * global_batch) whatever the number of processes: a run resumes by arithmetic.
+[u * global_batch, (u + 1) * global_batch) whatever the number of processes: a run resumes by arithmetic, and no image
+is left out or comes twice where an epoch ends within an update.
 Letters: B images, M ground-truth slots, n images of the data set, S mask side, (H, W) canvas.
 """
 
@@ -12,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.data
+from torch import Tensor
 
 from gndet.config import DataConfig
-from gndet.data.transforms import Sample, check_masks, test_sample, train_sample
-from gndet.errors import ConfigError, DataError
+from gndet.data.transforms import Sample, check_masks, resized, test_sample, train_sample
+from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
-from gndet.structures import Batch, Dataset, GroundTruth, Record
+from gndet.structures import MASK_SIDE, Batch, Dataset, GroundTruth, Record
 
 MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
 PREFETCH = 4  # batches a worker prepares ahead
@@ -31,14 +33,10 @@ def collate(samples: list[Sample], canvas_multiple: int) -> Batch:
     dropped.
     """
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])  # (B, 2)
-    padded = bool((sizes != sizes[0]).any())
-    canvas = sizes.amax(0)
-    if padded:
-        canvas = (canvas + canvas_multiple - 1) // canvas_multiple * canvas_multiple
-    most = max(MIN_SLOTS, *(len(sample.labels) for sample in samples))
-    slots, side = 1 << (most - 1).bit_length(), samples[0].masks.shape[-1]
+    canvas, padded = _canvas(sizes, canvas_multiple)
+    slots, side = _slots(max(len(sample.labels) for sample in samples)), samples[0].masks.shape[-1]
     num = len(samples)
-    images = torch.zeros(num, 3, *canvas.tolist(), dtype=torch.uint8)
+    images = torch.zeros(num, 3, *canvas, dtype=torch.uint8)
     boxes, labels = torch.zeros(num, slots, 4), torch.zeros(num, slots, dtype=torch.int64)
     masks = torch.zeros(num, slots, side, side, dtype=torch.bool)
     valid = torch.zeros(num, slots, dtype=torch.bool)
@@ -50,6 +48,80 @@ def collate(samples: list[Sample], canvas_multiple: int) -> Batch:
         valid[b, filled] = True
     keys = torch.tensor([sample.key for sample in samples])
     return Batch(images, sizes, keys, GroundTruth(boxes, labels, masks, valid), padded)
+
+
+def _canvas(sizes: Tensor, multiple: int) -> tuple[tuple[int, int], bool]:
+    """The canvas for pictures of sizes (B, 2), and whether any of them does not fill it."""
+    padded = bool((sizes != sizes[0]).any())
+    height, width = sizes.amax(0).tolist()
+    if padded:
+        height, width = (-(-edge // multiple) * multiple for edge in (height, width))
+    return (height, width), padded
+
+
+def _slots(num: int) -> int:
+    """M for images with num objects at the most."""
+    return 1 << (max(MIN_SLOTS, num) - 1).bit_length()
+
+
+def split(batch: Batch, num: int, canvas_multiple: int) -> list[Batch]:
+    """Cut a batch into batches of num images, the last perhaps fewer, each on the smallest canvas that holds it.
+
+    For a norm that keeps images apart nothing changes but memory.
+    """
+    if len(batch.images) <= num:
+        return [batch]
+    parts = []
+    for first in range(0, len(batch.images), num):
+        rows = slice(first, first + num)
+        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple)
+        images = batch.images[rows, :, :height, :width].contiguous()  # never wider than the canvas it comes from
+        gt = GroundTruth(*(field[rows] for field in batch.gt))
+        parts.append(Batch(images, batch.sizes[rows], batch.keys[rows], gt, padded))
+    return parts
+
+
+def largest_batch(dataset: Dataset, data: DataConfig, num: int, masks: bool) -> Batch:
+    """A made-up batch that takes as much memory as num training images can: noise, of the largest canvas and M.
+
+    One image is the largest picture; of two, one may be the tallest and the other the widest.
+    """
+    shapes = {record.size for record in dataset.records}
+    edges = (min(data.shortest_edge), max(data.shortest_edge))
+    sizes = torch.tensor([resized(shape, edge, data.max_edge) for shape in shapes for edge in edges])  # (.., 2)
+    if num == 1:
+        sizes = sizes[sizes.prod(1).argmax()][None]
+    (height, width), padded = _canvas(sizes, data.canvas_multiple)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (num, 3, height, width), generator=generator, dtype=torch.uint8)
+    most = max(len(record.labels) for record in dataset.records)
+    slots, side = _slots(most), MASK_SIDE if masks else 0
+    corners = torch.rand(num, slots, 2, 2, generator=generator).sort(dim=2).values * torch.tensor([width, height])
+    valid = (torch.arange(slots) < most).expand(num, slots)
+    gt = GroundTruth(
+        corners.flatten(2), torch.zeros(num, slots, dtype=torch.int64),
+        torch.ones(num, slots, side, side, dtype=torch.bool), valid,
+    )  # fmt: skip
+    keys = torch.arange(num)
+    return Batch(images, torch.tensor([[height, width]] * num), keys, gt, padded)
+
+
+class Replay:
+    """The batches of one update, to be gone through more than once: what was taken is kept."""
+
+    def __init__(self, take: Callable[[], Batch], count: int) -> None:
+        self.take, self.count, self.taken = take, count, []
+
+    def __iter__(self) -> Iterator[Batch]:
+        for i in range(self.count):
+            if i == len(self.taken):
+                self.taken.append(self.take())
+            yield self.taken[i]
+
+
+def share(global_batch: int, rank: int, world: int) -> range:
+    """The places in an update of the images that a process computes; shares differ by one image at the most."""
+    return range(global_batch * rank // world, global_batch * (rank + 1) // world)
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -73,29 +145,24 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Give this process its micro-batches of the updates start .. stop - 1.
 
-    An update's global_batch positions are cut in order into micro-batches of images_per_gpu; micro-batch m
-    belongs to rank m % world, so each update yields global_batch / (images_per_gpu * world) of them.  The
-    result does not depend on data.workers.  Raises ConfigError where that does not divide, DataError for a
-    data set without an image to train on or, with masks, for an object without one; while iterating,
-    DataError for a broken picture.
+    An update's global_batch positions are shared out in order, and each share is cut into micro-batches of
+    images_per_gpu, the last of which may be smaller.  The result does not depend on data.workers.  Raises DataError
+    for a data set without an image to train on or, with masks, for an object without one; while iterating, for a
+    broken picture.
     """
-    if global_batch % (images_per_gpu * world):
-        raise ConfigError(
-            f"train.global_batch: {global_batch} is not a multiple of train.images_per_gpu x processes: "
-            f"{images_per_gpu} x {world} = {images_per_gpu * world}"
-        )
     usable = [i for i, record in enumerate(dataset.records) if data.keep_empty or not record.crowd.all()]
     if not usable:
         raise DataError(f"{dataset.name}: none of {len(dataset.records)} images has an object to train on")
     if masks:
         for index in usable:
             check_masks(dataset.records[index])
-    firsts = (
-        update * global_batch + micro * images_per_gpu
+    mine = share(global_batch, rank, world)
+    runs = (
+        range(update * global_batch + first, update * global_batch + min(first + images_per_gpu, mine.stop))
         for update in range(start, stop)
-        for micro in range(rank, global_batch // images_per_gpu, world)
+        for first in range(mine.start, mine.stop, images_per_gpu)
     )
-    places = _places(firsts, images_per_gpu, seed, usable)
+    places = _places(runs, seed, usable)
     load = functools.partial(_load_train, dataset.records, data, seed, masks)
     return _loaded(load, places, data, pin_memory)
 
@@ -112,11 +179,11 @@ def test_batches(
     return _loaded(functools.partial(_load_test, dataset.records, data), items, data, pin_memory)
 
 
-def _places(firsts: Iterable[int], length: int, seed: int, usable: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Turn each run of `length` positions of the training stream into (epoch, record index) pairs."""
+def _places(runs: Iterable[range], seed: int, usable: list[int]) -> Iterator[list[tuple[int, int]]]:
+    """Turn each run of positions of the training stream into (epoch, record index) pairs."""
     shuffled = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
-    for first in firsts:
-        epochs = [divmod(position, len(usable)) for position in range(first, first + length)]
+    for run in runs:
+        epochs = [divmod(position, len(usable)) for position in run]
         yield [(epoch, usable[shuffled(seed, epoch, len(usable))[place]]) for epoch, place in epochs]
 
 

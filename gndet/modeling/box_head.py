@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gndet.config import BoxHeadConfig, NormConfig
 from gndet.modeling.norm import conv_factory
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
-from gndet.ops.matching import match, sample_balanced
+from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
 from gndet.ops.reduce import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.roi_align import roi_align_pyramid
-from gndet.structures import Batch, Detections, Regions
+from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
 
 DELTA_WEIGHTS = (10.0, 5.0)  # of the centre's shift and of the size's growth (Detectron)
 MAX_CANDIDATES = 2000  # class-wise boxes of an image that enter NMS, the best; ten times what COCO's images have
@@ -72,28 +72,30 @@ class BoxHead(nn.Module):
         return logits, deltas
 
     @torch.no_grad()
-    def sample_regions(self, boxes: Tensor, valid: Tensor, batch: Batch) -> Regions:
-        """Sample regions_per_image of the proposals (B, K, 4) and the ground truth, positives first."""
+    def sample_regions(self, proposals: Proposals, batch: Batch) -> Regions:
+        """Sample regions_per_image of the proposals and the ground truth, positives first.
+
+        The draw goes by a proposal's anchor, not by its place: one proposal more or less leaves the others' draw alone.
+        """
         cfg, gt = self.cfg, batch.gt
-        ids = [torch.arange(boxes.shape[1], device=boxes.device), torch.arange(gt.boxes.shape[1], device=boxes.device)]
-        ids[1] = ids[1] + (1 << 24)  # an object's number does not depend on how many proposals there are
-        boxes = torch.cat([boxes, gt.boxes], dim=1)
-        valid = torch.cat([valid, gt.valid], dim=1)
+        objects = torch.arange(gt.boxes.shape[1], device=gt.boxes.device) + GROUND_TRUTH_IDS
+        ids = torch.cat([proposals.ids, objects.expand(len(gt.boxes), -1)], dim=1)  # (B, K + M)
+        boxes = torch.cat([proposals.boxes, gt.boxes], dim=1)
+        valid = torch.cat([proposals.valid, gt.valid], dim=1)
         iou = pairwise_iou(gt.boxes, boxes)
         matched, label = match(iou, gt.valid, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
-        order = ranks(batch.keys, Stream.REGIONS, torch.cat(ids))
+        order = ranks(batch.keys, Stream.REGIONS, ids)
         index, positive, chosen = sample_balanced(label, order, cfg.regions_per_image, cfg.positive_fraction)
         matched = matched.gather(1, index)
         labels = torch.where(positive, gt.labels.gather(1, matched), self.num_classes)
         empty = torch.zeros((), device=boxes.device)
-        return Regions(
-            torch.where(chosen[..., None], gather_rows(boxes, index), empty), labels, matched, positive, chosen
-        )
+        boxes = torch.where(chosen[..., None], gather_rows(boxes, index), empty)
+        return Regions(boxes, ids.gather(1, index), labels, matched, positive, chosen)
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
     ) -> dict[str, Tensor]:
-        """Losses of the regions: each image's are divided by its number of regions, then averaged over images."""
+        """Losses (B,) of the regions, an image's divided by its number of regions."""
         logits, deltas = self(features, strides, regions.boxes)
         target = encode(gather_rows(batch.gt.boxes, regions.matched), regions.boxes, DELTA_WEIGHTS)
         label = regions.labels.clamp(max=self.num_classes - 1)
@@ -102,27 +104,27 @@ class BoxHead(nn.Module):
         loc = smooth_l1(torch.where(regions.positive[..., None], delta - target, 0.0), self.cfg.loss_beta).sum(-1)
         count = regions.valid.sum(dim=1).clamp(min=1)
         return {
-            "loss_cls": mean_per_image(cls.view_as(regions.labels), regions.valid).mean(),
-            "loss_box_reg": (sum_per_image(loc, regions.positive) / count).mean(),
+            "loss_cls": mean_per_image(cls.view_as(regions.labels), regions.valid),
+            "loss_box_reg": sum_per_image(loc, regions.positive) / count,
         }
 
     @torch.no_grad()
     def detect(
-        self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, valid: Tensor, sizes: Tensor
+        self, features: Sequence[Tensor], strides: Sequence[int], proposals: Proposals, sizes: Tensor
     ) -> Detections:
-        """Detections of the proposals boxes (B, K, 4), valid (B, K), after NMS class by class; without masks."""
+        """Detections among the proposals after NMS class by class, without masks; sizes (B, 2) of the pictures."""
         cfg, num_classes = self.cfg, self.num_classes
-        logits, deltas = self(features, strides, boxes)
+        logits, deltas = self(features, strides, proposals.boxes)
         scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
-        usable = valid[..., None] & (scores > cfg.score_threshold)
+        usable = proposals.valid[..., None] & (scores > cfg.score_threshold)
         scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
-        scores, index = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
+        scores, index = best(scores, MAX_CANDIDATES)
         label = index % num_classes
-        refined = decode(deltas, boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
+        refined = decode(deltas, proposals.boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
         found = clip_boxes(gather_rows(refined, index), sizes)
         usable = (scores > 0) & found.isfinite().all(-1) & (found[..., 2:] > found[..., :2]).all(-1)
         keep = nms_keep(found, scores, label, usable, cfg.nms_threshold)
         scores = torch.where(keep, scores, -1.0)
-        scores, best = scores.topk(min(cfg.detections_per_image, scores.shape[1]), dim=1)
-        no_masks = boxes.new_zeros((*scores.shape, 0, 0))
-        return Detections(gather_rows(found, best), scores.clamp(min=0), label.gather(1, best), no_masks, scores > 0)
+        scores, index = best(scores, cfg.detections_per_image)
+        no_masks = found.new_zeros((*scores.shape, 0, 0))
+        return Detections(gather_rows(found, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)

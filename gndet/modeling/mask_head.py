@@ -49,7 +49,7 @@ class MaskHead(nn.Module):
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
     ) -> dict[str, Tensor]:
-        """Cross-entropy of the positive regions' masks: mean over each image's positives, then over images."""
+        """Cross-entropy (B,) of the positive regions' masks, a mean over each image's positives."""
         num_images, num_slots = regions.positive.shape
         rows = _rows(regions.positive)
         image = image_index(num_images, num_slots, rows.device)[rows]
@@ -64,7 +64,7 @@ class MaskHead(nn.Module):
             (1, 2)
         )  # (P,)
         padded = loss.new_zeros(num_images * num_slots).index_put((rows,), loss).view(num_images, num_slots)
-        return {"loss_mask": mean_per_image(padded, regions.positive).mean()}
+        return {"loss_mask": mean_per_image(padded, regions.positive)}
 
     @torch.no_grad()
     def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Detections) -> Detections:

@@ -6,7 +6,7 @@ B images, N anchors, K proposals, R regions and P positive regions an image, D d
 import torch
 from torch import Tensor, nn
 
-from gndet.config import ModelConfig, NormConfig
+from gndet.config import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.fpn import FPN
@@ -15,7 +15,7 @@ from gndet.modeling.norm import Area, Areas, picture_areas
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import extend_edges
-from gndet.structures import Batch, Detections, Regions
+from gndet.structures import Batch, Detections, Regions, Step
 
 ROI_LEVELS = 4  # the heads pool from P2..P5
 
@@ -51,17 +51,20 @@ class MaskRCNN(nn.Module):
         return self.fpn(self.backbone(x, areas), areas), areas
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The training losses, each a mean over the images; a function of each image and its key alone.
+        """The training losses of each image, (B,): functions of that image and its key alone.
 
         Returns loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with masks, loss_mask.
         """
-        features, areas = self.features(batch.images, batch.sizes, batch.padded)
+        return self.step(*self.features(batch.images, batch.sizes, batch.padded), batch).losses
+
+    def step(self, features: list[Tensor], areas: Areas, batch: Batch) -> Step:
+        """The training forward behind the pyramid P2..P6: the losses of each image, and what was sampled."""
         logits, deltas = self.rpn(features, areas)  # L x (B, N_l), L x (B, N_l, 4)
-        anchors, ids = self.rpn.anchors(features)
-        inside = self.rpn.inside(areas, features)
-        losses = self.rpn.loss(logits, deltas, anchors, ids, inside, batch)
-        boxes, valid = self.rpn.propose(logits, deltas, anchors, inside, batch.sizes)  # (B, K, 4), (B, K)
-        regions = self.box_head.sample_regions(boxes, valid, batch)
+        anchors = self.rpn.anchors(features, areas)
+        sample = self.rpn.sample_anchors(anchors, batch)
+        losses = self.rpn.loss(logits, deltas, sample)
+        proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
+        regions = self.box_head.sample_regions(proposals, batch)
         pyramid, strides = self._pooled_levels(features, areas)
         losses |= self.box_head.loss(pyramid, strides, regions, batch)
         if self.mask_head is not None:
@@ -69,17 +72,16 @@ class MaskRCNN(nn.Module):
             most = max(int(cfg.regions_per_image * cfg.positive_fraction), 1)  # positives come first
             positives = Regions(*(field[:, :most] for field in regions))
             losses |= self.mask_head.loss(pyramid, strides, positives, batch)
-        return losses
+        return Step(losses, sample, proposals, regions)
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
         """Detections in canvas pixels, with masks if there is a mask head; arguments as Batch's fields."""
         features, areas = self.features(images, sizes, padded)
         logits, deltas = self.rpn(features, areas)
-        anchors, _ = self.rpn.anchors(features)
-        boxes, valid = self.rpn.propose(logits, deltas, anchors, self.rpn.inside(areas, features), sizes)
+        proposals = self.rpn.propose(logits, deltas, self.rpn.anchors(features, areas), sizes)
         pyramid, strides = self._pooled_levels(features, areas)
-        found = self.box_head.detect(pyramid, strides, boxes, valid, sizes)
+        found = self.box_head.detect(pyramid, strides, proposals, sizes)
         return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
 
     def _pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -96,7 +98,7 @@ def build_model(cfg: ModelConfig, num_classes: int) -> MaskRCNN:
 
     Raises ConfigError that names the part whose norm does not fit its channels.
     """
-    norms = part_norms(cfg)
+    norms = cfg.part_norms()
     part = "backbone"
     try:
         backbone = ResNet(cfg.backbone, norms[part])
@@ -119,9 +121,3 @@ def build_model(cfg: ModelConfig, num_classes: int) -> MaskRCNN:
         pixel_mean=cfg.pixel_mean,
         pixel_std=cfg.pixel_std,
     )
-
-
-def part_norms(cfg: ModelConfig) -> dict[str, NormConfig]:
-    """The norm of each part: its own, or model.norm."""
-    parts = ("backbone", "fpn", "rpn", "box_head", "mask_head")
-    return {part: getattr(cfg, part).norm or cfg.norm for part in parts}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gndet.config import NormConfig, RPNConfig
 from gndet.modeling.norm import Areas, conv_factory
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
-from gndet.ops.matching import match, sample_balanced
+from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
 from gndet.ops.reduce import smooth_l1, sum_per_image
-from gndet.structures import Batch
+from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 
 DELTA_WEIGHTS = (1.0, 1.0)  # of the centre's shift and of the size's growth
 
@@ -69,77 +69,64 @@ class RPN(nn.Module):
             deltas.append(full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4)))
         return logits, deltas
 
-    def anchors(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Anchors L x (N_l, 4) and their ids L x (N_l,) for feature maps (B, C, H, W)."""
-        boxes, ids = [], []
+    def anchors(self, features: Sequence[Tensor], areas: Areas) -> Anchors:
+        """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride."""
+        anchors = Anchors([], [], [])
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            height, width = feature.shape[2:]
-            size, ratios = self.cfg.anchor_sizes[level], self.cfg.aspect_ratios
-            boxes.append(level_anchors(size, ratios, stride, height, width, feature.device))
-            ids.append(cell_ids(level, height, width, self.num_anchors, feature.device))
-        return boxes, ids
-
-    def inside(self, areas: Areas, features: Sequence[Tensor]) -> list[Tensor]:
-        """Which anchors belong to cells of the picture, L x (B, N_l) bool."""
-        masks = []
-        for feature, stride in zip(features, self.strides, strict=True):
-            area = areas[stride]
-            shape = (feature.shape[0], feature.shape[2] * feature.shape[3], self.num_anchors)
-            cells = feature.new_ones(shape[:2], dtype=torch.bool) if area is None else area.mask.flatten(1)
-            masks.append(cells[:, :, None].expand(shape).flatten(1))
-        return masks
-
-    def loss(
-        self,
-        logits: list[Tensor],
-        deltas: list[Tensor],
-        anchors: list[Tensor],
-        ids: list[Tensor],
-        inside: list[Tensor],
-        batch: Batch,
-    ) -> dict[str, Tensor]:
-        """Losses of sampled anchors: an image's are divided by anchors_per_image, then averaged over images."""
-        cfg, gt = self.cfg, batch.gt
-        boxes = torch.cat(anchors)[None]  # (1, N, 4)
-        with torch.no_grad():
-            iou = pairwise_iou(gt.boxes, boxes)  # (B, M, N)
-            matched, label = match(
-                iou, gt.valid, torch.cat(inside, 1), cfg.negative_iou, cfg.positive_iou, keep_best=True
+            num_images, _, height, width = feature.shape
+            size, ratios, area = self.cfg.anchor_sizes[level], self.cfg.aspect_ratios, areas[stride]
+            cells = (
+                feature.new_ones(num_images, height * width, dtype=torch.bool) if area is None else area.mask.flatten(1)
             )
-            order = ranks(batch.keys, Stream.ANCHORS, torch.cat(ids))
-            index, positive, valid = sample_balanced(label, order, cfg.anchors_per_image, cfg.positive_fraction)
-            anchor = boxes[0][index]  # (B, R, 4)
-            target = encode(gather_rows(gt.boxes, matched.gather(1, index)), anchor, DELTA_WEIGHTS)
-        score = torch.cat(logits, 1).gather(1, index)
-        delta = gather_rows(torch.cat(deltas, 1), index)
-        cls = F.binary_cross_entropy_with_logits(score, positive.to(score.dtype), reduction="none")
-        loc = smooth_l1(torch.where(positive[..., None], delta - target, 0.0), cfg.loss_beta).sum(-1)
+            anchors.boxes.append(level_anchors(size, ratios, stride, height, width, feature.device))
+            anchors.ids.append(cell_ids(level, height, width, self.num_anchors, feature.device))
+            anchors.inside.append(cells[:, :, None].expand(*cells.shape, self.num_anchors).flatten(1))
+        return anchors
+
+    @torch.no_grad()
+    def sample_anchors(self, anchors: Anchors, batch: Batch) -> AnchorSample:
+        """Sample anchors_per_image of each image's anchors, with what they should become."""
+        cfg, gt = self.cfg, batch.gt
+        boxes, ids = torch.cat(anchors.boxes), torch.cat(anchors.ids)  # (N, 4), (N,)
+        iou = pairwise_iou(gt.boxes, boxes[None])  # (B, M, N)
+        inside = torch.cat(anchors.inside, 1)
+        matched, label = match(iou, gt.valid, inside, cfg.negative_iou, cfg.positive_iou, keep_best=True)
+        order = ranks(batch.keys, Stream.ANCHORS, ids)
+        index, positive, valid = sample_balanced(label, order, cfg.anchors_per_image, cfg.positive_fraction)
+        targets = encode(gather_rows(gt.boxes, matched.gather(1, index)), boxes[index], DELTA_WEIGHTS)
+        return AnchorSample(index, ids[index], targets, positive, valid)
+
+    def loss(self, logits: list[Tensor], deltas: list[Tensor], sample: AnchorSample) -> dict[str, Tensor]:
+        """Losses (B,) of sampled anchors, an image's divided by anchors_per_image."""
+        score = torch.cat(logits, 1).gather(1, sample.index)
+        delta = gather_rows(torch.cat(deltas, 1), sample.index)
+        cls = F.binary_cross_entropy_with_logits(score, sample.positive.to(score.dtype), reduction="none")
+        difference = torch.where(sample.positive[..., None], delta - sample.targets, 0.0)
+        loc = smooth_l1(difference, self.cfg.loss_beta).sum(-1)
         return {
-            "loss_rpn_cls": (sum_per_image(cls, valid) / cfg.anchors_per_image).mean(),
-            "loss_rpn_loc": (sum_per_image(loc, positive) / cfg.anchors_per_image).mean(),
+            "loss_rpn_cls": sum_per_image(cls, sample.valid) / self.cfg.anchors_per_image,
+            "loss_rpn_loc": sum_per_image(loc, sample.positive) / self.cfg.anchors_per_image,
         }
 
     @torch.no_grad()
-    def propose(
-        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], inside: list[Tensor], sizes: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def propose(self, logits: list[Tensor], deltas: list[Tensor], anchors: Anchors, sizes: Tensor) -> Proposals:
         """The best regions of each image after NMS level by level; more in training than in evaluation.
 
-        sizes (B, 2) of the pictures.  Returns boxes (B, K, 4) clipped to the picture and valid (B, K), by falling
-        score.
+        sizes (B, 2) of the pictures, which the boxes are clipped to.
         """
         pre = self.cfg.pre_nms_train if self.training else self.cfg.pre_nms_test
         post = self.cfg.post_nms_train if self.training else self.cfg.post_nms_test
-        all_boxes, all_scores, all_valid = [], [], []
-        for score, delta, anchor, here in zip(logits, deltas, anchors, inside, strict=True):
-            score = torch.where(here & score.isfinite(), score, -torch.inf)
-            score, index = score.topk(min(pre, score.shape[1]), dim=1)
+        all_boxes, all_ids, all_scores, all_valid = [], [], [], []
+        for score, delta, anchor, name, here in zip(logits, deltas, *anchors, strict=True):
+            score, index = best(torch.where(here & score.isfinite(), score, -torch.inf), pre)
             boxes = clip_boxes(decode(gather_rows(delta, index), anchor[index], DELTA_WEIGHTS), sizes)
             valid = (score > -torch.inf) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
             keep = nms_keep(boxes, score, torch.zeros_like(index), valid, self.cfg.nms_threshold)
             all_boxes.append(boxes)
+            all_ids.append(name[index])
             all_scores.append(score)
             all_valid.append(keep)
         score = torch.where(torch.cat(all_valid, 1), torch.cat(all_scores, 1), -torch.inf)
-        score, index = score.topk(min(post, score.shape[1]), dim=1)
-        return gather_rows(torch.cat(all_boxes, 1), index), score > -torch.inf
+        score, index = best(score, post)
+        boxes, ids = torch.cat(all_boxes, 1), torch.cat(all_ids, 1)
+        return Proposals(gather_rows(boxes, index), ids.gather(1, index), score > -torch.inf)

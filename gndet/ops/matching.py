@@ -24,6 +24,16 @@ def match(
     return matched, torch.where(candidate_valid, label, -1)
 
 
+def best(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The num highest scores of each image, or all, by falling score; equal ones in the order they come in.
+
+    Which of equal scores topk returns depends on how many there are, hence on the padding.  scores (B, N).
+    Returns values and index (B, min(num, N)).
+    """
+    values, index = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :num], index[:, :num]
+
+
 def sample_balanced(label: Tensor, ranks: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     """Sample num candidates an image, at most num * positive_fraction of them positive.
 

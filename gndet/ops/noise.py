@@ -48,10 +48,10 @@ def _mix(x: Tensor) -> Tensor:
 def ranks(keys: Tensor, stream: Stream, ids: Tensor) -> Tensor:
     """Draw for each candidate an integer in [0, 2**59), a uniformly random order; no two of an image are equal.
 
-    keys (B,) int64; ids (N,) int64 in [0, 2**31), what each candidate is whatever the canvas around it.
+    keys (B,) int64; ids (N,) or (B, N) int64 in [0, 2**31), what each candidate is whatever the canvas around it.
     Returns (B, N) int64: a function of the image's key, the stream and the candidate's id alone.
     """
     low, high = (keys & _MASK32)[:, None], ((keys >> 32) & _MASK32)[:, None]  # (B, 1)
-    value = _mix((ids * 0x9E3779B1 + int(stream)) & _MASK32)[None]  # (1, N)
+    value = _mix((ids * 0x9E3779B1 + int(stream)) & _MASK32)  # (N,) or (B, N)
     value = _mix(_mix(value ^ low) ^ high)  # (B, N)
     return (value >> 4 << 31) | ids

@@ -15,7 +15,6 @@ from gndet.checkpoint import Checkpoint, load_checkpoint, resolve
 from gndet.config import ModelConfig, NormConfig
 from gndet.config_file import config_from_dict
 from gndet.errors import CheckpointError
-from gndet.modeling.mask_rcnn import part_norms
 
 REQUIRED = ("backbone",)  # parts that a checkpoint must hold whole; the others may start anew
 CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
@@ -83,7 +82,7 @@ def _origin(checkpoint: Checkpoint) -> tuple[list[str], ModelConfig]:
 
 def _compare_norms(path: Path, trained: ModelConfig, config: ModelConfig) -> list[str]:
     """Refuse weights of another norm; return a line for each part whose norm has other settings."""
-    before, now = part_norms(trained), part_norms(config)
+    before, now = trained.part_norms(), config.part_norms()
     lines = []
     for part in before:
         if part == "mask_head" and not (trained.masks and config.masks):

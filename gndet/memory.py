@@ -1,0 +1,99 @@
+"""A limit on the memory of tensors: the GPU allocator's own, and on a CPU one that counts."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MIB = 2**20
+
+
+@contextmanager
+def limited(device: torch.device, limit: int | None, resident: int = 0) -> Iterator[None]:
+    """Raise torch.OutOfMemoryError inside where tensors would take more than limit bytes; None sets no limit.
+
+    resident: bytes of the tensors that are there before, which a GPU's allocator knows by itself.  On a CPU tensors are
+    counted as operators return them: what an operator needs while it runs is not.
+    """
+    if limit is None:
+        yield
+    elif device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
+    else:
+        with TensorBytes(limit, resident):
+            yield
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of the CPU tensors that operators return, forward and backward, for as long as they live."""
+
+    def __init__(self, limit: int, resident: int = 0) -> None:
+        super().__init__()
+        self.limit, self.live, self.peak = limit, resident, resident
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        given: set[int] | None = None
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor) or tensor.device.type != "cpu":
+                continue
+            storage = tensor.untyped_storage()
+            if storage in self._known:
+                continue
+            if given is None:  # a view, or a result written in place, is not new
+                given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            if storage.data_ptr() not in given:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        self._known.add(storage)
+        weakref.finalize(storage, self._free, size).atexit = False
+        if self.live > self.limit:
+            raise torch.OutOfMemoryError(f"{self.live / MIB:.0f} MiB of tensors, the limit is {self.limit / MIB:.0f}")
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, on a GPU or, in the words of torch's allocator, on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that this process may still allocate on a GPU, its own cache included."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back after a failed allocation, so that smaller pieces find room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def largest_fitting(candidates: list[int], fits: Callable[[int], bool]) -> int:
+    """The largest of rising candidates that fits, by bisection, or 0; what is smaller than one that fits does too."""
+    low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        if fits(candidates[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return candidates[low - 1] if low else 0

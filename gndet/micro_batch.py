@@ -1,0 +1,157 @@
+"""How a process computes its share of an update: in micro-batches, the largest that fit, smaller when memory runs out.
+
+None of it changes what is learned where images do not depend on each other (ModelConfig.batch_coupling is None): an
+update's gradient is the sum of its images' gradients over global_batch, however they are cut.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from gndet.config import Config
+from gndet.data.batching import Replay, largest_batch, share, split
+from gndet.distributed import gather
+from gndet.errors import ConfigError, TrainingError
+from gndet.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
+from gndet.run import Run
+from gndet.structures import Batch
+
+MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
+STATE_SIZE = {"sgd": 1, "adamw": 2}  # tensors that the optimiser keeps a parameter
+
+
+def images_at_once(run: Run) -> int:
+    """The size of the micro-batches: train.images_per_gpu, for `auto` the largest that fits in every process.
+
+    Of sizes that need equally many micro-batches the smallest is taken, so that they are even.  A size fits if a
+    forward and backward pass over the largest canvas of the data leaves MARGIN of the memory free.  Raises
+    ConfigError for a split that is not possible, and where not even one image fits.
+    """
+    cfg, proc = run.cfg, run.proc
+    check_split(cfg, proc.world)
+    if cfg.train.images_per_gpu != "auto":
+        return cfg.train.images_per_gpu
+    limit = memory_limit(cfg)
+    if limit is None and proc.device.type == "cpu":
+        raise ConfigError(
+            "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a process may hold"
+        )
+    mine = len(share(cfg.train.global_batch, proc.rank, proc.world))
+    sizes = sorted({-(-mine // count) for count in range(1, mine + 1)})
+    size = min(gather([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc))[0]
+    if size == 0:
+        raise ConfigError(
+            "train.images_per_gpu: auto: not even one image fits in "
+            f"{'the GPU' if limit is None else f'{limit // MIB} MiB'}; lower data.max_edge or data.shortest_edge"
+            + ("" if limit is None else ", or raise train.memory_limit_mib")
+        )
+    return size
+
+
+def check_split(cfg: Config, world: int) -> None:
+    """Raise ConfigError for an update that cannot be split over the processes as the config says."""
+    whole, size, coupling = cfg.train.global_batch, cfg.train.images_per_gpu, cfg.model.batch_coupling()
+    if whole < world:
+        raise ConfigError(f"train.global_batch: {whole} is less than the number of processes, {world}")
+    if size == "auto":
+        return
+    if size > -(-whole // world):
+        raise ConfigError(
+            f"train.images_per_gpu: {size} is more than a process's share of an update, {-(-whole // world)} of "
+            f"train.global_batch: {whole} images over {world} processes"
+        )
+    if coupling and whole % (size * world):
+        raise ConfigError(
+            f"train.global_batch: {whole} is not a multiple of train.images_per_gpu x processes: {size} x {world} = "
+            f"{size * world}, and {coupling}"
+        )
+
+
+def memory_limit(cfg: Config) -> int | None:
+    """train.memory_limit_mib in bytes."""
+    return None if cfg.train.memory_limit_mib is None else int(cfg.train.memory_limit_mib * MIB)
+
+
+def fits(run: Run, num: int, limit: int | None) -> bool:
+    """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
+    device = run.proc.device
+    limit = limit or torch.cuda.memory_allocated(device) + free_memory(device)
+    batch = largest_batch(run.train_set, run.cfg.data, num, run.cfg.model.masks)
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
+    state = [torch.empty_like(parameter) for parameter in trainable for _ in range(to_come)]
+    for parameter in trainable:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
+            backward(run.model, run.autocast, [batch], num, run.cfg)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        run.model.zero_grad()
+        del state
+        release(device)
+    return True
+
+
+def resident_bytes(run: Run) -> int:
+    """The bytes of weights, averaged weights, gradients and the optimiser's state."""
+    tensors = [*run.model.state_dict().values(), *(parameter.grad for parameter in run.model.parameters())]
+    tensors += [] if run.average is None else run.average.state_dict().values()
+    tensors += [value for state in run.optimizer.state.values() for value in state.values()]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def gradients(run: Run, batches: Replay, size: int) -> tuple[dict[str, Tensor], int]:
+    """Compute this process's part of an update's gradient and of its losses: sums over its images / global_batch.
+
+    size: images at once.  Where memory runs out the update starts again with half as many.  Returns the losses and
+    the size that fitted.  Raises TrainingError where nothing smaller is possible, or would change what is learned.
+    """
+    while True:
+        run.model.zero_grad()
+        try:
+            with limited(run.proc.device, memory_limit(run.cfg), resident_bytes(run)):
+                return backward(run.model, run.autocast, batches, size, run.cfg), size
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            coupling = run.cfg.model.batch_coupling()
+            if coupling or size == 1:
+                raise TrainingError(
+                    f"out of memory with {size} image(s) at once (process {run.proc.rank}: {error}); "
+                    + (f"fewer would change what is learned: {coupling}; " if size > 1 else "")
+                    + "lower data.max_edge or data.shortest_edge"
+                    + (", or set train.images_per_gpu lower" if size > 1 else "")
+                ) from None
+        size //= 2  # by here the tensors of the attempt are gone with its exception
+        release(run.proc.device)
+
+
+def backward(
+    model: nn.Module, autocast: Callable[[], AbstractContextManager], batches: Iterable[Batch], size: int, cfg: Config
+) -> dict[str, Tensor]:
+    """Add the gradients of batches, cut to size images, to the parameters'.  Returns their losses, on the device."""
+    device = next(model.parameters()).device
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        for part in split(batch, size, cfg.data.canvas_multiple):
+            with autocast():
+                losses = model(to_device(part, device))  # {name: (B,)}
+            means = {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
+            sum(means.values()).backward()
+            sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in means.items()}
+    return sums
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch without waiting for it."""
+    if device.type == "cpu":
+        return batch
+    gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
+    images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
+    return Batch(images, sizes, keys, gt, batch.padded)

@@ -1,0 +1,33 @@
+"""What a run consists of, as one value that the parts of training are handed."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from gndet.config import Config
+from gndet.distributed import Process
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.structures import Dataset
+
+
+class Run(NamedTuple):
+    """A run as one of its processes sees it."""
+
+    cfg: Config
+    out: Path
+    proc: Process
+    train_set: Dataset
+    val_set: Dataset
+    model: MaskRCNN
+    average: nn.Module | None  # the averaged weights, if any
+    optimizer: torch.optim.Optimizer
+    autocast: Callable[[], AbstractContextManager]
+
+    @property
+    def detector(self) -> nn.Module:
+        """The weights that are evaluated."""
+        return self.model if self.average is None else self.average.module

@@ -1,0 +1,63 @@
+"""The limit on tensors' memory counts what lives, and says when it is passed."""
+
+import pytest
+import torch
+
+from gndet.memory import TensorBytes, largest_fitting, limited, out_of_memory
+
+CPU = torch.device("cpu")
+
+
+def test_bytes_are_counted_while_tensors_live_and_views_are_not_counted() -> None:
+    with TensorBytes(10**9, resident=500) as counted:
+        a = torch.ones(1000)  # 4,000 bytes
+        b = a[10:].reshape(2, 495).add_(1)  # a view, and its memory written in place
+        assert counted.live == 4_500
+        c = a.double()
+        assert counted.live == 12_500 and b.sum() == 1980
+        del c
+        assert counted.live == 4_500 and counted.peak >= 12_500
+        del a, b
+        assert counted.live == 500
+
+
+def test_what_autograd_keeps_for_the_backward_pass_counts() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    with TensorBytes(10**9) as counted:
+        y = x.exp()  # kept: its own derivative
+        z = y.sum()
+        del y
+        assert counted.live == 4_004
+        z.backward()
+        del z
+        assert counted.live == x.grad.nbytes == 4_000
+
+
+def test_a_backward_pass_over_the_limit_raises() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    with pytest.raises(torch.OutOfMemoryError, match="MiB of tensors, the limit is"), limited(CPU, 7_000):
+        x.exp().sum().backward()  # exp 4,000, its sum 4, the gradient 4,000
+    with limited(CPU, 13_000):
+        x.exp().sum().backward()
+    with limited(CPU, None):
+        torch.ones(10**6)
+
+
+def test_a_real_failure_to_allocate_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**55)
+    assert out_of_memory(error.value)
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("limit", range(12))
+def test_the_largest_that_fits_is_found_with_few_trials(limit: int) -> None:
+    tried = []
+
+    def fits(num: int) -> bool:
+        tried.append(num)
+        return num <= limit
+
+    candidates = [1, 2, 3, 4, 6, 8, 11]
+    assert largest_fitting(candidates, fits) == max([0, *(num for num in candidates if num <= limit)])
+    assert len(tried) <= 3 and len(set(tried)) == len(tried)

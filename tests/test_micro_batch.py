@@ -1,0 +1,247 @@
+"""How an update is split changes nothing that is learned: micro-batches, processes, and what a full memory does."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+from models import make_batch, small_model
+from rich.console import Console
+from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
+
+from gndet.config import Config, DataConfig
+from gndet.config_file import load_config
+from gndet.data import read_dataset
+from gndet.data.batching import Replay, largest_batch, share, split, train_batches
+from gndet.distributed import Process, sum_gradients
+from gndet.errors import ConfigError, TrainingError
+from gndet.memory import MIB, TensorBytes
+from gndet.micro_batch import backward, check_split, resident_bytes
+from gndet.train import build_run, train
+
+EXACT = ("train.precision=float64", "train.ema=0")  # rounding of float32 may flip a sampled region; float64 shows
+SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    schedule = CONFIG["train"]["schedule"] | {"reference_batch": 8}
+    path.write_text(yaml.safe_dump(CONFIG | {"train": CONFIG["train"] | {"global_batch": 8, "schedule": schedule}}))
+    return path
+
+
+def torchrun(config: Path, out: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    words = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone", "-m", "gndet.cli"]
+    words += ["train", str(config), f"out={config.parent / out}", *overrides]
+    return subprocess.run([sys.executable, "-m", *words], env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def difference(a: Path, b: Path) -> tuple[float, float]:
+    """How far two runs' weights and losses are apart: largest relative (L2) of the weights, and of a step's loss."""
+    one, two = last(a), last(b)
+    weights = [name for name in one if name.startswith("model/") and one[name].is_floating_point()]
+    steps = zip(losses(a), losses(b), strict=True)
+    return (
+        max(((one[name] - two[name]).norm() / (one[name].norm() + 1e-12)).item() for name in weights),
+        max(abs(x - y) / abs(x) for (_, x), (_, y) in steps),
+    )
+
+
+def test_8x1_4x2_1x8_and_2_processes_x_2_x_2_learn_the_same(config: Path) -> None:
+    recipe = ("train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1")
+    train(load(config, "whole", *EXACT, *recipe, "train.images_per_gpu=8"))
+    for size in (1, 2, 3):
+        train(load(config, f"by-{size}", *EXACT, *recipe, f"train.images_per_gpu={size}"))
+    assert torchrun(config, "two", *EXACT, *recipe, "train.images_per_gpu=2").returncode == 0
+    for other in ("by-1", "by-2", "by-3", "two"):
+        assert max(difference(config.parent / "whole", config.parent / other)) < 1e-9
+
+
+def test_processes_whose_shares_differ_learn_the_same(config: Path) -> None:
+    options = (*EXACT, "train.global_batch=5", "train.schedule.updates=3")  # 3 images and 2, of a set of 7
+    train(load(config, "one", *options))
+    assert torchrun(config, "two", *options, "train.images_per_gpu=2").returncode == 0
+    assert max(difference(config.parent / "one", config.parent / "two")) < 1e-9
+
+
+def test_batch_statistics_do_not_learn_the_same(config: Path) -> None:
+    """Guards the tests above: what they check is not true of itself."""
+    options = (*EXACT, "model.norm.kind=bn", "train.schedule.updates=2")
+    for size in (2, 4):
+        train(load(config, f"by-{size}", *options, f"train.images_per_gpu={size}"))
+    assert min(difference(config.parent / "by-2", config.parent / "by-4")) > 1e-3
+
+
+def count_messages(rank: int, rendezvous: str, outputs: str) -> None:
+    """One of two processes: sum the gradients once, and note what was sent."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    model, sent = small_model(), []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor: (sent.append(tensor.numel()), all_reduce(tensor))[1]
+    if rank == 0:  # the other's share reached no parameter
+        sum(p.sum() for p in model.parameters()).backward()
+    sum_gradients(model, Process(rank, 2, torch.device("cpu")))
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.save({"sent": sum(sent), "gradients": gradients}, f"{outputs}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_every_gradient_is_sent_once_an_update(tmp_path: Path) -> None:
+    mp.spawn(count_messages, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    for rank in (0, 1):
+        got = torch.load(tmp_path / str(rank))
+        assert got["sent"] == len(got["gradients"]) and (got["gradients"] == 1).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_shares_cover_an_update_and_differ_by_one_image_at_most(world: int) -> None:
+    shares = [share(8, rank, world) for rank in range(world)]
+    assert [place for one in shares for place in one] == list(range(8))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_a_split_batch_has_the_same_losses_on_smaller_canvases(num: int) -> None:
+    model, batch = small_model().double(), make_batch(SIZES)
+    parts = split(batch, num, 32)
+    assert [len(part.images) for part in parts] == {1: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1]}[num]
+    whole, pieces = model(batch), [model(part) for part in parts]
+    for name, expected in whole.items():
+        torch.testing.assert_close(torch.cat([piece[name] for piece in pieces]), expected, rtol=1e-9, atol=1e-12)
+    if num == 1:
+        assert [tuple(part.images.shape[2:]) for part in parts] == SIZES and not any(part.padded for part in parts)
+    assert split(batch, 4, 32)[0] is batch
+
+
+def test_an_update_s_batches_can_be_gone_through_again() -> None:
+    source = iter([1, 2, 3, 4])
+    update = Replay(functools.partial(next, source), 3)
+    assert next(iter(update)) == 1  # broken off
+    assert list(update) == [1, 2, 3] == list(update)
+    assert next(source) == 4
+
+
+@pytest.mark.parametrize("edges", [(64,), (64, 72), (64, 96)])
+def test_no_batch_is_larger_than_the_largest(config: Path, data_root: Path, edges: tuple[int, ...]) -> None:
+    data = DataConfig(root=str(data_root / "coco-tiny"), shortest_edge=edges, max_edge=120, workers=0)
+    train_set = read_dataset(data.train, data)
+    for num in (1, 3):
+        largest = largest_batch(train_set, data, num, masks=True)
+        assert len(largest.images) == num and largest.gt.masks.shape[1:] == (largest.gt.valid.shape[1], 112, 112)
+        for batch in train_batches(
+            train_set, data, seed=0, start=0, stop=60 // num, images_per_gpu=num, global_batch=num, rank=0, world=1,
+            masks=True, pin_memory=False,
+        ):  # fmt: skip
+            assert batch.images[0].numel() <= largest.images[0].numel()
+            assert batch.gt.valid.shape[1] <= largest.gt.valid.shape[1]
+
+
+# --- as many as fit in memory
+
+
+def peak_mib(config: Path, size: int, *overrides: str) -> float:
+    """The peak of tensors in a step over the largest batch of `size` images."""
+    cfg = load(config, "peak", *overrides)
+    run, _ = build_run(cfg, Path("unused"), Process(0, 1, torch.device("cpu")), None)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    momentum = sum(p.nbytes for p in run.model.parameters())
+    with TensorBytes(10**12, resident_bytes(run) + momentum) as counted:
+        backward(run.model, run.autocast, [largest_batch(run.train_set, cfg.data, size, True)], size, cfg)
+    return counted.peak / MIB
+
+
+def messages(config: Path, out: str, *overrides: str) -> str:
+    with (config.parent / "log").open("w") as file:
+        train(load(config, out, "train.schedule.updates=1", *overrides), console=Console(file=file))
+    return (config.parent / "log").read_text()
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_auto_takes_the_largest_that_leaves_the_margin_free(config: Path, size: int) -> None:
+    limit = (peak_mib(config, size) + 0.5) / 0.9
+    text = messages(config, "run", "train.images_per_gpu=auto", f"train.memory_limit_mib={limit}")
+    assert f"8 images an update over 1 process(es) on cpu, {size} at once" in text
+    assert "out of memory" not in text
+
+
+def test_auto_that_cannot_is_refused_before_anything_is_written(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not even one image fits in 50 MiB; lower data\.max_edge"):
+        train(load(config, "run", "train.images_per_gpu=auto", "train.memory_limit_mib=50"))
+    with pytest.raises(ConfigError, match=r"auto on a CPU needs train\.memory_limit_mib"):
+        train(load(config, "run", "train.images_per_gpu=auto"))
+    with pytest.raises(ConfigError, match=r"auto would change what is learned: model\.norm\.kind: bn takes its"):
+        load(config, "run", "train.images_per_gpu=auto", "model.norm.kind=bn")
+    with pytest.raises(ConfigError, match=r"model\.fpn\.norm\.padding: plain lets the padding"):
+        load(config, "run", "train.images_per_gpu=auto", "model.fpn.norm.padding=plain")
+    assert not (config.parent / "run").exists()
+
+
+def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_learned(config: Path) -> None:
+    train(load(config, "calm", *EXACT, "train.images_per_gpu=1"))
+    limit = (peak_mib(config, 2, *EXACT) + peak_mib(config, 4, *EXACT)) / 2
+    with (config.parent / "log").open("w") as file:
+        cfg = load(config, "tight", *EXACT, "train.images_per_gpu=8", f"train.memory_limit_mib={limit}")
+        train(cfg, console=Console(file=file))
+    text = (config.parent / "log").read_text()
+    assert "out of memory with 8 images at once, computed with" in text and "what is learned does not change" in text
+    assert text.count("out of memory") <= 2  # not at every update: the next ones are cut so from the start
+    lines = [json.loads(line) for line in (config.parent / "tight" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_at_once"] for line in lines if line["kind"] == "train"][-1] == 2
+    assert max(difference(config.parent / "calm", config.parent / "tight")) < 1e-9
+
+
+def test_running_out_of_memory_stops_the_run_where_fewer_would_change_what_is_learned(config: Path) -> None:
+    limit = "train.memory_limit_mib=100"
+    with pytest.raises(TrainingError, match=r"out of memory with 1 image\(s\) at once .*lower data\.max_edge"):
+        train(load(config, "run", "train.images_per_gpu=1", "train.optimizer.kind=adamw", limit))
+    tight = f"train.memory_limit_mib={peak_mib(config, 2)}"
+    with pytest.raises(TrainingError, match=r"with 8 image.*fewer would change what is learned: .*kind: bn.* lower"):
+        train(load(config, "bn", "train.images_per_gpu=8", "model.norm.kind=bn", tight))
+
+
+# --- splits that are not possible
+
+
+def checked(world: int, *overrides: str) -> None:
+    check_split(load_config(Path(__file__).parent.parent / "configs/quickstart.yaml", overrides), world)
+
+
+def test_splits_that_are_not_possible_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 9 is more than train\.global_batch: 8"):
+        checked(1, "train.global_batch=8", "train.images_per_gpu=9")
+    with pytest.raises(ConfigError, match=r"global_batch: 2 is less than the number of processes, 3"):
+        checked(3, "train.images_per_gpu=1")
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than a process's share of an update, 4 of .*: 8"):
+        checked(2, "train.global_batch=8", "train.images_per_gpu=8")
+    with pytest.raises(ConfigError, match=r"global_batch: 3 is not a multiple of train\.images_per_gpu: 2, and .*: bn"):
+        checked(1, "train.global_batch=3", "model.norm.kind=bn")
+    with pytest.raises(ConfigError, match=r"global_batch: 6 .* 2 x 2 = 4, and model\.norm\.kind: sync_bn takes its"):
+        checked(2, "train.global_batch=6", "model.norm.kind=sync_bn")
+    checked(3, "train.global_batch=7", "train.images_per_gpu=2")  # 2, 2 and 3 images
+
+
+def test_a_data_set_of_one_image_fills_an_update_with_it(config: Path) -> None:
+    """The stated rule: an epoch ends after its last image, wherever in an update that is."""
+    train(load(config, "run", "data.train.count=1", "train.schedule.updates=1", "train.images_per_gpu=3"))
+    assert last(config.parent / "run")
+
+
+def test_the_split_may_change_when_a_run_goes_on_unless_it_matters(config: Path) -> None:
+    def cfg(out: str, *overrides: str) -> Config:
+        return load(config, out, "train.checkpoint_every=1", "train.schedule.updates=2", *overrides)
+
+    train(cfg("gn", "train.images_per_gpu=4"))
+    forget(config.parent / "gn", 2)
+    train(cfg("gn", "train.images_per_gpu=1"))
+    train(cfg("bn", "train.images_per_gpu=4", "model.norm.kind=bn"))
+    forget(config.parent / "bn", 2)
+    with pytest.raises(TrainingError, match=r"train\.images_per_gpu: 4 there, 2 now"):
+        train(cfg("bn", "train.images_per_gpu=2", "model.norm.kind=bn"))

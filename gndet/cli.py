@@ -4,6 +4,7 @@ torch is imported inside the verb that needs it, so that --help answers at once.
 """
 
 import argparse
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     verb.set_defaults(run=predict)
 
+    verb = verbs.add_parser("invariance", help="show that an image trains the same whatever stands beside it")
+    verb.add_argument("config", help="YAML file: its training images, its model")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("--images", type=int, default=4, help="how many training images are compared, 4 to 16 (4)")
+    verb.add_argument("--out", type=Path, help="write the report here, JSON")
+    verb.set_defaults(run=invariance)
+
     verb = verbs.add_parser("config", help="print the resolved config")
     verb.add_argument("config", help="YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
@@ -115,6 +123,24 @@ def predict(options: argparse.Namespace) -> int:
         detector = inference.load_detector(options.checkpoint, options.overrides, proc)
         inference.predict(detector, options.pictures, options.out, options.threshold, proc.device, print)
     return 0
+
+
+def invariance(options: argparse.Namespace) -> int:
+    """gndet invariance CONFIG [key=value ...] [--images N] [--out FILE]; 1 where images do depend on each other"""
+    from gndet.config_file import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from gndet.distributed import process
+    from gndet.inference import make_folder
+    from gndet.invariance import check_invariance, to_json
+
+    if options.out:
+        make_folder(options.out.parent)
+    with process(cfg.device) as proc:
+        report = check_invariance(cfg, options.images, proc, functools.partial(print, flush=True))
+    if options.out:
+        options.out.write_text(to_json(report), encoding="utf-8")
+    return 0 if report.passed else 1
 
 
 def config(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -10,10 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from gndet.errors import ConfigError
 
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and without it
 BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 
@@ -37,11 +40,39 @@ def process(device: str, deterministic: bool = False) -> Iterator[Process]:
 
     device: auto, cpu or cuda.  Raises ConfigError where cuda is asked for and absent.
     """
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
+    with _member(device, deterministic, rank, world, local, "env://", nccl=True) as proc:
+        yield proc
+
+
+def spawn(function: Callable[..., None], world: int, device: str, *args: Any) -> None:
+    """Run function(proc, *args) in `world` new processes of this machine and wait; they share a GPU if they must.
+
+    function, a module's own, and args are pickled.  Raises what torch.multiprocessing raises for one that fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_spawned, (function, world, device, f"file://{folder}/rendezvous", args), nprocs=world)
+
+
+def _spawned(
+    rank: int, function: Callable[..., None], world: int, device: str, rendezvous: str, args: tuple[Any, ...]
+) -> None:
+    """The life of a spawned process."""
+    torch.set_num_threads(max(torch.get_num_threads() // world, 1))
+    gpus = torch.cuda.device_count()
+    with _member(device, False, rank, world, rank % max(gpus, 1), rendezvous, nccl=world <= gpus) as proc:
+        function(proc, *args)
+
+
+@contextmanager
+def _member(
+    device: str, deterministic: bool, rank: int, world: int, local: int, rendezvous: str, *, nccl: bool
+) -> Iterator[Process]:
+    """Be process `rank` of `world`, on GPU `local` if there is one, while the context lasts; nccl: no GPU is shared."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
     else:
@@ -51,9 +82,10 @@ def process(device: str, deterministic: bool = False) -> Iterator[Process]:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu and nccl else "gloo"
+        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
     try:
-        yield Process(int(os.environ.get("RANK", "0")), world, chosen)
+        yield Process(rank, world, chosen)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -314,14 +314,14 @@ def table(evaluation: Evaluation) -> str:
         first = rows[0]
         numbers = [_percent(row[key]) for row in rows for key in columns]
         classes.append([first["name"], str(first["num_images"]), str(first["num_objects"]), *numbers])
-    return f"{_aligned(summary)}\n\n{_aligned(classes)}"
+    return f"{aligned(summary)}\n\n{aligned(classes)}"
 
 
 def _percent(value: float) -> str:
     return "-" if np.isnan(value) else f"{100 * value:.1f}"
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Pad the columns to their widest cell: the first to the left, the rest to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -27,7 +27,6 @@ from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
 from gndet.metrics import Meter, RunLog
 from gndet.micro_batch import gradients, images_at_once
-from gndet.modeling.mask_rcnn import build_model
 from gndet.optim import (
     average_weights,
     learning_rate,
@@ -41,7 +40,7 @@ from gndet.run import Run
 from gndet.run_folder import find_run, make_run
 from gndet.structures import Dataset
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
-from gndet.weights.load import load_weights
+from gndet.weights.load import initial_model
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 
@@ -189,11 +188,6 @@ def versions() -> dict[str, str]:
 
 def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
     """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
-    if cfg.model.backbone.freeze_at and not cfg.train.weights:
-        raise ConfigError(
-            f"model.backbone.freeze_at: {cfg.model.backbone.freeze_at} would freeze random weights; "
-            "set train.weights to a checkpoint, or model.backbone.freeze_at=0 to train from scratch"
-        )
     train_set, val_set = read_dataset(cfg.data.train, cfg.data), read_dataset(cfg.data.val, cfg.data)
     if train_set.classes != val_set.classes:
         raise ConfigError(
@@ -206,11 +200,8 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
         + "".join(f"; {count} {what}" for what, count in data.fixes.items())
         for which, data in (("train", train_set), ("val", val_set))
     ]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        model = build_model(cfg.model, len(train_set.classes))
-    if cfg.train.weights and saved is None:
-        notes += load_weights(model, Path(cfg.train.weights), train_set.classes, cfg.model)
+    model, loaded = initial_model(cfg, train_set.classes, load=saved is None)
+    notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
     give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None

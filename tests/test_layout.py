@@ -23,8 +23,10 @@ FLOORS = [
         "run",
         "memory",
         "micro_batch",
+        "leaks",
+        "measure",
     },
-    {"train", "inference"},
+    {"train", "inference", "invariance"},
     {"cli"},
 ]
 FILES = sorted((REPOSITORY / "gndet").rglob("*.py"))

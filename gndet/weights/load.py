@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gndet.checkpoint import Checkpoint, load_checkpoint, resolve
-from gndet.config import ModelConfig, NormConfig
+from gndet.config import Config, ModelConfig, NormConfig
 from gndet.config_file import config_from_dict
-from gndet.errors import CheckpointError
+from gndet.errors import CheckpointError, ConfigError
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 
 REQUIRED = ("backbone",)  # parts that a checkpoint must hold whole; the others may start anew
 CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
@@ -37,6 +38,23 @@ class _Plan(NamedTuple):
     wrong: list[str]  # a line for each tensor that does not fit
     anew: list[str]  # absent from the file, keep the model's initialisation
     unused: list[str]  # of the file
+
+
+def initial_model(cfg: Config, classes: Sequence[str], *, load: bool = True) -> tuple[MaskRCNN, list[str]]:
+    """Build the model of a config as training starts with it: drawn from cfg.seed, then, if load, train.weights.
+
+    Returns it with the report of `load_weights`.  Raises ConfigError, for frozen random stages too, CheckpointError.
+    """
+    if cfg.model.backbone.freeze_at and not cfg.train.weights:
+        raise ConfigError(
+            f"model.backbone.freeze_at: {cfg.model.backbone.freeze_at} would freeze random weights; "
+            "set train.weights to a checkpoint, or model.backbone.freeze_at=0 to train from scratch"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model = build_model(cfg.model, len(classes))
+    notes = load_weights(model, Path(cfg.train.weights), classes, cfg.model) if load and cfg.train.weights else []
+    return model, notes
 
 
 def load_weights(model: nn.Module, path: Path, classes: Sequence[str], config: ModelConfig) -> list[str]:

@@ -1,0 +1,139 @@
+"""What a training step gives for images that are batched in some arrangement, and how two such results differ.
+
+Letters: N images, L levels.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gndet.config import Config
+from gndet.data.batching import collate
+from gndet.data.transforms import Sample
+from gndet.leaks import Choices, choices, kept_statistics, relative
+from gndet.micro_batch import to_device
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.structures import Batch
+
+COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
+RELATIVE = 1e-6  # and the relative difference
+
+
+class Difference(NamedTuple):
+    """How two tensors differ: relative difference (L2), and 1 - cosine."""
+
+    relative: float
+    cosine: float
+
+    @property
+    def small(self) -> bool:
+        """Whether it is no more than rounding; NaN is not."""
+        return self.relative < RELATIVE and self.cosine < COSINE
+
+
+class Result(NamedTuple):
+    """What N images gave in one arrangement."""
+
+    features: dict[str, list[Tensor]]  # {level: N vectors, of the picture alone}
+    losses: dict[str, list[Tensor]]  # {loss: N scalars}
+    pyramid: dict[str, list[Tensor]]  # {a loss's gradient at the pyramid: N vectors}
+    gradients: dict[str, Tensor]  # {group of parameters: the gradient of the mean loss, one vector}
+    choices: list[Choices]  # N
+
+
+def batch_of(samples: list[Sample], model: MaskRCNN, cfg: Config) -> Batch:
+    """A batch of samples on the model's device."""
+    return to_device(collate(samples, cfg.data.canvas_multiple), model.pixel_mean.device)
+
+
+def measure(
+    model: MaskRCNN,
+    samples: list[Sample],
+    batches: list[list[int]],
+    cfg: Config,
+    autocast: Callable[[], AbstractContextManager],
+) -> Result:
+    """Run batches, lists of places in samples (the last of which is the mate), through a step that changes nothing."""
+    num = len(samples) - 1
+    result = Result({}, {}, {}, {}, [{} for _ in range(num)])
+    model.zero_grad()
+    for places in batches:
+        batch = batch_of([samples[i] for i in places], model, cfg)
+        rows = [row for row, i in enumerate(places) if i < num]
+        with kept_statistics(model):
+            with autocast():
+                levels, areas = model.features(batch.images, batch.sizes, batch.padded)
+                step = model.step(levels, areas, batch)
+            means = {name: loss[rows].sum() / num for name, loss in step.losses.items()}
+            at_pyramid = _backward(model, levels, means)
+        for row in rows:
+            i = places[row]
+            for stride, feature in zip(model.fpn.strides, _pictures(model, levels, batch, row), strict=True):
+                result.features.setdefault(f"features P{stride.bit_length() - 1}", [None] * num)[i] = feature.detach()
+            for name, loss in step.losses.items():
+                result.losses.setdefault(name, [None] * num)[i] = loss.detach()[row]
+                gradient = torch.cat(_pictures(model, at_pyramid[name], batch, row))
+                result.pyramid.setdefault(f"d {name} / d pyramid", [None] * num)[i] = gradient
+            result.choices[i] = choices(step, row)
+    result.gradients.update(parameter_groups(model))
+    model.zero_grad()
+    return result
+
+
+def _backward(model: MaskRCNN, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Add the gradient of all losses to the parameters'.  Returns {loss: its gradient at each level}."""
+    behind = [model.rpn, model.box_head, *([] if model.mask_head is None else [model.mask_head])]
+    heads = [parameter for part in behind for parameter in part.parameters() if parameter.requires_grad]
+    at_pyramid = {}
+    for name, mean in means.items():
+        gradients = torch.autograd.grad(mean, [*levels, *heads], retain_graph=True, materialize_grads=True)
+        at_pyramid[name] = gradients[: len(levels)]
+        for parameter, gradient in zip(heads, gradients[len(levels) :], strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    torch.autograd.backward(levels, [sum(parts) for parts in zip(*at_pyramid.values(), strict=True)])
+    return at_pyramid
+
+
+def _pictures(model: MaskRCNN, levels: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
+    """The part of each level (B, C, H/s, W/s) that is picture, of one image, as vectors."""
+    height, width = batch.sizes[row].tolist()
+    return [
+        x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(levels, model.fpn.strides, strict=True)
+    ]
+
+
+def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
+    """The gradients of the stages of the backbone and of the other parts, a vector each."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            words = name.split(".")
+            groups.setdefault(".".join(words[: 2 if words[0] == "backbone" else 1]), []).append(
+                parameter.grad.flatten()
+            )
+    return {f"d all / d {name}": torch.cat(parts) for name, parts in groups.items()}
+
+
+def compare(got: Result, alone: Result) -> dict[str, Difference]:
+    """Every difference by what it is of; of features the worst image's."""
+    found = {}
+    for name, features in alone.features.items():
+        each = [difference(a, b) for a, b in zip(got.features[name], features, strict=True)]
+        found[name] = Difference(*map(max, zip(*each, strict=True)))
+    for name, losses in alone.losses.items():
+        found[name] = difference(torch.stack(got.losses[name]), torch.stack(losses))
+    for name, parts in alone.pyramid.items():
+        found[name] = difference(torch.cat(got.pyramid[name]), torch.cat(parts))
+    return found | {name: difference(got.gradients[name], gradient) for name, gradient in alone.gradients.items()}
+
+
+def difference(got: Tensor, expected: Tensor) -> Difference:
+    """Compare two vectors in float64; 1 - cosine as half the squared distance of the unit vectors, exact near 0."""
+    a, b = got.double(), expected.double()
+    if not a.any() and not b.any():
+        return Difference(0.0, 0.0)
+    cosine = ((a / a.norm() - b / b.norm()).square().sum() / 2).item() if a.any() and b.any() else 1.0
+    return Difference(relative(a, b), cosine)

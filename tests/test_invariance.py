@@ -1,0 +1,127 @@
+"""`gndet invariance` passes where images are kept apart, fails where they are not, and names what leaks and where."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from models import make_batch, small_model
+from test_train import CONFIG
+
+from gndet.cli import main
+from gndet.config import BoxHeadConfig, NormConfig, RPNConfig
+from gndet.leaks import Leak, find_leaks
+from gndet.measure import difference
+from gndet.modeling.mask_rcnn import MaskRCNN
+
+SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def report(config: Path, *overrides: str, passes: bool) -> dict:
+    out = config.parent / "report.json"
+    assert main(["invariance", str(config), *overrides, "--out", str(out)]) == (0 if passes else 1)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln")])
+def test_it_passes_where_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:
+    found = report(config, *overrides, passes=True)
+    assert found["passed"] and found["leaks"] == []
+    columns = found["differences"]["float64"]
+    assert list(columns) == ["together", "in twos", "1 and 3", "permuted", "beside a wider", "2 processes"]
+    for column in columns.values():
+        assert all(one["relative"] < 1e-11 and one["cosine"] < 1e-20 for one in column.values())
+    groups = {"features P2", "loss_cls", "d loss_cls / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
+    assert groups <= set(columns["together"]) and "detections" in columns["beside a wider"]
+    assert all(one["differ"] == 0 < one["all"] for one in found["choices"]["float64"].values())
+    features = [one["relative"] for name, one in found["differences"]["float32"]["together"].items() if "feat" in name]
+    assert 0 < max(features) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bn", "brn"])
+def test_batch_statistics_are_named_at_the_first_norm(
+    config: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaks = {leak["coupling"]: leak for leak in report(config, f"model.norm.kind={kind}", passes=False)["leaks"]}
+    assert set(leaks) == {"padding", "batch statistics"}
+    assert leaks["batch statistics"]["where"].startswith("backbone.stem.norm: Batch")
+    printed = capsys.readouterr().out
+    assert "failed: what an image trains depends on what stands beside it" in printed
+    assert "batch statistics leaks, first at backbone.stem.norm" in printed and "sampling: no leak" in printed
+
+
+def test_padding_is_named_and_nothing_else(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (leak,) = report(config, "model.norm.padding=plain", passes=False)["leaks"]
+    assert leak["coupling"] == "padding" and leak["where"].startswith("backbone.stem.norm: GroupNorm")
+    assert "norm: {padding: masked} keeps the padding out" in capsys.readouterr().out
+
+
+def test_what_it_cannot_compare_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["invariance", str(config), "--images", "3"]) == 2
+    assert "--images: 3, expected 4 to 16" in capsys.readouterr().err
+    assert main(["invariance", str(config), "data.train.count=1"]) == 2
+    assert "1 images with objects, gndet invariance takes 4 (--images)" in capsys.readouterr().err
+
+
+# --- each coupling by itself
+
+
+def leaks(model: MaskRCNN) -> list[Leak]:
+    singles = [make_batch([size], first=i) for i, size in enumerate(SIZES)]
+    return find_leaks(model.double(), singles, make_batch(SIZES))
+
+
+def test_no_leak_in_a_model_that_keeps_images_apart() -> None:
+    assert leaks(small_model()) == []
+    assert leaks(small_model(rpn=RPNConfig(anchor_sizes=(16, 32, 64, 96, 128), norm=NormConfig(groups=8)))) == []
+
+
+def test_a_part_s_own_batch_norm_is_found_in_that_part() -> None:
+    head = BoxHeadConfig(conv_channels=32, num_convs=1, fc_channels=64, norm=NormConfig(kind="bn"))
+    (leak,) = leaks(small_model(box_head=head))
+    assert leak.coupling == "batch statistics" and leak.where.startswith("box_head.convs.0.norm: BatchNorm")
+    rpn = RPNConfig(anchor_sizes=(16, 32, 64, 96, 128), norm=NormConfig(kind="bn"))
+    found = {leak.coupling: leak.where for leak in leaks(small_model(rpn=rpn))}
+    assert set(found) == {"padding", "batch statistics"} and all(w.startswith("rpn.conv.norm") for w in found.values())
+
+
+def test_a_generator_for_all_images_is_found_as_sampling() -> None:
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    sample: Callable = model.rpn.sample_anchors
+    model.rpn.sample_anchors = lambda anchors, batch: sample(
+        anchors, batch._replace(keys=torch.randint(2**62, batch.keys.shape, generator=generator))
+    )
+    (leak,) = leaks(model)
+    assert (leak.coupling, leak.where) == ("sampling", "sampled anchors of an image")
+
+
+def test_a_divisor_of_the_whole_batch_is_found_as_normaliser() -> None:
+    model = small_model()
+    loss: Callable = model.mask_head.loss
+
+    def pooled(features: object, strides: object, regions: object, batch: object) -> dict[str, torch.Tensor]:
+        count = regions.positive.sum(1)  # detectron2: the sum over the batch's positives, over their number
+        mean = loss(features, strides, regions, batch)["loss_mask"]
+        return {"loss_mask": mean * count * len(count) / count.sum()}
+
+    model.mask_head.loss = pooled
+    (leak,) = leaks(model)
+    assert (leak.coupling, leak.where) == ("normaliser", "loss_mask")
+
+
+def test_difference_by_hand() -> None:
+    got, expected = torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])
+    assert difference(got, expected).relative == pytest.approx(4 / 3)
+    assert difference(got, expected).cosine == pytest.approx(1 - 0.6)
+    assert difference(2 * got, got).cosine == 0 and difference(2 * got, got).relative == 1
+    assert difference(0 * got, 0 * got) == (0, 0)
+    assert not difference(got, 0 * got).small and not difference(got * torch.nan, got).small

@@ -1,0 +1,11 @@
+"""Show that an image trains the same whatever stands beside it; the same as `gndet invariance`.
+
+python tools/invariance.py configs/quickstart.yaml
+"""
+
+import sys
+
+from gndet.cli import main
+
+if __name__ == "__main__":  # loader processes may import this file again
+    raise SystemExit(main(["invariance", *sys.argv[1:]]))

@@ -6,7 +6,7 @@ import torchvision
 
 from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
 from gndet.ops.masks import mask_targets
-from gndet.ops.matching import match, sample_balanced
+from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import fixed_point, nms_keep
 from gndet.ops.noise import Stream, hash_ints, ranks, uniform
 from gndet.ops.reduce import mean_per_image, smooth_l1
@@ -95,6 +95,35 @@ def test_noise_is_uniform_keyed_and_independent_of_the_other_candidates() -> Non
     assert abs(torch.corrcoef(torch.stack([share[0], other[0].double()]))[0, 1]) < 0.02  # two uses of one key
     some = torch.tensor([7, 99_999, 3])
     assert torch.equal(ranks(keys[1:], Stream.ANCHORS, some)[0], drawn[1, some])
+
+
+def test_noise_is_integer_arithmetic_that_every_device_does_alike() -> None:
+    """Against Python's unbounded integers: nothing overflows into a result, so a GPU draws the same numbers."""
+
+    def mix(x: int) -> int:  # MurmurHash3's finaliser for 32 bits
+        x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+        x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+        return x ^ x >> 16
+
+    keys, ids = [0, 1, hash_ints(3, 1, 4), 2**63 - 1], [0, 1, 12_345, 2**31 - 1]
+    drawn = ranks(torch.tensor(keys), Stream.REGIONS, torch.tensor(ids))
+    each = ranks(torch.tensor(keys), Stream.REGIONS, torch.tensor([ids] * len(keys)))  # ids of their own an image
+    assert torch.equal(drawn, each)
+    for row, key in zip(drawn.tolist(), keys, strict=True):
+        for got, name in zip(row, ids, strict=True):
+            value = mix((name * 0x9E3779B1 + Stream.REGIONS) % 2**32)
+            value = mix(mix(value ^ key % 2**32) ^ key >> 32)
+            assert got == (value >> 4 << 31 | name) < 2**59
+
+
+def test_best_keeps_equal_scores_in_order_and_padding_out() -> None:
+    scores = torch.tensor([[1.0, 3, 2, 3, 2, 3, -torch.inf]])
+    values, index = best(scores, 4)
+    assert values.tolist() == [[3, 3, 3, 2]] and index.tolist() == [[1, 3, 5, 2]]
+    many = torch.cat([torch.zeros(1, 5000), torch.full((1, 9000), -torch.inf)], dim=1)
+    for padded in (many[:, :5000], many):
+        assert best(padded, 100)[1].tolist() == [list(range(100))]
+    assert best(scores, 99)[0].shape == (1, 7)
 
 
 def test_hash_is_sensitive_to_every_integer_and_their_order() -> None:

@@ -60,11 +60,13 @@ class Report(NamedTuple):
 def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
     """Compare num images of data.train in all arrangements.
 
-    show: called with each line as it is known.  Raises ConfigError for num out of 4 to 16, DataError for a data set
-    with fewer images to train on, or a broken one.
+    show: called with each line as it is known.  Raises ConfigError for num out of 4 to 16 or in a run of several
+    processes, DataError for a data set with fewer images to train on, or a broken one.
     """
     if not MIN_IMAGES <= num <= MAX_IMAGES:
         raise ConfigError(f"--images: {num}, expected {MIN_IMAGES} to {MAX_IMAGES}")
+    if proc.world > 1:
+        raise ConfigError("gndet invariance starts its two processes itself; run it without torchrun")
     dataset = read_dataset(cfg.data.train, cfg.data)
     samples = choose_samples(dataset, cfg, num)
     model, notes = initial_model(cfg, dataset.classes)

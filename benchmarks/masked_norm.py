@@ -1,0 +1,102 @@
+"""What keeping the padding out of the norm costs: a training step, and its norm layers alone, masked against plain.
+
+    python benchmarks/masked_norm.py [CONFIG] [--edge 320] [--rounds 7] [--device cuda]
+
+Two batches of two noise pictures: of one size (nothing is padded), and one upright beside one lying (a third of the
+canvas is padding). The variants take turns, and the median of their times is shown, so that a busy moment meets both.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from gndet.config import Config
+from gndet.config_file import load_config
+from gndet.data.batching import collate
+from gndet.data.transforms import Sample
+from gndet.distributed import place, process
+from gndet.micro_batch import backward, to_device
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.norm import Area, GroupNorm
+from gndet.structures import MASK_SIDE, Batch
+
+
+def noise_batch(sizes: list[tuple[int, int]]) -> Batch:
+    """Pictures of noise of the given (height, width) with 8 objects each."""
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for number, (height, width) in enumerate(sizes):
+        corners = torch.rand(8, 2, generator=generator) * 0.7 * torch.tensor([width, height])
+        boxes = torch.cat([corners, corners + 0.25 * torch.tensor([width, height])], dim=1)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        masks = torch.ones(8, MASK_SIDE, MASK_SIDE, dtype=torch.bool)
+        samples.append(Sample(image, boxes, torch.zeros(8, dtype=torch.int64), masks, number))
+    return collate(samples, 32)
+
+
+def timed(variants: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
+    """The median milliseconds of each variant, taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def step_times(cfg: Config, model: MaskRCNN, batch: Batch, rounds: int) -> dict[str, float]:
+    """Milliseconds of a forward and backward pass of the model with its masked norms and with plain ones."""
+    layers = [module for module in model.modules() if isinstance(module, GroupNorm)]
+
+    def run(masked: bool) -> None:
+        for layer in layers:
+            layer.masked = masked
+        model.zero_grad()
+        backward(model, autocast, [batch], len(batch.images), cfg)
+
+    device = batch.images.device
+    return timed({"plain": lambda: run(False), "masked": lambda: run(True)}, rounds, device)
+
+
+def layer_times(batch: Batch, channels: int, stride: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of one GN, forward and backward, on maps of a stride."""
+    device = batch.images.device
+    height, width = (-(-edge // stride) for edge in batch.images.shape[2:])
+    x = torch.randn(len(batch.images), channels, height, width, device=device)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    area = Area.of((batch.sizes + stride - 1) // stride, height, width) if batch.padded else None
+    layer, out = GroupNorm(channels, 32, 1e-5, masked=True).to(device), torch.randn_like(x)
+
+    def run(masked: bool) -> None:
+        layer.masked = masked
+        layer(x, area).backward(out)
+
+    return timed({"plain": lambda: run(False), "masked": lambda: run(True)}, rounds, device)
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("config", nargs="?", default="configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml")
+parser.add_argument("--edge", type=int, default=320, help="shorter edge of the pictures, pixels (320)")
+parser.add_argument("--rounds", type=int, default=7)
+parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+options = parser.parse_args()
+cfg = load_config(options.config)
+short, long = options.edge, options.edge * 3 // 2
+with process(options.device) as proc:
+    model, autocast = place(build_model(cfg.model, 80).train(), cfg.train.precision, proc)
+    print(f"{options.config} on {proc.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, sizes in (("nothing padded", [(short, long)] * 2), ("padded", [(short, long), (long, short)])):
+        batch = to_device(noise_batch(sizes), proc.device)
+        rows = {"step": step_times(cfg, model, batch, options.rounds)}
+        for channels, stride in ((64, 2), (256, 4), (512, 8), (1024, 16)):
+            rows[f"GN {channels} at stride {stride}"] = layer_times(batch, channels, stride, options.rounds)
+        for what, ms in rows.items():
+            more = 100 * (ms["masked"] / ms["plain"] - 1)
+            print(f"{name:15} {what:22} plain {ms['plain']:9.2f} ms   masked {ms['masked']:9.2f} ms   {more:+6.1f} %")

@@ -25,7 +25,18 @@ from gndet.distributed import Process, spawn, sum_gradients, total
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation import aligned
 from gndet.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
-from gndet.measure import COSINE, RELATIVE, Difference, batch_of, compare, difference, measure, parameter_groups
+from gndet.measure import (
+    COSINE,
+    RELATIVE,
+    Difference,
+    Flips,
+    batch_of,
+    compare,
+    difference,
+    flips,
+    measure,
+    parameter_groups,
+)
 from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.ops.noise import hash_ints
@@ -46,14 +57,14 @@ class Report(NamedTuple):
     """The outcome of `check_invariance`."""
 
     differences: dict[str, dict[str, dict[str, Difference]]]  # {dtype: {arrangement: {what: Difference}}}
-    flips: dict[str, dict[str, tuple[int, int]]]  # {dtype: {arrangement: (choices that differ, choices)}}
+    flips: dict[str, dict[str, Flips]]  # {dtype: {arrangement: decisions that came out otherwise}}
     leaks: list[Leak]
 
     @property
     def passed(self) -> bool:
         """Whether all that float64 shows is rounding."""
         proof = self.differences["float64"].values()
-        flipped = any(flips for flips, _ in self.flips["float64"].values())
+        flipped = any(one["choices"][0] for one in self.flips["float64"].values())
         return not flipped and all(one.small for what in proof for one in what.values())
 
 
@@ -149,22 +160,21 @@ def compare_arrangements(
     cfg: Config,
     autocast: Callable[[], AbstractContextManager],
     begin: Callable[[str], None],
-) -> tuple[dict[str, dict[str, Difference]], dict[str, tuple[int, int]]]:
+) -> tuple[dict[str, dict[str, Difference]], dict[str, Flips]]:
     """Run the images alone and in every arrangement; begin is called with the name of each.
 
-    Returns {arrangement: {what: its difference}} and {arrangement: (choices that differ, choices)}.
+    Returns {arrangement: {what: its difference}} and {arrangement: what flipped}.
     """
     num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
     begin("each alone")
     alone = measure(model, everyone, [[i] for i in range(num)], cfg, autocast)
-    differences, flips = {}, {}
+    differences, flipped = {}, {}
     for name, batches in arrangements(num).items():
         begin(name)
         got = measure(model, everyone, batches, cfg, autocast)
         differences[name] = compare(got, alone)
-        pairs = [(a[kind], b[kind]) for a, b in zip(got.choices, alone.choices, strict=True) for kind in a]
-        flips[name] = sum(len(a - b) for a, b in pairs), sum(len(a) for a, _ in pairs)
-    return differences, flips
+        flipped[name] = flips(got, alone)
+    return differences, flipped
 
 
 def compare_detections(
@@ -236,8 +246,9 @@ def differences_table(report: Report, dtype: str) -> str:
     for name in names:
         cells = [f"{d.relative:.0e} {d.cosine:.0e}" if (d := column.get(name)) else "" for column in columns.values()]
         rows.append([name, *cells])
-    flips = [report.flips[dtype].get(name) for name in columns]
-    rows.append(["choices that differ", *("" if one is None else f"{one[0]} of {one[1]}" for one in flips)])
+    for kind in ("choices", "backbone ReLUs"):
+        counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else None for name in columns]
+        rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]} of {one[1]:.3g}" for one in counts)])
     return aligned(rows)
 
 
@@ -271,10 +282,7 @@ def to_json(report: Report) -> str:
             dtype: {name: {what: one._asdict() for what, one in column.items()} for name, column in columns.items()}
             for dtype, columns in report.differences.items()
         },
-        "choices": {
-            dtype: {name: {"differ": differ, "all": every} for name, (differ, every) in flips.items()}
-            for dtype, flips in report.flips.items()
-        },
+        "flips": report.flips,
         "leaks": [leak._asdict() for leak in report.leaks],
     }
     return json.dumps(parts, indent=1)

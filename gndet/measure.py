@@ -3,10 +3,12 @@
 Letters: N images, L levels.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from gndet.data.transforms import Sample
 from gndet.leaks import Choices, choices, kept_statistics, relative
 from gndet.micro_batch import to_device
 from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.norm import ConvNorm
+from gndet.modeling.resnet import BasicBlock, Bottleneck
 from gndet.structures import Batch
 
 COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
@@ -42,6 +46,10 @@ class Result(NamedTuple):
     pyramid: dict[str, list[Tensor]]  # {a loss's gradient at the pyramid: N vectors}
     gradients: dict[str, Tensor]  # {group of parameters: the gradient of the mean loss, one vector}
     choices: list[Choices]  # N
+    signs: list[list[np.ndarray]]  # N: where each ReLU of the backbone is open, packed bits of the picture
+
+
+Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how many}
 
 
 def batch_of(samples: list[Sample], model: MaskRCNN, cfg: Config) -> Batch:
@@ -58,26 +66,28 @@ def measure(
 ) -> Result:
     """Run batches, lists of places in samples (the last of which is the mate), through a step that changes nothing."""
     num = len(samples) - 1
-    result = Result({}, {}, {}, {}, [{} for _ in range(num)])
+    result = Result({}, {}, {}, {}, [{} for _ in range(num)], [[] for _ in range(num)])
     model.zero_grad()
     for places in batches:
         batch = batch_of([samples[i] for i in places], model, cfg)
         rows = [row for row, i in enumerate(places) if i < num]
+        rectified: list[Tensor] = []
         with kept_statistics(model):
-            with autocast():
+            with autocast(), _rectified(model, rectified):
                 levels, areas = model.features(batch.images, batch.sizes, batch.padded)
                 step = model.step(levels, areas, batch)
             means = {name: loss[rows].sum() / num for name, loss in step.losses.items()}
             at_pyramid = _backward(model, levels, means)
         for row in rows:
             i = places[row]
-            for stride, feature in zip(model.fpn.strides, _pictures(model, levels, batch, row), strict=True):
+            for stride, feature in zip(model.fpn.strides, _pictures(levels, batch, row), strict=True):
                 result.features.setdefault(f"features P{stride.bit_length() - 1}", [None] * num)[i] = feature.detach()
             for name, loss in step.losses.items():
                 result.losses.setdefault(name, [None] * num)[i] = loss.detach()[row]
-                gradient = torch.cat(_pictures(model, at_pyramid[name], batch, row))
+                gradient = torch.cat(_pictures(at_pyramid[name], batch, row))
                 result.pyramid.setdefault(f"d {name} / d pyramid", [None] * num)[i] = gradient
             result.choices[i] = choices(step, row)
+            result.signs[i] = [np.packbits(x.cpu().numpy()) for x in _pictures(rectified, batch, row)]
     result.gradients.update(parameter_groups(model))
     model.zero_grad()
     return result
@@ -97,12 +107,11 @@ def _backward(model: MaskRCNN, levels: list[Tensor], means: dict[str, Tensor]) -
     return at_pyramid
 
 
-def _pictures(model: MaskRCNN, levels: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
-    """The part of each level (B, C, H/s, W/s) that is picture, of one image, as vectors."""
+def _pictures(maps: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
+    """The part of each map (B, C, H/s, W/s) that is picture, of one image, as vectors."""
     height, width = batch.sizes[row].tolist()
-    return [
-        x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(levels, model.fpn.strides, strict=True)
-    ]
+    strides = [2 ** round(math.log2(batch.images.shape[2] / x.shape[2])) for x in maps]
+    return [x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(maps, strides, strict=True)]
 
 
 def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
@@ -117,6 +126,21 @@ def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
     return {f"d all / d {name}": torch.cat(parts) for name, parts in groups.items()}
 
 
+@contextmanager
+def _rectified(model: MaskRCNN, outputs: list[Tensor]) -> Iterator[None]:
+    """Collect where the output (B, C, H/s, W/s) of each ReLU of the backbone is positive, in the order they run."""
+    handles = [
+        module.register_forward_hook(lambda m, args, out: outputs.append(out > 0))
+        for module in model.backbone.modules()
+        if isinstance(module, BasicBlock | Bottleneck) or (isinstance(module, ConvNorm) and module.relu)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def compare(got: Result, alone: Result) -> dict[str, Difference]:
     """Every difference by what it is of; of features the worst image's."""
     found = {}
@@ -128,6 +152,16 @@ def compare(got: Result, alone: Result) -> dict[str, Difference]:
     for name, parts in alone.pyramid.items():
         found[name] = difference(torch.cat(got.pyramid[name]), torch.cat(parts))
     return found | {name: difference(got.gradients[name], gradient) for name, gradient in alone.gradients.items()}
+
+
+def flips(got: Result, alone: Result) -> Flips:
+    """How many yes-or-no decisions came out otherwise: what was sampled, and which ReLUs of the backbone are open."""
+    sets = [(a[kind], b[kind]) for a, b in zip(got.choices, alone.choices, strict=True) for kind in a]
+    bits = [pair for a, b in zip(got.signs, alone.signs, strict=True) for pair in zip(a, b, strict=True)]
+    return {
+        "choices": (sum(len(a - b) for a, b in sets), sum(len(a) for a, _ in sets)),
+        "backbone ReLUs": (sum(int(np.unpackbits(a ^ b).sum()) for a, b in bits), sum(8 * a.size for a, _ in bits)),
+    }
 
 
 def difference(got: Tensor, expected: Tensor) -> Difference:

@@ -66,27 +66,21 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         start, total = restore(run, saved), total_updates(cfg.train.schedule, cfg.train.global_batch)
         notes += [*damaged, f"continuing after update {start} of {total}"] if saved else []
         values, best = resumed_metrics(saved)
-        loaded = size = images_at_once(run)
+        size, meter = images_at_once(run), Meter(proc.device, cfg.train.global_batch)
         notes.append(
             f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, "
             f"{size} at once"
         )
-        micro_batches = -(-len(share(cfg.train.global_batch, proc.rank, proc.world)) // loaded)
-        batches = train_batches(
-            run.train_set, cfg.data, seed=cfg.seed, start=start, stop=total, images_per_gpu=loaded,
-            global_batch=cfg.train.global_batch, rank=proc.rank, world=proc.world, masks=cfg.model.masks,
-            pin_memory=proc.device.type == "cuda",
-        )  # fmt: skip
+        stream = zip(range(start, total), updates(run, start, total, size, meter), strict=True)
         make_run(cfg, out, fresh, proc)
-        meter = Meter(proc.device, cfg.train.global_batch)
         with open_log(run, total, start, console) as log:
             for note in notes:
                 log.message(note)
             # --- the loop
-            for update in range(start, total):
+            for update, batches in stream:
                 lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
                 set_learning_rate(run.optimizer, lr)
-                losses, fitting = gradients(run, Replay(lambda: meter.wait_for(batches), micro_batches), size)
+                losses, fitting = gradients(run, batches, size)
                 if fitting < size:
                     log.message(
                         f"update {update + 1}: out of memory with {size} images at once, computed with {fitting} from "
@@ -235,6 +229,18 @@ def restore(run: Run, saved: Checkpoint | None) -> int:
         run.average.module.load_state_dict(saved.groups["ema"])
         run.average.n_averaged.fill_(saved.meta["update"])
     return int(saved.meta["update"])
+
+
+def updates(run: Run, start: int, stop: int, size: int, meter: Meter) -> Iterator[Replay]:
+    """This process's batches, of `size` images, of each update from start to stop - 1; meter times the waiting."""
+    cfg, proc = run.cfg, run.proc
+    batches = train_batches(
+        run.train_set, cfg.data, seed=cfg.seed, start=start, stop=stop, images_per_gpu=size,
+        global_batch=cfg.train.global_batch, rank=proc.rank, world=proc.world, masks=cfg.model.masks,
+        pin_memory=proc.device.type == "cuda",
+    )  # fmt: skip
+    count = -(-len(share(cfg.train.global_batch, proc.rank, proc.world)) // size)
+    return (Replay(lambda: meter.wait_for(batches), count) for _ in range(start, stop))
 
 
 # --- what is shown

@@ -42,7 +42,8 @@ def test_it_passes_where_images_are_kept_apart(config: Path, overrides: tuple[st
         assert all(one["relative"] < 1e-11 and one["cosine"] < 1e-20 for one in column.values())
     groups = {"features P2", "loss_cls", "d loss_cls / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
     assert groups <= set(columns["together"]) and "detections" in columns["beside a wider"]
-    assert all(one["differ"] == 0 < one["all"] for one in found["choices"]["float64"].values())
+    for one in found["flips"]["float64"].values():
+        assert one["choices"][0] == 0 < one["choices"][1] and one["backbone ReLUs"][0] == 0 < one["backbone ReLUs"][1]
     features = [one["relative"] for name, one in found["differences"]["float32"]["together"].items() if "feat" in name]
     assert 0 < max(features) < 1e-5
 

@@ -15,7 +15,7 @@ from gndet.errors import GndetError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb.  Returns the exit status: 0, or 2 after a mistake of the user's, told without a traceback."""
+    """Run a verb.  Returns its exit status, or 2 after a mistake of the user's, told without a traceback."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options)
@@ -96,11 +96,11 @@ def evaluate(options: argparse.Namespace) -> int:
     """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
     from gndet.distributed import process
     from gndet.evaluation import save_results, table
-    from gndet.inference import evaluate_checkpoint, load_detector, make_folder
+    from gndet.inference import evaluate_checkpoint, load_detector, make_room_for
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     if options.out:
-        make_folder(options.out.parent)
+        make_room_for(options.out)
     with process(device) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
         dataset, evaluation = evaluate_checkpoint(detector, proc)
@@ -131,11 +131,11 @@ def invariance(options: argparse.Namespace) -> int:
 
     cfg = load_config(options.config, options.overrides)
     from gndet.distributed import process
-    from gndet.inference import make_folder
+    from gndet.inference import make_room_for
     from gndet.invariance import check_invariance, to_json
 
     if options.out:
-        make_folder(options.out.parent)
+        make_room_for(options.out)
     with process(cfg.device) as proc:
         report = check_invariance(cfg, options.images, proc, functools.partial(print, flush=True))
     if options.out:

@@ -155,6 +155,15 @@ def total(values: Tensor, proc: Process) -> Tensor:
     return values
 
 
+def least(value: int, proc: Process) -> int:
+    """The smallest value of any process."""
+    if proc.world == 1:
+        return value
+    smallest = torch.tensor(value)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
 def any_process(flag: bool, proc: Process) -> bool:
     """Whether the flag is set in any process; all get the same answer."""
     if proc.world == 1:

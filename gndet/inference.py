@@ -1,6 +1,7 @@
 """What is done with a trained detector: evaluate it on a data set, predict on pictures."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -108,6 +109,15 @@ def predict(
     (out / "predictions.json").write_text(json.dumps(results))
     (out / "images.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
     show(f"{len(results)} detections -> {out / 'predictions.json'} (COCO results; image ids in images.json)")
+
+
+def make_room_for(file: Path) -> None:
+    """Make the folder of a results file.  Raises OutputError where that cannot be done, or the file is a folder."""
+    if file.is_dir():
+        raise OutputError(f"--out {file}: is a folder, expected the name of a file")
+    make_folder(file.parent)
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"--out {file}: cannot write this file: Permission denied")
 
 
 def make_folder(folder: Path) -> None:

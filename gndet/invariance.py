@@ -8,6 +8,7 @@ choice; float32, and bf16 on a GPU, are shown beside it.
 import functools
 import itertools
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gndet.config import Config
 from gndet.data import read_dataset
-from gndet.data.batching import share
+from gndet.data.batching import micro_batches
 from gndet.data.transforms import Sample, train_sample
 from gndet.distributed import Process, spawn, sum_gradients, total
 from gndet.errors import ConfigError, DataError
@@ -34,9 +35,11 @@ from gndet.measure import (
     compare,
     difference,
     flips,
+    largest_difference,
     measure,
     parameter_groups,
 )
+from gndet.memory import out_of_memory, release
 from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.ops.noise import hash_ints
@@ -62,18 +65,31 @@ class Report(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether all that float64 shows is rounding."""
+        """Whether all that float64 shows is rounding, and no coupling was found."""
         proof = self.differences["float64"].values()
         flipped = any(one["choices"][0] for one in self.flips["float64"].values())
-        return not flipped and all(one.small for what in proof for one in what.values())
+        return not (flipped or self.leaks) and all(one.small for what in proof for one in what.values())
 
 
 def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
     """Compare num images of data.train in all arrangements.
 
-    show: called with each line as it is known.  Raises ConfigError for num out of 4 to 16 or in a run of several
-    processes, DataError for a data set with fewer images to train on, or a broken one.
+    show: called with each line as it is known.  Raises ConfigError for num out of 4 to 16, in a run of several
+    processes, and where memory runs out, DataError for a data set with fewer images to train on, or a broken one.
     """
+    try:
+        return _check(cfg, num, proc, show)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"out of memory ({error}); lower data.max_edge, data.shortest_edge, model.box_head.regions_per_image or "
+            "--images"
+        ) from None
+
+
+def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
+    """check_invariance, for as much memory as it takes."""
     if not MIN_IMAGES <= num <= MAX_IMAGES:
         raise ConfigError(f"--images: {num}, expected {MIN_IMAGES} to {MAX_IMAGES}")
     if proc.world > 1:
@@ -194,8 +210,7 @@ def compare_detections(
 
     alone = [detected([i])[0] for i in range(num)]
     for name, places in (("together", list(range(num))), ("beside a wider", list(range(num + 1)))):
-        each = [difference(a, b) for a, b in zip(detected(places), alone, strict=True)]
-        differences[name]["detections"] = Difference(*map(max, zip(*each, strict=True)))
+        differences[name]["detections"] = largest_difference(detected(places), alone)
     model.box_head.cfg = usual
     model.train()
 
@@ -209,6 +224,7 @@ def compare_two_processes(
     """Add how losses and gradients of one process, image by image, differ from those of two that share the images."""
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": len(samples)})})
     device = model.pixel_mean.device
+    release(device)  # the two may have to share this one's GPU
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), f"{folder}/model.pt")
         spawn(share_of_two, 2, device.type, samples, num_classes, cfg, folder)
@@ -226,7 +242,7 @@ def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Co
     """One of two processes: its share of the images in one batch, the sum of both; the first leaves the result."""
     model = build_model(cfg.model, num_classes).to(proc.device, torch.float64, memory_format=torch.channels_last)
     model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device))
-    mine = share(len(samples), proc.rank, proc.world)
+    (mine,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
     batch = batch_of([samples[i] for i in mine], model.train(), cfg)
     losses = backward(model, nullcontext, [batch], len(mine), cfg)
     sum_gradients(model, proc)
@@ -275,14 +291,20 @@ def verdict(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
-    """The whole report."""
+    """The whole report; JSON has no NaN or infinity, they become null."""
     parts: dict[str, Any] = {
         "passed": report.passed,
         "differences": {
-            dtype: {name: {what: one._asdict() for what, one in column.items()} for name, column in columns.items()}
+            dtype: {
+                name: {
+                    what: {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
+                    for what, one in column.items()
+                }
+                for name, column in columns.items()
+            }
             for dtype, columns in report.differences.items()
         },
         "flips": report.flips,
         "leaks": [leak._asdict() for leak in report.leaks],
     }
-    return json.dumps(parts, indent=1)
+    return json.dumps(parts, indent=1, allow_nan=False)

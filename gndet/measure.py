@@ -3,7 +3,6 @@
 Letters: N images, L levels.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from gndet.structures import Batch
 
 COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
 RELATIVE = 1e-6  # and the relative difference
+STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps, each ceil(canvas / stride) high
 
 
 class Difference(NamedTuple):
@@ -75,9 +75,11 @@ def measure(
         with kept_statistics(model):
             with autocast(), _rectified(model, rectified):
                 levels, areas = model.features(batch.images, batch.sizes, batch.padded)
-                step = model.step(levels, areas, batch)
+                leaves = [level.detach().requires_grad_() for level in levels]
+                step = model.step(leaves, areas, batch)
             means = {name: loss[rows].sum() / num for name, loss in step.losses.items()}
-            at_pyramid = _backward(model, levels, means)
+            at_pyramid = _backward(model, leaves, means)
+            torch.autograd.backward(levels, [sum(parts) for parts in zip(*at_pyramid.values(), strict=True)])
         for row in rows:
             i = places[row]
             for stride, feature in zip(model.fpn.strides, _pictures(levels, batch, row), strict=True):
@@ -94,7 +96,7 @@ def measure(
 
 
 def _backward(model: MaskRCNN, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Add the gradient of all losses to the parameters'.  Returns {loss: its gradient at each level}."""
+    """Add the gradients of all losses to those of RPN and heads.  Returns {loss: its gradient at each level}."""
     behind = [model.rpn, model.box_head, *([] if model.mask_head is None else [model.mask_head])]
     heads = [parameter for part in behind for parameter in part.parameters() if parameter.requires_grad]
     at_pyramid = {}
@@ -103,14 +105,13 @@ def _backward(model: MaskRCNN, levels: list[Tensor], means: dict[str, Tensor]) -
         at_pyramid[name] = gradients[: len(levels)]
         for parameter, gradient in zip(heads, gradients[len(levels) :], strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-    torch.autograd.backward(levels, [sum(parts) for parts in zip(*at_pyramid.values(), strict=True)])
     return at_pyramid
 
 
 def _pictures(maps: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
     """The part of each map (B, C, H/s, W/s) that is picture, of one image, as vectors."""
     height, width = batch.sizes[row].tolist()
-    strides = [2 ** round(math.log2(batch.images.shape[2] / x.shape[2])) for x in maps]
+    strides = [next(s for s in STRIDES if -(-batch.images.shape[2] // s) == x.shape[2]) for x in maps]
     return [x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(maps, strides, strict=True)]
 
 
@@ -145,8 +146,7 @@ def compare(got: Result, alone: Result) -> dict[str, Difference]:
     """Every difference by what it is of; of features the worst image's."""
     found = {}
     for name, features in alone.features.items():
-        each = [difference(a, b) for a, b in zip(got.features[name], features, strict=True)]
-        found[name] = Difference(*map(max, zip(*each, strict=True)))
+        found[name] = largest_difference(got.features[name], features)
     for name, losses in alone.losses.items():
         found[name] = difference(torch.stack(got.losses[name]), torch.stack(losses))
     for name, parts in alone.pyramid.items():
@@ -154,12 +154,18 @@ def compare(got: Result, alone: Result) -> dict[str, Difference]:
     return found | {name: difference(got.gradients[name], gradient) for name, gradient in alone.gradients.items()}
 
 
+def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
+    """The largest of several differences; NaN is larger than any number."""
+    each = torch.tensor([difference(a, b) for a, b in zip(got, expected, strict=True)], dtype=torch.float64)
+    return Difference(*each.amax(0).tolist())
+
+
 def flips(got: Result, alone: Result) -> Flips:
     """How many yes-or-no decisions came out otherwise: what was sampled, and which ReLUs of the backbone are open."""
     sets = [(a[kind], b[kind]) for a, b in zip(got.choices, alone.choices, strict=True) for kind in a]
     bits = [pair for a, b in zip(got.signs, alone.signs, strict=True) for pair in zip(a, b, strict=True)]
     return {
-        "choices": (sum(len(a - b) for a, b in sets), sum(len(a) for a, _ in sets)),
+        "choices": (sum(len(a ^ b) for a, b in sets), sum(len(a) for a, _ in sets)),
         "backbone ReLUs": (sum(int(np.unpackbits(a ^ b).sum()) for a, b in bits), sum(8 * a.size for a, _ in bits)),
     }
 

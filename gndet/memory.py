@@ -11,6 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",  # torch's on a CPU
+    "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
+    "_STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS
+    "CUDA error: out of memory",  # the driver
+)
 
 
 @contextmanager
@@ -23,12 +29,12 @@ def limited(device: torch.device, limit: int | None, resident: int = 0) -> Itera
     if limit is None:
         yield
     elif device.type == "cuda":
-        total = torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+        total, before = torch.cuda.mem_get_info(device)[1], torch.cuda.get_per_process_memory_fraction(device)
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, before), device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+            torch.cuda.set_per_process_memory_fraction(before, device)
     else:
         with TensorBytes(limit, resident):
             yield
@@ -71,8 +77,8 @@ class TensorBytes(TorchDispatchMode):
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out, on a GPU or, in the words of torch's allocator, on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that memory ran out; libraries below torch say so in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,14 +5,15 @@ update's gradient is the sum of its images' gradients over global_batch, however
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from gndet.config import Config
-from gndet.data.batching import Replay, largest_batch, share, split
-from gndet.distributed import gather
+from gndet.data.batching import Replay, largest_batch, split
+from gndet.distributed import gather, least
 from gndet.errors import ConfigError, TrainingError
 from gndet.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.run import Run
@@ -38,15 +39,17 @@ def images_at_once(run: Run) -> int:
         raise ConfigError(
             "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a process may hold"
         )
-    mine = len(share(cfg.train.global_batch, proc.rank, proc.world))
-    sizes = sorted({-(-mine // count) for count in range(1, mine + 1)})
-    size = min(gather([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc))[0]
+    most = -(-cfg.train.global_batch // proc.world)
+    sizes = sorted({-(-most // count) for count in range(1, most + 1)})
+    size = least(largest_fitting(sizes, lambda num: fits(run, num, limit)), proc)
     if size == 0:
+        room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {cfg.train.memory_limit_mib:g}"
         raise ConfigError(
-            "train.images_per_gpu: auto: not even one image fits in "
-            f"{'the GPU' if limit is None else f'{limit // MIB} MiB'}; lower data.max_edge or data.shortest_edge"
-            + ("" if limit is None else ", or raise train.memory_limit_mib")
+            f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, beside "
+            "weights, gradients and the optimiser's state; lower data.max_edge or data.shortest_edge"
         )
+    if proc.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(proc.device)  # the log shows the run's own peak
     return size
 
 
@@ -76,15 +79,18 @@ def memory_limit(cfg: Config) -> int | None:
 
 def fits(run: Run, num: int, limit: int | None) -> bool:
     """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
-    device = run.proc.device
+    device, box_head = run.proc.device, run.cfg.model.box_head
     limit = limit or torch.cuda.memory_allocated(device) + free_memory(device)
-    batch = largest_batch(run.train_set, run.cfg.data, num, run.cfg.model.masks)
+    # on a CPU the mask head computes positive regions only: objects of that number make them all positive
+    objects = 0 if device.type == "cuda" else int(box_head.regions_per_image * box_head.positive_fraction)
+    batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
-    state = [torch.empty_like(parameter) for parameter in trainable for _ in range(to_come)]
-    for parameter in trainable:
-        parameter.grad = torch.zeros_like(parameter)
+    state: list[Tensor] = []
     try:
+        for parameter in trainable:
+            state += [torch.empty_like(parameter) for _ in range(to_come)]
+            parameter.grad = torch.zeros_like(parameter)
         with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
             backward(run.model, run.autocast, [batch], num, run.cfg)
     except RuntimeError as error:
@@ -93,7 +99,7 @@ def fits(run: Run, num: int, limit: int | None) -> bool:
         return False
     finally:
         run.model.zero_grad()
-        del state
+        state.clear()
         release(device)
     return True
 
@@ -109,42 +115,72 @@ def resident_bytes(run: Run) -> int:
 def gradients(run: Run, batches: Replay, size: int) -> tuple[dict[str, Tensor], int]:
     """Compute this process's part of an update's gradient and of its losses: sums over its images / global_batch.
 
-    size: images at once.  Where memory runs out the update starts again with half as many.  Returns the losses and
-    the size that fitted.  Raises TrainingError where nothing smaller is possible, or would change what is learned.
+    size: images at once.  Where memory runs out the update starts again with half as many.  Returns the losses and the
+    smallest size that any process went down to.  Raises TrainingError, on all processes, where nothing smaller is
+    possible in one of them or would change what is learned.  (In SyncBN's forward the others wait for the one that
+    fails: there its error is the one to read.)
     """
-    while True:
+    losses, refusal = {}, ""
+    while size and not losses:
         run.model.zero_grad()
         try:
-            with limited(run.proc.device, memory_limit(run.cfg), resident_bytes(run)):
-                return backward(run.model, run.autocast, batches, size, run.cfg), size
+            room = partial(_room, run)
+            losses = backward(run.model, run.autocast, batches, size, run.cfg, room)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            coupling = run.cfg.model.batch_coupling()
-            if coupling or size == 1:
-                raise TrainingError(
-                    f"out of memory with {size} image(s) at once (process {run.proc.rank}: {error}); "
-                    + (f"fewer would change what is learned: {coupling}; " if size > 1 else "")
-                    + "lower data.max_edge or data.shortest_edge"
-                    + (", or set train.images_per_gpu lower" if size > 1 else "")
-                ) from None
-        size //= 2  # by here the tensors of the attempt are gone with its exception
-        release(run.proc.device)
+            refusal = _refusal(run, size, error)
+        if not losses:  # by here the tensors of the attempt are gone with its exception
+            size = 0 if refusal else size // 2
+            release(run.proc.device)
+    smallest = least(size, run.proc)
+    if smallest == 0:
+        raise TrainingError("\n".join(text for texts in gather([refusal], run.proc) for text in texts if text))
+    return losses, smallest
+
+
+def _room(run: Run) -> AbstractContextManager:
+    """What a micro-batch may take up."""
+    limit = memory_limit(run.cfg)
+    return limited(run.proc.device, limit, 0 if limit is None else resident_bytes(run))
+
+
+def _refusal(run: Run, size: int, error: RuntimeError) -> str:
+    """Why a process that is out of memory cannot go on with fewer images at once; empty where it can."""
+    coupling = run.cfg.model.batch_coupling()
+    if size > 1 and not coupling:
+        return ""
+    return (
+        f"out of memory with {size} image(s) at once (process {run.proc.rank}: {error}); "
+        + (f"fewer would change what is learned: {coupling}; " if size > 1 else "")
+        + "lower data.max_edge or data.shortest_edge"
+        + (", or set train.images_per_gpu lower" if size > 1 else "")
+    )
 
 
 def backward(
-    model: nn.Module, autocast: Callable[[], AbstractContextManager], batches: Iterable[Batch], size: int, cfg: Config
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager],
+    batches: Iterable[Batch],
+    size: int,
+    cfg: Config,
+    room: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Add the gradients of batches, cut to size images, to the parameters'.  Returns their losses, on the device."""
+    """Add the gradients of batches, cut to size images, to the parameters'; each part is computed within room().
+
+    Returns the sums of their losses / global_batch, on the device.
+    """
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     for batch in batches:
         for part in split(batch, size, cfg.data.canvas_multiple):
-            with autocast():
-                losses = model(to_device(part, device))  # {name: (B,)}
-            means = {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
-            sum(means.values()).backward()
-            sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in means.items()}
+            with room():
+                with autocast():
+                    losses = model(to_device(part, device))  # {name: (B,)}
+                means = {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
+                sum(means.values()).backward()
+                sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in means.items()}
+                del losses, means
     return sums
 
 

@@ -21,7 +21,7 @@ import gndet
 from gndet.checkpoint import CHECKPOINTS, Checkpoint, point, prune, save_checkpoint
 from gndet.config import Config
 from gndet.data import read_dataset
-from gndet.data.batching import Replay, share, train_batches
+from gndet.data.batching import Replay, micro_batches, train_batches
 from gndet.distributed import Process, any_process, gather, give_first_s, place, process, sum_gradients
 from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
@@ -99,7 +99,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                 stop = any_process(bool(stopped), proc)
                 if due(done, cfg.train.log_every, total):
                     numbers = meter.read(proc) | {"lr": lr, "eta_s": meter.seconds_per_update * (total - done)}
-                    numbers["images_at_once"] = min(gather([size], proc))[0]  # of the process with the least memory
+                    numbers["images_at_once"] = size
                     log.train(done, numbers)
                 evaluating = due(done, cfg.train.eval_every, total)
                 if evaluating:
@@ -239,7 +239,7 @@ def updates(run: Run, start: int, stop: int, size: int, meter: Meter) -> Iterato
         global_batch=cfg.train.global_batch, rank=proc.rank, world=proc.world, masks=cfg.model.masks,
         pin_memory=proc.device.type == "cuda",
     )  # fmt: skip
-    count = -(-len(share(cfg.train.global_batch, proc.rank, proc.world)) // size)
+    count = len(micro_batches(cfg.train.global_batch, size, proc.rank, proc.world))
     return (Replay(lambda: meter.wait_for(batches), count) for _ in range(start, stop))
 
 

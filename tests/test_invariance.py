@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,26 @@ from test_train import CONFIG
 
 from gndet.cli import main
 from gndet.config import BoxHeadConfig, NormConfig, RPNConfig
+from gndet.config_file import load_config
+from gndet.data import read_dataset
+from gndet.data.transforms import Sample
+from gndet.distributed import Process
+from gndet.errors import ConfigError
+from gndet.invariance import check_invariance, choose_samples
 from gndet.leaks import Leak, find_leaks
-from gndet.measure import difference
+from gndet.measure import (
+    Result,
+    batch_of,
+    compare,
+    difference,
+    flips,
+    largest_difference,
+    measure,
+    parameter_groups,
+)
+from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.weights.load import initial_model
 
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
 
@@ -117,6 +135,54 @@ def test_a_divisor_of_the_whole_batch_is_found_as_normaliser() -> None:
     model.mask_head.loss = pooled
     (leak,) = leaks(model)
     assert (leak.coupling, leak.where) == ("normaliser", "loss_mask")
+
+
+def test_what_it_measures_is_the_gradient_that_training_takes(config: Path) -> None:
+    cfg = load_config(config, ["train.global_batch=4"])
+    dataset = read_dataset(cfg.data.train, cfg.data)
+    samples = choose_samples(dataset, cfg, 4)
+    model = initial_model(cfg, dataset.classes)[0].double()
+    measured = measure(model, [*samples, samples[0]], [[0, 1, 2, 3]], cfg, nullcontext).gradients
+    backward(model, nullcontext, [batch_of(samples, model, cfg)], 4, cfg)
+    for name, gradient in parameter_groups(model).items():
+        assert difference(measured[name], gradient).relative < 1e-12, name
+
+
+def test_a_choice_that_differs_counts_whichever_side_it_is_on() -> None:
+    one, other = Result({}, {}, {}, {}, [{"a": {(1,), (2,)}}], [[]]), Result({}, {}, {}, {}, [{"a": {(1,)}}], [[]])
+    assert flips(one, other)["choices"][0] == flips(other, one)["choices"][0] == 1
+
+
+def test_a_narrow_canvas_is_measured_at_its_true_strides(config: Path) -> None:
+    cfg = load_config(config, ["data.canvas_multiple=8"])
+    sizes = [(65, 130), (70, 70), (80, 33)]
+    samples = [
+        Sample(image[:, :h, :w], gt[0][:1], gt[1][:1], gt[2][:1], 0)
+        for (h, w), image, *gt in zip(sizes, *make_batch([*sizes])[:1], *make_batch(sizes).gt[:3], strict=True)
+    ]
+    model = initial_model(cfg, ("a", "b", "c", "d", "e"))[0].double()
+    got, alone = (measure(model, samples, places, cfg, nullcontext) for places in ([[0, 1]], [[0], [1]]))
+    assert all(one.small for one in compare(got, alone).values())
+
+
+def test_out_of_memory_is_a_mistake_with_a_remedy(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.autograd, "backward", full)
+    with pytest.raises(ConfigError, match=r"out of memory \(no room\); lower data\.max_edge"):
+        check_invariance(load_config(config), 4, Process(0, 1, torch.device("cpu")), lambda line: None)
+
+
+def test_a_report_that_cannot_be_written_is_told_first(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["invariance", str(config), "--out", str(config.parent)]) == 2
+    assert "is a folder, expected the name of a file" in capsys.readouterr().err
+
+
+def test_nan_in_one_image_is_a_difference() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
+    assert not largest_difference([good, bad], [good, good]).small
+    assert largest_difference([good, good], [good, good]) == (0, 0)
 
 
 def test_difference_by_hand() -> None:

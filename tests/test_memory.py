@@ -47,6 +47,9 @@ def test_a_real_failure_to_allocate_is_recognised() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**55)
     assert out_of_memory(error.value)
+    # in the words of cuDNN, cuBLAS and the driver, which raise plain errors
+    for words in ("GET was unable to find an engine to execute this computation", "CUBLAS_STATUS_ALLOC_FAILED when"):
+        assert out_of_memory(RuntimeError(words))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

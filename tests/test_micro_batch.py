@@ -18,7 +18,7 @@ from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
 from gndet.config import Config, DataConfig
 from gndet.config_file import load_config
 from gndet.data import read_dataset
-from gndet.data.batching import Replay, largest_batch, share, split, train_batches
+from gndet.data.batching import Replay, largest_batch, micro_batches, split, train_batches
 from gndet.distributed import Process, sum_gradients
 from gndet.errors import ConfigError, TrainingError
 from gndet.memory import MIB, TensorBytes
@@ -55,7 +55,7 @@ def difference(a: Path, b: Path) -> tuple[float, float]:
 
 
 def test_8x1_4x2_1x8_and_2_processes_x_2_x_2_learn_the_same(config: Path) -> None:
-    recipe = ("train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1")
+    recipe = ("train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1", "train.schedule.updates=4")
     train(load(config, "whole", *EXACT, *recipe, "train.images_per_gpu=8"))
     for size in (1, 2, 3):
         train(load(config, f"by-{size}", *EXACT, *recipe, f"train.images_per_gpu={size}"))
@@ -80,12 +80,21 @@ def test_batch_statistics_do_not_learn_the_same(config: Path) -> None:
 
 
 def test_sync_bn_over_two_processes_learns_what_bn_does_in_one(config: Path) -> None:
-    options = (*EXACT, "train.global_batch=4", "train.schedule.updates=2", "model.masks=false")
+    options = (*EXACT, "train.schedule.updates=2", "model.masks=false")  # two micro-batches an update
     options += ("data.shortest_edge=[64]",)  # nothing padded: BN would see how much
     train(load(config, "one", *options, "model.norm.kind=bn", "train.images_per_gpu=4"))
     run = torchrun(config, "two", *options, "model.norm.kind=sync_bn", "train.images_per_gpu=2")
     assert run.returncode == 0, run.stderr
     assert max(difference(config.parent / "one", config.parent / "two")) < 1e-9
+
+
+def test_a_process_that_cannot_go_on_ends_the_run_with_its_reason_on_all(config: Path) -> None:
+    sizes = ("data.shortest_edge=[64,128]", "train.global_batch=2", "train.images_per_gpu=1")
+    limit = sum(peak_mib(config, 1, f"data.shortest_edge=[{edge}]", first=True) for edge in (64, 128)) / 2
+    run = torchrun(config, "run", *sizes, f"train.memory_limit_mib={limit}", "train.log_every=1")
+    told = [line for line in run.stderr.splitlines() if line.startswith("gndet train: ")]
+    assert run.returncode != 0 and "Connection closed" not in run.stderr
+    assert told and all("out of memory with 1 image(s) at once (process " in line for line in told), run.stderr
 
 
 def count_messages(rank: int, rendezvous: str, outputs: str) -> None:
@@ -109,11 +118,14 @@ def test_every_gradient_is_sent_once_an_update(tmp_path: Path) -> None:
         assert got["sent"] == len(got["gradients"]) and (got["gradients"] == 1).all()
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
-def test_shares_cover_an_update_and_differ_by_one_image_at_most(world: int) -> None:
-    shares = [share(8, rank, world) for rank in range(world)]
-    assert [place for one in shares for place in one] == list(range(8))
+def test_shares_cover_an_update_and_differ_by_one_image_at_most(world: int, size: int) -> None:
+    shares = [[place for part in micro_batches(8, size, rank, world) for place in part] for rank in range(world)]
+    assert sorted(place for one in shares for place in one) == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(len(part) <= size for rank in range(world) for part in micro_batches(8, size, rank, world))
+    assert micro_batches(8, 2, 1, 2) == [range(2, 4), range(6, 8)]  # a round's images stand beside each other
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
@@ -143,6 +155,7 @@ def test_no_batch_is_larger_than_the_largest(config: Path, data_root: Path, edge
     train_set = read_dataset(data.train, data)
     for num in (1, 3):
         largest = largest_batch(train_set, data, num, masks=True)
+        assert largest_batch(train_set, data, num, masks=True, objects=200).gt.valid.sum() == 200 * num
         assert len(largest.images) == num and largest.gt.masks.shape[1:] == (largest.gt.valid.shape[1], 112, 112)
         for batch in train_batches(
             train_set, data, seed=0, start=0, stop=60 // num, images_per_gpu=num, global_batch=num, rank=0, world=1,
@@ -155,15 +168,16 @@ def test_no_batch_is_larger_than_the_largest(config: Path, data_root: Path, edge
 # --- as many as fit in memory
 
 
-def peak_mib(config: Path, size: int, *overrides: str) -> float:
-    """The peak of tensors in a step over the largest batch of `size` images."""
+def peak_mib(config: Path, size: int, *overrides: str, first: bool = False) -> float:
+    """The peak of tensors in a step over the largest batch of `size` images, the first one of its update or not."""
     cfg = load(config, "peak", *overrides)
     run, _ = build_run(cfg, Path("unused"), Process(0, 1, torch.device("cpu")), None)
     for parameter in run.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = None if first else torch.zeros_like(parameter)
     momentum = sum(p.nbytes for p in run.model.parameters())
+    batch = largest_batch(run.train_set, cfg.data, size, masks=True, objects=4)  # as many as regions may be positive
     with TensorBytes(10**12, resident_bytes(run) + momentum) as counted:
-        backward(run.model, run.autocast, [largest_batch(run.train_set, cfg.data, size, True)], size, cfg)
+        backward(run.model, run.autocast, [batch], size, cfg)
     return counted.peak / MIB
 
 
@@ -182,7 +196,7 @@ def test_auto_takes_the_largest_that_leaves_the_margin_free(config: Path, size: 
 
 
 def test_auto_that_cannot_is_refused_before_anything_is_written(config: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not even one image fits in 50 MiB; lower data\.max_edge"):
+    with pytest.raises(ConfigError, match=r"not even one image fits in 90 % of train\.memory_limit_mib: 50, beside"):
         train(load(config, "run", "train.images_per_gpu=auto", "train.memory_limit_mib=50"))
     with pytest.raises(ConfigError, match=r"auto on a CPU needs train\.memory_limit_mib"):
         train(load(config, "run", "train.images_per_gpu=auto"))

@@ -7,5 +7,5 @@ import sys
 
 from gndet.cli import main
 
-if __name__ == "__main__":  # loader processes may import this file again
+if __name__ == "__main__":  # the two processes that it starts import this file again
     raise SystemExit(main(["invariance", *sys.argv[1:]]))

@@ -81,10 +81,11 @@ def split(batch: Batch, num: int, canvas_multiple: int) -> list[Batch]:
     return parts
 
 
-def largest_batch(dataset: Dataset, data: DataConfig, num: int, masks: bool) -> Batch:
-    """A made-up batch that takes as much memory as num training images can: noise, of the largest canvas and M.
+def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, objects: int = 0) -> Batch:
+    """A made-up batch as large as num training images can be: noise, of the largest canvas and M.
 
-    One image is the largest picture; of two, one may be the tallest and the other the widest.
+    One image is the largest picture; of two, one may be the tallest and the other the widest.  It has as many objects
+    as any image has, and `objects` at least.
     """
     shapes = {record.size for record in dataset.records}
     edges = (min(data.shortest_edge), max(data.shortest_edge))
@@ -94,7 +95,7 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, masks: bool) -> 
     (height, width), padded = _canvas(sizes, data.canvas_multiple)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (num, 3, height, width), generator=generator, dtype=torch.uint8)
-    most = max(len(record.labels) for record in dataset.records)
+    most = max(objects, *(len(record.labels) for record in dataset.records))
     slots, side = _slots(most), MASK_SIDE if masks else 0
     corners = torch.rand(num, slots, 2, 2, generator=generator).sort(dim=2).values * torch.tensor([width, height])
     valid = (torch.arange(slots) < most).expand(num, slots)
@@ -119,9 +120,17 @@ class Replay:
             yield self.taken[i]
 
 
-def share(global_batch: int, rank: int, world: int) -> range:
-    """The places in an update of the images that a process computes; shares differ by one image at the most."""
-    return range(global_batch * rank // world, global_batch * (rank + 1) // world)
+def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[range]:
+    """The places in an update of the images that a process computes, by micro-batch of `size` images at the most.
+
+    In rounds of size x world images, which the processes share in order, the last round as evenly as can be: shares
+    of an update differ by one image at the most.
+    """
+    rounds = []
+    for first in range(0, global_batch, size * world):
+        left = min(size * world, global_batch - first)
+        rounds.append(range(first + left * rank // world, first + left * (rank + 1) // world))
+    return [places for places in rounds if places]
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -145,10 +154,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Give this process its micro-batches of the updates start .. stop - 1.
 
-    An update's global_batch positions are shared out in order, and each share is cut into micro-batches of
-    images_per_gpu, the last of which may be smaller.  The result does not depend on data.workers.  Raises DataError
-    for a data set without an image to train on or, with masks, for an object without one; while iterating, for a
-    broken picture.
+    An update's global_batch positions are dealt as `micro_batches` says.  The result does not depend on data.workers.
+    Raises DataError for a data set without an image to train on or, with masks, for an object without one; while
+    iterating, for a broken picture.
     """
     usable = [i for i, record in enumerate(dataset.records) if data.keep_empty or not record.crowd.all()]
     if not usable:
@@ -156,11 +164,11 @@ def train_batches(
     if masks:
         for index in usable:
             check_masks(dataset.records[index])
-    mine = share(global_batch, rank, world)
+    mine = micro_batches(global_batch, images_per_gpu, rank, world)
     runs = (
-        range(update * global_batch + first, update * global_batch + min(first + images_per_gpu, mine.stop))
+        range(update * global_batch + places.start, update * global_batch + places.stop)
         for update in range(start, stop)
-        for first in range(mine.start, mine.stop, images_per_gpu)
+        for places in mine
     )
     places = _places(runs, seed, usable)
     load = functools.partial(_load_train, dataset.records, data, seed, masks)

@@ -80,7 +80,8 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             for update, batches in stream:
                 lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
                 set_learning_rate(run.optimizer, lr)
-                losses, fitting = gradients(run, batches, size)
+                with kept(run, update, total, best, values):
+                    losses, fitting = gradients(run, batches, size)
                 if fitting < size:
                     log.message(
                         f"update {update + 1}: out of memory with {size} images at once, computed with {fitting} from "
@@ -103,12 +104,8 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                     log.train(done, numbers)
                 evaluating = due(done, cfg.train.eval_every, total)
                 if evaluating:
-                    try:
-                        with meter.pause():
-                            values = scalars(evaluate_run(run, done, log))
-                    except GndetError:  # a picture that cannot be read, say: what was learned is kept
-                        save(run, done, total, best, values, better=False)
-                        raise
+                    with kept(run, done, total, best, values), meter.pause():
+                        values = scalars(evaluate_run(run, done, log))
                 if evaluating or stop or due(done, cfg.train.checkpoint_every, total):
                     with meter.pause():
                         better = evaluating and (best is None or score(values) > best.score)
@@ -158,6 +155,17 @@ def save(run: Run, done: int, total: int, best: Best | None, values: dict[str, f
         point(run.out, "best", folder)
     point(run.out, "last", folder)
     prune(run.out, run.cfg.train.keep_last)
+
+
+@contextmanager
+def kept(run: Run, done: int, total: int, best: Best | None, values: dict[str, float]) -> Iterator[None]:
+    """Save what was learned in `done` updates where what follows fails: a picture cannot be read, memory runs out."""
+    try:
+        yield
+    except GndetError:
+        if done:
+            save(run, done, total, best, values, better=False)
+        raise
 
 
 def fingerprint(dataset: Dataset) -> str:

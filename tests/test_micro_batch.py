@@ -15,6 +15,7 @@ from models import make_batch, small_model
 from rich.console import Console
 from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
 
+from gndet.checkpoint import load_checkpoint
 from gndet.config import Config, DataConfig
 from gndet.config_file import load_config
 from gndet.data import read_dataset
@@ -225,6 +226,11 @@ def test_running_out_of_memory_stops_the_run_where_fewer_would_change_what_is_le
     limit = "train.memory_limit_mib=100"
     with pytest.raises(TrainingError, match=r"out of memory with 1 image\(s\) at once .*lower data\.max_edge"):
         train(load(config, "run", "train.images_per_gpu=1", "train.optimizer.kind=adamw", limit))
+    options = ("train.images_per_gpu=1", "train.global_batch=1", "train.checkpoint_every=0", "data.shortest_edge=[64]")
+    room = peak_mib(config, 1, "data.shortest_edge=[64]", first=True) - 40  # SGD's momentum comes with the first update
+    with pytest.raises(TrainingError, match="out of memory"):
+        train(load(config, "late", *options, f"train.memory_limit_mib={room}"))
+    assert load_checkpoint(config.parent / "late" / "last").meta["update"] == 1  # what was learned is kept
     tight = f"train.memory_limit_mib={peak_mib(config, 2)}"
     with pytest.raises(TrainingError, match=r"with 8 image.*fewer would change what is learned: .*kind: bn.* lower"):
         train(load(config, "bn", "train.images_per_gpu=8", "model.norm.kind=bn", tight))

@@ -262,7 +262,7 @@ def differences_table(report: Report, dtype: str) -> str:
     for name in names:
         cells = [f"{d.relative:.0e} {d.cosine:.0e}" if (d := column.get(name)) else "" for column in columns.values()]
         rows.append([name, *cells])
-    for kind in ("choices", "backbone ReLUs"):
+    for kind in ("choices", "ReLUs"):
         counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else None for name in columns]
         rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]} of {one[1]:.3g}" for one in counts)])
     return aligned(rows)

@@ -38,6 +38,13 @@ class Difference(NamedTuple):
         return self.relative < RELATIVE and self.cosine < COSINE
 
 
+class Signs(NamedTuple):
+    """Where each ReLU is open, in packed bits."""
+
+    maps: list[np.ndarray]  # of backbone and RPN, on the picture
+    regions: list[np.ndarray]  # of the box head, for the sampled regions
+
+
 class Result(NamedTuple):
     """What N images gave in one arrangement."""
 
@@ -46,7 +53,7 @@ class Result(NamedTuple):
     pyramid: dict[str, list[Tensor]]  # {a loss's gradient at the pyramid: N vectors}
     gradients: dict[str, Tensor]  # {group of parameters: the gradient of the mean loss, one vector}
     choices: list[Choices]  # N
-    signs: list[list[np.ndarray]]  # N: where each ReLU of the backbone is open, packed bits of the picture
+    signs: list[Signs]  # N
 
 
 Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how many}
@@ -66,14 +73,15 @@ def measure(
 ) -> Result:
     """Run batches, lists of places in samples (the last of which is the mate), through a step that changes nothing."""
     num = len(samples) - 1
-    result = Result({}, {}, {}, {}, [{} for _ in range(num)], [[] for _ in range(num)])
+    result = Result({}, {}, {}, {}, [{}] * num, [Signs([], [])] * num)
     model.zero_grad()
     for places in batches:
         batch = batch_of([samples[i] for i in places], model, cfg)
         rows = [row for row, i in enumerate(places) if i < num]
-        rectified: list[Tensor] = []
+        maps: list[Tensor] = []
+        regions: list[Tensor] = []
         with kept_statistics(model):
-            with autocast(), _rectified(model, rectified):
+            with autocast(), _open_relus(model, maps, regions):
                 levels, areas = model.features(batch.images, batch.sizes, batch.padded)
                 leaves = [level.detach().requires_grad_() for level in levels]
                 step = model.step(leaves, areas, batch)
@@ -89,7 +97,8 @@ def measure(
                 gradient = torch.cat(_pictures(at_pyramid[name], batch, row))
                 result.pyramid.setdefault(f"d {name} / d pyramid", [None] * num)[i] = gradient
             result.choices[i] = choices(step, row)
-            result.signs[i] = [np.packbits(x.cpu().numpy()) for x in _pictures(rectified, batch, row)]
+            sampled = [x.unflatten(0, step.regions.valid.shape)[row][step.regions.valid[row]] for x in regions]
+            result.signs[i] = Signs(_packed(_pictures(maps, batch, row)), _packed(sampled))
     result.gradients.update(parameter_groups(model))
     model.zero_grad()
     return result
@@ -128,18 +137,26 @@ def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _rectified(model: MaskRCNN, outputs: list[Tensor]) -> Iterator[None]:
-    """Collect where the output (B, C, H/s, W/s) of each ReLU of the backbone is positive, in the order they run."""
-    handles = [
-        module.register_forward_hook(lambda m, args, out: outputs.append(out > 0))
-        for module in model.backbone.modules()
-        if isinstance(module, BasicBlock | Bottleneck) or (isinstance(module, ConvNorm) and module.relu)
+def _open_relus(model: MaskRCNN, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
+    """Collect where each ReLU is open, in the order they run.
+
+    maps: of backbone and RPN, (B, C, H/s, W/s) bool.  regions: of the box head, (B * R, ...) bool.
+    """
+    whole = [m for m in model.backbone.modules() if isinstance(m, BasicBlock | Bottleneck | ConvNorm)] + [
+        model.rpn.conv
     ]
+    heard = [(m, maps) for m in whole if not isinstance(m, ConvNorm) or m.relu]
+    heard += [(m, regions) for m in (*model.box_head.convs, *model.box_head.fcs)]
+    handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _packed(masks: list[Tensor]) -> list[np.ndarray]:
+    return [np.packbits(mask.cpu().numpy()) for mask in masks]
 
 
 def compare(got: Result, alone: Result) -> dict[str, Difference]:
@@ -161,12 +178,19 @@ def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Dif
 
 
 def flips(got: Result, alone: Result) -> Flips:
-    """How many yes-or-no decisions came out otherwise: what was sampled, and which ReLUs of the backbone are open."""
-    sets = [(a[kind], b[kind]) for a, b in zip(got.choices, alone.choices, strict=True) for kind in a]
-    bits = [pair for a, b in zip(got.signs, alone.signs, strict=True) for pair in zip(a, b, strict=True)]
+    """How many yes-or-no decisions came out otherwise: what was sampled, and which ReLUs are open.
+
+    The box head's ReLUs count for images whose sampled regions are the same, the mask head's do not.
+    """
+    sets, bits = [], []
+    for a, b, open_a, open_b in zip(got.choices, alone.choices, got.signs, alone.signs, strict=True):
+        sets += [(a[kind], b[kind]) for kind in a]
+        bits += zip(open_a.maps, open_b.maps, strict=True)
+        if a["sampled regions"] == b["sampled regions"]:
+            bits += zip(open_a.regions, open_b.regions, strict=True)
     return {
         "choices": (sum(len(a ^ b) for a, b in sets), sum(len(a) for a, _ in sets)),
-        "backbone ReLUs": (sum(int(np.unpackbits(a ^ b).sum()) for a, b in bits), sum(8 * a.size for a, _ in bits)),
+        "ReLUs": (sum(int(np.unpackbits(a ^ b).sum()) for a, b in bits), sum(8 * a.size for a, _ in bits)),
     }
 
 

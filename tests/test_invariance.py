@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from gndet.invariance import check_invariance, choose_samples
 from gndet.leaks import Leak, find_leaks
 from gndet.measure import (
     Result,
+    Signs,
     batch_of,
     compare,
     difference,
@@ -61,7 +63,7 @@ def test_it_passes_where_images_are_kept_apart(config: Path, overrides: tuple[st
     groups = {"features P2", "loss_cls", "d loss_cls / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
     assert groups <= set(columns["together"]) and "detections" in columns["beside a wider"]
     for one in found["flips"]["float64"].values():
-        assert one["choices"][0] == 0 < one["choices"][1] and one["backbone ReLUs"][0] == 0 < one["backbone ReLUs"][1]
+        assert one["choices"][0] == 0 < one["choices"][1] and one["ReLUs"][0] == 0 < one["ReLUs"][1]
     features = [one["relative"] for name, one in found["differences"]["float32"]["together"].items() if "feat" in name]
     assert 0 < max(features) < 1e-5
 
@@ -149,8 +151,19 @@ def test_what_it_measures_is_the_gradient_that_training_takes(config: Path) -> N
 
 
 def test_a_choice_that_differs_counts_whichever_side_it_is_on() -> None:
-    one, other = Result({}, {}, {}, {}, [{"a": {(1,), (2,)}}], [[]]), Result({}, {}, {}, {}, [{"a": {(1,)}}], [[]])
-    assert flips(one, other)["choices"][0] == flips(other, one)["choices"][0] == 1
+    def result(*ids: int) -> Result:
+        return Result({}, {}, {}, {}, [{"sampled regions": {(one,) for one in ids}}], [Signs([], [])])
+
+    assert flips(result(1, 2), result(1))["choices"] == (1, 2) and flips(result(1), result(1, 2))["choices"] == (1, 1)
+
+
+def test_relus_that_switch_are_counted() -> None:
+    def result(region: int, *bits: int) -> Result:
+        signs = Signs([np.array(bits, np.uint8)], [np.array(bits, np.uint8)])
+        return Result({}, {}, {}, {}, [{"sampled regions": {(region,)}}], [signs])
+
+    assert flips(result(1, 255, 1), result(1, 254, 3))["ReLUs"] == (4, 32)
+    assert flips(result(2, 255, 1), result(1, 254, 3))["ReLUs"] == (2, 16)  # other regions are not compared
 
 
 def test_a_narrow_canvas_is_measured_at_its_true_strides(config: Path) -> None:

@@ -264,7 +264,7 @@ def differences_table(report: Report, dtype: str) -> str:
         rows.append([name, *cells])
     for kind in ("choices", "ReLUs"):
         counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else None for name in columns]
-        rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]} of {one[1]:.3g}" for one in counts)])
+        rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]:,} of {one[1]:,}" for one in counts)])
     return aligned(rows)
 
 

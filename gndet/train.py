@@ -144,7 +144,7 @@ def save(run: Run, done: int, total: int, best: Best | None, values: dict[str, f
         groups["ema"] = run.average.module.state_dict()
     meta = {
         "update": done, "total_updates": total, "best": best and best.score,
-        "best_update": best and best.update,
+        "best_update": best and best.update, "processes": run.proc.world,
         "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
         "config": run.cfg.model_dump(mode="json"), "classes": list(run.train_set.classes),
         "category_ids": list(run.train_set.category_ids), "data": fingerprint(run.train_set), "versions": versions(),
@@ -225,6 +225,12 @@ def restore(run: Run, saved: Checkpoint | None) -> int:
         raise TrainingError(
             f"{saved.path}: trained on other images or objects than {run.train_set.name} now holds; put the data back, "
             "or choose another out=FOLDER with train.weights set to this run"
+        )
+    before, coupling = saved.meta.get("processes", run.proc.world), run.cfg.model.batch_coupling()
+    if coupling and before != run.proc.world:
+        raise TrainingError(
+            f"{saved.path}: trained by {before} process(es), there are {run.proc.world} now, which would change what "
+            f"is learned: {coupling}; go on with {before}, or choose another out=FOLDER"
         )
     if run.proc.first:  # a kill may have come before the links were set
         point(run.out, "last", saved.path)

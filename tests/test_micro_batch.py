@@ -274,3 +274,7 @@ def test_the_split_may_change_when_a_run_goes_on_unless_it_matters(config: Path)
     forget(config.parent / "bn", 2)
     with pytest.raises(TrainingError, match=r"train\.images_per_gpu: 4 there, 2 now"):
         train(cfg("bn", "train.images_per_gpu=2", "model.norm.kind=bn"))
+    options = ("train.checkpoint_every=1", "train.schedule.updates=2", "train.images_per_gpu=4", "model.norm.kind=bn")
+    refused = torchrun(config, "bn", *options)
+    assert refused.returncode != 0
+    assert "trained by 1 process(es), there are 2 now, which would change what is learned: model.norm" in refused.stderr

@@ -276,7 +276,9 @@ class Config(Section):
             if coupling:
                 raise ValueError(f"train.images_per_gpu: auto would change what is learned: {coupling}; give a number")
         elif part > whole:
-            raise ValueError(f"train.images_per_gpu: {part} is more than train.global_batch: {whole}, the images of an update")
+            raise ValueError(
+                f"train.images_per_gpu: {part} is more than train.global_batch: {whole}, the images of an update"
+            )
         elif coupling and whole % part:
             raise ValueError(
                 f"train.global_batch: {whole} is not a multiple of train.images_per_gpu: {part}, and {coupling}"

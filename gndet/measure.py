@@ -130,9 +130,8 @@ def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             words = name.split(".")
-            groups.setdefault(".".join(words[: 2 if words[0] == "backbone" else 1]), []).append(
-                parameter.grad.flatten()
-            )
+            group = ".".join(words[: 2 if words[0] == "backbone" else 1])
+            groups.setdefault(group, []).append(parameter.grad.flatten())
     return {f"d all / d {name}": torch.cat(parts) for name, parts in groups.items()}
 
 
@@ -142,9 +141,8 @@ def _open_relus(model: MaskRCNN, maps: list[Tensor], regions: list[Tensor]) -> I
 
     maps: of backbone and RPN, (B, C, H/s, W/s) bool.  regions: of the box head, (B * R, ...) bool.
     """
-    whole = [m for m in model.backbone.modules() if isinstance(m, BasicBlock | Bottleneck | ConvNorm)] + [
-        model.rpn.conv
-    ]
+    whole = [m for m in model.backbone.modules() if isinstance(m, BasicBlock | Bottleneck | ConvNorm)]
+    whole.append(model.rpn.conv)
     heard = [(m, maps) for m in whole if not isinstance(m, ConvNorm) or m.relu]
     heard += [(m, regions) for m in (*model.box_head.convs, *model.box_head.fcs)]
     handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]

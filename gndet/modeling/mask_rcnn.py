@@ -88,7 +88,7 @@ class MaskRCNN(nn.Module):
         strides = self.fpn.strides[:ROI_LEVELS]
         levels = [
             feature if areas[stride] is None else extend_edges(feature, areas[stride].sizes)
-            for feature, stride in zip(features, strides, strict=False)
+            for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True)
         ]
         return levels, strides
 

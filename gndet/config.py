@@ -4,9 +4,19 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from gndet.compat import PRESETS, beneath
+
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Edge = Annotated[int, Field(ge=16)]  # pixels
+Clip = Annotated[
+    Literal["edges", "pixels"],
+    Field(description="boxes end at the picture's edges, or inside its last pixel (Detectron)"),
+]
+RoIAlign = Annotated[
+    Literal["aligned", "unaligned", "detectron"],
+    Field(description="to half pixels (detectron2, mmdetection) or not (torchvision; detectron: last pixel left out)"),
+]
 
 
 class Section(BaseModel):
@@ -52,10 +62,13 @@ class NormConfig(Section):
 
 
 class BackboneConfig(Section):
-    """ResNet (He et al. 2016), stride in the 3x3 convolution of a bottleneck."""
+    """ResNet (He et al. 2016)."""
 
     depth: Literal[18, 34, 50, 101, 152] = 50
     norm: NormConfig | None = Field(None, description="whole override of model.norm for this part")
+    stride_in_1x1: bool = Field(
+        False, description="stride of a bottleneck in its first 1x1, as in MSRA's BN weights; else in its 3x3"
+    )
     freeze_at: int = Field(
         0, ge=0, le=5, description="freeze the stem (1) and stages res2..res5 (2..5); 0 freezes nothing. Detectron: 2"
     )
@@ -80,9 +93,18 @@ class RPNConfig(Section):
     aspect_ratios: tuple[Positive, ...] = Field(
         (0.5, 1.0, 2.0), min_length=1, max_length=16, description="height / width"
     )
+    num_convs: int = Field(1, ge=1, description="3x3 convolutions before the predictors; torchvision's v2 models: 2")
     norm: NormConfig | None = Field(
         NormConfig(kind="none"), description="the RPN has no norm in any toolkit; null takes model.norm"
     )
+    anchors: Literal["exact", "rounded", "detectron"] = Field(
+        "exact", description="corners as computed (detectron2), in whole pixels (torchvision), or Detectron's rounding"
+    )
+    anchor_stride: Literal["level", "canvas"] = Field(
+        "level", description="canvas: canvas side // map side (torchvision), which is not 64 on every P6"
+    )
+    anchors_in_padding: bool = Field(False, description="anchors in the padding beside a picture, as other toolkits")
+    straddling_anchors: bool = Field(True, description="train on anchors that reach over the edge; Detectron: false")
     positive_iou: float = Field(0.7, ge=0, le=1)
     negative_iou: float = Field(0.3, ge=0, le=1)
     anchors_per_image: int = Field(256, ge=2, description="sampled for the loss")
@@ -92,6 +114,8 @@ class RPNConfig(Section):
     pre_nms_test: int = Field(1000, ge=1)
     post_nms_train: int = Field(1000, ge=1, description="proposals an image; per image, never per batch (detectron2)")
     post_nms_test: int = Field(1000, ge=1)
+    min_size: float = Field(0.0, ge=0, description="pixels; a proposal's sides are longer (torchvision: 0.001)")
+    clip: Clip = "edges"
     loss_beta: float = Field(0.0, ge=0, description="smooth-L1 transition; 0 is L1 (detectron2), 1/9 Detectron")
 
 
@@ -105,11 +129,14 @@ class BoxHeadConfig(Section):
     norm: NormConfig | None = Field(None, description="whole override of model.norm; the 2fc head has no norm")
     pool_size: int = Field(7, ge=1, description="side of the RoIAlign output")
     sampling_ratio: int = Field(2, ge=0, description="RoIAlign samples a bin; 0 is adaptive (detectron2)")
+    roi_align: RoIAlign = "aligned"
     regions_per_image: int = Field(512, ge=1)
     positive_fraction: float = Field(0.25, gt=0, le=1)
     positive_iou: float = Field(0.5, ge=0, le=1)
     loss_beta: float = Field(0.0, ge=0, description="smooth-L1 transition; 0 is L1 (detectron2), 1 Detectron")
     score_threshold: float = Field(0.05, ge=0, le=1, description="of detections")
+    min_size: float = Field(0.0, ge=0, description="pixels; a detection's sides are longer (torchvision: 0.01)")
+    clip: Clip = "edges"
     nms_threshold: float = Field(0.5, gt=0, le=1, description="of detections, class by class")
     detections_per_image: int = Field(100, ge=1)
 
@@ -122,11 +149,19 @@ class MaskHeadConfig(Section):
     norm: NormConfig | None = None
     pool_size: int = Field(14, ge=1, description="side of the RoIAlign output; masks have twice that")
     sampling_ratio: int = Field(2, ge=0)
+    roi_align: RoIAlign = "aligned"
+    targets: Literal["binary", "soft"] = Field("binary", description="soft: not thresholded (torchvision)")
+    paste: Literal["exact", "rounded", "detectron"] = Field(
+        "exact", description="exact: at pixel centres (detectron2); rounded: into whole pixels (torchvision, Detectron)"
+    )
 
 
 class ModelConfig(Section):
     """A Mask R-CNN; masks: false makes it a Faster R-CNN."""
 
+    compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = Field(
+        "gndet", description="a toolkit's conventions as defaults of the options below: `compat.PRESETS`"
+    )
     norm: NormConfig = NormConfig()
     masks: bool = True
     pixel_mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="RGB, 0-255 (ImageNet)")
@@ -136,6 +171,13 @@ class ModelConfig(Section):
     rpn: RPNConfig = RPNConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _conventions_are_defaults(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("compat") in PRESETS:
+            return beneath(PRESETS[values["compat"]], values)
+        return values
 
     def part_norms(self) -> dict[str, NormConfig]:
         """The norm of each part: its own, or model.norm."""

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gndet.compat import without_conventions
 from gndet.config import Config
 from gndet.errors import ConfigError
 
@@ -36,6 +37,8 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
     """Apply `key=value` overrides to a Config; source names where it came from in errors."""
     origin: Origin = {}
     tree = cfg.model_dump(mode="json")
+    if any(text.startswith("model.compat=") for text in overrides):
+        tree["model"] = without_conventions(tree["model"])
     _override(tree, overrides, origin)
     return _validated(tree, origin, source)
 

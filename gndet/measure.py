@@ -142,7 +142,7 @@ def _open_relus(model: MaskRCNN, maps: list[Tensor], regions: list[Tensor]) -> I
     maps: of backbone and RPN, (B, C, H/s, W/s) bool.  regions: of the box head, (B * R, ...) bool.
     """
     whole = [m for m in model.backbone.modules() if isinstance(m, BasicBlock | Bottleneck | ConvNorm)]
-    whole.append(model.rpn.conv)
+    whole += model.rpn.convs
     heard = [(m, maps) for m in whole if not isinstance(m, ConvNorm) or m.relu]
     heard += [(m, regions) for m in (*model.box_head.convs, *model.box_head.fcs)]
     handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]

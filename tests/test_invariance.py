@@ -112,7 +112,9 @@ def test_a_part_s_own_batch_norm_is_found_in_that_part() -> None:
     assert leak.coupling == "batch statistics" and leak.where.startswith("box_head.convs.0.norm: BatchNorm")
     rpn = RPNConfig(anchor_sizes=(16, 32, 64, 96, 128), norm=NormConfig(kind="bn"))
     found = {leak.coupling: leak.where for leak in leaks(small_model(rpn=rpn))}
-    assert set(found) == {"padding", "batch statistics"} and all(w.startswith("rpn.conv.norm") for w in found.values())
+    assert set(found) == {"padding", "batch statistics"} and all(
+        w.startswith("rpn.convs.0.norm") for w in found.values()
+    )
 
 
 def test_a_generator_for_all_images_is_found_as_sampling() -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 FLOORS = [
-    {"errors", "config", "config_file", "structures", ""},
+    {"errors", "compat", "config", "config_file", "structures", ""},
     {"ops"},
     {"modeling", "data"},
     {

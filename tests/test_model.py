@@ -15,7 +15,7 @@ from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norm import NORMS, FrozenBatchNorm, GroupNorm, NoNorm
 from gndet.modeling.resnet import ResNet
-from gndet.modeling.rpn import cell_ids, level_anchors
+from gndet.modeling.rpn import cell_anchors, cell_ids, level_anchors
 from gndet.ops.boxes import encode, gather_rows
 from gndet.structures import Batch
 
@@ -290,7 +290,8 @@ def test_frozen_stages_keep_their_running_statistics() -> None:
 
 
 def test_anchors_by_hand() -> None:
-    anchors = level_anchors(32, (0.5, 1.0, 2.0), 16, 2, 3, torch.device("cpu")).view(2, 3, 3, 4)
+    cell = cell_anchors(32, (0.5, 1.0, 2.0), 16, "exact", torch.device("cpu"))
+    anchors = level_anchors(cell, (16, 16), 2, 3).view(2, 3, 3, 4)
     assert anchors[0, 0, 1].tolist() == [-16, -16, 16, 16]
     assert anchors[1, 2, 1].tolist() == [16, 0, 48, 32]
     size = anchors[..., 2:] - anchors[..., :2]

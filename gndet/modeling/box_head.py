@@ -60,8 +60,9 @@ class BoxHead(nn.Module):
         num_images, num_regions = boxes.shape[:2]
         image = image_index(num_images, num_regions, boxes.device)
         x = roi_align_pyramid(
-            features, strides, boxes.flatten(0, 1), image, self.cfg.pool_size, self.cfg.sampling_ratio
-        )
+            features, strides, boxes.flatten(0, 1), image, self.cfg.pool_size, self.cfg.sampling_ratio,
+            self.cfg.roi_align,
+        )  # fmt: skip
         for conv in self.convs:
             x = conv(x)
         x = x.flatten(1)  # (B * R, C * size * size)
@@ -121,8 +122,8 @@ class BoxHead(nn.Module):
         scores, index = best(scores, MAX_CANDIDATES)
         label = index % num_classes
         refined = decode(deltas, proposals.boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
-        found = clip_boxes(gather_rows(refined, index), sizes)
-        usable = (scores > 0) & found.isfinite().all(-1) & (found[..., 2:] > found[..., :2]).all(-1)
+        found = clip_boxes(gather_rows(refined, index), sizes, to_pixels=cfg.clip == "pixels")
+        usable = (scores > 0) & found.isfinite().all(-1) & (found[..., 2:] - found[..., :2] > cfg.min_size).all(-1)
         keep = nms_keep(found, scores, label, usable, cfg.nms_threshold)
         scores = torch.where(keep, scores, -1.0)
         scores, index = best(scores, cfg.detections_per_image)

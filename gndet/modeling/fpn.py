@@ -19,7 +19,7 @@ class FPN(nn.Module):
     def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
         super().__init__()
         conv = conv_factory(norm)
-        self.channels = cfg.channels
+        self.channels, self.masked = cfg.channels, norm.masked
         for level, channels in zip(LEVELS, in_channels, strict=True):
             self.add_module(f"lateral{level}", conv(channels, cfg.channels, 1, relu=False))
             self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False))
@@ -38,7 +38,8 @@ class FPN(nn.Module):
             x = self.get_submodule(f"lateral{level}")(feature, area)
             if top is not None:
                 above = F.interpolate(top, scale_factor=2.0, mode="nearest")
-                x = clear_padding(x + above[:, :, : x.shape[2], : x.shape[3]], area)
+                x = x + above[:, :, : x.shape[2], : x.shape[3]]
+                x = clear_padding(x, area) if self.masked else x
             top = x
             outputs.insert(0, self.get_submodule(f"output{level}")(x, area))
         return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]

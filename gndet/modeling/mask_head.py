@@ -40,7 +40,8 @@ class MaskHead(nn.Module):
         self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
     ) -> Tensor:
         """boxes (P, 4) of images (P,) to the mask logits (P, 28, 28) of their labels (P,)."""
-        x = roi_align_pyramid(features, strides, boxes, image, self.cfg.pool_size, self.cfg.sampling_ratio)
+        cfg = self.cfg
+        x = roi_align_pyramid(features, strides, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align)
         for conv in self.convs:
             x = conv(x)
         x = self.logits(F.relu(self.deconv(x)))  # (P, num_classes, 28, 28)
@@ -58,8 +59,9 @@ class MaskHead(nn.Module):
         logits = self(features, strides, boxes, image, labels)
         with torch.no_grad():
             target = mask_targets(
-                batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1]
-            )
+                batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1],
+                soft=self.cfg.targets == "soft",
+            )  # fmt: skip
         loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none").mean(
             (1, 2)
         )  # (P,)

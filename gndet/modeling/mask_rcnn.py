@@ -60,7 +60,7 @@ class MaskRCNN(nn.Module):
     def step(self, features: list[Tensor], areas: Areas, batch: Batch) -> Step:
         """The training forward behind the pyramid P2..P6: the losses of each image, and what was sampled."""
         logits, deltas = self.rpn(features, areas)  # L x (B, N_l), L x (B, N_l, 4)
-        anchors = self.rpn.anchors(features, areas)
+        anchors = self.rpn.anchors(features, areas, batch.images.shape[2:])
         sample = self.rpn.sample_anchors(anchors, batch)
         losses = self.rpn.loss(logits, deltas, sample)
         proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
@@ -79,7 +79,8 @@ class MaskRCNN(nn.Module):
         """Detections in canvas pixels, with masks if there is a mask head; arguments as Batch's fields."""
         features, areas = self.features(images, sizes, padded)
         logits, deltas = self.rpn(features, areas)
-        proposals = self.rpn.propose(logits, deltas, self.rpn.anchors(features, areas), sizes)
+        anchors = self.rpn.anchors(features, areas, images.shape[2:])
+        proposals = self.rpn.propose(logits, deltas, anchors, sizes)
         pyramid, strides = self._pooled_levels(features, areas)
         found = self.box_head.detect(pyramid, strides, proposals, sizes)
         return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
@@ -87,7 +88,7 @@ class MaskRCNN(nn.Module):
     def _pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
         strides = self.fpn.strides[:ROI_LEVELS]
         levels = [
-            feature if areas[stride] is None else extend_edges(feature, areas[stride].sizes)
+            feature if areas[stride] is None or not self.fpn.masked else extend_edges(feature, areas[stride].sizes)
             for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True)
         ]
         return levels, strides

@@ -133,11 +133,14 @@ class GroupNorm(nn.Module):
     """GN: statistics over (H, W) and the C/G channels of a group, one sample (Wu & He 2018, eq. 7).
 
     groups = 1 is LN (over C, H, W), groups = C is IN (over H, W of one channel).
+
+    `eps` may differ from layer to layer after a conversion from BN (weights/convert.py); where it is not the config's
+    it is part of the state, as the tensor "eps".
     """
 
     def __init__(self, channels: int, groups: int, eps: float, masked: bool) -> None:
         super().__init__()
-        self.groups, self.eps, self.masked = groups, eps, masked
+        self.groups, self.eps, self.config_eps, self.masked = groups, eps, eps, masked
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -153,6 +156,16 @@ class GroupNorm(nn.Module):
             else:
                 y = _MaskedGroupNorm.apply(x, area.mask, area.count, self.weight, self.bias, self.groups, self.eps)
             return y.to(dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.eps != self.config_eps:
+            destination[prefix + "eps"] = torch.tensor(self.eps, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        eps = state.pop(prefix + "eps", None)  # torch hands over a copy of the dict
+        self.eps = self.config_eps if eps is None else float(eps)
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"{self.groups} groups, {len(self.weight)} channels, eps={self.eps}, masked={self.masked}"

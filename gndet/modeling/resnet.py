@@ -1,5 +1,7 @@
 """ResNet (He et al. 2016) that returns C2..C5. B images, C channels, (H, W) canvas."""
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,14 +34,17 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 beside a shortcut; the stride is in the 3x3, as in every GN recipe."""
+    """1x1, 3x3, 1x1 beside a shortcut; the stride is in the 3x3, as in every GN recipe, or in the first 1x1 (MSRA)."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int, conv: ConvFactory) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, conv: ConvFactory, stride_in_1x1: bool = False
+    ) -> None:
         super().__init__()
-        self.conv1 = conv(in_channels, channels, 1)
-        self.conv2 = conv(channels, channels, 3, stride=stride)
+        self.stride_in_1x1 = stride_in_1x1
+        self.conv1 = conv(in_channels, channels, 1, stride=stride if stride_in_1x1 else 1)
+        self.conv2 = conv(channels, channels, 3, stride=1 if stride_in_1x1 else stride)
         self.conv3 = conv(channels, channels * 4, 1, relu=False)
         self.shortcut = _shortcut(in_channels, channels * 4, stride, conv)
 
@@ -50,7 +55,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
         """x (B, C, H, W), its area and that of the result.  Returns (B, 4 * channels, H/stride, W/stride)."""
-        y = self.conv3(self.conv2(self.conv1(x, area_in), area), area)
+        y = self.conv1(x, area if self.stride_in_1x1 else area_in)
+        y = self.conv3(self.conv2(y, area), area)
         return F.relu(y + (x if self.shortcut is None else self.shortcut(x, area)), inplace=True)
 
 
@@ -67,9 +73,11 @@ class ResNet(nn.Module):
         super().__init__()
         self.frozen: list[nn.Module] = []
         conv = conv_factory(norm)
-        block = BasicBlock if cfg.depth < 50 else Bottleneck
+        self.masked = norm.masked
+        block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, stride_in_1x1=cfg.stride_in_1x1)
+        expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
         self.stem = conv(3, 64, 7, stride=2)
-        self.channels = tuple(64 * 2**i * block.expansion for i in range(4))
+        self.channels = tuple(64 * 2**i * expansion for i in range(4))
         in_channels = 64
         for i, count in enumerate(BLOCKS[cfg.depth]):
             blocks = []
@@ -118,7 +126,9 @@ class ResNet(nn.Module):
         Returns C2..C5, (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is a masked one.
         """
         x = self.stem(x, areas[2])
-        x = clear_padding(F.max_pool2d(x, 3, 2, 1), areas[4])  # after the ReLU zeros do not change a maximum
+        x = F.max_pool2d(x, 3, 2, 1)
+        if self.masked:  # after the ReLU zeros did not change a maximum
+            x = clear_padding(x, areas[4])
         features = []
         area = areas[4]
         for stage, stride in zip(self.stages(), (4, 8, 16, 32), strict=True):

@@ -4,6 +4,7 @@ B images, M ground-truth slots, N anchors of all levels, K proposals, A anchors 
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +19,38 @@ from gndet.ops.noise import Stream, ranks
 from gndet.ops.reduce import smooth_l1, sum_per_image
 from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 
+AnchorStyle = Literal["exact", "rounded", "detectron"]
 DELTA_WEIGHTS = (1.0, 1.0)  # of the centre's shift and of the size's growth
 
 
-def level_anchors(
-    size: float, ratios: Sequence[float], stride: int, height: int, width: int, device: torch.device
-) -> Tensor:
-    """Anchors of one level, row by row, A a cell, centred on the cell's top-left pixel (as detectron2's).
+def cell_anchors(size: float, ratios: Sequence[float], stride: int, style: AnchorStyle, device: torch.device) -> Tensor:
+    """The anchors of the cell at the picture's top-left corner.  Returns (A, 4) float32 xyxy pixels.
 
-    Returns (height * width * A, 4) float32 xyxy pixels.
+    exact: of area size x size, centred on the cell's top-left pixel (detectron2, mmdetection); rounded: corners rounded
+    to whole pixels (torchvision); detectron: Detectron's generate_anchors, which rounds the sides of a stride x stride
+    box, scales it, and centres it on the cell.
     """
     ratio = torch.tensor(ratios, device=device)
-    half = torch.stack([size / ratio.sqrt(), size * ratio.sqrt()], dim=-1) / 2  # (A, 2) width, height
+    if style == "detectron":
+        width = (stride / ratio.sqrt()).round()
+        sides = torch.stack([width, (width * ratio).round()], dim=-1) * (size / stride)  # (A, 2) width, height
+        center = torch.full((1, 2), stride / 2, device=device)
+    else:
+        sides = torch.stack([size / ratio.sqrt(), size * ratio.sqrt()], dim=-1)
+        center = torch.zeros(1, 2, device=device)
+    anchors = torch.cat([center - sides / 2, center + sides / 2], dim=-1)
+    return anchors.round() if style == "rounded" else anchors
+
+
+def level_anchors(cell: Tensor, stride: tuple[int, int], height: int, width: int) -> Tensor:
+    """Repeat the anchors of a cell (A, 4) over a map, row by row; stride (y, x) pixels.  Returns (H * W * A, 4)."""
     y, x = torch.meshgrid(
-        torch.arange(height, device=device) * stride, torch.arange(width, device=device) * stride, indexing="ij"
+        torch.arange(height, device=cell.device) * stride[0],
+        torch.arange(width, device=cell.device) * stride[1],
+        indexing="ij",
     )
-    center = torch.stack([x, y], dim=-1).float().reshape(-1, 1, 2)  # (H * W, 1, 2)
-    return torch.cat([center - half, center + half], dim=-1).reshape(-1, 4)
+    shift = torch.stack([x, y, x, y], dim=-1).to(cell.dtype).reshape(-1, 1, 4)  # (H * W, 1, 4)
+    return (shift + cell).reshape(-1, 4)
 
 
 def cell_ids(level: int, height: int, width: int, num_anchors: int, device: torch.device) -> Tensor:
@@ -52,10 +68,11 @@ class RPN(nn.Module):
         super().__init__()
         self.cfg, self.strides = cfg, tuple(strides)
         self.num_anchors = len(cfg.aspect_ratios)
-        self.conv = conv_factory(norm)(channels, channels, 3)
+        conv = conv_factory(norm)
+        self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))
         self.objectness = nn.Conv2d(channels, self.num_anchors, 1)
         self.deltas = nn.Conv2d(channels, self.num_anchors * 4, 1)
-        for module in (self.conv.conv, self.objectness, self.deltas):
+        for module in (*(conv.conv for conv in self.convs), self.objectness, self.deltas):
             nn.init.normal_(module.weight, std=0.01)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -64,21 +81,27 @@ class RPN(nn.Module):
         """P2..P6 to objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4), float32."""
         logits, deltas = [], []
         for feature, stride in zip(features, self.strides, strict=True):
-            x = self.conv(feature, areas[stride])
+            x = feature
+            for conv in self.convs:
+                x = conv(x, areas[stride])
             logits.append(full(self.objectness(x).permute(0, 2, 3, 1).flatten(1)))
             deltas.append(full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4)))
         return logits, deltas
 
-    def anchors(self, features: Sequence[Tensor], areas: Areas) -> Anchors:
-        """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride."""
-        anchors = Anchors([], [], [])
+    def anchors(self, features: Sequence[Tensor], areas: Areas, canvas: tuple[int, int]) -> Anchors:
+        """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride; canvas (height, width)."""
+        cfg, anchors = self.cfg, Anchors([], [], [])
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             num_images, _, height, width = feature.shape
-            size, ratios, area = self.cfg.anchor_sizes[level], self.cfg.aspect_ratios, areas[stride]
+            area = None if cfg.anchors_in_padding else areas[stride]
             cells = (
                 feature.new_ones(num_images, height * width, dtype=torch.bool) if area is None else area.mask.flatten(1)
             )
-            anchors.boxes.append(level_anchors(size, ratios, stride, height, width, feature.device))
+            steps = (stride, stride)
+            if cfg.anchor_stride == "canvas":  # torchvision's: on P6 it is not 64 where 64 does not divide the canvas
+                steps = (canvas[0] // height, canvas[1] // width)
+            cell = cell_anchors(cfg.anchor_sizes[level], cfg.aspect_ratios, stride, cfg.anchors, feature.device)
+            anchors.boxes.append(level_anchors(cell, steps, height, width))
             anchors.ids.append(cell_ids(level, height, width, self.num_anchors, feature.device))
             anchors.inside.append(cells[:, :, None].expand(*cells.shape, self.num_anchors).flatten(1))
         return anchors
@@ -90,6 +113,8 @@ class RPN(nn.Module):
         boxes, ids = torch.cat(anchors.boxes), torch.cat(anchors.ids)  # (N, 4), (N,)
         iou = pairwise_iou(gt.boxes, boxes[None])  # (B, M, N)
         inside = torch.cat(anchors.inside, 1)
+        if not cfg.straddling_anchors:
+            inside = inside & (clip_boxes(boxes[None], batch.sizes) == boxes).all(-1)
         matched, label = match(iou, gt.valid, inside, cfg.negative_iou, cfg.positive_iou, keep_best=True)
         order = ranks(batch.keys, Stream.ANCHORS, ids)
         index, positive, valid = sample_balanced(label, order, cfg.anchors_per_image, cfg.positive_fraction)
@@ -119,8 +144,9 @@ class RPN(nn.Module):
         all_boxes, all_ids, all_scores, all_valid = [], [], [], []
         for score, delta, anchor, name, here in zip(logits, deltas, *anchors, strict=True):
             score, index = best(torch.where(here & score.isfinite(), score, -torch.inf), pre)
-            boxes = clip_boxes(decode(gather_rows(delta, index), anchor[index], DELTA_WEIGHTS), sizes)
-            valid = (score > -torch.inf) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
+            boxes = decode(gather_rows(delta, index), anchor[index], DELTA_WEIGHTS)
+            boxes = clip_boxes(boxes, sizes, to_pixels=self.cfg.clip == "pixels")
+            valid = (score > -torch.inf) & (boxes[..., 2:] - boxes[..., :2] > self.cfg.min_size).all(-1)
             keep = nms_keep(boxes, score, torch.zeros_like(index), valid, self.cfg.nms_threshold)
             all_boxes.append(boxes)
             all_ids.append(name[index])

@@ -28,14 +28,17 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection / (area_a + area_b - intersection).clamp(min=1e-6)
 
 
-def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+def clip_boxes(boxes: Tensor, sizes: Tensor, *, to_pixels: bool = False) -> Tensor:
     """Limit boxes to their picture.
 
     boxes (B, N, 4); sizes (B, 2) height, width in pixels.  Returns (B, N, 4).  A box wholly outside becomes
-    empty (zero area); none is removed.
+    empty (zero area); none is removed.  to_pixels: as Detectron, whose boxes name their first and last pixel: one
+    wholly outside keeps the pixel at the edge.
     """
-    limit = sizes.flip(-1).to(boxes.dtype)  # (B, 2) width, height
-    return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1)[:, None])
+    limit = sizes.flip(-1).to(boxes.dtype)[:, None]  # (B, 1, 2) width, height
+    room = 1 if to_pixels else 0
+    low = torch.minimum(boxes[..., :2].clamp(min=0), limit - room)
+    return torch.cat([low, torch.minimum(boxes[..., 2:].clamp(min=room), limit)], dim=-1)
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:

@@ -1,11 +1,14 @@
 """RoIAlign over a feature pyramid. B images, R regions an image, C channels, L levels."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+
+Alignment = Literal["aligned", "unaligned", "detectron"]
 
 
 def pyramid_level(boxes: Tensor, num_levels: int) -> Tensor:
@@ -32,27 +35,38 @@ def extend_edges(feature: Tensor, sizes: Tensor) -> Tensor:
 
 
 def roi_align_pyramid(
-    features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, size: int, sampling_ratio: int
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    image: Tensor,
+    size: int,
+    sampling_ratio: int,
+    alignment: Alignment = "aligned",
 ) -> Tensor:
-    """Pool each region from its pyramid level (RoIAlign of He et al. 2017, half-pixel aligned as detectron2's).
+    """Pool each region from its pyramid level (RoIAlign of He et al. 2017).
 
     features L x (B, C, H/s, W/s); boxes (R, 4) xyxy canvas pixels; image (R,) int64 in [0, B); size P, the side of the
     output in bins; sampling_ratio samples along a bin's side, 0 as many as it has cells.
+    alignment: aligned to half pixels as detectron2's; unaligned as torchvision's, where a region has at least one cell;
+    detectron: unaligned, and a region ends at the first edge of its last pixel.
     Returns (R, C, P, P).  NaN boxes count as empty.
     """
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN
     level = pyramid_level(boxes, len(features))  # (R,)
+    if alignment == "detectron":
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - 1], dim=1)
+    aligned = alignment == "aligned"
     dtype = features[0].dtype
     exact = torch.promote_types(dtype, torch.float32)  # in bf16 a coordinate of 1000 px is off by 2 px
     features, boxes = [feature.to(exact) for feature in features], boxes.to(exact)
     if sampling_ratio and boxes.device.type == "cpu":
-        return _pool_bags(features, strides, boxes, image, level, size, sampling_ratio).to(dtype)
+        return _pool_bags(features, strides, boxes, image, level, size, sampling_ratio, aligned).to(dtype)
     rois = torch.cat([image[:, None].to(exact), boxes], dim=1)  # (R, 5)
     pooled = torch.zeros((), dtype=exact, device=boxes.device)
     for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         here = (level == i)[:, None]  # a region of another level is an empty box here, and adds nothing
         part = torchvision.ops.roi_align(
-            feature, torch.where(here, rois, 0.0), size, 1.0 / stride, sampling_ratio, aligned=True
+            feature, torch.where(here, rois, 0.0), size, 1.0 / stride, sampling_ratio, aligned=aligned
         )
         pooled = pooled + torch.where(here[:, :, None, None], part, 0.0)
     return pooled.to(dtype)
@@ -66,6 +80,7 @@ def _pool_bags(
     level: Tensor,
     size: int,
     ratio: int,
+    aligned: bool,
 ) -> Tensor:
     """RoIAlign of all levels as one weighted sum of rows: a bin is a bag of 4 * ratio^2 cells.
 
@@ -77,7 +92,11 @@ def _pool_bags(
     height, width = boxes.new_tensor([f.shape[2:] for f in features]).long()[level].unbind(1)  # (R,) each
     counts = boxes.new_tensor([f.shape[0] * f.shape[2] * f.shape[3] for f in features]).long()
     first = (counts.cumsum(0) - counts)[level] + image * height * width  # (R,) row of the picture's first cell
-    scaled = boxes / boxes.new_tensor(strides)[level, None] - 0.5  # (R, 4) in cells
+    scaled = boxes / boxes.new_tensor(strides)[level, None]  # (R, 4) in cells
+    if aligned:
+        scaled = scaled - 0.5
+    else:
+        scaled = torch.cat([scaled[:, :2], torch.maximum(scaled[:, 2:], scaled[:, :2] + 1)], dim=1)
     column, weight_x = _samples(scaled[:, 0], scaled[:, 2], width, size * ratio)  # (R, P * ratio, 2)
     row, weight_y = _samples(scaled[:, 1], scaled[:, 3], height, size * ratio)
     shape_x, shape_y = (-1, 1, size, 1, ratio * 2), (-1, size, 1, ratio * 2, 1)  # (R, P, P, samples y, samples x)

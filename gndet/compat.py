@@ -1,0 +1,58 @@
+"""Conventions in which detection toolkits differ where their weights do not say so, as presets of `model.compat`.
+
+A preset gives defaults; what a config states itself stays. Sources: torchvision 0.29 models/detection (anchor_utils,
+rpn, roi_heads); detectron2 config/defaults and modeling/poolers; mmdetection configs/_base_/models; Detectron
+core/config, modeling/generate_anchors and utils/boxes. Detectron's boxes name their last pixel; gndet's end at its
+edge, one further, and Detectron pools a region without it. A box's level is floor(4 + log2(side / 224)) in all of them.
+"""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "torchvision": {
+        "rpn": {
+            "anchors": "rounded", "anchor_stride": "canvas", "anchors_in_padding": True, "min_size": 1e-3,
+            "post_nms_train": 2000, "loss_beta": 1 / 9,
+        },
+        "box_head": {"roi_align": "unaligned", "sampling_ratio": 2, "min_size": 1e-2, "loss_beta": 1 / 9},
+        "mask_head": {"roi_align": "unaligned", "sampling_ratio": 2, "targets": "soft", "paste": "rounded"},
+    },
+    "detectron2": {
+        "rpn": {"anchors_in_padding": True},
+        "box_head": {"sampling_ratio": 0},
+        "mask_head": {"sampling_ratio": 0},
+    },
+    "mmdetection": {
+        "rpn": {"anchors_in_padding": True},
+        "box_head": {"sampling_ratio": 0},
+        "mask_head": {"sampling_ratio": 0},
+    },
+    "detectron": {
+        "rpn": {
+            "anchors": "detectron", "anchors_in_padding": True, "straddling_anchors": False, "clip": "pixels",
+            "post_nms_train": 2000, "loss_beta": 1 / 9,
+        },
+        "box_head": {"roi_align": "detectron", "sampling_ratio": 2, "clip": "pixels", "loss_beta": 1.0},
+        "mask_head": {"roi_align": "detectron", "sampling_ratio": 2, "paste": "detectron"},
+    },
+}  # fmt: skip
+
+
+def without_conventions(model: dict[str, Any]) -> dict[str, Any]:
+    """The section `model` of a resolved config without what any preset sets, so that another preset can set it."""
+    result = dict(model)
+    for preset in PRESETS.values():
+        for part, options in preset.items():
+            result[part] = {key: value for key, value in result.get(part, {}).items() if key not in options}
+    return result
+
+
+def beneath(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Put defaults under values, section by section.  Returns a new dict."""
+    merged = dict(values)
+    for key, default in defaults.items():
+        value = values.get(key, {} if isinstance(default, dict) else default)
+        if isinstance(default, dict) and hasattr(value, "model_dump"):
+            value = value.model_dump(exclude_unset=True)
+        merged[key] = beneath(default, value) if isinstance(default, dict) and isinstance(value, dict) else value
+    return merged

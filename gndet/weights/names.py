@@ -1,0 +1,210 @@
+"""What the layers of a detector are called in other toolkits: one table, read in both directions.
+
+A brick is a convolution and its norm. Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
+abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number in a stage, n = 0.. and m = 1.. a layer
+of a head, x = 3 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or "gn".
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from gndet.config import ModelConfig
+from gndet.modeling.resnet import BLOCKS
+
+LEVELS = STAGES = (2, 3, 4, 5)
+BATCH_NORMS = ("bn", "sync_bn", "frozen_bn", "brn")
+
+
+class Brick(NamedTuple):
+    """Names of a convolution and its norm, and of the convolution where no norm follows, if that is another."""
+
+    conv: str
+    norm: str
+    bare: str | None = None
+
+
+class Names(NamedTuple):
+    """The names of one format; None for what it cannot hold."""
+
+    stem: Brick
+    block: Brick
+    shortcut: Brick
+    lateral: Brick | None = None
+    output: Brick | None = None
+    rpn: Brick | None = None  # the only convolution
+    rpn_many: Brick | None = None  # one of several
+    objectness: str = ""
+    deltas: str = ""
+    box_conv: Brick | None = None
+    fc: str = ""  # of the 2fc head
+    fc_after_convs: str = ""  # of the 4conv1fc head
+    cls_score: str = ""
+    bbox_pred: str = ""
+    mask_conv: Brick | None = None
+    deconv: str = ""
+    mask_logits: str = ""
+    top: Brick | None = None  # lateral of P5, where it has a name of its own
+
+
+def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> tuple[Brick, Brick, Brick]:
+    """torchvision's names of a ResNet."""
+    block = f"{prefix}layer{{t}}.{{i}}."
+    return (
+        Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
+        Brick(f"{block}conv{{k}}", f"{block}{norm}{{k}}"),
+        Brick(f"{block}downsample.0", f"{block}downsample.1"),
+    )
+
+
+def _own(name: str) -> Brick:
+    """detectron2's way: the norm is a part of the convolution."""
+    return Brick(name, f"{name}.norm")
+
+
+def _sequence(name: str, bare: str | None = None) -> Brick:
+    """torchvision's way: a sequence of convolution and norm."""
+    return Brick(f"{name}.0", f"{name}.1", bare)
+
+
+def _module(name: str) -> Brick:
+    """mmcv's ConvModule."""
+    return Brick(f"{name}.conv", f"{name}.{{norm}}")
+
+
+def _detectron2(prefix: str) -> tuple[Brick, Brick, Brick]:
+    return (
+        _own(f"{prefix}stem.conv1"),
+        _own(f"{prefix}res{{s}}.{{i}}.conv{{k}}"),
+        _own(f"{prefix}res{{s}}.{{i}}.shortcut"),
+    )
+
+
+def _caffe2(name: str) -> Brick:
+    return Brick(name, f"{name}_{{norm}}")
+
+
+_BOX, _MASK = "roi_heads.box_predictor.", "roi_heads.mask_head."
+FORMATS: dict[str, Names] = {
+    "resnet": Names(*_resnet("")),  # torchvision's classifiers and timm's
+    "torchvision": Names(
+        *_resnet("backbone.body."),
+        lateral=_sequence("backbone.fpn.inner_blocks.{l}"), output=_sequence("backbone.fpn.layer_blocks.{l}"),
+        rpn=_sequence("rpn.head.conv.{n}"), rpn_many=_sequence("rpn.head.conv.{n}"),
+        objectness="rpn.head.cls_logits", deltas="rpn.head.bbox_pred",
+        box_conv=_sequence("roi_heads.box_head.{n}"), fc="roi_heads.box_head.fc{f}",
+        fc_after_convs="roi_heads.box_head.{flat}", cls_score=_BOX + "cls_score", bbox_pred=_BOX + "bbox_pred",
+        mask_conv=_sequence(_MASK + "{n}"), deconv="roi_heads.mask_predictor.conv5_mask",
+        mask_logits="roi_heads.mask_predictor.mask_fcn_logits",
+    ),
+    "detectron2_backbone": Names(*_detectron2("")),
+    "detectron2": Names(
+        *_detectron2("backbone.bottom_up."),
+        lateral=_own("backbone.fpn_lateral{L}"), output=_own("backbone.fpn_output{L}"),
+        rpn=_own("proposal_generator.rpn_head.conv"), rpn_many=_own("proposal_generator.rpn_head.conv.conv{n}"),
+        objectness="proposal_generator.rpn_head.objectness_logits",
+        deltas="proposal_generator.rpn_head.anchor_deltas",
+        box_conv=_own("roi_heads.box_head.conv{m}"), fc="roi_heads.box_head.fc{m}",
+        fc_after_convs="roi_heads.box_head.fc{m}", cls_score=_BOX + "cls_score", bbox_pred=_BOX + "bbox_pred",
+        mask_conv=_own(_MASK + "mask_fcn{m}"), deconv=_MASK + "deconv", mask_logits=_MASK + "predictor",
+    ),
+    "mmdetection": Names(
+        *_resnet("backbone.", norm="{norm}"),
+        lateral=_module("neck.lateral_convs.{l}"), output=_module("neck.fpn_convs.{l}"),
+        rpn=Brick("rpn_head.rpn_conv", ""), rpn_many=_module("rpn_head.rpn_conv.{n}"),
+        objectness="rpn_head.rpn_cls", deltas="rpn_head.rpn_reg",
+        box_conv=_module("roi_head.bbox_head.shared_convs.{n}"), fc="roi_head.bbox_head.shared_fcs.{n}",
+        fc_after_convs="roi_head.bbox_head.shared_fcs.{n}",
+        cls_score="roi_head.bbox_head.fc_cls", bbox_pred="roi_head.bbox_head.fc_reg",
+        mask_conv=_module("roi_head.mask_head.convs.{n}"), deconv="roi_head.mask_head.upsample",
+        mask_logits="roi_head.mask_head.conv_logits",
+    ),
+    "maskrcnn-benchmark": Names(
+        *_resnet("backbone.body.", stem="stem."),
+        lateral=_sequence("backbone.fpn.fpn_inner{u}", bare="backbone.fpn.fpn_inner{u}"),
+        output=_sequence("backbone.fpn.fpn_layer{u}", bare="backbone.fpn.fpn_layer{u}"),
+        rpn=Brick("rpn.head.conv", ""), objectness="rpn.head.cls_logits", deltas="rpn.head.bbox_pred",
+        box_conv=Brick("roi_heads.box.feature_extractor.xconvs.{x}", "roi_heads.box.feature_extractor.xconvs.{x1}"),
+        fc="roi_heads.box.feature_extractor.fc{f}", fc_after_convs="roi_heads.box.feature_extractor.fc{f}",
+        cls_score="roi_heads.box.predictor.cls_score", bbox_pred="roi_heads.box.predictor.bbox_pred",
+        mask_conv=_sequence(
+            "roi_heads.mask.feature_extractor.mask_fcn{m}", bare="roi_heads.mask.feature_extractor.mask_fcn{m}"
+        ),
+        deconv="roi_heads.mask.predictor.conv5_mask", mask_logits="roi_heads.mask.predictor.mask_fcn_logits",
+    ),
+    "detectron": Names(
+        Brick("conv1", "{conv1}_{norm}"), _caffe2("res{s}_{i}_branch2{abc}"), _caffe2("res{s}_{i}_branch1"),
+        lateral=_caffe2("fpn_inner_res{L}_{last}_sum_lateral"), top=_caffe2("fpn_inner_res{L}_{last}_sum"),
+        output=_caffe2("fpn_res{L}_{last}_sum"), rpn=Brick("conv_rpn_fpn2", ""),
+        objectness="rpn_cls_logits_fpn2", deltas="rpn_bbox_pred_fpn2",
+        box_conv=_caffe2("head_conv{m}"), fc="fc{f}", fc_after_convs="fc{f}",
+        cls_score="cls_score", bbox_pred="bbox_pred",
+        mask_conv=Brick("_mask_fcn{m}", "_mask_fcn{m}_{norm}", bare="_[mask]_fcn{m}"),
+        deconv="conv5_mask", mask_logits="mask_fcn_logits",
+    ),
+}  # fmt: skip
+
+SUFFIXES = {".weight": "_w", ".bias": "_b"}  # of Detectron's convolutions and fully connected layers
+NORM_SUFFIXES = {".weight": "_s", ".bias": "_b", ".running_mean": "_rm", ".running_var": "_riv"}  # and of its norms
+
+
+def theirs(format: str, layer: str, parameter: str) -> str:
+    """The key of a layer's parameter ("weight", "bias", "running_mean" ...) in a file of that format."""
+    if format != "detectron":
+        return f"{layer}.{parameter}"
+    suffixes = NORM_SUFFIXES if layer.endswith(("_bn", "_gn")) else SUFFIXES
+    return layer + suffixes.get(f".{parameter}", f"_{parameter}")
+
+
+def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[str, str]:
+    """Map gndet's layers of those parts ("backbone.res2.0.conv1.conv", "rpn.deltas") to a format's, in model order."""
+    names, norms = FORMATS[format], cfg.part_norms()
+    result: dict[str, str] = {}
+
+    def brick(part: str, ours: str, brick: Brick | None, **numbers: object) -> None:
+        assert brick is not None, f"{format} has no {part}"
+        norm = "bn" if norms[part].kind in BATCH_NORMS else "gn"
+        numbers |= {"norm": norm, "conv1": "res_conv1" if norm == "bn" else "conv1"}
+        normed = norms[part].kind != "none"
+        conv = brick.conv if normed or brick.bare is None else brick.bare
+        result[f"{part}.{ours}.conv"] = conv.format(**numbers)
+        if normed:
+            result[f"{part}.{ours}.norm"] = brick.norm.format(**numbers)
+
+    if "backbone" in parts:
+        brick("backbone", "stem", names.stem)
+        for s, i, k, has_shortcut in _blocks(cfg.backbone.depth):
+            if k == 1 and has_shortcut:
+                brick("backbone", f"res{s}.{i}.shortcut", names.shortcut, s=s, t=s - 1, i=i)
+            brick("backbone", f"res{s}.{i}.conv{k}", names.block, s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1])
+    if "fpn" in parts:
+        for level, count in zip(LEVELS, BLOCKS[cfg.backbone.depth], strict=True):
+            numbers = {"L": level, "l": level - 2, "u": level - 1, "last": count - 1}
+            lateral = names.top if level == 5 and names.top else names.lateral
+            brick("fpn", f"lateral{level}", lateral, **numbers)
+            brick("fpn", f"output{level}", names.output, **numbers)
+    if "rpn" in parts:
+        for n in range(cfg.rpn.num_convs):
+            brick("rpn", f"convs.{n}", names.rpn if cfg.rpn.num_convs == 1 else names.rpn_many, n=n)
+        result |= {"rpn.objectness": names.objectness, "rpn.deltas": names.deltas}
+    if "box_head" in parts:
+        bare = cfg.box_head.kind == "2fc"
+        convs = 0 if bare else cfg.box_head.num_convs
+        for n in range(convs):
+            brick("box_head", f"convs.{n}", names.box_conv, n=n, m=n + 1, x=3 * n, x1=3 * n + 1)
+        for n in range(2 if bare else 1):
+            fc = names.fc if bare else names.fc_after_convs
+            result[f"box_head.fcs.{n}"] = fc.format(n=n, m=n + 1, f=6 + n, flat=convs + 1)
+        result |= {"box_head.cls_score": names.cls_score, "box_head.bbox_pred": names.bbox_pred}
+    if "mask_head" in parts:
+        for n in range(cfg.mask_head.num_convs):
+            brick("mask_head", f"convs.{n}", names.mask_conv, n=n, m=n + 1)
+        result |= {"mask_head.deconv": names.deconv, "mask_head.logits": names.mask_logits}
+    return result
+
+
+def _blocks(depth: int) -> Iterator[tuple[int, int, int, bool]]:
+    """Stage, block, convolution and whether the block has a shortcut convolution."""
+    for s, count in zip(STAGES, BLOCKS[depth], strict=True):
+        for i in range(count):
+            for k in range(1, 3 if depth < 50 else 4):
+                yield s, i, k, i == 0 and (s > 2 or depth >= 50)

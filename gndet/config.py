@@ -260,10 +260,38 @@ class ScheduleConfig(Section):
     reference_batch: int = Field(16, ge=1)
 
 
+class SourceConfig(Section):
+    """What a weights file of another toolkit is taken for, where it does not say so; null is the format's usual."""
+
+    format: Literal[
+        "auto", "gndet", "resnet", "torchvision", "detectron2", "detectron", "mmdetection", "maskrcnn-benchmark"
+    ] = Field("auto", description="resnet: a classifier of torchvision or timm; auto: by the names of its tensors")
+    bgr: bool | None = Field(None, description="its stem takes blue, green, red")
+    pixel_mean: tuple[float, float, float] | None = Field(None, description="RGB, 0-255")
+    pixel_std: tuple[Positive, Positive, Positive] | None = Field(None, description="RGB, 0-255")
+    stride_in_1x1: bool | None = None
+    norm_eps: float | None = Field(None, ge=0, description="of its norms")
+    groups: int | None = Field(None, ge=1, description="of its GN layers; 32 in every toolkit")
+    classes: tuple[str, ...] | None = Field(None, description="its class names, in the order of its labels")
+    differences: Literal["refuse", "report"] = Field(
+        "refuse", description="what becomes of a model whose conventions are not the file's; report: fine-tune anyway"
+    )
+
+
 class TrainConfig(Section):
     """The run: batch, optimiser, schedule, what is written when."""
 
-    weights: str = Field("", description="fine-tune from this gndet checkpoint or run folder")
+    weights: str = Field(
+        "", description="start from this: a gndet run or checkpoint, a file of another toolkit, or a weight name"
+    )
+    source: SourceConfig = SourceConfig()
+    norm_policy: Literal["error", "hybrid", "convert", "calibrate", "affine", "reinit"] = Field(
+        "error", description="what becomes of a part whose norm in the file is not the model's: README, Fine-tuning"
+    )
+    norm_damp: float = Field(1.0, ge=0, description="convert, calibrate: share of the group variance added to GN's eps")
+    calibration_images: int = Field(
+        16, ge=1, description="calibrate: training images that gamma and beta are fitted on"
+    )
     global_batch: int = Field(16, ge=1, description="images an update, over all processes")
     images_per_gpu: int | Literal["auto"] = Field(
         2, description="images a process computes at once, accumulation follows; auto: as many as fit in memory"

@@ -96,7 +96,7 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
         raise ConfigError("gndet invariance starts its two processes itself; run it without torchrun")
     dataset = read_dataset(cfg.data.train, cfg.data)
     samples = choose_samples(dataset, cfg, num)
-    model, notes = initial_model(cfg, dataset.classes)
+    model, cfg, notes, _ = initial_model(cfg, dataset.classes, images=dataset)
     model = model.to(proc.device, memory_format=torch.channels_last).train()
     show(f"{num} images of {dataset.name}: " + ", ".join("x".join(map(str, s.image.shape[1:])) for s in samples))
     for note in [*notes, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"]:

@@ -18,6 +18,7 @@ class Run(NamedTuple):
     """A run as one of its processes sees it."""
 
     cfg: Config
+    asked: Config  # what the user wrote; norm_policy: hybrid makes another of it
     out: Path
     proc: Process
     train_set: Dataset
@@ -26,6 +27,7 @@ class Run(NamedTuple):
     average: nn.Module | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
+    norms: dict[str, str]  # what became of each norm layer that train.weights knew
 
     @property
     def detector(self) -> nn.Module:

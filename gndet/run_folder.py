@@ -78,7 +78,7 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     if saved is None:
         return  # stopped before its first checkpoint: nothing is lost
     neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, "out", SPLIT)
-    old, new = flat(config_from_dict(saved.meta["config"], str(saved.path))), flat(cfg)
+    old, new = flat(config_from_dict(saved.meta.get("asked", saved.meta["config"]), str(saved.path))), flat(cfg)
     keys = [key for key in {**old, **new} if not key.startswith(neutral)]
     changed = [key for key in keys if old.get(key, UNSET) != new.get(key, UNSET)]
     if changed:

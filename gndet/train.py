@@ -20,6 +20,7 @@ from torch import nn
 import gndet
 from gndet.checkpoint import CHECKPOINTS, Checkpoint, point, prune, save_checkpoint
 from gndet.config import Config
+from gndet.config_file import config_from_dict
 from gndet.data import read_dataset
 from gndet.data.batching import Replay, micro_batches, train_batches
 from gndet.distributed import Process, any_process, gather, give_first_s, place, process, sum_gradients
@@ -146,7 +147,8 @@ def save(run: Run, done: int, total: int, best: Best | None, values: dict[str, f
         "update": done, "total_updates": total, "best": best and best.score,
         "best_update": best and best.update, "processes": run.proc.world,
         "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},
-        "config": run.cfg.model_dump(mode="json"), "classes": list(run.train_set.classes),
+        "config": run.cfg.model_dump(mode="json"), "asked": run.asked.model_dump(mode="json"),
+        "norms": run.norms, "classes": list(run.train_set.classes),
         "category_ids": list(run.train_set.category_ids), "data": fingerprint(run.train_set), "versions": versions(),
     }  # fmt: skip
     folder = run.out / CHECKPOINTS / f"update-{done:07d}"
@@ -202,14 +204,19 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
         + "".join(f"; {count} {what}" for what, count in data.fixes.items())
         for which, data in (("train", train_set), ("val", val_set))
     ]
-    model, loaded = initial_model(cfg, train_set.classes, load=saved is None)
+    asked = cfg
+    if saved is not None:  # norm_policy: hybrid changed the norms when the run began
+        cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
+    model, cfg, loaded, norms = initial_model(cfg, train_set.classes, load=saved is None, images=train_set)
+    norms = norms if saved is None else saved.meta.get("norms", {})
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
     give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
     notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
-    return Run(cfg, out, proc, train_set, val_set, model, average, optimizer, autocast), notes
+    run = Run(cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, norms)
+    return run, notes
 
 
 def restore(run: Run, saved: Checkpoint | None) -> int:

@@ -145,7 +145,7 @@ def test_what_it_measures_is_the_gradient_that_training_takes(config: Path) -> N
     cfg = load_config(config, ["train.global_batch=4"])
     dataset = read_dataset(cfg.data.train, cfg.data)
     samples = choose_samples(dataset, cfg, 4)
-    model = initial_model(cfg, dataset.classes)[0].double()
+    model = initial_model(cfg, dataset.classes).model.double()
     measured = measure(model, [*samples, samples[0]], [[0, 1, 2, 3]], cfg, nullcontext).gradients
     backward(model, nullcontext, [batch_of(samples, model, cfg)], 4, cfg)
     for name, gradient in parameter_groups(model).items():
@@ -175,7 +175,7 @@ def test_a_narrow_canvas_is_measured_at_its_true_strides(config: Path) -> None:
         Sample(image[:, :h, :w], gt[0][:1], gt[1][:1], gt[2][:1], 0)
         for (h, w), image, *gt in zip(sizes, *make_batch([*sizes])[:1], *make_batch(sizes).gt[:3], strict=True)
     ]
-    model = initial_model(cfg, ("a", "b", "c", "d", "e"))[0].double()
+    model = initial_model(cfg, ("a", "b", "c", "d", "e")).model.double()
     got, alone = (measure(model, samples, places, cfg, nullcontext) for places in ([[0, 1]], [[0], [1]]))
     assert all(one.small for one in compare(got, alone).values())
 

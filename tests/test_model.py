@@ -140,7 +140,7 @@ def test_at_one_image_the_losses_are_detectron2_s_which_pool_and_at_two_they_wei
     model, batch = small_model(box_head=head), make_batch(SIZES[1:3], first=1)  # 2 objects and 3
     features, areas = model.features(batch.images, batch.sizes, batch.padded)
     step = model.step(features, areas, batch)
-    pyramid, strides = model._pooled_levels(features, areas)
+    pyramid, strides = model.pooled_levels(features, areas)
     logits, deltas = model.box_head(pyramid, strides, step.regions.boxes)
     target = encode(gather_rows(batch.gt.boxes, step.regions.matched), step.regions.boxes, (10.0, 5.0))
 

@@ -5,14 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gndet.checkpoint import point, save_checkpoint
-from gndet.config import Config, ModelConfig
+from gndet.config import Config, ModelConfig, SourceConfig
 from gndet.config_file import config_from_dict
 from gndet.errors import CheckpointError
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.weights.load import load_weights
+from gndet.weights.policy import with_policy
+from gndet.weights.read import read_source
 
 GN = {"kind": "gn", "groups": 8}
 HEADS = {"rpn", "box_head", "mask_head"}
@@ -51,8 +53,16 @@ def loaded(path: Path, cfg: ModelConfig, classes: tuple[str, ...] = NEW) -> tupl
     """The weights of a new model before and after loading, and the report."""
     model = build_model(cfg, len(classes))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    report = load_weights(model, path, classes, cfg)
+    report = load(model, path, classes, cfg)
     return before, model.state_dict(), report
+
+
+def load(model: MaskRCNN, path: Path, classes: tuple[str, ...], cfg: ModelConfig) -> list[str]:
+    """Load a checkpoint as training does; return the report."""
+    whole = Config(model=cfg)
+    source = read_source(str(path), whole.train.source)
+    with_policy(source, cfg, whole.train)
+    return load_weights(model, source, classes, whole)[0]
 
 
 def test_rows_follow_their_class_by_name_and_all_else_is_equal(tmp_path: Path) -> None:
@@ -144,7 +154,7 @@ def test_tensors_of_another_shape_are_refused_with_the_likely_cause(
     model = build_model(small().model, len(NEW))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_weights(model, path, NEW, small().model)
+        load(model, path, NEW, small().model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -164,12 +174,14 @@ def test_weights_of_another_norm_are_refused_for_each_part(tmp_path: Path, part:
     here = small(**{part: {**section, "norm": GN}})
     with pytest.raises(
         CheckpointError,
-        match=rf"its {part} was trained with bn, this model has gn; set model\.{part}\.norm: \{{kind: bn",
+        match=rf"its {part} has bn, this model has gn \(8 groups\); (.|\n)* model\.{part}\.norm=\{{kind: bn",
     ):
         loaded(save(tmp_path / "a", there), here.model)
 
 
-@pytest.mark.parametrize(("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn")])
+@pytest.mark.parametrize(
+    ("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn"), ("bn", "brn")]
+)
 def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: str) -> None:
     cfg = small(norm={"kind": there})
     source = trained(cfg)
@@ -181,14 +193,22 @@ def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: 
 
 def test_other_settings_of_the_same_norm_are_reported(tmp_path: Path) -> None:
     path = save(tmp_path / "a", small())
-    _, _, report = loaded(path, small(norm={"kind": "gn", "groups": 4, "padding": "plain"}).model)
-    assert "backbone.norm: groups 8 in the file, 4 here" in report
-    assert "fpn.norm: masked True in the file, False here" in report
+    _, _, report = loaded(path, small(norm={"kind": "gn", "groups": 8, "eps": 1e-4, "padding": "plain"}).model)
+    assert "backbone.norm: eps 1e-05 in the file, 0.0001 here" in report
+    assert any(
+        line.startswith("warning: fpn.norm was trained with padding: masked, here it is plain") for line in report
+    )
+
+
+def test_other_groups_are_another_norm(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", small())
+    with pytest.raises(CheckpointError, match=r"its backbone has gn \(8 groups\), this model has gn \(4 groups\)"):
+        loaded(path, small(norm={"kind": "gn", "groups": 4}).model)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "a", {"model": {}}, {"config": {}})
     with pytest.raises(CheckpointError, match=r"meta\.json has no classes"):
-        load_weights(nn.Identity(), tmp_path / "a", NEW, small().model)
+        read_source(str(tmp_path / "a"), SourceConfig())
     with pytest.raises(CheckpointError, match="no group ema or model; it has optimizer"):
         loaded(save(tmp_path / "b", small(), optimizer={}), small().model)

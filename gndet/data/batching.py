@@ -204,6 +204,20 @@ def _load_train(
     return collate(samples, data.canvas_multiple)
 
 
+def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge: int) -> Batch:
+    """A batch of num images, or all, spread evenly over a data set, as in evaluation, without objects.
+
+    max_shortest_edge: pixels; larger ones are scaled down to it.  Raises DataError for a picture that cannot be read.
+    """
+    edge = min(data.shortest_edge_test, max_shortest_edge)
+    scaled = data.model_copy(
+        update={"shortest_edge_test": edge, "max_edge": data.max_edge * edge // data.shortest_edge_test}
+    )
+    count = min(num, len(dataset.records))
+    records = [dataset.records[i * len(dataset.records) // count] for i in range(count)]
+    return collate([test_sample(record, scaled) for record in records], data.canvas_multiple)
+
+
 def _load_test(records: list[Record], data: DataConfig, indices: list[int]) -> tuple[list[int], Batch]:
     """Make one evaluation batch."""
     samples = [test_sample(records[index], data) for index in indices]

@@ -65,7 +65,7 @@ class MaskRCNN(nn.Module):
         losses = self.rpn.loss(logits, deltas, sample)
         proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
         regions = self.box_head.sample_regions(proposals, batch)
-        pyramid, strides = self._pooled_levels(features, areas)
+        pyramid, strides = self.pooled_levels(features, areas)
         losses |= self.box_head.loss(pyramid, strides, regions, batch)
         if self.mask_head is not None:
             cfg = self.box_head.cfg
@@ -81,11 +81,12 @@ class MaskRCNN(nn.Module):
         logits, deltas = self.rpn(features, areas)
         anchors = self.rpn.anchors(features, areas, images.shape[2:])
         proposals = self.rpn.propose(logits, deltas, anchors, sizes)
-        pyramid, strides = self._pooled_levels(features, areas)
+        pyramid, strides = self.pooled_levels(features, areas)
         found = self.box_head.detect(pyramid, strides, proposals, sizes)
         return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
 
-    def _pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
+    def pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
+        """The levels that the heads pool from, their strides; beside a masked picture its edge is repeated once."""
         strides = self.fpn.strides[:ROI_LEVELS]
         levels = [
             feature if areas[stride] is None or not self.fpn.masked else extend_edges(feature, areas[stride].sizes)

@@ -300,8 +300,13 @@ class StandardizedConv2d(nn.Conv2d):
     """A convolution whose weights are standardised per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
-        return self._conv_forward(x, (self.weight - mean) * (var + 1e-10).rsqrt(), self.bias)
+        return self._conv_forward(x, self.standardize(self.weight), self.bias)
+
+    @staticmethod
+    def standardize(weight: Tensor) -> Tensor:
+        """The weights (out, in, kh, kw) that a plain convolution would need.  Same shape."""
+        var, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+        return (weight - mean) * (var + 1e-10).rsqrt()
 
 
 class ConvNorm(nn.Module):

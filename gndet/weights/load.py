@@ -1,33 +1,56 @@
-"""Fine-tuning: put the weights of a gndet checkpoint into a model, class rows matched by class name.
+"""The model that training starts with: built from its config, then filled from `train.weights`.
 
 K classes; the background is the last row of box_head.cls_score.
 """
 
+import statistics
 from collections.abc import Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gndet.checkpoint import Checkpoint, load_checkpoint, resolve
-from gndet.config import Config, ModelConfig, NormConfig
-from gndet.config_file import config_from_dict
+from gndet.config import Config, ModelConfig
+from gndet.data.batching import sample_batch
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.structures import Dataset
+from gndet.weights.calibrate import Comparison, compare
+from gndet.weights.names import BATCH_NORMS
+from gndet.weights.policy import Fate, carry_norms, mismatched, reference_norms, with_policy
+from gndet.weights.read import read_source
+from gndet.weights.sources import Source
 
-REQUIRED = ("backbone",)  # parts that a checkpoint must hold whole; the others may start anew
 CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
 BACKGROUND = "box_head.cls_score"  # has one more row, the last
 COUNTER = "num_batches_tracked"  # bn has one, frozen_bn has none, and neither needs it
-SAME_TENSORS = ("bn", "sync_bn", "frozen_bn")  # these load each other's weights and compute the same at test time
 SHAPING = (  # options of `model` that decide the shapes, named where shapes differ
-    *("backbone.depth", "fpn.channels", "rpn.aspect_ratios"),
+    *("backbone.depth", "fpn.channels", "rpn.num_convs", "rpn.aspect_ratios"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
 )
+CONVENTIONS = (  # options of `model` that decide what the same weights compute, by the part that must be in the file
+    ("backbone", "backbone.stride_in_1x1"),
+    ("backbone", "pixel_mean"),
+    ("rpn", "rpn.aspect_ratios"),
+    ("rpn", "rpn.anchors"),
+    ("box_head", "box_head.roi_align"),
+    ("mask_head", "mask_head.roi_align"),
+)
+NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # said, not refused
 MAX_NAMED = 5  # tensors that an error names
+MEASURED_IMAGES = 4  # on which a conversion is compared with its original
+CALIBRATION_EDGE = 512  # pixels, the longest shorter edge: the images are computed at once
+
+
+class Start(NamedTuple):
+    """A model to train, and where its numbers come from."""
+
+    model: MaskRCNN
+    cfg: Config  # norm_policy: hybrid changes the norm of parts
+    notes: list[str]  # the report, a line each
+    norms: dict[str, str]  # what became of each norm layer that the file knows; the others are new
 
 
 class _Plan(NamedTuple):
@@ -40,113 +63,149 @@ class _Plan(NamedTuple):
     unused: list[str]  # of the file
 
 
-def initial_model(cfg: Config, classes: Sequence[str], *, load: bool = True) -> tuple[MaskRCNN, list[str]]:
+def initial_model(cfg: Config, classes: Sequence[str], *, load: bool = True, images: Dataset | None = None) -> Start:
     """Build the model of a config as training starts with it: drawn from cfg.seed, then, if load, train.weights.
 
-    Returns it with the report of `load_weights`.  Raises ConfigError, for frozen random stages too, CheckpointError.
+    classes: in the order of the labels.  images: training images; what norm_policy: calibrate fits on, and what any
+    conversion is measured on.
+    Raises ConfigError, for frozen random stages too, CheckpointError, DataError; nothing is half loaded.
     """
     if cfg.model.backbone.freeze_at and not cfg.train.weights:
         raise ConfigError(
             f"model.backbone.freeze_at: {cfg.model.backbone.freeze_at} would freeze random weights; "
             "set train.weights to a checkpoint, or model.backbone.freeze_at=0 to train from scratch"
         )
+    if not (load and cfg.train.weights):
+        return Start(_built(cfg, len(classes)), cfg, [], {})
+    source = read_source(cfg.train.weights, cfg.train.source)
+    cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
+    model = _built(cfg, len(classes))
+    notes, fates = load_weights(model, source, classes, cfg)
+    converted = reference_norms(source, model, cfg.model)
+    if cfg.train.norm_policy == "calibrate" and converted and images is None:
+        raise ConfigError("train.norm_policy: calibrate needs training images to fit on")
+    if images is not None and converted and cfg.train.norm_policy != "reinit":
+        fit = cfg.train.norm_policy == "calibrate"
+        count = cfg.train.calibration_images if fit else MEASURED_IMAGES
+        batch = sample_batch(images, cfg.data, count, CALIBRATION_EDGE)
+        comparison = compare(model, converted, batch, fit=fit)
+        fates = measured(fates, comparison, f"fitted on {len(batch.images)} images" if fit else "")
+        notes.append(stages_line(comparison, source, len(batch.images)))
+    notes += fate_lines(fates)
+    return Start(model, cfg, notes, {name: fate.what for name, fate in fates.items()})
+
+
+def _built(cfg: Config, num_classes: int) -> MaskRCNN:
+    """The model of a config, its weights drawn from cfg.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
-        model = build_model(cfg.model, len(classes))
-    notes = load_weights(model, Path(cfg.train.weights), classes, cfg.model) if load and cfg.train.weights else []
-    return model, notes
+        return build_model(cfg.model, num_classes)
 
 
-def load_weights(model: nn.Module, path: Path, classes: Sequence[str], config: ModelConfig) -> list[str]:
-    """Load a checkpoint's averaged weights, or else its weights, into a model for other classes.
+def load_weights(
+    model: MaskRCNN, source: Source, classes: Sequence[str], cfg: Config
+) -> tuple[list[str], dict[str, Fate]]:
+    """Load a source into a model for other classes.
 
-    model: built from config for `classes`, in the order of its labels.  path: checkpoint or run folder.
-    Rows of a class that the checkpoint knows by the same name, and the background's, are carried over; those
-    of other classes and what the file lacks outside the backbone keep their initialisation.
-    Returns the report: what was loaded, and every tensor and class that was not.
-    Raises CheckpointError, the model untouched, where the norms differ or tensors are missing or do not fit.
+    model: built from cfg.model for `classes`, in the order of its labels.
+    Rows of a class that the source knows by the same name, and the background's, are carried over; those of other
+    classes and parts that the source lacks keep their initialisation.
+    Returns the report (what was loaded, every tensor and class that was not) and what became of each norm layer.
+    Raises CheckpointError, the model untouched, where tensors are missing or do not fit, or where conventions differ.
     """
-    checkpoint = load_checkpoint(resolve(path))
-    known, trained = _origin(checkpoint)
-    different = _compare_norms(checkpoint.path, trained, config)
-    group = "ema" if "ema" in checkpoint.groups else "model"
-    if group not in checkpoint.groups:
-        raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(checkpoint.groups)}")
-    source, own = checkpoint.groups[group], model.state_dict()
-    plan = _plan(own, source, len(classes), len(known))
+    state, fates = carry_norms(source.state, source, model, cfg.model, cfg.train)
+    scale = torch.tensor(cfg.model.pixel_std) / torch.tensor(source.model.pixel_std)
+    if (scale != 1).any() and "backbone.stem.conv.weight" in state:
+        state["backbone.stem.conv.weight"] = state["backbone.stem.conv.weight"] * scale[:, None, None]
+    own, known = model.state_dict(), source.classes or ()
+    plan = _plan(own, state, len(classes), source, [name for name, fate in fates.items() if fate.what == "anew"])
     if plan.wrong:
-        raise CheckpointError(_misfit(checkpoint.path, plan.wrong, trained, config))
+        raise CheckpointError(_misfit(source, plan.wrong, cfg.model))
+    conventions = _compare_conventions(source, cfg)
     carried = [(classes.index(name), known.index(name)) for name in classes if name in known]
-    with torch.no_grad():
-        for key in plan.whole:
-            own[key].copy_(source[key])
-        for key in plan.by_class:
-            _copy_rows(own[key], source[key], key, carried)
-    return [
-        f"loaded {checkpoint.path}, group {group}, update {checkpoint.meta.get('update', 'unknown')}",
-        *different,
-        *_report(plan, classes, known),
+    loaded = dict(own) | {key: state[key] for key in plan.whole}
+    for key in plan.by_class:
+        loaded[key] = _with_rows(own[key], state[key], key, carried)
+    model.load_state_dict(loaded)
+    return [*source.notes, *conventions, *_report(plan, classes, source)], fates
+
+
+def _compare_conventions(source: Source, cfg: Config) -> list[str]:
+    """Refuse a model that computes something else from the file's weights; return what is only worth a line."""
+    config, lines = cfg.model, []
+    there, here = source.model.part_norms(), config.part_norms()
+    parts = [part for part in source.parts if part != "mask_head" or config.masks]
+    different = [
+        f"model.{name}: {attrgetter(name)(source.model)} in the file, {attrgetter(name)(config)} here"
+        for part, name in CONVENTIONS
+        if part in parts and attrgetter(name)(source.model) != attrgetter(name)(config)
+        and (name != "backbone.stride_in_1x1" or config.backbone.depth >= 50)
+    ]  # fmt: skip
+    if here["backbone"].weight_standardization and source.model.pixel_std != config.pixel_std:
+        different.append(f"model.pixel_std: {source.model.pixel_std} in the file, {config.pixel_std} here")
+    if different and cfg.train.source.differences == "refuse":
+        preset = f"; model.compat={source.model.compat} sets all of its toolkit's conventions"
+        raise CheckpointError(
+            "\n  ".join([f"{source.path}: its weights mean something else in this model:", *different])
+            + f"\n  set these options as in the file{preset if source.model.compat != config.compat else ''}; if the "
+            "file is not what it was taken for, train.source.* says so; "
+            "train.source.differences=report fine-tunes anyway"
+        )
+    lines += [f"warning: {line}" for line in different]
+    if source.model.pixel_std != config.pixel_std:
+        lines.append(f"pixel_std {source.model.pixel_std} of the file folded into the stem, exactly")
+    lines += [
+        f"model.{name}: {attrgetter(name)(source.model)} in the file, {attrgetter(name)(config)} here"
+        for part, name in NOTED
+        if part in parts and attrgetter(name)(source.model) != attrgetter(name)(config)
     ]
-
-
-def _origin(checkpoint: Checkpoint) -> tuple[list[str], ModelConfig]:
-    """The classes and the model config that a checkpoint was trained with."""
-    for key, kind in (("classes", list), ("config", dict)):
-        if not isinstance(checkpoint.meta.get(key), kind):
-            raise CheckpointError(f"{checkpoint.path}: its meta.json has no {key}; was it saved by gndet train?")
-    config = config_from_dict(checkpoint.meta["config"], f"{checkpoint.path}: config in meta.json")
-    return checkpoint.meta["classes"], config.model
-
-
-def _compare_norms(path: Path, trained: ModelConfig, config: ModelConfig) -> list[str]:
-    """Refuse weights of another norm; return a line for each part whose norm has other settings."""
-    before, now = trained.part_norms(), config.part_norms()
-    lines = []
-    for part in before:
-        if part == "mask_head" and not (trained.masks and config.masks):
+    differing = mismatched(source, config)
+    for part in parts:
+        if part == "box_head" and config.box_head.kind == "2fc":
             continue
-        if part == "box_head" and "2fc" in (trained.box_head.kind, config.box_head.kind):
-            continue  # the 2fc head has no norm
-        if _family(before[part]) != _family(now[part]):
-            old, new = before[part].kind, now[part].kind
-            raise CheckpointError(
-                f"{path}: its {part} was trained with {old}, this model has {new}; "
-                f"set model.{part}.norm: {{kind: {old}}} or take a checkpoint trained with {new}"
+        if there[part].kind == "none" and here[part].kind == "none":
+            continue
+        if there[part].masked != here[part].masked and part not in ("box_head", "mask_head"):
+            words = {True: "masked", False: "plain"}
+            lines.append(
+                f"warning: {part}.norm was trained with padding: {words[there[part].masked]}, here it is "
+                f"{words[here[part].masked]}; at small batches of equal pictures they are the same"
             )
-        grouping = ("groups", "channels_per_group") if now[part].kind == "gn" else ()
-        for name in (*grouping, "weight_standardization", "eps", "masked"):
-            old, new = getattr(before[part], name), getattr(now[part], name)
-            if old != new:
-                lines.append(f"{part}.norm: {name} {old} in the file, {new} here")
+        if part not in differing and here[part].kind not in BATCH_NORMS and there[part].eps != here[part].eps:
+            lines.append(f"{part}.norm: eps {there[part].eps} in the file, {here[part].eps} here")
     return lines
 
 
-def _family(norm: NormConfig) -> str:
-    return SAME_TENSORS[0] if norm.kind in SAME_TENSORS else norm.kind
+def _plan(
+    own: dict[str, Tensor], state: dict[str, Tensor], num_classes: int, source: Source, anew: Sequence[str]
+) -> _Plan:
+    """Decide for every tensor of the model and of the file what becomes of it.
 
-
-def _plan(own: dict[str, Tensor], source: dict[str, Tensor], num_classes: int, num_known: int) -> _Plan:
-    """Decide for every tensor of the model and of the file what becomes of it."""
-    plan = _Plan([], [], [], [], [key for key in source if key not in own and not key.endswith(COUNTER)])
+    A part that the file holds must be there whole, but for the norms in anew.
+    """
+    unused = [key for key in state if key not in own and not key.endswith((COUNTER, ".norm.eps"))]
+    damped = [key for key in state if key.endswith(".norm.eps") and key.removesuffix("eps") + "weight" in own]
+    plan = _Plan(damped, [], [], [], unused)
     for key, tensor in own.items():
         layer, part = key.rpartition(".")[0], key.partition(".")[0]
-        if key not in source:
-            if part in REQUIRED and not key.endswith(COUNTER):
+        if key not in state:
+            if (part in source.parts or part == "backbone") and not key.endswith(COUNTER) and layer not in anew:
                 plan.wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
             elif not key.endswith(COUNTER):
                 plan.anew.append(key)
             continue
         expected = tensor.shape
         if layer in CLASS_ROWS:
-            expected = (_num_rows(layer, num_known), *tensor.shape[1:])
+            expected = (_num_rows(layer, source.num_classes), *tensor.shape[1:])
             assert len(tensor) == _num_rows(layer, num_classes), f"{key} {list(tensor.shape)}, {num_classes} classes"
-        if source[key].shape != expected:
-            plan.wrong.append(f"{key}: {list(source[key].shape)} in the file, expected {list(expected)}")
+        if state[key].shape != expected:
+            plan.wrong.append(f"{key}: {list(state[key].shape)} in the file, expected {list(expected)}")
         else:
             (plan.by_class if layer in CLASS_ROWS else plan.whole).append(key)
-    for key in plan.unused:  # a deeper backbone holds all tensors of a shallower one
-        if key.partition(".")[0] in REQUIRED:
-            plan.wrong.append(f"{key}: {list(source[key].shape)} in the file, absent here")
+    built = {key.partition(".")[0] for key in own}
+    for key in unused:  # a deeper backbone holds all tensors of a shallower one
+        if key.partition(".")[0] in built and key.partition(".")[0] in source.parts:
+            plan.wrong.append(f"{key}: {list(state[key].shape)} in the file, absent here")
     return plan
 
 
@@ -154,36 +213,42 @@ def _num_rows(layer: str, num_classes: int) -> int:
     return num_classes * CLASS_ROWS[layer] + (layer == BACKGROUND)
 
 
-def _copy_rows(target: Tensor, source: Tensor, key: str, carried: Sequence[tuple[int, int]]) -> None:
-    """Copy the rows of the classes in carried (index here, index in the file), and the background's."""
-    layer = key.rpartition(".")[0]
+def _with_rows(own: Tensor, there: Tensor, key: str, carried: Sequence[tuple[int, int]]) -> Tensor:
+    """Put the rows of the classes in carried (index here, index in the file), and the background's, over own ones."""
+    layer, result = key.rpartition(".")[0], own.clone()
     count = CLASS_ROWS[layer]
-    for here, there in carried:
-        target[here * count : (here + 1) * count] = source[there * count : (there + 1) * count].to(target.device)
+    for here, index in carried:
+        result[here * count : (here + 1) * count] = there[index * count : (index + 1) * count]
     if layer == BACKGROUND:
-        target[-1] = source[-1].to(target.device)
+        result[-1] = there[-1]
+    return result
 
 
-def _misfit(path: Path, wrong: list[str], trained: ModelConfig, config: ModelConfig) -> str:
+# --- what is said
+
+
+def _misfit(source: Source, wrong: list[str], config: ModelConfig) -> str:
     """Say which tensors do not fit, and which options differ."""
+    trained = source.model
     options = [
         f"model.{name}: {attrgetter(name)(trained)} in the file, {attrgetter(name)(config)} here"
         for name in SHAPING
         if attrgetter(name)(trained) != attrgetter(name)(config)
     ]
     more = [f"and {len(wrong) - MAX_NAMED} more"] if len(wrong) > MAX_NAMED else []
-    cause = options or ["unknown: the options that decide the shapes are the same; was the file edited?"]
+    cause = options or ["unknown: the options that decide the shapes are the same; was the file edited, or cut short?"]
     lines = [*wrong[:MAX_NAMED], *more, "likely cause: " + "; ".join(cause)]
-    return "\n  ".join([f"{path}: {len(wrong)} tensors do not fit this model", *lines])
+    return "\n  ".join([f"{source.path}: {len(wrong)} tensors do not fit this model", *lines])
 
 
-def _report(plan: _Plan, classes: Sequence[str], known: Sequence[str]) -> list[str]:
+def _report(plan: _Plan, classes: Sequence[str], source: Source) -> list[str]:
     """List what was loaded, by part and by class, and everything that was not."""
     counts: dict[str, int] = {}
     for key in plan.whole:
         part = key.partition(".")[0]
         counts[part] = counts.get(part, 0) + 1
     lines = ["tensors: " + ", ".join(f"{part} {count}" for part, count in counts.items())]
+    known = source.classes or ()
     if plan.by_class:
         rows = {
             "classes carried over by name": [name for name in classes if name in known],
@@ -193,6 +258,52 @@ def _report(plan: _Plan, classes: Sequence[str], known: Sequence[str]) -> list[s
         lines += [f"{title}: {', '.join(names)}" for title, names in rows.items() if names]
     if plan.anew:
         lines.append(f"tensors that start anew: {', '.join(plan.anew)}")
-    if plan.unused:
-        lines.append(f"tensors of the file not used: {', '.join(plan.unused)}")
+    unused = [*plan.unused, *source.unused]
+    if unused:
+        lines.append(f"tensors of the file not used: {', '.join(unused)}")
     return lines
+
+
+def measured(fates: dict[str, Fate], comparison: Comparison, what: str) -> dict[str, Fate]:
+    """Put measured errors, and what else was done, into the fates of the layers that were compared."""
+    result = dict(fates)
+    for name, error in comparison.layers.items():
+        fate = fates[name]
+        words = f"{fate.what}, {what}" if what else fate.what
+        result[name] = fate._replace(what=words, measured_error=error)
+    return result
+
+
+def stages_line(comparison: Comparison, source: Source, num_images: int) -> str:
+    """The errors of the pyramid's levels in one line."""
+    levels = [level for level in comparison.stages if level.startswith("C") or "fpn" in source.parts]
+    return f"features against the file's own norms, relative error on {num_images} images: " + ", ".join(
+        f"{level} {comparison.stages[level]:.2f}" for level in levels
+    )
+
+
+def fate_lines(fates: dict[str, Fate]) -> list[str]:
+    """What became of the norms: a line for each part and fate, with the range of the errors."""
+    groups: dict[tuple[str, str], list[Fate]] = {}
+    for name, fate in fates.items():
+        groups.setdefault((name.partition(".")[0], fate.what), []).append(fate)
+    lines = []
+    for (part, what), members in groups.items():
+        line = f"{part}: {len(members)} norm layers {what}"
+        for word, attribute in (("expected", "expected_error"), ("measured", "measured_error")):
+            errors = [getattr(one, attribute) for one in members if getattr(one, attribute) is not None]
+            if errors:
+                line += f"; {word} error {min(errors):.2f} to {max(errors):.2f}, median {statistics.median(errors):.2f}"
+        lines.append(line)
+    return lines
+
+
+def fate_table(fates: dict[str, Fate]) -> list[list[str]]:
+    """What became of each norm layer, as rows of text."""
+
+    def text(error: float | None) -> str:
+        return "-" if error is None else f"{error:.3f}"
+
+    rows = [["norm layer", "expected error", "measured", "what became of it"]]
+    rows += [[name, text(f.expected_error), text(f.measured_error), f.what] for name, f in fates.items()]
+    return rows

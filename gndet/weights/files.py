@@ -1,0 +1,299 @@
+"""Weight files of other toolkits: read without running anything that they hold, and written whole or not at all.
+
+A pickle names functions to call.  Nothing it names is looked up here: the few names that numpy arrays need are
+answered with stand-ins of our own, which check what they are given; a file that asks for anything else is refused.
+"""
+
+import io
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from gndet.errors import CheckpointError, OutputError
+
+ZIP = b"PK"  # torch.save since torch 1.6
+LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # earlier: two bytes of protocol, then torch's magic number, pickled
+EXPECTED = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
+CONTAINERS = ("blobs", "model", "state_dict")  # of Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
+NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")  # numpy's names of the types read
+TRAINING = re.compile(r"optimizer.*|(.*_)?scheduler.*|.*_momentum")  # what a file keeps only to train on
+MAX_NAMED = 5  # tensors or keys that an error names
+MAX_DEPTH = 32  # of nested extras; a list may hold itself
+MAX_EXTRAS = 100_000  # values in extras; twenty lists, each holding the next one twice, unfold to a million
+
+
+class WeightFile(NamedTuple):
+    """The tensors of a file, and where in it they were."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # on the CPU, by name without a leading "module."
+    container: str  # "blobs", "model", "state_dict", or "flat" where the tensors were not within another dict
+    extras: dict[str, Any]  # what stands beside them in plain types: "meta", "__author__", "matching_heuristics"
+
+
+class _Unfit(Exception):
+    """What is wrong with a file; read_weights puts its name in front."""
+
+
+class _Dtype:
+    """What a pickle gets for numpy.dtype: numbers only."""
+
+    def __init__(self, name: str, *flags: object) -> None:
+        if not isinstance(name, str) or name not in NUMBERS:
+            kind = name if isinstance(name, str) else "?"  # not repr: lists may unfold without end
+            raise _Unfit(f"refused: an array of numpy type {kind}; only numbers are read, nothing was run")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state: Any) -> None:
+        _, order, *fields = state
+        if order not in ("<", ">", "=", "|") or any(field is not None for field in fields[:3]):
+            raise ValueError("the state of a numpy type that is not a number")
+        self.order = order
+
+
+class _Array:
+    """What a pickle gets for numpy.ndarray and for numpy's _reconstruct, which makes one that its state fills."""
+
+    value: np.ndarray
+
+    def __init__(self, kind: object, *empty: object) -> None:
+        if kind is not _Array:
+            raise ValueError("an array of another class than numpy.ndarray")
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, data = state
+        self.value = _numpy_array(dtype, data, shape, "F" if is_fortran else "C")
+
+
+def _numpy_array(dtype: Any, data: Any, shape: Any, order: Any) -> np.ndarray:
+    """Make an array of a pickle's bytes (Python 2: its latin1 text) after checking each part of the claim."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, str | bytes) or order not in ("C", "F"):
+        raise ValueError("an array whose parts are not bytes, a type and an order")
+    if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
+        raise ValueError("an array whose shape is not whole numbers")
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    kind = np.dtype(dtype.order + dtype.name)
+    if len(raw) != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"an array of shape {shape} and type {kind.name} in {len(raw)} bytes")
+    return np.frombuffer(raw, kind).reshape(shape, order=order)
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
+    """Stand in for the function of protocol 5; axes: how recent numpy permutes an array of order "K"."""
+    array = _Array(_Array)
+    array.value = _numpy_array(dtype, data, shape, "C" if axes else order).transpose(axes or range(len(shape)))
+    return array
+
+
+def _encode(text: str, encoding: str) -> bytes:  # as which protocols 0 to 2 write bytes
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes as text in another encoding than latin1")
+    return text.encode("latin1")
+
+
+STAND_INS: dict[str, Callable[..., Any]] = {
+    **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": lambda *of: _numpy_array(*of, (), "C").item() for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
+    **{f"{module}.bytes": lambda: b"" for module in ("builtins", "__builtin__")},  # of an empty array
+    **{"numpy.ndarray": _Array, "numpy.dtype": _Dtype, "_codecs.encode": _encode, "collections.OrderedDict": dict},
+}
+
+
+class _Unpickler(pickle._Unpickler):
+    """Python's unpickler, not C's, which allocates as many memo slots as the largest number that a file names."""
+
+    def load_build(self) -> None:
+        """Give a state to our own objects alone: a pickle could set attributes on the functions above."""
+        if type(self.stack[-2]) not in (_Array, _Dtype):
+            raise ValueError(f"a state for a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (asked := f"{module}.{name}") in STAND_INS:
+            return STAND_INS[asked]
+        only = "only numpy arrays and plain containers are read, nothing was run"
+        raise _Unfit(f"refused: the pickle asks for {asked}; {only}")
+
+    dispatch = {  # noqa: RUF012
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # its own fills whatever length is claimed with zeros
+    }
+
+
+class _Lines(io.BufferedReader):
+    """A file whose last line must end: else the half of a name at a cut would be taken for a name, and refused."""
+
+    def readline(self, size: int | None = -1) -> bytes:
+        if (line := super().readline(size)).endswith(b"\n"):
+            return line
+        raise EOFError("the file ends within a name")
+
+
+def read_weights(path: Path) -> WeightFile:
+    """Read the tensors of a .safetensors, of a .pth of torch.save, or of a .pkl of numpy arrays, told by its content.
+
+    Returns them on the CPU; floating point of any width comes as float32, integers and bools stay as they are.
+    Momentum among Detectron's blobs is left out; so are, of extras, training states and what is not plain.
+    Raises CheckpointError that names the file, what was found, what was expected and the likely cause: no weight
+    file, damage, a file that asks for code to be run (none is), no tensors, NaN or infinite values.
+    """
+    head = _head(path)
+    try:
+        return WeightFile(path, *_weights(_content(path, head)))
+    except _Unfit as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # an unpickler meets damage with nearly any type of error
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        raise CheckpointError(
+            f"{path}: damaged or truncated: {type(error).__name__}: {reason}; {EXPECTED}: was the download cut short?"
+        ) from None
+
+
+def write_torch(path: Path, content: dict[str, Any]) -> None:
+    """Write a dict with torch.save, so that path is whole or as it was; raises OutputError where that fails."""
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a cause
+    torch.save(content, buffer)
+    _write(path, buffer.getbuffer())
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and a header of texts, so that path is whole or as it was; raises OutputError where that fails."""
+    # copies: safetensors refuses tensors that share memory
+    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    _write(path, safetensors.torch.save(copies, metadata))
+
+
+def _write(path: Path, data: bytes | memoryview) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write it: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _head(path: Path) -> bytes:
+    """Read the first bytes of a file; refuse what the user can see is no weight file."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {error.strerror}; {EXPECTED}") from None
+    if not head:
+        raise CheckpointError(f"{path}: empty, 0 bytes; {EXPECTED}: did the download fail?")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; {EXPECTED}: run git lfs pull")
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path}: an HTML page: was the download a web page?  {EXPECTED}")
+    return head
+
+
+def _content(path: Path, head: bytes) -> Any:
+    """Read what a file holds, arrays as _Array."""
+    with _Lines(io.FileIO(path)) as file:
+        if head.startswith(ZIP):
+            names = zipfile.ZipFile(file).namelist()
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise _Unfit("a TorchScript archive, which is a program; expected weights: save module.state_dict()")
+            if not any(name.endswith("/data.pkl") for name in names):
+                raise _Unfit(f"a zip of {', '.join(names[:MAX_NAMED])}; {EXPECTED}: should it be unpacked?")
+            file.seek(0)
+        if head.startswith(ZIP) or head[2:].startswith(LEGACY):
+            return _torch_content(file)
+        if path.suffix != ".safetensors" and head[8:9] != b"{":  # after 8 bytes of length, safetensors are JSON
+            return _Unpickler(file, encoding="latin1").load()
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {**(file.metadata() or {}), **{name: file.get_tensor(name).clone() for name in [*file.keys()]}}
+
+
+def _torch_content(file: io.BufferedReader) -> Any:
+    """Read a file of torch.save with torch's restricted unpickler, numpy's names answered by the stand-ins."""
+    try:
+        with torch.serialization.safe_globals([(own, name) for name, own in STAND_INS.items()]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if (asked := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
+            raise pickle.UnpicklingError(str(error).rpartition("WeightsUnpickler error: ")[2]) from None
+    raise _Unfit(
+        f"refused: the file asks for {asked[1]}; only tensors and plain containers are read, nothing was run: it is a "
+        f"whole nn.Module or a training checkpoint with objects of {asked[1].split('.')[0]}; save model.state_dict()"
+    )
+
+
+def _weights(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    """Find the tensors of a file's content and check them; return the fields of a WeightFile after its path."""
+    if not isinstance(content, dict):
+        raise _Unfit(f"holds a {type(content).__name__}; expected a dict of tensors by name")
+    found = {key: arrays for key in CONTAINERS if (arrays := _arrays(content.get(key)))} or {"flat": _arrays(content)}
+    container, arrays = next(iter(found.items()))
+    if not arrays:
+        keys = ", ".join(str(key) for key in list(content)[:MAX_NAMED]) or "nothing"
+        raise _Unfit(f"no tensors: a dict of {keys}; expected tensors by name, alone or in {', '.join(CONTAINERS)}")
+    tensors: dict[str, Tensor] = {}
+    for key, array in arrays.items():
+        name = key.removeprefix("module.")
+        if name in tensors:
+            raise _Unfit(f"holds both {name} and module.{name}; expected one of them")
+        if not (container == "blobs" and key.endswith("_momentum")):
+            tensors[name] = _tensor(name, array)
+    counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in tensors.items()}
+    if wrong := [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]:
+        listed = ", ".join(wrong[:MAX_NAMED]) + (", ..." if len(wrong) > MAX_NAMED else "")
+        raise _Unfit(f"NaN or infinite values in {listed}; expected finite weights: did the training diverge?")
+    beside = {key: value for key, value in content.items() if key != container and not TRAINING.fullmatch(str(key))}
+    return tensors, container, _plain(beside, iter(range(MAX_EXTRAS)), 0)
+
+
+def _arrays(entries: Any) -> dict[str, Any]:
+    pairs = entries.items() if isinstance(entries, dict) else ()
+    return {key: value for key, value in pairs if isinstance(key, str) and isinstance(value, Tensor | _Array)}
+
+
+def _tensor(name: str, array: Any) -> Tensor:
+    """Make a dense tensor of an entry, float32 where it is floating point."""
+    if isinstance(array, _Array):  # np.array copies: from_numpy takes neither read-only arrays nor other byte orders
+        array = torch.from_numpy(np.array(array.value, dtype=array.value.dtype.newbyteorder("="), order="C"))
+    tensor = Tensor.detach(array)  # not array.detach(): a file may set attributes on its tensors
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise _Unfit(f"{name} is a {tensor.layout} tensor on {tensor.device}, {tensor.dtype}; expected dense values")
+    stored = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if tensor.numel() > stored:  # a few bytes may claim to be terabytes
+        raise _Unfit(f"{name} spreads {stored} values to {tensor.numel()}; expected each value to be in the file")
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _plain(value: Any, room: Iterator[int], depth: int) -> Any:
+    """Copy a value of plain types, of a dict only its plain entries; raises ValueError where nothing is plain."""
+    if depth > MAX_DEPTH or next(room, None) is None:
+        raise ValueError("extras without end")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, room, depth + 1) for item in value)
+    kept = {}
+    for key, entry in value.items() if isinstance(value, dict) else ():
+        if isinstance(key, str | int):
+            with suppress(ValueError):
+                kept[key] = _plain(entry, room, depth + 1)
+    if depth and not kept and value != {}:  # an object, or another dict of tensors, such as timm's state_dict_ema
+        raise ValueError("not plain")
+    return kept

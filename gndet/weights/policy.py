@@ -1,0 +1,200 @@
+"""What becomes of a part whose norm in the file is not the model's: nothing is ever guessed (`train.norm_policy`).
+
+A part is one of backbone, fpn, rpn, box_head, mask_head; `there` is the file's norm, `here` the model's.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gndet.config import ModelConfig, NormConfig, TrainConfig
+from gndet.errors import CheckpointError, ConfigError
+from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, StandardizedConv2d, make_norm
+from gndet.weights.convert import convert_batch_norm
+from gndet.weights.names import BATCH_NORMS
+from gndet.weights.sources import Source
+
+GROUP_NORMS = ("gn", "ln", "in")
+CHOICES = """  model.{part}.norm={{kind: {keep}}}   the part as it is in the file
+  train.norm_policy=hybrid      the part as frozen BN, {here} elsewhere
+  train.norm_policy=convert     GN that computes nearly the same, in closed form from the file alone
+  train.norm_policy=calibrate   the same, then gamma and beta fitted on some training images
+  train.norm_policy=affine      gamma and beta copied by name, which destroys the features
+  train.norm_policy=reinit      the convolutions only, the norms anew"""
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
+
+
+class Fate(NamedTuple):
+    """What became of a norm layer."""
+
+    what: str  # "as in the file", "converted from bn, damp 1" ...
+    expected_error: float | None = None  # of the layer alone, from the file alone
+    measured_error: float | None = None  # on images, with the errors of all layers before it
+
+
+def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig, NormConfig]]:
+    """The parts of the file whose norm there computes something else than the norm here from the same numbers."""
+    theirs, ours = source.model.part_norms(), model.part_norms()
+    used = [part for part in source.parts if part != "mask_head" or model.masks]
+    if "2fc" in (source.model.box_head.kind, model.box_head.kind):
+        used = [part for part in used if part != "box_head"]  # a head without norm, or of another shape
+    return {part: (theirs[part], ours[part]) for part in used if _family(theirs[part]) != _family(ours[part])}
+
+
+def _family(norm: NormConfig) -> tuple[object, ...]:
+    """What decides the meaning of gamma and beta: equal for norms that load each other's weights."""
+    if norm.kind in BATCH_NORMS:
+        return ("bn",)
+    if norm.kind == "gn" and norm.channels_per_group is not None:
+        return ("gn", "channels", norm.channels_per_group)
+    groups = {"gn": norm.groups, "ln": 1}.get(norm.kind)
+    return (("gn" if groups else norm.kind), groups)
+
+
+def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> ModelConfig:
+    """The model's config after `hybrid`, which changes parts of it; refuse a policy that cannot do what it says.
+
+    Raises CheckpointError where the norms differ and no policy is named, with the choices, and where the file lacks
+    what the policy needs.
+    """
+    differing = mismatched(source, model)
+    for part, (there, here) in differing.items():
+        what = f"{source.path}: its {part} has {_words(there)}, this model has {_words(here)}"
+        if train.norm_policy == "error":
+            keep = there.kind if there.kind not in ("bn", "sync_bn") else f"{there.kind}}} or {{kind: frozen_bn"
+            choices = CHOICES.format(part=part, keep=keep, here=here.kind)
+            raise CheckpointError(f"{what}; the same numbers mean something else there, so choose one of\n{choices}")
+        if why := _unable(train.norm_policy, there, here, source):
+            raise CheckpointError(f"{what}; train.norm_policy: {train.norm_policy} is impossible: {why}")
+    if train.norm_policy != "hybrid":
+        return model
+    frozen = {
+        part: getattr(model, part).model_copy(
+            update={"norm": NormConfig(kind="frozen_bn", eps=there.eps, padding=here.padding)}
+        )
+        for part, (there, here) in differing.items()
+    }
+    return model.model_copy(update=frozen)
+
+
+def _words(norm: NormConfig) -> str:
+    """A norm for messages."""
+    groups = f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
+    standardized = " with weight standardization" if norm.weight_standardization else ""
+    return norm.kind + (f" ({groups})" if norm.kind == "gn" else "") + standardized
+
+
+def _unable(policy: str, there: NormConfig, here: NormConfig, source: Source) -> str:
+    """Why a policy cannot bring a part from one norm to another, or nothing."""
+    is_batch, to_group = there.kind in BATCH_NORMS, here.kind in GROUP_NORMS
+    if policy == "hybrid" and not is_batch:
+        return "it keeps BN frozen, and the file has none there"
+    if policy in ("convert", "calibrate") and not to_group:
+        return f"it makes GN (or ln, in) out of what the file has, not {here.kind}"
+    if policy in ("convert", "calibrate") and here.weight_standardization and not there.weight_standardization:
+        return "weight standardization changes the convolutions themselves"
+    if policy == "convert" and not is_batch:
+        return "the closed form needs BN's statistics; calibrate measures on images instead"
+    if policy == "convert" and source.fused:
+        return "the file's BN layers are affine maps whose statistics are gone; calibrate measures on images instead"
+    if policy == "affine" and "none" in (there.kind, here.kind):
+        return "there is no gamma and beta on both sides"
+    return ""
+
+
+def carry_norms(
+    state: dict[str, Tensor], source: Source, model: nn.Module, config: ModelConfig, train: TrainConfig
+) -> tuple[dict[str, Tensor], dict[str, Fate]]:
+    """Turn the norm layers of a file into those of the model, by train.norm_policy where they differ.
+
+    state: the file's tensors by gndet's names; model: built from config.  Returns the new state, in which what starts
+    anew is left out, and what became of each norm layer.
+    """
+    state, fates = dict(state), {}
+    differing, theirs, ours = mismatched(source, config), source.model.part_norms(), config.part_norms()
+    for name, module in model.named_modules():
+        part = name.partition(".")[0]
+        if not name.endswith(".norm") or part not in source.parts:
+            continue
+        there, here, conv = theirs[part], ours[part], name.removesuffix("norm") + "conv"
+        if f"{conv}.weight" not in state:
+            continue
+        if there.weight_standardization and not here.weight_standardization:
+            state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact
+        if part in differing:
+            fates[name] = _carry(name, state, source, there, module, train)
+        elif there.kind != "none":
+            _same_eps(name, state, there, here)
+            fates[name] = Fate("as in the file" + (", frozen" if here.kind == "frozen_bn" else ""))
+    return state, fates
+
+
+def _carry(
+    name: str, state: dict[str, Tensor], source: Source, there: NormConfig, module: nn.Module, train: TrainConfig
+) -> Fate:
+    """Bring one norm layer over, in place of the file's tensors in state."""
+    old = {
+        key: state.pop(f"{name}.{key}", None)
+        for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps")
+    }
+    policy = train.norm_policy
+    if policy == "reinit" or (policy == "calibrate" and old["weight"] is None):
+        state.pop(name.removesuffix("norm") + "conv.bias", None)
+        return Fate("anew")
+    if policy == "affine" or source.fused or old["running_var"] is None:
+        state[f"{name}.weight"], state[f"{name}.bias"] = old["weight"], old["bias"]
+        return Fate(f"gamma and beta of {there.kind} copied by name")
+    assert isinstance(module, GroupNorm)
+    try:
+        new = convert_batch_norm(
+            old["weight"], old["bias"], old["running_mean"], old["running_var"], bn_eps=there.eps,
+            groups=module.groups, eps=module.config_eps, damp=train.norm_damp,
+        )  # fmt: skip
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    state[f"{name}.weight"], state[f"{name}.bias"] = new.gamma, new.beta
+    if new.eps != module.config_eps:
+        state[f"{name}.eps"] = torch.tensor(new.eps, dtype=torch.float64)
+    return Fate(f"converted from {there.kind}, damp {train.norm_damp:g}", new.expected_error)
+
+
+def _same_eps(name: str, state: dict[str, Tensor], there: NormConfig, here: NormConfig) -> None:
+    """Make BN with the eps here compute what it computed with the eps there: exactly, in its variance or its gamma."""
+    if there.kind not in BATCH_NORMS or there.eps == here.eps or f"{name}.running_var" not in state:
+        return
+    var = state[f"{name}.running_var"].double()
+    if float(var.min()) + there.eps >= here.eps:
+        state[f"{name}.running_var"] = (var + there.eps - here.eps).float()
+    else:
+        ratio = ((var + here.eps) / (var + there.eps)).sqrt()
+        state[f"{name}.weight"] = (state[f"{name}.weight"].double() * ratio).float()
+
+
+def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> dict[str, nn.Module]:
+    """The file's own norm for each layer of the model that has another one now: what a conversion is compared with.
+
+    They are masked as the model's norms are, so that padding does not enter the comparison.
+    """
+    references: dict[str, nn.Module] = {}
+    differing = mismatched(source, config)
+    for name, module in model.named_modules():
+        part = name.partition(".")[0]
+        if part not in differing or not name.endswith(".norm"):
+            continue
+        there = differing[part][0].model_copy(update={"padding": differing[part][1].padding})
+        channels, state = len(module.weight), source.state
+        tensors = {key: state[f"{name}.{key}"] for key in STATISTICS if f"{name}.{key}" in state}
+        if there.kind == "none":
+            conv = name.removesuffix("norm") + "conv"
+            reference: nn.Module = FrozenBatchNorm(channels, 0.0, there.masked)
+            reference.load_state_dict(reference.state_dict() | {"bias": state[f"{conv}.bias"]})
+        elif there.kind in BATCH_NORMS:
+            reference = FrozenBatchNorm(channels, there.eps, there.masked)
+            reference.load_state_dict(tensors)
+        else:
+            reference = make_norm(there, channels)
+            eps = {"eps": state[f"{name}.eps"]} if f"{name}.eps" in state else {}
+            reference.load_state_dict({key: tensors[key] for key in ("weight", "bias")} | eps)
+        references[name] = reference
+    return references

@@ -1,0 +1,108 @@
+"""From `train.weights` to a Source: a gndet checkpoint, a file of another toolkit, or the name of published weights."""
+
+import importlib
+import re
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+
+from gndet.checkpoint import load_checkpoint, resolve
+from gndet.config import SourceConfig
+from gndet.config_file import config_from_dict
+from gndet.errors import CheckpointError
+from gndet.weights.describe import PARTS
+from gndet.weights.files import WeightFile, read_weights
+from gndet.weights.sources import Source, understand
+
+TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
+TIMM_NAME = re.compile(r"timm:([\w.]+)")  # as timm:resnet50_gn.a1h_in1k
+
+
+def read_source(where: str, cfg: SourceConfig) -> Source:
+    """Read the weights that `where` names.
+
+    where: a gndet checkpoint or run folder; a file (.pth, .pkl, .safetensors ...); a weight name of torchvision, which
+    downloads it (ResNet50_Weights.IMAGENET1K_V2), or of timm where that is installed (timm:resnet50_gn.a1h_in1k).
+    Raises CheckpointError, ConfigError: nothing there, damaged, unsafe, of no known format or model, or no network,
+    with the address of the file to fetch.
+    """
+    path = Path(where)
+    if not path.exists():
+        if match := TORCHVISION_NAME.fullmatch(where):
+            return _torchvision(match[1], cfg)
+        if match := TIMM_NAME.fullmatch(where):
+            return _timm(match[1], cfg)
+        raise CheckpointError(
+            f"{where}: there is no such file or folder, nor is it a weight name like ResNet50_Weights.IMAGENET1K_V2 "
+            "(torchvision) or timm:resnet50_gn.a1h_in1k (timm)"
+        )
+    if path.is_dir() or cfg.format == "gndet":
+        return _gndet(path)
+    return understand(read_weights(path), cfg)
+
+
+def _gndet(path: Path) -> Source:
+    """A gndet checkpoint: its averaged weights, or else its weights."""
+    checkpoint = load_checkpoint(resolve(path))
+    for key, kind in (("classes", list), ("config", dict)):
+        if not isinstance(checkpoint.meta.get(key), kind):
+            raise CheckpointError(f"{checkpoint.path}: its meta.json has no {key}; was it saved by gndet?")
+    config = config_from_dict(checkpoint.meta["config"], f"{checkpoint.path}: config in meta.json")
+    group = "ema" if "ema" in checkpoint.groups else "model"
+    if group not in checkpoint.groups:
+        raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(checkpoint.groups)}")
+    state, classes = checkpoint.groups[group], tuple(checkpoint.meta["classes"])
+    parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
+    note = f"loaded {checkpoint.path}, group {group}, update {checkpoint.meta.get('update', 'unknown')}"
+    named = checkpoint.meta.get("classes_named", True)
+    return Source(
+        str(checkpoint.path), "gndet", state, config.model, parts, classes if named else None, len(classes),
+        bool(checkpoint.meta.get("fused")), [note], [],
+    )  # fmt: skip
+
+
+def _torchvision(name: str, cfg: SourceConfig) -> Source:
+    """Weights of torchvision by their name, which torchvision downloads and checks."""
+    try:
+        weights = torchvision.models.get_weight(name)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / Path(weights.url).name
+    try:
+        tensors = weights.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{name}: torchvision could not download {weights.url} ({error}); fetch that file where there is a "
+            f"network, and put it at {file}, or set train.weights to it"
+        ) from None
+    source = understand(WeightFile(file, tensors, "flat", {}), cfg, origin=name)
+    return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
+
+
+def _timm(name: str, cfg: SourceConfig) -> Source:
+    """Weights of timm by their name, through timm."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        raise CheckpointError(
+            f"timm:{name}: timm is not installed (pip install timm); or fetch model.safetensors of "
+            f"https://huggingface.co/timm/{name} and set train.weights to the file"
+        ) from None
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # whatever the hub's client raises; timm names no type
+        raise CheckpointError(
+            f"timm:{name}: timm could not load it ({type(error).__name__}: {error}); fetch model.safetensors of "
+            f"https://huggingface.co/timm/{name} where there is a network, and set train.weights to the file"
+        ) from None
+    cfg = cfg.model_copy(
+        update={
+            "pixel_mean": cfg.pixel_mean or tuple(255 * x for x in model.default_cfg["mean"]),
+            "pixel_std": cfg.pixel_std or tuple(255 * x for x in model.default_cfg["std"]),
+        }
+    )
+    source = understand(WeightFile(Path(name), model.state_dict(), "flat", {}), cfg)
+    return source._replace(path=f"timm:{name}", notes=[f"loaded timm {name}", *source.notes])

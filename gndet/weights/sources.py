@@ -1,0 +1,277 @@
+"""What a file of another toolkit holds, in gndet's names, with everything that its numbers silently assume.
+
+`read_source` gives a `Source`: tensors by gndet's names, the ModelConfig under which they compute what they computed
+there, the classes, and the assumptions in words. C channels, K classes; row 0 is the background's in torchvision,
+Detectron and maskrcnn-benchmark, the last row in detectron2, mmdetection and gndet.
+"""
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gndet.config import ModelConfig, SourceConfig
+from gndet.errors import CheckpointError, ConfigError
+from gndet.modeling.mask_rcnn import build_model
+from gndet.weights.coco_classes import CATEGORY_IDS, NAMES
+from gndet.weights.describe import FACTS, NO_STD, RGB_STD, Facts, Reader, describe
+from gndet.weights.files import WeightFile
+from gndet.weights.names import BATCH_NORMS, layer_names, theirs
+
+PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90
+MAX_NAMED = 5
+
+
+class Source(NamedTuple):
+    """A weights file, understood."""
+
+    path: str
+    format: str
+    state: dict[str, Tensor]  # by gndet's names
+    model: ModelConfig
+    parts: tuple[str, ...]  # of PARTS, those it holds
+    classes: tuple[str, ...] | None  # None where the file does not tell
+    num_classes: int
+    fused: bool  # its BN layers are affine maps whose statistics are gone
+    notes: list[str]  # what was assumed and adapted, in words
+    unused: list[str]  # its keys that gndet has no use for
+
+
+MARKS = (  # a key that tells a format, the first that fits
+    ("backbone.bottom_up.", "detectron2"),
+    ("proposal_generator.", "detectron2"),
+    ("roi_heads.box.feature_extractor.", "maskrcnn-benchmark"),
+    ("backbone.body.stem.", "maskrcnn-benchmark"),
+    ("backbone.body.", "torchvision"),
+    ("roi_head.", "mmdetection"),
+    ("neck.lateral_convs.", "mmdetection"),
+    ("backbone.layer1.", "mmdetection"),
+    ("stem.conv1.weight", "detectron2_backbone"),
+    ("res2_0_branch2a_w", "detectron"),
+    ("layer1.0.conv1.weight", "resnet"),
+)
+
+
+def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
+    """Name a file's tensors as gndet does and state what they assume.
+
+    cfg: what the user knows better.  origin: the weight name it was fetched by, if any.
+    Raises CheckpointError where the format is unknown, a layer or half a part is missing, or the model is none of
+    gndet's (C4, grouped or deep-stem ResNets, class-agnostic boxes), naming keys and shapes.
+    """
+    tensors = _renamed(file.tensors)
+    format = _format(file, tensors, cfg)
+    facts = _facts(format, file, tensors, cfg)
+    reader = Reader(str(file.path), format, tensors)
+    model, parts = describe(reader, facts, cfg, origin or file.path.name)
+    names = layer_names(format, model, parts)
+    state, used = {}, set()
+    for layer, name in names.items():
+        for parameter in PARAMETERS:
+            key = theirs(format, name, parameter)
+            if key in tensors:
+                state[f"{layer}.{parameter}"] = tensors[key]
+                used.add(key)
+    batch_norms = [part for part in parts if model.part_norms()[part].kind in BATCH_NORMS]
+    fused = _complete_fused(state, [n for n in names if n.endswith(".norm") and n.partition(".")[0] in batch_norms])
+    notes = []
+    if facts.bgr:
+        state["backbone.stem.conv.weight"] = state["backbone.stem.conv.weight"].flip(1)
+    num_classes = _order_classes(state, facts, str(file.path))
+    classes, note = _classes(num_classes, file, cfg)
+    notes += [_assumptions(facts, model, fused), *note]
+    _check_whole(state, model, parts, num_classes, reader)
+    unused = [key for key in tensors if key not in used]
+    return Source(str(file.path), format, state, model, parts, classes, num_classes, fused, notes, unused)
+
+
+# --- which format
+
+
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give layers of older torchvision detectors their present names, which torchvision's own loading does too."""
+    if not any(key.startswith("backbone.body.") for key in tensors) or "backbone.body.stem.conv1.weight" in tensors:
+        return tensors
+    rules = (
+        (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
+        (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
+    )
+    result = {}
+    for key, tensor in tensors.items():
+        for pattern, new in rules:
+            key = re.sub(pattern, new, key)
+        if match := re.match(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)$", key):
+            key = f"roi_heads.mask_head.{int(match[1]) - 1}.0.{match[2]}"
+        result[key] = tensor
+    return result
+
+
+def _format(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> str:
+    """The format by the names of the tensors.  Raises CheckpointError where none fits, or another than was said."""
+    found = next((format for mark, format in MARKS if any(key.startswith(mark) for key in tensors)), None)
+    refuse = _unsupported(tensors)
+    if refuse:
+        raise CheckpointError(f"{file.path}: {refuse}")
+    said = {"auto": found, "detectron2": found}.get(cfg.format, cfg.format)
+    if found is None or (said != found and not (cfg.format == "detectron2" and found.startswith("detectron2"))):
+        expected = f"train.source.format: {cfg.format}" if cfg.format != "auto" else "a known format"
+        keys = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(tensors.items())[:MAX_NAMED])
+        raise CheckpointError(
+            f"{file.path}: expected {expected}, its tensors are named as {found or 'in no format that gndet knows'}: "
+            f"{keys}; read are gndet, torchvision, timm (ResNet), detectron2, Detectron, mmdetection, "
+            "maskrcnn-benchmark"
+        )
+    return found
+
+
+def _unsupported(tensors: dict[str, Tensor]) -> str:
+    """Say why a model that is recognised cannot be built, or nothing."""
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in tensors)
+
+    if has("roi_heads.res5.") or (has("backbone.res2.") and has("proposal_generator.")) or has("conv_rpn_w"):
+        return "a C4 or DC5 model (no pyramid), which gndet does not have yet; its heads work on res4 or res5"
+    if has("bbox_head.fc_cls") or (has("bbox_head.") and has("backbone.layer1.")):
+        return (
+            "a model of mmdetection 1 or a one-stage detector (bbox_head at the top); gndet reads the two-stage "
+            "detectors of mmdetection 2 and later (roi_head.bbox_head)"
+        )
+    if has("conv1.0.weight") or has("backbone.stem.0."):
+        return "a ResNet with a deep stem (three 3x3 convolutions, like resnet50d); gndet has the 7x7 stem only"
+    if has("roi_heads.box_predictor.0.") or has("roi_head.bbox_head.0."):
+        return "a cascade, which gndet does not have"
+    return ""
+
+
+def _facts(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> Facts:
+    """The customs of the format, then what this file says of itself, then what the user says."""
+    facts = FACTS[format]
+    if file.extras.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's ResNets
+        facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
+    if format == "detectron2" and "pixel_mean" in tensors and tensors["pixel_mean"].numel() == 3:
+        mean, std = (tensors[key].flatten().tolist() for key in ("pixel_mean", "pixel_std"))
+        bgr = mean[0] < mean[2]  # blue is the darkest of ImageNet's means
+        order = slice(None, None, -1 if bgr else 1)
+        facts = facts._replace(bgr=bgr, mean=tuple(mean[order]), std=tuple(std[order]))
+    if format == "mmdetection":
+        facts = _of_mmdetection(facts, file, any(".gn" in key for key in tensors))
+    said = {"bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1}
+    return facts._replace(**{key: value for key, value in said.items() if value is not None})
+
+
+def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
+    """What mmdetection's meta says; without it, GN models are taken for Detectron's backbones (BGR, std 1)."""
+    meta = file.extras.get("meta")
+    text = str(meta.get("config") or meta.get("cfg") or "") if isinstance(meta, dict) else ""
+    if not text:
+        return facts._replace(bgr=True, std=NO_STD) if gn else facts
+    flip = re.search(r"(?:bgr_to_rgb|to_rgb)['\"]?\s*[=:]\s*(True|False)", text)
+    numbers = {key: re.search(rf"\b{key}['\"]?\s*[=:]\s*\[([-\d.,\s]+)\]", text) for key in ("mean", "std")}
+    if flip:
+        facts = facts._replace(bgr=flip[1] == "False")
+    for key, match in numbers.items():
+        values = [float(word) for word in match[1].split(",") if word.strip()] if match else []
+        if len(values) == 3:  # mmdetection states them in the order its model takes
+            facts = facts._replace(**{key: tuple(values[::-1] if facts.bgr else values)})
+    return facts._replace(msra=bool(re.search(r"style['\"]?\s*[=:]\s*['\"]caffe", text)))
+
+
+# --- adapting, exactly
+
+
+def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> bool:
+    """Give affine layers that have no statistics the identity's; tell whether all BN layers are such."""
+    fused = []
+    for layer in layers:
+        if f"{layer}.weight" not in state:
+            continue
+        gamma = state[f"{layer}.weight"]
+        mean = state.setdefault(f"{layer}.running_mean", torch.zeros_like(gamma))
+        var = state.setdefault(f"{layer}.running_var", torch.ones_like(gamma))
+        fused.append(not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3)
+    return bool(fused) and all(fused)
+
+
+def _order_classes(state: dict[str, Tensor], facts: Facts, path: str) -> int:
+    """Put the background last and take COCO's 80 classes out of 91 rows.  Returns K."""
+    rows = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
+    counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
+    if not counts:
+        return 0
+    total = counts.get("box_head.cls_score", counts.get("mask_head.logits", 0) + (not facts.background_first))
+    gather = torch.tensor(CATEGORY_IDS) if facts.background_first and total == COCO_ROWS else None
+    for layer, n in rows.items():
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            if key not in state:
+                continue
+            tensor = state[key].unflatten(0, (-1, n))  # (classes, n, ...)
+            if facts.background_first:
+                foreground = tensor[1:] if gather is None else tensor[gather]
+                tensor = torch.cat([foreground, tensor[:1]]) if layer == "box_head.cls_score" else foreground
+            state[key] = tensor.flatten(0, 1)
+    return len(CATEGORY_IDS) if gather is not None else total - 1
+
+
+def _classes(num: int, file: WeightFile, cfg: SourceConfig) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The names of the classes, from the user, the file's meta, or COCO where there are 80."""
+    meta = file.extras.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    inner = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
+    named = cfg.classes or meta.get("CLASSES") or inner.get("CLASSES") or inner.get("classes")
+    if not num:
+        return None, []
+    if named and all(isinstance(name, str) for name in named):
+        if len(named) != num:
+            where = "train.source.classes" if cfg.classes else "its meta"
+            raise ConfigError(f"{file.path}: {where} names {len(named)} classes, its heads have {num}")
+        return tuple(named), [f"classes: {', '.join(named[:MAX_NAMED])}{', ...' if num > MAX_NAMED else ''}"]
+    if num == len(NAMES):
+        return NAMES, ["classes: 80, taken for COCO's in COCO's order (train.source.classes states others)"]
+    return None, [f"classes: {num} without names; train.source.classes=[...] names them, so that rows carry over"]
+
+
+def _check_whole(
+    state: dict[str, Tensor], model: ModelConfig, parts: tuple[str, ...], num_classes: int, reader: Reader
+) -> None:
+    """Raise CheckpointError unless the parts that are there are there whole, with the shapes of their config."""
+    with torch.device("meta"):
+        expected = build_model(model, max(num_classes, 1)).state_dict()
+    names = layer_names(reader.format, model, parts)
+    wrong = []
+    for key, tensor in expected.items():
+        layer, _, parameter = key.rpartition(".")
+        if key.partition(".")[0] not in parts or parameter == "num_batches_tracked":
+            continue
+        there = theirs(reader.format, names[layer], parameter)
+        if key not in state:
+            wrong.append(f"{there} ({key} here): absent from the file, expected {list(tensor.shape)}")
+        elif state[key].shape != tensor.shape:
+            wrong.append(f"{there} ({key} here): {list(state[key].shape)} in the file, expected {list(tensor.shape)}")
+    if wrong:
+        more = [f"and {len(wrong) - MAX_NAMED} more"] if len(wrong) > MAX_NAMED else []
+        cause = "likely cause: a part of the file is missing, or it is a variant of the model that gndet does not have"
+        lines = "\n  ".join([*wrong[:MAX_NAMED], *more, cause])
+        raise CheckpointError(
+            f"{reader.path}: {len(wrong)} tensors of a {FACTS[reader.format].title} model:\n  {lines}"
+        )
+
+
+def _assumptions(facts: Facts, model: ModelConfig, fused: bool) -> str:
+    """One line of what the file is taken for."""
+    norms = sorted({norm.kind for norm in model.part_norms().values()})
+    stride = "1x1" if model.backbone.stride_in_1x1 else "3x3"
+    order = "BGR, turned to RGB in the stem" if facts.bgr else "RGB"
+    words = [
+        f"taken for {facts.title}: ResNet-{model.backbone.depth}, norms {', '.join(norms)}", f"{order}",
+        f"mean {facts.mean}, std {facts.std} (RGB)", f"conventions {model.compat}",
+    ]  # fmt: skip
+    if model.backbone.depth >= 50:
+        words.append(f"stride in the {stride}")
+    if facts.background_first:
+        words.append("background row moved from first to last")
+    if fused:
+        words.append("its BN layers are affine maps without statistics")
+    return ", ".join(words)

@@ -72,6 +72,28 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, help="write the report here, JSON")
     verb.set_defaults(run=invariance)
 
+    verb = verbs.add_parser("convert", help="weights of other toolkits in, BN into GN, weights for other toolkits out")
+    verb.add_argument("source", help="gndet run or checkpoint, a file (.pth, .pkl, .safetensors), or a weight name")
+    verb.add_argument("out", type=Path, help="checkpoint folder to write; a .pth file with --to a toolkit")
+    verb.add_argument(
+        "--to", choices=("gn", "detectron2", "torchvision", "mmdetection"), help="GN for BN, or a toolkit"
+    )
+    verb.add_argument(
+        "--policy", default="convert", choices=("hybrid", "convert", "calibrate", "affine", "reinit"),
+        help="how BN becomes GN (convert: in closed form)",
+    )  # fmt: skip
+    verb.add_argument("--channels-per-group", type=int, default=16, help="of the GN layers (16)")
+    verb.add_argument("--damp", type=float, default=1.0, help="train.norm_damp (1)")
+    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to fit and measure on")
+    verb.add_argument("--count", type=int, default=64, help="how many of the pictures calibrate fits on (64)")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="train.source.* or model.*, as in a config")
+    verb.set_defaults(run=convert)
+
+    verb = verbs.add_parser("norms", help="the norm layers of a config or checkpoint, and what is wrong with them")
+    verb.add_argument("config", help="YAML file, or a run or checkpoint folder")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.set_defaults(run=norms)
+
     verb = verbs.add_parser("config", help="print the resolved config")
     verb.add_argument("config", help="YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
@@ -141,6 +163,24 @@ def invariance(options: argparse.Namespace) -> int:
     if options.out:
         options.out.write_text(to_json(report), encoding="utf-8")
     return 0 if report.passed else 1
+
+
+def convert(options: argparse.Namespace) -> int:
+    """gndet convert SOURCE OUT [--to gn|TOOLKIT] [--policy P] [--images ...] [key=value ...]"""
+    from gndet.conversion import convert as run
+
+    run(
+        options.source, options.out, options.overrides, print, to=options.to, policy=options.policy,
+        channels_per_group=options.channels_per_group, damp=options.damp, pictures=options.images, count=options.count,
+    )  # fmt: skip
+    return 0
+
+
+def norms(options: argparse.Namespace) -> int:
+    """gndet norms CONFIG_OR_CHECKPOINT [key=value ...]; 1 where the norms cannot work"""
+    from gndet.audit import audit_path
+
+    return 0 if audit_path(options.config, options.overrides, print) else 1
 
 
 def config(options: argparse.Namespace) -> int:

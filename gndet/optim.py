@@ -34,13 +34,19 @@ def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:
     return max(round(cfg.updates * cfg.reference_batch / global_batch), 1)
 
 
+def peak_learning_rate(cfg: OptimizerConfig, schedule: ScheduleConfig, global_batch: int) -> float:
+    """The learning rate after warm-up: cfg.lr rescaled from the reference batch to global_batch."""
+    ratio = global_batch / schedule.reference_batch
+    return cfg.lr * (ratio if cfg.kind == "sgd" else math.sqrt(ratio))
+
+
 def learning_rate(update: int, cfg: OptimizerConfig, schedule: ScheduleConfig, global_batch: int) -> float:
     """The learning rate of an update (0, 1, ...), the schedule rescaled from its reference batch to global_batch.
 
     It grows linearly with the batch for sgd (Goyal et al. 2017), with its square root for adamw (Malladi et al. 2022).
     """
     ratio = global_batch / schedule.reference_batch
-    peak = cfg.lr * (ratio if cfg.kind == "sgd" else math.sqrt(ratio))
+    peak = peak_learning_rate(cfg, schedule, global_batch)
     reference_update = update * ratio  # the same number of images seen
     if schedule.kind == "cosine":
         factor = (1 + math.cos(math.pi * min(reference_update / schedule.updates, 1))) / 2

@@ -41,6 +41,7 @@ from gndet.run import Run
 from gndet.run_folder import find_run, make_run
 from gndet.structures import Dataset
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
+from gndet.weights.audit import audit, summary
 from gndet.weights.load import initial_model
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
@@ -207,14 +208,18 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     asked = cfg
     if saved is not None:  # norm_policy: hybrid changed the norms when the run began
         cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
-    model, cfg, loaded, norms = initial_model(cfg, train_set.classes, load=saved is None, images=train_set)
-    norms = norms if saved is None else saved.meta.get("norms", {})
+    model, cfg, loaded, fates = initial_model(cfg, train_set.classes, load=saved is None, images=train_set)
+    norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms", {})
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
     give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
     notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
+    report = audit(model, cfg, norms, proc.world)
+    if report.errors:
+        raise ConfigError("\n".join(report.errors))
+    notes += summary(report)
     run = Run(cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, norms)
     return run, notes
 

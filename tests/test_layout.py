@@ -26,7 +26,7 @@ FLOORS = [
         "leaks",
         "measure",
     },
-    {"train", "inference", "invariance"},
+    {"train", "inference", "invariance", "conversion", "audit"},
     {"cli"},
 ]
 FILES = sorted((REPOSITORY / "gndet").rglob("*.py"))

@@ -219,7 +219,7 @@ def _content(path: Path, head: bytes) -> Any:
             file.seek(0)
         if head.startswith(ZIP) or head[2:].startswith(LEGACY):
             return _torch_content(file)
-        if path.suffix != ".safetensors" and head[8:9] != b"{":  # after 8 bytes of length, safetensors are JSON
+        if head[4:9] != b"\0\0\0\0{":  # safetensors: 8 bytes of a length below 4 GB, then JSON
             return _Unpickler(file, encoding="latin1").load()
     with safetensors.safe_open(path, framework="pt") as file:
         return {**(file.metadata() or {}), **{name: file.get_tensor(name).clone() for name in [*file.keys()]}}

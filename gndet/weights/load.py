@@ -41,7 +41,7 @@ CONVENTIONS = (  # options of `model` that decide what the same weights compute,
 NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # said, not refused
 MAX_NAMED = 5  # tensors that an error names
 MEASURED_IMAGES = 4  # on which a conversion is compared with its original
-CALIBRATION_EDGE = 512  # pixels, the longest shorter edge: the images are computed at once
+CALIBRATION_EDGE = 320  # pixels, the longest shorter edge: the images are computed at once
 
 
 class Start(NamedTuple):
@@ -50,7 +50,7 @@ class Start(NamedTuple):
     model: MaskRCNN
     cfg: Config  # norm_policy: hybrid changes the norm of parts
     notes: list[str]  # the report, a line each
-    norms: dict[str, str]  # what became of each norm layer that the file knows; the others are new
+    fates: dict[str, Fate]  # what became of each norm layer that the file knows; the others are new
 
 
 class _Plan(NamedTuple):
@@ -92,7 +92,7 @@ def initial_model(cfg: Config, classes: Sequence[str], *, load: bool = True, ima
         fates = measured(fates, comparison, f"fitted on {len(batch.images)} images" if fit else "")
         notes.append(stages_line(comparison, source, len(batch.images)))
     notes += fate_lines(fates)
-    return Start(model, cfg, notes, {name: fate.what for name, fate in fates.items()})
+    return Start(model, cfg, notes, fates)
 
 
 def _built(cfg: Config, num_classes: int) -> MaskRCNN:
@@ -298,12 +298,16 @@ def fate_lines(fates: dict[str, Fate]) -> list[str]:
     return lines
 
 
-def fate_table(fates: dict[str, Fate]) -> list[list[str]]:
-    """What became of each norm layer, as rows of text."""
+def fate_table(fates: dict[str, Fate]) -> str:
+    """What became of each norm layer, a line each."""
 
-    def text(error: float | None) -> str:
+    def number(error: float | None) -> str:
         return "-" if error is None else f"{error:.3f}"
 
-    rows = [["norm layer", "expected error", "measured", "what became of it"]]
-    rows += [[name, text(f.expected_error), text(f.measured_error), f.what] for name, f in fates.items()]
-    return rows
+    width = max(map(len, fates), default=10)
+    lines = [f"{'norm layer':<{width}}  expected  measured  (relative errors)"]
+    lines += [
+        f"{name:<{width}}  {number(f.expected_error):>8}  {number(f.measured_error):>8}  {f.what}"
+        for name, f in fates.items()
+    ]
+    return "\n".join(lines) if fates else "no norm layers"

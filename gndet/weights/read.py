@@ -39,11 +39,11 @@ def read_source(where: str, cfg: SourceConfig) -> Source:
             "(torchvision) or timm:resnet50_gn.a1h_in1k (timm)"
         )
     if path.is_dir() or cfg.format == "gndet":
-        return _gndet(path)
+        return _gndet(path, cfg)
     return understand(read_weights(path), cfg)
 
 
-def _gndet(path: Path) -> Source:
+def _gndet(path: Path, cfg: SourceConfig) -> Source:
     """A gndet checkpoint: its averaged weights, or else its weights."""
     checkpoint = load_checkpoint(resolve(path))
     for key, kind in (("classes", list), ("config", dict)):
@@ -58,8 +58,8 @@ def _gndet(path: Path) -> Source:
     note = f"loaded {checkpoint.path}, group {group}, update {checkpoint.meta.get('update', 'unknown')}"
     named = checkpoint.meta.get("classes_named", True)
     return Source(
-        str(checkpoint.path), "gndet", state, config.model, parts, classes if named else None, len(classes),
-        bool(checkpoint.meta.get("fused")), [note], [],
+        str(checkpoint.path), "gndet", state, config.model, parts, classes if named else cfg.classes, len(classes),
+        bool(checkpoint.meta.get("fused")), [note], [], config, tuple(checkpoint.meta.get("category_ids", ())) or None,
     )  # fmt: skip
 
 

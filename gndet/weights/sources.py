@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config import ModelConfig, SourceConfig
+from gndet.config import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.coco_classes import CATEGORY_IDS, NAMES
@@ -37,6 +37,8 @@ class Source(NamedTuple):
     fused: bool  # its BN layers are affine maps whose statistics are gone
     notes: list[str]  # what was assumed and adapted, in words
     unused: list[str]  # its keys that gndet has no use for
+    config: Config | None = None  # of a gndet checkpoint, the whole
+    category_ids: tuple[int, ...] | None = None  # of its classes, where the file tells
 
 
 MARKS = (  # a key that tells a format, the first that fits
@@ -84,7 +86,10 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     notes += [_assumptions(facts, model, fused), *note]
     _check_whole(state, model, parts, num_classes, reader)
     unused = [key for key in tensors if key not in used]
-    return Source(str(file.path), format, state, model, parts, classes, num_classes, fused, notes, unused)
+    ids = CATEGORY_IDS if classes == NAMES else None
+    return Source(
+        str(file.path), format, state, model, parts, classes, num_classes, fused, notes, unused, category_ids=ids
+    )
 
 
 # --- which format

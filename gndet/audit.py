@@ -1,0 +1,54 @@
+"""`gndet norms`: the norm layers of a config or of a checkpoint."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gndet.checkpoint import load_checkpoint, resolve
+from gndet.config_file import config_from_dict, load_config, with_overrides
+from gndet.data import read_dataset
+from gndet.errors import CheckpointError, GndetError
+from gndet.modeling.mask_rcnn import build_model
+from gndet.weights.audit import Audit, audit, summary, table
+from gndet.weights.load import initial_model
+
+
+def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]) -> bool:
+    """Show the norm layers of a YAML config, as training would start, or of a checkpoint, and what is wrong with them.
+
+    Returns whether nothing is an error.  Raises ConfigError, CheckpointError, DataError.
+    """
+    report, notes = _of_checkpoint(Path(where), overrides) if Path(where).is_dir() else _of_config(where, overrides)
+    show(table(report))
+    for line in [*(note for note in notes if note.startswith("warning")), *summary(report)]:
+        show(line)
+    for error in report.errors:
+        show(f"error: {error}")
+    return not report.errors
+
+
+def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
+    """The model that training a config would start with; without its data set it is taken for one of one class."""
+    cfg = load_config(where, overrides)
+    try:
+        classes: Sequence[str] = read_dataset(cfg.data.train, cfg.data).classes
+    except GndetError:  # the norms do not depend on the data
+        classes = ("object",)
+    start = initial_model(cfg, classes)
+    norms = {name: fate.what for name, fate in start.fates.items()}
+    return audit(start.model, start.cfg, norms, world=1), start.notes
+
+
+def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
+    """The model of a gndet run or checkpoint."""
+    saved = load_checkpoint(resolve(path))
+    for key in ("config", "classes"):
+        if key not in saved.meta:
+            raise CheckpointError(f"{saved.path}: its meta.json has no {key}; was it saved by gndet?")
+    cfg = with_overrides(config_from_dict(saved.meta["config"], str(saved.path)), overrides, str(saved.path))
+    model = build_model(cfg.model, max(len(saved.meta["classes"]), 1))
+    state = saved.groups.get("ema", saved.groups.get("model", {}))
+    own = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key not in own or own[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    norms = saved.meta.get("norms", {})
+    return audit(model, cfg, norms, world=saved.meta.get("processes", 1)), []

@@ -1,0 +1,88 @@
+"""`gndet convert`: weights of any known format to a gndet checkpoint, with GN for BN if asked, or to other toolkits."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gndet.checkpoint import save_checkpoint
+from gndet.config import Config, ModelConfig, NormConfig
+from gndet.config_file import with_overrides
+from gndet.data.images import open_picture
+from gndet.errors import OutputError
+from gndet.inference import find_pictures, picture_record
+from gndet.structures import Dataset
+from gndet.weights.export import TOOLKITS, export_weights, write_export
+from gndet.weights.load import fate_table, initial_model
+from gndet.weights.names import BATCH_NORMS
+from gndet.weights.read import read_source
+from gndet.weights.sources import Source
+
+TARGETS = ("gn", *TOOLKITS)
+CHANNELS_PER_GROUP = 16  # larger groups are more faithful (README, Fine-tuning)
+
+
+def convert(
+    where: str, out: Path, overrides: Sequence[str], show: Callable[[str], None], *,
+    to: str | None, policy: str, channels_per_group: int, damp: float, pictures: Sequence[Path], count: int,
+) -> None:  # fmt: skip
+    """Convert weights and write them.
+
+    where: as train.weights.  out: a checkpoint folder, or with `to` a toolkit a .pth file; nothing there is replaced.
+    overrides: `key=value` over the config of the source's model, train.source.* included.
+    to: gn turns every BN part into GN by `policy`, with channels_per_group and damp; pictures: files and folders of
+    images to fit and measure on, `count` of them.  show: called with each line of the report.
+    Raises CheckpointError, ConfigError, DataError, OutputError before anything is written.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: exists; choose another name")
+    said = with_overrides(Config(), [text for text in overrides if text.startswith("train.source.")], "the command")
+    source = read_source(where, said.train.source)
+    classes = source.classes or tuple(f"class_{i}" for i in range(source.num_classes))
+    cfg = (source.config or Config()).model_copy(update={"model": source.model, "train": said.train})
+    cfg = with_overrides(cfg, [text for text in overrides if not text.startswith("train.source.")], "the command")
+    if to == "gn":
+        cfg = cfg.model_copy(update={"model": with_group_norm(source, cfg.model, channels_per_group)})
+    train = {
+        "weights": where, "source": said.train.source.model_copy(update={"classes": classes or None}),
+        "norm_policy": policy, "norm_damp": damp, "calibration_images": count,
+    }  # fmt: skip
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=train)})
+    start = initial_model(cfg, classes or ("object",), images=_pictures(pictures) if pictures else None)
+    for note in start.notes:
+        show(note)
+    held = tuple(f"{part}." for part in source.parts)
+    state = {key: value for key, value in start.model.state_dict().items() if key.startswith(held)}
+    if to in TOOLKITS:
+        export = export_weights(state, start.cfg.model, classes, to)
+        write_export(out, export)
+        show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
+        for note in export.notes:
+            show(f"  {note}")
+        return
+    show(fate_table(start.fates))
+    ids = source.category_ids or tuple(range(1, len(classes) + 1))
+    meta = {
+        "update": 0, "classes": list(classes), "classes_named": source.classes is not None, "category_ids": list(ids),
+        "config": start.cfg.model_copy(update={"train": Config().train}).model_dump(mode="json"),
+        "norms": {name: fate.what for name, fate in start.fates.items()}, "parts": list(source.parts),
+        "fused": source.fused, "source": [where, *start.notes],
+    }  # fmt: skip
+    save_checkpoint(out, {"model": state}, meta)
+    show(f"gndet checkpoint -> {out}")
+
+
+def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int) -> ModelConfig:
+    """The model with GN in every part that has BN in the source."""
+    norm = NormConfig(kind="gn", channels_per_group=channels_per_group)
+    kinds = source.model.part_norms()
+    parts = [part for part in source.parts if kinds[part].kind in BATCH_NORMS]
+    changed = {part: getattr(model, part).model_copy(update={"norm": norm}) for part in parts}
+    return model.model_copy(update=changed | ({"norm": norm} if "backbone" in parts else {}))
+
+
+def _pictures(paths: Sequence[Path]) -> Dataset:
+    """Pictures as a data set without objects.  Raises DataError where there are none."""
+    records = []
+    for number, file in enumerate(find_pictures(paths), start=1):
+        height, width = open_picture(file).shape[:2]
+        records.append(picture_record(number, file, (height, width)))
+    return Dataset(", ".join(map(str, paths)), (), (), records, {})

@@ -1,0 +1,167 @@
+"""What the norm layers of a model are, and what is wrong with them: `gndet norms`, and at every start of training."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from gndet.config import Config
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.norm import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from gndet.optim import peak_learning_rate
+
+SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
+FROZEN_IN_FILE = "as in the file, frozen"
+
+
+class NormLayer(NamedTuple):
+    """One norm layer."""
+
+    name: str
+    kind: str  # as NormConfig.kind
+    channels: int
+    groups: int | None  # None where there are none
+    eps: float
+    padding: str  # masked or plain
+    trainable: bool
+    weight_decay: float
+    lr: float  # at the schedule's peak; 0 where it is not trained
+    origin: str  # what train.weights gave it
+
+    @property
+    def per_group(self) -> int | None:
+        """Channels a group."""
+        return self.channels // self.groups if self.groups else None
+
+
+class Audit(NamedTuple):
+    """The norm layers of a model, with what may or must not be."""
+
+    layers: list[NormLayer]
+    warnings: list[str]
+    errors: list[str]
+
+
+def audit(model: MaskRCNN, cfg: Config, norms: dict[str, str], world: int, images: int | None = None) -> Audit:
+    """Look at a model's norm layers.
+
+    norms: what became of each layer that train.weights knew.  world: number of processes.  images: computed at once,
+    where train.images_per_gpu is auto.
+    """
+    layers = [
+        _layer(name, module, cfg, norms.get(name, "new"))
+        for name, module in model.named_modules()
+        if isinstance(module, NORM_LAYERS)
+    ]
+    return Audit(layers, list(_warnings(model, layers, cfg, world, images)), list(_errors(model, layers, cfg)))
+
+
+def _layer(name: str, module: nn.Module, cfg: Config, origin: str) -> NormLayer:
+    channels = len(module.weight)
+    groups = module.groups if isinstance(module, GroupNorm) else None
+    kind = {1: "ln", channels: "in"}.get(groups, "gn") if groups else (
+        "frozen_bn" if isinstance(module, FrozenBatchNorm)
+        else "sync_bn" if isinstance(module, SyncBatchNorm)
+        else "brn" if isinstance(module, BatchRenorm) else "bn"
+    )  # fmt: skip
+    trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    optimizer = cfg.train.optimizer
+    lr = peak_learning_rate(optimizer, cfg.train.schedule, cfg.train.global_batch)
+    return NormLayer(
+        name, kind, channels, groups, module.eps, "masked" if getattr(module, "masked", False) else "plain", trainable,
+        optimizer.norm_weight_decay if trainable else 0.0, lr if trainable else 0.0, origin,
+    )  # fmt: skip
+
+
+def _warnings(model: MaskRCNN, layers: list[NormLayer], cfg: Config, world: int, images: int | None) -> Iterable[str]:
+    at_once = images or (cfg.train.images_per_gpu if cfg.train.images_per_gpu != "auto" else None)
+    for kind in ("bn", "sync_bn", "brn"):
+        live = [layer for layer in layers if layer.kind == kind and layer.trainable]
+        if live and kind == "sync_bn" and world == 1:
+            yield f"{_some(live)}: sync_bn in one process is plain BN"
+        count = at_once * (world if kind == "sync_bn" else 1) if at_once else None
+        if live and count is not None and count < SMALL_BATCH:
+            yield (
+                f"{_some(live)}: {kind} takes its statistics over {count} images; below {SMALL_BATCH} they are noise "
+                "(Wu & He 2018, figure 1); gn does not depend on that number"
+            )
+    fused = [
+        layer for layer in layers
+        if layer.kind == "frozen_bn" and _untouched(model.get_submodule(layer.name)) and layer.origin == "new"
+    ]  # fmt: skip
+    if fused:
+        yield (
+            f"{_some(fused)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
+            "nothing is normalised; train.weights brings statistics"
+        )
+    decayed = [layer for layer in layers if layer.trainable and layer.weight_decay]
+    if decayed and cfg.train.optimizer.norm_weight_decay >= cfg.train.optimizer.weight_decay:
+        yield f"gamma and beta are decayed by {cfg.train.optimizer.norm_weight_decay:g}; GN recipes use 0 (Detectron)"
+    single = [layer for layer in layers if layer.per_group == 1 and layer.kind == "gn"]
+    if single:
+        yield f"{_some(single)}: groups of one channel are Instance Normalization (ImageNet error 28.4, GN 24.1)"
+
+
+def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
+    frozen = {id(module) for part in model.backbone.frozen for module in part.modules()}
+    random = [
+        layer for layer in layers
+        if id(model.get_submodule(layer.name)) in frozen and layer.origin in ("new", "anew")
+    ]  # fmt: skip
+    if random:
+        yield (
+            f"{_some(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
+            "set freeze_at=0, or train.norm_policy to one that brings the norms over"
+        )
+    strides = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
+    shortest = min(cfg.data.shortest_edge)
+    for layer in layers:
+        part, _, rest = layer.name.partition(".")
+        stride = strides.get(rest.split(".")[0]) if part == "backbone" else None
+        if part == "fpn":
+            stride = 2 ** int(next(c for c in rest if c.isdigit()))
+        cells = -((-shortest // stride) ** 2) if stride else 2
+        if layer.per_group is not None and layer.per_group * cells == 1:
+            yield (
+                f"{layer.name}: a group is one number on a picture of {shortest} pixels, so its result is beta "
+                "whatever the picture; use fewer groups or larger pictures"
+            )
+
+
+def _untouched(norm: nn.Module) -> bool:
+    return not norm.running_mean.any() and bool(torch.all(norm.running_var == 1))
+
+
+def _some(layers: list[NormLayer]) -> str:
+    return layers[0].name if len(layers) == 1 else f"{len(layers)} norm layers from {layers[0].name} on"
+
+
+def table(audit: Audit) -> str:
+    """A line for each norm layer, in aligned columns."""
+    rows = [["layer", "kind", "channels", "groups", "a group", "eps", "padding", "trained", "decay", "lr", "origin"]]
+    for one in audit.layers:
+        numbers = [str(one.channels), str(one.groups or "-"), str(one.per_group or "-"), f"{one.eps:.3g}"]
+        rest = [one.padding, "yes" if one.trainable else "no", f"{one.weight_decay:g}", f"{one.lr:g}", one.origin]
+        rows.append([one.name, one.kind, *numbers, *rest])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def summary(audit: Audit) -> list[str]:
+    """A line for each kind of norm layer in the model, then the warnings."""
+    groups: dict[tuple[object, ...], list[NormLayer]] = {}
+    for one in audit.layers:
+        part = one.name.partition(".")[0]
+        groups.setdefault((part, one.kind, one.padding, one.trainable, one.origin), []).append(one)
+    lines = []
+    for (part, kind, padding, trainable, origin), members in groups.items():
+        sizes, eps = {one.per_group for one in members} - {None}, {one.eps for one in members}
+        first = members[0]
+        words = [f"norm of {part}: {len(members)} {kind}", padding]
+        if sizes:
+            words.append(f"{min(sizes)}{f' to {max(sizes)}' if len(sizes) > 1 else ''} channels a group")
+        words.append(f"eps {min(eps):.2g}{f' to {max(eps):.2g}' if len(eps) > 1 else ''}")
+        words.append(f"weight decay {first.weight_decay:g}, lr {first.lr:g}" if trainable else "not trained")
+        lines.append(", ".join([*words, origin]))
+    return lines + [f"warning: {text}" for text in audit.warnings]

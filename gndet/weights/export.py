@@ -1,0 +1,168 @@
+"""Write a gndet detector as detectron2, torchvision or mmdetection loads it: their names, their order of classes.
+
+What their default settings cannot say is put into the weights where that is exact: a GN layer's own eps and BN's other
+eps, weight standardization, pixel_std, the channel order. What remains is said. K classes.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gndet.compat import PRESETS
+from gndet.config import ModelConfig, NormConfig
+from gndet.errors import ConfigError
+from gndet.modeling.norm import StandardizedConv2d
+from gndet.weights.describe import FACTS, NO_STD, PARTS, RGB_STD
+from gndet.weights.files import write_torch
+from gndet.weights.names import BATCH_NORMS, layer_names
+
+TOOLKITS = ("detectron2", "torchvision", "mmdetection")
+EPS = 1e-5  # of every norm layer there
+GROUPS = 32  # of GN there, unless the builder is told otherwise
+CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
+
+
+class Export(NamedTuple):
+    """What goes into a file, and what must be set beside it."""
+
+    content: dict[str, Any]  # what the file holds
+    tensors: dict[str, Tensor]  # the state dict in it
+    notes: list[str]
+
+
+def export_weights(state: dict[str, Tensor], cfg: ModelConfig, classes: tuple[str, ...], toolkit: str) -> Export:
+    """Turn a detector's tensors into those of another toolkit.
+
+    state: by gndet's names; cfg: of its model; toolkit: one of TOOLKITS.
+    Raises ConfigError for a model that the toolkit cannot build: a norm in the RPN, a stride in the 1x1 in torchvision.
+    """
+    parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
+    _refuse(cfg, parts, toolkit)
+    state = _folded(dict(state), cfg, toolkit)
+    norms, tensors = cfg.part_norms(), {}
+    for layer, name in layer_names(toolkit, cfg, parts).items():
+        norm = norms[layer.partition(".")[0]]
+        for parameter in ("weight", "bias", "running_mean", "running_var"):
+            key = f"{layer}.{parameter}"
+            if key in state:
+                tensors[f"{name}.{parameter}"] = _rows(state[key], layer, toolkit).contiguous().clone()
+        if layer.endswith(".norm") and _counts(norm, toolkit):
+            counter = state.get(f"{layer}.num_batches_tracked", torch.tensor(0))
+            tensors[f"{name}.num_batches_tracked"] = counter.clone()
+    content: dict[str, Any] = tensors
+    if toolkit == "detectron2":
+        content = {"model": tensors, "__author__": "gndet", "matching_heuristics": False}
+    elif toolkit == "mmdetection":
+        content = {"meta": _meta(cfg, classes), "state_dict": tensors}
+    return Export(content, tensors, _notes(cfg, parts, classes, toolkit))
+
+
+def write_export(path: Path, export: Export) -> None:
+    """Write an export; the file is whole or not there.  Raises OutputError."""
+    write_torch(path, export.content)
+
+
+def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
+    norms = cfg.part_norms()
+    if "rpn" in parts and norms["rpn"].kind != "none":
+        raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
+    if norms["backbone"].kind == "none":
+        raise ConfigError(f"model.backbone.norm: none; {toolkit} has no ResNet without norms")
+    if toolkit == "torchvision" and cfg.backbone.stride_in_1x1:
+        raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
+    if "box_head" in parts and len(cfg.rpn.aspect_ratios) != 3:
+        raise ConfigError(f"model.rpn.aspect_ratios: {cfg.rpn.aspect_ratios}; expected three to export")
+
+
+def _counts(norm: NormConfig, toolkit: str) -> bool:
+    """Whether the toolkit's layer counts its batches: torch's BatchNorm2d does, frozen layers do not."""
+    return norm.kind in BATCH_NORMS and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
+
+
+def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:
+    """Put into the weights what the toolkit's layers cannot be told."""
+    norms = cfg.part_norms()
+    for key in [key for key in state if key.endswith(".conv.weight")]:
+        norm, layer = norms[key.partition(".")[0]], key.removesuffix(".conv.weight") + ".norm"
+        weight = state[key]
+        if norm.weight_standardization:
+            weight = StandardizedConv2d.standardize(weight)
+        if norm.kind in BATCH_NORMS and norm.eps != EPS:
+            var = state[f"{layer}.running_var"].double()
+            gamma = state[f"{layer}.weight"].double() * ((var + EPS) / (var + norm.eps)).sqrt()
+            state[f"{layer}.weight"] = gamma.float()
+        elif f"{layer}.bias" in state and norm.kind not in BATCH_NORMS:
+            eps = float(state.pop(f"{layer}.eps", norm.eps))
+            if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2
+                weight = (weight.double() * (EPS / eps) ** 0.5).float() if eps else weight
+        state[key] = weight
+    std = torch.tensor(_std(toolkit, cfg)) / torch.tensor(cfg.pixel_std)
+    stem = state["backbone.stem.conv.weight"]
+    if (std != 1).any():
+        stem = stem * std[:, None, None]
+    state["backbone.stem.conv.weight"] = stem.flip(1) if FACTS[toolkit].bgr else stem
+    return state
+
+
+def _std(toolkit: str, cfg: ModelConfig) -> tuple[float, float, float]:
+    """The pixel_std, RGB, that the exported weights expect."""
+    return {"detectron2": NO_STD, "torchvision": RGB_STD}.get(toolkit, cfg.pixel_std)
+
+
+def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
+    """Put the background's row first where the toolkit has it there; where gndet has none, it is zero."""
+    if layer not in CLASS_ROWS or not FACTS[toolkit].background_first:
+        return tensor
+    if layer == "box_head.cls_score":
+        return torch.cat([tensor[-1:], tensor[:-1]])
+    return torch.cat([tensor.new_zeros(CLASS_ROWS[layer], *tensor.shape[1:]), tensor])
+
+
+def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
+    """mmdetection's meta: its classes, and the settings in its own words, which `sources` reads again."""
+    style = "caffe" if cfg.backbone.stride_in_1x1 else "pytorch"
+    settings = f"mean={list(cfg.pixel_mean)}, std={list(cfg.pixel_std)}, bgr_to_rgb=True, style='{style}'"
+    return {"dataset_meta": {"CLASSES": list(classes)}, "config": settings, "author": "gndet"}
+
+
+def _notes(cfg: ModelConfig, parts: tuple[str, ...], classes: tuple[str, ...], toolkit: str) -> list[str]:
+    """What must be set in the toolkit for the same numbers, and what cannot be."""
+    norms = cfg.part_norms()
+    mean = list(cfg.pixel_mean)
+    stride = "True" if cfg.backbone.stride_in_1x1 else "False"
+    lines = {
+        "detectron2": [
+            f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
+            f"MODEL.RESNETS.DEPTH {cfg.backbone.depth}, STRIDE_IN_1X1 {stride}, MODEL.ROI_HEADS.NUM_CLASSES "
+            f"{len(classes)}",
+        ],
+        "torchvision": [
+            f"image_mean {[round(x / 255, 6) for x in mean]}, image_std [0.229, 0.224, 0.225], num_classes "
+            f"{len(classes) + 1} (background first)",
+        ],
+        "mmdetection": [
+            f"data_preprocessor: mean={mean}, std={list(cfg.pixel_std)}, bgr_to_rgb=True",
+            f"backbone: depth={cfg.backbone.depth}, style={'caffe' if cfg.backbone.stride_in_1x1 else 'pytorch'}; "
+            f"num_classes={len(classes)}",
+        ],
+    }[toolkit]
+    for part in parts:
+        norm = norms[part]
+        if norm.kind in ("gn", "ln", "in") and (norm.kind != "gn" or norm.channels_per_group or norm.groups != GROUPS):
+            words = (
+                f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
+            )
+            lines.append(f"{part}: GN with {words if norm.kind == 'gn' else norm.kind}, not the usual 32 groups")
+        if norm.weight_standardization:
+            lines.append(f"{part}: weight standardization is put into the weights, for inference")
+    preset = ModelConfig.model_validate({"compat": toolkit})
+    for part, options in (
+        PRESETS[toolkit].items() | {"box_head": {"roi_align": ""}, "mask_head": {"roi_align": ""}}.items()
+    ):
+        for option in options:
+            there, here = getattr(getattr(preset, part), option), getattr(getattr(cfg, part), option)
+            if part in parts and there != here:
+                lines.append(f"differs: {part}.{option} is {here} in this model, {there} in {toolkit}")
+    return lines

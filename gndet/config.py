@@ -290,7 +290,7 @@ class TrainConfig(Section):
     )
     norm_damp: float = Field(1.0, ge=0, description="convert, calibrate: share of the group variance added to GN's eps")
     calibration_images: int = Field(
-        16, ge=1, description="calibrate: training images that gamma and beta are fitted on"
+        64, ge=1, description="calibrate: training images that gamma and beta are fitted on"
     )
     global_batch: int = Field(16, ge=1, description="images an update, over all processes")
     images_per_gpu: int | Literal["auto"] = Field(

@@ -18,7 +18,7 @@ from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Dataset
 from gndet.weights.calibrate import Comparison, compare
 from gndet.weights.names import BATCH_NORMS
-from gndet.weights.policy import Fate, carry_norms, mismatched, reference_norms, with_policy
+from gndet.weights.policy import GROUP_NORMS, Fate, carry_norms, mismatched, reference_norms, with_policy
 from gndet.weights.read import read_source
 from gndet.weights.sources import Source
 
@@ -165,7 +165,8 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
             continue
         if there[part].kind == "none" and here[part].kind == "none":
             continue
-        if there[part].masked != here[part].masked and part not in ("box_head", "mask_head"):
+        grouped = part not in differing and here[part].kind in GROUP_NORMS
+        if grouped and there[part].masked != here[part].masked and part not in ("box_head", "mask_head"):
             words = {True: "masked", False: "plain"}
             lines.append(
                 f"warning: {part}.norm was trained with padding: {words[there[part].masked]}, here it is "

@@ -233,7 +233,11 @@ class DataConfig(Section):
     flip_vertical: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
     keep_empty: bool = Field(False, description="keep training images without objects (as negatives)")
     workers: int = Field(2, ge=0, description="loader processes a rank; results do not depend on it")
+    antialias: bool = Field(True, description="of resizing, as PIL and detectron2; false: torchvision, OpenCV")
     canvas_multiple: int = Field(32, ge=1, description="canvas edges are multiples of this, so that few shapes occur")
+    exact_canvas: bool = Field(
+        True, description="no padding around pictures of one size; false: multiples even there, as in other toolkits"
+    )
 
 
 class OptimizerConfig(Section):

@@ -9,7 +9,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import hotcoco
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
@@ -25,10 +24,9 @@ from torch import Tensor, nn
 from gndet.config import Config
 from gndet.data.batching import test_batches
 from gndet.data.coco import to_coco
+from gndet.paste import Paste, paste_masks
 from gndet.structures import Dataset, Detections
 
-MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel belongs to the object from this probability on
-MIN_BOX_EDGE = 1e-3  # pixels; keeps an empty box from dividing by zero
 IOU_50, IOU_75 = 0, 5  # places in COCO's IoU thresholds 0.50, 0.55 ... 0.95
 ALL, SMALL, MEDIUM, LARGE = range(4)  # places in COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
 SUMMARY_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
@@ -49,42 +47,13 @@ class Evaluation(NamedTuple):
     results: list[dict[str, Any]]  # COCO results, images in the data set's order
 
 
-def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """Sample each mask into the picture and yield it as a COCO run-length code.
-
-    masks (n, S, S) probabilities in the frame of the box; boxes (n, 4) xyxy pixels; size (h, w) of the
-    picture.  Bilinear at pixel centres, zero outside the map: detectron2's paste, which is grid_sample with
-    align_corners=False, as two products of small matrices.
-    Yields n of {"size": [h, w], "counts": str}.
-    """
-    height, width = size
-    picture = np.zeros(size, dtype=np.uint8, order="F")
-    for mask, box in zip(masks, boxes, strict=True):
-        rows, row_weights = _sampling(box[1], box[3], height, masks.shape[1])
-        columns, column_weights = _sampling(box[0], box[2], width, masks.shape[2])
-        picture[rows, columns] = row_weights @ mask @ column_weights.T >= MASK_THRESHOLD
-        code = coco_mask.encode(picture)
-        picture[rows, columns] = 0
-        yield {"size": [height, width], "counts": code["counts"].decode("ascii")}
-
-
-def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
-    """Find the pixels in [0, limit) that a box edge from low to high touches, and their bilinear weights.
-
-    Returns the p pixels as a slice and (p, side) float32: the weight of each mask cell at each pixel centre.
-    """
-    edge = max(high - low, MIN_BOX_EDGE)
-    # a map fades to half its value at most on the border of its box: no pixel outside reaches MASK_THRESHOLD
-    pixels = slice(*np.clip([int(np.floor(low)), int(np.ceil(high))], 0, limit))
-    position = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / edge * side - 0.5  # in cells; cell 0's centre is 0
-    weights = 1 - np.abs(position[:, None] - np.arange(side))
-    return pixels, np.clip(weights, 0, None).astype(np.float32)
-
-
-def to_results(detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset) -> list[dict[str, Any]]:
+def to_results(
+    detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset, paste: Paste = "exact"
+) -> list[dict[str, Any]]:
     """Turn a batch of detections into COCO results in the pixels of the original pictures.
 
-    indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures.
+    indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how
+    masks are put into them.
     Returns a record for each valid detection: image_id, category_id, bbox xywh clipped to the picture, score,
     and segmentation (run-length code) where the detections have masks.
     """
@@ -108,7 +77,7 @@ def to_results(detections: Detections, indices: list[int], sizes: Tensor, datase
             for label, box, score in zip(parts.labels[image][valid], clipped, parts.scores[image][valid], strict=True)
         ]
         if detections.masks.shape[-1]:
-            codes = paste_masks(parts.masks[image][valid], boxes, record.size)
+            codes = paste_masks(parts.masks[image][valid], boxes, record.size, paste)
             found = [one | {"segmentation": code} for one, code in zip(found, codes, strict=True)]
         results += found
     return results
@@ -149,7 +118,7 @@ def detect_dataset(
                     batch.sizes.to(device, non_blocking=True),
                     batch.padded,
                 )
-            results += to_results(detections, indices, batch.sizes, dataset)
+            results += to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_head.paste)
             if on_image:
                 for index in indices:
                     on_image(dataset.records[index].image_id)

@@ -61,7 +61,7 @@ Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how
 
 def batch_of(samples: list[Sample], model: MaskRCNN, cfg: Config) -> Batch:
     """A batch of samples on the model's device."""
-    return to_device(collate(samples, cfg.data.canvas_multiple), model.pixel_mean.device)
+    return to_device(collate(samples, cfg.data.canvas_multiple, cfg.data.exact_canvas), model.pixel_mean.device)
 
 
 def measure(

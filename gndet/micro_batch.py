@@ -173,7 +173,7 @@ def backward(
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
     for batch in batches:
-        for part in split(batch, size, cfg.data.canvas_multiple):
+        for part in split(batch, size, cfg.data.canvas_multiple, cfg.data.exact_canvas):
             with room():
                 with autocast():
                     losses = model(to_device(part, device))  # {name: (B,)}

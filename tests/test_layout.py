@@ -19,6 +19,7 @@ FLOORS = [
         "metrics",
         "distributed",
         "visualize",
+        "paste",
         "run_folder",
         "run",
         "memory",

@@ -25,15 +25,15 @@ MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
 PREFETCH = 4  # batches a worker prepares ahead
 
 
-def collate(samples: list[Sample], canvas_multiple: int) -> Batch:
+def collate(samples: list[Sample], canvas_multiple: int, exact: bool = True) -> Batch:
     """Put B samples on one canvas, their objects in M slots; the rest is zero and not valid.
 
     The canvas is that of the pictures if all have one size (then padded is False), else the largest height
     and width rounded up to a multiple of canvas_multiple.  M holds the most objects of an image: none is
-    dropped.
+    dropped.  exact False: the canvas is rounded up even for pictures of one size.
     """
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])  # (B, 2)
-    canvas, padded = _canvas(sizes, canvas_multiple)
+    canvas, padded = _canvas(sizes, canvas_multiple, exact)
     slots, side = _slots(max(len(sample.labels) for sample in samples)), samples[0].masks.shape[-1]
     num = len(samples)
     images = torch.zeros(num, 3, *canvas, dtype=torch.uint8)
@@ -50,13 +50,13 @@ def collate(samples: list[Sample], canvas_multiple: int) -> Batch:
     return Batch(images, sizes, keys, GroundTruth(boxes, labels, masks, valid), padded)
 
 
-def _canvas(sizes: Tensor, multiple: int) -> tuple[tuple[int, int], bool]:
+def _canvas(sizes: Tensor, multiple: int, exact: bool) -> tuple[tuple[int, int], bool]:
     """The canvas for pictures of sizes (B, 2), and whether any of them does not fill it."""
     padded = bool((sizes != sizes[0]).any())
     height, width = sizes.amax(0).tolist()
-    if padded:
+    if padded or not exact:
         height, width = (-(-edge // multiple) * multiple for edge in (height, width))
-    return (height, width), padded
+    return (height, width), bool((sizes != torch.tensor([height, width])).any())
 
 
 def _slots(num: int) -> int:
@@ -64,7 +64,7 @@ def _slots(num: int) -> int:
     return 1 << (max(MIN_SLOTS, num) - 1).bit_length()
 
 
-def split(batch: Batch, num: int, canvas_multiple: int) -> list[Batch]:
+def split(batch: Batch, num: int, canvas_multiple: int, exact: bool = True) -> list[Batch]:
     """Cut a batch into batches of num images, the last perhaps fewer, each on the smallest canvas that holds it.
 
     For a norm that keeps images apart nothing changes but memory.
@@ -74,7 +74,7 @@ def split(batch: Batch, num: int, canvas_multiple: int) -> list[Batch]:
     parts = []
     for first in range(0, len(batch.images), num):
         rows = slice(first, first + num)
-        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple)
+        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple, exact)
         images = batch.images[rows, :, :height, :width].contiguous()  # never wider than the canvas it comes from
         gt = GroundTruth(*(field[rows] for field in batch.gt))
         parts.append(Batch(images, batch.sizes[rows], batch.keys[rows], gt, padded))
@@ -92,7 +92,7 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
     sizes = torch.tensor([resized(shape, edge, data.max_edge) for shape in shapes for edge in edges])  # (.., 2)
     if num == 1:
         sizes = sizes[sizes.prod(1).argmax()][None]
-    (height, width), padded = _canvas(sizes, data.canvas_multiple)
+    (height, width), padded = _canvas(sizes, data.canvas_multiple, data.exact_canvas)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (num, 3, height, width), generator=generator, dtype=torch.uint8)
     most = max(objects, *(len(record.labels) for record in dataset.records))
@@ -201,7 +201,7 @@ def _load_train(
     """Make one training batch."""
     keys = [hash_ints(seed, epoch, records[index].image_id) for epoch, index in places]
     samples = [train_sample(records[index], data, key, masks) for (_, index), key in zip(places, keys, strict=True)]
-    return collate(samples, data.canvas_multiple)
+    return collate(samples, data.canvas_multiple, data.exact_canvas)
 
 
 def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge: int) -> Batch:
@@ -215,13 +215,13 @@ def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge
     )
     count = min(num, len(dataset.records))
     records = [dataset.records[i * len(dataset.records) // count] for i in range(count)]
-    return collate([test_sample(record, scaled) for record in records], data.canvas_multiple)
+    return collate([test_sample(record, scaled) for record in records], data.canvas_multiple, data.exact_canvas)
 
 
 def _load_test(records: list[Record], data: DataConfig, indices: list[int]) -> tuple[list[int], Batch]:
     """Make one evaluation batch."""
     samples = [test_sample(records[index], data) for index in indices]
-    return indices, collate(samples, data.canvas_multiple)
+    return indices, collate(samples, data.canvas_multiple, data.exact_canvas)
 
 
 class _Loads(torch.utils.data.Dataset):

@@ -36,7 +36,7 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
     and with masks for an object without one.
     """
     edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
-    image, scale = _load_resized(record, edge, data.max_edge)
+    image, scale = _load_resized(record, edge, data)
     height, width = image.shape[1:]
     limits = np.tile(record.size[::-1], 2)  # (4,) original width, height, width, height
     boxes = record.boxes.clip(0, limits)  # (all objects, 4)
@@ -59,7 +59,7 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
 
 def test_sample(record: Record, data: DataConfig) -> Sample:
     """Load a record for evaluation: data.shortest_edge_test, no objects (n = 0).  Raises DataError."""
-    image, _ = _load_resized(record, data.shortest_edge_test, data.max_edge)
+    image, _ = _load_resized(record, data.shortest_edge_test, data)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
 
@@ -81,9 +81,9 @@ def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[i
     return height, width
 
 
-def _load_resized(record: Record, shortest_edge: int, max_edge: int) -> tuple[Tensor, tuple[float, float]]:
+def _load_resized(record: Record, shortest_edge: int, data: DataConfig) -> tuple[Tensor, tuple[float, float]]:
     """Load and resize a picture.  Returns (3, h, w) uint8 and the (y, x) scale."""
-    height, width = resized(record.size, shortest_edge, max_edge)
+    height, width = resized(record.size, shortest_edge, data.max_edge)
     image = torch.from_numpy(record.load()).permute(2, 0, 1)  # channels last: twice as fast to resize
-    image = functional.resize(image, [height, width], antialias=True)
+    image = functional.resize(image, [height, width], antialias=data.antialias)
     return image, (height / record.size[0], width / record.size[1])

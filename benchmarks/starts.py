@@ -1,9 +1,9 @@
-"""Which start is best: fine-tune one detector from one BN backbone in every way, for the same number of updates.
+"""Which start is best: fine-tune one detector from one BN detector in every way, for the same number of updates.
 
 python benchmarks/starts.py RUN_WITH_BN --root datasets/bccd --out runs/starts [--updates 200] [--jobs 2]
 
-RUN_WITH_BN is a gndet run trained with bn; its backbone alone is used, as an ImageNet backbone would be: pyramid and
-heads are new. What is finished is not run again. Prints box AP50 and AP, mean over the seeds, as a table.
+RUN_WITH_BN is a gndet run trained with bn. --backbone-only: pyramid and heads are new, as with an ImageNet backbone.
+What is finished is not run again. Prints box AP50 and AP, mean over the seeds and each, as a table.
 """
 
 import argparse
@@ -19,15 +19,23 @@ from gndet.checkpoint import load_checkpoint, resolve, save_checkpoint
 
 GN = "model.norm={kind: gn, channels_per_group: 16}"
 STARTS = {
-    "GN, random": [GN, "train.weights="],
+    "GN, random": [GN, "train.weights=''"],
     "GN, copied by name": [GN, "train.norm_policy=affine"],
     "GN, converted, damp 0": [GN, "train.norm_policy=convert", "train.norm_damp=0"],
     "GN, converted, damp 1": [GN, "train.norm_policy=convert", "train.norm_damp=1"],
     "GN, converted, damp 4": [GN, "train.norm_policy=convert", "train.norm_damp=4"],
     "GN, calibrated (damp 1)": [GN, "train.norm_policy=calibrate"],
+}
+BACKBONE_ONLY = STARTS | {
     "hybrid: frozen BN backbone, GN elsewhere": [GN, "train.norm_policy=hybrid"],
     "frozen BN backbone, no norm elsewhere": ["model.norm={kind: none}", "model.backbone.norm={kind: frozen_bn}"],
 }
+WHOLE = STARTS | {
+    "hybrid: frozen BN backbone, the rest converted, damp 1": [
+        GN, "model.backbone.norm={kind: frozen_bn}", "train.norm_policy=convert"
+    ],
+    "frozen BN everywhere": ["model.norm={kind: frozen_bn}"],
+}  # fmt: skip
 
 
 def backbone_of(run: Path, out: Path) -> Path:
@@ -65,9 +73,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--lrs", type=float, nargs="+", default=[0.0003, 0.001])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--backbone-only", action="store_true")
     parser.add_argument("--edge", type=int, default=160, help="shorter edge of the pictures, pixels")
     options = parser.parse_args()
-    weights = backbone_of(options.run, options.out / "backbone")
+    weights = backbone_of(options.run, options.out / "backbone") if options.backbone_only else options.run
+    starts = BACKBONE_ONLY if options.backbone_only else WHOLE
     common = [
         options.config, f"data.root={options.root}", f"train.weights={weights}", "data.workers=0",
         f"train.schedule.updates={options.updates}", "train.schedule.warmup=20", "train.eval_every=0",
@@ -76,17 +86,17 @@ def main() -> None:
     ]  # fmt: skip
     jobs = {
         (name, lr, seed): [*common, *words, f"train.optimizer.lr={lr}", f"seed={seed}"]
-        for seed in options.seeds for lr in options.lrs for name, words in STARTS.items()
+        for seed in options.seeds for lr in options.lrs for name, words in starts.items()
     }  # fmt: skip
     with ThreadPoolExecutor(options.jobs) as pool:
         waiting = {}
         for (name, lr, seed), words in jobs.items():
-            folder = options.out / f"{list(STARTS).index(name)}-{lr:g}-{seed}"
+            folder = options.out / f"{list(starts).index(name)}-{lr:g}-{seed}"
             waiting[name, lr, seed] = pool.submit(run, words, folder)
         results = {key: future.result() for key, future in waiting.items()}
     print("| start |" + "".join(f" lr {lr:g}: AP50 | AP |" for lr in options.lrs))
     print("|---|" + "---|---|" * len(options.lrs))
-    for name in STARTS:
+    for name in starts:
         row = f"| {name} |"
         for lr in options.lrs:
             for key in ("box/AP50", "box/AP"):

@@ -42,13 +42,16 @@ def convert(
     if to == "gn":
         cfg = cfg.model_copy(update={"model": with_group_norm(source, cfg.model, channels_per_group)})
     train = {
-        "weights": where, "source": said.train.source.model_copy(update={"classes": classes or None}),
+        "weights": where, "source": said.train.source,
         "norm_policy": policy, "norm_damp": damp, "calibration_images": count,
     }  # fmt: skip
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=train)})
-    start = initial_model(cfg, classes or ("object",), images=_pictures(pictures) if pictures else None)
+    images = _pictures(pictures) if pictures else None
+    start = initial_model(cfg, classes or ("object",), images=images, source=source._replace(classes=classes or None))
     for note in start.notes:
-        show(note)
+        if not note.startswith("tensors that start anew"):  # they are not written
+            show(note)
+    show(f"holds: {', '.join(source.parts)}")
     held = tuple(f"{part}." for part in source.parts)
     state = {key: value for key, value in start.model.state_dict().items() if key.startswith(held)}
     if to in TOOLKITS:

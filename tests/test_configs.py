@@ -11,7 +11,8 @@ from gndet.config import Config
 from gndet.config_file import load_config
 
 CONFIGS = REPOSITORY / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*.yaml"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*x.yaml"))
+FROM_OTHERS = ("mask_rcnn_r50_fpn_gn_from_bn", "mask_rcnn_r50_fpn_gn_hybrid")
 SCHEDULES = {
     "1x": (90_000, (60_000, 80_000)),
     "2x": (180_000, (120_000, 160_000)),
@@ -89,7 +90,18 @@ def test_a_recipe_has_what_all_published_ones_share(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_the_configs_that_start_from_other_toolkits_say_how() -> None:
+    converted, hybrid = (recipe(name) for name in FROM_OTHERS)
+    assert (converted.train.norm_policy, converted.model.backbone.freeze_at) == ("convert", 0)
+    assert {norm.kind for norm in converted.model.part_norms().values()} == {"gn", "none"}
+    assert hybrid.model.part_norms()["backbone"].kind == "frozen_bn"
+    assert {hybrid.model.part_norms()[part].kind for part in ("fpn", "box_head", "mask_head")} == {"gn"}
+    detector = recipe("finetune_coco_detector").model
+    assert (detector.rpn.num_convs, detector.rpn.anchors, detector.box_head.roi_align) == (2, "rounded", "unaligned")
+    assert recipe("finetune_gn_detector").model.box_head.roi_align == "detectron"
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *FROM_OTHERS])
 def test_a_recipe_is_headed_by_its_commands_and_what_to_expect(name: str) -> None:
     single, multi, expect, *_ = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     assert parse(single.removeprefix("# gndet ").split()).config == f"configs/{name}.yaml"

@@ -63,11 +63,18 @@ class _Plan(NamedTuple):
     unused: list[str]  # of the file
 
 
-def initial_model(cfg: Config, classes: Sequence[str], *, load: bool = True, images: Dataset | None = None) -> Start:
+def initial_model(
+    cfg: Config,
+    classes: Sequence[str],
+    *,
+    load: bool = True,
+    images: Dataset | None = None,
+    source: Source | None = None,
+) -> Start:
     """Build the model of a config as training starts with it: drawn from cfg.seed, then, if load, train.weights.
 
     classes: in the order of the labels.  images: training images; what norm_policy: calibrate fits on, and what any
-    conversion is measured on.
+    conversion is measured on.  source: what train.weights holds, where it has been read already.
     Raises ConfigError, for frozen random stages too, CheckpointError, DataError; nothing is half loaded.
     """
     if cfg.model.backbone.freeze_at and not cfg.train.weights:
@@ -77,7 +84,7 @@ def initial_model(cfg: Config, classes: Sequence[str], *, load: bool = True, ima
         )
     if not (load and cfg.train.weights):
         return Start(_built(cfg, len(classes)), cfg, [], {})
-    source = read_source(cfg.train.weights, cfg.train.source)
+    source = source or read_source(cfg.train.weights, cfg.train.source)
     cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
     model = _built(cfg, len(classes))
     notes, fates = load_weights(model, source, classes, cfg)

@@ -6,7 +6,7 @@ from pathlib import Path
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config_file import config_from_dict, load_config, with_overrides
 from gndet.data import read_dataset
-from gndet.errors import CheckpointError, GndetError
+from gndet.errors import CheckpointError, DataError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.audit import Audit, audit, summary, table
 from gndet.weights.load import initial_model
@@ -29,11 +29,14 @@ def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]
 def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
     """The model that training a config would start with; without its data set it is taken for one of one class."""
     cfg = load_config(where, overrides)
+    classes: Sequence[str] = ("object",)
+    images = None
     try:
-        classes: Sequence[str] = read_dataset(cfg.data.train, cfg.data).classes
-    except GndetError:  # the norms do not depend on the data
-        classes = ("object",)
-    start = initial_model(cfg, classes)
+        dataset = read_dataset(cfg.data.train, cfg.data)
+        classes, images = dataset.classes, dataset if cfg.train.norm_policy == "calibrate" else None
+    except DataError:  # but for calibrate the norms do not depend on the data
+        pass
+    start = initial_model(cfg, classes, images=images)
     norms = {name: fate.what for name, fate in start.fates.items()}
     return audit(start.model, start.cfg, norms, world=1), start.notes
 
@@ -50,5 +53,4 @@ def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[st
     own = model.state_dict()
     fitting = {key: value for key, value in state.items() if key not in own or own[key].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
-    norms = saved.meta.get("norms", {})
-    return audit(model, cfg, norms, world=saved.meta.get("processes", 1)), []
+    return audit(model, cfg, saved.meta.get("norms"), world=saved.meta.get("processes", 1)), []

@@ -82,10 +82,10 @@ def parser() -> argparse.ArgumentParser:
         "--policy", default="convert", choices=("hybrid", "convert", "calibrate", "affine", "reinit"),
         help="how BN becomes GN (convert: in closed form)",
     )  # fmt: skip
-    verb.add_argument("--channels-per-group", type=int, default=16, help="of the GN layers (16)")
-    verb.add_argument("--damp", type=float, default=1.0, help="train.norm_damp (1)")
+    verb.add_argument("--channels-per-group", type=_one_or_more, default=16, help="of the GN layers (16)")
+    verb.add_argument("--damp", type=_zero_or_more, default=1.0, help="train.norm_damp (1)")
     verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to fit and measure on")
-    verb.add_argument("--count", type=int, default=64, help="how many of the pictures calibrate fits on (64)")
+    verb.add_argument("--count", type=_one_or_more, default=64, help="how many of the pictures calibrate fits on (64)")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="train.source.* or model.*, as in a config")
     verb.set_defaults(run=convert)
 
@@ -99,6 +99,18 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     verb.set_defaults(run=config)
     return top
+
+
+def _one_or_more(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
+    return int(text)
+
+
+def _zero_or_more(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, 0 or more")
+    return float(text)
 
 
 def train(options: argparse.Namespace) -> int:

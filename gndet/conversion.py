@@ -7,7 +7,7 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config import Config, ModelConfig, NormConfig
 from gndet.config_file import with_overrides
 from gndet.data.images import open_picture
-from gndet.errors import OutputError
+from gndet.errors import ConfigError, OutputError
 from gndet.inference import find_pictures, picture_record
 from gndet.structures import Dataset
 from gndet.weights.export import TOOLKITS, export_weights, write_export
@@ -34,6 +34,8 @@ def convert(
     """
     if out.exists():
         raise OutputError(f"{out}: exists; choose another name")
+    if policy == "calibrate" and not pictures:
+        raise ConfigError("--policy calibrate fits on pictures: name files or folders of them with --images")
     said = with_overrides(Config(), [text for text in overrides if text.startswith("train.source.")], "the command")
     source = read_source(where, said.train.source)
     classes = source.classes or tuple(f"class_{i}" for i in range(source.num_classes))
@@ -61,7 +63,8 @@ def convert(
         for note in export.notes:
             show(f"  {note}")
         return
-    show(fate_table(start.fates))
+    if any(fate.expected_error is not None or fate.measured_error is not None for fate in start.fates.values()):
+        show(fate_table(start.fates))
     ids = source.category_ids or tuple(range(1, len(classes) + 1))
     meta = {
         "update": 0, "classes": list(classes), "classes_named": source.classes is not None, "category_ids": list(ids),

@@ -27,7 +27,7 @@ class Run(NamedTuple):
     average: nn.Module | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
-    norms: dict[str, str]  # what became of each norm layer that train.weights knew
+    norms: dict[str, str] | None  # what became of each norm layer that train.weights knew; None: an old run
 
     @property
     def detector(self) -> nn.Module:

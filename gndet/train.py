@@ -209,7 +209,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     if saved is not None:  # norm_policy: hybrid changed the norms when the run began
         cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
     model, cfg, loaded, fates = initial_model(cfg, train_set.classes, load=saved is None, images=train_set)
-    norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms", {})
+    norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms")
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
     give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ

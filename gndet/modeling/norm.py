@@ -160,7 +160,8 @@ class GroupNorm(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.eps != self.config_eps:
-            destination[prefix + "eps"] = torch.tensor(self.eps, dtype=torch.float64)
+            # beside the weights: a process group of NCCL alone moves no tensor of the CPU
+            destination[prefix + "eps"] = torch.tensor(self.eps, dtype=torch.float64, device=self.weight.device)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
         eps = state.pop(prefix + "eps", None)  # torch hands over a copy of the dict

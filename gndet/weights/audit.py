@@ -8,11 +8,11 @@ from torch import nn
 
 from gndet.config import Config
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.norm import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from gndet.modeling.norm import NORM_LAYERS, GroupNorm
 from gndet.optim import peak_learning_rate
 
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
-FROZEN_IN_FILE = "as in the file, frozen"
+UNKNOWN = "unknown"  # of a checkpoint that does not tell
 
 
 class NormLayer(NamedTuple):
@@ -43,14 +43,14 @@ class Audit(NamedTuple):
     errors: list[str]
 
 
-def audit(model: MaskRCNN, cfg: Config, norms: dict[str, str], world: int, images: int | None = None) -> Audit:
+def audit(model: MaskRCNN, cfg: Config, norms: dict[str, str] | None, world: int, images: int | None = None) -> Audit:
     """Look at a model's norm layers.
 
-    norms: what became of each layer that train.weights knew.  world: number of processes.  images: computed at once,
-    where train.images_per_gpu is auto.
+    model: built from cfg.model.  norms: what became of each layer that train.weights knew; None: not known.
+    world: number of processes.  images: computed at once, where train.images_per_gpu is auto.
     """
     layers = [
-        _layer(name, module, cfg, norms.get(name, "new"))
+        _layer(name, module, cfg, UNKNOWN if norms is None else norms.get(name, "new"))
         for name, module in model.named_modules()
         if isinstance(module, NORM_LAYERS)
     ]
@@ -60,11 +60,7 @@ def audit(model: MaskRCNN, cfg: Config, norms: dict[str, str], world: int, image
 def _layer(name: str, module: nn.Module, cfg: Config, origin: str) -> NormLayer:
     channels = len(module.weight)
     groups = module.groups if isinstance(module, GroupNorm) else None
-    kind = {1: "ln", channels: "in"}.get(groups, "gn") if groups else (
-        "frozen_bn" if isinstance(module, FrozenBatchNorm)
-        else "sync_bn" if isinstance(module, SyncBatchNorm)
-        else "brn" if isinstance(module, BatchRenorm) else "bn"
-    )  # fmt: skip
+    kind = cfg.model.part_norms()[name.partition(".")[0]].kind
     trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
     optimizer = cfg.train.optimizer
     lr = peak_learning_rate(optimizer, cfg.train.schedule, cfg.train.global_batch)
@@ -83,8 +79,8 @@ def _warnings(model: MaskRCNN, layers: list[NormLayer], cfg: Config, world: int,
         count = at_once * (world if kind == "sync_bn" else 1) if at_once else None
         if live and count is not None and count < SMALL_BATCH:
             yield (
-                f"{_some(live)}: {kind} takes its statistics over {count} images; below {SMALL_BATCH} they are noise "
-                "(Wu & He 2018, figure 1); gn does not depend on that number"
+                f"{_some(live)}: {kind} takes its statistics over {_count(count, 'image')}; below {SMALL_BATCH} they "
+                "are noise (Wu & He 2018, figure 1); gn does not depend on that number"
             )
     fused = [
         layer for layer in layers
@@ -95,12 +91,16 @@ def _warnings(model: MaskRCNN, layers: list[NormLayer], cfg: Config, world: int,
             f"{_some(fused)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
             "nothing is normalised; train.weights brings statistics"
         )
-    decayed = [layer for layer in layers if layer.trainable and layer.weight_decay]
-    if decayed and cfg.train.optimizer.norm_weight_decay >= cfg.train.optimizer.weight_decay:
-        yield f"gamma and beta are decayed by {cfg.train.optimizer.norm_weight_decay:g}; GN recipes use 0 (Detectron)"
-    single = [layer for layer in layers if layer.per_group == 1 and layer.kind == "gn"]
-    if single:
-        yield f"{_some(single)}: groups of one channel are Instance Normalization (ImageNet error 28.4, GN 24.1)"
+    if decayed := [layer for layer in layers if layer.weight_decay]:
+        yield (
+            f"{_some(decayed)}: train.optimizer.norm_weight_decay: {decayed[0].weight_decay:g} pulls gamma and beta to "
+            "0; recipes have 0 there (Detectron)"
+        )
+    if single := [layer for layer in layers if layer.kind == "gn" and layer.per_group == 1]:
+        yield (
+            f"{_some(single)}: groups of one channel are Instance Normalization; ImageNet error 28.4 %, with GN 24.1 % "
+            "(Wu & He 2018, table 1)"
+        )
 
 
 def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
@@ -114,19 +114,22 @@ def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[s
             f"{_some(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
             "set freeze_at=0, or train.norm_policy to one that brings the norms over"
         )
-    strides = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
     shortest = min(cfg.data.shortest_edge)
-    for layer in layers:
-        part, _, rest = layer.name.partition(".")
-        stride = strides.get(rest.split(".")[0]) if part == "backbone" else None
-        if part == "fpn":
-            stride = 2 ** int(next(c for c in rest if c.isdigit()))
-        cells = -((-shortest // stride) ** 2) if stride else 2
-        if layer.per_group is not None and layer.per_group * cells == 1:
-            yield (
-                f"{layer.name}: a group is one number on a picture of {shortest} pixels, so its result is beta "
-                "whatever the picture; use fewer groups or larger pictures"
-            )
+    alone = [layer for layer in layers if layer.per_group == 1 and _least_cells(layer.name, shortest) == 1]
+    if alone:
+        yield (
+            f"{_some(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
+            "(data.shortest_edge), so the result is beta whatever the picture; use fewer groups or larger pictures"
+        )
+
+
+def _least_cells(name: str, shortest: int) -> int:
+    """Cells of a layer's map of a square picture of `shortest` pixels; those of the heads do not depend on it."""
+    part, place = name.split(".")[:2]  # backbone.stem, backbone.res5, fpn.lateral5, fpn.output2
+    if part not in ("backbone", "fpn"):
+        return 2
+    stride = 2 if place == "stem" else 2 ** int(place[-1])
+    return (-(-shortest // stride)) ** 2
 
 
 def _untouched(norm: nn.Module) -> bool:
@@ -135,6 +138,10 @@ def _untouched(norm: nn.Module) -> bool:
 
 def _some(layers: list[NormLayer]) -> str:
     return layers[0].name if len(layers) == 1 else f"{len(layers)} norm layers from {layers[0].name} on"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def table(audit: Audit) -> str:
@@ -160,7 +167,8 @@ def summary(audit: Audit) -> list[str]:
         first = members[0]
         words = [f"norm of {part}: {len(members)} {kind}", padding]
         if sizes:
-            words.append(f"{min(sizes)}{f' to {max(sizes)}' if len(sizes) > 1 else ''} channels a group")
+            few = f"{min(sizes)} to " if len(sizes) > 1 else ""
+            words.append(f"{few}{_count(max(sizes), 'channel')} a group")
         words.append(f"eps {min(eps):.2g}{f' to {max(eps):.2g}' if len(eps) > 1 else ''}")
         words.append(f"weight decay {first.weight_decay:g}, lr {first.lr:g}" if trainable else "not trained")
         lines.append(", ".join([*words, origin]))

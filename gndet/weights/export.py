@@ -21,6 +21,9 @@ from gndet.weights.names import BATCH_NORMS, layer_names
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there
 GROUPS = 32  # of GN there, unless the builder is told otherwise
+CONVENTIONS = sorted(
+    {(part, option) for preset in PRESETS.values() for part, options in preset.items() for option in options}
+)
 CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
 
 
@@ -158,11 +161,8 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], classes: tuple[str, ...], t
         if norm.weight_standardization:
             lines.append(f"{part}: weight standardization is put into the weights, for inference")
     preset = ModelConfig.model_validate({"compat": toolkit})
-    for part, options in (
-        PRESETS[toolkit].items() | {"box_head": {"roi_align": ""}, "mask_head": {"roi_align": ""}}.items()
-    ):
-        for option in options:
-            there, here = getattr(getattr(preset, part), option), getattr(getattr(cfg, part), option)
-            if part in parts and there != here:
-                lines.append(f"differs: {part}.{option} is {here} in this model, {there} in {toolkit}")
+    for part, option in CONVENTIONS:
+        there, here = getattr(getattr(preset, part), option), getattr(getattr(cfg, part), option)
+        if part in parts and there != here:
+            lines.append(f"differs: {part}.{option} is {here} in this model, {there} in {toolkit}")
     return lines

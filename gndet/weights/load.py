@@ -18,7 +18,16 @@ from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Dataset
 from gndet.weights.calibrate import Comparison, compare
 from gndet.weights.names import BATCH_NORMS
-from gndet.weights.policy import GROUP_NORMS, Fate, carry_norms, mismatched, reference_norms, with_policy
+from gndet.weights.policy import (
+    AS_IN_FILE,
+    GROUP_NORMS,
+    STATISTICS,
+    Fate,
+    carry_norms,
+    mismatched,
+    reference_norms,
+    with_policy,
+)
 from gndet.weights.read import read_source
 from gndet.weights.sources import Source
 
@@ -40,6 +49,7 @@ CONVENTIONS = (  # options of `model` that decide what the same weights compute,
 )
 NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # said, not refused
 MAX_NAMED = 5  # tensors that an error names
+FAR_APART = 0.5  # relative error of a level's features from which it is said
 MEASURED_IMAGES = 4  # on which a conversion is compared with its original
 CALIBRATION_EDGE = 320  # pixels, the longest shorter edge: the images are computed at once
 
@@ -88,16 +98,21 @@ def initial_model(
     cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
     model = _built(cfg, len(classes))
     notes, fates = load_weights(model, source, classes, cfg)
-    converted = reference_norms(source, model, cfg.model)
+    converted = {} if cfg.train.norm_policy == "reinit" else reference_norms(source, model, cfg.model)
     if cfg.train.norm_policy == "calibrate" and converted and images is None:
         raise ConfigError("train.norm_policy: calibrate needs training images to fit on")
-    if images is not None and converted and cfg.train.norm_policy != "reinit":
+    if images is not None and converted:
         fit = cfg.train.norm_policy == "calibrate"
         count = cfg.train.calibration_images if fit else MEASURED_IMAGES
         batch = sample_batch(images, cfg.data, count, CALIBRATION_EDGE)
         comparison = compare(model, converted, batch, fit=fit)
         fates = measured(fates, comparison, f"fitted on {len(batch.images)} images" if fit else "")
         notes.append(stages_line(comparison, source, len(batch.images)))
+        if max(comparison.stages.values()) > FAR_APART and cfg.train.norm_policy != "affine":
+            notes.append(
+                "warning: the converted features are far from the file's own on these images; do they look like those "
+                "it was trained on, with its pixel_mean and channel order? Larger groups are more faithful"
+            )
     notes += fate_lines(fates)
     return Start(model, cfg, notes, fates)
 
@@ -125,7 +140,7 @@ def load_weights(
     if (scale != 1).any() and "backbone.stem.conv.weight" in state:
         state["backbone.stem.conv.weight"] = state["backbone.stem.conv.weight"] * scale[:, None, None]
     own, known = model.state_dict(), source.classes or ()
-    plan = _plan(own, state, len(classes), source, [name for name, fate in fates.items() if fate.what == "anew"])
+    plan = _plan(own, state, len(classes), source, fates)
     if plan.wrong:
         raise CheckpointError(_misfit(source, plan.wrong, cfg.model))
     conventions = _compare_conventions(source, cfg)
@@ -185,19 +200,22 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
 
 
 def _plan(
-    own: dict[str, Tensor], state: dict[str, Tensor], num_classes: int, source: Source, anew: Sequence[str]
+    own: dict[str, Tensor], state: dict[str, Tensor], num_classes: int, source: Source, fates: dict[str, Fate]
 ) -> _Plan:
     """Decide for every tensor of the model and of the file what becomes of it.
 
-    A part that the file holds must be there whole, but for the norms in anew.
+    A part that the file holds must be there whole, but for norms that are not as in the file, and their biases.
     """
+    changed = [name for name, fate in fates.items() if not fate.what.startswith(AS_IN_FILE)]
+    free = {f"{name}.{key}" for name in changed for key in STATISTICS}
+    free |= {name.removesuffix("norm") + "conv.bias" for name in changed}
     unused = [key for key in state if key not in own and not key.endswith((COUNTER, ".norm.eps"))]
     damped = [key for key in state if key.endswith(".norm.eps") and key.removesuffix("eps") + "weight" in own]
     plan = _Plan(damped, [], [], [], unused)
     for key, tensor in own.items():
         layer, part = key.rpartition(".")[0], key.partition(".")[0]
         if key not in state:
-            if (part in source.parts or part == "backbone") and not key.endswith(COUNTER) and layer not in anew:
+            if (part in source.parts or part == "backbone") and not key.endswith(COUNTER) and key not in free:
                 plan.wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
             elif not key.endswith(COUNTER):
                 plan.anew.append(key)
@@ -297,10 +315,12 @@ def fate_lines(fates: dict[str, Fate]) -> list[str]:
         groups.setdefault((name.partition(".")[0], fate.what), []).append(fate)
     lines = []
     for (part, what), members in groups.items():
-        line = f"{part}: {len(members)} norm layers {what}"
+        line = f"{part}: {len(members)} norm layer{'s' if len(members) > 1 else ''} {what}"
         for word, attribute in (("expected", "expected_error"), ("measured", "measured_error")):
             errors = [getattr(one, attribute) for one in members if getattr(one, attribute) is not None]
-            if errors:
+            if len(errors) == 1:
+                line += f"; {word} error {errors[0]:.2f}"
+            elif errors:
                 line += f"; {word} error {min(errors):.2f} to {max(errors):.2f}, median {statistics.median(errors):.2f}"
         lines.append(line)
     return lines

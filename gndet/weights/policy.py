@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.config import ModelConfig, NormConfig, TrainConfig
-from gndet.errors import CheckpointError, ConfigError
+from gndet.errors import CheckpointError
 from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, StandardizedConv2d, make_norm
 from gndet.weights.convert import convert_batch_norm
 from gndet.weights.names import BATCH_NORMS
@@ -23,6 +23,7 @@ CHOICES = """  model.{part}.norm={{kind: {keep}}}   the part as it is in the fil
   train.norm_policy=affine      gamma and beta copied by name, which destroys the features
   train.norm_policy=reinit      the convolutions only, the norms anew"""
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
+AS_IN_FILE = "as in the file"
 
 
 class Fate(NamedTuple):
@@ -34,12 +35,20 @@ class Fate(NamedTuple):
 
 
 def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig, NormConfig]]:
-    """The parts of the file whose norm there computes something else than the norm here from the same numbers."""
+    """The parts of the file whose norm there computes something else than the norm here from the same numbers.
+
+    Weight standardization here of weights that had none there is such; the reverse is put into the weights, exactly.
+    """
     theirs, ours = source.model.part_norms(), model.part_norms()
     used = [part for part in source.parts if part != "mask_head" or model.masks]
     if "2fc" in (source.model.box_head.kind, model.box_head.kind):
         used = [part for part in used if part != "box_head"]  # a head without norm, or of another shape
-    return {part: (theirs[part], ours[part]) for part in used if _family(theirs[part]) != _family(ours[part])}
+    pairs = {part: (theirs[part], ours[part]) for part in used}
+    return {
+        part: (there, here)
+        for part, (there, here) in pairs.items()
+        if _family(there) != _family(here) or (here.weight_standardization and not there.weight_standardization)
+    }
 
 
 def _family(norm: NormConfig) -> tuple[object, ...]:
@@ -62,8 +71,7 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
     for part, (there, here) in differing.items():
         what = f"{source.path}: its {part} has {_words(there)}, this model has {_words(here)}"
         if train.norm_policy == "error":
-            keep = there.kind if there.kind not in ("bn", "sync_bn") else f"{there.kind}}} or {{kind: frozen_bn"
-            choices = CHOICES.format(part=part, keep=keep, here=here.kind)
+            choices = CHOICES.format(part=part, keep=_as_override(there), here=here.kind)
             raise CheckpointError(f"{what}; the same numbers mean something else there, so choose one of\n{choices}")
         if why := _unable(train.norm_policy, there, here, source):
             raise CheckpointError(f"{what}; train.norm_policy: {train.norm_policy} is impossible: {why}")
@@ -76,6 +84,14 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
         for part, (there, here) in differing.items()
     }
     return model.model_copy(update=frozen)
+
+
+def _as_override(norm: NormConfig) -> str:
+    """What model.PART.norm must be for the part to stay as it is."""
+    if norm.kind in ("bn", "sync_bn"):
+        return f"{norm.kind}}} or {{kind: frozen_bn"
+    groups = "channels_per_group" if norm.channels_per_group else "groups"
+    return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.kind == "gn" else "")
 
 
 def _words(norm: NormConfig) -> str:
@@ -118,16 +134,22 @@ def carry_norms(
         if not name.endswith(".norm") or part not in source.parts:
             continue
         there, here, conv = theirs[part], ours[part], name.removesuffix("norm") + "conv"
-        if f"{conv}.weight" not in state:
-            continue
+        if f"{conv}.weight" not in state or not _fits(name, state, module):
+            continue  # the loading says what is absent or of another shape, and the likely cause
         if there.weight_standardization and not here.weight_standardization:
             state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact
         if part in differing:
             fates[name] = _carry(name, state, source, there, module, train)
         elif there.kind != "none":
             _same_eps(name, state, there, here)
-            fates[name] = Fate("as in the file" + (", frozen" if here.kind == "frozen_bn" else ""))
+            fates[name] = Fate(AS_IN_FILE + (", frozen" if here.kind == "frozen_bn" else ""))
     return state, fates
+
+
+def _fits(name: str, state: dict[str, Tensor], module: nn.Module) -> bool:
+    """Whether a norm layer has as many channels in the file as here, if both have a gamma."""
+    there, here = state.get(f"{name}.weight"), getattr(module, "weight", None)
+    return there is None or here is None or there.shape == here.shape
 
 
 def _carry(
@@ -139,20 +161,23 @@ def _carry(
         for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps")
     }
     policy = train.norm_policy
-    if policy == "reinit" or (policy == "calibrate" and old["weight"] is None):
+    if policy == "reinit" or there.kind == "none":
         state.pop(name.removesuffix("norm") + "conv.bias", None)
         return Fate("anew")
-    if policy == "affine" or source.fused or old["running_var"] is None:
+    needed = STATISTICS if there.kind in BATCH_NORMS else STATISTICS[:2]
+    if missing := [key for key in needed if old[key] is None]:
+        raise CheckpointError(f"{source.path}: {name}.{missing[0]}: absent from the file")
+    if policy == "affine" or source.fused or there.kind not in BATCH_NORMS:
         state[f"{name}.weight"], state[f"{name}.bias"] = old["weight"], old["bias"]
-        return Fate(f"gamma and beta of {there.kind} copied by name")
+        return Fate(f"gamma and beta of {there.kind}{' copied by name' if policy == 'affine' else ''}")
     assert isinstance(module, GroupNorm)
     try:
         new = convert_batch_norm(
             old["weight"], old["bias"], old["running_mean"], old["running_var"], bn_eps=there.eps,
             groups=module.groups, eps=module.config_eps, damp=train.norm_damp,
         )  # fmt: skip
-    except (ConfigError, CheckpointError) as error:
-        raise type(error)(f"{name}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.path}: {name}: {error}") from None
     state[f"{name}.weight"], state[f"{name}.bias"] = new.gamma, new.beta
     if new.eps != module.config_eps:
         state[f"{name}.eps"] = torch.tensor(new.eps, dtype=torch.float64)
@@ -182,18 +207,18 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
         part = name.partition(".")[0]
         if part not in differing or not name.endswith(".norm"):
             continue
-        there = differing[part][0].model_copy(update={"padding": differing[part][1].padding})
+        there, masked = differing[part][0], differing[part][1].masked
         channels, state = len(module.weight), source.state
         tensors = {key: state[f"{name}.{key}"] for key in STATISTICS if f"{name}.{key}" in state}
         if there.kind == "none":
             conv = name.removesuffix("norm") + "conv"
-            reference: nn.Module = FrozenBatchNorm(channels, 0.0, there.masked)
+            reference: nn.Module = FrozenBatchNorm(channels, 0.0, masked)
             reference.load_state_dict(reference.state_dict() | {"bias": state[f"{conv}.bias"]})
         elif there.kind in BATCH_NORMS:
-            reference = FrozenBatchNorm(channels, there.eps, there.masked)
+            reference = FrozenBatchNorm(channels, there.eps, masked)
             reference.load_state_dict(tensors)
         else:
-            reference = make_norm(there, channels)
+            reference = make_norm(there.model_copy(update={"padding": "masked" if masked else "plain"}), channels)
             eps = {"eps": state[f"{name}.eps"]} if f"{name}.eps" in state else {}
             reference.load_state_dict({key: tensors[key] for key in ("weight", "bias")} | eps)
         references[name] = reference

@@ -64,21 +64,23 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
 
 
 def _torchvision(name: str, cfg: SourceConfig) -> Source:
-    """Weights of torchvision by their name, which torchvision downloads and checks."""
+    """Weights of torchvision by their name: its cached file, or else the download, whose name tells its hash."""
     try:
         weights = torchvision.models.get_weight(name)
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    file = folder / Path(weights.url).name
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it, too
     try:
-        tensors = weights.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            hash_prefix = file.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix, progress=False)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
         raise CheckpointError(
-            f"{name}: torchvision could not download {weights.url} ({error}); fetch that file where there is a "
-            f"network, and put it at {file}, or set train.weights to it"
+            f"{name}: could not download {weights.url} ({error}); fetch that file where there is a network, and put "
+            f"it at {file}, or set train.weights to it"
         ) from None
-    source = understand(WeightFile(file, tensors, "flat", {}), cfg, origin=name)
+    source = understand(read_weights(file), cfg, origin=name)  # torchvision's own loading runs what a file asks for
     return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
 
 

@@ -15,12 +15,13 @@ from gndet.config import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.coco_classes import CATEGORY_IDS, NAMES
-from gndet.weights.describe import FACTS, NO_STD, RGB_STD, Facts, Reader, describe
+from gndet.weights.describe import FACTS, NO_STD, RGB_MEAN, RGB_STD, Facts, Reader, describe
 from gndet.weights.files import WeightFile
 from gndet.weights.names import BATCH_NORMS, layer_names, theirs
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90
+PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the order that the model takes
 MAX_NAMED = 5
 
 
@@ -78,6 +79,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
                 used.add(key)
     batch_norms = [part for part in parts if model.part_norms()[part].kind in BATCH_NORMS]
     fused = _complete_fused(state, [n for n in names if n.endswith(".norm") and n.partition(".")[0] in batch_norms])
+    _drop_conv_biases(state, names, str(file.path))
     notes = []
     if facts.bgr:
         state["backbone.stem.conv.weight"] = state["backbone.stem.conv.weight"].flip(1)
@@ -96,7 +98,14 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 
 
 def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give layers of older torchvision detectors their present names, which torchvision's own loading does too."""
+    """Give layers of older torchvision detectors their present names, which torchvision's own loading does too.
+
+    BN of detectron2's MSRA backbones, which have Caffe2's names but for their norms, is renamed as Caffe2 does.
+    """
+    if "res_conv1_bn_gamma" in tensors:
+        suffixes = {"_gamma": "_s", "_beta": "_b", "_running_mean": "_rm", "_running_var": "_riv"}
+        pattern = rf"(?<=_bn)({'|'.join(suffixes)})$"
+        return {re.sub(pattern, lambda match: suffixes[match[1]], key): tensor for key, tensor in tensors.items()}
     if not any(key.startswith("backbone.body.") for key in tensors) or "backbone.body.stem.conv1.weight" in tensors:
         return tensors
     rules = (
@@ -137,7 +146,8 @@ def _unsupported(tensors: dict[str, Tensor]) -> str:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)
 
-    if has("roi_heads.res5.") or (has("backbone.res2.") and has("proposal_generator.")) or has("conv_rpn_w"):
+    c4 = ("roi_heads.res5.", "conv_rpn_w", "roi_heads.box.feature_extractor.head.", "roi_head.shared_head.")
+    if any(map(has, c4)) or (has("backbone.res2.") and has("proposal_generator.")):
         return "a C4 or DC5 model (no pyramid), which gndet does not have yet; its heads work on res4 or res5"
     if has("bbox_head.fc_cls") or (has("bbox_head.") and has("backbone.layer1.")):
         return (
@@ -156,9 +166,11 @@ def _facts(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sourc
     facts = FACTS[format]
     if file.extras.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's ResNets
         facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
-    if format == "detectron2" and "pixel_mean" in tensors and tensors["pixel_mean"].numel() == 3:
-        mean, std = (tensors[key].flatten().tolist() for key in ("pixel_mean", "pixel_std"))
-        bgr = mean[0] < mean[2]  # blue is the darkest of ImageNet's means
+    if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics; these are detectron2's MSRA backbones
+        facts = facts._replace(mean=RGB_MEAN, compat="detectron2", frozen_eps=1e-5)
+    if format == "detectron2" and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
+        mean, std = (tensors[key].flatten().tolist() for key in PIXEL)
+        bgr = mean[0] <= mean[2]  # blue is the darkest of ImageNet's means; BGR is the default
         order = slice(None, None, -1 if bgr else 1)
         facts = facts._replace(bgr=bgr, mean=tuple(mean[order]), std=tuple(std[order]))
     if format == "mmdetection":
@@ -198,6 +210,21 @@ def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> bool:
         var = state.setdefault(f"{layer}.running_var", torch.ones_like(gamma))
         fused.append(not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3)
     return bool(fused) and all(fused)
+
+
+def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str) -> None:
+    """Put biases of convolutions before a norm, which Detectron's MSRA backbones have as zeros, into BN's mean.
+
+    Raises CheckpointError where the norm is GN and the bias is not zero.
+    """
+    for norm in [layer for layer in names if layer.endswith(".norm")]:
+        bias = state.pop(f"{norm.removesuffix('norm')}conv.bias", None)
+        if bias is None or not bias.any():
+            continue
+        if f"{norm}.running_mean" not in state:
+            conv = names[f"{norm.removesuffix('norm')}conv"]
+            raise CheckpointError(f"{path}: {conv} has a bias before {names[norm]}, a GN; gndet has none there")
+        state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
 def _order_classes(state: dict[str, Tensor], facts: Facts, path: str) -> int:

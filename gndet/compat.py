@@ -37,6 +37,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+DATA: dict[str, dict[str, Any]] = {  # of the section `data`, for checkpoints that `gndet convert` makes of their files
+    "torchvision": {"antialias": False, "exact_canvas": False},
+    "detectron2": {"exact_canvas": False},
+    "mmdetection": {"antialias": False, "exact_canvas": False},
+    "detectron": {"antialias": False, "exact_canvas": False},
+}
+
 
 def without_conventions(model: dict[str, Any]) -> dict[str, Any]:
     """The section `model` of a resolved config without what any preset sets, so that another preset can set it."""

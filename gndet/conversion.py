@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gndet.checkpoint import save_checkpoint
+from gndet.compat import DATA
 from gndet.config import Config, ModelConfig, NormConfig
 from gndet.config_file import with_overrides
 from gndet.data.images import open_picture
@@ -15,9 +16,6 @@ from gndet.weights.load import fate_table, initial_model
 from gndet.weights.names import BATCH_NORMS
 from gndet.weights.read import read_source
 from gndet.weights.sources import Source
-
-TARGETS = ("gn", *TOOLKITS)
-CHANNELS_PER_GROUP = 16  # larger groups are more faithful (README, Fine-tuning)
 
 
 def convert(
@@ -39,7 +37,9 @@ def convert(
     said = with_overrides(Config(), [text for text in overrides if text.startswith("train.source.")], "the command")
     source = read_source(where, said.train.source)
     classes = source.classes or tuple(f"class_{i}" for i in range(source.num_classes))
-    cfg = (source.config or Config()).model_copy(update={"model": source.model, "train": said.train})
+    data = Config().data.model_copy(update=DATA.get(source.model.compat, {}))
+    cfg = source.config or Config(model=source.model, data=data)
+    cfg = cfg.model_copy(update={"train": said.train})
     cfg = with_overrides(cfg, [text for text in overrides if not text.startswith("train.source.")], "the command")
     if to == "gn":
         cfg = cfg.model_copy(update={"model": with_group_norm(source, cfg.model, channels_per_group)})

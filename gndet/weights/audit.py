@@ -114,12 +114,13 @@ def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[s
             f"{_some(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
             "set freeze_at=0, or train.norm_policy to one that brings the norms over"
         )
-    shortest = min(cfg.data.shortest_edge)
+    shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
     alone = [layer for layer in layers if layer.per_group == 1 and _least_cells(layer.name, shortest) == 1]
     if alone:
         yield (
             f"{_some(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
-            "(data.shortest_edge), so the result is beta whatever the picture; use fewer groups or larger pictures"
+            "(data.shortest_edge, data.shortest_edge_test), so the result is beta whatever the picture; use fewer "
+            "groups or larger pictures"
         )
 
 

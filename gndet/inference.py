@@ -8,22 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config import Config
 from gndet.config_file import config_from_dict, with_overrides
 from gndet.data import read_dataset
-from gndet.data.images import open_picture
+from gndet.data.images import find_pictures, open_picture, picture_record
 from gndet.distributed import Process, gather, place
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.structures import Dataset, Record
+from gndet.structures import Dataset
 from gndet.visualize import draw_detections, save_picture
-
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 class Detector(NamedTuple):
@@ -47,6 +44,9 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
     missing = [key for key in ("config", "classes", "category_ids") if key not in saved.meta]
     if missing or "model" not in saved.groups:
         raise CheckpointError(f"{source}: not a checkpoint of a detector, it lacks {', '.join(missing) or 'model'}")
+    parts = saved.meta.get("parts", ["box_head"])  # `gndet convert` writes what its source holds
+    if "box_head" not in parts:
+        raise CheckpointError(f"{folder}: holds {', '.join(parts)}, which is no whole detector; train.weights takes it")
     cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
     classes = tuple(saved.meta["classes"])
     model = build_model(cfg.model, len(classes))
@@ -126,32 +126,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"--out {folder}: cannot make this folder: {error.strerror}") from None
-
-
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The pictures among files and in folders, in order of name.  Raises DataError where there are none."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            visible = (file for file in path.iterdir() if not file.name.startswith("."))
-            inside = sorted(file for file in visible if file.suffix.lower() in PICTURES)
-            if not inside:
-                raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"{path}: no such picture or folder")
-    return files
-
-
-def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
-    """A picture of (height, width) as a record without objects."""
-    none = np.zeros(0)
-    return Record(
-        image_id, str(file), size, partial(open_picture, file), np.zeros((0, 4)), none.astype(np.int64),
-        none.astype(bool), none, none.astype(np.int64), [],
-    )  # fmt: skip
 
 
 def unique_names(files: Sequence[Path]) -> list[str]:

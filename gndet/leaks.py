@@ -147,8 +147,12 @@ def _behind_the_pyramid(model: MaskRCNN, singles: list[Batch], together: Batch) 
 
     def step(pyramid: list[Tensor], areas: Areas, batch: Batch) -> tuple[Step, Trace]:
         trace.clear()
-        with kept_statistics(model), _listening(model, note):
-            return model.step(pyramid, areas, batch), list(trace)
+        masked, model.fpn.masked = model.fpn.masked, True  # what RoIAlign finds beyond an edge is padding's leak
+        try:
+            with kept_statistics(model), _listening(model, note):
+                return model.step(pyramid, areas, batch), list(trace)
+        finally:
+            model.fpn.masked = masked
 
     company, company_trace = step(stitched, areas, together)
     yield from mixed

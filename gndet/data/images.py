@@ -1,16 +1,20 @@
-"""Read a picture file of any common kind as (height, width, 3) uint8 RGB, upright."""
+"""Read a picture file of any common kind as (height, width, 3) uint8 RGB, upright; find the pictures in folders."""
 
 import struct
 import zlib
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from gndet.errors import DataError
+from gndet.structures import Record
 
 MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes of those looked for in a folder
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     Image.DecompressionBombError,
     EOFError,
@@ -52,6 +56,32 @@ def read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
 def open_picture(path: Path) -> np.ndarray:
     """Read a picture of unknown size as (height, width, 3) uint8 RGB; raises as `read_image` does."""
     return read_image(path, None)
+
+
+def find_pictures(paths: Sequence[Path]) -> list[Path]:
+    """The pictures among files and in folders, in order of name.  Raises DataError where there are none."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            visible = (file for file in path.iterdir() if not file.name.startswith("."))
+            inside = sorted(file for file in visible if file.suffix.lower() in PICTURES)
+            if not inside:
+                raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such picture or folder")
+    return files
+
+
+def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
+    """A picture of (height, width) as a record without objects."""
+    none = np.zeros(0)
+    return Record(
+        image_id, str(file), size, partial(open_picture, file), np.zeros((0, 4)), none.astype(np.int64),
+        none.astype(bool), none, none.astype(np.int64), [],
+    )  # fmt: skip
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

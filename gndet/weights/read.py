@@ -67,7 +67,7 @@ def _torchvision(name: str, cfg: SourceConfig) -> Source:
     """Weights of torchvision by their name: its cached file, or else the download, whose name tells its hash."""
     try:
         weights = torchvision.models.get_weight(name)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it, too
     try:
@@ -102,8 +102,8 @@ def _timm(name: str, cfg: SourceConfig) -> Source:
         ) from None
     cfg = cfg.model_copy(
         update={
-            "pixel_mean": cfg.pixel_mean or tuple(255 * x for x in model.default_cfg["mean"]),
-            "pixel_std": cfg.pixel_std or tuple(255 * x for x in model.default_cfg["std"]),
+            "pixel_mean": cfg.pixel_mean or tuple(round(255 * x, 4) for x in model.default_cfg["mean"]),
+            "pixel_std": cfg.pixel_std or tuple(round(255 * x, 4) for x in model.default_cfg["std"]),
         }
     )
     source = understand(WeightFile(Path(name), model.state_dict(), "flat", {}), cfg)

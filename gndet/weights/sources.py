@@ -21,6 +21,7 @@ from gndet.weights.names import BATCH_NORMS, layer_names, theirs
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90
+STATISTICS = ("running_mean", "running_var")
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the order that the model takes
 MAX_NAMED = 5
 
@@ -169,7 +170,7 @@ def _facts(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sourc
     if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics; these are detectron2's MSRA backbones
         facts = facts._replace(mean=RGB_MEAN, compat="detectron2", frozen_eps=1e-5)
     if format == "detectron2" and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
-        mean, std = (tensors[key].flatten().tolist() for key in PIXEL)
+        mean, std = ([float(f"{x:.6g}") for x in tensors[key].flatten()] for key in PIXEL)  # as written, before float32
         bgr = mean[0] <= mean[2]  # blue is the darkest of ImageNet's means; BGR is the default
         order = slice(None, None, -1 if bgr else 1)
         facts = facts._replace(bgr=bgr, mean=tuple(mean[order]), std=tuple(std[order]))
@@ -200,15 +201,17 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
 
 
 def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> bool:
-    """Give affine layers that have no statistics the identity's; tell whether all BN layers are such."""
+    """Give affine layers the identity's statistics where the file has none at all; tell whether all are such."""
+    absent = not any(f"{layer}.{key}" in state for layer in layers for key in STATISTICS)
     fused = []
     for layer in layers:
-        if f"{layer}.weight" not in state:
-            continue
-        gamma = state[f"{layer}.weight"]
-        mean = state.setdefault(f"{layer}.running_mean", torch.zeros_like(gamma))
-        var = state.setdefault(f"{layer}.running_var", torch.ones_like(gamma))
-        fused.append(not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3)
+        gamma = state.get(f"{layer}.weight")
+        if gamma is not None and absent:
+            state[f"{layer}.running_mean"] = torch.zeros_like(gamma)
+            state[f"{layer}.running_var"] = torch.ones_like(gamma)
+        mean, var = (state.get(f"{layer}.{key}") for key in STATISTICS)
+        if mean is not None and var is not None:
+            fused.append(not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3)
     return bool(fused) and all(fused)
 
 
@@ -273,15 +276,23 @@ def _check_whole(
         expected = build_model(model, max(num_classes, 1)).state_dict()
     names = layer_names(reader.format, model, parts)
     wrong = []
-    for key, tensor in expected.items():
+
+    def there(key: str) -> str:
         layer, _, parameter = key.rpartition(".")
-        if key.partition(".")[0] not in parts or parameter == "num_batches_tracked":
+        return f"{theirs(reader.format, names[layer], parameter)} ({key} here)"
+
+    for key, tensor in expected.items():
+        if key.partition(".")[0] not in parts or key.endswith(".num_batches_tracked"):
             continue
-        there = theirs(reader.format, names[layer], parameter)
         if key not in state:
-            wrong.append(f"{there} ({key} here): absent from the file, expected {list(tensor.shape)}")
+            wrong.append(f"{there(key)}: absent from the file, expected {list(tensor.shape)}")
         elif state[key].shape != tensor.shape:
-            wrong.append(f"{there} ({key} here): {list(state[key].shape)} in the file, expected {list(tensor.shape)}")
+            wrong.append(f"{there(key)}: {list(state[key].shape)} in the file, expected {list(tensor.shape)}")
+    wrong += [  # statistics without those of the first layer, by which the norm is told
+        f"{there(key)}: {list(tensor.shape)} in the file, none expected"
+        for key, tensor in state.items()
+        if key not in expected and not key.endswith(".num_batches_tracked")
+    ]
     if wrong:
         more = [f"and {len(wrong) - MAX_NAMED} more"] if len(wrong) > MAX_NAMED else []
         cause = "likely cause: a part of the file is missing, or it is a variant of the model that gndet does not have"

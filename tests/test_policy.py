@@ -1,0 +1,466 @@
+"""Weights with other norms than the model's: refused, kept, converted or fitted as train.norm_policy says."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lived_in import BN, CLASSES, GN, NONE, STATISTICS, config, dataset, features, lived_in, norm_names, pictures, save
+from models import make_batch
+from test_train import assert_same
+from torch import Tensor
+
+from gndet.checkpoint import load_checkpoint, save_checkpoint
+from gndet.config import Config
+from gndet.config_file import load_config
+from gndet.distributed import Process
+from gndet.errors import CheckpointError, ConfigError, TrainingError
+from gndet.evaluation import scalars
+from gndet.inference import evaluate_checkpoint, load_detector
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.norm import FrozenBatchNorm, GroupNorm
+from gndet.optim import average_weights
+from gndet.train import train
+from gndet.weights.calibrate import compare
+from gndet.weights.convert import convert_batch_norm
+from gndet.weights.load import Start, initial_model, load_weights
+from gndet.weights.policy import reference_norms
+from gndet.weights.read import read_source
+
+ALONE, WHOLE = ("backbone",), ("backbone", "fpn", "rpn", "box_head", "mask_head")
+NORMED = tuple(part for part in WHOLE if part != "rpn")  # the RPN has no norm
+
+
+@pytest.fixture(scope="module")
+def bn() -> MaskRCNN:
+    """A detector with BN everywhere."""
+    return lived_in(config(BN))
+
+
+@pytest.fixture(scope="module")
+def files(bn: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
+    """It, and its backbone alone, as checkpoints."""
+    folder = tmp_path_factory.mktemp("bn")
+    return {parts: save(folder / str(len(parts)), config(BN), bn.state_dict(), parts) for parts in (ALONE, WHOLE)}
+
+
+def start(weights: str, policy: str, norm: dict[str, Any] = GN, images: bool = False, **model: Any) -> Start:
+    """The model that training starts with."""
+    train = {"weights": weights, "norm_policy": policy, "calibration_images": 4}
+    cfg = config(norm, train=train, **model)
+    return initial_model(cfg, CLASSES, images=dataset(cfg) if images else None)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def by_hand(state: dict[str, Tensor], model: MaskRCNN, name: str, damp: float = 1.0, bn_eps: float = 1e-5) -> Any:
+    """What the closed form makes of one BN layer of a file."""
+    numbers = (state[f"{name}.{key}"] for key in ("weight", "bias", *STATISTICS))
+    return convert_batch_norm(*numbers, bn_eps=bn_eps, groups=model.get_submodule(name).groups, eps=1e-5, damp=damp)
+
+
+# --- what each policy does
+
+
+@pytest.mark.parametrize("parts", [ALONE, WHOLE])
+def test_without_a_policy_another_norm_is_refused_and_every_choice_is_named(
+    files: dict[tuple[str, ...], str], parts: tuple[str, ...]
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        start(files[parts], "error")
+    text = str(caught.value)
+    assert "its backbone has bn, this model has gn (16 channels a group)" in text
+    for policy in ("hybrid", "convert", "calibrate", "affine", "reinit"):
+        assert f"train.norm_policy={policy} " in text
+    assert "model.backbone.norm={kind: bn} or {kind: frozen_bn}" in text
+
+
+@pytest.mark.parametrize("parts", [ALONE, WHOLE])
+def test_hybrid_keeps_the_parts_of_the_file_as_frozen_bn_and_no_others(
+    bn: MaskRCNN, files: dict[tuple[str, ...], str], parts: tuple[str, ...]
+) -> None:
+    model, cfg, _, fates = start(files[parts], "hybrid")
+    kinds = {part: norm.kind for part, norm in cfg.model.part_norms().items()}
+    assert kinds == {part: "none" if part == "rpn" else "frozen_bn" if part in parts else "gn" for part in WHOLE}
+    own, file = model.state_dict(), bn.state_dict()
+    names = [name for name in norm_names(model) if name.partition(".")[0] in parts]
+    assert list(fates) == names and {fate.what for fate in fates.values()} == {"as in the file, frozen"}
+    for name in names:
+        assert all(torch.equal(own[f"{name}.{key}"], file[f"{name}.{key}"]) for key in ("weight", "bias", *STATISTICS))
+    batch = pictures(cfg)
+    got, expected = features(model, batch), features(bn, batch)
+    for level in [level for level in got if level.startswith("C") or "fpn" in parts]:
+        torch.testing.assert_close(got[level], expected[level], rtol=1e-4, atol=1e-4)
+    if parts == WHOLE:
+        boxes = [one.detect(batch.images, batch.sizes, batch.padded).boxes for one in (model, bn)]
+        torch.testing.assert_close(*boxes, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("parts", [ALONE, WHOLE])
+def test_convert_is_the_closed_form_in_every_layer_and_leaves_the_rest(
+    bn: MaskRCNN, files: dict[tuple[str, ...], str], parts: tuple[str, ...]
+) -> None:
+    model, cfg, _, fates = start(files[parts], "convert")
+    assert {norm.kind for norm in cfg.model.part_norms().values()} == {"gn", "none"}
+    own, file = model.state_dict(), bn.state_dict()
+    names = [name for name in norm_names(model) if name.partition(".")[0] in parts]
+    for name in names:
+        new = by_hand(file, model, name)
+        assert torch.equal(own[f"{name}.weight"], new.gamma) and torch.equal(own[f"{name}.bias"], new.beta)
+        assert model.get_submodule(name).eps == new.eps > 1e-5
+        assert fates[name].what == "converted from bn, damp 1" and fates[name].expected_error == new.expected_error
+    others = [key for key in own if key.partition(".")[0] in parts and ".norm." not in key]
+    assert list(fates) == names and all(torch.equal(own[key], file[key]) for key in others)
+
+
+@pytest.mark.parametrize("damp", [0, 4])
+def test_the_damping_is_the_configs(bn: MaskRCNN, files: dict[tuple[str, ...], str], damp: float) -> None:
+    cfg = config(train={"weights": files[ALONE], "norm_policy": "convert", "norm_damp": damp})
+    model = initial_model(cfg, CLASSES).model
+    for name in norm_names(model.backbone):
+        new = by_hand(bn.backbone.state_dict(), model.backbone, name, damp)
+        assert model.backbone.get_submodule(name).eps == new.eps
+        assert torch.equal(model.backbone.get_submodule(name).weight, new.gamma)
+
+
+def test_a_layers_own_eps_outlives_files_rebuilding_averaging_and_copies(
+    files: dict[tuple[str, ...], str], tmp_path: Path
+) -> None:
+    model, cfg, _, _ = start(files[WHOLE], "convert")
+    eps = {name: model.get_submodule(name).eps for name in norm_names(model)}
+    assert len(set(eps.values())) == len(eps)
+    save_checkpoint(tmp_path / "a", {"model": model.state_dict()}, {})
+    rebuilt = build_model(cfg.model, len(CLASSES))
+    rebuilt.load_state_dict(load_checkpoint(tmp_path / "a").groups["model"])
+    average = average_weights(model, 0.9)
+    average.update_parameters(model)
+    again = build_model(cfg.model, len(CLASSES))
+    again.load_state_dict(average.module.state_dict())
+    for one in (rebuilt, average.module, again, copy.deepcopy(model)):
+        assert {name: one.get_submodule(name).eps for name in eps} == eps
+    batch = pictures(cfg)
+    assert same(features(rebuilt, batch), features(model, batch))
+
+
+def test_a_layers_own_eps_lies_where_its_weights_lie() -> None:
+    """NCCL broadcasts no tensor of the CPU."""
+    norm = GroupNorm(32, 2, 1e-5, masked=True).to("meta")
+    norm.eps = 0.5
+    assert {tensor.device.type for tensor in norm.state_dict().values()} == {"meta"}
+
+
+def test_calibration_comes_nearer_to_the_file_than_the_closed_form(files: dict[tuple[str, ...], str]) -> None:
+    converted, fitted = (start(files[WHOLE], policy, images=True) for policy in ("convert", "calibrate"))
+    assert list(fitted.fates) == norm_names(fitted.model)
+    for name, fate in fitted.fates.items():
+        assert fate.what == "converted from bn, damp 1, fitted on 4 images"
+        assert fate.measured_error <= converted.fates[name].measured_error, name
+        changed = not torch.equal(fitted.model.get_submodule(name).weight, converted.model.get_submodule(name).weight)
+        assert changed and fitted.model.get_submodule(name).eps == converted.model.get_submodule(name).eps, name
+    assert {name.partition(".")[0] for name in fitted.fates} == set(NORMED)
+    assert fitted.model.backbone.stem.norm.weight[5] == 0  # what is off stays off
+
+
+def test_calibration_measures_what_the_two_networks_differ_by(bn: MaskRCNN, files: dict[tuple[str, ...], str]) -> None:
+    model, cfg, notes, _ = start(files[WHOLE], "calibrate", images=True)
+    batch = pictures(cfg)
+    got, expected = features(model, batch), features(bn, batch)
+    words = []
+    for level, t in expected.items():
+        error = (got[level] - t).norm() / (t - t.mean((0, 2, 3), keepdim=True)).norm()
+        words.append(f"{level} {error:.2f}")
+    assert f"features against the file's own norms, relative error on 4 images: {', '.join(words)}" in notes
+
+
+def test_calibration_twice_gives_the_same_weights(files: dict[tuple[str, ...], str]) -> None:
+    one, two = (start(files[WHOLE], "calibrate", images=True) for _ in range(2))
+    assert same(one.model.state_dict(), two.model.state_dict()) and one.fates == two.fates
+    assert any(key.endswith("norm.eps") for key in one.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["bn", "frozen_bn"])
+def test_padding_beside_the_pictures_does_not_enter_a_calibration(bn: MaskRCNN, tmp_path: Path, kind: str) -> None:
+    there = config({"kind": kind})
+    source = read_source(save(tmp_path / "a", there, bn.state_dict(), ("backbone", "fpn")), there.train.source)
+    cfg, results = config(train={"norm_policy": "calibrate"}), []
+    for canvas in ((96, 96), (160, 128)):
+        model = build_model(cfg.model, len(CLASSES))
+        load_weights(model, source, CLASSES, cfg)
+        batch = make_batch([(64, 96), (96, 64)], canvas)
+        comparison = compare(model, reference_norms(source, model, cfg.model), batch, fit=True)
+        gammas = {name: model.get_submodule(name).weight for name in comparison.layers}
+        results.append((gammas, comparison.layers))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+
+
+def test_affine_copies_gamma_and_beta_by_name(bn: MaskRCNN, files: dict[tuple[str, ...], str]) -> None:
+    model, _, _, fates = start(files[WHOLE], "affine")
+    own, file = model.state_dict(), bn.state_dict()
+    assert all(torch.equal(own[key], file[key]) for key in own)
+    assert {fate.what for fate in fates.values()} == {"gamma and beta of bn copied by name"}
+    assert all(model.get_submodule(name).eps == 1e-5 for name in fates)
+
+
+def test_affine_from_gn_gives_bn_its_gamma_and_beta_and_fresh_statistics(tmp_path: Path) -> None:
+    file = lived_in(config()).state_dict()
+    model = start(save(tmp_path / "a", config(), file), "affine", BN).model
+    own = model.state_dict()
+    assert all(torch.equal(own[key], file[key]) for key in own if key in file)
+    assert all(model.get_submodule(name).running_var.eq(1).all() for name in norm_names(model))
+
+
+@pytest.mark.parametrize("here", [GN, NONE])
+def test_reinit_takes_the_convolutions_only(bn: MaskRCNN, files: dict[tuple[str, ...], str], here: dict) -> None:
+    model, _, _, fates = start(files[WHOLE], "reinit", here, images=True)
+    own, file = model.state_dict(), bn.state_dict()
+    fresh = initial_model(config(here), CLASSES).model.state_dict()
+    for key, value in own.items():
+        anew = ".norm." in key or (here == NONE and key.endswith(".conv.bias") and key not in file)
+        assert torch.equal(value, fresh[key] if anew else file[key]), key
+    assert {fate.what for fate in fates.values()} == {"anew"} and len(fates) == len(norm_names(bn))
+
+
+# --- files that not every policy can start from
+
+
+def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same network with its statistics put into gamma and beta, as Detectron's files have it."""
+    result = dict(state)
+    for name in {key.rpartition(".")[0] for key in state if key.endswith("running_var")}:
+        sigma = (state[f"{name}.running_var"] + 1e-5).sqrt()
+        result[f"{name}.weight"] = state[f"{name}.weight"] / sigma
+        result[f"{name}.bias"] = state[f"{name}.bias"] - state[f"{name}.running_mean"] * result[f"{name}.weight"]
+        result[f"{name}.running_mean"] = torch.zeros_like(sigma)
+        result[f"{name}.running_var"] = torch.ones_like(sigma)
+    return result
+
+
+def test_fused_bn_cannot_be_converted_and_can_be_calibrated(bn: MaskRCNN, tmp_path: Path) -> None:
+    there = config({"kind": "frozen_bn", "eps": 0})
+    path = save(tmp_path / "a", there, fused(bn.state_dict()), ALONE, fused=True)
+    with pytest.raises(CheckpointError, match=r"convert is impossible: .* statistics are gone; calibrate measures"):
+        start(path, "convert")
+    model, cfg, _, fates = start(path, "calibrate", images=True)
+    assert {fate.what for fate in fates.values()} == {"gamma and beta of frozen_bn, fitted on 4 images"}
+    batch = pictures(cfg)
+    t, affine = features(bn, batch)["C5"], features(start(path, "affine").model, batch)["C5"]
+    got = features(model, batch)["C5"]
+    assert (got - t).norm() < 0.6 * (t - t.mean((0, 2, 3), keepdim=True)).norm() < 0.6 * (affine - t).norm()
+
+
+def test_a_pyramid_without_norms_can_be_calibrated_or_begun_anew(tmp_path: Path) -> None:
+    there = config(GN, fpn={"norm": NONE})
+    file = lived_in(there)
+    path = save(tmp_path / "a", there, file.state_dict(), ("backbone", "fpn"))
+    for policy in ("convert", "affine", "hybrid"):
+        with pytest.raises(
+            CheckpointError, match=rf"its fpn has none, this model has gn (.|\n)*{policy} is impossible"
+        ):
+            start(path, policy)
+    anew, fitted = start(path, "reinit"), start(path, "calibrate", images=True)
+    assert {name.partition(".")[0]: fate.what for name, fate in fitted.fates.items()} == {
+        "backbone": "as in the file", "fpn": "anew, fitted on 4 images",
+    }  # fmt: skip
+    batch = pictures(fitted.cfg)
+    truth, got, unfitted = (features(model, batch) for model in (file, fitted.model, anew.model))
+    for level in ("P2", "P3", "P4", "P5"):
+        torch.testing.assert_close(got["C5"], truth["C5"])
+        t = truth[level]
+        assert (got[level] - t).norm() < 0.7 * t.norm() and (got[level] - t).norm() < (unfitted[level] - t).norm()
+
+
+def test_gn_with_other_groups_needs_a_policy_and_can_be_calibrated(tmp_path: Path) -> None:
+    there = config({"kind": "gn", "groups": 8})
+    file = lived_in(there)
+    path = save(tmp_path / "a", there, file.state_dict(), ALONE)
+    with pytest.raises(CheckpointError, match=r"gn \(8 groups\)(.|\n)*model\.backbone\.norm=\{kind: gn, groups: 8\} "):
+        start(path, "error")
+    for policy in ("convert", "hybrid"):
+        with pytest.raises(CheckpointError, match=f"{policy} is impossible"):
+            start(path, policy)
+    model, cfg, _, _ = start(path, "calibrate", images=True)
+    batch = pictures(cfg)
+    t, got, copied = (features(one, batch)["C5"] for one in (file, model, start(path, "affine").model))
+    assert (got - t).norm() < (copied - t).norm()
+    kept = start(path, "error", backbone={"norm": {"kind": "gn", "groups": 8}}).model
+    assert torch.equal(features(kept, batch)["C5"], t)
+
+
+def test_ln_is_gn_with_one_group(tmp_path: Path) -> None:
+    there = config({"kind": "ln"})
+    file = lived_in(there)
+    model = start(save(tmp_path / "a", there, file.state_dict()), "error", {"kind": "gn", "groups": 1}).model
+    assert same(model.state_dict(), file.state_dict())
+    batch = pictures(there)
+    assert same(features(model, batch), features(file, batch))
+
+
+@pytest.mark.parametrize("kind", ["bn", "gn"])
+def test_standardized_weights_become_plain_ones_exactly_and_not_the_reverse(tmp_path: Path, kind: str) -> None:
+    plain = {"kind": kind, "groups": 8}
+    there = config({**plain, "weight_standardization": True})
+    file = lived_in(there)
+    model = start(save(tmp_path / "a", there, file.state_dict()), "error", plain).model
+    batch = pictures(there)
+    torch.testing.assert_close(features(model, batch), features(file, batch), rtol=1e-5, atol=1e-5)
+    back = save(tmp_path / "b", config(plain), model.state_dict())
+    with pytest.raises(CheckpointError, match=rf"its backbone has {kind}.*, this model has {kind}.* with weight stand"):
+        start(back, "error", {**plain, "weight_standardization": True})
+    with pytest.raises(CheckpointError, match=r"convert is impossible: .*weight standardization changes the conv"):
+        start(back, "convert", {"kind": "gn", "groups": 8, "weight_standardization": True})
+
+
+@pytest.mark.parametrize("there_eps", [0.0, 1e-5, 1e-3])
+@pytest.mark.parametrize("here", [{"kind": "bn", "eps": 1e-3}, {"kind": "frozen_bn", "eps": 0.0}])
+def test_bn_computes_the_same_with_another_eps(
+    bn: MaskRCNN, tmp_path: Path, there_eps: float, here: dict[str, Any]
+) -> None:
+    there = config({"kind": "bn", "eps": there_eps})
+    file = build_model(there.model, len(CLASSES))
+    file.load_state_dict(bn.state_dict())
+    for name in norm_names(file):
+        file.get_submodule(name).running_var *= 1e-3  # so that an eps counts
+    model = start(save(tmp_path / "a", there, file.state_dict(), ALONE), "error", here).model
+    batch = pictures(there)
+    got, expected = features(model, batch), features(file, batch)
+    for level in ("C2", "C3", "C4", "C5"):
+        torch.testing.assert_close(got[level], expected[level], rtol=1e-4, atol=1e-4 * expected[level].abs().max())
+
+
+def test_each_files_own_bn_eps_is_in_the_closed_form(bn: MaskRCNN, tmp_path: Path) -> None:
+    there = config({"kind": "bn", "eps": 0.05})
+    model = start(save(tmp_path / "a", there, bn.state_dict(), ALONE), "convert").model
+    for name in norm_names(model.backbone):
+        new = by_hand(bn.backbone.state_dict(), model.backbone, name, bn_eps=0.05)
+        assert torch.equal(model.backbone.get_submodule(name).weight, new.gamma)
+
+
+@pytest.mark.parametrize(("policy", "here"), [("error", BN), ("convert", GN)])
+def test_another_pixel_std_is_folded_into_the_stem(
+    bn: MaskRCNN, tmp_path: Path, policy: str, here: dict[str, Any]
+) -> None:
+    there = config(BN, pixel_std=[1.0, 2.0, 4.0])
+    path = save(tmp_path / "a", there, bn.state_dict(), ALONE)
+    unfolded, folded = (start(path, policy, here, **std) for std in ({"pixel_std": [1.0, 2.0, 4.0]}, {}))
+    assert "folded into the stem" in "".join(folded.notes) and "folded" not in "".join(unfolded.notes)
+    batch = pictures(there)
+    got, expected = (features(one.model, batch) for one in (folded, unfolded))
+    for level in ("C2", "C3", "C4", "C5"):
+        torch.testing.assert_close(got[level], expected[level], rtol=1e-4, atol=1e-4 * expected[level].abs().max())
+
+
+# --- files that cannot be loaded
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("running_var", lambda x: -x, r"backbone\.res5\.1\.conv2\.norm: running variance of channel 0 is -"),
+        ("running_mean", None, r"backbone\.res5\.1\.conv2\.norm\.running_mean: absent from the file"),
+        (
+            "weight",
+            lambda x: x[:8],
+            r"(.|\n)*backbone\.res5\.1\.conv2\.norm\.weight: \[8\] in the file, expected \[512\]",
+        ),
+    ],
+)
+def test_a_load_that_fails_names_file_and_layer_and_leaves_the_model_untouched(
+    bn: MaskRCNN, tmp_path: Path, key: str, change: Any, message: str
+) -> None:
+    state, cfg = dict(bn.state_dict()), config(train={"norm_policy": "convert"})
+    old = state.pop(f"backbone.res5.1.conv2.norm.{key}")
+    if change is not None:
+        state[f"backbone.res5.1.conv2.norm.{key}"] = change(old).clone()
+    source = read_source(save(tmp_path / "a", config(BN), state, ALONE), cfg.train.source)
+    model = build_model(cfg.model, len(CLASSES))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'a'}: {message}"):
+        load_weights(model, source, CLASSES, cfg)
+    assert same(model.state_dict(), before)
+
+
+def test_groups_that_do_not_divide_a_layer_name_part_and_divisors(files: dict[tuple[str, ...], str]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.backbone: norm groups: 24 does not divide 64 channels; these do: 1, 2, 4"
+    ):
+        start(files[ALONE], "convert", {"kind": "gn", "groups": 24})
+
+
+def test_calibration_without_pictures_is_refused(files: dict[tuple[str, ...], str]) -> None:
+    with pytest.raises(ConfigError, match=r"train\.norm_policy: calibrate needs training images"):
+        start(files[ALONE], "calibrate")
+
+
+# --- training
+
+
+def forget(folder: Path, update: int) -> None:
+    """Make a finished run one that was killed earlier: remove its newest checkpoint."""
+    shutil.rmtree(folder / "checkpoints" / f"update-{update:07d}")
+
+
+def run_config(out: Path, weights: Path, policy: str, **train: Any) -> Config:
+    schedule = {"updates": 4, "warmup": 1, "steps": [3], "reference_batch": 2}
+    options = {"weights": str(weights), "norm_policy": policy, "schedule": schedule, "calibration_images": 4} | train
+    return config(train=options).model_copy(update={"out": str(out)})
+
+
+@pytest.mark.parametrize(
+    ("policy", "what"),
+    [
+        ("hybrid", "as in the file, frozen"),
+        ("convert", "converted from bn, damp 1"),
+        ("calibrate", "converted from bn, damp 1, fitted on 4 images"),
+    ],
+)
+def test_a_resumed_run_keeps_its_norms_and_needs_the_weights_no_more(
+    bn: MaskRCNN, tmp_path: Path, policy: str, what: str
+) -> None:
+    save(tmp_path / "bn", config(BN), bn.state_dict(), ALONE)
+    for name in ("unbroken", "killed"):
+        train(run_config(tmp_path / name, tmp_path / "bn", policy))
+    forget(tmp_path / "killed", 4)
+    shutil.rmtree(tmp_path / "bn")
+    train(run_config(tmp_path / "killed", tmp_path / "bn", policy))
+    assert_same(tmp_path / "unbroken", tmp_path / "killed")
+
+    saved = load_checkpoint(tmp_path / "killed" / "last")
+    detector = load_detector(tmp_path / "killed", [], Process(0, 1, torch.device("cpu")))
+    names = norm_names(detector.model.backbone)
+    assert saved.meta["norms"] == {f"backbone.{name}": what for name in names}
+    assert same(detector.model.state_dict(), saved.groups["ema"])
+    assert detector.cfg.model.part_norms()["fpn"].kind == "gn"
+    for name in names:
+        norm = detector.model.backbone.get_submodule(name)
+        if policy == "hybrid":
+            file = {key: bn.state_dict()[f"backbone.{name}.{key}"] for key in ("weight", "bias", *STATISTICS)}
+            assert isinstance(norm, FrozenBatchNorm) and same(norm.state_dict(), file)
+        else:
+            assert norm.eps == by_hand(bn.backbone.state_dict(), detector.model.backbone, name).eps > 1e-5
+
+
+def test_hybrid_trains_what_is_not_frozen_and_evaluates_and_predicts(
+    files: dict[tuple[str, ...], str], tmp_path: Path
+) -> None:
+    values = train(run_config(tmp_path / "run", Path(files[WHOLE]), "hybrid"))
+    detector = load_detector(tmp_path / "run", [], Process(0, 1, torch.device("cpu")))
+    _, evaluation = evaluate_checkpoint(detector, Process(0, 1, torch.device("cpu")))
+    assert scalars(evaluation) == pytest.approx(values, nan_ok=True)
+    first = start(files[WHOLE], "hybrid").model.state_dict()
+    for key, value in detector.model.state_dict().items():
+        assert torch.equal(value, first[key]) == (".norm." in key), key
+    again = start(str(tmp_path / "run"), "error", {"kind": "frozen_bn"}).model  # a run is a file to start from
+    assert same(again.state_dict(), detector.model.state_dict())
+
+
+def test_another_policy_is_another_run(files: dict[tuple[str, ...], str], tmp_path: Path) -> None:
+    train(run_config(tmp_path / "run", Path(files[ALONE]), "hybrid"))
+    forget(tmp_path / "run", 4)
+    with pytest.raises(TrainingError, match=r"another config(.|\n)*norm_policy: 'hybrid' there, 'convert' now"):
+        train(run_config(tmp_path / "run", Path(files[ALONE]), "convert"))
+    assert load_config(tmp_path / "run" / "config.yaml").train.norm_policy == "hybrid"

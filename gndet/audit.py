@@ -9,7 +9,7 @@ from gndet.data import read_dataset
 from gndet.errors import CheckpointError, DataError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.audit import Audit, audit, summary, table
-from gndet.weights.load import initial_model
+from gndet.weights.load import initial_model, padding_warnings
 
 
 def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]) -> bool:
@@ -29,14 +29,11 @@ def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]
 def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
     """The model that training a config would start with; without its data set it is taken for one of one class."""
     cfg = load_config(where, overrides)
-    classes: Sequence[str] = ("object",)
-    images = None
     try:
-        dataset = read_dataset(cfg.data.train, cfg.data)
-        classes, images = dataset.classes, dataset if cfg.train.norm_policy == "calibrate" else None
-    except DataError:  # but for calibrate the norms do not depend on the data
-        pass
-    start = initial_model(cfg, classes, images=images)
+        classes: Sequence[str] = read_dataset(cfg.data.train, cfg.data).classes
+    except DataError:  # the norms do not depend on the data
+        classes = ("object",)
+    start = initial_model(cfg, classes, measure=False)
     norms = {name: fate.what for name, fate in start.fates.items()}
     return audit(start.model, start.cfg, norms, world=1), start.notes
 
@@ -47,10 +44,12 @@ def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[st
     for key in ("config", "classes"):
         if key not in saved.meta:
             raise CheckpointError(f"{saved.path}: its meta.json has no {key}; was it saved by gndet?")
-    cfg = with_overrides(config_from_dict(saved.meta["config"], str(saved.path)), overrides, str(saved.path))
+    trained = config_from_dict(saved.meta["config"], str(saved.path))
+    cfg = with_overrides(trained, overrides, str(saved.path))
     model = build_model(cfg.model, max(len(saved.meta["classes"]), 1))
     state = saved.groups.get("ema", saved.groups.get("model", {}))
     own = model.state_dict()
     fitting = {key: value for key, value in state.items() if key not in own or own[key].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
-    return audit(model, cfg, saved.meta.get("norms"), world=saved.meta.get("processes", 1)), []
+    notes = padding_warnings(trained.model, cfg.model)
+    return audit(model, cfg, saved.meta.get("norms"), world=saved.meta.get("processes", 1)), notes

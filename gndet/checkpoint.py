@@ -260,15 +260,16 @@ def _parsed_meta(path: Path, data: bytes) -> dict[str, Any]:
 
 def _parsed_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
+    return {key.replace("rpn.conv.", "rpn.convs.0."): tensor for key, tensor in tensors.items()}  # until 2026-11-25
 
 
 def _what_is_there(path: Path) -> str:
     """Say what a path holds, for errors."""
     if path.is_file():
-        return "it is a file; pickled weights (.pth, .pt, .pkl) are not read"
+        return "it is a file; files of other toolkits come in by train.weights or gndet convert"
     if not path.is_dir():
         return "there is no such folder"
     names = sorted(child.name for child in path.iterdir())

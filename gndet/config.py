@@ -276,6 +276,13 @@ class SourceConfig(Section):
     stride_in_1x1: bool | None = None
     norm_eps: float | None = Field(None, ge=0, description="of its norms")
     groups: int | None = Field(None, ge=1, description="of its GN layers; 32 in every toolkit")
+    channels_per_group: int | None = Field(None, ge=1, description="of its GN layers, in place of groups")
+    weight_standardization: bool | None = None
+    compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = Field(
+        None, description="the conventions it was trained with"
+    )
+    anchor_sizes: tuple[Positive, Positive, Positive, Positive, Positive] | None = None
+    aspect_ratios: tuple[Positive, Positive, Positive] | None = None
     classes: tuple[str, ...] | None = Field(None, description="its class names, in the order of its labels")
     differences: Literal["refuse", "report"] = Field(
         "refuse", description="what becomes of a model whose conventions are not the file's; report: fine-tune anyway"
@@ -294,7 +301,7 @@ class TrainConfig(Section):
     )
     norm_damp: float = Field(1.0, ge=0, description="convert, calibrate: share of the group variance added to GN's eps")
     calibration_images: int = Field(
-        64, ge=1, description="calibrate: training images that gamma and beta are fitted on"
+        32, ge=1, description="calibrate: training images that gamma and beta are fitted on"
     )
     global_batch: int = Field(16, ge=1, description="images an update, over all processes")
     images_per_gpu: int | Literal["auto"] = Field(

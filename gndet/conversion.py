@@ -29,6 +29,10 @@ def convert(
     images to fit and measure on, `count` of them.  show: called with each line of the report.
     Raises CheckpointError, ConfigError, DataError, OutputError before anything is written.
     """
+    if told := [text for text in overrides if text.startswith("train.") and not text.startswith("train.source.")]:
+        raise ConfigError(
+            f"{told[0]}: gndet convert takes --policy, --damp and --count, and of train only train.source"
+        )
     if out.exists():
         raise OutputError(f"{out}: exists; choose another name")
     if policy == "calibrate" and not pictures:
@@ -56,7 +60,7 @@ def convert(
     held = tuple(f"{part}." for part in source.parts)
     state = {key: value for key, value in start.model.state_dict().items() if key.startswith(held)}
     if to in TOOLKITS:
-        export = export_weights(state, start.cfg.model, classes, to)
+        export = export_weights(state, start.cfg.model, classes, to, named=source.classes is not None)
         write_export(out, export)
         show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
         for note in export.notes:
@@ -69,7 +73,7 @@ def convert(
         "update": 0, "classes": list(classes), "classes_named": source.classes is not None, "category_ids": list(ids),
         "config": start.cfg.model_copy(update={"train": Config().train}).model_dump(mode="json"),
         "norms": {name: fate.what for name, fate in start.fates.items()}, "parts": list(source.parts),
-        "fused": source.fused, "source": [where, *start.notes],
+        "source": [where, *start.notes],
     }  # fmt: skip
     save_checkpoint(out, {"model": state}, meta)
     show(f"gndet checkpoint -> {out}")
@@ -79,9 +83,11 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
     """The model with GN in every part that has BN in the source."""
     norm = NormConfig(kind="gn", channels_per_group=channels_per_group)
     kinds = source.model.part_norms()
-    parts = [part for part in source.parts if kinds[part].kind in BATCH_NORMS]
-    changed = {part: getattr(model, part).model_copy(update={"norm": norm}) for part in parts}
-    return model.model_copy(update=changed | ({"norm": norm} if "backbone" in parts else {}))
+    norms = {part: norm if kinds[part].kind in BATCH_NORMS else kinds[part] for part in source.parts}
+    return model.model_copy(
+        update={part: getattr(model, part).model_copy(update={"norm": own}) for part, own in norms.items()}
+        | {"norm": norms.get("backbone", model.norm)}
+    )
 
 
 def _pictures(paths: Sequence[Path]) -> Dataset:

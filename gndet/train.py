@@ -69,6 +69,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         notes += [*damaged, f"continuing after update {start} of {total}"] if saved else []
         values, best = resumed_metrics(saved)
         size, meter = images_at_once(run), Meter(proc.device, cfg.train.global_batch)
+        notes += summary(audit(run.model, run.cfg, run.norms, proc.world, images=size))
         notes.append(
             f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, "
             f"{size} at once"
@@ -208,7 +209,9 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     asked = cfg
     if saved is not None:  # norm_policy: hybrid changed the norms when the run began
         cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
-    model, cfg, loaded, fates = initial_model(cfg, train_set.classes, load=saved is None, images=train_set)
+    model, cfg, loaded, fates = initial_model(
+        cfg, train_set.classes, load=saved is None, images=train_set, measure=proc.first
+    )
     norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms")
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
@@ -219,7 +222,6 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     report = audit(model, cfg, norms, proc.world)
     if report.errors:
         raise ConfigError("\n".join(report.errors))
-    notes += summary(report)
     run = Run(cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, norms)
     return run, notes
 

@@ -84,7 +84,7 @@ def test_frozen_bn_without_statistics_is_the_identity_and_warned_of(backbone: st
 def test_frozen_bn_of_a_fused_file_has_no_statistics_and_that_is_right(bn: dict[str, Tensor], tmp_path: Path) -> None:
     fused = {key: torch.zeros_like(value) if key.endswith("running_mean") else value for key, value in bn.items()}
     fused |= {key: torch.ones_like(value) for key, value in bn.items() if key.endswith("running_var")}
-    path = save(tmp_path / "a", config({"kind": "frozen_bn", "eps": 0}), fused, fused=True)
+    path = save(tmp_path / "a", config({"kind": "frozen_bn", "eps": 0}), fused)
     assert audited(config(FROZEN, train=weights(path))).warnings == []
 
 
@@ -191,7 +191,9 @@ def test_gn_weights_under_another_padding_are_warned_of(tmp_path: Path, there: s
     path = save(tmp_path / "a", file, build_model(file.model, len(CLASSES)).state_dict())
     cfg = config({**GN, "padding": here}, train=weights(path))
     said = [note for note in initial_model(cfg, CLASSES).notes if note.startswith("warning")]
-    words = f"trained with padding: {there}, here it is {here}; at small batches of equal pictures they are the same"
+    words = (
+        f"trained with padding: {there}, here it is {here}; they differ where pictures of a batch have different sizes"
+    )
     parts = [] if there == here else ["backbone", "fpn"]  # the heads' regions have no padding
     assert said == [f"warning: {part}.norm was {words}" for part in parts]
 
@@ -261,12 +263,23 @@ def test_norms_that_cannot_work_exit_with_1(backbone: str, tmp_path: Path, capsy
     assert main(["norms", str(tmp_path / "tiny.yaml"), "train.norm_policy=convert"]) == 0
 
 
-def test_norms_of_a_config_that_calibrates_are_fitted_as_in_training(
+def test_norms_of_a_config_that_calibrates_need_no_pictures(
     backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tiny.yaml").write_text(config_to_yaml(config(train=weights(backbone, "calibrate"))))
     assert main(["norms", str(tmp_path / "tiny.yaml")]) == 0
-    assert "converted from bn, damp 1, fitted on 2 images" in capsys.readouterr().out
+    assert "converted from bn, damp 1" in capsys.readouterr().out
+
+
+def test_a_checkpoint_run_with_another_padding_is_warned_of(
+    bn: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config()
+    path = save(tmp_path / "a", cfg, build_model(cfg.model, len(CLASSES)).state_dict())
+    assert main(["norms", path]) == 0
+    assert "padding:" not in capsys.readouterr().out
+    assert main(["norms", path, "model.norm.padding=plain"]) == 0
+    assert "warning: fpn.norm was trained with padding: masked, here it is plain" in capsys.readouterr().out
 
 
 def test_norms_need_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

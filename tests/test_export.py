@@ -202,10 +202,12 @@ def test_heads_of_an_export_are_the_model_s(tmp_path: Path, toolkit: str) -> Non
 
 def test_what_the_toolkit_does_otherwise_is_said() -> None:
     cfg = detector("gn", "gn", depth=18).model_copy(update={"norm": NormConfig(kind="gn", groups=16)})
+    cfg = cfg.model_copy(update={"rpn": cfg.rpn.model_copy(update={"anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)})})
     notes = export_weights(weights(cfg), cfg, CLASSES, "torchvision").notes
-    assert "differs: box_head.roi_align is aligned in this model, unaligned in torchvision" in notes
-    assert "fpn: GN with 16 groups, not the usual 32 groups" in notes
+    assert "differs: box_head.roi_align is aligned in this model, unaligned by torchvision's default" in notes
+    assert any(note.startswith("fpn: GN with 16 groups; torchvision builds 32 groups unless") for note in notes)
     assert any("num_classes 4 (background first)" in note for note in notes)
+    assert any(note.startswith("differs: rpn.anchor_sizes is (8.0, 16.0") for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,8 @@ def test_every_tensor_and_every_convention_of_a_file_comes_over(tmp_path: Path, 
     if box == "2fc":
         expected["box_head"] = expected["rpn"]  # none
     assert all(kinds[part].kind == expected[part].kind for part in case.parts)
-    assert model.masks == ("mask_head" in case.parts) and source.fused == (name in ("Detectron", "Detectron backbone"))
+    assert model.masks == ("mask_head" in case.parts)
+    assert source.fused == (("backbone",) if name in ("Detectron", "Detectron backbone") else ())
     if case.parts == WHOLE:
         assert source.num_classes == NUM_CLASSES and model.box_head.kind == box
         assert source.classes == (("ant", "bee", "cow") if case.format == "mmdetection" else None)
@@ -233,6 +234,16 @@ def test_the_91_rows_of_torchvision_s_coco_models_become_80_classes_by_name(tmp_
     assert torch.equal(source.state["box_head.bbox_pred.bias"].view(80, 4), rows[:, None] * 4 + torch.arange(4.0))
     assert torch.equal(source.state["mask_head.logits.bias"], rows)
     build_model(source.model, 80).load_state_dict(source.state, strict=True)
+
+
+@pytest.mark.parametrize("format", ["torchvision", "detectron2", "mmdetection"])
+def test_a_file_without_masks_is_a_faster_rcnn(tmp_path: Path, format: str) -> None:
+    truth = weights(detector("bn", "none", "2fc", 18, masks=False))
+    source = read(tmp_path / "file.pth", named(truth, format, box="2fc"))
+    assert source.parts == WHOLE[:-1] and not source.model.masks
+    model = build_model(source.model, NUM_CLASSES)
+    model.load_state_dict(source.state, strict=True)
+    assert all(torch.equal(value, truth[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

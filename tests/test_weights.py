@@ -194,7 +194,7 @@ def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: 
 def test_other_settings_of_the_same_norm_are_reported(tmp_path: Path) -> None:
     path = save(tmp_path / "a", small())
     _, _, report = loaded(path, small(norm={"kind": "gn", "groups": 8, "eps": 1e-4, "padding": "plain"}).model)
-    assert "backbone.norm: eps 1e-05 in the file, 0.0001 here" in report
+    assert "backbone.norm: eps 1e-05 of the file is kept, 0.0001 is the config's" in report
     assert any(
         line.startswith("warning: fpn.norm was trained with padding: masked, here it is plain") for line in report
     )

@@ -13,6 +13,7 @@ from gndet.optim import peak_learning_rate
 
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
 UNKNOWN = "unknown"  # of a checkpoint that does not tell
+ANEW = ("new", "anew")  # origins of layers that the file gave nothing
 
 
 class NormLayer(NamedTuple):
@@ -84,7 +85,7 @@ def _warnings(model: MaskRCNN, layers: list[NormLayer], cfg: Config, world: int,
             )
     fused = [
         layer for layer in layers
-        if layer.kind == "frozen_bn" and _untouched(model.get_submodule(layer.name)) and layer.origin == "new"
+        if layer.kind == "frozen_bn" and _untouched(model.get_submodule(layer.name)) and layer.origin in ANEW
     ]  # fmt: skip
     if fused:
         yield (
@@ -107,7 +108,7 @@ def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[s
     frozen = {id(module) for part in model.backbone.frozen for module in part.modules()}
     random = [
         layer for layer in layers
-        if id(model.get_submodule(layer.name)) in frozen and layer.origin in ("new", "anew")
+        if id(model.get_submodule(layer.name)) in frozen and layer.origin in ANEW
     ]  # fmt: skip
     if random:
         yield (

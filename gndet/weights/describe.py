@@ -25,10 +25,14 @@ class Facts(NamedTuple):
     bgr: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    msra: bool  # BN backbones have their stride in the 1x1
+    msra: bool  # BN backbones have their stride in the 1x1; GN ones only where gn_msra
     background_first: bool
     compat: str
     frozen_eps: float = 1e-5
+    gn_msra: bool = False
+    groups: int = 32
+    channels_per_group: int | None = None
+    standardized: bool = False  # weight standardization in its backbone, pyramid and heads
 
 
 FACTS = {
@@ -85,8 +89,7 @@ def describe(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tupl
     norms = {"backbone": reader.norm(names.stem)}
     tree["backbone"] = {"depth": depth, "stride_in_1x1": False}
     if depth >= 50:
-        msra = facts.msra and (norms["backbone"] != "gn" or cfg.stride_in_1x1 is True)
-        tree["backbone"]["stride_in_1x1"] = msra
+        tree["backbone"]["stride_in_1x1"] = facts.gn_msra if norms["backbone"] == "gn" else facts.msra
     last = BLOCKS[depth][0] - 1
     lateral = reader.conv(names.lateral, L=2, l=0, u=1, last=last)
     if lateral is not None:
@@ -97,7 +100,9 @@ def describe(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tupl
         if len(objectness) != 3:
             raise CheckpointError(f"{reader.path}: {len(objectness)} anchors a cell, expected 3 (ratios 0.5, 1, 2)")
         many = sum(reader.conv(names.rpn_many, n=n) is not None for n in range(8)) if names.rpn_many else 0
-        tree["rpn"] = {"aspect_ratios": (0.5, 1.0, 2.0), "num_convs": max(many, 1)}
+        tree["rpn"] = {"aspect_ratios": cfg.aspect_ratios or (0.5, 1.0, 2.0), "num_convs": max(many, 1)}
+        if cfg.anchor_sizes:
+            tree["rpn"]["anchor_sizes"] = cfg.anchor_sizes
         norms["rpn"] = "none"
     tree |= _heads(reader, norms)
     eps = cfg.norm_eps
@@ -106,7 +111,9 @@ def describe(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tupl
     for part, kind in norms.items():
         default = facts.frozen_eps if kind == "frozen_bn" else 1e-5
         tree[part]["norm"] = {
-            "kind": kind, "eps": default if eps is None else eps, "padding": "plain", "groups": cfg.groups or 32,
+            "kind": kind, "eps": default if eps is None else eps, "padding": "plain", "groups": facts.groups,
+            "channels_per_group": facts.channels_per_group,
+            "weight_standardization": facts.standardized and kind != "none",
         }  # fmt: skip
     parts = tuple(part for part in PARTS if part in norms)
     tree |= {"compat": facts.compat, "pixel_mean": facts.mean, "pixel_std": facts.std, "masks": "mask_head" in parts}

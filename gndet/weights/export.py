@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.compat import PRESETS
 from gndet.config import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.norm import StandardizedConv2d
@@ -21,9 +20,6 @@ from gndet.weights.names import BATCH_NORMS, layer_names
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there
 GROUPS = 32  # of GN there, unless the builder is told otherwise
-CONVENTIONS = sorted(
-    {(part, option) for preset in PRESETS.values() for part, options in preset.items() for option in options}
-)
 CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
 
 
@@ -35,10 +31,12 @@ class Export(NamedTuple):
     notes: list[str]
 
 
-def export_weights(state: dict[str, Tensor], cfg: ModelConfig, classes: tuple[str, ...], toolkit: str) -> Export:
+def export_weights(
+    state: dict[str, Tensor], cfg: ModelConfig, classes: tuple[str, ...], toolkit: str, *, named: bool = True
+) -> Export:
     """Turn a detector's tensors into those of another toolkit.
 
-    state: by gndet's names; cfg: of its model; toolkit: one of TOOLKITS.
+    state: by gndet's names; cfg: of its model; toolkit: one of TOOLKITS; named: whether classes are their real names.
     Raises ConfigError for a model that the toolkit cannot build: a norm in the RPN, a stride in the 1x1 in torchvision.
     """
     parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
@@ -58,7 +56,7 @@ def export_weights(state: dict[str, Tensor], cfg: ModelConfig, classes: tuple[st
     if toolkit == "detectron2":
         content = {"model": tensors, "__author__": "gndet", "matching_heuristics": False}
     elif toolkit == "mmdetection":
-        content = {"meta": _meta(cfg, classes), "state_dict": tensors}
+        content = {"meta": _meta(cfg, classes if named else ()), "state_dict": tensors}
     return Export(content, tensors, _notes(cfg, parts, classes, toolkit))
 
 
@@ -98,8 +96,8 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
             state[f"{layer}.weight"] = gamma.float()
         elif f"{layer}.bias" in state and norm.kind not in BATCH_NORMS:
             eps = float(state.pop(f"{layer}.eps", norm.eps))
-            if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2
-                weight = (weight.double() * (EPS / eps) ** 0.5).float() if eps else weight
+            if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2; an eps of 0 is as good as a very small one
+                weight = (weight.double() * (EPS / max(eps, 1e-12)) ** 0.5).float()
         state[key] = weight
     std = torch.tensor(_std(toolkit, cfg)) / torch.tensor(cfg.pixel_std)
     stem = state["backbone.stem.conv.weight"]
@@ -125,9 +123,13 @@ def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
 
 def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
     """mmdetection's meta: its classes, and the settings in its own words, which `sources` reads again."""
-    style = "caffe" if cfg.backbone.stride_in_1x1 else "pytorch"
+    style, norm = "caffe" if cfg.backbone.stride_in_1x1 else "pytorch", cfg.part_norms()["backbone"]
     settings = f"mean={list(cfg.pixel_mean)}, std={list(cfg.pixel_std)}, bgr_to_rgb=True, style='{style}'"
-    return {"dataset_meta": {"CLASSES": list(classes)}, "config": settings, "author": "gndet"}
+    if norm.kind == "gn":
+        per_group = norm.channels_per_group
+        settings += f", channels_per_group={per_group}" if per_group else f", num_groups={norm.groups}"
+    meta = {"config": settings, "author": "gndet"}
+    return meta | ({"dataset_meta": {"CLASSES": list(classes)}} if classes else {})
 
 
 def _notes(cfg: ModelConfig, parts: tuple[str, ...], classes: tuple[str, ...], toolkit: str) -> list[str]:
@@ -157,12 +159,21 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], classes: tuple[str, ...], t
             words = (
                 f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
             )
-            lines.append(f"{part}: GN with {words if norm.kind == 'gn' else norm.kind}, not the usual 32 groups")
+            lines.append(
+                f"{part}: GN with {words if norm.kind == 'gn' else norm.kind}; {toolkit} builds 32 groups unless its "
+                "norm is given by code, and computes something else with them"
+            )
         if norm.weight_standardization:
             lines.append(f"{part}: weight standardization is put into the weights, for inference")
+    lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
+    if any(norms[part].masked and norms[part].kind != "none" for part in parts):
+        lines.append("differs: norms are masked here; padding beside a picture enters them there")
     preset = ModelConfig.model_validate({"compat": toolkit})
-    for part, option in CONVENTIONS:
-        there, here = getattr(getattr(preset, part), option), getattr(getattr(cfg, part), option)
-        if part in parts and there != here:
-            lines.append(f"differs: {part}.{option} is {here} in this model, {there} in {toolkit}")
+    for part in [part for part in parts if part not in ("backbone", "fpn")]:
+        theirs, ours = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
+        lines += [
+            f"differs: {part}.{option} is {ours[option]} in this model, {theirs[option]} by {toolkit}'s default"
+            for option in ours
+            if option != "norm" and ours[option] != theirs[option]
+        ]
     return lines

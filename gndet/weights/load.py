@@ -17,7 +17,6 @@ from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Dataset
 from gndet.weights.calibrate import Comparison, compare
-from gndet.weights.names import BATCH_NORMS
 from gndet.weights.policy import (
     AS_IN_FILE,
     GROUP_NORMS,
@@ -51,7 +50,7 @@ NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # said, not
 MAX_NAMED = 5  # tensors that an error names
 FAR_APART = 0.5  # relative error of a level's features from which it is said
 MEASURED_IMAGES = 4  # on which a conversion is compared with its original
-CALIBRATION_EDGE = 320  # pixels, the longest shorter edge: the images are computed at once
+CALIBRATION_EDGE = 256  # pixels, the longest shorter edge: the images are computed at once
 
 
 class Start(NamedTuple):
@@ -80,11 +79,13 @@ def initial_model(
     load: bool = True,
     images: Dataset | None = None,
     source: Source | None = None,
+    measure: bool = True,
 ) -> Start:
     """Build the model of a config as training starts with it: drawn from cfg.seed, then, if load, train.weights.
 
     classes: in the order of the labels.  images: training images; what norm_policy: calibrate fits on, and what any
-    conversion is measured on.  source: what train.weights holds, where it has been read already.
+    conversion is measured on.  source: what train.weights holds, where it has been read already.  measure: False where
+    nothing is fitted or measured: another process does and hands the weights out, or only the layers count.
     Raises ConfigError, for frozen random stages too, CheckpointError, DataError; nothing is half loaded.
     """
     if cfg.model.backbone.freeze_at and not cfg.train.weights:
@@ -99,9 +100,9 @@ def initial_model(
     model = _built(cfg, len(classes))
     notes, fates = load_weights(model, source, classes, cfg)
     converted = {} if cfg.train.norm_policy == "reinit" else reference_norms(source, model, cfg.model)
-    if cfg.train.norm_policy == "calibrate" and converted and images is None:
+    if measure and cfg.train.norm_policy == "calibrate" and converted and images is None:
         raise ConfigError("train.norm_policy: calibrate needs training images to fit on")
-    if images is not None and converted:
+    if measure and images is not None and converted:
         fit = cfg.train.norm_policy == "calibrate"
         count = cfg.train.calibration_images if fit else MEASURED_IMAGES
         batch = sample_batch(images, cfg.data, count, CALIBRATION_EDGE)
@@ -169,8 +170,8 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
         preset = f"; model.compat={source.model.compat} sets all of its toolkit's conventions"
         raise CheckpointError(
             "\n  ".join([f"{source.path}: its weights mean something else in this model:", *different])
-            + f"\n  set these options as in the file{preset if source.model.compat != config.compat else ''}; if the "
-            "file is not what it was taken for, train.source.* says so; "
+            + f"\n  set these options as in the file{preset if source.model.compat != config.compat else ''}; where "
+            "the file cannot tell and its toolkit's custom was assumed, train.source.* states what is true; "
             "train.source.differences=report fine-tunes anyway"
         )
     lines += [f"warning: {line}" for line in different]
@@ -182,21 +183,27 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
         if part in parts and attrgetter(name)(source.model) != attrgetter(name)(config)
     ]
     differing = mismatched(source, config)
-    for part in parts:
-        if part == "box_head" and config.box_head.kind == "2fc":
-            continue
-        if there[part].kind == "none" and here[part].kind == "none":
-            continue
-        grouped = part not in differing and here[part].kind in GROUP_NORMS
-        if grouped and there[part].masked != here[part].masked and part not in ("box_head", "mask_head"):
-            words = {True: "masked", False: "plain"}
+    if source.parts != ("backbone",):  # classifiers see no padding
+        lines += padding_warnings(source.model, config, [part for part in parts if part not in differing])
+    for part in [part for part in parts if part not in differing and here[part].kind in GROUP_NORMS]:
+        if there[part].eps != here[part].eps and not (part == "box_head" and config.box_head.kind == "2fc"):
             lines.append(
-                f"warning: {part}.norm was trained with padding: {words[there[part].masked]}, here it is "
-                f"{words[here[part].masked]}; at small batches of equal pictures they are the same"
+                f"{part}.norm: eps {there[part].eps:g} of the file is kept, {here[part].eps:g} is the config's"
             )
-        if part not in differing and here[part].kind not in BATCH_NORMS and there[part].eps != here[part].eps:
-            lines.append(f"{part}.norm: eps {there[part].eps} in the file, {here[part].eps} here")
     return lines
+
+
+def padding_warnings(
+    there: ModelConfig, here: ModelConfig, parts: Sequence[str] = ("backbone", "fpn", "rpn")
+) -> list[str]:
+    """A line for each part whose GN, LN or IN was trained with padding in its statistics and runs without, or so."""
+    words = {True: "masked", False: "plain"}
+    return [
+        f"warning: {part}.norm was trained with padding: {words[old.masked]}, here it is {words[new.masked]}; they "
+        "differ where pictures of a batch have different sizes"
+        for part, old, new in ((p, there.part_norms()[p], here.part_norms()[p]) for p in parts)
+        if part in ("backbone", "fpn", "rpn") and new.kind in GROUP_NORMS and old.masked != new.masked
+    ]
 
 
 def _plan(

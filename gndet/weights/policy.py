@@ -16,12 +16,13 @@ from gndet.weights.names import BATCH_NORMS
 from gndet.weights.sources import Source
 
 GROUP_NORMS = ("gn", "ln", "in")
-CHOICES = """  model.{part}.norm={{kind: {keep}}}   the part as it is in the file
-  train.norm_policy=hybrid      the part as frozen BN, {here} elsewhere
-  train.norm_policy=convert     GN that computes nearly the same, in closed form from the file alone
-  train.norm_policy=calibrate   the same, then gamma and beta fitted on some training images
-  train.norm_policy=affine      gamma and beta copied by name, which destroys the features
-  train.norm_policy=reinit      the convolutions only, the norms anew"""
+CHOICES = {  # policies that are not `error`
+    "hybrid": "the parts that are BN in the file stay so, frozen",
+    "convert": "GN that computes nearly the same, in closed form from the file alone",
+    "calibrate": "the same where the file has statistics, then gamma and beta fitted on training images",
+    "affine": "gamma and beta copied by name, which destroys the features",
+    "reinit": "the convolutions only, the norms anew",
+}
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 AS_IN_FILE = "as in the file"
 
@@ -68,13 +69,23 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
     what the policy needs.
     """
     differing = mismatched(source, model)
-    for part, (there, here) in differing.items():
-        what = f"{source.path}: its {part} has {_words(there)}, this model has {_words(here)}"
-        if train.norm_policy == "error":
-            choices = CHOICES.format(part=part, keep=_as_override(there), here=here.kind)
-            raise CheckpointError(f"{what}; the same numbers mean something else there, so choose one of\n{choices}")
-        if why := _unable(train.norm_policy, there, here, source):
-            raise CheckpointError(f"{what}; train.norm_policy: {train.norm_policy} is impossible: {why}")
+    what = {part: f"its {part} has {_words(t)}, this model has {_words(h)}" for part, (t, h) in differing.items()}
+    if differing and train.norm_policy == "error":
+        keep = [f"model.{part}.norm={{kind: {_as_override(there)}}}" for part, (there, _) in differing.items()]
+        able = [
+            f"  train.norm_policy={policy:<10}  {words}" for policy, words in CHOICES.items()
+            if not any(_unable(policy, part, *pair, source) for part, pair in differing.items())
+        ]  # fmt: skip
+        raise CheckpointError(
+            f"{source.path}: {'; '.join(what.values())}; the same numbers mean something else there, so choose one of\n"
+            + "\n".join([f"  {' '.join(keep)}  as in the file", *able])
+        )
+    for part, pair in differing.items():
+        if why := _unable(train.norm_policy, part, *pair, source):
+            keep = f"model.{part}.norm={{kind: {_as_override(pair[0])}}} keeps the part as it is"
+            raise CheckpointError(
+                f"{source.path}: {what[part]}; train.norm_policy: {train.norm_policy} is impossible: {why}; {keep}"
+            )
     if train.norm_policy != "hybrid":
         return model
     frozen = {
@@ -101,7 +112,7 @@ def _words(norm: NormConfig) -> str:
     return norm.kind + (f" ({groups})" if norm.kind == "gn" else "") + standardized
 
 
-def _unable(policy: str, there: NormConfig, here: NormConfig, source: Source) -> str:
+def _unable(policy: str, part: str, there: NormConfig, here: NormConfig, source: Source) -> str:
     """Why a policy cannot bring a part from one norm to another, or nothing."""
     is_batch, to_group = there.kind in BATCH_NORMS, here.kind in GROUP_NORMS
     if policy == "hybrid" and not is_batch:
@@ -112,7 +123,7 @@ def _unable(policy: str, there: NormConfig, here: NormConfig, source: Source) ->
         return "weight standardization changes the convolutions themselves"
     if policy == "convert" and not is_batch:
         return "the closed form needs BN's statistics; calibrate measures on images instead"
-    if policy == "convert" and source.fused:
+    if policy == "convert" and part in source.fused:
         return "the file's BN layers are affine maps whose statistics are gone; calibrate measures on images instead"
     if policy == "affine" and "none" in (there.kind, here.kind):
         return "there is no gamma and beta on both sides"
@@ -142,6 +153,8 @@ def carry_norms(
             fates[name] = _carry(name, state, source, there, module, train)
         elif there.kind != "none":
             _same_eps(name, state, there, here)
+            if here.kind in GROUP_NORMS and there.eps != here.eps and f"{name}.eps" not in state:
+                state[f"{name}.eps"] = torch.tensor(there.eps, dtype=torch.float64)
             fates[name] = Fate(AS_IN_FILE + (", frozen" if here.kind == "frozen_bn" else ""))
     return state, fates
 
@@ -167,7 +180,7 @@ def _carry(
     needed = STATISTICS if there.kind in BATCH_NORMS else STATISTICS[:2]
     if missing := [key for key in needed if old[key] is None]:
         raise CheckpointError(f"{source.path}: {name}.{missing[0]}: absent from the file")
-    if policy == "affine" or source.fused or there.kind not in BATCH_NORMS:
+    if policy == "affine" or name.partition(".")[0] in source.fused or there.kind not in BATCH_NORMS:
         state[f"{name}.weight"], state[f"{name}.bias"] = old["weight"], old["bias"]
         return Fate(f"gamma and beta of {there.kind}{' copied by name' if policy == 'affine' else ''}")
     assert isinstance(module, GroupNorm)

@@ -11,10 +11,10 @@ import torchvision
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config import SourceConfig
 from gndet.config_file import config_from_dict
-from gndet.errors import CheckpointError
+from gndet.errors import CheckpointError, ConfigError
 from gndet.weights.describe import PARTS
 from gndet.weights.files import WeightFile, read_weights
-from gndet.weights.sources import Source, understand
+from gndet.weights.sources import Source, fused_parts, understand
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # as timm:resnet50_gn.a1h_in1k
@@ -53,13 +53,25 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
     group = "ema" if "ema" in checkpoint.groups else "model"
     if group not in checkpoint.groups:
         raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(checkpoint.groups)}")
+    if told := [name for name, value in cfg if name not in ("format", "classes", "differences") and value is not None]:
+        raise ConfigError(
+            f"train.source.{told[0]}: {checkpoint.path} is a gndet checkpoint, which says itself what it is; "
+            "train.source is for files of other toolkits"
+        )
+    if cfg.format not in ("auto", "gndet"):
+        raise ConfigError(f"train.source.format: {cfg.format}, but {checkpoint.path} is a gndet checkpoint")
     state, classes = checkpoint.groups[group], tuple(checkpoint.meta["classes"])
     parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
     note = f"loaded {checkpoint.path}, group {group}, update {checkpoint.meta.get('update', 'unknown')}"
     named = checkpoint.meta.get("classes_named", True)
+    if cfg.classes and len(cfg.classes) != len(classes):
+        raise ConfigError(
+            f"{checkpoint.path}: train.source.classes names {len(cfg.classes)} classes, its heads have {len(classes)}"
+        )
+    names = cfg.classes or (classes if named else None)
     return Source(
-        str(checkpoint.path), "gndet", state, config.model, parts, classes if named else cfg.classes, len(classes),
-        bool(checkpoint.meta.get("fused")), [note], [], config, tuple(checkpoint.meta.get("category_ids", ())) or None,
+        str(checkpoint.path), "gndet", state, config.model, parts, names, len(classes), fused_parts(state, parts),
+        [note], [], config, tuple(checkpoint.meta.get("category_ids", ())) or None,
     )  # fmt: skip
 
 
@@ -80,7 +92,9 @@ def _torchvision(name: str, cfg: SourceConfig) -> Source:
             f"{name}: could not download {weights.url} ({error}); fetch that file where there is a network, and put "
             f"it at {file}, or set train.weights to it"
         ) from None
-    source = understand(read_weights(file), cfg, origin=name)  # torchvision's own loading runs what a file asks for
+    source = understand(
+        read_weights(file), cfg, origin=f"{type(weights).__name__}.{weights.name}"
+    )  # torchvision's own loading runs what a file asks for
     return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
 
 

@@ -36,7 +36,7 @@ class Source(NamedTuple):
     parts: tuple[str, ...]  # of PARTS, those it holds
     classes: tuple[str, ...] | None  # None where the file does not tell
     num_classes: int
-    fused: bool  # its BN layers are affine maps whose statistics are gone
+    fused: tuple[str, ...]  # parts whose BN layers are affine maps, their statistics gone
     notes: list[str]  # what was assumed and adapted, in words
     unused: list[str]  # its keys that gndet has no use for
     config: Config | None = None  # of a gndet checkpoint, the whole
@@ -56,6 +56,17 @@ MARKS = (  # a key that tells a format, the first that fits
     ("res2_0_branch2a_w", "detectron"),
     ("layer1.0.conv1.weight", "resnet"),
 )
+
+PREFIXES = {  # of the tensors of the parts that gndet reads
+    "resnet": ("conv1.", "bn1.", "layer"),
+    "torchvision": ("backbone.", "rpn.", "roi_heads."),
+    "detectron2": ("backbone.", "proposal_generator.", "roi_heads."),
+    "detectron2_backbone": ("stem.", "res"),
+    "mmdetection": ("backbone.", "neck.", "rpn_head.", "roi_head."),
+    "maskrcnn-benchmark": ("backbone.", "rpn.", "roi_heads."),
+    "detectron": ("res", "fpn_", "head_conv", "conv_rpn", "rpn_"),
+}
+HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tracked")  # classifiers, other heads
 
 
 def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
@@ -79,16 +90,19 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
                 state[f"{layer}.{parameter}"] = tensors[key]
                 used.add(key)
     batch_norms = [part for part in parts if model.part_norms()[part].kind in BATCH_NORMS]
-    fused = _complete_fused(state, [n for n in names if n.endswith(".norm") and n.partition(".")[0] in batch_norms])
+    for part in batch_norms:
+        _complete_fused(state, [name for name in names if name.startswith(f"{part}.") and name.endswith(".norm")])
+    fused = fused_parts(state, parts)
     _drop_conv_biases(state, names, str(file.path))
     notes = []
     if facts.bgr:
         state["backbone.stem.conv.weight"] = state["backbone.stem.conv.weight"].flip(1)
-    num_classes = _order_classes(state, facts, str(file.path))
+    num_classes = _order_classes(state, format, facts, cfg)
     classes, note = _classes(num_classes, file, cfg)
-    notes += [_assumptions(facts, model, fused), *note]
+    notes += [_assumptions(facts, model, parts, fused), *note]
     _check_whole(state, model, parts, num_classes, reader)
     unused = [key for key in tensors if key not in used]
+    _refuse_strangers(reader, unused)
     ids = CATEGORY_IDS if classes == NAMES else None
     return Source(
         str(file.path), format, state, model, parts, classes, num_classes, fused, notes, unused, category_ids=ids
@@ -129,8 +143,7 @@ def _format(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> 
     refuse = _unsupported(tensors)
     if refuse:
         raise CheckpointError(f"{file.path}: {refuse}")
-    said = {"auto": found, "detectron2": found}.get(cfg.format, cfg.format)
-    if found is None or (said != found and not (cfg.format == "detectron2" and found.startswith("detectron2"))):
+    if found is None or cfg.format not in ("auto", found.removesuffix("_backbone")):
         expected = f"train.source.format: {cfg.format}" if cfg.format != "auto" else "a known format"
         keys = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(tensors.items())[:MAX_NAMED])
         raise CheckpointError(
@@ -176,7 +189,11 @@ def _facts(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sourc
         facts = facts._replace(bgr=bgr, mean=tuple(mean[order]), std=tuple(std[order]))
     if format == "mmdetection":
         facts = _of_mmdetection(facts, file, any(".gn" in key for key in tensors))
-    said = {"bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1}
+    said = {
+        "bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1,
+        "gn_msra": cfg.stride_in_1x1, "groups": cfg.groups, "channels_per_group": cfg.channels_per_group,
+        "standardized": cfg.weight_standardization, "compat": cfg.compat,
+    }  # fmt: skip
     return facts._replace(**{key: value for key, value in said.items() if value is not None})
 
 
@@ -194,25 +211,52 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
         values = [float(word) for word in match[1].split(",") if word.strip()] if match else []
         if len(values) == 3:  # mmdetection states them in the order its model takes
             facts = facts._replace(**{key: tuple(values[::-1] if facts.bgr else values)})
-    return facts._replace(msra=bool(re.search(r"style['\"]?\s*[=:]\s*['\"]caffe", text)))
+    caffe = bool(re.search(r"style['\"]?\s*[=:]\s*['\"]caffe", text))
+    groups = re.search(r"num_groups['\"]?\s*[=:]\s*(\d+)", text)
+    per_group = re.search(r"channels_per_group['\"]?\s*[=:]\s*(\d+)", text)  # gndet's own exports
+    return facts._replace(
+        msra=caffe, gn_msra=caffe, groups=int(groups[1]) if groups else 32, standardized="ConvWS" in text,
+        channels_per_group=int(per_group[1]) if per_group else None,
+    )  # fmt: skip
 
 
 # --- adapting, exactly
 
 
-def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> bool:
-    """Give affine layers the identity's statistics where the file has none at all; tell whether all are such."""
-    absent = not any(f"{layer}.{key}" in state for layer in layers for key in STATISTICS)
-    fused = []
-    for layer in layers:
-        gamma = state.get(f"{layer}.weight")
-        if gamma is not None and absent:
-            state[f"{layer}.running_mean"] = torch.zeros_like(gamma)
-            state[f"{layer}.running_var"] = torch.ones_like(gamma)
-        mean, var = (state.get(f"{layer}.{key}") for key in STATISTICS)
-        if mean is not None and var is not None:
-            fused.append(not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3)
-    return bool(fused) and all(fused)
+def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> None:
+    """Give affine layers of a part the identity's statistics where the file has none at all."""
+    if any(f"{layer}.{key}" in state for layer in layers for key in STATISTICS):
+        return
+    for layer in [layer for layer in layers if f"{layer}.weight" in state]:
+        state[f"{layer}.running_mean"] = torch.zeros_like(state[f"{layer}.weight"])
+        state[f"{layer}.running_var"] = torch.ones_like(state[f"{layer}.weight"])
+
+
+def fused_parts(state: dict[str, Tensor], parts: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts all of whose BN layers have mean 0 and variance 1: the real statistics went into gamma and beta."""
+
+    def identity(layer: str) -> bool:
+        mean, var = state[f"{layer}.running_mean"], state[f"{layer}.running_var"]
+        return not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3
+
+    layers = [key.removesuffix(".running_var") for key in state if key.endswith(".norm.running_var")]
+    layers = [layer for layer in layers if f"{layer}.running_mean" in state]
+    return tuple(
+        part for part in parts
+        if (own := [layer for layer in layers if layer.startswith(f"{part}.")]) and all(map(identity, own))
+    )  # fmt: skip
+
+
+def _refuse_strangers(reader: Reader, unused: list[str]) -> None:
+    """Raise CheckpointError for unknown tensors inside a part that gndet reads: it would compute something else."""
+    strange = [key for key in unused if key.startswith(PREFIXES[reader.format]) and not HARMLESS.search(key)]
+    if strange:
+        named = ", ".join(f"{key} {list(reader.tensors[key].shape)}" for key in strange[:MAX_NAMED])
+        raise CheckpointError(
+            f"{reader.path}: {len(strange)} tensors of parts that gndet reads have no place in its model: {named}; "
+            "expected a plain ResNet-FPN Faster or Mask R-CNN; likely cause: a variant (deformable convolutions, "
+            "squeeze-and-excitation, another pyramid or head)"
+        )
 
 
 def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str) -> None:
@@ -230,14 +274,15 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
-def _order_classes(state: dict[str, Tensor], facts: Facts, path: str) -> int:
-    """Put the background last and take COCO's 80 classes out of 91 rows.  Returns K."""
+def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig) -> int:
+    """Put the background last and take COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
     rows = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
     counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
     if not counts:
         return 0
     total = counts.get("box_head.cls_score", counts.get("mask_head.logits", 0) + (not facts.background_first))
-    gather = torch.tensor(CATEGORY_IDS) if facts.background_first and total == COCO_ROWS else None
+    sparse = format == "torchvision" and total == COCO_ROWS and len(cfg.classes or ()) != COCO_ROWS - 1
+    gather = torch.tensor(CATEGORY_IDS) if sparse else None
     for layer, n in rows.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
             if key not in state:
@@ -302,7 +347,7 @@ def _check_whole(
         )
 
 
-def _assumptions(facts: Facts, model: ModelConfig, fused: bool) -> str:
+def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
     """One line of what the file is taken for."""
     norms = sorted({norm.kind for norm in model.part_norms().values()})
     stride = "1x1" if model.backbone.stride_in_1x1 else "3x3"
@@ -311,10 +356,21 @@ def _assumptions(facts: Facts, model: ModelConfig, fused: bool) -> str:
         f"taken for {facts.title}: ResNet-{model.backbone.depth}, norms {', '.join(norms)}", f"{order}",
         f"mean {facts.mean}, std {facts.std} (RGB)", f"conventions {model.compat}",
     ]  # fmt: skip
+    norm = model.part_norms()["backbone"]
+    if norm.kind == "gn":
+        words.append(
+            f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
+        )
+    words.append(f"eps {norm.eps:g}")
     if model.backbone.depth >= 50:
         words.append(f"stride in the {stride}")
+    if "rpn" in parts:
+        ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
+        words.append(
+            f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}, box deltas by class, fc over (C, H, W)"
+        )
     if facts.background_first:
         words.append("background row moved from first to last")
     if fused:
-        words.append("its BN layers are affine maps without statistics")
+        words.append(f"the BN layers of {', '.join(fused)} are affine maps without statistics")
     return ", ".join(words)

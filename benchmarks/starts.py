@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--lrs", type=float, nargs="+", default=[0.0003, 0.001])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides for every run")
     parser.add_argument("--backbone-only", action="store_true")
     parser.add_argument("--edge", type=int, default=160, help="shorter edge of the pictures, pixels")
     options = parser.parse_args()
@@ -82,7 +83,7 @@ def main() -> None:
         options.config, f"data.root={options.root}", f"train.weights={weights}", "data.workers=0",
         f"train.schedule.updates={options.updates}", "train.schedule.warmup=20", "train.eval_every=0",
         "train.checkpoint_every=0", "train.vis_images=0", f"data.shortest_edge=[{options.edge}]",
-        f"data.shortest_edge_test={options.edge}", f"data.max_edge={2 * options.edge}",
+        f"data.shortest_edge_test={options.edge}", f"data.max_edge={2 * options.edge}", *options.set,
     ]  # fmt: skip
     jobs = {
         (name, lr, seed): [*common, *words, f"train.optimizer.lr={lr}", f"seed={seed}"]

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--channels-per-group", type=_one_or_more, default=16, help="of the GN layers (16)")
     verb.add_argument("--damp", type=_zero_or_more, default=1.0, help="train.norm_damp (1)")
     verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to fit and measure on")
-    verb.add_argument("--count", type=_one_or_more, default=64, help="how many of the pictures calibrate fits on (64)")
+    verb.add_argument("--count", type=_one_or_more, default=32, help="how many of the pictures calibrate fits on (32)")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="train.source.* or model.*, as in a config")
     verb.set_defaults(run=convert)
 

@@ -72,13 +72,15 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
     what = {part: f"its {part} has {_words(t)}, this model has {_words(h)}" for part, (t, h) in differing.items()}
     if differing and train.norm_policy == "error":
         keep = [f"model.{part}.norm={{kind: {_as_override(there)}}}" for part, (there, _) in differing.items()]
+        live = any(there.kind in ("bn", "sync_bn", "brn") for there, _ in differing.values())
+        hint = "; frozen_bn keeps its statistics" if live else ""
         able = [
             f"  train.norm_policy={policy:<10}  {words}" for policy, words in CHOICES.items()
             if not any(_unable(policy, part, *pair, source) for part, pair in differing.items())
         ]  # fmt: skip
         raise CheckpointError(
             f"{source.path}: {'; '.join(what.values())}; the same numbers mean something else there, so choose one of\n"
-            + "\n".join([f"  {' '.join(keep)}  as in the file", *able])
+            + "\n".join([f"  {' '.join(keep)}  as in the file{hint}", *able])
         )
     for part, pair in differing.items():
         if why := _unable(train.norm_policy, part, *pair, source):
@@ -99,8 +101,6 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
 
 def _as_override(norm: NormConfig) -> str:
     """What model.PART.norm must be for the part to stay as it is."""
-    if norm.kind in ("bn", "sync_bn"):
-        return f"{norm.kind}}} or {{kind: frozen_bn"
     groups = "channels_per_group" if norm.channels_per_group else "groups"
     return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.kind == "gn" else "")
 

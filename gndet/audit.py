@@ -48,8 +48,11 @@ def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[st
     cfg = with_overrides(trained, overrides, str(saved.path))
     model = build_model(cfg.model, max(len(saved.meta["classes"]), 1))
     state = saved.groups.get("ema", saved.groups.get("model", {}))
-    own = model.state_dict()
-    fitting = {key: value for key, value in state.items() if key not in own or own[key].shape == value.shape}
-    model.load_state_dict(fitting, strict=False)
+    own, held = model.state_dict(), {key.partition(".")[0] for key in state}
+    absent = {key: tensor for key, tensor in own.items() if key.partition(".")[0] not in held}  # of a backbone alone
+    try:
+        model.load_state_dict(absent | state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{saved.path}: its weights do not fit the model of its config: {error}") from None
     notes = padding_warnings(trained.model, cfg.model)
     return audit(model, cfg, saved.meta.get("norms"), world=saved.meta.get("processes", 1)), notes

@@ -297,3 +297,14 @@ def test_a_checkpoint_that_does_not_tell_where_its_norms_come_from_is_not_blamed
     printed = capsys.readouterr().out
     assert "unknown" in printed and "error" not in printed and "warning" not in printed
     assert all(bn[f"backbone.stem.norm.{key}"].any() for key in STATISTICS)
+
+
+def test_weights_that_do_not_fit_are_refused_and_not_shown(
+    bn: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {key: value for key, value in bn.items() if not key.startswith("fpn.output3.")}
+    assert main(["norms", save(tmp_path / "a", config(BN), short)]) == 2
+    assert "fpn.output3.conv.weight" in capsys.readouterr().err
+    assert main(["norms", save(tmp_path / "b", config(BN), bn), "model.norm.kind=gn"]) == 2
+    alone = {key: value for key, value in bn.items() if key.startswith("backbone.")}
+    assert main(["norms", save(tmp_path / "c", config(BN), alone)]) == 0

@@ -15,12 +15,11 @@ from gndet.errors import ConfigError
 from gndet.modeling.norm import StandardizedConv2d
 from gndet.weights.describe import FACTS, NO_STD, PARTS, RGB_STD
 from gndet.weights.files import write_torch
-from gndet.weights.names import BATCH_NORMS, layer_names
+from gndet.weights.names import BATCH_NORMS, CLASS_ROWS, layer_names
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there
 GROUPS = 32  # of GN there, unless the builder is told otherwise
-CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
 
 
 class Export(NamedTuple):

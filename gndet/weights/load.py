@@ -17,6 +17,7 @@ from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Dataset
 from gndet.weights.calibrate import Comparison, compare
+from gndet.weights.names import CLASS_ROWS
 from gndet.weights.policy import (
     AS_IN_FILE,
     GROUP_NORMS,
@@ -30,7 +31,6 @@ from gndet.weights.policy import (
 from gndet.weights.read import read_source
 from gndet.weights.sources import Source
 
-CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
 BACKGROUND = "box_head.cls_score"  # has one more row, the last
 COUNTER = "num_batches_tracked"  # bn has one, frozen_bn has none, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes, named where shapes differ

@@ -12,6 +12,7 @@ from gndet.config import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 
 LEVELS = STAGES = (2, 3, 4, 5)
+CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
 BATCH_NORMS = ("bn", "sync_bn", "frozen_bn", "brn")
 
 

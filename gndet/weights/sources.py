@@ -18,7 +18,7 @@ from gndet.weights.coco_classes import CATEGORY_IDS, NAMES
 from gndet.weights.describe import FACTS, Facts, Reader, describe
 from gndet.weights.files import WeightFile
 from gndet.weights.formats import MAX_NAMED, facts_of, format_of, renamed
-from gndet.weights.names import BATCH_NORMS, layer_names, theirs
+from gndet.weights.names import BATCH_NORMS, CLASS_ROWS, layer_names, theirs
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90
@@ -150,14 +150,15 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
 
 def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig) -> int:
     """Put the background last and take COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
-    rows = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}
-    counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
+    counts = {
+        layer: len(state[f"{layer}.weight"]) // n for layer, n in CLASS_ROWS.items() if f"{layer}.weight" in state
+    }
     if not counts:
         return 0
     total = counts.get("box_head.cls_score", counts.get("mask_head.logits", 0) + (not facts.background_first))
     sparse = format == "torchvision" and total == COCO_ROWS and len(cfg.classes or ()) != COCO_ROWS - 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
-    for layer, n in rows.items():
+    for layer, n in CLASS_ROWS.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
             if key not in state:
                 continue

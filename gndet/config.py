@@ -185,7 +185,7 @@ class ModelConfig(Section):
         return {part: getattr(self, part).norm or self.norm for part in parts}
 
     def batch_coupling(self) -> str | None:
-        """The first norm that makes an image's result depend on the images computed beside it, in words; or None."""
+        """What first makes an image's result depend on the images computed beside it, in words; or None."""
         norms = self.part_norms()
         unused = {"box_head": self.box_head.kind == "2fc", "mask_head": not self.masks}
         for part in [part for part in norms if not unused.get(part)]:
@@ -194,6 +194,10 @@ class ModelConfig(Section):
                 return f"{key}.kind: {norms[part].kind} takes its statistics over the images that are computed at once"
             if not norms[part].masked and part in ("backbone", "fpn", "rpn"):
                 return f"{key}.padding: plain lets the padding beside a picture, which depends on its batch, into it"
+        if self.rpn.anchors_in_padding:
+            return "model.rpn.anchors_in_padding: true proposes regions in the padding, which depends on the batch"
+        if self.rpn.anchor_stride == "canvas":
+            return "model.rpn.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
         return None
 
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from foreign import NUM_CLASSES, detector
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image, roi_align
 
 from gndet.compat import PRESETS
-from gndet.config import Config, ModelConfig
+from gndet.config import Config, ModelConfig, TrainConfig
 from gndet.config_file import config_from_dict, load_config, with_overrides
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.rpn import cell_anchors
@@ -160,3 +161,19 @@ def test_a_resolved_config_keeps_what_was_set_against_its_preset() -> None:
     cfg = with_overrides(Config(), ["model.compat=torchvision", "model.rpn.anchors=exact"], "test")
     again = config_from_dict(cfg.model_dump(mode="json"), "test")
     assert again == cfg and again.model.rpn.anchors == "exact"
+
+
+@pytest.mark.parametrize("compat", ["torchvision", "detectron2", "detectron", "mmdetection"])
+def test_conventions_that_look_at_the_padding_couple_images_and_can_be_left_out(compat: str) -> None:
+    assert "model.rpn.anchors_in_padding" in (ModelConfig(compat=compat).batch_coupling() or "")
+    canvas = ModelConfig(compat="torchvision", rpn={"anchors_in_padding": False})
+    assert "model.rpn.anchor_stride" in (canvas.batch_coupling() or "")
+    apart = ModelConfig(compat=compat, rpn={"anchors_in_padding": False, "anchor_stride": "level"})
+    assert apart.batch_coupling() is None
+    with pytest.raises(ValueError, match="anchors_in_padding"):
+        Config(model=ModelConfig(compat=compat), train=TrainConfig(images_per_gpu="auto"))
+
+
+@pytest.mark.parametrize("name", ["finetune_coco_detector", "finetune_gn_detector"])
+def test_fine_tuning_from_other_toolkits_keeps_images_apart(name: str) -> None:
+    assert load_config(REPOSITORY / "configs" / f"{name}.yaml").model.batch_coupling() is None

@@ -96,4 +96,4 @@ def _pictures(paths: Sequence[Path]) -> Dataset:
     for number, file in enumerate(find_pictures(paths), start=1):
         height, width = open_picture(file).shape[:2]
         records.append(picture_record(number, file, (height, width)))
-    return Dataset(", ".join(map(str, paths)), (), (), records, {})
+    return Dataset(", ".join(map(str, paths)), (), (), records)

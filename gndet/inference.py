@@ -44,18 +44,23 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
     missing = [key for key in ("config", "classes", "category_ids") if key not in saved.meta]
     if missing or "model" not in saved.groups:
         raise CheckpointError(f"{source}: not a checkpoint of a detector, it lacks {', '.join(missing) or 'model'}")
+    classes, category_ids = saved.meta["classes"], saved.meta["category_ids"]
     parts = saved.meta.get("parts", ["box_head"])  # `gndet convert` writes what its source holds
+    lists = ((classes, str), (category_ids, int), (parts, str))
+    if not all(isinstance(of, list) and all(type(one) is kind for one in of) for of, kind in lists) or (
+        len(classes) != len(category_ids)
+    ):
+        raise CheckpointError(f"{source}: classes, category_ids or parts are not lists of names and whole numbers")
     if "box_head" not in parts:
         raise CheckpointError(f"{folder}: holds {', '.join(parts)}, which is no whole detector; train.weights takes it")
     cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
-    classes = tuple(saved.meta["classes"])
     model = build_model(cfg.model, len(classes))
     try:
         model.load_state_dict(saved.groups.get("ema", saved.groups["model"]))
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its weights do not fit the model of its config: {error}") from None
     model, autocast = place(model.eval(), cfg.train.precision, proc)
-    return Detector(model, cfg, classes, tuple(saved.meta["category_ids"]), autocast)
+    return Detector(model, cfg, tuple(classes), tuple(category_ids), autocast)
 
 
 def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Evaluation]:
@@ -92,7 +97,7 @@ def predict(
     for number, file in enumerate(files, start=1):
         size = open_picture(file).shape[:2]
         records.append(picture_record(number, file, (int(size[0]), int(size[1]))))
-    dataset = Dataset(str(out), detector.classes, detector.category_ids, records, {})
+    dataset = Dataset(str(out), detector.classes, detector.category_ids, records)
     names = unique_names(files)
     if taken := {(out / name).resolve() for name in names} & {file.resolve() for file in files}:
         raise OutputError(f"--out {out}: would overwrite the picture {min(taken)}; choose another folder")

@@ -5,7 +5,7 @@ P positive regions per image, D detections, C channels, L levels, S mask side, (
 Boxes are xyxy float32 pixels, sizes are (height, width), labels lie in [0, num_classes).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +102,21 @@ class Record(NamedTuple):
     crowd: np.ndarray  # (n,) bool: a crowd region, ignored in training, kept in evaluation
     area: np.ndarray  # (n,) float64 pixels, as COCO's evaluation wants it
     annotation_ids: np.ndarray  # (n,) int64 >= 1, unique in the data set
-    segmentations: list[Any]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, or {"size", "counts"} RLE, or None
+    segmentations: Sequence[
+        Any
+    ]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, or {"size", "counts"} RLE, or None
+
+
+class Finding(NamedTuple):
+    """One kind of fault of a data set; `gndet.data.faults` holds the kinds."""
+
+    code: str  # like box-outside
+    severity: str  # E: training is refused; F: fixed in memory; N: noted
+    what: str  # to be read after the count: "boxes wholly outside their image"
+    remedy: str
+    count: int
+    examples: tuple[str, ...]  # the first few, each with id, value and what was expected
+    image_ids: tuple[int, ...]  # of the first images that have it, for pictures of them
 
 
 class Dataset(NamedTuple):
@@ -111,5 +125,16 @@ class Dataset(NamedTuple):
     name: str  # path of the annotation file, or what was drawn
     classes: tuple[str, ...]  # class names; a label is an index into it
     category_ids: tuple[int, ...]  # the file's category id of each class
-    records: list[Record]
-    fixes: dict[str, int]  # what was mended in memory, counted: {"zero-area boxes dropped": 2}
+    records: Sequence[Record]
+    findings: tuple[Finding, ...] = ()  # E first, then F, N
+    notes: tuple[str, ...] = ()  # lines to be shown where a run starts: what is known of the pictures
+
+    @property
+    def fixes(self) -> dict[str, int]:
+        """What was mended in memory, counted: {"boxes without area dropped": 2}."""
+        return {one.what: one.count for one in self.findings if one.severity == "F"}
+
+    @property
+    def refused(self) -> bool:
+        """Whether a fault is in it with which nothing is trained or evaluated."""
+        return any(one.severity == "E" for one in self.findings)

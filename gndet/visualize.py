@@ -146,16 +146,38 @@ def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
     return coco_mask.decode(to_rle(segmentation, size)).astype(bool)
 
 
+def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray, Record]:
+    """Scale a picture down to `longest` pixels at its longer side, and its boxes with it; masks keep their size."""
+    factor = min(1.0, longest / max(image.shape[:2]))
+    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, reducing_gap=None))
+    return small, record._replace(boxes=record.boxes * np.tile(np.array(size) / image.shape[1::-1], 2))
+
+
+def placard(text: str, side: int) -> np.ndarray:
+    """A picture (side // 2, side, 3) that says something, where one cannot be shown."""
+    picture = Image.new("RGB", (side, side // 2), (225, 225, 225))
+    font = ImageFont.load_default(18)
+    lines, draw = [""], ImageDraw.Draw(picture)
+    for letter in text:
+        lines += [""] if draw.textlength(lines[-1] + letter, font=font) > side - 40 else []
+        lines[-1] += letter
+    draw.multiline_text((20, 20), "\n".join(lines[:10]), font=font, fill="black")
+    return np.asarray(picture)
+
+
 def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str]) -> np.ndarray:
     """Put two pictures beside each other, each under its caption.  Returns (H', W', 3) uint8."""
-    return grid([_captioned(left, captions[0]), _captioned(right, captions[1])], columns=2)
+    return grid([captioned(left, captions[0]), captioned(right, captions[1])], columns=2)
 
 
-def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
     """Add a strip with the caption above the picture."""
     font_size = max(14, round(max(picture.shape[:2]) / 40))
     strip = Image.new("RGB", (picture.shape[1], round(1.6 * font_size)), PAPER)
     font = ImageFont.load_default(font_size)
+    while len(caption) > 2 and font.getlength(caption) > strip.width - 8:
+        caption = f"…{caption[2:]}"  # the end of a file name tells more than its beginning
     ImageDraw.Draw(strip).text((4, strip.height / 2), caption, font=font, fill="black", anchor="lm")
     return np.concatenate([np.asarray(strip), picture])
 

@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import site
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def one_thread() -> None:
     """Pin threads: results of a reduction depend on how it is split."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A home of the tests' own: what is cached (data.cache) does not go into the developer's."""
+    os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())  # packages installed there stay in reach
+    os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,9 @@
 """Every kind of picture file becomes upright 8-bit RGB, or a DataError that names the file."""
 
+import contextlib
+import os
+import resource
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gndet.data.images import open_picture, read_image
-from gndet.errors import DataError
+from gndet.errors import DataError, MachineError
 
 
 @pytest.fixture
@@ -126,17 +130,59 @@ def test_damaged_exif_does_not_spoil_a_good_picture(tmp_path: Path, colours: np.
 
 
 def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:
-    Image.new("1", (10_001, 10_000)).save(tmp_path / "bomb.png")
-    with (
-        pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(DataError, match=r"bomb\.png.*100000000"),
-    ):
-        open_picture(tmp_path / "bomb.png")
-    Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb2.png")
-    with pytest.raises(DataError, match=r"bomb2\.png"):
-        open_picture(tmp_path / "bomb2.png")
+    for side in (10_001, 20_000):  # Pillow itself would warn of the first, and refuse the second
+        Image.new("1", (side, 10_000)).save(tmp_path / "bomb.png")
+        with warnings.catch_warnings(action="error"), pytest.raises(DataError, match=r"bomb\.png.*100000000"):
+            open_picture(tmp_path / "bomb.png")
+
+
+def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.ndarray) -> None:
+    Image.fromarray(colours).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", (20, 30), 600).shape == (20, 30, 3)
+    with pytest.raises(DataError, match=r"20 x 30 pixels, over the limit of 599 \(data\.max_pixels\)"):
+        read_image(tmp_path / "a.png", (20, 30), 599)
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = 100  # Pillow's own limit: of no account, and left as it is
+    try:
+        assert read_image(tmp_path / "a.png", (20, 30), 600).shape == (20, 30, 3)
+        assert Image.MAX_IMAGE_PIXELS == 100
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jpg", b"<!DOCTYPE html><html>404</html>", "a web page"),
+        ("a.png", b"PK\x03\x04" + bytes(30), "an archive, which is not opened"),
+        ("a.png", bytes(257) + b"ustar\x00" + bytes(300), "an archive, which is not opened"),
+        ("a.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        ("a.jpg", b"", "an empty file"),
+    ],
+)
+def test_what_is_no_picture_is_called_by_its_name(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"cannot be read as a picture: it is {words}"):
+        open_picture(tmp_path / name)
 
 
 def test_the_picture_may_be_written_to(tmp_path: Path, colours: np.ndarray) -> None:
     Image.fromarray(colours).save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").flags.writeable
+
+
+def test_too_many_open_files_is_no_fault_of_a_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open(tmp_path / "a.png", os.O_RDONLY))
+        with pytest.raises(MachineError, match=r"a\.png: Too many open files: a limit of this machine"):
+            read_image(tmp_path / "a.png", (8, 8))
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

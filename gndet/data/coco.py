@@ -1,63 +1,65 @@
-"""Read a data set in COCO's JSON format: all is checked before training, all mistakes are reported at once.
+"""Read a data set in COCO's JSON format: all is checked, all faults are listed, what is good is kept.
 
-What can be mended without a guess is mended in memory and counted in `Dataset.fixes`; no file is written.
-Letters: n annotations. Boxes are xywh in the file, xyxy from here on.
+What can be mended without a guess is mended in memory and counted; no file of the user's is written.
+Boxes are xywh in the file, xyxy from here on.
 """
 
-import difflib
-import functools
+import gc
+import hashlib
 import json
-import os
-import unicodedata
-from collections import Counter
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
 from gndet.config import DataConfig, DatasetConfig
-from gndet.data.images import MAX_PIXELS, read_image
-from gndet.data.segmentation import NUMBERS, brief, check_segmentation, to_rle
-from gndet.errors import DataError
-from gndet.structures import Dataset, Record
+from gndet.data import cache
+from gndet.data.annotations import MAX_SIDE, Size, read_annotations, whole
+from gndet.data.faults import Fault, Findings, in_order, refuse
+from gndet.data.files import HEAD, ImageFolder, split_name, what_is
+from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
+from gndet.data.segmentation import brief
+from gndet.structures import Dataset
 
-MAX_SIDE = 65_535  # pixels, JPEG's limit
-MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; a box with larger numbers (or inf, NaN) is no box
-ROUNDING = 0.01  # pixels: COCO's boxes are rounded to hundredths
-EXAMPLES = 5  # mistakes spelt out in an error
-
-Size = tuple[int, int]
+LISTS = ("images", "annotations", "categories")
 
 
 def read_coco(cfg: DatasetConfig, data: DataConfig) -> Dataset:
     """Read and check the COCO JSON file cfg.annotations and the listing of its image folder cfg.images.
 
     Returns the images in the file's order; labels count the categories by rising id.
-    Raises DataError that names the file and the number of mistakes, and for the first EXAMPLES of them
-    the id, the value and what was expected.
+    Raises DataError that lists what is refused: the kind, the number, the first few with id, value, what was expected.
     """
-    path, folder = Path(data.root) / cfg.annotations, Path(data.root) / cfg.images
-    tree = _read_json(path)
-    mistakes: list[str] = []
-    fixes: Counter[str] = Counter()
-    categories = _read_categories(tree["categories"], mistakes)
-    sizes = _read_sizes(tree["images"], mistakes)
-    files = _find_files(tree["images"], folder, mistakes)
-    annotations = _read_annotations(tree["annotations"], sizes, categories, mistakes, fixes)
-    if mistakes:
-        listed = "".join(f"\n  {mistake}" for mistake in mistakes[:EXAMPLES])
-        more = f"\n  and {len(mistakes) - EXAMPLES} more" if len(mistakes) > EXAMPLES else ""
-        raise DataError(f"{path}: {len(mistakes)} mistake(s):{listed}{more}")
-    _number_from_one(annotations, fixes)
-    category_ids = tuple(sorted(categories))
-    return Dataset(
-        name=str(path),
-        classes=tuple(categories[category_id] for category_id in category_ids),
-        category_ids=category_ids,
-        records=_to_records(tree["images"], files, annotations, category_ids),
-        fixes=dict(fixes),
-    )
+    return refuse(inspect_coco(cfg, data))
+
+
+def inspect_coco(cfg: DatasetConfig, data: DataConfig) -> Dataset:
+    """As `read_coco`, but what is refused stands in the findings, and the records are of the rest."""
+    return inspect_file(Path(data.root) / cfg.annotations, Path(data.root) / cfg.images, data)
+
+
+def inspect_file(path: Path, folder: Path | None, data: DataConfig) -> Dataset:
+    """Check an annotation file, and the listing of its image folder if that is given; from data.cache if it is there.
+
+    Without the folder the pictures of the records cannot be loaded.
+    """
+    found, missing = Findings(), Findings()
+    try:
+        digest = _digest(path)
+    except Fault as fault:
+        found.add(fault.code, str(fault))
+        return Dataset(str(path), (), (), [], found.listed())
+    try:
+        files = None if folder is None else ImageFolder(folder)
+    except Fault as fault:
+        missing.add(fault.code, str(fault))
+        files = None
+    with cache.opened(data.cache, path, digest, files, data.max_pixels) as entry:
+        dataset = entry.load()
+        if dataset is None:
+            with _no_garbage():
+                dataset = entry.save(_inspect(path, digest, files, data.max_pixels, found))
+    return dataset._replace(findings=in_order(dataset.findings + missing.listed()))
 
 
 def to_coco(dataset: Dataset) -> dict[str, Any]:
@@ -75,246 +77,188 @@ def to_coco(dataset: Dataset) -> dict[str, Any]:
                 "area": float(record.area[index]),
                 "iscrowd": int(record.crowd[index]),
             }
-            if record.segmentations[index] is not None:
-                annotation["segmentation"] = record.segmentations[index]
+            segmentation = record.segmentations[index]
+            if segmentation is not None:
+                annotation["segmentation"] = segmentation
             annotations.append(annotation)
     classes = zip(dataset.category_ids, dataset.classes, strict=True)
     categories = [{"id": category_id, "name": name} for category_id, name in classes]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _read_json(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the file and check that it has COCO's three lists of objects."""
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Let Python not look for cycles among millions of new objects: it takes as long as reading them."""
+    before = gc.isenabled()
+    gc.disable()
     try:
-        tree = json.loads(path.read_bytes())
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _digest(path: Path) -> str:
+    """A hash of the annotation file.  Raises Fault where it cannot be read, or is seen to be something else."""
+    try:
+        if path.exists() and not path.is_file():
+            raise Fault("json-unreadable", f"{path}: is no file, expected the annotation file")
+        with path.open("rb") as file:
+            kind = what_is(file.read(HEAD))
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {reason}") from None
+    if kind != "a file":
+        code = "json-archive" if "archive" in kind else "json-broken"
+        raise Fault(code, f"{path}: not a JSON file: it is {kind}")
+    return digest
+
+
+def _inspect(path: Path, digest: str, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
+    """Check the file's content; found gets what is wrong."""
+    try:
+        tree = _parse(path, digest, found)
+    except Fault as fault:
+        found.add(fault.code, str(fault))
+        return Dataset(str(path), (), (), [], found.listed())
+    categories = _read_categories(tree["categories"], found)
+    sizes = _read_sizes(tree["images"], max_pixels, found)
+    images = _read_images(tree["images"], sizes, files, found)
+    annotations = read_annotations(tree.pop("annotations"), sizes, set(categories), found)
+    category_ids = tuple(sorted(categories))
+    packed = pack(images, annotations, {category_id: label for label, category_id in enumerate(category_ids)})
+    note_masks_elsewhere(packed, found)
+    _note_unused(categories, {one.category_id for one in annotations}, found)
+    with_objects = {one.image_id for one in annotations}
+    for image in images:
+        if image.image_id not in with_objects:
+            found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
+    classes = tuple(categories[category_id] for category_id in category_ids)
+    records = PackedRecords(packed, path.parent if files is None else files.home, max_pixels)
+    return Dataset(str(path), classes, category_ids, records, found.listed())
+
+
+def _parse(path: Path, digest: str, found: Findings) -> dict[str, list[dict[str, Any]]]:
+    """Parse the file.  Raises Fault where it has not COCO's three lists of objects."""
+
+    def constant(name: str) -> float:
+        found.add("json-nan", f"{path.name}: the word {name}")
+        return float(name.replace("Infinity", "inf"))
+
+    try:
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != digest:
+            raise Fault("json-unreadable", f"{path}: was changed while it was read")
+        tree = json.loads(text, parse_constant=constant)
     except OSError as error:
-        raise DataError(f"{path}: cannot read the annotation file: {error.strerror}") from None
+        raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file: {error}") from None
+        raise Fault("json-broken", f"{path}: not a JSON file: {error}") from None
     if not isinstance(tree, dict):
-        raise DataError(f"{path}: a JSON {type(tree).__name__}, expected an object, as in COCO's format")
-    for key in ("images", "annotations", "categories"):
+        kind = f"a JSON {type(tree).__name__}"
+        if isinstance(tree, list) and tree and isinstance(tree[0], dict) and "score" in tree[0]:
+            kind = "a list of detections (COCO's results format)"
+        raise Fault("json-other", f"{path}: {kind}, expected an object, as in COCO's format")
+    for key in LISTS:
         if not isinstance(tree.get(key), list) or not all(isinstance(item, dict) for item in tree[key]):
-            raise DataError(f"{path}: {key}: {brief(tree.get(key))}, expected a list of objects, as in COCO")
+            raise Fault("json-other", f"{path}: {key}: {brief(tree.get(key))}, expected a list of objects, as in COCO")
         if not tree[key] and key != "annotations":
-            raise DataError(f"{path}: {key}: the list is empty")
+            raise Fault("json-other", f"{path}: {key}: the list is empty")
     return tree
 
 
-def _new_id(item: dict[str, Any], kind: str, seen: set[int], mistakes: list[str]) -> bool:
-    """Note the id of an item in seen; report one that is no integer or was there before."""
-    number = item.get("id")
-    if type(number) is not int or abs(number) >= 2**63 or (number < 0 and kind != "annotation"):
-        mistakes.append(f"{kind} id {brief(number)}, expected an integer of 0 or more")
-        return False
+def _new_id(item: dict[str, Any], kind: str, seen: set[int], found: Findings) -> int | None:
+    """The id of an image or category; None where it is no integer of 0 or more, or was there before."""
+    number = whole(item.get("id"))
+    if number is None or number < 0:
+        found.add(f"{kind}-id", f"{kind} id {brief(item.get('id'))}, expected an integer of 0 or more")
+        return None
+    if type(item["id"]) is float:
+        found.add("number-float", f"{kind} {number}: its id", number if kind == "image" else None)
     if number in seen:
-        mistakes.append(f"{kind} id {number} occurs twice, expected unique ids")
+        found.add(f"{kind}-id-twice", f"{kind} id {number} occurs twice, expected unique ids")
+        return None
     seen.add(number)
-    return True
+    return number
 
 
-def _read_categories(items: list[dict[str, Any]], mistakes: list[str]) -> dict[int, str]:
+def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, str]:
     """Check the categories.  Returns the name of each id."""
     names: dict[int, str] = {}
+    taken: set[str] = set()
     seen: set[int] = set()
     for item in items:
-        if not _new_id(item, "category", seen, mistakes):
+        number = _new_id(item, "category", seen, found)
+        if number is None:
             continue
         name = item.get("name")
-        if not isinstance(name, str) or not name:
-            mistakes.append(f"category {item['id']}: name {brief(name)}, expected text")
-        elif name in names.values():
-            mistakes.append(f"category {item['id']}: name {name!r} occurs twice, expected unique names")
-        names[item["id"]] = str(name)
+        if not isinstance(name, str) or not name.strip():
+            found.add("category-name", f"category {number}: name {brief(name)}, expected text")
+        elif name in taken:
+            found.add("category-name-twice", f"category {number}: name {name!r} occurs twice, expected unique names")
+        names[number] = str(name)
+        taken.add(names[number])
+    if names and max(names) - min(names) >= len(names):
+        label, number = max(enumerate(sorted(names)), key=lambda pair: pair[1])
+        text = f"ids from {min(names)} to {number}; id {number}, {names[number]!r}, is label {label}"
+        found.add("category-gaps", text, count=len(names))
     return names
 
 
-def _read_sizes(items: list[dict[str, Any]], mistakes: list[str]) -> dict[int, Size | None]:
+def _note_unused(categories: dict[int, str], used: set[int], found: Findings) -> None:
+    """Note the categories of which there is no object."""
+    for number, name in sorted(categories.items()):
+        if number not in used:
+            found.add("category-unused", f"category {number}: {name!r}")
+
+
+def _read_sizes(items: list[dict[str, Any]], max_pixels: int, found: Findings) -> dict[int, Size | None]:
     """Check ids, widths and heights of the images.  Returns (height, width) of each id, None where wrong."""
     sizes: dict[int, Size | None] = {}
     seen: set[int] = set()
     for item in items:
-        if not _new_id(item, "image", seen, mistakes):
+        number = _new_id(item, "image", seen, found)
+        if number is None:
             continue
-        height, width = item.get("height"), item.get("width")
-        good = all(type(side) is int and 1 <= side <= MAX_SIDE for side in (height, width))
-        if good and height * width <= MAX_PIXELS:
-            sizes[item["id"]] = (height, width)
+        height, width = whole(item.get("height")), whole(item.get("width"))
+        sizes[number] = None
+        if not all(side is not None and 1 <= side <= MAX_SIDE for side in (height, width)):
+            sides = f"width {brief(item.get('width'))}, height {brief(item.get('height'))}"
+            found.add("image-size", f"image {number}: {sides}, expected integers from 1 to {MAX_SIDE}", number)
+        elif height * width > max_pixels:
+            found.add("image-pixels", f"image {number}: {width} x {height} pixels, the limit is {max_pixels}", number)
         else:
-            sizes[item["id"]] = None
-            mistakes.append(
-                f"image {item['id']}: width {brief(width)}, height {brief(height)}, expected integers from 1 "
-                f"to {MAX_SIDE} with at most {MAX_PIXELS} pixels in all"
-            )
+            sizes[number] = (height, width)
+            if float in (type(item["height"]), type(item["width"])):
+                found.add("number-float", f"image {number}: its width or height", number)
     return sizes
 
 
-def _find_files(items: list[dict[str, Any]], folder: Path, mistakes: list[str]) -> list[Path]:
-    """Find the file of each image, by one listing a folder; report those missing or leading out."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such image folder")
-    home = folder.resolve()
-    listings: dict[PurePosixPath, dict[str, str]] = {}
-    paths = []
+def _read_images(
+    items: list[dict[str, Any]], sizes: dict[int, Size | None], files: ImageFolder | None, found: Findings
+) -> list[Image]:
+    """Find the file of each image.  Returns the images with which nothing is wrong, or only their file is empty."""
+    images: list[Image] = []
+    owners: dict[str, int | None] = {}
+    kept: set[int | None] = set()
     for item in items:
-        name = item.get("file_name")
+        number, name = whole(item.get("id")), item.get("file_name")
         where = f"image {brief(item.get('id'))}: file_name {brief(name)}"
-        if not isinstance(name, str) or not name:
-            mistakes.append(f"{where}, expected the name of a file in {folder}")
-            continue
-        relative = PurePosixPath(name)
-        if relative.is_absolute() or ".." in relative.parts:
-            mistakes.append(f"{where} leads out of {folder}")
-            continue
-        if relative.parent not in listings:
-            listings[relative.parent] = _list_folder(folder / relative.parent, home)
-        listing = listings[relative.parent]
-        found = listing.get(relative.name) or listing.get(unicodedata.normalize("NFC", relative.name))
-        if found is None:
-            near = _nearest(relative.name, listing) if len(mistakes) < EXAMPLES else ""
-            mistakes.append(f"{where}: no such file in {folder / relative.parent}{near}")
-        elif not found:
-            mistakes.append(f"{where} is empty, or a link that leads out of {folder}")
-        else:
-            paths.append(folder / relative.parent / found)
-    return paths
-
-
-def _list_folder(folder: Path, home: Path) -> dict[str, str]:
-    """List a folder as {name or its composed form: name on disk}, "" for an empty file and a link that leaves home."""
-    try:
-        inside = folder.resolve().is_relative_to(home)
-        with os.scandir(folder) as entries:
-            names = {
-                entry.name: entry.name
-                if inside
-                and (not entry.is_symlink() or Path(entry.path).resolve().is_relative_to(home))
-                and entry.stat().st_size
-                else ""
-                for entry in entries
-                if entry.is_file()
-            }
-    except (OSError, ValueError):  # no such folder, or a name that no folder can have
-        return {}
-    return {unicodedata.normalize("NFC", name): found for name, found in names.items()} | names
-
-
-def _nearest(name: str, listing: dict[str, str]) -> str:
-    """Suggest the file meant: another spelling of upper and lower case, or the closest name."""
-    same = [known for known in listing if known.casefold() == name.casefold()]
-    close = same or difflib.get_close_matches(name, listing, n=1)
-    return f"; the nearest name there is {close[0]!r}" if close else ""
-
-
-def _read_annotations(
-    items: list[dict[str, Any]],
-    sizes: dict[int, Size | None],
-    categories: dict[int, str],
-    mistakes: list[str],
-    fixes: Counter[str],
-) -> list[dict[str, Any]]:
-    """Check the annotations.  Returns those whose box has an area, complete as in the file format."""
-    seen: set[int] = set()
-    kept = []
-    for item in items:
-        if not _new_id(item, "annotation", seen, mistakes):
-            continue
+        size = sizes.get(number)
         try:
-            annotation = _read_annotation(item, sizes, categories, fixes)
-        except DataError as error:
-            mistakes.append(f"annotation {item['id']}: {error}")
+            suggest = found.wants_example("file-missing")  # it takes a while
+            path = "/".join(split_name(name)) if files is None else files.find(name, suggest)
+        except Fault as fault:
+            found.add(fault.code, f"{where} {fault}", number)
             continue
-        if annotation is not None:
-            kept.append(annotation)
-    return kept
-
-
-def _read_annotation(
-    item: dict[str, Any], sizes: dict[int, Size | None], categories: dict[int, str], fixes: Counter[str]
-) -> dict[str, Any] | None:
-    """Check and complete one annotation; None if its box has no area.  Raises DataError without its id."""
-    for key, known in (("image_id", sizes), ("category_id", categories)):
-        if type(item.get(key)) is not int or item[key] not in known:
-            raise DataError(f"{key} {brief(item.get(key))} is not in the file")
-    size = sizes[item["image_id"]]
-    if size is None:
-        return None  # the image has been reported
-    crowd, area = item.get("iscrowd") or 0, item.get("area")
-    if crowd not in (0, 1):
-        raise DataError(f"iscrowd {brief(crowd)}, expected 0 or 1")
-    if area is not None and not (type(area) in NUMBERS and 0 <= area <= MAX_PIXELS):
-        raise DataError(f"area {brief(area)}, expected a number of pixels")
-    if not _check_box(item.get("bbox"), size, fixes):
-        return None
-    segmentation, dropped = item.get("segmentation"), 0
-    if segmentation in (None, [], {}):
-        segmentation = None
-    else:
-        segmentation, dropped = check_segmentation(segmentation, size)
-        if segmentation is None:
-            fixes["objects without a usable polygon, left without a mask"] += 1
-        elif dropped:
-            fixes["polygons of fewer than 3 points dropped"] += dropped
-    if area is None:
-        box_area = item["bbox"][2] * item["bbox"][3]
-        area = box_area if segmentation is None else int(coco_mask.area(to_rle(segmentation, size)))
-    return item | {"area": area, "iscrowd": int(crowd), "segmentation": segmentation}
-
-
-def _check_box(bbox: Any, size: Size, fixes: Counter[str]) -> bool:
-    """Check an xywh box; False for one without area.  Raises DataError for one not in the image."""
-    good = isinstance(bbox, list) and len(bbox) == 4
-    if not good or not all(type(number) in NUMBERS and abs(number) <= MAX_COORDINATE for number in bbox):
-        raise DataError(f"bbox {brief(bbox)}, expected 4 finite numbers x, y, width, height")
-    x, y, width, height = bbox
-    if width < 0 or height < 0:
-        raise DataError(f"bbox {bbox} has a negative width or height, expected x, y, width, height")
-    if width == 0 or height == 0:
-        fixes["zero-area boxes dropped"] += 1
-        return False
-    if x + width <= 0 or y + height <= 0 or x >= size[1] or y >= size[0]:
-        raise DataError(f"bbox {bbox} lies outside the image of width {size[1]}, height {size[0]}")
-    if min(x, y) < -ROUNDING or x + width > size[1] + ROUNDING or y + height > size[0] + ROUNDING:
-        fixes["boxes partly outside the image, clipped in training"] += 1
-    return True
-
-
-def _number_from_one(annotations: list[dict[str, Any]], fixes: Counter[str]) -> None:
-    """Renumber all annotations if any id is under 1: COCO's evaluators take id 0 for "no match"."""
-    if any(annotation["id"] < 1 for annotation in annotations):
-        fixes["annotations renumbered from 1, for an id was under 1"] = len(annotations)
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
-
-
-def _to_records(
-    images: list[dict[str, Any]],
-    files: list[Path],
-    annotations: list[dict[str, Any]],
-    category_ids: tuple[int, ...],
-) -> list[Record]:
-    """Group the annotations by image, in the file's order."""
-    label = {category_id: index for index, category_id in enumerate(category_ids)}
-    groups: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-    for annotation in annotations:
-        groups[annotation["image_id"]].append(annotation)
-    records = []
-    for image, path in zip(images, files, strict=True):
-        group, size = groups[image["id"]], (image["height"], image["width"])
-        boxes = np.array([annotation["bbox"] for annotation in group], dtype=np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]  # xywh to xyxy
-        records.append(
-            Record(
-                image_id=image["id"],
-                file_name=image["file_name"],
-                size=size,
-                load=functools.partial(read_image, path, size),
-                boxes=boxes,
-                labels=np.array([label[annotation["category_id"]] for annotation in group], dtype=np.int64),
-                crowd=np.array([annotation["iscrowd"] == 1 for annotation in group], dtype=bool),
-                area=np.array([annotation["area"] for annotation in group], dtype=np.float64),
-                annotation_ids=np.array([annotation["id"] for annotation in group], dtype=np.int64),
-                segmentations=[annotation["segmentation"] for annotation in group],
-            )
-        )
-    return records
+        if files is not None and files.is_empty(path):
+            found.add("file-empty", f"{where} is an empty file", number)
+        if path in owners:
+            found.add("file-twice", f"{where} is the file of image {owners[path]} too", number)
+        owners.setdefault(path, number)
+        if size is not None and number not in kept:
+            kept.add(number)
+            images.append(Image(number, name, path, size))
+    return images

@@ -1,18 +1,23 @@
 """Read a picture file of any common kind as (height, width, 3) uint8 RGB, upright; find the pictures in folders."""
 
+import errno
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gndet.errors import DataError
+from gndet.data.faults import Fault
+from gndet.data.files import EMPTY, read_head, what_is
+from gndet.errors import DataError, MachineError
 from gndet.structures import Record
 
-MAX_PIXELS = 100_000_000  # a larger picture is a mistake or a decompression bomb
+MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb
+ORIENTATION = 0x0112  # EXIF's tag
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes of those looked for in a folder
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
@@ -27,30 +32,71 @@ DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     struct.error,
     zlib.error,
 )
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # a picture that met them is none to be left out
+Note = Callable[[str, str], None]
 
 
-def read_image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def read_image(
+    path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS, note: Note | None = None
+) -> np.ndarray:
     """Read a picture and turn it as its EXIF orientation says.
 
-    size: height, width that the annotation file states, None where nothing is known.
+    size: height, width that the annotation file states, None where nothing is known.  max_pixels: of the picture,
+    by its header.  note: called with the code (of FAULTS) and words for each thing that is not as usual.
     Returns (height, width, 3) uint8 RGB: grey, palette, CMYK and 1-bit converted, 16 bit scaled to 8, alpha
-    dropped, of an animation the first frame.  Raises DataError for a file that is missing, broken, over
-    MAX_PIXELS, or of another size.
+    dropped, of an animation the first frame.  Raises Fault for a file that is missing, broken, over
+    max_pixels, or of another size, and MachineError where there are too many open files or too little memory.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
             stored = image.size[::-1]  # height, width
-            if stored[0] * stored[1] > MAX_PIXELS:
-                raise DataError(f"{path}: {stored[0]} x {stored[1]} pixels, over the limit of {MAX_PIXELS}")
-            pixels = np.array(_to_rgb(ImageOps.exif_transpose(image)))  # (h, w, 3), a copy
+            if stored[0] * stored[1] > max_pixels:
+                pixels = f"{stored[0]} x {stored[1]} pixels, over the limit of {max_pixels} (data.max_pixels)"
+                raise Fault("picture-pixels", f"{path}: {pixels}")
+            upright = ImageOps.exif_transpose(image)
+            pixels = np.array(_to_rgb(upright))  # (h, w, 3), a copy
+            unusual = [] if note is None else _unusual(image)
+    except UnidentifiedImageError:
+        kind = what_is(read_head(path))
+        code = "file-empty" if kind == EMPTY else "picture-unreadable"
+        raise Fault(code, f"{path}: cannot be read as a picture: it is {kind}") from None
     except DECODER_ERRORS as error:
-        raise DataError(f"{path}: cannot be read as a picture: {error}") from None
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise MachineError(f"{path}: {error.strerror}: a limit of this machine, not of the picture") from None
+        raise Fault("picture-unreadable", f"{path}: cannot be read as a picture: {error}") from None
     if size is not None and pixels.shape[:2] != size:
         message = f"{path}: height, width are {pixels.shape[:2]}, the annotation file says {size}"
         if stored == size:
             message += "; it fits only before the EXIF rotation: the annotations are of the unrotated picture"
-        raise DataError(message)
+        raise Fault("picture-unrotated" if stored == size else "picture-size", message)
+    for code, words in unusual:
+        note(code, words)
     return pixels
+
+
+def _unusual(image: Image.Image) -> list[tuple[str, str]]:
+    """What a picture has that is mended in memory: codes of FAULTS with words."""
+    found = []
+    if image.mode.startswith("I"):
+        found.append(("picture-16bit", f"16 bits a channel (mode {image.mode})"))
+    elif image.mode != "RGB":
+        found.append(("picture-mode", f"mode {image.mode}"))
+    turn = image.getexif().get(ORIENTATION, 1)
+    if turn in range(2, 9):
+        found.append(("picture-turned", f"EXIF orientation {turn}"))
+    if getattr(image, "is_animated", False):
+        found.append(("picture-animated", f"{image.n_frames} frames"))
+    return found
+
+
+@contextmanager
+def _no_limit_of_pillows() -> Iterator[None]:
+    """Leave the limit to max_pixels: Pillow's own warns from 89 million pixels on and cannot be set for one file."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def open_picture(path: Path) -> np.ndarray:

@@ -5,6 +5,7 @@ for run lengths that do not fill the image: what has not passed `check_segmentat
 Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; pixel i covers [i, i + 1).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
-from gndet.errors import DataError
+from gndet.data.faults import Fault
 
 NUMBERS = {int, float}
 MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
@@ -20,20 +21,20 @@ MAX_FRAME_REACH = 16  # box sides a polygon may leave its box by; farther out it
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, int]:
-    """Refuse a segmentation that pycocotools cannot take; drop its polygons of fewer than 3 points.
+    """Refuse a segmentation that pycocotools cannot take; drop its polygons of fewer than 3 points or half a point.
 
     segmentation: what the file has, not empty; size: height, width of the image in pixels.
-    Returns the segmentation (None if no polygon is left) and the number of polygons dropped.
-    Raises DataError with the value and what was expected; the caller knows file and id.
+    Returns the segmentation (None if no polygon is left, or no pixel of an RLE) and the number of polygons dropped.
+    Raises Fault with the value and what was expected; the caller knows file and id.
     """
     if isinstance(segmentation, dict):
-        _check_rle(segmentation, size)
-        return segmentation, 0
+        return _check_rle(segmentation, size), 0
     if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        raise DataError(f"segmentation {brief(segmentation)}, expected a list of polygons or an RLE")
+        text = f"segmentation {brief(segmentation)}, expected a list of polygons or an RLE"
+        raise Fault("segmentation-malformed", text)
     for polygon in segmentation:
         _check_polygon(polygon, size)
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+    polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
     return polygons or None, len(segmentation) - len(polygons)
 
 
@@ -86,37 +87,45 @@ def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
 
 
 def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
-    """Raise DataError for a polygon with an odd number of coordinates or with one that is no sane number."""
-    if len(polygon) % 2:
-        raise DataError(f"polygon of {len(polygon)} numbers, expected an even number (x, y pairs)")
+    """Raise Fault for a polygon with a coordinate that is no sane number."""
     reach = max(size)  # an outline may overhang a little; numbers farther out belong to another image
-    wrong = [number for number in polygon if type(number) not in NUMBERS or not -reach <= number <= 2 * reach]
-    if wrong:
-        raise DataError(f"polygon coordinate {wrong[0]!r}, expected a number from {-reach} to {2 * reach}")
+    if not polygon:
+        return
+    # min and max pass over NaN unless it comes first; the sum does not
+    good = set(map(type, polygon)) <= NUMBERS and min(polygon) >= -reach and max(polygon) <= 2 * reach
+    if not good or math.isnan(sum(polygon)):
+        wrong = next(one for one in polygon if type(one) not in NUMBERS or not -reach <= one <= 2 * reach)
+        text = f"polygon coordinate {brief(wrong)}, expected a number from {-reach} to {2 * reach}"
+        raise Fault("polygon-number", text)
 
 
-def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> None:
-    """Raise DataError for an RLE of another size than the image's, or whose runs do not fill it."""
-    if rle.get("size") != list(size):
-        raise DataError(f"RLE size {brief(rle.get('size'))}, expected [height, width] {list(size)}")
+def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
+    """Return the RLE with nothing but its size and counts, None if it has no pixel.
+
+    Raises Fault for an RLE of another size than the image's, or whose runs do not fill it.
+    """
     counts = rle.get("counts")
     if isinstance(counts, str):
         runs = run_lengths(counts)
     elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
         runs = counts
     else:
-        raise DataError(f"RLE counts {brief(counts)}, expected a compressed string or a list of integers")
+        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, expected a compressed string or a list of integers")
+    if rle.get("size") != list(size):
+        raise Fault("rle-size", f"RLE size {brief(rle.get('size'))}, expected [height, width] {list(size)}")
     if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
-        raise DataError(
-            f"RLE counts {brief(counts)}: run lengths from {min(runs, default=0)} on sum to {sum(runs)}, "
-            f"expected lengths >= 0 that sum to height x width = {size[0] * size[1]}"
+        raise Fault(
+            "rle-counts",
+            f"RLE counts {brief(counts)}: run lengths from {brief(min(runs, default=0))} on sum to {brief(sum(runs))}, "
+            f"expected lengths >= 0 that sum to height x width = {size[0] * size[1]}",
         )
+    return {"size": list(size), "counts": counts} if any(runs[1::2]) else None
 
 
 def run_lengths(counts: str) -> list[int]:
     """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
 
-    Raises DataError for a string that is none.
+    Raises Fault for a string that is none.
 
     A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
     follow, bit 4 of the last is the sign.  From the fourth on, each is the difference to the one before last.
@@ -128,7 +137,7 @@ def run_lengths(counts: str) -> list[int]:
     starts = np.concatenate(([0], ends[:-1] + 1))
     lengths = ends - starts + 1
     if code.min() < 0 or code.max() > 63 or code[-1] & 0x20 or lengths.max() > MAX_CHAIN:
-        raise DataError(f"RLE counts {brief(counts)}, not a compressed run-length string")
+        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, not a compressed run-length string")
     place = np.arange(code.size) - np.repeat(starts, lengths)
     runs = np.add.reduceat((code & 0x1F) << 5 * place, starts)
     runs -= np.where(code[ends] & 0x10, 1 << 5 * lengths, 0)
@@ -139,5 +148,8 @@ def run_lengths(counts: str) -> list[int]:
 
 def brief(value: Any) -> str:
     """Show a value of the file in at most 60 characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more than 4,300 digits, Python's limit
+        text = "a huge integer"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -41,7 +41,6 @@ def read_shapes(cfg: DatasetConfig, data: DataConfig) -> Dataset:
         classes=CLASSES,
         category_ids=tuple(range(1, len(CLASSES) + 1)),
         records=records,
-        fixes={},
     )
 
 

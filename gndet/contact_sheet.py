@@ -1,0 +1,58 @@
+"""A picture of a data set: some of its images with their boxes, masks and class names, those with faults first."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gndet.errors import DataError
+from gndet.structures import Dataset
+from gndet.visualize import captioned, draw_ground_truth, grid, placard, shrunk
+
+IMAGES = 16
+COLUMNS = 4
+SIDE = 640  # pixels of the longer side of an image
+DULL = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # nothing to be seen
+
+
+def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
+    """Draw up to IMAGES images of the data sets, evenly shared; None where there are none.
+
+    datasets: (name, data set); the name, if any, stands in the captions.  Returns (H, W, 3) uint8.
+    """
+    pictures = []
+    datasets = [(name, dataset) for name, dataset in datasets if len(dataset.records)]
+    for name, dataset in datasets:
+        for index, codes in chosen(dataset, IMAGES // len(datasets)).items():
+            record = dataset.records[index]
+            shown = [*codes[:2], *([f"and {len(codes) - 2} more"] if len(codes) > 2 else [])]
+            caption = " ".join(filter(None, [name, record.file_name])) + "".join(f"  [{one}]" for one in shown)
+            try:
+                small, scaled = shrunk(record.load(), record, SIDE)
+                picture = draw_ground_truth(small, scaled, dataset.classes)
+            except DataError as error:
+                picture = placard(str(error), SIDE)
+            pictures.append(captioned(picture, caption))
+    return grid(pictures, COLUMNS) if pictures else None
+
+
+def chosen(dataset: Dataset, num: int) -> dict[int, list[str]]:
+    """Choose num images: one of each kind of fault in turn, then evenly spread ones.
+
+    Returns {place in dataset.records: codes of the faults it was chosen for}, in the order of the places.
+    """
+    places = {record.image_id: place for place, record in enumerate(dataset.records)}
+    faults = [one for one in dataset.findings if one.code not in DULL]
+    queues = [(one.code, [places[i] for i in one.image_ids if i in places]) for one in faults]
+    taken: dict[int, list[str]] = {}
+    for turn in range(max((len(queue) for _, queue in queues), default=0)):
+        for code, queue in queues:
+            if turn < len(queue) and (len(taken) < num or queue[turn] in taken):
+                codes = taken.setdefault(queue[turn], [])
+                codes += [] if code in codes else [code]
+    count = min(num, len(dataset.records))
+    spread = [i * len(dataset.records) // count for i in range(count)]
+    for place in [*spread, *range(len(dataset.records))]:
+        if len(taken) >= count:
+            break
+        taken.setdefault(place, [])
+    return dict(sorted(taken.items()))

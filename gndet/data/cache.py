@@ -1,0 +1,200 @@
+"""What was read and checked, kept packed in a folder of the user's cache, mapped into memory by later starts.
+
+An entry holds arrays as .npy, and facts as JSON under a hash of their own; nothing in it is executed. It is taken
+where the annotation file's content, the listing of the image folder and the reader are the same, and every file's hash
+is; else the data is read anew.
+"""
+
+import datetime
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+
+from gndet.data.files import ImageFolder
+from gndet.data.packed import Packed, PackedRecords
+from gndet.errors import ConfigError, DataError
+from gndet.structures import Dataset, Finding, Record
+
+READER = ("annotations", "cache", "coco", "faults", "files", "images", "packed", "segmentation")  # what reading runs
+FACTS, PICTURES = "facts.json", "pictures.json"
+
+
+class Entry:
+    """The place of one data set in the cache, or nothing where there is no cache."""
+
+    def __init__(
+        self, home: Path | None, inputs: dict[str, Any], path: Path, files: ImageFolder | None, trouble: str = ""
+    ) -> None:
+        """home: folder of the entry.  inputs: what must be the same.  trouble: why there is no cache."""
+        self._home, self._inputs, self._path, self._files, self._trouble = home, inputs, path, files, trouble
+
+    def load(self) -> Dataset | None:
+        """The data set that was saved, with what `gndet check --images` found; None where none can be trusted."""
+        facts = _read_sealed(self._home / FACTS) if self._home else None
+        if facts is None or facts["inputs"] != self._inputs | {"listing": self._listing(facts["subfolders"])}:
+            return None
+        packed = _mapped(self._home, facts["files"])
+        if packed is None:
+            return None
+        again = functools.partial(map_again, self._home, facts["files"])
+        folder = self._files.home if self._files else self._path.parent
+        records = PackedRecords(packed, folder, self._inputs["max_pixels"], again=again)
+        findings = tuple(_finding(one) for one in facts["findings"])
+        notes: tuple[str, ...] = ()
+        pictures = _read_sealed(self._home / PICTURES)
+        if pictures is not None and pictures["decoder"] == PIL.__version__ and pictures["facts"] == facts["files"]:
+            findings += tuple(_finding(one) for one in pictures["findings"])
+            notes = (f"all {len(records)} pictures were decoded by gndet check on {pictures['date']}, unchanged since",)
+        classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
+        return Dataset(str(self._path), classes, category_ids, records, findings, notes)
+
+    def save(self, dataset: Dataset) -> Dataset:
+        """Keep a data set.  Returns it as it was kept, or as it is, with a note, where it cannot be."""
+        if self._home is None or not isinstance(dataset.records, PackedRecords):
+            return dataset._replace(notes=(self._trouble,)) if self._trouble else dataset
+        partial = self._home.with_name(f"{self._home.name}.partial")
+        subfolders = self._files.subfolders() if self._files else []
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            hashes = {}
+            for name, values in dataset.records.packed._asdict().items():
+                np.save(partial / f"{name}.npy", values, allow_pickle=False)
+                hashes[name] = _hash(partial / f"{name}.npy")
+            facts = {
+                "inputs": self._inputs | {"listing": self._listing(subfolders)}, "subfolders": subfolders,
+                "files": hashes, "classes": dataset.classes,
+                "category_ids": dataset.category_ids, "findings": dataset.findings,
+            }  # fmt: skip
+            _write_sealed(partial / FACTS, facts)
+            shutil.rmtree(self._home, ignore_errors=True)
+            partial.rename(self._home)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return dataset._replace(notes=(_unwritable(self._home.parent, error),))
+        return self.load() or dataset
+
+    def _listing(self, subfolders: list[str]) -> str:
+        return self._files.digest(subfolders) if self._files else ""
+
+
+@contextmanager
+def opened(cache: str, path: Path, digest: str, files: ImageFolder | None, max_pixels: int) -> Iterator[Entry]:
+    """Open the entry of an annotation file and its image folder; processes that want the same one come one by one.
+
+    cache: data.cache, "" for none.  digest: of the file path.  Raises ConfigError for a cache in the image folder.
+    """
+    folder = path.parent.absolute() if files is None else files.home.absolute()
+    inputs = {
+        "reader": _reader(), "annotations": digest, "path": str(path.absolute()),
+        "folder": str(folder), "max_pixels": max_pixels,
+    }  # fmt: skip
+    if not cache:
+        yield Entry(None, inputs, path, files)
+        return
+    with ExitStack() as stack:
+        try:
+            home = _home(Path(cache).expanduser(), path, folder, files is not None, max_pixels)
+            lock = stack.enter_context(open(f"{home}.lock", "w"))
+        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+            yield Entry(None, inputs, path, files, _unwritable(Path(cache), error))
+            return
+        with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield Entry(home, inputs, path, files)
+
+
+def _home(root: Path, path: Path, folder: Path, with_files: bool, max_pixels: int) -> Path:
+    """The folder of an entry, in root, which is made.  Raises ConfigError for a root in the image folder."""
+    if with_files and root.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"data.cache: {root} lies in the image folder {folder}, where nothing is written")
+    root.mkdir(parents=True, exist_ok=True)
+    name = f"{path.absolute()}\0{folder}\0{with_files}\0{max_pixels}".encode("utf-8", "surrogateescape")
+    return root / f"{path.stem[:40]}-{hashlib.sha256(name).hexdigest()[:16]}"
+
+
+def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> None:
+    """Keep what decoding all the pictures showed, until one of them or the annotation file changes.
+
+    Nothing is kept of a part of a data set, nor where there is no cache.
+    """
+    if not isinstance(records, PackedRecords) or records.again is None:
+        return
+    if len(records) == len(records.packed.image_ids):
+        home, hashes = records.again.args
+        date = datetime.date.today().isoformat()
+        with suppress(OSError):
+            body = {"date": date, "decoder": PIL.__version__, "facts": hashes, "findings": findings}
+            _write_sealed(home / PICTURES, body)
+
+
+def map_again(home: Path, hashes: dict[str, str]) -> Packed:
+    """The arrays of an entry, in another process of the same run.  Raises DataError where they have changed."""
+    packed = _mapped(home, hashes)
+    if packed is None:
+        raise DataError(f"{home}: the cache was changed while it is in use; start again, or set data.cache=''")
+    return packed
+
+
+def _mapped(home: Path, hashes: dict[str, str]) -> Packed | None:
+    """Map the arrays; None where one is missing or damaged."""
+    arrays = {}
+    for name in Packed._fields:
+        path = home / f"{name}.npy"
+        try:
+            if hashes.get(name) != _hash(path):
+                return None
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # memmap slices slowly
+        except (OSError, ValueError):
+            return None
+    return Packed(**arrays)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _reader() -> str:
+    """A hash of the code that reads: what it kept is of no use to another version."""
+    hashed = hashlib.sha256()
+    for module in READER:
+        hashed.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    return hashed.hexdigest()
+
+
+def _write_sealed(path: Path, body: dict[str, Any]) -> None:
+    """Write JSON with its hash, to a file beside first."""
+    text = json.dumps(body)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n" + text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read_sealed(path: Path) -> Any:
+    """Read what `_write_sealed` wrote; None where it is missing or damaged."""
+    try:
+        seal, _, text = path.read_text(encoding="utf-8").partition("\n")
+        return json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == seal else None
+    except (OSError, ValueError):
+        return None
+
+
+def _finding(fields: list[Any]) -> Finding:
+    *plain, examples, image_ids = fields
+    return Finding(*plain, tuple(examples), tuple(image_ids))
+
+
+def _unwritable(root: Path, error: Exception) -> str:
+    reason = getattr(error, "strerror", None) or str(error)
+    return f"data.cache: {root} cannot be written ({reason}): the data is read anew at each start"

@@ -1,0 +1,218 @@
+"""What can be wrong with a data set, and what becomes of it: the one table where outcomes are fixed.
+
+A check is one row of FAULTS and one line that raises `Fault` or calls `Findings.add` with its code.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from gndet.errors import DataError
+from gndet.structures import Dataset, Finding
+
+EXAMPLES = 3  # spelt out of each kind
+SHOWN = 16  # images remembered of each kind
+REFUSED, FIXED, NOTED = "E", "F", "N"
+SEVERITIES = {REFUSED: "refused", FIXED: "fixed in memory", NOTED: "noted"}
+
+
+class Kind(NamedTuple):
+    """A row of FAULTS."""
+
+    severity: str
+    what: str  # to be read after a count
+    remedy: str  # "" where nothing is to be done
+
+
+_AS_COCO = "write the file in COCO's format: an object with the lists images, annotations and categories"
+_UNIQUE = "give each its own id; a file merged from several needs new numbers"
+_POLYGON = 'segmentation is a list of polygons, each [x0, y0, x1, y1, ...] in pixels: "segmentation": [[...]]'
+_RLE = "write the mask again with pycocotools' encode(); size is [height, width] of the image"
+_PICTURE = "fetch the picture again, or take it out of the file; data.skip_unreadable=true trains without it"
+
+FAULTS: dict[str, Kind] = {
+    # the annotation file
+    "json-unreadable": Kind(REFUSED, "annotation files that cannot be read", "check data.root and annotations"),
+    "json-archive": Kind(REFUSED, "archives given as annotations", "unpack it yourself; gndet opens no archive"),
+    "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be cut off"),
+    "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
+    "json-nan": Kind(NOTED, "NaN or Infinity in the file, which JSON does not have", "other programs may refuse it"),
+    # categories
+    "category-id": Kind(REFUSED, "categories whose id is no integer", "number the categories"),
+    "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),
+    "category-name": Kind(REFUSED, "categories without a name", "name them"),
+    "category-name-twice": Kind(REFUSED, "category names that occur twice", "merge these categories, or rename one"),
+    "category-gaps": Kind(FIXED, "categories mapped to labels from 0 on, for their ids have gaps", ""),
+    "category-unused": Kind(NOTED, "categories without an object", "data.classes chooses those that are learned"),
+    # images
+    "image-id": Kind(REFUSED, "images whose id is no integer", "number the images, and image_id with them"),
+    "image-id-twice": Kind(REFUSED, "image ids that occur twice", _UNIQUE),
+    "image-size": Kind(REFUSED, "images without a sane width and height", "give both in pixels, as the picture has"),
+    "image-pixels": Kind(REFUSED, "images over data.max_pixels", "scale or cut them, or raise data.max_pixels"),
+    "image-empty": Kind(NOTED, "images without an object", "data.keep_empty=true trains on them, as background"),
+    # their files
+    "folder-missing": Kind(REFUSED, "image folders that cannot be listed", "check data.root and images"),
+    "file-name": Kind(REFUSED, "images without a file_name", "name the picture, relative to the image folder"),
+    "file-escape": Kind(
+        REFUSED, "pictures outside the image folder", "file_name is relative, without .., and links stay inside"
+    ),
+    "file-missing": Kind(REFUSED, "pictures that are not there", "is this the folder? names differ by A and a, too"),
+    "file-empty": Kind(REFUSED, "picture files of 0 bytes", _PICTURE),
+    "file-twice": Kind(
+        NOTED, "images whose file another image has", "one image an entry: objects of the other count as background"
+    ),
+    "file-in-both": Kind(
+        NOTED, "file names in both train and val", "validation on images that were trained on measures nothing"
+    ),
+    # annotations
+    "number-float": Kind(FIXED, "ids or sides written as 5.0, taken as 5", ""),
+    "annotation-id": Kind(REFUSED, "annotations whose id is no integer", "number the annotations"),
+    "annotation-id-twice": Kind(REFUSED, "annotation ids that occur twice", _UNIQUE),
+    "annotation-id-low": Kind(
+        FIXED, "annotations renumbered from 1, for an id was under 1", "COCO's metric takes id 0 for no match"
+    ),
+    "image-unknown": Kind(
+        REFUSED, "annotations of an image that is not in the file", "set image_id to the id of an entry of images"
+    ),
+    "category-unknown": Kind(
+        REFUSED,
+        "annotations of a category that is not in the file",
+        "set category_id to the id of an entry of categories",
+    ),
+    "crowd-value": Kind(REFUSED, "annotations whose iscrowd is neither 0 nor 1", "1 marks a region of many objects"),
+    "crowd": Kind(NOTED, "crowd regions", "they are ignored in training and kept in evaluation, as in COCO"),
+    "crowd-polygon": Kind(NOTED, "crowd regions outlined by polygons", "COCO writes them as RLE; check iscrowd"),
+    "area-value": Kind(REFUSED, "annotations whose area is no number of pixels", "leave area out: it is computed"),
+    "area-missing": Kind(FIXED, "annotations without an area, computed from mask or box", ""),
+    # boxes
+    "box-malformed": Kind(
+        REFUSED, "boxes that are not 4 finite numbers", "bbox is [x, y, width, height] in pixels, not 0 to 1"
+    ),
+    "box-empty": Kind(FIXED, "boxes of zero or negative width or height dropped", "bbox is [x, y, width, height]"),
+    "box-outside": Kind(
+        REFUSED, "boxes wholly outside their image", "bbox is [x, y, width, height]; is image_id right?"
+    ),
+    "box-clipped": Kind(FIXED, "boxes partly outside their image, clipped in training", ""),
+    "box-overhang": Kind(
+        NOTED, "boxes more than 2 pixels outside their image", "is bbox [x, y, width, height], not [x0, y0, x1, y1]?"
+    ),
+    "box-tiny": Kind(NOTED, "boxes under 1 pixel wide or high", "is bbox in pixels, not in 0 to 1?"),
+    # masks
+    "segmentation-malformed": Kind(REFUSED, "segmentations that are neither polygons nor an RLE", _POLYGON),
+    "polygon-number": Kind(REFUSED, "polygons with a coordinate that is no number near the image", _POLYGON),
+    "polygon-short": Kind(FIXED, "polygons of fewer than 3 points, or half a point, dropped", _POLYGON),
+    "rle-malformed": Kind(REFUSED, "RLE masks that are no run lengths", _RLE),
+    "rle-size": Kind(REFUSED, "RLE masks of another size than their image's", _RLE),
+    "rle-counts": Kind(REFUSED, "RLE masks that do not fill their image", _RLE),
+    "mask-empty": Kind(FIXED, "masks without a pixel dropped", "take these objects out, or draw them"),
+    "mask-missing": Kind(NOTED, "objects without a mask", "model.masks=false trains on boxes alone"),
+    "mask-needed": Kind(
+        REFUSED, "objects without a mask, where masks are trained", "draw them, or set model.masks=false"
+    ),
+    "mask-elsewhere": Kind(NOTED, "masks that lie elsewhere than their box", "check bbox and segmentation"),
+    # the pictures, decoded
+    "picture-unreadable": Kind(REFUSED, "pictures that cannot be decoded", _PICTURE),
+    "picture-crash": Kind(REFUSED, "pictures that end the decoding process", _PICTURE),
+    "picture-pixels": Kind(REFUSED, "pictures over data.max_pixels", "scale or cut them, or raise data.max_pixels"),
+    "picture-size": Kind(
+        REFUSED,
+        "pictures of another size than the file says",
+        "use the version that was annotated, or mend width and height",
+    ),
+    "picture-unrotated": Kind(
+        REFUSED,
+        "pictures annotated as stored, not as their EXIF turns them",
+        "remove their EXIF orientation, or annotate them upright",
+    ),
+    "picture-turned": Kind(FIXED, "pictures turned as their EXIF says", ""),
+    "picture-mode": Kind(FIXED, "pictures that are not RGB, converted", ""),
+    "picture-16bit": Kind(FIXED, "16-bit pictures scaled to 8 bits", ""),
+    "picture-animated": Kind(NOTED, "animations, their first frame taken", "annotations belong to the first frame"),
+    "picture-twice": Kind(NOTED, "pictures that another file of the set repeats", "keep one of each"),
+    "picture-in-both": Kind(
+        NOTED, "pictures both in train and val", "validation on images that were trained on measures nothing"
+    ),
+    # the set as a whole
+    "objects-none": Kind(REFUSED, "sets without an object to train on", "annotate, or set data.keep_empty=true"),
+    "classes-choice": Kind(REFUSED, "choices of classes that do not fit", "data.classes takes names of categories"),
+    "classes-differ": Kind(
+        REFUSED, "differences between the classes of train and val", "data.classes chooses common ones"
+    ),
+}
+SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # by data.skip_unreadable
+
+
+class Fault(DataError):
+    """A fault of one item, by its code in FAULTS; the text says what is wrong and what was expected."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(code, text)  # both, so that it can be pickled
+        self.code = code
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
+class Findings:
+    """Faults met so far, by kind."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._examples: dict[str, list[str]] = {}
+        self._image_ids: dict[str, dict[int, None]] = {}
+
+    def add(self, code: str, example: str, image_id: int | None = None, count: int = 1) -> None:
+        """Count a fault; the first EXAMPLES of a kind are kept, and the first SHOWN images."""
+        self.counts[code] = self.counts.get(code, 0) + count
+        if self.wants_example(code):
+            self._examples.setdefault(code, []).append(example)
+        images = self._image_ids.setdefault(code, {})
+        if image_id is not None and len(images) < SHOWN:
+            images[image_id] = None
+
+    def wants_example(self, code: str) -> bool:
+        """Whether another example of this kind would be kept."""
+        return len(self._examples.get(code, ())) < EXAMPLES
+
+    def listed(self) -> tuple[Finding, ...]:
+        """The findings, refused first, each severity in the order of FAULTS."""
+        return in_order(
+            Finding(code, *FAULTS[code], count, tuple(self._examples[code]), tuple(self._image_ids[code]))
+            for code, count in self.counts.items()
+        )
+
+
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Sort findings: refused, fixed, noted, each in the order of FAULTS."""
+    severities, codes = list(SEVERITIES), list(FAULTS)
+    return tuple(sorted(findings, key=lambda one: (severities.index(one.severity), codes.index(one.code))))
+
+
+def skipping_unreadable(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Findings under data.skip_unreadable: true, where pictures that cannot be read are left out, not refused."""
+    return in_order(
+        one._replace(severity=FIXED, what=f"{one.what}, skipped (data.skip_unreadable)")
+        if one.code in SKIPPABLE
+        else one
+        for one in findings
+    )
+
+
+def describe(finding: Finding) -> list[str]:
+    """A finding in lines: code and count, up to EXAMPLES examples, what to do."""
+    more = finding.count - len(finding.examples)
+    return [
+        f"{finding.code} ({finding.count}): {finding.what}",
+        *(f"  {example}" for example in finding.examples),
+        *([f"  and {more} more"] if more > 0 and len(finding.examples) == EXAMPLES else []),
+        *([f"  {'remedy' if finding.severity == REFUSED else 'note'}: {finding.remedy}"] if finding.remedy else []),
+    ]
+
+
+def refuse(dataset: Dataset) -> Dataset:
+    """Return the data set; raise DataError, which lists all that is refused in it, where there is something."""
+    refused = [one for one in dataset.findings if one.severity == REFUSED]
+    if refused:
+        lines = [f"  {line}" for finding in refused for line in describe(finding)]
+        total = sum(finding.count for finding in refused)
+        raise DataError("\n".join([f"{dataset.name}: {total} fault(s); `gndet check` shows the whole picture", *lines]))
+    return dataset

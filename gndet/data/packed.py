@@ -1,0 +1,236 @@
+"""A data set as a few large arrays, whose records are made when they are asked for.
+
+860,000 objects as Python objects are gigabytes, and every loader process that touches them copies them; arrays are
+shared, and may be mapped from a file.  Ragged things lie end to end: item i is values[first[i]:first[i + 1]].
+Letters: N images, n objects, P polygons.
+"""
+
+import functools
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from gndet.data.annotations import Annotation
+from gndet.data.faults import Findings
+from gndet.data.images import read_image
+from gndet.data.segmentation import to_rle
+from gndet.structures import Record
+
+MATCH = 0.5  # IoU of a box and the box around its mask below which they are noted as two things
+
+
+class Image(NamedTuple):
+    """An image that is kept."""
+
+    image_id: int
+    file_name: str  # as in the annotation file
+    path: str  # below the image folder, as on disk
+    size: tuple[int, int]
+
+
+class Packed(NamedTuple):
+    """The arrays of a data set."""
+
+    image_ids: np.ndarray  # (N,) int64
+    sizes: np.ndarray  # (N, 2) int64 height, width
+    names: np.ndarray  # UTF-8, end to end
+    names_first: np.ndarray  # (N + 1,) int64
+    paths: np.ndarray
+    paths_first: np.ndarray
+    objects_first: np.ndarray  # (N + 1,) into the n objects
+    boxes: np.ndarray  # (n, 4) float64 xyxy
+    labels: np.ndarray  # (n,) int64
+    crowd: np.ndarray  # (n,) bool
+    area: np.ndarray  # (n,) float64
+    annotation_ids: np.ndarray  # (n,) int64
+    polygons_first: np.ndarray  # (n + 1,) into the P polygons
+    points_first: np.ndarray  # (P + 1,) into points
+    points: np.ndarray  # float64 x0, y0, x1, ...
+    counts_first: np.ndarray  # (n + 1,) into counts: RLE as lists
+    counts: np.ndarray  # int64
+    texts_first: np.ndarray  # (n + 1,) into texts: RLE as strings
+    texts: np.ndarray  # uint8 ASCII
+
+
+def pack(images: Sequence[Image], annotations: Iterable[Annotation], label: dict[int, int]) -> Packed:
+    """Put images and their objects into arrays, in the order of the images, then of the annotations.
+
+    label: of each category id.  Annotations of other images are left out.
+    """
+    place = {image.image_id: i for i, image in enumerate(images)}
+    objects = sorted((one for one in annotations if one.image_id in place), key=lambda one: place[one.image_id])
+    of_image = np.array([place[one.image_id] for one in objects], dtype=np.int64)
+    names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
+    paths, paths_first = _end_to_end(image.path.encode("utf-8", "surrogatepass") for image in images)
+    return Packed(
+        image_ids=np.array([image.image_id for image in images], dtype=np.int64),
+        sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
+        names=names, names_first=names_first, paths=paths, paths_first=paths_first,
+        objects_first=np.searchsorted(of_image, np.arange(len(images) + 1)),
+        boxes=np.array([one.box for one in objects], dtype=np.float64).reshape(-1, 4),
+        labels=np.array([label[one.category_id] for one in objects], dtype=np.int64),
+        crowd=np.array([one.crowd for one in objects], dtype=bool),
+        area=np.array([one.area for one in objects], dtype=np.float64),
+        annotation_ids=np.array([one.number for one in objects], dtype=np.int64),
+        **_pack_masks([one.segmentation for one in objects]),
+    )  # fmt: skip
+
+
+def _pack_masks(segmentations: list[Any]) -> dict[str, np.ndarray]:
+    """The arrays of n checked segmentations."""
+    points, points_first, polygons_first = array("d"), array("q", [0]), array("q", [0])
+    counts, counts_first = array("q"), array("q", [0])
+    texts, texts_first = bytearray(), array("q", [0])
+    for one in segmentations:
+        if isinstance(one, list):
+            for polygon in one:
+                points.extend(polygon)
+                points_first.append(len(points))
+        elif one is not None and isinstance(one["counts"], list):
+            counts.extend(one["counts"])
+        elif one is not None:
+            texts += one["counts"].encode("ascii")
+        polygons_first.append(len(points_first) - 1)
+        counts_first.append(len(counts))
+        texts_first.append(len(texts))
+    integers = {"points_first": points_first, "polygons_first": polygons_first, "counts": counts}
+    integers |= {"counts_first": counts_first, "texts_first": texts_first}
+    return {
+        **{name: np.frombuffer(values, dtype=np.int64) for name, values in integers.items()},
+        "points": np.frombuffer(points, dtype=np.float64), "texts": np.frombuffer(texts, dtype=np.uint8),
+    }  # fmt: skip
+
+
+def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
+    """Note the objects whose box has not an IoU of MATCH with the box around their mask, both limited to the image."""
+    image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
+    limits = np.tile(packed.sizes[image][:, ::-1], 2)  # (n, 4) width, height, width, height
+    boxes, extents = packed.boxes.clip(0, limits), _extents(packed, image).clip(0, limits)
+    common = (np.minimum(boxes, extents)[:, 2:] - np.maximum(boxes, extents)[:, :2]).clip(0).prod(1)
+    area, other = ((one[:, 2:] - one[:, :2]).prod(1) for one in (boxes, extents))
+    # a mask of a line or a point has no area: nothing can be said of it
+    for i in np.flatnonzero((other > 0) & (common < MATCH * (area + other - common))):
+        inner, outer = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
+        text = f"annotation {packed.annotation_ids[i]}: box x0, y0, x1, y1 {inner}, mask {outer}"
+        found.add("mask-elsewhere", text, int(packed.image_ids[image[i]]))
+
+
+def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
+    """The boxes around the masks, (n, 4) xyxy; zero where there is no mask.  image (n,): of each object."""
+    extents = np.zeros_like(packed.boxes)
+    outlined = np.flatnonzero(np.diff(packed.polygons_first))
+    if len(outlined):
+        points = packed.points.reshape(-1, 2)
+        first = packed.points_first[packed.polygons_first[outlined]] // 2  # objects in order, end to end
+        extents[outlined, :2] = np.minimum.reduceat(points, first)
+        extents[outlined, 2:] = np.maximum.reduceat(points, first)
+    for i in np.flatnonzero(np.diff(packed.counts_first) + np.diff(packed.texts_first)):
+        height, width = packed.sizes[image[i]].tolist()
+        mask = PackedMasks(packed, range(i, i + 1), (height, width))[0]
+        x, y, wide, high = coco_mask.toBbox(to_rle(mask, (height, width))).tolist()
+        extents[i] = x, y, x + wide, y + high
+    return extents
+
+
+def _end_to_end(parts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Join parts; with the offset of each."""
+    parts = list(parts)
+    first = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+    return np.frombuffer(b"".join(parts), dtype=np.uint8), first
+
+
+class PackedRecords(Sequence[Record]):
+    """The records of packed images: made anew at each access."""
+
+    def __init__(
+        self, packed: Packed, folder: Path, max_pixels: int, places: range | None = None,
+        again: Callable[[], Packed] | None = None,
+    ) -> None:  # fmt: skip
+        """folder: of the pictures.  places: of the images that are in it, all by default.
+
+        again: gives the arrays to another process that this is sent to, which then shares them.
+        """
+        self.packed, self.folder, self.max_pixels, self.again = packed, folder, max_pixels, again
+        self.places = range(len(packed.image_ids)) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return PackedRecords(self.packed, self.folder, self.max_pixels, self.places[index], self.again)
+        return self._record(self.places[index])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        again = self.again or functools.partial(Packed, *self.packed)
+        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again)
+
+    def path(self, index: int) -> Path:
+        """The picture file of a record."""
+        place = self.places[index]
+        return self.folder / _text(self.packed.paths, self.packed.paths_first, place)
+
+    def _record(self, place: int) -> Record:
+        packed = self.packed
+        first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
+        height, width = packed.sizes[place].tolist()
+        path = self.folder / _text(packed.paths, packed.paths_first, place)
+        boxes, labels, crowd, area, annotation_ids = (
+            np.array(values[first:end])
+            for values in packed[7:12]  # boxes to annotation_ids, copied
+        )
+        return Record(
+            image_id=int(packed.image_ids[place]),
+            file_name=_text(packed.names, packed.names_first, place),
+            size=(height, width),
+            load=functools.partial(read_image, path, (height, width), self.max_pixels),
+            boxes=boxes, labels=labels, crowd=crowd, area=area, annotation_ids=annotation_ids,
+            segmentations=PackedMasks(packed, range(first, end), (height, width)),
+        )  # fmt: skip
+
+
+class PackedMasks(Sequence[Any]):
+    """The segmentations of an image's objects: made anew at each access."""
+
+    def __init__(self, packed: Packed, objects: range, size: tuple[int, int]) -> None:
+        self.packed, self.objects, self.size = packed, objects, size
+
+    def __len__(self) -> int:
+        return len(self.objects)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return PackedMasks(self.packed, self.objects[index], self.size)
+        packed, i = self.packed, self.objects[index]
+        first, end = packed.polygons_first[i], packed.polygons_first[i + 1]
+        if first < end:
+            bounds = packed.points_first[first : end + 1].tolist()
+            return [packed.points[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+        first, end = packed.counts_first[i], packed.counts_first[i + 1]
+        if first < end:
+            return {"size": list(self.size), "counts": packed.counts[first:end].tolist()}
+        text = _text(packed.texts, packed.texts_first, i)
+        return {"size": list(self.size), "counts": text} if text else None
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)  # a record that is sent elsewhere takes its own masks along only
+
+
+def _text(texts: np.ndarray, first: np.ndarray, place: int) -> str:
+    return texts[first[place] : first[place + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+
+def _unpickled(
+    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None
+) -> PackedRecords:
+    return PackedRecords(again(), folder, max_pixels, places, shared)

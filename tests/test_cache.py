@@ -1,0 +1,225 @@
+"""What is kept of a data set gives the records that reading it gave, or is not used."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_check import Hostile, make_bad_objects
+
+from gndet.check import check
+from gndet.config import DataConfig, DatasetConfig
+from gndet.data import inspect_dataset, read_dataset
+from gndet.errors import ConfigError, DataError
+from gndet.structures import Dataset
+
+CFG = DatasetConfig(annotations="file.json", images="pictures")
+READ = """
+import sys
+from gndet.config import DataConfig, DatasetConfig
+from gndet.data import read_dataset
+
+cfg = DatasetConfig(annotations="file.json", images="pictures")
+dataset = read_dataset(cfg, DataConfig(root=sys.argv[1], cache=sys.argv[2]))
+print(dataset.records.again is not None, sum(record.boxes.sum() for record in dataset.records))
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Hostile:
+    hostile = Hostile(tmp_path / "data")
+    hostile.image()
+    hostile.write()
+    return hostile
+
+
+def read(data: Hostile, cache: Any, **changes: Any) -> Dataset:
+    return inspect_dataset(CFG, DataConfig(root=str(data.folder), cache=str(cache), **changes))
+
+
+def assert_equal(one: Dataset, other: Dataset) -> None:
+    assert one._replace(records=[], notes=()) == other._replace(records=[], notes=())
+    for a, b in zip(one.records, other.records, strict=True):
+        for name, value in a._asdict().items():
+            same = getattr(b, name)
+            if isinstance(value, np.ndarray):
+                assert value.dtype == same.dtype and np.array_equal(value, same), name
+                assert value.flags.writeable and same.flags.writeable
+            elif name == "load":
+                assert value.func is same.func and value.args == same.args
+            else:
+                assert value == same, name
+
+
+@pytest.mark.parametrize("name", ["bccd train", "coco-tiny train2017", "nuclei val", "hostile"])
+def test_the_cache_gives_what_reading_gave(data_root: Path, tmp_path: Path, name: str, data: Hostile) -> None:
+    if name == "hostile":
+        make_bad_objects(data)
+        data.write()
+        cfg, root = CFG, data.folder
+    else:
+        folder, part = name.split()
+        cfg, root = DatasetConfig(annotations=f"annotations/instances_{part}.json", images=part), data_root / folder
+    plain = inspect_dataset(cfg, DataConfig(root=str(root), cache=""))
+    first, second = (inspect_dataset(cfg, DataConfig(root=str(root), cache=str(tmp_path / "c"))) for _ in range(2))
+    assert_equal(plain, first)
+    assert_equal(plain, second)
+    assert first.records.again is not None and plain.records.again is None
+
+
+def test_a_changed_file_or_folder_is_read_anew(data: Hostile, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    assert len(read(data, cache).records) == 2
+    data.tree["annotations"][0]["bbox"][0] = 3
+    data.write()
+    changed = read(data, cache)  # the listing is what it was
+    assert changed.records[0].boxes[0, 0] == 3 and changed.notes == () and changed.records.again is not None
+    (data.pictures / "02.png").rename(data.pictures / "02.PNG")
+    assert read(data, cache).refused  # another listing
+    (data.pictures / "02.PNG").rename(data.pictures / "02.png")
+    assert not read(data, cache).refused
+    (data.pictures / "02.png").unlink()
+    (data.pictures / "02.png").symlink_to(data.folder / "file.json")
+    assert [one.code for one in read(data, cache).findings] == ["file-escape"]
+    assert read(data, cache, max_pixels=100).findings[0].code == "image-pixels"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "facts", "other version", "no facts", "object array"])
+def test_a_damaged_cache_is_not_used(data: Hostile, tmp_path: Path, damage: str) -> None:
+    plain = read(data, "")
+    read(data, tmp_path / "c")
+    (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
+    boxes, facts = home / "boxes.npy", home / "facts.json"
+    content = bytearray(boxes.read_bytes())
+    content[-3] ^= 64
+    seal, text = facts.read_text().split("\n")
+    {
+        "flip": lambda: boxes.write_bytes(content),
+        "cut": lambda: boxes.write_bytes(content[:-8]),
+        "remove": boxes.unlink,
+        "facts": lambda: facts.write_text(f"{seal}\n{text.replace('cat', 'dog')}"),
+        "other version": lambda: facts.write_text(f"{seal}\n{text.replace('reader', 'writer')}"),
+        "no facts": facts.unlink,
+        "object array": lambda: np.save(boxes, np.array([print], dtype=object), allow_pickle=True),
+    }[damage]()
+    assert_equal(plain, read(data, tmp_path / "c"))
+    assert boxes.read_bytes() != content  # and it was mended
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(data: Hostile, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    dataset = read(data, tmp_path / "file" / "c")
+    assert_equal(read(data, ""), dataset)
+    assert len(dataset.notes) == 1 and "cannot be written" in dataset.notes[0]
+
+
+def test_nothing_is_kept_among_the_pictures(data: Hostile) -> None:
+    with pytest.raises(ConfigError, match=r"data\.cache: .* lies in the image folder"):
+        read(data, data.pictures / "c")
+    assert not (data.pictures / "c").exists()
+
+
+def test_one_of_many_processes_reads_and_all_get_the_same(data: Hostile, tmp_path: Path) -> None:
+    words = [sys.executable, "-c", READ, str(data.folder), str(tmp_path / "c")]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    total = sum(record.boxes.sum() for record in read(data, "").records)
+    assert {process.communicate()[0] for process in processes} == {f"True {total}\n"}
+
+
+def test_a_process_waits_for_another_that_reads_the_same(data: Hostile, tmp_path: Path) -> None:
+    read(data, tmp_path / "done")
+    (home,) = (path for path in (tmp_path / "done").iterdir() if path.is_dir())
+    (tmp_path / "c").mkdir()
+    with (tmp_path / "c" / f"{home.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that is reading the data
+        reader = subprocess.Popen([sys.executable, "-c", READ, str(data.folder), str(tmp_path / "c")])
+        while not holds(reader.pid, lock.name):
+            assert reader.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        home.rename(tmp_path / "c" / home.name)
+        before = (tmp_path / "c" / home.name).stat().st_ino
+    assert reader.wait() == 0
+    assert (tmp_path / "c" / home.name).stat().st_ino == before  # taken as it was left
+
+
+def holds(pid: int, path: str) -> bool:
+    """Whether a process has opened a file."""
+    with contextlib.suppress(OSError):
+        return any(os.path.realpath(link) == path for link in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+def test_records_travel_to_other_processes_without_their_arrays(data_root: Path, tmp_path: Path) -> None:
+    cfg = DatasetConfig(annotations="annotations/instances_val.json", images="val")
+    folder = DataConfig(root=str(data_root / "nuclei"), cache=str(tmp_path / "c"))
+    dataset = read_dataset(cfg, folder)
+    sent = pickle.dumps(dataset.records[3:9])
+    assert len(sent) < 10_000
+    assert_equal(dataset._replace(records=dataset.records[3:9]), dataset._replace(records=pickle.loads(sent)))
+    one = pickle.loads(pickle.dumps(dataset.records[3]))
+    assert_equal(dataset._replace(records=[dataset.records[3]]), dataset._replace(records=[one]))
+    assert len(pickle.dumps(dataset.records[3])) < 100_000
+    plain = read_dataset(cfg, folder.model_copy(update={"cache": ""}))
+    assert_equal(plain, plain._replace(records=pickle.loads(pickle.dumps(plain.records))))
+    (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
+    (home / "boxes.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="cache was changed while it is in use"):
+        pickle.loads(sent)
+
+
+def test_slices_are_as_those_of_a_list(data: Hostile) -> None:
+    for _ in range(5):
+        data.image()
+    data.write()
+    records = read(data, "").records
+    ids = [record.image_id for record in records]
+    for part in (slice(2), slice(-3, None), slice(5, 1, -2), slice(3, 3), slice(None, None, 2)):
+        assert [record.image_id for record in records[part]] == ids[part]
+    assert records[-1].image_id == ids[-1] and records[2:][1:][0].image_id == ids[3]
+    with pytest.raises(IndexError):
+        records[len(ids)]
+
+
+def test_bad_pictures_are_remembered_until_they_change(data: Hostile, tmp_path: Path) -> None:
+    (data.pictures / "02.png").write_bytes(b"no picture")
+    cache = f"data.cache={tmp_path / 'c'}"
+    assert read(data, tmp_path / "c").notes == ()
+    assert not check(str(data.folder / "file.json"), [cache], lambda _: None, images=True)
+    known = read(data, tmp_path / "c")
+    assert [(one.code, one.count) for one in known.findings] == [("picture-unreadable", 1)]
+    assert known.notes[0].startswith("all 2 pictures were decoded by gndet check on 20")
+    with pytest.raises(DataError, match=r"(?s)picture-unreadable \(1\): .*02\.png.*data\.skip_unreadable=true"):
+        read_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c")))
+    skipping = read_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c"), skip_unreadable=True))
+    assert skipping.fixes == {"pictures that cannot be decoded, skipped (data.skip_unreadable)": 1}
+    Image.new("RGB", (40, 30)).save(data.pictures / "02.png")
+    mended = read(data, tmp_path / "c")
+    assert mended.findings == () and mended.notes == ()
+
+
+def test_a_part_of_the_pictures_is_not_taken_for_all(data: Hostile, tmp_path: Path) -> None:
+    part = {"annotations": "file.json", "images": "pictures"}
+    tree = {"data": {"root": str(data.folder), "train": part, "val": part, "cache": str(tmp_path / "c")}}
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    check(str(tmp_path / "config.yaml"), ["data.train.limit=1", "data.val.limit=1"], lambda _: None, images=True)
+    assert read(data, tmp_path / "c").notes == ()
+    check(str(tmp_path / "config.yaml"), ["data.classes=[dog]", "data.keep_empty=true"], lambda _: None, images=True)
+    assert len(read(data, tmp_path / "c").notes) == 1
+
+
+def test_what_a_killed_process_left_is_swept(data: Hostile, tmp_path: Path) -> None:
+    read(data, tmp_path / "c")
+    (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
+    os.rename(home, f"{home}.partial")  # killed before the rename
+    assert_equal(read(data, ""), read(data, tmp_path / "c"))
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [home.name, f"{home.name}.lock"]

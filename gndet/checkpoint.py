@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor
 from gndet.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
 CHECKPOINTS = "checkpoints"  # their folder inside a run folder
@@ -90,7 +92,7 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: not a gndet checkpoint: {_what_is_there(folder)}")
     try:
-        manifest = _Manifest.model_validate_json(_read(folder / MANIFEST))
+        manifest = _Manifest.model_validate_json(_read(folder / MANIFEST, at_most=MAX_MANIFEST))
     except ValidationError as error:
         raise CheckpointError(f"{folder / MANIFEST}: damaged: {error.errors()[0]['msg']}") from None
     known = [name.removesuffix(TENSORS) for name in manifest.files if name.endswith(TENSORS)]
@@ -232,8 +234,16 @@ def _put_back(aside: Path) -> None:
         os.rename(aside, folder)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, *, at_most: int | None = None, exactly: int | None = None) -> bytes:
+    """Read a regular file after a look at its size: neither a link, which may lead anywhere, nor a pipe."""
     try:
+        about = os.lstat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise CheckpointError(f"{path}: damaged: not a regular file")
+        if exactly is not None and about.st_size != exactly:
+            raise CheckpointError(f"{path}: damaged: {about.st_size} bytes, expected {exactly}")
+        if at_most is not None and about.st_size > at_most:
+            raise CheckpointError(f"{path}: damaged: {about.st_size} bytes, expected {at_most} at the most")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
@@ -241,11 +251,9 @@ def _read(path: Path) -> bytes:
 
 def _verified(folder: Path, name: str, promised: _File) -> bytes:
     """Read one file of a checkpoint and compare it with its entry in the manifest."""
-    if Path(name).name != name:
+    if Path(name).name != name or "\0" in name:
         raise CheckpointError(f"{folder / MANIFEST}: lists {name!r}, which is outside the checkpoint")
-    data = _read(folder / name)
-    if len(data) != promised.bytes:
-        raise CheckpointError(f"{folder / name}: damaged: {len(data)} bytes, expected {promised.bytes}")
+    data = _read(folder / name, exactly=promised.bytes)
     if hashlib.sha256(data).hexdigest() != promised.sha256:
         raise CheckpointError(f"{folder / name}: damaged: its sha256 is not the manifest's")
     return data

@@ -4,7 +4,7 @@ Unknown keys are refused with the nearest known one; every error names the file,
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,23 @@ from gndet.compat import without_conventions
 from gndet.config import Config
 from gndet.errors import ConfigError
 
-MAX_CONFIG_BYTES = 1_000_000  # a config is a page of text; anything larger is a mistake or an attack
+# a config is a page of text; anything larger is a mistake or an attack
+MAX_CONFIG_BYTES = 200_000
 MAX_CONFIG_NODES = 20_000  # expanded aliases count: an alias bomb stops here
+MAX_CONFIG_DEPTH = 20  # levels of nesting; the config has 5
+MAX_BASES = 10  # configs in a `base:` chain
+MAX_SHOWN = 200  # characters of a wrong value
+MAX_MISTAKES = 20  # told at once
+ODD_TAGS = {
+    f"tag:yaml.org,2002:{kind}": f"!!{kind}" for kind in ("binary", "omap", "pairs", "set")
+}  # a set has no order
+YAML_ERRORS = (  # what PyYAML raises, the others for values that do not fit their tag, like 2001-99-99 or !!bool x
+    yaml.YAMLError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+    ValueError,
+)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -58,70 +73,95 @@ Origin = dict[tuple[str, ...], str]  # where each key was set: "file.yaml:12" or
 
 def _read_chain(path: Path, origin: Origin, seen: tuple[Path, ...]) -> dict[str, Any]:
     """Read path over the configs its `base:` names; note in origin where each key was set."""
+    text = _read_text(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to this file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: {len(data)} bytes, a config has at most {MAX_CONFIG_BYTES}")
-    try:
-        text = data.decode("utf-8")
-        node = yaml.compose(text, yaml.SafeLoader)
-        own: Origin = {}
-        if node is not None:
-            _note_lines(node, (), path, own, [0])
-        tree = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if len(seen) == MAX_BASES:
+        raise ConfigError(f"{path}: the {MAX_BASES + 1}th file of a `base:` chain, expected at most {MAX_BASES}")
+    own: Origin = {}
+    tree = _parse(text, str(path), lambda node: f"{path}:{node.start_mark.line + 1}", (), own) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
     base = tree.pop("base", None)
     result: dict[str, Any] = {}
     if base is not None:
         if not isinstance(base, str):
-            raise ConfigError(f"{own.get(('base',), path)}: base: {base!r}, expected the path of a YAML file")
+            raise ConfigError(f"{own.get(('base',), path)}: base: {_brief(base)}, expected the path of a YAML file")
         result = _read_chain(path.parent / base, origin, (*seen, path.resolve()))
     _merge(result, tree, whole=("norm",))
     origin.update(own)
     return result
 
 
-def _note_lines(node: yaml.Node, keys: tuple[str, ...], path: Path, origin: Origin, visited: list[int]) -> None:
-    """Note "file:line" of every key, refuse duplicate keys, and stop an alias bomb (visited counts nodes)."""
-    visited[0] += 1
-    if visited[0] > MAX_CONFIG_NODES:
-        raise ConfigError(f"{path}: more than {MAX_CONFIG_NODES} values once its aliases are expanded")
+def _read_text(path: Path) -> str:
+    """Read a config file."""
+    try:
+        if path.is_fifo() or path.is_char_device() or path.is_block_device() or path.is_socket():
+            raise ConfigError(f"{path}: a pipe or a device, expected a YAML file")  # it might not end
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: a config has at most {MAX_CONFIG_BYTES} bytes, this file has more")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except ValueError as error:  # a zero byte in the name
+        raise ConfigError(f"{str(path)!r}: cannot read the config: {error}") from None
+
+
+def _parse(text: str, source: str, place: Callable[[yaml.Node], str], keys: tuple[str, ...], origin: Origin) -> Any:
+    """Parse YAML after a look at its size; note in origin where each key below `keys` was set, as place tells it."""
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is not None:
+            _note_places(node, source, place, keys, origin, iter(range(MAX_CONFIG_NODES)), MAX_CONFIG_DEPTH)
+        return yaml.safe_load(text)
+    except YAML_ERRORS as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+
+
+def _note_places(
+    node: yaml.Node, source: str, place: Callable[[yaml.Node], str], keys: tuple[str, ...], origin: Origin,
+    room: Iterator[int], depth: int,
+) -> None:  # fmt: skip
+    """Note the place of every key; refuse duplicate keys, more values than room has, and nesting beyond depth."""
+    if next(room, None) is None:
+        raise ConfigError(f"{source}: more than {MAX_CONFIG_NODES} values once its aliases are expanded")
+    if depth == 0:
+        raise ConfigError(f"{source}: nested more than {MAX_CONFIG_DEPTH} levels deep")
+    if node.tag in ODD_TAGS:
+        raise ConfigError(f"{place(node)}: {ODD_TAGS[node.tag]}, expected words, numbers, lists and mappings")
     if isinstance(node, yaml.MappingNode):
         names = set()
         for key, value in node.value:
-            line = f"{path}:{key.start_mark.line + 1}"
+            here = place(key)
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{line}: a key is a word, got a list or a mapping")
+                raise ConfigError(f"{here}: a key is a word, got a list or a mapping")
             if key.value in names:
-                raise ConfigError(f"{line}: key {'.'.join((*keys, key.value))} is given twice")
+                raise ConfigError(f"{here}: key {_cut('.'.join((*keys, key.value)))} is given twice")
             names.add(key.value)
-            origin[(*keys, key.value)] = line
-            _note_lines(value, (*keys, key.value), path, origin, visited)
+            origin[(*keys, key.value)] = here
+            _note_places(value, source, place, (*keys, key.value), origin, room, depth - 1)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _note_lines(value, keys, path, origin, visited)
+            _note_places(value, source, place, keys, origin, room, depth - 1)
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> None:
     """Apply `key=value` overrides to tree in place."""
     for text in overrides:
+        source = f"override {_brief(text)}"
         key, separator, value = text.partition("=")
         keys = tuple(key.strip().split("."))
-        if not separator or not all(keys):
-            raise ConfigError(f"override {text!r}: expected key=value, like train.global_batch=8")
-        try:
-            change: Any = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {text!r}: the value is not YAML: {error}") from None
+        if not separator or not all(keys) or len(keys) > MAX_CONFIG_DEPTH:
+            raise ConfigError(f"{source}: expected key=value, like train.global_batch=8")
+        if len(value) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{source}: a value has at most {MAX_CONFIG_BYTES} characters, this one has {len(value)}")
+        change = _parse(value, source, lambda _, source=source: source, keys, origin)
         for depth in range(len(keys), 0, -1):
-            origin[keys[:depth]] = f"override {text!r}"
+            origin[keys[:depth]] = source
             change = {keys[depth - 1]: change}
         _merge(tree, change)
 
@@ -140,14 +180,29 @@ def _validated(tree: dict[str, Any], origin: Origin, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(one, origin, source) for one in error.errors())) from None
+        told = [_describe(one, origin, source) for one in error.errors()[:MAX_MISTAKES]]
+        if (more := error.error_count() - len(told)) > 0:
+            told.append(f"{source}: and {more} more mistakes")
+        raise ConfigError("\n".join(told)) from None
+
+
+def _brief(value: Any) -> str:
+    """Show a value, shortened; some are too large or too deep to be shown at all."""
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):
+        return f"a value of type {type(value).__name__} too large to show"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _describe(error: Any, origin: Origin, source: str) -> str:
     """Turn one pydantic error into `file:line: key: value, expected ...`."""
     keys = tuple(str(part) for part in error["loc"])
     where = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), source)
-    name = ".".join(keys)
+    name = _cut(".".join(keys))
     if error["type"] == "extra_forbidden":
         known = _known_keys(keys[:-1])
         close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
@@ -159,7 +214,7 @@ def _describe(error: Any, origin: Origin, source: str) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" or not name:
         return f"{where}: {name + ': ' if name else ''}{message}"
-    return f"{where}: {name}: got {error['input']!r}; {message[0].lower() + message[1:]}"
+    return f"{where}: {name}: got {_brief(error['input'])}; {message[0].lower() + message[1:]}"
 
 
 def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:

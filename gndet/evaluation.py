@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import os
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from gndet.config import Config
 from gndet.data.batching import test_batches
 from gndet.data.coco import to_coco
+from gndet.errors import DataError
 from gndet.paste import Paste, paste_masks
-from gndet.structures import Dataset, Detections
+from gndet.structures import Batch, Dataset, Detections
 
 IOU_50, IOU_75 = 0, 5  # places in COCO's IoU thresholds 0.50, 0.55 ... 0.95
 ALL, SMALL, MEDIUM, LARGE = range(4)  # places in COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
@@ -93,38 +95,46 @@ def detect_dataset(
     rank: int = 0,
     world: int = 1,
     on_image: Callable[[int], None] | None = None,
+    unreadable: Callable[[int, str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Detect in this rank's share of the data set; the model is in eval mode meanwhile, then as it was.
 
-    autocast: makes the context the model runs in.  on_image: called with each image id when it is done.
-    Returns COCO results as `to_results` does.
+    autocast: makes the context the model runs in.  on_image: called with each image id when it is done; what it raises
+    ends the detection.  unreadable: called with the image id and the reason where a picture cannot be read, which then
+    has no detections.  notify: told of loader processes that were killed and replaced.
+    Returns COCO results as `to_results` does.  Without `unreadable`, raises DataError for a picture of that kind.
     """
     was_training = model.training
     batches = test_batches(
-        dataset,
-        cfg.data,
-        images_per_gpu=cfg.evaluation.images_per_gpu,
-        rank=rank,
-        world=world,
-        pin_memory=device.type == "cuda",
-    )
-    results = []
+        dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=rank, world=world,
+        pin_memory=device.type == "cuda", notify=notify,
+    )  # fmt: skip
+    results: list[dict[str, Any]] = []
     model.eval()
     try:
-        for indices, batch in batches:
-            with torch.inference_mode(), autocast():
-                detections = model.detect(
-                    batch.images.to(device, non_blocking=True),
-                    batch.sizes.to(device, non_blocking=True),
-                    batch.padded,
-                )
-            results += to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_head.paste)
-            if on_image:
-                for index in indices:
-                    on_image(dataset.records[index].image_id)
+        with contextlib.closing(batches):
+            for indices, batch, image_ids, skipped in batches:
+                for image_id, reason in skipped:
+                    if unreadable is None:
+                        raise DataError(reason)
+                    unreadable(image_id, reason)
+                if batch is not None:
+                    detections = _detect(model, batch, device, autocast)
+                    results += to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_head.paste)
+                for image_id in image_ids if on_image else ():
+                    on_image(image_id)
     finally:
         model.train(was_training)
     return results
+
+
+def _detect(
+    model: nn.Module, batch: Batch, device: torch.device, autocast: Callable[[], AbstractContextManager]
+) -> Detections:
+    images, sizes = batch.images.to(device, non_blocking=True), batch.sizes.to(device, non_blocking=True)
+    with torch.inference_mode(), autocast():
+        return model.detect(images, sizes, batch.padded)
 
 
 def coco_metrics(
@@ -227,11 +237,15 @@ def evaluate(
     world: int,
     gather: Callable[[list], list[list]],
     on_image: Callable[[int], None] | None = None,
+    unreadable: Callable[[int, str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Detect on all ranks and score everything on each of them; every rank gets the same answer.
+    """Detect on all ranks, score everything on the first; every rank gets the same answer.
 
-    gather: list of this rank in, the lists of all ranks out, on every rank.  on_image: called with each image
-    id of this rank's share.  Raises AssertionError where an image was not seen, or seen twice.
+    gather: list of this rank in, the lists of all ranks out, on every rank.  on_image, unreadable, notify: of this
+    rank's share, as in `detect_dataset`.
+    Raises, on every rank: DataError where one of them does, RuntimeError where scoring fails, AssertionError where an
+    image was not seen, or seen twice.
     """
     seen: list[int] = []
 
@@ -240,21 +254,43 @@ def evaluate(
         if on_image:
             on_image(image_id)
 
-    shared = detect_dataset(
-        model, dataset, cfg, device=device, autocast=autocast, rank=rank, world=world, on_image=note
-    )
+    share: list[dict[str, Any]] = []
+    refusal = ""
+    try:
+        share = detect_dataset(
+            model, dataset, cfg, device=device, autocast=autocast, rank=rank, world=world, on_image=note,
+            unreadable=unreadable, notify=notify,
+        )  # fmt: skip
+    except DataError as error:  # the other ranks would wait for this one
+        refusal = str(error)
+    parts = [part for (part,) in gather([(refusal, seen, share)])]
+    if refusals := [text for text, _, _ in parts if text]:
+        raise DataError("\n".join(refusals))
     order = {record.image_id: place for place, record in enumerate(dataset.records)}
-    all_seen = [image_id for part in gather(seen) for image_id in part]
+    all_seen = [image_id for _, ids, _ in parts for image_id in ids]
     assert sorted(all_seen) == sorted(order), f"{len(all_seen)} images seen, not each of {len(order)} once"
-    results = [one for part in gather(shared) for one in part]
+    results = [one for _, _, found in parts for one in found]
     results.sort(key=lambda one: order[one["image_id"]])  # stable: an image's detections stay in their order
-    truth = to_coco(dataset)
-    score = functools.partial(coco_metrics, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections)
-    box, mask = score(truth, results, "bbox"), None
-    if cfg.model.masks and any("segmentation" in annotation for annotation in truth["annotations"]):
-        annotations = [_with_masks(annotation) for annotation in truth["annotations"]]
-        mask = score(truth | {"annotations": annotations}, results, "segm")
-    return Evaluation(box, mask, results)
+    outcome = gather([_score(dataset, results, cfg)] if rank == 0 else [])[0][0]
+    if isinstance(outcome, str):
+        raise RuntimeError(f"the first process could not score the detections:\n{outcome}")
+    return Evaluation(*outcome, results)
+
+
+def _score(dataset: Dataset, results: list[dict[str, Any]], cfg: Config) -> tuple[Metrics, Metrics | None] | str:
+    """Score boxes and masks; or say what went wrong: the other ranks, who wait for the numbers, must hear of it."""
+    try:
+        truth = to_coco(dataset)
+        score = functools.partial(
+            coco_metrics, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections
+        )
+        box, mask = score(truth, results, "bbox"), None
+        if cfg.model.masks and any("segmentation" in annotation for annotation in truth["annotations"]):
+            annotations = [_with_masks(annotation) for annotation in truth["annotations"]]
+            mask = score(truth | {"annotations": annotations}, results, "segm")
+    except Exception:  # whatever it is, every rank raises it
+        return traceback.format_exc()
+    return box, mask
 
 
 def _with_masks(annotation: dict[str, Any]) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def compare_two_processes(
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), f"{folder}/model.pt")
         spawn(share_of_two, 2, device.type, samples, num_classes, cfg, folder)
-        got = torch.load(f"{folder}/result.pt", map_location=device)
+        got = torch.load(f"{folder}/result.pt", map_location=device, weights_only=True)
     singles = [batch_of([sample], model, cfg) for sample in samples]
     model.zero_grad()
     with kept_statistics(model):
@@ -241,7 +241,7 @@ def compare_two_processes(
 def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Config, folder: str) -> None:
     """One of two processes: its share of the images in one batch, the sum of both; the first leaves the result."""
     model = build_model(cfg.model, num_classes).to(proc.device, torch.float64, memory_format=torch.channels_last)
-    model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device))
+    model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device, weights_only=True))
     (mine,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
     batch = batch_of([samples[i] for i in mine], model.train(), cfg)
     losses = backward(model, nullcontext, [batch], len(mine), cfg)

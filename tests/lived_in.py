@@ -62,7 +62,7 @@ def lived_in(cfg: Config, classes: Sequence[str] = CLASSES) -> MaskRCNN:
         model.train()(next(train_batches(
             dataset(cfg), cfg.data, seed=0, start=0, stop=1, images_per_gpu=4, global_batch=4, rank=0, world=1,
             masks=cfg.model.masks, pin_memory=False,
-        )))  # fmt: skip
+        )).batch)  # fmt: skip
     return model.eval()
 
 

@@ -111,6 +111,20 @@ DAMAGE = {
     "manifest cut": (lambda f: os.truncate(f / "manifest.json", 20), "manifest.json: damaged"),
     "later format": (lambda f: edit_manifest(f, lambda m: m.update(format=2)), "manifest.json: damaged"),
     "no meta": (lambda f: edit_manifest(f, lambda m: m["files"].pop("meta.json")), "does not list meta.json"),
+    "link": (
+        lambda f: ((f / "model.safetensors").rename(f.parent / "x"), (f / "model.safetensors").symlink_to("../x")),
+        "model.safetensors: damaged: not a regular file",
+    ),
+    "pipe": (
+        lambda f: ((f / "model.safetensors").unlink(), os.mkfifo(f / "model.safetensors")),
+        "model.safetensors: damaged: not a regular file",
+    ),
+    "endless file": (lambda f: os.truncate(f / "model.safetensors", 1 << 40), "damaged: 1099511627776 bytes, expected"),
+    "endless manifest": (lambda f: os.truncate(f / "manifest.json", 1 << 40), "manifest.json: damaged: 1099511627776"),
+    "zero byte in a name": (
+        lambda f: edit_manifest(f, lambda m: m["files"].update({"a\0": m["files"]["meta.json"]})),
+        "outside the checkpoint",
+    ),
     "path outside": (
         lambda f: edit_manifest(f, lambda m: m["files"].update({"../a": m["files"]["meta.json"]})),
         "outside the checkpoint",

@@ -255,22 +255,6 @@ def test_an_oracle_scores_one_whatever_the_picture_size(shapes: Dataset, engine:
     assert np.abs(boxes[:, 2:] - (wanted[:, 2:] - wanted[:, :2])).max() < 1e-3
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_together_give_the_results_of_one(shapes: Dataset, world: int) -> None:
-    run = {"device": CPU, "autocast": contextlib.nullcontext, "world": world}
-    seen: list[list[int]] = [[] for _ in range(world)]
-    results = []
-    for rank in range(world):
-        model = Oracle(shapes, list(range(rank, 4, world)))
-        results.append(evaluation.detect_dataset(model, shapes, config(), rank=rank, on_image=seen[rank].append, **run))
-    answers = iter((seen, results))
-    model = Oracle(shapes, list(range(0, 4, world)))
-    whole = evaluation.evaluate(model, shapes, config(), rank=0, gather=lambda part: next(answers), **run)
-    image_ids = [record.image_id for record in shapes.records for _ in record.labels]
-    assert [one["image_id"] for one in whole.results] == image_ids
-    assert whole.box.summary["AP"] == 1
-
-
 def test_an_image_seen_twice_is_refused(shapes: Dataset) -> None:
     with pytest.raises(AssertionError, match="8 images seen"):
         evaluation.evaluate(

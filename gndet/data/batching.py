@@ -7,22 +7,22 @@ Letters: B images, M ground-truth slots, n images of the data set, S mask side, 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.utils.data
 from torch import Tensor
 
 from gndet.config import DataConfig
-from gndet.data.transforms import Sample, check_masks, resized, test_sample, train_sample
+from gndet.data.loader import Notify, prepared
+from gndet.data.transforms import Sample, UnreadablePicture, check_masks, resized, test_sample, train_sample
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 from gndet.structures import MASK_SIDE, Batch, Dataset, GroundTruth, Record
 
 MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
-PREFETCH = 4  # batches a worker prepares ahead
 
 
 def collate(samples: list[Sample], canvas_multiple: int, exact: bool = True) -> Batch:
@@ -107,17 +107,42 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
     return Batch(images, torch.tensor([[height, width]] * num), keys, gt, padded)
 
 
+class Skipped(NamedTuple):
+    """A picture that could not be read, and why."""
+
+    image_id: int
+    reason: str
+
+
+class Loaded(NamedTuple):
+    """A batch of the training stream."""
+
+    batch: Batch
+    image_ids: tuple[int, ...]  # of the B images, in order
+    skipped: tuple[Skipped, ...]  # those that others of these stand in for
+
+
+class Tested(NamedTuple):
+    """A batch of the evaluation stream."""
+
+    indices: list[int]  # places of the B images in dataset.records
+    batch: Batch | None  # None where no picture could be read
+    image_ids: tuple[int, ...]  # of the B images and those that could not be read, in order
+    skipped: tuple[Skipped, ...]  # those that could not be read
+
+
 class Replay:
     """The batches of one update, to be gone through more than once: what was taken is kept."""
 
-    def __init__(self, take: Callable[[], Batch], count: int) -> None:
-        self.take, self.count, self.taken = take, count, []
+    def __init__(self, take: Callable[[], Loaded], count: int) -> None:
+        self.take, self.count = take, count
+        self.taken: list[Loaded] = []
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(self.count):
             if i == len(self.taken):
                 self.taken.append(self.take())
-            yield self.taken[i]
+            yield self.taken[i].batch
 
 
 def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[range]:
@@ -151,12 +176,15 @@ def train_batches(
     world: int,
     masks: bool,
     pin_memory: bool,
-) -> Iterator[Batch]:
+    notify: Notify | None = None,
+) -> Generator[Loaded, None, None]:
     """Give this process its micro-batches of the updates start .. stop - 1.
 
     An update's global_batch positions are dealt as `micro_batches` says.  The result does not depend on data.workers.
+    Where a picture cannot be read, the next of the epoch's order that can be stands in for it.
+    notify: told of loader processes that were killed and replaced, a line each.
     Raises DataError for a data set without an image to train on or, with masks, for an object without one; while
-    iterating, for a broken picture.
+    iterating, where no picture of an epoch can be read, or loader processes are killed again and again.
     """
     usable = [i for i, record in enumerate(dataset.records) if data.keep_empty or not record.crowd.all()]
     if not usable:
@@ -164,44 +192,107 @@ def train_batches(
     if masks:
         for index in usable:
             check_masks(dataset.records[index])
+    stream = _Stream(dataset, data, seed, masks, usable)
     mine = micro_batches(global_batch, images_per_gpu, rank, world)
     runs = (
         range(update * global_batch + places.start, update * global_batch + places.stop)
         for update in range(start, stop)
         for places in mine
     )
-    places = _places(runs, seed, usable)
-    load = functools.partial(_load_train, dataset.records, data, seed, masks)
-    return _loaded(load, places, data, pin_memory)
+    return prepared(
+        stream.load, runs, workers=data.workers, pin_memory=pin_memory, describe=stream.describe, notify=notify
+    )
 
 
 def test_batches(
-    dataset: Dataset, data: DataConfig, *, images_per_gpu: int, rank: int, world: int, pin_memory: bool
-) -> Iterator[tuple[list[int], Batch]]:
-    """Give this process the images rank::world, each once: indices into dataset.records and the batch.
+    dataset: Dataset,
+    data: DataConfig,
+    *,
+    images_per_gpu: int,
+    rank: int,
+    world: int,
+    pin_memory: bool,
+    notify: Notify | None = None,
+) -> Generator[Tested, None, None]:
+    """Give this process the images rank::world, each once, or say why it cannot be read.
 
-    The last batch may be smaller.  Raises DataError while iterating, for a broken picture.
+    The last batch may be smaller, and so is one with an unreadable picture.  notify: as in `train_batches`.
+    Raises DataError while iterating, where loader processes are killed again and again.
     """
     share = list(range(rank, len(dataset.records), world))
     items = (share[first : first + images_per_gpu] for first in range(0, len(share), images_per_gpu))
-    return _loaded(functools.partial(_load_test, dataset.records, data), items, data, pin_memory)
+    return prepared(
+        functools.partial(_load_test, dataset.records, data), items, workers=data.workers, pin_memory=pin_memory,
+        describe=lambda indices: _images(dataset.records[index].image_id for index in indices), notify=notify,
+    )  # fmt: skip
 
 
-def _places(runs: Iterable[range], seed: int, usable: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Turn each run of positions of the training stream into (epoch, record index) pairs."""
-    shuffled = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
-    for run in runs:
-        epochs = [divmod(position, len(usable)) for position in run]
-        yield [(epoch, usable[shuffled(seed, epoch, len(usable))[place]]) for epoch, place in epochs]
+class _Stream(NamedTuple):
+    """The training stream, by position."""
+
+    dataset: Dataset
+    data: DataConfig
+    seed: int
+    masks: bool
+    usable: list[int]  # places in dataset.records of the n images that are trained on
+
+    def load(self, positions: range) -> Loaded:
+        """Make the batch of these positions."""
+        samples, image_ids, skipped = zip(*map(self._sample_at, positions), strict=True)
+        batch = collate(list(samples), self.data.canvas_multiple, self.data.exact_canvas)
+        return Loaded(batch, image_ids, tuple(one for one in skipped if one))
+
+    def describe(self, positions: range) -> str:
+        """Name the images of these positions."""
+        return _images(self._record(*divmod(position, len(self.usable))).image_id for position in positions)
+
+    def _record(self, epoch: int, place: int) -> Record:
+        """The record at a place of an epoch's order, counted from its beginning again where it ends."""
+        num = len(self.usable)
+        return self.dataset.records[self.usable[_order(self.seed, epoch, num)[place % num]]]
+
+    def _sample_at(self, position: int) -> tuple[Sample, int, Skipped | None]:
+        """The sample at a position, its image's id, and the image that it stands in for, if it does.
+
+        Where a picture cannot be read, the next one of the epoch's order that can stands in, with a key of its own: a
+        function of seed, position and which pictures are bad alone.  Raises DataError where none can be read.
+        """
+        epoch, place = divmod(position, len(self.usable))
+        own = self._record(epoch, place)
+        try:
+            key = hash_ints(self.seed, epoch, own.image_id)
+            return train_sample(own, self.data, key, self.masks), own.image_id, None
+        except UnreadablePicture as error:
+            skipped = Skipped(own.image_id, str(error))
+        for other in range(place + 1, place + len(self.usable)):
+            record = self._record(epoch, other)
+            key = hash_ints(self.seed, epoch, record.image_id, position)
+            with suppress(UnreadablePicture):  # it is told of at its own position
+                return train_sample(record, self.data, key, self.masks), record.image_id, skipped
+        raise DataError(
+            f"{self.dataset.name}: none of its {len(self.usable)} pictures to train on can be read; {skipped.reason}"
+        )
 
 
-def _load_train(
-    records: list[Record], data: DataConfig, seed: int, masks: bool, places: list[tuple[int, int]]
-) -> Batch:
-    """Make one training batch."""
-    keys = [hash_ints(seed, epoch, records[index].image_id) for epoch, index in places]
-    samples = [train_sample(records[index], data, key, masks) for (_, index), key in zip(places, keys, strict=True)]
-    return collate(samples, data.canvas_multiple, data.exact_canvas)
+_order = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
+
+
+def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) -> Tested:
+    """Make one evaluation batch."""
+    samples, read, skipped = [], [], []
+    for index in indices:
+        try:
+            samples.append(test_sample(records[index], data))
+            read.append(index)
+        except UnreadablePicture as error:
+            skipped.append(Skipped(records[index].image_id, str(error)))
+    batch = collate(samples, data.canvas_multiple, data.exact_canvas) if samples else None
+    return Tested(read, batch, tuple(records[index].image_id for index in indices), tuple(skipped))
+
+
+def _images(ids: Iterable[int]) -> str:
+    """Name images by their ids."""
+    return f"image(s) {', '.join(map(str, ids))}"
 
 
 def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge: int) -> Batch:
@@ -216,39 +307,3 @@ def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge
     count = min(num, len(dataset.records))
     records = [dataset.records[i * len(dataset.records) // count] for i in range(count)]
     return collate([test_sample(record, scaled) for record in records], data.canvas_multiple, data.exact_canvas)
-
-
-def _load_test(records: list[Record], data: DataConfig, indices: list[int]) -> tuple[list[int], Batch]:
-    """Make one evaluation batch."""
-    samples = [test_sample(records[index], data) for index in indices]
-    return indices, collate(samples, data.canvas_multiple, data.exact_canvas)
-
-
-class _Loads(torch.utils.data.Dataset):
-    """Make a batch of each item; a DataError travels as a value, for torch would wrap its text."""
-
-    def __init__(self, load: Callable[[Any], Any]) -> None:
-        self.load = load
-
-    def __getitem__(self, item: Any) -> Any:
-        try:
-            return self.load(item)
-        except DataError as error:
-            return error
-
-
-def _loaded(load: Callable[[Any], Any], items: Iterator[Any], data: DataConfig, pin_memory: bool) -> Iterator[Any]:
-    """Load items in data.workers processes (one thread each, torch's own habit), in order."""
-    loader = torch.utils.data.DataLoader(
-        _Loads(load),
-        batch_size=None,  # an item is a whole batch
-        sampler=items,
-        num_workers=data.workers,
-        prefetch_factor=PREFETCH if data.workers else None,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # it seeds the workers; the global one stays untouched
-    )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch

@@ -19,6 +19,10 @@ from gndet.structures import MASK_SIDE, Record
 MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty but for rounding
 
 
+class UnreadablePicture(DataError):
+    """A record's picture is missing, broken or of another size: the fault of one file, not of the data set."""
+
+
 class Sample(NamedTuple):
     """One picture with its objects."""
 
@@ -32,8 +36,8 @@ class Sample(NamedTuple):
 def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sample:
     """Load a record for training: one of data.shortest_edge, flips, crowd regions left out.
 
-    Boxes are clipped to the picture, empty ones dropped.  Raises DataError for a picture that cannot be read,
-    and with masks for an object without one.
+    Boxes are clipped to the picture, empty ones dropped.  Raises UnreadablePicture, and with masks DataError for an
+    object without one.
     """
     edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
     image, scale = _load_resized(record, edge, data)
@@ -58,7 +62,7 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
 
 
 def test_sample(record: Record, data: DataConfig) -> Sample:
-    """Load a record for evaluation: data.shortest_edge_test, no objects (n = 0).  Raises DataError."""
+    """Load a record for evaluation: data.shortest_edge_test, no objects (n = 0).  Raises UnreadablePicture."""
     image, _ = _load_resized(record, data.shortest_edge_test, data)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
@@ -82,8 +86,12 @@ def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[i
 
 
 def _load_resized(record: Record, shortest_edge: int, data: DataConfig) -> tuple[Tensor, tuple[float, float]]:
-    """Load and resize a picture.  Returns (3, h, w) uint8 and the (y, x) scale."""
+    """Load and resize a picture.  Returns (3, h, w) uint8 and the (y, x) scale.  Raises UnreadablePicture."""
     height, width = resized(record.size, shortest_edge, data.max_edge)
-    image = torch.from_numpy(record.load()).permute(2, 0, 1)  # channels last: twice as fast to resize
+    try:
+        pixels = record.load()
+    except DataError as error:
+        raise UnreadablePicture(str(error)) from None
+    image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels last: twice as fast to resize
     image = functional.resize(image, [height, width], antialias=data.antialias)
     return image, (height / record.size[0], width / record.size[1])

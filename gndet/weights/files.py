@@ -194,6 +194,8 @@ def _write(path: Path, data: bytes | memoryview) -> None:
 def _head(path: Path) -> bytes:
     """Read the first bytes of a file; refuse what the user can see is no weight file."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path}: a pipe or a device; {EXPECTED}")  # a pipe might not end
         with open(path, "rb") as file:
             head = file.read(200)
     except OSError as error:

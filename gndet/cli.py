@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gndet import __version__
-from gndet.errors import GndetError
+from gndet.errors import GndetError, Preempted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +19,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options)
+    except Preempted as end:
+        if str(end):  # one process of a run tells it
+            print(f"gndet {options.verb}: {end}", file=sys.stderr)
+        return end.status
     except GndetError as error:
         print(f"gndet {options.verb}: {error}", file=sys.stderr)
         return 2
@@ -93,6 +97,21 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("config", help="YAML file, or a run or checkpoint folder")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
     verb.set_defaults(run=norms)
+
+    verb = verbs.add_parser("check", help="what is wrong with a data set, before it is trained on")
+    verb.add_argument("source", help="YAML file: its data.train and data.val; or an annotation file, COCO's JSON")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("--images", action="store_true", help="decode every picture too")
+    verb.add_argument("--image-folder", type=Path, help="pictures of a JSON file (looked for beside it)")
+    verb.add_argument("--sheet", type=Path, help="draw images with boxes and masks into this file (.png)")
+    verb.add_argument("--json", type=Path, help="write the report here, JSON")
+    verb.set_defaults(run=check)
+
+    verb = verbs.add_parser("selftest", help="break a tiny run in every way it must survive: signals, kills, full disk")
+    verb.add_argument("numbers", nargs="*", metavar="T8", help="scenarios to run (a selection of 3 minutes)")
+    verb.add_argument("--all", action="store_true", help="run all of them, which takes a quarter of an hour")
+    verb.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, and leave everything there")
+    verb.set_defaults(run=selftest)
 
     verb = verbs.add_parser("config", help="print the resolved config")
     verb.add_argument("config", help="YAML file")
@@ -193,6 +212,27 @@ def norms(options: argparse.Namespace) -> int:
     from gndet.audit import audit_path
 
     return 0 if audit_path(options.config, options.overrides, print) else 1
+
+
+def check(options: argparse.Namespace) -> int:
+    """gndet check CONFIG_OR_JSON [key=value ...] [--images] [--sheet FILE] [--json FILE]; 1 where data is refused"""
+    from rich.console import Console
+
+    from gndet.check import check as run
+
+    passed = run(
+        options.source, options.overrides, functools.partial(print, flush=True), image_folder=options.image_folder,
+        images=options.images, sheet=options.sheet, out=options.json, console=Console(),
+    )  # fmt: skip
+    return 0 if passed else 1
+
+
+def selftest(options: argparse.Namespace) -> int:
+    """gndet selftest [T8 ...] [--all] [--keep FOLDER]; 1 where a promise is not kept"""
+    from gndet.selftest.scenarios import chosen, run_scenarios
+
+    scenarios = chosen(options.numbers, options.all)
+    return 0 if run_scenarios(scenarios, options.keep, functools.partial(print, flush=True)) else 1
 
 
 def config(options: argparse.Namespace) -> int:

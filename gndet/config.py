@@ -210,7 +210,7 @@ class DatasetConfig(Section):
     limit: int | None = Field(None, ge=1, description="use the first so many images only, to try things out")
     count: int = Field(400, ge=1, description="shapes: number of images")
     size: int = Field(160, ge=64, description="shapes: side of the square image, pixels")
-    seed: int = Field(0, ge=0, description="shapes: another seed draws another set")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="shapes: another seed draws another set")
 
     @model_validator(mode="after")
     def _coco_names_its_file(self) -> "DatasetConfig":
@@ -237,6 +237,18 @@ class DataConfig(Section):
     flip_vertical: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
     keep_empty: bool = Field(False, description="keep training images without objects (as negatives)")
     workers: int = Field(2, ge=0, description="loader processes a rank; results do not depend on it")
+    max_pixels: int = Field(
+        100_000_000, ge=1, le=2_000_000_000, description="a larger picture is refused before it is decoded"
+    )
+    skip_unreadable: bool = Field(
+        False, description="train although `gndet check` found pictures that cannot be read; they are left out"
+    )
+    cache: str = Field(
+        "~/.cache/gndet", description="folder for data sets as read and checked; '' keeps nothing between starts"
+    )
+    max_unreadable: float = Field(
+        0.01, ge=0, le=1, description="share of the training images that may turn out unreadable before the run stops"
+    )
     antialias: bool = Field(True, description="of resizing, as PIL and detectron2; false: torchvision, OpenCV")
     canvas_multiple: int = Field(32, ge=1, description="canvas edges are multiples of this, so that few shapes occur")
     exact_canvas: bool = Field(
@@ -325,6 +337,13 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(1000, ge=0, description="updates; 0 saves with evaluations only")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept; best/ and last/ point beside them")
     vis_images: int = Field(4, ge=0, description="validation images drawn at each evaluation")
+    on_nonfinite: str = Field(
+        "stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$",
+        description="a loss or gradient that is not finite: stop; skip:N passes over N such updates, then stops",
+    )  # fmt: skip
+    timeout_s: float = Field(
+        600.0, gt=0, description="seconds a process waits for the others before the run ends: one of them is lost"
+    )
 
     @field_validator("images_per_gpu", mode="before")
     @classmethod
@@ -346,7 +365,7 @@ class Config(Section):
     """The whole config of a run."""
 
     out: str = Field("", description="run folder; runs/<config name> by default")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = Field(False, description="deterministic GPU algorithms; the CPU is deterministic as it is")
     model: ModelConfig = ModelConfig()

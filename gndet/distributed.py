@@ -4,8 +4,9 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +15,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from gndet.errors import ConfigError
+from gndet.errors import ConfigError, TrainingError
+from gndet.signals import Stop
+from gndet.watch import Watch
 
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and without it
+START_TIMEOUT = 600.0  # seconds in which processes find each other, read their data, and the first calibrates
 BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 
@@ -27,6 +31,7 @@ class Process(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    watch: Watch | None = None  # of a training run
 
     @property
     def first(self) -> bool:
@@ -35,13 +40,18 @@ class Process(NamedTuple):
 
 
 @contextmanager
-def process(device: str, deterministic: bool = False) -> Iterator[Process]:
+def process(device: str, deterministic: bool = False, watched: bool = False) -> Iterator[Process]:
     """Join the run that torchrun started, or be its only process; leave it at the end.
 
-    device: auto, cpu or cuda.  Raises ConfigError where cuda is asked for and absent.
+    device: auto, cpu or cuda.  watched: with a Watch over the processes, which hold each other up for START_TIMEOUT at
+    most until `limit_waiting` is called.  Raises ConfigError where cuda is asked for and absent.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
-    with _member(device, deterministic, rank, world, local, "env://", nccl=True) as proc:
+    with _member(device, deterministic, rank, world, local, "env://", nccl=True) as proc, ExitStack() as stack:
+        if watched:
+            # a connection of its own: a collective that looks for its peers keeps the group's busy
+            store = dist.distributed_c10d._get_default_store().clone() if world > 1 else None
+            proc = proc._replace(watch=stack.enter_context(Watch(store, rank, world, START_TIMEOUT)))
         yield proc
 
 
@@ -83,12 +93,38 @@ def _member(
         torch.backends.cudnn.benchmark = False
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if on_gpu and nccl else "gloo"
-        dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)
+        limit = timedelta(seconds=START_TIMEOUT)
+        store, *_ = next(dist.rendezvous(rendezvous, rank, world, timeout=limit))
+        # torchrun keeps the store when it starts the processes anew, with what the dead ones wrote: where they listened
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    yield Process(rank, world, chosen)
+    if world > 1:  # not after an error: it would wait for a process that is lost
+        dist.destroy_process_group()
+
+
+def limit_waiting(proc: Process, seconds: float) -> None:
+    """Let no process wait for the others longer than this from now on."""
+    if proc.watch is not None:
+        proc.watch.timeout_s = seconds
+    if proc.world > 1:
+        named = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name until torch 2.12
+        named(timedelta(seconds=seconds))
+
+
+@contextmanager
+def _together(proc: Process) -> Iterator[None]:
+    """Wait for the other processes.  Raises TrainingError, which says what is known of them, where they do not come."""
     try:
-        yield Process(rank, world, chosen)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        with proc.watch.waiting() if proc.watch else nullcontext():
+            yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        if proc.watch is None:
+            raise TrainingError(f"process {proc.rank}: the others did not come: {reason}") from error
+        text = f"process {proc.rank} {proc.watch.where()}: the others did not come: {proc.watch.others()} ({reason})"
+        proc.watch.dump(text)
+        raise TrainingError(text) from error
 
 
 def _keep_freed_memory() -> None:
@@ -124,7 +160,8 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
         bucket.append(parameter)
         if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
             flat = torch.cat([p.grad.flatten() for p in bucket])
-            dist.all_reduce(flat)
+            with _together(proc):
+                dist.all_reduce(flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad.copy_(part.view_as(p.grad))
             bucket = []
@@ -135,7 +172,8 @@ def give_first_s(tensors: Iterable[Tensor], proc: Process) -> None:
     if proc.world > 1:
         for tensor in tensors:
             dense = tensor.contiguous()
-            dist.broadcast(dense, 0)
+            with _together(proc):
+                dist.broadcast(dense, 0)
             tensor.copy_(dense)
 
 
@@ -144,30 +182,45 @@ def gather(items: list[Any], proc: Process) -> list[list[Any]]:
     if proc.world == 1:
         return [items]
     gathered: list[Any] = [None] * proc.world
-    dist.all_gather_object(gathered, items)
+    with _together(proc):
+        dist.all_gather_object(gathered, items)
     return gathered
 
 
 def total(values: Tensor, proc: Process) -> Tensor:
     """The sum of a tensor over the processes."""
     if proc.world > 1:
-        dist.all_reduce(values)
+        with _together(proc):
+            dist.all_reduce(values)
     return values
 
 
-def least(value: int, proc: Process) -> int:
-    """The smallest value of any process."""
+def least(values: Sequence[int], proc: Process) -> list[int]:
+    """The smallest of each value in any process; all get the same answer."""
     if proc.world == 1:
-        return value
-    smallest = torch.tensor(value)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+        return list(values)
+    smallest = torch.tensor(values)
+    with _together(proc):
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return smallest.tolist()
 
 
 def any_process(flag: bool, proc: Process) -> bool:
     """Whether the flag is set in any process; all get the same answer."""
-    if proc.world == 1:
-        return flag
-    value = torch.tensor(float(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return least([int(not flag)], proc) == [0]
+
+
+def meet(trouble: BaseException | None, proc: Process) -> None:
+    """Raise, in all processes, what stopped any of them: an error before a Stop, its own before that of others.
+
+    trouble: this process's, or None.  All processes call it once, where their work may have ended otherwise.
+    """
+    mine = "" if trouble is None else repr(Stop) if isinstance(trouble, Stop) else str(trouble)
+    texts = [text for part in gather([mine], proc) for text in part]
+    errors = [text for text in texts if text not in ("", repr(Stop))]
+    if trouble is not None and (not errors or not isinstance(trouble, Stop)):
+        raise trouble
+    if errors:
+        raise TrainingError("\n".join(dict.fromkeys(errors)))
+    if repr(Stop) in texts:
+        raise Stop

@@ -26,3 +26,15 @@ class OutputError(GndetError):
 
 class TrainingError(GndetError):
     """A training run cannot go on: a non-finite loss, an output folder in use."""
+
+
+class MachineError(GndetError):
+    """The machine is at a limit: open files, memory.  No file is at fault, and none is passed over."""
+
+
+class Preempted(GndetError):
+    """A signal ended a run; what it learned is saved and the same command goes on. `gndet` exits with status."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status

@@ -3,12 +3,13 @@
 An update is one step of the optimiser; numbers logged at update u describe the run after u updates.
 """
 
+import errno
 import json
 import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,24 +24,34 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from gndet.distributed import Process, any_process, total
-from gndet.errors import DataError, TrainingError
-from gndet.structures import Batch
+from gndet.data.batching import Loaded
+from gndet.distributed import Process, total
+from gndet.errors import DataError
 
 
 class RunLog:
     """Log of one run, kept by rank 0; usable as a context manager."""
 
-    def __init__(self, out: Path, *, total_updates: int, first_update: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        total_updates: int,
+        first_update: int = 0,
+        evaluation_due: bool = False,
+        console: Console | None = None,
+    ) -> None:
         """Open the log of a run folder, and forget what a killed run logged past the point it resumes from.
 
         out: run folder, made where missing.  total_updates: of the whole run.  first_update: updates done
-        before; 0 starts afresh.  console: where to show the run, live on a terminal, else in lines.
+        before; 0 starts afresh.  evaluation_due: the one after first_update is made anew.  console: where to show the
+        run, live on a terminal, else in lines.
         """
         out.mkdir(parents=True, exist_ok=True)
         last_kept = first_update or -1
-        _truncate(out / "metrics.jsonl", last_kept)
-        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        _truncate(out / "metrics.jsonl", last_kept, evaluation_due)
+        self.lost = ""  # what could not be written first, and why
+        self._file = (out / "metrics.jsonl").open("ab", buffering=0)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_kept + 1)
         self._total = total_updates
         self._console = console
@@ -61,8 +72,9 @@ class RunLog:
         any of them may be missing, and others are written but not shown.
         """
         self._write("train", update, values)
-        for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, update)
+        with self._may_fail("tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(f"train/{name}", value, update)
         self._numbers = _train_line(values)
         if self._live is not None:
             self._progress.update(self._task, completed=update)
@@ -84,8 +96,9 @@ class RunLog:
     def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
         """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
         self._write("evaluation", update, values)
-        for name, value in values.items():
-            self._board.add_scalar(f"val/{name}", value, update)
+        with self._may_fail("tensorboard"):
+            for name, value in values.items():
+                self._board.add_scalar(f"val/{name}", value, update)
         averages = {name: value for name, value in values.items() if name.split("/")[-1] == "AP"}
         self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in averages.items())
         self._show_numbers()
@@ -93,7 +106,13 @@ class RunLog:
 
     def picture(self, update: int, tag: str, picture: np.ndarray) -> None:
         """Log a picture (H, W, 3) uint8 to TensorBoard."""
-        self._board.add_image(tag, picture, update, dataformats="HWC")
+        with self._may_fail("tensorboard"):
+            self._board.add_image(tag, picture, update, dataformats="HWC")
+
+    def attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write something into the run folder; a failure is said, and does not end the run."""
+        with self._may_fail(what):
+            write()
 
     def message(self, text: str) -> None:
         """Show text, above the live display where there is one; it is not written to a file."""
@@ -105,8 +124,19 @@ class RunLog:
         """Write out what is buffered and leave the console as it was."""
         if self._live is not None:
             self._live.stop()
-        self._board.close()
+        with self._may_fail("tensorboard"):
+            self._board.close()
         self._file.close()
+
+    @contextmanager
+    def _may_fail(self, what: str) -> Iterator[None]:
+        """Let a run outlive a full disk: what could not be written is said once, and kept in `lost`."""
+        try:
+            yield
+        except OSError as error:
+            if not self.lost:
+                self.lost = f"{what}: {error.strerror or error}"
+                self.message(f"cannot write {self.lost}; training goes on")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -118,8 +148,38 @@ class RunLog:
         """Append a line to metrics.jsonl; JSON has no NaN or infinity, they become null."""
         numbers = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps({"update": update, "kind": kind, **line}, allow_nan=False) + "\n")
-        self._file.flush()
+        text = json.dumps({"update": update, "kind": kind, **line}, allow_nan=False) + "\n"
+        with self._may_fail("metrics.jsonl"):
+            end = os.fstat(self._file.fileno()).st_size
+            if self._file.write(text.encode()) < len(text):  # the disk is full: half a line would spoil the file
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Silence:
+    """The log of a process that is not the first."""
+
+    lost = ""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def open_log(
+    out: Path, first: bool, *, total_updates: int, first_update: int, evaluation_due: bool, console: Console | None
+) -> "RunLog | Silence":
+    """The log of a run in its first process, one that says nothing in the others."""
+    if not first:
+        return Silence()
+    return RunLog(
+        out, total_updates=total_updates, first_update=first_update, evaluation_due=evaluation_due, console=console
+    )
 
 
 def _train_line(values: dict[str, float]) -> str:
@@ -150,8 +210,8 @@ class Meter:
         self.sums: dict[str, Tensor] = {}
         self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch, and how long it took."""
+    def wait_for(self, batches: Iterator[Loaded]) -> Loaded:
+        """The next batch; how long it took is counted."""
         before = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - before
@@ -159,23 +219,9 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Add this process's part of an update's losses; the device is not waited for."""
+        self.updates += 1
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss
-
-    def check_finite(self, update: int, norm: Tensor, out: Path, proc: Process) -> None:
-        """Raise TrainingError on all processes before an update that would put NaN or infinity into the weights.
-
-        norm: of the gradient, not finite if any part of it is not.
-        """
-        self.updates += 1
-        finite = bool(torch.stack([norm, *self.sums.values()]).sum().isfinite())  # the one host sync an update
-        if any_process(not finite, proc):
-            losses = ", ".join(f"{name} {float(value):.4g}" for name, value in self.sums.items())
-            raise TrainingError(
-                f"{out}: a loss or the gradient is not finite at update {update} (process {proc.rank}: {losses}, "
-                f"gradient norm {float(norm):.4g}); this update was not made. A lower train.optimizer.lr, a longer "
-                "train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps"
-            )
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -186,12 +232,14 @@ class Meter:
 
     def read(self, proc: Process) -> dict[str, float]:
         """The means since the last call, over all processes, and start anew."""
-        names = list(self.sums)
-        sums = total(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
-        self.seconds_per_update = seconds / self.updates
-        values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))
-        values["images_per_s"] = self.global_batch / self.seconds_per_update
+        values = {}
+        if self.updates:  # else all of them were passed over
+            names = list(self.sums)
+            sums = total(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
+            values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))
+            self.seconds_per_update = seconds / self.updates
+        values["images_per_s"] = self.global_batch * self.updates / seconds
         values["data_wait"] = min(self.waited / seconds, 1.0)
         values["memory_mib"] = memory_mib(self.device)
         self._reset()
@@ -226,11 +274,20 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line, entry
 
 
-def _truncate(path: Path, last_update: int) -> None:
-    """Drop the lines of later updates and a half-written one; the file is replaced whole."""
+def _truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
+    """Drop the lines of later updates, a half-written one, and that of an evaluation that is to be made anew.
+
+    The file is replaced whole.
+    """
     if not path.exists():
         return
-    kept = [line for line, entry in _entries(path) if entry["update"] <= last_update]
+
+    def holds(entry: dict[str, Any]) -> bool:
+        if entry["update"] == last_update and entry["kind"] == "evaluation":
+            return not evaluation_due
+        return entry["update"] <= last_update
+
+    kept = [line for line, entry in _entries(path) if holds(entry)]
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)

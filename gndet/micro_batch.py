@@ -7,6 +7,7 @@ update's gradient is the sum of its images' gradients over global_batch, however
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from gndet.config import Config
 from gndet.data.batching import Replay, largest_batch, split
 from gndet.distributed import gather, least
-from gndet.errors import ConfigError, TrainingError
+from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.run import Run
+from gndet.signals import Stop, StopSignals
 from gndet.structures import Batch
 
 MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
@@ -41,7 +43,7 @@ def images_at_once(run: Run) -> int:
         )
     most = -(-cfg.train.global_batch // proc.world)
     sizes = sorted({-(-most // count) for count in range(1, most + 1)})
-    size = least(largest_fitting(sizes, lambda num: fits(run, num, limit)), proc)
+    (size,) = least([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc)
     if size == 0:
         room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {cfg.train.memory_limit_mib:g}"
         raise ConfigError(
@@ -112,31 +114,70 @@ def resident_bytes(run: Run) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def gradients(run: Run, batches: Replay, size: int) -> tuple[dict[str, Tensor], int]:
-    """Compute this process's part of an update's gradient and of its losses: sums over its images / global_batch.
+class Share(NamedTuple):
+    """A process's part of an update, its gradient aside, which the parameters hold."""
 
-    size: images at once.  Where memory runs out the update starts again with half as many.  Returns the losses and the
-    smallest size that any process went down to.  Raises TrainingError, on all processes, where nothing smaller is
-    possible in one of them or would change what is learned.  (In SyncBN's forward the others wait for the one that
-    fails: there its error is the one to read.)
+    losses: dict[str, Tensor]  # sums over its images / global_batch
+    size: int  # images at once from here on: the smallest that any process went down to
+    skipped: bool  # whether any process had to leave out a picture
+    undo: Callable[[], None]  # puts back running statistics (BN), which the forward passes have changed
+
+
+def gradients(run: Run, batches: Replay, size: int, stop: StopSignals) -> Share:
+    """Compute this process's part of an update's gradient and of its losses.
+
+    size: images at once.  Where memory runs out the update starts again with half as many.  Raises TrainingError, on
+    all processes, where nothing smaller is possible in one of them or would change what is learned, and where one has
+    no data; Stop, on all, where one of them has been asked to stop.  Nothing but gradients is changed then.  (In
+    SyncBN's forward the others wait for the one that fails: there its error is the one to read.)
     """
-    losses, refusal = {}, ""
-    while size and not losses:
-        run.model.zero_grad()
-        try:
-            room = partial(_room, run)
-            losses = backward(run.model, run.autocast, batches, size, run.cfg, room)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            refusal = _refusal(run, size, error)
-        if not losses:  # by here the tensors of the attempt are gone with its exception
-            size = 0 if refusal else size // 2
-            release(run.proc.device)
-    smallest = least(size, run.proc)
-    if smallest == 0:
-        raise TrainingError("\n".join(text for texts in gather([refusal], run.proc) for text in texts if text))
-    return losses, smallest
+    undo, losses, refusal, proc = running_statistics(run), {}, "", run.proc
+    at_once, poll = (stop.at_once, stop.poll) if breakable(run) else (nullcontext, lambda: None)
+    try:
+        while size and not losses:
+            run.model.zero_grad()
+            undo()
+            try:
+                with at_once():
+                    losses = backward(run.model, run.autocast, batches, size, run.cfg, partial(_room, run), poll)
+            except Stop:
+                break
+            except GndetError as error:
+                refusal = str(error)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                refusal = _refusal(run, size, error)
+            if not losses:  # by here the tensors of the attempt are gone with its exception
+                size = 0 if refusal else size // 2
+                release(proc.device)
+        all_read = not any(loaded.skipped for loaded in batches.taken)
+        smallest, going_on, all_read = least([size, int(not stop.asked), int(all_read)], proc)
+        if smallest == 0:
+            raise TrainingError("\n".join(text for texts in gather([refusal], proc) for text in texts if text))
+        if not going_on:
+            raise Stop
+    except BaseException:
+        undo()
+        raise
+    return Share(losses, smallest, not all_read, undo)
+
+
+def breakable(run: Run) -> bool:
+    """Whether a process may leave an update unfinished by itself: not where others wait for it in SyncBN's forward."""
+    return run.proc.world == 1 or all(norm.kind != "sync_bn" for norm in run.cfg.model.part_norms().values())
+
+
+def running_statistics(run: Run) -> Callable[[], None]:
+    """Copy what a forward pass in training changes: BN's running statistics.  Returns what puts them back."""
+    mixed = any(norm.mixes_images for norm in run.cfg.model.part_norms().values())
+    kept = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if mixed else []
+
+    def put_back() -> None:
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+    return put_back
 
 
 def _room(run: Run) -> AbstractContextManager:
@@ -165,8 +206,9 @@ def backward(
     size: int,
     cfg: Config,
     room: Callable[[], AbstractContextManager] = nullcontext,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Add the gradients of batches, cut to size images, to the parameters'; each part is computed within room().
+    """Add the gradients of batches, cut to size images, to the parameters': before() before each part, room() around.
 
     Returns the sums of their losses / global_batch, on the device.
     """
@@ -174,6 +216,7 @@ def backward(
     sums: dict[str, Tensor] = {}
     for batch in batches:
         for part in split(batch, size, cfg.data.canvas_multiple, cfg.data.exact_canvas):
+            before()
             with room():
                 with autocast():
                     losses = model(to_device(part, device))  # {name: (B,)}

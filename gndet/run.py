@@ -27,6 +27,7 @@ class Run(NamedTuple):
     average: nn.Module | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
+    data: dict[str, str]  # hashes of what is learned from and evaluated on
     norms: dict[str, str] | None  # what became of each norm layer that train.weights knew; None: an old run
 
     @property

@@ -1,7 +1,12 @@
 """The run folder: made, taken up where an unfinished run stopped, or refused. One process at a time writes to it."""
 
+import errno
+import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,16 @@ from gndet.errors import GndetError, OutputError, TrainingError
 
 # What may differ when a run goes on: nothing here changes what is learned.
 NEUTRAL = (
-    "device", "data.root", "data.workers", "train.log_every", "train.eval_every", "train.checkpoint_every",
-    "train.keep_last", "train.vis_images", "train.memory_limit_mib", "evaluation",
+    "device", "data.root", "data.workers", "data.cache", "data.max_pixels", "data.max_unreadable",
+    "data.skip_unreadable", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last",
+    "train.vis_images", "train.memory_limit_mib", "train.on_nonfinite", "train.timeout_s", "evaluation",
 )  # fmt: skip
 SPLIT = "train.images_per_gpu"  # neutral where images do not depend on each other
 
 CONFIG = "config.yaml"
+LOCK = ".lock"
+PREEMPTED = "PREEMPTED"  # the marker of a run that a signal ended and that the same command continues
+LOCK_WAIT = 10.0  # seconds for a killed run's process to be gone
 UNSET = "not set"  # a key of a section that the other config does not have
 
 
@@ -58,6 +67,7 @@ def make_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> None:
             partial_file = out / f"{CONFIG}.partial"
             partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
             os.replace(partial_file, out / CONFIG)
+            (out / PREEMPTED).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
     gather([], proc)  # the others wait for the folder
@@ -71,7 +81,7 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     if not out.is_dir():
         raise OutputError(f"out: {out} is a file, expected a folder for the run")
     if not (out / CONFIG).exists():
-        if any(out.iterdir()):
+        if any(path.name not in (LOCK, PREEMPTED) for path in out.iterdir()):
             raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
         return
     saved, _ = newest_checkpoint(out)
@@ -84,7 +94,7 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     if changed:
         lines = [f"  {key}: {old.get(key, UNSET)!r} there, {new.get(key, UNSET)!r} now" for key in changed[:8]]
         raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
-    if saved.meta["update"] >= saved.meta["total_updates"]:
+    if saved.meta["update"] >= saved.meta["total_updates"] and not saved.meta.get("evaluation_due"):
         raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
 
 
@@ -96,3 +106,53 @@ def flat(cfg: Config) -> dict[str, Any]:
             yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
     return dict(walk(cfg.model_dump(mode="json"), ""))
+
+
+@contextmanager
+def locked(out: Path, proc: Process) -> Iterator[None]:
+    """Keep a folder that is there from being trained into by two runs at once, while the context lasts.
+
+    Raises TrainingError, on all processes, where another process has it.  A lock ends with its process, and loader
+    processes do not inherit it.  Where the file system knows no locks there is none.
+    """
+    refusal = []
+    file = None
+    if proc.first and out.is_dir() and os.access(out, os.W_OK):
+        file = (out / LOCK).open("a+", encoding="utf-8")
+        refusal = _lock(file, out)
+    try:
+        for text in gather(refusal, proc)[0]:
+            raise TrainingError(text)
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _lock(file: Any, out: Path) -> list[str]:
+    """Lock an open file within LOCK_WAIT.  Returns why it could not be, or nothing."""
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                return []
+            if time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
+            file.seek(0)
+            return [f"{out}: another process trains into this folder: {file.read().strip()}; choose another out=FOLDER"]
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        return []
+
+
+def mark_preempted(out: Path, when: str) -> None:
+    """Leave the marker of a run that a signal ended; `make_run` removes it.  Raises OutputError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / PREEMPTED).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} stopped by a signal {when}\n")
+    except OSError as error:
+        raise OutputError(f"{out / PREEMPTED}: cannot write it: {error.strerror}") from None

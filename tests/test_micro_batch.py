@@ -19,12 +19,13 @@ from gndet.checkpoint import load_checkpoint
 from gndet.config import Config, DataConfig
 from gndet.config_file import load_config
 from gndet.data import read_dataset
-from gndet.data.batching import Replay, largest_batch, micro_batches, split, train_batches
+from gndet.data.batching import Loaded, Replay, largest_batch, micro_batches, split, train_batches
 from gndet.distributed import Process, sum_gradients
 from gndet.errors import ConfigError, TrainingError
 from gndet.memory import MIB, TensorBytes
 from gndet.micro_batch import backward, check_split, resident_bytes
-from gndet.train import build_run, train
+from gndet.set_up import build_run
+from gndet.train import train
 
 EXACT = ("train.precision=float64",)  # rounding of float32 may flip a sampled region; float64 shows
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
@@ -143,11 +144,11 @@ def test_a_split_batch_has_the_same_losses_on_smaller_canvases(num: int) -> None
 
 
 def test_an_update_s_batches_can_be_gone_through_again() -> None:
-    source = iter([1, 2, 3, 4])
+    source = iter([Loaded(number, (), ()) for number in (1, 2, 3, 4)])
     update = Replay(functools.partial(next, source), 3)
     assert next(iter(update)) == 1  # broken off
     assert list(update) == [1, 2, 3] == list(update)
-    assert next(source) == 4
+    assert next(source).batch == 4 and [loaded.batch for loaded in update.taken] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("edges", [(64,), (64, 72), (64, 96)])
@@ -158,7 +159,7 @@ def test_no_batch_is_larger_than_the_largest(config: Path, data_root: Path, edge
         largest = largest_batch(train_set, data, num, masks=True)
         assert largest_batch(train_set, data, num, masks=True, objects=200).gt.valid.sum() == 200 * num
         assert len(largest.images) == num and largest.gt.masks.shape[1:] == (largest.gt.valid.shape[1], 112, 112)
-        for batch in train_batches(
+        for batch, *_ in train_batches(
             train_set, data, seed=0, start=0, stop=60 // num, images_per_gpu=num, global_batch=num, rank=0, world=1,
             masks=True, pin_memory=False,
         ):  # fmt: skip

@@ -1,7 +1,6 @@
 """Training runs on a tiny detector: killed, resumed, spread over processes, refused."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -20,33 +19,9 @@ from gndet.checkpoint import load_checkpoint
 from gndet.config import Config
 from gndet.config_file import load_config
 from gndet.data import shapes
-from gndet.distributed import Process
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
-from gndet.metrics import Meter
+from gndet.selftest.tiny import CONFIG
 from gndet.train import train
-
-CONFIG = {
-    "model": {
-        "norm": {"kind": "gn", "channels_per_group": 16},
-        "backbone": {"depth": 18},
-        "fpn": {"channels": 16},
-        "rpn": {
-            "anchor_sizes": [16, 32, 64, 96, 128], "anchors_per_image": 32, "pre_nms_train": 50, "pre_nms_test": 50,
-            "post_nms_train": 20, "post_nms_test": 20,
-        },
-        "box_head": {"conv_channels": 16, "num_convs": 1, "fc_channels": 32, "regions_per_image": 16},
-        "mask_head": {"channels": 16, "num_convs": 1},
-    },
-    "data": {
-        "train": {"kind": "shapes", "count": 7, "size": 64, "seed": 1},
-        "val": {"kind": "shapes", "count": 3, "size": 64, "seed": 2},
-        "shortest_edge": [64, 72], "shortest_edge_test": 64, "workers": 0,
-    },
-    "train": {
-        "global_batch": 2, "images_per_gpu": 1, "ema": 0.9, "log_every": 1, "eval_every": 0, "checkpoint_every": 2,
-        "keep_last": 9, "vis_images": 1, "schedule": {"updates": 6, "warmup": 2, "steps": [4], "reference_batch": 2},
-    },
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -90,9 +65,9 @@ def test_a_run_killed_mid_epoch_and_resumed_is_bit_identical(config: Path, overr
     killed = subprocess.Popen(
         command(config, "killed", "data.workers=2", *overrides), env=ENVIRONMENT, stdout=subprocess.DEVNULL
     )
-    metrics = config.parent / "killed" / "metrics.jsonl"
+    saved = config.parent / "killed" / "last"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (not metrics.exists() or len(metrics.read_text().splitlines()) < 3):
+    while time.monotonic() < deadline and not saved.exists():
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
@@ -116,7 +91,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(config: Path) -> None:
     for line in stopped.stdout:
         if line.startswith("update 1/"):
             stopped.send_signal(signal.SIGINT)
-    assert stopped.wait() == 2
+    assert stopped.wait() == 130
     assert 1 <= load_checkpoint(config.parent / "stopped" / "last").meta["update"] < 6
     train(load(config, "stopped"))
     assert_same(config.parent / "unbroken", config.parent / "stopped")
@@ -189,14 +164,6 @@ def test_a_mistake_with_fresh_leaves_the_old_run_where_it_is(config: Path) -> No
     assert not (config.parent / "run-old-1").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tmp_path: Path) -> None:
-    meter = Meter(torch.device("cpu"), 2)
-    meter.add({"loss_cls": torch.tensor(1.0)})
-    meter.check_finite(0, torch.tensor(3.0), tmp_path, Process(0, 1, torch.device("cpu")))
-    with pytest.raises(TrainingError, match=r"gradient norm inf\); this update was not made"):
-        meter.check_finite(1, torch.tensor(math.inf), tmp_path, Process(0, 1, torch.device("cpu")))
-
-
 def test_options_that_change_nothing_learned_may_change_on_resume(config: Path) -> None:
     train(load(config, "run", "train.schedule.updates=6"))
     folder = config.parent / "run"
@@ -235,7 +202,7 @@ def test_folders_that_are_no_run_or_cannot_be_written_are_refused(config: Path) 
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_untouched(config: Path) -> None:
-    with pytest.raises(TrainingError, match=r"not finite at update \d+ (.|\n)*train\.optimizer\.lr"):
+    with pytest.raises(TrainingError, match=r"not finite at update \d+, (.|\n)*train\.optimizer\.lr"):
         train(load(config, "run", "train.optimizer.lr=1e30", "train.schedule.warmup=0", "train.checkpoint_every=1"))
     assert all(value.isfinite().all() for value in last(config.parent / "run").values())
 

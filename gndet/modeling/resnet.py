@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from gndet.config import BackboneConfig, NormConfig
 from gndet.modeling.norm import Area, Areas, ConvFactory, ConvNorm, clear_padding, conv_factory
 
+WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -76,13 +77,13 @@ class ResNet(nn.Module):
         self.masked = norm.masked
         block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, stride_in_1x1=cfg.stride_in_1x1)
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
-        self.stem = conv(3, 64, 7, stride=2)
-        self.channels = tuple(64 * 2**i * expansion for i in range(4))
-        in_channels = 64
+        self.stem = conv(3, WIDTH, 7, stride=2)
+        self.channels = tuple(WIDTH * 2**i * expansion for i in range(4))
+        in_channels = WIDTH
         for i, count in enumerate(BLOCKS[cfg.depth]):
             blocks = []
             for j in range(count):
-                blocks.append(block(in_channels, 64 * 2**i, 2 if i and not j else 1, conv))
+                blocks.append(block(in_channels, WIDTH * 2**i, 2 if i and not j else 1, conv))
                 in_channels = self.channels[i]
             self.add_module(f"res{i + 2}", nn.ModuleList(blocks))
         self._initialise(cfg.zero_init_last_gamma)

@@ -1,0 +1,71 @@
+"""What a checkpoint costs a training run: the copy, the writing beside it, and what the training feels of it.
+
+    python benchmarks/saving.py configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml data.train.kind=shapes data.val.kind=shapes
+
+A run is set up in a temporary folder (or --folder, on the disk to be measured) and its optimiser given a state.  Three
+saves follow; while each is written the main thread multiplies matrices, in steps of some 20 ms, as it did before.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from gndet.config_file import load_config
+from gndet.distributed import process
+from gndet.progress import Progress
+from gndet.saving import Saver, megabytes
+from gndet.set_up import build_run
+
+
+def step(matrix: torch.Tensor) -> float:
+    """Do some work.  Returns the seconds it took."""
+    began = time.perf_counter()
+    float((matrix @ matrix).sum())
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print a line a save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--folder", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, process("auto") as proc:
+        cfg = load_config(options.config, [*options.overrides, f"out={folder}"])
+        run, _ = build_run(cfg, Path(folder), proc, None)
+        for parameter in run.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        run.optimizer.step()
+        saver = Saver(run, 10, print)
+        print(
+            f"{options.config}: {megabytes(run):.0f} MB a checkpoint, {torch.get_num_threads()} threads, {proc.device}"
+        )
+        matrix = torch.randn(1000, 1000, device=proc.device)
+        usual = statistics.median([step(matrix) for _ in range(50)])
+        for update in (1, 2, 3):
+            began = time.perf_counter()
+            saver._groups()
+            copied = time.perf_counter() - began
+            began = time.perf_counter()
+            saver.save(Progress(update=update))
+            returned = time.perf_counter() - began
+            steps = []
+            while not saver._written.done():
+                steps.append(step(matrix))
+            written = time.perf_counter() - began
+            saver.wait()
+            print(
+                f"copy to memory {1e3 * copied:.0f} ms, save() returned after {1e3 * returned:.0f} ms, on the disk "
+                f"after {1e3 * written:.0f} ms; a step takes {1e3 * statistics.median(steps):.0f} ms meanwhile (at most "
+                f"{1e3 * max(steps):.0f}), {1e3 * usual:.0f} before"
+            )
+        saver.close()
+
+
+if __name__ == "__main__":
+    main()

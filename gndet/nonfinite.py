@@ -1,0 +1,192 @@
+"""A loss or gradient that is not finite: found before the update, and written down so that it can be made again.
+
+A process writes nonfinite/update-0000012-process1/ into the run folder: report.json with the update, the losses, the
+images' ids and keys and the first module of each whose result is not finite, and batch-0.safetensors and on with what
+the model was given.  The checkpoint that the run leaves beside it holds the weights that the update started from.
+Letters: B images.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gndet.data.batching import Loaded, split
+from gndet.distributed import Process, any_process, gather
+from gndet.errors import DataError, TrainingError
+from gndet.micro_batch import breakable, to_device
+from gndet.run import Run
+from gndet.structures import Batch, GroundTruth
+
+FOLDER = "nonfinite"
+ADVICE = (
+    "A lower train.optimizer.lr, a longer train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps; "
+    "train.on_nonfinite=skip:N passes over so many updates"
+)
+
+
+def all_finite(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> bool:
+    """Whether an update's losses and gradient are finite in every process; all get the same answer.
+
+    norm: of the gradient, not finite if any part of it is not.  This is the one host sync an update.
+    """
+    finite = bool(torch.stack([norm, *losses.values()]).sum().isfinite())
+    return not any_process(not finite, proc)
+
+
+def allowed(policy: str) -> int:
+    """How many updates train.on_nonfinite lets be passed over: "stop" none, "skip:N" N."""
+    return 0 if policy == "stop" else int(re.fullmatch(r"skip:(\d+)", policy)[1])
+
+
+def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Tensor], norm: Tensor) -> str:
+    """Find out where an update became not finite, write it down, and say it for all processes.
+
+    update: the number of updates before it.  taken: what this process computed it from.  All processes call it; the
+    model's running statistics, which it changes, are the caller's to put back.
+    """
+    numbers = {name: float(value) for name, value in losses.items()}
+    images = examine(run, taken) if breakable(run) else []
+    guilty = [image for image in images if image["first"]]
+    text = "; ".join(f"image {one['image_id']}: {one['first']}" for one in guilty[:3])
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    report = {
+        "update": update, "process": run.proc.rank, "processes": run.proc.world,
+        "losses": {name: _json_number(value) for name, value in numbers.items()},
+        "gradient_norm_of_all_processes": _json_number(float(norm)), "images": images,
+        "config": run.cfg.model_dump(mode="json"),
+    }  # fmt: skip
+    where = _write(run.out / FOLDER / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
+    line = f"  process {run.proc.rank}: {shown}; {text or 'finite, image by image'}; {where}"
+    lines = [line for part in gather([line], run.proc) for line in part]
+    return "\n".join([
+        f"a loss or the gradient (norm {float(norm):.4g}) is not finite at update {update + 1}, which was not made:",
+        *lines,
+    ])  # fmt: skip
+
+
+def refuse(run: Run, text: str, passed_over: int) -> None:
+    """Raise TrainingError, in all processes, where train.on_nonfinite does not let another update be passed over."""
+    if passed_over > allowed(run.cfg.train.on_nonfinite):
+        raise TrainingError(
+            f"{run.out}: {text}\n  {ADVICE}"
+            + (f" ({passed_over - 1} have been passed over before)" if passed_over > 1 else "")
+        )
+
+
+def examine(run: Run, taken: list[Loaded]) -> list[dict[str, Any]]:
+    """Compute a process's images anew, one by one where they do not depend on each other, and look at every module.
+
+    Returns a dict an image (for a norm that mixes images: a batch, with all its ids): image_id, key, losses, and first:
+    what was not finite first, in words, empty where all is finite.  The gradients are gone afterwards.
+    """
+    data, alone = run.cfg.data, run.cfg.model.batch_coupling() is None
+    found = []
+    for loaded in taken:
+        parts = split(loaded.batch, 1 if alone else len(loaded.batch.images), data.canvas_multiple, data.exact_canvas)
+        ids = [[image] for image in loaded.image_ids] if alone else [list(loaded.image_ids)]
+        for part, image_ids in zip(parts, ids, strict=True):
+            run.model.zero_grad()
+            losses, first = _first_nonfinite(run, to_device(part, run.proc.device))
+            found.append({
+                "image_id": image_ids[0] if alone else image_ids, "key": [int(key) for key in part.keys],
+                "losses": {name: _json_number(value) for name, value in losses.items()}, "first": first,
+            })  # fmt: skip
+    run.model.zero_grad()
+    return found
+
+
+def read_batch(path: Path) -> Batch:
+    """Read a batch-N.safetensors of a report, to compute it anew.  Raises DataError for another file."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+        gt = GroundTruth(*(tensors[f"gt.{name}"] for name in GroundTruth._fields))
+        batch = Batch(tensors["images"], tensors["sizes"], tensors["keys"], gt, bool(tensors["padded"]))
+    except (OSError, KeyError, SafetensorError) as error:
+        raise DataError(f"{path}: not a batch that gndet wrote: {error}") from None
+    return batch
+
+
+def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
+    """The losses of a batch, and what becomes not finite first in its forward and backward pass."""
+    first: list[str] = []
+    with _hooks(run.model, first.append):
+        with run.autocast():
+            losses = run.model(batch)  # {name: (B,)}
+        means = {name: float(loss.detach().mean()) for name, loss in losses.items()}
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        if wrong and not first:
+            first.append(", ".join(wrong))
+        if not first:
+            sum(loss.sum() for loss in losses.values()).backward()
+    named = run.model.named_parameters()
+    bad = [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]
+    if bad and not first:
+        first.append(f"the gradient of {bad[-1]}")
+    return means, f"{first[0]} is not finite" if first else ""
+
+
+@contextmanager
+def _hooks(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
+    """Note the modules whose result, or the gradient of whose result, is not finite, in the order they are computed."""
+
+    def forward_hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            for tensor in pytree.tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    if not tensor.isfinite().all():
+                        note(f"the output of {name or 'the model'}")
+                    if tensor.requires_grad:
+                        tensor.register_hook(gradient_hook(name))
+
+        return look
+
+    def gradient_hook(name: str) -> Callable[[Tensor], None]:
+        def look(gradient: Tensor) -> None:
+            if not gradient.isfinite().all():
+                note(f"the gradient of the output of {name or 'the model'}")
+
+        return look
+
+    handles = [module.register_forward_hook(forward_hook(name)) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
+    """Write a report whole or not at all.  Returns where it is, or why it is nowhere."""
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for number, loaded in enumerate(taken):
+            images, sizes, keys, gt, padded = loaded.batch
+            tensors = {"images": images, "sizes": sizes, "keys": keys, "padded": torch.tensor(padded)}
+            tensors |= {f"gt.{name}": tensor for name, tensor in zip(GroundTruth._fields, gt, strict=True)}
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            (temporary / f"batch-{number}.safetensors").write_bytes(safetensors.torch.save(whole))
+        (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+    except OSError as error:
+        return f"not written to {folder}: {error.strerror}"
+    return f"written to {folder}"
+
+
+def _json_number(value: float) -> float | str:
+    """A number as JSON has it; "nan", "inf" and "-inf" as text."""
+    return value if math.isfinite(value) else str(value)

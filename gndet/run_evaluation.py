@@ -1,0 +1,101 @@
+"""The evaluation of a run in training: over all processes, broken off when the run is asked to stop, with pictures."""
+
+import itertools
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gndet.distributed import gather, give_first_s, meet
+from gndet.errors import GndetError, TrainingError
+from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
+from gndet.run import Run
+from gndet.signals import Stop, StopSignals
+from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
+
+PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
+
+
+def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation:
+    """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results.
+
+    Raises, in all processes, Stop where one was asked to stop, and TrainingError where more pictures than
+    data.max_unreadable cannot be read; fewer count as pictures in which nothing was found.
+    """
+    proc = run.proc
+    share, count = len(range(proc.rank, len(run.val_set.records), proc.world)), itertools.count(1)
+    unreadable: dict[int, str] = {}
+    met = False
+
+    def on_image(image_id: int) -> None:
+        number = next(count)
+        stop.poll()
+        if proc.watch:
+            proc.watch.at(done, f"evaluating image {number} of its {share}")
+        log.evaluating(number, share)
+
+    def gather_all(items: list[Any]) -> list[list[Any]]:
+        nonlocal met
+        if not met:  # before the first exchange all find out whether all have come this far
+            stop.no_longer_at_once()
+            met = True
+            meet(None, proc)
+        return gather(items, proc)
+
+    give_first_s(run.detector.buffers(), proc)  # BN's running statistics differ from process to process
+    try:
+        with stop.at_once():
+            evaluation = evaluate(
+                run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
+                world=proc.world, gather=gather_all, on_image=on_image, unreadable=unreadable.__setitem__,
+                notify=log.message,
+            )  # fmt: skip
+    except (Stop, GndetError) as trouble:
+        if not met:
+            meet(trouble, proc)
+        raise
+    unreadable = {image: reason for part in gather([unreadable], proc) for image, reason in part[0].items()}
+    refuse_unreadable(run, unreadable)
+    if unreadable:
+        first = next(iter(unreadable.values()))
+        log.message(f"{len(unreadable)} image(s) cannot be read and count as images where nothing was found: {first}")
+    if proc.first:
+        log.evaluation(done, scalars(evaluation), table(evaluation))
+        log.attempt("detections.json", partial(save_results, run.out / "detections.json", evaluation.results))
+        log.attempt("predictions.png", partial(show_examples, run, done, log, evaluation))
+    return evaluation
+
+
+def refuse_unreadable(run: Run, unreadable: dict[int, str]) -> None:
+    """Raise TrainingError where more validation pictures than data.max_unreadable could not be read."""
+    limit = run.cfg.data.max_unreadable
+    if len(unreadable) > limit * len(run.val_set.records):
+        raise TrainingError(
+            f"{run.val_set.name}: {len(unreadable)} of {len(run.val_set.records)} images cannot be read, more than "
+            f"data.max_unreadable: {limit:g} of them: {next(iter(unreadable.values()))}"
+        )
+
+
+def show_examples(run: Run, done: int, log: Any, evaluation: Evaluation) -> None:
+    """Write predictions.png and TensorBoard's pictures: the first validation images, ground truth beside detections."""
+    pictures = draw_examples(run, evaluation)
+    for i, picture in enumerate(pictures):
+        log.picture(done, f"val/{i}", picture)
+    if pictures:
+        save_picture(run.out / "predictions.png", grid(pictures, columns=2))
+
+
+def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:
+    """The first validation images that can be read, ground truth beside detections."""
+    pictures = []
+    for record in run.val_set.records[: run.cfg.train.vis_images]:
+        found = [one for one in evaluation.results if one["image_id"] == record.image_id]
+        data = run.val_set
+        try:
+            image = record.load()
+        except GndetError:
+            continue  # the evaluation has said so
+        left = draw_ground_truth(image, record, data.classes)
+        right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD)
+        pictures.append(side_by_side(left, right, ("ground truth", "detections")))
+    return pictures

@@ -1,0 +1,131 @@
+"""What a run saves, and when it is written: copied to memory at once, written to the disk beside the training.
+
+The training waits for the copy, and for the writing only where the checkpoint before is not written yet.  A full disk
+does not end the run: the checkpoints that are there stay, the next one is tried when it is due, and the run ends with
+an error if its last one could not be written.
+"""
+
+import platform
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+
+import gndet
+from gndet.checkpoint import CHECKPOINTS, point, prune, save_checkpoint
+from gndet.errors import CheckpointError
+from gndet.optim import optimizer_tensors
+from gndet.progress import Progress
+from gndet.run import Run
+
+
+class Saver:
+    """Saves the checkpoints of a run, in the first process; in the others it does nothing.  A context manager."""
+
+    def __init__(self, run: Run, total: int, say: Callable[[str], None]) -> None:
+        """total: updates of the whole run.  say: called with a line where a checkpoint could not be written."""
+        self._run, self._total, self._say = run, total, say
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._written: Future | None = None
+        self._last: tuple[int, bool] | None = None  # update and evaluation_due of the last one handed over
+        self.failed: CheckpointError | None = None  # why the newest checkpoint could not be written
+
+    def save(self, progress: Progress, *, better: bool = False, at_once: bool = False) -> None:
+        """Copy the run's state and write it: update-..., then the links last and, if better, best.
+
+        at_once: return when it is on the disk.  A failure is kept in `failed`, and said.
+        """
+        if not self._run.proc.first:
+            return
+        self.wait()
+        groups, meta = self._groups(), self._meta(progress)
+        self._last = (progress.update, progress.evaluation_due)
+        self._written = self._thread.submit(self._write, groups, meta, better)
+        if at_once:
+            self.wait()
+
+    def holds(self, progress: Progress) -> bool:
+        """Whether the newest checkpoint, on the disk, is of this state."""
+        self.wait()
+        return self._last == (progress.update, progress.evaluation_due) and self.failed is None
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Called before loader processes are forked, which would inherit the locks of a thread at work.
+        """
+        if self._written is not None:
+            self.failed = self._written.result()
+            self._written = None
+            if self.failed is not None:
+                self._say(f"{self.failed}; the checkpoints before it are whole, training goes on without this one")
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(
+        self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], better: bool
+    ) -> CheckpointError | None:
+        out = self._run.out
+        folder = out / CHECKPOINTS / f"update-{meta['update']:07d}"
+        try:
+            save_checkpoint(folder, groups, meta)
+            if better:
+                point(out, "best", folder)
+            point(out, "last", folder)
+            prune(out, self._run.cfg.train.keep_last)
+        except CheckpointError as error:
+            return error
+        return None
+
+    def _groups(self) -> dict[str, dict[str, Tensor]]:
+        run = self._run
+        groups = {"model": run.model.state_dict(), "optimizer": optimizer_tensors(run.optimizer, run.model)}
+        if run.average is not None:
+            groups["ema"] = run.average.module.state_dict()
+        return {
+            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+            for name, tensors in groups.items()
+        }
+
+    def _meta(self, progress: Progress) -> dict[str, Any]:
+        run = self._run
+        return progress.to_meta() | run.data | {
+            "total_updates": self._total, "processes": run.proc.world, "device": run.proc.device.type,
+            "config": run.cfg.model_dump(mode="json"), "asked": run.asked.model_dump(mode="json"), "norms": run.norms,
+            "classes": list(run.train_set.classes), "category_ids": list(run.train_set.category_ids),
+            "versions": versions(),
+        }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {
+        "gndet": gndet.__version__, "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "threads": str(torch.get_num_threads()),
+    }  # fmt: skip
+
+
+def megabytes(run: Run) -> float:
+    """The size of a checkpoint in MB, the optimiser's state to come included."""
+    tensors = [*run.model.state_dict().values(), *(run.average.state_dict().values() if run.average else ())]
+    state = 1 if run.cfg.train.optimizer.kind == "sgd" else 2
+    trainable = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    return (sum(tensor.nbytes for tensor in tensors) + state * trainable) / 1e6
+
+
+def room_for_checkpoints(run: Run, free_bytes: float) -> str:
+    """A warning where the disk has no room for the checkpoints that are kept and one being written; else empty."""
+    cfg, each = run.cfg.train, megabytes(run)
+    count = cfg.keep_last + 2  # best, and the one that is written beside them
+    if free_bytes / 1e6 > count * each:
+        return ""
+    return (
+        f"{run.out}: {free_bytes / 1e6:.0f} MB are free on the disk; {count} checkpoints of {each:.0f} MB may "
+        "lie there at once"
+    )

@@ -1,0 +1,100 @@
+"""What a run begins or goes on with: data read and checked, model and optimiser built, a checkpoint's state put in."""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from gndet.checkpoint import Checkpoint
+from gndet.config import Config
+from gndet.config_file import config_from_dict
+from gndet.data import read_dataset
+from gndet.distributed import Process, give_first_s, place
+from gndet.errors import ConfigError, DataError
+from gndet.fingerprint import fingerprints
+from gndet.micro_batch import images_at_once
+from gndet.optim import average_weights, make_optimizer
+from gndet.progress import Progress
+from gndet.resume import restore
+from gndet.run import Run
+from gndet.run_folder import find_run
+from gndet.saving import room_for_checkpoints
+from gndet.weights.audit import audit, summary
+from gndet.weights.load import initial_model
+
+
+class Start(NamedTuple):
+    """What a run begins or goes on with."""
+
+    run: Run
+    progress: Progress
+    size: int  # images at once
+    notes: list[str]
+
+
+def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
+    """Read, check and build everything, or take it up from the newest checkpoint; nothing is written."""
+    saved, notes = find_run(cfg, out, fresh, proc)
+    run, built = build_run(cfg, out, proc, saved)
+    notes, progress = [*built, *notes], Progress()
+    if saved is not None:
+        progress, changed = restore(run, saved)
+        progress.unreadable = still_unreadable(run, progress)
+        total = saved.meta["total_updates"]
+        notes += [f"continuing after update {progress.update} of {total} ({saved.path})", *changed]
+    size = images_at_once(run)
+    notes += summary(audit(run.model, run.cfg, run.norms, proc.world, images=size))
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    notes += filter(None, [room_for_checkpoints(run, shutil.disk_usage(existing).free)])
+    notes.append(
+        f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, {size} at once"
+    )
+    return Start(run, progress, size, notes)
+
+
+def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:
+    """Of the pictures that were left out before the run stopped, those that have not been mended since."""
+    found = {}
+    for record in run.train_set.records if progress.unreadable else ():
+        if record.image_id in progress.unreadable:
+            try:
+                record.load()
+            except DataError as error:
+                found[record.image_id] = str(error)
+    return found
+
+
+def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
+    """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
+    train_set = read_dataset(cfg.data.train, cfg.data, masks=cfg.model.masks)
+    val_set = read_dataset(cfg.data.val, cfg.data)
+    if train_set.classes != val_set.classes:
+        raise ConfigError(
+            f"data: the classes of {train_set.name} ({', '.join(train_set.classes)}) are not those of "
+            f"{val_set.name} ({', '.join(val_set.classes)}); data.classes chooses common ones"
+        )
+    notes = [
+        f"{which}: {len(data.records)} images, {sum(len(r.labels) for r in data.records)} objects, "
+        f"{len(data.classes)} classes from {data.name}"
+        + "".join(f"; {count} {what}" for what, count in data.fixes.items())
+        for which, data in (("train", train_set), ("val", val_set))
+    ]
+    notes += [f"{which}: {note}" for which, data in (("train", train_set), ("val", val_set)) for note in data.notes]
+    asked = cfg
+    if saved is not None:  # norm_policy: hybrid changed the norms when the run began
+        cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
+    model, cfg, loaded, fates = initial_model(
+        cfg, train_set.classes, load=saved is None, images=train_set, measure=proc.first
+    )
+    norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms")
+    notes += loaded
+    model, autocast = place(model.train(), cfg.train.precision, proc)
+    give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
+    average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
+    optimizer = make_optimizer(cfg.train.optimizer, model)
+    notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
+    report = audit(model, cfg, norms, proc.world)
+    if report.errors:
+        raise ConfigError("\n".join(report.errors))
+    data = fingerprints(train_set, val_set, cfg.model.masks)
+    run = Run(cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, data, norms)
+    return run, notes

@@ -1,0 +1,109 @@
+"""Signals that ask a run to stop: SIGTERM and SIGUSR1 of a scheduler, SIGINT of a person.
+
+The first is noted, and the run stops where it can be resumed exactly: `StopSignals.poll` raises Stop there, and within
+`at_once()` the signal does so itself.  A second one ends the process without a word more: what was saved before stays.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+WAKE = signal.SIGURG  # sent by this process to its main thread; by default nothing happens, should it come late
+SAME = 1.0  # seconds: a scheduler may signal all processes, and torchrun then passes its own signal on; one request
+
+
+class Stop(BaseException):
+    """The run has been asked to stop.  No `except Exception` may swallow it."""
+
+
+class StopSignals:
+    """Collects the signals of a run while the context lasts; outside the main thread it collects none.
+
+    The second signal is acted on by a thread that the C handler wakes: the main thread may be inside a collective.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None  # of the first signal; 0: another process of the run received one
+        self._first_at = 0.0
+        self._interrupt = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run has been asked to stop."""
+        return self.number is not None
+
+    @property
+    def status(self) -> int:
+        """The exit status of a run that was stopped and saved: 130 after Ctrl-C, so that a `&&` chain ends, else 0."""
+        return 130 if self.number == signal.SIGINT else 0
+
+    def ask(self) -> None:
+        """Note that another process of the run has been asked to stop; that, too, breaks off what may be."""
+        if self.number is None:
+            self.number = 0
+        if self._before:
+            signal.pthread_kill(threading.main_thread().ident, WAKE)
+
+    def poll(self, *_: object) -> None:
+        """Raise Stop if the run has been asked to stop."""
+        if self.asked:
+            raise Stop
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal raise Stop wherever the main thread is: only around what may be broken off anywhere."""
+        before, self._interrupt = self._interrupt, True
+        try:
+            self.poll()  # after that line: a signal between the two would be lost
+            yield
+        finally:
+            self._interrupt = before
+
+    def no_longer_at_once(self) -> None:
+        """Let no signal raise Stop any more within `at_once()`: what follows is done with other processes."""
+        self._interrupt = False
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._before = {number: signal.signal(number, self._in_main_thread) for number in (*STOPPING, WAKE)}
+            self._before_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True, name="signals").start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._before_fd)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+            os.close(self._write)  # ends the thread
+
+    def _in_main_thread(self, number: int, frame: object) -> None:
+        if number != WAKE:
+            self._note(number)
+        if self._interrupt:
+            self._interrupt = False
+            raise Stop
+
+    def _watch(self) -> None:
+        """Read the numbers that the C handler writes, as they come."""
+        with open(self._read, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] in STOPPING:
+                    self._note(number[0])
+                    if time.monotonic() - self._first_at > SAME:
+                        os._exit(128 + number[0])
+
+    def _note(self, number: int) -> None:
+        if not self.number:
+            self.number = number
+        if not self._first_at:
+            self._first_at = time.monotonic()

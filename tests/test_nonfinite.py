@@ -1,0 +1,170 @@
+"""A loss or gradient that is not finite is found, located and written down; nothing of the run is changed."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import CONFIG, last, load
+from torch import Tensor, nn
+
+from gndet.config import Config
+from gndet.config_file import config_from_dict
+from gndet.data.batching import Loaded, train_batches
+from gndet.distributed import Process
+from gndet.errors import ConfigError, DataError, TrainingError
+from gndet.nonfinite import all_finite, allowed, describe, examine, read_batch, refuse
+from gndet.run import Run
+from gndet.set_up import build_run
+from gndet.train import train
+
+ALONE = Process(0, 1, torch.device("cpu"))
+pytestmark = pytest.mark.faults
+
+
+def make_run(folder: Path, **train: Any) -> Run:
+    tree = CONFIG | {"train": CONFIG["train"] | {"global_batch": 4, "images_per_gpu": 2} | train, "out": str(folder)}
+    torch.manual_seed(0)
+    return build_run(config_from_dict(tree, "test"), folder, ALONE, None)[0]
+
+
+def first_update(run: Run) -> list[Loaded]:
+    with closing(batches(run.cfg, run)) as stream:
+        return [next(stream), next(stream)]
+
+
+def batches(cfg: Config, run: Run) -> Iterator[Loaded]:
+    return train_batches(
+        run.train_set, cfg.data, seed=0, start=0, stop=1, images_per_gpu=2, global_batch=4, rank=0, world=1, masks=True,
+        pin_memory=False,
+    )  # fmt: skip
+
+
+class Poison(nn.Module):
+    """Replaces part of a module's result by something else where the batch holds a certain picture."""
+
+    def __init__(self, inner: nn.Module, value: float, where: str) -> None:
+        super().__init__()
+        self.inner, self.value, self.where, self.hit = inner, value, where, False
+
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
+        y = self.inner(x, *more)
+        if not self.hit:
+            return y
+        if self.where == "output":
+            return torch.where(torch.arange(y.numel()).view(y.shape) == 0, self.value, y)
+        y = y.clone()
+        y.register_hook(lambda gradient: gradient * self.value)
+        return y
+
+
+def poisoned(run: Run, module: str, key: int, value: float, where: str) -> None:
+    """Let a module fail for the picture of that key alone."""
+    parent, _, name = module.rpartition(".")
+    poison = Poison(run.model.get_submodule(module), value, where)
+    setattr(run.model.get_submodule(parent), name, poison)
+    run.model.register_forward_pre_hook(lambda m, args: setattr(poison, "hit", bool((args[0].keys == key).any())))
+
+
+def test_a_sound_update_is_found_to_be_sound(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    found = examine(run, first_update(run))
+    assert [one["first"] for one in found] == [""] * 4
+    assert len({one["image_id"] for one in found}) == 4 and all(one["losses"]["loss_mask"] > 0 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("module", "value", "where", "words"),
+    [
+        (
+            "backbone.res3.0.conv1",
+            math.nan,
+            "output",
+            r"the output of backbone\.res3\.0\.conv1(\.inner)? is not",
+        ),
+        ("fpn.output3", math.inf, "output", r"the output of fpn\.output3 is not finite"),
+        (
+            "backbone.res4.1.conv2",
+            math.nan,
+            "gradient",
+            r"the gradient of the output of backbone\.res4\.1\.\w+.*",
+        ),
+    ],
+)
+def test_the_first_module_and_the_image_are_named(
+    tmp_path: Path, module: str, value: float, where: str, words: str
+) -> None:
+    run = make_run(tmp_path)
+    taken = first_update(run)
+    guilty = taken[1].image_ids[0]
+    poisoned(run, module, int(taken[1].batch.keys[0]), value, where)
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    text = describe(run, 7, taken, {"loss_cls": torch.tensor(math.nan)}, torch.tensor(math.nan))
+    report = json.loads((tmp_path / "nonfinite" / "update-0000008-process0" / "report.json").read_text())
+    assert [one["image_id"] for one in report["images"] if one["first"]] == [guilty]
+    assert f"image {guilty}: " in text and "at update 8" in text
+    (first,) = [one["first"] for one in report["images"] if one["first"]]
+    assert re.search(words, first), first
+    assert report["losses"] == {"loss_cls": "nan"} and report["update"] == 7
+    assert config_from_dict(report["config"], "report") == run.cfg
+    after = run.model.state_dict()
+    assert all(torch.equal(weights[name], after[name]) for name in weights)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+def test_the_batch_that_was_written_gives_the_same_losses(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    taken = first_update(run)
+    describe(run, 0, taken, {"loss_cls": torch.tensor(1.0)}, torch.tensor(math.inf))
+    folder = tmp_path / "nonfinite" / "update-0000001-process0"
+    for number, loaded in enumerate(taken):
+        again = run.model(read_batch(folder / f"batch-{number}.safetensors"))
+        assert all(torch.equal(loss, again[name]) for name, loss in run.model(loaded.batch).items())
+    with pytest.raises(DataError, match=r"report\.json: not a batch that gndet wrote"):
+        read_batch(folder / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "finite"),
+    [
+        ((1.0, 2.0), 3.0, True),
+        ((1.0, math.nan), 3.0, False),
+        ((math.inf, -math.inf), 3.0, False),
+        ((1.0,), math.inf, False),
+    ],
+)
+def test_a_loss_or_the_gradient_alone_is_enough(losses: tuple[float, ...], norm: float, finite: bool) -> None:
+    parts = {str(i): torch.tensor(value) for i, value in enumerate(losses)}
+    assert all_finite(parts, torch.tensor(norm), ALONE) == finite
+
+
+def test_so_many_updates_are_passed_over_and_no_more(tmp_path: Path) -> None:
+    run = make_run(tmp_path, on_nonfinite="skip:2")
+    assert allowed("stop") == 0 and allowed("skip:2") == 2
+    refuse(run, "text", 2)
+    with pytest.raises(TrainingError, match=r"(?s)text.*2 have been passed over before"):
+        refuse(run, "text", 3)
+    with pytest.raises(TrainingError, match=r"train\.on_nonfinite=skip:N"):
+        refuse(make_run(tmp_path), "text", 1)
+
+
+@pytest.mark.parametrize("policy", ["skip", "skip:0", "skip:-1", "go", "skip:two", ""])
+def test_an_unknown_policy_is_refused(policy: str) -> None:
+    with pytest.raises(ConfigError, match=r"train\.on_nonfinite: got"):
+        config_from_dict({"train": {"on_nonfinite": policy}}, "test")
+
+
+def test_with_bn_the_running_statistics_of_a_bad_update_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(CONFIG))
+    options = ("model.norm.kind=bn", "train.images_per_gpu=2", "train.optimizer.lr=1e30", "train.schedule.warmup=0")
+    with pytest.raises(TrainingError, match="is not finite at update"):
+        train(load(path, "run", *options, "train.checkpoint_every=1"))
+    state = last(path.parent / "run")
+    assert any("running_mean" in name for name in state)
+    assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())

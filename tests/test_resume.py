@@ -1,0 +1,120 @@
+"""What is different when a run goes on is refused, or said in a line, by the rule that `gndet.resume` states."""
+
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from test_train import CONFIG, assert_same, forget, load
+
+from gndet.checkpoint import load_checkpoint, save_checkpoint
+from gndet.data import shapes
+from gndet.errors import TrainingError
+from gndet.progress import Best, Progress
+from gndet.train import train
+
+pytestmark = pytest.mark.faults
+OPTIONS = ("train.checkpoint_every=2", "train.global_batch=2")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config of a run of 6 updates, beside the run."""
+    path = tmp_path_factory.mktemp("finished") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    train(load(path, "run", *OPTIONS))
+    return path
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """The same with 4 of the 6 updates."""
+    shutil.copytree(finished.parent, tmp_path / "copy", symlinks=True)
+    forget(tmp_path / "copy" / "run", 6)
+    return tmp_path / "copy" / "tiny.yaml"
+
+
+def go_on(config: Path, *overrides: str) -> str:
+    said = StringIO()
+    train(load(config, "run", *OPTIONS, *overrides), console=Console(file=said))
+    return said.getvalue()
+
+
+def test_nothing_is_said_where_nothing_differs_and_the_bits_are_the_same(stopped: Path, finished: Path) -> None:
+    text = go_on(stopped)
+    assert "continuing after update 4 of 6" in text and "not bit-exact" not in text
+    assert_same(finished.parent / "run", stopped.parent / "run")
+
+
+def test_what_changes_rounding_only_is_said_in_one_line(stopped: Path) -> None:
+    try:
+        torch.set_num_threads(2)
+        text = go_on(stopped, "train.images_per_gpu=2", "data.workers=1")
+    finally:
+        torch.set_num_threads(1)
+    (line,) = [line for line in text.splitlines() if "not bit-exact" in line]
+    assert "the same images in the same order and the same recipe" in line
+    assert "threads 1 -> 2" in line and "train.images_per_gpu 1 -> 2" in line and "torch 2" not in line
+
+
+def test_other_validation_data_is_said_and_not_refused(stopped: Path) -> None:
+    assert "not what this run was evaluated on before" not in go_on(stopped)
+    forget(stopped.parent / "run", 6)
+    with pytest.raises(TrainingError, match=r"data\.val\.seed: 2 there, 3 now"):  # the config has changed: refused
+        go_on(stopped, "data.val.seed=3")
+
+
+def test_the_same_options_with_other_validation_data(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shapes._layout
+    monkeypatch.setattr(shapes, "_layout", lambda seed, i, size: real(9 if seed == 2 else seed, i, size))
+    assert "not what this run was evaluated on before" in go_on(stopped)
+
+
+def test_other_masks_over_the_same_boxes_are_refused(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shapes._to_record
+
+    def other(*args: object) -> object:
+        record = real(*args)
+        turned = [{"size": one["size"], "counts": one["counts"][:-1] + "1"} for one in record.segmentations]
+        return record._replace(segmentations=turned) if record.image_id < 2 * shapes.MAX_COUNT else record
+
+    monkeypatch.setattr(shapes, "_to_record", other)
+    with pytest.raises(TrainingError, match="trained on other images or objects"):
+        go_on(stopped)
+
+
+def test_other_classes_are_refused(stopped: Path) -> None:
+    saved = load_checkpoint((stopped.parent / "run" / "last").resolve().with_name("update-0000004"))
+    save_checkpoint(saved.path, saved.groups, saved.meta | {"classes": ["disc", "box", "triangle", "comet"]})
+    with pytest.raises(TrainingError, match=r"trained for the classes disc, .*comet, the data now has .*star"):
+        go_on(stopped)
+
+
+def test_an_evaluation_that_a_signal_broke_off_is_made_up_for(stopped: Path) -> None:
+    run = stopped.parent / "run"
+    train(load(stopped, "run", *OPTIONS))
+    saved = load_checkpoint((run / "last").resolve())
+    assert saved.meta["update"] == 6 and not saved.meta["evaluation_due"]
+    save_checkpoint(saved.path, saved.groups, saved.meta | {"evaluation_due": True, "best": None, "best_update": None})
+    assert "evaluation after update 6/6" in go_on(stopped)
+    assert load_checkpoint(run / "last").meta["metrics"] == saved.meta["metrics"]
+    with pytest.raises(TrainingError, match="this run is finished"):
+        go_on(stopped)
+
+
+def test_progress_comes_back_from_a_checkpoint_s_meta() -> None:
+    progress = Progress(7, True, {"box/AP": 0.5, "box/APl": float("nan")}, Best(0.5, 6), 2, {17: "gone"})
+    again = Progress.from_meta(progress.to_meta())
+    assert str(again) == str(progress)  # nan is not equal to itself
+    assert Progress.from_meta(Progress().to_meta()) == Progress()
+
+
+def test_a_run_s_best_is_kept_until_a_better_one() -> None:
+    progress = Progress(update=1)
+    assert progress.evaluated({"box/AP": float("nan")}) and progress.best == Best(0.0, 1)
+    progress.update = 2
+    assert not progress.evaluated({"box/AP": 0.0}) and progress.best == Best(0.0, 1)
+    assert progress.evaluated({"box/AP": 0.9, "mask/AP": 0.1}) and progress.best == Best(0.1, 2)

@@ -61,8 +61,8 @@ def main() -> None:
             saver.wait()
             print(
                 f"copy to memory {1e3 * copied:.0f} ms, save() returned after {1e3 * returned:.0f} ms, on the disk "
-                f"after {1e3 * written:.0f} ms; a step takes {1e3 * statistics.median(steps):.0f} ms meanwhile (at most "
-                f"{1e3 * max(steps):.0f}), {1e3 * usual:.0f} before"
+                f"after {1e3 * written:.0f} ms; a step takes {1e3 * statistics.median(steps):.0f} ms meanwhile (at "
+                f"most {1e3 * max(steps):.0f}), {1e3 * usual:.0f} before"
             )
         saver.close()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from gndet.errors import ConfigError, TrainingError
+from gndet.errors import ConfigError, ProcessLost, TrainingError
 from gndet.signals import Stop
 from gndet.watch import Watch
 
@@ -114,17 +114,17 @@ def limit_waiting(proc: Process, seconds: float) -> None:
 
 @contextmanager
 def _together(proc: Process) -> Iterator[None]:
-    """Wait for the other processes.  Raises TrainingError, which says what is known of them, where they do not come."""
+    """Wait for the other processes.  Raises ProcessLost, which says what is known of them, where they do not come."""
     try:
         with proc.watch.waiting() if proc.watch else nullcontext():
             yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         if proc.watch is None:
-            raise TrainingError(f"process {proc.rank}: the others did not come: {reason}") from error
+            raise ProcessLost(f"process {proc.rank}: the others did not come: {reason}") from error
         text = f"process {proc.rank} {proc.watch.where()}: the others did not come: {proc.watch.others()} ({reason})"
         proc.watch.dump(text)
-        raise TrainingError(text) from error
+        raise ProcessLost(text) from error
 
 
 def _keep_freed_memory() -> None:
@@ -165,6 +165,9 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad.copy_(part.view_as(p.grad))
             bucket = []
+    if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
+        with _together(proc):
+            torch.cuda.synchronize(proc.device)
 
 
 def give_first_s(tensors: Iterable[Tensor], proc: Process) -> None:
@@ -203,11 +206,6 @@ def least(values: Sequence[int], proc: Process) -> list[int]:
     with _together(proc):
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     return smallest.tolist()
-
-
-def any_process(flag: bool, proc: Process) -> bool:
-    """Whether the flag is set in any process; all get the same answer."""
-    return least([int(not flag)], proc) == [0]
 
 
 def meet(trouble: BaseException | None, proc: Process) -> None:

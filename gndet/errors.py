@@ -28,6 +28,10 @@ class TrainingError(GndetError):
     """A training run cannot go on: a non-finite loss, an output folder in use."""
 
 
+class ProcessLost(TrainingError):
+    """Another process of the run did not come to where all meet."""
+
+
 class MachineError(GndetError):
     """The machine is at a limit: open files, memory.  No file is at fault, and none is passed over."""
 

@@ -21,12 +21,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from gndet.data.batching import Loaded
-from gndet.distributed import Process, total
-from gndet.errors import DataError
+from gndet.errors import DataError, OutputError
 
 
 class RunLog:
@@ -86,12 +84,14 @@ class RunLog:
         """On a terminal, put the last numbers below the bar."""
         if self._live is not None:
             text = Text("  ".join(filter(None, [self._numbers, self._scores])))
-            self._live.update(Group(self._progress, text), refresh=True)
+            with self._console_may_fail():
+                self._live.update(Group(self._progress, text), refresh=True)
 
     def evaluating(self, done: int, total: int) -> None:
         """Show on a terminal how many of the images have been evaluated."""
         if self._live is not None and (done == total or done % max(total // 100, 1) == 0):
-            self._live.update(Group(self._progress, Text(f"evaluating: {done} of {total} images")), refresh=True)
+            with self._console_may_fail():
+                self._live.update(Group(self._progress, Text(f"evaluating: {done} of {total} images")), refresh=True)
 
     def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
         """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
@@ -117,16 +117,26 @@ class RunLog:
     def message(self, text: str) -> None:
         """Show text, above the live display where there is one; it is not written to a file."""
         if self._console is not None:
-            # not folded: a path or a command is copied whole, and a log file has no width
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            with self._console_may_fail():
+                # not folded: a path or a command is copied whole, and a log file has no width
+                self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Write out what is buffered and leave the console as it was."""
         if self._live is not None:
-            self._live.stop()
+            with self._console_may_fail():
+                self._live.stop()
         with self._may_fail("tensorboard"):
             self._board.close()
         self._file.close()
+
+    @contextmanager
+    def _console_may_fail(self) -> Iterator[None]:
+        """Let a run outlive its terminal: a file on a full disk, a pipe that nobody reads any more."""
+        try:
+            yield
+        except OSError as error:
+            self.lost = self.lost or f"what it says: {error.strerror or error}"
 
     @contextmanager
     def _may_fail(self, what: str) -> Iterator[None]:
@@ -174,12 +184,15 @@ class Silence:
 def open_log(
     out: Path, first: bool, *, total_updates: int, first_update: int, evaluation_due: bool, console: Console | None
 ) -> "RunLog | Silence":
-    """The log of a run in its first process, one that says nothing in the others."""
+    """The log of a run in its first process, one that says nothing in the others.  Raises OutputError."""
     if not first:
         return Silence()
-    return RunLog(
-        out, total_updates=total_updates, first_update=first_update, evaluation_due=evaluation_due, console=console
-    )
+    try:
+        return RunLog(
+            out, total_updates=total_updates, first_update=first_update, evaluation_due=evaluation_due, console=console
+        )
+    except OSError as error:
+        raise OutputError(f"{error.filename or out}: cannot write the log: {error.strerror}") from None
 
 
 def _train_line(values: dict[str, float]) -> str:
@@ -199,7 +212,7 @@ def _train_line(values: dict[str, float]) -> str:
 
 
 class Meter:
-    """Sums losses on the device and measures time, data wait and memory between two log lines."""
+    """Measures time, data wait and memory between two log lines."""
 
     def __init__(self, device: torch.device, global_batch: int) -> None:
         self.device, self.global_batch = device, global_batch
@@ -207,7 +220,6 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
         self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def wait_for(self, batches: Iterator[Loaded]) -> Loaded:
@@ -217,12 +229,6 @@ class Meter:
         self.waited += time.perf_counter() - before
         return batch
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Add this process's part of an update's losses; the device is not waited for."""
-        self.updates += 1
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + loss
-
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of an evaluation or a save out of the figures."""
@@ -230,18 +236,15 @@ class Meter:
         yield
         self.paused += time.perf_counter() - before
 
-    def read(self, proc: Process) -> dict[str, float]:
-        """The means since the last call, over all processes, and start anew."""
+    def read(self) -> dict[str, float]:
+        """The figures of the updates since the last call, and start anew."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
-        values = {}
-        if self.updates:  # else all of them were passed over
-            names = list(self.sums)
-            sums = total(torch.stack([self.sums[name] for name in names]) / self.updates, proc).tolist()
-            values = {"loss": sum(sums)} | dict(zip(names, sums, strict=True))
-            self.seconds_per_update = seconds / self.updates
-        values["images_per_s"] = self.global_batch * self.updates / seconds
-        values["data_wait"] = min(self.waited / seconds, 1.0)
-        values["memory_mib"] = memory_mib(self.device)
+        self.seconds_per_update = seconds / max(self.updates, 1)
+        values = {
+            "images_per_s": self.global_batch * self.updates / seconds,
+            "data_wait": min(self.waited / seconds, 1.0),
+            "memory_mib": memory_mib(self.device),
+        }
         self._reset()
         return values
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gndet.data.batching import Loaded, split
-from gndet.distributed import Process, any_process, gather
+from gndet.distributed import Process, gather, total
 from gndet.errors import DataError, TrainingError
 from gndet.micro_batch import breakable, to_device
 from gndet.run import Run
@@ -36,13 +36,17 @@ ADVICE = (
 )
 
 
-def all_finite(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> bool:
-    """Whether an update's losses and gradient are finite in every process; all get the same answer.
+def summed(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> tuple[dict[str, float], bool]:
+    """Sum the parts of an update's losses over the processes, and find out whether all is finite in all of them.
 
     norm: of the gradient, not finite if any part of it is not.  This is the one host sync an update.
     """
-    finite = bool(torch.stack([norm, *losses.values()]).sum().isfinite())
-    return not any_process(not finite, proc)
+    values = torch.stack([norm, *losses.values()]).double().cpu()
+    if not values.isfinite().all():
+        values.fill_(math.nan)  # which no sum undoes
+    *losses_sums, _ = total(values.roll(-1), proc).tolist()
+    sums = dict(zip(losses, losses_sums, strict=True))
+    return sums, all(map(math.isfinite, losses_sums))
 
 
 def allowed(policy: str) -> int:

@@ -25,16 +25,20 @@ class Progress:
     evaluation_due: bool = False  # the evaluation after this update has not been finished
     values: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     best: Best | None = None
+    sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last line of the log
+    summed: int = 0  # updates in `sums`
+    images_at_once: int = 0  # what the last update was computed with; 0: nothing yet
     nonfinite: int = 0  # updates that were not made because a loss or a gradient was not finite
     unreadable: dict[int, str] = field(default_factory=dict)  # training image's id: why it was left out
     whole: bool = True  # False while an update is being made: weights and `update` do not belong together
     undo: Callable[[], None] = nothing  # puts back what an update that is not made yet has changed
 
     def to_meta(self) -> dict[str, Any]:
-        """Its part of a checkpoint's meta.json."""
+        """Its part of a checkpoint's meta.json, a copy: it is written while the run goes on."""
         return {
             "update": self.update, "evaluation_due": self.evaluation_due, "best": self.best and self.best.score,
             "best_update": self.best and self.best.update, "nonfinite": self.nonfinite,
+            "sums": dict(self.sums), "summed": self.summed, "images_at_once": self.images_at_once,
             "metrics": {name: value if math.isfinite(value) else None for name, value in self.values.items()},
             "unreadable": {str(image): reason for image, reason in self.unreadable.items()},
         }  # fmt: skip
@@ -46,17 +50,41 @@ class Progress:
             update=int(meta["update"]),
             evaluation_due=bool(meta.get("evaluation_due", False)),
             values={name: math.nan if value is None else value for name, value in meta["metrics"].items()},
-            best=None if meta["best"] is None else Best(meta["best"], meta["best_update"]),
+            best=best_in(meta),
             nonfinite=int(meta.get("nonfinite", 0)),
+            sums=dict(meta.get("sums", {})),
+            summed=int(meta.get("summed", 0)),
+            images_at_once=int(meta.get("images_at_once", 0)),
             unreadable={int(image): reason for image, reason in meta.get("unreadable", {}).items()},
         )
 
-    def evaluated(self, values: dict[str, float]) -> bool:
-        """Note the metrics of an evaluation after this update.  Returns whether it is the best so far."""
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Add the losses of an update."""
+        self.summed += 1
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + loss
+
+    def take_means(self) -> dict[str, float]:
+        """The mean losses since the last call, {} where no update was made; the sums start anew."""
+        means = {name: value / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return {"loss": sum(means.values())} | means if means else {}
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the state after this update is the best that has been evaluated."""
+        return self.best is not None and self.best.update == self.update and not self.evaluation_due
+
+    def evaluated(self, values: dict[str, float]) -> None:
+        """Note the metrics of an evaluation after this update, and whether it is the best so far."""
         self.evaluation_due, self.values = False, values
-        better = self.best is None or score(values) > self.best.score
-        self.best = Best(score(values), self.update) if better else self.best
-        return better
+        if self.best is None or score(values) > self.best.score:
+            self.best = Best(score(values), self.update)
+
+
+def best_in(meta: Mapping[str, Any]) -> Best | None:
+    """The best evaluation that a checkpoint's meta knows."""
+    return None if meta["best"] is None else Best(meta["best"], meta["best_update"])
 
 
 def score(values: Mapping[str, float]) -> float:

@@ -55,14 +55,11 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
 
 def drift(run: Run, saved: Checkpoint) -> list[str]:
     """Say in one line what is different now and changes rounding only; no line where the run goes on bit for bit."""
-    there = {"processes": saved.meta.get("processes"), "device": saved.meta.get("device")}
-    here = {"processes": run.proc.world, "device": run.proc.device.type}
     asked = saved.meta.get("asked", saved.meta["config"])
-    there["train.images_per_gpu"], here["train.images_per_gpu"] = (
-        asked["train"]["images_per_gpu"],
-        run.asked.train.images_per_gpu,
-    )
-    there, here = there | saved.meta["versions"], here | versions()
+    there = {"processes": saved.meta.get("processes"), "device": saved.meta.get("device")} | saved.meta["versions"]
+    there["train.images_per_gpu"] = asked["train"]["images_per_gpu"]
+    here = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
+    here["train.images_per_gpu"] = run.asked.train.images_per_gpu
     changed = [f"{name} {there[name]} -> {here[name]}" for name in here if there.get(name) not in (None, here[name])]
     lines = []
     if changed:

@@ -39,7 +39,7 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation
         if not met:  # before the first exchange all find out whether all have come this far
             stop.no_longer_at_once()
             met = True
-            meet(None, proc)
+            meet(Stop() if stop.asked else None, proc)
         return gather(items, proc)
 
     give_first_s(run.detector.buffers(), proc)  # BN's running statistics differ from process to process

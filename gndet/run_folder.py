@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,20 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     return saved, damaged
 
 
-def make_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> None:
-    """Make the folder and write config.yaml; with fresh, a run that is there is moved aside first.
+def move_aside(out: Path, proc: Process) -> None:
+    """Rename a folder with files to ...-old-1 and on, whatever it holds.  Raises OutputError."""
+    if proc.first and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+        try:
+            number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
+            out.rename(f"{out}-old-{number}")
+        except OSError as error:
+            raise OutputError(f"out: {out}: cannot move it aside: {error.strerror}") from None
 
-    Raises OutputError where that cannot be done.
-    """
+
+def make_run(cfg: Config, out: Path, proc: Process) -> None:
+    """Make the folder, write config.yaml, and remove the marker of a signal.  Raises OutputError."""
     if proc.first:
         try:
-            if fresh and out.exists():
-                number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
-                out.rename(f"{out}-old-{number}")
             out.mkdir(parents=True, exist_ok=True)
             partial_file = out / f"{CONFIG}.partial"
             partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
@@ -110,22 +114,28 @@ def flat(cfg: Config) -> dict[str, Any]:
 
 @contextmanager
 def locked(out: Path, proc: Process) -> Iterator[None]:
-    """Keep a folder that is there from being trained into by two runs at once, while the context lasts.
+    """Keep a folder from being trained into by two runs at once, while the context lasts; made where it is missing.
 
-    Raises TrainingError, on all processes, where another process has it.  A lock ends with its process, and loader
-    processes do not inherit it.  Where the file system knows no locks there is none.
+    A folder that was made and has got no files goes again.  Raises TrainingError, on all processes, where another
+    process has it.  A lock ends with its process, and loader processes do not inherit it.  Where the folder cannot be
+    written to, or the file system knows no locks, there is none.
     """
-    refusal = []
-    file = None
-    if proc.first and out.is_dir() and os.access(out, os.W_OK):
-        file = (out / LOCK).open("a+", encoding="utf-8")
-        refusal = _lock(file, out)
+    refusal, file, made = [], None, not out.exists()
+    if proc.first:
+        with suppress(OSError):
+            out.mkdir(parents=True, exist_ok=True)
+            file = (out / LOCK).open("a+", encoding="utf-8")
+            refusal = _lock(file, out)
     try:
         for text in gather(refusal, proc)[0]:
             raise TrainingError(text)
         yield
     finally:
         if file is not None:
+            if made and not refusal and [path.name for path in out.glob("*")] in ([], [LOCK]):
+                with suppress(OSError):
+                    (out / LOCK).unlink()
+                    out.rmdir()
             file.close()
 
 
@@ -155,4 +165,13 @@ def mark_preempted(out: Path, when: str) -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / PREEMPTED).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} stopped by a signal {when}\n")
     except OSError as error:
-        raise OutputError(f"{out / PREEMPTED}: cannot write it: {error.strerror}") from None
+        raise OutputError(
+            f"{out / PREEMPTED}: cannot write it (stopped by a signal {when}): {error.strerror}"
+        ) from None
+
+
+def unmark_preempted(out: Path, proc: Process) -> None:
+    """Remove the marker: the run cannot go on, and is not to be started again and again."""
+    if proc.first:
+        with suppress(OSError):
+            (out / PREEMPTED).unlink(missing_ok=True)

@@ -18,32 +18,38 @@ import gndet
 from gndet.checkpoint import CHECKPOINTS, point, prune, save_checkpoint
 from gndet.errors import CheckpointError
 from gndet.optim import optimizer_tensors
-from gndet.progress import Progress
+from gndet.progress import Best, Progress, best_in
 from gndet.run import Run
 
 
 class Saver:
     """Saves the checkpoints of a run, in the first process; in the others it does nothing.  A context manager."""
 
-    def __init__(self, run: Run, total: int, say: Callable[[str], None]) -> None:
-        """total: updates of the whole run.  say: called with a line where a checkpoint could not be written."""
+    def __init__(self, run: Run, total: int, say: Callable[[str], None], best: Best | None = None) -> None:
+        """total: updates of the whole run.  say: called with a line where a checkpoint could not be written.
+
+        best: that the checkpoint knows which the run goes on from.
+        """
         self._run, self._total, self._say = run, total, say
         self._thread = ThreadPoolExecutor(1, "save")
         self._written: Future | None = None
         self._last: tuple[int, bool] | None = None  # update and evaluation_due of the last one handed over
+        self._progress = Progress()  # of the last one handed over
+        self._best: Best | None = best  # that the newest checkpoint knows
         self.failed: CheckpointError | None = None  # why the newest checkpoint could not be written
 
-    def save(self, progress: Progress, *, better: bool = False, at_once: bool = False) -> None:
-        """Copy the run's state and write it: update-..., then the links last and, if better, best.
+    def save(self, progress: Progress, *, at_once: bool = False) -> None:
+        """Copy the run's state and write it: update-..., then the links last and, where it is the best, best.
 
         at_once: return when it is on the disk.  A failure is kept in `failed`, and said.
         """
         if not self._run.proc.first:
             return
         self.wait()
-        groups, meta = self._groups(), self._meta(progress)
+        groups, meta, best = self._groups(), self._meta(progress), progress.is_best
         self._last = (progress.update, progress.evaluation_due)
-        self._written = self._thread.submit(self._write, groups, meta, better)
+        self._written = self._thread.submit(self._write, groups, meta, best)
+        self._progress = progress
         if at_once:
             self.wait()
 
@@ -57,11 +63,21 @@ class Saver:
 
         Called before loader processes are forked, which would inherit the locks of a thread at work.
         """
-        if self._written is not None:
-            self.failed = self._written.result()
-            self._written = None
-            if self.failed is not None:
-                self._say(f"{self.failed}; the checkpoints before it are whole, training goes on without this one")
+        if self._written is None:
+            return
+        written, self._written = self._written, None
+        try:
+            untidy, best = written.result()
+        except Exception as error:  # a lack of memory, for one: whatever it is, the checkpoint is not there
+            reason = error if isinstance(error, CheckpointError) else f"{self._run.out}: cannot save: {error!r}"
+            self.failed = CheckpointError(str(reason))
+            self._say(f"{self.failed}; the checkpoints before it are whole, training goes on without this one")
+            if self._progress.best is not None and self._progress.best.update == self._last[0]:
+                self._progress.best = self._best  # that of this update is on no disk, and is to be found again
+            return
+        self.failed, self._best = None, best
+        if untidy:
+            self._say(untidy)
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -69,19 +85,20 @@ class Saver:
         self._thread.shutdown()
 
     def _write(
-        self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], better: bool
-    ) -> CheckpointError | None:
+        self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], is_best: bool
+    ) -> tuple[str, Best | None]:
+        """Write a checkpoint.  Returns why old ones could not be removed, if so, and the best that is on the disk."""
         out = self._run.out
         folder = out / CHECKPOINTS / f"update-{meta['update']:07d}"
+        save_checkpoint(folder, groups, meta)
+        if is_best:
+            point(out, "best", folder)
+        point(out, "last", folder)
         try:
-            save_checkpoint(folder, groups, meta)
-            if better:
-                point(out, "best", folder)
-            point(out, "last", folder)
             prune(out, self._run.cfg.train.keep_last)
         except CheckpointError as error:
-            return error
-        return None
+            return str(error), best_in(meta)
+        return "", best_in(meta)
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         run = self._run

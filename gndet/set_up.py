@@ -8,8 +8,8 @@ from gndet.checkpoint import Checkpoint
 from gndet.config import Config
 from gndet.config_file import config_from_dict
 from gndet.data import read_dataset
-from gndet.distributed import Process, give_first_s, place
-from gndet.errors import ConfigError, DataError
+from gndet.distributed import Process, gather, give_first_s, place
+from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints
 from gndet.micro_batch import images_at_once
 from gndet.optim import average_weights, make_optimizer
@@ -38,10 +38,15 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
     notes, progress = [*built, *notes], Progress()
     if saved is not None:
         progress, changed = restore(run, saved)
-        progress.unreadable = still_unreadable(run, progress)
+        progress.unreadable = gather([still_unreadable(run, progress)], proc)[0][0]
         total = saved.meta["total_updates"]
         notes += [f"continuing after update {progress.update} of {total} ({saved.path})", *changed]
-    size = images_at_once(run)
+    refuse_difference(run, progress, saved)
+    size, saved_size = images_at_once(run), progress.images_at_once
+    if saved is not None and saved.meta["asked"]["train"]["images_per_gpu"] == cfg.train.images_per_gpu:
+        size = min(size, saved_size or size)  # memory ran out with more before
+        if saved_size > size:
+            notes.append(f"not bit-exact from here on: images at once {saved_size} -> {size}")
     notes += summary(audit(run.model, run.cfg, run.norms, proc.world, images=size))
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     notes += filter(None, [room_for_checkpoints(run, shutil.disk_usage(existing).free)])
@@ -49,6 +54,25 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
         f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, {size} at once"
     )
     return Start(run, progress, size, notes)
+
+
+def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) -> None:
+    """Raise TrainingError, in all processes, where one of them has another checkpoint, other data or another config.
+
+    They are read by each for itself: on machines that do not share a disk, gradients of two runs would be summed.
+    """
+    cfg = run.cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
+    mine = {
+        "checkpoint": None if saved is None else f"{saved.path.name}, update {progress.update}", "data": run.data,
+        "config": cfg,
+    }  # fmt: skip
+    every = [part[0] for part in gather([mine], run.proc)]
+    for rank, other in enumerate(every):
+        if wrong := [name for name in mine if other[name] != every[0][name]]:
+            raise TrainingError(
+                f"{run.out}: process {rank} has another {' and another '.join(wrong)} than process 0; all need the "
+                "same config and data, and one folder `out` on a disk that they share"
+            )
 
 
 def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:

@@ -29,7 +29,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number: int | None = None  # of the first signal; 0: another process of the run received one
-        self._first_at = 0.0
         self._interrupt = False
         self._before: dict[int, Any] = {}
 
@@ -95,15 +94,16 @@ class StopSignals:
 
     def _watch(self) -> None:
         """Read the numbers that the C handler writes, as they come."""
+        first_at = None
         with open(self._read, "rb", buffering=0) as numbers:
             while number := numbers.read(1):
                 if number[0] in STOPPING:
                     self._note(number[0])
-                    if time.monotonic() - self._first_at > SAME:
+                    now = time.monotonic()
+                    first_at = first_at or now
+                    if now - first_at > SAME:
                         os._exit(128 + number[0])
 
     def _note(self, number: int) -> None:
         if not self.number:
             self.number = number
-        if not self._first_at:
-            self._first_at = time.monotonic()

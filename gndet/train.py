@@ -1,6 +1,7 @@
 """Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -11,20 +12,21 @@ from torch import Tensor, nn
 
 from gndet.config import Config
 from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
-from gndet.distributed import Process, gather, limit_waiting, process, sum_gradients
-from gndet.errors import OutputError, Preempted, TrainingError
+from gndet.distributed import Process, gather, give_first_s, limit_waiting, process, sum_gradients
+from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.evaluation import scalars
 from gndet.metrics import Meter, open_log
 from gndet.micro_batch import Share, gradients
-from gndet.nonfinite import all_finite, describe, refuse
+from gndet.nonfinite import describe, refuse, summed
 from gndet.optim import learning_rate, set_learning_rate, total_updates
 from gndet.progress import Progress, nothing
 from gndet.run import Run
 from gndet.run_evaluation import evaluate_run
-from gndet.run_folder import locked, make_run, mark_preempted
+from gndet.run_folder import locked, make_run, mark_preempted, move_aside, unmark_preempted
 from gndet.saving import Saver
 from gndet.set_up import set_up
 from gndet.signals import Stop, StopSignals
+from gndet.watch import BEAT
 
 
 def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -> dict[str, float]:
@@ -41,13 +43,12 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         proc.watch.stopping, proc.watch.on_stop = (lambda: stop.asked), stop.ask
         # --- the run folder, the data, the model
         stack.enter_context(locked(out, proc))
-        try:
-            with stop.at_once():
-                run, progress, size, notes = set_up(cfg, out, fresh, proc)
-        except Stop:
-            raise preempted(out, "before its first update; what was saved before is as it was", stop, proc) from None
-        make_run(cfg, out, fresh, proc)
-        stack.enter_context(locked(out, proc))
+        with stopped_early(out, proc, stop):
+            run, progress, size, notes = set_up(cfg, out, fresh, proc)
+        if fresh:
+            move_aside(out, proc)
+            stack.enter_context(locked(out, proc))
+        make_run(cfg, out, proc)
         proc.watch.report = out / "stalled"
         limit_waiting(proc, cfg.train.timeout_s)
         meter = Meter(proc.device, cfg.train.global_batch)
@@ -58,11 +59,12 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         stack.enter_context(log)
         for note in notes:
             log.message(note)
-        saver = stack.enter_context(closing(Saver(run, total, log.message)))
+        saver = stack.enter_context(closing(Saver(run, total, log.message, progress.best)))
         stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
         stack.enter_context(rescued(run, progress, total, saver, stop))
         if progress.evaluation_due:
             evaluate_and_save(run, progress, saver, log, stop)
+            saver.wait()  # loader processes are forked now
         # --- the loop
         for update, batches in zip(range(progress.update, total), stream, strict=True):
             proc.watch.at(update, "computing gradients")
@@ -70,23 +72,24 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             set_learning_rate(run.optimizer, lr)
             share = gradients(run, batches, size, stop)
             progress.undo = share.undo
-            size = note_size(share.size, size, update, log)
+            size = progress.images_at_once = note_size(share.size, size, update, log)
             if share.skipped:
                 note_unreadable(run, progress, batches.taken, log)
             sum_gradients(run.model, proc)
             norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
-            if all_finite(share.losses, norm, proc):
-                meter.add(share.losses)
-                make_update(run, progress)
+            losses, finite = summed(share.losses, norm, proc)
+            evaluating = due(update + 1, cfg.train.eval_every, total)
+            if finite:
+                make_update(run, progress, losses, evaluating)
+                meter.updates += 1
             else:
-                pass_over(run, progress, batches.taken, share, norm, log)
+                pass_over(run, progress, batches.taken, share, norm, log, evaluating)
             # --- what is due: log, evaluate, save
             done = progress.update
             if due(done, cfg.train.log_every, total):
-                numbers = meter.read(proc) | {"lr": lr, "eta_s": meter.seconds_per_update * (total - done)}
-                log.train(done, numbers | {"images_at_once": size})
-            if due(done, cfg.train.eval_every, total):
-                progress.evaluation_due = True
+                numbers = progress.take_means() | meter.read() | {"lr": lr, "images_at_once": size}
+                log.train(done, numbers | {"eta_s": meter.seconds_per_update * (total - done)})
+            if evaluating:
                 with meter.pause():
                     evaluate_and_save(run, progress, saver, log, stop)
             elif due(done, cfg.train.checkpoint_every, total):
@@ -104,17 +107,22 @@ def due(done: int, every: int, total: int) -> bool:
 # --- an update
 
 
-def make_update(run: Run, progress: Progress) -> None:
+def make_update(run: Run, progress: Progress, losses: dict[str, float], evaluation_due: bool) -> None:
     """Put the gradient into the weights, and the weights into their average."""
     progress.whole = False
     run.optimizer.step()
     if run.average is not None:
         run.average.update_parameters(run.model)
-    progress.update, progress.undo = progress.update + 1, nothing
+    if any(norm.kind == "brn" for norm in run.cfg.model.part_norms().values()):
+        give_first_s(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
+    progress.add(losses)
+    progress.update, progress.undo, progress.evaluation_due = progress.update + 1, nothing, evaluation_due
     progress.whole = True
 
 
-def pass_over(run: Run, progress: Progress, taken: list[Loaded], share: Share, norm: Tensor, log: Any) -> None:
+def pass_over(
+    run: Run, progress: Progress, taken: list[Loaded], share: Share, norm: Tensor, log: Any, evaluation_due: bool
+) -> None:
     """Leave an update out whose losses or gradient are not finite, as train.on_nonfinite says.
 
     Raises TrainingError, in all processes, where it says to stop.
@@ -124,7 +132,7 @@ def pass_over(run: Run, progress: Progress, taken: list[Loaded], share: Share, n
     refuse(run, text, progress.nonfinite + 1)
     log.message(f"{text}\n  passed over: {progress.nonfinite + 1} so far, {run.cfg.train.on_nonfinite}")
     progress.nonfinite += 1
-    progress.update, progress.undo = progress.update + 1, nothing
+    progress.update, progress.undo, progress.evaluation_due = progress.update + 1, nothing, evaluation_due
 
 
 def note_size(size: int, before: int, update: int, log: Any) -> int:
@@ -164,7 +172,34 @@ def evaluate_and_save(run: Run, progress: Progress, saver: Saver, log: Any, stop
     """Evaluate what has been learned so far, and save it."""
     saver.wait()  # loader processes are forked now
     values = scalars(evaluate_run(run, progress.update, log, stop))
-    saver.save(progress, better=progress.evaluated(values))
+    progress.evaluated(values)
+    saver.save(progress)
+
+
+@contextmanager
+def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]:
+    """Let a signal end a run that has not begun, and leave the marker; an error takes the marker of a past one away.
+
+    Raises Preempted in place of Stop, in all processes where one was asked to stop.
+    """
+    when = "before its first update; what was saved before is as it was"
+    try:
+        with stop.at_once():
+            yield
+    except Stop:
+        if proc.watch.another_failed():
+            raise TrainingError(
+                f"{out}: process {proc.rank} was ended, for another one failed; see what that says"
+            ) from None
+        raise preempted(out, when, stop, proc) from None
+    except ProcessLost:
+        time.sleep(2 * BEAT)  # perhaps it was asked to stop, and has left: that is told within a beat
+        if stop.asked and not proc.watch.another_failed():
+            raise preempted(out, when, stop, proc) from None
+        raise
+    except GndetError:
+        unmark_preempted(out, proc)
+        raise
 
 
 @contextmanager

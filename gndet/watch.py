@@ -11,14 +11,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gndet.errors import Preempted
+from gndet.signals import Stop
+
 BEAT = 0.25  # seconds between two lines of a process
 GRACE = 5.0  # seconds that the collective itself has to fail in, before the process ends without it
-GONE = "process 0, or the torchrun that started it, was killed: it held the store by which processes find each other"
+GONE = (
+    "process 0, or the torchrun that started it, was killed or does not answer: it holds the store by which processes "
+    "find each other"
+)
+STOPPED, FAILED = "watch/stop", "watch/failed"  # keys: a process was asked to stop; one left with an error
 LEAST_QUIET = 60.0  # seconds without news after which a lone process's stacks are written, at the least
+
+Beats = list[dict[str, Any] | None]
 
 
 class Watch:
@@ -34,7 +43,7 @@ class Watch:
         self._update, self._doing, self._since = 0, "starting", time.monotonic()
         self._waiting = False
         self._quiet_said = False
-        self._before: list[dict[str, Any] | None] = []  # the others' beats when the waiting had become long
+        self._before: Beats = []  # the others' beats when the waiting had become long
         self._done = threading.Event()
 
     def at(self, update: int, doing: str) -> None:
@@ -56,27 +65,27 @@ class Watch:
         return _where({"update": self._update, "doing": self._doing})
 
     def others(self) -> str:
-        """Say what the other processes are doing, those that do not answer first.  Takes up to a second."""
+        """Say what the other processes are doing, those that do not answer first.  Takes up to GRACE."""
         if self._store is None:
             return "" if self.world == 1 else GONE
-        before = self._before
-        if not before:
-            before = self._all_beats()
-            time.sleep(4 * BEAT)
-        if self._store is None:
+        found = self._ask(self._compare)
+        if found is None or self._store is None:
             return GONE
         silent, rest = [], []
-        for rank in range(self.world):
-            beat = self._read(rank)
+        for rank, (before, beat) in enumerate(zip(*found, strict=True)):
             if rank == self.rank:
                 continue
-            if beat is None or before[rank] is None:
+            if beat is None or before is None:
                 silent.append(f"process {rank} never answered")
-            elif beat["count"] == before[rank]["count"]:
+            elif beat["count"] == before["count"]:
                 silent.append(f"process {rank} does not answer: stopped or killed {_where(beat)}")
             else:
                 rest.append(f"process {rank} is there, {_where(beat)}")
         return "; ".join(silent + rest)
+
+    def another_failed(self) -> bool:
+        """Whether a process has left the run with an error: then a signal comes from what started it, and ends it."""
+        return bool(self._store is not None and self._ask(lambda: self._store.check([FAILED])))
 
     def dump(self, text: str) -> None:
         """Write the text and the stacks of all threads to the report, where that is possible."""
@@ -92,57 +101,78 @@ class Watch:
             return  # the disk may be what hangs or is full; the text goes to the terminal as well
 
     def __enter__(self) -> "Watch":
-        threading.Thread(target=self._beats, daemon=True, name="watch").start()
+        for work in (self._beats, self._hangs):  # two: the store may hang, too
+            threading.Thread(target=work, daemon=True, name="watch").start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._done.set()
+        if self._store is not None and kind is not None:
+            key = STOPPED if issubclass(kind, Stop | Preempted) else FAILED
+            self._ask(lambda: self._store.set(key, str(self.rank)))
 
     def _beats(self) -> None:
-        """Tell what this process does, hear of a stop, and look for a hang, until the run ends."""
+        """Tell what this process does, and hear of a stop, until the run ends."""
         count, shared = 0, False
-        while not self._done.wait(BEAT):
+        while self._store is not None and not self._done.wait(BEAT):
             count += 1
+            beat = {"update": self._update, "doing": self._doing, "count": count}
             try:
-                if self._store is not None:
-                    beat = {"update": self._update, "doing": self._doing, "count": count}
-                    self._store.set(f"watch/{self.rank}", json.dumps(beat))
-                    if not shared and self.stopping():
-                        self._store.set("watch/stop", str(self.rank))
-                        shared = True
-                    elif not shared and self._store.check(["watch/stop"]):
-                        self.on_stop()
-                        shared = True
+                self._store.set(f"watch/{self.rank}", json.dumps(beat))
+                if not shared and self.stopping():
+                    self._store.set(STOPPED, str(self.rank))
+                    shared = True
+                elif not shared and self._store.check([STOPPED]):
+                    self.on_stop()
+                    shared = True
             except RuntimeError:  # the store is gone with the process that kept it: collectives will say so
                 self._store = None
-            self._look_for_a_hang()
 
-    def _look_for_a_hang(self) -> None:
-        quiet = time.monotonic() - self._since
-        if self._waiting and not self._before and quiet > self.timeout_s - 8 * BEAT:
-            self._before = self._all_beats()
-        if self._waiting and quiet > self.timeout_s + GRACE:  # NCCL may wait for ever
-            text = f"process {self.rank} {self.where()}: no answer for {quiet:.0f} s: {self.others()}"
-            self.dump(text)
+    def _hangs(self) -> None:
+        """Look for a hang until the run ends."""
+        while not self._done.wait(BEAT):
+            quiet = time.monotonic() - self._since
+            if self._waiting and not self._before and quiet > self.timeout_s - 8 * BEAT:
+                self._before = self._ask(self._all_beats) or []
+            if self._waiting and quiet > self.timeout_s + GRACE:  # NCCL may wait for ever
+                text = f"process {self.rank} {self.where()}: no answer for {quiet:.0f} s: {self.others()}"
+                self._tell(text)
+                os._exit(1)
+            if not self._waiting and not self._quiet_said and quiet > max(self.timeout_s, LEAST_QUIET):
+                self._quiet_said = True
+                self._tell(f"process {self.rank} {self.where()}: no progress for {quiet:.0f} s; it is not ended")
+
+    def _tell(self, text: str) -> None:
+        """Write the report, and the text to the terminal, where that is possible."""
+        self.dump(text)
+        with suppress(OSError):
             print(f"gndet: {text}", file=sys.stderr, flush=True)
-            os._exit(1)
-        if not self._waiting and not self._quiet_said and quiet > max(self.timeout_s, LEAST_QUIET):
-            self._quiet_said = True
-            text = f"process {self.rank} {self.where()}: no progress for {quiet:.0f} s"
-            self.dump(text)
-            print(f"gndet: {text}; it is not ended", file=sys.stderr, flush=True)
 
-    def _all_beats(self) -> list[dict[str, Any] | None]:
-        """The last beat of every process."""
-        return [self._read(rank) for rank in range(self.world)]
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """Ask the store something in a thread of its own.  Returns None where it does not answer within GRACE."""
+        answers: list[Any] = []
 
-    def _read(self, rank: int) -> dict[str, Any] | None:
-        """The last beat of a process; None where there is none."""
-        try:
-            key = f"watch/{rank}"
-            return json.loads(self._store.get(key)) if self._store.check([key]) else None
-        except (RuntimeError, AttributeError):
-            return None
+        def ask() -> None:
+            with suppress(RuntimeError, AttributeError):  # the store is gone, or was noticed to be
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(GRACE)
+        return answers[0] if answers else None
+
+    def _compare(self) -> tuple[Beats, Beats]:
+        """The beats of all processes, some time ago and now."""
+        before = self._before
+        if not before:
+            before = self._all_beats()
+            time.sleep(4 * BEAT)
+        return before, self._all_beats()
+
+    def _all_beats(self) -> Beats:
+        """The last beat of every process; None where there is none."""
+        keys = [f"watch/{rank}" for rank in range(self.world)]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 
 
 def _where(beat: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What is different when a run goes on is refused, or said in a line, by the rule that `gndet.resume` states."""
 
+import os
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -8,12 +9,15 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from test_train import CONFIG, assert_same, forget, load
+from test_train import CONFIG, assert_same, forget, load, losses
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data import shapes
+from gndet.distributed import Process
 from gndet.errors import TrainingError
 from gndet.progress import Best, Progress
+from gndet.saving import Saver
+from gndet.set_up import build_run
 from gndet.train import train
 
 pytestmark = pytest.mark.faults
@@ -106,7 +110,9 @@ def test_an_evaluation_that_a_signal_broke_off_is_made_up_for(stopped: Path) -> 
 
 
 def test_progress_comes_back_from_a_checkpoint_s_meta() -> None:
-    progress = Progress(7, True, {"box/AP": 0.5, "box/APl": float("nan")}, Best(0.5, 6), 2, {17: "gone"})
+    progress = Progress(
+        7, True, {"box/AP": 0.5, "box/APl": float("nan")}, Best(0.5, 6), {"loss_cls": 0.1 + 0.2}, 3, 4, 2, {17: "gone"}
+    )
     again = Progress.from_meta(progress.to_meta())
     assert str(again) == str(progress)  # nan is not equal to itself
     assert Progress.from_meta(Progress().to_meta()) == Progress()
@@ -114,7 +120,58 @@ def test_progress_comes_back_from_a_checkpoint_s_meta() -> None:
 
 def test_a_run_s_best_is_kept_until_a_better_one() -> None:
     progress = Progress(update=1)
-    assert progress.evaluated({"box/AP": float("nan")}) and progress.best == Best(0.0, 1)
+    progress.evaluated({"box/AP": float("nan")})
+    assert progress.best == Best(0.0, 1) and progress.is_best
     progress.update = 2
-    assert not progress.evaluated({"box/AP": 0.0}) and progress.best == Best(0.0, 1)
-    assert progress.evaluated({"box/AP": 0.9, "mask/AP": 0.1}) and progress.best == Best(0.1, 2)
+    progress.evaluated({"box/AP": 0.0})
+    assert progress.best == Best(0.0, 1) and not progress.is_best
+    progress.evaluated({"box/AP": 0.9, "mask/AP": 0.1})
+    assert progress.best == Best(0.1, 2) and progress.is_best
+
+
+def test_the_mean_losses_of_a_log_line_are_those_of_the_unbroken_run(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.parent, tmp_path / "copy", symlinks=True)
+    shutil.rmtree(tmp_path / "copy" / "run")
+    config = tmp_path / "copy" / "tiny.yaml"
+    for name in ("unbroken", "run"):
+        train(load(config, name, *OPTIONS, "train.log_every=5"))
+    forget(config.parent / "run", 6)
+    go_on(config, "train.log_every=5")
+    assert losses(config.parent / "run") == losses(config.parent / "unbroken")
+    assert [update for update, _ in losses(config.parent / "run")] == [5, 6]
+
+
+def test_a_best_that_could_not_be_written_is_none(finished: Path, tmp_path: Path) -> None:
+    """The evaluation after it is the best again, though it is worse."""
+    run, _ = build_run(load(finished, "unused"), tmp_path, Process(0, 1, torch.device("cpu")), None)
+    said: list[str] = []
+    saver, progress = Saver(run, 9, said.append), Progress(update=1)
+    for update, score, in_the_way in ((1, 0.5, False), (2, 0.9, True), (3, 0.6, False), (4, 0.4, False)):
+        progress.update = update
+        progress.evaluated({"box/AP": score})
+        blocked = tmp_path / "checkpoints" / ".tmp-update-0000002"
+        with pytest.MonkeyPatch.context() as patch:
+            if in_the_way:
+                patch.setattr(
+                    os, "rename", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+                )
+            saver.save(progress, at_once=True)
+        assert not blocked.exists() and (saver.failed is not None) == in_the_way
+    saver.close()
+    assert "No space left" in said[0]
+    assert (tmp_path / "best").resolve().name == "update-0000003" and progress.best == Best(0.6, 3)
+
+
+def test_whatever_the_writing_thread_trips_over_the_next_save_is_tried(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = build_run(load(finished, "unused"), tmp_path, Process(0, 1, torch.device("cpu")), None)
+    said: list[str] = []
+    saver = Saver(run, 9, said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(MemoryError("none left")))
+        saver.save(Progress(update=1), at_once=True)
+    assert "none left" in said[0] and saver.failed and not saver.holds(Progress(update=1))
+    saver.save(Progress(update=2), at_once=True)
+    assert saver.holds(Progress(update=2)) and load_checkpoint(tmp_path / "last").meta["update"] == 2
+    saver.close()

@@ -36,6 +36,7 @@ class Saver:
         self._last: tuple[int, bool] | None = None  # update and evaluation_due of the last one handed over
         self._progress = Progress()  # of the last one handed over
         self._best: Best | None = best  # that the newest checkpoint knows
+        self._lost: Best | None = None  # that of the update whose checkpoint could not be written
         self.failed: CheckpointError | None = None  # why the newest checkpoint could not be written
 
     def save(self, progress: Progress, *, at_once: bool = False) -> None:
@@ -46,6 +47,9 @@ class Saver:
         if not self._run.proc.first:
             return
         self.wait()
+        if self._lost is not None and self._lost.update == progress.update:
+            progress.best = self._lost  # the same state once more
+        self._lost = None
         groups, meta, best = self._groups(), self._meta(progress), progress.is_best
         self._last = (progress.update, progress.evaluation_due)
         self._written = self._thread.submit(self._write, groups, meta, best)
@@ -73,7 +77,8 @@ class Saver:
             self.failed = CheckpointError(str(reason))
             self._say(f"{self.failed}; the checkpoints before it are whole, training goes on without this one")
             if self._progress.best is not None and self._progress.best.update == self._last[0]:
-                self._progress.best = self._best  # that of this update is on no disk, and is to be found again
+                # that of this update is on no disk, and is to be found again
+                self._lost, self._progress.best = self._progress.best, self._best
             return
         self.failed, self._best = None, best
         if untidy:

@@ -1,0 +1,11 @@
+"""Break a tiny run in every way it must survive; the same as `gndet selftest`.
+
+python tools/selftest.py
+"""
+
+import sys
+
+from gndet.cli import main
+
+if __name__ == "__main__":  # loader processes may import this file again
+    raise SystemExit(main(["selftest", *sys.argv[1:]]))

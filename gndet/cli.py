@@ -5,6 +5,8 @@ torch is imported inside the verb that needs it, so that --help answers at once.
 
 import argparse
 import functools
+import io
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -17,8 +19,16 @@ from gndet.errors import GndetError, Preempted
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.  Returns its exit status, or 2 after a mistake of the user's, told without a traceback."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may hold what no terminal can show
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _is_nobody_reading():
+            raise  # another pipe
+        return 141  # as a shell tells it: 128 + SIGPIPE
     except Preempted as end:
         if str(end):  # one process of a run tells it
             print(f"gndet {options.verb}: {end}", file=sys.stderr)
@@ -29,6 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"gndet {options.verb}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_nobody_reading() -> bool:
+    """Whether what stdout leads to has been closed, as by `| head -1`; the rest is then thrown away."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+        return True
+    return False
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

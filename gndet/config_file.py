@@ -22,6 +22,7 @@ MAX_CONFIG_DEPTH = 20  # levels of nesting; the config has 5
 MAX_BASES = 10  # configs in a `base:` chain
 MAX_SHOWN = 200  # characters of a wrong value
 MAX_MISTAKES = 20  # told at once
+YOLO_KEYS = {"path", "train", "val", "nc"}  # beside names, in the file that names a data set there
 ODD_TAGS = {
     f"tag:yaml.org,2002:{kind}": f"!!{kind}" for kind in ("binary", "omap", "pairs", "set")
 }  # a set has no order
@@ -42,10 +43,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError that names file and line (or the override), key, value and what was expected.
     """
     origin: Origin = {}
-    tree = _read_chain(Path(path), origin, ())
+    tree = _read_chain(Path(path), origin, [])
     tree.setdefault("out", f"runs/{Path(path).stem}")
     _override(tree, overrides, origin)
     return _validated(tree, origin, str(path))
+
+
+def config_files(path: str | Path) -> list[Path]:
+    """The files of a config's `base:` chain.  Raises ConfigError as `load_config` does."""
+    files: list[Path] = []
+    _read_chain(Path(path), {}, files)
+    return files
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config:
@@ -71,23 +79,26 @@ def config_to_yaml(cfg: Config) -> str:
 Origin = dict[tuple[str, ...], str]  # where each key was set: "file.yaml:12" or "override 'a.b=c'"
 
 
-def _read_chain(path: Path, origin: Origin, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """Read path over the configs its `base:` names; note in origin where each key was set."""
+def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
+    """Read path over the configs its `base:` names; note in origin where each key was set, in seen each file."""
     text = _read_text(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to this file")
     if len(seen) == MAX_BASES:
         raise ConfigError(f"{path}: the {MAX_BASES + 1}th file of a `base:` chain, expected at most {MAX_BASES}")
+    seen.append(path.resolve())
     own: Origin = {}
     tree = _parse(text, str(path), lambda node: f"{path}:{node.start_mark.line + 1}", (), own) or {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
+    if "names" in tree and not YOLO_KEYS.isdisjoint(tree):
+        raise ConfigError(f"{path}: a YOLO data file, expected a config; convert the data to COCO's JSON")
     base = tree.pop("base", None)
     result: dict[str, Any] = {}
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError(f"{own.get(('base',), path)}: base: {_brief(base)}, expected the path of a YAML file")
-        result = _read_chain(path.parent / base, origin, (*seen, path.resolve()))
+        result = _read_chain(path.parent / base, origin, seen)
     _merge(result, tree, whole=("norm",))
     origin.update(own)
     return result
@@ -160,6 +171,8 @@ def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) ->
         if len(value) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{source}: a value has at most {MAX_CONFIG_BYTES} characters, this one has {len(value)}")
         change = _parse(value, source, lambda _, source=source: source, keys, origin)
+        if not value.strip() and _is_text(keys):
+            change = ""  # a shell takes the quotes off key=''
         for depth in range(len(keys), 0, -1):
             origin[keys[:depth]] = source
             change = {keys[depth - 1]: change}
@@ -224,6 +237,16 @@ def _section(model: type[BaseModel], name: str) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def _is_text(keys: tuple[str, ...]) -> bool:
+    """Whether a dotted key is that of a text."""
+    model: type[BaseModel] | None = Config
+    for key in keys[:-1]:
+        model = _section(model, key) if key in model.model_fields else None
+        if model is None:
+            return False
+    return keys[-1] in model.model_fields and model.model_fields[keys[-1]].annotation is str
 
 
 def _known_keys(keys: tuple[str, ...]) -> list[str]:

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gndet.data.faults import Fault
+from gndet.data.images import open_picture
+from gndet.data.segmentation import printable
 from gndet.errors import DataError
 from gndet.structures import Dataset
-from gndet.visualize import captioned, draw_ground_truth, grid, placard, shrunk
+from gndet.visualize import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 
 IMAGES = 16
 COLUMNS = 4
 SIDE = 640  # pixels of the longer side of an image
+BARE = ("picture-size", "picture-unrotated")  # boxes of another size would lie anywhere
 DULL = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # nothing to be seen
 
 
@@ -25,14 +29,24 @@ def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
         for index, codes in chosen(dataset, IMAGES // len(datasets)).items():
             record = dataset.records[index]
             shown = [*codes[:2], *([f"and {len(codes) - 2} more"] if len(codes) > 2 else [])]
-            caption = " ".join(filter(None, [name, record.file_name])) + "".join(f"  [{one}]" for one in shown)
-            try:
-                small, scaled = shrunk(record.load(), record, SIDE)
-                picture = draw_ground_truth(small, scaled, dataset.classes)
-            except DataError as error:
-                picture = placard(str(error), SIDE)
-            pictures.append(captioned(picture, caption))
+            caption = " ".join(filter(None, [name, printable(record.file_name)])) + "".join(
+                f"  [{one}]" for one in shown
+            )
+            pictures.append(captioned(_drawn(dataset, index), caption))
     return grid(pictures, COLUMNS) if pictures else None
+
+
+def _drawn(dataset: Dataset, index: int) -> np.ndarray:
+    """An image with its objects; without them where its picture is of another size, a placard where it has none."""
+    record = dataset.records[index]
+    try:
+        small, scaled = shrunk(record.load(), record, SIDE)
+        return draw_ground_truth(small, scaled, [printable(name) for name in dataset.classes])
+    except DataError as error:
+        if isinstance(error, Fault) and error.code in BARE:
+            picture = open_picture(dataset.records.path(index))
+            return draw_objects(shrunk(picture, record, SIDE)[0], np.zeros((0, 4)), [], [])
+        return placard(str(error), SIDE)
 
 
 def chosen(dataset: Dataset, num: int) -> dict[int, list[str]]:

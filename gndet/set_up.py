@@ -7,7 +7,8 @@ from typing import NamedTuple
 from gndet.checkpoint import Checkpoint
 from gndet.config import Config
 from gndet.config_file import config_from_dict
-from gndet.data import read_dataset
+from gndet.data import between, inspect_both
+from gndet.data.faults import NOTED, refuse_all
 from gndet.distributed import Process, gather, give_first_s, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints
@@ -18,6 +19,7 @@ from gndet.resume import restore
 from gndet.run import Run
 from gndet.run_folder import find_run
 from gndet.saving import room_for_checkpoints
+from gndet.structures import Dataset
 from gndet.weights.audit import audit, summary
 from gndet.weights.load import initial_model
 
@@ -87,22 +89,30 @@ def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:
     return found
 
 
-def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
-    """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
-    train_set = read_dataset(cfg.data.train, cfg.data, masks=cfg.model.masks)
-    val_set = read_dataset(cfg.data.val, cfg.data)
-    if train_set.classes != val_set.classes:
-        raise ConfigError(
-            f"data: the classes of {train_set.name} ({', '.join(train_set.classes)}) are not those of "
-            f"{val_set.name} ({', '.join(val_set.classes)}); data.classes chooses common ones"
-        )
+def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
+    """Read and check data.train and data.val, with lines that say what is in them and what was found.
+
+    Raises DataError that lists all that is refused, in either and between them.
+    """
+    sets = dict(zip(("train", "val"), inspect_both(cfg.data, masks=cfg.model.masks), strict=True))
+    both = between(*sets.values())
+    findings = {f"data.{which}: {data.name}": data.findings for which, data in sets.items()}
+    refuse_all(findings | {"data.train and data.val": both})
     notes = [
         f"{which}: {len(data.records)} images, {sum(len(r.labels) for r in data.records)} objects, "
         f"{len(data.classes)} classes from {data.name}"
         + "".join(f"; {count} {what}" for what, count in data.fixes.items())
-        for which, data in (("train", train_set), ("val", val_set))
+        for which, data in sets.items()
     ]
-    notes += [f"{which}: {note}" for which, data in (("train", train_set), ("val", val_set)) for note in data.notes]
+    notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
+    for which, some in [*((which, data.findings) for which, data in sets.items()), ("train and val", both)]:
+        notes += [f"{which}: noted: {one.code} ({one.count}): {one.what}" for one in some if one.severity == NOTED]
+    return sets["train"], sets["val"], notes
+
+
+def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
+    """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
+    train_set, val_set, notes = read_both(cfg)
     asked = cfg
     if saved is not None:  # norm_policy: hybrid changed the norms when the run began
         cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})

@@ -159,9 +159,15 @@ def placard(text: str, side: int) -> np.ndarray:
     picture = Image.new("RGB", (side, side // 2), (225, 225, 225))
     font = ImageFont.load_default(18)
     lines, draw = [""], ImageDraw.Draw(picture)
-    for letter in text:
-        lines += [""] if draw.textlength(lines[-1] + letter, font=font) > side - 40 else []
-        lines[-1] += letter
+
+    def fits(line: str) -> bool:
+        return draw.textlength(line, font=font) <= side - 40
+
+    for word in text.split():
+        lines += [] if fits(f"{lines[-1]} {word}".strip()) else [""]
+        for letter in f" {word}" if lines[-1] else word:
+            lines += [] if fits(lines[-1] + letter) else [""]  # a word longer than a line
+            lines[-1] += letter
     draw.multiline_text((20, 20), "\n".join(lines[:10]), font=font, fill="black")
     return np.asarray(picture)
 

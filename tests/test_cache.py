@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,10 @@ from test_check import Hostile, make_bad_objects
 
 from gndet.check import check
 from gndet.config import DataConfig, DatasetConfig
-from gndet.data import inspect_dataset, read_dataset
+from gndet.config_file import load_config
+from gndet.data import between, inspect_both, inspect_dataset, read_dataset
+from gndet.data.cache import keep_pictures
+from gndet.data.coco import inspect_file
 from gndet.errors import ConfigError, DataError
 from gndet.structures import Dataset
 
@@ -200,11 +204,88 @@ def test_bad_pictures_are_remembered_until_they_change(data: Hostile, tmp_path: 
     assert known.notes[0].startswith("all 2 pictures were decoded by gndet check on 20")
     with pytest.raises(DataError, match=r"(?s)picture-unreadable \(1\): .*02\.png.*data\.skip_unreadable=true"):
         read_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c")))
-    skipping = read_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c"), skip_unreadable=True))
+    skip = DataConfig(root=str(data.folder), cache=str(tmp_path / "c"), skip_unreadable=True, max_unreadable=0.5)
+    skipping = read_dataset(CFG, skip)
+    assert "skip_unreadable" not in skipping.findings[0].remedy  # it is set
     assert skipping.fixes == {"pictures that cannot be decoded, skipped (data.skip_unreadable)": 1}
     Image.new("RGB", (40, 30)).save(data.pictures / "02.png")
     mended = read(data, tmp_path / "c")
     assert mended.findings == () and mended.notes == ()
+
+
+def test_more_unreadable_pictures_than_training_takes_are_refused(data: Hostile, tmp_path: Path) -> None:
+    (data.pictures / "02.png").write_bytes(b"no picture")
+    (tmp_path / "config.yaml").write_text(json.dumps(both(data, tmp_path / "c")))
+    words = ["data.skip_unreadable=true", "data.max_unreadable=0.4"]
+    told: list[str] = []
+    assert not check(str(tmp_path / "config.yaml"), words, told.append, images=True)
+    assert "mend them (1 of 2, over data.max_unreadable: 0.4 of them), or raise" in "\n".join(told)
+    assert not check(str(tmp_path / "config.yaml"), words, told.append)  # from the cache
+    words[1] = "data.max_unreadable=0.5"
+    assert check(str(tmp_path / "config.yaml"), words, told.append)
+    assert check(str(tmp_path / "config.yaml"), words, told.append, images=True)
+
+
+def both(data: Hostile, cache: Path, **val: str) -> dict[str, Any]:
+    """A config that trains and validates on the set."""
+    part = {"annotations": "file.json", "images": "pictures"}
+    return {"data": {"root": str(data.folder), "train": part, "val": part | val, "cache": str(cache)}}
+
+
+def test_equal_pictures_of_both_sets_are_remembered(data: Hostile, tmp_path: Path) -> None:
+    (data.folder / "val").mkdir()
+    (data.folder / "val" / "other.png").write_bytes((data.pictures / "01.png").read_bytes())
+    data.tree["images"] = [data.tree["images"][0] | {"file_name": "other.png"}]
+    data.tree["annotations"] = data.tree["annotations"][:1]
+    data.write("val.json")
+    (tmp_path / "config.yaml").write_text(json.dumps(both(data, tmp_path / "c", annotations="val.json", images="val")))
+
+    def twins() -> list[tuple[str, int]]:
+        cfg = load_config(tmp_path / "config.yaml")
+        return [(one.code, one.count) for one in between(*inspect_both(cfg.data, masks=False))]
+
+    assert twins() == []
+    check(str(tmp_path / "config.yaml"), [], lambda _: None, images=True)
+    assert twins() == [("picture-in-both", 1)]
+    Image.new("RGB", (40, 30), (9, 9, 9)).save(data.folder / "val" / "other.png")
+    assert twins() == []
+
+
+def test_without_a_folder_no_picture_is_looked_at_and_nothing_kept(data: Hostile, tmp_path: Path) -> None:
+    tree = both(data, tmp_path / "c")
+    tree["data"]["train"] = tree["data"]["train"] | {"images": "gone"}
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    told: list[str] = []
+    assert not check(str(tmp_path / "config.yaml"), [], told.append, images=True)
+    assert "folder-missing" in "\n".join(told) and "picture-" not in "\n".join(told)
+    alone = inspect_file(data.folder / "file.json", None, DataConfig(cache=str(tmp_path / "c")))
+    assert alone.records.path(0) == data.folder / "01.png"  # not /01.png
+    alone.records.note_digests({0: 1, 1: 2})
+    keep_pictures(alone.records, [])
+    assert len(list((tmp_path / "c").glob("*/pictures.json"))) == 1  # that of val
+
+
+def test_a_file_in_the_place_of_an_entry_is_named(data: Hostile, tmp_path: Path) -> None:
+    read(data, tmp_path / "c")
+    (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
+    shutil.rmtree(home)
+    home.touch()
+    assert f"{home} cannot be written" in read(data, tmp_path / "c").notes[0]
+
+
+def test_who_waits_for_another_process_is_told(data: Hostile, tmp_path: Path) -> None:
+    read(data, tmp_path / "c")
+    (lock,) = (tmp_path / "c").glob("*.lock")
+    told: list[str] = []
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def tell(line: str) -> None:
+            told.append(line)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        inspect_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c")), tell=tell)
+    assert len(told) == 1 and f"waiting for another process that is reading it ({lock})" in told[0]
 
 
 def test_a_part_of_the_pictures_is_not_taken_for_all(data: Hostile, tmp_path: Path) -> None:

@@ -20,11 +20,14 @@ from PIL import Image
 
 from gndet.check import check, guess_folder
 from gndet.config import DataConfig, DatasetConfig
+from gndet.config_file import load_config
 from gndet.contact_sheet import chosen, contact_sheet
 from gndet.data import inspect_dataset, read_dataset
 from gndet.data.faults import FAULTS
 from gndet.data.pictures import Picture, look_at_all, look_at_picture
-from gndet.errors import DataError, OutputError
+from gndet.errors import ConfigError, DataError, OutputError
+from gndet.set_up import read_both
+from gndet.visualize import placard
 
 WIDTH, HEIGHT = 40, 30
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]
@@ -368,7 +371,7 @@ def test_the_image_folder_of_a_json_file_is_found(tmp_path: Path, folder: str) -
     (tmp_path / "annotations").mkdir(exist_ok=True)
     path = tmp_path / "annotations" / "instances_train2017.json"
     path.write_text('{"images": [{"file_name": "a \\u00fc.png"}]}')
-    assert guess_folder(path) is None
+    assert guess_folder(path) == (tmp_path / folder if "train2017" in folder else None)  # by its name
     (tmp_path / folder / "a ü.png").touch()
     assert guess_folder(path) == tmp_path / folder
 
@@ -376,9 +379,26 @@ def test_the_image_folder_of_a_json_file_is_found(tmp_path: Path, folder: str) -
 def test_without_pictures_the_annotations_are_checked(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     (data.pictures / "01.png").unlink()
-    passed, report, text = report_of(tmp_path, data.write(), images=True, sheet=tmp_path / "sheet.png")
+    path = data.write()
+    passed, report, text = report_of(tmp_path, path)
     assert passed and "annotations alone are checked" in text and report["sets"][0]["images"] is None
-    assert not (tmp_path / "sheet.png").exists()
+    for option, wanted in (("--images", {"images": True}), ("--sheet", {"sheet": tmp_path / "sheet.png"})):
+        with pytest.raises(OutputError, match=f"{option} needs the pictures; --image-folder names them"):
+            check(str(path), [], lambda _: None, **wanted)
+    path.write_text('{"images": [3]}')
+    _, report, text = report_of(tmp_path, path, images=True)
+    assert "annotations alone" not in text and found(report["sets"][0]["findings"]) == {"json-other": ("E", 1)}
+
+
+def test_a_folder_is_guessed_though_its_first_picture_is_missing(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.image(), (data.pictures / "01.png").unlink()
+    passed, report, _ = report_of(tmp_path, data.write())
+    assert not passed and found(report["sets"][0]["findings"]) == {"file-missing": ("E", 1)}
+    (data.pictures / "02.png").unlink()
+    data.pictures.rename(data.folder / "train")
+    passed, report, _ = report_of(tmp_path, data.write("instances_train.json"))
+    assert not passed and found(report["sets"][0]["findings"]) == {"file-missing": ("E", 2)}
 
 
 def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
@@ -408,6 +428,156 @@ def test_nothing_is_written_among_the_data(tmp_path: Path) -> None:
         check(str(path), [], lambda _: None, image_folder=data.pictures, sheet=tmp_path / "sheet.xyz")
 
 
+@pytest.mark.parametrize("name", ["file.json", "val.json", "config.yaml", "base.yaml", "other.json", "link.json"])
+def test_no_file_of_the_users_is_written_over(tmp_path: Path, name: str) -> None:
+    data = Hostile(tmp_path / "data")
+    data.write(), data.write("val.json"), data.write("other.json")
+    config(data, annotations="val.json").rename(data.folder / "base.yaml")
+    (data.folder / "config.yaml").write_text("base: base.yaml\n")
+    os.link(data.folder / "file.json", data.folder / "link.json")
+    before = (data.folder / name).read_bytes()
+    with pytest.raises(OutputError, match="among your data|no report of gndet check"):
+        check(str(data.folder / "config.yaml"), [], lambda _: None, out=data.folder / name)
+    with pytest.raises(OutputError, match="expected a name like"):
+        check(str(data.folder / "config.yaml"), [], lambda _: None, sheet=data.folder / name)
+    assert (data.folder / name).read_bytes() == before
+
+
+def test_a_former_report_is_written_over_and_outputs_are_told_apart(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    path = data.write()
+    for _ in range(2):
+        report_of(tmp_path, path, sheet=tmp_path / "sheet.png")
+    with pytest.raises(OutputError, match="given to --sheet and to --json"):
+        check(str(path), [], lambda _: None, sheet=tmp_path / "sheet.png", out=tmp_path / "x" / ".." / "sheet.png")
+    (tmp_path / "sheet.png").write_text("notes")
+    with pytest.raises(OutputError, match="is no picture"):
+        check(str(path), [], lambda _: None, sheet=tmp_path / "sheet.png")
+    shapes = {"data": {part: {"kind": "shapes", "count": 1, "size": 64} for part in ("train", "val")}}
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(shapes))
+    with pytest.raises(OutputError, match="among your data"):
+        check(str(tmp_path / "shapes.yaml"), [], lambda _: None, out=tmp_path / "shapes.yaml")
+
+
+# --- what is said
+
+
+def test_one_file_of_two_names_is_found_in_both_sets(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.write()
+    data.tree["images"][0]["file_name"] = "pictures/01.png"
+    data.write("val.json")
+    passed, report, text = report_of(tmp_path, config(data, annotations="val.json", images="."))
+    assert passed and found(report["both"]) == {"file-in-both": ("N", 1)}
+    assert "'01.png', 'pictures/01.png': image 1 of train, 1 of val; one file" in text
+
+
+def test_masks_are_not_asked_for_where_none_are_trained(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.object(segmentation=None)
+    path = data.write()
+    for source, expected in ((config(data), {}), (path, {})):
+        _, report, _ = report_of(tmp_path, source, "model.masks=false")
+        assert all(found(one["findings"]) == expected for one in report["sets"])
+    assert found(report_of(tmp_path, path)[1]["sets"][0]["findings"]) == {"mask-missing": ("N", 1)}
+    _, report, _ = report_of(tmp_path, path, "model.masks=true")
+    assert found(report["sets"][0]["findings"]) == {"mask-needed": ("E", 1)}
+
+
+def test_options_that_say_nothing_of_a_json_file_are_refused(tmp_path: Path) -> None:
+    path = Hostile(tmp_path / "data").write()
+    for word in ("data.train.limit=1", "seed=3", "data={cache: x}"):
+        with pytest.raises(ConfigError, match="says nothing of a JSON file by itself"):
+            check(str(path), [word], lambda _: None)
+    _, report, text = report_of(tmp_path, path, "data.classes=[dog]")
+    assert report["sets"][0]["summary"]["objects"] == 1 and "1 of 2 classes are taken" in text
+
+
+def test_what_lies_beyond_the_limit_is_said_to(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.image(), data.object(bbox=[2, 2, 0, 10])
+    data.write()
+    _, report, text = report_of(tmp_path, config(data), "data.train.limit=1")
+    assert "the first 1 of 2 images are taken; what is found is of the whole file" in text
+    assert report["sets"][1]["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["Cat", "dog"], "only train has 'cat' (nearest: 'Cat'); only val has 'Cat' (nearest: 'cat')"),
+        (["dog", "cat"], "the same names in another order: label 0 is 'cat' in train, 'dog' in val"),
+        (["cat", "dog", *map(str, range(9))], "only val has '0', '1', '2', '3', '4' and 4 more"),
+    ],
+)
+def test_the_difference_of_classes_is_told(tmp_path: Path, names: list[str], words: str) -> None:
+    data = Hostile(tmp_path / "data")
+    data.write()
+    data.tree["categories"] = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    data.write("val.json")
+    passed, _, text = report_of(tmp_path, config(data, annotations="val.json"))
+    assert not passed and words in text
+
+
+def test_names_from_the_file_steer_no_terminal(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.tree["categories"] = [{"id": 1, "name": "\x1b[2J" + "x" * 99}, {"id": 2, "name": "\ud800\n"}]
+    done = run(
+        data.write(), "--image-folder", data.pictures, "--sheet", tmp_path / "s.png", "--json", tmp_path / "r.json"
+    )
+    assert "\x1b" not in done.stdout and r"\x1b[2Jxxx" in done.stdout and r"\ud800\n" in done.stdout
+    assert "x" * 61 not in done.stdout and "1 image of 40 x 30 pixels, 2 objects" in done.stdout
+    assert json.loads((tmp_path / "r.json").read_text())["sets"][0]["summary"]["classes"][1]["name"] == "\ud800\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"<?xml version='1.0'?><annotation/>", "an XML file; Pascal VOC is not read: convert it to COCO"),
+        (b"<annotation><folder/></annotation>", "an XML file; Pascal VOC is not read"),
+        (b"\x89PNG\r\n\x1a\n", "it is a picture"),
+    ],
+)
+def test_what_is_given_for_annotations_is_called_by_its_name(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    assert words in report_of(tmp_path, tmp_path / "a.json")[2]
+
+
+def test_other_things_than_a_json_file_are_called_by_their_names(tmp_path: Path) -> None:
+    assert "is a folder, expected" in report_of(tmp_path, tmp_path)[2]
+    assert "expected the JSON file or a config (.yaml)" in report_of(tmp_path, tmp_path)[2]
+    (tmp_path / "data.yaml").write_text("path: x\ntrain: images/train\nval: images/val\nnames: {0: cat}\n")
+    with pytest.raises(ConfigError, match="a YOLO data file, expected a config"):
+        check(str(tmp_path / "data.yaml"), [], lambda _: None)
+
+
+def test_an_id_out_of_range_is_said_to_be_that(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.image(id=-5), data.image(id=2**70)
+    text = report_of(tmp_path, data.write())[2]
+    assert "image-id (2): images whose id is no integer from 0 to 2**63 - 1" in text
+    assert "annotations of an image that is not in the file (or its id is wrong)" in text
+
+
+# --- the start of a training run
+
+
+def test_a_run_is_refused_with_all_that_is_wrong_in_both_sets_and_between(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.write(), data.object(bbox=None)
+    data.write("train.json"), data.tree["annotations"].pop()
+    data.tree["annotations"][0]["area"] = -1
+    data.tree["categories"].append({"id": 3, "name": "cow"})
+    data.write("val.json")
+    cfg = load_config(config(data, annotations="val.json"), ["data.train.annotations=train.json"])
+    with pytest.raises(
+        DataError, match=r"(?s)data\.train: .*box-malformed.*data\.val: .*area-value.*only val has 'cow'"
+    ):
+        read_both(cfg)
+    notes = read_both(load_config(config(data), ["model.masks=false"]))[2]
+    assert "train and val: noted: file-in-both (1): file names in both train and val" in notes
+
+
 # --- the contact sheet
 
 
@@ -432,6 +602,24 @@ def test_a_picture_that_cannot_be_shown_is_a_placard(tmp_path: Path) -> None:
     sheet = contact_sheet([("", inspect_dataset(cfg, folder))])
     assert sheet is not None and (sheet == 225).all(-1).mean() > 0.1  # the placard's ground
     assert contact_sheet([("", inspect_dataset(cfg, folder)._replace(records=[]))]) is None
+
+
+def test_a_picture_of_another_size_is_shown_without_boxes(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    data.image(Image.new("RGB", (60, 60), (0, 0, 250)))
+    data.write()
+    cfg, folder = DatasetConfig(annotations="file.json", images="pictures"), DataConfig(root=str(data.folder))
+    sheet = contact_sheet([("", inspect_dataset(cfg, folder)._replace(classes=("cat", "dog")))])
+    assert (sheet == (0, 0, 250)).all(-1).sum() == 640 * 640  # all of it, and nothing over it
+
+
+def test_a_placard_breaks_between_words() -> None:
+    words = "/a/file/of/some/length.png: height, width are (20, 30), the annotation file says (30, 20); it fits"
+    picture, parts = placard(words, 640), words.split()
+    ink = np.flatnonzero((picture < 200).any((1, 2)))
+    assert 0 < len(ink) < 100 and all(placard(part, 640).shape == picture.shape for part in parts)
+    # a line that is full to the last letter would reach the margin: here the next word does not fit
+    assert np.flatnonzero((placard("x" * 200, 640) < 200).any((0, 2))).max() > 600
 
 
 # --- decoding in processes of their own
@@ -472,6 +660,48 @@ def test_a_picture_that_takes_too_long_is_named(tmp_path: Path) -> None:
     pictures = [Picture(path, (4, 4), 100) for path in sorted(tmp_path.glob("*.png"))]
     looks = {look.place: look.faults for look in look_at_all(pictures, 1, look_or_die, patience=1)}
     assert looks == {0: [], 1: [], 2: [("picture-crash", f"{tmp_path / 'sleep.png'}: took over 1 s to decode")]}
+
+
+@pytest.mark.faults
+def test_an_interrupt_while_the_processes_start_ends_it_quietly(tmp_path: Path) -> None:
+    data = Hostile(tmp_path / "data")
+    command = [sys.executable, "-m", "gndet.cli", "check", str(data.write()), "--images"]
+    command += ["--image-folder", str(data.pictures)]
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        while not any("forkserver" in line for line in commands_of(process.pid)):
+            assert process.poll() is None
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C, to all
+        _, err = process.communicate(timeout=60)
+        assert b"Traceback" not in err and process.returncode == 130, err
+
+
+def commands_of(group: int) -> list[str]:
+    """The command lines of the processes of a group."""
+    lines = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == group:
+                lines.append((folder / "cmdline").read_bytes().decode())
+        except OSError:
+            pass
+    return lines
+
+
+@pytest.mark.parametrize("limit", ["TMPDIR", "ulimit"])
+def test_processes_that_cannot_be_started_are_told(tmp_path: Path, limit: str) -> None:
+    data = Hostile(tmp_path / "data")
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    code = "import sys, resource; from gndet import check; from gndet.cli import main\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8)); " if limit == "ulimit" else ""
+    code += "raise SystemExit(main(sys.argv[1:]))"
+    words = ["check", str(data.write()), "--images", "--image-folder", str(data.pictures), "data.cache="]
+    env = os.environ | ({"TMPDIR": str(long)} if limit == "TMPDIR" else {})
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "a process to decode pictures in cannot be started: " in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_looking_can_be_left_early(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from test_train import CONFIG
 
 from gndet.cli import main
 from gndet.config_file import load_config
+from gndet.errors import ConfigError
 from gndet.train import train
 
 
@@ -66,6 +67,21 @@ def test_a_mistake_is_told_without_a_traceback() -> None:
 def test_words_that_are_no_override_are_refused(words: tuple[str, ...]) -> None:
     done = run("config", str(REPOSITORY / "configs/quickstart.yaml"), *words)
     assert done.returncode == 2 and f"{' '.join(words)}: expected key=value" in done.stderr
+
+
+def test_an_empty_override_is_an_empty_text_where_one_is_meant() -> None:
+    path = REPOSITORY / "configs/quickstart.yaml"
+    assert load_config(path, ["data.cache="]).data.cache == "" == load_config(path, ["data.cache=''"]).data.cache
+    assert load_config(path, ["data.classes="]).data.classes is None
+    with pytest.raises(ConfigError, match=r"seed: got None"):
+        load_config(path, ["seed="])
+
+
+def test_a_reader_that_closes_the_pipe_is_no_mistake() -> None:
+    words = [sys.executable, "-m", "gndet.cli", "check", str(REPOSITORY / "configs/quickstart.yaml")]
+    process = subprocess.Popen([*words, "data.train.count=2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_config_prints_what_reads_back(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.coco import read_coco, to_coco
-from gndet.data.segmentation import check_segmentation, run_lengths, to_rle
+from gndet.data.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
 from gndet.errors import DataError
 from gndet.structures import Dataset
 
@@ -166,7 +166,7 @@ def test_all_faults_are_counted_and_three_of_a_kind_shown(tmp_path: Path) -> Non
     tree = small()
     tree["annotations"] = [tree["annotations"][0] | {"id": k, "bbox": [k]} for k in range(1, 10)]
     tree["images"][1]["file_name"] = "none.png"
-    with pytest.raises(DataError, match=r"file\.json: 10 fault\(s\)") as error:
+    with pytest.raises(DataError, match=r"file\.json: 10 faults;") as error:
         read(tmp_path, tree)
     assert "none.png" in str(error.value) and "annotation 3: bbox [3]" in str(error.value)
     assert "annotation 4" not in str(error.value) and "and 6 more" in str(error.value)
@@ -194,6 +194,68 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path: Path, linked: str) 
         read(tmp_path, tree)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: p.symlink_to(p), "cannot be looked at: Too many levels of symbolic links"),
+        (lambda p: p.symlink_to(p.with_name("gone")), "is a broken link, a folder or a device"),
+    ],
+)
+def test_a_link_that_leads_nowhere_spoils_no_other_picture(tmp_path: Path, make: Any, words: str) -> None:
+    read(tmp_path, small())
+    make(tmp_path / "pictures" / "link.png")
+    assert len(read(tmp_path, small()).records) == 2
+    tree = small()
+    tree["images"][0]["file_name"] = "link.png"
+    with pytest.raises(DataError, match=rf"file-missing \(1\): .*\n.*'link\.png' {words}"):
+        read(tmp_path, tree)
+    tree["images"][0]["file_name"] = "link.png/x.png"
+    with pytest.raises(DataError, match=r"file-missing \(1\): .*\n.*(which cannot be listed: Too many|is not in)"):
+        read(tmp_path, tree)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("pictures/b.png", r"it is in \S*pictures: file_name is relative to the image folder"),
+        ("x/Sub/c.png", r"it is in \S*pictures/Sub: file_name is relative"),
+        ("sub/c.png", "the nearest name there is 'Sub'"),
+        ("Sub/C.png", "the nearest name there is 'c.png'"),
+    ],
+)
+def test_what_a_wrong_folder_of_a_name_may_mean_is_told(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / "pictures" / "Sub").mkdir(parents=True)
+    (tmp_path / "pictures" / "Sub" / "c.png").touch()
+    tree = small()
+    tree["images"][0]["file_name"] = name
+    with pytest.raises(DataError, match=rf"is not in .*{hint}"):
+        read(tmp_path, tree)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_either_unicode_form_of_a_folder_is_found(tmp_path: Path, form: str) -> None:
+    other = "NFD" if form == "NFC" else "NFC"
+    folder = tmp_path / "pictures" / unicodedata.normalize(form, "größe") / "ü"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (30, 20)).save(folder / "c.png")
+    tree = small()
+    tree["images"][0]["file_name"] = unicodedata.normalize(other, "größe/") + "ü/c.png"
+    dataset = read(tmp_path, tree)
+    assert dataset.records[0].load().shape == (20, 30, 3) and not dataset.refused
+
+
+def test_a_thin_polygon_is_kept_and_polygons_are_drawn_to_be_sure(tmp_path: Path) -> None:
+    tree = small()
+    thin = [2.1, 2.1, 2.3, 2.1, 2.3, 7.9, 2.1, 7.9]  # no pixel of the image, some of the finer frame of its box
+    tree["annotations"][0]["segmentation"] = [thin]
+    assert read(tmp_path, tree).records[0].segmentations[0] == [thin]
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        polygon = (rng.uniform(-10, 30, (rng.integers(3, 7), 2)) * rng.choice([1, 0.1])).ravel().tolist()
+        if coco_mask.area(to_rle([polygon], (20, 30))):
+            assert has_pixels([polygon], np.array([25.0, 15, 30, 20]), (20, 30))
+
+
 def test_subfolders_and_either_unicode_form_of_a_name_are_found(tmp_path: Path) -> None:
     (tmp_path / "pictures" / "sub dir").mkdir(parents=True)
     stored, written = (unicodedata.normalize(form, "sub dir/größe.png") for form in ("NFD", "NFC"))
@@ -214,6 +276,8 @@ FIXES: list[tuple[str, Callable[[Tree], Any], list[tuple[str, int]]]] = [
     ("odd", lambda t: t["annotations"][0]["segmentation"].append(SQUARE[:7]), [("polygon-short", 1)]),
     ("no polygon", lambda t: t["annotations"][0].update(segmentation=[[], [1, 2]]), [("polygon-short", 2)]),
     ("no pixel", lambda t: t["annotations"][0].update(segmentation=rle([600])), [("mask-empty", 1)]),
+    ("a point", lambda t: t["annotations"][0].update(segmentation=[[10] * 6]), [("mask-empty", 1)]),
+    ("outside", lambda t: t["annotations"][0].update(segmentation=[[-9, -9, -5, -9, -5, -5]]), [("mask-empty", 1)]),
     ("floats", lambda t: t["annotations"][0].update(id=1.0, image_id=7.0), [("number-float", 1)]),
     ("no area", lambda t: t["annotations"][0].pop("area"), [("area-missing", 1)]),
 ]
@@ -229,7 +293,7 @@ def test_what_is_mended_is_counted(tmp_path: Path, fix: tuple[str, Callable[[Tre
     assert dataset.fixes == {one.what: one.count for one in dataset.findings if one.severity == "F"}
 
 
-@pytest.mark.parametrize("segmentation", [[], None, [[1, 2]], rle([600])])
+@pytest.mark.parametrize("segmentation", [[], None, [[1, 2]], rle([600]), [[10] * 6], [[-9, -9, -5, -9, -5, -5]]])
 def test_an_object_without_a_mask_is_refused_where_masks_are_trained(tmp_path: Path, segmentation: Any) -> None:
     tree = small()
     tree["annotations"][1]["segmentation"] = segmentation

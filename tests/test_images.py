@@ -158,6 +158,9 @@ def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.n
         ("a.png", bytes(257) + b"ustar\x00" + bytes(300), "an archive, which is not opened"),
         ("a.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         ("a.jpg", b"", "an empty file"),
+        ("a.jpg", b"\0\0\0\x1cftypavif" + bytes(30), r"not of a kind that is read \(BMP, GIF, JPEG"),
+        ("a.jpg", b"some text", r"not of a kind that is read \(BMP, GIF, JPEG"),
+        ("a.jpg", b"\xff\xd8\xff" + bytes(30), "damaged, or of a kind that is not read"),
     ],
 )
 def test_what_is_no_picture_is_called_by_its_name(tmp_path: Path, name: str, content: bytes, words: str) -> None:

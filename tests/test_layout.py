@@ -20,6 +20,8 @@ FLOORS = [
         "distributed",
         "visualize",
         "contact_sheet",
+        "check_pictures",
+        "check_report",
         "paste",
         "run_folder",
         "run",

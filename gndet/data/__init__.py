@@ -1,5 +1,7 @@
-"""Data sets by kind, and the choice of their classes."""
+"""Data sets by kind, the choice of their classes, and what is wrong between two of them."""
 
+import difflib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from gndet.config import DataConfig, DatasetConfig
+from gndet.data.cache import Tell
 from gndet.data.coco import inspect_coco
-from gndet.data.faults import Findings, in_order, refuse, skipping_unreadable
-from gndet.data.segmentation import brief
+from gndet.data.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable
+from gndet.data.packed import PackedRecords
+from gndet.data.segmentation import brief, printable
 from gndet.data.shapes import read_shapes
 from gndet.structures import Dataset, Finding, Record
 
-Reader = Callable[[DatasetConfig, DataConfig], Dataset]  # raises nothing for a fault that is in FAULTS
-DATASETS: dict[str, Reader] = {"coco": inspect_coco, "shapes": read_shapes}
+Reader = Callable[[DatasetConfig, DataConfig, Tell | None], Dataset]  # raises nothing for a fault that is in FAULTS
+DATASETS: dict[str, Reader] = {"coco": inspect_coco, "shapes": lambda cfg, data, tell: read_shapes(cfg, data)}
+LISTED, KNOWN = 5, 10  # names spelt out of those that differ, and of those there are
 
 
 def read_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -> Dataset:
@@ -26,15 +31,40 @@ def read_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -
     return refuse(inspect_dataset(cfg, data, masks=masks))
 
 
-def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -> Dataset:
-    """As `read_dataset`, but what is refused stands in the findings; the records are of the rest."""
-    dataset = DATASETS[cfg.kind](cfg, data)
-    dataset = dataset._replace(records=dataset.records[: cfg.limit])
+def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, tell: Tell | None = None) -> Dataset:
+    """As `read_dataset`, but what is refused stands in the findings; the records are of the rest.
+
+    tell: called with a line before a long wait.
+    """
+    return as_configured(DATASETS[cfg.kind](cfg, data, tell), cfg.limit, data, masks=masks)
+
+
+def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> tuple[Dataset, Dataset]:
+    """Inspect data.train, for training (masks: with masks), and data.val.  `between` compares them."""
+    train = inspect_dataset(data.train, data, masks=masks, tell=tell)
+    train = train if data.keep_empty else find_objects(train)
+    val = inspect_dataset(data.val, data, tell=tell)
+    return (train, val) if masks else (without_masks(train), without_masks(val))
+
+
+def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, masks: bool) -> Dataset:
+    """A data set as it was read, with the first `limit` images, data's classes and data.skip_unreadable."""
+    num = len(dataset.records)
+    if limit is not None and limit < num:
+        note = f"the first {limit} of {num} images are taken; what is found is of the whole file"
+        dataset = dataset._replace(records=dataset.records[:limit], notes=(*dataset.notes, note))
     if data.skip_unreadable:
-        dataset = dataset._replace(findings=skipping_unreadable(dataset.findings))
+        unreadable = sum(one.count for one in dataset.findings if one.code in SKIPPABLE)
+        findings = skipping_unreadable(dataset.findings, unreadable, num, data.max_unreadable)
+        dataset = dataset._replace(findings=findings)
     if data.classes is not None and dataset.classes:
         dataset = _with_classes(dataset, data.classes)
     return _with_masks(dataset) if masks else dataset
+
+
+def without_masks(dataset: Dataset) -> Dataset:
+    """Leave out that objects have no mask, where none is asked for."""
+    return dataset._replace(findings=tuple(one for one in dataset.findings if one.code != "mask-missing"))
 
 
 def _with_masks(dataset: Dataset) -> Dataset:
@@ -45,7 +75,7 @@ def _with_masks(dataset: Dataset) -> Dataset:
     for record in dataset.records:
         for place in np.flatnonzero(~record.crowd):
             if record.segmentations[int(place)] is None:
-                text = f"annotation {record.annotation_ids[place]} of {record.file_name} has no usable segmentation"
+                text = f"annotation {record.annotation_ids[place]} of {printable(record.file_name)} has no usable segmentation"
                 found.add("mask-needed", text, record.image_id)
     others = tuple(one for one in dataset.findings if one.code != "mask-missing")
     return dataset._replace(findings=in_order(others + found.listed()))
@@ -55,9 +85,19 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
     """Keep the objects of the named classes; a label becomes an index into names."""
     unknown = [name for name in names if name not in dataset.classes]
     if unknown or not names or len(set(names)) < len(names):
-        wrong, found = ", ".join(unknown) or list(names), Findings()
-        found.add("classes-choice", f"data.classes: {wrong}, expected different ones of {', '.join(dataset.classes)}")
+        found, twice = Findings(), sorted({name for name in names if names.count(name) > 1})
+        text = "the list is empty, expected names of categories"
+        if unknown:
+            text = f"not in the file: {_with_nearest(unknown, dataset.classes)}"
+        elif twice:
+            text = f"named twice: {', '.join(map(brief, twice[:LISTED]))}"
+        known = ", ".join(map(printable, dataset.classes[:KNOWN]))
+        known += "" if len(dataset.classes) <= KNOWN else f" and {len(dataset.classes) - KNOWN} more"
+        found.add("classes-choice", f"data.classes: {text}; the file has {known}")
         return dataset._replace(findings=in_order(dataset.findings + found.listed()))
+    if len(names) < len(dataset.classes):
+        note = f"{len(names)} of {len(dataset.classes)} classes are taken; what is found is of the whole file"
+        dataset = dataset._replace(notes=(*dataset.notes, note))
     old = [dataset.classes.index(name) for name in names]
     label = np.full(len(dataset.classes), -1)
     label[old] = np.arange(len(names))
@@ -115,30 +155,76 @@ def find_objects(dataset: Dataset) -> Dataset:
     return dataset._replace(findings=in_order(dataset.findings + found.listed()))
 
 
-def between(
-    train: Dataset, val: Dataset, train_folder: Path | None = None, val_folder: Path | None = None
-) -> tuple[Finding, ...]:
-    """Find what is wrong between two sets: other classes, images in both; the folders tell whether they are one."""
+def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
+    """Find what is wrong between two sets: other classes, images in both by name, by file, or by what they show.
+
+    What they show is compared where `gndet check --images` has decoded both.
+    """
     found = Findings()
     if train.classes and val.classes and train.classes != val.classes:
-        text = f"train has {', '.join(train.classes)}; val has {', '.join(val.classes)}"
-        found.add("classes-differ", text)
-    ids = {record.file_name: record.image_id for record in train.records}
-    for record in val.records:
-        if record.file_name in ids and train_folder is not None and val_folder is not None:
-            same = _same(train_folder / record.file_name, val_folder / record.file_name)
-            images = f"image {ids[record.file_name]} of train, {record.image_id} of val"
-            text = f"{brief(record.file_name)}: {images}; {same}"
-            found.add("file-in-both", text, record.image_id)
+        found.add("classes-differ", _differences(train.classes, val.classes))
+    one, other = whole(train.records), whole(val.records)
+    if not isinstance(one, PackedRecords) or not isinstance(other, PackedRecords):
+        return found.listed()
+    home, val_home = os.path.realpath(one.folder), os.path.realpath(other.folder)
+    names, places, seen = {}, {}, {}
+    for image_id, name, path, digest in one.files():
+        place = os.path.normpath(f"{home}/{path}")
+        names[name] = places[place] = image_id, name, place
+        if digest:
+            seen[digest] = places[place]
+    for image_id, name, path, digest in other.files():
+        place = os.path.normpath(f"{val_home}/{path}")
+        if twin := places.get(place) or names.get(name):
+            _note_twin(found, "file-in-both", twin, (image_id, name, place))
+        if digest in seen and seen[digest][2] != place:
+            _note_twin(found, "picture-in-both", seen[digest], (image_id, name, place))
     return found.listed()
 
 
+_File = tuple[int, str, str]  # image id, file_name, path
+
+
+def _note_twin(found: Findings, code: str, one: _File, other: _File) -> None:
+    """Note an image of train that is in val too; other is val's."""
+    if not found.wants_example(code):  # comparing takes a while
+        found.add(code, "", other[0])
+        return
+    ids = f"image {one[0]} of train, {other[0]} of val"
+    if code == "picture-in-both":
+        found.add(code, f"{ids}: {other[2]} is equal to {one[2]}", other[0])
+        return
+    name = brief(one[1]) if one[1] == other[1] else f"{brief(one[1])}, {brief(other[1])}"
+    found.add(code, f"{name}: {ids}; {_same(Path(one[2]), Path(other[2]))}", other[0])
+
+
+def _differences(train: Sequence[str], val: Sequence[str]) -> str:
+    """In what the classes of two sets differ."""
+    only, also = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
+    if not only and not also:
+        pairs = enumerate(zip(train, val, strict=False))  # a name may stand twice, which is refused elsewhere
+        label, (one, other) = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (0, (train[0], val[0])))
+        return f"the same names in another order: label {label} is {brief(one)} in train, {brief(other)} in val"
+    parts = ((only, "train", val), (also, "val", train))
+    return "; ".join(f"only {which} has {_with_nearest(names, others)}" for names, which, others in parts if names)
+
+
+def _with_nearest(names: Sequence[str], known: Sequence[str]) -> str:
+    """Names with the known ones that may have been meant."""
+    shown = []
+    for name in names[:LISTED]:
+        same = [one for one in known if one.strip().casefold() == name.strip().casefold()]
+        close = same or difflib.get_close_matches(name, known, n=1)
+        shown.append(brief(name) + (f" (nearest: {brief(close[0])})" if close else ""))
+    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
 def _same(one: Path, other: Path) -> str:
-    """Say whether two files of one name are the same."""
+    """Say whether two files of one name, or of one place, are the same."""
     try:
         if one.resolve() == other.resolve():
             return "one file"
         equal = one.stat().st_size == other.stat().st_size
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle
         return "not compared"
     return "two files of the same size" if equal else "two files of that name"

@@ -6,10 +6,11 @@ Boxes are xywh in the file, xyxy from here on, float64 pixels of the original.
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.faults import Fault, Findings
-from gndet.data.segmentation import NUMBERS, brief, check_segmentation, to_rle
+from gndet.data.segmentation import NUMBERS, brief, check_segmentation, has_pixels, to_rle
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
 MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; a box with larger numbers (or inf, NaN) is no box
@@ -90,7 +91,7 @@ def _read(
     box = _read_box(item.get("bbox"), size, where, image_id, found)
     if box is None:
         return None
-    segmentation = _read_mask(item.get("segmentation"), size, where, image_id, found)
+    segmentation = _read_mask(item.get("segmentation"), box, size, where, image_id, found)
     if crowd:
         found.add("crowd", f"{where}iscrowd 1", image_id)
         if isinstance(segmentation, list):
@@ -128,7 +129,7 @@ def _read_box(bbox: Any, size: Size, where: str, image_id: int, found: Findings)
     return x, y, right, bottom
 
 
-def _read_mask(segmentation: Any, size: Size, where: str, image_id: int, found: Findings) -> Any:
+def _read_mask(segmentation: Any, box: Box, size: Size, where: str, image_id: int, found: Findings) -> Any:
     """Check a segmentation.  Returns what is left of it, or None.  Raises Fault."""
     if segmentation in (None, [], {}):
         return None
@@ -138,6 +139,9 @@ def _read_mask(segmentation: Any, size: Size, where: str, image_id: int, found: 
         found.add("polygon-short", f"{where}polygon of {len(short)} numbers", image_id, dropped)
     elif kept is None:
         found.add("mask-empty", f"{where}no run of its RLE is set", image_id)
+    if isinstance(kept, list) and not has_pixels(kept, np.array(box), size):
+        found.add("mask-empty", f"{where}no pixel of the image lies in {brief(kept)}", image_id)
+        return None
     return kept
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gndet.structures import Dataset, Finding, Record
 
 READER = ("annotations", "cache", "coco", "faults", "files", "images", "packed", "segmentation")  # what reading runs
 FACTS, PICTURES = "facts.json", "pictures.json"
+Tell = Callable[[str], None]
 
 
 class Entry:
@@ -48,13 +49,16 @@ class Entry:
             return None
         again = functools.partial(map_again, self._home, facts["files"])
         folder = self._files.home if self._files else self._path.parent
-        records = PackedRecords(packed, folder, self._inputs["max_pixels"], again=again)
         findings = tuple(_finding(one) for one in facts["findings"])
-        notes: tuple[str, ...] = ()
+        notes, digests = (), None
         pictures = _read_sealed(self._home / PICTURES)
         if pictures is not None and pictures["decoder"] == PIL.__version__ and pictures["facts"] == facts["files"]:
             findings += tuple(_finding(one) for one in pictures["findings"])
-            notes = (f"all {len(records)} pictures were decoded by gndet check on {pictures['date']}, unchanged since",)
+            num = len(packed.image_ids)
+            decoded = f"all {num} pictures were" if num > 1 else "the picture was"
+            notes = (f"{decoded} decoded by gndet check on {pictures['date']}, unchanged since",)
+            digests = np.frombuffer(bytes.fromhex(pictures["digests"]), dtype="<u8")
+        records = PackedRecords(packed, folder, self._inputs["max_pixels"], again=again, digests=digests)
         classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
         return Dataset(str(self._path), classes, category_ids, records, findings, notes)
 
@@ -81,7 +85,7 @@ class Entry:
             partial.rename(self._home)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            return dataset._replace(notes=(_unwritable(self._home.parent, error),))
+            return dataset._replace(notes=(_unwritable(error.filename2 or error.filename or self._home.parent, error),))
         return self.load() or dataset
 
     def _listing(self, subfolders: list[str]) -> str:
@@ -89,10 +93,13 @@ class Entry:
 
 
 @contextmanager
-def opened(cache: str, path: Path, digest: str, files: ImageFolder | None, max_pixels: int) -> Iterator[Entry]:
+def opened(
+    cache: str, path: Path, digest: str, files: ImageFolder | None, max_pixels: int, tell: Tell | None = None
+) -> Iterator[Entry]:
     """Open the entry of an annotation file and its image folder; processes that want the same one come one by one.
 
-    cache: data.cache, "" for none.  digest: of the file path.  Raises ConfigError for a cache in the image folder.
+    cache: data.cache, "" for none.  digest: of the file path.  tell: called with a line where another is waited for.
+    Raises ConfigError for a cache in the image folder.
     """
     folder = path.parent.absolute() if files is None else files.home.absolute()
     inputs = {
@@ -107,10 +114,15 @@ def opened(cache: str, path: Path, digest: str, files: ImageFolder | None, max_p
             home = _home(Path(cache).expanduser(), path, folder, files is not None, max_pixels)
             lock = stack.enter_context(open(f"{home}.lock", "w"))
         except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-            yield Entry(None, inputs, path, files, _unwritable(Path(cache), error))
+            yield Entry(None, inputs, path, files, _unwritable(getattr(error, "filename", None) or cache, error))
             return
         with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if tell is not None:
+                    tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield Entry(home, inputs, path, files)
 
 
@@ -126,15 +138,19 @@ def _home(root: Path, path: Path, folder: Path, with_files: bool, max_pixels: in
 def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> None:
     """Keep what decoding all the pictures showed, until one of them or the annotation file changes.
 
-    Nothing is kept of a part of a data set, nor where there is no cache.
+    Nothing is kept of a part of a data set, nor where there is no cache or no folder whose changes would show.
     """
-    if not isinstance(records, PackedRecords) or records.again is None:
+    if not isinstance(records, PackedRecords) or records.again is None or records.digests is None:
         return
-    if len(records) == len(records.packed.image_ids):
-        home, hashes = records.again.args
+    home, hashes = records.again.args
+    facts = _read_sealed(home / FACTS)
+    if facts is not None and facts["inputs"]["listing"] and len(records) == len(records.packed.image_ids):
         date = datetime.date.today().isoformat()
         with suppress(OSError):
-            body = {"date": date, "decoder": PIL.__version__, "facts": hashes, "findings": findings}
+            body = {
+                "date": date, "decoder": PIL.__version__, "facts": hashes, "findings": findings,
+                "digests": records.digests.astype("<u8").tobytes().hex(),
+            }  # fmt: skip
             _write_sealed(home / PICTURES, body)
 
 
@@ -195,6 +211,6 @@ def _finding(fields: list[Any]) -> Finding:
     return Finding(*plain, tuple(examples), tuple(image_ids))
 
 
-def _unwritable(root: Path, error: Exception) -> str:
+def _unwritable(path: str | Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error)
-    return f"data.cache: {root} cannot be written ({reason}): the data is read anew at each start"
+    return f"data.cache: {path} cannot be written ({reason}): the data is read anew at each start"

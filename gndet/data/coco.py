@@ -16,7 +16,7 @@ from gndet.config import DataConfig, DatasetConfig
 from gndet.data import cache
 from gndet.data.annotations import MAX_SIDE, Size, read_annotations, whole
 from gndet.data.faults import Fault, Findings, in_order, refuse
-from gndet.data.files import HEAD, ImageFolder, split_name, what_is
+from gndet.data.files import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.segmentation import brief
 from gndet.structures import Dataset
@@ -33,15 +33,15 @@ def read_coco(cfg: DatasetConfig, data: DataConfig) -> Dataset:
     return refuse(inspect_coco(cfg, data))
 
 
-def inspect_coco(cfg: DatasetConfig, data: DataConfig) -> Dataset:
+def inspect_coco(cfg: DatasetConfig, data: DataConfig, tell: cache.Tell | None = None) -> Dataset:
     """As `read_coco`, but what is refused stands in the findings, and the records are of the rest."""
-    return inspect_file(Path(data.root) / cfg.annotations, Path(data.root) / cfg.images, data)
+    return inspect_file(Path(data.root) / cfg.annotations, Path(data.root) / cfg.images, data, tell)
 
 
-def inspect_file(path: Path, folder: Path | None, data: DataConfig) -> Dataset:
+def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: cache.Tell | None = None) -> Dataset:
     """Check an annotation file, and the listing of its image folder if that is given; from data.cache if it is there.
 
-    Without the folder the pictures of the records cannot be loaded.
+    Without the folder the pictures of the records cannot be loaded.  tell: called with a line before a long wait.
     """
     found, missing = Findings(), Findings()
     try:
@@ -54,7 +54,7 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig) -> Dataset:
     except Fault as fault:
         missing.add(fault.code, str(fault))
         files = None
-    with cache.opened(data.cache, path, digest, files, data.max_pixels) as entry:
+    with cache.opened(data.cache, path, digest, files, data.max_pixels, tell) as entry:
         dataset = entry.load()
         if dataset is None:
             with _no_garbage():
@@ -102,7 +102,8 @@ def _digest(path: Path) -> str:
     """A hash of the annotation file.  Raises Fault where it cannot be read, or is seen to be something else."""
     try:
         if path.exists() and not path.is_file():
-            raise Fault("json-unreadable", f"{path}: is no file, expected the annotation file")
+            kind = "a folder" if path.is_dir() else "a pipe or a device"
+            raise Fault("json-unreadable", f"{path}: is {kind}, expected the annotation file")
         with path.open("rb") as file:
             kind = what_is(file.read(HEAD))
             file.seek(0)
@@ -110,8 +111,9 @@ def _digest(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {reason}") from None
-    if kind != "a file":
+    if kind != FILE:
         code = "json-archive" if "archive" in kind else "json-broken"
+        kind += "; Pascal VOC is not read: convert it to COCO's format" if kind == XML else ""
         raise Fault(code, f"{path}: not a JSON file: it is {kind}")
     return digest
 
@@ -197,12 +199,13 @@ def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, 
         if not isinstance(name, str) or not name.strip():
             found.add("category-name", f"category {number}: name {brief(name)}, expected text")
         elif name in taken:
-            found.add("category-name-twice", f"category {number}: name {name!r} occurs twice, expected unique names")
+            text = f"category {number}: name {brief(name)} occurs twice, expected unique names"
+            found.add("category-name-twice", text)
         names[number] = str(name)
         taken.add(names[number])
     if names and max(names) - min(names) >= len(names):
         label, number = max(enumerate(sorted(names)), key=lambda pair: pair[1])
-        text = f"ids from {min(names)} to {number}; id {number}, {names[number]!r}, is label {label}"
+        text = f"ids from {min(names)} to {number}; id {number}, {brief(names[number])}, is label {label}"
         found.add("category-gaps", text, count=len(names))
     return names
 
@@ -211,7 +214,7 @@ def _note_unused(categories: dict[int, str], used: set[int], found: Findings) ->
     """Note the categories of which there is no object."""
     for number, name in sorted(categories.items()):
         if number not in used:
-            found.add("category-unused", f"category {number}: {name!r}")
+            found.add("category-unused", f"category {number}: {brief(name)}")
 
 
 def _read_sizes(items: list[dict[str, Any]], max_pixels: int, found: Findings) -> dict[int, Size | None]:
@@ -249,7 +252,7 @@ def _read_images(
         size = sizes.get(number)
         try:
             suggest = found.wants_example("file-missing")  # it takes a while
-            path = "/".join(split_name(name)) if files is None else files.find(name, suggest)
+            path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
         except Fault as fault:
             found.add(fault.code, f"{where} {fault}", number)
             continue

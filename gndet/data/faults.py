@@ -3,7 +3,7 @@
 A check is one row of FAULTS and one line that raises `Fault` or calls `Findings.add` with its code.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from gndet.errors import DataError
@@ -37,14 +37,16 @@ FAULTS: dict[str, Kind] = {
     "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
     "json-nan": Kind(NOTED, "NaN or Infinity in the file, which JSON does not have", "other programs may refuse it"),
     # categories
-    "category-id": Kind(REFUSED, "categories whose id is no integer", "number the categories"),
+    "category-id": Kind(REFUSED, "categories whose id is no integer from 0 to 2**63 - 1", "number the categories"),
     "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),
     "category-name": Kind(REFUSED, "categories without a name", "name them"),
     "category-name-twice": Kind(REFUSED, "category names that occur twice", "merge these categories, or rename one"),
     "category-gaps": Kind(FIXED, "categories mapped to labels from 0 on, for their ids have gaps", ""),
     "category-unused": Kind(NOTED, "categories without an object", "data.classes chooses those that are learned"),
     # images
-    "image-id": Kind(REFUSED, "images whose id is no integer", "number the images, and image_id with them"),
+    "image-id": Kind(
+        REFUSED, "images whose id is no integer from 0 to 2**63 - 1", "number the images, and image_id with them"
+    ),
     "image-id-twice": Kind(REFUSED, "image ids that occur twice", _UNIQUE),
     "image-size": Kind(REFUSED, "images without a sane width and height", "give both in pixels, as the picture has"),
     "image-pixels": Kind(REFUSED, "images over data.max_pixels", "scale or cut them, or raise data.max_pixels"),
@@ -65,17 +67,19 @@ FAULTS: dict[str, Kind] = {
     ),
     # annotations
     "number-float": Kind(FIXED, "ids or sides written as 5.0, taken as 5", ""),
-    "annotation-id": Kind(REFUSED, "annotations whose id is no integer", "number the annotations"),
+    "annotation-id": Kind(REFUSED, "annotations whose id is no integer of 64 bits", "number the annotations"),
     "annotation-id-twice": Kind(REFUSED, "annotation ids that occur twice", _UNIQUE),
     "annotation-id-low": Kind(
         FIXED, "annotations renumbered from 1, for an id was under 1", "COCO's metric takes id 0 for no match"
     ),
     "image-unknown": Kind(
-        REFUSED, "annotations of an image that is not in the file", "set image_id to the id of an entry of images"
+        REFUSED,
+        "annotations of an image that is not in the file (or its id is wrong)",
+        "set image_id to the id of an entry of images",
     ),
     "category-unknown": Kind(
         REFUSED,
-        "annotations of a category that is not in the file",
+        "annotations of a category that is not in the file (or its id is wrong)",
         "set category_id to the id of an entry of categories",
     ),
     "crowd-value": Kind(REFUSED, "annotations whose iscrowd is neither 0 nor 1", "1 marks a region of many objects"),
@@ -187,14 +191,21 @@ def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda one: (severities.index(one.severity), codes.index(one.code))))
 
 
-def skipping_unreadable(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
-    """Findings under data.skip_unreadable: true, where pictures that cannot be read are left out, not refused."""
-    return in_order(
-        one._replace(severity=FIXED, what=f"{one.what}, skipped (data.skip_unreadable)")
-        if one.code in SKIPPABLE
-        else one
-        for one in findings
-    )
+def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: int, share: float) -> tuple[Finding, ...]:
+    """Findings under data.skip_unreadable: true, where pictures that cannot be read are left out, not refused.
+
+    unreadable: how many of the images they are; over share (data.max_unreadable) of them training stops: refused.
+    """
+    some = f"{unreadable} of {images}, over data.max_unreadable: {share:g} of them"
+    change: dict[str, str] = {"severity": REFUSED, "remedy": f"mend them ({some}), or raise data.max_unreadable"}
+    if unreadable <= share * images:
+        change = {"severity": FIXED, "remedy": "fetch them again, or take them out of the file"}
+
+    def skipped(one: Finding) -> Finding:
+        words = ", skipped (data.skip_unreadable)" if change["severity"] == FIXED else ""
+        return one._replace(**change, what=FAULTS[one.code].what + words)
+
+    return in_order(skipped(one) if one.code in SKIPPABLE else one for one in findings)
 
 
 def describe(finding: Finding) -> list[str]:
@@ -210,9 +221,22 @@ def describe(finding: Finding) -> list[str]:
 
 def refuse(dataset: Dataset) -> Dataset:
     """Return the data set; raise DataError, which lists all that is refused in it, where there is something."""
-    refused = [one for one in dataset.findings if one.severity == REFUSED]
-    if refused:
-        lines = [f"  {line}" for finding in refused for line in describe(finding)]
-        total = sum(finding.count for finding in refused)
-        raise DataError("\n".join([f"{dataset.name}: {total} fault(s); `gndet check` shows the whole picture", *lines]))
+    refuse_all({dataset.name: dataset.findings})
     return dataset
+
+
+def refuse_all(findings: dict[str, Sequence[Finding]]) -> None:
+    """Raise DataError, which lists all that is refused, where there is something.  findings: by what they are of."""
+    lines = []
+    for name, some in findings.items():
+        if refused := [one for one in some if one.severity == REFUSED]:
+            total = sum(finding.count for finding in refused)
+            lines.append(f"{name}: {several(total, 'fault')}; `gndet check` shows the whole picture")
+            lines += [f"  {line}" for finding in refused for line in describe(finding)]
+    if lines:
+        raise DataError("\n".join(lines))
+
+
+def several(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

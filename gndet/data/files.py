@@ -1,6 +1,7 @@
 """The files of an image folder: found by name, never outside it, each subfolder listed once."""
 
 import difflib
+import errno
 import hashlib
 import os
 import unicodedata
@@ -12,7 +13,9 @@ from gndet.data.segmentation import brief
 
 HEAD = 512  # bytes that tell what a file is
 ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # zip .. rar
-EMPTY = "an empty file"
+PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")  # JPEG .. JPEG 2000
+EMPTY, XML, PICTURE, FILE = "an empty file", "an XML file", "a picture", "a file"
+ABSENT = (errno.ENOENT, errno.ENOTDIR)  # there is no such folder: nothing more is to be said
 MAX_COMPARED = 20_000  # names that the nearest one is looked for among: more would take seconds
 
 
@@ -23,6 +26,7 @@ class File(NamedTuple):
     size: int  # bytes
     mtime: int  # ns
     fault: str  # why it cannot be taken: a code of FAULTS, or ""
+    why: str = ""  # the same in words
 
 
 class ImageFolder:
@@ -37,8 +41,9 @@ class ImageFolder:
             kind = what_is(read_head(home)) if os.path.isfile(home) else getattr(error, "strerror", None) or str(error)
             raise Fault("folder-missing", f"{home}: {kind}, expected a folder of pictures") from None
         self.home = home
-        self._home = home.resolve()
+        self._home = os.path.realpath(home)
         self._listings: dict[str, dict[str, File]] = {}
+        self._troubles: dict[str, str] = {}  # why a subfolder cannot be listed
 
     def find(self, name: Any, suggest: bool) -> str:
         """The path of a picture below the folder, as it is on disk, for a file_name; either Unicode form is found.
@@ -46,16 +51,41 @@ class ImageFolder:
         suggest: look for the nearest name where there is none.  Raises Fault for one that cannot be taken.
         """
         parent, leaf = split_name(name)
-        listing = self._listing(parent)
-        found = listing.get(leaf) or listing.get(unicodedata.normalize("NFC", leaf))
+        folder = self._stored(parent)
+        found = _get(self._listing(folder), leaf)
         if found is None:
-            near = _nearest(leaf, listing) if suggest else ""
-            raise Fault("file-missing", f"is not in {self.home / parent}{near}")
-        if found.fault == "file-escape":
-            raise Fault("file-escape", "is reached by a link that leads out of the image folder")
-        if found.fault == "file-missing":
-            raise Fault("file-missing", "is no file, but a folder or a device")
-        return f"{parent}/{found.name}" if parent else found.name
+            if folder in self._troubles:
+                trouble = f"{self.home / parent}, which cannot be listed: {self._troubles[folder]}"
+                raise Fault("file-missing", f"is in {trouble}")
+            raise Fault("file-missing", f"is not in {self.home / parent}{self._hint(parent, leaf) if suggest else ''}")
+        if found.fault:
+            raise Fault(found.fault, found.why)
+        return f"{folder}/{found.name}" if folder else found.name
+
+    def _stored(self, parent: str) -> str:
+        """A subfolder as it is on disk, where either Unicode form of its parts may be; parent itself if it is not."""
+        if not parent or parent in self._listings or self._listing(parent):
+            return parent
+        stored = ""
+        for part in parent.split("/"):
+            entry = _get(self._listing(stored), part)
+            if entry is None:
+                return parent
+            stored = f"{stored}/{entry.name}" if stored else entry.name
+        return stored
+
+    def _hint(self, parent: str, leaf: str) -> str:
+        """What may have been meant by a name that is not there: a file further up, another folder, or another file."""
+        parts = parent.split("/") if parent else []
+        for start in range(1, len(parts) + 1):
+            folder = "/".join(parts[start:])
+            if _get(self._listing(folder), leaf) is not None:
+                return f"; it is in {self.home / folder}: file_name is relative to the image folder"
+        for end, part in enumerate(parts):
+            listing = self._listing("/".join(parts[:end]))
+            if _get(listing, part) is None:
+                return _nearest(part, listing)
+        return _nearest(leaf, self._listing(parent))
 
     def is_empty(self, path: str) -> bool:
         """Whether a file that was found has no bytes."""
@@ -71,13 +101,18 @@ class ImageFolder:
         hashed = hashlib.sha256()
         for folder in subfolders:
             files = self._listing(folder)
-            lines = [f"{key}\0{one.name}\0{one.size}\0{one.mtime}\0{one.fault}" for key, one in sorted(files.items())]
+            lines = ["\0".join([key, *map(str, one)]) for key, one in sorted(files.items())]
             hashed.update("\n".join([f"\n{folder}", *lines]).encode("utf-8", "surrogatepass"))
         return hashed.hexdigest()
 
     def _listing(self, parent: str) -> dict[str, File]:
         if parent not in self._listings:
-            self._listings[parent] = _list(self.home / parent, self._home)
+            try:
+                self._listings[parent] = _list(self.home / parent, self._home)
+            except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+                self._listings[parent] = {}
+                if isinstance(error, OSError) and error.errno not in ABSENT:
+                    self._troubles[parent] = error.strerror
         return self._listings[parent]
 
 
@@ -91,25 +126,39 @@ def split_name(name: Any) -> tuple[str, str]:
     return "/".join(parents), leaf
 
 
-def _list(folder: Path, home: Path) -> dict[str, File]:
-    """List a folder by name, and by its composed form; a link out of home has a fault, and so has what is no file."""
-    try:
-        inside = folder.resolve().is_relative_to(home)
-        with os.scandir(folder) as entries:
-            files = [_look(entry, inside, home) for entry in entries]
-    except (OSError, ValueError):  # no such folder, or a name that no folder can have
-        return {}
+def _list(folder: Path, home: str) -> dict[str, File]:
+    """List a folder by name, and by its composed form; a link out of home has a fault, and so has what is no file.
+
+    Raises OSError or ValueError where it cannot be listed.
+    """
+    with os.scandir(folder) as entries:
+        inside = _is_inside(folder, home)
+        files = [_look(entry, inside, home) for entry in entries]
     return {unicodedata.normalize("NFC", one.name): one for one in files} | {one.name: one for one in files}
 
 
-def _look(entry: os.DirEntry, inside: bool, home: Path) -> File:
-    """What an entry is."""
-    if not inside or (entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(home)):
-        return File(entry.name, 0, 0, "file-escape")
-    if not entry.is_file():
-        return File(entry.name, 0, 0, "file-missing")
-    stat = entry.stat()
+def _look(entry: os.DirEntry, inside: bool, home: str) -> File:
+    """What an entry is; one that cannot be looked at does not hide the others."""
+    try:
+        if not inside or (entry.is_symlink() and not _is_inside(entry.path, home)):
+            why = "is reached by a link that leads out of the image folder"
+            return File(entry.name, 0, 0, "file-escape", why)
+        if not entry.is_file():
+            return File(entry.name, 0, 0, "file-missing", "is a broken link, a folder or a device")
+        stat = entry.stat()
+    except OSError as error:
+        return File(entry.name, 0, 0, "file-missing", f"cannot be looked at: {error.strerror}")
     return File(entry.name, stat.st_size, stat.st_mtime_ns, "")
+
+
+def _is_inside(path: str | Path, home: str) -> bool:
+    """Whether a path leads into home, which is resolved.  `Path.resolve` raises for links in a circle."""
+    return Path(os.path.realpath(path)).is_relative_to(home)
+
+
+def _get(listing: dict[str, File], name: str) -> File | None:
+    """The entry of a name, in either Unicode form."""
+    return listing.get(name) or listing.get(unicodedata.normalize("NFC", name))
 
 
 def _nearest(name: str, listing: dict[str, File]) -> str:
@@ -136,6 +185,11 @@ def what_is(head: bytes) -> str:
         return "an archive, which is not opened"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (git lfs pull fetches the file)"
-    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "a web page"
-    return "a file"
+    if text.startswith((b"<?xml", b"<annotation")):
+        return XML
+    if head.startswith(PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
+        return PICTURE
+    return FILE

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gndet.data.faults import Fault
-from gndet.data.files import EMPTY, read_head, what_is
+from gndet.data.files import EMPTY, FILE, PICTURE, read_head, what_is
 from gndet.errors import DataError, MachineError
 from gndet.structures import Record
 
@@ -59,6 +59,8 @@ def read_image(
     except UnidentifiedImageError:
         kind = what_is(read_head(path))
         code = "file-empty" if kind == EMPTY else "picture-unreadable"
+        kind = f"not of a kind that is read ({', '.join(FORMATS)})" if kind == FILE else kind
+        kind = "damaged, or of a kind that is not read" if kind == PICTURE else kind
         raise Fault(code, f"{path}: cannot be read as a picture: it is {kind}") from None
     except DECODER_ERRORS as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:

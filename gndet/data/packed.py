@@ -8,7 +8,7 @@ Letters: N images, n objects, P polygons.
 import functools
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,13 +149,15 @@ class PackedRecords(Sequence[Record]):
 
     def __init__(
         self, packed: Packed, folder: Path, max_pixels: int, places: range | None = None,
-        again: Callable[[], Packed] | None = None,
+        again: Callable[[], Packed] | None = None, digests: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """folder: of the pictures.  places: of the images that are in it, all by default.
 
         again: gives the arrays to another process that this is sent to, which then shares them.
+        digests: (N,) uint64, of the bytes of the pictures, 0 where they are not known; None where none is.
         """
         self.packed, self.folder, self.max_pixels, self.again = packed, folder, max_pixels, again
+        self.digests = digests
         self.places = range(len(packed.image_ids)) if places is None else places
 
     def __len__(self) -> int:
@@ -163,7 +165,8 @@ class PackedRecords(Sequence[Record]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return PackedRecords(self.packed, self.folder, self.max_pixels, self.places[index], self.again)
+            places = self.places[index]
+            return PackedRecords(self.packed, self.folder, self.max_pixels, places, self.again, self.digests)
         return self._record(self.places[index])
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,6 +177,19 @@ class PackedRecords(Sequence[Record]):
         """The picture file of a record."""
         place = self.places[index]
         return self.folder / _text(self.packed.paths, self.packed.paths_first, place)
+
+    def note_digests(self, digests: dict[int, int]) -> None:
+        """Keep {index: digest of the picture's bytes}, as decoding has found them."""
+        self.digests = np.zeros(len(self.packed.image_ids), dtype=np.uint64)
+        for index, digest in digests.items():
+            self.digests[self.places[index]] = digest
+
+    def files(self) -> Iterator[tuple[int, str, str, int]]:
+        """Image id, file_name, path below the folder and digest (0: not known) of each, without making records."""
+        for place in self.places:
+            name = _text(self.packed.names, self.packed.names_first, place)
+            path = _text(self.packed.paths, self.packed.paths_first, place)
+            yield int(self.packed.image_ids[place]), name, path, 0 if self.digests is None else int(self.digests[place])
 
     def _record(self, place: int) -> Record:
         packed = self.packed

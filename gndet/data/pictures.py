@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -96,10 +97,14 @@ class _Worker:
         # a server forks them: it has no threads, and has imported what they need only once
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, look), daemon=True)
-        self.process.start()
-        theirs.close()
+        try:
+            self.connection, theirs = context.Pipe()
+            self.process = context.Process(target=_work, args=(theirs, look), daemon=True)
+            with _without_interrupts():
+                self.process.start()
+            theirs.close()
+        except OSError as error:  # too many open files, a TMPDIR too long for a socket, a server that has died
+            raise DataError(f"a process to decode pictures in cannot be started: {error}") from None
         self.pending: deque[tuple[int, Picture]] = deque()
         self.ready, self.stuck, self.began = False, "", time.monotonic()
 
@@ -146,6 +151,17 @@ class _Worker:
         self.connection.close()
         self.process.kill()
         self.process.join()
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold Ctrl-C back while processes start: it goes to all, and would end the server while it imports."""
+    resource_tracker.ensure_running()  # its start would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection: Connection, look: Looker) -> None:

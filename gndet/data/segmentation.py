@@ -6,6 +6,7 @@ Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; 
 """
 
 import math
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
 from gndet.data.faults import Fault
+from gndet.structures import MASK_SIDE
 
 NUMBERS = {int, float}
 MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
@@ -36,6 +38,36 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, i
         _check_polygon(polygon, size)
     polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
     return polygons or None, len(segmentation) - len(polygons)
+
+
+def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether checked polygons cover a pixel of the image, or of the finer frame of the box they are trained in.
+
+    box (4,) xyxy in pixels, not empty; size: height, width of the image.
+    """
+    if any(_is_large(polygon, size) for polygon in polygons) or coco_mask.area(to_rle(polygons, size)):
+        return True
+    inside = box.clip(0, (*size[::-1], *size[::-1]))
+    if not (_reaches(polygons, inside) and (inside[2:] > inside[:2]).all()):
+        return False
+    return bool(box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())
+
+
+def _is_large(polygon: list[float], size: tuple[int, int]) -> bool:
+    """Whether a polygon surely covers a pixel, which saves drawing it: it is thick, and inside the image."""
+    xs, ys = polygon[::2], polygon[1::2]
+    left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
+    if left < 0 or top < 0 or right > size[1] or bottom > size[0]:
+        return False
+    twice = sum(map(mul, xs, ys[1:] + ys[:1])) - sum(map(mul, ys, xs[1:] + xs[:1]))  # shoelace
+    # area / perimeter bounds the radius of the disk inside from below: 0.5 pixels, where it is convex
+    return abs(twice) >= 2 * (right - left + bottom - top + 1)
+
+
+def _reaches(polygons: list[list[float]], box: np.ndarray) -> bool:
+    """Whether the extent of polygons and a box have an area in common."""
+    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])  # (n, 2)
+    return bool((np.minimum(points.max(0), box[2:]) > np.maximum(points.min(0), box[:2])).all())
 
 
 def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -144,6 +176,12 @@ def run_lengths(counts: str) -> list[int]:
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
     return runs.tolist()
+
+
+def printable(text: str) -> str:
+    """A text of the file for a terminal: at most 60 characters, those that steer a terminal escaped."""
+    plain = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:61])
+    return plain if len(plain) <= 60 else plain[:57] + "..."
 
 
 def brief(value: Any) -> str:

@@ -436,7 +436,7 @@ def test_no_file_of_the_users_is_written_over(tmp_path: Path, name: str) -> None
     (data.folder / "config.yaml").write_text("base: base.yaml\n")
     os.link(data.folder / "file.json", data.folder / "link.json")
     before = (data.folder / name).read_bytes()
-    with pytest.raises(OutputError, match="among your data|no report of gndet check"):
+    with pytest.raises(OutputError, match=r"among your data|no report of gndet check"):
         check(str(data.folder / "config.yaml"), [], lambda _: None, out=data.folder / name)
     with pytest.raises(OutputError, match="expected a name like"):
         check(str(data.folder / "config.yaml"), [], lambda _: None, sheet=data.folder / name)

@@ -75,7 +75,8 @@ def _with_masks(dataset: Dataset) -> Dataset:
     for record in dataset.records:
         for place in np.flatnonzero(~record.crowd):
             if record.segmentations[int(place)] is None:
-                text = f"annotation {record.annotation_ids[place]} of {printable(record.file_name)} has no usable segmentation"
+                name = printable(record.file_name)
+                text = f"annotation {record.annotation_ids[place]} of {name} has no usable segmentation"
                 found.add("mask-needed", text, record.image_id)
     others = tuple(one for one in dataset.findings if one.code != "mask-missing")
     return dataset._replace(findings=in_order(others + found.listed()))

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_nobody_reading() -> bool:
     """Whether what stdout leads to has been closed, as by `| head -1`; the rest is then thrown away."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+    return True
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

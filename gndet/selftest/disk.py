@@ -15,6 +15,7 @@ from gndet.selftest.launch import Started, finish, start, unbroken
 from gndet.selftest.tiny import check, check_same, newest_update, read_trace
 
 TERM = int(signal.SIGTERM)
+SMALL = 1 << 20  # bytes: less than the weights, more than the log
 SAVING = ("train.checkpoint_every=1", "train.eval_every=0", "train.schedule.updates=16")
 
 
@@ -60,7 +61,7 @@ class Disk:
     def fill(self, run: Started) -> None:
         """Leave no room."""
         if not self.mounted:
-            resource.prlimit(run.pids[0], resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
+            resource.prlimit(run.pids[0], resource.RLIMIT_FSIZE, (SMALL, resource.RLIM_INFINITY))
             return
         with (self.folder / "filler").open("ab", buffering=0) as file:
             try:

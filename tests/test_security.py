@@ -335,6 +335,8 @@ ALLOWED_IMPORTS = {
     ("selftest/launch.py", "subprocess"): "starts gndet itself, on data of its own, to kill it",
     ("selftest/host.py", "subprocess"): "as selftest/launch.py, which speaks to it through a pipe",
     ("selftest/host.py", "importlib"): "of gndet, by names that selftest/launch.py sends",
+    ("selftest/disk.py", "subprocess"): "mount and umount of a small disk of its own, where it may",
+    ("selftest/inject.py", "runpy"): "gndet.cli, by that name",
     ("weights/read.py", "urllib"): "the error of a download that the user asked for by name",
     ("weights/read.py", "importlib"): "timm, where the user named weights of timm",
 }
@@ -345,6 +347,7 @@ BANNED_CALLS = (
 )
 ALLOWED_CALLS = {
     ("selftest/host.py", "os.fork"): "a run that is to be killed",
+    ("selftest/saving.py", "os.fork"): "a process that saves and is to be killed",
     ("selftest/host.py", "importlib.import_module"): "of gndet, by names that selftest/launch.py sends",
 }
 BANNED_ENDINGS = {"extract", "extractall", "urlopen", "urlretrieve"}  # of whatever object

@@ -5,6 +5,7 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import warnings
 from collections import deque
@@ -155,13 +156,24 @@ class _Worker:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Hold Ctrl-C back while processes start: it goes to all, and would end the server while it imports."""
+    """Hold Ctrl-C back while processes start: it goes to all, and would end the server while it imports.
+
+    Blocked, so that the server inherits that; and noted, for any thread may take the signal, and Python then
+    interrupts the main one, blocked or not.
+    """
     resource_tracker.ensure_running()  # its start would let them through again
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number)) if main else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _work(connection: Connection, look: Looker) -> None:

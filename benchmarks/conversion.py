@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.modeling.norm import Area, FrozenBatchNorm, GroupNorm
+from gndet.modeling.area import Area
+from gndet.modeling.norm import FrozenBatchNorm, GroupNorm
 from gndet.weights.convert import run_twins
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the network, which the tests share

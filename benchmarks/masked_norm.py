@@ -19,8 +19,9 @@ from gndet.data.batching import collate
 from gndet.data.transforms import Sample
 from gndet.distributed import place, process
 from gndet.micro_batch import backward, to_device
+from gndet.modeling.area import Area
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.norm import Area, GroupNorm
+from gndet.modeling.norm import GroupNorm
 from gndet.structures import MASK_SIDE, Batch
 
 

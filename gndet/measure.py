@@ -16,8 +16,8 @@ from gndet.data.batching import collate
 from gndet.data.transforms import Sample
 from gndet.leaks import Choices, choices, kept_statistics, relative
 from gndet.micro_batch import to_device
+from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.norm import ConvNorm
 from gndet.modeling.resnet import BasicBlock, Bottleneck
 from gndet.structures import Batch
 

@@ -26,6 +26,7 @@ from gndet.data.batching import Loaded, split
 from gndet.distributed import Process, gather, total
 from gndet.errors import DataError, TrainingError
 from gndet.micro_batch import breakable, to_device
+from gndet.modeling.tower import keeping_all
 from gndet.run import Run
 from gndet.structures import Batch, GroundTruth
 
@@ -98,7 +99,8 @@ def examine(run: Run, taken: list[Loaded]) -> list[dict[str, Any]]:
     data, alone = run.cfg.data, run.cfg.model.batch_coupling() is None
     found = []
     for loaded in taken:
-        parts = split(loaded.batch, 1 if alone else len(loaded.batch.images), data.canvas_multiple, data.exact_canvas)
+        size = 1 if alone else len(loaded.batch.images)
+        parts = split(loaded.batch, size, data.canvas_multiple, data.exact_canvas, data.canvases)
         ids = [[image] for image in loaded.image_ids] if alone else [list(loaded.image_ids)]
         for part, image_ids in zip(parts, ids, strict=True):
             run.model.zero_grad()
@@ -125,7 +127,7 @@ def read_batch(path: Path) -> Batch:
 def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
     """The losses of a batch, and what becomes not finite first in its forward and backward pass."""
     first: list[str] = []
-    with _hooks(run.model, first.append):
+    with keeping_all(run.model), _hooks(run.model, first.append):
         with run.autocast():
             losses = run.model(batch)  # {name: (B,)}
         means = {name: float(loss.detach().mean()) for name, loss in losses.items()}

@@ -4,13 +4,15 @@ B images, M ground-truth slots, K proposals, R regions an image, D detections; n
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config import BoxHeadConfig, NormConfig
-from gndet.modeling.norm import conv_factory
+from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import nms_keep
@@ -33,12 +35,12 @@ class BoxHead(nn.Module):
 
     def __init__(self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.cfg, self.num_classes = cfg, num_classes
-        conv = conv_factory(norm)
+        self.cfg, self.num_classes, self.memory = cfg, num_classes, "fast"
+        conv = conv_factory(norm, winograd=True, regions=True)
         self.convs = nn.ModuleList()
         if cfg.kind == "4conv1fc":
-            for _ in range(cfg.num_convs):
-                self.convs.append(conv(channels, cfg.conv_channels, 3))
+            for i in range(cfg.num_convs):
+                self.convs.append(conv(channels, cfg.conv_channels, 3, cheap=i == cfg.num_convs - 1))
                 channels = cfg.conv_channels
                 nn.init.kaiming_normal_(self.convs[-1].conv.weight, mode="fan_out", nonlinearity="relu")
         width = channels * cfg.pool_size**2
@@ -57,14 +59,16 @@ class BoxHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
         """boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4)."""
-        num_images, num_regions = boxes.shape[:2]
+        return recomputed(self, self._predict, features, strides, boxes)
+
+    def _predict(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        cfg, (num_images, num_regions) = self.cfg, boxes.shape[:2]
         image = image_index(num_images, num_regions, boxes.device)
-        x = roi_align_pyramid(
-            features, strides, boxes.flatten(0, 1), image, self.cfg.pool_size, self.cfg.sampling_ratio,
-            self.cfg.roi_align,
+        pool = partial(
+            roi_align_pyramid, features, strides, boxes.flatten(0, 1), image, cfg.pool_size, cfg.sampling_ratio,
+            cfg.roi_align,
         )  # fmt: skip
-        for conv in self.convs:
-            x = conv(x)
+        x = tower(self.convs, pool(), again=pool) if self.convs else pool()
         x = x.flatten(1)  # (B * R, C * size * size)
         for fc in self.fcs:
             x = F.relu(fc(x))

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config import FPNConfig, NormConfig
-from gndet.modeling.norm import Areas, clear_padding, conv_factory
+from gndet.modeling.area import Areas, clear_padding
+from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.tower import tower
 
 LEVELS = (2, 3, 4, 5)
 
@@ -22,7 +24,8 @@ class FPN(nn.Module):
         self.channels, self.masked = cfg.channels, norm.masked
         for level, channels in zip(LEVELS, in_channels, strict=True):
             self.add_module(f"lateral{level}", conv(channels, cfg.channels, 1, relu=False))
-            self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False))
+            large = level < LEVELS[-1]
+            self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False, winograd=large))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Xavier over fan-in, as Caffe2's XavierFill
@@ -35,11 +38,11 @@ class FPN(nn.Module):
         outputs = []
         for level, feature in reversed(list(zip(LEVELS, features, strict=True))):
             area = areas[2**level]
-            x = self.get_submodule(f"lateral{level}")(feature, area)
+            x = tower([self.get_submodule(f"lateral{level}")], feature, [area])
             if top is not None:
                 above = F.interpolate(top, scale_factor=2.0, mode="nearest")
                 x = x + above[:, :, : x.shape[2], : x.shape[3]]
                 x = clear_padding(x, area) if self.masked else x
             top = x
-            outputs.insert(0, self.get_submodule(f"output{level}")(x, area))
+            outputs.insert(0, tower([self.get_submodule(f"output{level}")], x, [area]))
         return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]

@@ -1,6 +1,7 @@
 """Mask head (He et al. 2017): a 28 x 28 mask a class for each region. P regions, S side of the stored masks."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from gndet.config import MaskHeadConfig, NormConfig
 from gndet.modeling.box_head import image_index
-from gndet.modeling.norm import conv_factory
+from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import full
 from gndet.ops.masks import mask_targets
 from gndet.ops.reduce import mean_per_image
@@ -21,8 +23,8 @@ class MaskHead(nn.Module):
 
     def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.cfg = cfg
-        conv = conv_factory(norm)
+        self.cfg, self.memory = cfg, "fast"
+        conv = conv_factory(norm, winograd=True, regions=True)
         self.convs = nn.ModuleList()
         for _ in range(cfg.num_convs):
             self.convs.append(conv(channels, cfg.channels, 3))
@@ -40,12 +42,24 @@ class MaskHead(nn.Module):
         self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
     ) -> Tensor:
         """boxes (P, 4) of images (P,) to the mask logits (P, 28, 28) of their labels (P,)."""
+        return recomputed(self, self._predict, features, strides, boxes, image, labels)
+
+    def _predict(
+        self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
+    ) -> Tensor:
         cfg = self.cfg
-        x = roi_align_pyramid(features, strides, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align)
-        for conv in self.convs:
-            x = conv(x)
-        x = self.logits(F.relu(self.deconv(x)))  # (P, num_classes, 28, 28)
-        return full(x[torch.arange(len(x), device=x.device), labels])
+        pool = partial(
+            roi_align_pyramid, features, strides, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align
+        )
+        x = tower(self.convs, pool(), again=pool)
+        return full(recomputed(self, self._masks, x, labels, cheap=True))
+
+    def _masks(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x (P, C, 14, 14) to the logits of the masks of its labels: of 80 classes one is needed."""
+        x = F.relu(self.deconv(x), inplace=True)  # (P, C, 28, 28)
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (P, 28 * 28, C)
+        weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias[labels]  # (P, C), (P,)
+        return (torch.matmul(pixels, weight[:, :, None]) + bias[:, None, None]).view(len(x), *x.shape[2:])
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from gndet.config import ModelConfig
 from gndet.errors import ConfigError
+from gndet.modeling.area import Area, Areas, picture_areas
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.fpn import FPN
 from gndet.modeling.mask_head import MaskHead
-from gndet.modeling.norm import Area, Areas, picture_areas
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import extend_edges

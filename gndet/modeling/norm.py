@@ -8,8 +8,7 @@ padding, so that an image's features are those of the image run alone; `area=Non
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,114 +18,8 @@ from torch.distributed.nn.functional import all_reduce
 
 from gndet.config import NormConfig
 from gndet.errors import ConfigError
-
-
-class Area(NamedTuple):
-    """Where the pictures lie on feature maps of one stride."""
-
-    sizes: Tensor  # (B, 2) int64 valid height, width in cells
-    mask: Tensor  # (B, 1, H, W) bool
-    count: Tensor  # (B, 1) float32 number of valid cells
-
-    @staticmethod
-    def of(sizes: Tensor, height: int, width: int) -> "Area":
-        """The area of pictures of the given sizes (B, 2) on (height, width) maps."""
-        row = torch.arange(height, device=sizes.device)[None, None, :, None]
-        column = torch.arange(width, device=sizes.device)[None, None, None, :]
-        mask = (row < sizes[:, 0, None, None, None]) & (column < sizes[:, 1, None, None, None])
-        return Area(sizes, mask, (sizes[:, :1] * sizes[:, 1:]).float())
-
-
-Areas = dict[int, Area | None]  # by stride; None where nothing is padded
-
-
-def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Areas:
-    """The areas of pictures of sizes (B, 2) on a (height, width) canvas, at the strides 2 to 64.
-
-    Every layer of the network halves by rounding up, so a picture has ceil(size / stride) cells.
-    """
-    if not padded:
-        return dict.fromkeys((2, 4, 8, 16, 32, 64))
-    return {s: Area.of((sizes + s - 1) // s, -(-height // s), -(-width // s)) for s in (2, 4, 8, 16, 32, 64)}
-
-
-def clear_padding(x: Tensor, area: Area | None) -> Tensor:
-    """Put zeros into the padding of x (B, C, H, W); area None: nothing is padded."""
-    return x if area is None else torch.where(area.mask, x, 0.0)
-
-
-class _MaskedGroupNorm(torch.autograd.Function):
-    """Group normalisation with statistics over each picture only; keeps x and two numbers a group for backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor, count: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        grouped = x.unflatten(1, (groups, -1))  # (B, G, C/G, H, W)
-        inside = mask[:, None]  # (B, 1, 1, H, W)
-        n = (count * grouped.shape[2]).to(x.dtype)  # (B, 1)
-        mean = torch.where(inside, grouped, 0.0).sum((2, 3, 4)) / n  # (B, G)
-        centred = torch.where(inside, grouped - mean[:, :, None, None, None], 0.0)
-        rstd = (centred.square().sum((2, 3, 4)) / n + eps).rsqrt()  # (B, G)
-        ctx.save_for_backward(x, mask, n, gamma, mean, rstd)
-        normal = (centred * rstd[:, :, None, None, None]).flatten(1, 2)
-        return torch.where(mask, torch.addcmul(beta[:, None, None], normal, gamma[:, None, None]), 0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, n, gamma, mean, rstd = ctx.saved_tensors
-        groups = mean.shape[1]
-        wide = (slice(None), slice(None), None, None, None)
-        normal = (x.unflatten(1, (groups, -1)) - mean[wide]) * rstd[wide]
-        normal = torch.where(mask[:, None], normal, 0.0)
-        grad = torch.where(mask, grad, 0.0).unflatten(1, (groups, -1))
-        weighted = grad * normal  # (B, G, C/G, H, W)
-        grad_gamma = weighted.sum((0, 3, 4)).flatten()
-        grad_beta = grad.sum((0, 3, 4)).flatten()
-        scale = gamma.view(1, groups, -1)  # (1, G, C/G)
-        mean_grad = (grad.sum((3, 4)) * scale).sum(2) / n  # (B, G)
-        mean_weighted = (weighted.sum((3, 4)) * scale).sum(2) / n
-        grad_x = grad * scale[..., None, None] - mean_grad[wide] - normal * mean_weighted[wide]
-        grad_x = torch.where(mask[:, None], grad_x * rstd[wide], 0.0).flatten(1, 2)
-        return grad_x, None, None, grad_gamma, grad_beta, None, None
-
-
-class _CroppedGroupNorm(torch.autograd.Function):
-    """The same on a CPU: torch's kernel on each picture's crop, half the time of the masked arithmetic."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float) -> Tensor:
-        y = torch.zeros_like(x)
-        statistics = []
-        for i, (height, width) in enumerate(sizes.tolist()):
-            crop = _crop(x, i, height, width)
-            part, *mean_and_rstd = torch.native_group_norm(
-                crop, gamma, beta, 1, x.shape[1], height * width, groups, eps
-            )
-            y[i, :, :height, :width] = part[0]
-            statistics.append(mean_and_rstd)
-        ctx.save_for_backward(x, sizes, gamma)
-        ctx.statistics, ctx.groups = statistics, groups
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, sizes, gamma = ctx.saved_tensors
-        grad_x, grad_gamma, grad_beta = torch.zeros_like(x), torch.zeros_like(gamma), torch.zeros_like(gamma)
-        for i, (height, width) in enumerate(sizes.tolist()):
-            crops = (_crop(t, i, height, width) for t in (grad, x))
-            parts = torch.ops.aten.native_group_norm_backward(
-                *crops, *ctx.statistics[i], gamma, 1, x.shape[1], height * width, ctx.groups, [True, True, True]
-            )
-            grad_x[i, :, :height, :width] = parts[0][0]
-            grad_gamma += parts[1]
-            grad_beta += parts[2]
-        return grad_x, None, grad_gamma, grad_beta, None, None
-
-
-def _crop(x: Tensor, image: int, height: int, width: int) -> Tensor:
-    """One picture of x (B, C, H, W) as (1, C, height, width), dense and channels-last."""
-    return x[image : image + 1, :, :height, :width].contiguous(memory_format=torch.channels_last)
+from gndet.modeling.area import Area, clear_padding
+from gndet.modeling.group_norm import MaskedGroupNorm
 
 
 class GroupNorm(nn.Module):
@@ -151,10 +44,8 @@ class GroupNorm(nn.Module):
             x = x.to(self.weight.dtype)
             if area is None or not self.masked:
                 y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-            elif x.device.type == "cpu" and not torch.compiler.is_compiling():
-                y = _CroppedGroupNorm.apply(x, area.sizes, self.weight, self.bias, self.groups, self.eps)
             else:
-                y = _MaskedGroupNorm.apply(x, area.mask, area.count, self.weight, self.bias, self.groups, self.eps)
+                y = MaskedGroupNorm.apply(x, *area, self.weight, self.bias, self.groups, self.eps)
             return y.to(dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -213,9 +104,13 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def map(self) -> tuple[Tensor, Tensor]:
+        """The factor and the summand of each channel, (C,)."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        scale, shift = self.map()
         y = torch.addcmul(shift[:, None, None].to(x.dtype), x, scale[:, None, None].to(x.dtype))
         return clear_padding(y, area) if self.masked else y
 
@@ -295,45 +190,3 @@ def make_norm(cfg: NormConfig, channels: int) -> nn.Module:
 
 
 NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm)  # whose parameters are gamma and beta
-
-
-class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose weights are standardised per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.standardize(self.weight), self.bias)
-
-    @staticmethod
-    def standardize(weight: Tensor) -> Tensor:
-        """The weights (out, in, kh, kw) that a plain convolution would need.  Same shape."""
-        var, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
-        return (weight - mean) * (var + 1e-10).rsqrt()
-
-
-class ConvNorm(nn.Module):
-    """Convolution, norm and, if asked for, ReLU: the brick of the whole network.
-
-    The convolution has a bias only where no norm follows.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True
-    ) -> None:
-        super().__init__()
-        layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
-        self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm.kind == "none")
-        self.norm = make_norm(norm, out_channels)
-        self.relu = relu
-
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
-        """x (B, C, H, W), area of the result or None.  Returns (B, out_channels, H/stride, W/stride)."""
-        x = self.norm(self.conv(x), area)
-        return F.relu(x, inplace=True) if self.relu else x
-
-
-ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True), the norm chosen
-
-
-def conv_factory(norm: NormConfig) -> ConvFactory:
-    """A ConvNorm with its norm chosen, for modules that need not know it."""
-    return partial(ConvNorm, norm=norm)

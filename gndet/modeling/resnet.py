@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config import BackboneConfig, NormConfig
-from gndet.modeling.norm import Area, Areas, ConvFactory, ConvNorm, clear_padding, conv_factory
+from gndet.modeling.area import Area, Areas, clear_padding
+from gndet.modeling.conv_norm import ConvFactory, ConvNorm, conv_factory
+from gndet.modeling.tower import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -30,8 +32,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
         """x (B, C, H, W), its area and that of the result.  Returns (B, channels, H/stride, W/stride)."""
-        y = self.conv2(self.conv1(x, area), area)
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, area)), inplace=True)
+        shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
+        return tower([self.conv1, self.conv2], x, [area, area], shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -56,9 +58,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
         """x (B, C, H, W), its area and that of the result.  Returns (B, 4 * channels, H/stride, W/stride)."""
-        y = self.conv1(x, area if self.stride_in_1x1 else area_in)
-        y = self.conv3(self.conv2(y, area), area)
-        return F.relu(y + (x if self.shortcut is None else self.shortcut(x, area)), inplace=True)
+        shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
+        first = area if self.stride_in_1x1 else area_in
+        return tower([self.conv1, self.conv2, self.conv3], x, [first, area, area], shortcut)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> ConvNorm | None:
@@ -72,15 +74,16 @@ class ResNet(nn.Module):
 
     def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
         super().__init__()
+        self.memory = "fast"
         self.frozen: list[nn.Module] = []
-        conv = conv_factory(norm)
         self.masked = norm.masked
         block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, stride_in_1x1=cfg.stride_in_1x1)
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
-        self.stem = conv(3, WIDTH, 7, stride=2)
+        self.stem = conv_factory(norm)(3, WIDTH, 7, stride=2)
         self.channels = tuple(WIDTH * 2**i * expansion for i in range(4))
         in_channels = WIDTH
         for i, count in enumerate(BLOCKS[cfg.depth]):
+            conv = conv_factory(norm, winograd=i < 3)  # the maps of res5 are small, its weights large
             blocks = []
             for j in range(count):
                 blocks.append(block(in_channels, WIDTH * 2**i, 2 if i and not j else 1, conv))
@@ -121,20 +124,24 @@ class ResNet(nn.Module):
             part.eval()
         return self
 
+    def _stem(self, x: Tensor, areas: Areas) -> Tensor:
+        x = F.max_pool2d(self.stem(x, areas[2]), 3, 2, 1)
+        return clear_padding(x, areas[4]) if self.masked else x  # after the ReLU zeros did not change a maximum
+
     def forward(self, x: Tensor, areas: Areas) -> list[Tensor]:
         """x (B, 3, H, W) normalised, zero in the padding; areas of the pictures by stride.
 
         Returns C2..C5, (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is a masked one.
         """
-        x = self.stem(x, areas[2])
-        x = F.max_pool2d(x, 3, 2, 1)
-        if self.masked:  # after the ReLU zeros did not change a maximum
-            x = clear_padding(x, areas[4])
+        x = recomputed(self, self._stem, x, areas, cheap=True)
         features = []
         area = areas[4]
         for stage, stride in zip(self.stages(), (4, 8, 16, 32), strict=True):
             for block in stage:
-                x = block(x, area, areas[stride])
+                if isinstance(block, BasicBlock):
+                    x = recomputed(self, block, x, area, areas[stride])
+                else:  # a bottleneck's tower keeps a quarter of what its input takes, too little to do it again for
+                    x = block(x, area, areas[stride])
                 area = areas[stride]
             features.append(x)
         return features

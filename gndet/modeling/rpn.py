@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config import NormConfig, RPNConfig
-from gndet.modeling.norm import Areas, conv_factory
+from gndet.modeling.area import Area, Areas
+from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import nms_keep
@@ -67,8 +69,8 @@ class RPN(nn.Module):
     def __init__(self, cfg: RPNConfig, norm: NormConfig, channels: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.cfg, self.strides = cfg, tuple(strides)
-        self.num_anchors = len(cfg.aspect_ratios)
-        conv = conv_factory(norm)
+        self.num_anchors, self.memory = len(cfg.aspect_ratios), "fast"
+        conv = conv_factory(norm, winograd=True)
         self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))
         self.objectness = nn.Conv2d(channels, self.num_anchors, 1)
         self.deltas = nn.Conv2d(channels, self.num_anchors * 4, 1)
@@ -81,12 +83,15 @@ class RPN(nn.Module):
         """P2..P6 to objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4), float32."""
         logits, deltas = [], []
         for feature, stride in zip(features, self.strides, strict=True):
-            x = feature
-            for conv in self.convs:
-                x = conv(x, areas[stride])
-            logits.append(full(self.objectness(x).permute(0, 2, 3, 1).flatten(1)))
-            deltas.append(full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4)))
+            score, delta = recomputed(self, self._predict, feature, areas[stride])
+            logits.append(score)
+            deltas.append(delta)
         return logits, deltas
+
+    def _predict(self, feature: Tensor, area: Area | None) -> tuple[Tensor, Tensor]:
+        x = tower(self.convs, feature, [area] * len(self.convs))
+        logits = full(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
+        return logits, full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
 
     def anchors(self, features: Sequence[Tensor], areas: Areas, canvas: tuple[int, int]) -> Anchors:
         """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride; canvas (height, width)."""

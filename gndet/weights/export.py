@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gndet.config import ModelConfig, NormConfig
 from gndet.errors import ConfigError
-from gndet.modeling.norm import StandardizedConv2d
+from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.describe import FACTS, NO_STD, PARTS, RGB_STD
 from gndet.weights.files import write_torch
 from gndet.weights.names import BATCH_NORMS, CLASS_ROWS, layer_names

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gndet.config import ModelConfig, NormConfig, TrainConfig
 from gndet.errors import CheckpointError
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, StandardizedConv2d, make_norm
+from gndet.modeling.conv_norm import StandardizedConv2d
+from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, make_norm
 from gndet.weights.convert import convert_batch_norm
 from gndet.weights.names import BATCH_NORMS
 from gndet.weights.sources import Source

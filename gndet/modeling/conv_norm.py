@@ -1,0 +1,78 @@
+"""Convolution, norm and ReLU: the brick of the whole network. B images or regions, C channels, (H, W) maps."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gndet.config import NormConfig
+from gndet.modeling.area import Area
+from gndet.modeling.norm import make_norm
+from gndet.ops.winograd import Winograd, possible
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution whose weights are standardised per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.standardize(self.weight), self.bias)
+
+    @staticmethod
+    def standardize(weight: Tensor) -> Tensor:
+        """The weights (out, in, kh, kw) that a plain convolution would need.  Same shape."""
+        var, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+        return (weight - mean) * (var + 1e-10).rsqrt()
+
+
+class ConvNorm(nn.Module):
+    """Convolution, norm and, if asked for, ReLU.
+
+    The convolution has a bias only where no norm follows.
+    winograd: on a CPU a 3x3 one is computed by minimal filtering, which gains on maps of more than about 64 tiles;
+    whether it is does not depend on the maps, lest an image's rounding depend on its batch.
+    regions: it is to see many small maps, one a region.
+    cheap: in a tower its result is computed again rather than kept; by default that of a 1x1.
+    `memory` says what `tower` keeps for the backward pass (train.memory); a brick by itself keeps all, as "fast" does.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True,
+        winograd: bool = False, regions: bool = False, cheap: bool | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
+        self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm.kind == "none")
+        self.norm = make_norm(norm, out_channels)
+        self.relu, self.winograd, self.regions, self.memory = relu, winograd, regions, "fast"
+        self.cheap = kernel == 1 if cheap is None else cheap
+
+    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        """x (B, C, H, W), area of the result or None.  Returns (B, out_channels, H/stride, W/stride)."""
+        x = self.norm(self.convolve(x), area)
+        return F.relu(x, inplace=True) if self.relu else x
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The convolution alone, by the faster of two ways."""
+        if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or not self.by_winograd():
+            return self.conv(x)
+        y = Winograd.apply(x, self.weight())
+        return y if self.conv.bias is None else y + self.conv.bias[:, None, None]
+
+    def by_winograd(self) -> bool:
+        """Whether the convolution of float32 maps is computed by minimal filtering."""
+        return self.winograd and possible(self.conv.weight, self.conv.stride) and not torch.compiler.is_compiling()
+
+    def weight(self) -> Tensor:
+        """The weight (out, in, kh, kw) that the convolution works with."""
+        standardized = isinstance(self.conv, StandardizedConv2d)
+        return self.conv.standardize(self.conv.weight) if standardized else self.conv.weight
+
+
+ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True), the norm chosen
+
+
+def conv_factory(norm: NormConfig, *, winograd: bool = False, regions: bool = False) -> ConvFactory:
+    """A ConvNorm with its norm chosen, for modules that need not know it."""
+    return partial(ConvNorm, norm=norm, winograd=winograd, regions=regions)

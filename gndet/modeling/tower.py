@@ -1,0 +1,310 @@
+"""Convolutions in a row, and what they keep for the backward pass: memory for a little time.
+
+By itself autograd keeps two maps a brick, the convolution's result for the norm and the activation for the next
+convolution.  `train.memory` chooses:
+    fast      both
+    balanced  convolutions' results and the statistics; activations are computed again, in one pass over the map.  Of a
+              `cheap` brick not even the result is kept: a bottleneck's 1x1 convolutions are half of its work and five
+              sixths of its memory
+    lean      of a basic block, the RPN or a head nothing but its input: `recomputed`, all results of convolutions being
+              kept while that lasts
+Letters: n samples (images or regions), C channels, (H, W) maps.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from gndet.modeling.area import Area, clear_padding
+from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.group_norm import gradients, normalize, renormalize
+from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, NoNorm
+from gndet.ops import winograd
+
+_aten = torch.ops.aten
+
+
+class Layer(NamedTuple):
+    """A brick of a tower, its tensors aside."""
+
+    stride: int
+    padding: int
+    winograd: bool
+    cheap: bool  # its convolution is computed again rather than its result kept
+    groups: int  # 0: no statistics, a frozen norm being part of weight and bias
+    eps: float
+    area: Area | None  # whose padding is to be cleared, and kept out of statistics
+    relu: bool
+
+
+def set_memory(model: nn.Module, memory: str) -> None:
+    """Set what the model keeps for the backward pass: "fast", "balanced" or "lean" (train.memory)."""
+    for module in model.modules():
+        if hasattr(module, "memory"):
+            module.memory = memory
+
+
+@contextmanager
+def keeping_all(model: nn.Module) -> Iterator[None]:
+    """Compute module by module meanwhile, for those who look at what a module gives by hooks."""
+    before = [(module, module.memory) for module in model.modules() if hasattr(module, "memory")]
+    set_memory(model, "fast")
+    try:
+        yield
+    finally:
+        for module, memory in before:
+            module.memory = memory
+
+
+def recomputed(part: nn.Module, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
+    """Call a function of a part so that its arguments alone are kept, and it is called again in the backward pass.
+
+    Where the part's memory is "lean"; cheap: where it is "balanced" too.  Not where its norms would count their running
+    statistics twice.
+    """
+    wanted = part.memory == "lean" or (cheap and part.memory == "balanced")
+    if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*arguments)
+    if any(isinstance(module, nn.BatchNorm2d) for module in part.modules()):
+        return function(*arguments)
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def tower(
+    layers: Sequence[ConvNorm],
+    x: Tensor,
+    areas: Sequence[Area | None] | None = None,
+    residual: Tensor | None = None,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Pass x (n, C, H, W) through bricks, keeping as little of it as their `memory` says.
+
+    areas: of each brick's result, None where nothing is padded.  residual: added before a last ReLU, as behind a
+    residual block.  again: makes x once more, so that it need not be kept.  Returns (n, out_channels, H/s, W/s).
+    """
+    areas = [None] * len(layers) if areas is None else areas
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_saves, layers)):
+        return _plain(layers, x, areas, residual)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
+    bricks, tensors, size = [], [], x.shape[2:]
+    for layer, area in zip(layers, areas, strict=True):
+        brick, four = _taken_apart(layer, area, dtype)
+        bricks.append(brick)
+        tensors += four
+        size = [(side - 1) // brick.stride + 1 for side in size]
+    if residual is not None:
+        bricks[-1] = bricks[-1]._replace(relu=True)
+    if layers[0].memory == "lean":  # regions are being computed again as a whole: no part of it a third time
+        again = None
+    at_once = winograd.samples_at_once(*size) if layers[0].regions and device == "cpu" else len(x)
+    with torch.autocast(device, enabled=False):
+        return _Tower.apply(tuple(bricks), at_once, again, x, residual, *tensors)
+
+
+def _saves(layer: nn.Module) -> bool:
+    """Whether a brick is to keep less than all, and is one whose backward pass is written here."""
+    known = isinstance(layer, ConvNorm) and isinstance(layer.norm, GroupNorm | FrozenBatchNorm | NoNorm)
+    return known and layer.memory != "fast"
+
+
+def _plain(layers: Sequence[ConvNorm], x: Tensor, areas: Sequence[Area | None], residual: Tensor | None) -> Tensor:
+    for layer, area in zip(layers, areas, strict=True):
+        x = layer(x, area)
+    return x if residual is None else F.relu(x + residual, inplace=True)
+
+
+def _taken_apart(layer: ConvNorm, area: Area | None, dtype: torch.dtype) -> tuple[Layer, tuple[Tensor | None, ...]]:
+    """A brick as a Layer and its weight, bias, gamma and beta; a frozen norm's map goes into weight and bias."""
+    norm, weight, bias = layer.norm, layer.weight(), layer.conv.bias
+    area = area if norm.masked else None
+    by_winograd = dtype == torch.float32 and layer.by_winograd()
+    cheap = layer.cheap and not (layer.regions and layer.memory == "lean")
+    plain = Layer(layer.conv.stride[0], layer.conv.padding[0], by_winograd, cheap, 0, 0.0, area, layer.relu)
+    if isinstance(norm, GroupNorm):
+        return plain._replace(groups=norm.groups, eps=norm.eps), (weight.to(dtype), None, norm.weight, norm.bias)
+    if isinstance(norm, FrozenBatchNorm):
+        scale, bias = norm.map()
+        weight = weight * scale[:, None, None, None]
+    return plain, (weight.to(dtype), None if bias is None else bias.to(dtype), None, None)
+
+
+class _Conv:
+    """A brick's convolution: its weight as it is needed, and the sum of its gradients."""
+
+    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
+        self.layer, self.weight, self.bias = layer, weight, bias
+        self.transformed = winograd.transform_weight(weight) if layer.winograd else None
+        self.turned: Tensor | None = None  # the transformed weight that takes gradients back
+        self.grad_weight: Tensor | None = None
+        self.grad_bias: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (n, C, H, W)."""
+        side = (self.layer.stride,) * 2, (self.layer.padding,) * 2, (1, 1)
+        if self.transformed is None:
+            return _aten.convolution(x, self.weight, self.bias, *side, False, (0, 0), 1)
+        y = winograd.convolve(_last(x), self.transformed).permute(0, 3, 1, 2)
+        return y if self.bias is None else y.add_(self.bias[:, None, None])
+
+    def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """Add to the gradients of weight and bias.  Returns that of x, if it is wanted."""
+        if self.transformed is not None:
+            return self._backward_by_winograd(_last(grad), _last(x), wanted)
+        side = (self.layer.stride,) * 2, (self.layer.padding,) * 2, (1, 1)
+        bias = None if self.bias is None else self.bias.shape
+        mask = [wanted, self.weight.requires_grad, bias is not None and self.bias.requires_grad]
+        grad_x, grad_weight, grad_bias = _aten.convolution_backward(
+            grad, x, self.weight, bias, *side, False, (0, 0), 1, mask
+        )
+        self.grad_weight = grad_weight if self.grad_weight is None else self.grad_weight + grad_weight
+        self.grad_bias = grad_bias if self.grad_bias is None else self.grad_bias + grad_bias
+        return grad_x
+
+    def _backward_by_winograd(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """The same of maps with their channels last; the weight's gradient is that of its transform until the end."""
+        if self.weight.requires_grad:
+            if self.grad_weight is None:
+                self.grad_weight = torch.zeros_like(self.transformed)
+            winograd.weight_gradient(x, grad, self.grad_weight)
+        if self.bias is not None and self.bias.requires_grad:
+            grad_bias = grad.sum((0, 1, 2))
+            self.grad_bias = grad_bias if self.grad_bias is None else self.grad_bias + grad_bias
+        if not wanted:
+            return None
+        if self.turned is None:
+            self.turned = winograd.transform_weight(winograd.turned(self.weight))
+        return winograd.convolve(grad, self.turned).permute(0, 3, 1, 2)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sums of the gradients of weight and bias; None where they are not trained."""
+        if self.grad_weight is None or self.transformed is None:
+            return self.grad_weight, self.grad_bias
+        return winograd.weight_from_transformed(self.grad_weight), self.grad_bias
+
+
+class _Tower(torch.autograd.Function):
+    """The balanced tower.  Samples go through it `at_once` at a time: on a CPU, as many as stay in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layers: tuple[Layer, ...], at_once: int, again: Callable[[], Tensor] | None, x: Tensor,
+        residual: Tensor | None, *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        convs, norms = _parts(layers, tensors)
+        outputs, kept = [], []
+        for rows in _chunks(len(x), at_once):
+            output, of_chunk = _forward(layers, convs, norms, x[rows], None if residual is None else residual[rows])
+            outputs.append(output)
+            kept += of_chunk
+        output = _joined(outputs)
+        from_output = layers[-1].relu and (residual is not None or kept[-3] is None)  # else it is computed again
+        ctx.layers, ctx.at_once, ctx.again, ctx.num_tensors = layers, at_once, again, len(tensors)
+        ctx.save_for_backward(x if again is None else None, output if from_output else None, *tensors, *kept)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        layers, (x, output, *saved) = ctx.layers, ctx.saved_tensors
+        x = ctx.again().to(grad.dtype) if x is None else x
+        tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
+        convs, norms = _parts(layers, tensors)
+        sums: list[list[Tensor]] = [[] for _ in layers]  # [gamma's, beta's] of each brick
+        grads_x, grads_residual = [], []
+        for i, rows in enumerate(_chunks(len(x), ctx.at_once)):
+            part = grad[rows].contiguous(memory_format=torch.channels_last)
+            of_chunk = kept[3 * len(layers) * i : 3 * len(layers) * (i + 1)]
+            if layers[-1].relu:
+                after = _activation(layers[-1], norms[-1], of_chunk[-3:]) if output is None else output[rows]
+                part = _aten.threshold_backward(part, after, 0)
+            grads_residual.append(part)
+            grads_x.append(_backward(layers, convs, norms, part, x[rows], of_chunk, sums, ctx.needs_input_grad[3]))
+        grads: list[Tensor | None] = []
+        for conv, of_norm in zip(convs, sums, strict=True):
+            grads += [*conv.gradients(), *(of_norm or (None, None))]
+        grad_x = _joined(grads_x) if ctx.needs_input_grad[3] else None
+        grad_residual = _joined(grads_residual) if ctx.needs_input_grad[4] else None
+        return None, None, None, grad_x, grad_residual, *grads
+
+
+Norms = list[tuple[Tensor | None, Tensor | None]]  # gamma and beta of each brick
+
+
+def _parts(layers: Sequence[Layer], tensors: Sequence[Tensor | None]) -> tuple[list[_Conv], Norms]:
+    fours = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+    convs = [_Conv(layer, weight, bias) for layer, (weight, bias, _, _) in zip(layers, fours, strict=True)]
+    return convs, [(gamma, beta) for _, _, gamma, beta in fours]
+
+
+def _forward(
+    layers: Sequence[Layer], convs: Sequence[_Conv], norms: Norms, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Pass samples through; with what is kept of each brick: a map, the mean and 1 / std."""
+    kept: list[Tensor | None] = []
+    for i, (layer, conv, (gamma, beta)) in enumerate(zip(layers, convs, norms, strict=True)):
+        last = i == len(layers) - 1
+        y, mean, rstd = conv.forward(x), None, None
+        if layer.groups:
+            x, mean, rstd = normalize(y, gamma, beta, layer.groups, layer.eps, layer.area)
+        else:
+            x = clear_padding(y, layer.area)
+        if last and residual is not None:
+            x += residual
+        x = x.relu_() if layer.relu else x
+        if layer.groups:
+            kept += [None if layer.cheap else y, mean, rstd]
+        else:
+            kept += [None if last else x, None, None]
+    return x, kept
+
+
+def _backward(
+    layers: Sequence[Layer], convs: Sequence[_Conv], norms: Norms, grad: Tensor, x: Tensor,
+    kept: Sequence[Tensor | None], sums: list[list[Tensor]], wanted: bool,
+) -> Tensor | None:  # fmt: skip
+    """Take the gradient of samples, behind the last ReLU, back to x if that is wanted; add to all sums on the way."""
+    threes = [list(kept[i : i + 3]) for i in range(0, len(kept), 3)]  # a map, the mean and 1 / std
+    inputs = [x]
+    for i, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
+        if layer.cheap and layer.groups:
+            threes[i][0] = conv.forward(inputs[i])
+        if i < len(layers) - 1:
+            inputs.append(_activation(layer, norms[i], threes[i]))
+    for i in reversed(range(len(layers))):
+        layer, conv, before, (y, mean, rstd) = layers[i], convs[i], inputs.pop(), threes.pop()
+        if layer.groups:
+            grad, *of_norm = gradients(grad, y, norms[i][0], mean, rstd, layer.area)
+            sums[i] = [a + b for a, b in zip(sums[i], of_norm, strict=True)] if sums[i] else of_norm
+        else:
+            grad = clear_padding(grad, layer.area)
+        grad = conv.backward(grad, before, wanted or i > 0)
+        if i and layers[i - 1].relu:
+            grad = _aten.threshold_backward(grad, before, 0)
+    return grad
+
+
+def _activation(layer: Layer, norm: tuple[Tensor | None, Tensor | None], kept: Sequence[Tensor | None]) -> Tensor:
+    """What a brick gave, from what was kept of it."""
+    y, mean, rstd = kept
+    return renormalize(y, *norm, mean, rstd, layer.area, relu=layer.relu) if layer.groups else y
+
+
+def _last(x: Tensor) -> Tensor:
+    """Maps (n, C, H, W) as (n, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _chunks(num: int, at_once: int) -> Iterator[slice]:
+    return (slice(first, first + at_once) for first in range(0, num, at_once))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -21,8 +21,10 @@ from gndet.check import check
 from gndet.config import DataConfig, DatasetConfig
 from gndet.config_file import load_config
 from gndet.data import between, inspect_both, inspect_dataset, read_dataset
+from gndet.data import cache as cache_module
 from gndet.data.cache import keep_pictures
 from gndet.data.coco import inspect_file
+from gndet.data.packed import Packed
 from gndet.errors import ConfigError, DataError
 from gndet.structures import Dataset
 
@@ -304,3 +306,23 @@ def test_what_a_killed_process_left_is_swept(data: Hostile, tmp_path: Path) -> N
     os.rename(home, f"{home}.partial")  # killed before the rename
     assert_equal(read(data, ""), read(data, tmp_path / "c"))
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [home.name, f"{home.name}.lock"]
+
+
+def test_a_file_that_was_hashed_is_not_hashed_again_until_its_stat_changes(
+    data: Hostile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    true_hash = cache_module._hash
+    monkeypatch.setattr(cache_module, "_hash", lambda path: hashed.append(path) or true_hash(path))
+    monkeypatch.setattr(cache_module, "SETTLED", 0)
+    first = read(data, tmp_path / "c")
+    hashed.clear()
+    assert_equal(read(data, tmp_path / "c"), first)
+    assert len(hashed) == len(Packed._fields)  # just written: a change within the same tick would not show
+    hashed.clear()
+    assert_equal(read(data, tmp_path / "c"), first)
+    assert not hashed
+    (boxes,) = (tmp_path / "c").glob("*/boxes.npy")
+    os.utime(boxes)
+    assert_equal(read(data, tmp_path / "c"), first)
+    assert hashed == [boxes]

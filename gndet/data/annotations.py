@@ -40,32 +40,22 @@ def whole(value: Any) -> int | None:
     return value if type(value) is int and -(2**63) < value < 2**63 else None
 
 
-def read_annotations(
-    items: list[dict[str, Any]], sizes: dict[int, Size | None], category_ids: set[int], found: Findings
-) -> list[Annotation]:
-    """Check the annotations.
+def read_one(
+    item: dict[str, Any], number: int | None, sizes: dict[int, Size | None], category_ids: set[int], found: Findings
+) -> Annotation | None:
+    """Check an annotation; None where it is not kept.
 
-    sizes: (height, width) of each image id, None where it is wrong.  Returns those that are kept, in the file's order.
+    number: its id, None where that is none.  sizes: (height, width) of each image id, None where it is wrong.
     """
-    seen: set[int] = set()
-    kept = []
-    for item in items:
-        number = whole(item.get("id"))
-        if number is None:
-            found.add("annotation-id", f"annotation id {brief(item.get('id'))}, expected an integer")
-            continue
-        if number in seen:
-            found.add("annotation-id-twice", f"annotation id {number} occurs twice, expected unique ids")
-        seen.add(number)
-        try:
-            annotation = _read(item, number, sizes, category_ids, found)
-        except Fault as fault:
-            image_id = whole(item.get("image_id"))
-            found.add(fault.code, f"annotation {number}: {fault}", image_id if image_id in sizes else None)
-            continue
-        if annotation is not None:
-            kept.append(annotation)
-    return _number_from_one(kept, found)
+    if number is None:
+        found.add("annotation-id", f"annotation id {brief(item.get('id'))}, expected an integer")
+        return None
+    try:
+        return _read(item, number, sizes, category_ids, found)
+    except Fault as fault:
+        image_id = whole(item.get("image_id"))
+        found.add(fault.code, f"annotation {number}: {fault}", image_id if image_id in sizes else None)
+        return None
 
 
 def _read(
@@ -143,12 +133,3 @@ def _read_mask(segmentation: Any, box: Box, size: Size, where: str, image_id: in
         found.add("mask-empty", f"{where}no pixel of the image lies in {brief(kept)}", image_id)
         return None
     return kept
-
-
-def _number_from_one(annotations: list[Annotation], found: Findings) -> list[Annotation]:
-    """Renumber all annotations if any id is under 1: COCO's evaluators take id 0 for "no match"."""
-    low = [annotation.number for annotation in annotations if annotation.number < 1]
-    if not low:
-        return annotations
-    found.add("annotation-id-low", f"annotation id {low[0]}", count=len(annotations))
-    return [annotation._replace(number=number) for number, annotation in enumerate(annotations, start=1)]

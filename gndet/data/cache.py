@@ -2,7 +2,8 @@
 
 An entry holds arrays as .npy, and facts as JSON under a hash of their own; nothing in it is executed. It is taken
 where the annotation file's content, the listing of the image folder and the reader are the same, and every file's hash
-is; else the data is read anew.
+is; else the data is read anew.  A file whose size, times and place on the disk are those it had when it was hashed is
+not hashed again, as git does it: a start costs what is used, not a look at every byte.
 """
 
 import datetime
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,8 +27,11 @@ from gndet.data.packed import Packed, PackedRecords
 from gndet.errors import ConfigError, DataError
 from gndet.structures import Dataset, Finding, Record
 
-READER = ("annotations", "cache", "coco", "faults", "files", "images", "packed", "segmentation")  # what reading runs
+READER = (  # what reading runs
+    "annotations", "cache", "coco", "columns", "faults", "files", "images", "json_parts", "packed", "segmentation",
+)  # fmt: skip
 FACTS, PICTURES = "facts.json", "pictures.json"
+SETTLED = 2_000_000_000  # ns after which a file system's clock surely has gone on
 Tell = Callable[[str], None]
 
 
@@ -34,20 +39,32 @@ class Entry:
     """The place of one data set in the cache, or nothing where there is no cache."""
 
     def __init__(
-        self, home: Path | None, inputs: dict[str, Any], path: Path, files: ImageFolder | None, trouble: str = ""
-    ) -> None:
-        """home: folder of the entry.  inputs: what must be the same.  trouble: why there is no cache."""
+        self, home: Path | None, inputs: dict[str, Any], path: Path, digest: Callable[[], str],
+        files: ImageFolder | None, trouble: str = "",
+    ) -> None:  # fmt: skip
+        """home: folder of the entry.  inputs: what must be the same.  digest: hashes path.  trouble: why no cache."""
         self._home, self._inputs, self._path, self._files, self._trouble = home, inputs, path, files, trouble
+        self.digest = functools.cache(digest)
 
     def load(self) -> Dataset | None:
         """The data set that was saved, with what `gndet check --images` found; None where none can be trusted."""
         facts = _read_sealed(self._home / FACTS) if self._home else None
-        if facts is None or facts["inputs"] != self._inputs | {"listing": self._listing(facts["subfolders"])}:
+        listing = None if facts is None else self._listing(facts["subfolders"])
+        if facts is None or facts["inputs"] != self._inputs | {"listing": listing}:
             return None
-        packed = _mapped(self._home, facts["files"])
+        trusted = dict(facts["trusted"])
+        if not _is_same(self._path, facts["annotations"], trusted, self.digest):
+            return None
+        return self._open(facts, trusted)
+
+    def _open(self, facts: dict[str, Any], trusted: dict[str, list[int]]) -> Dataset | None:
+        packed = _mapped(self._home, facts["files"], trusted)
         if packed is None:
             return None
-        again = functools.partial(map_again, self._home, facts["files"])
+        if trusted != facts["trusted"]:
+            with suppress(OSError):
+                _write_sealed(self._home / FACTS, facts | {"trusted": trusted})
+        again = functools.partial(map_again, self._home, facts["files"], trusted)
         folder = self._files.home if self._files else self._path.parent
         findings = tuple(_finding(one) for one in facts["findings"])
         notes, digests = (), None
@@ -77,7 +94,7 @@ class Entry:
                 hashes[name] = _hash(partial / f"{name}.npy")
             facts = {
                 "inputs": self._inputs | {"listing": self._listing(subfolders)}, "subfolders": subfolders,
-                "files": hashes, "classes": dataset.classes,
+                "annotations": self.digest(), "files": hashes, "trusted": {}, "classes": dataset.classes,
                 "category_ids": dataset.category_ids, "findings": dataset.findings,
             }  # fmt: skip
             _write_sealed(partial / FACTS, facts)
@@ -86,7 +103,8 @@ class Entry:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             return dataset._replace(notes=(_unwritable(error.filename2 or error.filename or self._home.parent, error),))
-        return self.load() or dataset
+        just_written = {f"{name}.npy": _stat(self._home / f"{name}.npy") for name in hashes}
+        return self._open(facts | {"trusted": just_written}, just_written) or dataset
 
     def _listing(self, subfolders: list[str]) -> str:
         return self._files.digest(subfolders) if self._files else ""
@@ -94,27 +112,30 @@ class Entry:
 
 @contextmanager
 def opened(
-    cache: str, path: Path, digest: str, files: ImageFolder | None, max_pixels: int, tell: Tell | None = None
-) -> Iterator[Entry]:
+    cache: str, path: Path, digest: Callable[[], str], files: ImageFolder | None, max_pixels: int,
+    tell: Tell | None = None,
+) -> Iterator[Entry]:  # fmt: skip
     """Open the entry of an annotation file and its image folder; processes that want the same one come one by one.
 
-    cache: data.cache, "" for none.  digest: of the file path.  tell: called with a line where another is waited for.
+    cache: data.cache, "" for none.  digest: gives a hash of the file path; what it raises is raised.  tell: called with
+    a line where another is waited for.
     Raises ConfigError for a cache in the image folder.
     """
     folder = path.parent.absolute() if files is None else files.home.absolute()
     inputs = {
-        "reader": _reader(), "annotations": digest, "path": str(path.absolute()),
-        "folder": str(folder), "max_pixels": max_pixels,
+        "reader": _reader(), "path": str(path.absolute()), "folder": str(folder), "max_pixels": max_pixels,
     }  # fmt: skip
     if not cache:
-        yield Entry(None, inputs, path, files)
+        yield Entry(None, inputs, path, digest, files)
         return
     with ExitStack() as stack:
         try:
             home = _home(Path(cache).expanduser(), path, folder, files is not None, max_pixels)
             lock = stack.enter_context(open(f"{home}.lock", "w"))
         except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-            yield Entry(None, inputs, path, files, _unwritable(getattr(error, "filename", None) or cache, error))
+            yield Entry(
+                None, inputs, path, digest, files, _unwritable(getattr(error, "filename", None) or cache, error)
+            )
             return
         with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
             try:
@@ -123,7 +144,7 @@ def opened(
                 if tell is not None:
                     tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Entry(home, inputs, path, files)
+        yield Entry(home, inputs, path, digest, files)
 
 
 def _home(root: Path, path: Path, folder: Path, with_files: bool, max_pixels: int) -> Path:
@@ -142,7 +163,7 @@ def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> Non
     """
     if not isinstance(records, PackedRecords) or records.again is None or records.digests is None:
         return
-    home, hashes = records.again.args
+    home, hashes, _ = records.again.args
     facts = _read_sealed(home / FACTS)
     if facts is not None and facts["inputs"]["listing"] and len(records) == len(records.packed.image_ids):
         date = datetime.date.today().isoformat()
@@ -154,26 +175,51 @@ def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> Non
             _write_sealed(home / PICTURES, body)
 
 
-def map_again(home: Path, hashes: dict[str, str]) -> Packed:
+def map_again(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -> Packed:
     """The arrays of an entry, in another process of the same run.  Raises DataError where they have changed."""
-    packed = _mapped(home, hashes)
+    packed = _mapped(home, hashes, dict(trusted))
     if packed is None:
         raise DataError(f"{home}: the cache was changed while it is in use; start again, or set data.cache=''")
     return packed
 
 
-def _mapped(home: Path, hashes: dict[str, str]) -> Packed | None:
-    """Map the arrays; None where one is missing or damaged."""
+def _mapped(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -> Packed | None:
+    """Map the arrays; None where one is missing or damaged.  trusted: as in `_is_same`."""
     arrays = {}
     for name in Packed._fields:
         path = home / f"{name}.npy"
         try:
-            if hashes.get(name) != _hash(path):
+            if name not in hashes or not _is_same(path, hashes[name], trusted, functools.partial(_hash, path)):
                 return None
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # memmap slices slowly
         except (OSError, ValueError):
             return None
     return Packed(**arrays)
+
+
+def _is_same(path: Path, digest: str, trusted: dict[str, list[int]], hash_it: Callable[[], str]) -> bool:
+    """Whether a file still has the digest: what hash_it gives, which is not asked if the file's stat is a trusted one.
+
+    trusted: {file name: stat} of files that had their digest at that stat; gets what is found.  A stat whose times are
+    just past is not trusted: a change within the same tick of the clock would not show in it.
+    """
+    try:
+        stat = _stat(path)
+    except OSError:
+        return hash_it() == digest
+    if trusted.get(path.name) == stat:
+        return True
+    if hash_it() != digest:
+        return False
+    if time.time_ns() - max(stat[1:3]) > SETTLED:
+        trusted[path.name] = stat
+    return True
+
+
+def _stat(path: Path) -> list[int]:
+    """The size of a file, when it was changed, and where it is: another one does not have it."""
+    now = path.stat()
+    return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_dev]
 
 
 def _hash(path: Path) -> str:

@@ -9,15 +9,21 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import cache
-from gndet.data.annotations import MAX_SIDE, Size, read_annotations, whole
+from gndet.data.annotations import MAX_SIDE, Size, whole
+from gndet.data.columns import Columns, Known, join, read_columns
 from gndet.data.faults import Fault, Findings, in_order, refuse
 from gndet.data.files import FILE, HEAD, XML, ImageFolder, split_name, what_is
+from gndet.data.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
+from gndet.data.pictures import processors
 from gndet.data.segmentation import brief
 from gndet.structures import Dataset
 
@@ -45,20 +51,19 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: cache.
     """
     found, missing = Findings(), Findings()
     try:
-        digest = _digest(path)
-    except Fault as fault:
-        found.add(fault.code, str(fault))
-        return Dataset(str(path), (), (), [], found.listed())
-    try:
         files = None if folder is None else ImageFolder(folder)
     except Fault as fault:
         missing.add(fault.code, str(fault))
         files = None
-    with cache.opened(data.cache, path, digest, files, data.max_pixels, tell) as entry:
-        dataset = entry.load()
-        if dataset is None:
-            with _no_garbage():
-                dataset = entry.save(_inspect(path, digest, files, data.max_pixels, found))
+    try:
+        with cache.opened(data.cache, path, partial(_digest, path), files, data.max_pixels, tell) as entry:
+            dataset = entry.load()
+            if dataset is None:
+                with _no_garbage():
+                    dataset = entry.save(_inspect(path, entry.digest(), files, data.max_pixels, found))
+    except Fault as fault:
+        found.add(fault.code, str(fault))
+        return Dataset(str(path), (), (), [], found.listed())
     return dataset._replace(findings=in_order(dataset.findings + missing.listed()))
 
 
@@ -121,19 +126,18 @@ def _digest(path: Path) -> str:
 def _inspect(path: Path, digest: str, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
     """Check the file's content; found gets what is wrong."""
     try:
-        tree = _parse(path, digest, found)
+        content = _in_parts(path, max_pixels, found) or _as_a_whole(path, digest, max_pixels, found)
     except Fault as fault:
         found.add(fault.code, str(fault))
         return Dataset(str(path), (), (), [], found.listed())
-    categories = _read_categories(tree["categories"], found)
-    sizes = _read_sizes(tree["images"], max_pixels, found)
-    images = _read_images(tree["images"], sizes, files, found)
-    annotations = read_annotations(tree.pop("annotations"), sizes, set(categories), found)
+    items, sizes, categories, parts = content
+    objects = join(parts, found)
+    images = _read_images(items, sizes, files, found)
     category_ids = tuple(sorted(categories))
-    packed = pack(images, annotations, {category_id: label for label, category_id in enumerate(category_ids)})
+    packed = pack(images, objects, category_ids)
     note_masks_elsewhere(packed, found)
-    _note_unused(categories, {one.category_id for one in annotations}, found)
-    with_objects = {one.image_id for one in annotations}
+    _note_unused(categories, set(np.unique(objects.category_ids).tolist()), found)
+    with_objects = set(np.unique(objects.image_ids).tolist())
     for image in images:
         if image.image_id not in with_objects:
             found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
@@ -142,20 +146,63 @@ def _inspect(path: Path, digest: str, files: ImageFolder | None, max_pixels: int
     return Dataset(str(path), classes, category_ids, records, found.listed())
 
 
-def _parse(path: Path, digest: str, found: Findings) -> dict[str, list[dict[str, Any]]]:
-    """Parse the file.  Raises Fault where it has not COCO's three lists of objects."""
+class _Content(NamedTuple):
+    """What an annotation file holds: images as they stand in it, all else checked."""
+
+    images: list[dict[str, Any]]
+    sizes: dict[int, Size | None]
+    categories: dict[int, str]
+    parts: list[Columns]  # of the annotations
+
+
+def _in_parts(path: Path, max_pixels: int, found: Findings) -> _Content | None:
+    """Read a large file in several processes; None where it is small, or must be read as a whole.
+
+    Raises MachineError where a process is killed.
+    """
+    noted = Findings()
+    try:
+        before = path.stat()
+        parts = take_apart(path)
+        if parts is None:
+            return None
+        tree = _parse(path, parts.around, noted)
+        categories, sizes = _read_categories(tree["categories"], noted), _read_sizes(tree["images"], max_pixels, noted)
+        columns = read_parts(parts, Known.of(sizes, categories), processors(), noted)
+        if path.stat() != before:  # but for the time of the last access, which nothing here changes
+            return None
+    except (OSError, Fault, NotInParts):
+        return None
+    if parts.around.count(b'"annotations"') > 1:
+        return None
+    found.take(noted)
+    return _Content(tree["images"], sizes, categories, columns)
+
+
+def _as_a_whole(path: Path, digest: str, max_pixels: int, found: Findings) -> _Content:
+    """Read a file at once.  Raises Fault."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {error.strerror}") from None
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise Fault("json-unreadable", f"{path}: was changed while it was read")
+    tree = _parse(path, text, found)
+    categories, sizes = _read_categories(tree["categories"], found), _read_sizes(tree["images"], max_pixels, found)
+    annotations = tree.pop("annotations")
+    columns = read_columns(annotations, lambda odd: annotations, Known.of(sizes, categories), found)
+    return _Content(tree["images"], sizes, categories, [columns])
+
+
+def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str, Any]]]:
+    """Parse the text of a file.  Raises Fault where it has not COCO's three lists of objects."""
 
     def constant(name: str) -> float:
         found.add("json-nan", f"{path.name}: the word {name}")
         return float(name.replace("Infinity", "inf"))
 
     try:
-        text = path.read_bytes()
-        if hashlib.sha256(text).hexdigest() != digest:
-            raise Fault("json-unreadable", f"{path}: was changed while it was read")
         tree = json.loads(text, parse_constant=constant)
-    except OSError as error:
-        raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Fault("json-broken", f"{path}: not a JSON file: {error}") from None
     if not isinstance(tree, dict):
@@ -248,20 +295,24 @@ def _read_images(
     kept: set[int | None] = set()
     for item in items:
         number, name = whole(item.get("id")), item.get("file_name")
-        where = f"image {brief(item.get('id'))}: file_name {brief(name)}"
         size = sizes.get(number)
         try:
             suggest = found.wants_example("file-missing")  # it takes a while
             path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
         except Fault as fault:
-            found.add(fault.code, f"{where} {fault}", number)
+            found.add(fault.code, f"{_named(item)} {fault}", number)
             continue
         if files is not None and files.is_empty(path):
-            found.add("file-empty", f"{where} is an empty file", number)
+            found.add("file-empty", f"{_named(item)} is an empty file", number)
         if path in owners:
-            found.add("file-twice", f"{where} is the file of image {owners[path]} too", number)
+            found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)
         owners.setdefault(path, number)
         if size is not None and number not in kept:
             kept.add(number)
             images.append(Image(number, name, path, size))
     return images
+
+
+def _named(item: dict[str, Any]) -> str:
+    """An image in words."""
+    return f"image {brief(item.get('id'))}: file_name {brief(item.get('file_name'))}"

@@ -173,6 +173,16 @@ class Findings:
         if image_id is not None and len(images) < SHOWN:
             images[image_id] = None
 
+    def take(self, later: "Findings") -> None:
+        """Add what was met in a later part of the same file."""
+        for code, count in later.counts.items():
+            self.counts[code] = self.counts.get(code, 0) + count
+            examples, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
+            examples += later._examples[code][: EXAMPLES - len(examples)]
+            for image_id in list(later._image_ids[code]):
+                if len(images) < SHOWN:
+                    images[image_id] = None
+
     def wants_example(self, code: str) -> bool:
         """Whether another example of this kind would be kept."""
         return len(self._examples.get(code, ())) < EXAMPLES

@@ -7,7 +7,6 @@ Letters: N images, n objects, P polygons.
 
 import functools
 import itertools
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gndet.data.annotations import Annotation
+from gndet.data.columns import Columns
 from gndet.data.faults import Findings
 from gndet.data.images import read_image
 from gndet.data.segmentation import to_rle
@@ -48,62 +47,41 @@ class Packed(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     area: np.ndarray  # (n,) float64
     annotation_ids: np.ndarray  # (n,) int64
-    polygons_first: np.ndarray  # (n + 1,) into the P polygons
-    points_first: np.ndarray  # (P + 1,) into points
-    points: np.ndarray  # float64 x0, y0, x1, ...
-    counts_first: np.ndarray  # (n + 1,) into counts: RLE as lists
-    counts: np.ndarray  # int64
-    texts_first: np.ndarray  # (n + 1,) into texts: RLE as strings
-    texts: np.ndarray  # uint8 ASCII
+    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `columns.Masks`
+    polygons_first: np.ndarray
+    points_first: np.ndarray
+    points: np.ndarray
+    counts_first: np.ndarray
+    counts: np.ndarray
+    texts_first: np.ndarray
+    texts: np.ndarray
 
 
-def pack(images: Sequence[Image], annotations: Iterable[Annotation], label: dict[int, int]) -> Packed:
+def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int]) -> Packed:
     """Put images and their objects into arrays, in the order of the images, then of the annotations.
 
-    label: of each category id.  Annotations of other images are left out.
+    category_ids: rising; a label is a place in them.  Annotations of other images are left out; masks stay in the order
+    of the file.
     """
-    place = {image.image_id: i for i, image in enumerate(images)}
-    objects = sorted((one for one in annotations if one.image_id in place), key=lambda one: place[one.image_id])
-    of_image = np.array([place[one.image_id] for one in objects], dtype=np.int64)
+    image_ids = np.array([image.image_id for image in images], dtype=np.int64)
+    rising = np.argsort(image_ids)
+    found = np.searchsorted(image_ids, objects.image_ids, sorter=rising)  # (n,) in rising
+    here = np.flatnonzero(found < len(images))
+    place = rising[found[here]]
+    here, place = (one[image_ids[place] == objects.image_ids[here]] for one in (here, place))
+    in_order = np.argsort(place, kind="stable")
+    order, place = here[in_order], place[in_order]
     names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
     paths, paths_first = _end_to_end(image.path.encode("utf-8", "surrogatepass") for image in images)
     return Packed(
-        image_ids=np.array([image.image_id for image in images], dtype=np.int64),
-        sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
+        image_ids=image_ids, sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
         names=names, names_first=names_first, paths=paths, paths_first=paths_first,
-        objects_first=np.searchsorted(of_image, np.arange(len(images) + 1)),
-        boxes=np.array([one.box for one in objects], dtype=np.float64).reshape(-1, 4),
-        labels=np.array([label[one.category_id] for one in objects], dtype=np.int64),
-        crowd=np.array([one.crowd for one in objects], dtype=bool),
-        area=np.array([one.area for one in objects], dtype=np.float64),
-        annotation_ids=np.array([one.number for one in objects], dtype=np.int64),
-        **_pack_masks([one.segmentation for one in objects]),
+        objects_first=np.searchsorted(place, np.arange(len(images) + 1)),
+        boxes=objects.boxes[order],
+        labels=np.searchsorted(np.array(category_ids, dtype=np.int64), objects.category_ids[order]),
+        crowd=objects.crowd[order], area=objects.area[order], annotation_ids=objects.annotation_ids[order],
+        masks_at=objects.masks_at[order], **objects.masks._asdict(),
     )  # fmt: skip
-
-
-def _pack_masks(segmentations: list[Any]) -> dict[str, np.ndarray]:
-    """The arrays of n checked segmentations."""
-    points, points_first, polygons_first = array("d"), array("q", [0]), array("q", [0])
-    counts, counts_first = array("q"), array("q", [0])
-    texts, texts_first = bytearray(), array("q", [0])
-    for one in segmentations:
-        if isinstance(one, list):
-            for polygon in one:
-                points.extend(polygon)
-                points_first.append(len(points))
-        elif one is not None and isinstance(one["counts"], list):
-            counts.extend(one["counts"])
-        elif one is not None:
-            texts += one["counts"].encode("ascii")
-        polygons_first.append(len(points_first) - 1)
-        counts_first.append(len(counts))
-        texts_first.append(len(texts))
-    integers = {"points_first": points_first, "polygons_first": polygons_first, "counts": counts}
-    integers |= {"counts_first": counts_first, "texts_first": texts_first}
-    return {
-        **{name: np.frombuffer(values, dtype=np.int64) for name, values in integers.items()},
-        "points": np.frombuffer(points, dtype=np.float64), "texts": np.frombuffer(texts, dtype=np.uint8),
-    }  # fmt: skip
 
 
 def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
@@ -115,21 +93,24 @@ def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
     area, other = ((one[:, 2:] - one[:, :2]).prod(1) for one in (boxes, extents))
     # a mask of a line or a point has no area: nothing can be said of it
     for i in np.flatnonzero((other > 0) & (common < MATCH * (area + other - common))):
-        inner, outer = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
-        text = f"annotation {packed.annotation_ids[i]}: box x0, y0, x1, y1 {inner}, mask {outer}"
+        text = ""
+        if found.wants_example("mask-elsewhere"):
+            inner, outer = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
+            text = f"annotation {packed.annotation_ids[i]}: box x0, y0, x1, y1 {inner}, mask {outer}"
         found.add("mask-elsewhere", text, int(packed.image_ids[image[i]]))
 
 
 def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
     """The boxes around the masks, (n, 4) xyxy; zero where there is no mask.  image (n,): of each object."""
-    extents = np.zeros_like(packed.boxes)
+    extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
     outlined = np.flatnonzero(np.diff(packed.polygons_first))
     if len(outlined):
         points = packed.points.reshape(-1, 2)
-        first = packed.points_first[packed.polygons_first[outlined]] // 2  # objects in order, end to end
+        first = packed.points_first[packed.polygons_first[outlined]] // 2  # masks in order, end to end
         extents[outlined, :2] = np.minimum.reduceat(points, first)
         extents[outlined, 2:] = np.maximum.reduceat(points, first)
-    for i in np.flatnonzero(np.diff(packed.counts_first) + np.diff(packed.texts_first)):
+    extents = extents[packed.masks_at]
+    for i in np.flatnonzero((np.diff(packed.counts_first) + np.diff(packed.texts_first))[packed.masks_at]):
         height, width = packed.sizes[image[i]].tolist()
         mask = PackedMasks(packed, range(i, i + 1), (height, width))[0]
         x, y, wide, high = coco_mask.toBbox(to_rle(mask, (height, width))).tolist()
@@ -222,7 +203,7 @@ class PackedMasks(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return PackedMasks(self.packed, self.objects[index], self.size)
-        packed, i = self.packed, self.objects[index]
+        packed, i = self.packed, self.packed.masks_at[self.objects[index]]
         first, end = packed.polygons_first[i], packed.polygons_first[i + 1]
         if first < end:
             bounds = packed.points_first[first : end + 1].tolist()

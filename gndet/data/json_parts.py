@@ -1,0 +1,141 @@
+"""A large annotation file in parts: what is around the list of annotations, and the list cut between two of them.
+
+Where a cut lies is guessed from the text.  A wrong guess is seen: a part that is cut within an object, a list or a text
+is no list of objects, and neither is what is left without the list an object; the file is read as a whole then.
+"""
+
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from gndet.data.columns import Columns, Known, read_columns
+from gndet.data.faults import Findings
+from gndet.errors import MachineError
+
+PART = 8 << 20  # bytes of a part; its objects as Python's take ten times that
+WINDOW = 1 << 20  # bytes that a cut is looked for in
+LEAST = 4 << 20  # a smaller file is read as a whole: processes would cost more than they save
+_LIST = re.compile(rb'"annotations"\s*:\s*\[')
+_CUT = re.compile(rb"\}\s*(,)\s*\{")
+_OTHERS = (b'"images"', b'"categories"', b'"info"', b'"licenses"')  # keys that may follow the list
+
+
+class Parts(NamedTuple):
+    """A file that was taken apart."""
+
+    path: Path
+    around: bytes  # the file with an empty list of annotations
+    cuts: list[tuple[int, int]]  # the places in the file where a part begins and ends
+
+
+class NotInParts(Exception):
+    """The file was cut in a wrong place, or holds what the fast parser does not take."""
+
+
+def take_apart(path: Path) -> Parts | None:
+    """Cut a file; None where it is small, or not as COCO's are.  Raises OSError."""
+    size = path.stat().st_size
+    if size < LEAST:
+        return None
+    with path.open("rb") as file:
+        key = _find(file, _LIST.pattern[:13], 0, size)
+        opening = None if key is None else _LIST.match(_read(file, key, key + WINDOW))
+        if opening is None:
+            return None
+        start = key + opening.end()
+        before = _read(file, 0, start)
+        places = [_find(file, other, start, size) for other in _OTHERS if other not in before]
+        after = min((place for place in places if place is not None), default=size)
+        closing = _read(file, max(after - WINDOW, start), after).rfind(b"]")
+        if closing < 0:
+            return None
+        end = max(after - WINDOW, start) + closing
+        return Parts(path, before + _read(file, end, size), list(_cuts(file, start, end)))
+
+
+def read_parts(parts: Parts, known: Known, processes: int, found: Findings) -> list[Columns]:
+    """Read and check the annotations, in processes if there is more than one part.
+
+    Raises NotInParts, with found as it was, and MachineError where a process is killed.
+    """
+    columns, notes = [], []
+    context = multiprocessing.get_context("fork")  # what they need, images' sizes above all, is not sent
+    with ProcessPoolExecutor(max(min(processes, len(parts.cuts)), 1), context, _begin, (parts.path, known)) as pool:
+        try:
+            for part, noted in pool.map(_read_part, parts.cuts):
+                columns.append(part)
+                notes.append(noted)
+        except BrokenProcessPool:
+            raise MachineError(f"{parts.path}: a process that read it was killed: out of memory?") from None
+    for noted in notes:
+        found.take(noted)
+    return columns
+
+
+_now: list[Any] = []  # in a process: the file and what its annotations refer to
+
+
+def _begin(path: Path, known: Known) -> None:
+    _now[:] = path, known
+
+
+def _read_part(cut: tuple[int, int]) -> tuple[Columns, Findings]:
+    """The life of a process: read one part after the other."""
+    path, known = _now
+    with path.open("rb") as file:
+        text = b"[" + _read(file, *cut) + b"]"
+    try:
+        items = orjson.loads(text)
+    except ValueError as error:
+        raise NotInParts(str(error)) from None
+    if set(map(type, items)) != {dict}:
+        raise NotInParts("not a list of objects")
+    found = Findings()
+    return read_columns(items, lambda odd: _exact(items, odd, text), known, found), found
+
+
+def _exact(items: list[dict[str, Any]], odd: list[int], text: bytes) -> list[dict[str, Any]]:
+    """The annotations, by the exact parser where one of the odd may hold an integer of more than 64 bits."""
+    return json.loads(text) if any(_is_huge(items[place]) for place in odd) else items
+
+
+def _is_huge(value: Any) -> bool:
+    """Whether a number in a value is beyond 64 bits: the fast parser makes a float of such an integer."""
+    if isinstance(value, dict):
+        return any(map(_is_huge, value.values()))
+    if isinstance(value, list):
+        return any(map(_is_huge, value))
+    return type(value) is float and abs(value) >= 2.0**63
+
+
+def _find(file: Any, words: bytes, start: int, size: int) -> int | None:
+    """The first place of words from start on."""
+    for first in range(start, size, WINDOW * 16):
+        place = _read(file, first, min(first + WINDOW * 16 + len(words), size)).find(words)
+        if place >= 0:
+            return first + place
+    return None
+
+
+def _cuts(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut [start, end) between objects, PART bytes at a time."""
+    while start < end:
+        stop = min(start + PART, end)
+        cut = None
+        while stop < end and cut is None:
+            cut = _CUT.search(_read(file, stop, min(stop + WINDOW, end)))
+            stop = stop + cut.start(1) if cut else stop + WINDOW // 2
+        yield start, min(stop, end)
+        start = min(stop, end) + 1  # behind the comma
+
+
+def _read(file: Any, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)

@@ -1,0 +1,127 @@
+"""Reading in columns, and in parts, finds and keeps exactly what reading one by one does."""
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gndet.config import DataConfig
+from gndet.data import coco, columns, json_parts
+from gndet.data.coco import inspect_file
+from gndet.structures import Dataset
+
+PLAIN = DataConfig(cache="")
+
+
+def outline(rng: random.Random, size: int = 40) -> list[float]:
+    x, y = rng.uniform(0, 100 - size), rng.uniform(0, 80 - size)
+    return [x, y, x + size, y, x + size, y + size, x, y + size]
+
+
+def annotation(rng: random.Random, number: int, images: int) -> dict[str, Any]:
+    polygons = [outline(rng) for _ in range(rng.randint(1, 3))]
+    x0, y0 = (min(v for polygon in polygons for v in polygon[i::2]) for i in (0, 1))
+    x1, y1 = (max(v for polygon in polygons for v in polygon[i::2]) for i in (0, 1))
+    return {
+        "id": number + 1, "image_id": rng.randrange(images), "category_id": rng.choice((3, 7)), "iscrowd": 0,
+        "bbox": [x0, y0, x1 - x0, y1 - y0], "area": rng.choice((100, 12.5)), "segmentation": polygons,
+    }  # fmt: skip
+
+
+ODD = [
+    {"id": None}, {"id": 0}, {"id": -4}, {"id": 5.0}, {"id": True}, {"id": 1}, {"id": 10**30}, {"id": "7"},
+    {"image_id": 10**6}, {"image_id": 2.0}, {"image_id": None}, {"image_id": 2**63}, {"category_id": 99},
+    {"category_id": 3.0}, {"iscrowd": 1}, {"iscrowd": 2}, {"iscrowd": None}, {"iscrowd": False}, {"iscrowd": "0"},
+    {"area": None}, {"area": -1}, {"area": 1e30}, {"area": True}, {"area": 10**400}, {"area": "1"},
+    {"bbox": [1, 2, 3]}, {"bbox": [1, 2, 0, 5]}, {"bbox": [1, 2, 0.5, 5]}, {"bbox": [-30, 2, 60, 5]},
+    {"bbox": [500, 2, 5, 5]}, {"bbox": [0, 0, 100.005, 5]}, {"bbox": [0, 0, 101, 5]}, {"bbox": [0, 0, True, 5]},
+    {"bbox": [0, 0, 10**400, 5]}, {"bbox": ["0", 0, 4, 5]}, {"bbox": None}, {"bbox": [1e7, 0, 4, 5]},
+    {"segmentation": []}, {"segmentation": None}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": [[1, 2, 3, 4, 5]]},
+    {"segmentation": [[0, 0, 9, 0, 9, 9, 5]]}, {"segmentation": [[0, 0, 9, 0, 9, "9"]]},
+    {"segmentation": [[0, 0, 9, 0, 9, 1e9]]}, {"segmentation": [[0, 0, 9, 0, 9, 10**400]]},
+    {"segmentation": [[0, 0, 9, 0, 9, True]]}, {"segmentation": [[0, 0, 9, 0, 9, [9]]]}, {"segmentation": [7]},
+    {"segmentation": [[5, 5, 5, 5, 5, 5]]}, {"segmentation": [[10, 10, 10.2, 10, 10.2, 10.2]]},
+    {"segmentation": [[-120, 0, 9, 0, 9, 9]]}, {"segmentation": [[-20, 0, 9, 0, 9, 99]]}, {"segmentation": "text"},
+    {"segmentation": {"size": [80, 100], "counts": [10, 20, 7970]}},
+    {"segmentation": {"size": [80, 100], "counts": [9]}},
+    {"segmentation": [[0, 0, 50, 0, 50, 50, 0, 50], [1, 2]]}, {"extra": {"a": [{}, {"b": 1}]}},
+]  # fmt: skip
+
+
+def tree(seed: int, count: int, odd: int) -> dict[str, Any]:
+    """A file of `count` annotations, `odd` of them odd in some way."""
+    rng = random.Random(seed)
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 80, "width": 100} for i in range(20)]
+    images[3]["width"] = "wide"
+    items = [annotation(rng, i, len(images)) for i in range(count)]
+    for place in rng.sample(range(count), odd):
+        items[place] |= copy.deepcopy(rng.choice(ODD))
+        if rng.random() < 0.1:
+            del items[place][rng.choice(sorted(items[place]))]
+    return {"images": images, "annotations": items, "categories": [{"id": 7, "name": "a"}, {"id": 3, "name": "b"}]}
+
+
+def described(dataset: Dataset) -> tuple[Any, ...]:
+    records = [
+        (r.image_id, r.file_name, r.size, r.boxes.tolist(), r.labels.tolist(), r.crowd.tolist(), r.area.tolist(),
+         r.annotation_ids.tolist(), list(r.segmentations))
+        for r in dataset.records
+    ]  # fmt: skip
+    return dataset.classes, dataset.category_ids, dataset.findings, records
+
+
+def one_by_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
+    with monkeypatch.context() as patch:
+        patch.setattr(columns, "_usual", lambda items: np.zeros(0, dtype=np.int64))
+        return described(inspect_file(path, None, PLAIN))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_columns_keep_and_find_what_one_by_one_does(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(tree(seed, 120, 10 * (seed % 4) + seed)))
+    assert described(inspect_file(path, None, PLAIN)) == one_by_one(path, monkeypatch)
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}], ids=["json", "indented", "tight"])
+@pytest.mark.parametrize("order", [("images", "annotations", "categories"), ("annotations", "categories", "images")])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_in_parts_is_the_file(
+    seed: int, order: tuple[str, ...], layout: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = tmp_path / "a.json", tree(seed, 300, 60 * seed)
+    path.write_text(json.dumps({key: whole[key] for key in order}, **layout))
+    expected = described(inspect_file(path, None, PLAIN))
+    monkeypatch.setattr(json_parts, "LEAST", 0)
+    monkeypatch.setattr(json_parts, "PART", 5000)
+    parts = json_parts.take_apart(path)
+    assert parts is not None
+    assert len(parts.cuts) > 3
+    if seed == 0:  # the others may hold what makes it be read as a whole after all
+        monkeypatch.setattr(coco, "_as_a_whole", None)
+    assert described(inspect_file(path, None, PLAIN)) == expected
+
+
+STRANGE = [
+    '{"annotations": [', '{"annotations": []}', '{"annotations": [}, {]}', '"annotations": [{}]', "[]", "",
+    '{"annotations": [{"id": "}, {"}], "images": []}',
+    '{"annotations": [{"id": 1}], "annotations": [{"id": 2}], "images": [], "categories": []}',
+    '{"annotations": [{"id": NaN}, {"id": 1}], "images": [{"id": 1}], "categories": [{"id": 1}]}',
+    '{"annotations": [{"id": 1, "parts": [{"a": 1}, {"b": 2}]}], "images": [{"id": 1}], "categories": [{"id": 1}]}',
+    '{"note": "annotations", "images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [1, 2]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_a_strange_file_is_judged_as_a_whole(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    expected = described(inspect_file(path, None, PLAIN))
+    monkeypatch.setattr(json_parts, "LEAST", 0)
+    monkeypatch.setattr(json_parts, "PART", 12)
+    monkeypatch.setattr(json_parts, "WINDOW", 64)
+    assert described(inspect_file(path, None, PLAIN)) == expected

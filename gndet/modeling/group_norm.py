@@ -10,21 +10,30 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gndet.modeling import norm_kernels
 from gndet.modeling.area import Area, clear_padding
 
 _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1)
 
 
 def normalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: Area | None
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: Area | None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x (B, C, H, W) with gamma, beta (C,).
+    """Normalise x (B, C, H, W) with gamma, beta (C,); relu: and cut the result at zero.
 
     Returns y, of x's type, and the mean and 1 / std of each group, (B, G), of gamma's.
     """
-    if x.dtype != gamma.dtype:
-        y, mean, rstd = normalize(x.to(gamma.dtype), gamma, beta, groups, eps, area)
-        return y.to(x.dtype), mean, rstd
+    if norm_kernels.usable(x):
+        return norm_kernels.forward(x, gamma, beta, groups, eps, _sizes(area), relu=relu)
+    y, mean, rstd = _normalize(x.to(gamma.dtype), gamma, beta, groups, eps, area)
+    y = y.to(x.dtype)
+    return y.relu_() if relu else y, mean, rstd
+
+
+def _normalize(
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: Area | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by torch's operators, in gamma's type."""
     if area is None:
         y, mean, rstd = torch.native_group_norm(
             _dense(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps
@@ -47,6 +56,8 @@ def renormalize(
     x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, area: Area | None, *, relu: bool
 ) -> Tensor:
     """Compute y of `normalize` again from its statistics, in one pass; relu: and cut it at zero.  Same type as x."""
+    if norm_kernels.usable(x):
+        return norm_kernels.again(x, gamma, beta, mean, rstd, _sizes(area), relu=relu)
     groups = mean.shape[1]
     scale = rstd[:, :, None] * gamma.view(groups, -1)  # (B, G, C/G)
     shift = beta.view(groups, -1) - mean[:, :, None] * scale
@@ -61,6 +72,8 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at x, gamma and beta from that at y and the statistics of `normalize`."""
     groups = mean.shape[1]
+    if norm_kernels.usable(x):
+        return norm_kernels.backward(_dense(grad), x, gamma, mean, rstd, _sizes(area))
     if x.dtype != gamma.dtype:
         grad_x, *others = gradients(grad.to(gamma.dtype), x.to(gamma.dtype), gamma, mean, rstd, area)
         return grad_x.to(x.dtype), *others
@@ -86,24 +99,32 @@ def gradients(
     return grad_x, grad_gamma, grad_beta
 
 
-class MaskedGroupNorm(torch.autograd.Function):
-    """`normalize` over each picture only, with its gradient; keeps x and two numbers a group for backward."""
+class Normalize(torch.autograd.Function):
+    """`normalize` with its gradient; keeps x and two numbers a group for backward.
+
+    sizes, mask, count: of the Area, or None for each.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sizes: Tensor, mask: Tensor, count: Tensor, gamma: Tensor, beta: Tensor, groups: int,
-        eps: float,
+        ctx: Any, x: Tensor, sizes: Tensor | None, mask: Tensor | None, count: Tensor | None, gamma: Tensor,
+        beta: Tensor, groups: int, eps: float,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = normalize(x, gamma, beta, groups, eps, Area(sizes, mask, count))
+        y, mean, rstd = normalize(x, gamma, beta, groups, eps, None if sizes is None else Area(sizes, mask, count))
         ctx.save_for_backward(x, gamma, mean, rstd, sizes, mask, count)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, mean, rstd, *area = ctx.saved_tensors
-        grad_x, grad_gamma, grad_beta = gradients(grad, x, gamma, mean, rstd, Area(*area))
+        x, gamma, mean, rstd, sizes, mask, count = ctx.saved_tensors
+        area = None if sizes is None else Area(sizes, mask, count)
+        grad_x, grad_gamma, grad_beta = gradients(grad, x, gamma, mean, rstd, area)
         return grad_x, None, None, None, grad_gamma, grad_beta, None, None
+
+
+def _sizes(area: Area | None) -> Tensor | None:
+    return None if area is None else area.sizes
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -134,7 +155,7 @@ def _normalize_crops(
     y = torch.zeros_like(x)
     means, rstds = [], []
     for i, (height, width) in enumerate(area.sizes.tolist()):
-        part, mean, rstd = normalize(_crop(x, i, height, width), gamma, beta, groups, eps, None)
+        part, mean, rstd = _normalize(_crop(x, i, height, width), gamma, beta, groups, eps, None)
         y[i, :, :height, :width] = part[0]
         means.append(mean)
         rstds.append(rstd)

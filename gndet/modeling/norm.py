@@ -19,7 +19,8 @@ from torch.distributed.nn.functional import all_reduce
 from gndet.config import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.area import Area, clear_padding
-from gndet.modeling.group_norm import MaskedGroupNorm
+from gndet.modeling.group_norm import Normalize
+from gndet.modeling.norm_kernels import usable
 
 
 class GroupNorm(nn.Module):
@@ -39,14 +40,13 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
         """x (B, C, H, W), area of the pictures or None.  Returns the same shape and type; statistics in float32."""
-        dtype = x.dtype
+        area = area if self.masked else None
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.weight.dtype)
-            if area is None or not self.masked:
-                y = F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-            else:
-                y = MaskedGroupNorm.apply(x, *area, self.weight, self.bias, self.groups, self.eps)
-            return y.to(dtype)
+            if area is None and not usable(x):
+                wide = x.to(self.weight.dtype)
+                return F.group_norm(wide, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
+            three = (None, None, None) if area is None else area
+            return Normalize.apply(x, *three, self.weight, self.bias, self.groups, self.eps)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -252,13 +252,16 @@ def _forward(
     for i, (layer, conv, (gamma, beta)) in enumerate(zip(layers, convs, norms, strict=True)):
         last = i == len(layers) - 1
         y, mean, rstd = conv.forward(x), None, None
+        added = residual if last else None
         if layer.groups:
-            x, mean, rstd = normalize(y, gamma, beta, layer.groups, layer.eps, layer.area)
+            relu = layer.relu and added is None
+            x, mean, rstd = normalize(y, gamma, beta, layer.groups, layer.eps, layer.area, relu=relu)
         else:
             x = clear_padding(y, layer.area)
-        if last and residual is not None:
-            x += residual
-        x = x.relu_() if layer.relu else x
+        if added is not None:
+            x += added
+        if layer.relu and (added is not None or not layer.groups):
+            x.relu_()
         if layer.groups:
             kept += [None if layer.cheap else y, mean, rstd]
         else:

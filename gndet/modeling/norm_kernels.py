@@ -1,0 +1,297 @@
+"""Group normalisation on NVIDIA GPUs: Triton kernels, each one pass over the map.
+
+What bounds them is memory: forward reads x for the sums and once more, from the cache where it fits, to write y;
+backward reads x and grad twice and writes the gradient.  A map is (B, P, C): channels last, P = H * W positions.  A
+program takes a stripe of positions of one image and all channels, a block at a time, so that a batch of one fills the
+GPU; its sums go to a small buffer and are added up in order: no atomics, the same bits every time.
+Statistics are float32, of differences to the picture's first position, lest a large mean swallow a small variance.
+Letters: B images, P positions, C channels, G groups, S stripes.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a torch without GPU support
+    triton = None
+
+STRIPES = 128  # of a map, about as many as a GPU has multiprocessors
+LEAST = 64  # positions of a stripe at least
+BLOCK = 4096  # numbers that a program holds at once
+
+if triton is not None:
+
+    @triton.jit
+    def _inside(position, sizes, image, width, positions, masked: tl.constexpr):
+        """Which positions belong to the picture."""
+        inside = position < positions
+        if masked:
+            height_here, width_here = tl.load(sizes + 2 * image), tl.load(sizes + 2 * image + 1)
+            inside = inside & (position // width < height_here) & (position % width < width_here)
+        return inside
+
+    @triton.jit
+    def _sums_kernel(
+        x, sizes, sums, positions, channels, width, stripe,
+        masked: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+    ):  # fmt: skip
+        """Per stripe and channel the sums of x - first and of its square, first: at position 0; (B, S, 2, C)."""
+        image, part, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * block_c
+        channel = channel + tl.arange(0, block_c)
+        here = channel < channels
+        x += image * positions * channels
+        first = tl.load(x + channel, mask=here, other=0.0).to(tl.float32)
+        one = tl.zeros([block_c], tl.float32)
+        two = tl.zeros([block_c], tl.float32)
+        for start in range(part * stripe, tl.minimum((part + 1) * stripe, positions), block_p):
+            position = start + tl.arange(0, block_p)
+            inside = _inside(position, sizes, image, width, positions, masked) & (position < (part + 1) * stripe)
+            keep = inside[:, None] & here[None, :]
+            at = position.to(tl.int64)[:, None] * channels + channel[None, :]
+            value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+            value = tl.where(keep, value - first[None, :], 0.0)
+            one += tl.sum(value, 0)
+            two += tl.sum(value * value, 0)
+        sums += (image * tl.num_programs(1) + part) * 2 * channels
+        tl.store(sums + channel, one, mask=here)
+        tl.store(sums + channels + channel, two, mask=here)
+
+    @triton.jit
+    def _statistics_kernel(
+        x, sizes, sums, mean, rstd, positions, channels, stripes, eps,
+        masked: tl.constexpr, members: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
+        """The mean and 1 / std of a group of `members` channels from the sums of its stripes."""
+        image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        member = tl.arange(0, block)
+        here = member < members
+        channel = group * members + member
+        first = tl.load(x + image * positions * channels + channel, mask=here, other=0.0).to(tl.float32)
+        one = tl.zeros([block], tl.float32)
+        two = tl.zeros([block], tl.float32)
+        for part in range(stripes):
+            at = sums + (image * stripes + part) * 2 * channels + channel
+            one += tl.load(at, mask=here, other=0.0)
+            two += tl.load(at + channels, mask=here, other=0.0)
+        count = positions * 1.0
+        if masked:
+            count = (tl.load(sizes + 2 * image) * tl.load(sizes + 2 * image + 1)).to(tl.float32)
+        centre = tl.where(here, first + one / count, 0.0)  # of each channel
+        whole = tl.sum(centre, 0) / members
+        apart = tl.where(here, centre - whole, 0.0)
+        squares = tl.where(here, two - one * one / count, 0.0) + count * apart * apart
+        variance = tl.maximum(tl.sum(squares, 0) / (count * members), 0.0)
+        tl.store(mean + image * tl.num_programs(1) + group, whole)
+        tl.store(rstd + image * tl.num_programs(1) + group, 1.0 / tl.sqrt(variance + eps))
+
+    @triton.jit
+    def _apply_kernel(
+        x, y, sizes, gamma, beta, mean, rstd, positions, channels, groups, width,
+        masked: tl.constexpr, relu: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+    ):  # fmt: skip
+        """y = gamma (x - mean) rstd + beta, cut at zero if relu; zero in the padding."""
+        image, channel = tl.program_id(0).to(tl.int64), tl.program_id(2) * block_c + tl.arange(0, block_c)
+        position = tl.program_id(1) * block_p + tl.arange(0, block_p)
+        here = channel < channels
+        inside = _inside(position, sizes, image, width, positions, masked)
+        at = image * positions * channels + position.to(tl.int64)[:, None] * channels + channel[None, :]
+        group = image * groups + channel // (channels // groups)
+        scale = tl.load(rstd + group, mask=here, other=0.0)
+        centre = tl.load(mean + group, mask=here, other=0.0)
+        scaled = tl.load(gamma + channel, mask=here, other=0.0).to(tl.float32) * scale
+        shift = tl.load(beta + channel, mask=here, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=inside[:, None] & here[None, :], other=0.0).to(tl.float32)
+        value = (value - centre[None, :]) * scaled[None, :] + shift[None, :]
+        if relu:
+            value = tl.where(value < 0.0, 0.0, value)  # NaN stays
+        value = tl.where(inside[:, None], value, 0.0)
+        stored = (position < positions)[:, None] & here[None, :]
+        tl.store(y + at, value.to(y.dtype.element_ty), mask=stored)
+
+    @triton.jit
+    def _gradient_sums_kernel(
+        grad, x, sizes, mean, rstd, sums, positions, channels, groups, width, stripe,
+        masked: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+    ):  # fmt: skip
+        """Per stripe and channel: the sum of grad and of grad times the normalised x.  (B, S, 2, C)."""
+        image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        channel = tl.program_id(2) * block_c + tl.arange(0, block_c)
+        here = channel < channels
+        group = image * groups + channel // (channels // groups)
+        centre, scale = tl.load(mean + group, mask=here, other=0.0), tl.load(rstd + group, mask=here, other=0.0)
+        x += image * positions * channels
+        grad += image * positions * channels
+        one = tl.zeros([block_c], tl.float32)
+        two = tl.zeros([block_c], tl.float32)
+        for start in range(part * stripe, tl.minimum((part + 1) * stripe, positions), block_p):
+            position = start + tl.arange(0, block_p)
+            inside = _inside(position, sizes, image, width, positions, masked) & (position < (part + 1) * stripe)
+            keep = inside[:, None] & here[None, :]
+            at = position.to(tl.int64)[:, None] * channels + channel[None, :]
+            value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+            slope = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
+            one += tl.sum(slope, 0)
+            two += tl.sum(tl.where(keep, slope * (value - centre[None, :]) * scale[None, :], 0.0), 0)
+        sums += (image * tl.num_programs(1) + part) * 2 * channels
+        tl.store(sums + channel, one, mask=here)
+        tl.store(sums + channels + channel, two, mask=here)
+
+    @triton.jit
+    def _gradient_kernel(
+        grad, x, grad_x, sizes, gamma, mean, rstd, of_grad, of_normal, positions, channels, groups, width,
+        masked: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+    ):  # fmt: skip
+        """rstd (gamma grad - of_grad - normal of_normal), which are means over the group, (B, G)."""
+        image, channel = tl.program_id(0).to(tl.int64), tl.program_id(2) * block_c + tl.arange(0, block_c)
+        position = tl.program_id(1) * block_p + tl.arange(0, block_p)
+        here = channel < channels
+        inside = _inside(position, sizes, image, width, positions, masked)
+        at = image * positions * channels + position.to(tl.int64)[:, None] * channels + channel[None, :]
+        group = image * groups + channel // (channels // groups)
+        scale, centre = tl.load(rstd + group, mask=here, other=0.0), tl.load(mean + group, mask=here, other=0.0)
+        one, two = tl.load(of_grad + group, mask=here, other=0.0), tl.load(of_normal + group, mask=here, other=0.0)
+        factor = tl.load(gamma + channel, mask=here, other=0.0).to(tl.float32)
+        keep = inside[:, None] & here[None, :]
+        value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
+        slope = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
+        normal = (value - centre[None, :]) * scale[None, :]
+        result = scale[None, :] * (slope * factor[None, :] - one[None, :] - normal * two[None, :])
+        stored = (position < positions)[:, None] & here[None, :]
+        tl.store(grad_x + at, tl.where(keep, result, 0.0).to(grad_x.dtype.element_ty), mask=stored)
+
+
+TESTED = ((1, 64, 5, 7, 32), (2, 96, 33, 18, 3), (3, 256, 7, 7, 32))  # B, C, H, W, G of the self-test
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a map is one for the kernels, and they work on its GPU."""
+    fitting = x.is_cuda and x.dtype in DTYPES and x.is_contiguous(memory_format=torch.channels_last)
+    return fitting and not torch.compiler.is_compiling() and not trouble(x.device)
+
+
+@cache
+def trouble(device: torch.device) -> str:
+    """What is wrong with the kernels on a device, in words; empty where they work.  Tried once a process."""
+    if triton is None:
+        return "Triton is not installed"
+    try:
+        with torch.no_grad():
+            wrong = [text for shape in TESTED for text in _compare(shape, device)]
+    except Exception as error:  # whatever a compiler or a driver trips over: torch's own operators are there
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return "; ".join(wrong[:2])
+
+
+def _compare(shape: tuple[int, int, int, int, int], device: torch.device) -> list[str]:
+    """Where the kernels differ from torch in float64, on a map of noise."""
+    images, channels, height, width, groups = shape
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, images, channels, height, width, generator=generator).add(1).to(device).unbind()
+    gamma, beta = torch.randn(2, channels, generator=generator).to(device).unbind()
+    size = (images, channels, height * width, groups)
+    exact, centre, scale = torch.native_group_norm(x.double(), gamma.double(), beta.double(), *size, 1e-5)
+    slopes = torch.ops.aten.native_group_norm_backward(
+        grad.double(), x.double(), centre, scale, gamma.double(), *size, [True, True, True]
+    )
+    x, grad = (one.contiguous(memory_format=torch.channels_last) for one in (x, grad))
+    y, mean, rstd = forward(x, gamma, beta, groups, 1e-5, None, relu=True)
+    found = (y, *backward(grad, x, gamma, mean, rstd, None))
+    names = ("result", "gradient", "gradient of gamma", "gradient of beta")
+    pairs = zip(names, found, (F.relu(exact), *slopes), strict=True)
+    return [f"the {name} of {shape} is wrong" for name, a, b in pairs if not (a - b).abs().max() < 1e-4 * b.abs().max()]
+
+
+class _Plan:
+    """How a map (B, C, H, W), channels last, is cut into programs."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.images, self.channels, height, self.width = x.shape
+        self.positions = height * self.width
+        self.block_c = min(triton.next_power_of_2(self.channels), 512)
+        self.block_p = max(BLOCK // self.block_c, 1)
+        stripe = max(-(-self.positions // STRIPES), LEAST, self.block_p)
+        self.stripe = -(-stripe // self.block_p) * self.block_p
+        self.stripes = -(-self.positions // self.stripe)
+        self.blocks_c = -(-self.channels // self.block_c)
+        self.blocks_p = -(-self.positions // self.block_p)
+
+    def sums(self, x: Tensor) -> Tensor:
+        return x.new_empty(self.images, self.stripes, 2, self.channels, dtype=torch.float32)
+
+    @property
+    def by_stripes(self) -> tuple[int, int, int]:
+        return self.images, self.stripes, self.blocks_c
+
+    @property
+    def by_blocks(self) -> tuple[int, int, int]:
+        return self.images, self.blocks_p, self.blocks_c
+
+    @property
+    def sides(self) -> dict[str, Any]:
+        return {"block_p": self.block_p, "block_c": self.block_c}
+
+
+def forward(
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, sizes: Tensor | None, *, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise x (B, C, H, W), channels last, cut at zero if relu.
+
+    sizes (B, 2) int64 height, width of the pictures, None where nothing is padded.  Returns y like x, and the mean and
+    1 / std of each group, (B, G) float32.
+    """
+    plan = _Plan(x)
+    mean, rstd = (x.new_empty(plan.images, groups, dtype=torch.float32) for _ in range(2))
+    if x.numel() == 0:
+        return torch.empty_like(x), mean, rstd
+    masked, sums, members = sizes is not None, plan.sums(x), plan.channels // groups
+    _sums_kernel[plan.by_stripes](
+        x, sizes, sums, plan.positions, plan.channels, plan.width, plan.stripe, masked=masked, **plan.sides
+    )
+    _statistics_kernel[(plan.images, groups)](
+        x, sizes, sums, mean, rstd, plan.positions, plan.channels, plan.stripes, eps, masked=masked, members=members,
+        block=triton.next_power_of_2(members),
+    )  # fmt: skip
+    return again(x, gamma, beta, mean, rstd, sizes, relu=relu), mean, rstd
+
+
+def again(
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, sizes: Tensor | None, *, relu: bool
+) -> Tensor:
+    """Compute `forward`'s y from its statistics."""
+    plan, y = _Plan(x), torch.empty_like(x)
+    if x.numel():
+        _apply_kernel[plan.by_blocks](
+            x, y, sizes, gamma, beta, mean, rstd, plan.positions, plan.channels, mean.shape[1], plan.width,
+            masked=sizes is not None, relu=relu, **plan.sides,
+        )  # fmt: skip
+    return y
+
+
+def backward(
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients at x, gamma and beta, from that at `forward`'s y before its ReLU, channels last as x is."""
+    plan, groups, grad_x = _Plan(x), mean.shape[1], torch.empty_like(x)
+    if x.numel() == 0:
+        return grad_x, torch.zeros_like(gamma), torch.zeros_like(gamma)
+    masked, sums = sizes is not None, plan.sums(x)
+    _gradient_sums_kernel[plan.by_stripes](
+        grad, x, sizes, mean, rstd, sums, plan.positions, plan.channels, groups, plan.width, plan.stripe,
+        masked=masked, **plan.sides,
+    )  # fmt: skip
+    sums = sums.sum(1)  # (B, 2, C), in a fixed order
+    count = plan.positions * (plan.channels // groups)
+    count = count if sizes is None else (sizes.prod(1) * (plan.channels // groups))[:, None]
+    of_grad, of_normal = (one.unflatten(1, (groups, -1)).sum(2) / count for one in (sums * gamma).unbind(1))  # (B, G)
+    _gradient_kernel[plan.by_blocks](
+        grad, x, grad_x, sizes, gamma, mean, rstd, of_grad, of_normal, plan.positions, plan.channels, groups,
+        plan.width, masked=masked, **plan.sides,
+    )  # fmt: skip
+    return grad_x, sums[:, 1].sum(0).to(gamma.dtype), sums[:, 0].sum(0).to(gamma.dtype)

@@ -1,0 +1,104 @@
+"""The Triton kernels, run by Triton's interpreter where there is no GPU, against torch in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gndet.modeling import group_norm, norm_kernels
+from gndet.modeling.area import Area
+
+pytestmark = pytest.mark.skipif(norm_kernels.triton is None, reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
+SHAPES = [  # B, C, H, W, G
+    (2, 64, 9, 13, 32), (1, 48, 7, 7, 3), (3, 20, 5, 6, 20), (2, 33, 1, 1, 1), (1, 40, 23, 11, 5), (1, 520, 6, 5, 4),
+]  # fmt: skip
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def in_float64(
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, sizes: Tensor | None, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """y and the gradients at x, gamma and beta, picture by picture by torch's group_norm."""
+    x, gamma, beta = (one.double().requires_grad_() for one in (x, gamma, beta))
+    y = torch.zeros_like(x)
+    for image, (height, width) in enumerate([x.shape[2:]] * len(x) if sizes is None else sizes.tolist()):
+        part = F.group_norm(x[image : image + 1, :, :height, :width], groups, gamma, beta, 1e-5)
+        y = y.index_put((torch.tensor(image),), F.pad(part[0], (0, x.shape[3] - width, 0, x.shape[2] - height)))
+    return y, *torch.autograd.grad(y, (x, gamma, beta), grad.double())
+
+
+def largest(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.detach().double(), expected.detach()
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_are_group_norm_over_each_picture(shape: tuple[int, ...], padded: bool, dtype: torch.dtype) -> None:
+    *size, groups = shape
+    torch.manual_seed(sum(shape))
+    x, grad = (torch.randn(size).to(dtype) for _ in range(2))
+    gamma, beta = torch.randn(2, size[1]).unbind()
+    sizes = torch.tensor([[max(1, size[2] - i), max(1, size[3] - 2 * i)] for i in range(size[0])]) if padded else None
+    shown, shown_grad = x, grad
+    if padded:  # what stands in the padding reaches nothing
+        mask = Area.of(sizes, *size[2:]).mask
+        shown, shown_grad = (torch.where(mask, one, float("nan")).to(dtype) for one in (x, grad))
+        grad = torch.where(mask, grad, 0.0)
+    on = [None if one is None else one.to(DEVICE) for one in (last(shown), last(shown_grad), gamma, beta, sizes)]
+    y, mean, rstd = norm_kernels.forward(on[0], on[2], on[3], groups, 1e-5, on[4], relu=False)
+    slopes = norm_kernels.backward(on[1], on[0], on[2], mean, rstd, on[4])
+    limit = 1e-5 if dtype == torch.float32 else 1e-2  # a last bit of bfloat16
+    for got, expected in zip((y, *slopes), in_float64(x, gamma, beta, groups, sizes, grad), strict=True):
+        assert largest(got.cpu(), expected) < limit
+    assert mean.dtype == rstd.dtype == torch.float32
+    cut = norm_kernels.again(on[0], on[2], on[3], mean, rstd, on[4], relu=True)
+    torch.testing.assert_close(cut, y.relu(), rtol=0, atol=0)
+
+
+def test_a_small_variance_beside_a_large_mean_is_not_lost() -> None:
+    torch.manual_seed(0)
+    x = last(torch.randn(2, 64, 12, 12) * 0.01 + 1000)
+    gamma, beta = torch.ones(64), torch.zeros(64)
+    y, *_ = norm_kernels.forward(x.to(DEVICE), gamma.to(DEVICE), beta.to(DEVICE), 32, 1e-5, None, relu=False)
+    assert largest(y.cpu(), F.group_norm(x.double(), 32, eps=1e-5)) < 3e-3  # the last bit of the mean is 6e-5
+
+
+def test_no_regions_give_no_regions() -> None:
+    x, gamma = torch.zeros(0, 64, 7, 7, device=DEVICE), torch.ones(64, device=DEVICE)
+    y, mean, rstd = norm_kernels.forward(x, gamma, gamma, 32, 1e-5, None, relu=True)
+    assert y.shape == x.shape
+    grad_x, grad_gamma, grad_beta = norm_kernels.backward(y, x, gamma, mean, rstd, None)
+    assert grad_x.shape == x.shape
+    assert not grad_gamma.any()
+    assert not grad_beta.any()
+
+
+def test_the_self_test_passes_and_tells_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, ask = torch.device(DEVICE), norm_kernels.trouble.__wrapped__
+    assert ask(device) == ""
+    true = norm_kernels.backward
+    monkeypatch.setattr(norm_kernels, "backward", lambda *a: tuple(1.01 * one for one in true(*a)))
+    assert "the gradient of (1, 64, 5, 7, 32) is wrong" in ask(device)
+    monkeypatch.setattr(norm_kernels, "forward", lambda *a, **k: 1 / 0)
+    assert ask(device) == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(norm_kernels, "triton", None)
+    assert ask(device) == "Triton is not installed"
+
+
+def test_the_functions_of_group_norm_choose_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, grad, (gamma, beta) = last(torch.randn(2, 64, 8, 9)), last(torch.randn(2, 64, 8, 9)), torch.randn(2, 64).unbind()
+    area = Area.of(torch.tensor([[8, 9], [5, 7]]), 8, 9)
+    results = []
+    for kernels in (False, True):
+        monkeypatch.setattr(norm_kernels, "usable", lambda x, kernels=kernels: kernels)
+        y, mean, rstd = group_norm.normalize(x, gamma, beta, 8, 1e-5, area, relu=True)
+        again = group_norm.renormalize(x, gamma, beta, mean, rstd, area, relu=True)
+        results.append((y, again, *group_norm.gradients(grad, x, gamma, mean, rstd, area)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

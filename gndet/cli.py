@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gndet import __version__
+from gndet.benchmark import options as benchmarks
 from gndet.errors import GndetError, Preempted
 
 
@@ -134,6 +135,15 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, and leave everything there")
     verb.set_defaults(run=selftest)
 
+    verb = verbs.add_parser("benchmark", help="speed and memory beside other libraries, on the same work in turn")
+    names = verb.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    for name, module in benchmarks.NAMES.items():
+        add_options = getattr(benchmarks, module)
+        one = names.add_parser(name, help=add_options.__doc__, description=add_options.__doc__)
+        benchmarks.common(one)
+        add_options(one)
+        one.set_defaults(run=benchmark)
+
     verb = verbs.add_parser("config", help="print the resolved config")
     verb.add_argument("config", help="YAML file")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
@@ -169,8 +179,9 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
     from gndet.distributed import process
-    from gndet.evaluation import save_results, table
+    from gndet.evaluation import table
     from gndet.inference import evaluate_checkpoint, load_detector, make_room_for
+    from gndet.results import save_results
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     if options.out:
@@ -254,6 +265,23 @@ def selftest(options: argparse.Namespace) -> int:
 
     scenarios = chosen(options.numbers, options.all)
     return 0 if run_scenarios(scenarios, options.keep, functools.partial(print, flush=True)) else 1
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """gndet benchmark step|norm|loader|start|eval [--rounds N] [--threads N] [its own options]"""
+    if options.benchmark == "step":
+        from gndet.benchmark.step import run
+    elif options.benchmark == "norm":
+        from gndet.benchmark.norm import run
+    elif options.benchmark == "loader":
+        from gndet.benchmark.loader import run
+    elif options.benchmark == "start":
+        from gndet.benchmark.start import run
+    else:
+        from gndet.benchmark.evaluation import run
+
+    run(options, functools.partial(print, flush=True))
+    return 0
 
 
 def config(options: argparse.Namespace) -> int:

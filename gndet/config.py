@@ -254,6 +254,12 @@ class DataConfig(Section):
     exact_canvas: bool = Field(
         True, description="no padding around pictures of one size; false: multiples even there, as in other toolkits"
     )
+    canvases: tuple[tuple[Edge, Edge], ...] = Field(
+        (),
+        max_length=4,
+        description="training: heights and widths of the only canvases, the smallest that holds the batch; [] any. For "
+        "train.compile, which makes a graph for each",
+    )
 
 
 class OptimizerConfig(Section):
@@ -331,6 +337,16 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bf16", "float64"] = Field(
         "auto", description="auto: bf16 autocast on GPU; float64 shows what is equal but for rounding, slowly"
     )
+    memory: Literal["fast", "balanced", "lean"] = Field(
+        "balanced",
+        description="what is kept for the backward pass. fast: every map; balanced: less than half, for a tenth more "
+        "time; lean: a fifth, for a third more. It changes rounding only",
+    )
+    compile: Literal["none", "default", "reduce-overhead"] = Field(
+        "none",
+        description="torch.compile of the training forward and backward, a graph for each of data.canvases; "
+        "reduce-overhead: as CUDA graphs. It changes rounding only",
+    )
     ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights an update; 0 is off")
     log_every: int = Field(20, ge=1, description="updates")
     eval_every: int = Field(5000, ge=0, description="updates; 0 evaluates at the end only")
@@ -372,6 +388,27 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _canvases_hold_all(self) -> "Config":
+        longest = self.data.max_edge
+        shorter = min(max(self.data.shortest_edge), longest)
+        needed = [(shorter, longest), (longest, shorter)]  # a picture; two of them, one upright and one lying:
+        needed += [] if self.train.images_per_gpu == 1 else [(longest, longest)]
+        canvases = self.data.canvases
+        if self.train.compile != "none" and not canvases:
+            edges = [[-(-edge // 32) * 32 for edge in canvas] for canvas in needed]
+            raise ValueError(
+                f"train.compile: {self.train.compile} makes a graph for each canvas and needs data.canvases, the few "
+                f"there are to be, like data.canvases={str(edges).replace(' ', '')}"
+            )
+        for height, width in needed if canvases else ():
+            if not any(height <= canvas[0] and width <= canvas[1] for canvas in canvases):
+                raise ValueError(
+                    f"data.canvases: none of {', '.join(f'{h} x {w}' for h, w in canvases)} holds {height} x {width}, "
+                    "as large as a batch may be by data.shortest_edge, data.max_edge and train.images_per_gpu"
+                )
+        return self
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "Config":

@@ -20,6 +20,7 @@ from gndet.signals import Stop
 from gndet.watch import Watch
 
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and without it
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # torch's, new and old names
 START_TIMEOUT = 600.0  # seconds in which processes find each other, read their data, and the first calibrates
 BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
@@ -81,12 +82,15 @@ def _member(
     """Be process `rank` of `world`, on GPU `local` if there is one, while the context lasts; nccl: no GPU is shared."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
+    if device != "cpu" and not any(name in os.environ for name in _ALLOCATOR):
+        # canvases of many sizes leave holes in fixed segments; read when the GPU is first used
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     on_gpu = device != "cpu" and torch.cuda.is_available()
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -113,7 +117,7 @@ def limit_waiting(proc: Process, seconds: float) -> None:
 
 
 @contextmanager
-def _together(proc: Process) -> Iterator[None]:
+def together(proc: Process) -> Iterator[None]:
     """Wait for the other processes.  Raises ProcessLost, which says what is known of them, where they do not come."""
     try:
         with proc.watch.waiting() if proc.watch else nullcontext():
@@ -127,7 +131,7 @@ def _together(proc: Process) -> Iterator[None]:
         raise ProcessLost(text) from error
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory: page faults of mapping it anew cost 38 % of a CPU training step."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -146,9 +150,8 @@ def place(model: nn.Module, precision: str, proc: Process) -> tuple[nn.Module, C
 def sum_gradients(model: nn.Module, proc: Process) -> None:
     """Sum the gradients over the processes, each once, in messages of at least BUCKET elements but the last.
 
-    Called once an update, when every process has computed its share.  DistributedDataParallel would send them during
-    the last backward pass, in which no process could then start its share again after running out of memory, and
-    would keep a second copy of all gradients.
+    Called once an update, when every process has computed its share, where SyncBN's messages leave no room for those of
+    `gndet.buckets` in the backward pass.
     """
     if proc.world == 1:
         return
@@ -160,13 +163,13 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
         bucket.append(parameter)
         if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
             flat = torch.cat([p.grad.flatten() for p in bucket])
-            with _together(proc):
+            with together(proc):
                 dist.all_reduce(flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad.copy_(part.view_as(p.grad))
             bucket = []
     if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
-        with _together(proc):
+        with together(proc):
             torch.cuda.synchronize(proc.device)
 
 
@@ -175,7 +178,7 @@ def give_first_s(tensors: Iterable[Tensor], proc: Process) -> None:
     if proc.world > 1:
         for tensor in tensors:
             dense = tensor.contiguous()
-            with _together(proc):
+            with together(proc):
                 dist.broadcast(dense, 0)
             tensor.copy_(dense)
 
@@ -185,15 +188,25 @@ def gather(items: list[Any], proc: Process) -> list[list[Any]]:
     if proc.world == 1:
         return [items]
     gathered: list[Any] = [None] * proc.world
-    with _together(proc):
+    with together(proc):
         dist.all_gather_object(gathered, items)
     return gathered
+
+
+def collect(items: list[Any], proc: Process) -> list[list[Any]]:
+    """Every process's list, by rank, on the first process; none on the others, who need not carry them."""
+    if proc.world == 1:
+        return [items]
+    collected: list[Any] | None = [None] * proc.world if proc.first else None
+    with together(proc):
+        dist.gather_object(items, collected)
+    return collected or []
 
 
 def total(values: Tensor, proc: Process) -> Tensor:
     """The sum of a tensor over the processes."""
     if proc.world > 1:
-        with _together(proc):
+        with together(proc):
             dist.all_reduce(values)
     return values
 
@@ -203,7 +216,7 @@ def least(values: Sequence[int], proc: Process) -> list[int]:
     if proc.world == 1:
         return list(values)
     smallest = torch.tensor(values)
-    with _together(proc):
+    with together(proc):
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     return smallest.tolist()
 

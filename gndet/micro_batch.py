@@ -4,17 +4,19 @@ None of it changes what is learned where images do not depend on each other (Mod
 update's gradient is the sum of its images' gradients over global_batch, however they are cut.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gndet.buckets import Buckets
 from gndet.config import Config
 from gndet.data.batching import Replay, largest_batch, split
-from gndet.distributed import gather, least
+from gndet.distributed import Process, gather, least, sum_gradients
 from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.run import Run
@@ -90,9 +92,10 @@ def fits(run: Run, num: int, limit: int | None) -> bool:
     to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
     state: list[Tensor] = []
     try:
+        clear_gradients(run)
         for parameter in trainable:
             state += [torch.empty_like(parameter) for _ in range(to_come)]
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
             backward(run.model, run.autocast, [batch], num, run.cfg)
     except RuntimeError as error:
@@ -115,7 +118,7 @@ def resident_bytes(run: Run) -> int:
 
 
 class Share(NamedTuple):
-    """A process's part of an update, its gradient aside, which the parameters hold."""
+    """A process's part of an update; the parameters hold the gradient, summed over the processes."""
 
     losses: dict[str, Tensor]  # sums over its images / global_batch
     size: int  # images at once from here on: the smallest that any process went down to
@@ -124,43 +127,90 @@ class Share(NamedTuple):
 
 
 def gradients(run: Run, batches: Replay, size: int, stop: StopSignals) -> Share:
-    """Compute this process's part of an update's gradient and of its losses.
+    """Compute an update's gradient, summed over the processes, and this process's part of its losses.
 
-    size: images at once.  Where memory runs out the update starts again with half as many.  Raises TrainingError, on
-    all processes, where nothing smaller is possible in one of them or would change what is learned, and where one has
-    no data; Stop, on all, where one of them has been asked to stop.  Nothing but gradients is changed then.  (In
-    SyncBN's forward the others wait for the one that fails: there its error is the one to read.)
+    size: images at once.  Where memory runs out the update starts again with half as many: in this process alone, or,
+    where gradients were on their way to the others already, in all of them.  Raises TrainingError, on all processes,
+    where nothing smaller is possible in one of them or would change what is learned, and where one has no data; Stop,
+    on all, where one of them has been asked to stop.  Nothing but gradients is changed then.  (In SyncBN's forward the
+    others wait for the one that fails: there its error is the one to read.)
     """
-    undo, losses, refusal, proc = running_statistics(run), {}, "", run.proc
-    at_once, poll = (stop.at_once, stop.poll) if breakable(run) else (nullcontext, lambda: None)
+    undo, proc, whole = running_statistics(run), run.proc, False
     try:
-        while size and not losses:
-            run.model.zero_grad()
-            undo()
-            try:
-                with at_once():
-                    losses = backward(run.model, run.autocast, batches, size, run.cfg, partial(_room, run), poll)
-            except Stop:
-                break
-            except GndetError as error:
-                refusal = str(error)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                refusal = _refusal(run, size, error)
-            if not losses:  # by here the tensors of the attempt are gone with its exception
-                size = 0 if refusal else size // 2
-                release(proc.device)
-        all_read = not any(loaded.skipped for loaded in batches.taken)
-        smallest, going_on, all_read = least([size, int(not stop.asked), int(all_read)], proc)
-        if smallest == 0:
-            raise TrainingError("\n".join(text for texts in gather([refusal], proc) for text in texts if text))
-        if not going_on:
-            raise Stop
+        while not whole:
+            losses, size, refusal = attempt(run, batches, size, stop, undo)
+            if run.buckets is not None:
+                run.buckets.finish()
+            all_read = not any(loaded.skipped for loaded in batches.taken)
+            size, going_on, all_read, whole = least([size, int(not stop.asked), int(all_read), int(bool(losses))], proc)
+            if size == 0:
+                raise TrainingError("\n".join(text for texts in gather([refusal], proc) for text in texts if text))
+            if not going_on:
+                raise Stop
+        if run.buckets is None:
+            sum_gradients(run.model, proc)
     except BaseException:
         undo()
         raise
-    return Share(losses, smallest, not all_read, undo)
+    return Share(losses, size, not all_read, undo)
+
+
+def attempt(
+    run: Run, batches: Replay, size: int, stop: StopSignals, undo: Callable[[], None]
+) -> tuple[dict[str, Tensor], int, str]:
+    """Compute this process's gradient, again with fewer images at once until it fits or the others must know.
+
+    Returns its losses, {} where it is not whole; images at once, 0 where it cannot go on; and why it cannot.
+    """
+    at_once, poll = (stop.at_once, stop.poll) if breakable(run) else (nullcontext, lambda: None)
+    while True:
+        clear_gradients(run)
+        undo()
+        refusal = ""
+        try:
+            with at_once():
+                room, last = partial(_room, run), partial(_last_pass, run, stop)
+                return backward(run.forward, run.autocast, batches, size, run.cfg, room, poll, last), size, ""
+        except Stop:
+            return {}, size, ""
+        except GndetError as error:
+            refusal = str(error)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            refusal = _refusal(run, size, error)
+        size = 0 if refusal else size // 2  # by here the tensors of the attempt are gone with its exception
+        release(run.proc.device)
+        if refusal or (run.buckets is not None and run.buckets.begun):
+            return {}, size, refusal
+
+
+@contextmanager
+def _last_pass(run: Run, stop: StopSignals) -> Iterator[None]:
+    """Send gradients to the other processes while the last backward pass runs, which no stop breaks off."""
+    if run.buckets is None:
+        yield
+        return
+    stop.no_longer_at_once()
+    with run.buckets.sending():
+        yield
+
+
+def clear_gradients(run: Run) -> None:
+    """Let an update begin without gradients."""
+    if run.buckets is None:
+        run.model.zero_grad()
+    else:
+        run.buckets.clear()
+
+
+def buckets_for(cfg: Config, model: nn.Module, proc: Process) -> Buckets | None:
+    """Buckets where gradients are sent while a backward pass runs.
+
+    Not where SyncBN sends in that pass, too: its messages and these would meet in another order in each process.
+    """
+    together = proc.world > 1 and all(norm.kind != "sync_bn" for norm in cfg.model.part_norms().values())
+    return Buckets(model, proc) if together or cfg.train.compile == "reduce-overhead" else None
 
 
 def breakable(run: Run) -> bool:
@@ -202,35 +252,52 @@ def _refusal(run: Run, size: int, error: RuntimeError) -> str:
 def backward(
     model: nn.Module,
     autocast: Callable[[], AbstractContextManager],
-    batches: Iterable[Batch],
+    batches: Collection[Batch],
     size: int,
     cfg: Config,
     room: Callable[[], AbstractContextManager] = nullcontext,
     before: Callable[[], None] = lambda: None,
+    last: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Add the gradients of batches, cut to size images, to the parameters': before() before each part, room() around.
+    """Add the gradients of batches, cut to size images, to the parameters'.
 
+    before() is called before each part, room() is around it, last() around the backward pass of the last.
     Returns the sums of their losses / global_batch, on the device.
     """
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
-    for batch in batches:
-        for part in split(batch, size, cfg.data.canvas_multiple, cfg.data.exact_canvas):
+    for number, batch in enumerate(batches, start=1):
+        parts = split(batch, size, cfg.data.canvas_multiple, cfg.data.exact_canvas, cfg.data.canvases)
+        for part in parts:
             before()
             with room():
+                if cfg.train.compile == "reduce-overhead":
+                    torch.compiler.cudagraph_mark_step_begin()  # no result of the graphs' last run is needed any more
                 with autocast():
                     losses = model(to_device(part, device))  # {name: (B,)}
                 means = {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
-                sum(means.values()).backward()
+                with last() if number == len(batches) and part is parts[-1] else nullcontext():
+                    sum(means.values()).backward()
                 sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in means.items()}
                 del losses, means
     return sums
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch without waiting for it."""
+    """Copy a batch without waiting for it: to a GPU on a stream of its own, beside what is computed meanwhile."""
     if device.type == "cpu":
         return batch
-    gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
-    images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
+    copying, computing = _copying(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copying):
+        gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
+        images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
+    computing.wait_stream(copying)
+    for tensor in (images, sizes, keys, *gt):
+        tensor.record_stream(computing)  # its memory is not used for the next copy before this one is done with
     return Batch(images, sizes, keys, gt, batch.padded)
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies to a GPU; one, for the allocator keeps freed memory by stream."""
+    return torch.cuda.Stream(device)

@@ -12,6 +12,8 @@ from gndet.progress import Progress
 from gndet.run import Run
 from gndet.saving import versions
 
+ROUNDING = ("images_per_gpu", "memory", "compile")  # of `train`: how a step is computed, not what
+
 
 def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
     """Put a checkpoint's state into the run.  Returns how far it had come, and a line for what is different now.
@@ -57,9 +59,10 @@ def drift(run: Run, saved: Checkpoint) -> list[str]:
     """Say in one line what is different now and changes rounding only; no line where the run goes on bit for bit."""
     asked = saved.meta.get("asked", saved.meta["config"])
     there = {"processes": saved.meta.get("processes"), "device": saved.meta.get("device")} | saved.meta["versions"]
-    there["train.images_per_gpu"] = asked["train"]["images_per_gpu"]
     here = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
-    here["train.images_per_gpu"] = run.asked.train.images_per_gpu
+    for key in ROUNDING:
+        there[f"train.{key}"] = asked["train"].get(key)  # None: an old run's
+        here[f"train.{key}"] = getattr(run.asked.train, key)
     changed = [f"{name} {there[name]} -> {here[name]}" for name in here if there.get(name) not in (None, here[name])]
     lines = []
     if changed:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from gndet.buckets import Buckets
 from gndet.config import Config
 from gndet.distributed import Process
 from gndet.modeling.mask_rcnn import MaskRCNN
@@ -29,6 +30,8 @@ class Run(NamedTuple):
     autocast: Callable[[], AbstractContextManager]
     data: dict[str, str]  # hashes of what is learned from and evaluated on
     norms: dict[str, str] | None  # what became of each norm layer that train.weights knew; None: an old run
+    forward: nn.Module  # the training forward: the model, compiled where train.compile says so
+    buckets: Buckets | None  # where gradients lie while they are summed; None: nowhere, autograd places them
 
     @property
     def detector(self) -> nn.Module:

@@ -20,9 +20,9 @@ from gndet.errors import GndetError, OutputError, TrainingError
 NEUTRAL = (
     "device", "data.root", "data.workers", "data.cache", "data.max_pixels", "data.max_unreadable",
     "data.skip_unreadable", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last",
-    "train.vis_images", "train.memory_limit_mib", "train.on_nonfinite", "train.timeout_s", "evaluation",
+    "train.vis_images", "train.memory", "train.compile", "train.on_nonfinite", "train.timeout_s", "evaluation",
 )  # fmt: skip
-SPLIT = "train.images_per_gpu"  # neutral where images do not depend on each other
+SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral where images do not depend on each other
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
@@ -91,7 +91,7 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
     saved, _ = newest_checkpoint(out)
     if saved is None:
         return  # stopped before its first checkpoint: nothing is lost
-    neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, "out", SPLIT)
+    neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, *SPLIT, "out")
     old, new = flat(config_from_dict(saved.meta.get("asked", saved.meta["config"]), str(saved.path))), flat(cfg)
     keys = [key for key in {**old, **new} if not key.startswith(neutral)]
     changed = [key for key in keys if old.get(key, UNSET) != new.get(key, UNSET)]

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gndet.checkpoint import Checkpoint
+from gndet.compiling import compile_ahead, compiled
 from gndet.config import Config
 from gndet.config_file import config_from_dict
 from gndet.data import between, inspect_both
 from gndet.data.faults import NOTED, refuse_all
+from gndet.data.packed import count_objects
 from gndet.distributed import Process, gather, give_first_s, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints
-from gndet.micro_batch import images_at_once
+from gndet.micro_batch import buckets_for, images_at_once
+from gndet.modeling.norm_kernels import trouble
+from gndet.modeling.tower import set_memory
 from gndet.optim import average_weights, make_optimizer
 from gndet.progress import Progress
 from gndet.resume import restore
@@ -50,6 +54,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
         if saved_size > size:
             notes.append(f"not bit-exact from here on: images at once {saved_size} -> {size}")
     notes += summary(audit(run.model, run.cfg, run.norms, proc.world, images=size))
+    notes += compile_ahead(run, size)
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     notes += filter(None, [room_for_checkpoints(run, shutil.disk_usage(existing).free)])
     notes.append(
@@ -99,7 +104,7 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
     findings = {f"data.{which}: {data.name}": data.findings for which, data in sets.items()}
     refuse_all(findings | {"data.train and data.val": both})
     notes = [
-        f"{which}: {len(data.records)} images, {sum(len(r.labels) for r in data.records)} objects, "
+        f"{which}: {len(data.records)} images, {count_objects(data.records).objects.sum()} objects, "
         f"{len(data.classes)} classes from {data.name}"
         + "".join(f"; {count} {what}" for what, count in data.fixes.items())
         for which, data in sets.items()
@@ -122,6 +127,9 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms")
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
+    set_memory(model, cfg.train.memory)
+    if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
+        notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
     give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
@@ -130,5 +138,8 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     if report.errors:
         raise ConfigError("\n".join(report.errors))
     data = fingerprints(train_set, val_set, cfg.model.masks)
-    run = Run(cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, data, norms)
+    run = Run(
+        cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
+        compiled(model, cfg.train, proc.device), buckets_for(cfg, model, proc),
+    )  # fmt: skip
     return run, notes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gndet.config import Config
 from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
-from gndet.distributed import Process, gather, give_first_s, limit_waiting, process, sum_gradients
+from gndet.distributed import Process, gather, give_first_s, limit_waiting, process
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.evaluation import scalars
 from gndet.metrics import Meter, open_log
@@ -75,7 +75,6 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             size = progress.images_at_once = note_size(share.size, size, update, log)
             if share.skipped:
                 note_unreadable(run, progress, batches.taken, log)
-            sum_gradients(run.model, proc)
             norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
             losses, finite = summed(share.losses, norm, proc)
             evaluating = due(update + 1, cfg.train.eval_every, total)

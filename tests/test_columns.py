@@ -12,6 +12,7 @@ import pytest
 from gndet.config import DataConfig
 from gndet.data import coco, columns, json_parts
 from gndet.data.coco import inspect_file
+from gndet.data.packed import count_objects
 from gndet.structures import Dataset
 
 PLAIN = DataConfig(cache="")
@@ -125,3 +126,12 @@ def test_a_strange_file_is_judged_as_a_whole(text: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(json_parts, "PART", 12)
     monkeypatch.setattr(json_parts, "WINDOW", 64)
     assert described(inspect_file(path, None, PLAIN)) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_objects_are_counted_without_making_records(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(tree(seed, 120, 60)))
+    records = inspect_file(path, None, PLAIN).records[1:]
+    for fast, slow in zip(count_objects(records), count_objects(list(records)), strict=True):
+        np.testing.assert_array_equal(fast, slow)

@@ -1,15 +1,24 @@
-"""What only a GPU has: its allocator's limit, the trial of `auto` against it, processes that share it."""
+"""What only a GPU has: its allocator's limit, the trial of `auto` against it, a step without waiting, CUDA graphs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from models import make_batch
 from rich.console import Console
-from test_train import CONFIG, load
+from test_train import CONFIG, load, losses
 
 from gndet.cli import main
+from gndet.data.batching import largest_batch
+from gndet.distributed import process
 from gndet.memory import MIB, limited, out_of_memory
+from gndet.micro_batch import backward, to_device
+from gndet.set_up import build_run
+from gndet.structures import Batch, GroundTruth
 from gndet.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -46,3 +55,55 @@ def test_auto_and_a_run_out_of_memory_on_a_gpu(config: Path) -> None:
 
 def test_invariance_passes_on_a_gpu_and_over_two_processes_that_share_it(config: Path) -> None:
     assert main(["invariance", str(config)]) == 0
+
+
+def test_a_step_does_not_wait_for_the_gpu(config: Path) -> None:
+    """Forward, backward and the optimiser's step are issued without a look at a result."""
+    cfg = load(config, "unused", "train.global_batch=2", "train.images_per_gpu=2", "data.shortest_edge=[64]")
+    with process("cuda") as proc:
+        run, _ = build_run(cfg, Path("unused"), proc, None)
+    batch = largest_batch(run.train_set, cfg.data, 2, masks=True)
+    batch = Batch(*(field.pin_memory() for field in batch[:3]), GroundTruth(*(f.pin_memory() for f in batch.gt)), False)
+    for mode in ("default", "error"):  # the first step may wait: libraries are set up in it
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            run.model.zero_grad()
+            backward(run.forward, run.autocast, [batch], 2, cfg)
+            run.optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_copies_ahead_arrive_whole_and_in_order() -> None:
+    device = torch.device("cuda", 0)
+    busy = torch.randn(4096, 4096, device=device)
+    sums = []
+    for number in range(8):
+        batch = make_batch([(512, 512)] * 2)
+        batch = batch._replace(images=torch.full_like(batch.images, number).pin_memory())
+        busy = busy @ busy.softmax(1)  # the GPU is behind, copies are not
+        sums.append(to_device(batch, device).images.sum())
+    assert [int(one) for one in sums] == [number * batch.images.numel() for number in range(8)]
+
+
+def test_expandable_segments_are_set_before_the_gpu_is_used_unless_the_user_says_otherwise() -> None:
+    code = (
+        "import torch\nfrom gndet.distributed import process\n"
+        "with process('cuda') as proc:\n    x = torch.ones(1, device=proc.device)\n"
+        "print(any(segment['is_expandable'] for segment in torch.cuda.memory_snapshot()))"
+    )
+    for variables, expandable in (({}, "True"), ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, "False")):
+        clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+        done = subprocess.run([sys.executable, "-c", code], env=clean | variables, capture_output=True, text=True)
+        assert done.stdout.strip() == expandable, done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_run_learns_the_same_on_a_gpu(config: Path, mode: str) -> None:
+    options = ("data.max_edge=96", "data.canvases=[[96,96]]", "train.precision=float32", "train.global_batch=4")
+    train(load(config, "plain", *options))
+    train(load(config, "compiled", *options, f"train.compile={mode}"))
+    steps = zip(losses(config.parent / "plain"), losses(config.parent / "compiled"), strict=True)
+    assert all(abs(one - other) < 1e-2 * one for (_, one), (_, other) in steps)

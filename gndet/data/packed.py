@@ -191,6 +191,46 @@ class PackedRecords(Sequence[Record]):
         )  # fmt: skip
 
 
+class Counts(NamedTuple):
+    """How many objects the images of a data set have."""
+
+    objects: np.ndarray  # (N,) int64
+    trainable: np.ndarray  # (N,) int64: no crowd regions
+    unmasked: np.ndarray  # (N,) bool: a trainable object is without a mask
+    sizes: np.ndarray  # (N, 2) int64 height, width
+
+
+def count_objects(records: Sequence[Record]) -> Counts:
+    """Count; of packed records without making them, which takes seconds for 118,000 images."""
+    if isinstance(records, PackedRecords):
+        return _count_packed(records)
+    rows = [
+        (
+            len(one.labels),
+            int((~one.crowd).sum()),
+            any(mask is None and not crowd for mask, crowd in zip(one.segmentations, one.crowd, strict=True)),
+            *one.size,
+        )
+        for one in records
+    ]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
+    return Counts(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3:])
+
+
+def _count_packed(records: PackedRecords) -> Counts:
+    packed, places = records.packed, np.array(records.places, dtype=np.int64)
+    first, end = packed.objects_first[places], packed.objects_first[places + 1]
+    lengths = (np.diff(one) for one in (packed.polygons_first, packed.counts_first, packed.texts_first))
+    masked = (sum(lengths) > 0)[packed.masks_at]
+    trainable, unmasked = _sums_before(~packed.crowd), _sums_before(~packed.crowd & ~masked)
+    return Counts(end - first, trainable[end] - trainable[first], unmasked[end] > unmasked[first], packed.sizes[places])
+
+
+def _sums_before(values: np.ndarray) -> np.ndarray:
+    """How many of values (n,) are set before each place, (n + 1,)."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
+
+
 class PackedMasks(Sequence[Any]):
     """The segmentations of an image's objects: made anew at each access."""
 

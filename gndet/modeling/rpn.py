@@ -32,7 +32,7 @@ def cell_anchors(size: float, ratios: Sequence[float], stride: int, style: Ancho
     to whole pixels (torchvision); detectron: Detectron's generate_anchors, which rounds the sides of a stride x stride
     box, scales it, and centres it on the cell.
     """
-    ratio = torch.tensor(ratios, device=device)
+    ratio = torch.tensor(ratios).to(device, non_blocking=True)  # the host does not wait
     if style == "detectron":
         width = (stride / ratio.sqrt()).round()
         sides = torch.stack([width, (width * ratio).round()], dim=-1) * (size / stride)  # (A, 2) width, height

@@ -1,0 +1,142 @@
+"""The memory of a training step by part of the detector: what each allocates at its peak, and keeps for backward.
+
+On a CPU counted as operators return tensors, exactly and alike on every machine; what an operator needs while it runs
+is not.  On a GPU as its allocator counts.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from gndet.memory import MIB, TensorBytes
+from gndet.modeling.mask_rcnn import MaskRCNN
+
+FORWARD = {  # the methods that a part's forward pass consists of; what is around them is "rest"
+    "backbone": ("forward",),
+    "fpn": ("forward",),
+    "rpn": ("forward", "anchors", "sample_anchors", "loss", "propose"),
+    "box_head": ("sample_regions", "loss"),
+    "mask_head": ("loss",),
+}
+REST = "rest"
+
+
+@dataclass
+class Part:
+    """Bytes of one part."""
+
+    kept: int = 0  # live after its forward pass, not before: what backward and the later parts need
+    forward_peak: int = 0  # of all memory while it ran
+    backward_peak: int = 0
+
+
+class Ledger:
+    """Notes at each border between parts what is live, and the peak since the border before."""
+
+    def __init__(self, counted: TensorBytes | None, device: torch.device) -> None:
+        self.counted, self.device = counted, device
+        self.parts: dict[str, Part] = {}
+        self.before = self.live()
+
+    def live(self) -> int:
+        """The bytes of all tensors."""
+        return self.counted.live if self.counted else torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """The most since the last call."""
+        if self.counted:
+            peak, self.counted.peak = self.counted.peak, self.counted.live
+        else:
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def forward_border(self, name: str) -> None:
+        """What ran since the last border was the forward pass of this part."""
+        part, live = self.parts.setdefault(name, Part()), self.live()
+        part.kept += live - self.before
+        part.forward_peak = max(part.forward_peak, self.peak())
+        self.before = live
+
+    def backward_border(self, name: str, *_: object) -> None:
+        """What ran since the last border was the backward pass of this part."""
+        part = self.parts.setdefault(name, Part())
+        part.backward_peak = max(part.backward_peak, self.peak())
+
+
+def memory_by_part(model: MaskRCNN, step: Callable[[], object]) -> str:
+    """Make a step, forward and backward without the update, with gradients and one state a weight (momentum) there.
+
+    Returns a table in MiB: a line a part, and one of all.
+    """
+    device = model.pixel_mean.device
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    state = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + 2 * trainable
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            momentum, counted = torch.empty(trainable, dtype=torch.uint8, device=device), None
+        else:
+            momentum, counted = None, stack.enter_context(TensorBytes(1 << 62, state))
+        ledger = Ledger(counted, device)
+        ledger.peak()
+        stack.enter_context(_borders(model, ledger))
+        step()
+        ledger.backward_border(REST)
+    del momentum
+    return _table(ledger.parts, state)
+
+
+@contextmanager
+def _borders(model: MaskRCNN, ledger: Ledger) -> Iterator[None]:
+    """Tell a ledger of the borders between a model's parts while the context lasts."""
+    parts = {name: part for name, part in model.named_children() if name in FORWARD}
+    for name, part in parts.items():
+        for method in FORWARD[name]:
+            setattr(part, method, partial(_bordered, getattr(part, method), name, ledger))
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(ledger.backward_border, name.partition(".")[0]))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, part in parts.items():
+            for method in FORWARD[name]:
+                delattr(part, method)
+
+
+def _bordered(method: Callable[..., Any], name: str, ledger: Ledger, *arguments: Any) -> Any:
+    """Call a method of a part between two borders."""
+    ledger.forward_border(REST)
+    result = method(*arguments)
+    ledger.forward_border(name)
+    return result
+
+
+def _table(parts: dict[str, Part], state: int) -> str:
+    """The parts in the order of the forward pass, then all."""
+    lines = [f"{'part':12s}{'kept':>9s}{'peak forward':>15s}{'peak backward':>15s}"]
+    for name in (*FORWARD, REST):
+        if name in parts:
+            part = parts[name]
+            figures = (part.kept, part.forward_peak, part.backward_peak)
+            lines.append(
+                f"{name:12s}" + "".join(f"{x / MIB:{w},.0f}" for x, w in zip(figures, (9, 15, 15), strict=True))
+            )
+    peak = max(max(part.forward_peak, part.backward_peak) for part in parts.values())
+    kept = sum(part.kept for part in parts.values())
+    return "\n".join([
+        *lines,
+        f"kept for backward {kept / MIB:,.0f}, peak {peak / MIB:,.0f}, of it {state / MIB:,.0f} weights, gradients and "
+        "momentum",
+    ])  # fmt: skip

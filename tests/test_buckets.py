@@ -1,0 +1,171 @@
+"""Gradients that are summed over the processes while the last backward pass runs, whatever happens in it."""
+
+import functools
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import yaml
+from models import make_batch, small_model
+from test_train import CONFIG, load
+from torch import Tensor, nn
+
+from gndet.buckets import Buckets
+from gndet.data.batching import Replay, train_batches
+from gndet.distributed import Process
+from gndet.micro_batch import gradients
+from gndet.run import Run
+from gndet.set_up import build_run
+from gndet.signals import Stop, StopSignals
+
+FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes got in an update of 8 images, by fault in the second; last, what one got alone."""
+    folder = tmp_path_factory.mktemp("buckets")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(CONFIG | {"train": CONFIG["train"] | {"global_batch": 8, "precision": "float64"}}))
+    mp.spawn(all_faults, args=(folder, config), nprocs=2)
+    run, batches = update(config, Process(0, 1, torch.device("cpu")))
+    share = gradients(run, batches, 2, StopSignals())
+    alone = {"gradients": flat(run.model), "losses": torch.stack(list(share.losses.values()))}
+    return [torch.load(folder / str(rank)) for rank in (0, 1)] + [alone]
+
+
+def all_faults(rank: int, folder: Path, config: Path) -> None:
+    """The life of one of the two processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    run, batches = update(config, Process(rank, 2, torch.device("cpu")))
+    got = {}
+    for fault in FAULTS:
+        with StopSignals() as stop, injected(run, stop, fault if rank == 1 else "none"):
+            try:
+                share = gradients(run, batches, 2, stop)
+                losses = torch.stack(list(share.losses.values()))
+                got[fault] = {"gradients": flat(run.model), "losses": losses, "size": share.size}
+            except Stop:
+                got[fault] = "stopped"
+    torch.save(got, folder / str(rank))
+    dist.destroy_process_group()
+
+
+def update(config: Path, proc: Process) -> tuple[Run, Replay]:
+    """A run and the batches of its first update, 2 of 2 images for each of two processes."""
+    cfg = load(config, "unused", "train.images_per_gpu=2")
+    run, _ = build_run(cfg, Path("unused"), proc, None)
+    batches = train_batches(
+        run.train_set, cfg.data, seed=0, start=0, stop=1, images_per_gpu=2, global_batch=8, rank=proc.rank,
+        world=proc.world, masks=True, pin_memory=False,
+    )  # fmt: skip
+    return run, Replay(functools.partial(next, batches), 4 // proc.world)
+
+
+@contextmanager
+def injected(run: Run, stop: StopSignals, fault: str) -> Iterator[None]:
+    """Let memory run out once, or a stop come, while gradients are sent or before."""
+    first = next(run.model.parameters())  # the last of a backward pass
+    all_reduce, done = dist.all_reduce, []
+
+    def strike(_: Tensor) -> None:
+        if fault not in ("", "none") and run.buckets.begun != fault.endswith("before") and not done:
+            done.append(fault)
+            if fault.startswith("stop"):
+                stop.ask()
+            elif fault.startswith("memory"):
+                raise torch.OutOfMemoryError("a made-up end of memory")
+
+    def sent_and_signalled(*arguments: Any, **options: Any) -> Any:
+        work = all_reduce(*arguments, **options)
+        if not done:
+            done.append(fault)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work
+
+    handle = first.register_post_accumulate_grad_hook(strike)
+    dist.all_reduce = sent_and_signalled if fault.startswith("signal") else all_reduce
+    yield
+    dist.all_reduce = all_reduce
+    handle.remove()
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All gradients."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_both_have_the_sum_that_one_process_computes(results: list[dict[str, Any]]) -> None:
+    first, second, alone = results
+    assert torch.equal(first[""]["gradients"], second[""]["gradients"])
+    torch.testing.assert_close(first[""]["gradients"], alone["gradients"], rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(first[""]["losses"] + second[""]["losses"], alone["losses"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("fault", ["memory on the way", "memory before"])
+def test_a_process_that_runs_out_of_memory_changes_no_sum(results: list[dict[str, Any]], fault: str) -> None:
+    for got in results[:2]:
+        torch.testing.assert_close(got[fault]["gradients"], got[""]["gradients"], rtol=1e-9, atol=1e-14)
+        assert got[fault]["size"] == 1  # both learn that one went down to it
+
+
+@pytest.mark.parametrize("fault", ["stop on the way", "stop before", "signal while sending"])
+def test_a_stop_of_one_process_stops_both_at_once(results: list[dict[str, Any]], fault: str) -> None:
+    assert [got[fault] for got in results[:2]] == ["stopped", "stopped"]
+    assert all(torch.equal(got["none"]["gradients"], got[""]["gradients"]) for got in results[:2])  # still in step
+
+
+def count(rank: int, folder: Path) -> None:
+    """One of two processes: note when what is sent, and what lies where."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    model, sent = small_model(), []
+    all_reduce = dist.all_reduce
+    dist.all_reduce = lambda tensor, **options: (sent.append(tensor.numel()), all_reduce(tensor, **options))[1]
+    buckets = Buckets(model, Process(rank, 2, torch.device("cpu")))
+    seen = []
+    for _ in range(2):  # a second round like the first
+        buckets.clear()
+        losses = model(make_batch([(64, 64)]))
+        used = losses if rank == 0 else {"loss_cls": losses["loss_cls"]}  # the mask head is without gradient there
+        with buckets.sending():
+            sum(loss.sum() for loss in used.values()).backward()
+        on_the_way = sum(sent)
+        layouts = [p.grad.stride() == p.stride() for p in model.parameters()]
+        buckets.finish()
+        seen.append((on_the_way, sum(sent), all(layouts)))
+        sent.clear()
+    torch.save({"seen": seen, "total": sum(p.numel() for p in model.parameters())}, folder / str(rank))
+    dist.destroy_process_group()
+
+
+def test_each_gradient_is_sent_once_and_on_the_way_where_all_have_one(tmp_path: Path) -> None:
+    mp.spawn(count, args=(tmp_path,), nprocs=2)
+    for rank in (0, 1):
+        got = torch.load(tmp_path / str(rank))
+        for on_the_way, whole, as_parameters in got["seen"]:
+            assert whole == got["total"] and as_parameters
+            assert (on_the_way == whole) if rank == 0 else (on_the_way == 0)  # the first bucket waits for its last
+
+
+def test_a_lone_process_sends_nothing_and_its_gradients_keep_their_place() -> None:
+    model = small_model()
+    buckets = Buckets(model, Process(0, 1, torch.device("cpu")))
+    for _ in range(2):
+        model.zero_grad()  # as whoever looks for a NaN does
+        buckets.clear()
+        sum(loss.sum() for loss in model(make_batch([(64, 64)])).values()).backward()
+        buckets.finish()
+    other = small_model()
+    sum(loss.sum() for loss in other(make_batch([(64, 64)])).values()).backward()
+    torch.testing.assert_close(flat(model), flat(other))
+    assert {p.grad.data_ptr() for p in model.parameters()} == {
+        g.data_ptr() for b in buckets.buckets for g in b.gradients
+    }

@@ -1,0 +1,141 @@
+"""train.compile: few graphs, made before the first update, that compute what is computed without them."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from test_micro_batch import difference
+from test_train import CONFIG, load
+from torch import Tensor
+
+from gndet.compiling import compile_ahead, compiled
+from gndet.config import DataConfig, TrainConfig
+from gndet.data import read_dataset
+from gndet.data.batching import collate, split, train_batches
+from gndet.data.transforms import Sample
+from gndet.distributed import Process
+from gndet.errors import ConfigError
+from gndet.micro_batch import backward
+from gndet.run import Run
+from gndet.set_up import build_run
+from gndet.train import train
+
+CANVASES = ((64, 96), (96, 64), (96, 96))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def sample(height: int, width: int) -> Sample:
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    return Sample(image, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), torch.zeros(1, 4, 4).bool(), 0)
+
+
+# --- canvases
+
+
+def test_photographs_share_the_smallest_canvas_and_one_number_of_slots(data_root: Path) -> None:
+    data = DataConfig(
+        root=str(data_root / "coco-tiny"), shortest_edge=(48, 64), max_edge=96, workers=0, canvases=CANVASES
+    )
+    stream = train_batches(
+        read_dataset(data.train, data), data, seed=0, start=0, stop=40, images_per_gpu=2, global_batch=2, rank=0,
+        world=1, masks=False, pin_memory=False,
+    )  # fmt: skip
+    seen, slots = set(), set()
+    for batch, *_ in stream:
+        height, width = batch.sizes.amax(0).tolist()
+        holding = [canvas for canvas in CANVASES if height <= canvas[0] and width <= canvas[1]]
+        seen.add(tuple(batch.images.shape[2:]))
+        slots.add(batch.gt.valid.shape)
+        assert tuple(batch.images.shape[2:]) == holding[0] and batch.padded
+    assert seen == set(CANVASES) and len(slots) == 1
+
+
+def test_parts_of_a_batch_lie_within_its_canvas() -> None:
+    """Not on the canvas of the same area that lies the other way, which the batch's pixels do not cover."""
+    batch = collate([sample(64, 90), sample(50, 60)], 32, True, ((64, 96), (96, 64)))
+    parts = split(batch, 1, 32, True, ((96, 64), (64, 96)))
+    assert [(*part.images.shape[2:], part.padded) for part in parts] == [(64, 96, True)] * 2
+
+
+def test_canvases_that_do_not_hold_every_batch_are_refused(config: Path) -> None:
+    few = ("data.max_edge=96", "data.shortest_edge=[64]")
+    with pytest.raises(ConfigError, match=r"train\.compile: default .* needs data\.canvases.*\[\[64,96\],\[96,64\]\]"):
+        load(config, "run", *few, "train.compile=default")
+    with pytest.raises(ConfigError, match=r"none of 64 x 96 holds 96 x 64, as large as a batch may be"):
+        load(config, "run", *few, "data.canvases=[[64,96]]")
+    load(config, "run", *few, "data.canvases=[[64,96],[96,64]]")
+    with pytest.raises(ConfigError, match=r"none of 64 x 96, 96 x 64 holds 96 x 96"):
+        load(config, "run", *few, "data.canvases=[[64,96],[96,64]]", "train.images_per_gpu=2")
+
+
+# --- graphs
+
+
+def test_what_a_cpu_cannot_compile_is_refused() -> None:
+    with pytest.raises(ConfigError, match="reduce-overhead makes CUDA graphs, the device is cpu"):
+        compiled(torch.nn.Linear(1, 1), TrainConfig(compile="reduce-overhead"), CPU)
+    with pytest.raises(ConfigError, match=r"memory_limit_mib: 99 could count on a CPU"):
+        compiled(torch.nn.Linear(1, 1), TrainConfig(compile="default", memory_limit_mib=99), CPU)
+
+
+@pytest.fixture
+def run(config: Path) -> Run:
+    """A run that has one canvas, on the CPU."""
+    options = ("data.shortest_edge=[64,96]", "data.max_edge=96", "data.canvases=[[96,96]]", "train.compile=default")
+    options += ("train.images_per_gpu=2", "train.precision=float64", "device=cpu")
+    return build_run(load(config, "unused", *options), Path("unused"), Process(0, 1, CPU), None)[0]
+
+
+def test_a_machine_without_a_compiler_is_told(run: Run) -> None:
+    def compiler(graph: object, inputs: object) -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    with pytest.raises(ConfigError, match=r"train\.compile: default: torch cannot .* No working C\+\+ compiler"):
+        compile_ahead(run._replace(forward=torch.compile(run.model, backend=compiler)), 2)
+
+
+def test_the_graphs_made_ahead_serve_the_run_and_change_rounding_only(run: Run) -> None:
+    """Traced as for the compiler, which itself takes minutes: the next test."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = run._replace(forward=torch.compile(run.model, backend="eager", dynamic=False))
+    (note,) = compile_ahead(run, 2)
+    assert re.fullmatch(r"compiled for 1 canvas\(es\) of 2 image\(s\) in \d+ s \(train\.compile: default\)", note)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    stream = train_batches(
+        run.train_set, run.cfg.data, seed=0, start=0, stop=3, images_per_gpu=2, global_batch=2, rank=0, world=1,
+        masks=True, pin_memory=False,
+    )  # fmt: skip
+    for batch, *_ in stream:
+        traced, plain = (step(run, forward, [batch]) for forward in (run.forward, run.model))
+        for one, other in zip(traced, plain, strict=True):
+            assert (one - other).norm() < 1e-9 * other.norm()
+    stats = torch._dynamo.utils.counters
+    assert stats["stats"]["unique_graphs"] == 1 and not stats["graph_break"]
+
+
+def step(run: Run, forward: torch.nn.Module, batches: list) -> tuple[Tensor, Tensor]:
+    """The losses and the gradient of an update."""
+    run.model.zero_grad()
+    losses = backward(forward, run.autocast, batches, 2, run.cfg)
+    return torch.stack(list(losses.values())), torch.cat([p.grad.flatten() for p in run.model.parameters()])
+
+
+@pytest.mark.soak
+def test_a_compiled_run_learns_the_same(config: Path) -> None:
+    options = ("data.max_edge=96", "data.canvases=[[96,96]]", "train.precision=float64", "device=cpu")
+    train(load(config, "plain", *options))
+    with (config.parent / "log").open("w") as file:
+        train(load(config, "compiled", *options, "train.compile=default"), console=Console(file=file))
+    assert "compiled for 1 canvas(es) of 1 image(s) in" in (config.parent / "log").read_text()
+    assert max(difference(config.parent / "plain", config.parent / "compiled")) < 1e-9

@@ -5,40 +5,24 @@ canvas in `Detections`, and in results, where the file format is met, xywh pixel
 """
 
 import contextlib
-import functools
-import io
-import json
-import os
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import hotcoco
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from gndet.config import Config
 from gndet.data.batching import test_batches
 from gndet.data.coco import to_coco
 from gndet.errors import DataError
+from gndet.garbage import no_garbage
 from gndet.paste import Paste, paste_masks
+from gndet.results import Results, from_coco, join, mask_areas
+from gndet.scoring import SUMMARY_COLUMNS, Kind, Metrics, coco_metrics
 from gndet.structures import Batch, Dataset, Detections
-
-IOU_50, IOU_75 = 0, 5  # places in COCO's IoU thresholds 0.50, 0.55 ... 0.95
-ALL, SMALL, MEDIUM, LARGE = range(4)  # places in COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
-SUMMARY_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
-
-
-class Metrics(NamedTuple):
-    """COCO numbers of one kind (bbox or segm) in [0, 1]; nan where the data set has no such object."""
-
-    summary: dict[str, float]  # the keys of SUMMARY_COLUMNS, in the order of pycocotools' stats
-    per_class: list[dict[str, Any]]  # name, AP, AP50, AR, num_objects, num_images (crowd regions not counted)
 
 
 class Evaluation(NamedTuple):
@@ -46,21 +30,20 @@ class Evaluation(NamedTuple):
 
     box: Metrics
     mask: Metrics | None  # None for a detector or a data set without masks
-    results: list[dict[str, Any]]  # COCO results, images in the data set's order
+    results: Results  # images in the data set's order; of the first process: the others have none
 
 
 def to_results(
     detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset, paste: Paste = "exact"
-) -> list[dict[str, Any]]:
+) -> Results:
     """Turn a batch of detections into COCO results in the pixels of the original pictures.
 
     indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how
     masks are put into them.
-    Returns a record for each valid detection: image_id, category_id, bbox xywh clipped to the picture, score,
-    and segmentation (run-length code) where the detections have masks.
+    Returns the valid detections, boxes clipped to the picture, with run-length codes where they have masks.
     """
     parts = Detections(*(part.float().cpu().numpy() for part in detections))  # NumPy knows no bfloat16
-    results = []
+    category_ids, found = np.array(dataset.category_ids, dtype=np.int64), []
     for image, index in enumerate(indices):
         record = dataset.records[index]
         valid = parts.valid[image] > 0
@@ -69,20 +52,18 @@ def to_results(
         boxes = parts.boxes[image][valid].astype(np.float64) * np.tile(scale, 2)  # (n, 4)
         clipped = np.clip(boxes, 0, [width, height, width, height])
         clipped[:, 2:] -= clipped[:, :2]
-        found = [
-            {
-                "image_id": record.image_id,
-                "category_id": dataset.category_ids[int(label)],
-                "bbox": box.tolist(),
-                "score": float(score),
-            }
-            for label, box, score in zip(parts.labels[image][valid], clipped, parts.scores[image][valid], strict=True)
-        ]
-        if detections.masks.shape[-1]:
-            codes = paste_masks(parts.masks[image][valid], boxes, record.size, paste)
-            found = [one | {"segmentation": code} for one, code in zip(found, codes, strict=True)]
-        results += found
-    return results
+        with_masks = detections.masks.shape[-1] > 0
+        masks = paste_masks(parts.masks[image][valid], boxes, record.size, paste) if with_masks else []
+        found.append(Results(
+            image_ids=np.full(len(boxes), record.image_id),
+            category_ids=category_ids[parts.labels[image][valid].astype(np.int64)],
+            boxes=clipped,
+            scores=parts.scores[image][valid].astype(np.float64),
+            sizes=np.tile(record.size, (len(boxes), 1)),
+            areas=mask_areas(masks) if with_masks else np.zeros(len(boxes)),
+            codes=[mask["counts"] for mask in masks] if with_masks else None,
+        ))  # fmt: skip
+    return join(found)
 
 
 def detect_dataset(
@@ -97,20 +78,20 @@ def detect_dataset(
     on_image: Callable[[int], None] | None = None,
     unreadable: Callable[[int, str], None] | None = None,
     notify: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> Results:
     """Detect in this rank's share of the data set; the model is in eval mode meanwhile, then as it was.
 
     autocast: makes the context the model runs in.  on_image: called with each image id when it is done; what it raises
     ends the detection.  unreadable: called with the image id and the reason where a picture cannot be read, which then
     has no detections.  notify: told of loader processes that were killed and replaced.
-    Returns COCO results as `to_results` does.  Without `unreadable`, raises DataError for a picture of that kind.
+    Returns results as `to_results` does.  Without `unreadable`, raises DataError for a picture of that kind.
     """
     was_training = model.training
     batches = test_batches(
         dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=rank, world=world,
         pin_memory=device.type == "cuda", notify=notify,
     )  # fmt: skip
-    results: list[dict[str, Any]] = []
+    results: list[Results] = []
     model.eval()
     try:
         with contextlib.closing(batches):
@@ -121,12 +102,12 @@ def detect_dataset(
                     unreadable(image_id, reason)
                 if batch is not None:
                     detections = _detect(model, batch, device, autocast)
-                    results += to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_head.paste)
+                    results.append(to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_head.paste))
                 for image_id in image_ids if on_image else ():
                     on_image(image_id)
     finally:
         model.train(was_training)
-    return results
+    return join(results)
 
 
 def _detect(
@@ -135,95 +116,6 @@ def _detect(
     images, sizes = batch.images.to(device, non_blocking=True), batch.sizes.to(device, non_blocking=True)
     with torch.inference_mode(), autocast():
         return model.detect(images, sizes, batch.padded)
-
-
-def coco_metrics(
-    ground_truth: dict[str, Any],
-    results: list[dict[str, Any]],
-    kind: Literal["bbox", "segm"],
-    *,
-    engine: Literal["hotcoco", "pycocotools"],
-    max_detections: int,
-) -> Metrics:
-    """Score COCO results: the same numbers by both engines, pycocotools' own stats at max_detections=100.
-
-    ground_truth: a COCO data set; it and results are left as they are.  max_detections: how many count,
-    an image and class, by falling score.  For segm a detection's size is its mask's area, as in detectron2.
-    """
-    shape = "bbox" if kind == "bbox" else "segmentation"  # with a bbox beside, segm would take the box's area
-    keys = ("image_id", "category_id", "score", shape)
-    results = [{key: one[key] for key in keys} for one in results]
-    # pycocotools writes into the annotations, and prints
-    ground_truth = ground_truth | {"annotations": [dict(one) for one in ground_truth["annotations"]]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = _hotcoco if engine == "hotcoco" else _pycocotools
-        scorer = run(ground_truth, results, kind)
-        limits = [1, min(10, max_detections), max_detections]  # the engines sort them
-        params = scorer.params
-        params.maxDets = limits
-        scorer.params = params
-        scorer.evaluate()
-        scorer.accumulate()
-    # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: less the recalls
-    return _metrics(scorer.eval["precision"], scorer.eval["recall"], ground_truth, list(scorer.params.catIds))
-
-
-def _hotcoco(ground_truth: dict, results: list[dict], kind: str) -> hotcoco.COCOeval:
-    truth = hotcoco.COCO(ground_truth)
-    return hotcoco.COCOeval(truth, truth.loadRes(results), kind)
-
-
-def _pycocotools(ground_truth: dict, results: list[dict], kind: str) -> COCOeval:
-    truth, found = COCO(), COCO()
-    truth.dataset = ground_truth
-    truth.createIndex()
-    if results:
-        found = truth.loadRes(results)
-    else:  # loadRes looks at the first result
-        found.dataset = ground_truth | {"annotations": []}
-        found.createIndex()
-    return COCOeval(truth, found, kind)
-
-
-def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, category_ids: list[int]) -> Metrics:
-    """Read the numbers off the arrays as pycocotools' summarize() does, which knows a limit of 100 alone."""
-    summary = {
-        "AP": _mean(precision[:, :, :, ALL, -1]),
-        "AP50": _mean(precision[IOU_50, :, :, ALL, -1]),
-        "AP75": _mean(precision[IOU_75, :, :, ALL, -1]),
-        "APs": _mean(precision[:, :, :, SMALL, -1]),
-        "APm": _mean(precision[:, :, :, MEDIUM, -1]),
-        "APl": _mean(precision[:, :, :, LARGE, -1]),
-        "AR1": _mean(recall[:, :, ALL, 0]),
-        "AR10": _mean(recall[:, :, ALL, 1]),
-        "AR": _mean(recall[:, :, ALL, -1]),
-        "ARs": _mean(recall[:, :, SMALL, -1]),
-        "ARm": _mean(recall[:, :, MEDIUM, -1]),
-        "ARl": _mean(recall[:, :, LARGE, -1]),
-    }
-    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-    images_with = {id: [] for id in names}
-    for annotation in ground_truth["annotations"]:
-        if not annotation.get("iscrowd", 0):
-            images_with[annotation["category_id"]].append(annotation["image_id"])
-    per_class = [
-        {
-            "name": names[id],
-            "AP": _mean(precision[:, :, place, ALL, -1]),
-            "AP50": _mean(precision[IOU_50, :, place, ALL, -1]),
-            "AR": _mean(recall[:, place, ALL, -1]),
-            "num_objects": len(images_with[id]),
-            "num_images": len(set(images_with[id])),
-        }
-        for place, id in enumerate(category_ids)
-    ]
-    return Metrics(summary, per_class)
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean over what is defined; the engines mark the rest with -1."""
-    defined = values[values > -1]
-    return float(np.mean(defined)) if defined.size else float("nan")
 
 
 def evaluate(
@@ -236,14 +128,15 @@ def evaluate(
     rank: int,
     world: int,
     gather: Callable[[list], list[list]],
+    collect: Callable[[list], list[list]],
     on_image: Callable[[int], None] | None = None,
     unreadable: Callable[[int, str], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Detect on all ranks, score everything on the first; every rank gets the same answer.
 
-    gather: list of this rank in, the lists of all ranks out, on every rank.  on_image, unreadable, notify: of this
-    rank's share, as in `detect_dataset`.
+    gather: list of this rank in, the lists of all ranks out, on every rank; collect: on the first, none on the others.
+    on_image, unreadable, notify: of this rank's share, as in `detect_dataset`.
     Raises, on every rank: DataError where one of them does, RuntimeError where scoring fails, AssertionError where an
     image was not seen, or seen twice.
     """
@@ -254,7 +147,7 @@ def evaluate(
         if on_image:
             on_image(image_id)
 
-    share: list[dict[str, Any]] = []
+    share = from_coco([])
     refusal = ""
     try:
         share = detect_dataset(
@@ -263,43 +156,47 @@ def evaluate(
         )  # fmt: skip
     except DataError as error:  # the other ranks would wait for this one
         refusal = str(error)
-    parts = [part for (part,) in gather([(refusal, seen, share)])]
-    if refusals := [text for text, _, _ in parts if text]:
+    parts = [part for (part,) in gather([(refusal, seen)])]
+    if refusals := [text for text, _ in parts if text]:
         raise DataError("\n".join(refusals))
-    order = {record.image_id: place for place, record in enumerate(dataset.records)}
-    all_seen = [image_id for _, ids, _ in parts for image_id in ids]
+    order = [record.image_id for record in dataset.records]
+    all_seen = [image_id for _, ids in parts for image_id in ids]
     assert sorted(all_seen) == sorted(order), f"{len(all_seen)} images seen, not each of {len(order)} once"
-    results = [one for _, _, found in parts for one in found]
-    results.sort(key=lambda one: order[one["image_id"]])  # stable: an image's detections stay in their order
+    results = join(part for (part,) in collect([share])).in_order_of(order)
     outcome = gather([_score(dataset, results, cfg)] if rank == 0 else [])[0][0]
     if isinstance(outcome, str):
         raise RuntimeError(f"the first process could not score the detections:\n{outcome}")
     return Evaluation(*outcome, results)
 
 
-def _score(dataset: Dataset, results: list[dict[str, Any]], cfg: Config) -> tuple[Metrics, Metrics | None] | str:
+def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | str:
     """Score boxes and masks; or say what went wrong: the other ranks, who wait for the numbers, must hear of it."""
     try:
-        truth = to_coco(dataset)
-        score = functools.partial(
-            coco_metrics, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections
-        )
-        box, mask = score(truth, results, "bbox"), None
+        with no_garbage():
+            truth = to_coco(dataset)
+        truths: dict[Kind, dict[str, Any]] = {"bbox": truth}
         if cfg.model.masks and any("segmentation" in annotation for annotation in truth["annotations"]):
-            annotations = [_with_masks(annotation) for annotation in truth["annotations"]]
-            mask = score(truth | {"annotations": annotations}, results, "segm")
+            truths["segm"] = _with_masks(truth)
+        metrics = coco_metrics(
+            truths, results, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections
+        )
     except Exception:  # whatever it is, every rank raises it
         return traceback.format_exc()
-    return box, mask
+    return metrics["bbox"], metrics.get("segm")
 
 
-def _with_masks(annotation: dict[str, Any]) -> dict[str, Any]:
-    """Make an object without a mask a crowd region over its box: what is found there does not count."""
-    if "segmentation" in annotation:
-        return annotation
-    x, y, width, height = annotation["bbox"]
-    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-    return annotation | {"iscrowd": 1, "segmentation": [corners]}
+def _with_masks(truth: dict[str, Any]) -> dict[str, Any]:
+    """Make objects without a mask crowd regions over their boxes: what is found there does not count."""
+    if all("segmentation" in annotation for annotation in truth["annotations"]):
+        return truth
+    annotations = []
+    for annotation in truth["annotations"]:
+        if "segmentation" not in annotation:
+            x, y, width, height = annotation["bbox"]
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            annotation = annotation | {"iscrowd": 1, "segmentation": [corners]}
+        annotations.append(annotation)
+    return truth | {"annotations": annotations}
 
 
 def scalars(evaluation: Evaluation) -> dict[str, float]:
@@ -332,10 +229,3 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
     )
-
-
-def save_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Write COCO results as JSON, to a file beside first: a killed run leaves the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(results), encoding="utf-8")
-    os.replace(partial, path)

@@ -15,10 +15,11 @@ from gndet.config import Config
 from gndet.config_file import config_from_dict, with_overrides
 from gndet.data import read_dataset
 from gndet.data.images import find_pictures, open_picture, picture_record
-from gndet.distributed import Process, gather, place
+from gndet.distributed import Process, collect, gather, place
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.results import save_results
 from gndet.structures import Dataset
 from gndet.visualize import draw_detections, save_picture
 
@@ -76,7 +77,7 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
         )
     evaluation = evaluate(
         detector.model, dataset, detector.cfg, device=proc.device, autocast=detector.autocast, rank=proc.rank,
-        world=proc.world, gather=partial(gather, proc=proc),
+        world=proc.world, gather=partial(gather, proc=proc), collect=partial(collect, proc=proc),
     )  # fmt: skip
     return dataset, evaluation
 
@@ -104,14 +105,14 @@ def predict(
     make_folder(out)
     results = detect_dataset(detector.model, dataset, detector.cfg, device=device, autocast=detector.autocast)
     for record, name in zip(records, names, strict=True):
-        found = [one for one in results if one["image_id"] == record.image_id]
+        found = results.of_image(record.image_id)
         picture = draw_detections(record.load(), found, detector.classes, detector.category_ids, threshold)
         save_picture(out / name, picture)
         drawn = sum(one["score"] >= threshold for one in found)
         show(f"{record.file_name}: {drawn} objects with a score of {threshold} or more -> {out / name}")
     images = [{"id": r.image_id, "file_name": r.file_name, "height": r.size[0], "width": r.size[1]} for r in records]
     categories = [{"id": id, "name": name} for id, name in zip(detector.category_ids, detector.classes, strict=True)]
-    (out / "predictions.json").write_text(json.dumps(results))
+    save_results(out / "predictions.json", results)
     (out / "images.json").write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
     show(f"{len(results)} detections -> {out / 'predictions.json'} (COCO results; image ids in images.json)")
 

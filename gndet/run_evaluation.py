@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from gndet.distributed import gather, give_first_s, meet
+from gndet.distributed import collect, gather, give_first_s, meet
 from gndet.errors import GndetError, TrainingError
-from gndet.evaluation import Evaluation, evaluate, save_results, scalars, table
+from gndet.evaluation import Evaluation, evaluate, scalars, table
+from gndet.results import save_results
 from gndet.run import Run
 from gndet.signals import Stop, StopSignals
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
@@ -47,8 +48,8 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation
         with stop.at_once():
             evaluation = evaluate(
                 run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
-                world=proc.world, gather=gather_all, on_image=on_image, unreadable=unreadable.__setitem__,
-                notify=log.message,
+                world=proc.world, gather=gather_all, collect=partial(collect, proc=proc), on_image=on_image,
+                unreadable=unreadable.__setitem__, notify=log.message,
             )  # fmt: skip
     except (Stop, GndetError) as trouble:
         if not met:
@@ -89,7 +90,7 @@ def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:
     """The first validation images that can be read, ground truth beside detections."""
     pictures = []
     for record in run.val_set.records[: run.cfg.train.vis_images]:
-        found = [one for one in evaluation.results if one["image_id"] == record.image_id]
+        found = evaluation.results.of_image(record.image_id)
         data = run.val_set
         try:
             image = record.load()

@@ -75,6 +75,16 @@ def test_collate_pads_with_zeros_and_drops_nothing() -> None:
         assert batch.gt.valid[b, :number].all() and not batch.gt.masks[b, number:].any()
 
 
+def test_colours_of_a_pixel_lie_side_by_side_in_memory(dataset: Dataset) -> None:
+    """Taking them apart costs four times what copying does, and the convolutions put them together again."""
+    for workers in (0, 1):
+        loaded = batches(dataset, DATA.model_copy(update={"workers": workers}), stop=1, images_per_gpu=4)
+        for batch in (*loaded, *batching.split(loaded[0], 2, 32)):
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    made = batching.largest_batch(dataset, DATA, 2, masks=False)
+    assert made.images.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_collate_gives_pictures_of_one_size_their_exact_canvas() -> None:
     batch = batching.collate([sample(30, 50, 1), sample(30, 50, 2)], 32)
     assert batch.images.shape == (2, 3, 30, 50) and batch.padded is False

@@ -5,6 +5,7 @@ import copy
 import io
 import json
 import math
+import pickle
 import time
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
+import gndet.results
 from gndet import evaluation
 from gndet.config import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.segmentation import to_rle
+from gndet.paste import paste_masks
+from gndet.results import from_coco, join, save_results
+from gndet.scoring import Metrics, coco_metrics
 from gndet.structures import Dataset, Detections
 
 CPU = torch.device("cpu")
@@ -75,12 +80,16 @@ def reference_stats(truth: dict, results: list[dict], kind: str) -> list[float]:
     return scorer.stats.tolist()
 
 
+def metrics_of(truth: dict, results: list[dict], kind: str, **options: object) -> Metrics:
+    return coco_metrics({kind: truth}, from_coco(results), **options)[kind]
+
+
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_metrics_are_pycocotools_stats_bit_for_bit(truth: dict, engine: str, kind: str, capsys) -> None:
     results = perturbed(truth, seed=1)
     before = copy.deepcopy((truth, results))
-    metrics = evaluation.coco_metrics(truth, results, kind, engine=engine, max_detections=100)
+    metrics = metrics_of(truth, results, kind, engine=engine, max_detections=100)
     assert list(metrics.summary.values()) == reference_stats(truth, results, kind)
     assert 0.1 < metrics.summary["AP"] < 0.9
     assert (truth, results) == before
@@ -88,9 +97,37 @@ def test_metrics_are_pycocotools_stats_bit_for_bit(truth: dict, engine: str, kin
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_boxes_and_masks_scored_together_are_those_scored_alone(truth: dict, engine: str) -> None:
+    results, options = perturbed(truth, seed=3), {"engine": engine, "max_detections": 100}
+    truths = {"bbox": truth, "segm": truth}
+    together = coco_metrics(truths, from_coco(results), **options)
+    assert list(together) == ["bbox", "segm"]
+    for kind, metrics in together.items():
+        assert repr(metrics) == repr(metrics_of(truth, results, kind, **options))
+    few = truth | {"annotations": [one | {"iscrowd": 1} for one in truth["annotations"]]}  # another for the masks
+    apart = coco_metrics(truths | {"segm": few}, from_coco(results), **options)
+    assert apart["bbox"].summary == together["bbox"].summary and math.isnan(apart["segm"].summary["AP"])
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ids_that_no_float_holds_are_told_apart(truth: dict, engine: str, kind: str) -> None:
+    results = perturbed(truth, seed=5)
+    expected = metrics_of(truth, results, kind, engine=engine, max_detections=100)
+    new = {image["id"]: 2**62 + place for place, image in enumerate(sorted(truth["images"], key=lambda one: one["id"]))}
+    moved = {
+        "images": [image | {"id": new[image["id"]]} for image in truth["images"]],
+        "annotations": [one | {"image_id": new[one["image_id"]]} for one in truth["annotations"]],
+        "categories": truth["categories"],
+    }
+    found = [one | {"image_id": new[one["image_id"]]} for one in results]
+    assert repr(metrics_of(moved, found, kind, engine=engine, max_detections=100)) == repr(expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_per_class_numbers_are_those_of_the_class_alone(truth: dict, engine: str) -> None:
     results = perturbed(truth, seed=2)
-    metrics = evaluation.coco_metrics(truth, results, "bbox", engine=engine, max_detections=100)
+    metrics = metrics_of(truth, results, "bbox", engine=engine, max_detections=100)
     person = {
         "images": truth["images"],
         "annotations": [one for one in truth["annotations"] if one["category_id"] == 1],
@@ -125,7 +162,7 @@ def row_of_boxes(count: int) -> tuple[dict, list[dict]]:
 def test_objects_beyond_the_limit_do_not_count(engine: str) -> None:
     truth, results = row_of_boxes(200)
     recall = {
-        limit: evaluation.coco_metrics(truth, results, "bbox", engine=engine, max_detections=limit).summary["AR"]
+        limit: metrics_of(truth, results, "bbox", engine=engine, max_detections=limit).summary["AR"]
         for limit in (5, 100, 300)
     }
     assert recall == pytest.approx({5: 0.025, 100: 0.5, 300: 1.0})
@@ -136,15 +173,15 @@ def test_what_is_absent_is_zero_or_undefined(engine: str) -> None:
     truth, results = row_of_boxes(3)
     empty = truth | {"annotations": []}
     score = {"engine": engine, "max_detections": 100}
-    full = evaluation.coco_metrics(truth, results, "bbox", **score).summary
+    full = metrics_of(truth, results, "bbox", **score).summary
     assert full["AP"] == full["APs"] == full["AR10"] == 1 and math.isnan(full["APl"])
     assert full["AR1"] == pytest.approx(1 / 3)
-    missed = evaluation.coco_metrics(truth, [], "bbox", **score)
+    missed = metrics_of(truth, [], "bbox", **score)
     assert missed.summary["AP"] == 0 and missed.per_class[0]["AR"] == 0
     for found in (results, []):
-        nothing = evaluation.coco_metrics(empty, found, "bbox", **score)
+        nothing = metrics_of(empty, found, "bbox", **score)
         assert all(math.isnan(value) for value in nothing.summary.values())
-    no_image = evaluation.coco_metrics(empty | {"images": []}, [], "bbox", **score)
+    no_image = metrics_of(empty | {"images": []}, [], "bbox", **score)
     assert math.isnan(no_image.summary["AP"]) and no_image.per_class[0]["num_objects"] == 0
 
 
@@ -165,22 +202,37 @@ def test_pasted_masks_are_detectron2s() -> None:
     corners = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 80 - 10
     edges = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 60 + 0.5
     boxes = torch.cat([corners, corners + edges], dim=1)  # some smaller than a pixel, some leave the picture
-    codes = list(evaluation.paste_masks(masks.float().numpy(), boxes.numpy(), size))
+    codes = paste_masks(masks.float().numpy(), boxes.numpy(), size)
     covered = 0
     for mask, box, code in zip(masks, boxes, codes, strict=True):
         wanted = slow_paste(mask, box, size)
         decided = np.abs(wanted - 0.5) > 1e-5  # float32 may round a tie to the other side
-        assert code["size"] == [61, 90] and isinstance(code["counts"], str)
+        assert code["size"] == [61, 90] and isinstance(code["counts"], bytes)
         assert ((coco_mask.decode(code) == 1) == (wanted >= 0.5))[decided].all()
         covered += (wanted >= 0.5).sum()
     assert covered > 5000
+
+
+@pytest.mark.parametrize("paste", ["exact", "rounded", "detectron"])
+def test_a_mask_is_encoded_as_pycocotools_encodes_the_whole_picture(paste: str) -> None:
+    random = np.random.default_rng(4)
+    coarse = torch.from_numpy(random.normal(0, 3, (30, 1, 6, 6)))
+    masks = nn.functional.interpolate(coarse, (28, 28), mode="bilinear")[:, 0].sigmoid().numpy()
+    masks[:6] = np.array([1, 1, 1, 0, 1, 1])[:, None, None]
+    for height, width in ((24, 31), (1, 40), (40, 1), (1, 1)):
+        corners = np.sort(random.uniform(-10, 50, (30, 2, 2)), axis=1)
+        corners[::3] = [[-9, -9], [60, 60]]  # the whole picture: a run goes on from one column to the next
+        corners[1::3, :, 1] = [-9, 60]  # from its top to its bottom
+        for code in paste_masks(masks, corners.reshape(30, 4), (height, width), paste):
+            whole = coco_mask.encode(np.asfortranarray(coco_mask.decode(code)))
+            assert code == whole
 
 
 def test_an_empty_box_pastes_as_an_empty_mask() -> None:
     boxes = np.array([[5.3, 5, 5.3, 9], [-30, -30, -20, -20], [4, 4, 4, 4], [9, 9, 5, 5]])
     masks = np.ones((4, 28, 28), dtype=np.float32)
     with np.errstate(all="raise"):
-        codes = list(evaluation.paste_masks(masks, boxes, (20, 20)))
+        codes = paste_masks(masks, boxes, (20, 20))
     assert coco_mask.area(codes).tolist() == [0, 0, 0, 0]
 
 
@@ -188,7 +240,7 @@ def test_three_hundred_masks_paste_in_seconds() -> None:
     corners = np.random.default_rng(0).uniform(0, 1000, (300, 2))
     boxes = np.concatenate([corners, corners + 60], axis=1)
     start = time.perf_counter()
-    assert len(list(evaluation.paste_masks(np.ones((300, 28, 28), np.float32), boxes, (1040, 1388)))) == 300
+    assert len(paste_masks(np.ones((300, 28, 28), np.float32), boxes, (1040, 1388))) == 300
     assert time.perf_counter() - start < 5  # 0.2 s on one core; pasting over the whole picture takes far longer
 
 
@@ -243,6 +295,7 @@ def test_an_oracle_scores_one_whatever_the_picture_size(shapes: Dataset, engine:
         rank=0,
         world=1,
         gather=lambda part: [part],
+        collect=lambda part: [part],
         on_image=seen.append,
     )
     assert model.training and seen == [record.image_id for record in shapes.records]
@@ -266,6 +319,7 @@ def test_an_image_seen_twice_is_refused(shapes: Dataset) -> None:
             rank=0,
             world=1,
             gather=lambda part: [part, part],
+            collect=lambda part: [part],
         )
 
 
@@ -286,9 +340,35 @@ def test_boxes_are_clipped_to_the_picture_and_junk_slots_left_out(shapes: Datase
     assert result["image_id"] == shapes.records[1].image_id
 
 
-def test_saved_results_load_in_pycocotools(truth: dict, tmp_path: Path, data_root: Path) -> None:
+def test_columns_read_as_the_results_they_were_made_of(truth: dict) -> None:
+    results = perturbed(truth, seed=6)
+    columns = from_coco(results)
+    assert list(columns) == results and len(columns) == len(results) and columns[-1] == results[-1]
+    assert list(columns[5:50:3]) == results[5:50:3]
+    with pytest.raises(IndexError):
+        columns[len(results)]
+    assert list(pickle.loads(pickle.dumps(columns))) == results
+    assert list(join([columns[:7], from_coco([]), columns[7:]])) == results and len(join([])) == 0
+    ids = [image["id"] for image in truth["images"]][::-1]
+    assert list(columns.of_image(ids[3])) == [one for one in results if one["image_id"] == ids[3]]
+    shuffled = [results[place] for place in np.random.default_rng(0).permutation(len(results))]
+    ordered = sorted(shuffled, key=lambda one: ids.index(one["image_id"]))
+    assert list(from_coco(shuffled).in_order_of(ids)) == ordered
+    boxes = [{key: one[key] for key in ("image_id", "category_id", "bbox", "score")} for one in results]
+    assert list(from_coco(boxes)) == boxes
+
+
+def test_saved_results_load_in_pycocotools(
+    truth: dict, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = perturbed(truth, seed=4)
-    evaluation.save_results(tmp_path / "results.json", results)
+    monkeypatch.setattr(gndet.results, "WRITTEN_AT_ONCE", 7)
+    columns = from_coco(results)
+    save_results(tmp_path / "results.json", columns)
+    assert (tmp_path / "results.json").read_text() == json.dumps(list(columns))
+    save_results(tmp_path / "none.json", from_coco([]))
+    assert (tmp_path / "none.json").read_text() == "[]"
+    (tmp_path / "none.json").unlink()
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(data_root / "coco-tiny/annotations/instances_val2017.json"))
         loaded = coco.loadRes(str(tmp_path / "results.json"))
@@ -298,8 +378,8 @@ def test_saved_results_load_in_pycocotools(truth: dict, tmp_path: Path, data_roo
 
 def test_the_table_is_aligned_and_shows_undefined_as_a_dash() -> None:
     truth, results = row_of_boxes(3)
-    box = evaluation.coco_metrics(truth, results, "bbox", engine="hotcoco", max_detections=100)
-    result = evaluation.Evaluation(box, None, results)
+    box = metrics_of(truth, results, "bbox", engine="hotcoco", max_detections=100)
+    result = evaluation.Evaluation(box, None, from_coco(results))
     summary, classes = evaluation.table(result).split("\n\n")
     assert summary.splitlines()[1].split()[:7] == ["box", "100.0", "100.0", "100.0", "100.0", "-", "-"]
     assert classes.splitlines()[1].split() == ["box", "1", "3", "100.0", "100.0", "100.0"]
@@ -324,6 +404,7 @@ def test_objects_without_a_mask_do_not_enter_mask_metrics(
         rank=0,
         world=1,
         gather=lambda part: [part],
+        collect=lambda part: [part],
     )
     assert result.box.summary["AP"] == 1
     assert (result.mask and result.mask.summary["AP50"]) == precision

@@ -55,8 +55,9 @@ def test_float_pictures_are_refused(tmp_path: Path) -> None:
         open_picture(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orientation: int) -> None:
+def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orientation: int, name: str) -> None:
     undo = {  # what turns the stored picture upright, by EXIF 2.3, tag 0x0112
         1: lambda a: a,
         2: np.fliplr,
@@ -69,8 +70,21 @@ def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orienta
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
+    Image.fromarray(colours).save(tmp_path / name, exif=exif)
+    assert np.array_equal(open_picture(tmp_path / name), undo[orientation](colours))
+
+
+def test_an_orientation_that_a_png_tells_behind_its_pixels_counts(tmp_path: Path, colours: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
     Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(open_picture(tmp_path / "a.png"), undo[orientation](colours))
+    whole = (tmp_path / "a.png").read_bytes()
+    start = whole.index(b"eXIf") - 4  # a chunk is its length in 4 bytes, its name, that many bytes, and a checksum
+    stop = start + 12 + int.from_bytes(whole[start : start + 4])
+    assert stop < whole.index(b"IDAT")
+    end = whole.index(b"IEND") - 4
+    (tmp_path / "a.png").write_bytes(whole[:start] + whole[stop:end] + whole[start:stop] + whole[end:])
+    assert np.array_equal(open_picture(tmp_path / "a.png"), np.rot90(colours, 2))
 
 
 def test_first_frame_of_an_animation_is_taken(tmp_path: Path, colours: np.ndarray) -> None:

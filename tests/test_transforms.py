@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset, transforms
-from gndet.data.segmentation import box_frame_masks, into_frame, to_rle
+from gndet.data.segmentation import box_frame_masks, into_frames, to_rle
 from gndet.errors import DataError
 from gndet.structures import MASK_SIDE, Dataset, Record
 
@@ -102,8 +102,33 @@ def test_a_frame_has_no_half_pixel_shift() -> None:
 
 def test_a_polygon_far_larger_than_its_box_is_drawn_too() -> None:
     polygons, box = [[0, 0, 60, 0, 60, 40, 0, 40]], np.array([10.0, 10, 10.001, 10.001])
-    assert into_frame(polygons, box, MASK_SIDE) is None  # 6 million pixels wide there
-    assert box_frame_masks([polygons], box[None], (40, 60), MASK_SIDE).all()
+    near = np.array([0.0, 0, 60, 40])
+    far_one, near_one = into_frames([polygons, polygons], np.stack((box, near)), MASK_SIDE)
+    assert far_one is None  # 6 million pixels wide there
+    assert near_one is not None
+    masks = box_frame_masks([polygons, polygons], np.stack((box, near)), (40, 60), MASK_SIDE)
+    assert masks[0].all() and masks[1].mean() > 0.98
+
+
+def test_objects_drawn_together_are_those_drawn_alone() -> None:
+    rng = np.random.default_rng(0)
+    outlines, boxes = [], []
+    for number in range(300):  # more than 8 bits count
+        centre, parts = rng.uniform(20, 80, 2), 1 + number % 3
+        outlines.append([(centre + rng.normal(0, 8, (rng.integers(3, 9), 2))).ravel().tolist() for _ in range(parts)])
+        boxes.append(np.concatenate((centre - rng.uniform(4, 12, 2), centre + rng.uniform(4, 12, 2))))
+    outlines[7] = to_rle(outlines[7], (100, 100))
+    boxes[9] = np.array([50.0, 50, 50.01, 50.01])  # its polygons leave it too far
+    together = box_frame_masks(outlines, np.stack(boxes), (100, 100), 32)
+    for index, (outline, box) in enumerate(zip(outlines, boxes, strict=True)):
+        assert np.array_equal(together[index], box_frame_masks([outline], box[None], (100, 100), 32)[0])
+        if index not in (7, 9):
+            truth = np.zeros((32, 32), dtype=np.uint8)
+            for polygon in outline:
+                moved = (np.reshape(polygon, (-1, 2)) - box[:2]) * (32 / (box[2:] - box[:2]))
+                truth |= coco_mask.decode(coco_mask.frPyObjects([moved.ravel().tolist()], 32, 32))[..., 0]
+            assert np.array_equal(together[index], truth)
+    assert box_frame_masks([], np.zeros((0, 4)), (100, 100), 32).shape == (0, 32, 32)
 
 
 def test_resize_keeps_the_ratio_and_both_limits() -> None:
@@ -139,6 +164,18 @@ def test_a_flip_moves_picture_boxes_and_masks_together(dataset: Dataset, option:
         back = flipped.boxes.clone()
         back[:, low], back[:, high] = 96 - flipped.boxes[:, high], 96 - flipped.boxes[:, low]
         assert torch.allclose(back, plain.boxes)
+
+
+@pytest.mark.parametrize(("option", "axis"), [("flip", -1), ("flip_vertical", -2)])
+@pytest.mark.parametrize("edge", [70, 133])
+def test_to_flip_and_then_resize_is_to_resize_and_then_flip(
+    dataset: Dataset, option: str, axis: int, edge: int
+) -> None:
+    data = PLAIN.model_copy(update={"shortest_edge": (edge,)})
+    for record in dataset.records:
+        plain = transforms.train_sample(record, data, 1, False).image
+        flipped = transforms.train_sample(record, data.model_copy(update={option: 1.0}), 1, False).image
+        assert torch.equal(flipped.flip(axis), plain)
 
 
 def test_masks_lie_on_the_objects_after_resize_and_flips(dataset: Dataset) -> None:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from models import make_batch, small_model
 from torch import Tensor
 
-from gndet.config import NormConfig
+from gndet.config import BoxHeadConfig, FPNConfig, NormConfig
 from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.tower import set_memory
 from gndet.ops import winograd
 from gndet.ops.winograd import Winograd
 
@@ -56,13 +58,14 @@ def test_what_stands_beyond_the_map_is_zero() -> None:
     torch.testing.assert_close(y[0, :, :, 0], expected, atol=1e-3, rtol=0)
 
 
-def brick(kernel: int = 3, stride: int = 1, channels: int = 64, winograd: bool = True) -> ConvNorm:
-    return ConvNorm(channels, channels, kernel, NormConfig(), stride=stride, winograd=winograd)
+def brick(kernel: int = 3, stride: int = 1, channels: int = 64, kind: str = "gn") -> ConvNorm:
+    layer = ConvNorm(channels, channels, kernel, NormConfig(kind=kind), stride=stride)
+    layer.winograd = True
+    return layer
 
 
-def test_it_is_chosen_by_the_layer_alone() -> None:
+def test_it_is_for_plain_3x3_convolutions_in_float32() -> None:
     assert brick().by_winograd()
-    assert not brick(winograd=False).by_winograd()
     assert not brick(kernel=1).by_winograd()
     assert not brick(stride=2).by_winograd()
     assert not brick(channels=32).by_winograd()
@@ -72,7 +75,7 @@ def test_it_is_chosen_by_the_layer_alone() -> None:
 
 @pytest.mark.parametrize("kind", ["gn", "none"])
 def test_a_brick_gives_what_its_convolution_gives(kind: str) -> None:
-    layer = ConvNorm(64, 64, 3, NormConfig(kind=kind), winograd=True)
+    layer = brick(kind=kind)
     x = torch.randn(2, 64, 9, 10)
     if layer.conv.bias is not None:
         torch.nn.init.normal_(layer.conv.bias)
@@ -83,3 +86,34 @@ def test_a_brick_gives_what_its_convolution_gives(kind: str) -> None:
 def test_autocast_keeps_its_type() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert brick()(torch.randn(1, 64, 8, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
+def test_a_step_has_the_same_losses_and_gradients_with_it_and_without(memory: str) -> None:
+    model = small_model(fpn=FPNConfig(channels=64), box_head=BoxHeadConfig(conv_channels=64, regions_per_image=32))
+    set_memory(model, memory)
+    results = []
+    for edge in (0, 800):
+        model.filter_minimally(edge)
+        model.zero_grad()
+        losses = model(make_batch([(96, 128), (128, 80)]))
+        sum(loss.sum() for loss in losses.values()).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((torch.stack(list(losses.values())), grads))
+    (plain, plain_grads), (filtered, filtered_grads) = results
+    torch.testing.assert_close(filtered, plain, rtol=1e-4, atol=1e-5)
+    assert (filtered_grads - plain_grads).norm() < 1e-3 * plain_grads.norm()
+    assert not torch.equal(filtered_grads, plain_grads)
+
+
+def chosen(edge: int) -> set[str]:
+    model = small_model()
+    model.filter_minimally(edge)
+    return {".".join(name.split(".")[:2]) for name, m in model.named_modules() if getattr(m, "winograd", False)}
+
+
+def test_it_is_chosen_by_the_pictures_size_stage_by_stage() -> None:
+    assert chosen(100) == set()
+    assert chosen(160) == {"backbone.res2", "fpn.output2"}
+    everywhere = {"backbone.res2", "backbone.res3", "backbone.res4", "fpn.output2", "fpn.output3", "fpn.output4"}
+    assert chosen(800) == everywhere | {"rpn.convs", "box_head.convs", "mask_head.convs"}

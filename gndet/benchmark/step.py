@@ -133,6 +133,7 @@ def gndet_model(cfg: Config) -> tuple[MaskRCNN, Callable[[], AbstractContextMana
         torch.manual_seed(cfg.seed)
         model, autocast = place(build_model(cfg.model, CLASSES).train(), cfg.train.precision, proc)
     set_memory(model, cfg.train.memory)
+    model.filter_minimally(min(cfg.data.shortest_edge))
     calm(model)
     return model, autocast
 

@@ -7,6 +7,7 @@ Letters: B images, M ground-truth slots, n images of the data set, S mask side, 
 """
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gndet.config import DataConfig
 from gndet.data.loader import Notify, prepared
+from gndet.data.packed import count_objects
 from gndet.data.transforms import Sample, UnreadablePicture, check_masks, resized, test_sample, train_sample
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
@@ -25,18 +27,26 @@ from gndet.structures import MASK_SIDE, Batch, Dataset, GroundTruth, Record
 MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
 
 
-def collate(samples: list[Sample], canvas_multiple: int, exact: bool = True) -> Batch:
+def collate(
+    samples: list[Sample],
+    canvas_multiple: int,
+    exact: bool = True,
+    canvases: Sequence[tuple[int, int]] = (),
+    objects: int = 0,
+) -> Batch:
     """Put B samples on one canvas, their objects in M slots; the rest is zero and not valid.
 
     The canvas is that of the pictures if all have one size (then padded is False), else the largest height
     and width rounded up to a multiple of canvas_multiple.  M holds the most objects of an image: none is
-    dropped.  exact False: the canvas is rounded up even for pictures of one size.
+    dropped.  exact False: the canvas is rounded up even for pictures of one size.  canvases: the only ones there may
+    be; the smallest that holds the pictures is taken.  objects: M holds so many at the least.
     """
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])  # (B, 2)
-    canvas, padded = _canvas(sizes, canvas_multiple, exact)
-    slots, side = _slots(max(len(sample.labels) for sample in samples)), samples[0].masks.shape[-1]
+    canvas, padded = _canvas(sizes, canvas_multiple, exact, canvases)
+    slots, side = _slots(max(objects, *(len(sample.labels) for sample in samples))), samples[0].masks.shape[-1]
     num = len(samples)
-    images = torch.zeros(num, 3, *canvas, dtype=torch.uint8)
+    # channels last, as resized and as the convolutions want it: a third of the cost of taking the colours apart
+    images = torch.zeros(num, *canvas, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     boxes, labels = torch.zeros(num, slots, 4), torch.zeros(num, slots, dtype=torch.int64)
     masks = torch.zeros(num, slots, side, side, dtype=torch.bool)
     valid = torch.zeros(num, slots, dtype=torch.bool)
@@ -50,10 +60,19 @@ def collate(samples: list[Sample], canvas_multiple: int, exact: bool = True) -> 
     return Batch(images, sizes, keys, GroundTruth(boxes, labels, masks, valid), padded)
 
 
-def _canvas(sizes: Tensor, multiple: int, exact: bool) -> tuple[tuple[int, int], bool]:
-    """The canvas for pictures of sizes (B, 2), and whether any of them does not fill it."""
+def _canvas(
+    sizes: Tensor, multiple: int, exact: bool, canvases: Sequence[tuple[int, int]] = ()
+) -> tuple[tuple[int, int], bool]:
+    """The canvas for pictures of sizes (B, 2), and whether any of them does not fill it.
+
+    Of given canvases it is the smallest, and taken to be padded: another graph for those rare pictures that fill it
+    costs more than their masks.
+    """
     padded = bool((sizes != sizes[0]).any())
     height, width = sizes.amax(0).tolist()
+    if canvases:
+        fitting = [canvas for canvas in canvases if height <= canvas[0] and width <= canvas[1]]
+        return min(fitting, key=lambda canvas: canvas[0] * canvas[1]), True
     if padded or not exact:
         height, width = (-(-edge // multiple) * multiple for edge in (height, width))
     return (height, width), bool((sizes != torch.tensor([height, width])).any())
@@ -64,7 +83,9 @@ def _slots(num: int) -> int:
     return 1 << (max(MIN_SLOTS, num) - 1).bit_length()
 
 
-def split(batch: Batch, num: int, canvas_multiple: int, exact: bool = True) -> list[Batch]:
+def split(
+    batch: Batch, num: int, canvas_multiple: int, exact: bool = True, canvases: Sequence[tuple[int, int]] = ()
+) -> list[Batch]:
     """Cut a batch into batches of num images, the last perhaps fewer, each on the smallest canvas that holds it.
 
     For a norm that keeps images apart nothing changes but memory.
@@ -72,10 +93,12 @@ def split(batch: Batch, num: int, canvas_multiple: int, exact: bool = True) -> l
     if len(batch.images) <= num:
         return [batch]
     parts = []
+    here = [canvas for canvas in canvases if canvas[0] <= batch.images.shape[2] and canvas[1] <= batch.images.shape[3]]
     for first in range(0, len(batch.images), num):
         rows = slice(first, first + num)
-        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple, exact)
-        images = batch.images[rows, :, :height, :width].contiguous()  # never wider than the canvas it comes from
+        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple, exact, here)
+        images = batch.images[rows, :, :height, :width]  # never wider than the canvas it comes from
+        images = images.contiguous(memory_format=torch.channels_last)
         gt = GroundTruth(*(field[rows] for field in batch.gt))
         parts.append(Batch(images, batch.sizes[rows], batch.keys[rows], gt, padded))
     return parts
@@ -85,26 +108,33 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
     """A made-up batch as large as num training images can be: noise, of the largest canvas and M.
 
     One image is the largest picture; of two, one may be the tallest and the other the widest.  It has as many objects
-    as any image has, and `objects` at least.
+    as any image has, and `objects` at least.  With data.canvases it fills the largest of these.
     """
-    shapes = {record.size for record in dataset.records}
+    shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist()
     edges = (min(data.shortest_edge), max(data.shortest_edge))
     sizes = torch.tensor([resized(shape, edge, data.max_edge) for shape in shapes for edge in edges])  # (.., 2)
     if num == 1:
         sizes = sizes[sizes.prod(1).argmax()][None]
     (height, width), padded = _canvas(sizes, data.canvas_multiple, data.exact_canvas)
+    if data.canvases:
+        (height, width), padded = max(data.canvases, key=math.prod), True
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (num, 3, height, width), generator=generator, dtype=torch.uint8)
-    most = max(objects, *(len(record.labels) for record in dataset.records))
+    images = torch.randint(256, (num, height, width, 3), generator=generator, dtype=torch.uint8).permute(0, 3, 1, 2)
+    most = max(objects, most_objects(dataset))
     slots, side = _slots(most), MASK_SIDE if masks else 0
     corners = torch.rand(num, slots, 2, 2, generator=generator).sort(dim=2).values * torch.tensor([width, height])
-    valid = (torch.arange(slots) < most).expand(num, slots)
+    valid = (torch.arange(slots) < most).repeat(num, 1)
     gt = GroundTruth(
         corners.flatten(2), torch.zeros(num, slots, dtype=torch.int64),
         torch.ones(num, slots, side, side, dtype=torch.bool), valid,
     )  # fmt: skip
     keys = torch.arange(num)
     return Batch(images, torch.tensor([[height, width]] * num), keys, gt, padded)
+
+
+def most_objects(dataset: Dataset) -> int:
+    """The most objects that an image of a data set has."""
+    return int(count_objects(dataset.records).objects.max())
 
 
 class Skipped(NamedTuple):
@@ -137,6 +167,9 @@ class Replay:
     def __init__(self, take: Callable[[], Loaded], count: int) -> None:
         self.take, self.count = take, count
         self.taken: list[Loaded] = []
+
+    def __len__(self) -> int:
+        return self.count
 
     def __iter__(self) -> Iterator[Batch]:
         for i in range(self.count):
@@ -186,13 +219,15 @@ def train_batches(
     Raises DataError for a data set without an image to train on or, with masks, for an object without one; while
     iterating, where no picture of an epoch can be read, or loader processes are killed again and again.
     """
-    usable = [i for i, record in enumerate(dataset.records) if data.keep_empty or not record.crowd.all()]
+    counts = count_objects(dataset.records)
+    kept = np.flatnonzero((counts.trainable > 0) | data.keep_empty)
+    usable = kept.tolist()
     if not usable:
         raise DataError(f"{dataset.name}: none of {len(dataset.records)} images has an object to train on")
     if masks:
-        for index in usable:
-            check_masks(dataset.records[index])
-    stream = _Stream(dataset, data, seed, masks, usable)
+        for index in kept[counts.unmasked[kept]].tolist():
+            check_masks(dataset.records[index])  # the first raises
+    stream = _Stream(dataset, data, seed, masks, usable, most_objects(dataset) if data.canvases else 0)
     mine = micro_batches(global_batch, images_per_gpu, rank, world)
     runs = (
         range(update * global_batch + places.start, update * global_batch + places.stop)
@@ -235,11 +270,13 @@ class _Stream(NamedTuple):
     seed: int
     masks: bool
     usable: list[int]  # places in dataset.records of the n images that are trained on
+    objects: int  # that M holds at the least; with data.canvases the most there are, so that all batches are alike
 
     def load(self, positions: range) -> Loaded:
         """Make the batch of these positions."""
         samples, image_ids, skipped = zip(*map(self._sample_at, positions), strict=True)
-        batch = collate(list(samples), self.data.canvas_multiple, self.data.exact_canvas)
+        data = self.data
+        batch = collate(list(samples), data.canvas_multiple, data.exact_canvas, data.canvases, self.objects)
         return Loaded(batch, image_ids, tuple(one for one in skipped if one))
 
     def describe(self, positions: range) -> str:

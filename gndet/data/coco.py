@@ -4,11 +4,8 @@ What can be mended without a guess is mended in memory and counted; no file of t
 Boxes are xywh in the file, xyxy from here on.
 """
 
-import gc
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ from gndet.data.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.pictures import processors
 from gndet.data.segmentation import brief
+from gndet.garbage import no_garbage
 from gndet.structures import Dataset
 
 LISTS = ("images", "annotations", "categories")
@@ -59,7 +57,7 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: cache.
         with cache.opened(data.cache, path, partial(_digest, path), files, data.max_pixels, tell) as entry:
             dataset = entry.load()
             if dataset is None:
-                with _no_garbage():
+                with no_garbage():
                     dataset = entry.save(_inspect(path, entry.digest(), files, data.max_pixels, found))
     except Fault as fault:
         found.add(fault.code, str(fault))
@@ -89,18 +87,6 @@ def to_coco(dataset: Dataset) -> dict[str, Any]:
     classes = zip(dataset.category_ids, dataset.classes, strict=True)
     categories = [{"id": category_id, "name": name} for category_id, name in classes]
     return {"images": images, "annotations": annotations, "categories": categories}
-
-
-@contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Let Python not look for cycles among millions of new objects: it takes as long as reading them."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _digest(path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -18,6 +19,7 @@ from gndet.structures import Record
 
 MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb
 ORIENTATION = 0x0112  # EXIF's tag
+TURNS = range(2, 9)  # its values with which a picture is not stored upright
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes of those looked for in a folder
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
@@ -53,7 +55,9 @@ def read_image(
             if stored[0] * stored[1] > max_pixels:
                 pixels = f"{stored[0]} x {stored[1]} pixels, over the limit of {max_pixels} (data.max_pixels)"
                 raise Fault("picture-pixels", f"{path}: {pixels}")
-            upright = ImageOps.exif_transpose(image)
+            image.load()  # which turns a TIFF
+            # without a turn exif_transpose would copy the picture
+            upright = ImageOps.exif_transpose(image) if _orientation(image) in TURNS else image
             pixels = np.array(_to_rgb(upright))  # (h, w, 3), a copy
             unusual = [] if note is None else _unusual(image)
     except UnidentifiedImageError:
@@ -83,12 +87,16 @@ def _unusual(image: Image.Image) -> list[tuple[str, str]]:
         found.append(("picture-16bit", f"16 bits a channel (mode {image.mode})"))
     elif image.mode != "RGB":
         found.append(("picture-mode", f"mode {image.mode}"))
-    turn = image.getexif().get(ORIENTATION, 1)
-    if turn in range(2, 9):
-        found.append(("picture-turned", f"EXIF orientation {turn}"))
+    if _orientation(image) in TURNS:
+        found.append(("picture-turned", f"EXIF orientation {_orientation(image)}"))
     if getattr(image, "is_animated", False):
         found.append(("picture-animated", f"{image.n_frames} frames"))
     return found
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's orientation: 1 is upright; a damaged one may be anything."""
+    return image.getexif().get(ORIENTATION, 1)
 
 
 @contextmanager
@@ -139,4 +147,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise ValueError(f"values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel")
         image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -6,11 +6,13 @@ Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; 
 """
 
 import math
+from itertools import chain
 from operator import mul
 from typing import Any
 
 import numpy as np
 import torch
+from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
@@ -83,28 +85,47 @@ def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int
     """Draw each object's mask in the frame of its own box.
 
     segmentations: n, checked; boxes (n, 4) inside the image, not empty; size: height, width of the image;
-    side: S.  Returns (n, S, S) bool.  Polygons are moved into the frame and rasterised there; an RLE is
+    side: S.  Returns (n, S, S) bool.  Polygons are moved into the frame and rasterised there, all at once; an RLE is
     decoded, one at a time to bound the memory, and sampled bilinearly.
     """
     masks = np.zeros((len(boxes), side, side), dtype=bool)
-    for index, (segmentation, box) in enumerate(zip(segmentations, boxes, strict=True)):
-        polygons = into_frame(segmentation, box, side)
-        if polygons is None:
-            masks[index] = _sample_rle(to_rle(segmentation, size), box, side)
-        else:
-            masks[index] = coco_mask.decode(to_rle(polygons, (side, side)))
+    outlined = [index for index, one in enumerate(segmentations) if isinstance(one, list)]
+    frames = into_frames([segmentations[index] for index in outlined], boxes[outlined], side)
+    drawn = {index: polygons for index, polygons in zip(outlined, frames, strict=True) if polygons is not None}
+    if drawn:
+        masks[list(drawn)] = _draw(list(drawn.values()), side)
+    for index in set(range(len(boxes))) - drawn.keys():
+        masks[index] = _sample_rle(to_rle(segmentations[index], size), boxes[index], side)
     return masks
 
 
-def into_frame(segmentation: Any, box: np.ndarray, side: int) -> list[list[float]] | None:
-    """Map polygons into the frame of the box; None for an RLE and for polygons that leave it too far."""
-    if isinstance(segmentation, dict):
-        return None
-    scale = side / (box[2:] - box[:2])  # (2,) x, y
-    moved = [(np.reshape(polygon, (-1, 2)) - box[:2]) * scale for polygon in segmentation]  # (points, 2) each
-    if max(np.abs(points).max() for points in moved) > MAX_FRAME_REACH * side:
-        return None
-    return [points.ravel().tolist() for points in moved]
+def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int) -> list[list[np.ndarray] | None]:
+    """Map the polygons of n objects into the frames of their boxes (n, 4); None where they leave it too far.
+
+    Returns n lists of polygons (2 x points,) x0, y0, x1, ... in cells of the S x S frame.
+    """
+    polygons = list(chain.from_iterable(outlines))
+    if not polygons:
+        return []
+    owner = np.repeat(np.arange(len(outlines)), list(map(len, outlines)))  # of each polygon
+    lengths = np.array(list(map(len, polygons)))
+    points = np.fromiter(chain.from_iterable(polygons), dtype=np.float64, count=lengths.sum()).reshape(-1, 2)
+    of_point = np.repeat(owner, lengths // 2)
+    scale = side / (boxes[:, 2:] - boxes[:, :2])  # (n, 2) x, y
+    points = (points - boxes[of_point, :2]) * scale[of_point]
+    first = np.flatnonzero(np.diff(of_point, prepend=-1))  # an object's first point; each has a polygon
+    near = np.maximum.reduceat(np.abs(points).max(1), first) <= MAX_FRAME_REACH * side
+    moved = iter(np.split(points.ravel(), lengths.cumsum()[:-1]))
+    lists = [[next(moved) for _ in outline] for outline in outlines]
+    return [polygons if ok else None for polygons, ok in zip(lists, near, strict=True)]
+
+
+def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
+    """Rasterise the polygons of n objects, the union of an object's.  Returns (n, S, S) uint8."""
+    drawn = iter(coco_mask.frPyObjects(list(chain.from_iterable(outlines)), side, side))
+    codes = [[next(drawn) for _ in outline] for outline in outlines]
+    wholes = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in codes]
+    return decode(wholes).transpose(2, 0, 1)  # hotcoco's takes a third of the time of pycocotools'
 
 
 def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 All randomness is a function of the image's key. Letters: n objects, S mask side, (h, w) picture.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ class UnreadablePicture(DataError):
 class Sample(NamedTuple):
     """One picture with its objects."""
 
-    image: Tensor  # (3, h, w) uint8 RGB
+    image: Tensor  # (3, h, w) uint8 RGB, channels last in memory
     boxes: Tensor  # (n, 4) float32 xyxy in picture pixels, inside the picture
     labels: Tensor  # (n,) int64
     masks: Tensor  # (n, S, S) bool, each in the frame of its box; (n, 0, 0) where masks are off
@@ -40,7 +41,9 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
     object without one.
     """
     edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
-    image, scale = _load_resized(record, edge, data)
+    across, down = uniform(key, Stream.FLIP) < data.flip, uniform(key, Stream.FLIP_VERTICAL) < data.flip_vertical
+    flips = [axis for axis, flipped in ((-1, across), (-2, down)) if flipped]
+    image, scale = _load_resized(record, edge, data, flips)
     height, width = image.shape[1:]
     limits = np.tile(record.size[::-1], 2)  # (4,) original width, height, width, height
     boxes = record.boxes.clip(0, limits)  # (all objects, 4)
@@ -51,11 +54,10 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
         check_masks(record)
         segmentations = [record.segmentations[k] for k in keep]
         frames = torch.from_numpy(box_frame_masks(segmentations, boxes[keep], record.size, MASK_SIDE))
-    if uniform(key, Stream.FLIP) < data.flip:
-        image, frames = image.flip(-1), frames.flip(-1)
+        frames = frames.flip(flips) if flips else frames
+    if across:
         moved[:, [0, 2]] = width - moved[:, [2, 0]]
-    if uniform(key, Stream.FLIP_VERTICAL) < data.flip_vertical:
-        image, frames = image.flip(-2), frames.flip(-2)
+    if down:
         moved[:, [1, 3]] = height - moved[:, [3, 1]]
     boxes_out = torch.from_numpy(moved.astype(np.float32))
     return Sample(image, boxes_out, torch.from_numpy(record.labels[keep]), frames, key)
@@ -85,13 +87,20 @@ def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[i
     return height, width
 
 
-def _load_resized(record: Record, shortest_edge: int, data: DataConfig) -> tuple[Tensor, tuple[float, float]]:
-    """Load and resize a picture.  Returns (3, h, w) uint8 and the (y, x) scale.  Raises UnreadablePicture."""
+def _load_resized(
+    record: Record, shortest_edge: int, data: DataConfig, flips: Sequence[int] = ()
+) -> tuple[Tensor, tuple[float, float]]:
+    """Load a picture, flip it along axes, and resize it.
+
+    Returns (3, h, w) uint8, a pixel's colours side by side in memory, and the (y, x) scale.  Raises UnreadablePicture.
+    """
     height, width = resized(record.size, shortest_edge, data.max_edge)
     try:
         pixels = record.load()
     except DataError as error:
         raise UnreadablePicture(str(error)) from None
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels last: twice as fast to resize
+    if flips:
+        image = image.flip(flips)  # before it has grown: the weights of resizing are the same from either end
     image = functional.resize(image, [height, width], antialias=data.antialias)
     return image, (height / record.size[0], width / record.size[1])

@@ -36,7 +36,7 @@ class BoxHead(nn.Module):
     def __init__(self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
         super().__init__()
         self.cfg, self.num_classes, self.memory = cfg, num_classes, "fast"
-        conv = conv_factory(norm, winograd=True, regions=True)
+        conv = conv_factory(norm, regions=True)
         self.convs = nn.ModuleList()
         if cfg.kind == "4conv1fc":
             for i in range(cfg.num_convs):

@@ -30,22 +30,21 @@ class ConvNorm(nn.Module):
     """Convolution, norm and, if asked for, ReLU.
 
     The convolution has a bias only where no norm follows.
-    winograd: on a CPU a 3x3 one is computed by minimal filtering, which gains on maps of more than about 64 tiles;
-    whether it is does not depend on the maps, lest an image's rounding depend on its batch.
     regions: it is to see many small maps, one a region.
     cheap: in a tower its result is computed again rather than kept; by default that of a 1x1.
+    `winograd` says whether a 3x3 one is computed by minimal filtering on a CPU (MaskRCNN.filter_minimally).
     `memory` says what `tower` keeps for the backward pass (train.memory); a brick by itself keeps all, as "fast" does.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True,
-        winograd: bool = False, regions: bool = False, cheap: bool | None = None,
+        regions: bool = False, cheap: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
         self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm.kind == "none")
         self.norm = make_norm(norm, out_channels)
-        self.relu, self.winograd, self.regions, self.memory = relu, winograd, regions, "fast"
+        self.relu, self.regions, self.memory, self.winograd = relu, regions, "fast", False
         self.cheap = kernel == 1 if cheap is None else cheap
 
     def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
@@ -73,6 +72,6 @@ class ConvNorm(nn.Module):
 ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True), the norm chosen
 
 
-def conv_factory(norm: NormConfig, *, winograd: bool = False, regions: bool = False) -> ConvFactory:
+def conv_factory(norm: NormConfig, *, regions: bool = False) -> ConvFactory:
     """A ConvNorm with its norm chosen, for modules that need not know it."""
-    return partial(ConvNorm, norm=norm, winograd=winograd, regions=regions)
+    return partial(ConvNorm, norm=norm, regions=regions)

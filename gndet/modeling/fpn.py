@@ -24,8 +24,7 @@ class FPN(nn.Module):
         self.channels, self.masked = cfg.channels, norm.masked
         for level, channels in zip(LEVELS, in_channels, strict=True):
             self.add_module(f"lateral{level}", conv(channels, cfg.channels, 1, relu=False))
-            large = level < LEVELS[-1]
-            self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False, winograd=large))
+            self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Xavier over fan-in, as Caffe2's XavierFill

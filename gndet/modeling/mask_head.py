@@ -24,7 +24,7 @@ class MaskHead(nn.Module):
     def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
         super().__init__()
         self.cfg, self.memory = cfg, "fast"
-        conv = conv_factory(norm, winograd=True, regions=True)
+        conv = conv_factory(norm, regions=True)
         self.convs = nn.ModuleList()
         for _ in range(cfg.num_convs):
             self.convs.append(conv(channels, cfg.channels, 3))

@@ -10,11 +10,13 @@ from gndet.config import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.area import Area, Areas, picture_areas
 from gndet.modeling.box_head import BoxHead
-from gndet.modeling.fpn import FPN
+from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.fpn import FPN, LEVELS
 from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import extend_edges
+from gndet.ops.winograd import LEAST_TILES, TILE
 from gndet.structures import Batch, Detections, Regions, Step
 
 ROI_LEVELS = 4  # the heads pool from P2..P5
@@ -39,6 +41,23 @@ class MaskRCNN(nn.Module):
         self.box_head, self.mask_head = box_head, mask_head
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
+
+    def filter_minimally(self, shortest_edge: int) -> None:
+        """Compute 3x3 convolutions by minimal filtering on a CPU where the maps are large enough for it to pay.
+
+        shortest_edge: of the smallest pictures, pixels.  The choice hangs on it alone and never on the pictures of a
+        batch: an image's rounding does not depend on those beside it.
+        """
+        large = [s for s in self.fpn.strides if (shortest_edge / s / TILE) ** 2 >= LEAST_TILES]
+        parts = [
+            stage for stage, stride in zip(self.backbone.stages(), self.fpn.strides, strict=False) if stride in large
+        ]
+        parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
+        parts += [self.rpn, self.box_head, self.mask_head] if large[1:] else []
+        for part in parts:
+            for module in part.modules() if part is not None else ():
+                if isinstance(module, ConvNorm):
+                    module.winograd = True
 
     def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], Areas]:
         """P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""

@@ -79,11 +79,11 @@ class ResNet(nn.Module):
         self.masked = norm.masked
         block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, stride_in_1x1=cfg.stride_in_1x1)
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
-        self.stem = conv_factory(norm)(3, WIDTH, 7, stride=2)
+        conv = conv_factory(norm)
+        self.stem = conv(3, WIDTH, 7, stride=2)
         self.channels = tuple(WIDTH * 2**i * expansion for i in range(4))
         in_channels = WIDTH
         for i, count in enumerate(BLOCKS[cfg.depth]):
-            conv = conv_factory(norm, winograd=i < 3)  # the maps of res5 are small, its weights large
             blocks = []
             for j in range(count):
                 blocks.append(block(in_channels, WIDTH * 2**i, 2 if i and not j else 1, conv))

@@ -70,7 +70,7 @@ class RPN(nn.Module):
         super().__init__()
         self.cfg, self.strides = cfg, tuple(strides)
         self.num_anchors, self.memory = len(cfg.aspect_ratios), "fast"
-        conv = conv_factory(norm, winograd=True)
+        conv = conv_factory(norm)
         self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))
         self.objectness = nn.Conv2d(channels, self.num_anchors, 1)
         self.deltas = nn.Conv2d(channels, self.num_anchors * 4, 1)

@@ -104,7 +104,8 @@ def tower(
         bricks[-1] = bricks[-1]._replace(relu=True)
     if layers[0].memory == "lean":  # regions are being computed again as a whole: no part of it a third time
         again = None
-    at_once = winograd.samples_at_once(*size) if layers[0].regions and device == "cpu" else len(x)
+    in_parts = layers[0].regions and any(brick.winograd for brick in bricks)
+    at_once = winograd.samples_at_once(*size) if in_parts else len(x)
     with torch.autocast(device, enabled=False):
         return _Tower.apply(tuple(bricks), at_once, again, x, residual, *tensors)
 

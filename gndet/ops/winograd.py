@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 TILE, PATCH = 4, 6  # outputs of a tile along a side, and the inputs that they see
 TILES = 256  # transformed at once: with their 36 products they stay in the cache
 LEAST_CHANNELS = 64  # below them the transforms of the tiles cost more than they save
+LEAST_TILES = 64  # a map with fewer costs more in transforms of the weight than it saves
 
 # Lavin & Gray 2016, equation 4.3 ff: Y = A^T [ (G g G^T) * (B^T d B) ] A
 _INPUT = (

@@ -1,0 +1,96 @@
+"""The benchmarks of what surrounds the model: all sides do the same work, and the adapters for harnesses do theirs."""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from PIL import Image
+
+from gndet.benchmark import evaluation, loader
+from gndet.benchmark.options import evaluation as evaluation_options
+from gndet.benchmark.options import loader as loader_options
+from gndet.errors import ConfigError
+
+
+def options(add: object, *arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return parser.parse_args(arguments)
+
+
+def adapter(name: str) -> ModuleType:
+    """A file of benchmarks/, as a harness loads it."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return loader.draw(tmp_path_factory.mktemp("drawn"), 3)
+
+
+def test_drawn_pictures_are_a_coco_data_set_that_both_sides_read(drawn: tuple[Path, Path]) -> None:
+    tree = json.loads(drawn[0].read_text())
+    assert [image["file_name"] for image in tree["images"]] == sorted(path.name for path in drawn[1].iterdir())
+    for image in tree["images"]:
+        with Image.open(drawn[1] / image["file_name"]) as picture:
+            assert picture.size[::-1] == (image["height"], image["width"]) == loader.SIZE
+    for subject in (loader.gndet_subject, loader.torchvision_subject):
+        assert subject(*drawn, 96, 160)() == {}
+
+
+def test_half_a_data_set_is_refused(drawn: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match="--annotations and --pictures go together"):
+        loader.run(options(loader_options, "--annotations", str(drawn[0])), print)
+
+
+def test_all_evaluators_find_the_same_precision() -> None:
+    gndet = evaluation.gndet_subject(40, 30)()
+    assert 0.05 < gndet["mask AP"] < gndet["box AP"] < 0.95
+    for engine in ("hotcoco", "pycocotools"):
+        work = evaluation.listed_subject(engine, 40, 30)
+        assert work() == work() == gndet  # nothing that a turn leaves behind changes the next
+
+
+def test_detections_are_as_many_as_asked_for() -> None:
+    asked = options(evaluation_options, "--num", "7", "--detections", "11")
+    truth, found = evaluation.detected(asked.num, asked.detections)
+    assert len(truth["images"]) == 7 and len(found) == 77
+    assert {one["image_id"] for one in found} == {image["id"] for image in truth["images"]}
+
+
+def test_the_loaders_adapter_gives_a_batch_an_image(drawn: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_made.json").symlink_to(drawn[0])
+    (tmp_path / "made").symlink_to(drawn[1])
+    num, get = adapter("peer_loader").build(str(tmp_path), "made")
+    batch = get(1)
+    assert num == 3 and batch.sizes.tolist() == [[800, 1067]] and batch.gt.valid.sum() == 8
+    assert torch.equal(get(1).images, batch.images)
+
+
+def test_the_evaluators_adapter_gives_pycocotools_numbers(tmp_path: Path) -> None:
+    truth, found = evaluation.detected(20, 30)
+    for name, tree in (("truth", truth), ("found", found)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(tree))
+    stats, times = adapter("peer_evaluation").evaluate(
+        str(tmp_path / "truth.json"), str(tmp_path / "found.json"), ["bbox", "segm"]
+    )
+    expected = evaluation.listed_subject("pycocotools", 20, 30)()
+    assert [stats["bbox"][0], stats["segm"][0]] == [expected["box AP"], expected["mask AP"]]
+    assert [len(numbers) for numbers in stats.values()] == [12, 12] and all(np.array(list(times.values())) >= 0)
+
+
+def test_scoring_needs_no_torch() -> None:
+    source = "import sys, gndet.scoring; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", source], cwd=REPOSITORY).returncode == 0

@@ -1,5 +1,13 @@
 """The Triton kernels, run by Triton's interpreter where there is no GPU, against torch in float64."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,8 +16,20 @@ from torch import Tensor
 from gndet.modeling import group_norm, norm_kernels
 from gndet.modeling.area import Area
 
-pytestmark = pytest.mark.skipif(norm_kernels.triton is None, reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
+
+
+def version(module: ModuleType | None) -> tuple[int, ...]:
+    return (0, 0) if module is None else tuple(map(int, module.__version__.split(".")[:2]))
+
+
+pytestmark = [
+    pytest.mark.skipif(norm_kernels.triton is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and version(norm_kernels.triton) < (3, 7) and version(np) >= (2, 4),
+        reason="the interpreter of Triton 3.6 and before needs NumPy < 2.4",
+    ),
+]
 SHAPES = [  # B, C, H, W, G
     (2, 64, 9, 13, 32), (1, 48, 7, 7, 3), (3, 20, 5, 6, 20), (2, 33, 1, 1, 1), (1, 40, 23, 11, 5), (1, 520, 6, 5, 4),
 ]  # fmt: skip
@@ -39,7 +59,14 @@ def largest(got: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_are_group_norm_over_each_picture(shape: tuple[int, ...], padded: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("blocks", ["as on a GPU", "many and small"])
+def test_kernels_are_group_norm_over_each_picture(
+    blocks: str, shape: tuple[int, ...], padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if blocks == "many and small":  # several blocks of channels, several stripes, several blocks in each
+        monkeypatch.setattr(norm_kernels, "CHANNELS", 16)
+        monkeypatch.setattr(norm_kernels, "BLOCK", 256)
+        monkeypatch.setattr(norm_kernels, "LEAST", 20)
     *size, groups = shape
     torch.manual_seed(sum(shape))
     x, grad = (torch.randn(size).to(dtype) for _ in range(2))
@@ -69,6 +96,23 @@ def test_a_small_variance_beside_a_large_mean_is_not_lost() -> None:
     assert largest(y.cpu(), F.group_norm(x.double(), 32, eps=1e-5)) < 3e-3  # the last bit of the mean is 6e-5
 
 
+@pytest.mark.parametrize("outlier", [(0, 0), (5, 7)])
+def test_one_outlier_does_not_swallow_a_small_variance(outlier: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 32, 12, 12)
+    x[:, :, outlier[0], outlier[1]] += 3e4  # its square alone would leave the others no bit
+    one = torch.ones(32)
+    _, mean, rstd = norm_kernels.forward(last(x).to(DEVICE), one.to(DEVICE), one.to(DEVICE), 32, 1e-5, None, relu=False)
+    assert largest(mean.cpu()[0], x.double().mean((0, 2, 3))) < 1e-6
+    assert largest(rstd.cpu()[0], x.double().var((0, 2, 3), correction=0).rsqrt()) < 1e-6
+
+
+def test_a_nan_stays_one_behind_the_relu() -> None:
+    x, one = last(torch.full((1, 32, 4, 4), float("nan"))).to(DEVICE), torch.ones(32, device=DEVICE)
+    y, *_ = norm_kernels.forward(x, one, one, 32, 1e-5, None, relu=True)
+    assert y.isnan().all()
+
+
 def test_no_regions_give_no_regions() -> None:
     x, gamma = torch.zeros(0, 64, 7, 7, device=DEVICE), torch.ones(64, device=DEVICE)
     y, mean, rstd = norm_kernels.forward(x, gamma, gamma, 32, 1e-5, None, relu=True)
@@ -77,6 +121,21 @@ def test_no_regions_give_no_regions() -> None:
     assert grad_x.shape == x.shape
     assert not grad_gamma.any()
     assert not grad_beta.any()
+
+
+def test_they_compile_for_gpus_and_move_maps_16_bytes_at_a_time(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    program = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    kernels = json.loads(ended.stdout)
+    assert len(kernels) == 5 * 8
+    for name, accesses in kernels.items():
+        if "_statistics" not in name:  # which reads a few sums, no map
+            assert "ld.global.v4.b32" in accesses, name
+        if "_apply" in name or "_gradient_kernel" in name:
+            assert "st.global.v4.b32" in accesses, name
 
 
 def test_the_self_test_passes_and_tells_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,8 @@ What bounds them is memory: forward reads x for the sums and once more, from the
 backward reads x and grad twice and writes the gradient.  A map is (B, P, C): channels last, P = H * W positions.  A
 program takes a stripe of positions of one image and all channels, a block at a time, so that a batch of one fills the
 GPU; its sums go to a small buffer and are added up in order: no atomics, the same bits every time.
-Statistics are float32, of differences to the picture's first position, lest a large mean swallow a small variance.
+Statistics are float32: blocks are centred before they are squared, and merged by counts (Chan et al. 1979), so that
+neither a large mean nor one outlier swallows a small variance.
 Letters: B images, P positions, C channels, G groups, S stripes.
 """
 
@@ -24,6 +25,7 @@ except ImportError:  # a torch without GPU support
 STRIPES = 128  # of a map, about as many as a GPU has multiprocessors
 LEAST = 64  # positions of a stripe at least
 BLOCK = 4096  # numbers that a program holds at once
+CHANNELS = 512  # of a block at most
 
 if triton is not None:
 
@@ -37,56 +39,61 @@ if triton is not None:
         return inside
 
     @triton.jit
+    def _merge(count, mean, squares, count_here, mean_here, squares_here):
+        """Two sets' counts, means and sums of squared differences to the mean, as one set's (Chan et al. 1979)."""
+        total = count + count_here
+        share = count_here / tl.maximum(total, 1.0)
+        apart = mean_here - mean
+        return total, mean + apart * share, squares + squares_here + apart * apart * (count * share)
+
+    @triton.jit
     def _sums_kernel(
         x, sizes, sums, positions, channels, width, stripe,
         masked: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
     ):  # fmt: skip
-        """Per stripe and channel the sums of x - first and of its square, first: at position 0; (B, S, 2, C)."""
+        """Per stripe and channel the count, the mean and the sum of squared differences to it; (B, S, 3, C)."""
         image, part, channel = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2) * block_c
         channel = channel + tl.arange(0, block_c)
         here = channel < channels
         x += image * positions * channels
-        first = tl.load(x + channel, mask=here, other=0.0).to(tl.float32)
-        one = tl.zeros([block_c], tl.float32)
-        two = tl.zeros([block_c], tl.float32)
+        count = tl.zeros([block_c], tl.float32)
+        mean = tl.zeros([block_c], tl.float32)
+        squares = tl.zeros([block_c], tl.float32)
         for start in range(part * stripe, tl.minimum((part + 1) * stripe, positions), block_p):
             position = start + tl.arange(0, block_p)
-            inside = _inside(position, sizes, image, width, positions, masked) & (position < (part + 1) * stripe)
+            inside = _inside(position, sizes, image, width, positions, masked)
             keep = inside[:, None] & here[None, :]
             at = position.to(tl.int64)[:, None] * channels + channel[None, :]
             value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
-            value = tl.where(keep, value - first[None, :], 0.0)
-            one += tl.sum(value, 0)
-            two += tl.sum(value * value, 0)
-        sums += (image * tl.num_programs(1) + part) * 2 * channels
-        tl.store(sums + channel, one, mask=here)
-        tl.store(sums + channels + channel, two, mask=here)
+            count_here = tl.sum(keep.to(tl.float32), 0)
+            mean_here = tl.sum(value, 0) / tl.maximum(count_here, 1.0)
+            apart = tl.where(keep, value - mean_here[None, :], 0.0)
+            count, mean, squares = _merge(count, mean, squares, count_here, mean_here, tl.sum(apart * apart, 0))
+        sums += (image * tl.num_programs(1) + part) * 3 * channels + channel
+        tl.store(sums, count, mask=here)
+        tl.store(sums + channels, mean, mask=here)
+        tl.store(sums + 2 * channels, squares, mask=here)
 
     @triton.jit
     def _statistics_kernel(
-        x, sizes, sums, mean, rstd, positions, channels, stripes, eps,
-        masked: tl.constexpr, members: tl.constexpr, block: tl.constexpr,
+        sums, mean, rstd, channels, stripes, eps, members: tl.constexpr, block: tl.constexpr
     ):  # fmt: skip
         """The mean and 1 / std of a group of `members` channels from the sums of its stripes."""
         image, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
         member = tl.arange(0, block)
         here = member < members
-        channel = group * members + member
-        first = tl.load(x + image * positions * channels + channel, mask=here, other=0.0).to(tl.float32)
-        one = tl.zeros([block], tl.float32)
-        two = tl.zeros([block], tl.float32)
+        count = tl.zeros([block], tl.float32)
+        centre = tl.zeros([block], tl.float32)  # of each channel
+        squares = tl.zeros([block], tl.float32)
         for part in range(stripes):
-            at = sums + (image * stripes + part) * 2 * channels + channel
-            one += tl.load(at, mask=here, other=0.0)
-            two += tl.load(at + channels, mask=here, other=0.0)
-        count = positions * 1.0
-        if masked:
-            count = (tl.load(sizes + 2 * image) * tl.load(sizes + 2 * image + 1)).to(tl.float32)
-        centre = tl.where(here, first + one / count, 0.0)  # of each channel
+            at = sums + (image * stripes + part) * 3 * channels + group * members + member
+            count_here = tl.load(at, mask=here, other=0.0)
+            mean_here = tl.load(at + channels, mask=here, other=0.0)
+            squares_here = tl.load(at + 2 * channels, mask=here, other=0.0)
+            count, centre, squares = _merge(count, centre, squares, count_here, mean_here, squares_here)
         whole = tl.sum(centre, 0) / members
         apart = tl.where(here, centre - whole, 0.0)
-        squares = tl.where(here, two - one * one / count, 0.0) + count * apart * apart
-        variance = tl.maximum(tl.sum(squares, 0) / (count * members), 0.0)
+        variance = tl.sum(squares + count * apart * apart, 0) / tl.sum(count, 0)
         tl.store(mean + image * tl.num_programs(1) + group, whole)
         tl.store(rstd + image * tl.num_programs(1) + group, 1.0 / tl.sqrt(variance + eps))
 
@@ -131,7 +138,7 @@ if triton is not None:
         two = tl.zeros([block_c], tl.float32)
         for start in range(part * stripe, tl.minimum((part + 1) * stripe, positions), block_p):
             position = start + tl.arange(0, block_p)
-            inside = _inside(position, sizes, image, width, positions, masked) & (position < (part + 1) * stripe)
+            inside = _inside(position, sizes, image, width, positions, masked)
             keep = inside[:, None] & here[None, :]
             at = position.to(tl.int64)[:, None] * channels + channel[None, :]
             value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
@@ -214,16 +221,16 @@ class _Plan:
     def __init__(self, x: Tensor) -> None:
         self.images, self.channels, height, self.width = x.shape
         self.positions = height * self.width
-        self.block_c = min(triton.next_power_of_2(self.channels), 512)
+        self.block_c = min(triton.next_power_of_2(self.channels), CHANNELS)
         self.block_p = max(BLOCK // self.block_c, 1)
         stripe = max(-(-self.positions // STRIPES), LEAST, self.block_p)
-        self.stripe = -(-stripe // self.block_p) * self.block_p
+        self.stripe = -(-stripe // self.block_p) * self.block_p  # whole blocks: none reaches into the next stripe
         self.stripes = -(-self.positions // self.stripe)
         self.blocks_c = -(-self.channels // self.block_c)
         self.blocks_p = -(-self.positions // self.block_p)
 
-    def sums(self, x: Tensor) -> Tensor:
-        return x.new_empty(self.images, self.stripes, 2, self.channels, dtype=torch.float32)
+    def sums(self, x: Tensor, kinds: int) -> Tensor:
+        return x.new_empty(self.images, self.stripes, kinds, self.channels, dtype=torch.float32)
 
     @property
     def by_stripes(self) -> tuple[int, int, int]:
@@ -250,14 +257,14 @@ def forward(
     mean, rstd = (x.new_empty(plan.images, groups, dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return torch.empty_like(x), mean, rstd
-    masked, sums, members = sizes is not None, plan.sums(x), plan.channels // groups
+    sums, members = plan.sums(x, 3), plan.channels // groups
     _sums_kernel[plan.by_stripes](
-        x, sizes, sums, plan.positions, plan.channels, plan.width, plan.stripe, masked=masked, **plan.sides
-    )
-    _statistics_kernel[(plan.images, groups)](
-        x, sizes, sums, mean, rstd, plan.positions, plan.channels, plan.stripes, eps, masked=masked, members=members,
-        block=triton.next_power_of_2(members),
+        x, sizes, sums, plan.positions, plan.channels, plan.width, plan.stripe, masked=sizes is not None,
+        **plan.sides,
     )  # fmt: skip
+    _statistics_kernel[(plan.images, groups)](
+        sums, mean, rstd, plan.channels, plan.stripes, eps, members=members, block=triton.next_power_of_2(members)
+    )
     return again(x, gamma, beta, mean, rstd, sizes, relu=relu), mean, rstd
 
 
@@ -281,7 +288,7 @@ def backward(
     plan, groups, grad_x = _Plan(x), mean.shape[1], torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(gamma), torch.zeros_like(gamma)
-    masked, sums = sizes is not None, plan.sums(x)
+    masked, sums = sizes is not None, plan.sums(x, 2)
     _gradient_sums_kernel[plan.by_stripes](
         grad, x, sizes, mean, rstd, sums, plan.positions, plan.channels, groups, plan.width, plan.stripe,
         masked=masked, **plan.sides,

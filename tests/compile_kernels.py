@@ -1,0 +1,51 @@
+"""Compile the Triton kernels for NVIDIA GPUs, none being needed; print the widths of their accesses to memory as JSON.
+
+A program of its own: the interpreter that the tests use would have to be switched off before Triton is imported.
+"""
+
+import json
+import re
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gndet.modeling import norm_kernels
+
+WHOLE = ("positions", "channels", "width", "groups", "stripe", "stripes")
+MAPS = ("x", "y", "grad", "grad_x")
+SIDES = {"block_p": 16, "block_c": 256}
+KERNELS = {
+    norm_kernels._sums_kernel: SIDES,
+    norm_kernels._statistics_kernel: {"members": 8, "block": 8},
+    norm_kernels._apply_kernel: {"relu": True, **SIDES},
+    norm_kernels._gradient_sums_kernel: SIDES,
+    norm_kernels._gradient_kernel: SIDES,
+}
+
+
+def accesses(kernel: triton.JITFunction, map_type: str, masked: bool, capability: int) -> list[str]:
+    """The loads and stores of PTX, as "ld.global.v4.b32", of a kernel compiled for a compute capability."""
+    constants = {"masked": masked, **KERNELS[kernel]} | ({} if masked else {"sizes": None})
+    signature, fixed, divisible = {}, {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], fixed[place,] = "constexpr", constants[name]
+            continue
+        signature[name] = "i32" if name in WHOLE else "fp32" if name == "eps" else "*fp32"
+        signature[name] = {"sizes": "*i64", **dict.fromkeys(MAPS, map_type)}.get(name, signature[name])
+        if name not in ("eps", "stripes"):  # by 16, as a ResNet's channels and torch's tensors are
+            divisible[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, fixed, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return re.findall(r"(?:ld|st)\.global[.\w:]*", compiled.asm["ptx"])
+
+
+found = {}
+for capability in (80, 90):
+    for map_type in ("*bf16", "*fp32"):
+        for masked in (False, True):
+            for kernel in KERNELS:
+                name = f"{kernel.__name__} {map_type} masked={masked} sm_{capability}"
+                found[name] = accesses(kernel, map_type, masked, capability)
+print(json.dumps(found))

@@ -84,7 +84,7 @@ def small_run(out: Path, keep_last: int) -> tuple[Run, Saver]:
     optimizer.step()
     proc = Process(0, 1, torch.device("cpu"))
     average = average_weights(model, 0.9)
-    run = Run(cfg, cfg, out, proc, train_set, val_set, model, average, optimizer, nullcontext, {}, None)
+    run = Run(cfg, cfg, out, proc, train_set, val_set, model, average, optimizer, nullcontext, {}, None, model, None)
     return run, Saver(run, 10**6, print)
 
 

@@ -17,12 +17,13 @@ from gndet.config import Config
 from gndet.config_file import load_config
 from gndet.data.batching import collate
 from gndet.data.transforms import Sample
+from gndet.dataset import MASK_SIDE
 from gndet.distributed import place, process
 from gndet.micro_batch import backward, to_device
 from gndet.modeling.area import Area
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norm import GroupNorm
-from gndet.structures import MASK_SIDE, Batch
+from gndet.structures import Batch
 
 
 def noise_batch(sizes: list[tuple[int, int]]) -> Batch:

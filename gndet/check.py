@@ -23,8 +23,8 @@ from gndet.data import as_configured, between, inspect_both, without_masks
 from gndet.data.coco import inspect_file
 from gndet.data.faults import REFUSED
 from gndet.data.files import PICTURE, read_head, what_is
+from gndet.dataset import Dataset, Finding
 from gndet.errors import ConfigError, OutputError
-from gndet.structures import Dataset, Finding
 from gndet.visualize import save_picture
 
 NAMES_TRIED = 100  # pictures of a JSON file that are looked for, to find its folder

@@ -7,8 +7,8 @@ import numpy as np
 from gndet.data.faults import Fault
 from gndet.data.images import open_picture
 from gndet.data.segmentation import printable
+from gndet.dataset import Dataset
 from gndet.errors import DataError
-from gndet.structures import Dataset
 from gndet.visualize import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 
 IMAGES = 16

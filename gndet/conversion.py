@@ -8,8 +8,8 @@ from gndet.compat import DATA
 from gndet.config import Config, ModelConfig, NormConfig
 from gndet.config_file import with_overrides
 from gndet.data.images import find_pictures, open_picture, picture_record
+from gndet.dataset import Dataset
 from gndet.errors import ConfigError, OutputError
-from gndet.structures import Dataset
 from gndet.weights.export import TOOLKITS, export_weights, write_export
 from gndet.weights.load import fate_table, initial_model
 from gndet.weights.names import BATCH_NORMS

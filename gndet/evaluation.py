@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from gndet.config import Config
 from gndet.data.batching import test_batches
 from gndet.data.coco import to_coco
+from gndet.dataset import Dataset
 from gndet.errors import DataError
 from gndet.garbage import no_garbage
 from gndet.paste import Paste, paste_masks
 from gndet.results import Results, from_coco, join, mask_areas
 from gndet.scoring import SUMMARY_COLUMNS, Kind, Metrics, coco_metrics
-from gndet.structures import Batch, Dataset, Detections
+from gndet.structures import Batch, Detections
 
 
 class Evaluation(NamedTuple):

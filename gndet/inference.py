@@ -15,12 +15,12 @@ from gndet.config import Config
 from gndet.config_file import config_from_dict, with_overrides
 from gndet.data import read_dataset
 from gndet.data.images import find_pictures, open_picture, picture_record
+from gndet.dataset import Dataset
 from gndet.distributed import Process, collect, gather, place
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.results import save_results
-from gndet.structures import Dataset
 from gndet.visualize import draw_detections, save_picture
 
 

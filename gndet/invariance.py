@@ -22,6 +22,7 @@ from gndet.config import Config
 from gndet.data import read_dataset
 from gndet.data.batching import micro_batches
 from gndet.data.transforms import Sample, train_sample
+from gndet.dataset import MASK_SIDE, Dataset, Record
 from gndet.distributed import Process, spawn, sum_gradients, total
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation import aligned
@@ -43,7 +44,6 @@ from gndet.memory import out_of_memory, release
 from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.ops.noise import hash_ints
-from gndet.structures import MASK_SIDE, Dataset, Record
 from gndet.weights.load import initial_model
 
 MIN_IMAGES, MAX_IMAGES = 4, 16

@@ -10,9 +10,9 @@ from torch import nn
 
 from gndet.buckets import Buckets
 from gndet.config import Config
+from gndet.dataset import Dataset
 from gndet.distributed import Process
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.structures import Dataset
 
 
 class Run(NamedTuple):

@@ -11,6 +11,7 @@ from gndet.config_file import config_from_dict
 from gndet.data import between, inspect_both
 from gndet.data.faults import NOTED, refuse_all
 from gndet.data.packed import count_objects
+from gndet.dataset import Dataset
 from gndet.distributed import Process, gather, give_first_s, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints
@@ -23,7 +24,6 @@ from gndet.resume import restore
 from gndet.run import Run
 from gndet.run_folder import find_run
 from gndet.saving import room_for_checkpoints
-from gndet.structures import Dataset
 from gndet.weights.audit import audit, summary
 from gndet.weights.load import initial_model
 

@@ -5,14 +5,11 @@ P positive regions per image, D detections, C channels, L levels, S mask side, (
 Boxes are xyxy float32 pixels, sizes are (height, width), labels lie in [0, num_classes).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 GROUND_TRUTH_IDS = 7 << 28  # ids of objects' own boxes start here, above those of anchors and below 2**31
-MASK_SIDE = 112  # a 28 x 28 mask target sampled from 112 x 112 differs from the full mask in 0.5 % of its pixels
 
 
 class GroundTruth(NamedTuple):
@@ -88,53 +85,3 @@ class Detections(NamedTuple):
     labels: Tensor  # (B, D) int64 in [0, num_classes)
     masks: Tensor  # (B, D, 28, 28) float32 probabilities in the frame of the box; (B, D, 0, 0) where masks are off
     valid: Tensor  # (B, D) bool
-
-
-class Record(NamedTuple):
-    """One image of a data set with its n objects as the annotation file gives them (float64, original pixels)."""
-
-    image_id: int
-    file_name: str  # for messages and predictions; a drawn image has a made-up name
-    size: tuple[int, int]  # height, width in pixels
-    load: Callable[[], np.ndarray]  # picklable; returns (height, width, 3) uint8 RGB
-    boxes: np.ndarray  # (n, 4) float64 xyxy
-    labels: np.ndarray  # (n,) int64 index into Dataset.classes
-    crowd: np.ndarray  # (n,) bool: a crowd region, ignored in training, kept in evaluation
-    area: np.ndarray  # (n,) float64 pixels, as COCO's evaluation wants it
-    annotation_ids: np.ndarray  # (n,) int64 >= 1, unique in the data set
-    segmentations: Sequence[
-        Any
-    ]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, or {"size", "counts"} RLE, or None
-
-
-class Finding(NamedTuple):
-    """One kind of fault of a data set; `gndet.data.faults` holds the kinds."""
-
-    code: str  # like box-outside
-    severity: str  # E: training is refused; F: fixed in memory; N: noted
-    what: str  # to be read after the count: "boxes wholly outside their image"
-    remedy: str
-    count: int
-    examples: tuple[str, ...]  # the first few, each with id, value and what was expected
-    image_ids: tuple[int, ...]  # of the first images that have it, for pictures of them
-
-
-class Dataset(NamedTuple):
-    """A data set that has been read and checked."""
-
-    name: str  # path of the annotation file, or what was drawn
-    classes: tuple[str, ...]  # class names; a label is an index into it
-    category_ids: tuple[int, ...]  # the file's category id of each class
-    records: Sequence[Record]
-    findings: tuple[Finding, ...] = ()  # E first, then F, N
-    notes: tuple[str, ...] = ()  # lines to be shown where a run starts: what is known of the pictures
-
-    @property
-    def fixes(self) -> dict[str, int]:
-        """What was mended in memory, counted: {"boxes without area dropped": 2}."""
-        return {one.what: one.count for one in self.findings if one.severity == "F"}
-
-    @property
-    def refused(self) -> bool:
-        """Whether a fault is in it with which nothing is trained or evaluated."""
-        return any(one.severity == "E" for one in self.findings)

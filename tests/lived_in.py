@@ -14,9 +14,10 @@ from gndet.config import Config
 from gndet.config_file import config_from_dict
 from gndet.data import read_dataset
 from gndet.data.batching import sample_batch, train_batches
+from gndet.dataset import Dataset
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norm import NORM_LAYERS, NoNorm
-from gndet.structures import Batch, Dataset
+from gndet.structures import Batch
 
 CLASSES = ("disc", "box", "triangle", "star")
 GN, BN, NONE = {"kind": "gn", "channels_per_group": 16}, {"kind": "bn"}, {"kind": "none"}

@@ -10,9 +10,10 @@ import torch
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import batching, read_dataset
 from gndet.data.transforms import Sample
+from gndet.dataset import MASK_SIDE, Dataset
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints
-from gndet.structures import MASK_SIDE, Batch, Dataset
+from gndet.structures import Batch
 
 DATA = DataConfig(shortest_edge=(32, 48), shortest_edge_test=48, workers=0)
 

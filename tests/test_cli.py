@@ -32,10 +32,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_help_and_config_do_not_import_torch() -> None:
+def test_help_config_and_check_do_not_import_torch() -> None:
     code = "import sys; from gndet.cli import main\ntry: main({})\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
-    for words in (["--help"], ["train", "--help"], ["config", str(REPOSITORY / "configs/quickstart.yaml")]):
+    quickstart = str(REPOSITORY / "configs/quickstart.yaml")
+    for words in (["--help"], ["train", "--help"], ["config", quickstart], ["check", quickstart]):
         done = subprocess.run([sys.executable, "-c", code.format(words)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -18,8 +18,8 @@ from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.coco import read_coco, to_coco
 from gndet.data.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
+from gndet.dataset import Dataset
 from gndet.errors import DataError
-from gndet.structures import Dataset
 
 Tree = dict[str, Any]
 SQUARE = [2.0, 2.0, 8.0, 2.0, 8.0, 8.0, 2.0, 8.0]

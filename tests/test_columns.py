@@ -13,7 +13,7 @@ from gndet.config import DataConfig
 from gndet.data import coco, columns, json_parts
 from gndet.data.coco import inspect_file
 from gndet.data.packed import count_objects
-from gndet.structures import Dataset
+from gndet.dataset import Dataset
 
 PLAIN = DataConfig(cache="")
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from gndet.config import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.transforms import test_sample as evaluation_sample
+from gndet.dataset import Dataset
 from gndet.distributed import Process, collect, gather, spawn
 from gndet.errors import DataError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate, scalars, table
 from gndet.ops.noise import uniform
 from gndet.scoring import SUMMARY_COLUMNS
-from gndet.structures import Dataset, Detections
+from gndet.structures import Detections
 
 pytestmark = pytest.mark.faults
 CPU = torch.device("cpu")

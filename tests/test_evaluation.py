@@ -22,10 +22,11 @@ from gndet import evaluation
 from gndet.config import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.segmentation import to_rle
+from gndet.dataset import Dataset
 from gndet.paste import paste_masks
 from gndet.results import from_coco, join, save_results
 from gndet.scoring import Metrics, coco_metrics
-from gndet.structures import Dataset, Detections
+from gndet.structures import Detections
 
 CPU = torch.device("cpu")
 ENGINES = ("hotcoco", "pycocotools")

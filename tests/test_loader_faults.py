@@ -26,9 +26,9 @@ from gndet.data import batching, read_dataset
 from gndet.data.batching import Loaded, micro_batches
 from gndet.data.images import read_image
 from gndet.data.loader import GRACE, prepared
+from gndet.dataset import Dataset
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints
-from gndet.structures import Dataset
 
 pytestmark = pytest.mark.faults
 SOON = 5.0  # seconds

@@ -19,9 +19,10 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FrozenBatchNorm2d
 
 from gndet.config import SourceConfig
+from gndet.dataset import MASK_SIDE
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.paste import paste_masks
-from gndet.structures import MASK_SIDE, Batch, GroundTruth, Step
+from gndet.structures import Batch, GroundTruth, Step
 from gndet.weights.files import WeightFile
 from gndet.weights.sources import understand
 

@@ -9,8 +9,8 @@ from pycocotools import mask as coco_mask
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.shapes import CLASSES, draw_image
+from gndet.dataset import Dataset
 from gndet.errors import DataError
-from gndet.structures import Dataset
 
 
 def shapes(seed: int = 0, count: int = 40, size: int = 96) -> Dataset:

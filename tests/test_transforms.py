@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from torchvision.ops import roi_align
 
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset, transforms
 from gndet.data.segmentation import box_frame_masks, into_frames, to_rle
+from gndet.dataset import MASK_SIDE, Dataset, Record
 from gndet.errors import DataError
-from gndet.structures import MASK_SIDE, Dataset, Record
 
 PLAIN = DataConfig(shortest_edge=(96,), flip=0)
 
@@ -98,6 +99,22 @@ def test_a_frame_has_no_half_pixel_shift() -> None:
     sampled = box_frame_masks([coco_mask.encode(mask)], box, (40, 60), MASK_SIDE)[0]
     assert np.array_equal(sampled[28], truth[28]) and np.array_equal(sampled[:, 56], truth[:, 56])
     assert (sampled != truth).sum() < 20  # bilinear sampling rounds the four corners
+
+
+def test_rles_are_sampled_as_roi_align_samples() -> None:
+    rng = np.random.default_rng(1)
+    for size in ((37, 53), (1, 9), (60, 2)):
+        mask = rng.random(size) < 0.5
+        corners = np.sort(rng.uniform(0, 1, (8, 2, 2)), axis=1)  # (8, from and to, x and y)
+        boxes = (corners * size[::-1]).reshape(8, 4)
+        boxes[0] = (0, 0, *size[::-1])
+        rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        found = box_frame_masks([rle] * len(boxes), boxes, size, 20)
+        regions = torch.cat((torch.zeros(8, 1), torch.from_numpy(boxes)), 1)
+        maps = torch.from_numpy(mask)[None, None].double()
+        truth = roi_align(maps, regions, 20, sampling_ratio=1, aligned=True)[:, 0]
+        clear = (truth - 0.5).abs() > 1e-9
+        assert torch.equal(torch.from_numpy(found)[clear], (truth >= 0.5)[clear])
 
 
 def test_a_polygon_far_larger_than_its_box_is_drawn_too() -> None:

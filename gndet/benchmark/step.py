@@ -31,6 +31,7 @@ from gndet.compiling import compiled
 from gndet.config import Config
 from gndet.config_file import config_from_dict, with_overrides
 from gndet.data.segmentation import box_frame_masks
+from gndet.dataset import MASK_SIDE
 from gndet.distributed import keep_freed_memory, place, process
 from gndet.errors import ConfigError
 from gndet.memory import MIB
@@ -38,7 +39,7 @@ from gndet.micro_batch import backward, to_device
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.tower import set_memory
 from gndet.optim import make_optimizer
-from gndet.structures import MASK_SIDE, Batch, GroundTruth, Proposals
+from gndet.structures import Batch, GroundTruth, Proposals
 
 RATE = 1e-6  # the learning rate of both: the weights change, but no loss grows in the turns
 BATCHES = 2  # that a subject goes through in turn

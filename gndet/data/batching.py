@@ -20,9 +20,10 @@ from gndet.config import DataConfig
 from gndet.data.loader import Notify, prepared
 from gndet.data.packed import count_objects
 from gndet.data.transforms import Sample, UnreadablePicture, check_masks, resized, test_sample, train_sample
+from gndet.dataset import MASK_SIDE, Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
-from gndet.structures import MASK_SIDE, Batch, Dataset, GroundTruth, Record
+from gndet.structures import Batch, GroundTruth
 
 MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
 

@@ -24,8 +24,8 @@ import PIL
 
 from gndet.data.files import ImageFolder
 from gndet.data.packed import Packed, PackedRecords
+from gndet.dataset import Dataset, Finding, Record
 from gndet.errors import ConfigError, DataError
-from gndet.structures import Dataset, Finding, Record
 
 READER = (  # what reading runs
     "annotations", "cache", "coco", "columns", "faults", "files", "images", "json_parts", "packed", "segmentation",

@@ -22,8 +22,8 @@ from gndet.data.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.pictures import processors
 from gndet.data.segmentation import brief
+from gndet.dataset import Dataset
 from gndet.garbage import no_garbage
-from gndet.structures import Dataset
 
 LISTS = ("images", "annotations", "categories")
 

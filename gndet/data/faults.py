@@ -6,8 +6,8 @@ A check is one row of FAULTS and one line that raises `Fault` or calls `Findings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from gndet.dataset import Dataset, Finding
 from gndet.errors import DataError
-from gndet.structures import Dataset, Finding
 
 EXAMPLES = 3  # spelt out of each kind
 SHOWN = 16  # images remembered of each kind

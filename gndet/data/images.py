@@ -14,8 +14,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gndet.data.faults import Fault
 from gndet.data.files import EMPTY, FILE, PICTURE, read_head, what_is
+from gndet.dataset import Record
 from gndet.errors import DataError, MachineError
-from gndet.structures import Record
 
 MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb
 ORIENTATION = 0x0112  # EXIF's tag

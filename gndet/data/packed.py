@@ -18,7 +18,7 @@ from gndet.data.columns import Columns
 from gndet.data.faults import Findings
 from gndet.data.images import read_image
 from gndet.data.segmentation import to_rle
-from gndet.structures import Record
+from gndet.dataset import Record
 
 MATCH = 0.5  # IoU of a box and the box around its mask below which they are noted as two things
 

@@ -11,13 +11,11 @@ from operator import mul
 from typing import Any
 
 import numpy as np
-import torch
 from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
-from torchvision.ops import roi_align
 
 from gndet.data.faults import Fault
-from gndet.structures import MASK_SIDE
+from gndet.dataset import MASK_SIDE
 
 NUMBERS = {int, float}
 MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
@@ -131,12 +129,18 @@ def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
 def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
     """Sample the mask of an RLE on a side x side grid over the box; bilinear, threshold 0.5."""
     mask = coco_mask.decode(rle)  # (h, w) uint8
-    x0, y0 = np.floor(box[:2]).astype(int).clip(1) - 1  # bilinear sampling looks one pixel around
-    x1, y1 = np.ceil(box[2:]).astype(int) + 1
-    crop = torch.from_numpy(np.ascontiguousarray(mask[y0:y1, x0:x1])).float()  # (h', w')
-    region = torch.tensor([[0, *(box - (x0, y0, x0, y0))]], dtype=torch.float32)  # (1, 5) image index, xyxy
-    sampled = roi_align(crop[None, None], region, side, sampling_ratio=1, aligned=True)  # (1, 1, S, S)
-    return (sampled[0, 0] >= 0.5).numpy()
+    rows = _between(mask, *box[1::2], side)  # (S, w)
+    return _between(rows.T, *box[::2], side).T >= 0.5
+
+
+def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
+    """Rows (n, m) at the centres of `side` cells from start to end, linear between the rows' own.  Returns (S, m)."""
+    place = start + (np.arange(side) + 0.5) * ((end - start) / side) - 0.5
+    place = place.clip(0, len(values) - 1)
+    low = np.floor(place).astype(int)
+    high = (low + 1).clip(max=len(values) - 1)
+    share = (place - low)[:, None]
+    return values[low] * (1 - share) + values[high] * share
 
 
 def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from gndet.config import DataConfig, DatasetConfig
+from gndet.dataset import Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
-from gndet.structures import Dataset, Record
 
 CLASSES = ("disc", "box", "triangle", "star")
 MAX_COUNT = 1_000_000  # images a seed: image ids are seed * MAX_COUNT + 1 and on

@@ -13,9 +13,9 @@ from torchvision.transforms.v2 import functional
 
 from gndet.config import DataConfig
 from gndet.data.segmentation import box_frame_masks
+from gndet.dataset import MASK_SIDE, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, uniform
-from gndet.structures import MASK_SIDE, Record
 
 MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty but for rounding
 

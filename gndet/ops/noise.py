@@ -4,9 +4,13 @@ An image's key is `hash_ints(seed, epoch, image_id)`; whatever is random about t
 anchors and regions) is drawn from `uniform(key, stream)` or `ranks(keys, stream, ids)`, never from a generator.
 """
 
-from enum import IntEnum
+from __future__ import annotations
 
-from torch import Tensor
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # data sets are read without torch
+    from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
 

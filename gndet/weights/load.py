@@ -13,9 +13,9 @@ from torch import Tensor
 
 from gndet.config import Config, ModelConfig
 from gndet.data.batching import sample_batch
+from gndet.dataset import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.structures import Dataset
 from gndet.weights.calibrate import Comparison, compare
 from gndet.weights.names import CLASS_ROWS
 from gndet.weights.policy import (

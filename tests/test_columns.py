@@ -49,6 +49,8 @@ ODD = [
     {"segmentation": [[-120, 0, 9, 0, 9, 9]]}, {"segmentation": [[-20, 0, 9, 0, 9, 99]]}, {"segmentation": "text"},
     {"segmentation": {"size": [80, 100], "counts": [10, 20, 7970]}},
     {"segmentation": {"size": [80, 100], "counts": [9]}},
+    {"segmentation": [[10, 10, 60, 60, 60, 10, 10, 60]]},
+    {"segmentation": [[10, 10, 10.1, 60, 10, 60], [3, 3, 3, 9, 3, 5]]},
     {"segmentation": [[0, 0, 50, 0, 50, 50, 0, 50], [1, 2]]}, {"extra": {"a": [{}, {"b": 1}]}},
 ]  # fmt: skip
 
@@ -113,6 +115,9 @@ STRANGE = [
     '{"annotations": [{"id": 1}], "annotations": [{"id": 2}], "images": [], "categories": []}',
     '{"annotations": [{"id": NaN}, {"id": 1}], "images": [{"id": 1}], "categories": [{"id": 1}]}',
     '{"annotations": [{"id": 1, "parts": [{"a": 1}, {"b": 2}]}], "images": [{"id": 1}], "categories": [{"id": 1}]}',
+    '{"annotations": [], "images": [{"id": 1, "width": 9, "height": 9, "file_name": "a"}], '
+    '"categories": [{"id": 1, "name": "a"}]}',
+    '{"annotations": [{"id": 1}], "categories": [{"id": 1, "name": "\\"images\\""}], "images": [{"id": 1}]}',
     '{"note": "annotations", "images": [{"id": 1}], "categories": [{"id": 1}], "annotations": [1, 2]}',
 ]  # fmt: skip
 

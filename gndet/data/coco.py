@@ -15,7 +15,7 @@ import numpy as np
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import cache
 from gndet.data.annotations import MAX_SIDE, Size, whole
-from gndet.data.columns import Columns, Known, join, read_columns
+from gndet.data.columns import Columns, Known, read_columns, with_ids
 from gndet.data.faults import Fault, Findings, in_order, refuse
 from gndet.data.files import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.json_parts import NotInParts, read_parts, take_apart
@@ -116,8 +116,8 @@ def _inspect(path: Path, digest: str, files: ImageFolder | None, max_pixels: int
     except Fault as fault:
         found.add(fault.code, str(fault))
         return Dataset(str(path), (), (), [], found.listed())
-    items, sizes, categories, parts = content
-    objects = join(parts, found)
+    items, sizes, categories, objects = content
+    objects = with_ids(objects, found)
     images = _read_images(items, sizes, files, found)
     category_ids = tuple(sorted(categories))
     packed = pack(images, objects, category_ids)
@@ -138,7 +138,7 @@ class _Content(NamedTuple):
     images: list[dict[str, Any]]
     sizes: dict[int, Size | None]
     categories: dict[int, str]
-    parts: list[Columns]  # of the annotations
+    objects: Columns
 
 
 def _in_parts(path: Path, max_pixels: int, found: Findings) -> _Content | None:
@@ -150,19 +150,17 @@ def _in_parts(path: Path, max_pixels: int, found: Findings) -> _Content | None:
     try:
         before = path.stat()
         parts = take_apart(path)
-        if parts is None:
+        if parts is None or parts.around.count(b'"annotations"') > 1:
             return None
-        tree = _parse(path, parts.around, noted)
+        tree, parts = _parse(path, parts.around, noted), parts._replace(around=b"")
         categories, sizes = _read_categories(tree["categories"], noted), _read_sizes(tree["images"], max_pixels, noted)
-        columns = read_parts(parts, Known.of(sizes, categories), processors(), noted)
+        objects = read_parts(parts, Known.of(sizes, categories), processors(), noted)
         if path.stat() != before:  # but for the time of the last access, which nothing here changes
             return None
     except (OSError, Fault, NotInParts):
         return None
-    if parts.around.count(b'"annotations"') > 1:
-        return None
     found.take(noted)
-    return _Content(tree["images"], sizes, categories, columns)
+    return _Content(tree["images"], sizes, categories, objects)
 
 
 def _as_a_whole(path: Path, digest: str, max_pixels: int, found: Findings) -> _Content:
@@ -176,8 +174,8 @@ def _as_a_whole(path: Path, digest: str, max_pixels: int, found: Findings) -> _C
     tree = _parse(path, text, found)
     categories, sizes = _read_categories(tree["categories"], found), _read_sizes(tree["images"], max_pixels, found)
     annotations = tree.pop("annotations")
-    columns = read_columns(annotations, lambda odd: annotations, Known.of(sizes, categories), found)
-    return _Content(tree["images"], sizes, categories, [columns])
+    objects = read_columns(annotations, lambda odd: annotations, Known.of(sizes, categories), found)
+    return _Content(tree["images"], sizes, categories, objects)
 
 
 def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str, Any]]]:

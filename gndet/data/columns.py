@@ -11,10 +11,11 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from gndet.data.annotations import MAX_COORDINATE, MAX_SIDE, ROUNDING, Annotation, Size, read_one, whole
 from gndet.data.faults import Findings
-from gndet.data.segmentation import NUMBERS
+from gndet.data.segmentation import NUMBERS, to_rle
 
 
 class Masks(NamedTuple):
@@ -68,7 +69,7 @@ def read_columns(
     known: Known,
     found: Findings,
 ) -> Columns:
-    """Check annotations; found gets what is wrong but ids that occur twice, which `join` finds.
+    """Check annotations; found gets what is wrong but ids that occur twice, which `with_ids` finds.
 
     exactly: given the places of those that are looked at one by one, gives them with integers of any size kept.
     """
@@ -89,7 +90,10 @@ def read_columns(
         if annotation is not None:
             kept.append(annotation)
             kept_places.append(place)
-    columns = _join_two(plain.columns, _of_annotations(kept))
+    both = Together()
+    both.add(plain.columns)
+    both.add(_of_annotations(kept))
+    columns = both.columns()
     order = np.argsort(np.concatenate([plain.places, np.array(kept_places, dtype=np.int64)]), kind="stable")
     all_ids = np.concatenate([plain.columns.annotation_ids, np.array(ids, dtype=np.int64)])
     id_order = np.argsort(np.concatenate([plain.places, np.array(id_places, dtype=np.int64)]), kind="stable")
@@ -97,29 +101,53 @@ def read_columns(
     return Columns(*scalars, columns.masks, all_ids[id_order])
 
 
-def join(parts: list[Columns], found: Findings) -> Columns:
-    """Put the columns of a file's parts together, emptying the list; find ids that occur twice, or are under 1.
+class Together:
+    """Columns end to end, grown part by part: 30 million points are not held twice."""
+
+    def __init__(self) -> None:
+        self._scalars: list[list[np.ndarray]] = [[] for _ in range(8)]  # all but the masks
+        self._firsts = [[np.zeros(1, dtype=np.int64)] for _ in range(4)]
+        self._ends = [0, 0, 0, 0]  # of the polygons, points, counts and texts so far
+        self._values = [bytearray() for _ in range(3)]  # points, counts and texts
+
+    def add(self, part: Columns) -> None:
+        """Put a part at the end."""
+        *scalars, masks_at, masks, all_ids = part
+        shift = sum(map(len, self._firsts[0])) - 1
+        for mine, its in zip(self._scalars, (*scalars, masks_at + shift, all_ids), strict=True):
+            mine.append(its)
+        firsts = (masks.polygons_first, masks.points_first, masks.counts_first, masks.texts_first)
+        for i, its in enumerate(firsts):
+            self._firsts[i].append(its[1:] + self._ends[i])
+            self._ends[i] += int(its[-1])
+        for mine, its in zip(self._values, (masks.points, masks.counts, masks.texts), strict=True):
+            mine += its.tobytes()
+
+    def columns(self) -> Columns:
+        """All of them; there must have been a part."""
+        *scalars, all_ids = map(np.concatenate, self._scalars)
+        polygons_first, points_first, counts_first, texts_first = map(np.concatenate, self._firsts)
+        points, counts, texts = map(np.frombuffer, self._values, (np.float64, np.int64, np.uint8))
+        masks = Masks(polygons_first, points_first, points, counts_first, counts, texts_first, texts)
+        return Columns(*scalars, masks, all_ids)
+
+
+def with_ids(columns: Columns, found: Findings) -> Columns:
+    """Find ids of a file's annotations that occur twice, or are under 1.
 
     If any is under 1 all are numbered anew: COCO's evaluators take id 0 for "no match".
     """
-    all_ids = np.concatenate([part.all_ids for part in parts])
-    order = np.argsort(all_ids, kind="stable")
-    again = np.sort(order[1:][all_ids[order][1:] == all_ids[order][:-1]])
-    for number in all_ids[again].tolist():
+    ids = columns.all_ids
+    order = np.argsort(ids, kind="stable")
+    again = np.sort(order[1:][ids[order][1:] == ids[order][:-1]])
+    for number in ids[again].tolist():
         found.add("annotation-id-twice", f"annotation id {number} occurs twice, expected unique ids")
-    ends = np.cumsum([len(part.masks.polygons_first) - 1 for part in parts]).tolist()
-    masks = [part.masks for part in parts]
-    parts[:] = [
-        part._replace(masks=None, masks_at=part.masks_at + shift)
-        for part, shift in zip(parts, [0, *ends[:-1]], strict=True)
-    ]
-    masks = _joined_masks(masks)
-    columns = [np.concatenate([part[i] for part in parts]) for i in range(7)]
-    low = columns[2][columns[2] < 1]
+    numbers = columns.annotation_ids
+    low = numbers[numbers < 1]
     if len(low):
-        found.add("annotation-id-low", f"annotation id {low[0]}", count=len(columns[2]))
-        columns[2] = np.arange(1, len(columns[2]) + 1)
-    return Columns(*columns, masks, all_ids)
+        found.add("annotation-id-low", f"annotation id {low[0]}", count=len(numbers))
+        numbers = np.arange(1, len(numbers) + 1)
+    return columns._replace(annotation_ids=numbers)
 
 
 def pack_masks(segmentations: Iterable[Any]) -> Masks:
@@ -218,7 +246,8 @@ def _plain_outlines(
 ) -> tuple[Masks, np.ndarray]:
     """The polygons of n objects end to end, and (n,) whether all their numbers are sane and one surely has a pixel.
 
-    height, width (n,) of their images.  What `segmentation.has_pixels` calls large: thick, and inside the image.
+    height, width (n,) of their images.  What is thick and inside the image, as `segmentation.has_pixels` takes it,
+    is not drawn for it.
     """
     polygons = list(chain.from_iterable(outlines))
     numbers = list(map(len, outlines))
@@ -243,7 +272,10 @@ def _plain_outlines(
     large = (left >= 0) & (top >= 0) & (right <= wide) & (bottom <= high)
     large &= np.abs(twice) >= 2 * (right - left + bottom - top + 1)
     starts = polygons_first[:-1]
-    return masks, np.logical_and.reduceat(sane, starts) & np.logical_or.reduceat(large, starts)
+    good, shown = np.logical_and.reduceat(sane, starts), np.logical_or.reduceat(large, starts)
+    for i in np.flatnonzero(good & ~shown).tolist():
+        shown[i] = coco_mask.area(to_rle(outlines[i], (int(height[i]), int(width[i])))) > 0
+    return masks, good & shown
 
 
 def _as_floats(flat: list[Any], lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -273,39 +305,6 @@ def _of_annotations(kept: Sequence[Annotation]) -> Columns:
         np.array([one.area for one in kept], dtype=np.float64), np.array([one.crowd for one in kept], dtype=bool),
         np.arange(len(kept)), pack_masks(one.segmentation for one in kept), numbers[:, 2],
     )  # fmt: skip
-
-
-def _join_two(one: Columns, other: Columns) -> Columns:
-    shift = len(one.masks.polygons_first) - 1
-    scalars = [np.concatenate(two) for two in zip(one[:6], other[:6], strict=True)]
-    masks_at = np.concatenate([one.masks_at, other.masks_at + shift])
-    return Columns(*scalars, masks_at, _joined_masks([one.masks, other.masks]), one.all_ids)
-
-
-def _joined_masks(parts: list[Masks]) -> Masks:
-    """Masks end to end.  The list is emptied on the way: 30 million points are not held twice."""
-    columns = [list(column) for column in zip(*parts, strict=True)]
-    parts.clear()
-    joined = [_emptied(column) if i in (2, 4, 6) else _shifted(column) for i, column in enumerate(columns)]
-    return Masks(*joined)
-
-
-def _emptied(column: list[np.ndarray]) -> np.ndarray:
-    """Concatenate arrays, letting each go as it is copied."""
-    joined = np.empty(sum(map(len, column)), dtype=column[0].dtype)
-    end = len(joined)
-    while column:
-        part = column.pop()
-        joined[end - len(part) : end] = part
-        end -= len(part)
-    return joined
-
-
-def _shifted(firsts: list[np.ndarray]) -> np.ndarray:
-    """Concatenate offsets that each begin at 0."""
-    ends = np.cumsum([one[-1] for one in firsts]) - [one[-1] for one in firsts]
-    zero = np.zeros(1, dtype=np.int64)
-    return np.concatenate([zero, *(one[1:] + end for one, end in zip(firsts, ends, strict=True))])
 
 
 def _chosen(masks: Masks, keep: np.ndarray) -> Masks:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from gndet.data.columns import Columns, Known, read_columns
+from gndet.data.columns import Columns, Known, Together, read_columns
 from gndet.data.faults import Findings
 from gndet.errors import MachineError
 
@@ -51,32 +51,33 @@ def take_apart(path: Path) -> Parts | None:
             return None
         start = key + opening.end()
         before = _read(file, 0, start)
-        places = [_find(file, other, start, size) for other in _OTHERS if other not in before]
+        places = [_find_last(file, other, start, size) for other in _OTHERS if other not in before]
         after = min((place for place in places if place is not None), default=size)
         closing = _read(file, max(after - WINDOW, start), after).rfind(b"]")
         if closing < 0:
             return None
         end = max(after - WINDOW, start) + closing
-        return Parts(path, before + _read(file, end, size), list(_cuts(file, start, end)))
+        cuts = list(_cuts(file, start, end))
+        return Parts(path, before + _read(file, end, size), cuts) if cuts else None
 
 
-def read_parts(parts: Parts, known: Known, processes: int, found: Findings) -> list[Columns]:
+def read_parts(parts: Parts, known: Known, processes: int, found: Findings) -> Columns:
     """Read and check the annotations, in processes if there is more than one part.
 
     Raises NotInParts, with found as it was, and MachineError where a process is killed.
     """
-    columns, notes = [], []
+    together, notes = Together(), []
     context = multiprocessing.get_context("fork")  # what they need, images' sizes above all, is not sent
     with ProcessPoolExecutor(max(min(processes, len(parts.cuts)), 1), context, _begin, (parts.path, known)) as pool:
         try:
             for part, noted in pool.map(_read_part, parts.cuts):
-                columns.append(part)
+                together.add(part)
                 notes.append(noted)
         except BrokenProcessPool:
             raise MachineError(f"{parts.path}: a process that read it was killed: out of memory?") from None
     for noted in notes:
         found.take(noted)
-    return columns
+    return together.columns()
 
 
 _now: list[Any] = []  # in a process: the file and what its annotations refer to
@@ -119,6 +120,16 @@ def _find(file: Any, words: bytes, start: int, size: int) -> int | None:
     """The first place of words from start on."""
     for first in range(start, size, WINDOW * 16):
         place = _read(file, first, min(first + WINDOW * 16 + len(words), size)).find(words)
+        if place >= 0:
+            return first + place
+    return None
+
+
+def _find_last(file: Any, words: bytes, start: int, size: int) -> int | None:
+    """The last place of words from start on: keys behind the list are close to the end, the list is long."""
+    for end in range(size, start, -WINDOW * 16):
+        first = max(end - WINDOW * 16, start)
+        place = _read(file, first, min(end + len(words), size)).rfind(words)
         if place >= 0:
             return first + place
     return None

@@ -49,6 +49,10 @@ def test_drawn_pictures_are_a_coco_data_set_that_both_sides_read(drawn: tuple[Pa
         assert subject(*drawn, 96, 160)() == {}
 
 
+def test_the_adapter_that_opens_a_file_gives_its_data_set(drawn: tuple[Path, Path]) -> None:
+    assert len(adapter("peer_start").load(str(drawn[0])).records) == 3
+
+
 def test_half_a_data_set_is_refused(drawn: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="--annotations and --pictures go together"):
         loader.run(options(loader_options, "--annotations", str(drawn[0])), print)

@@ -25,8 +25,8 @@ def normalize(
     """
     if norm_kernels.usable(x):
         return norm_kernels.forward(x, gamma, beta, groups, eps, _sizes(area), relu=relu)
-    y, mean, rstd = _normalize(x.to(gamma.dtype), gamma, beta, groups, eps, area)
-    y = y.to(x.dtype)
+    y, mean, rstd = _normalize(_as(x, gamma.dtype), gamma, beta, groups, eps, area)
+    y = _as(y, x.dtype)
     return y.relu_() if relu else y, mean, rstd
 
 
@@ -121,6 +121,11 @@ class Normalize(torch.autograd.Function):
         area = None if sizes is None else Area(sizes, mask, count)
         grad_x, grad_gamma, grad_beta = gradients(grad, x, gamma, mean, rstd, area)
         return grad_x, None, None, None, grad_gamma, grad_beta, None, None
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a type; itself where it has it: of `to` torch 2.11 compiles an alias beside it, which takes its gradient."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _sizes(area: Area | None) -> Tensor | None:

@@ -130,18 +130,13 @@ def parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=check)
 
     verb = verbs.add_parser("selftest", help="break a tiny run in every way it must survive: signals, kills, full disk")
-    verb.add_argument("numbers", nargs="*", metavar="T8", help="scenarios to run (a selection of 3 minutes)")
-    verb.add_argument("--all", action="store_true", help="run all of them, which takes a quarter of an hour")
+    verb.add_argument("numbers", nargs="*", metavar="T8", help="scenarios to run (a selection of 2 minutes)")
+    verb.add_argument("--all", action="store_true", help="run all of them, which takes eight minutes")
     verb.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, and leave everything there")
     verb.set_defaults(run=selftest)
 
     verb = verbs.add_parser("benchmark", help="speed and memory beside other libraries, on the same work in turn")
-    names = verb.add_subparsers(dest="benchmark", required=True, metavar="NAME")
-    for name, module in benchmarks.NAMES.items():
-        add_options = getattr(benchmarks, module)
-        one = names.add_parser(name, help=add_options.__doc__, description=add_options.__doc__)
-        benchmarks.common(one)
-        add_options(one)
+    for one in benchmarks.add_all(verb):
         one.set_defaults(run=benchmark)
 
     verb = verbs.add_parser("config", help="print the resolved config")

@@ -64,9 +64,9 @@ def test_memory_and_time_of_processes_that_a_subject_starts_count(capfd: pytest.
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("dies", r"benchmark: bad: its process died: exit status -9"),
-        ("raises", r"(?s)benchmark: bad failed:.*ValueError: no such thing"),
-        ("cannot be built", r"(?s)benchmark: bad failed:.*ValueError: no such thing"),
+        ("dies", r"^bad: its process died: exit status -9"),
+        ("raises", r"(?s)^bad failed:.*ValueError: no such thing"),
+        ("cannot be built", r"(?s)^bad failed:.*ValueError: no such thing"),
     ],
 )
 def test_a_subject_that_fails_is_told(tmp_path: Path, how: str, told: str) -> None:

@@ -14,10 +14,11 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
-from gndet.benchmark import evaluation, loader
+from gndet.benchmark import evaluation, loader, start
 from gndet.benchmark.options import evaluation as evaluation_options
 from gndet.benchmark.options import loader as loader_options
-from gndet.errors import ConfigError
+from gndet.benchmark.options import start as start_options
+from gndet.errors import ConfigError, DataError, MachineError
 
 
 def options(add: object, *arguments: str) -> argparse.Namespace:
@@ -56,6 +57,18 @@ def test_the_adapter_that_opens_a_file_gives_its_data_set(drawn: tuple[Path, Pat
 def test_half_a_data_set_is_refused(drawn: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="--annotations and --pictures go together"):
         loader.run(options(loader_options, "--annotations", str(drawn[0])), print)
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    missing, broken = tmp_path / "none.json", tmp_path / "broken.json"
+    broken.write_text("no JSON")
+    with pytest.raises(ConfigError, match=r"--annotations: .*none\.json: no such file, expected COCO's JSON"):
+        start.run(options(start_options, "--annotations", str(missing)), print)
+    with pytest.raises(MachineError, match=r"(?s)^gndet, first failed:\n.*broken\.json.*not a JSON file") as told:
+        start.run(argparse.Namespace(annotations=broken, rounds=1, threads=1), print)
+    assert "Traceback" not in str(told.value)
+    with pytest.raises(DataError, match=r"none\.json: cannot read the annotation file"):
+        loader.run(options(loader_options, "--annotations", str(missing), "--pictures", str(tmp_path)), print)
 
 
 def test_all_evaluators_find_the_same_precision() -> None:

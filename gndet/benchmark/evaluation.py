@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gndet.benchmark.report import machine, table
-from gndet.benchmark.scene import CLASSES, OBJECTS, Scene, make_scenes
+from gndet.benchmark.scene import CATEGORIES, CLASSES, OBJECTS, Scene, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.results import from_coco
 from gndet.scoring import coco_metrics
@@ -94,16 +94,10 @@ def detected(num: int, each: int) -> tuple[Truth, Found]:
     for number in range(1, num + 1):
         scene, detections = scenes[number % SCENES], drawn[number % SCENES]
         images.append({"id": number, "height": SIZE[0], "width": SIZE[1]})
-        for box, label, polygons in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.polygons, strict=True):
-            x0, y0, x1, y1 = box
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "iscrowd": 0,
-                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "segmentation": polygons,
-            })  # fmt: skip
+        annotations += scene.annotations(number, len(annotations) + 1)
         scores = np.sort(rng.uniform(0, 1, each))[::-1].tolist()
         found += [{"image_id": number, **one, "score": score} for one, score in zip(detections, scores, strict=True)]
-    categories = [{"id": label + 1, "name": f"class {label}"} for label in range(CLASSES)]
-    return {"images": images, "annotations": annotations, "categories": categories}, found
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}, found
 
 
 def _detections(scene: Scene, each: int, rng: np.random.Generator) -> Found:

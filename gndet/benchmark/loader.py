@@ -18,12 +18,13 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 from gndet.benchmark.report import machine, table
-from gndet.benchmark.scene import CLASSES, make_scenes
+from gndet.benchmark.scene import CATEGORIES, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.config import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import collate
 from gndet.data.transforms import train_sample
+from gndet.dataset import Dataset
 from gndet.errors import ConfigError
 
 SIZE = (480, 640)  # height, width of the pictures that are drawn
@@ -31,15 +32,18 @@ QUALITY = 90  # of their JPEG
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Time both on a COCO data set, or on drawn pictures.  Raises ConfigError for one half of a data set."""
+    """Time both on a COCO data set, or on drawn pictures.
+
+    Raises ConfigError for one half of a data set, and DataError for one that is refused.
+    """
     if (options.annotations is None) != (options.pictures is None):
-        raise ConfigError("gndet benchmark loader: --annotations and --pictures go together")
+        raise ConfigError("--annotations and --pictures go together")
     with TemporaryDirectory() as folder:
         if options.annotations:
             annotations, pictures = options.annotations.resolve(), options.pictures.resolve()
         else:
             annotations, pictures = draw(Path(folder), options.num)
-        num = len(json.loads(annotations.read_text(encoding="utf-8"))["images"])
+        num = len(read(annotations, pictures, DataConfig(root="/", cache="")).records)
         say(f"input pipeline: {num} pictures to {options.edge}, at most {options.max_edge}, one process")
         edges = (options.edge, options.max_edge)
         subjects = [
@@ -59,23 +63,21 @@ def draw(folder: Path, num: int) -> tuple[Path, Path]:
         name = f"{number:06d}.jpg"
         Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(pictures / name, quality=QUALITY)
         images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
-        for box, label, polygons in zip(scene.boxes.tolist(), scene.labels.tolist(), scene.polygons, strict=True):
-            x0, y0, x1, y1 = box
-            annotations.append({
-                "id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "iscrowd": 0,
-                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "segmentation": polygons,
-            })  # fmt: skip
-    categories = [{"id": label + 1, "name": f"class {label}"} for label in range(CLASSES)]
+        annotations += scene.annotations(number, len(annotations) + 1)
     file = folder / "annotations.json"
-    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
     return file, pictures
+
+
+def read(annotations: Path, pictures: Path, data: DataConfig) -> Dataset:
+    """gndet's reader.  Raises DataError for a data set that is refused."""
+    return read_dataset(DatasetConfig(annotations=str(annotations), images=str(pictures)), data, masks=True)
 
 
 def gndet_subject(annotations: Path, pictures: Path, edge: int, max_edge: int) -> Work:
     """gndet's samples, each a batch of its own."""
     data = DataConfig(root="/", shortest_edge=(edge,), max_edge=max(edge, max_edge), cache="")
-    source = DatasetConfig(annotations=str(annotations), images=str(pictures))
-    records = read_dataset(source, data, masks=True).records
+    records = read(annotations, pictures, data).records
 
     def work() -> dict[str, float]:
         for key, record in enumerate(records):

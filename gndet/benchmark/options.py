@@ -7,14 +7,6 @@ import argparse
 import re
 from pathlib import Path
 
-NAMES = {  # on the command line: the module of gndet.benchmark that does it
-    "step": "step",
-    "norm": "norm",
-    "loader": "loader",
-    "start": "start",
-    "eval": "evaluation",
-}
-
 
 def common(parser: argparse.ArgumentParser) -> None:
     """What all benchmarks have."""
@@ -85,3 +77,18 @@ def height_and_width(text: str) -> tuple[int, int]:
     if not found or min(map(int, found.groups())) < 64:
         raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, 64 or more each")
     return int(found[1]), int(found[2])
+
+
+NAMES = {"step": step, "norm": norm, "loader": loader, "start": start, "eval": evaluation}
+
+
+def add_all(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Give `gndet benchmark` a parser for each NAME.  Returns them."""
+    names = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    made = []
+    for name, add_options in NAMES.items():
+        one = names.add_parser(name, help=add_options.__doc__, description=add_options.__doc__)
+        common(one)
+        add_options(one)
+        made.append(one)
+    return made

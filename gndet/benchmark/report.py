@@ -23,9 +23,9 @@ def table(
     Raises ConfigError for a subject or a unit that is not there.
     """
     if against not in turns:
-        raise ConfigError(f"benchmark: no subject {against!r} to compare with, there are {', '.join(turns)}")
+        raise ConfigError(f"no subject {against!r} to compare with, there are {', '.join(turns)}")
     if unit not in UNITS:
-        raise ConfigError(f"benchmark: unit {unit!r} is not one of {', '.join(UNITS)}")
+        raise ConfigError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
     scale = UNITS[unit] / per
     head = ["", f"median {unit}", f"least {unit}", f"CPU {unit}", "peak MiB", *facts, "x wall", "x CPU"]
     reference = turns[against]

@@ -6,7 +6,7 @@ Letters: M objects, K proposals, (H, W) picture.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -18,6 +18,7 @@ OBJECTS = 8  # a picture
 NEAR = 160  # proposals near an object: more than the 128 positive regions that are sampled of 512
 PROPOSALS = 1000
 CLASSES = 80
+CATEGORIES = [{"id": label + 1, "name": f"class {label}"} for label in range(CLASSES)]  # as COCO's files have them
 CORNERS = 24  # of an object's outline
 
 
@@ -35,6 +36,17 @@ class Scene(NamedTuple):
         size = self.image.shape[1:]
         drawn = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(one, *size))) for one in self.polygons]
         return torch.from_numpy(np.stack(drawn))
+
+    def annotations(self, image_id: int, first_id: int) -> list[dict[str, Any]]:
+        """The objects as a COCO file has them, numbered from first_id on."""
+        objects = zip(self.boxes.tolist(), self.labels.tolist(), self.polygons, strict=True)
+        return [
+            {
+                "id": number, "image_id": image_id, "category_id": label + 1, "iscrowd": 0,
+                "bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "segmentation": polygons,
+            }
+            for number, ((x0, y0, x1, y1), label, polygons) in enumerate(objects, start=first_id)
+        ]  # fmt: skip
 
 
 def make_scenes(size: tuple[int, int], num: int, seed: int) -> list[Scene]:

@@ -24,6 +24,8 @@ from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.config import DataConfig
 from gndet.data.cache import SETTLED
 from gndet.data.coco import inspect_file
+from gndet.data.faults import refuse
+from gndet.errors import ConfigError
 
 SIZE = (480, 640)  # height, width of the images
 CLASSES = 80
@@ -31,12 +33,14 @@ POINTS = 21.0  # of an outline, on average, as in COCO
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Write the file, or take the one given, and time all of them."""
+    """Write the file, or take the one given, and time all of them.  Raises ConfigError where that is not there."""
     with TemporaryDirectory() as folder:
         file = options.annotations
         if file is None:
             file = Path(folder) / "annotations.json"
             write(file, options.images, options.objects)
+        elif not file.is_file():
+            raise ConfigError(f"--annotations: {file}: no such file, expected COCO's JSON")
         mib = file.stat().st_size / 2**20
         say(f"opening {file.name if options.annotations else 'a made-up file'}: {mib:.0f} MiB")
         subjects = [
@@ -60,7 +64,7 @@ def gndet_subject(file: Path, cache: Path, first: bool) -> Work:
     before = resident_mib()
 
     def work() -> dict[str, float]:
-        inspect_file(file, None, data)
+        refuse(inspect_file(file, None, data))
         return {"before MiB": before}
 
     return work

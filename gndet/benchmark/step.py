@@ -57,6 +57,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     cfgs = {name: step_config(options, overrides) for name, overrides in variants(options).items()}
     height, width = options.size
     say(f"training step: {height}x{width}, {options.batch} picture(s), {options.norm}, {options.precision}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here")
     if options.memory:
         for name, cfg in cfgs.items():
             say(f"\n{name} on {options.device}, MiB\n{step_memory(cfg, options.size)}")
@@ -198,8 +200,6 @@ def step_memory(cfg: Config, size: tuple[int, int]) -> str:
 
 def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: str, device: str, tuned: bool) -> Work:
     """torchvision's step on the same pictures; tuned: glibc is told to keep freed memory, as gndet does."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("gndet benchmark: --device cuda: torch finds no GPU here")
     if tuned:
         keep_freed_memory()
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gndet.errors import ConfigError, MachineError
+from gndet.errors import ConfigError, GndetError, MachineError
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")  # of libraries' own
 LOOK = 0.02  # seconds between two looks at the memory of a subject and the processes that it started
@@ -59,9 +59,9 @@ def take_turns(
     MachineError, which names the subject, for one that fails or dies.
     """
     if len({subject.name for subject in subjects}) < len(subjects):
-        raise ConfigError(f"benchmark: two subjects of one name: {', '.join(subject.name for subject in subjects)}")
+        raise ConfigError(f"two subjects of one name: {', '.join(subject.name for subject in subjects)}")
     if not Path("/proc/self/status").exists():
-        raise ConfigError("benchmark: needs Linux, where /proc shows a process's peak of memory")
+        raise ConfigError("needs Linux, where /proc shows a process's peak of memory")
     turns: dict[str, list[Turn]] = {subject.name: [] for subject in subjects}
     with ExitStack() as stack:
         kept = {} if fresh else {one.name: stack.enter_context(_process(one, threads)) for one in subjects}
@@ -99,11 +99,9 @@ class _Runner(NamedTuple):
             wall_s, cpu_s, facts, trouble = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join(PATIENCE)
-            raise MachineError(
-                f"benchmark: {self.subject.name}: its process died: exit status {self.process.exitcode}"
-            ) from None
+            raise MachineError(f"{self.subject.name}: its process died: exit status {self.process.exitcode}") from None
         if trouble:
-            raise MachineError(f"benchmark: {self.subject.name} failed:\n{trouble}")
+            raise MachineError(f"{self.subject.name} failed:\n{trouble}")
         return Turn(wall_s, cpu_s, peak, facts)
 
 
@@ -142,6 +140,8 @@ def _serve(connection: Connection, threads: int) -> None:
             connection.send((wall_s, _cpu_seconds() - cpu, facts, ""))
     except EOFError:
         return  # no more turns
+    except GndetError as error:
+        connection.send((0.0, 0.0, {}, str(error)))
     except Exception:  # whatever it trips over is told by the process that reports
         connection.send((0.0, 0.0, {}, traceback.format_exc()))
 

@@ -49,9 +49,8 @@ class MaskRCNN(nn.Module):
         batch: an image's rounding does not depend on those beside it.
         """
         large = [s for s in self.fpn.strides if (shortest_edge / s / TILE) ** 2 >= LEAST_TILES]
-        parts = [
-            stage for stage, stride in zip(self.backbone.stages(), self.fpn.strides, strict=False) if stride in large
-        ]
+        stages = zip(self.backbone.stages(), self.fpn.strides[:-1], strict=True)  # P6 has none
+        parts = [stage for stage, stride in stages if stride in large]
         parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
         parts += [self.rpn, self.box_head, self.mask_head] if large[1:] else []
         for part in parts:

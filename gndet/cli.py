@@ -7,15 +7,12 @@ import argparse
 import functools
 import io
 import os
-import re
 import select
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from gndet import __version__
-from gndet.benchmark import options as benchmarks
 from gndet.errors import GndetError, Preempted
+from gndet.options import parse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names in data may hold what no terminal can show
     try:
-        status = options.run(options)
+        status = VERBS[options.verb](options)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -51,111 +48,6 @@ def _is_nobody_reading() -> bool:
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
     return True
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line; `key=value` overrides may stand anywhere (a picture of such a name is ./key=value)."""
-    is_override = [re.match(r"[a-z_][a-z0-9_.]*=", word) is not None for word in arguments]
-    top = parser()
-    options = top.parse_args([w for w, o in zip(arguments, is_override, strict=True) if not o])
-    if getattr(options, "overrides", None):
-        top.error(f"{' '.join(options.overrides)}: expected key=value, like train.global_batch=8")
-    options.overrides = [w for w, o in zip(arguments, is_override, strict=True) if o]
-    return options
-
-
-def parser() -> argparse.ArgumentParser:
-    """The verbs and their arguments."""
-    top = argparse.ArgumentParser(prog="gndet", description="Object-detection training around Group Normalization.")
-    top.add_argument("--version", action="version", version=__version__)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    overrides = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
-
-    verb = verbs.add_parser("train", help="train a detector, or go on with an unfinished run")
-    verb.add_argument("config", help="YAML file, like configs/quickstart.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.add_argument("--fresh", action="store_true", help="move a run that is in the folder aside and start anew")
-    verb.set_defaults(run=train)
-
-    verb = verbs.add_parser("evaluate", help="COCO metrics of a checkpoint")
-    verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.add_argument("--out", type=Path, help="write the detections here, JSON in COCO's results format")
-    verb.set_defaults(run=evaluate)
-
-    verb = verbs.add_parser("predict", help="draw detections on pictures")
-    verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
-    verb.add_argument("pictures", type=Path, nargs="+", help="picture files or folders of them")
-    verb.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
-    verb.add_argument("--threshold", type=float, default=0.5, help="score from which one is drawn (0.5)")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.set_defaults(run=predict)
-
-    verb = verbs.add_parser("invariance", help="show that an image trains the same whatever stands beside it")
-    verb.add_argument("config", help="YAML file: its training images, its model")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.add_argument("--images", type=int, default=4, help="how many training images are compared, 4 to 16 (4)")
-    verb.add_argument("--out", type=Path, help="write the report here, JSON")
-    verb.set_defaults(run=invariance)
-
-    verb = verbs.add_parser("convert", help="weights of other toolkits in, BN into GN, weights for other toolkits out")
-    verb.add_argument("source", help="gndet run or checkpoint, a file (.pth, .pkl, .safetensors), or a weight name")
-    verb.add_argument("out", type=Path, help="checkpoint folder to write; a .pth file with --to a toolkit")
-    verb.add_argument(
-        "--to", choices=("gn", "detectron2", "torchvision", "mmdetection"), help="GN for BN, or a toolkit"
-    )
-    verb.add_argument(
-        "--policy", default="convert", choices=("hybrid", "convert", "calibrate", "affine", "reinit"),
-        help="how BN becomes GN (convert: in closed form)",
-    )  # fmt: skip
-    verb.add_argument("--channels-per-group", type=_one_or_more, default=16, help="of the GN layers (16)")
-    verb.add_argument("--damp", type=_zero_or_more, default=1.0, help="train.norm_damp (1)")
-    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to fit and measure on")
-    verb.add_argument("--count", type=_one_or_more, default=32, help="how many of the pictures calibrate fits on (32)")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help="train.source.* or model.*, as in a config")
-    verb.set_defaults(run=convert)
-
-    verb = verbs.add_parser("norms", help="the norm layers of a config or checkpoint, and what is wrong with them")
-    verb.add_argument("config", help="YAML file, or a run or checkpoint folder")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.set_defaults(run=norms)
-
-    verb = verbs.add_parser("check", help="what is wrong with a data set, before it is trained on")
-    verb.add_argument("source", help="YAML file: its data.train and data.val; or an annotation file, COCO's JSON")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.add_argument("--images", action="store_true", help="decode every picture too")
-    verb.add_argument("--image-folder", type=Path, help="pictures of a JSON file (looked for beside it)")
-    verb.add_argument("--sheet", type=Path, help="draw images with boxes and masks into this file (.png)")
-    verb.add_argument("--json", type=Path, help="write the report here, JSON")
-    verb.set_defaults(run=check)
-
-    verb = verbs.add_parser("selftest", help="break a tiny run in every way it must survive: signals, kills, full disk")
-    verb.add_argument("numbers", nargs="*", metavar="T8", help="scenarios to run (a selection of 2 minutes)")
-    verb.add_argument("--all", action="store_true", help="run all of them, which takes eight minutes")
-    verb.add_argument("--keep", type=Path, metavar="FOLDER", help="work here, and leave everything there")
-    verb.set_defaults(run=selftest)
-
-    verb = verbs.add_parser("benchmark", help="speed and memory beside other libraries, on the same work in turn")
-    for one in benchmarks.add_all(verb):
-        one.set_defaults(run=benchmark)
-
-    verb = verbs.add_parser("config", help="print the resolved config")
-    verb.add_argument("config", help="YAML file")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    verb.set_defaults(run=config)
-    return top
-
-
-def _one_or_more(text: str) -> int:
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
-    return int(text)
-
-
-def _zero_or_more(text: str) -> float:
-    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number, 0 or more")
-    return float(text)
 
 
 def train(options: argparse.Namespace) -> int:
@@ -194,15 +86,70 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """gndet predict CHECKPOINT PICTURE_OR_FOLDER ... --out FOLDER"""
-    from gndet import inference
+    """gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]"""
+    from gndet import prediction
     from gndet.distributed import process
+    from gndet.inference import load_detector
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     with process(device) as proc:
-        detector = inference.load_detector(options.checkpoint, options.overrides, proc)
-        inference.predict(detector, options.pictures, options.out, options.threshold, proc.device, print)
+        detector = load_detector(options.checkpoint, options.overrides, proc)
+        prediction.predict(
+            detector, options.sources, options.out, proc.device, functools.partial(print, flush=True),
+            threshold=options.threshold, classes=options.classes, crops=options.save_crops, sheet=options.sheet,
+            every=options.every,
+        )  # fmt: skip
     return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """gndet export CHECKPOINT --onnx FILE [--size HxW] [--no-masks] [--opset N] [--picture FILE]; 1 on a mismatch"""
+    from gndet.onnx_export import export as run
+
+    equal = run(
+        options.checkpoint, options.onnx, options.overrides, functools.partial(print, flush=True), size=options.size,
+        masks=not options.no_masks, opset=options.opset, picture=options.picture,
+    )  # fmt: skip
+    return 0 if equal else 1
+
+
+def report(options: argparse.Namespace) -> int:
+    """gndet report RUN ... [--out FILE] [key=value ...]"""
+    from gndet.report import report as run
+
+    run(options.runs, options.out, options.overrides, functools.partial(print, flush=True))
+    return 0
+
+
+def analyze(options: argparse.Namespace) -> int:
+    """gndet analyze RUN_OR_JSON [--data FILE] [--kind box|mask] [--json FILE] [--csv FOLDER] [--images N]"""
+    from gndet.analyze import analyze as run
+
+    run(
+        options.source, options.overrides, print, data=options.data, kind=options.kind, json_file=options.json,
+        csv_folder=options.csv, images=options.images,
+    )  # fmt: skip
+    return 0
+
+
+def norm_study(options: argparse.Namespace) -> int:
+    """gndet norm-study CONFIG [--norms ...] [--images-per-gpu ...] [--seeds N] [--budget T]; 1 where a cell failed"""
+    from gndet.norm_study import study
+
+    passed = study(
+        options.config, options.overrides, functools.partial(print, flush=True), norms=options.norms,
+        groups=options.groups, images_per_gpu=options.images_per_gpu, seeds=options.seeds, budget=options.budget,
+        batch=options.batch, jobs=options.jobs, out=options.out,
+    )  # fmt: skip
+    return 0 if passed else 1
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """gndet doctor [--config FILE] [--json FILE] [key=value ...]; 1 where something will not work"""
+    from gndet.doctor import doctor as run
+
+    healthy = run(functools.partial(print, flush=True), options.config, options.overrides, options.json)
+    return 0 if healthy else 1
 
 
 def invariance(options: argparse.Namespace) -> int:
@@ -285,6 +232,25 @@ def config(options: argparse.Namespace) -> int:
 
     print(config_to_yaml(load_config(options.config, options.overrides)), end="")
     return 0
+
+
+VERBS = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
+    "report": report,
+    "analyze": analyze,
+    "norm-study": norm_study,
+    "doctor": doctor,
+    "invariance": invariance,
+    "convert": convert,
+    "norms": norms,
+    "check": check,
+    "selftest": selftest,
+    "benchmark": benchmark,
+    "config": config,
+}
 
 
 if __name__ == "__main__":

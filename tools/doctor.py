@@ -1,0 +1,11 @@
+"""Say what this machine is and whether it will do; the same as `gndet doctor`.
+
+python tools/doctor.py
+"""
+
+import sys
+
+from gndet.cli import main
+
+if __name__ == "__main__":  # processes that decode pictures may import this file again
+    raise SystemExit(main(["doctor", *sys.argv[1:]]))

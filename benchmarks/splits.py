@@ -3,7 +3,7 @@
     python benchmarks/splits.py [--work FOLDER] [--picture docs/splits.png]
 
 8 micro-batches of 1 image, 4 of 2, 1 of 8, and 2 processes of 2 micro-batches of 2: the quickstart model and data.
-Runs that are in the folder already are not made again.  Needs matplotlib (pip install -e '.[bench]').
+Runs that are in the folder already are not made again.
 """
 
 import argparse

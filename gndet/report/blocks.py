@@ -1,0 +1,158 @@
+"""The parts of a report's page: sections, figures, tables, pictures.  Each is a function from values to HTML text.
+
+What comes from data (names of classes, files, messages) is escaped here, and nowhere else.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+MAX_SIDE = 720  # pixels of a picture's longer side in a report
+QUALITY = 82  # of its JPEG
+Cell = str | tuple[float, str]  # what is shown; or what it is sorted by, and what is shown
+
+
+def escape(words: object) -> str:
+    """The words as HTML text; lone surrogates of a file name become question marks."""
+    return html.escape(str(words).encode("utf-8", "replace").decode("utf-8"))
+
+
+def section(id: str, title: str, *blocks: str, lead: str = "") -> str:
+    """A section of the page with its heading, which the contents at the top link to."""
+    parts = [f'<section id="{escape(id)}">', f"<h2>{escape(title)}</h2>"]
+    parts += [f'<p class="lead">{escape(lead)}</p>'] if lead else []
+    return "\n".join([*parts, *filter(None, blocks), "</section>"])
+
+
+def heading(words: str) -> str:
+    """A heading within a section."""
+    return f"<h3>{escape(words)}</h3>"
+
+
+def text(words: str) -> str:
+    """A paragraph."""
+    return f"<p>{escape(words)}</p>"
+
+
+def notice(kind: str, words: str) -> str:
+    """A framed sentence; kind: "good", "warn", "bad" or "plain"."""
+    return f'<p class="notice {escape(kind)}">{escape(words)}</p>'
+
+
+def figure(svg: str, caption: str, id: str) -> str:
+    """A chart with its caption."""
+    return f'<figure class="chart" id="{escape(id)}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def side_by_side(*blocks: str) -> str:
+    """Blocks beside each other where there is room."""
+    return f'<div class="beside">{"".join(blocks)}</div>'
+
+
+def table(
+    id: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", *,
+    filtered: bool | None = None, picks: Sequence[str] | None = None,
+) -> str:  # fmt: skip
+    """A table that is sorted by a click on a column's head.
+
+    filtered: with a field that keeps the rows that hold a word; by default from 9 rows on.  picks: for each row the tag
+    of the pictures that a click on it shows.
+    """
+    parts = [f'<div class="table" id="{escape(id)}">']
+    parts += [f'<p class="caption">{escape(caption)}</p>'] if caption else []
+    if len(rows) > 8 if filtered is None else filtered:
+        parts.append(f'<input type="search" class="filter" placeholder="filter {len(rows)} rows" aria-label="filter">')
+    head = "".join(f'<th aria-sort="none"><button type="button">{escape(name)}</button></th>' for name in columns)
+    parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>')
+    for number, row in enumerate(rows):
+        pick = f' class="pick" tabindex="0" data-pick="{escape(picks[number])}"' if picks and picks[number] else ""
+        parts.append(f"<tr{pick}>{''.join(map(_cell, row))}</tr>")
+    return "".join([*parts, "</tbody></table></div></div>"])
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{escape(cell)}</td>"
+    value = cell[0] if math.isfinite(cell[0]) else -1e300  # what is undefined comes last
+    return f'<td class="number" data-value="{value:.10g}">{escape(cell[1])}</td>'
+
+
+def number(value: float | None, digits: int = 3) -> Cell:
+    """A cell with a number; "-" where it is undefined."""
+    defined = value is not None and math.isfinite(value)
+    return (value, f"{value:.{digits}g}") if defined else (math.nan, "-")
+
+
+def percent(value: float | None, digits: int = 1) -> Cell:
+    """A cell with a share in percent; "-" where it is undefined."""
+    defined = value is not None and math.isfinite(value)
+    return (value, f"{100 * value:.{digits}f}") if defined else (math.nan, "-")
+
+
+def count(value: int) -> Cell:
+    """A cell with a count."""
+    return float(value), f"{value:,}"
+
+
+def commands(lines: Sequence[str]) -> str:
+    """Command lines, to be copied."""
+    return f'<pre class="commands">{escape(chr(10).join(lines))}</pre>'
+
+
+def details(summary: str, *blocks: str) -> str:
+    """Blocks that are shown after a click."""
+    return f"<details><summary>{escape(summary)}</summary>{''.join(blocks)}</details>"
+
+
+def preformatted(words: str) -> str:
+    """Text as it stands."""
+    return f"<pre>{escape(words)}</pre>"
+
+
+class Picture(NamedTuple):
+    """A picture (H, W, 3) uint8 of a gallery; tags: what it is shown for, like "class:cat" or "error:Loc"."""
+
+    image: np.ndarray
+    caption: str
+    tags: Sequence[str] = ()
+
+
+def gallery(
+    id: str, pictures: Sequence[Picture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE
+) -> str:
+    """Pictures in a grid; a click enlarges one.  filters: tag and name of buttons that show some of them."""
+    parts = [f'<div class="gallery" id="{escape(id)}">']
+    if filters:
+        buttons = "".join(
+            f'<button type="button" data-tag="{escape(tag)}">{escape(name)}</button>' for tag, name in filters
+        )
+        parts.append(f'<div class="filters"><button type="button" data-tag="" class="on">all</button>{buttons}</div>')
+    parts.append('<div class="pictures">')
+    for picture in pictures:
+        tags, name = escape(" ".join(tag.replace(" ", "_") for tag in picture.tags)), escape(picture.caption)
+        parts.append(
+            f'<figure data-tags="{tags}"><img loading="lazy" alt="{name}" src="{data_uri(picture.image, side)}">'
+            f"<figcaption>{name}</figcaption></figure>"
+        )
+    return "".join([*parts, "</div></div>"])
+
+
+def data_uri(image: np.ndarray, side: int = MAX_SIDE) -> str:
+    """A picture (H, W, 3) uint8 as a JPEG of at most `side` pixels, in a data: address."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def facts(pairs: Sequence[tuple[str, Any]]) -> str:
+    """Names and values, large: what is to be seen first."""
+    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
+    return f'<dl class="facts">{items}</dl>'

@@ -1,0 +1,199 @@
+"""Charts of a report: SVG whose colours the page sets, so that they follow light, dark and print.
+
+matplotlib draws in stand-in colours, which then become CSS variables: --ink, --grid, and --s0 to --s7 of the series.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+INK, GRID, PAPER = "#010203", "#010204", "#010205"
+SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
+VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
+    colour: f"var(--s{number})" for number, colour in enumerate(SERIES)
+}
+STYLES = ("-", "--", "-.", ":")  # a second round of the colours has another line: told apart in grey too
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+WIDTH = 6.4  # inches of 72 units; the page scales it
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "font.size": 11,
+    "font.family": "sans-serif",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+class Series(NamedTuple):
+    """A line: x and y (n,), nan where there is nothing; low and high (n,) a band around it."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+@contextmanager
+def chart(name: str, height: float = 3.4) -> Iterator[tuple[Figure, Axes, list[str]]]:
+    """A figure, its axes, and a list that holds the finished SVG after the context.
+
+    name: unique on the page; the SVG's ids are made of it, so that the same data gives the same text.
+    """
+    svg: list[str] = []
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure, figure.add_subplot(), svg
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    svg.append(_for_page(file.getvalue(), name))
+
+
+def _for_page(text: str, name: str) -> str:
+    """An <svg> for an HTML page: no XML head, no size of its own, the page's colours, ids of its own."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)  # a style would be the whole page's
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'id="([\w.]+)"', lambda m: f'id="{name}-{m[1]}"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)([\w.]+)', lambda m: f"{m[1]}{name}-{m[2]}", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r" font-family: [^;\"]*sans-serif;", "", text)
+    return text.replace("<svg", '<svg role="img"', 1)
+
+
+def lines(
+    name: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    x_ticks: Sequence[float] | None = None,
+    y_range: tuple[float, float] | None = None,
+    marks: bool | None = None,
+) -> str:
+    """Draw lines with their bands.  marks: a sign at each point; by default where a line has 12 or fewer."""
+    with chart(name) as (figure, axes, svg):
+        for number, one in enumerate(series):
+            colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
+            few = len(one.x) <= 12 if marks is None else marks
+            marker = MARKERS[number % len(MARKERS)] if few else None
+            axes.plot(one.x, one.y, style, color=colour, label=one.name, linewidth=1.8, marker=marker, markersize=5)
+            if one.low is not None and one.high is not None:
+                axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.16, linewidth=0)
+        _dress(axes, x_label, y_label)
+        if log_x:
+            axes.set_xscale("log", base=2)
+        if log_y:
+            axes.set_yscale("log")
+        if x_ticks is not None:
+            axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
+        if y_range is not None:
+            axes.set_ylim(*y_range)
+        _legend(figure, axes, len(series))
+    return svg[0]
+
+
+def bars(
+    name: str,
+    labels: Sequence[str],
+    values: Sequence[float],
+    *,
+    x_label: str,
+    low: Sequence[float] | None = None,
+    high: Sequence[float] | None = None,
+) -> str:
+    """Draw horizontal bars, the first on top; low and high: ends of their intervals."""
+    with chart(name, height=0.9 + 0.3 * len(labels)) as (_, axes, svg):
+        places = np.arange(len(labels))
+        axes.barh(places, values, color=SERIES[0], height=0.7)
+        if low is not None and high is not None:
+            axes.hlines(places, low, high, color=INK, linewidth=1.4)
+        axes.set_yticks(places, [_short(label) for label in labels])
+        axes.invert_yaxis()
+        _dress(axes, x_label, "")
+        axes.grid(axis="y", visible=False)
+    return svg[0]
+
+
+def histogram(name: str, values: Sequence[float], *, x_label: str, y_label: str, log_x: bool = False) -> str:
+    """Draw how often values occur, in 30 bins."""
+    numbers = np.asarray(values, dtype=np.float64)
+    numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
+    with chart(name, height=2.6) as (_, axes, svg):
+        if len(numbers):
+            low, high = numbers.min(), numbers.max()
+            wide = low < high
+            edges = np.geomspace(low, high, 31) if log_x and wide else np.linspace(low, high if wide else low + 1, 31)
+            axes.hist(numbers, bins=edges, color=SERIES[0])
+        _dress(axes, x_label, y_label)
+        if log_x:
+            axes.set_xscale("log")
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=5))
+    return svg[0]
+
+
+def heat(
+    name: str, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, x_label: str, y_label: str
+) -> str:
+    """Draw a matrix (r, c) of counts, each cell as deep as its share of its row; with numbers where there is room."""
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    small = len(columns) <= 12
+    flat = small and max(map(len, columns)) < 9
+    with chart(name, height=1.5 + 0.34 * len(rows)) as (_, axes, svg):
+        for r, c in zip(*np.nonzero(matrix), strict=True):
+            depth = 0.08 + 0.72 * share[r, c]
+            axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=SERIES[0], alpha=depth))
+            if small:
+                axes.text(c, r, f"{matrix[r, c]:g}", ha="center", va="center", fontsize=9)
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xticks(
+            range(len(columns)), [_short(label) for label in columns], rotation=0 if flat else 60,
+            ha="center" if flat else "right",
+        )  # fmt: skip
+        axes.set_yticks(range(len(rows)), [_short(label) for label in rows])
+        axes.tick_params(length=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+    return svg[0]
+
+
+def _dress(axes: Axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def _legend(figure: Figure, axes: Axes, count: int) -> None:
+    """Names above the lines; none where there is one line."""
+    if count > 1:
+        figure.legend(loc="outside upper left", ncols=min(count, 4), frameon=False, fontsize=10)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 22 else f"{label[:20]}…"

@@ -5,7 +5,7 @@
     python benchmarks/scale.py processes [--size 320x416] [--rounds 3]      two processes of gloo beside one
     python benchmarks/scale.py cluster [--step-ms 100]                      8 GPUs and several nodes: computed
 
-The first two draw FOLDER/images.png and FOLDER/updates.png, and need matplotlib (pip install -e '.[bench]').
+The first two draw FOLDER/images.png and FOLDER/updates.png.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import contextlib
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from gndet.config import Config
 from gndet.data.batching import test_batches
-from gndet.data.coco import to_coco
 from gndet.dataset import Dataset
 from gndet.errors import DataError
-from gndet.garbage import no_garbage
 from gndet.paste import Paste, paste_masks
 from gndet.results import Results, from_coco, join, mask_areas
-from gndet.scoring import SUMMARY_COLUMNS, Kind, Metrics, coco_metrics
+from gndet.scoring import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.structures import Batch, Detections
 
 
@@ -173,31 +171,13 @@ def evaluate(
 def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | str:
     """Score boxes and masks; or say what went wrong: the other ranks, who wait for the numbers, must hear of it."""
     try:
-        with no_garbage():
-            truth = to_coco(dataset)
-        truths: dict[Kind, dict[str, Any]] = {"bbox": truth}
-        if cfg.model.masks and any("segmentation" in annotation for annotation in truth["annotations"]):
-            truths["segm"] = _with_masks(truth)
         metrics = coco_metrics(
-            truths, results, engine=cfg.evaluation.engine, max_detections=cfg.evaluation.max_detections
-        )
+            coco_truths(dataset, masks=cfg.model.masks), results, engine=cfg.evaluation.engine,
+            max_detections=cfg.evaluation.max_detections,
+        )  # fmt: skip
     except Exception:  # whatever it is, every rank raises it
         return traceback.format_exc()
     return metrics["bbox"], metrics.get("segm")
-
-
-def _with_masks(truth: dict[str, Any]) -> dict[str, Any]:
-    """Make objects without a mask crowd regions over their boxes: what is found there does not count."""
-    if all("segmentation" in annotation for annotation in truth["annotations"]):
-        return truth
-    annotations = []
-    for annotation in truth["annotations"]:
-        if "segmentation" not in annotation:
-            x, y, width, height = annotation["bbox"]
-            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-            annotation = annotation | {"iscrowd": 1, "segmentation": [corners]}
-        annotations.append(annotation)
-    return truth | {"annotations": annotations}
 
 
 def scalars(evaluation: Evaluation) -> dict[str, float]:

@@ -14,6 +14,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from gndet.data.coco import to_coco
+from gndet.dataset import Dataset
 from gndet.garbage import no_garbage
 from gndet.results import Results
 
@@ -29,6 +31,46 @@ class Metrics(NamedTuple):
 
     summary: dict[str, float]  # the keys of SUMMARY_COLUMNS, in the order of pycocotools' stats
     per_class: list[dict[str, Any]]  # name, AP, AP50, AR, num_objects, num_images (crowd regions not counted)
+
+
+def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
+    """The data set as COCO's evaluation takes it, for boxes and, where it has any and they are asked for, masks.
+
+    Objects without a mask, beside others that have one, are crowd regions over their boxes there: what is found there
+    does not count.
+    """
+    with no_garbage():
+        truth = to_coco(dataset)
+    if not masks or not any("segmentation" in one for one in truth["annotations"]):
+        return {"bbox": truth}
+    return {"bbox": truth, "segm": _with_masks(truth)}
+
+
+def _with_masks(truth: dict[str, Any]) -> dict[str, Any]:
+    """Make objects without a mask crowd regions over their boxes."""
+    if all("segmentation" in annotation for annotation in truth["annotations"]):
+        return truth
+    annotations = []
+    for annotation in truth["annotations"]:
+        if "segmentation" not in annotation:
+            x, y, width, height = annotation["bbox"]
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            annotation = annotation | {"iscrowd": 1, "segmentation": [corners]}
+        annotations.append(annotation)
+    return truth | {"annotations": annotations}
+
+
+def evaluated(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> hotcoco.COCOeval:
+    """hotcoco's evaluator after its matching, for objects of any size: detection i of the results has the id i + 1."""
+    with no_garbage():
+        ((_, scorer),) = _hotcoco({kind: truth}, results)
+        params = scorer.params
+        params.areaRng, params.areaRngLbl = [[0, 1e10]], ["all"]
+        params.maxDets = [1, min(10, max_detections), max_detections]
+        scorer.params = params
+        scorer.evaluate()
+        scorer.accumulate()
+    return scorer
 
 
 def coco_metrics(

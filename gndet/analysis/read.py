@@ -1,0 +1,98 @@
+"""Detections from a file in COCO's results format, of gndet or of another toolkit, checked against a data set.
+
+A detection is {"image_id", "category_id", "bbox": [x, y, width, height], "score"[, "segmentation": RLE]}.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from pycocotools import mask as coco_mask
+
+from gndet.data.faults import Fault
+from gndet.data.segmentation import brief, check_segmentation, to_rle
+from gndet.dataset import Dataset
+from gndet.errors import DataError
+from gndet.results import Results, from_coco
+
+SHOWN = 5  # faults that are named
+
+
+def read_results(path: Path, dataset: Dataset) -> Results:
+    """Read detections of a data set; image by image in its order.
+
+    Boxes are made of the masks where there are none.  Raises DataError where the file is none of that format, or names
+    images or classes that the data set does not have: the place in the list, the value, and what was expected.
+    """
+    listed = _parse(path)
+    sizes = {record.image_id: record.size for record in dataset.records}
+    categories, faults, rows = set(dataset.category_ids), [], []
+    for place, one in enumerate(listed):
+        try:
+            rows.append(_checked(one, sizes, categories))
+        except Fault as fault:
+            faults.append(f"  detection {place}: {fault}")
+    if faults:
+        more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+        lines = [
+            f"{path}: {len(faults)} of {len(listed)} detections do not belong to {dataset.name}, or are none:",
+            *faults[:SHOWN], *more,
+        ]  # fmt: skip
+        raise DataError("\n".join(lines))
+    if any("segmentation" in one for one in rows):
+        bare = sum("segmentation" not in one for one in rows)
+        if bare:
+            raise DataError(f"{path}: {bare} of {len(rows)} detections have no segmentation; expected all or none")
+    return from_coco(rows).in_order_of([record.image_id for record in dataset.records])
+
+
+def _parse(path: Path) -> list[Any]:
+    try:
+        listed = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot read this file: {error.strerror}") from None
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON: {error}") from None
+    if isinstance(listed, dict) and "annotations" in listed:
+        raise DataError(f"{path}: holds annotations, expected detections: a list of image_id, category_id, bbox, score")
+    if not isinstance(listed, list):
+        raise DataError(f"{path}: holds {brief(listed)}, expected a list of detections (COCO's results format)")
+    return listed
+
+
+def _checked(one: Any, sizes: dict[int, tuple[int, int]], categories: set[int]) -> dict[str, Any]:
+    """A detection with what is used of it.  Raises Fault."""
+    if not isinstance(one, dict):
+        raise Fault("", f"{brief(one)}, expected an object with image_id, category_id, bbox and score")
+    image, category, score, box = (one.get(key) for key in ("image_id", "category_id", "score", "bbox"))
+    if type(image) is not int or image not in sizes:
+        raise Fault("", f"image_id {brief(image)}, expected the id of one of {len(sizes)} images")
+    if type(category) is not int or category not in categories:
+        raise Fault("", f"category_id {brief(category)}, expected one of {brief(sorted(categories))}")
+    if not _is_number(score):
+        raise Fault("", f"score {brief(score)}, expected a finite number")
+    row = {"image_id": image, "category_id": category, "score": float(score)}
+    if one.get("segmentation"):
+        row["segmentation"] = _code(one["segmentation"], sizes[image])
+        box = _around(row["segmentation"]) if box is None else box
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
+        raise Fault("", f"bbox {brief(box)}, expected 4 finite numbers: x, y, width, height, the last two not negative")
+    return row | {"bbox": [float(side) for side in box]}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+
+
+def _code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """The compressed code of a checked mask; of no pixel where it has none."""
+    checked, _ = check_segmentation(segmentation, size)
+    rle = to_rle(checked if checked is not None else {"size": list(size), "counts": [size[0] * size[1]]}, size)
+    counts = rle["counts"]
+    return {"size": list(size), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
+
+
+def _around(rle: dict[str, Any]) -> list[float]:
+    return np.asarray(coco_mask.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")})).tolist()

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 from gndet.analysis import Analysis, analyse
 from gndet.analysis.read import read_results
 from gndet.analysis.tables import Table, all_tables
-from gndet.config import Config, DataConfig, DatasetConfig
+from gndet.config import Config, DataConfig
 from gndet.config_file import load_config
 from gndet.data import read_dataset
+from gndet.data.coco import inspect_file
+from gndet.data.faults import refuse
 from gndet.dataset import Dataset
 from gndet.errors import DataError, OutputError
 from gndet.results import Results
@@ -98,8 +100,8 @@ def _of_file(data: str, overrides: Sequence[str]) -> tuple[Dataset, int]:
     path = Path(data).absolute()
     if not path.is_file():
         raise DataError(f"--data {data}: no such file; expected COCO annotations (.json), or a config (.yaml)")
-    annotations = DatasetConfig(kind="coco", annotations=path.name, images="")
-    return read_dataset(annotations, DataConfig(root=str(path.parent))), Config().evaluation.max_detections
+    dataset = inspect_file(path, None, DataConfig())  # the pictures are not needed
+    return refuse(dataset), Config().evaluation.max_detections
 
 
 def chosen_kind(subject: Subject, kind: str | None) -> str:

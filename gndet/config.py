@@ -353,6 +353,10 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(1000, ge=0, description="updates; 0 saves with evaluations only")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept; best/ and last/ point beside them")
     vis_images: int = Field(4, ge=0, description="validation images drawn at each evaluation")
+    report: bool = Field(True, description="write report.html when the run ends")
+    norm_images: int = Field(
+        4, ge=0, le=16, description="validation images that the norm report looks at, with each evaluation; 0: none"
+    )
     on_nonfinite: str = Field(
         "stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$",
         description="a loss or gradient that is not finite: stop; skip:N passes over N such updates, then stops",

@@ -20,13 +20,15 @@ from gndet.errors import GndetError, OutputError, TrainingError
 NEUTRAL = (
     "device", "data.root", "data.workers", "data.cache", "data.max_pixels", "data.max_unreadable",
     "data.skip_unreadable", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last",
-    "train.vis_images", "train.memory", "train.compile", "train.on_nonfinite", "train.timeout_s", "evaluation",
+    "train.vis_images", "train.report", "train.norm_images", "train.memory", "train.compile", "train.on_nonfinite",
+    "train.timeout_s", "evaluation",
 )  # fmt: skip
 SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral where images do not depend on each other
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 PREEMPTED = "PREEMPTED"  # the marker of a run that a signal ended and that the same command continues
+FAILED = "FAILED"  # the marker of a run that an error ended, with its words; the same command may go on
 LOCK_WAIT = 10.0  # seconds for a killed run's process to be gone
 UNSET = "not set"  # a key of a section that the other config does not have
 
@@ -64,14 +66,15 @@ def move_aside(out: Path, proc: Process) -> None:
 
 
 def make_run(cfg: Config, out: Path, proc: Process) -> None:
-    """Make the folder, write config.yaml, and remove the marker of a signal.  Raises OutputError."""
+    """Make the folder, write config.yaml, and remove the markers of a past ending.  Raises OutputError."""
     if proc.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
             partial_file = out / f"{CONFIG}.partial"
             partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
             os.replace(partial_file, out / CONFIG)
-            (out / PREEMPTED).unlink(missing_ok=True)
+            for marker in (PREEMPTED, FAILED):
+                (out / marker).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
     gather([], proc)  # the others wait for the folder
@@ -168,6 +171,12 @@ def mark_preempted(out: Path, when: str) -> None:
         raise OutputError(
             f"{out / PREEMPTED}: cannot write it (stopped by a signal {when}): {error.strerror}"
         ) from None
+
+
+def mark_failed(out: Path, why: str) -> None:
+    """Leave the marker of a run that an error ended; `make_run` removes it."""
+    with suppress(OSError):  # the error itself is told
+        (out / FAILED).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n", encoding="utf-8", errors="replace")
 
 
 def unmark_preempted(out: Path, proc: Process) -> None:

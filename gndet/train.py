@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from gndet.evaluation import scalars
 from gndet.metrics import Meter, open_log
 from gndet.micro_batch import Share, gradients
 from gndet.nonfinite import describe, refuse, summed
+from gndet.norm_watch import NormWatch
 from gndet.optim import learning_rate, set_learning_rate, total_updates
 from gndet.progress import Progress, nothing
+from gndet.report import report_on_ending
 from gndet.run import Run
 from gndet.run_evaluation import evaluate_run
-from gndet.run_folder import locked, make_run, mark_preempted, move_aside, unmark_preempted
+from gndet.run_folder import locked, make_run, mark_failed, mark_preempted, move_aside, unmark_preempted
 from gndet.saving import Saver
 from gndet.set_up import set_up
 from gndet.signals import Stop, StopSignals
@@ -38,6 +41,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
     """
     out, total = Path(cfg.out), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as stack:
+        ending = stack.enter_context(reported(cfg, console))
         stop = stack.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))
         proc.watch.stopping, proc.watch.on_stop = (lambda: stop.asked), stop.ask
@@ -49,6 +53,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             move_aside(out, proc)
             stack.enter_context(locked(out, proc))
         make_run(cfg, out, proc)
+        ending.begun = proc.first
         proc.watch.report = out / "stalled"
         limit_waiting(proc, cfg.train.timeout_s)
         meter = Meter(proc.device, cfg.train.global_batch)
@@ -62,8 +67,10 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         saver = stack.enter_context(closing(Saver(run, total, log.message, progress.best)))
         stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
         stack.enter_context(rescued(run, progress, total, saver, stop))
+        with meter.pause():
+            norms = NormWatch(run, log, progress)
         if progress.evaluation_due:
-            evaluate_and_save(run, progress, saver, log, stop)
+            evaluate_and_save(run, progress, saver, log, stop, norms)
             saver.wait()  # loader processes are forked now
         # --- the loop
         for update, batches in zip(range(progress.update, total), stream, strict=True):
@@ -71,6 +78,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
             set_learning_rate(run.optimizer, lr)
             share = gradients(run, batches, size, stop)
+            norms.saw(batches.taken)
             progress.undo = share.undo
             size = progress.images_at_once = note_size(share.size, size, update, log)
             if share.skipped:
@@ -90,7 +98,7 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
                 log.train(done, numbers | {"eta_s": meter.seconds_per_update * (total - done)})
             if evaluating:
                 with meter.pause():
-                    evaluate_and_save(run, progress, saver, log, stop)
+                    evaluate_and_save(run, progress, saver, log, stop, norms)
             elif due(done, cfg.train.checkpoint_every, total):
                 with meter.pause():
                     saver.save(progress)
@@ -167,12 +175,49 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Any)
 # --- evaluations, checkpoints, the end
 
 
-def evaluate_and_save(run: Run, progress: Progress, saver: Saver, log: Any, stop: StopSignals) -> None:
-    """Evaluate what has been learned so far, and save it."""
+def evaluate_and_save(
+    run: Run, progress: Progress, saver: Saver, log: Any, stop: StopSignals, norms: NormWatch
+) -> None:
+    """Evaluate what has been learned so far, look at the norms, and save it."""
     saver.wait()  # loader processes are forked now
     values = scalars(evaluate_run(run, progress.update, log, stop))
+    norms.measure(progress.update)
     progress.evaluated(values)
     saver.save(progress)
+
+
+@dataclass
+class Ending:
+    """Whether the run has begun in the process that writes its folder."""
+
+    begun: bool = False
+
+
+@contextmanager
+def reported(cfg: Config, console: Console | None) -> Iterator[Ending]:
+    """Write the report of a run that has begun, however it ends; after an error leave the marker with its words.
+
+    Not after a signal, which leaves no time: `gndet report` does it.
+    """
+
+    def show(text: str) -> None:
+        if console is not None:
+            with suppress(OSError):  # nobody reads any more
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    out, ending = Path(cfg.out), Ending()
+    try:
+        yield ending
+    except Preempted:
+        raise
+    except Exception as error:
+        if ending.begun:
+            mark_failed(out, f"{type(error).__name__}: {error}")
+            if cfg.train.report:
+                report_on_ending(out, show)
+        raise
+    if ending.begun and cfg.train.report:
+        report_on_ending(out, show)
 
 
 @contextmanager

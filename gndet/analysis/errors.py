@@ -49,12 +49,16 @@ def errors(scorer: hotcoco.COCOeval, found: Matches, results: Results, truth: di
     for image, of_image in _grouped(rows, found.image[rows]):
         there = objects.get(int(found.image_ids[image]), [])
         shapes = _shapes(results, found.index[of_image], segm)
-        ious = _ious(shapes, [shape for _, shape in there])  # (rows, objects)
-        ids = np.array([id for id, _ in there], dtype=np.int64)
+        ious = _ious(shapes, [one.shape for one in there], [one.crowd for one in there])  # (rows, objects)
+        ids = np.array([one.id for one in there], dtype=np.int64)
         labels = np.array([classes[id] for id in ids.tolist()], dtype=np.int64)
         taken = np.array([id in used for id in ids.tolist()], dtype=bool)
+        crowd = np.array([one.crowd for one in there], dtype=bool)
         for row, iou in zip(of_image, ious, strict=True):
-            kind[row], place = _kind(iou, labels == found.label[row], taken)
+            same = labels == found.label[row]
+            kind[row], place = _kind(
+                np.where(crowd & ~same, -1.0, iou), same, taken
+            )  # others' crowds count for nothing
             if place >= 0:
                 overlap[row], other[row] = iou[place], ids[place]
     nearly = other[np.isin(kind, ("Cls", "Loc"))]  # mended, these would find their object
@@ -81,14 +85,21 @@ def _kind(iou: np.ndarray, same: np.ndarray, taken: np.ndarray) -> tuple[str, in
     return "Both", best_other if top_other > top_own else best_own
 
 
-def _by_image(truth: dict[str, Any], segm: bool) -> dict[int, list[tuple[int, Any]]]:
-    """Annotation id and shape (box or mask) of the objects that count, image by image."""
+class _Object(NamedTuple):
+    """An annotation as detections are compared with it."""
+
+    id: int
+    shape: Any  # box xywh, or the code of a mask
+    crowd: bool  # then the overlap is the share of the detection that lies on it
+
+
+def _by_image(truth: dict[str, Any], segm: bool) -> dict[int, list[_Object]]:
+    """The annotations of each image."""
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    objects: dict[int, list[tuple[int, Any]]] = {}
+    objects: dict[int, list[_Object]] = {}
     for one in truth["annotations"]:
-        if not one.get("iscrowd", 0):
-            shape = _mask(one["segmentation"], sizes[one["image_id"]]) if segm else one["bbox"]
-            objects.setdefault(one["image_id"], []).append((one["id"], shape))
+        shape = _mask(one["segmentation"], sizes[one["image_id"]]) if segm else one["bbox"]
+        objects.setdefault(one["image_id"], []).append(_Object(one["id"], shape, bool(one.get("iscrowd", 0))))
     return objects
 
 
@@ -101,11 +112,11 @@ def _shapes(results: Results, index: np.ndarray, segm: bool) -> list[Any]:
     return masks
 
 
-def _ious(found: list[Any], objects: list[Any]) -> np.ndarray:
-    """IoU of every detection with every object, (n, m)."""
+def _ious(found: list[Any], objects: list[Any], crowd: list[bool]) -> np.ndarray:
+    """IoU of every detection with every object, (n, m), as COCO takes it."""
     if not found or not objects:
         return np.zeros((len(found), len(objects)))
-    return np.asarray(hotcoco_mask.iou(found, objects, [False] * len(objects))).reshape(len(found), len(objects))
+    return np.asarray(hotcoco_mask.iou(found, objects, crowd)).reshape(len(found), len(objects))
 
 
 def _mask(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def table(
     head = "".join(f'<th aria-sort="none"><button type="button">{escape(name)}</button></th>' for name in columns)
     parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>')
     for number, row in enumerate(rows):
-        pick = f' class="pick" tabindex="0" data-pick="{escape(picks[number])}"' if picks and picks[number] else ""
+        pick = f' class="pick" tabindex="0" data-pick="{_tag(picks[number])}"' if picks and picks[number] else ""
         parts.append(f"<tr{pick}>{''.join(map(_cell, row))}</tr>")
     return "".join([*parts, "</tbody></table></div></div>"])
 
@@ -124,23 +124,32 @@ class Picture(NamedTuple):
 
 
 def gallery(
-    id: str, pictures: Sequence[Picture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE
-) -> str:
-    """Pictures in a grid; a click enlarges one.  filters: tag and name of buttons that show some of them."""
-    parts = [f'<div class="gallery" id="{escape(id)}">']
+    id: str, pictures: Sequence[Picture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE,
+    picked: bool = False,
+) -> str:  # fmt: skip
+    """Pictures in a grid; a click enlarges one.
+
+    filters: tag and name of buttons that show some of them.  picked: a click on a table's row with a tag shows those.
+    """
+    parts = [f'<div class="gallery{" picked" if picked else ""}" id="{escape(id)}">']
     if filters:
         buttons = "".join(
-            f'<button type="button" data-tag="{escape(tag)}">{escape(name)}</button>' for tag, name in filters
+            f'<button type="button" data-tag="{_tag(tag)}">{escape(name)}</button>' for tag, name in filters
         )
         parts.append(f'<div class="filters"><button type="button" data-tag="" class="on">all</button>{buttons}</div>')
     parts.append('<div class="pictures">')
     for picture in pictures:
-        tags, name = escape(" ".join(tag.replace(" ", "_") for tag in picture.tags)), escape(picture.caption)
+        tags, name = " ".join(map(_tag, picture.tags)), escape(picture.caption)
         parts.append(
-            f'<figure data-tags="{tags}"><img loading="lazy" alt="{name}" src="{data_uri(picture.image, side)}">'
+            f'<figure data-tags="{tags}"><img alt="{name}" src="{data_uri(picture.image, side)}">'
             f"<figcaption>{name}</figcaption></figure>"
         )
-    return "".join([*parts, "</div></div>"])
+    return "".join([*parts, '<p class="none" hidden>no picture of this kind is shown here</p></div></div>'])
+
+
+def _tag(words: str) -> str:
+    """A tag without the blanks that stand between tags."""
+    return escape("_".join(words.split()))
 
 
 def data_uri(image: np.ndarray, side: int = MAX_SIDE) -> str:

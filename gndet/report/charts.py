@@ -90,7 +90,7 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     x_ticks: Sequence[float] | None = None,
-    y_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float | None] | None = None,
     marks: bool | None = None,
 ) -> str:
     """Draw lines with their bands.  marks: a sign at each point; by default where a line has 12 or fewer."""
@@ -144,15 +144,24 @@ def histogram(name: str, values: Sequence[float], *, x_label: str, y_label: str,
     numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
     with chart(name, height=2.6) as (_, axes, svg):
         if len(numbers):
-            low, high = numbers.min(), numbers.max()
-            wide = low < high
-            edges = np.geomspace(low, high, 31) if log_x and wide else np.linspace(low, high if wide else low + 1, 31)
-            axes.hist(numbers, bins=edges, color=SERIES[0])
+            axes.hist(numbers, bins=_edges(numbers, log_x), color=SERIES[0])
         _dress(axes, x_label, y_label)
         if log_x:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
+            axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=5))
     return svg[0]
+
+
+def _edges(numbers: np.ndarray, log_x: bool) -> np.ndarray:
+    """Edges of the bins: one for each whole number where there are few, else 30, equal as they are drawn."""
+    low, high = numbers.min(), numbers.max()
+    if not log_x and high - low < 40 and (numbers == numbers.round()).all():
+        return np.arange(low, high + 2) - 0.5
+    high = high if low < high else low + 1
+    return np.geomspace(low, high, 31) if log_x else np.linspace(low, high, 31)
 
 
 def heat(

@@ -32,7 +32,8 @@ CONFIG = {
     },
     "train": {
         "global_batch": 2, "images_per_gpu": 1, "ema": 0.9, "log_every": 1, "eval_every": 0, "checkpoint_every": 2,
-        "keep_last": 9, "vis_images": 1, "schedule": {"updates": 6, "warmup": 2, "steps": [4], "reference_batch": 2},
+        "keep_last": 9, "vis_images": 1, "report": False,
+        "schedule": {"updates": 6, "warmup": 2, "steps": [4], "reference_batch": 2},
     },
 }  # fmt: skip
 SPEEDS = ("images_per_s", "data_wait", "memory_mib", "eta_s")  # of metrics.jsonl: not equal in two runs

@@ -9,7 +9,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gndet.data.batching import Loaded
 from gndet.errors import DataError, OutputError
+
+HISTOGRAM_BINS = 30  # of TensorBoard's histograms, which shows as many; its own 1,500 take ten times as long
 
 
 class RunLog:
@@ -47,7 +49,7 @@ class RunLog:
         """
         out.mkdir(parents=True, exist_ok=True)
         last_kept = first_update or -1
-        _truncate(out / "metrics.jsonl", last_kept, evaluation_due)
+        truncate(out / "metrics.jsonl", last_kept, evaluation_due)
         self.lost = ""  # what could not be written first, and why
         self._file = (out / "metrics.jsonl").open("ab", buffering=0)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_kept + 1)
@@ -108,6 +110,22 @@ class RunLog:
         """Log a picture (H, W, 3) uint8 to TensorBoard."""
         with self._may_fail("tensorboard"):
             self._board.add_image(tag, picture, update, dataformats="HWC")
+
+    def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: Sequence[float]) -> None:
+        """Log a precision-recall curve to TensorBoard, by rising recall; counts, which COCO's has not, are zero."""
+        zeros = np.zeros(len(recall))
+        with self._may_fail("tensorboard"):
+            self._board.add_pr_curve_raw(
+                tag, zeros, zeros, zeros, zeros, np.array(precision)[::-1], np.array(recall)[::-1], update,
+                num_thresholds=len(recall),
+            )  # fmt: skip
+
+    def histogram(self, update: int, tag: str, values: np.ndarray) -> None:
+        """Log how values are spread to TensorBoard; those that are not finite are left out."""
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            with self._may_fail("tensorboard"):
+                self._board.add_histogram(tag, finite, update, bins=HISTOGRAM_BINS)
 
     def attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write something into the run folder; a failure is said, and does not end the run."""
@@ -277,16 +295,16 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield line, entry
 
 
-def _truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
+def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
     """Drop the lines of later updates, a half-written one, and that of an evaluation that is to be made anew.
 
-    The file is replaced whole.
+    The file is replaced whole; a line without kind belongs to an evaluation.
     """
     if not path.exists():
         return
 
     def holds(entry: dict[str, Any]) -> bool:
-        if entry["update"] == last_update and entry["kind"] == "evaluation":
+        if entry["update"] == last_update and entry.get("kind", "evaluation") == "evaluation":
             return not evaluation_due
         return entry["update"] <= last_update
 

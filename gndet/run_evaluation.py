@@ -11,6 +11,7 @@ from gndet.errors import GndetError, TrainingError
 from gndet.evaluation import Evaluation, evaluate, scalars, table
 from gndet.results import save_results
 from gndet.run import Run
+from gndet.scoring import RECALLS
 from gndet.signals import Stop, StopSignals
 from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
 
@@ -64,6 +65,9 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation
         log.evaluation(done, scalars(evaluation), table(evaluation))
         log.attempt("detections.json", partial(save_results, run.out / "detections.json", evaluation.results))
         log.attempt("predictions.png", partial(show_examples, run, done, log, evaluation))
+        for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
+            for name, precision in metrics.curves.items() if metrics else ():
+                log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
     return evaluation
 
 

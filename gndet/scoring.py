@@ -23,6 +23,7 @@ Kind = Literal["bbox", "segm"]
 EXACT = 2**53  # float64 holds the integers up to here
 IOU_50, IOU_75 = 0, 5  # places in COCO's IoU thresholds 0.50, 0.55 ... 0.95
 ALL, SMALL, MEDIUM, LARGE = range(4)  # places in COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
+RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO takes the precision
 SUMMARY_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
 
 
@@ -31,6 +32,7 @@ class Metrics(NamedTuple):
 
     summary: dict[str, float]  # the keys of SUMMARY_COLUMNS, in the order of pycocotools' stats
     per_class: list[dict[str, Any]]  # name, AP, AP50, AR, num_objects, num_images (crowd regions not counted)
+    curves: dict[str, list[float]]  # by class name: precision at IoU 0.5 and recalls 0, 0.01 ... 1; only where defined
 
 
 def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
@@ -171,7 +173,11 @@ def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, cate
         }
         for place, id in enumerate(category_ids)
     ]
-    return Metrics(summary, per_class)
+    curves = {
+        names[id]: precision[IOU_50, :, place, ALL, -1].tolist()
+        for place, id in enumerate(category_ids) if (precision[IOU_50, :, place, ALL, -1] > -1).all()
+    }  # fmt: skip
+    return Metrics(summary, per_class, curves)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gndet.config import Config
 from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
 from gndet.distributed import Process, gather, give_first_s, limit_waiting, process
-from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
+from gndet.errors import DataError, GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.evaluation import scalars
 from gndet.metrics import Meter, open_log
 from gndet.micro_batch import Share, gradients
@@ -23,6 +23,7 @@ from gndet.norm_watch import NormWatch
 from gndet.optim import learning_rate, set_learning_rate, total_updates
 from gndet.progress import Progress, nothing
 from gndet.report import report_on_ending
+from gndet.report.batches import draw_batches
 from gndet.run import Run
 from gndet.run_evaluation import evaluate_run
 from gndet.run_folder import locked, make_run, mark_failed, mark_preempted, move_aside, unmark_preempted
@@ -64,6 +65,8 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         stack.enter_context(log)
         for note in notes:
             log.message(note)
+        if proc.first and not progress.update:
+            log.attempt("the first batches' pictures", lambda: show_batches(run, size, log))
         saver = stack.enter_context(closing(Saver(run, total, log.message, progress.best)))
         stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
         stack.enter_context(rescued(run, progress, total, saver, stop))
@@ -310,6 +313,14 @@ def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Any) 
     with closing(batches):
         for _ in range(start, stop):
             yield Replay(lambda: meter.wait_for(batches), count)
+
+
+def show_batches(run: Run, size: int, log: Any) -> None:
+    """Put the first training pictures into TensorBoard, as the network gets them."""
+    if run.cfg.train.vis_images:
+        with suppress(DataError):  # the run itself meets it, and says what is done about it
+            for i, picture in enumerate(draw_batches(run.train_set, run.cfg, size, run.cfg.train.vis_images)[0]):
+                log.picture(0, f"train/{i}", picture.image)
 
 
 def closing_words(out: Path, progress: Progress) -> str:

@@ -6,12 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 from conftest import REPOSITORY
-from PIL import Image
-from pycocotools.coco import COCO
 from test_train import CONFIG
 
 from gndet.cli import main
@@ -117,43 +114,6 @@ def test_evaluate_refuses_other_classes_and_what_is_no_checkpoint(
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_predict_draws_every_picture_and_writes_coco_results(trained: Path, tmp_path: Path) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8)
-    (tmp_path / "a").mkdir()
-    for name in ("a/one.png", "a/two.jpg", "one.jpg"):
-        Image.fromarray(pixels).save(tmp_path / name)
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
-    out = tmp_path / "out"
-    words = ["predict", str(trained), str(tmp_path / "a"), str(tmp_path / "one.jpg"), str(tmp_path / "gray.png")]
-    assert main([*words, "--out", str(out), "--threshold", "0.1", "model.box_head.score_threshold=0.01"]) == 0
-    names = {file.name for file in out.iterdir()}
-    assert names == {"one.png", "two.png", "one-3.png", "gray.png", "predictions.json", "images.json"}
-    truth = COCO(str(out / "images.json"))
-    found = truth.loadRes(str(out / "predictions.json"))
-    assert len(found.anns) > 0 and {one["image_id"] for one in found.anns.values()} <= {1, 2, 3, 4}
-
-
-def test_predict_overwrites_no_picture_and_gives_each_a_name(trained: Path, tmp_path: Path) -> None:
-    for name in ("a.png", "a.jpg", "a-3.png", "._a.jpg"):
-        Image.new("RGB", (40, 30)).save(tmp_path / name)
-    before = (tmp_path / "a.png").read_bytes()
-    assert main(["predict", str(trained), str(tmp_path), "--out", str(tmp_path)]) == 2
-    assert (tmp_path / "a.png").read_bytes() == before
-    assert main(["predict", str(trained), str(tmp_path), "--out", str(tmp_path / "out")]) == 0
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3
-
-
 def test_results_that_cannot_be_written_are_told_first(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--out", "/proc/nowhere/results.json"]) == 2
     assert "--out /proc/nowhere: cannot make this folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("bad", ["missing.jpg", "empty.jpg", "text.jpg"])
-def test_predict_names_a_bad_picture_and_writes_nothing(
-    trained: Path, tmp_path: Path, bad: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("<html>not found</html>")
-    assert main(["predict", str(trained), str(tmp_path / bad), "--out", str(tmp_path / "out")]) == 2
-    assert bad in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()

@@ -42,6 +42,7 @@ FLOORS = [
         "nonfinite",
         "run_evaluation",
         "set_up",
+        "inference",
         "analysis",
         "norm_statistics",
         "norm_watch",
@@ -50,7 +51,6 @@ FLOORS = [
     },
     {
         "train",
-        "inference",
         "prediction",
         "onnx_export",
         "onnx_model",

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gndet.analysis.matches import Matches
+from gndet.scoring import RECALLS
 
-RECALLS = np.linspace(0.0, 1.0, 101)  # COCO's
 WORK = 5e7  # detections x thresholds x draws: some seconds
 AT_ONCE = 2e6  # of them: what stands in memory
 FEWEST, MOST = 40, 400  # draws

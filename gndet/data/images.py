@@ -1,6 +1,7 @@
 """Read a picture file of any common kind as (height, width, 3) uint8 RGB, upright; find the pictures in folders."""
 
 import errno
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from gndet.errors import DataError, MachineError
 MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb
 ORIENTATION = 0x0112  # EXIF's tag
 TURNS = range(2, 9)  # its values with which a picture is not stored upright
+SIDEWAYS = range(5, 9)  # those that swap height and width
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes of those looked for in a folder
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
@@ -49,17 +51,67 @@ def read_image(
     dropped, of an animation the first frame.  Raises Fault for a file that is missing, broken, over
     max_pixels, or of another size, and MachineError where there are too many open files or too little memory.
     """
+    with _as_faults(path), no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
+        stored = _stored_size(path, image, max_pixels)
+        image.load()  # which turns a TIFF
+        # without a turn exif_transpose would copy the picture
+        upright = ImageOps.exif_transpose(image) if _orientation(image) in TURNS else image
+        pixels = np.array(_to_rgb(upright))  # (h, w, 3), a copy
+        unusual = [] if note is None else _unusual(image)
+    if size is not None and pixels.shape[:2] != size:
+        message = f"{path}: height, width are {pixels.shape[:2]}, the annotation file says {size}"
+        if stored == size:
+            message += "; it fits only before the EXIF rotation: the annotations are of the unrotated picture"
+        raise Fault("picture-unrotated" if stored == size else "picture-size", message)
+    for code, words in unusual:
+        note(code, words)
+    return pixels
+
+
+def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Read the height and width that `read_image` gives a picture, from its header alone.
+
+    Raises as `read_image` does for what the header tells: a picture may still turn out broken when it is decoded.
+    """
+    with _as_faults(path), no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
+        height, width = _stored_size(path, image, max_pixels)
+        if image.format == "TIFF":  # Pillow gives the size that it has when it is turned
+            return height, width
+        if image.format == "PNG" and not _tells_late(path):
+            sideways = Image.Image.getexif(image).get(ORIENTATION, 1) in SIDEWAYS  # PNG's own would decode the picture
+        else:
+            sideways = _orientation(image) in SIDEWAYS
+    return (width, height) if sideways else (height, width)
+
+
+def _tells_late(path: Path) -> bool:
+    """Whether a PNG says something, which may be its orientation, after its pixels."""
+    with path.open("rb") as file:
+        file.seek(8)  # the signature
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            pixels = pixels or kind == b"IDAT"
+            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            file.seek(length + 4, os.SEEK_CUR)  # with its checksum
+    return False
+
+
+def _stored_size(path: Path, image: Image.Image, max_pixels: int) -> tuple[int, int]:
+    """Height and width of a picture before it is turned.  Raises Fault for one over max_pixels."""
+    height, width = image.size[::-1]
+    if height * width > max_pixels:
+        pixels = f"{height} x {width} pixels, over the limit of {max_pixels} (data.max_pixels)"
+        raise Fault("picture-pixels", f"{path}: {pixels}")
+    return height, width
+
+
+@contextmanager
+def _as_faults(path: Path) -> Iterator[None]:
+    """Raise Fault where Pillow cannot read a picture, and MachineError where it is the machine that cannot."""
     try:
-        with _no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
-            stored = image.size[::-1]  # height, width
-            if stored[0] * stored[1] > max_pixels:
-                pixels = f"{stored[0]} x {stored[1]} pixels, over the limit of {max_pixels} (data.max_pixels)"
-                raise Fault("picture-pixels", f"{path}: {pixels}")
-            image.load()  # which turns a TIFF
-            # without a turn exif_transpose would copy the picture
-            upright = ImageOps.exif_transpose(image) if _orientation(image) in TURNS else image
-            pixels = np.array(_to_rgb(upright))  # (h, w, 3), a copy
-            unusual = [] if note is None else _unusual(image)
+        yield
     except UnidentifiedImageError:
         kind = what_is(read_head(path))
         code = "file-empty" if kind == EMPTY else "picture-unreadable"
@@ -70,14 +122,6 @@ def read_image(
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
             raise MachineError(f"{path}: {error.strerror}: a limit of this machine, not of the picture") from None
         raise Fault("picture-unreadable", f"{path}: cannot be read as a picture: {error}") from None
-    if size is not None and pixels.shape[:2] != size:
-        message = f"{path}: height, width are {pixels.shape[:2]}, the annotation file says {size}"
-        if stored == size:
-            message += "; it fits only before the EXIF rotation: the annotations are of the unrotated picture"
-        raise Fault("picture-unrotated" if stored == size else "picture-size", message)
-    for code, words in unusual:
-        note(code, words)
-    return pixels
 
 
 def _unusual(image: Image.Image) -> list[tuple[str, str]]:
@@ -100,8 +144,11 @@ def _orientation(image: Image.Image) -> Any:
 
 
 @contextmanager
-def _no_limit_of_pillows() -> Iterator[None]:
-    """Leave the limit to max_pixels: Pillow's own warns from 89 million pixels on and cannot be set for one file."""
+def no_limit_of_pillows() -> Iterator[None]:
+    """Leave the limit to max_pixels: Pillow's own warns from 89 million pixels on and cannot be set for one file.
+
+    For a process: one that reads in several threads holds it around them.
+    """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield

@@ -3,10 +3,14 @@
 They are not kept while training: order and augmentation are functions of the seed, so they are made once more.
 """
 
+from contextlib import closing
+
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from gndet.config import Config
 from gndet.data.batching import Loaded, train_batches
+from gndet.dataset import Dataset
 from gndet.errors import GndetError
 from gndet.paste import paste_masks
 from gndet.report import blocks
@@ -22,11 +26,11 @@ SHADES = (150, 120)
 def section(run: RunRecord) -> str:
     """The first batches of the run."""
     if run.train_set is None:
-        return blocks.section(
-            "batches", "Training batches", blocks.notice("warn", "The training data could not be read.")
-        )
+        words = blocks.notice("warn", "The training data could not be read.")
+        return blocks.section("batches", "Training batches", words)
+    at_once = run.meta.get("images_at_once") or run.cfg.train.images_per_gpu
     try:
-        pictures, padding = _drawn(run)
+        pictures, padding = draw_batches(run.train_set, run.cfg, at_once if isinstance(at_once, int) else 1, PICTURES)
     except GndetError as error:
         return blocks.section("batches", "Training batches", blocks.notice("bad", str(error)))
     words = (
@@ -37,28 +41,28 @@ def section(run: RunRecord) -> str:
     return blocks.section("batches", "Training batches", blocks.gallery("batch-pictures", pictures), lead=words)
 
 
-def _drawn(run: RunRecord) -> tuple[list[Picture], float]:
-    """Pictures of the first batches, and the share of padding on their canvases."""
-    cfg, pictures, padded, cells = run.cfg, [], 0, 0
-    at_once = run.meta.get("images_at_once") or cfg.train.images_per_gpu
-    at_once = at_once if isinstance(at_once, int) else 1
-    assert run.train_set is not None
+def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tuple[list[Picture], float]:
+    """The first `count` training pictures, on the canvases of `at_once` images; and the share of padding on those.
+
+    Raises DataError where they cannot be read.
+    """
+    pictures: list[Picture] = []
+    padded = cells = 0
     batches = train_batches(
-        run.train_set, cfg.data.model_copy(update={"workers": 0}), seed=cfg.seed, start=0, stop=PICTURES,
+        dataset, cfg.data.model_copy(update={"workers": 0}), seed=cfg.seed, start=0, stop=count,
         images_per_gpu=at_once, global_batch=cfg.train.global_batch, rank=0, world=1, masks=cfg.model.masks,
         pin_memory=False,
     )  # fmt: skip
-    for number, loaded in enumerate(batches):
-        for place in range(len(loaded.image_ids)):
+    with closing(batches):
+        for number, loaded in enumerate(batches):
             height, width = loaded.batch.images.shape[-2:]
-            padded += height * width - int(loaded.batch.sizes[place].prod())
-            cells += height * width
-            if len(pictures) < PICTURES:
-                caption = f"batch {number + 1}, image {loaded.image_ids[place]}, canvas {height} x {width}"
-                pictures.append(Picture(_draw(loaded, place, run.train_set.classes), caption))
-        if len(pictures) >= PICTURES:
-            break
-    batches.close()
+            padded += len(loaded.image_ids) * height * width - int(loaded.batch.sizes.prod(1).sum())
+            cells += len(loaded.image_ids) * height * width
+            for place, image_id in list(enumerate(loaded.image_ids))[: count - len(pictures)]:
+                caption = f"batch {number + 1}, image {image_id}, canvas {height} x {width}"
+                pictures.append(Picture(_draw(loaded, place, dataset.classes), caption))
+            if len(pictures) >= count:
+                break
     return pictures, padded / max(cells, 1)
 
 

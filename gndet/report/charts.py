@@ -24,6 +24,7 @@ VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
 }
 STYLES = ("-", "--", "-.", ":")  # a second round of the colours has another line: told apart in grey too
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+NAMES_A_ROW = 4  # of a legend
 WIDTH = 6.4  # inches of 72 units; the page scales it
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -53,16 +54,20 @@ class Series(NamedTuple):
 
 
 @contextmanager
-def chart(name: str, height: float = 3.4) -> Iterator[tuple[Figure, Axes, list[str]]]:
-    """A figure, its axes, and a list that holds the finished SVG after the context.
+def chart(
+    name: str, height: float = 3.4, left: float = 0.78, bottom: float = 0.52, top: float = 0.12
+) -> Iterator[tuple[Axes, list[str]]]:
+    """The axes of a figure, and a list that holds the finished SVG after the context.
 
-    name: unique on the page; the SVG's ids are made of it, so that the same data gives the same text.
+    name: unique on the page; the SVG's ids are made of it, so that the same data gives the same text.  height, and the
+    margins left, bottom and top, are inches: given, since finding them takes matplotlib as long as drawing.
     """
     svg: list[str] = []
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height))
         FigureCanvasSVG(figure)
-        yield figure, figure.add_subplot(), svg
+        figure.subplots_adjust(left / WIDTH, bottom / height, 1 - 0.1 / WIDTH, 1 - top / height)
+        yield figure.add_subplot(), svg
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg.append(_for_page(file.getvalue(), name))
@@ -94,7 +99,8 @@ def lines(
     marks: bool | None = None,
 ) -> str:
     """Draw lines with their bands.  marks: a sign at each point; by default where a line has 12 or fewer."""
-    with chart(name) as (figure, axes, svg):
+    rows = -(-len(series) // NAMES_A_ROW) if len(series) > 1 else 0
+    with chart(name, height=3.1 + 0.22 * rows, top=0.12 + 0.22 * rows) as (axes, svg):
         for number, one in enumerate(series):
             colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
             few = len(one.x) <= 12 if marks is None else marks
@@ -112,7 +118,15 @@ def lines(
             axes.xaxis.set_minor_locator(ticker.NullLocator())
         if y_range is not None:
             axes.set_ylim(*y_range)
-        _legend(figure, axes, len(series))
+        if rows:
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(-0.08, 1),
+                ncols=NAMES_A_ROW,
+                frameon=False,
+                fontsize=10,
+                borderpad=0.1,
+            )
     return svg[0]
 
 
@@ -126,7 +140,7 @@ def bars(
     high: Sequence[float] | None = None,
 ) -> str:
     """Draw horizontal bars, the first on top; low and high: ends of their intervals."""
-    with chart(name, height=0.9 + 0.3 * len(labels)) as (_, axes, svg):
+    with chart(name, height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, svg):
         places = np.arange(len(labels))
         axes.barh(places, values, color=SERIES[0], height=0.7)
         if low is not None and high is not None:
@@ -142,7 +156,7 @@ def histogram(name: str, values: Sequence[float], *, x_label: str, y_label: str,
     """Draw how often values occur, in 30 bins."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
-    with chart(name, height=2.6) as (_, axes, svg):
+    with chart(name, height=2.6) as (axes, svg):
         if len(numbers):
             axes.hist(numbers, bins=_edges(numbers, log_x), color=SERIES[0])
         _dress(axes, x_label, y_label)
@@ -171,7 +185,8 @@ def heat(
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     small = len(columns) <= 12
     flat = small and max(map(len, columns)) < 9
-    with chart(name, height=1.5 + 0.34 * len(rows)) as (_, axes, svg):
+    below = 0.55 if flat else 0.3 + _room(columns)
+    with chart(name, height=below + 0.2 + 0.34 * len(rows), left=0.25 + _room(rows), bottom=below) as (axes, svg):
         for r, c in zip(*np.nonzero(matrix), strict=True):
             depth = 0.08 + 0.72 * share[r, c]
             axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=SERIES[0], alpha=depth))
@@ -198,10 +213,9 @@ def _dress(axes: Axes, x_label: str, y_label: str) -> None:
     axes.tick_params(length=0)
 
 
-def _legend(figure: Figure, axes: Axes, count: int) -> None:
-    """Names above the lines; none where there is one line."""
-    if count > 1:
-        figure.legend(loc="outside upper left", ncols=min(count, 4), frameon=False, fontsize=10)
+def _room(labels: Sequence[str]) -> float:
+    """Inches that the longest label takes, and a little."""
+    return 0.25 + 0.085 * max((len(_short(label)) for label in labels), default=0)
 
 
 def _short(label: str) -> str:

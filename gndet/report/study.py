@@ -28,15 +28,15 @@ STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  #
 def section(folder: Path) -> str:
     """The section of a study's report.  Raises DataError where study.json cannot be read."""
     study = read_study(folder)
-    said = verdict(study)
-    parts = [blocks.notice("plain", " ".join(said[:3]))]
-    parts += [blocks.text(line) for line in said[3:]]
+    parts = [blocks.notice("plain", line) for line in verdict(study)]
     parts += [blocks.text(f"Rule: {study.rule}."), blocks.text(_schedule(study))]
     parts += [blocks.notice("warn", note) for note in study.notes]
+    charts_of = []
     for metric in metrics_of(study):
         caption = f"{METRICS[metric]} in percent, mean over seeds with its 95 % interval (Student's t)"
-        parts.append(blocks.figure(_chart(study, metric), caption, f"study-{metric.replace('/', '-')}"))
-        parts.append(_table(study, metric))
+        charts_of.append(blocks.figure(_chart(study, metric), caption, f"study-{metric.replace('/', '-')}"))
+    parts.append(blocks.side_by_side(*charts_of))
+    parts += [_table(study, metric) for metric in metrics_of(study)]
     parts.append(_cells(study))
     return blocks.section("study", "Norm study", *parts, lead=f"{study.config}, {study.date}")
 
@@ -83,7 +83,10 @@ def _table(study: Study, metric: str) -> str:
             mean = _mean(study, variant, size, metric)
             cells.append((mean.mean if mean.n else -1.0, cell_words(study, variant, size, metric)))
         rows.append([title(variant), *cells])
-    head = ["groups" if study.by_groups else "norm", *(f"{size} images" for size in study.sizes)]
+    head = [
+        "groups" if study.by_groups else "norm",
+        *(f"{size} image{'s' if size > 1 else ''}" for size in study.sizes),
+    ]
     caption = f"{METRICS[metric]} by images per GPU: mean ± half of the 95 % interval (number of seeds)"
     return blocks.table(f"study-table-{metric.replace('/', '-')}", head, rows, caption)
 

@@ -1,0 +1,137 @@
+"""Frames of a video, read and written by PyAV, the optional extra `video`, whose wheels carry FFmpeg inside.
+
+(h, w) frame. Pictures are (h, w, 3) uint8 RGB, upright as a player shows them.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gndet.errors import DataError, OutputError
+
+try:
+    import av
+except ImportError:
+    av = None
+
+ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first there is; the last is FFmpeg's own
+CLOCK = 90_000  # ticks a second of what is written: MPEG's, of which each usual frame rate is a whole number
+USUAL_RATE = Fraction(25)  # frames a second where a file does not say
+
+
+class Frame(NamedTuple):
+    """A picture of a video."""
+
+    index: int  # in the video, from 0
+    seconds: float  # when it is shown, from the video's start
+    pixels: np.ndarray  # (h, w, 3) uint8 RGB
+
+
+def video_rate(path: Path, max_pixels: int) -> Fraction:
+    """Open a video and read its frames a second.
+
+    Raises DataError without PyAV, for a file that is no video, and for one whose frames are over max_pixels.
+    """
+    with _opened(path) as (_, stream):
+        height, width = stream.codec_context.height, stream.codec_context.width
+        if height * width > max_pixels:
+            raise DataError(
+                f"{path}: frames of {height} x {width} pixels, over the limit of {max_pixels} (data.max_pixels)"
+            )
+        return stream.average_rate or stream.guessed_rate or USUAL_RATE
+
+
+def read_frames(path: Path, every: int) -> Iterator[Frame]:
+    """Decode each `every`th frame of a video, from the first on.
+
+    Raises DataError as `video_rate` does and, after the frames before it, where the file is damaged or has no frame.
+    """
+    count = 0
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        rate = stream.average_rate or stream.guessed_rate or USUAL_RATE
+        for frame in container.decode(stream):
+            if count % every == 0:
+                turned = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                seconds = float(count / rate) if frame.time is None else frame.time
+                yield Frame(count, seconds, np.ascontiguousarray(turned))
+            count += 1
+    if not count:
+        raise DataError(f"{path}: cannot be read as a video: it has no frame")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container of a file and its first video stream.  Raises DataError, also for what is raised meanwhile."""
+    if av is None:
+        raise DataError(f"{path}: videos are read by PyAV, which is not installed: pip install 'gndet[video]'")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: cannot be read as a video: it has no pictures in it")
+            yield container, container.streams.video[0]
+    except (av.FFmpegError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a video: {getattr(error, 'strerror', None) or error}") from None
+
+
+class VideoWriter:
+    """An MP4 file that is written frame by frame, each shown when it was in its source.
+
+    As a context: the file has its name once that ends, and is not there where it ends in an error.  Raises OutputError.
+    """
+
+    def __init__(self, path: Path, rate: Fraction) -> None:
+        """rate: frames a second, which the encoder reckons with."""
+        self.path, self.rate = path, rate
+        self.partial = path.with_name(f"{path.name}.partial")
+        self.stream: Any = None
+        self.start, self.last = 0.0, -1  # seconds of the first frame, ticks of the last one
+
+    def __enter__(self) -> "VideoWriter":
+        with self._told():
+            self.container = av.open(str(self.partial), "w", format="mp4")
+        return self
+
+    def write(self, pixels: np.ndarray, seconds: float) -> None:
+        """Append a picture (h, w, 3); all are scaled to the first one's size, edges rounded up to even numbers."""
+        even = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
+        with self._told():
+            if self.stream is None:
+                codec = next(name for name in ENCODERS if name in av.codecs_available)
+                self.stream = self.container.add_stream(codec, rate=self.rate)
+                self.stream.height, self.stream.width = even.shape[:2]
+                self.stream.pix_fmt = "yuv420p"  # what every player shows
+                self.stream.codec_context.time_base = Fraction(1, CLOCK)
+                self.start = seconds
+            frame = av.VideoFrame.from_ndarray(even, format="rgb24")
+            frame = frame.reformat(self.stream.width, self.stream.height, "yuv420p")
+            self.last = max(round((seconds - self.start) * CLOCK), self.last + 1)  # times must rise
+            frame.pts, frame.time_base = self.last, Fraction(1, CLOCK)
+            self.container.mux(self.stream.encode(frame))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with self._told():
+                if kind is None and self.stream is not None:
+                    self.container.mux(self.stream.encode())
+                self.container.close()
+            if kind is None and self.stream is not None:
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise OutputError where FFmpeg cannot write."""
+        try:
+            yield
+        except (av.FFmpegError, OSError) as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,296 @@
+"""What the norm layers of a model do on a few images: statistics beside a forward pass, which changes nothing.
+
+Letters: n samples (images or regions), C channels, G groups, (H, W) maps, k observations.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gndet.modeling.area import Area
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.norm import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from gndet.modeling.tower import keeping_all
+from gndet.structures import Batch, Proposals
+
+REGIONS = 64  # an image, for the norms of the heads
+DEAD = 1e-3  # of |gamma|, and of its ratio to the layer's median: the channel carries nothing
+EXPLODING = 10.0  # of |gamma| against the layer's median at the start, or against 1 where that was less
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+OBSERVATIONS, LEAST = 512, 16  # positions that channels are compared at; fewer than LEAST tell nothing
+GROUPS, PER_GROUP = 16, 4  # groups, and channels of each, that are compared
+DIGITS = 5  # of a number in a line of norms.jsonl
+
+Start = Mapping[str, Tensor]  # "<layer>.weight" and "<layer>.bias" (C,) when the run began
+
+
+class Measured(NamedTuple):
+    """A norm layer on some images."""
+
+    numbers: dict[str, Any]  # what norms.jsonl holds of it
+    group_std: np.ndarray  # standard deviations of all groups and samples; of BN: of channels and batches
+    gamma: np.ndarray  # (C,)
+
+
+class Moments(NamedTuple):
+    """Of one call of a layer, channel by channel: mean and variance (n, C) over `count` (n, 1) positions."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+@dataclass
+class Seen:
+    """What one layer was given."""
+
+    moments: list[Moments] = field(default_factory=list)
+    similar: list[Tensor] = field(default_factory=list)  # (2,) of each call
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The norm layers of a model by name, in the order they were built: by depth, but for shortcuts."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}
+
+
+def affine(model: nn.Module) -> dict[str, Tensor]:
+    """Copy gamma and beta of all norm layers to the CPU, as a Start."""
+    return {
+        f"{name}.{which}": getattr(layer, which).detach().to("cpu", copy=True).contiguous()
+        for name, layer in norm_layers(model).items()
+        for which in ("weight", "bias")
+    }
+
+
+def measure(
+    model: MaskRCNN, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], start: Start | None
+) -> list[Measured]:
+    """Pass images through a detector, its heads included, and look at what its norm layers are given.
+
+    batches: for BN a batch's statistics are compared with the running ones; other layers see images one by one.
+    start: gamma and beta when the run began; None: not known.  The model is left as it was: modes, memory, buffers, and
+    no random number is drawn.  Statistics are taken in the model's type, float32 at least, and summed up in float64.
+    """
+    seen = {name: Seen() for name in norm_layers(model)}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with keeping_all(model), _listening(model, seen), torch.inference_mode():
+            for batch in batches:
+                with autocast():
+                    _run(model, batch)
+            return [_measured(name, layer, seen[name], start) for name, layer in norm_layers(model).items()]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _run(model: MaskRCNN, batch: Batch) -> None:
+    """Pass a batch through the pyramid, and the best of its proposals through the heads."""
+    device = model.pixel_mean.device
+    images, sizes = batch.images.to(device), batch.sizes.to(device)
+    features, areas = model.features(images, sizes, batch.padded)
+    logits, deltas = model.rpn(features, areas)
+    anchors = model.rpn.anchors(features, areas, images.shape[2:])
+    proposals = model.rpn.propose(logits, deltas, anchors, sizes)
+    best = Proposals(*(part[:, :REGIONS] for part in proposals))
+    boxes = torch.where(best.valid[..., None], best.boxes, best.boxes[:, :1])  # (B, R, 4); an empty slot: the best
+    pyramid, strides = model.pooled_levels(features, areas)
+    model.box_head(pyramid, strides, boxes)
+    if model.mask_head is not None:
+        image = torch.arange(len(boxes), device=device).repeat_interleave(boxes.shape[1])
+        model.mask_head(pyramid, strides, boxes.flatten(0, 1), image, torch.zeros_like(image))
+
+
+@contextmanager
+def _listening(model: nn.Module, seen: Mapping[str, Seen]) -> Iterator[None]:
+    """Look at each norm layer's input, and the pictures' area in it, before the layer runs."""
+
+    def look(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x, area = inputs[0], inputs[1] if len(inputs) > 1 and getattr(layer, "masked", False) else None
+        with torch.autocast(x.device.type, enabled=False):
+            seen[name].moments.append(moments(x.to(layer.weight.dtype), area))
+            seen[name].similar.append(similarity(x, _groups(layer) or x.shape[1], area))
+
+    handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in norm_layers(model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- what is taken of a map
+
+
+def moments(x: Tensor, area: Area | None) -> Moments:
+    """Mean and variance of each channel of x (n, C, H, W) over its map; area: over the picture alone."""
+    if area is None:
+        mean = x.mean((2, 3))
+        var = (x - mean[:, :, None, None]).square_().mean((2, 3))
+        count = torch.full((len(x), 1), x.shape[2] * x.shape[3], dtype=torch.float64)
+        return Moments(mean, var, count)
+    count = area.count.to(x.dtype)
+    mean = torch.where(area.mask, x, 0.0).sum((2, 3)) / count
+    centred = torch.where(area.mask, x - mean[:, :, None, None], 0.0)
+    return Moments(mean, centred.square_().sum((2, 3)) / count, area.count)
+
+
+def similarity(x: Tensor, groups: int, area: Area | None) -> Tensor:
+    """Mean |correlation| of channels of x (n, C, H, W) over positions: of pairs in one group, and in two.
+
+    At OBSERVATIONS positions, spread evenly, and for PER_GROUP channels of GROUPS groups.  Returns (2,) float64, nan
+    where there is no such pair whose channels vary.
+    """
+    num, channels, height, width = x.shape
+    where = torch.arange(num * height * width, device=x.device)
+    where = where if area is None else where[area.mask.flatten()]
+    if len(where) < LEAST:
+        return torch.full((2,), math.nan, dtype=torch.float64, device=x.device)
+    where = where[_spread(len(where), OBSERVATIONS, x.device)]
+    per_group = channels // groups
+    group = _spread(groups, GROUPS, x.device)
+    chosen = (group[:, None] * per_group + _spread(per_group, PER_GROUP, x.device)).flatten()
+    values = x[where // (height * width), :, where // width % height, where % width][:, chosen].double()  # (k, c)
+    centred = values - values.mean(0)
+    square = centred.square().sum(0)
+    varies = square > 1e-24 * values.square().sum(0)  # a constant leaves rounding
+    unit = torch.where(varies, centred * square.rsqrt(), 0.0)
+    correlation = (unit.T @ unit).abs()  # (c, c)
+    pairs = (varies[:, None] & varies).triu(1)
+    same = (chosen // per_group)[:, None] == chosen // per_group
+    return torch.stack([torch.where(pairs & of, correlation, 0.0).sum() / (pairs & of).sum() for of in (same, ~same)])
+
+
+def _spread(num: int, most: int, device: torch.device) -> Tensor:
+    """At most so many of the indices below num, spread evenly."""
+    count = min(num, most)
+    return torch.arange(count, device=device) * num // count
+
+
+# --- what is said of a layer
+
+
+def _measured(name: str, layer: nn.Module, seen: Seen, start: Start | None) -> Measured:
+    gamma, beta = (_array(getattr(layer, which)) for which in ("weight", "bias"))
+    calls = [Moments(*map(_array, call)) for call in seen.moments]
+    var, elements, running = _by_group(layer, calls) if isinstance(layer, GroupNorm) else _by_batch(layer, calls)
+    std = np.sqrt(var)
+    finite = std[np.isfinite(std)]
+    cells = np.concatenate([call.count for call in calls]) if calls else np.empty(0)
+    numbers = {
+        "name": name, "kind": _kind(layer), "channels": len(gamma), "groups": _groups(layer),
+        "masked": bool(getattr(layer, "masked", False)), "eps": layer.eps,
+        "trained": any(parameter.requires_grad for parameter in layer.parameters()),
+        "elements": int(elements.min()) if elements.size else None,  # that a statistic is taken over, at the least
+        "one_cell": _share(cells == 1), "one_element": _share(elements == 1), "nonfinite": _share(~np.isfinite(std)),
+        "std": list(np.quantile(finite, QUANTILES)) if finite.size else None, "eps_dominated": _share(var <= layer.eps),
+        "similar": _similar(seen.similar),
+    }  # fmt: skip
+    whole = numbers | _of_gamma(name, gamma, beta, start) | running
+    return Measured({key: rounded(value) for key, value in whole.items()}, std.ravel(), gamma)
+
+
+def _by_group(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Variances of groups and samples, and the numbers that each was taken over."""
+    parts, elements = [np.empty((0, layer.groups))], [np.empty((0, 1))]
+    for mean, var, count in calls:
+        mean, var = (one.reshape(len(one), layer.groups, -1) for one in (mean, var))  # (n, G, C/G)
+        parts.append(var.mean(2) + mean.var(2))
+        elements.append(count * mean.shape[2])
+    return np.concatenate(parts), np.concatenate(elements), {}
+
+
+def _by_batch(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Variances of channels and batches, the numbers each was taken over, and how far they are from the stored ones.
+
+    gap_mean: |batch - stored| in stored standard deviations; gap_std: |log(batch / stored)| of standard deviations:
+    median and 95 % quantile over channels and batches.  spread_*: the standard deviation from batch to batch, median.
+    """
+    channels = len(layer.weight)
+    means, parts, elements = [np.empty((0, channels))], [np.empty((0, channels))], [np.empty((0, 1))]
+    for mean, var, count in calls:
+        weight = count / count.sum()
+        of_batch = (weight * mean).sum(0, keepdims=True)
+        parts.append((weight * (var + (mean - of_batch) ** 2)).sum(0, keepdims=True))
+        means.append(of_batch)
+        elements.append(count.sum(0, keepdims=True))
+    mean, var = np.concatenate(means), np.concatenate(parts)  # (batches, C)
+    stored = np.sqrt(_array(layer.running_var) + layer.eps)
+    off = (mean - _array(layer.running_mean)) / stored
+    ratio = np.log(np.sqrt(var + layer.eps) / stored)
+    return var, np.concatenate(elements), {
+        "gap_mean": _two(np.abs(off)), "gap_std": _two(np.abs(ratio)),
+        "spread_mean": _from_batch_to_batch(off), "spread_std": _from_batch_to_batch(ratio),
+    }  # fmt: skip
+
+
+def _of_gamma(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | None) -> dict[str, Any]:
+    """Smallest, median and largest gamma, shares of dead and exploding ones, and the way gone since the start.
+
+    drift: the L2 norm of the change of gamma, and of beta, over that of gamma at the start; over that of ones where it
+    was zero.
+    """
+    size = np.abs(gamma)
+    before = None if start is None or f"{name}.weight" not in start else _array(start[f"{name}.weight"])
+    usual = 1.0 if before is None else max(1.0, float(np.median(np.abs(before))))
+    drift = None
+    if before is not None and before.shape == gamma.shape:
+        scale = np.linalg.norm(before) or math.sqrt(len(before))
+        drift = [np.linalg.norm(gamma - before) / scale, np.linalg.norm(beta - _array(start[f"{name}.bias"])) / scale]
+    return {
+        "gamma": [gamma.min(), np.median(gamma), gamma.max()], "dead": _share(size <= DEAD * max(1.0, np.median(size))),
+        "exploding": _share(~(size <= EXPLODING * usual)), "drift": drift,
+    }  # fmt: skip
+
+
+def _kind(layer: nn.Module) -> str:
+    """The layer as NormConfig.kind; GN of one group is "ln", of one channel a group "in"."""
+    if isinstance(layer, GroupNorm):
+        return {1: "ln", len(layer.weight): "in"}.get(layer.groups, "gn")
+    kinds = {SyncBatchNorm: "sync_bn", BatchRenorm: "brn", FrozenBatchNorm: "frozen_bn"}
+    return kinds.get(type(layer), "bn")
+
+
+def _groups(layer: nn.Module) -> int | None:
+    return layer.groups if isinstance(layer, GroupNorm) else None
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().cpu().numpy()
+
+
+def _share(true: np.ndarray) -> float | None:
+    return float(true.mean()) if true.size else None
+
+
+def _two(values: np.ndarray) -> list[float] | None:
+    finite = values[np.isfinite(values)]
+    return list(np.quantile(finite, (0.5, 0.95))) if finite.size else None
+
+
+def _from_batch_to_batch(values: np.ndarray) -> float | None:
+    """The median over channels of the standard deviation over batches (batches, C)."""
+    return float(np.median(values.std(0, ddof=1))) if len(values) > 1 else None
+
+
+def _similar(calls: Sequence[Tensor]) -> list[float | None]:
+    values = np.array([_array(call) for call in calls]).reshape(-1, 2)
+    known = [column[np.isfinite(column)] for column in values.T]
+    return [float(column.mean()) if column.size else None for column in known]
+
+
+def rounded(value: Any) -> Any:
+    """A value as JSON holds it: numbers to DIGITS digits, None for those that are not finite."""
+    if isinstance(value, list | tuple):
+        return [rounded(one) for one in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

@@ -1,0 +1,295 @@
+"""A norm study's results: the grid norm x images per GPU x seed, means and intervals over seeds, and what they say.
+
+A study folder holds study.json (a `Study`), study.csv, curve.png, cells/NAME (the run folder of each cell) and
+logs/NAME.txt.  AP is a fraction in the files and shown in percent, as in Wu & He 2018.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gndet.errors import DataError, OutputError
+
+STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
+GROUPS = "groups-"  # of the group ablation: variants groups-1, groups-8, groups-channels
+METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # what is shown, the verdict by the first
+CONFIDENCE = 0.95
+
+
+class Result(BaseModel):
+    """A cell of the grid and what became of it; metrics as an evaluation logs them, seconds of its last start."""
+
+    model_config = ConfigDict(extra="forbid")
+    variant: str
+    images: int
+    seed: int
+    state: Literal["pending", "running", "done", "copied", "failed", "refused"] = "pending"
+    metrics: dict[str, float | None] = {}
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its folder's name, like bn-2-seed0."""
+        return f"{self.variant}-{self.images}-seed{self.seed}"
+
+
+class Speed(BaseModel):
+    """What a calibration measured: seconds an image by images per GPU, and seconds of a cell that are no training."""
+
+    model_config = ConfigDict(extra="forbid")
+    per_image: dict[int, float]
+    overhead: float
+
+
+class Study(BaseModel):
+    """study.json."""
+
+    model_config = ConfigDict(extra="forbid")
+    format: Literal[1] = 1
+    config: str
+    overrides: list[str]
+    settings: dict[str, Any]  # the resolved config, before norm, batch, seed and budget
+    batch: Literal["scaled", "fixed"]
+    rule: str
+    updates: int  # of the schedule of every cell, at its reference batch
+    reference_batch: int
+    factor: float = 1.0  # by which the budget shortened the config's schedule
+    budget: float | None = None  # seconds
+    jobs: int = 1
+    speed: Speed | None = None
+    notes: list[str] = []
+    versions: dict[str, str] = {}
+    date: str = ""
+    results: list[Result]
+
+    @property
+    def variants(self) -> list[str]:
+        """Norms, or group counts, in the order given."""
+        return list(dict.fromkeys(result.variant for result in self.results))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images per GPU, ascending."""
+        return sorted({result.images for result in self.results})
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether this is the group ablation."""
+        return self.variants[0].startswith(GROUPS)
+
+
+class Mean(NamedTuple):
+    """A mean over n seeds and the half width of its interval, nan where n < 2."""
+
+    mean: float
+    half: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """A difference of two means and the ends of its interval, nan where either has one seed only."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+def grid(variants: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[Result]:
+    """The cells in the order they run: seed by seed, so that a study that is broken off has whole curves."""
+    return [Result(variant=v, images=size, seed=seed) for seed in seeds for v in variants for size in sizes]
+
+
+def title(variant: str) -> str:
+    """A variant in words."""
+    if not variant.startswith(GROUPS):
+        return variant
+    count = variant.removeprefix(GROUPS)
+    known = {"1": "1 group (ln)", "channels": "a group a channel (in)"}
+    return known.get(count, f"{count} groups")
+
+
+def fraction_point(df: float, confidence: float = CONFIDENCE) -> float:
+    """Student's t: |T| with df >= 1 degrees of freedom stays below it with that probability.
+
+    With t = sqrt(df) tan(a) the density of the angle a is proportional to cos(a) ** (df - 1).
+    """
+    angle = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angle).clip(0) ** (df - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(df) * math.tan(float(np.interp(confidence, below / below[-1], angle)))
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """The mean with Student's 95 % interval."""
+    n = len(values)
+    if n < 2:
+        return Mean(values[0] if n else math.nan, math.nan, n)
+    return Mean(float(np.mean(values)), fraction_point(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n), n)
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """mean(one) - mean(other) with its 95 % interval (Welch 1947: variances may differ)."""
+    value = float(np.mean(one) - np.mean(other)) if len(one) and len(other) else math.nan
+    if len(one) < 2 or len(other) < 2:
+        return Difference(value, math.nan, math.nan)
+    parts = [float(np.var(values, ddof=1)) / len(values) for values in (one, other)]
+    total = sum(parts)
+    if total == 0:
+        return Difference(value, value, value)
+    df = total**2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (one, other), strict=True))
+    half = fraction_point(df) * math.sqrt(total)
+    return Difference(value, value - half, value + half)
+
+
+def values(study: Study, variant: str, size: int, metric: str) -> list[float]:
+    """What the finished cells of a norm and size reached, a value a seed."""
+    mine = (r for r in study.results if (r.variant, r.images) == (variant, size) and r.state in ("done", "copied"))
+    found = (result.metrics.get(metric) for result in mine)
+    return [value for value in found if value is not None]
+
+
+def metrics_of(study: Study) -> list[str]:
+    """The metrics of METRICS that any cell has."""
+    return [metric for metric in METRICS if any(result.metrics.get(metric) is not None for result in study.results)]
+
+
+def cell_words(study: Study, variant: str, size: int, metric: str) -> str:
+    """A cell of the table, like "34.1 ± 1.2 (3)", with what is missing or failed."""
+    mine = [r for r in study.results if (r.variant, r.images) == (variant, size)]
+    mean = mean_of(values(study, variant, size, metric))
+    words = [] if mean.n == 0 else [f"{100 * mean.mean:.1f}{_half(mean)} ({mean.n})"]
+    for state in ("failed", "refused"):
+        count = sum(result.state == state for result in mine)
+        words += [f"{count} {state}" if 0 < count < len(mine) else state] if count else []
+    unfinished = sum(result.state in ("pending", "running") for result in mine)
+    words += [f"{unfinished} to run"] if unfinished else []
+    return ", ".join(words) or "-"
+
+
+def _half(mean: Mean) -> str:
+    return f" ± {100 * mean.half:.1f}" if mean.n > 1 else ""
+
+
+def verdict(study: Study) -> list[str]:
+    """What the study says, a sentence an entry, differences with their intervals."""
+    metric = next(iter(metrics_of(study)), None)
+    if metric is None:
+        return ["No cell is finished: nothing can be said."]
+    said = []
+    if most := max(len(values(study, v, s, metric)) for v in study.variants for s in study.sizes):
+        said += ["One seed a cell: no intervals, so what is by chance cannot be told."] if most == 1 else []
+    said += _best(study, metric)
+    if len(study.sizes) > 1:
+        said += [words for variant in study.variants for words in _fall(study, variant, metric)]
+    failed = [f"{title(r.variant)} at {r.images} (seed {r.seed})" for r in study.results if r.state == "failed"]
+    said += [f"Failed: {', '.join(failed)}; what they said is with the cells."] if failed else []
+    return said
+
+
+def _best(study: Study, metric: str) -> Iterator[str]:
+    """Which variant is best at the smallest size, and which cannot be told from it."""
+    size, name = study.sizes[0], METRICS[metric]
+    reached = {v: found for v in study.variants if (found := values(study, v, size, metric))}
+    if not reached:
+        yield f"At {_images(size)} no cell is finished."
+        return
+    first, *others = sorted(reached, key=lambda v: -mean_of(reached[v]).mean)
+    mean = mean_of(reached[first])
+    yield f"At {_images(size)} {title(first)} is best: {name} {100 * mean.mean:.1f}{_half(mean)} (n = {mean.n})."
+    gaps = {other: difference(reached[first], reached[other]) for other in others}
+    if clear := [f"{title(v)} ({_points(gaps[v])})" for v in others if gaps[v].clear]:
+        yield f"That is clearly above {', '.join(clear)}."
+    if unclear := [f"{title(v)} ({_points(gaps[v])})" for v in others if not gaps[v].clear]:
+        yield f"It cannot be told from {', '.join(unclear)}: the interval of the difference holds 0, or there is none."
+    if len(others) > 1:
+        yield "Each interval is of one difference by itself, not widened for the number that is compared."
+
+
+def _fall(study: Study, variant: str, metric: str) -> Iterator[str]:
+    """Whether a variant falls from the largest to the smallest size."""
+    small, large = study.sizes[0], study.sizes[-1]
+    one, other = (values(study, variant, size, metric) for size in (small, large))
+    if not one or not other:
+        return
+    change = difference(one, other)
+    span = f"from {large} to {_images(small)}"
+    if change.clear:
+        way = "falls" if change.value < 0 else "rises"
+        yield f"{title(variant)} {way} {span}: {_points(change)} {METRICS[metric]}."
+    elif math.isnan(change.low):
+        yield f"{title(variant)} {span}: {_points(change)} {METRICS[metric]}, without an interval."
+    else:
+        yield f"{title(variant)} {span}: {_points(change)} {METRICS[metric]}; no change can be told."
+
+
+def _images(size: int) -> str:
+    return f"{size} image{'s' if size > 1 else ''} per GPU"
+
+
+def _points(change: Difference) -> str:
+    """A difference in AP points with its interval."""
+    text = f"{100 * change.value:+.1f}"
+    return text if math.isnan(change.low) else f"{text} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+
+
+def table(study: Study, metric: str) -> str:
+    """The table norm x images per GPU as text."""
+    head = ["norm" if not study.by_groups else "groups", *(str(size) for size in study.sizes)]
+    rows = [[title(v), *(cell_words(study, v, size, metric) for size in study.sizes)] for v in study.variants]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    what = f"{METRICS[metric]} in percent by images per GPU: mean ± half of the 95 % interval (number of seeds)"
+    return "\n".join([what, *(line.rstrip() for line in lines)])
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is that of a norm study."""
+    return (folder / STUDY).is_file()
+
+
+def read_study(folder: Path) -> Study:
+    """Read study.json.  Raises DataError that names the file and what is wrong with it."""
+    path = folder / STUDY
+    try:
+        return Study.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the study: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: not a norm study of this version: {where}: {first['msg']}") from None
+
+
+def write_study(folder: Path, study: Study) -> None:
+    """Write study.json and study.csv, each whole or not at all.  Raises OutputError."""
+    for name, text in ((STUDY, study.model_dump_json(indent=1)), (TABLE, _csv(study))):
+        partial = folder / f"{name}.partial"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, folder / name)
+        except OSError as error:
+            raise OutputError(f"{folder / name}: cannot write it: {error.strerror}") from None
+
+
+def _csv(study: Study) -> str:
+    names = sorted({name for result in study.results for name in result.metrics})
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(["norm", "images_per_gpu", "seed", "state", "seconds", *names, "reason"])
+    for r in study.results:
+        found = ["" if (value := r.metrics.get(name)) is None else f"{value:.6f}" for name in names]
+        writer.writerow([r.variant, r.images, r.seed, r.state, f"{r.seconds:.1f}", *found, r.reason])
+    return file.getvalue()

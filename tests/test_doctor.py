@@ -1,0 +1,336 @@
+"""`gndet doctor` tells what works, finds what does not, and names it; nothing that is broken ends it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import REPOSITORY
+from models import NUM_CLASSES, small_config
+from torch import Tensor
+
+from gndet import doctor as package
+from gndet.checkpoint import save_checkpoint
+from gndet.cli import main
+from gndet.config import OptimizerConfig, TrainConfig
+from gndet.config_file import load_config
+from gndet.doctor import devices, doctor, follow, inside, kernels, loading, packages, room
+from gndet.doctor.facts import Fact, line, verdict, without_names
+from gndet.errors import ConfigError, OutputError
+from gndet.modeling import group_norm
+from gndet.modeling.mask_rcnn import build_model
+from gndet.ops import roi_align, winograd
+from gndet.optim import make_optimizer, optimizer_tensors
+
+QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
+CPU = torch.device("cpu")
+MIB = 2**20
+Usage = namedtuple("Usage", "total used free")
+
+
+def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(["doctor", *arguments])
+    return status, capsys.readouterr().out
+
+
+def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path.home())  # the free disk of this folder is told
+    monkeypatch.setattr(sys, "argv", ["gndet"])
+    status, text = shown(["--json", str(tmp_path / "report.json")], capsys)
+    report = json.loads((tmp_path / "report.json").read_text())
+    facts = [Fact(**one) for section in report["sections"] for one in section["facts"]]
+    assert status == 0 and report["healthy"] is True, text
+    assert text.rstrip().endswith(report["verdict"]) and report["verdict"].startswith("verdict: healthy")
+    lines = [*(section["title"] for section in report["sections"]), *map(line, facts), report["verdict"]]
+    assert [one for one in text.splitlines() if one] != [] and sorted(filter(None, text.splitlines())) == sorted(lines)
+    titles = [section["title"] for section in report["sections"]]
+    assert titles == ["gndet doctor", "packages", "devices", "kernels", "data loader", "disk"]
+    names = {fact.name for fact in facts}
+    assert names >= {
+        "gndet", "Python", "system", "C library", "torch", "torchvision", "numpy", "pycocotools", "hotcoco",
+        "tensorboard", "pydantic", "matplotlib", "onnxruntime", "av", "torch with torchvision", "processor", "cores",
+        "memory", "freed memory", "group norm float32, cpu", "group norm bfloat16, cpu", "Winograd, cpu", "NMS, cpu",
+        "RoIAlign, cpu", "metrics", "one process", "loader processes", "data wait", "shared memory", "open files",
+        "this folder", "data cache",
+    }  # fmt: skip
+    assert str(Path.home()) not in text and "~: " in text
+
+
+# --- what cannot be imported, dies or hangs
+
+
+def test_a_torchvision_whose_operators_are_missing_is_a_finding(tmp_path: Path) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    done = in_a_process(tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "cannot be imported: RuntimeError: operator torchvision::nms does not exist" in done.stdout
+    assert "\ndevices\n  processor" in done.stdout  # what needs torch alone is told
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("verdict: will not work: torchvision, kernels")
+
+
+def test_a_package_that_kills_the_process_is_named(tmp_path: Path) -> None:
+    (tmp_path / "hotcoco.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    done = in_a_process(tmp_path)
+    assert done.returncode == 1 and done.stderr == ""
+    assert "importing hotcoco ended the process with signal 11 (Segmentation fault)" in done.stdout
+    assert "  pycocotools  " in done.stdout  # what came before it
+    assert done.stdout.splitlines()[-1] == "verdict: will not work: packages"
+
+
+def in_a_process(first: Path) -> subprocess.CompletedProcess[str]:
+    """The doctor with a folder in front of the installed packages."""
+    environment = os.environ | {"PYTHONPATH": f"{first}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "gndet.cli", "doctor"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+
+
+def test_files_of_this_folder_do_not_pass_for_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise ImportError('mine')\n")
+    monkeypatch.chdir(tmp_path)
+    found = package.examine(None)
+    assert next(one for one in found if isinstance(one, Fact) and one.name == "numpy").mark == "ok"
+    found.close()
+
+
+def test_what_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "PATIENCE", 1.0)
+    code = """print('{"title": "devices"}\\n{"trying": "asking for GPUs"}', flush=True); import time; time.sleep(60)"""
+    with (
+        tempfile.TemporaryFile() as told,
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process,
+    ):
+        found = list(follow(process, told))
+    assert found[-1].mark == "wrong" and found[-1].text.startswith("asking for GPUs: nothing came of it")
+
+
+# --- planted faults
+
+
+def off(function: Callable) -> Callable:
+    """The function, its first result 1 % too large."""
+
+    def wrong(*args: object, **kwargs: object) -> object:
+        result = function(*args, **kwargs)
+        return (result[0] * 1.01, *result[1:]) if isinstance(result, tuple) else result * 1.01
+
+    return wrong
+
+
+FLOAT, BF16 = (partial(kernels.group_norm, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+PADDED = {"plain padded", "channels last padded"}
+
+
+@pytest.mark.parametrize(
+    "where, name, compare, named",
+    [
+        (F, "group_norm", FLOAT, {"plain", "channels last"}),
+        (F, "group_norm", BF16, {"plain", "channels last"}),
+        (group_norm, "gradients", FLOAT, PADDED),
+        (group_norm, "_normalize_crops", FLOAT, PADDED),
+        (winograd, "convolve", kernels.winograd, {"result", "gradient"}),
+        (winograd, "weight_from_transformed", kernels.winograd, {"gradient of the weight"}),
+        (roi_align, "_pool_bags", partial(kernels.roi_align, CPU), {"regions", "gradient"}),
+    ],
+)
+def test_a_kernel_that_is_off_by_one_percent_is_found(
+    where: object, name: str, compare: Callable, named: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tolerance = max(kernels.TOLERANCES.values())
+    assert kernels.judged("it", tolerance, compare).mark == "ok"
+    monkeypatch.setattr(where, name, off(getattr(where, name)))
+    tolerance = 9e-3  # of the types, which have their own, bfloat16's units in the last place are 0.4 %
+    fact = kernels.judged("it", tolerance, compare)
+    assert fact.mark == "wrong"
+    assert {case for case, error in compare().items() if error > tolerance} == named
+    assert all(f"{case} is off by 0.0" in fact.text for case in named)
+
+
+def test_every_kernel_is_tried_with_a_tolerance_that_finds_a_percent() -> None:
+    names = {name: tolerance for name, tolerance, _ in kernels.comparisons(CPU)}
+    assert set(names) == {"group norm float32", "group norm bfloat16", "Winograd", "NMS", "RoIAlign"}
+    assert all(tolerance < 1e-2 for name, tolerance in names.items() if "bfloat16" not in name)
+    assert "group norm float16" in {name for name, *_ in kernels.comparisons(torch.device("cuda", 0))}
+
+
+def test_the_norm_is_compared_with_what_torch_computes_in_float64() -> None:
+    x, grad = kernels.noise(kernels.MAP, 0), kernels.noise(kernels.MAP, 1)
+    gamma, beta = kernels.noise((64,), 2), kernels.noise((64,), 3)
+    found = kernels.exact_group_norm(x, grad, gamma, beta, (kernels.MAP[2:],) * 2)
+    leaves = [one.double().requires_grad_() for one in (x, gamma, beta)]
+    y = F.group_norm(leaves[0], kernels.GROUPS, *leaves[1:], 1e-5)
+    for got, expected in zip(found, (y, *torch.autograd.grad(y, leaves, grad.double())), strict=True):
+        torch.testing.assert_close(got, expected.detach())
+
+
+def test_a_box_too_many_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "fixed_point", lambda boxes, groups, valid, threshold: valid)
+    fact = kernels.judged("NMS", 0.0, partial(kernels.nms, CPU))
+    assert fact.mark == "wrong" and "fixed_point" in fact.text and "nms_keep" not in fact.text
+
+
+def test_an_operator_that_fails_or_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.judged("it", 1e-3, lambda: {"result": float("nan")}).mark == "wrong"
+    assert kernels.difference(torch.full((2,), torch.nan), torch.ones(2)) == float("inf")
+
+    def fail(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("operator torchvision::roi_align does not exist")
+
+    monkeypatch.setattr(torchvision.ops, "roi_align", fail)
+    fact = kernels.judged("RoIAlign", 1e-4, partial(kernels.roi_align, CPU))
+    assert fact == Fact("RoIAlign", "fails: RuntimeError: operator torchvision::roi_align does not exist", "wrong")
+
+
+def test_metrics_that_differ_are_told_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = kernels.coco_metrics
+
+    def wrong(truths: object, results: object, *, engine: str, max_detections: int) -> dict:
+        found = true(truths, results, engine=engine, max_detections=max_detections)
+        if engine == "hotcoco":
+            found["bbox"].summary["AP75"] += 1e-9
+        return found
+
+    monkeypatch.setattr(kernels, "coco_metrics", wrong)
+    fact = kernels.metrics()
+    assert fact.mark == "wrong" and "bbox AP75" in fact.text and "bbox AP50" not in fact.text
+
+
+def test_triton_kernels_in_trouble_are_a_warning_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "trouble", lambda device: "the gradient is wrong")
+    fact = kernels.triton_kernels(torch.device("cuda", 0))
+    assert fact.mark == "warning" and fact.text.startswith("the gradient is wrong: torch's operators take their place")
+
+
+# --- limits and versions
+
+
+def test_too_little_shared_memory_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    judged = {}
+    for name, total in {"Docker's": 64 * MIB, "less": 16 * MIB, "plenty": 8192 * MIB}.items():
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, total=total: Usage(total, 0, total))
+        judged[name] = loading.shared_memory(40 * MIB, 2, tmp_path)
+    assert {name: fact.mark for name, fact in judged.items()} == {
+        "Docker's": "warning",
+        "less": "wrong",
+        "plenty": "ok",
+    }
+    assert all("--shm-size=8g" in judged[name].text for name in ("Docker's", "less"))
+    assert loading.shared_memory(0, 0, tmp_path).mark == "ok"  # in this process: none is needed
+
+
+def test_limits_of_files_memory_and_disk_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert loading.open_files(8, 256).mark == "warning" and "ulimit -n" in loading.open_files(8, 256).text
+    assert loading.open_files(2, 1024).mark == "ok"
+    assert devices.memory(32 << 30, 20 << 30, None).mark == ""
+    assert devices.memory(32 << 30, 20 << 30, (4 << 30, 3 << 30)).mark == "warning"  # a container's limit counts
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 10**9))
+    assert room.disk("run folder", tmp_path / "a" / "b", 240_000_000, 4).mark == "ok"
+    assert room.disk("run folder", tmp_path, 260_000_000, 4).mark == "wrong"
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_takes_as_much_as_is_reckoned(tmp_path: Path) -> None:
+    model = build_model(small_config(), NUM_CLASSES)
+    cfg = TrainConfig(optimizer=OptimizerConfig(kind="adamw"))
+    optimizer = make_optimizer(cfg.optimizer, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    groups = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)}
+    save_checkpoint(tmp_path / "one", groups, {})
+    written = sum(file.stat().st_size for file in (tmp_path / "one").iterdir())
+    assert room.checkpoint_bytes(model, cfg) == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "torch_version, vision, asks, mark",
+    [
+        ("2.14.1", "0.29.1", {"torch": "==2.14.1"}, "ok"),
+        ("2.13.0", "0.29.1", {"torch": "==2.14.1"}, "wrong"),
+        ("2.14.1+cu130", "0.29.1+cu130", {"torch": "==2.14.1"}, "ok"),
+        ("2.14.1+cu130", "0.29.1+cpu", {"torch": "==2.14.1"}, "wrong"),
+        ("2.14.1", "0.29.1", {}, "ok"),
+        ("2.12.0", "0.29.1", {}, "wrong"),
+    ],
+)
+def test_torch_and_torchvision_of_two_releases_are_found(
+    torch_version: str, vision: str, asks: dict[str, str], mark: str
+) -> None:
+    assert packages.judge_pairing(torch_version, vision, asks).mark == mark
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    assert packages.fits("2.14.1+cpu", ">=2.11,<2.16") and packages.fits("2.11", ">=2.11.0")
+    assert not packages.fits("2.9.1", ">=2.11,<2.16") and not packages.fits("2.16.0", ">=2.11,<2.16")
+    assert packages.needed("numpy", "numpy", ">=99").mark == "warning"
+    assert packages.needed("no-such-package", "numpy", "").mark == "wrong"
+    assert packages.optional("no-such-package", "numpy", "videos").mark == ""
+
+
+# --- with a config
+
+
+def test_a_bad_config_or_json_file_is_refused_before_anything_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"unknown key model\.norm\.knid"):
+        doctor(said.append, QUICKSTART, ["model.norm.knid=gn"], None)
+    with pytest.raises(ConfigError, match="nowhere"):
+        doctor(said.append, str(tmp_path / "nowhere.yaml"), [], None)
+    (tmp_path / "mine.json").write_text('{"images": []}')
+    with pytest.raises(OutputError, match="is no report of gndet doctor"):
+        doctor(said.append, None, [], tmp_path / "mine.json")
+    with pytest.raises(OutputError, match="expected the name of a file"):
+        doctor(said.append, None, [], tmp_path)
+    assert said == [] and (tmp_path / "mine.json").read_text() == '{"images": []}'
+
+
+def test_data_that_is_refused_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "STEPS", {"loading": "data loader", "room": "disk"})
+    said: list[dict] = []
+    inside.main([str(REPOSITORY / "configs/bccd_r18_gn_scratch.yaml"), f"data.root={tmp_path}"], said.append)
+    wrong = [one for one in said if one.get("mark") == "wrong"]
+    assert [one["name"] for one in wrong] == ["data loader"] and "instances_train.json" in wrong[0]["text"]
+    assert {"run folder"} <= {one.get("name") for one in said}  # what follows is tried
+
+
+def test_a_config_s_data_is_loaded_as_the_run_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loading, "SECONDS", 0.1)
+    (tmp_path / "metrics.jsonl").write_text('{"update": 2, "kind": "train", "images_per_s": 3.0, "data_wait": 0.5}\n')
+    cfg = load_config(QUICKSTART, [f"out={tmp_path}", "data.train.count=5", "data.workers=1"])
+    source = loading.read(cfg)
+    assert len(source.dataset.records) == 5 and source.images == 2 and source.masks
+    found = {one.name: one for one in loading.facts(cfg) if isinstance(one, Fact)}
+    assert found["loader processes"].mark == "ok" and "data.workers=1" in found["loader processes"].text
+    assert found["data wait"].mark == "warning" and "logged 50 % of the time" in found["data wait"].text
+
+
+# --- words
+
+
+def test_the_verdict_names_what_is_wrong_and_what_is_warned_of() -> None:
+    facts = [Fact("torch", "2", "ok"), Fact("NMS", "off", "wrong"), Fact("disk", "full", "warning"), Fact("cpu", "x")]
+    assert verdict(facts) == "verdict: will not work: NMS; 1 warning: disk"
+    assert verdict(facts[::3]) == "verdict: healthy"
+
+
+def test_names_of_the_account_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/alice")
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "alice")
+    assert without_names("/home/alice/runs and /data/alice/x, /home/alice2, malice") == (
+        "~/runs and /data/USER/x, /home/alice2, malice"
+    )
+    monkeypatch.setenv("HOME", "/")
+    assert without_names("/tmp/a") == "/tmp/a"

@@ -1,0 +1,429 @@
+"""The norm study: its grid, intervals, budget, verdict; a study that is killed and goes on; cells that fail."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY
+
+from gndet.checkpoint import load_checkpoint
+from gndet.config_file import load_config
+from gndet.errors import ConfigError, DataError, OutputError
+from gndet.norm_study import Work, finished, study
+from gndet.norm_study.budget import estimate, fit_budget, per_image_at
+from gndet.norm_study.jobs import Job, last_words, run_jobs, slots
+from gndet.norm_study.plan import begin, cell_overrides, take_up, variants
+from gndet.report import report
+from gndet.report.study import draw, section
+from gndet.selftest.tiny import CONFIG
+from gndet.signals import Stop, StopSignals
+from gndet.study_results import (
+    Result,
+    Speed,
+    Study,
+    difference,
+    fraction_point,
+    grid,
+    is_study,
+    mean_of,
+    read_study,
+    table,
+    values,
+    verdict,
+    write_study,
+)  # fmt: skip
+
+OVERRIDES = ("train.schedule.updates=4", "train.ema=0", "model.masks=false")
+GRID = {"norms": ("gn", "bn", "sync_bn"), "groups": None, "images_per_gpu": (1,), "seeds": 1, "batch": "scaled"}
+
+
+def tiny(folder: Path) -> str:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | {"device": "cpu"}))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    return tiny(tmp_path)
+
+
+def begun(config: str, kinds: tuple[str, ...] = ("gn", "bn"), batch: str = "scaled", *overrides: str) -> Study:
+    return begin(load_config(config, overrides), config, overrides, grid(kinds, (1, 2), (0,)), batch, 1)
+
+
+def made_up(scores: dict[tuple[str, int], list[float]]) -> Study:
+    """A study whose cells reached these box APs, a value a seed."""
+    results = [
+        Result(variant=v, images=size, seed=seed, state="done", metrics={"box/AP": score})
+        for (v, size), found in scores.items()
+        for seed, score in enumerate(found)
+    ]
+    return Study(
+        config="c.yaml", overrides=[], settings={}, batch="scaled", rule="", updates=100, reference_batch=2,
+        results=results,
+    )  # fmt: skip
+
+
+# --- intervals, as tables of Student's t have them
+
+
+@pytest.mark.parametrize(("df", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
+def test_students_t_is_that_of_the_tables(df: int, t: float) -> None:
+    assert fraction_point(df) == pytest.approx(t, abs=6e-4)
+
+
+def test_the_interval_of_three_seeds_worked_by_hand() -> None:
+    mean = mean_of([0.3, 0.4, 0.5])  # standard deviation 0.1
+    assert mean.mean == pytest.approx(0.4) and mean.n == 3
+    assert mean.half == pytest.approx(4.303 * 0.1 / math.sqrt(3), abs=1e-4)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert mean_of([0.3]).mean == 0.3 and math.isnan(mean_of([0.3]).half)
+    assert not difference([0.3], [0.1, 0.2]).clear
+
+
+def test_differences_worked_by_hand() -> None:
+    equal = difference([0, 1, 2], [3, 4, 5])  # variances 1 and 1: 4 degrees of freedom
+    assert equal.value == -3 and equal.high - equal.value == pytest.approx(2.776 * math.sqrt(2 / 3), abs=1e-3)
+    welch = difference([0, 1, 2], [4, 4, 4])  # all of the variance in one: its 2 degrees of freedom
+    assert welch.value == -3 and welch.high - welch.value == pytest.approx(4.303 * math.sqrt(1 / 3), abs=1e-3)
+
+
+# --- the verdict
+
+
+def test_a_norm_that_falls_is_said_to_fall_and_one_that_does_not_is_not() -> None:
+    scores = {
+        ("gn", 1): [0.40, 0.41, 0.42], ("gn", 8): [0.41, 0.40, 0.43],
+        ("bn", 1): [0.10, 0.11, 0.12], ("bn", 8): [0.40, 0.41, 0.42],
+    }  # fmt: skip
+    said = "\n".join(verdict(made_up(scores)))
+    assert "At 1 image per GPU gn is best: box AP 41.0 ± 2.5 (n = 3)" in said
+    assert "clearly above bn (+30.0" in said and "cannot be told" not in said
+    assert "bn falls from 8 to 1 image per GPU: -30.0" in said
+    assert "gn from 8 to 1 image per GPU: -0.3" in said and "no change can be told" in said
+
+
+def test_intervals_that_hold_0_are_no_victory() -> None:
+    said = "\n".join(verdict(made_up({("gn", 1): [0.40, 0.50], ("ln", 1): [0.39, 0.49]})))
+    assert "cannot be told from ln" in said and "clearly" not in said
+
+
+def test_one_seed_is_said_to_tell_nothing_of_chance() -> None:
+    assert "One seed a cell" in verdict(made_up({("gn", 1): [0.4], ("gn", 2): [0.4]}))[0]
+
+
+def test_a_failed_cell_is_shown_in_its_place_and_not_averaged() -> None:
+    one = made_up({("gn", 1): [0.4, 0.6, 0.9], ("bn", 1): [0.5, 0.5, 0.5]})
+    one.results[2].state = "failed"
+    assert values(one, "gn", 1, "box/AP") == [0.4, 0.6]
+    for result in one.results[3:]:
+        result.state = "failed"
+    shown = table(one, "box/AP")
+    assert "50.0 ± 127.1 (2), 1 failed" in shown and shown.splitlines()[-1].split() == ["bn", "failed"]
+    assert "Failed: gn at 1 (seed 2), bn at 1 (seed 0)" in verdict(one)[-1]
+
+
+@pytest.mark.parametrize("kinds", [("gn", "bn"), ("groups-1", "groups-4", "groups-channels")])
+@pytest.mark.parametrize("sizes", [(1,), (1, 8)])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_kind_of_study_is_drawn(
+    kinds: tuple[str, ...], sizes: tuple[int, ...], seeds: int, tmp_path: Path
+) -> None:
+    one = made_up({(kind, size): [0.3, 0.4, 0.6][:seeds] for kind in kinds for size in sizes})
+    one.results[0].state, one.results[0].metrics, one.results[0].reason = "failed", {}, "<loss> is not finite"
+    write_study(tmp_path, one)
+    draw(one, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    html = section(tmp_path)
+    assert "<svg" in html and "&lt;loss&gt; is not finite" in html and "nan" not in html.lower()
+
+
+# --- the budget
+
+
+def test_time_an_image_between_two_measured_sizes() -> None:
+    speed = Speed(per_image={1: 1.0, 4: 0.4}, overhead=0)  # an update costs 0.8 s, and 0.2 s an image
+    assert per_image_at(speed, 2) == pytest.approx(0.6)
+    assert per_image_at(speed, 4) == pytest.approx(0.4)
+    assert per_image_at(Speed(per_image={2: 0.3}, overhead=0), 8) == 0.3
+
+
+def test_the_estimate_counts_rounds_of_jobs() -> None:
+    speed = Speed(per_image={1: 0.1}, overhead=10)
+    assert estimate(speed, [1] * 4, 1000, 2) == pytest.approx(220)
+    assert estimate(speed, [1] * 5, 1000, 2) == pytest.approx(330)
+
+
+def test_a_schedule_is_shortened_to_the_budget_and_not_beyond() -> None:
+    speed = Speed(per_image={1: 0.1}, overhead=10)
+    assert fit_budget(speed, [1] * 4, 500, 2, 2, budget=300) == (1.0, 500)
+    factor, updates = fit_budget(speed, [1] * 4, 500, 2, 2, budget=100 / 0.95)  # 100 s, 20 of them no training
+    assert (factor, updates) == (pytest.approx(0.4, abs=0.002), pytest.approx(200, abs=1))
+
+
+def test_a_budget_that_leaves_too_little_is_refused_with_one_that_would_do() -> None:
+    speed = Speed(per_image={1: 0.1}, overhead=10)
+    with pytest.raises(ConfigError, match=r"50 at the least.*--budget (\d+)m would do") as error:
+        fit_budget(speed, [1] * 40, 500, 2, 2, budget=240)
+    minutes = int(str(error.value).split("--budget ")[1].split("m ")[0])
+    assert fit_budget(speed, [1] * 40, 500, 2, 2, budget=60 * minutes)[1] >= 50
+
+
+# --- the grid
+
+
+def test_cells_run_seed_by_seed() -> None:
+    names = [cell.name for cell in grid(("gn", "bn"), (1, 2), (0, 1))]
+    assert names[:4] == ["gn-1-seed0", "gn-2-seed0", "bn-1-seed0", "bn-2-seed0"] and names[4] == "gn-1-seed1"
+
+
+@pytest.mark.parametrize(("count", "kind", "groups"), [("1", "ln", 32), ("8", "gn", 8), ("channels", "in", 32)])
+def test_group_counts_go_from_ln_to_in(config: str, count: str, kind: str, groups: int) -> None:
+    (variant,) = variants((), (count,))
+    options = cell_overrides(Result(variant=variant, images=1, seed=0), begun(config))
+    norm = load_config(config, options).model.norm
+    assert norm.kind == kind and (kind != "gn" or (norm.groups, norm.channels_per_group) == (groups, None))
+
+
+def test_scaled_batches_show_every_cell_the_same_number_of_images(config: str) -> None:
+    one = begun(config)
+    for cell in one.results:
+        train = load_config(config, cell_overrides(cell, one)).train
+        assert train.global_batch == train.images_per_gpu == cell.images
+        assert train.schedule.reference_batch == 2
+
+
+def test_fixed_batches_keep_the_configs(config: str) -> None:
+    one = begun(config, ("gn", "bn"), "fixed", "train.global_batch=4")
+    batches = [load_config(config, [*one.overrides, *cell_overrides(c, one)]).train for c in one.results]
+    assert [(train.global_batch, train.images_per_gpu) for train in batches] == [(4, 1), (4, 2)] * 2
+
+
+def test_a_shortened_schedule_keeps_its_proportions(config: str) -> None:
+    one = begun(config, ("gn",), "scaled", "train.schedule.updates=1000", "train.schedule.steps=[600,800]",
+                "train.schedule.warmup=100")  # fmt: skip
+    one.factor, one.updates = 0.25, 250
+    schedule = load_config(config, [*one.overrides, *cell_overrides(one.results[0], one)]).train.schedule
+    assert (schedule.updates, schedule.steps, schedule.warmup) == (250, (150, 200), 25)
+
+
+def test_a_count_that_does_not_divide_the_channels_is_refused_with_the_reason(config: str) -> None:
+    one = begin(load_config(config), config, (), grid(("groups-3", "groups-8"), (1,), (0,)), "scaled", 1)
+    refused, accepted = one.results
+    assert refused.state == "refused" and "groups: 3 does not divide 64 channels" in refused.reason
+    assert accepted.state == "pending"
+
+
+def test_what_cannot_be_split_is_refused_where_it_cannot_and_only_there(config: str) -> None:
+    options = ("train.global_batch=3",)
+    cells = grid(("gn", "bn"), (1, 2), (0,))
+    states = {c.name: c.state for c in begin(load_config(config, options), config, options, cells, "fixed", 1).results}
+    assert [name for name, state in states.items() if state == "refused"] == ["bn-2-seed0"]
+
+
+def test_the_identity_and_the_copy_are_noted(config: str) -> None:
+    one = begun(config, ("bn", "sync_bn", "frozen_bn"))
+    assert "frozen_bn without train.weights is the identity" in one.notes[0] and "copied from bn" in one.notes[1]
+    assert [cell.state for cell in one.results] == ["pending"] * 2 + ["copied"] * 2 + ["pending"] * 2
+
+
+@pytest.mark.parametrize(
+    ("norms", "groups", "words"),
+    [(("gn", "bm"), None, "--norms: 'bm' is not one of gn, bn"), (("gn",), ("8", "all"), "--groups: 'all', expected")],
+)
+def test_an_unknown_norm_is_named(norms: tuple[str, ...], groups: tuple[str, ...] | None, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        variants(norms, groups)
+
+
+# --- the folder
+
+
+def test_a_foreign_folder_is_refused(config: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="holds files but no study"):
+        study(config, (), print, **GRID, budget=None, jobs=1, out=tmp_path / "mine")
+
+
+def test_a_study_of_other_settings_is_refused_and_more_seeds_are_not(config: str, tmp_path: Path) -> None:
+    old = begun(config)
+    old.results[0].state, old.results[0].metrics = "done", {"box/AP": 0.3}
+    old.factor, old.updates = 0.5, 3
+    write_study(tmp_path, old)
+    with pytest.raises(OutputError, match=r"train\.optimizer\.lr: 0\.02 there, 0\.1 now"):
+        take_up(tmp_path, begun(config, ("gn", "bn"), "scaled", "train.optimizer.lr=0.1"), print)
+    more = begin(load_config(config), config, (), grid(("gn", "bn"), (1, 2), (0, 1)), "scaled", 1)
+    taken = take_up(tmp_path, more, print)
+    assert [cell.state for cell in taken.results] == ["done"] + ["pending"] * 7
+    assert (taken.factor, taken.updates) == (0.5, 3)
+
+
+def test_a_study_file_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"format": 1}')
+    with pytest.raises(DataError, match=r"study\.json: not a norm study of this version: config"):
+        read_study(tmp_path)
+
+
+# --- trainings
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "took too long"
+        time.sleep(0.2)
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {r.name: r.state for r in read_study(folder).results} if is_study(folder) else {}
+
+
+def trainings(folder: Path) -> list[int]:
+    """The processes that train into a study's cells."""
+    mine = f"out={folder}/"
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_text(errors="replace")
+        except OSError:
+            continue
+        found += [int(process.name)] if mine in words and "study.child" in words else []
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of 2 trainings that was killed after the first."""
+    folder = tmp_path_factory.mktemp("killed")
+    options = ["--norms", "gn,bn,sync_bn", "--images-per-gpu", "1", "--seeds", "1", "--out", str(folder / "study")]
+    command = [sys.executable, "-m", "gndet.cli", "norm-study", tiny(folder), *options, *OVERRIDES]
+    with (folder / "said.txt").open("w") as said:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=said, stderr=said, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    try:
+        wait_until(lambda: "done" in states(folder / "study").values() or process.poll() is not None)
+        assert process.poll() is None, (folder / "said.txt").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not trainings(folder / "study"), 60)  # they end with the study
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(killed: Path) -> tuple[Path, str]:
+    """The same study taken to its end, and what was said."""
+    first = killed / "study" / "cells" / "gn-1-seed0" / "metrics.jsonl"
+    before, lines = first.stat().st_mtime_ns, list[str]()
+    passed = study(
+        str(killed / "tiny.yaml"), OVERRIDES, lines.append, **GRID, budget=None, jobs=1, out=killed / "study"
+    )
+    assert passed and first.stat().st_mtime_ns == before, "a finished cell was trained again"
+    return killed / "study", "\n".join(lines)
+
+
+@pytest.mark.faults
+def test_a_killed_study_goes_on_and_trains_only_what_is_not_finished(resumed: tuple[Path, str]) -> None:
+    folder, said = resumed
+    assert "1 cells to run" in said and "measuring" not in said
+    assert states(folder) == {"gn-1-seed0": "done", "bn-1-seed0": "done", "sync_bn-1-seed0": "copied"}
+
+
+def test_the_cells_are_trainings_of_their_norm_batch_and_schedule(resumed: tuple[Path, str]) -> None:
+    folder, _ = resumed
+    for result in read_study(folder).results[:2]:
+        saved = load_checkpoint(folder / "cells" / result.name / "last")
+        assert saved.meta["config"]["model"]["norm"]["kind"] == result.variant
+        assert saved.meta["config"]["train"]["global_batch"] == 1
+        assert saved.meta["update"] == 8  # as many images as 4 updates of 2
+        assert saved.meta["metrics"] == result.metrics and "optimizer" not in saved.groups
+
+
+def test_sync_bn_has_bns_numbers_and_says_so(resumed: tuple[Path, str]) -> None:
+    folder, said = resumed
+    results = {r.name: r for r in read_study(folder).results}
+    assert results["sync_bn-1-seed0"].metrics == results["bn-1-seed0"].metrics != {}
+    assert "sync_bn in one process is the same as bn" in said
+
+
+def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> None:
+    folder, said = resumed
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert len((folder / "study.csv").read_text().splitlines()) == 4
+    assert "box AP in percent by images per GPU" in said and "One seed a cell" in said
+    html = section(folder)
+    assert html.count("<svg") == 1 and "study-table-box-AP" in html and "copied" in html
+    assert report([folder], None, (), lambda _: None).name == "report.html"
+
+
+@pytest.mark.faults
+def test_a_cell_that_fails_is_shown_and_the_others_run(resumed: tuple[Path, str], tmp_path: Path) -> None:
+    weights = resumed[0] / "cells" / "bn-1-seed0"  # fits bn; gn refuses it without train.norm_policy
+    lines: list[str] = []
+    passed = study(
+        tiny(tmp_path), (*OVERRIDES, f"train.weights={weights}"), lines.append, norms=("gn", "bn"), groups=None,
+        images_per_gpu=(2,), seeds=1, budget=None, batch="scaled", jobs=1, out=tmp_path / "study",
+    )  # fmt: skip
+    gn, bn = read_study(tmp_path / "study").results
+    assert not passed and (gn.state, bn.state) == ("failed", "done")
+    assert "train.norm_policy" in gn.reason and "Failed: gn at 2 (seed 0)" in lines[-2] + lines[-3]
+    assert "train.norm_policy" in section(tmp_path / "study")
+    shutil.rmtree(tmp_path / "study" / "cells")
+
+
+@pytest.mark.faults
+def test_a_signal_ends_what_is_running(config: str, tmp_path: Path) -> None:
+    jobs = [Job(name, config, (), tmp_path / "study" / name, tmp_path / f"{name}.txt") for name in "ab"]
+    begun_jobs: list[str] = []
+
+    def started(job: Job) -> None:
+        begun_jobs.append(job.name)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopSignals() as stop, pytest.raises(Stop):
+        run_jobs(jobs, [{}], stop, started, lambda *_: None)
+    assert begun_jobs == ["a"] and not trainings(tmp_path / "study")
+
+
+def test_a_stopped_study_leaves_no_running_cell(config: str, tmp_path: Path) -> None:
+    one = begun(config)
+    one.results[0].state = "running"
+    (tmp_path / "cells").mkdir()
+    Work(tmp_path, one, config, load_config(config), [{}], StopSignals(), print).note_stopped()
+    assert states(tmp_path)["gn-1-seed0"] == "pending"
+
+
+def test_a_run_that_is_not_finished_is_not_taken_for_one(resumed: tuple[Path, str], tmp_path: Path) -> None:
+    assert finished(tmp_path) is None and finished(resumed[0] / "cells" / "gn-1-seed0") is not None
+    shutil.copytree(resumed[0] / "cells" / "gn-1-seed0", tmp_path / "run", symlinks=True)
+    (meta,) = (tmp_path / "run" / "checkpoints").glob("*/meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"update": 3}))  # not what the manifest says either
+    assert finished(tmp_path / "run") is None
+
+
+def test_what_a_failed_run_said(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("loading\ngndet train: x.yaml: wrong\n  more of it\n")
+    assert last_words(log, 2) == "x.yaml: wrong\n  more of it"
+    log.write_text("loading\nupdate 3\n")
+    assert last_words(log, -9) == "ended by signal 9: loading\nupdate 3"
+
+
+def test_jobs_on_a_cpu_share_its_cores() -> None:
+    assert slots("cpu", None) == [{}]
+    cores = len(os.sched_getaffinity(0))
+    assert slots("cpu", 2) == [{"OMP_NUM_THREADS": str(max(cores // 2, 1))}] * 2

@@ -59,7 +59,7 @@ class MaskHead(nn.Module):
         x = F.relu(self.deconv(x), inplace=True)  # (P, C, 28, 28)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (P, 28 * 28, C)
         weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias[labels]  # (P, C), (P,)
-        return (torch.matmul(pixels, weight[:, :, None]) + bias[:, None, None]).view(len(x), *x.shape[2:])
+        return (torch.matmul(pixels, weight[:, :, None]) + bias[:, None, None]).view(x.shape[0], *x.shape[2:])
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch

@@ -59,7 +59,7 @@ def roi_align_pyramid(
     dtype = features[0].dtype
     exact = torch.promote_types(dtype, torch.float32)  # in bf16 a coordinate of 1000 px is off by 2 px
     features, boxes = [feature.to(exact) for feature in features], boxes.to(exact)
-    if sampling_ratio and boxes.device.type == "cpu":
+    if sampling_ratio and boxes.device.type == "cpu" and not torch.onnx.is_in_onnx_export():
         return _pool_bags(features, strides, boxes, image, level, size, sampling_ratio, aligned).to(dtype)
     rois = torch.cat([image[:, None].to(exact), boxes], dim=1)  # (R, 5)
     pooled = torch.zeros((), dtype=exact, device=boxes.device)

@@ -1,0 +1,89 @@
+"""The detector as a graph of ONNX operators: what is traced, and how two of its operators are written there.
+
+N boxes, D detections, (H, W) picture.  One picture at a time, which fills its canvas: nothing is padded, and no norm
+needs a mask.  The graph is that of torch's TorchScript exporter: the newer one does not follow shapes that hang on
+values (torch 2.14), which detections are.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.onnx.symbolic_helper import parse_args
+
+from gndet.modeling.mask_rcnn import MaskRCNN
+
+FLOAT = 1  # of onnx.TensorProto.DataType
+INPUT, OUTPUTS = "image", ("boxes", "scores", "labels", "masks")
+
+
+class OnePicture(nn.Module):
+    """A detector of one picture (H, W, 3) uint8 RGB, resized already; no padding, no slots."""
+
+    def __init__(self, model: MaskRCNN, masks: bool) -> None:
+        super().__init__()
+        self.model, self.masks = model, masks
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """image (H, W, 3).  Returns boxes (D, 4) xyxy pixels of it, scores (D,), labels (D,), and masks (D, 28, 28)."""
+        model = self.model
+        images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
+        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), not as numbers of this picture
+        features, areas = model.features(images, sizes, False)
+        logits, deltas = model.rpn(features, areas)
+        anchors = model.rpn.anchors(features, areas, images.shape[2:])
+        proposals = model.rpn.propose(logits, deltas, anchors, sizes)
+        pyramid, strides = model.pooled_levels(features, areas)
+        found = model.box_head.detect(pyramid, strides, proposals, sizes)
+        kept = found.valid[0].nonzero()[:, 0]
+        boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]
+        if not self.masks or model.mask_head is None:
+            return boxes, scores, labels
+        # an empty one beside them: no operator meets a batch of none
+        boxes_and_one, labels_and_one = (torch.cat([of, of.new_zeros(1, *of.shape[1:])]) for of in (boxes, labels))
+        image_of = torch.zeros_like(labels_and_one)
+        masks = model.mask_head(pyramid, strides, boxes_and_one, image_of, labels_and_one).sigmoid()
+        return boxes, scores, labels, masks[:-1]
+
+
+def register_operators(opset: int) -> None:
+    """Tell torch's exporter how the operators that it does not know are written."""
+    torch.onnx.register_custom_op_symbolic("gndet::nms_keep", _nms_keep, opset)
+    torch.onnx.register_custom_op_symbolic("aten::sort", _sort, opset)
+
+
+@parse_args("v", "b", "i", "b")
+def _sort(g: Any, values: Any, stable: bool, axis: int, falling: bool) -> Any:
+    """A stable sort: TopK of all; of equal values the one with the lower index comes first, by ONNX's definition."""
+    shape = g.op("Shape", values)
+    count = g.op("Gather", shape, g.op("Constant", value_t=torch.tensor([axis])), axis_i=0)
+    return g.op("TopK", values, count, axis_i=axis, largest_i=int(falling), sorted_i=1, outputs=2)
+
+
+@parse_args("v", "v", "v", "v", "f")
+def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshold: float) -> Any:
+    """`ops.nms.nms_keep` of one image by ONNX's NonMaxSuppression, a class of its for each group.
+
+    Boxes come by falling score: their places stand for the scores, so that all are positive and none are equal.
+    """
+    zero, one = (g.op("Constant", value_t=torch.tensor([value])) for value in (0, 1))
+    count = g.op("Gather", g.op("Shape", boxes), one, axis_i=0)  # (1,) N
+    places = g.op("Range", *(_scalar(g, of) for of in (zero, count, one)))
+    rank = g.op("Cast", g.op("Sub", count, places), to_i=FLOAT)  # (N,) from N down to 1
+    usable = g.op("Where", g.op("Squeeze", valid, zero), rank, g.op("Constant", value_t=torch.tensor([-1.0])))
+    group = g.op("Squeeze", groups, zero)  # (N,)
+    most = g.op("Add", g.op("ReduceMax", group, keepdims_i=1), one)  # (1,) groups
+    names = g.op("Unsqueeze", g.op("Range", *(_scalar(g, of) for of in (zero, most, one))), one)  # (groups, 1)
+    own = g.op("Equal", names, group)  # (groups, N)
+    table = g.op("Where", own, usable, g.op("Constant", value_t=torch.tensor([-1.0])))
+    limits = (g.op("Constant", value_t=torch.tensor([value])) for value in (threshold, 0.0))
+    chosen = g.op("NonMaxSuppression", boxes, g.op("Unsqueeze", table, zero), count, *limits)  # (kept, 3)
+    index = g.op("Gather", chosen, g.op("Constant", value_t=torch.tensor(2)), axis_i=1)  # (kept,)
+    keep = g.op("ConstantOfShape", count, value_t=torch.tensor([False]))
+    yes = g.op("Expand", g.op("Constant", value_t=torch.tensor([True])), g.op("Shape", index))
+    return g.op("Unsqueeze", g.op("ScatterElements", keep, index, yes, axis_i=0), zero)
+
+
+def _scalar(g: Any, one: Any) -> Any:
+    """(1,) as ()."""
+    return g.op("Squeeze", one, g.op("Constant", value_t=torch.tensor([0])))

@@ -47,7 +47,7 @@ def draw_objects(
     scale = max(1.0, MIN_SIDE / max(height, width))
     size = (round(width * scale), round(height * scale))
     pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
-    line = max(1, round(max(size) / 700))
+    line = max(2, round(max(size) / 400))
     colours = [colour(index) for index in class_indices]
     masks = [None] * len(colours) if masks is None else masks
     for mask, tint in zip(masks, colours, strict=True):

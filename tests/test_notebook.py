@@ -15,12 +15,13 @@ from conftest import REPOSITORY
 from gndet.options import parse
 
 NOTEBOOK = REPOSITORY / "docs" / "gndet_quickstart.ipynb"
-SHORT = {"UPDATES": 4, "IMAGES": 8}  # in place of what the notebook says
+SHORT = {"UPDATES": 2, "IMAGES": 8}  # in place of what the notebook says
 CONTENT = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in CONTENT["cells"] if cell["cell_type"] == "code"]
 INSTALL = [n for n, cell in enumerate(c for c in CONTENT["cells"] if c["cell_type"] == "code") if cell["metadata"]]
 ENVIRONMENT = os.environ | {
-    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "MPLBACKEND": "Agg",
+    "OMP_NUM_THREADS": "1",
 }  # fmt: skip
 
 
@@ -68,9 +69,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]
 def test_every_step_leaves_its_files(ran: tuple[Path, dict[str, str]]) -> None:
     folder, _ = ran
     made = (
-        "shapes.yaml", "sheet.png", "runs/shapes/config.yaml", "runs/shapes/predictions.png", "runs/shapes/metrics.jsonl",
-        "runs/shapes/best/manifest.json", "runs/shapes/report.html", "curves.png", "detections.json", "pictures/3.png",
-        "predictions/predictions.json", "predictions/sheet.png", "predictions/0.png", "mine.yaml",
+        "shapes.yaml", "sheet.png", "runs/shapes/config.yaml", "runs/shapes/predictions.png",
+        "runs/shapes/metrics.jsonl", "runs/shapes/best/manifest.json", "runs/shapes/report.html", "curves.png",
+        "detections.json", "pictures/3.png", "predictions/predictions.json", "predictions/sheet.png",
+        "predictions/0.png", "mine.yaml",
     )  # fmt: skip
     assert [name for name in made if not (folder / name).is_file()] == []
     last = json.loads((folder / "runs/shapes/metrics.jsonl").read_text().splitlines()[-1])
@@ -87,7 +89,7 @@ def test_commands_print_what_the_text_promises(ran: tuple[Path, dict[str, str]])
 
 def test_every_command_is_one_of_gndet_s() -> None:
     shown = "\n".join("".join(cell["source"]) for cell in CONTENT["cells"])
-    commands = re.findall(r"(?m)^!?(gndet [^#`\n]+)|`(gndet [a-z]+ --?[^`]+)`", shown)
+    commands = re.findall(r"(?m)^!(gndet [^#\n]+)|`(gndet [a-z]+ --[^`]+)`", shown)
     words = [shlex.split(one or other)[1:] for one, other in commands]
     assert {parse(one).verb for one in words} >= {"check", "train", "report", "evaluate", "predict", "config", "doctor"}
 

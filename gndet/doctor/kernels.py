@@ -104,16 +104,16 @@ def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
     x, grad = (noise(MAP, seed).to(dtype) for seed in (0, 1))
     gamma, beta = noise((MAP[1],), 2), noise((MAP[1],), 3)
     errors = {}
-    for (layout, memory), sizes in itertools.product(LAYOUTS.items(), (None, SIZES)):
-        layer = make_norm(NormConfig(groups=GROUPS), MAP[1]).to(device)
-        layer.load_state_dict({"weight": gamma, "bias": beta})
-        area = None if sizes is None else Area.of(torch.tensor(sizes, device=device), *MAP[2:])
-        leaf = x.to(device).contiguous(memory_format=memory).requires_grad_()
-        y = layer(leaf, area)
-        slope = grad.to(device).contiguous(memory_format=memory)
-        found = (y, *torch.autograd.grad(y, (leaf, layer.weight, layer.bias), slope))
+    for sizes in (None, SIZES):
         exact = exact_group_norm(x, grad, gamma, beta, sizes or (MAP[2:],) * MAP[0])
-        errors[layout + (" padded" if sizes else "")] = max(map(difference, found, exact))
+        area = None if sizes is None else Area.of(torch.tensor(sizes, device=device), *MAP[2:])
+        for layout, memory in LAYOUTS.items():
+            layer = make_norm(NormConfig(groups=GROUPS), MAP[1]).to(device)
+            layer.load_state_dict({"weight": gamma, "bias": beta})
+            leaf, slope = (one.to(device).contiguous(memory_format=memory) for one in (x, grad))
+            y = layer(leaf.requires_grad_(), area)
+            found = (y, *torch.autograd.grad(y, (leaf, layer.weight, layer.bias), slope))
+            errors[layout + (" padded" if sizes else "")] = max(map(difference, found, exact))
     return errors
 
 

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -24,6 +25,7 @@ VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
 }
 STYLES = ("-", "--", "-.", ":")  # a second round of the colours has another line: told apart in grey too
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+FLAT = 56  # characters that fit beside each other
 NAMES_A_ROW = 4  # of a legend
 WIDTH = 6.4  # inches of 72 units; the page scales it
 STYLE = {
@@ -113,6 +115,7 @@ def lines(
             axes.set_xscale("log", base=2)
         if log_y:
             axes.set_yscale("log")
+            _plain_ticks(axes.yaxis)
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
             axes.xaxis.set_minor_locator(ticker.NullLocator())
@@ -162,9 +165,7 @@ def histogram(name: str, values: Sequence[float], *, x_label: str, y_label: str,
         _dress(axes, x_label, y_label)
         if log_x:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
-            axes.xaxis.set_minor_locator(ticker.NullLocator())
+            _plain_ticks(axes.xaxis)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=5))
     return svg[0]
 
@@ -184,7 +185,7 @@ def heat(
     """Draw a matrix (r, c) of counts, each cell as deep as its share of its row; with numbers where there is room."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     small = len(columns) <= 12
-    flat = small and max(map(len, columns)) < 9
+    flat = small and len(columns) * max(map(len, columns)) <= FLAT
     below = 0.55 if flat else 0.3 + _room(columns)
     with chart(name, height=below + 0.2 + 0.34 * len(rows), left=0.25 + _room(rows), bottom=below) as (axes, svg):
         for r, c in zip(*np.nonzero(matrix), strict=True):
@@ -211,6 +212,13 @@ def _dress(axes: Axes, x_label: str, y_label: str) -> None:
     axes.grid(color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers as they are written, 0.5 1 2, at an axis that grows by factors."""
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda tick, _: f"{tick:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def _room(labels: Sequence[str]) -> float:

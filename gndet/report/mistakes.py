@@ -51,17 +51,23 @@ def section(run: RunRecord) -> str:
         "errors", "Mistakes",
         blocks.figure(bars, "kinds of mistakes (TIDE, Bolya et al. 2020), by hotcoco", "chart-errors"),
         shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click one for its pictures"),
-        shown_table(image_table(found, dataset, LISTED)),
-        _suspects(found, dataset),
+        shown_table(image_table(found, dataset, LISTED), picks=_shown(found, run.cfg.seed, found.worst(LISTED))),
+        _suspects(found, dataset, run.cfg.seed),
         lead=lead if gained else "No mistakes that cost AP50.",
     )  # fmt: skip
 
 
-def _suspects(found: Analysis, dataset: Dataset) -> str:
+def _suspects(found: Analysis, dataset: Dataset, seed: int) -> str:
     table = suspect_table(found, dataset, LISTED)
     if not table.rows:
         return blocks.text("No annotation is contradicted by a sure detection.")
-    return shown_table(table, picks=["suspect"] * len(table.rows))
+    return shown_table(table, picks=_shown(found, seed, [one.image for one in found.suspects[:LISTED]]))
+
+
+def _shown(found: Analysis, seed: int, places: list[int]) -> list[str]:
+    """The tag of each image's picture, "" where it is not among those shown."""
+    pictures = chosen(found, seed)
+    return [f"image:{place}" if place in pictures else "" for place in places]
 
 
 def pictures(run: RunRecord) -> str:
@@ -109,7 +115,7 @@ def chosen(found: Analysis, seed: int) -> dict[int, set[str]]:
     take(found.finest(BEST), "best", BEST)
     order = np.random.default_rng(seed).permutation(len(found.f1))
     take(order, "random", RANDOM)
-    take([one.image for one in found.suspects], "suspect", EACH)
+    take([one.image for one in found.suspects], "suspect", WORST)
     by_score = np.argsort(-matches.scores, kind="stable")
     for kind in KINDS:
         if kind == "Miss":
@@ -119,6 +125,7 @@ def chosen(found: Analysis, seed: int) -> dict[int, set[str]]:
     for label, name in enumerate(matches.classes):
         take(matches.object_image[(matches.object_label == label) & ~matches.object_ignored], f"class:{name}", EACH)
     for place, some in tags.items():  # what else they show
+        some.add(f"image:{place}")
         some |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == place]}
         some |= {f"error:{kind}" for kind in found.errors.kind[(matches.image == place) & shown] if kind}
     return tags

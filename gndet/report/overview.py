@@ -1,8 +1,10 @@
 """The first screen of a report: how the run stands, its numbers, and what is to be done about them, in words."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
+from gndet.analysis import Analysis
 from gndet.analysis.bootstrap import Interval
 from gndet.analysis.errors import KINDS
 from gndet.report import blocks
@@ -59,6 +61,7 @@ def verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         if delta[kind] > FALL:
             words = KINDS[kind].split(":")[0]
             yield "plain", f"Most AP50 is lost by {words}: {100 * delta[kind]:.1f} points. {ADVICE[kind]}"
+        yield from _annotations(run.analysis)
         if few := few_objects(run):
             names = f"{', '.join(few[:8])}{' ...' if len(few) > 8 else ''}"
             yield "warn", f"Fewer than {FEW} objects in data.val, so that AP says little: {names}"
@@ -72,6 +75,17 @@ def verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
     if run.meta.get("unreadable"):
         yield "warn", f"{len(run.meta['unreadable'])} training picture(s) could not be read and were left out."
     yield from _norm(run)
+
+
+def _annotations(found: Analysis) -> Iterator[tuple[str, str]]:
+    """What sure detections say of the annotations."""
+    kinds = Counter(one.kind for one in found.suspects)
+    for kind, words in (
+        ("missing_annotation", "sure detections lie where nothing is annotated: objects that were forgotten, perhaps"),
+        ("wrong_label", "objects are surely taken for another class than they are annotated as"),
+    ):
+        if kinds[kind]:
+            yield "warn", f"{kinds[kind]} {words}; they are listed under Mistakes, the surest first."
 
 
 def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:

@@ -241,6 +241,22 @@ def test_limits_of_files_memory_and_disk_are_judged(monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "a").exists()
 
 
+def test_memory_that_is_mapped_anew_is_told() -> None:
+    """In a process of its own: what malloc has been told is not to be taken back."""
+    code = (
+        "from gndet.doctor import devices\ndevices.keep_freed_memory = lambda: None\nprint(devices.freed_memory().mark)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == "warning", done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU here")
+def test_a_driver_whose_gpu_torch_does_not_find_is_a_warning() -> None:
+    assert devices.no_gpu("", "built without CUDA").mark == ""
+    fact = devices.no_gpu("550.54.14", "built without CUDA")
+    assert fact.mark == "warning" and "550.54.14 is there" in fact.text
+
+
 def test_a_checkpoint_takes_as_much_as_is_reckoned(tmp_path: Path) -> None:
     model = build_model(small_config(), NUM_CLASSES)
     cfg = TrainConfig(optimizer=OptimizerConfig(kind="adamw"))

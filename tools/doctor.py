@@ -1,6 +1,6 @@
 """Say what this machine is and whether it will do; the same as `gndet doctor`.
 
-python tools/doctor.py
+python tools/doctor.py --json doctor.json
 """
 
 import sys

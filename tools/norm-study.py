@@ -1,6 +1,6 @@
 """Compare norms at several batch sizes; the same as `gndet norm-study`.
 
-python tools/norm_study.py configs/quickstart.yaml --norms gn,bn --budget 30m
+python tools/norm-study.py configs/quickstart.yaml --norms gn,bn --budget 30m
 """
 
 import sys

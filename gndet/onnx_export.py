@@ -26,10 +26,10 @@ from gndet.data.images import open_picture
 from gndet.data.shapes import read_shapes
 from gndet.data.transforms import resized
 from gndet.distributed import process
-from gndet.errors import GndetError, OutputError
+from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.inference import Detector, load_detector, make_room_for
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.onnx_model import INPUT, OUTPUTS, OnePicture, register_operators
+from gndet.onnx_model import INPUT, OUTPUTS, OnePicture, own_operators
 
 try:
     import onnx
@@ -38,7 +38,7 @@ except ImportError:
     onnx = onnxruntime = None
 
 Show = Callable[[str], None]
-FIRST_OPSET = 17
+FIRST_OPSET, LAST_OPSET = 17, 20  # RoIAlign aligned to half pixels; the last that the TorchScript exporter writes
 BOXES, SCORES, MASKS = 0.01, 1e-4, 1e-3  # largest differences: pixels, scores, probabilities
 SMALLER = 0.75  # of the picture's size: the second one that is compared where any size goes
 TRIED = 8  # pictures of data.val, of which that with most detections is compared
@@ -61,55 +61,69 @@ def export(
 
     size: height and width of all pictures; None: any.  masks: with the mask head, if there is one.  picture: to compare
     on; by default one of data.val.  Returns whether the file gives the same, and is there.
-    Raises CheckpointError, ConfigError, DataError, and OutputError before anything is written.
+    Computed in float32 whatever the precision trained in.  Raises CheckpointError, ConfigError, DataError, OutputError.
     """
     if onnx is None or onnxruntime is None:
         raise OutputError("gndet export needs onnx and onnxruntime: pip install 'gndet[onnx]'")
-    if opset < FIRST_OPSET:
-        raise OutputError(
-            f"--opset {opset}: expected {FIRST_OPSET} or later, which RoIAlign aligned to half pixels needs"
-        )
+    if not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, those torch's exporter can write")
     make_room_for(file)
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
+        detector.model.float()  # NonMaxSuppression and RoIAlign know nothing else
         masks = masks and detector.model.mask_head is not None
-        pictures, name = comparison_pictures(detector, picture, size)
+        pictures, name = comparison_pictures(detector, picture, size, show)
         partial = file.with_name(f"{file.name}.partial")
         try:
             _write(detector, partial, pictures[0], size, masks, opset)
             passed = compare(detector, partial, pictures, name, masks, show)
             if passed:
                 os.replace(partial, file)
+        except OSError as error:
+            raise OutputError(f"--onnx {file}: cannot be written: {error.strerror or error}") from None
         finally:
             partial.unlink(missing_ok=True)
-    if passed:
-        shapes = f"{size[0]} x {size[1]}" if size else "any size"
-        show(f"{file}: {file.stat().st_size / 1e6:.1f} MB, opset {opset}, pictures of {shapes}")
-        if not detector.cfg.data.exact_canvas:
-            multiple = detector.cfg.data.canvas_multiple
-            show(f"note: gndet evaluates on canvases padded to multiples of {multiple}; the file does not pad")
-    return passed
+    if not passed:
+        before = ", and the one that was there is as before" if file.exists() else ""
+        show(f"{file}: not written{before}; expected boxes within {BOXES} px, scores {SCORES}, masks {MASKS}")
+        return False
+    shapes = f"{size[0]} x {size[1]}" if size else "any size"
+    show(f"{file}: {file.stat().st_size / 1e6:.1f} MB, opset {opset}, pictures of {shapes}")
+    if not detector.cfg.data.exact_canvas:
+        multiple = detector.cfg.data.canvas_multiple
+        show(f"note: gndet evaluates on canvases padded to multiples of {multiple}; the file does not pad")
+    return True
 
 
 def _write(
     detector: Detector, file: Path, picture: torch.Tensor, size: tuple[int, int] | None, masks: bool, opset: int
 ) -> None:
-    """Trace the detector on a picture (H, W, 3), and add what the file is to be used with."""
-    register_operators(opset)
+    """Trace the detector on a picture (H, W, 3), and add what the file is to be used with.
+
+    Raises OutputError where torch's exporter fails or what it wrote is no valid ONNX.
+    """
     names = list(OUTPUTS if masks else OUTPUTS[:-1])
     axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, of every shape that it follows, and of the exporter's age
-        torch.onnx.export(
-            OnePicture(detector.model, masks), (picture,), str(file), dynamo=False, opset_version=opset,
-            input_names=[INPUT], output_names=names, dynamic_axes=axes,
-            training=torch.onnx.TrainingMode.PRESERVE,  # else it merges BN into convolutions, wrongly (torch 2.14)
-        )  # fmt: skip
-    model = onnx.load(str(file))
-    for key, value in metadata(detector, size).items():
-        model.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(model)
+    try:
+        with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's, of every shape that it follows, and of the exporter's age
+            torch.onnx.export(
+                OnePicture(detector.model, masks), (picture,), str(file), dynamo=False, opset_version=opset,
+                input_names=[INPUT], output_names=names, dynamic_axes=axes,
+                training=torch.onnx.TrainingMode.PRESERVE,  # else it merges BN into convolutions, wrongly (torch 2.14)
+            )  # fmt: skip
+        model = onnx.load(str(file))
+        for key, value in metadata(detector, size).items():
+            model.metadata_props.add(key=key, value=value)
+        onnx.checker.check_model(model)
+    except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter has the first, or one under it
+        reason = _first_line(error)
+        raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     onnx.save(model, str(file))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
@@ -124,36 +138,46 @@ def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]
 
 
 def comparison_pictures(
-    detector: Detector, path: Path | None, size: tuple[int, int] | None
+    detector: Detector, path: Path | None, size: tuple[int, int] | None, show: Show
 ) -> tuple[list[torch.Tensor], str]:
     """Pictures (H, W, 3) uint8 as the network sees them, and what they are of.  Raises DataError."""
-    candidates, name = _candidates(detector.cfg, path)
-    shapes = [_resize(one, size or _network_size(one, detector.cfg.data)) for one in candidates]
+    data = detector.cfg.data
+    candidates, name = _candidates(detector.cfg, path, show)
+    shapes = [_resize(one, size or _network_size(one, data), data.antialias) for one in candidates]
     best = max(shapes, key=lambda one: len(by_torch(detector.model, one, masks=False).scores))
     if size:
         return [best], name
     smaller = tuple(max(32, math.ceil(side * SMALLER)) for side in best.shape[:2])
-    return [best, _resize(best.numpy(), smaller)], name
+    return [best, _resize(best.numpy(), smaller, data.antialias)], name
 
 
-def _candidates(cfg: Config, path: Path | None) -> tuple[list[np.ndarray], str]:
+def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.ndarray], str]:
     if path is not None:
         return [open_picture(path)], str(path)
+    pictures, reason = [], "it has no pictures"
     try:
         dataset = read_dataset(cfg.data.val, cfg.data)
-        return [record.load() for record in dataset.records[:TRIED]], dataset.name
-    except GndetError:  # it is not on this machine
-        val = cfg.data.val.model_copy(update={"kind": "shapes", "count": TRIED})
-        return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes (data.val is not here)"
+        for record in dataset.records[:TRIED]:
+            try:
+                pictures.append(record.load())
+            except DataError as error:
+                reason = str(error)
+    except GndetError as error:  # often it is not on this machine
+        reason = str(error)
+    if pictures:
+        return pictures, dataset.name
+    show(f"note: compared on drawn shapes, for data.val gives no picture (--picture FILE names one): {reason}")
+    val = cfg.data.val.model_copy(update={"kind": "shapes", "count": TRIED})
+    return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes"
 
 
 def _network_size(picture: np.ndarray, data: DataConfig) -> tuple[int, int]:
     return resized(picture.shape[:2], data.shortest_edge_test, data.max_edge)
 
 
-def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool = True) -> torch.Tensor:
+def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.Tensor:
     """Resize (H, W, 3) uint8 as gndet does for evaluation.  Returns (h, w, 3), dense."""
-    image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: Pillow's are not writable
     return functional.resize(image, list(size), antialias=antialias).permute(1, 2, 0).contiguous()
 
 
@@ -182,14 +206,21 @@ def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
 def run_onnx(file: Path, picture: np.ndarray) -> Found:
     """Detect in a picture (H, W, 3) uint8 RGB with an exported file; boxes in the picture's own pixels.
 
-    Raises OutputError without onnxruntime.
+    `gndet.paste.paste_masks` lays the masks onto the picture.  Raises DataError for another array, CheckpointError for
+    a file that `export` did not write, and OutputError without onnxruntime.
     """
     if onnxruntime is None:
         raise OutputError("running an ONNX file needs onnxruntime: pip install 'gndet[onnx]'")
-    running = session(file)
-    about = {
-        key: json.loads(value) for key, value in running.get_modelmeta().custom_metadata_map.items() if key != "config"
-    }
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise DataError(f"picture: {picture.dtype} {picture.shape}, expected uint8 (height, width, 3), RGB")
+    try:
+        running = session(file)
+        stored = running.get_modelmeta().custom_metadata_map
+        about = {key: json.loads(stored[key]) for key in ("size", "shortest_edge", "max_edge", "antialias")}
+    except KeyError as error:
+        raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
+    except Exception as error:  # onnxruntime's own classes have no common base but this
+        raise CheckpointError(f"{file}: onnxruntime cannot load it: {_first_line(error)}") from None
     size = about["size"] or resized(picture.shape[:2], about["shortest_edge"], about["max_edge"])
     found = by_onnxruntime(running, _resize(picture, size, about["antialias"]).numpy())
     scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
@@ -200,18 +231,21 @@ def compare(
     detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
 ) -> bool:
     """Run the file beside torch on each picture, and say how far they differ.  Returns whether little enough."""
-    running, passed = session(file), True
+    cfg, passed, count = detector.cfg.model.box_head, True, 0
     for picture in pictures:
         expected = by_torch(detector.model, picture, masks=masks)
         where = f"{name}, {picture.shape[0]} x {picture.shape[1]}"
         try:
-            found = by_onnxruntime(running, picture.numpy())
+            found = by_onnxruntime(session(file), picture.numpy())
         except Exception as error:  # onnxruntime's own classes have no common base but this
-            show(f"mismatch on {where}: onnxruntime cannot run the file: {error}")
+            show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
             return False
-        differences = difference(expected, found, detector.cfg.model.box_head.score_threshold)
+        full = len(expected.scores) == cfg.detections_per_image  # the worst of them may have pushed out one as good
+        differences = difference(expected, found, float(expected.scores.min()) if full else cfg.score_threshold)
         show(f"{'equal' if not differences.wrong else 'mismatch'} on {where}: {differences.words}")
-        passed = passed and not differences.wrong
+        passed, count = passed and not differences.wrong, count + len(expected.scores)
+    if passed and not count:
+        show(f"note: nothing was found in {name}, so no box, score or mask was compared; --picture FILE names another")
     return passed
 
 
@@ -220,30 +254,32 @@ class Difference(NamedTuple):
 
     boxes: float  # pixels
     scores: float
-    masks: float  # probabilities
+    masks: float | None  # probabilities; None without masks
     unmatched: int  # detections of either that the other does not have
     count: int
 
     @property
     def wrong(self) -> bool:
         """Whether they differ by more than rounding."""
-        return bool(self.unmatched) or self.boxes > BOXES or self.scores > SCORES or self.masks > MASKS
+        near = self.boxes <= BOXES and self.scores <= SCORES and (self.masks is None or self.masks <= MASKS)
+        return bool(self.unmatched) or not near  # NaN is near nothing
 
     @property
     def words(self) -> str:
         """In a line."""
         text = f"{self.count} detections, boxes within {self.boxes:.2g} px, scores {self.scores:.2g}"
-        text += f", masks {self.masks:.2g}" if self.masks >= 0 else ""
+        text += f", masks {self.masks:.2g}" if self.masks is not None else ""
         return text + (f"; {self.unmatched} that only one of them has" if self.unmatched else "")
 
 
 def difference(expected: Found, found: Found, threshold: float) -> Difference:
-    """Compare detections, each with the nearest of its label; those at the score threshold may be missing."""
+    """Compare detections, each with the nearest of its label; those that score threshold or less may be missing."""
     free, pairs, lonely = set(range(len(found.scores))), [], 0
     for one in range(len(expected.scores)):
         near = [
             (float(np.abs(found.boxes[other] - expected.boxes[one]).max()), other)
-            for other in free if found.labels[other] == expected.labels[one]
+            for other in free
+            if found.labels[other] == expected.labels[one] and np.isfinite(found.boxes[other]).all()
         ]  # fmt: skip
         nearest = min(near, default=(math.inf, -1))
         if nearest[0] > 1:  # another object's
@@ -251,12 +287,14 @@ def difference(expected: Found, found: Found, threshold: float) -> Difference:
             continue
         free.remove(nearest[1])
         pairs.append((one, nearest[1]))
-    lonely += sum(found.scores[other] > threshold + SCORES for other in free)
+    lonely += sum(not found.scores[other] <= threshold + SCORES for other in free)  # NaN too
     a, b = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
-    with_masks = expected.masks is not None and found.masks is not None
+    masks = None if expected.masks is None and found.masks is None else math.inf
+    if expected.masks is not None and found.masks is not None:
+        masks = _most(expected.masks[a] - found.masks[b])
     return Difference(
-        _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]),
-        _most(expected.masks[a] - found.masks[b]) if with_masks else -1.0, int(lonely), len(expected.scores),
+        _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]), masks, int(lonely),
+        len(expected.scores),
     )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 """The detector as a graph of ONNX operators: what is traced, and how two of its operators are written there.
 
 N boxes, D detections, (H, W) picture.  One picture at a time, which fills its canvas: nothing is padded, and no norm
-needs a mask.  The graph is that of torch's TorchScript exporter: the newer one does not follow shapes that hang on
-values (torch 2.14), which detections are.
+needs a mask.  The graph is that of torch's TorchScript exporter: the newer one has no words for a stable sort nor for
+`nms_keep` (torch 2.14 with onnxscript 0.7).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,10 +48,17 @@ class OnePicture(nn.Module):
         return boxes, scores, labels, masks[:-1]
 
 
-def register_operators(opset: int) -> None:
-    """Tell torch's exporter how the operators that it does not know are written."""
-    torch.onnx.register_custom_op_symbolic("gndet::nms_keep", _nms_keep, opset)
-    torch.onnx.register_custom_op_symbolic("aten::sort", _sort, opset)
+@contextmanager
+def own_operators(opset: int) -> Iterator[None]:
+    """Tell torch's exporter, meanwhile, how the operators that it does not know are written."""
+    own = {"gndet::nms_keep": _nms_keep, "aten::sort": _sort}
+    for name, symbolic in own.items():
+        torch.onnx.register_custom_op_symbolic(name, symbolic, opset)
+    try:
+        yield
+    finally:
+        for name in own:  # another model's sort is not ours
+            torch.onnx.unregister_custom_op_symbolic(name, opset)
 
 
 @parse_args("v", "b", "i", "b")

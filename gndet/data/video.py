@@ -70,7 +70,7 @@ def read_frames(path: Path, every: int) -> Iterator[Frame]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """PyAV's container of a file and its first video stream.  Raises DataError, also for what is raised meanwhile."""
     if av is None:
-        raise DataError(f"{path}: videos are read by PyAV, which is not installed: pip install 'gndet[video]'")
+        raise DataError(f"{path}: videos are read by PyAV, which is not installed: pip install av")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

@@ -19,9 +19,9 @@ NEEDED = {  # what is imported of each: the part with compiled code, where there
 }  # fmt: skip
 OPTIONAL = {  # with what is missing without it
     "matplotlib": ("matplotlib", "curves of `gndet norm-study` and benchmarks"),
-    "onnx": ("onnx", "`gndet export`: pip install 'gndet[onnx]'"),
-    "onnxruntime": ("onnxruntime", "`gndet export`: pip install 'gndet[onnx]'"),
-    "av": ("av", "videos in `gndet predict`: pip install 'gndet[video]'"),
+    "onnx": ("onnx", "`gndet export`: pip install onnx onnxruntime"),
+    "onnxruntime": ("onnxruntime", "`gndet export`: pip install onnx onnxruntime"),
+    "av": ("av", "videos in `gndet predict`: pip install av"),
 }
 MINORS = 15  # torchvision 0.(n + 15) goes with torch 2.n
 OPERATORS = {

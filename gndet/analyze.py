@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from gndet.data import read_dataset
 from gndet.data.coco import inspect_file
 from gndet.data.faults import refuse
 from gndet.dataset import Dataset
-from gndet.errors import DataError, OutputError
+from gndet.errors import DataError
 from gndet.results import Results
+from gndet.writing import make_folder, make_room_for, write_whole
 
 CONFIG, DETECTIONS = "config.yaml", "detections.json"  # of a run folder
 SHOWN = 20  # rows of a table on the terminal; the files hold all
@@ -52,8 +52,10 @@ def analyze(
     """
     subject = read_subject(source, data, overrides)
     kind = chosen_kind(subject, kind)
-    for path in filter(None, (json_file and json_file.parent, csv_folder)):
-        _make_folder(path)
+    if json_file:
+        make_room_for(json_file, "--json")
+    if csv_folder:
+        make_folder(csv_folder, "--csv")
     found = analyse(subject.dataset, subject.results, kind=kind, max_detections=subject.max_detections)
     tables = all_tables(found, subject.dataset, images)
     images_said = f"{len(subject.dataset.records)} images"
@@ -62,10 +64,10 @@ def analyze(
     for table in tables:
         show(f"{table.title}\n{text(table)}\n")
     if json_file:
-        _write(json_file, json.dumps(to_json(found, tables), indent=1, allow_nan=False))
+        write_whole(json_file, json.dumps(to_json(found, tables), indent=1, allow_nan=False))
         show(f"-> {json_file}")
     for table in tables if csv_folder else ():
-        _write(csv_folder / f"{table.name}.csv", to_csv(table))
+        write_whole(csv_folder / f"{table.name}.csv", to_csv(table))
     if csv_folder:
         show(f"-> {csv_folder}: {', '.join(f'{table.name}.csv' for table in tables)}")
     return found
@@ -158,19 +160,3 @@ def to_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if value == value else None  # NaN is not itself, and JSON has none
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot make this folder: {error.strerror}") from None
-
-
-def _write(path: Path, words: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(words, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write it: {error.strerror}") from None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from gndet.errors import GndetError, Preempted
 from gndet.options import parse
+from gndet.writing import make_room_for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,12 +68,12 @@ def evaluate(options: argparse.Namespace) -> int:
     """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
     from gndet.distributed import process
     from gndet.evaluation import table
-    from gndet.inference import evaluate_checkpoint, load_detector, make_room_for
+    from gndet.inference import evaluate_checkpoint, load_detector
     from gndet.results import save_results
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     if options.out:
-        make_room_for(options.out)
+        make_room_for(options.out, "--out")
     with process(device) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
         dataset, evaluation = evaluate_checkpoint(detector, proc)
@@ -158,11 +159,10 @@ def invariance(options: argparse.Namespace) -> int:
 
     cfg = load_config(options.config, options.overrides)
     from gndet.distributed import process
-    from gndet.inference import make_room_for
     from gndet.invariance import check_invariance, to_json
 
     if options.out:
-        make_room_for(options.out)
+        make_room_for(options.out, "--out")
     with process(cfg.device) as proc:
         report = check_invariance(cfg, options.images, proc, functools.partial(print, flush=True))
     if options.out:

@@ -1,6 +1,5 @@
 """A trained detector: load it, evaluate it on a data set; and the places where results go."""
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -13,7 +12,7 @@ from gndet.config_file import config_from_dict, with_overrides
 from gndet.data import read_dataset
 from gndet.dataset import Dataset
 from gndet.distributed import Process, collect, gather, place
-from gndet.errors import CheckpointError, DataError, OutputError
+from gndet.errors import CheckpointError, DataError
 from gndet.evaluation import Evaluation, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 
@@ -74,20 +73,3 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
         world=proc.world, gather=partial(gather, proc=proc), collect=partial(collect, proc=proc),
     )  # fmt: skip
     return dataset, evaluation
-
-
-def make_room_for(file: Path) -> None:
-    """Make the folder of a results file.  Raises OutputError where that cannot be done, or the file is a folder."""
-    if file.is_dir():
-        raise OutputError(f"--out {file}: is a folder, expected the name of a file")
-    make_folder(file.parent)
-    if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise OutputError(f"--out {file}: cannot write this file: Permission denied")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results.  Raises OutputError where that cannot be done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--out {folder}: cannot make this folder: {error.strerror}") from None

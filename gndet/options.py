@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--size", type=height_and_width, metavar="480x640", help="height and width for ever; any size without it"
     )
     verb.add_argument("--no-masks", action="store_true", help="boxes only, of a detector with masks")
-    verb.add_argument("--opset", type=_one_or_more, default=17, help="of ONNX, 17 or later (17)")
+    verb.add_argument("--opset", type=_one_or_more, default=17, help="of ONNX, 17 to 20 (17)")
     verb.add_argument("--picture", type=Path, help="picture to compare on (one of data.val)")
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
 

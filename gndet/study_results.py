@@ -7,7 +7,6 @@ logs/NAME.txt.  AP is a fraction in the files and shown in percent, as in Wu & H
 import csv
 import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gndet.errors import DataError, OutputError
+from gndet.errors import DataError
+from gndet.writing import write_whole
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # of the group ablation: variants groups-1, groups-8, groups-channels
@@ -275,13 +275,8 @@ def read_study(folder: Path) -> Study:
 
 def write_study(folder: Path, study: Study) -> None:
     """Write study.json and study.csv, each whole or not at all.  Raises OutputError."""
-    for name, text in ((STUDY, study.model_dump_json(indent=1)), (TABLE, _csv(study))):
-        partial = folder / f"{name}.partial"
-        try:
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, folder / name)
-        except OSError as error:
-            raise OutputError(f"{folder / name}: cannot write it: {error.strerror}") from None
+    write_whole(folder / STUDY, study.model_dump_json(indent=1))
+    write_whole(folder / TABLE, _csv(study))
 
 
 def _csv(study: Study) -> str:

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY
 
 FLOORS = [
-    {"errors", "compat", "config", "config_file", "dataset", "structures", "garbage", ""},
+    {"errors", "compat", "config", "config_file", "dataset", "structures", "garbage", "writing", ""},
     {"ops"},
     {"modeling", "data"},
     {

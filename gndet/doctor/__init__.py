@@ -20,6 +20,7 @@ from gndet.config_file import load_config
 from gndet.doctor import machine
 from gndet.doctor.facts import Fact, line, verdict, without_names
 from gndet.errors import OutputError
+from gndet.writing import write_whole
 
 # without this folder in the path, whose files may have the names of packages; with that of gndet, installed or not
 START = (
@@ -53,7 +54,8 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
         show(line(fact))
     healthy, words = all(fact.mark != "wrong" for fact in facts), verdict(facts)
     if json_file is not None:
-        write_json(json_file, {"healthy": healthy, "verdict": words, "sections": sections})
+        report = {"healthy": healthy, "verdict": words, "sections": sections}
+        write_whole(json_file, json.dumps(report, indent=1) + "\n")
     show(f"\n{words}")
     return healthy
 
@@ -124,17 +126,7 @@ def refuse_output(file: Path) -> None:
 
 
 def _is_report(file: Path) -> bool:
-    """Whether a file begins as `write_json` writes it, or is empty."""
+    """Whether a file begins as `doctor` writes it, or is empty."""
     with file.open("rb") as opened:
         head = opened.read(20)
     return not head or head.startswith(b'{\n "healthy"')
-
-
-def write_json(file: Path, report: dict[str, Any]) -> None:
-    """Write the report whole or not at all.  Raises OutputError."""
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        raise OutputError(f"--json {file}: cannot write the report: {error.strerror}") from None

@@ -16,9 +16,10 @@ from gndet.data.images import no_limit_of_pillows
 from gndet.data.sources import find_sources, measure_pictures
 from gndet.data.video import VideoWriter, video_rate
 from gndet.errors import ConfigError, DataError, OutputError
-from gndet.inference import Detector, make_folder
+from gndet.inference import Detector
 from gndet.prediction.output import Drawn, Output, Task, Wanted, unique_names
 from gndet.prediction.stream import Portion, of_pictures, of_video
+from gndet.writing import make_folder
 
 TILE_SECONDS = 1.0  # between two frames of a video that go on the contact sheet: neighbours look the same
 FRAMES_A_LINE = 100
@@ -53,7 +54,7 @@ def predict(
     names = unique_names([file.stem for file in pictures.files], ".png", reserved)
     films = unique_names([video.stem for video in videos], ".mp4")
     _refuse_overwriting(out, [*names, *films, *reserved], [*found.pictures, *found.videos], crops)
-    make_folder(out)
+    make_folder(out, "--out")
     with no_limit_of_pillows(), Output(detector, out, wanted, device.type != "cpu") as output:
         portions = of_pictures(detector, pictures, device, show)
         with contextlib.closing(portions):

@@ -1,15 +1,15 @@
 """`gndet report`: one page that shows what a run saw, how it trained, what it gets wrong and what its norms do."""
 
-import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gndet.errors import DataError, GndetError, OutputError
+from gndet.errors import DataError, GndetError
 from gndet.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
 from gndet.report.page import page
 from gndet.report.record import read_run
 from gndet.study_results import is_study
+from gndet.writing import make_room_for, write_whole
 
 REPORT = "report.html"
 
@@ -29,7 +29,8 @@ def report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], 
     else:
         html = run_page(folders[0], overrides) if len(folders) == 1 else comparison_page(folders, overrides)
     path = out or folders[0] / (REPORT if len(folders) == 1 else "comparison.html")
-    write(path, html)
+    make_room_for(path, "--out")
+    write_whole(path, html)
     show(f"report -> {path} ({len(html.encode()) / 1e6:.1f} MB; opens from disk in any browser)")
     return path
 
@@ -60,17 +61,6 @@ def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> s
 def study_page(folder: Path) -> str:
     """The page of a norm study."""
     return page(f"gndet: {folder.absolute().name}", str(folder), [("study", "Norm study", study.section(folder))])
-
-
-def write(path: Path, html: str) -> None:
-    """Write a page, to a file beside first.  Raises OutputError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(html, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write the report: {error.strerror}") from None
 
 
 def report_on_ending(folder: Path, show: Callable[[str], None]) -> None:

@@ -35,7 +35,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
                 pairs.append((f"{part} {key}, %", f"{100 * value:.1f}"))
     if run.analysis is not None:
         pairs.append((f"{run.analysis.kind} AP, 95 %", interval(run.analysis.intervals.ap)))
-    pairs.append(("updates", f"{run.done:,} / {run.total:,}"))
+    pairs.append(("updates", f"{run.done:,}" if run.done == run.total else f"{run.done:,} of {run.total:,}"))
     pairs.append(("images an update", f"{run.cfg.train.global_batch}"))
     pairs.append(("norm", run.cfg.model.norm.kind))
     speeds = [line["images_per_s"] for line in run.train if line.get("images_per_s")]

@@ -65,7 +65,7 @@ def export(
     Computed in float32 whatever the precision trained in.  Raises CheckpointError, ConfigError, DataError, OutputError.
     """
     if onnx is None or onnxruntime is None:
-        raise OutputError("gndet export needs onnx and onnxruntime: pip install 'gndet[onnx]'")
+        raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
     if not FIRST_OPSET <= opset <= LAST_OPSET:
         raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, those torch's exporter can write")
     make_room_for(file, "--onnx")
@@ -211,7 +211,7 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     a file that `export` did not write, and OutputError without onnxruntime.
     """
     if onnxruntime is None:
-        raise OutputError("running an ONNX file needs onnxruntime: pip install 'gndet[onnx]'")
+        raise OutputError("running an ONNX file needs onnxruntime: pip install onnx onnxruntime")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
         raise DataError(f"picture: {picture.dtype} {picture.shape}, expected uint8 (height, width, 3), RGB")
     try:

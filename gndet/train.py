@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gndet.config import Config
 from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
 from gndet.distributed import Process, gather, give_first_s, limit_waiting, process
-from gndet.errors import DataError, GndetError, OutputError, Preempted, ProcessLost, TrainingError
+from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.evaluation import scalars
 from gndet.metrics import Meter, open_log
 from gndet.micro_batch import Share, gradients
@@ -23,7 +23,7 @@ from gndet.norm_watch import NormWatch
 from gndet.optim import learning_rate, set_learning_rate, total_updates
 from gndet.progress import Progress, nothing
 from gndet.report import report_on_ending
-from gndet.report.batches import draw_batches
+from gndet.report.batches import draw
 from gndet.run import Run
 from gndet.run_evaluation import evaluate_run
 from gndet.run_folder import locked, make_run, mark_failed, mark_preempted, move_aside, unmark_preempted
@@ -65,8 +65,6 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
         stack.enter_context(log)
         for note in notes:
             log.message(note)
-        if proc.first and not progress.update:
-            log.attempt("the first batches' pictures", lambda: show_batches(run, size, log))
         saver = stack.enter_context(closing(Saver(run, total, log.message, progress.best)))
         stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
         stack.enter_context(rescued(run, progress, total, saver, stop))
@@ -82,6 +80,8 @@ def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -
             set_learning_rate(run.optimizer, lr)
             share = gradients(run, batches, size, stop)
             norms.saw(batches.taken)
+            if update == 0 and proc.first:
+                show_batches(run, batches.taken, log)
             progress.undo = share.undo
             size = progress.images_at_once = note_size(share.size, size, update, log)
             if share.skipped:
@@ -315,12 +315,11 @@ def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Any) 
             yield Replay(lambda: meter.wait_for(batches), count)
 
 
-def show_batches(run: Run, size: int, log: Any) -> None:
-    """Put the first training pictures into TensorBoard, as the network gets them."""
-    if run.cfg.train.vis_images:
-        with suppress(DataError):  # the run itself meets it, and says what is done about it
-            for i, picture in enumerate(draw_batches(run.train_set, run.cfg, size, run.cfg.train.vis_images)[0]):
-                log.picture(0, f"train/{i}", picture.image)
+def show_batches(run: Run, taken: list[Loaded], log: Any) -> None:
+    """Put the first training pictures into TensorBoard, as the network got them."""
+    places = [(loaded, place) for loaded in taken for place in range(len(loaded.image_ids))]
+    for i, (loaded, place) in enumerate(places[: run.cfg.train.vis_images]):
+        log.picture(0, f"train/{i}", draw(loaded, place, run.train_set.classes))
 
 
 def closing_words(out: Path, progress: Progress) -> str:

@@ -60,13 +60,13 @@ def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tup
             cells += len(loaded.image_ids) * height * width
             for place, image_id in list(enumerate(loaded.image_ids))[: count - len(pictures)]:
                 caption = f"batch {number + 1}, image {image_id}, canvas {height} x {width}"
-                pictures.append(Picture(_draw(loaded, place, dataset.classes), caption))
+                pictures.append(Picture(draw(loaded, place, dataset.classes), caption))
             if len(pictures) >= count:
                 break
     return pictures, padded / max(cells, 1)
 
 
-def _draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
+def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
     """One image of a batch on its canvas."""
     batch = loaded.batch
     image = batch.images[place].permute(1, 2, 0).numpy().copy()

@@ -337,6 +337,13 @@ ALLOWED_IMPORTS = {
     ("selftest/host.py", "importlib"): "of gndet, by names that selftest/launch.py sends",
     ("selftest/disk.py", "subprocess"): "mount and umount of a small disk of its own, where it may",
     ("selftest/inject.py", "runpy"): "gndet.cli, by that name",
+    ("doctor/__init__.py", "subprocess"): "starts gndet.doctor.inside, which imports what may end a process",
+    ("doctor/inside.py", "importlib"): "steps of the doctor, by names that stand there",
+    ("doctor/machine.py", "subprocess"): "git, in gndet's own folder, for the commit",
+    ("doctor/packages.py", "importlib"): "the packages that gndet stands on, by names that stand there",
+    ("norm_study/jobs.py", "subprocess"): "starts gndet train, a process a cell",
+    ("norm_study/child.py", "runpy"): "gndet.cli, by that name",
+    ("report/page.py", "importlib"): "reads the style and script that come with gndet",
     ("weights/read.py", "urllib"): "the error of a download that the user asked for by name",
     ("weights/read.py", "importlib"): "timm, where the user named weights of timm",
 }
@@ -348,6 +355,8 @@ BANNED_CALLS = (
 ALLOWED_CALLS = {
     ("selftest/host.py", "os.fork"): "a run that is to be killed",
     ("selftest/saving.py", "os.fork"): "a process that saves and is to be killed",
+    ("doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names that stand there",
+    ("doctor/packages.py", "importlib.import_module"): "packages that gndet stands on, by names that stand there",
     ("selftest/host.py", "importlib.import_module"): "of gndet, by names that selftest/launch.py sends",
 }
 BANNED_ENDINGS = {"extract", "extractall", "urlopen", "urlretrieve"}  # of whatever object

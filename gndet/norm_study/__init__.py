@@ -185,6 +185,7 @@ class Work:
         if saved is None:
             result.state = "failed" if result.state == "failed" else "pending"
             return
+        drop_optimizer(run)  # here, so that it is done too where a study was killed as a run ended
         result.state, result.metrics, result.reason = "done", saved, ""
 
     def run(self) -> None:
@@ -208,7 +209,6 @@ class Work:
             cell.seconds += seconds
             self.look(cell)
             if cell.state == "done":
-                drop_optimizer(job.out)
                 said = ", ".join(f"{METRICS[m]} {_percent(cell.metrics.get(m))}" for m in METRICS if m in cell.metrics)
             else:
                 cell.state, cell.reason = "failed", last_words(job.log, status)

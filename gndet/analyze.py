@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gndet.analysis import Analysis, analyse
+from gndet.analysis import Analysis, analyse, draws_masks
 from gndet.analysis.read import read_results
 from gndet.analysis.tables import Table, all_tables
 from gndet.config import Config, DataConfig
@@ -108,7 +108,7 @@ def _of_file(data: str, overrides: Sequence[str]) -> tuple[Dataset, int]:
 
 def chosen_kind(subject: Subject, kind: str | None) -> str:
     """What is compared: as asked, else masks where there are any.  Raises DataError where asked for in vain."""
-    drawn = any(one is not None for record in subject.dataset.records for one in record.segmentations)
+    drawn = draws_masks(subject.dataset)
     possible = drawn and subject.results.codes is not None
     if kind == "mask" and not possible:
         lacking = "detections" if drawn else "objects of the data set"

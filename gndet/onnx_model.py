@@ -31,12 +31,7 @@ class OnePicture(nn.Module):
         model = self.model
         images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
         sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), not as numbers of this picture
-        features, areas = model.features(images, sizes, False)
-        logits, deltas = model.rpn(features, areas)
-        anchors = model.rpn.anchors(features, areas, images.shape[2:])
-        proposals = model.rpn.propose(logits, deltas, anchors, sizes)
-        pyramid, strides = model.pooled_levels(features, areas)
-        found = model.box_head.detect(pyramid, strides, proposals, sizes)
+        found, pyramid, strides = model.detect_boxes(images, sizes, False)
         kept = found.valid[0].nonzero()[:, 0]
         boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]
         if not self.masks or model.mask_head is None:

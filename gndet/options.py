@@ -9,6 +9,9 @@ from gndet import __version__
 from gndet.benchmark import options as benchmarks
 from gndet.benchmark.options import height_and_width
 
+OVERRIDES = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
+Verbs = argparse._SubParsersAction
+
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; `key=value` overrides may stand anywhere (a picture of such a name is ./key=value)."""
@@ -26,16 +29,21 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="gndet", description="Object-detection training around Group Normalization.")
     top.add_argument("--version", action="version", version=__version__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    overrides = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
+    for add in (_learn_and_use, _understand, _examine, _try_out):
+        add(verbs)
+    return top
 
+
+def _learn_and_use(verbs: Verbs) -> None:
+    """Train a detector, evaluate it, use it."""
     verb = verbs.add_parser("train", help="train a detector, or go on with an unfinished run")
     verb.add_argument("config", help="YAML file, like configs/quickstart.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     verb.add_argument("--fresh", action="store_true", help="move a run that is in the folder aside and start anew")
 
     verb = verbs.add_parser("evaluate", help="COCO metrics of a checkpoint")
     verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     verb.add_argument("--out", type=Path, help="write the detections here, JSON in COCO's results format")
 
     verb = verbs.add_parser("predict", help="draw detections on pictures and videos")
@@ -49,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--save-crops", action="store_true", help="a picture of each object drawn, in OUT/crops/CLASS")
     verb.add_argument("--sheet", action="store_true", help="the first pictures together, in OUT/sheet.png")
     verb.add_argument("--every", type=_one_or_more, default=1, metavar="N", help="of a video, each Nth frame (1)")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     verb = verbs.add_parser("export", help="a detector as an ONNX file, compared with torch on a picture")
     verb.add_argument("checkpoint", type=Path, help="run folder (its best checkpoint) or checkpoint folder")
@@ -60,8 +68,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-masks", action="store_true", help="boxes only, of a detector with masks")
     verb.add_argument("--opset", type=_one_or_more, default=17, help="of ONNX, 17 to 20 (17)")
     verb.add_argument("--picture", type=Path, help="picture to compare on (one of data.val)")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
+
+def _understand(verbs: Verbs) -> None:
+    """See what a run, a norm or a machine does."""
     verb = verbs.add_parser("report", help="a page of what a run saw, learned and gets wrong; several runs compared")
     verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or the folder of a norm study")
     verb.add_argument("--out", type=Path, help="file to write (RUN/report.html)")
@@ -74,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", type=Path, metavar="FILE", help="write all of it here")
     verb.add_argument("--csv", type=Path, metavar="FOLDER", help="write the tables here, a file each")
     verb.add_argument("--images", type=_one_or_more, default=50, metavar="N", help="worst images that are listed (50)")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     verb = verbs.add_parser("norm-study", help="AP against images per GPU, for several norms, on your data")
     verb.add_argument("config", help="YAML file, like configs/quickstart.yaml")
@@ -93,16 +104,19 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     verb.add_argument("--jobs", type=_one_or_more, help="runs at once (one a GPU; on a CPU one)")
     verb.add_argument("--out", type=Path, help="folder of the study (runs/norm-study-CONFIG); given again, it goes on")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     verb = verbs.add_parser("doctor", help="versions, devices, kernels, loader speed, disk: to paste into an issue")
     verb.add_argument("--config", help="YAML file: measure with its data, check its run folder's disk")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write it here too")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
+
+def _examine(verbs: Verbs) -> None:
+    """Examine images, weights, norms and data."""
     verb = verbs.add_parser("invariance", help="show that an image trains the same whatever stands beside it")
     verb.add_argument("config", help="YAML file: its training images, its model")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     verb.add_argument("--images", type=int, default=4, help="how many training images are compared, 4 to 16 (4)")
     verb.add_argument("--out", type=Path, help="write the report here, JSON")
 
@@ -124,16 +138,19 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("norms", help="the norm layers of a config or checkpoint, and what is wrong with them")
     verb.add_argument("config", help="YAML file, or a run or checkpoint folder")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
     verb = verbs.add_parser("check", help="what is wrong with a data set, before it is trained on")
     verb.add_argument("source", help="YAML file: its data.train and data.val; or an annotation file, COCO's JSON")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
     verb.add_argument("--images", action="store_true", help="decode every picture too")
     verb.add_argument("--image-folder", type=Path, help="pictures of a JSON file (looked for beside it)")
     verb.add_argument("--sheet", type=Path, help="draw images with boxes and masks into this file (.png)")
     verb.add_argument("--json", type=Path, help="write the report here, JSON")
 
+
+def _try_out(verbs: Verbs) -> None:
+    """Try the promises and the speed, print a config."""
     verb = verbs.add_parser("selftest", help="break a tiny run in every way it must survive: signals, kills, full disk")
     verb.add_argument("numbers", nargs="*", metavar="T8", help="scenarios to run (a selection of 2 minutes)")
     verb.add_argument("--all", action="store_true", help="run all of them, which takes eight minutes")
@@ -144,8 +161,7 @@ def parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("config", help="print the resolved config")
     verb.add_argument("config", help="YAML file")
-    verb.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
-    return top
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES)
 
 
 def _one_or_more(text: str) -> int:

@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; read where they are defined
+
+from gndet.config_file import load_config
+from gndet.selftest.tiny import CONFIG
+from gndet.train import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,3 +38,12 @@ def data_root() -> Path:
     if not (root / "coco-tiny").is_dir():
         pytest.skip(f"no real data at {root} (set GNDET_TEST_DATA)")
     return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two updates, a tiny detector's."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    train(load_config(folder / "tiny.yaml", [f"out={folder / 'out'}", "train.schedule.updates=2"]))
+    return folder / "out"

@@ -7,26 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import REPOSITORY
-from test_train import CONFIG
 
 from gndet.cli import main
 from gndet.config_file import load_config
 from gndet.errors import ConfigError
-from gndet.train import train
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "gndet.cli", *words], capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    train(load_config(folder / "tiny.yaml", [f"out={folder / 'out'}", "train.schedule.updates=2"]))
-    return folder / "out"
 
 
 def test_help_config_and_check_do_not_import_torch() -> None:

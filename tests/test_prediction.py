@@ -8,13 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from pycocotools.coco import COCO
-from test_train import CONFIG
 
 from gndet.cli import main
-from gndet.config_file import load_config
 from gndet.data.images import open_picture, picture_record, picture_size
 from gndet.data.video import VideoWriter, read_frames
 from gndet.dataset import Dataset
@@ -24,17 +21,8 @@ from gndet.evaluation import detect_dataset
 from gndet.inference import Detector, load_detector
 from gndet.prediction import predict
 from gndet.prediction.output import Output
-from gndet.train import train
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    train(load_config(folder / "tiny.yaml", [f"out={folder / 'out'}", "train.schedule.updates=2"]))
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")

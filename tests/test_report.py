@@ -151,7 +151,9 @@ def test_detections_of_other_data_are_told_and_nothing_is_made_of_them(finished:
     (out / "detections.json").write_text('[{"image_id": 5, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}]')
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"update": 6, "kind"')
+    (out / "norms.jsonl").write_text("{broken\n{}\n")
     page = Page(report([out], None, [], str))
+    assert "norms.jsonl:1: expected a JSON object" in page.text
     assert "1 of 1 detections do not belong to" in page.text and "image_id 5" in page.text
     assert "chart-pr" not in page.ids and "chart-loss" in page.ids
 

@@ -64,6 +64,11 @@ class Analysis(NamedTuple):
         return [int(place) for place in order if busy[place]][:count]
 
 
+def draws_masks(dataset: Dataset) -> bool:
+    """Whether objects of a data set have masks."""
+    return any(one is not None for record in dataset.records for one in record.segmentations)
+
+
 def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: int, seed: int = 0) -> Analysis:
     """Analyse detections by their boxes or masks.
 

@@ -95,13 +95,20 @@ class MaskRCNN(nn.Module):
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
         """Detections in canvas pixels, with masks if there is a mask head; arguments as Batch's fields."""
+        found, pyramid, strides = self.detect_boxes(images, sizes, padded)
+        return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
+
+    @torch.no_grad()
+    def detect_boxes(
+        self, images: Tensor, sizes: Tensor, padded: bool
+    ) -> tuple[Detections, list[Tensor], tuple[int, ...]]:
+        """Detections without masks, and the levels that masks are pooled from with their strides."""
         features, areas = self.features(images, sizes, padded)
         logits, deltas = self.rpn(features, areas)
         anchors = self.rpn.anchors(features, areas, images.shape[2:])
         proposals = self.rpn.propose(logits, deltas, anchors, sizes)
         pyramid, strides = self.pooled_levels(features, areas)
-        found = self.box_head.detect(pyramid, strides, proposals, sizes)
-        return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
+        return self.box_head.detect(pyramid, strides, proposals, sizes), pyramid, strides
 
     def pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
         """The levels that the heads pool from, their strides; beside a masked picture its edge is repeated once."""

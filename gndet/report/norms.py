@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gndet.errors import DataError
 from gndet.norm_statistics import REGIONS
 from gndet.norm_watch import NORMS, read_norms
 from gndet.report import blocks, charts
@@ -18,8 +19,11 @@ Value = float | None
 
 
 def section(folder: Path) -> str:
-    """The section of a run folder; where there is no norms.jsonl it says so.  Raises DataError for a broken file."""
-    entries = [entry for entry in read_norms(folder) if entry.get("layers")]
+    """The section of a run folder; where there is no norms.jsonl, or a broken one, it says so."""
+    try:
+        entries = [entry for entry in read_norms(folder) if entry.get("layers")]
+    except DataError as error:
+        return blocks.section("norms", TITLE, blocks.notice("bad", str(error)))
     if not entries:
         words = (
             f"No {NORMS} in this run: it was trained with train.norm_images=0 or by an older version, or its model has "

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gndet.analysis import Analysis, analyse
+from gndet.analysis import Analysis, analyse, draws_masks
 from gndet.analysis.read import read_results
 from gndet.checkpoint import load_checkpoint, resolve, run_checkpoints
 from gndet.config import Config
@@ -72,9 +72,8 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     results = _results(folder, val_set, missing)
     analysis = None
     if results is not None and val_set is not None:
-        masks = cfg.model.masks and results.codes is not None
-        drawn = any(one is not None for record in val_set.records for one in record.segmentations)
-        kind = "mask" if masks and drawn else "box"
+        masks = cfg.model.masks and results.codes is not None and draws_masks(val_set)
+        kind = "mask" if masks else "box"
         analysis = analyse(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
     record = RunRecord(
         folder, cfg, meta, train, evaluations, "", "", train_set, val_set, results, analysis, missing

@@ -3,7 +3,6 @@
 An update is one step of the optimiser; numbers logged at update u describe the run after u updates.
 """
 
-import errno
 import json
 import math
 import os
@@ -21,12 +20,13 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
 
 from gndet.data.batching import Loaded
 from gndet.errors import DataError, OutputError
+from gndet.event_file import EventFile
+from gndet.writing import RecordFile
 
-HISTOGRAM_BINS = 30  # of TensorBoard's histograms, which shows as many; its own 1,500 take ten times as long
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
 
 class RunLog:
@@ -49,10 +49,12 @@ class RunLog:
         """
         out.mkdir(parents=True, exist_ok=True)
         last_kept = first_update or -1
-        truncate(out / "metrics.jsonl", last_kept, evaluation_due)
-        self.lost = ""  # what could not be written first, and why
-        self._file = (out / "metrics.jsonl").open("ab", buffering=0)
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_kept + 1)
+        truncate(out / METRICS, last_kept, evaluation_due)
+        self._out = out
+        self._failed: dict[str, str] = {}  # what could not be written yet, and why
+        self._again: dict[str, Callable[[], None]] = {}  # how it is written when there is room again
+        self._board = EventFile(out / BOARD, last_kept + 1)
+        self._files = {METRICS: RecordFile(out / METRICS), BOARD: self._board.file}
         self._total = total_updates
         self._console = console
         self._numbers = self._scores = ""
@@ -72,9 +74,8 @@ class RunLog:
         any of them may be missing, and others are written but not shown.
         """
         self._write("train", update, values)
-        with self._may_fail("tensorboard"):
-            for name, value in values.items():
-                self._board.add_scalar(f"train/{name}", value, update)
+        with self._may_fail(BOARD):
+            self._board.scalars(update, {f"train/{name}": value for name, value in values.items()})
         self._numbers = _train_line(values)
         if self._live is not None:
             self._progress.update(self._task, completed=update)
@@ -98,9 +99,8 @@ class RunLog:
     def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
         """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
         self._write("evaluation", update, values)
-        with self._may_fail("tensorboard"):
-            for name, value in values.items():
-                self._board.add_scalar(f"val/{name}", value, update)
+        with self._may_fail(BOARD):
+            self._board.scalars(update, {f"val/{name}": value for name, value in values.items()})
         averages = {name: value for name, value in values.items() if name.split("/")[-1] == "AP"}
         self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in averages.items())
         self._show_numbers()
@@ -108,29 +108,44 @@ class RunLog:
 
     def picture(self, update: int, tag: str, picture: np.ndarray) -> None:
         """Log a picture (H, W, 3) uint8 to TensorBoard."""
-        with self._may_fail("tensorboard"):
-            self._board.add_image(tag, picture, update, dataformats="HWC")
+        with self._may_fail(BOARD):
+            self._board.picture(update, tag, picture)
 
     def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: Sequence[float]) -> None:
-        """Log a precision-recall curve to TensorBoard, by rising recall; counts, which COCO's has not, are zero."""
-        zeros = np.zeros(len(recall))
-        with self._may_fail("tensorboard"):
-            self._board.add_pr_curve_raw(
-                tag, zeros, zeros, zeros, zeros, np.array(precision)[::-1], np.array(recall)[::-1], update,
-                num_thresholds=len(recall),
-            )  # fmt: skip
+        """Log a precision-recall curve to TensorBoard, by rising recall."""
+        with self._may_fail(BOARD):
+            self._board.precision_recall(update, tag, precision, recall)
 
     def histogram(self, update: int, tag: str, values: np.ndarray) -> None:
         """Log how values are spread to TensorBoard; those that are not finite are left out."""
         finite = values[np.isfinite(values)]
         if finite.size:
-            with self._may_fail("tensorboard"):
-                self._board.add_histogram(tag, finite, update, bins=HISTOGRAM_BINS)
+            with self._may_fail(BOARD):
+                self._board.histogram(update, tag, finite)
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Append a line to a JSON-lines file of the run folder."""
+        text = json.dumps(line, allow_nan=False) + "\n"
+        with self._may_fail(name):
+            if name not in self._files:
+                self._files[name] = RecordFile(self._out / name)
+            self._files[name].append(text.encode())
 
     def attempt(self, what: str, write: Callable[[], None]) -> None:
-        """Write something into the run folder; a failure is said, and does not end the run."""
+        """Write something into the run folder; a failure is said, does not end the run, and is tried again later."""
+        self._again[what] = write
         with self._may_fail(what):
             write()
+            del self._again[what]
+
+    def lost(self) -> str:
+        """What could not be written even now, and why; nothing where all is written."""
+        for what, file in self._files.items():
+            with self._may_fail(what):
+                file.catch_up()
+        for what, write in list(self._again.items()):
+            self.attempt(what, write)
+        return "; ".join(f"{what}: {reason}" for what, reason in self._failed.items())
 
     def message(self, text: str) -> None:
         """Show text, above the live display where there is one; it is not written to a file."""
@@ -144,9 +159,10 @@ class RunLog:
         if self._live is not None:
             with self._console_may_fail():
                 self._live.stop()
-        with self._may_fail("tensorboard"):
-            self._board.close()
-        self._file.close()
+        for what, file in self._files.items():
+            with self._may_fail(what):
+                file.catch_up()
+            file.close()
 
     @contextmanager
     def _console_may_fail(self) -> Iterator[None]:
@@ -154,17 +170,25 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            self.lost = self.lost or f"what it says: {error.strerror or error}"
+            self._failed.setdefault("what it says", str(error.strerror or error))
 
     @contextmanager
     def _may_fail(self, what: str) -> Iterator[None]:
-        """Let a run outlive a full disk: what could not be written is said once, and kept in `lost`."""
+        """Let a run outlive a full disk: what cannot be written is said, kept, and said once more when it is."""
         try:
             yield
         except OSError as error:
-            if not self.lost:
-                self.lost = f"{what}: {error.strerror or error}"
-                self.message(f"cannot write {self.lost}; training goes on")
+            if what not in self._failed:
+                self.message(f"cannot write {what}: {error.strerror or error}; it is tried again, training goes on")
+            self._failed[what] = str(error.strerror or error)
+            return
+        if what not in self._failed:
+            return
+        if (file := self._files.get(what)) and file.dropped:
+            self._failed[what] = "too much had to wait for room on the disk, the oldest of it is not there"
+            return
+        del self._failed[what]
+        self.message(f"{what}: written again, nothing of it is missing")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -176,18 +200,15 @@ class RunLog:
         """Append a line to metrics.jsonl; JSON has no NaN or infinity, they become null."""
         numbers = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        text = json.dumps({"update": update, "kind": kind, **line}, allow_nan=False) + "\n"
-        with self._may_fail("metrics.jsonl"):
-            end = os.fstat(self._file.fileno()).st_size
-            if self._file.write(text.encode()) < len(text):  # the disk is full: half a line would spoil the file
-                self._file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.append(METRICS, {"update": update, "kind": kind, **line})
 
 
 class Silence:
     """The log of a process that is not the first."""
 
-    lost = ""
+    def lost(self) -> str:
+        """What could not be written: nothing, by a process that writes nothing."""
+        return ""
 
     def __enter__(self) -> "Silence":
         return self

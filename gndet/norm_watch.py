@@ -5,8 +5,6 @@ A line says what the norm layers did after `update` updates on the first validat
 line before.  RUN/norms-start.safetensors holds gamma and beta of when the run began.
 """
 
-import errno
-import json
 import os
 from collections.abc import Iterable
 from functools import partial
@@ -18,6 +16,7 @@ from safetensors import SafetensorError
 
 from gndet.data.batching import Loaded, collate
 from gndet.data.transforms import UnreadablePicture, test_sample
+from gndet.errors import OutputError
 from gndet.memory import out_of_memory, release
 from gndet.metrics import read_metrics, truncate
 from gndet.norm_statistics import Start, affine, measure, norm_layers, rounded
@@ -33,14 +32,16 @@ class NormWatch:
     """Looks at the norm layers of a run, in its first process; in the others it does nothing."""
 
     def __init__(self, run: Run, log: Any, progress: Progress) -> None:
-        """Forget what a killed run wrote past the point it goes on from; a run that begins is measured at once."""
+        """Forget what a killed run wrote past the point it goes on from; a run that begins is measured at once.
+
+        Raises OutputError where norms.jsonl cannot be written.
+        """
         self._run, self._log = run, log
         self._cells = self._padded = 0  # of the training batches' canvases
         self._images: list[Batch] | None = None
         self._on = run.proc.first and run.cfg.train.norm_images > 0 and bool(norm_layers(run.model))
         if run.proc.first:
-            path, last_kept = run.out / NORMS, progress.update or -1
-            log.attempt(NORMS, partial(truncate, path, last_kept, progress.evaluation_due))
+            _forget_after(run.out / NORMS, progress)
         if progress.update == 0:
             self.measure(0)
 
@@ -73,7 +74,7 @@ class NormWatch:
         padding = rounded(self._padded / self._cells) if self._cells else None
         self._cells = self._padded = 0
         line = {"update": update, "layers": [layer.numbers for layer in layers], "padding": padding}
-        log.attempt(NORMS, partial(_append, run.out / NORMS, line))
+        log.append(NORMS, line)
         for layer in layers:
             log.histogram(update, f"norm/{layer.numbers['name']}/group_std", layer.group_std)
             log.histogram(update, f"norm/{layer.numbers['name']}/gamma", layer.gamma)
@@ -110,17 +111,14 @@ def read_start(folder: Path) -> Start | None:
         return None
 
 
+def _forget_after(path: Path, progress: Progress) -> None:
+    try:
+        truncate(path, progress.update or -1, progress.evaluation_due)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from None
+
+
 def _write_start(path: Path, start: Start) -> None:
     partial_file = path.with_name(f"{path.name}.partial")
     partial_file.write_bytes(safetensors.torch.save(dict(start)))  # an OSError where the disk is full
     os.replace(partial_file, path)
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    """Append a line whole, or not at all."""
-    text = (json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size
-        if file.write(text) < len(text):  # the disk is full: half a line would spoil the file
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -64,7 +64,7 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation
     if proc.first:
         log.evaluation(done, scalars(evaluation), table(evaluation))
         log.attempt("detections.json", partial(save_results, run.out / "detections.json", evaluation.results))
-        log.attempt("predictions.png", partial(show_examples, run, done, log, evaluation))
+        show_examples(run, done, log, evaluation)
         for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
             for name, precision in metrics.curves.items() if metrics else ():
                 log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
@@ -87,7 +87,7 @@ def show_examples(run: Run, done: int, log: Any, evaluation: Evaluation) -> None
     for i, picture in enumerate(pictures):
         log.picture(done, f"val/{i}", picture)
     if pictures:
-        save_picture(run.out / "predictions.png", grid(pictures, columns=2))
+        log.attempt("predictions.png", partial(save_picture, run.out / "predictions.png", grid(pictures, columns=2)))
 
 
 def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:

@@ -294,8 +294,8 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Any) -> None:
         raise TrainingError(f"{run.out}: the run is done, but its last checkpoint is not written: {saver.failed}")
     if run.proc.first:
         log.message(closing_words(run.out, progress))
-    if log.lost:
-        raise OutputError(f"{run.out}: the run is done and saved, but not all was written: {log.lost}")
+    if lost := log.lost():
+        raise OutputError(f"{run.out}: the run is done and saved, but not all was written: {lost}")
 
 
 # --- batches, the end's words

@@ -1,9 +1,49 @@
-"""Where results go: folders made, files that are written whole or not at all."""
+"""Where results go: folders made, files that are written whole or not at all, files that grow by whole records."""
 
+import errno
 import os
+from collections import deque
 from pathlib import Path
 
 from gndet.errors import OutputError
+
+
+class RecordFile:
+    """A file that grows by whole records, and outlives a full disk.
+
+    A record that has no room leaves no half of itself and is kept, up to `most_waiting` bytes of them; it is written
+    before the next one, in the order in which they came.
+    """
+
+    def __init__(self, path: Path, most_waiting: int = 64 << 20) -> None:
+        """Open a file to append to it.  Raises OSError."""
+        self.dropped = False  # so many had to wait that some are lost
+        self._file = path.open("ab", buffering=0)
+        self._waiting: deque[bytes] = deque()
+        self._room = most_waiting
+
+    def append(self, record: bytes) -> None:
+        """Write what waits and then a record.  Raises OSError where that cannot be done now."""
+        self._waiting.append(record)
+        self._room -= len(record)
+        while self._room < 0:
+            self._room += len(self._waiting.popleft())
+            self.dropped = True
+        self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write what waits.  Raises OSError where that cannot be done now."""
+        while self._waiting:
+            record = self._waiting[0]
+            end = os.fstat(self._file.fileno()).st_size
+            if self._file.write(record) < len(record):
+                self._file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._room += len(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Close the file; what waits is lost."""
+        self._file.close()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ FLOORS = [
         "optim",
         "checkpoint",
         "metrics",
+        "event_file",
         "distributed",
         "visualize",
         "contact_sheet",

@@ -3,6 +3,9 @@
 import io
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gndet.errors import DataError
 from gndet.metrics import RunLog, read_metrics
+from gndet.writing import RecordFile
 
 VALUES = {
     "loss": 1.234,
@@ -128,3 +132,79 @@ def test_without_a_console_nothing_is_shown(tmp_path: Path, capsys) -> None:
         log.train(5, VALUES)
         log.message("unseen")
     assert capsys.readouterr() == ("", "")
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """A disk that is full where a file has so many bytes: the write that reaches it is cut, the next one fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_record_without_room_leaves_no_half_and_is_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    file = RecordFile(path)
+    file.append(b"first\n")
+    with no_file_beyond(10):
+        for record in (b"second\n", b"third\n"):
+            with pytest.raises(OSError):
+                file.append(record)
+            assert path.read_bytes() == b"first\n"
+    file.append(b"fourth\n")
+    file.close()
+    assert path.read_bytes() == b"first\nsecond\nthird\nfourth\n" and not file.dropped
+
+
+def test_what_waits_for_room_is_limited_and_the_oldest_goes_first(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "records", most_waiting=9)
+    with no_file_beyond(1):
+        for record in (b"one\n", b"two\n", b"four\n"):
+            with pytest.raises(OSError):
+                file.append(record)
+    assert file.dropped
+    file.catch_up()
+    assert (tmp_path / "records").read_bytes() == b"two\nfour\n"
+
+
+def test_a_full_disk_loses_nothing_of_the_log_when_there_is_room_again(tmp_path: Path) -> None:
+    said = io.StringIO()
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    with RunLog(tmp_path, total_updates=5, console=Console(file=said)) as log:
+        log.train(1, VALUES)
+        with no_file_beyond(0):
+            log.train(2, VALUES)
+            log.picture(2, "val/0", picture)
+            log.attempt("beside.txt", lambda: (tmp_path / "beside.txt").write_text("all of it"))
+            log.append("more.jsonl", {"update": 2})
+            assert "metrics.jsonl: File too large" in log.lost()
+        log.train(3, VALUES)
+        assert log.lost() == ""
+    assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    events = board(tmp_path)
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    assert len(events.Images("val/0")) == 1
+    assert (tmp_path / "beside.txt").read_text() == "all of it"
+    assert json.loads((tmp_path / "more.jsonl").read_text()) == {"update": 2}
+    words = said.getvalue()
+    assert words.count("cannot write metrics.jsonl: File too large; it is tried again, training goes on") == 1
+    assert "metrics.jsonl: written again, nothing of it is missing" in words
+
+
+def test_what_is_never_written_is_told(tmp_path: Path) -> None:
+    with RunLog(tmp_path, total_updates=5) as log, no_file_beyond(0):
+        log.train(1, VALUES)
+        lost = log.lost()
+        log.train(2, VALUES)
+    assert lost == "metrics.jsonl: File too large; tensorboard: File too large"
+    assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]  # tried once more at the end
+
+
+def test_two_logs_of_one_process_have_files_of_their_own(tmp_path: Path) -> None:
+    log_updates(tmp_path, 0, range(1, 4))
+    log_updates(tmp_path, 2, range(3, 5))
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4]

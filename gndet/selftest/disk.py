@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from gndet.checkpoint import CHECKPOINTS, run_checkpoints
 from gndet.metrics import read_metrics
 from gndet.selftest.launch import Started, finish, start, unbroken
@@ -145,6 +147,10 @@ def has_room_again(folder: Path, room: Disk) -> None:
     (run.home / "go-5").touch()
     run.expect(0)
     check(newest_update(run.out) == 16, f"saved is update {newest_update(run.out)}, expected 16")
+    logged = [line["update"] for line in read_metrics(run.out / "metrics.jsonl") if line["kind"] == "train"]
+    check(logged == list(range(1, 17)), f"metrics.jsonl has the updates {logged}, expected 1 to 16")
+    events = EventAccumulator(str(run.out / "tensorboard")).Reload().Scalars("train/loss")
+    check([event.step for event in events] == logged, f"TensorBoard has the updates {[one.step for one in events]}")
     check_same(run.out, unbroken(folder, *SAVING), "with room again")
 
 

@@ -15,14 +15,14 @@ from models import make_batch, small_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from gndet import norm_watch
 from gndet.checkpoint import load_checkpoint
 from gndet.config import NormConfig
 from gndet.config_file import config_from_dict
+from gndet.metrics import RunLog
 from gndet.modeling.area import Area
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.norm_statistics import affine, measure, moments, norm_layers, similarity
-from gndet.norm_watch import read_norms, read_start
+from gndet.norm_watch import NORMS, read_norms, read_start
 from gndet.report.norm_words import findings
 from gndet.report.norms import section
 from gndet.selftest.tiny import CONFIG
@@ -318,15 +318,15 @@ def test_tensorboard_has_the_histograms(trained: Path) -> None:
 def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = norm_watch._append
+    write = RunLog.append
     with monkeypatch.context() as patch:
 
-        def killed(path: Path, line: dict[str, Any]) -> None:
-            write(path, line)
-            if line["update"] == 4:
+        def killed(log: RunLog, name: str, line: dict[str, Any]) -> None:
+            write(log, name, line)
+            if name == NORMS and line["update"] == 4:
                 raise KeyboardInterrupt
 
-        patch.setattr(norm_watch, "_append", killed)
+        patch.setattr(RunLog, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", "bn")
     assert [entry["update"] for entry in read_norms(tmp_path / "run")] == [0, 2, 4]

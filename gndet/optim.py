@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gndet.config import OptimizerConfig, ScheduleConfig
+from gndet.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from gndet.modeling.norm import NORM_LAYERS
 
 
@@ -27,6 +27,13 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
     if cfg.kind == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
     return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)
+
+
+def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
+    """The size of a checkpoint: weights, their average, and the optimiser's state, one or two numbers a weight."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return weights * (2 if cfg.ema else 1) + trainable * (1 if cfg.optimizer.kind == "sgd" else 2)
 
 
 def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 import gndet
 from gndet.checkpoint import CHECKPOINTS, point, prune, save_checkpoint
 from gndet.errors import CheckpointError
-from gndet.optim import optimizer_tensors
+from gndet.optim import checkpoint_bytes, optimizer_tensors
 from gndet.progress import Best, Progress, best_in
 from gndet.run import Run
 
@@ -135,17 +135,9 @@ def versions() -> dict[str, str]:
     }  # fmt: skip
 
 
-def megabytes(run: Run) -> float:
-    """The size of a checkpoint in MB, the optimiser's state to come included."""
-    tensors = [*run.model.state_dict().values(), *(run.average.state_dict().values() if run.average else ())]
-    state = 1 if run.cfg.train.optimizer.kind == "sgd" else 2
-    trainable = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
-    return (sum(tensor.nbytes for tensor in tensors) + state * trainable) / 1e6
-
-
 def room_for_checkpoints(run: Run, free_bytes: float) -> str:
     """A warning where the disk has no room for the checkpoints that are kept and one being written; else empty."""
-    cfg, each = run.cfg.train, megabytes(run)
+    cfg, each = run.cfg.train, checkpoint_bytes(run.model, run.cfg.train) / 1e6
     count = cfg.keep_last + 2  # best, and the one that is written beside them
     if free_bytes / 1e6 > count * each:
         return ""

@@ -30,7 +30,7 @@ from gndet.errors import ConfigError, OutputError
 from gndet.modeling import group_norm
 from gndet.modeling.mask_rcnn import build_model
 from gndet.ops import roi_align, winograd
-from gndet.optim import make_optimizer, optimizer_tensors
+from gndet.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 CPU = torch.device("cpu")
@@ -136,8 +136,8 @@ PADDED = {"plain padded", "channels last padded"}
 @pytest.mark.parametrize(
     "where, name, compare, named",
     [
-        (F, "group_norm", FLOAT, {"plain", "channels last"}),
-        (F, "group_norm", BF16, {"plain", "channels last"}),
+        (torch, "group_norm", FLOAT, {"plain", "channels last"}),
+        (torch, "group_norm", BF16, {"plain", "channels last"}),
         (group_norm, "gradients", FLOAT, PADDED),
         (group_norm, "_normalize_crops", FLOAT, PADDED),
         (winograd, "convolve", kernels.winograd, {"result", "gradient"}),
@@ -267,7 +267,7 @@ def test_a_checkpoint_takes_as_much_as_is_reckoned(tmp_path: Path) -> None:
     groups = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, model)}
     save_checkpoint(tmp_path / "one", groups, {})
     written = sum(file.stat().st_size for file in (tmp_path / "one").iterdir())
-    assert room.checkpoint_bytes(model, cfg) == pytest.approx(written, rel=0.01)
+    assert checkpoint_bytes(model, cfg) == pytest.approx(written, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,13 @@ def test_group_norm_of_no_regions_at_all() -> None:
     assert make_norm(NormConfig(groups=4), C)(torch.zeros(0, C, 7, 7)).shape == (0, C, 7, 7)
 
 
+def test_a_group_of_one_value_is_its_beta_alone_as_in_company() -> None:
+    layer = GroupNorm(4, groups=4, eps=1e-5, masked=False)
+    nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(layer(x[:1]).flatten(), layer.bias) and torch.equal(layer(x)[:1], layer(x[:1]))
+
+
 def test_frozen_bn_is_bn_in_evaluation_and_trains_nothing() -> None:
     reference, frozen = nn.BatchNorm2d(C).double(), layer("frozen_bn")
     reference(images(3))

@@ -9,7 +9,6 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -150,7 +149,7 @@ def open_files(workers: int, limit: int) -> Fact:
         return Fact("open files", "no limit", "ok")
     leaves = 7  # tensors of a Batch
     needed = workers * PREFETCH * leaves + OTHER_FILES
-    text = f"{limit} at most, a run with {workers} loader processes needs up to {needed}; {mp.get_sharing_strategy()}"
+    text = f"{limit} at most, a run with {workers} loader processes needs up to {needed}"
     if limit < needed:
         return Fact(
             "open files", f"{text}: raise it (ulimit -n {max(4096, needed)}), or set data.workers lower", "warning"

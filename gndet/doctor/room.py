@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gndet.config import Config, TrainConfig
+from gndet.config import Config
 from gndet.doctor.facts import Fact, Facts
 from gndet.modeling.mask_rcnn import build_model
+from gndet.optim import checkpoint_bytes
 
 COCO_CLASSES = 80
 USUAL = Config()  # a Mask R-CNN R50 with GN
@@ -29,13 +30,6 @@ def build(cfg: Config) -> nn.Module:
     """The model, without memory for its weights."""
     with torch.device("meta"):
         return build_model(cfg.model, len(cfg.data.classes or ()) or COCO_CLASSES)
-
-
-def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
-    """The size of a checkpoint: weights, their average, and the optimiser's state, one or two numbers a weight."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return weights * (2 if cfg.ema else 1) + trainable * (1 if cfg.optimizer.kind == "sgd" else 2)
 
 
 def disk(name: str, folder: Path, each: int, count: int) -> Fact:

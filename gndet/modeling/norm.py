@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -44,7 +43,8 @@ class GroupNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if area is None and not usable(x):
                 wide = x.to(self.weight.dtype)
-                return F.group_norm(wide, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
+                # not F.group_norm, which refuses a group of one value, but only where it is alone in the batch
+                return torch.group_norm(wide, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
             three = (None, None, None) if area is None else area
             return Normalize.apply(x, *three, self.weight, self.bias, self.groups, self.eps)
 

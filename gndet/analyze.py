@@ -60,9 +60,11 @@ def analyze(
     tables = all_tables(found, subject.dataset, images)
     images_said = f"{len(subject.dataset.records)} images"
     show(f"{source} on {subject.dataset.name}: {images_said}, {len(subject.results)} detections, compared by {kind}")
-    show("(shares and AP in percent)\n")
+    show("(shares and AP in percent)")
     for table in tables:
-        show(f"{table.title}\n{text(table)}\n")
+        show(f"\n{table.title}\n{text(table)}")
+    if json_file or csv_folder:
+        show("")
     if json_file:
         write_whole(json_file, json.dumps(to_json(found, tables), indent=1, allow_nan=False))
         show(f"-> {json_file}")

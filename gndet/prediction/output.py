@@ -181,10 +181,11 @@ class Output:
             save_png(self.out / "sheet.png", grid(self.tiles, COLUMNS))
             show(f"{len(self.tiles)} pictures together -> {self.out / 'sheet.png'}")
         rows = [[classes[label], str(num), str(self.seen_in[label])] for label, num in self.objects.most_common()]
-        show(
-            aligned([["class", "objects", "images"], *rows, ["all", str(self.objects.total()), str(len(self.images))]])
-        )
-        show(f"{len(results)} detections -> {self.out / 'predictions.json'} (COCO results; image ids in images.json)")
+        total = ["all", str(self.objects.total()), str(len(self.images))]
+        show(f"with a score of {self.wanted.threshold} or more:")
+        show(aligned([["class", "objects", "images"], *rows, total]))
+        where = self.out / "predictions.json"
+        show(f"{len(results)} detections, of lower scores too -> {where} (COCO results; image ids in images.json)")
 
 
 def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str] = ()) -> list[str]:

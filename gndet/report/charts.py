@@ -97,6 +97,7 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
     x_ticks: Sequence[float] | None = None,
+    x_range: tuple[float, float | None] | None = None,
     y_range: tuple[float, float | None] | None = None,
     marks: bool | None = None,
 ) -> str:
@@ -119,6 +120,8 @@ def lines(
         if x_ticks is not None:
             axes.set_xticks(list(x_ticks), [f"{tick:g}" for tick in x_ticks])
             axes.xaxis.set_minor_locator(ticker.NullLocator())
+        if x_range is not None:
+            axes.set_xlim(*x_range)
         if y_range is not None:
             axes.set_ylim(*y_range)
         if rows:

@@ -200,7 +200,9 @@ def _over_training(entries: Sequence[dict[str, Any]]) -> str:
     padding = _floats([entry.get("padding") for entry in entries])
     if np.nansum(padding) > 0:
         one = charts.Series("padding", [entry["update"] for entry in entries], [100 * value for value in padding])
-        drawn = charts.lines("norm-padding", [one], x_label="update", y_label="padding, %")
+        drawn = charts.lines(
+            "norm-padding", [one], x_label="update", y_label="padding, %", x_range=(0, None), y_range=(0, None)
+        )
         figures.append(blocks.figure(drawn, "Share of the training batches that is padding.", "norm-padding"))
     return _beside(figures)
 

@@ -30,7 +30,7 @@ def _figure(name: str, series: list[Series], y_label: str, caption: str) -> str:
     series = [one for one in series if len(one.x)]
     if not series:
         return ""
-    svg = charts.lines(name, series, x_label="update", y_label=y_label, y_range=(0, None))
+    svg = charts.lines(name, series, x_label="update", y_label=y_label, x_range=(0, None), y_range=(0, None))
     return blocks.figure(svg, caption, f"chart-{name}")
 
 

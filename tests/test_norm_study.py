@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +24,9 @@ from gndet.norm_study import Work, finished, study
 from gndet.norm_study.budget import estimate, fit_budget, per_image_at
 from gndet.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.norm_study.plan import begin, cell_overrides, take_up, variants
+from gndet.options import parse
 from gndet.report import report
+from gndet.report.study import command as study_command
 from gndet.report.study import draw, section
 from gndet.selftest.tiny import CONFIG
 from gndet.signals import Stop, StopSignals
@@ -148,6 +152,25 @@ def test_every_kind_of_study_is_drawn(
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     html = section(tmp_path)
     assert "<svg" in html and "&lt;loss&gt; is not finite" in html and "nan" not in html.lower()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "asked"),
+    [
+        (("gn", "bn"), {"norms": ("gn", "bn"), "groups": None}),
+        (("groups-1", "groups-channels"), {"groups": ("1", "channels")}),
+    ],
+)
+def test_the_command_of_the_page_asks_for_the_same_study(kinds: tuple[str, ...], asked: dict[str, Any]) -> None:
+    one = made_up({(kind, size): [0.3, 0.4, 0.5] for kind in kinds for size in (1, 8)})
+    one.overrides, one.budget, one.batch = ["data.root=a folder", "data.shortest_edge=[64,72]"], 5400.0, "fixed"
+    words = shlex.split(study_command(one))
+    options = vars(parse(words[1:]))
+    asked |= {
+        "config": "c.yaml", "images_per_gpu": (1, 8), "seeds": 3, "budget": 5400.0, "batch": "fixed",
+        "overrides": one.overrides,
+    }  # fmt: skip
+    assert words[:2] == ["gndet", "norm-study"] and {name: options[name] for name in asked} == asked
 
 
 # --- the budget

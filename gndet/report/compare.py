@@ -115,9 +115,8 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
             seen = [line["update"] * run.cfg.train.global_batch for line in some]
             series.append(Series(name, seen, [factor * line[key] for line in some]))
         if any(len(one.x) for one in series):
-            figures.append(
-                blocks.figure(charts.lines(id, series, x_label="images seen", y_label=caption), caption, f"chart-{id}")
-            )
+            svg = charts.lines(id, series, x_label="images seen", y_label=caption, x_range=(0, None))
+            figures.append(blocks.figure(svg, caption, f"chart-{id}"))
     return figures
 
 

@@ -1,6 +1,7 @@
 """A norm study in pictures: the section of its report, and curve.png."""
 
 import math
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from gndet.report import blocks, charts
 from gndet.study_results import (
+    GROUPS,
     METRICS,
     Mean,
     Study,
@@ -37,12 +39,23 @@ def section(folder: Path) -> str:
         charts_of.append(blocks.figure(_chart(study, metric), caption, f"study-{metric.replace('/', '-')}"))
     parts.append(blocks.side_by_side(*charts_of))
     parts += [_table(study, metric) for metric in metrics_of(study)]
-    parts.append(_cells(study))
+    parts += [_cells(study), blocks.commands([command(study)])]
     return blocks.section("study", "Norm study", *parts, lead=f"{study.config}, {study.date}")
 
 
+def command(study: Study) -> str:
+    """The command that makes the study again."""
+    chosen = [variant.removeprefix(GROUPS) for variant in study.variants]
+    sizes, seeds = ",".join(map(str, study.sizes)), len({result.seed for result in study.results})
+    words = ["gndet", "norm-study", study.config, "--groups" if study.by_groups else "--norms", ",".join(chosen)]
+    words += ["--images-per-gpu", sizes, "--seeds", str(seeds), "--batch", study.batch]
+    words += ["--budget", f"{study.budget:g}s"] if study.budget else []
+    return shlex.join([*words, *study.overrides])
+
+
 def _schedule(study: Study) -> str:
-    text = f"Each cell: a schedule of {study.updates} updates of {study.reference_batch} images"
+    images = study.updates * study.reference_batch
+    text = f"Each cell: {images:,} images, a schedule of {study.updates:,} updates of {study.reference_batch}"
     if study.factor < 1:
         text += f", shortened by the factor {study.factor:.3f} to fit the budget"
     return f"{text}.  Made with {', '.join(f'{name} {version}' for name, version in study.versions.items())}."

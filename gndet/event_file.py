@@ -35,9 +35,8 @@ class EventFile:
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add numbers by their tags."""
-        for tag, value in values.items():
-            self._add(step, summary.scalar(tag, value))
+        """Add numbers by their tags, as one record: all of them wait, or none."""
+        self._add(step, Summary(value=[one for tag, x in values.items() for one in summary.scalar(tag, x).value]))
 
     def picture(self, step: int, tag: str, picture: np.ndarray) -> None:
         """Add a picture (H, W, 3) uint8."""

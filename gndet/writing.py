@@ -26,10 +26,12 @@ class RecordFile:
         """Write what waits and then a record.  Raises OSError where that cannot be done now."""
         self._waiting.append(record)
         self._room -= len(record)
-        while self._room < 0:
-            self._room += len(self._waiting.popleft())
-            self.dropped = True
-        self.catch_up()
+        try:
+            self.catch_up()
+        finally:  # where all is written there is room
+            while self._room < 0:
+                self._room += len(self._waiting.popleft())
+                self.dropped = True
 
     def catch_up(self) -> None:
         """Write what waits.  Raises OSError where that cannot be done now."""

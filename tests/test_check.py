@@ -507,6 +507,7 @@ def test_what_lies_beyond_the_limit_is_said_to(tmp_path: Path) -> None:
     [
         (["Cat", "dog"], "only train has 'cat' (nearest: 'Cat'); only val has 'Cat' (nearest: 'cat')"),
         (["dog", "cat"], "the same names in another order: label 0 is 'cat' in train, 'dog' in val"),
+        (["cat", "dog", "dog"], "the same names in another order: label 2 is 'nothing' in train, 'dog' in val"),
         (["cat", "dog", *map(str, range(9))], "only val has '0', '1', '2', '3', '4' and 4 more"),
     ],
 )

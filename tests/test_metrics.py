@@ -170,6 +170,12 @@ def test_what_waits_for_room_is_limited_and_the_oldest_goes_first(tmp_path: Path
     assert (tmp_path / "records").read_bytes() == b"two\nfour\n"
 
 
+def test_a_record_over_the_limit_is_written_where_there_is_room(tmp_path: Path) -> None:
+    file = RecordFile(tmp_path / "records", most_waiting=3)
+    file.append(b"longer than that\n")
+    assert (tmp_path / "records").read_bytes() == b"longer than that\n" and not file.dropped
+
+
 def test_a_full_disk_loses_nothing_of_the_log_when_there_is_room_again(tmp_path: Path) -> None:
     said = io.StringIO()
     picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
@@ -186,6 +192,9 @@ def test_a_full_disk_loses_nothing_of_the_log_when_there_is_room_again(tmp_path:
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     events = board(tmp_path)
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+    for name, value in VALUES.items():
+        logged = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert logged == [(step, pytest.approx(value)) for step in (1, 2, 3)], name
     assert len(events.Images("val/0")) == 1
     assert (tmp_path / "beside.txt").read_text() == "all of it"
     assert json.loads((tmp_path / "more.jsonl").read_text()) == {"update": 2}

@@ -106,7 +106,7 @@ def freeze(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features)
-            frozen.load_state_dict(child.state_dict(), strict=False)
+            frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:
             freeze(child)

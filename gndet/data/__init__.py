@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,8 @@ def _differences(train: Sequence[str], val: Sequence[str]) -> str:
     """In what the classes of two sets differ."""
     only, also = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
     if not only and not also:
-        pairs = enumerate(zip(train, val, strict=False))  # a name may stand twice, which is refused elsewhere
-        label, (one, other) = next(((i, pair) for i, pair in pairs if pair[0] != pair[1]), (0, (train[0], val[0])))
+        pairs = enumerate(zip_longest(train, val, fillvalue="nothing"))  # a name may stand twice, refused elsewhere
+        label, (one, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         return f"the same names in another order: label {label} is {brief(one)} in train, {brief(other)} in val"
     parts = ((only, "train", val), (also, "val", train))
     return "; ".join(f"only {which} has {_with_nearest(names, others)}" for names, which, others in parts if names)

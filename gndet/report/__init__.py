@@ -31,7 +31,7 @@ def report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], 
     path = out or folders[0] / (REPORT if len(folders) == 1 else "comparison.html")
     make_room_for(path, "--out")
     write_whole(path, html)
-    show(f"report -> {path} ({len(html.encode()) / 1e6:.2g} MB; opens from disk in any browser)")
+    show(f"report -> {path} ({len(html.encode()) / 1e3:,.0f} kB; opens from disk in any browser)")
     return path
 
 

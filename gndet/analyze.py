@@ -17,8 +17,8 @@ from gndet.data.coco import inspect_file
 from gndet.data.faults import refuse
 from gndet.dataset import Dataset
 from gndet.errors import DataError
+from gndet.files import make_folder, make_room_for, write_whole
 from gndet.results import Results
-from gndet.writing import make_folder, make_room_for, write_whole
 
 CONFIG, DETECTIONS = "config.yaml", "detections.json"  # of a run folder
 SHOWN = 20  # rows of a table on the terminal; the files hold all

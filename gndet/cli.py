@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from gndet.errors import GndetError, Preempted
+from gndet.files import make_room_for
 from gndet.options import parse
-from gndet.writing import make_room_for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

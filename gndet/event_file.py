@@ -16,7 +16,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
-from gndet.writing import RecordFile
+from gndet.files import RecordFile
 
 HISTOGRAM_BINS = 30  # TensorBoard shows as many; its own 1,500 take ten times as long
 _NUMBERS = count()  # a process may open several files within a second

@@ -24,7 +24,7 @@ from rich.text import Text
 from gndet.data.batching import Loaded
 from gndet.errors import DataError, OutputError
 from gndet.event_file import EventFile
-from gndet.writing import RecordFile
+from gndet.files import RecordFile
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 

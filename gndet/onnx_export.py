@@ -27,10 +27,10 @@ from gndet.data.shapes import read_shapes
 from gndet.data.transforms import resized
 from gndet.distributed import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
+from gndet.files import make_room_for
 from gndet.inference import Detector, load_detector
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.onnx_model import INPUT, OUTPUTS, OnePicture, own_operators
-from gndet.writing import make_room_for
 
 try:
     import onnx

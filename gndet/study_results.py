@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gndet.errors import DataError
-from gndet.writing import write_whole
+from gndet.files import write_whole
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # of the group ablation: variants groups-1, groups-8, groups-channels

@@ -14,8 +14,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gndet.errors import DataError
+from gndet.files import RecordFile
 from gndet.metrics import RunLog, read_metrics
-from gndet.writing import RecordFile
 
 VALUES = {
     "loss": 1.234,

@@ -20,7 +20,7 @@ from gndet.config_file import load_config
 from gndet.doctor import machine
 from gndet.doctor.facts import Fact, line, verdict, without_names
 from gndet.errors import OutputError
-from gndet.writing import write_whole
+from gndet.files import write_whole
 
 # without this folder in the path, whose files may have the names of packages; with that of gndet, installed or not
 START = (

@@ -16,10 +16,10 @@ from gndet.data.images import no_limit_of_pillows
 from gndet.data.sources import find_sources, measure_pictures
 from gndet.data.video import VideoWriter, video_rate
 from gndet.errors import ConfigError, DataError, OutputError
+from gndet.files import make_folder
 from gndet.inference import Detector
 from gndet.prediction.output import Drawn, Output, Task, Wanted, unique_names
 from gndet.prediction.stream import Portion, of_pictures, of_video
-from gndet.writing import make_folder
 
 TILE_SECONDS = 1.0  # between two frames of a video that go on the contact sheet: neighbours look the same
 FRAMES_A_LINE = 100

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gndet.errors import DataError, GndetError
+from gndet.files import make_room_for, write_whole
 from gndet.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
 from gndet.report.page import page
 from gndet.report.record import read_run
 from gndet.study_results import is_study
-from gndet.writing import make_room_for, write_whole
 
 REPORT = "report.html"
 

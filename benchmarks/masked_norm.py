@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from gndet.config import Config
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
 from gndet.data.batching import collate
 from gndet.data.transforms import Sample
 from gndet.dataset import MASK_SIDE

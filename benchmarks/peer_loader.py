@@ -6,7 +6,7 @@ a training step takes it: 800 pixels on the shorter edge, 1,333 at most on the l
 
 from collections.abc import Callable
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import collate
 from gndet.data.transforms import train_sample

@@ -6,7 +6,7 @@ The first time: the file is read, checked and packed, and kept in a cache that i
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gndet.config import DataConfig
+from gndet.config.schema import DataConfig
 from gndet.data.coco import inspect_file
 from gndet.dataset import Dataset
 

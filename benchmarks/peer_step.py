@@ -14,8 +14,8 @@ from torch import nn
 
 from gndet.benchmark.scene import Scene
 from gndet.benchmark.step import gndet_step, near, to_batch
-from gndet.config import Config
-from gndet.config_file import config_from_dict, with_overrides
+from gndet.config.loading import config_from_dict, with_overrides
+from gndet.config.schema import Config
 
 NORMS = {"GN": "gn", "FrozenBN": "frozen_bn", "BN": "bn"}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.distributed import process
 from gndet.progress import Progress
 from gndet.saving import Saver, megabytes

@@ -31,8 +31,8 @@ from gndet.benchmark.report import machine
 from gndet.benchmark.scene import CLASSES, NEAR, make_scenes
 from gndet.benchmark.step import SETTINGS, guide, near, to_batch
 from gndet.buckets import Buckets
-from gndet.config import DataConfig, DatasetConfig
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import train_batches
 from gndet.distributed import Process, keep_freed_memory, place, sum_gradients

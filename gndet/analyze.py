@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from gndet.analysis import Analysis, analyse, draws_masks
 from gndet.analysis.read import read_results
 from gndet.analysis.tables import Table, all_tables
-from gndet.config import Config, DataConfig
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
 from gndet.data.coco import inspect_file
 from gndet.data.faults import refuse

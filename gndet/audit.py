@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config_file import config_from_dict, load_config, with_overrides
+from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.data import read_dataset
 from gndet.errors import CheckpointError, DataError
 from gndet.modeling.mask_rcnn import build_model

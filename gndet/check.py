@@ -16,8 +16,8 @@ from rich.console import Console
 
 from gndet.check_pictures import look_at_pictures
 from gndet.check_report import Checked, finding_lines, report, to_json
-from gndet.config import Config, DataConfig
-from gndet.config_file import config_files, load_config, with_overrides
+from gndet.config.loading import config_files, load_config, with_overrides
+from gndet.config.schema import Config, DataConfig
 from gndet.contact_sheet import contact_sheet
 from gndet.data import as_configured, between, inspect_both, without_masks
 from gndet.data.coco import inspect_file

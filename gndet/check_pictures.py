@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gndet.check_report import Checked
-from gndet.config import DataConfig
+from gndet.config.schema import DataConfig
 from gndet.data import whole
 from gndet.data.cache import keep_pictures
 from gndet.data.faults import SKIPPABLE, Findings, in_order, several, skipping_unreadable

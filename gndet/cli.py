@@ -53,7 +53,7 @@ def _is_nobody_reading() -> bool:
 
 def train(options: argparse.Namespace) -> int:
     """gndet train CONFIG [key=value ...] [--fresh]"""
-    from gndet.config_file import load_config
+    from gndet.config.loading import load_config
 
     cfg = load_config(options.config, options.overrides)
     from rich.console import Console
@@ -155,7 +155,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 def invariance(options: argparse.Namespace) -> int:
     """gndet invariance CONFIG [key=value ...] [--images N] [--out FILE]; 1 where images do depend on each other"""
-    from gndet.config_file import load_config
+    from gndet.config.loading import load_config
 
     cfg = load_config(options.config, options.overrides)
     from gndet.distributed import process
@@ -228,7 +228,7 @@ def benchmark(options: argparse.Namespace) -> int:
 
 def config(options: argparse.Namespace) -> int:
     """gndet config CONFIG [key=value ...]"""
-    from gndet.config_file import config_to_yaml, load_config
+    from gndet.config.loading import config_to_yaml, load_config
 
     print(config_to_yaml(load_config(options.config, options.overrides)), end="")
     return 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from gndet.config import TrainConfig
+from gndet.config.schema import TrainConfig
 from gndet.data.batching import largest_batch, micro_batches
 from gndet.errors import ConfigError
 from gndet.memory import out_of_memory, release

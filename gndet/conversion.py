@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gndet.checkpoint import save_checkpoint
-from gndet.compat import DATA
-from gndet.config import Config, ModelConfig, NormConfig
-from gndet.config_file import with_overrides
+from gndet.config.loading import with_overrides
+from gndet.config.presets import DATA
+from gndet.config.schema import Config, ModelConfig, NormConfig
 from gndet.data.images import find_pictures, open_picture, picture_record
 from gndet.dataset import Dataset
 from gndet.errors import ConfigError, OutputError

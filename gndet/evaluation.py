@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.data.batching import test_batches
 from gndet.dataset import Dataset
 from gndet.errors import DataError

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config import Config
-from gndet.config_file import config_from_dict, with_overrides
+from gndet.config.loading import config_from_dict, with_overrides
+from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.dataset import Dataset
 from gndet.distributed import Process, collect, gather, place

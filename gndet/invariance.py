@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.data.batching import micro_batches
 from gndet.data.transforms import Sample, train_sample

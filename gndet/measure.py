@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.data.batching import collate
 from gndet.data.transforms import Sample
 from gndet.leaks import Choices, choices, kept_statistics, relative

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.buckets import Buckets
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.data.batching import Replay, largest_batch, split
 from gndet.distributed import Process, gather, least, sum_gradients
 from gndet.errors import ConfigError, GndetError, TrainingError

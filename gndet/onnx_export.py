@@ -19,8 +19,8 @@ import torch
 from torchvision.transforms.v2 import functional
 
 import gndet
-from gndet.config import Config, DataConfig
-from gndet.config_file import config_to_yaml
+from gndet.config.loading import config_to_yaml
+from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
 from gndet.data.images import open_picture
 from gndet.data.shapes import read_shapes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gndet.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from gndet.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from gndet.modeling.norm import NORM_LAYERS
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gndet.buckets import Buckets
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.dataset import Dataset
 from gndet.distributed import Process
 from gndet.modeling.mask_rcnn import MaskRCNN

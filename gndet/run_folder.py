@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
-from gndet.config import Config
-from gndet.config_file import config_from_dict, config_to_yaml
+from gndet.config.loading import config_from_dict, config_to_yaml
+from gndet.config.schema import Config
 from gndet.distributed import Process, gather
 from gndet.errors import GndetError, OutputError, TrainingError
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from gndet.checkpoint import Checkpoint
 from gndet.compiling import compile_ahead, compiled
-from gndet.config import Config
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import Config
 from gndet.data import between, inspect_both
 from gndet.data.faults import NOTED, refuse_all
 from gndet.data.packed import count_objects

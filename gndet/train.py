@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
 from gndet.distributed import Process, gather, give_first_s, limit_waiting, process
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError

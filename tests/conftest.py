@@ -11,7 +11,7 @@ import yaml
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; read where they are defined
 
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.selftest.tiny import CONFIG
 from gndet.train import train
 

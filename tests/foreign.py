@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gndet.config import (
+from gndet.config.schema import (
     BackboneConfig,
     BoxHeadConfig,
     FPNConfig,

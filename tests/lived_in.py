@@ -10,8 +10,8 @@ from test_train import CONFIG
 from torch import Tensor, nn
 
 from gndet.checkpoint import save_checkpoint
-from gndet.config import Config
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.data.batching import sample_batch, train_batches
 from gndet.dataset import Dataset

@@ -2,7 +2,15 @@
 
 import torch
 
-from gndet.config import BackboneConfig, BoxHeadConfig, FPNConfig, MaskHeadConfig, ModelConfig, NormConfig, RPNConfig
+from gndet.config.schema import (
+    BackboneConfig,
+    BoxHeadConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    ModelConfig,
+    NormConfig,
+    RPNConfig,
+)
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.ops.boxes import clip_boxes
 from gndet.ops.noise import hash_ints

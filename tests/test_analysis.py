@@ -16,7 +16,7 @@ from gndet.analysis.curves import SCORES, best_thresholds
 from gndet.analysis.errors import KINDS
 from gndet.analysis.matches import false_positives, true_positives
 from gndet.analyze import analyze, read_subject
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.coco import to_coco
 from gndet.dataset import Dataset

@@ -12,8 +12,8 @@ from lived_in import BN, CLASSES, GN, STATISTICS, config, dataset, lived_in, nor
 from torch import Tensor
 
 from gndet.cli import main
-from gndet.config import Config
-from gndet.config_file import config_to_yaml, with_overrides
+from gndet.config.loading import config_to_yaml, with_overrides
+from gndet.config.schema import Config
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.train import train

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import batching, read_dataset
 from gndet.data.transforms import Sample
 from gndet.dataset import MASK_SIDE, Dataset

@@ -19,7 +19,7 @@ from gndet.benchmark.report import machine, table
 from gndet.benchmark.scene import NEAR, PROPOSALS, make_scenes
 from gndet.benchmark.step import guide, near_objects, peer_model, to_batch
 from gndet.benchmark.turns import Subject, Turn, take_turns
-from gndet.config import Config, TrainConfig
+from gndet.config.schema import Config, TrainConfig
 from gndet.errors import ConfigError, MachineError
 from gndet.memory import MIB, TensorBytes
 from gndet.micro_batch import backward

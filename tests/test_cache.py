@@ -18,8 +18,8 @@ from PIL import Image
 from test_check import Hostile, make_bad_objects
 
 from gndet.check import check
-from gndet.config import DataConfig, DatasetConfig
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import between, inspect_both, inspect_dataset, read_dataset
 from gndet.data import cache as cache_module
 from gndet.data.cache import keep_pictures
@@ -31,7 +31,7 @@ from gndet.errors import ConfigError, DataError
 CFG = DatasetConfig(annotations="file.json", images="pictures")
 READ = """
 import sys
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 
 cfg = DatasetConfig(annotations="file.json", images="pictures")

@@ -19,8 +19,8 @@ import yaml
 from PIL import Image
 
 from gndet.check import check, guess_folder
-from gndet.config import DataConfig, DatasetConfig
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.contact_sheet import chosen, contact_sheet
 from gndet.data import inspect_dataset, read_dataset
 from gndet.data.faults import FAULTS

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from gndet.cli import main
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.coco import read_coco, to_coco
 from gndet.data.segmentation import check_segmentation, has_pixels, run_lengths, to_rle

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gndet.config import DataConfig
+from gndet.config.schema import DataConfig
 from gndet.data import coco, columns, json_parts
 from gndet.data.coco import inspect_file
 from gndet.data.packed import count_objects

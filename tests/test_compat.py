@@ -9,9 +9,9 @@ from foreign import NUM_CLASSES, detector
 from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image, roi_align
 
-from gndet.compat import PRESETS
-from gndet.config import Config, ModelConfig, TrainConfig
-from gndet.config_file import config_from_dict, load_config, with_overrides
+from gndet.config.loading import config_from_dict, load_config, with_overrides
+from gndet.config.presets import PRESETS
+from gndet.config.schema import Config, ModelConfig, TrainConfig
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.rpn import cell_anchors
 from gndet.ops.boxes import clip_boxes

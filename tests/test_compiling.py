@@ -12,7 +12,7 @@ from test_train import CONFIG, load
 from torch import Tensor
 
 from gndet.compiling import compile_ahead, compiled
-from gndet.config import DataConfig, TrainConfig
+from gndet.config.schema import DataConfig, TrainConfig
 from gndet.data import read_dataset
 from gndet.data.batching import collate, split, train_batches
 from gndet.data.transforms import Sample

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gndet.config_file import config_from_dict, config_to_yaml, load_config, with_overrides
+from gndet.config.loading import config_from_dict, config_to_yaml, load_config, with_overrides
 from gndet.errors import ConfigError
 
 

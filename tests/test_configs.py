@@ -7,8 +7,8 @@ import pytest
 from conftest import REPOSITORY
 
 from gndet.cli import parse
-from gndet.config import Config
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
 
 CONFIGS = REPOSITORY / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*x.yaml"))

@@ -22,8 +22,8 @@ from torch import Tensor
 from gndet import doctor as package
 from gndet.checkpoint import save_checkpoint
 from gndet.cli import main
-from gndet.config import OptimizerConfig, TrainConfig
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.doctor import devices, doctor, follow, inside, kernels, loading, packages, room
 from gndet.doctor.facts import Fact, line, verdict, without_names
 from gndet.errors import ConfigError, OutputError

@@ -16,7 +16,7 @@ import torch
 from test_evaluation import ENGINES
 from torch import Tensor, nn
 
-from gndet.config import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.transforms import test_sample as evaluation_sample
 from gndet.dataset import Dataset

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import gndet.results
 from gndet import evaluation
-from gndet.config import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.segmentation import to_rle
 from gndet.dataset import Dataset

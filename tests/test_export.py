@@ -16,7 +16,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import FrozenBatchNorm2d
 
-from gndet.config import BoxHeadConfig, ModelConfig, NormConfig, RPNConfig, SourceConfig
+from gndet.config.schema import BoxHeadConfig, ModelConfig, NormConfig, RPNConfig, SourceConfig
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norm import GroupNorm

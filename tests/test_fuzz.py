@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.coco import inspect_file
 from gndet.data.faults import FAULTS
 from gndet.data.segmentation import box_frame_masks, to_rle

@@ -13,8 +13,8 @@ from models import make_batch, small_model
 from test_train import CONFIG
 
 from gndet.cli import main
-from gndet.config import BoxHeadConfig, NormConfig, RPNConfig
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import BoxHeadConfig, NormConfig, RPNConfig
 from gndet.data import read_dataset
 from gndet.data.transforms import Sample
 from gndet.distributed import Process

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from test_batching import DATA, equal
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import batching, read_dataset
 from gndet.data.batching import Loaded, micro_batches
 from gndet.data.images import read_image

@@ -16,8 +16,8 @@ from rich.console import Console
 from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
 
 from gndet.checkpoint import load_checkpoint
-from gndet.config import Config, DataConfig
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
 from gndet.data.batching import Loaded, Replay, largest_batch, micro_batches, split, train_batches
 from gndet.distributed import Process, sum_gradients

@@ -10,7 +10,7 @@ from models import NUM_CLASSES, make_batch, rows, small_config, small_model
 from torch import nn
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from gndet.config import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
+from gndet.config.schema import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norm import NORMS, FrozenBatchNorm, GroupNorm, NoNorm

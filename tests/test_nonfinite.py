@@ -13,8 +13,8 @@ import torch
 from test_train import CONFIG, last, load
 from torch import Tensor, nn
 
-from gndet.config import Config
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import Config
 from gndet.data.batching import Loaded, train_batches
 from gndet.distributed import Process
 from gndet.errors import ConfigError, DataError, TrainingError

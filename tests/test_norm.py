@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from gndet.config import NormConfig
+from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.area import Area
 from gndet.modeling.conv_norm import ConvNorm

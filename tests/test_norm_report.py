@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from gndet.checkpoint import load_checkpoint
-from gndet.config import NormConfig
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import NormConfig
 from gndet.metrics import RunLog
 from gndet.modeling.area import Area
 from gndet.modeling.mask_rcnn import MaskRCNN

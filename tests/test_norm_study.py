@@ -18,7 +18,7 @@ import yaml
 from conftest import REPOSITORY
 
 from gndet.checkpoint import load_checkpoint
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.norm_study import Work, finished, study
 from gndet.norm_study.budget import estimate, fit_budget, per_image_at

@@ -13,7 +13,7 @@ from PIL import Image
 from gndet import onnx_export
 from gndet.checkpoint import save_checkpoint
 from gndet.cli import main
-from gndet.config_file import config_from_dict, load_config, with_overrides
+from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.distributed import process
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.inference import load_detector

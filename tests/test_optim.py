@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import small_model
 
-from gndet.config import OptimizerConfig, ScheduleConfig
+from gndet.config.schema import OptimizerConfig, ScheduleConfig
 from gndet.modeling.norm import GroupNorm
 from gndet.optim import (
     average_weights,

@@ -13,8 +13,8 @@ from test_train import assert_same
 from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
-from gndet.config import Config
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
 from gndet.distributed import Process
 from gndet.errors import CheckpointError, ConfigError, TrainingError
 from gndet.evaluation import scalars

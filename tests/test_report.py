@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from gndet.cli import main
-from gndet.config_file import load_config, with_overrides
+from gndet.config.loading import load_config, with_overrides
 from gndet.data import read_dataset
 from gndet.data.coco import to_coco
 from gndet.errors import DataError, TrainingError

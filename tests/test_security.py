@@ -23,7 +23,7 @@ from conftest import REPOSITORY
 
 from gndet.checkpoint import MANIFEST, META
 from gndet.cli import main
-from gndet.config_file import MAX_BASES, MAX_CONFIG_BYTES, config_from_dict, load_config, with_overrides
+from gndet.config.loading import MAX_BASES, MAX_CONFIG_BYTES, config_from_dict, load_config, with_overrides
 from gndet.errors import ConfigError
 
 pytestmark = pytest.mark.faults

@@ -11,7 +11,7 @@ import torch
 from foreign import BN_META, detector, named, only, read, saved, weights
 from torch import Tensor
 
-from gndet.config import Config, ModelConfig, SourceConfig, TrainConfig
+from gndet.config.schema import Config, ModelConfig, SourceConfig, TrainConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.weights.load import initial_model
 from gndet.weights.read import read_source

@@ -8,7 +8,7 @@ from foreign import detector, named, only, read, saved, weights
 from torch import Tensor
 
 from gndet.checkpoint import save_checkpoint
-from gndet.config import Config, ModelConfig, NormConfig, SourceConfig
+from gndet.config.schema import Config, ModelConfig, NormConfig, SourceConfig
 from gndet.conversion import with_group_norm
 from gndet.errors import CheckpointError, ConfigError
 from gndet.weights.export import export_weights, write_export

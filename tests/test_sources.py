@@ -12,7 +12,7 @@ from foreign import BN_META, NUM_CLASSES, RPN2, detector, named, only, read, wei
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from gndet.config import ModelConfig, SourceConfig
+from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.modeling.mask_rcnn import build_model
 from gndet.modeling.resnet import ResNet
 from gndet.weights.sources import Source

@@ -7,7 +7,7 @@ import torch
 from models import make_batch, small_config, small_model
 from torch import Tensor, nn
 
-from gndet.config import NormConfig
+from gndet.config.schema import NormConfig
 from gndet.memory import TensorBytes
 from gndet.modeling.area import Area
 from gndet.modeling.conv_norm import ConvNorm

@@ -16,8 +16,8 @@ import yaml
 from rich.console import Console
 
 from gndet.checkpoint import load_checkpoint
-from gndet.config import Config
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
 from gndet.data import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.selftest.tiny import CONFIG

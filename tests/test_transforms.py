@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset, transforms
 from gndet.data.segmentation import box_frame_masks, into_frames, to_rle
 from gndet.dataset import MASK_SIDE, Dataset, Record

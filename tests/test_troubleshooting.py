@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import REPOSITORY
 
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.options import parse
 from gndet.run_folder import flat
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from gndet import visualize
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 
 GREY = np.full((700, 900, 3), 120, dtype=np.uint8)

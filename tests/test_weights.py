@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gndet.checkpoint import point, save_checkpoint
-from gndet.config import Config, ModelConfig, SourceConfig
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.weights.load import load_weights

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from models import make_batch, small_model
 from torch import Tensor
 
-from gndet.config import BoxHeadConfig, FPNConfig, NormConfig
+from gndet.config.schema import BoxHeadConfig, FPNConfig, NormConfig
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.tower import set_memory
 from gndet.ops import winograd

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.scene import CATEGORIES, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import collate
 from gndet.data.transforms import train_sample

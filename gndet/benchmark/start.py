@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.turns import Subject, Work, take_turns
-from gndet.config import DataConfig
+from gndet.config.schema import DataConfig
 from gndet.data.cache import SETTLED
 from gndet.data.coco import inspect_file
 from gndet.data.faults import refuse

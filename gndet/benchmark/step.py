@@ -28,8 +28,8 @@ from gndet.benchmark.report import machine, table
 from gndet.benchmark.scene import CLASSES, NEAR, PROPOSALS, Scene, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.compiling import compiled
-from gndet.config import Config
-from gndet.config_file import config_from_dict, with_overrides
+from gndet.config.loading import config_from_dict, with_overrides
+from gndet.config.schema import Config
 from gndet.data.segmentation import box_frame_masks
 from gndet.dataset import MASK_SIDE
 from gndet.distributed import keep_freed_memory, place, process

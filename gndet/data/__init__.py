@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.cache import Tell
 from gndet.data.coco import inspect_coco
 from gndet.data.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable

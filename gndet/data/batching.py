@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config import DataConfig
+from gndet.config.schema import DataConfig
 from gndet.data.loader import Notify, prepared
 from gndet.data.packed import count_objects
 from gndet.data.transforms import Sample, UnreadablePicture, check_masks, resized, test_sample, train_sample

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import cache
 from gndet.data.annotations import MAX_SIDE, Size, whole
 from gndet.data.columns import Columns, Known, read_columns, with_ids

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.dataset import Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from gndet.config import DataConfig
+from gndet.config.schema import DataConfig
 from gndet.data.segmentation import box_frame_masks
 from gndet.dataset import MASK_SIDE, Record
 from gndet.errors import DataError

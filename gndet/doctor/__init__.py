@@ -16,7 +16,7 @@ from threading import Timer
 from typing import Any, BinaryIO
 
 import gndet
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.doctor import machine
 from gndet.doctor.facts import Fact, line, verdict, without_names
 from gndet.errors import OutputError

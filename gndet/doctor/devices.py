@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.distributed import keep_freed_memory
 from gndet.doctor.facts import Fact, Facts, reason
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.doctor.facts import Fact, reason
 from gndet.errors import GndetError
 

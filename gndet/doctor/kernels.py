@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from gndet.config import Config, DataConfig, DatasetConfig, NormConfig
+from gndet.config.schema import Config, DataConfig, DatasetConfig, NormConfig
 from gndet.data.shapes import read_shapes
 from gndet.doctor.facts import Fact, Facts, reason
 from gndet.modeling.area import Area

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from gndet.config import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import Loaded, largest_batch, train_batches
 from gndet.data.loader import PREFETCH

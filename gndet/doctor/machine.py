@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import gndet
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.doctor.facts import Fact, Facts
 
 COMPILERS = ("c++", "g++", "clang++")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from importlib import metadata
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.doctor.facts import Fact, Facts, reason
 
 NEEDED = {  # what is imported of each: the part with compiled code, where there is one

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.doctor.facts import Fact, Facts
 from gndet.modeling.mask_rcnn import build_model
 from gndet.optim import checkpoint_bytes

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config import BoxHeadConfig, NormConfig
+from gndet.config.schema import BoxHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou

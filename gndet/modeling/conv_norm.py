@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config import NormConfig
+from gndet.config.schema import NormConfig
 from gndet.modeling.area import Area
 from gndet.modeling.norm import make_norm
 from gndet.ops.winograd import Winograd, possible

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config import FPNConfig, NormConfig
+from gndet.config.schema import FPNConfig, NormConfig
 from gndet.modeling.area import Areas, clear_padding
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import tower

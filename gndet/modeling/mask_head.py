@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config import MaskHeadConfig, NormConfig
+from gndet.config.schema import MaskHeadConfig, NormConfig
 from gndet.modeling.box_head import image_index
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import recomputed, tower

@@ -6,7 +6,7 @@ B images, N anchors, K proposals, R regions and P positive regions an image, D d
 import torch
 from torch import Tensor, nn
 
-from gndet.config import ModelConfig
+from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.area import Area, Areas, picture_areas
 from gndet.modeling.box_head import BoxHead

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from gndet.config import NormConfig
+from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.area import Area, clear_padding
 from gndet.modeling.group_norm import Normalize

@@ -5,7 +5,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config import BackboneConfig, NormConfig
+from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.modeling.area import Area, Areas, clear_padding
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, conv_factory
 from gndet.modeling.tower import recomputed, tower

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config import NormConfig, RPNConfig
+from gndet.config.schema import NormConfig, RPNConfig
 from gndet.modeling.area import Area, Areas
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import recomputed, tower

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from gndet.checkpoint import load_checkpoint, run_checkpoints, save_checkpoint
-from gndet.config import Config
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
 from gndet.distributed import Process
 from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError
 from gndet.metrics import read_metrics

@@ -10,8 +10,8 @@ from typing import get_args
 import torch
 
 from gndet import __version__
-from gndet.config import Config, NormConfig
-from gndet.config_file import config_from_dict, load_config
+from gndet.config.loading import config_from_dict, load_config
+from gndet.config.schema import Config, NormConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.run_folder import NEUTRAL, UNSET, flat

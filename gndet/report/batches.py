@@ -8,7 +8,7 @@ from contextlib import closing
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.data.batching import Loaded, train_batches
 from gndet.dataset import Dataset
 from gndet.errors import GndetError

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from gndet.analysis import Analysis, analyse, draws_masks
 from gndet.analysis.read import read_results
 from gndet.checkpoint import load_checkpoint, resolve, run_checkpoints
-from gndet.config import Config
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.dataset import Dataset
 from gndet.errors import CheckpointError, DataError, GndetError

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gndet.config import Config
-from gndet.config_file import config_to_yaml
+from gndet.config.loading import config_to_yaml
+from gndet.config.schema import Config
 from gndet.report import blocks
 from gndet.report.record import RunRecord, best_checkpoint
 from gndet.run_folder import CONFIG, flat

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from gndet.checkpoint import load_checkpoint
-from gndet.config import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.shapes import read_shapes
 from gndet.metrics import read_metrics
 from gndet.selftest.launch import finish, start

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gndet.checkpoint import CHECKPOINTS
-from gndet.config_file import load_config
+from gndet.config.loading import load_config
 from gndet.data import read_dataset
 from gndet.data.batching import Loaded, train_batches
 from gndet.run_folder import PREEMPTED

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gndet.config import Config
+from gndet.config.schema import Config
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norm import NORM_LAYERS, GroupNorm
 from gndet.optim import peak_learning_rate

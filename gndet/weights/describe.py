@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gndet.config import ModelConfig, SourceConfig
+from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
 from gndet.weights.names import FORMATS, STAGES, Brick, theirs

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config import ModelConfig, NormConfig
+from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.describe import FACTS, NO_STD, PARTS, RGB_STD

@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor
 
-from gndet.config import SourceConfig
+from gndet.config.schema import SourceConfig
 from gndet.errors import CheckpointError
 from gndet.weights.describe import FACTS, NO_STD, RGB_MEAN, RGB_STD, Facts
 from gndet.weights.files import WeightFile

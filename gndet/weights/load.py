@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config import Config, ModelConfig
+from gndet.config.schema import Config, ModelConfig
 from gndet.data.batching import sample_batch
 from gndet.dataset import Dataset
 from gndet.errors import CheckpointError, ConfigError

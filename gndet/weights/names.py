@@ -8,7 +8,7 @@ of a head, x = 3 n, f = 6 + n, flat the place of the layer after the box head's 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gndet.config import ModelConfig
+from gndet.config.schema import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 
 LEVELS = STAGES = (2, 3, 4, 5)

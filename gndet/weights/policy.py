@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gndet.config import ModelConfig, NormConfig, TrainConfig
+from gndet.config.schema import ModelConfig, NormConfig, TrainConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, make_norm

@@ -9,8 +9,8 @@ import torch
 import torchvision
 
 from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config import SourceConfig
-from gndet.config_file import config_from_dict
+from gndet.config.loading import config_from_dict
+from gndet.config.schema import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.weights.describe import PARTS
 from gndet.weights.files import WeightFile, read_weights

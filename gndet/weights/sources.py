@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config import Config, ModelConfig, SourceConfig
+from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.coco_classes import CATEGORY_IDS, NAMES

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gndet.compat import without_conventions
-from gndet.config import Config
+from gndet.config.presets import without_conventions
+from gndet.config.schema import Config
 from gndet.errors import ConfigError
 
 # a config is a page of text; anything larger is a mistake or an attack

@@ -16,8 +16,8 @@ import torch
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data.batching import collate
+from gndet.data.records import MASK_SIDE
 from gndet.data.transforms import Sample
-from gndet.dataset import MASK_SIDE
 from gndet.distributed import place, process
 from gndet.micro_batch import backward, to_device
 from gndet.modeling.area import Area

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from gndet.config.schema import DataConfig
 from gndet.data.coco import inspect_file
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 
 
 def load(path: str) -> Dataset:

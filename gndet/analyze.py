@@ -15,7 +15,7 @@ from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
 from gndet.data.coco import inspect_file
 from gndet.data.faults import refuse
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.files import make_folder, make_room_for, write_whole
 from gndet.results import Results

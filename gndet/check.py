@@ -23,7 +23,7 @@ from gndet.data import as_configured, between, inspect_both, without_masks
 from gndet.data.coco import inspect_file
 from gndet.data.faults import REFUSED
 from gndet.data.files import PICTURE, read_head, what_is
-from gndet.dataset import Dataset, Finding
+from gndet.data.records import Dataset, Finding
 from gndet.errors import ConfigError, OutputError
 from gndet.visualize import save_picture
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from gndet.data.faults import Fault
 from gndet.data.images import open_picture
+from gndet.data.records import Dataset
 from gndet.data.segmentation import printable
-from gndet.dataset import Dataset
 from gndet.errors import DataError
 from gndet.visualize import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gndet.config.schema import Config
 from gndet.data.batching import test_batches
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.paste import Paste, paste_masks
 from gndet.results import Results, from_coco, join, mask_areas

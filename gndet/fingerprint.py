@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 
 
 def fingerprints(train_set: Dataset, val_set: Dataset, masks: bool) -> dict[str, str]:

@@ -10,7 +10,7 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data import read_dataset
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.distributed import Process, collect, gather, place
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation import Evaluation, evaluate

@@ -21,8 +21,8 @@ from torch import Tensor
 from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.data.batching import micro_batches
+from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.data.transforms import Sample, train_sample
-from gndet.dataset import MASK_SIDE, Dataset, Record
 from gndet.distributed import Process, spawn, sum_gradients, total
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation import aligned

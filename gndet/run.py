@@ -10,7 +10,7 @@ from torch import nn
 
 from gndet.buckets import Buckets
 from gndet.config.schema import Config
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.distributed import Process
 from gndet.modeling.mask_rcnn import MaskRCNN
 

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gndet.data.coco import to_coco
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.garbage import no_garbage
 from gndet.results import Results
 

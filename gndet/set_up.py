@@ -11,7 +11,7 @@ from gndet.config.schema import Config
 from gndet.data import between, inspect_both
 from gndet.data.faults import NOTED, refuse_all
 from gndet.data.packed import count_objects
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.distributed import Process, gather, give_first_s, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints

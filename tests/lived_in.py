@@ -14,7 +14,7 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.data.batching import sample_batch, train_batches
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norm import NORM_LAYERS, NoNorm
 from gndet.structures import Batch

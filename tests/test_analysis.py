@@ -19,7 +19,7 @@ from gndet.analyze import analyze, read_subject
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.coco import to_coco
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.results import Results, from_coco
 from gndet.scoring import coco_truths

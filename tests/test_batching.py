@@ -9,8 +9,8 @@ import torch
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import batching, read_dataset
+from gndet.data.records import MASK_SIDE, Dataset
 from gndet.data.transforms import Sample
-from gndet.dataset import MASK_SIDE, Dataset
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints
 from gndet.structures import Batch

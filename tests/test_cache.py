@@ -25,7 +25,7 @@ from gndet.data import cache as cache_module
 from gndet.data.cache import keep_pictures
 from gndet.data.coco import inspect_file
 from gndet.data.packed import Packed
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import ConfigError, DataError
 
 CFG = DatasetConfig(annotations="file.json", images="pictures")

@@ -17,8 +17,8 @@ from pycocotools.coco import COCO
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.coco import read_coco, to_coco
+from gndet.data.records import Dataset
 from gndet.data.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
-from gndet.dataset import Dataset
 from gndet.errors import DataError
 
 Tree = dict[str, Any]

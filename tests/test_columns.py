@@ -13,7 +13,7 @@ from gndet.config.schema import DataConfig
 from gndet.data import coco, columns, json_parts
 from gndet.data.coco import inspect_file
 from gndet.data.packed import count_objects
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 
 PLAIN = DataConfig(cache="")
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
+from gndet.data.records import Dataset
 from gndet.data.transforms import test_sample as evaluation_sample
-from gndet.dataset import Dataset
 from gndet.distributed import Process, collect, gather, spawn
 from gndet.errors import DataError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate, scalars, table

@@ -21,8 +21,8 @@ import gndet.results
 from gndet import evaluation
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
+from gndet.data.records import Dataset
 from gndet.data.segmentation import to_rle
-from gndet.dataset import Dataset
 from gndet.paste import paste_masks
 from gndet.results import from_coco, join, save_results
 from gndet.scoring import Metrics, coco_metrics

@@ -26,7 +26,7 @@ from gndet.data import batching, read_dataset
 from gndet.data.batching import Loaded, micro_batches
 from gndet.data.images import read_image
 from gndet.data.loader import GRACE, prepared
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints
 

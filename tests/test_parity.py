@@ -19,7 +19,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FrozenBatchNorm2d
 
 from gndet.config.schema import SourceConfig
-from gndet.dataset import MASK_SIDE
+from gndet.data.records import MASK_SIDE
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.paste import paste_masks
 from gndet.structures import Batch, GroundTruth, Step

@@ -13,8 +13,8 @@ from pycocotools.coco import COCO
 
 from gndet.cli import main
 from gndet.data.images import open_picture, picture_record, picture_size
+from gndet.data.records import Dataset
 from gndet.data.video import VideoWriter, read_frames
-from gndet.dataset import Dataset
 from gndet.distributed import Process
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation import detect_dataset

@@ -8,8 +8,8 @@ from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
+from gndet.data.records import Dataset
 from gndet.data.shapes import CLASSES, draw_image
-from gndet.dataset import Dataset
 from gndet.errors import DataError
 
 

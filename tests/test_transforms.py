@@ -12,8 +12,8 @@ from torchvision.ops import roi_align
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset, transforms
+from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.data.segmentation import box_frame_masks, into_frames, to_rle
-from gndet.dataset import MASK_SIDE, Dataset, Record
 from gndet.errors import DataError
 
 PLAIN = DataConfig(shortest_edge=(96,), flip=0)

@@ -11,7 +11,7 @@ from gndet.analysis.bootstrap import Intervals, intervals
 from gndet.analysis.curves import Best, Curves, best_thresholds, score_curves
 from gndet.analysis.errors import Errors, errors
 from gndet.analysis.matches import Matches, matches, true_positives
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.results import Results
 from gndet.scoring import Kind, Metrics, coco_metrics, coco_truths, evaluated
 

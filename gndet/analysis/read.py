@@ -12,8 +12,8 @@ import orjson
 from pycocotools import mask as coco_mask
 
 from gndet.data.faults import Fault
+from gndet.data.records import Dataset
 from gndet.data.segmentation import brief, check_segmentation, to_rle
-from gndet.dataset import Dataset
 from gndet.errors import DataError
 from gndet.results import Results, from_coco
 

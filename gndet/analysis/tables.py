@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from gndet.analysis import Analysis
 from gndet.analysis.errors import KINDS
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 
 ALL = "all classes"
 

@@ -23,8 +23,8 @@ from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import collate
+from gndet.data.records import Dataset
 from gndet.data.transforms import train_sample
-from gndet.dataset import Dataset
 from gndet.errors import ConfigError
 
 SIZE = (480, 640)  # height, width of the pictures that are drawn

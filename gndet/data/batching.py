@@ -19,8 +19,8 @@ from torch import Tensor
 from gndet.config.schema import DataConfig
 from gndet.data.loader import Notify, prepared
 from gndet.data.packed import count_objects
+from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.data.transforms import Sample, UnreadablePicture, check_masks, resized, test_sample, train_sample
-from gndet.dataset import MASK_SIDE, Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 from gndet.structures import Batch, GroundTruth

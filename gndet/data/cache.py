@@ -24,7 +24,7 @@ import PIL
 
 from gndet.data.files import ImageFolder
 from gndet.data.packed import Packed, PackedRecords
-from gndet.dataset import Dataset, Finding, Record
+from gndet.data.records import Dataset, Finding, Record
 from gndet.errors import ConfigError, DataError
 
 READER = (  # what reading runs

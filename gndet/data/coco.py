@@ -21,8 +21,8 @@ from gndet.data.files import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.pictures import processors
+from gndet.data.records import Dataset
 from gndet.data.segmentation import brief
-from gndet.dataset import Dataset
 from gndet.garbage import no_garbage
 
 LISTS = ("images", "annotations", "categories")

@@ -6,7 +6,7 @@ A check is one row of FAULTS and one line that raises `Fault` or calls `Findings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from gndet.dataset import Dataset, Finding
+from gndet.data.records import Dataset, Finding
 from gndet.errors import DataError
 
 EXAMPLES = 3  # spelt out of each kind

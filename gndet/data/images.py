@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gndet.data.faults import Fault
 from gndet.data.files import EMPTY, FILE, PICTURE, read_head, what_is
-from gndet.dataset import Record
+from gndet.data.records import Record
 from gndet.errors import DataError, MachineError
 
 MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb

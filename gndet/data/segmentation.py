@@ -15,7 +15,7 @@ from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 
 from gndet.data.faults import Fault
-from gndet.dataset import MASK_SIDE
+from gndet.data.records import MASK_SIDE
 
 NUMBERS = {int, float}
 MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32

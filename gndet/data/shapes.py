@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.dataset import Dataset, Record
+from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 

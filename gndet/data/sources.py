@@ -14,7 +14,7 @@ from PIL import Image
 
 from gndet.data.faults import Fault
 from gndet.data.images import FORMATS, find_pictures, picture_record, picture_size, read_image
-from gndet.dataset import Record
+from gndet.data.records import Record
 from gndet.errors import DataError
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")  # suffixes; a GIF is a picture

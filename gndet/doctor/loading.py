@@ -16,7 +16,7 @@ from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import Loaded, largest_batch, train_batches
 from gndet.data.loader import PREFETCH
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.doctor.facts import Fact, Facts
 from gndet.metrics import read_metrics
 

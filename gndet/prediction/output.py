@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from gndet.data.pictures import processors
+from gndet.data.records import Dataset, Record
 from gndet.data.segmentation import printable
 from gndet.data.video import Frame
-from gndet.dataset import Dataset, Record
 from gndet.errors import OutputError
 from gndet.evaluation import aligned, to_results
 from gndet.files import make_folder, write_whole

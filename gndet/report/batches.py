@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.config.schema import Config
 from gndet.data.batching import Loaded, train_batches
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import GndetError
 from gndet.paste import paste_masks
 from gndet.report import blocks

@@ -14,7 +14,7 @@ from gndet.checkpoint import load_checkpoint, resolve, run_checkpoints
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data import read_dataset
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, DataError, GndetError
 from gndet.metrics import read_metrics
 from gndet.optim import total_updates

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gndet.config.schema import Config, ModelConfig
 from gndet.data.batching import sample_batch
-from gndet.dataset import Dataset
+from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.weights.calibrate import Comparison, compare

@@ -14,10 +14,10 @@ from gndet.config.schema import BoxHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
+from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
-from gndet.ops.reduce import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
 

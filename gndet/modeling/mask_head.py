@@ -12,8 +12,8 @@ from gndet.modeling.box_head import image_index
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import full
+from gndet.ops.losses import mean_per_image
 from gndet.ops.masks import mask_targets
-from gndet.ops.reduce import mean_per_image
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions
 

@@ -15,10 +15,10 @@ from gndet.modeling.area import Area, Areas
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
+from gndet.ops.losses import smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
-from gndet.ops.reduce import smooth_l1, sum_per_image
 from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 
 AnchorStyle = Literal["exact", "rounded", "detectron"]

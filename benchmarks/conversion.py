@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.modeling.area import Area
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm
+from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
+from gndet.modeling.norms.valid_area import Area
 from gndet.weights.convert import run_twins
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the network, which the tests share

@@ -20,9 +20,9 @@ from gndet.data.records import MASK_SIDE
 from gndet.data.transforms import Sample
 from gndet.distributed import place, process
 from gndet.micro_batch import backward, to_device
-from gndet.modeling.area import Area
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.norm import GroupNorm
+from gndet.modeling.norms.layers import GroupNorm
+from gndet.modeling.norms.valid_area import Area
 from gndet.structures import Batch
 
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.area import Areas
 from gndet.modeling.mask_rcnn import ROI_LEVELS, MaskRCNN
+from gndet.modeling.norms.valid_area import Areas
 from gndet.ops.roi_align import pyramid_level
 from gndet.structures import Batch, Step
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.area import Area
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.norm import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from gndet.modeling.norms.layers import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from gndet.modeling.norms.valid_area import Area
 from gndet.modeling.tower import keeping_all
 from gndet.structures import Batch, Proposals
 

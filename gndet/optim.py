@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gndet.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
-from gndet.modeling.norm import NORM_LAYERS
+from gndet.modeling.norms.layers import NORM_LAYERS
 
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gndet.modeling import norm_kernels
+from gndet.modeling.norms import triton_kernels as norm_kernels
 
 WHOLE = ("positions", "channels", "width", "groups", "stripe", "stripes")
 MAPS = ("x", "y", "grad", "grad_x")

@@ -16,7 +16,7 @@ from gndet.data import read_dataset
 from gndet.data.batching import sample_batch, train_batches
 from gndet.data.records import Dataset
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.norm import NORM_LAYERS, NoNorm
+from gndet.modeling.norms.layers import NORM_LAYERS, NoNorm
 from gndet.structures import Batch
 
 CLASSES = ("disc", "box", "triangle", "star")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm
+from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.weights.convert import convert_batch_norm
 
 BN_EPS = 1e-5  # torch's default, which those weights were trained with

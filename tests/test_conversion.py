@@ -18,7 +18,7 @@ from gndet.config.schema import SourceConfig
 from gndet.distributed import Process
 from gndet.inference import load_detector
 from gndet.modeling.mask_rcnn import build_model
-from gndet.modeling.norm import FrozenBatchNorm
+from gndet.modeling.norms.layers import FrozenBatchNorm
 from gndet.train import train
 from gndet.weights.convert import convert_batch_norm
 from gndet.weights.load import initial_model

@@ -9,8 +9,8 @@ from resnet20 import ResNet20, by_name, converted, group_norm, norm_layers, pred
 from torch import Tensor, nn
 
 from gndet.errors import CheckpointError, ConfigError
-from gndet.modeling.area import Area
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm
+from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
+from gndet.modeling.norms.valid_area import Area
 from gndet.weights.convert import Converted, convert_batch_norm, group_statistics, run_twins
 
 B, C, H, W = 4, 8, 5, 6

@@ -27,8 +27,8 @@ from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.doctor import devices, doctor, follow, inside, kernels, loading, packages, room
 from gndet.doctor.facts import Fact, line, verdict, without_names
 from gndet.errors import ConfigError, OutputError
-from gndet.modeling import group_norm
 from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.norms import group_norm
 from gndet.ops import roi_align, winograd
 from gndet.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
 

@@ -19,7 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from gndet.config.schema import BoxHeadConfig, ModelConfig, NormConfig, RPNConfig, SourceConfig
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.norm import GroupNorm
+from gndet.modeling.norms.layers import GroupNorm
 from gndet.weights.export import TOOLKITS, Export, export_weights, write_export
 from gndet.weights.read import read_source
 from gndet.weights.sources import Source

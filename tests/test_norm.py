@@ -11,9 +11,9 @@ from torch import nn
 
 from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
-from gndet.modeling.area import Area
 from gndet.modeling.conv_norm import ConvNorm
-from gndet.modeling.norm import NORMS, BatchRenorm, GroupNorm, make_norm
+from gndet.modeling.norms.layers import NORMS, BatchRenorm, GroupNorm, make_norm
+from gndet.modeling.norms.valid_area import Area
 
 B, C, H, W = 3, 8, 6, 7
 

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gndet.modeling import group_norm, norm_kernels
-from gndet.modeling.area import Area
+from gndet.modeling.norms import group_norm
+from gndet.modeling.norms import triton_kernels as norm_kernels
+from gndet.modeling.norms.valid_area import Area
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
 

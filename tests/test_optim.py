@@ -7,7 +7,7 @@ import torch
 from models import small_model
 
 from gndet.config.schema import OptimizerConfig, ScheduleConfig
-from gndet.modeling.norm import GroupNorm
+from gndet.modeling.norms.layers import GroupNorm
 from gndet.optim import (
     average_weights,
     learning_rate,

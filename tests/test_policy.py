@@ -20,7 +20,7 @@ from gndet.errors import CheckpointError, ConfigError, TrainingError
 from gndet.evaluation import scalars
 from gndet.inference import evaluate_checkpoint, load_detector
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm
+from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.optim import average_weights
 from gndet.train import train
 from gndet.weights.calibrate import compare

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig
 from gndet.memory import TensorBytes
-from gndet.modeling.area import Area
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.norms.valid_area import Area
 from gndet.modeling.tower import keeping_all, set_memory, tower
 
 NORMS = {

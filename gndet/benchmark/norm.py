@@ -17,8 +17,8 @@ from torch import Tensor
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.turns import Subject, Turn, Work, take_turns
 from gndet.distributed import keep_freed_memory
-from gndet.modeling import norm_kernels
-from gndet.modeling.group_norm import gradients, normalize
+from gndet.modeling.norms import triton_kernels as norm_kernels
+from gndet.modeling.norms.group_norm import gradients, normalize
 
 GROUPS, EPS = 32, 1e-5
 STAGES = (

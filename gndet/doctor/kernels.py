@@ -18,9 +18,9 @@ from torch import Tensor
 from gndet.config.schema import Config, DataConfig, DatasetConfig, NormConfig
 from gndet.data.shapes import read_shapes
 from gndet.doctor.facts import Fact, Facts, reason
-from gndet.modeling.area import Area
-from gndet.modeling.norm import make_norm
-from gndet.modeling.norm_kernels import trouble
+from gndet.modeling.norms.layers import make_norm
+from gndet.modeling.norms.triton_kernels import trouble
+from gndet.modeling.norms.valid_area import Area
 from gndet.ops.nms import fixed_point, nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.ops.winograd import Winograd

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig
-from gndet.modeling.area import Area
-from gndet.modeling.norm import make_norm
+from gndet.modeling.norms.layers import make_norm
+from gndet.modeling.norms.valid_area import Area
 from gndet.ops.winograd import Winograd, possible
 
 

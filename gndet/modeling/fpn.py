@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import FPNConfig, NormConfig
-from gndet.modeling.area import Areas, clear_padding
 from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.norms.valid_area import Areas, clear_padding
 from gndet.modeling.tower import tower
 
 LEVELS = (2, 3, 4, 5)

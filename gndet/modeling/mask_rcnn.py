@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
-from gndet.modeling.area import Area, Areas, picture_areas
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.fpn import FPN, LEVELS
 from gndet.modeling.mask_head import MaskHead
+from gndet.modeling.norms.valid_area import Area, Areas, picture_areas
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import extend_edges

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import BackboneConfig, NormConfig
-from gndet.modeling.area import Area, Areas, clear_padding
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, conv_factory
+from gndet.modeling.norms.valid_area import Area, Areas, clear_padding
 from gndet.modeling.tower import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage

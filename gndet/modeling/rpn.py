@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig, RPNConfig
-from gndet.modeling.area import Area, Areas
 from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.norms.valid_area import Area, Areas
 from gndet.modeling.tower import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.losses import smooth_l1, sum_per_image

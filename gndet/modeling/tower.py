@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from gndet.modeling.area import Area, clear_padding
 from gndet.modeling.conv_norm import ConvNorm
-from gndet.modeling.group_norm import gradients, normalize, renormalize
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, NoNorm
+from gndet.modeling.norms.group_norm import gradients, normalize, renormalize
+from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, NoNorm
+from gndet.modeling.norms.valid_area import Area, clear_padding
 from gndet.ops import winograd
 
 _aten = torch.ops.aten

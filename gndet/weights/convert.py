@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gndet.errors import CheckpointError, ConfigError
-from gndet.modeling.area import Area
+from gndet.modeling.norms.valid_area import Area
 
 MEAN_SPREAD = 1 / 3  # of a channel's mean over images, in its sigmas; ResNet-20 on CIFAR-10: 0.28 to 0.36 for K to 32
 VARIANCE_SPREAD = 1 / 3  # of a group's variance over images, relative; there: 0.41 for K = 2, 0.31 for 8, 0.22 for 32

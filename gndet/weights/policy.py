@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gndet.config.schema import ModelConfig, NormConfig, TrainConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.modeling.norm import FrozenBatchNorm, GroupNorm, make_norm
+from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, make_norm
 from gndet.weights.convert import convert_batch_norm
 from gndet.weights.names import BATCH_NORMS
 from gndet.weights.sources import Source

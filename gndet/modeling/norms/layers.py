@@ -17,9 +17,9 @@ from torch.distributed.nn.functional import all_reduce
 
 from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
-from gndet.modeling.area import Area, clear_padding
-from gndet.modeling.group_norm import Normalize
-from gndet.modeling.norm_kernels import usable
+from gndet.modeling.norms.group_norm import Normalize
+from gndet.modeling.norms.triton_kernels import usable
+from gndet.modeling.norms.valid_area import Area, clear_padding
 
 
 class GroupNorm(nn.Module):

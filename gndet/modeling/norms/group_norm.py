@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gndet.modeling import norm_kernels
-from gndet.modeling.area import Area, clear_padding
+from gndet.modeling.norms import triton_kernels as norm_kernels
+from gndet.modeling.norms.valid_area import Area, clear_padding
 
 _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1)
 

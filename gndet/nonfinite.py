@@ -26,7 +26,7 @@ from gndet.data.batching import Loaded, split
 from gndet.distributed import Process, gather, total
 from gndet.errors import DataError, TrainingError
 from gndet.micro_batch import breakable, to_device
-from gndet.modeling.tower import keeping_all
+from gndet.modeling.recompute import keeping_all
 from gndet.run import Run
 from gndet.structures import Batch, GroundTruth
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
 from gndet.modeling.norms.valid_area import Area
-from gndet.modeling.tower import keeping_all
+from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch, Proposals
 
 REGIONS = 64  # an image, for the norms of the heads

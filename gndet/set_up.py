@@ -17,7 +17,7 @@ from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints
 from gndet.micro_batch import buckets_for, images_at_once
 from gndet.modeling.norms.triton_kernels import trouble
-from gndet.modeling.tower import set_memory
+from gndet.modeling.recompute import set_memory
 from gndet.optim import average_weights, make_optimizer
 from gndet.progress import Progress
 from gndet.resume import restore

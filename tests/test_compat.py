@@ -12,8 +12,8 @@ from torchvision.ops import clip_boxes_to_image, roi_align
 from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.config.presets import PRESETS
 from gndet.config.schema import Config, ModelConfig, TrainConfig
+from gndet.modeling.anchors import cell_anchors
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.rpn import cell_anchors
 from gndet.ops.boxes import clip_boxes
 from gndet.ops.roi_align import Alignment, roi_align_pyramid
 

@@ -12,10 +12,10 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from gndet.config.schema import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
 from gndet.errors import ConfigError
+from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import NORMS, FrozenBatchNorm, GroupNorm, NoNorm
 from gndet.modeling.resnet import ResNet
-from gndet.modeling.rpn import cell_anchors, cell_ids, level_anchors
 from gndet.ops.boxes import encode, gather_rows
 from gndet.structures import Batch
 

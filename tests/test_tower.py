@@ -12,7 +12,7 @@ from gndet.memory import TensorBytes
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import Area
-from gndet.modeling.tower import keeping_all, set_memory, tower
+from gndet.modeling.recompute import keeping_all, set_memory, tower
 
 NORMS = {
     "gn": NormConfig(groups=4), "ln": NormConfig(kind="ln"), "in": NormConfig(kind="in"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gndet.config.schema import BoxHeadConfig, FPNConfig, NormConfig
 from gndet.modeling.conv_norm import ConvNorm
-from gndet.modeling.tower import set_memory
+from gndet.modeling.recompute import set_memory
 from gndet.ops import winograd
 from gndet.ops.winograd import Winograd
 

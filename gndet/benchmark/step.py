@@ -37,7 +37,7 @@ from gndet.errors import ConfigError
 from gndet.memory import MIB
 from gndet.micro_batch import backward, to_device
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.modeling.tower import set_memory
+from gndet.modeling.recompute import set_memory
 from gndet.optim import make_optimizer
 from gndet.structures import Batch, GroundTruth, Proposals
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gndet.config.schema import FPNConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.norms.valid_area import Areas, clear_padding
-from gndet.modeling.tower import tower
+from gndet.modeling.recompute import tower
 
 LEVELS = (2, 3, 4, 5)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gndet.config.schema import MaskHeadConfig, NormConfig
 from gndet.modeling.box_head import image_index
 from gndet.modeling.conv_norm import conv_factory
-from gndet.modeling.tower import recomputed, tower
+from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import full
 from gndet.ops.losses import mean_per_image
 from gndet.ops.masks import mask_targets

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, conv_factory
 from gndet.modeling.norms.valid_area import Area, Areas, clear_padding
-from gndet.modeling.tower import recomputed, tower
+from gndet.modeling.recompute import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

@@ -4,16 +4,16 @@ B images, M ground-truth slots, N anchors of all levels, K proposals, A anchors 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig, RPNConfig
+from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.norms.valid_area import Area, Areas
-from gndet.modeling.tower import recomputed, tower
+from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.losses import smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, sample_balanced
@@ -21,46 +21,7 @@ from gndet.ops.nms import nms_keep
 from gndet.ops.noise import Stream, ranks
 from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 
-AnchorStyle = Literal["exact", "rounded", "detectron"]
 DELTA_WEIGHTS = (1.0, 1.0)  # of the centre's shift and of the size's growth
-
-
-def cell_anchors(size: float, ratios: Sequence[float], stride: int, style: AnchorStyle, device: torch.device) -> Tensor:
-    """The anchors of the cell at the picture's top-left corner.  Returns (A, 4) float32 xyxy pixels.
-
-    exact: of area size x size, centred on the cell's top-left pixel (detectron2, mmdetection); rounded: corners rounded
-    to whole pixels (torchvision); detectron: Detectron's generate_anchors, which rounds the sides of a stride x stride
-    box, scales it, and centres it on the cell.
-    """
-    ratio = torch.tensor(ratios).to(device, non_blocking=True)  # the host does not wait
-    if style == "detectron":
-        width = (stride / ratio.sqrt()).round()
-        sides = torch.stack([width, (width * ratio).round()], dim=-1) * (size / stride)  # (A, 2) width, height
-        center = torch.full((1, 2), stride / 2, device=device)
-    else:
-        sides = torch.stack([size / ratio.sqrt(), size * ratio.sqrt()], dim=-1)
-        center = torch.zeros(1, 2, device=device)
-    anchors = torch.cat([center - sides / 2, center + sides / 2], dim=-1)
-    return anchors.round() if style == "rounded" else anchors
-
-
-def level_anchors(cell: Tensor, stride: tuple[int, int], height: int, width: int) -> Tensor:
-    """Repeat the anchors of a cell (A, 4) over a map, row by row; stride (y, x) pixels.  Returns (H * W * A, 4)."""
-    y, x = torch.meshgrid(
-        torch.arange(height, device=cell.device) * stride[0],
-        torch.arange(width, device=cell.device) * stride[1],
-        indexing="ij",
-    )
-    shift = torch.stack([x, y, x, y], dim=-1).to(cell.dtype).reshape(-1, 1, 4)  # (H * W, 1, 4)
-    return (shift + cell).reshape(-1, 4)
-
-
-def cell_ids(level: int, height: int, width: int, num_anchors: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 2**31) that name an anchor by level, row, column and kind, whatever the canvas.  Returns (N,)."""
-    row = torch.arange(height, device=device)[:, None, None]
-    column = torch.arange(width, device=device)[None, :, None]
-    kind = torch.arange(num_anchors, device=device)[None, None, :]
-    return ((((level << 12 | row) << 12) | column) << 4 | kind).flatten()  # 3 + 12 + 12 + 4 bits: maps to 4096 cells
 
 
 class RPN(nn.Module):

@@ -18,7 +18,7 @@ from gndet.config.schema import Config
 from gndet.data.batching import collate
 from gndet.data.records import MASK_SIDE
 from gndet.data.transforms import Sample
-from gndet.distributed import place, process
+from gndet.distributed.process import place, process
 from gndet.micro_batch import backward, to_device
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import GroupNorm

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from gndet.config.loading import load_config
-from gndet.distributed import process
+from gndet.distributed.process import process
 from gndet.progress import Progress
 from gndet.saving import Saver, megabytes
 from gndet.set_up import build_run

@@ -30,12 +30,12 @@ from gndet.benchmark.options import height_and_width
 from gndet.benchmark.report import machine
 from gndet.benchmark.scene import CLASSES, NEAR, make_scenes
 from gndet.benchmark.step import SETTINGS, guide, near, to_batch
-from gndet.buckets import Buckets
+from gndet.buckets import Buckets, sum_gradients
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.batching import train_batches
-from gndet.distributed import Process, keep_freed_memory, place, sum_gradients
+from gndet.distributed.process import Process, keep_freed_memory, place
 from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import build_model
 from gndet.optim import make_optimizer

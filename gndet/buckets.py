@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gndet.distributed import BUCKET, Process, together
+from gndet.distributed.collectives import together
+from gndet.distributed.process import Process
 
 
 class Bucket(NamedTuple):
@@ -118,3 +119,32 @@ def _bucket(parameters: list[nn.Parameter]) -> Bucket:
     parts = flat.split([parameter.numel() for parameter in parameters])
     views = [part.as_strided(p.shape, p.stride()) for p, part in zip(parameters, parts, strict=True)]
     return Bucket(parameters, views, flat)
+
+
+BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
+
+
+def sum_gradients(model: nn.Module, proc: Process) -> None:
+    """Sum the gradients over the processes, each once, in messages of at least BUCKET elements but the last.
+
+    Called once an update, when every process has computed its share, where SyncBN's messages leave no room for those of
+    `gndet.buckets` in the backward pass.
+    """
+    if proc.world == 1:
+        return
+    bucket: list[nn.Parameter] = []
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter)
+        if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
+            flat = torch.cat([p.grad.flatten() for p in bucket])
+            with together(proc):
+                dist.all_reduce(flat)
+            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                p.grad.copy_(part.view_as(p.grad))
+            bucket = []
+    if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
+        with together(proc):
+            torch.cuda.synchronize(proc.device)

@@ -66,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
-    from gndet.distributed import process
+    from gndet.distributed.process import process
     from gndet.evaluation import table
     from gndet.inference import evaluate_checkpoint, load_detector
     from gndet.results import save_results
@@ -89,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def predict(options: argparse.Namespace) -> int:
     """gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]"""
     from gndet import prediction
-    from gndet.distributed import process
+    from gndet.distributed.process import process
     from gndet.inference import load_detector
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
@@ -158,7 +158,7 @@ def invariance(options: argparse.Namespace) -> int:
     from gndet.config.loading import load_config
 
     cfg = load_config(options.config, options.overrides)
-    from gndet.distributed import process
+    from gndet.distributed.process import process
     from gndet.invariance import check_invariance, to_json
 
     if options.out:

@@ -11,7 +11,8 @@ from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.data.records import Dataset
-from gndet.distributed import Process, collect, gather, place
+from gndet.distributed.collectives import collect, gather
+from gndet.distributed.process import Process, place
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation import Evaluation, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gndet.buckets import sum_gradients
 from gndet.config.schema import Config
 from gndet.data import read_dataset
 from gndet.data.batching import micro_batches
 from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.data.transforms import Sample, train_sample
-from gndet.distributed import Process, spawn, sum_gradients, total
+from gndet.distributed.collectives import total
+from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation import aligned
 from gndet.leaks import COUPLINGS, Leak, find_leaks, kept_statistics

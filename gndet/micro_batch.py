@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gndet.buckets import Buckets
+from gndet.buckets import Buckets, sum_gradients
 from gndet.config.schema import Config
 from gndet.data.batching import Replay, largest_batch, split
-from gndet.distributed import Process, gather, least, sum_gradients
+from gndet.distributed.collectives import gather, least
+from gndet.distributed.process import Process
+from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, GndetError, TrainingError
 from gndet.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.run import Run
-from gndet.signals import Stop, StopSignals
 from gndet.structures import Batch
 
 MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces

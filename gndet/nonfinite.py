@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gndet.data.batching import Loaded, split
-from gndet.distributed import Process, gather, total
+from gndet.distributed.collectives import gather, total
+from gndet.distributed.process import Process
 from gndet.errors import DataError, TrainingError
 from gndet.micro_batch import breakable, to_device
 from gndet.modeling.recompute import keeping_all

@@ -25,7 +25,7 @@ from gndet.data import read_dataset
 from gndet.data.images import open_picture
 from gndet.data.shapes import read_shapes
 from gndet.data.transforms import resized
-from gndet.distributed import process
+from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.files import make_room_for
 from gndet.inference import Detector, load_detector

@@ -11,7 +11,7 @@ from torch import nn
 from gndet.buckets import Buckets
 from gndet.config.schema import Config
 from gndet.data.records import Dataset
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.modeling.mask_rcnn import MaskRCNN
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
 from gndet.config.loading import config_from_dict, config_to_yaml
 from gndet.config.schema import Config
-from gndet.distributed import Process, gather
+from gndet.distributed.collectives import gather
+from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
 
 # What may differ when a run goes on: nothing here changes what is learned.

@@ -12,7 +12,8 @@ from gndet.data import between, inspect_both
 from gndet.data.faults import NOTED, refuse_all
 from gndet.data.packed import count_objects
 from gndet.data.records import Dataset
-from gndet.distributed import Process, gather, give_first_s, place
+from gndet.distributed.collectives import gather, give_first_s
+from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.fingerprint import fingerprints
 from gndet.micro_batch import buckets_for, images_at_once

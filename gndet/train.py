@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from gndet.config.schema import Config
 from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
-from gndet.distributed import Process, gather, give_first_s, limit_waiting, process
+from gndet.distributed.collectives import gather, give_first_s
+from gndet.distributed.process import Process, limit_waiting, process
+from gndet.distributed.signals import Stop, StopSignals
+from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.evaluation import scalars
 from gndet.metrics import Meter, open_log
@@ -29,8 +32,6 @@ from gndet.run_evaluation import evaluate_run
 from gndet.run_folder import locked, make_run, mark_failed, mark_preempted, move_aside, unmark_preempted
 from gndet.saving import Saver
 from gndet.set_up import set_up
-from gndet.signals import Stop, StopSignals
-from gndet.watch import BEAT
 
 
 def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -> dict[str, float]:

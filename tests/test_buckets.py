@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from gndet.buckets import Buckets
 from gndet.data.batching import Replay, train_batches
-from gndet.distributed import Process
+from gndet.distributed.process import Process
+from gndet.distributed.signals import Stop, StopSignals
 from gndet.micro_batch import gradients
 from gndet.run import Run
 from gndet.set_up import build_run
-from gndet.signals import Stop, StopSignals
 
 FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
 

@@ -16,7 +16,7 @@ from gndet.config.schema import DataConfig, TrainConfig
 from gndet.data import read_dataset
 from gndet.data.batching import collate, split, train_batches
 from gndet.data.transforms import Sample
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.errors import ConfigError
 from gndet.micro_batch import backward
 from gndet.run import Run

@@ -15,7 +15,7 @@ from torch import nn
 from gndet.checkpoint import load_checkpoint
 from gndet.cli import main
 from gndet.config.schema import SourceConfig
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.inference import load_detector
 from gndet.modeling.mask_rcnn import build_model
 from gndet.modeling.norms.layers import FrozenBatchNorm

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 CODE = (
-    "import os, sys\nfrom gndet.distributed import process\nwith process(sys.argv[1]):\n"
+    "import os, sys\nfrom gndet.distributed.process import process\nwith process(sys.argv[1]):\n"
     "    print({name: value for name, value in os.environ.items() if 'ALLOC_CONF' in name})"
 )
 

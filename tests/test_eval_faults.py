@@ -20,7 +20,8 @@ from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
 from gndet.data.records import Dataset
 from gndet.data.transforms import test_sample as evaluation_sample
-from gndet.distributed import Process, collect, gather, spawn
+from gndet.distributed.collectives import collect, gather
+from gndet.distributed.process import Process, spawn
 from gndet.errors import DataError
 from gndet.evaluation import Evaluation, detect_dataset, evaluate, scalars, table
 from gndet.ops.noise import uniform

@@ -14,7 +14,7 @@ from test_train import CONFIG, load, losses
 
 from gndet.cli import main
 from gndet.data.batching import largest_batch
-from gndet.distributed import process
+from gndet.distributed.process import process
 from gndet.memory import MIB, limited, out_of_memory
 from gndet.micro_batch import backward, to_device
 from gndet.set_up import build_run
@@ -89,7 +89,7 @@ def test_copies_ahead_arrive_whole_and_in_order() -> None:
 
 def test_expandable_segments_are_set_before_the_gpu_is_used_unless_the_user_says_otherwise() -> None:
     code = (
-        "import torch\nfrom gndet.distributed import process\n"
+        "import torch\nfrom gndet.distributed.process import process\n"
         "with process('cuda') as proc:\n    x = torch.ones(1, device=proc.device)\n"
         "print(any(segment['is_expandable'] for segment in torch.cuda.memory_snapshot()))"
     )

@@ -268,7 +268,7 @@ SCRIPT = """
 import multiprocessing, sys, time
 sys.path.insert(0, {folder!r})
 from test_loader_faults import simple, slow, threads
-from gndet.distributed import spawn
+from gndet.distributed.process import spawn
 
 def run(proc=None):
     global results

@@ -15,12 +15,13 @@ from models import make_batch, small_model
 from rich.console import Console
 from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
 
+from gndet.buckets import sum_gradients
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
 from gndet.data.batching import Loaded, Replay, largest_batch, micro_batches, split, train_batches
-from gndet.distributed import Process, sum_gradients
+from gndet.distributed.process import Process
 from gndet.errors import ConfigError, TrainingError
 from gndet.memory import MIB, TensorBytes
 from gndet.micro_batch import backward, check_split, resident_bytes

@@ -19,6 +19,7 @@ from conftest import REPOSITORY
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
+from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.norm_study import Work, finished, study
 from gndet.norm_study.budget import estimate, fit_budget, per_image_at
@@ -29,7 +30,6 @@ from gndet.report import report
 from gndet.report.study import command as study_command
 from gndet.report.study import draw, section
 from gndet.selftest.tiny import CONFIG
-from gndet.signals import Stop, StopSignals
 from gndet.study_results import (
     Result,
     Speed,

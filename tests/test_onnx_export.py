@@ -14,7 +14,7 @@ from gndet import onnx_export
 from gndet.checkpoint import save_checkpoint
 from gndet.cli import main
 from gndet.config.loading import config_from_dict, load_config, with_overrides
-from gndet.distributed import process
+from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.inference import load_detector
 from gndet.modeling.mask_rcnn import build_model

@@ -15,7 +15,7 @@ from torch import Tensor
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, TrainingError
 from gndet.evaluation import scalars
 from gndet.inference import evaluate_checkpoint, load_detector

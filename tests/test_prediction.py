@@ -15,7 +15,7 @@ from gndet.cli import main
 from gndet.data.images import open_picture, picture_record, picture_size
 from gndet.data.records import Dataset
 from gndet.data.video import VideoWriter, read_frames
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation import detect_dataset
 from gndet.inference import Detector, load_detector

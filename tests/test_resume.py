@@ -15,7 +15,7 @@ from test_train import CONFIG, assert_same, forget, load, losses
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data import shapes
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.errors import TrainingError
 from gndet.progress import Best, Progress
 from gndet.saving import Saver

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from gndet.signals import SAME, Stop, StopSignals
+from gndet.distributed.signals import SAME, Stop, StopSignals
 
 pytestmark = pytest.mark.faults
 
@@ -73,7 +73,7 @@ def test_a_stop_of_another_process_is_no_signal_of_this_one() -> None:
 @pytest.mark.parametrize("busy", ["time.sleep(60)", "sum(range(10**6))"])
 def test_a_second_signal_ends_the_process_whatever_it_does(busy: str) -> None:
     script = (
-        "import sys, time\nfrom gndet.signals import StopSignals\n"
+        "import sys, time\nfrom gndet.distributed.signals import StopSignals\n"
         f"with StopSignals():\n    print('ready', flush=True)\n    while True:\n        {busy}\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.turns import Subject, Turn, Work, take_turns
-from gndet.distributed import keep_freed_memory
+from gndet.distributed.process import keep_freed_memory
 from gndet.modeling.norms import triton_kernels as norm_kernels
 from gndet.modeling.norms.group_norm import gradients, normalize
 

@@ -32,7 +32,7 @@ from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data.records import MASK_SIDE
 from gndet.data.segmentation import box_frame_masks
-from gndet.distributed import keep_freed_memory, place, process
+from gndet.distributed.process import keep_freed_memory, place, process
 from gndet.errors import ConfigError
 from gndet.memory import MIB
 from gndet.micro_batch import backward, to_device

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gndet.config.schema import Config
-from gndet.distributed import keep_freed_memory
+from gndet.distributed.process import keep_freed_memory
 from gndet.doctor.facts import Fact, Facts, reason
 
 LITTLE = 2 << 30  # bytes: a run of the quickstart takes one GiB, torch and its data included

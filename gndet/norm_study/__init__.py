@@ -14,7 +14,8 @@ import torch
 from gndet.checkpoint import load_checkpoint, run_checkpoints, save_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
-from gndet.distributed import Process
+from gndet.distributed.process import Process
+from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError
 from gndet.metrics import read_metrics
 from gndet.norm_study.budget import estimate, fit_budget
@@ -22,7 +23,6 @@ from gndet.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.report.study import draw
 from gndet.run_folder import locked
-from gndet.signals import Stop, StopSignals
 from gndet.study_results import (
     CURVE,
     METRICS,

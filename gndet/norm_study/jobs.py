@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from gndet.signals import Stop, StopSignals
+from gndet.distributed.signals import Stop, StopSignals
 
 POLL = 0.1
 PATIENCE = 120.0  # seconds in which a run that is asked to stop saves what it learned

@@ -21,7 +21,7 @@ from gndet import checkpoint
 from gndet.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint, run_checkpoints, sweep
 from gndet.config.loading import load_config
 from gndet.data import read_dataset
-from gndet.distributed import Process
+from gndet.distributed.process import Process
 from gndet.optim import average_weights, make_optimizer
 from gndet.progress import Best, Progress
 from gndet.run import Run

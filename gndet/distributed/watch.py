@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gndet.distributed.signals import Stop
 from gndet.errors import Preempted
-from gndet.signals import Stop
 
 BEAT = 0.25  # seconds between two lines of a process
 GRACE = 5.0  # seconds that the collective itself has to fail in, before the process ends without it

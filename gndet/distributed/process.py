@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
-from gndet.errors import ConfigError, ProcessLost, TrainingError
-from gndet.signals import Stop
-from gndet.watch import Watch
+from gndet.distributed.watch import Watch
+from gndet.errors import ConfigError
 
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and without it
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # torch's, new and old names
 START_TIMEOUT = 600.0  # seconds in which processes find each other, read their data, and the first calibrates
-BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 
 
@@ -116,21 +114,6 @@ def limit_waiting(proc: Process, seconds: float) -> None:
         named(timedelta(seconds=seconds))
 
 
-@contextmanager
-def together(proc: Process) -> Iterator[None]:
-    """Wait for the other processes.  Raises ProcessLost, which says what is known of them, where they do not come."""
-    try:
-        with proc.watch.waiting() if proc.watch else nullcontext():
-            yield
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        if proc.watch is None:
-            raise ProcessLost(f"process {proc.rank}: the others did not come: {reason}") from error
-        text = f"process {proc.rank} {proc.watch.where()}: the others did not come: {proc.watch.others()} ({reason})"
-        proc.watch.dump(text)
-        raise ProcessLost(text) from error
-
-
 def keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory: page faults of mapping it anew cost 38 % of a CPU training step."""
     if sys.platform == "linux":
@@ -145,93 +128,3 @@ def place(model: nn.Module, precision: str, proc: Process) -> tuple[nn.Module, C
     model = model.to(proc.device, torch.float64 if precision == "float64" else None, memory_format=torch.channels_last)
     bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")
     return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext
-
-
-def sum_gradients(model: nn.Module, proc: Process) -> None:
-    """Sum the gradients over the processes, each once, in messages of at least BUCKET elements but the last.
-
-    Called once an update, when every process has computed its share, where SyncBN's messages leave no room for those of
-    `gndet.buckets` in the backward pass.
-    """
-    if proc.world == 1:
-        return
-    bucket: list[nn.Parameter] = []
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter)
-        if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
-            flat = torch.cat([p.grad.flatten() for p in bucket])
-            with together(proc):
-                dist.all_reduce(flat)
-            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad.copy_(part.view_as(p.grad))
-            bucket = []
-    if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
-        with together(proc):
-            torch.cuda.synchronize(proc.device)
-
-
-def give_first_s(tensors: Iterable[Tensor], proc: Process) -> None:
-    """Give every process the first one's values: initial weights, BN's running statistics."""
-    if proc.world > 1:
-        for tensor in tensors:
-            dense = tensor.contiguous()
-            with together(proc):
-                dist.broadcast(dense, 0)
-            tensor.copy_(dense)
-
-
-def gather(items: list[Any], proc: Process) -> list[list[Any]]:
-    """Every process's list, by rank, on every process."""
-    if proc.world == 1:
-        return [items]
-    gathered: list[Any] = [None] * proc.world
-    with together(proc):
-        dist.all_gather_object(gathered, items)
-    return gathered
-
-
-def collect(items: list[Any], proc: Process) -> list[list[Any]]:
-    """Every process's list, by rank, on the first process; none on the others, who need not carry them."""
-    if proc.world == 1:
-        return [items]
-    collected: list[Any] | None = [None] * proc.world if proc.first else None
-    with together(proc):
-        dist.gather_object(items, collected)
-    return collected or []
-
-
-def total(values: Tensor, proc: Process) -> Tensor:
-    """The sum of a tensor over the processes."""
-    if proc.world > 1:
-        with together(proc):
-            dist.all_reduce(values)
-    return values
-
-
-def least(values: Sequence[int], proc: Process) -> list[int]:
-    """The smallest of each value in any process; all get the same answer."""
-    if proc.world == 1:
-        return list(values)
-    smallest = torch.tensor(values)
-    with together(proc):
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return smallest.tolist()
-
-
-def meet(trouble: BaseException | None, proc: Process) -> None:
-    """Raise, in all processes, what stopped any of them: an error before a Stop, its own before that of others.
-
-    trouble: this process's, or None.  All processes call it once, where their work may have ended otherwise.
-    """
-    mine = "" if trouble is None else repr(Stop) if isinstance(trouble, Stop) else str(trouble)
-    texts = [text for part in gather([mine], proc) for text in part]
-    errors = [text for text in texts if text not in ("", repr(Stop))]
-    if trouble is not None and (not errors or not isinstance(trouble, Stop)):
-        raise trouble
-    if errors:
-        raise TrainingError("\n".join(dict.fromkeys(errors)))
-    if repr(Stop) in texts:
-        raise Stop

@@ -15,9 +15,9 @@ import torch
 
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
-from gndet.data.batching import collate
+from gndet.data.batches.batch import collate
+from gndet.data.batches.transforms import Sample
 from gndet.data.records import MASK_SIDE
-from gndet.data.transforms import Sample
 from gndet.distributed.process import place, process
 from gndet.micro_batch import backward, to_device
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
-from gndet.data.batching import collate
-from gndet.data.transforms import train_sample
+from gndet.data.batches.batch import collate
+from gndet.data.batches.transforms import train_sample
 from gndet.structures import Batch
 
 

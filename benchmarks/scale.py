@@ -34,7 +34,7 @@ from gndet.buckets import Buckets, sum_gradients
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
-from gndet.data.batching import train_batches
+from gndet.data.batches.stream import train_batches
 from gndet.distributed.process import Process, keep_freed_memory, place
 from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import build_model

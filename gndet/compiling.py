@@ -11,7 +11,8 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from gndet.config.schema import TrainConfig
-from gndet.data.batching import largest_batch, micro_batches
+from gndet.data.batches.batch import largest_batch
+from gndet.data.batches.stream import micro_batches
 from gndet.errors import ConfigError
 from gndet.memory import out_of_memory, release
 from gndet.micro_batch import backward, clear_gradients, running_statistics

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.config.schema import Config
-from gndet.data.batching import test_batches
+from gndet.data.batches.stream import test_batches
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.paste import Paste, paste_masks

@@ -21,9 +21,9 @@ from torch import Tensor
 from gndet.buckets import sum_gradients
 from gndet.config.schema import Config
 from gndet.data import read_dataset
-from gndet.data.batching import micro_batches
+from gndet.data.batches.stream import micro_batches
+from gndet.data.batches.transforms import Sample, train_sample
 from gndet.data.records import MASK_SIDE, Dataset, Record
-from gndet.data.transforms import Sample, train_sample
 from gndet.distributed.collectives import total
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError

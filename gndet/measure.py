@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gndet.config.schema import Config
-from gndet.data.batching import collate
-from gndet.data.transforms import Sample
+from gndet.data.batches.batch import collate
+from gndet.data.batches.transforms import Sample
 from gndet.leaks import Choices, choices, kept_statistics, relative
 from gndet.micro_batch import to_device
 from gndet.modeling.conv_norm import ConvNorm

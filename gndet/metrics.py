@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from gndet.data.batching import Loaded
+from gndet.data.batches.stream import Loaded
 from gndet.errors import DataError, OutputError
 from gndet.event_file import EventFile
 from gndet.files import RecordFile

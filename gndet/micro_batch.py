@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from gndet.buckets import Buckets, sum_gradients
 from gndet.config.schema import Config
-from gndet.data.batching import Replay, largest_batch, split
+from gndet.data.batches.batch import largest_batch, split
+from gndet.data.batches.stream import Replay
 from gndet.distributed.collectives import gather, least
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals

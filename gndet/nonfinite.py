@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gndet.data.batching import Loaded, split
+from gndet.data.batches.batch import split
+from gndet.data.batches.stream import Loaded
 from gndet.distributed.collectives import gather, total
 from gndet.distributed.process import Process
 from gndet.errors import DataError, TrainingError

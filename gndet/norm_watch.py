@@ -14,8 +14,9 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from gndet.data.batching import Loaded, collate
-from gndet.data.transforms import UnreadablePicture, test_sample
+from gndet.data.batches.batch import collate
+from gndet.data.batches.stream import Loaded
+from gndet.data.batches.transforms import UnreadablePicture, test_sample
 from gndet.errors import OutputError
 from gndet.memory import out_of_memory, release
 from gndet.metrics import read_metrics, truncate

@@ -22,9 +22,9 @@ import gndet
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
+from gndet.data.batches.transforms import resized
 from gndet.data.images import open_picture
 from gndet.data.shapes import read_shapes
-from gndet.data.transforms import resized
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.files import make_room_for

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from gndet.config.schema import Config
-from gndet.data.batching import Loaded, Replay, micro_batches, train_batches
+from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
 from gndet.distributed.collectives import gather, give_first_s
 from gndet.distributed.process import Process, limit_waiting, process
 from gndet.distributed.signals import Stop, StopSignals

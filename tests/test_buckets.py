@@ -18,7 +18,7 @@ from test_train import CONFIG, load
 from torch import Tensor, nn
 
 from gndet.buckets import Buckets
-from gndet.data.batching import Replay, train_batches
+from gndet.data.batches.stream import Replay, train_batches
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.micro_batch import gradients

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
+from gndet.data.batches.transforms import test_sample as evaluation_sample
 from gndet.data.records import Dataset
-from gndet.data.transforms import test_sample as evaluation_sample
 from gndet.distributed.collectives import collect, gather
 from gndet.distributed.process import Process, spawn
 from gndet.errors import DataError

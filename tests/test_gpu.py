@@ -13,7 +13,7 @@ from rich.console import Console
 from test_train import CONFIG, load, losses
 
 from gndet.cli import main
-from gndet.data.batching import largest_batch
+from gndet.data.batches.batch import largest_batch
 from gndet.distributed.process import process
 from gndet.memory import MIB, limited, out_of_memory
 from gndet.micro_batch import backward, to_device

@@ -16,7 +16,7 @@ from gndet.cli import main
 from gndet.config.loading import load_config
 from gndet.config.schema import BoxHeadConfig, NormConfig, RPNConfig
 from gndet.data import read_dataset
-from gndet.data.transforms import Sample
+from gndet.data.batches.transforms import Sample
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
 from gndet.invariance import check_invariance, choose_samples

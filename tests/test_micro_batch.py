@@ -20,7 +20,8 @@ from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config, DataConfig
 from gndet.data import read_dataset
-from gndet.data.batching import Loaded, Replay, largest_batch, micro_batches, split, train_batches
+from gndet.data.batches.batch import largest_batch, split
+from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, TrainingError
 from gndet.memory import MIB, TensorBytes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
-from gndet.data.batching import Loaded, train_batches
+from gndet.data.batches.stream import Loaded, train_batches
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.nonfinite import allowed, describe, examine, read_batch, refuse, summed

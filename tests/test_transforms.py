@@ -11,7 +11,8 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset, transforms
+from gndet.data import read_dataset
+from gndet.data.batches import transforms
 from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.data.segmentation import box_frame_masks, into_frames, to_rle
 from gndet.errors import DataError

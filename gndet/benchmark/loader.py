@@ -22,9 +22,9 @@ from gndet.benchmark.scene import CATEGORIES, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data import read_dataset
-from gndet.data.batching import collate
+from gndet.data.batches.batch import collate
+from gndet.data.batches.transforms import train_sample
 from gndet.data.records import Dataset
-from gndet.data.transforms import train_sample
 from gndet.errors import ConfigError
 
 SIZE = (480, 640)  # height, width of the pictures that are drawn

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data import read_dataset
-from gndet.data.batching import Loaded, largest_batch, train_batches
-from gndet.data.loader import PREFETCH
+from gndet.data.batches.batch import largest_batch
+from gndet.data.batches.stream import Loaded, train_batches
+from gndet.data.batches.workers import PREFETCH
 from gndet.data.records import Dataset
 from gndet.doctor.facts import Fact, Facts
 from gndet.metrics import read_metrics

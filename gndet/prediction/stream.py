@@ -13,11 +13,12 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from gndet.data.batching import Skipped, collate, test_batches
+from gndet.data.batches.batch import collate
+from gndet.data.batches.stream import Skipped, test_batches
+from gndet.data.batches.transforms import test_sample
 from gndet.data.images import picture_record
 from gndet.data.records import Dataset, Record
 from gndet.data.sources import Pictures
-from gndet.data.transforms import test_sample
 from gndet.data.video import Frame, read_frames
 from gndet.inference import Detector
 from gndet.structures import Batch

@@ -9,7 +9,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.config.schema import Config
-from gndet.data.batching import Loaded, train_batches
+from gndet.data.batches.stream import Loaded, train_batches
 from gndet.data.records import Dataset
 from gndet.errors import GndetError
 from gndet.paste import paste_masks

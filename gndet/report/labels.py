@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from gndet.data.batches.transforms import resized
 from gndet.data.records import Dataset
-from gndet.data.transforms import resized
 from gndet.report import blocks, charts
 from gndet.report.record import RunRecord
 

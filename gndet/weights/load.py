@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gndet.config.schema import Config, ModelConfig
-from gndet.data.batching import sample_batch
+from gndet.data.batches.batch import sample_batch
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model

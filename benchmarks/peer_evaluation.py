@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orjson
 
-from gndet.garbage import no_garbage
+from gndet.data.datasets.coco import no_garbage
 from gndet.results import from_coco
 from gndet.scoring import coco_metrics
 

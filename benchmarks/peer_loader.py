@@ -7,9 +7,9 @@ a training step takes it: 800 pixels on the shorter edge, 1,333 at most on the l
 from collections.abc import Callable
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import train_sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.structures import Batch
 
 

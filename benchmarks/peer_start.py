@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gndet.config.schema import DataConfig
-from gndet.data.coco import inspect_file
+from gndet.data.datasets.coco import inspect_file
 from gndet.data.records import Dataset
 
 

@@ -33,8 +33,8 @@ from gndet.benchmark.step import SETTINGS, guide, near, to_batch
 from gndet.buckets import Buckets, sum_gradients
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches.stream import train_batches
+from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process, keep_freed_memory, place
 from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import build_model

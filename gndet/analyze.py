@@ -12,9 +12,9 @@ from gndet.analysis.read import read_results
 from gndet.analysis.tables import Table, all_tables
 from gndet.config.loading import load_config
 from gndet.config.schema import Config, DataConfig
-from gndet.data import read_dataset
-from gndet.data.coco import inspect_file
-from gndet.data.faults import refuse
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.faults import refuse
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.files import make_folder, make_room_for, write_whole

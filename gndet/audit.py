@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, load_config, with_overrides
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
 from gndet.errors import CheckpointError, DataError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.weights.audit import Audit, audit, summary, table

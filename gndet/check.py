@@ -1,6 +1,6 @@
 """`gndet check`: what is wrong with a data set, all of it, before a GPU is waited for.
 
-The reader is the checker (gndet/data/faults.py holds the outcomes); this reads both sets of a config, or one file,
+The reader is the checker (`datasets/faults.py` holds the outcomes); this reads both sets of a config, or one file,
 looks at the pictures if asked to, and reports. Nothing is written but what is asked for, never among the user's data.
 """
 
@@ -19,10 +19,10 @@ from gndet.check_report import Checked, finding_lines, report, to_json
 from gndet.config.loading import config_files, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
 from gndet.contact_sheet import contact_sheet
-from gndet.data import as_configured, between, inspect_both, without_masks
-from gndet.data.coco import inspect_file
-from gndet.data.faults import REFUSED
-from gndet.data.files import PICTURE, read_head, what_is
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.faults import REFUSED
+from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
+from gndet.data.datasets.reading import as_configured, between, inspect_both, without_masks
 from gndet.data.records import Dataset, Finding
 from gndet.errors import ConfigError, OutputError
 from gndet.visualize import save_picture

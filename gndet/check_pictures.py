@@ -8,10 +8,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gndet.check_report import Checked
 from gndet.config.schema import DataConfig
-from gndet.data import whole
-from gndet.data.cache import keep_pictures
-from gndet.data.faults import SKIPPABLE, Findings, in_order, several, skipping_unreadable
-from gndet.data.pictures import Look, Picture, look_at_all, processors
+from gndet.data.datasets.cache import keep_pictures
+from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, several, skipping_unreadable
+from gndet.data.datasets.json_parts import processors
+from gndet.data.datasets.reading import whole
+from gndet.data.pictures import Look, Picture, look_at_all
 
 Show = Callable[[str], None]
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gndet.data.faults import REFUSED, SEVERITIES, describe, several
+from gndet.data.datasets.faults import REFUSED, SEVERITIES, describe, several
+from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
-from gndet.data.segmentation import printable
 
 LISTED_CLASSES = 100  # more are counted only
 SMALL, LARGE = 32**2, 96**2  # pixels of area, as COCO's metric divides objects

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gndet.data.faults import Fault
-from gndet.data.images import open_picture
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import open_picture
+from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset
-from gndet.data.segmentation import printable
 from gndet.errors import DataError
 from gndet.visualize import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 

@@ -7,7 +7,7 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
 from gndet.config.presets import DATA
 from gndet.config.schema import Config, ModelConfig, NormConfig
-from gndet.data.images import find_pictures, open_picture, picture_record
+from gndet.data.datasets.images import find_pictures, open_picture, picture_record
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.weights.export import TOOLKITS, export_weights, write_export

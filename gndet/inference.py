@@ -9,7 +9,7 @@ from typing import NamedTuple
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import collect, gather
 from gndet.distributed.process import Process, place

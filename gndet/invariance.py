@@ -20,9 +20,9 @@ from torch import Tensor
 
 from gndet.buckets import sum_gradients
 from gndet.config.schema import Config
-from gndet.data import read_dataset
 from gndet.data.batches.stream import micro_batches
 from gndet.data.batches.transforms import Sample, train_sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.distributed.collectives import total
 from gndet.distributed.process import Process, spawn

@@ -21,10 +21,10 @@ from torchvision.transforms.v2 import functional
 import gndet
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config, DataConfig
-from gndet.data import read_dataset
 from gndet.data.batches.transforms import resized
-from gndet.data.images import open_picture
-from gndet.data.shapes import read_shapes
+from gndet.data.datasets.images import open_picture
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.files import make_room_for

@@ -14,9 +14,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gndet.data.coco import to_coco
+from gndet.data.datasets.coco import no_garbage, to_coco
 from gndet.data.records import Dataset
-from gndet.garbage import no_garbage
 from gndet.results import Results
 
 Kind = Literal["bbox", "segm"]

@@ -8,9 +8,9 @@ from gndet.checkpoint import Checkpoint
 from gndet.compiling import compile_ahead, compiled
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
-from gndet.data import between, inspect_both
-from gndet.data.faults import NOTED, refuse_all
-from gndet.data.packed import count_objects
+from gndet.data.datasets.faults import NOTED, refuse_all
+from gndet.data.datasets.packed import count_objects
+from gndet.data.datasets.reading import between, inspect_both
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import gather, give_first_s
 from gndet.distributed.process import Process, place

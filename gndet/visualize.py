@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
+from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
-from gndet.data.segmentation import to_rle
 
 MIN_SIDE = 640  # pixels, of the longer side; a smaller picture is enlarged so that its labels are legible
 MAX_LABELS = 40  # above this many objects their labels would cover the picture, and are left out

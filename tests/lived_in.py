@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
-from gndet.data import read_dataset
 from gndet.data.batches.batch import sample_batch
 from gndet.data.batches.stream import train_batches
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import NORM_LAYERS, NoNorm

@@ -17,8 +17,8 @@ from gndet.analysis.errors import KINDS
 from gndet.analysis.matches import false_positives, true_positives
 from gndet.analyze import analyze, read_subject
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
-from gndet.data.coco import to_coco
+from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.results import Results, from_coco

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches import stream as batching
 from gndet.data.batches.transforms import Sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import MASK_SIDE, Dataset
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints

@@ -20,11 +20,11 @@ from test_check import Hostile, make_bad_objects
 from gndet.check import check
 from gndet.config.loading import load_config
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import between, inspect_both, inspect_dataset, read_dataset
-from gndet.data import cache as cache_module
-from gndet.data.cache import keep_pictures
-from gndet.data.coco import inspect_file
-from gndet.data.packed import Packed
+from gndet.data.datasets import cache as cache_module
+from gndet.data.datasets.cache import keep_pictures
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.packed import Packed
+from gndet.data.datasets.reading import between, inspect_both, inspect_dataset, read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, DataError
 

@@ -22,8 +22,8 @@ from gndet.check import check, guess_folder
 from gndet.config.loading import load_config
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.contact_sheet import chosen, contact_sheet
-from gndet.data import inspect_dataset, read_dataset
-from gndet.data.faults import FAULTS
+from gndet.data.datasets.faults import FAULTS
+from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.data.pictures import Picture, look_at_all, look_at_picture
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.set_up import read_both

@@ -15,10 +15,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
-from gndet.data.coco import read_coco, to_coco
+from gndet.data.datasets.coco import read_coco, to_coco
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
 from gndet.data.records import Dataset
-from gndet.data.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
 from gndet.errors import DataError
 
 Tree = dict[str, Any]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from gndet.config.schema import DataConfig
-from gndet.data import coco, columns, json_parts
-from gndet.data.coco import inspect_file
-from gndet.data.packed import count_objects
+from gndet.data.datasets import coco, columns, json_parts
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset
 
 PLAIN = DataConfig(cache="")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gndet.compiling import compile_ahead, compiled
 from gndet.config.schema import DataConfig, TrainConfig
-from gndet.data import read_dataset
 from gndet.data.batches.batch import collate, split
 from gndet.data.batches.stream import train_batches
 from gndet.data.batches.transforms import Sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
 from gndet.micro_batch import backward

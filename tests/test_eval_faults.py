@@ -17,8 +17,8 @@ from test_evaluation import ENGINES
 from torch import Tensor, nn
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches.transforms import test_sample as evaluation_sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import collect, gather
 from gndet.distributed.process import Process, spawn

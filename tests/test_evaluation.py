@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import gndet.results
 from gndet import evaluation
 from gndet.config.schema import Config, DataConfig, DatasetConfig
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset
-from gndet.data.segmentation import to_rle
 from gndet.paste import paste_masks
 from gndet.results import from_coco, join, save_results
 from gndet.scoring import Metrics, coco_metrics

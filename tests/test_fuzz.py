@@ -12,9 +12,9 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.coco import inspect_file
-from gndet.data.faults import FAULTS
-from gndet.data.segmentation import box_frame_masks, to_rle
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.faults import FAULTS
+from gndet.data.datasets.segmentation import box_frame_masks, to_rle
 
 CASES = 500  # of each kind: polygons, RLE masks, boxes, whole annotations
 SIZE = (20, 30)

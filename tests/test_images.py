@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gndet.data.images import open_picture, read_image
+from gndet.data.datasets.images import open_picture, read_image
 from gndet.errors import DataError, MachineError
 
 

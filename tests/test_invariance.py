@@ -15,8 +15,8 @@ from test_train import CONFIG
 from gndet.cli import main
 from gndet.config.loading import load_config
 from gndet.config.schema import BoxHeadConfig, NormConfig, RPNConfig
-from gndet.data import read_dataset
 from gndet.data.batches.transforms import Sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
 from gndet.invariance import check_invariance, choose_samples

@@ -22,11 +22,11 @@ from PIL import Image
 from test_batching import DATA, equal
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches import stream as batching
 from gndet.data.batches.stream import Loaded, micro_batches
 from gndet.data.batches.workers import GRACE, prepared
-from gndet.data.images import read_image
+from gndet.data.datasets.images import read_image
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints

@@ -19,9 +19,9 @@ from gndet.buckets import sum_gradients
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config, DataConfig
-from gndet.data import read_dataset
 from gndet.data.batches.batch import largest_batch, split
 from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
+from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, TrainingError
 from gndet.memory import MIB, TensorBytes

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from gndet.cli import main
-from gndet.data.images import open_picture, picture_record, picture_size
+from gndet.data.datasets.images import open_picture, picture_record, picture_size
 from gndet.data.records import Dataset
 from gndet.data.video import VideoWriter, read_frames
 from gndet.distributed.process import Process

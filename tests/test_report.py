@@ -15,8 +15,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from gndet.cli import main
 from gndet.config.loading import load_config, with_overrides
-from gndet.data import read_dataset
-from gndet.data.coco import to_coco
+from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError, TrainingError
 from gndet.report import blocks, charts, report
 from gndet.report.overview import verdict

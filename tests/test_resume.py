@@ -14,7 +14,7 @@ from rich.console import Console
 from test_train import CONFIG, assert_same, forget, load, losses
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
-from gndet.data import shapes
+from gndet.data.datasets import shapes
 from gndet.distributed.process import Process
 from gndet.errors import TrainingError
 from gndet.progress import Best, Progress

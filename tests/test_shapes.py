@@ -7,9 +7,9 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.shapes import CLASSES, draw_image
 from gndet.data.records import Dataset
-from gndet.data.shapes import CLASSES, draw_image
 from gndet.errors import DataError
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
-from gndet.data import shapes
+from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.selftest.tiny import CONFIG
 from gndet.train import train

@@ -11,10 +11,10 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches import transforms
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.segmentation import box_frame_masks, into_frames, to_rle
 from gndet.data.records import MASK_SIDE, Dataset, Record
-from gndet.data.segmentation import box_frame_masks, into_frames, to_rle
 from gndet.errors import DataError
 
 PLAIN = DataConfig(shortest_edge=(96,), flip=0)

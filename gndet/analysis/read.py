@@ -11,9 +11,9 @@ import numpy as np
 import orjson
 from pycocotools import mask as coco_mask
 
-from gndet.data.faults import Fault
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.segmentation import brief, check_segmentation, to_rle
 from gndet.data.records import Dataset
-from gndet.data.segmentation import brief, check_segmentation, to_rle
 from gndet.errors import DataError
 from gndet.results import Results, from_coco
 

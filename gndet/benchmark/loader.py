@@ -21,9 +21,9 @@ from gndet.benchmark.report import machine, table
 from gndet.benchmark.scene import CATEGORIES, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import train_sample
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError
 

@@ -22,9 +22,9 @@ from pycocotools.coco import COCO
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.config.schema import DataConfig
-from gndet.data.cache import SETTLED
-from gndet.data.coco import inspect_file
-from gndet.data.faults import refuse
+from gndet.data.datasets.cache import SETTLED
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.faults import refuse
 from gndet.errors import ConfigError
 
 SIZE = (480, 640)  # height, width of the images

@@ -30,8 +30,8 @@ from gndet.benchmark.turns import Subject, Work, take_turns
 from gndet.compiling import compiled
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
+from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE
-from gndet.data.segmentation import box_frame_masks
 from gndet.distributed.process import keep_freed_memory, place, process
 from gndet.errors import ConfigError
 from gndet.memory import MIB

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -15,8 +14,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
-from gndet.data.faults import Fault
-from gndet.data.images import read_image
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import read_image
 from gndet.errors import DataError
 
 AHEAD = 4  # pictures a process has before it, so that it does not wait for the next
@@ -185,8 +184,3 @@ def _work(connection: Connection, look: Looker) -> None:
         while True:
             place, picture = connection.recv()
             connection.send(Look(place, *look(picture)))
-
-
-def processors() -> int:
-    """How many processes can run at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

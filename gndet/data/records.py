@@ -24,7 +24,7 @@ class Record(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """One kind of fault of a data set; `gndet.data.faults` holds the kinds."""
+    """One kind of fault of a data set; `gndet.data.datasets.faults` holds the kinds."""
 
     code: str  # like box-outside
     severity: str  # E: training is refused; F: fixed in memory; N: noted

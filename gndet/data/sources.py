@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from gndet.data.faults import Fault
-from gndet.data.images import FORMATS, find_pictures, picture_record, picture_size, read_image
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import FORMATS, find_pictures, picture_record, picture_size, read_image
 from gndet.data.records import Record
 from gndet.errors import DataError
 

@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig, NormConfig
-from gndet.data.shapes import read_shapes
+from gndet.data.datasets.shapes import read_shapes
 from gndet.doctor.facts import Fact, Facts, reason
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
-from gndet.data import read_dataset
 from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.data.batches.workers import PREFETCH
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.doctor.facts import Fact, Facts
 from gndet.metrics import read_metrics

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gndet.data.images import no_limit_of_pillows
+from gndet.data.datasets.images import no_limit_of_pillows
 from gndet.data.sources import find_sources, measure_pictures
 from gndet.data.video import VideoWriter, video_rate
 from gndet.errors import ConfigError, DataError, OutputError

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from gndet.data.pictures import processors
+from gndet.data.datasets.json_parts import processors
+from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
-from gndet.data.segmentation import printable
 from gndet.data.video import Frame
 from gndet.errors import OutputError
 from gndet.evaluation import aligned, to_results

@@ -16,7 +16,7 @@ import torch
 from gndet.data.batches.batch import collate
 from gndet.data.batches.stream import Skipped, test_batches
 from gndet.data.batches.transforms import test_sample
-from gndet.data.images import picture_record
+from gndet.data.datasets.images import picture_record
 from gndet.data.records import Dataset, Record
 from gndet.data.sources import Pictures
 from gndet.data.video import Frame, read_frames

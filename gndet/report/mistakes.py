@@ -8,8 +8,8 @@ from pycocotools import mask as coco_mask
 from gndet.analysis import Analysis
 from gndet.analysis.errors import KINDS
 from gndet.analysis.tables import error_table, image_table, suspect_table
+from gndet.data.datasets.segmentation import printable, to_rle
 from gndet.data.records import Dataset, Record
-from gndet.data.segmentation import printable, to_rle
 from gndet.errors import DataError
 from gndet.report import blocks, charts
 from gndet.report.blocks import Picture

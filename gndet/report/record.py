@@ -13,7 +13,7 @@ from gndet.analysis.read import read_results
 from gndet.checkpoint import load_checkpoint, resolve, run_checkpoints
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, DataError, GndetError
 from gndet.metrics import read_metrics

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gndet import checkpoint, micro_batch, run_evaluation, train
-from gndet.data import shapes
+from gndet.data.datasets import shapes
 from gndet.modeling import resnet
 from gndet.selftest.tiny import note
 

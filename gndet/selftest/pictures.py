@@ -10,7 +10,7 @@ from PIL import Image
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.shapes import read_shapes
+from gndet.data.datasets.shapes import read_shapes
 from gndet.metrics import read_metrics
 from gndet.selftest.launch import finish, start
 from gndet.selftest.tiny import check, check_same, newest_update

@@ -9,8 +9,8 @@ import torch
 
 from gndet.checkpoint import CHECKPOINTS
 from gndet.config.loading import load_config
-from gndet.data import read_dataset
 from gndet.data.batches.stream import Loaded, train_batches
+from gndet.data.datasets.reading import read_dataset
 from gndet.run_folder import PREEMPTED
 from gndet.selftest.launch import Faults, finish, start, unbroken
 from gndet.selftest.tiny import check, check_same, newest_update, read_trace, write_config

@@ -20,7 +20,7 @@ from torch import nn
 from gndet import checkpoint
 from gndet.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint, run_checkpoints, sweep
 from gndet.config.loading import load_config
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.optim import average_weights, make_optimizer
 from gndet.progress import Best, Progress

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gndet.config.schema import DataConfig
 from gndet.data.batches.transforms import Sample, resized, test_sample
-from gndet.data.packed import count_objects
+from gndet.data.datasets.packed import count_objects
 from gndet.data.records import MASK_SIDE, Dataset
 from gndet.structures import Batch, GroundTruth
 

@@ -17,7 +17,7 @@ from gndet.config.schema import DataConfig
 from gndet.data.batches.batch import collate, most_objects
 from gndet.data.batches.transforms import Sample, UnreadablePicture, check_masks, test_sample, train_sample
 from gndet.data.batches.workers import Notify, prepared
-from gndet.data.packed import count_objects
+from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from gndet.config.schema import DataConfig
+from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE, Record
-from gndet.data.segmentation import box_frame_masks
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, uniform
 

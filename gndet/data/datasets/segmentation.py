@@ -14,7 +14,7 @@ import numpy as np
 from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 
-from gndet.data.faults import Fault
+from gndet.data.datasets.faults import Fault
 from gndet.data.records import MASK_SIDE
 
 NUMBERS = {int, float}

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gndet.data.faults import Fault, Findings
-from gndet.data.segmentation import NUMBERS, brief, check_segmentation, has_pixels, to_rle
+from gndet.data.datasets.faults import Fault, Findings
+from gndet.data.datasets.segmentation import NUMBERS, brief, check_segmentation, has_pixels, to_rle
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
 MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; a box with larger numbers (or inf, NaN) is no box

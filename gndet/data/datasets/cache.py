@@ -22,14 +22,11 @@ from typing import Any
 import numpy as np
 import PIL
 
-from gndet.data.files import ImageFolder
-from gndet.data.packed import Packed, PackedRecords
+from gndet.data.datasets.image_folder import ImageFolder
+from gndet.data.datasets.packed import Packed, PackedRecords
 from gndet.data.records import Dataset, Finding, Record
 from gndet.errors import ConfigError, DataError
 
-READER = (  # what reading runs
-    "annotations", "cache", "coco", "columns", "faults", "files", "images", "json_parts", "packed", "segmentation",
-)  # fmt: skip
 FACTS, PICTURES = "facts.json", "pictures.json"
 SETTLED = 2_000_000_000  # ns after which a file system's clock surely has gone on
 Tell = Callable[[str], None]
@@ -230,8 +227,8 @@ def _hash(path: Path) -> str:
 def _reader() -> str:
     """A hash of the code that reads: what it kept is of no use to another version."""
     hashed = hashlib.sha256()
-    for module in READER:
-        hashed.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        hashed.update(module.read_bytes())
     return hashed.hexdigest()
 
 

@@ -8,8 +8,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gndet.data.faults import Fault
-from gndet.data.segmentation import brief
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.segmentation import brief
 
 HEAD = 512  # bytes that tell what a file is
 ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # zip .. rar

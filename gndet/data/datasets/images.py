@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from gndet.data.faults import Fault
-from gndet.data.files import EMPTY, FILE, PICTURE, read_head, what_is
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.image_folder import EMPTY, FILE, PICTURE, read_head, what_is
 from gndet.data.records import Record
 from gndet.errors import DataError, MachineError
 

@@ -15,9 +15,26 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from gndet.data.columns import Columns, Known, Together, read_columns
-from gndet.data.faults import Findings
+from gndet.data.datasets.columns import Columns, Known, Together, read_columns
+from gndet.data.datasets.faults import Findings
 from gndet.errors import MachineError
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import read_image
+from gndet.errors import DataError
 
 PART = 8 << 20  # bytes of a part; its objects as Python's take ten times that
 WINDOW = 1 << 20  # bytes that a cut is looked for in
@@ -150,3 +167,8 @@ def _cuts(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
 def _read(file: Any, start: int, end: int) -> bytes:
     file.seek(start)
     return file.read(end - start)
+
+
+def processors() -> int:
+    """How many processes can run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,17 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import cache
-from gndet.data.annotations import MAX_SIDE, Size, whole
-from gndet.data.columns import Columns, Known, read_columns, with_ids
-from gndet.data.faults import Fault, Findings, in_order, refuse
-from gndet.data.files import FILE, HEAD, XML, ImageFolder, split_name, what_is
-from gndet.data.json_parts import NotInParts, read_parts, take_apart
-from gndet.data.packed import Image, PackedRecords, note_masks_elsewhere, pack
-from gndet.data.pictures import processors
+from gndet.data.datasets import cache
+from gndet.data.datasets.annotations import MAX_SIDE, Size, whole
+from gndet.data.datasets.columns import Columns, Known, read_columns, with_ids
+from gndet.data.datasets.faults import Fault, Findings, in_order, refuse
+from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
+from gndet.data.datasets.json_parts import NotInParts, read_parts, take_apart
+from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
+from gndet.data.datasets.json_parts import processors
 from gndet.data.records import Dataset
-from gndet.data.segmentation import brief
-from gndet.garbage import no_garbage
+from gndet.data.datasets.segmentation import brief
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LISTS = ("images", "annotations", "categories")
 
@@ -300,3 +302,15 @@ def _read_images(
 def _named(item: dict[str, Any]) -> str:
     """An image in words."""
     return f"image {brief(item.get('id'))}: file_name {brief(item.get('file_name'))}"
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Let Python not look for cycles among hundreds of thousands of new objects: it takes as long as making them."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

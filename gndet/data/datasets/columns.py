@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gndet.data.annotations import MAX_COORDINATE, MAX_SIDE, ROUNDING, Annotation, Size, read_one, whole
-from gndet.data.faults import Findings
-from gndet.data.segmentation import NUMBERS, to_rle
+from gndet.data.datasets.annotations import MAX_COORDINATE, MAX_SIDE, ROUNDING, Annotation, Size, read_one, whole
+from gndet.data.datasets.faults import Findings
+from gndet.data.datasets.segmentation import NUMBERS, to_rle
 
 
 class Masks(NamedTuple):

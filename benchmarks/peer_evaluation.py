@@ -11,8 +11,8 @@ from pathlib import Path
 import orjson
 
 from gndet.data.datasets.coco import no_garbage
-from gndet.results import from_coco
-from gndet.scoring import coco_metrics
+from gndet.evaluation.coco_metrics import coco_metrics
+from gndet.evaluation.results import from_coco
 
 
 def evaluate(truth: str, results: str, kinds: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, float]]:

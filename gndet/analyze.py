@@ -17,8 +17,8 @@ from gndet.data.datasets.faults import refuse
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
+from gndet.evaluation.results import Results
 from gndet.files import make_folder, make_room_for, write_whole
-from gndet.results import Results
 
 CONFIG, DETECTIONS = "config.yaml", "detections.json"  # of a run folder
 SHOWN = 20  # rows of a table on the terminal; the files hold all

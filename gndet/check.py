@@ -25,7 +25,7 @@ from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
 from gndet.data.datasets.reading import as_configured, between, inspect_both, without_masks
 from gndet.data.records import Dataset, Finding
 from gndet.errors import ConfigError, OutputError
-from gndet.visualize import save_picture
+from gndet.evaluation.drawing import save_picture
 
 NAMES_TRIED = 100  # pictures of a JSON file that are looked for, to find its folder
 ALONE = (  # options that say something of a JSON file checked by itself

@@ -67,9 +67,9 @@ def train(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]"""
     from gndet.distributed.process import process
-    from gndet.evaluation import table
-    from gndet.inference import evaluate_checkpoint, load_detector
-    from gndet.results import save_results
+    from gndet.evaluation.detector import evaluate_checkpoint, load_detector
+    from gndet.evaluation.evaluate import table
+    from gndet.evaluation.results import save_results
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     if options.out:
@@ -90,7 +90,7 @@ def predict(options: argparse.Namespace) -> int:
     """gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]"""
     from gndet import prediction
     from gndet.distributed.process import process
-    from gndet.inference import load_detector
+    from gndet.evaluation.detector import load_detector
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     with process(device) as proc:

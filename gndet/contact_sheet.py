@@ -9,7 +9,7 @@ from gndet.data.datasets.images import open_picture
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset
 from gndet.errors import DataError
-from gndet.visualize import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
+from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 
 IMAGES = 16
 COLUMNS = 4

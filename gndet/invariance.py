@@ -27,7 +27,7 @@ from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.distributed.collectives import total
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError
-from gndet.evaluation import aligned
+from gndet.evaluation.evaluate import aligned
 from gndet.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
 from gndet.measure import (
     COSINE,

@@ -18,9 +18,9 @@ from gndet.data.batches.batch import collate
 from gndet.data.batches.stream import Loaded
 from gndet.data.batches.transforms import UnreadablePicture, test_sample
 from gndet.errors import OutputError
+from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
 from gndet.memory import out_of_memory, release
 from gndet.metrics import read_metrics, truncate
-from gndet.norm_statistics import Start, affine, measure, norm_layers, rounded
 from gndet.progress import Progress
 from gndet.run import Run
 from gndet.structures import Batch

@@ -27,8 +27,8 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
+from gndet.evaluation.detector import Detector, load_detector
 from gndet.files import make_room_for
-from gndet.inference import Detector, load_detector
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.onnx_model import INPUT, OUTPUTS, OnePicture, own_operators
 
@@ -207,8 +207,8 @@ def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
 def run_onnx(file: Path, picture: np.ndarray) -> Found:
     """Detect in a picture (H, W, 3) uint8 RGB with an exported file; boxes in the picture's own pixels.
 
-    `gndet.paste.paste_masks` lays the masks onto the picture.  Raises DataError for another array, CheckpointError for
-    a file that `export` did not write, and OutputError without onnxruntime.
+    `gndet.evaluation.paste.paste_masks` lays the masks onto the picture.  Raises DataError for another array,
+    CheckpointError for a file that `export` did not write, and OutputError without onnxruntime.
     """
     if onnxruntime is None:
         raise OutputError("running an ONNX file needs onnxruntime: pip install onnx onnxruntime")

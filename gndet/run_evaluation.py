@@ -9,11 +9,11 @@ import numpy as np
 from gndet.distributed.collectives import collect, gather, give_first_s, meet
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
-from gndet.evaluation import Evaluation, evaluate, scalars, table
-from gndet.results import save_results
+from gndet.evaluation.coco_metrics import RECALLS
+from gndet.evaluation.drawing import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
+from gndet.evaluation.evaluate import Evaluation, evaluate, scalars, table
+from gndet.evaluation.results import save_results
 from gndet.run import Run
-from gndet.scoring import RECALLS
-from gndet.visualize import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 

@@ -18,7 +18,7 @@ from gndet.distributed.process import Process, limit_waiting, process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
-from gndet.evaluation import scalars
+from gndet.evaluation.evaluate import scalars
 from gndet.metrics import Meter, open_log
 from gndet.micro_batch import Share, gradients
 from gndet.nonfinite import describe, refuse, summed

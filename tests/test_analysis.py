@@ -21,8 +21,8 @@ from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
-from gndet.results import Results, from_coco
-from gndet.scoring import coco_truths
+from gndet.evaluation.coco_metrics import coco_truths
+from gndet.evaluation.results import Results, from_coco
 
 
 def detections(dataset: Dataset, *, masks: bool, seed: int = 0) -> list[dict]:

@@ -26,8 +26,8 @@ from gndet.data.datasets.faults import FAULTS
 from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.data.pictures import Picture, look_at_all, look_at_picture
 from gndet.errors import ConfigError, DataError, OutputError
+from gndet.evaluation.drawing import placard
 from gndet.set_up import read_both
-from gndet.visualize import placard
 
 WIDTH, HEIGHT = 40, 30
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]

@@ -16,7 +16,7 @@ from gndet.checkpoint import load_checkpoint
 from gndet.cli import main
 from gndet.config.schema import SourceConfig
 from gndet.distributed.process import Process
-from gndet.inference import load_detector
+from gndet.evaluation.detector import load_detector
 from gndet.modeling.mask_rcnn import build_model
 from gndet.modeling.norms.layers import FrozenBatchNorm
 from gndet.train import train

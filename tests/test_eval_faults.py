@@ -23,9 +23,9 @@ from gndet.data.records import Dataset
 from gndet.distributed.collectives import collect, gather
 from gndet.distributed.process import Process, spawn
 from gndet.errors import DataError
-from gndet.evaluation import Evaluation, detect_dataset, evaluate, scalars, table
+from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS
+from gndet.evaluation.evaluate import Evaluation, detect_dataset, evaluate, scalars, table
 from gndet.ops.noise import uniform
-from gndet.scoring import SUMMARY_COLUMNS
 from gndet.structures import Detections
 
 pytestmark = pytest.mark.faults

@@ -17,15 +17,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-import gndet.results
-from gndet import evaluation
+import gndet.evaluation.results
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset
-from gndet.paste import paste_masks
-from gndet.results import from_coco, join, save_results
-from gndet.scoring import Metrics, coco_metrics
+from gndet.evaluation import evaluate as evaluation
+from gndet.evaluation.coco_metrics import Metrics, coco_metrics
+from gndet.evaluation.paste import paste_masks
+from gndet.evaluation.results import from_coco, join, save_results
 from gndet.structures import Detections
 
 CPU = torch.device("cpu")
@@ -363,7 +363,7 @@ def test_saved_results_load_in_pycocotools(
     truth: dict, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = perturbed(truth, seed=4)
-    monkeypatch.setattr(gndet.results, "WRITTEN_AT_ONCE", 7)
+    monkeypatch.setattr(gndet.evaluation.results, "WRITTEN_AT_ONCE", 7)
     columns = from_coco(results)
     save_results(tmp_path / "results.json", columns)
     assert (tmp_path / "results.json").read_text() == json.dumps(list(columns))

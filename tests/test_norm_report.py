@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import NormConfig
+from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.metrics import RunLog
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import Area
-from gndet.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.norm_watch import NORMS, read_norms, read_start
 from gndet.report.norm_words import findings
 from gndet.report.norms import section

@@ -16,7 +16,7 @@ from gndet.cli import main
 from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, OutputError
-from gndet.inference import load_detector
+from gndet.evaluation.detector import load_detector
 from gndet.modeling.mask_rcnn import build_model
 from gndet.onnx_export import Found, by_onnxruntime, by_torch, compare, difference, export, run_onnx, session
 from gndet.selftest.tiny import CONFIG, write_config

@@ -20,8 +20,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gndet.config.schema import SourceConfig
 from gndet.data.records import MASK_SIDE
+from gndet.evaluation.paste import paste_masks
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
-from gndet.paste import paste_masks
 from gndet.structures import Batch, GroundTruth, Step
 from gndet.weights.files import WeightFile
 from gndet.weights.sources import understand

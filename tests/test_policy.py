@@ -17,8 +17,8 @@ from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, TrainingError
-from gndet.evaluation import scalars
-from gndet.inference import evaluate_checkpoint, load_detector
+from gndet.evaluation.detector import evaluate_checkpoint, load_detector
+from gndet.evaluation.evaluate import scalars
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.optim import average_weights

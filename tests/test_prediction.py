@@ -17,8 +17,8 @@ from gndet.data.records import Dataset
 from gndet.data.video import VideoWriter, read_frames
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, OutputError
-from gndet.evaluation import detect_dataset
-from gndet.inference import Detector, load_detector
+from gndet.evaluation.detector import Detector, load_detector
+from gndet.evaluation.evaluate import detect_dataset
 from gndet.prediction import predict
 from gndet.prediction.output import Output
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gndet import visualize
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
+from gndet.evaluation import drawing as visualize
 
 GREY = np.full((700, 900, 3), 120, dtype=np.uint8)
 BOX = np.array([[100.0, 200.0, 300.0, 400.0]])

@@ -12,8 +12,8 @@ from gndet.analysis.curves import Best, Curves, best_thresholds, score_curves
 from gndet.analysis.errors import Errors, errors
 from gndet.analysis.matches import Matches, matches, true_positives
 from gndet.data.records import Dataset
-from gndet.results import Results
-from gndet.scoring import Kind, Metrics, coco_metrics, coco_truths, evaluated
+from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths, evaluated
+from gndet.evaluation.results import Results
 
 USUAL_THRESHOLD = 0.5  # where no threshold is best: nothing was found
 

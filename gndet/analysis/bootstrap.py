@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gndet.analysis.matches import Matches
-from gndet.scoring import RECALLS
+from gndet.evaluation.coco_metrics import RECALLS
 
 WORK = 5e7  # detections x thresholds x draws: some seconds
 AT_ONCE = 2e6  # of them: what stands in memory

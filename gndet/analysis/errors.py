@@ -12,7 +12,7 @@ from hotcoco import mask as hotcoco_mask
 
 from gndet.analysis.matches import Matches, false_positives
 from gndet.data.datasets.segmentation import to_rle
-from gndet.results import Results
+from gndet.evaluation.results import Results
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which an object is found; up to which there is nothing
 KINDS = {

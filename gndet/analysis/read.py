@@ -15,7 +15,7 @@ from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief, check_segmentation, to_rle
 from gndet.data.records import Dataset
 from gndet.errors import DataError
-from gndet.results import Results, from_coco
+from gndet.evaluation.results import Results, from_coco
 
 SHOWN = 5  # faults that are named
 

@@ -20,8 +20,8 @@ from pycocotools.cocoeval import COCOeval
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.scene import CATEGORIES, CLASSES, OBJECTS, Scene, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
-from gndet.results import from_coco
-from gndet.scoring import coco_metrics
+from gndet.evaluation.coco_metrics import coco_metrics
+from gndet.evaluation.results import from_coco
 
 SIZE = (480, 640)  # height, width of the pictures
 SCENES = 32  # made up; pictures repeat them, with scores of their own

@@ -18,14 +18,14 @@ from torch import Tensor
 from gndet.config.schema import Config, DataConfig, DatasetConfig, NormConfig
 from gndet.data.datasets.shapes import read_shapes
 from gndet.doctor.facts import Fact, Facts, reason
+from gndet.evaluation.coco_metrics import coco_metrics, coco_truths
+from gndet.evaluation.results import from_coco
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import Area
 from gndet.ops.nms import fixed_point, nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.ops.winograd import Winograd
-from gndet.results import from_coco
-from gndet.scoring import coco_metrics, coco_truths
 
 MAP = (2, 64, 33, 41)  # B, C, H, W
 GROUPS = 16

@@ -16,8 +16,8 @@ from gndet.data.datasets.images import no_limit_of_pillows
 from gndet.data.sources import find_sources, measure_pictures
 from gndet.data.video import VideoWriter, video_rate
 from gndet.errors import ConfigError, DataError, OutputError
+from gndet.evaluation.detector import Detector
 from gndet.files import make_folder
-from gndet.inference import Detector
 from gndet.prediction.output import Drawn, Output, Task, Wanted, unique_names
 from gndet.prediction.stream import Portion, of_pictures, of_video
 

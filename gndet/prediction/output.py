@@ -21,12 +21,12 @@ from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
 from gndet.data.video import Frame
 from gndet.errors import OutputError
-from gndet.evaluation import aligned, to_results
+from gndet.evaluation.detector import Detector
+from gndet.evaluation.drawing import captioned, draw_detections, grid
+from gndet.evaluation.evaluate import aligned, to_results
+from gndet.evaluation.results import Results, join, save_results
 from gndet.files import make_folder, write_whole
-from gndet.inference import Detector
-from gndet.results import Results, join, save_results
 from gndet.structures import Detections
-from gndet.visualize import captioned, draw_detections, grid
 
 TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, of which in a row, longer side in pixels
 COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's 6, a fifth more bytes

@@ -20,7 +20,7 @@ from gndet.data.datasets.images import picture_record
 from gndet.data.records import Dataset, Record
 from gndet.data.sources import Pictures
 from gndet.data.video import Frame, read_frames
-from gndet.inference import Detector
+from gndet.evaluation.detector import Detector
 from gndet.structures import Batch
 
 FRAMES_AHEAD = 2  # batches of a video that are decoded ahead

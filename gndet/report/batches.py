@@ -12,11 +12,11 @@ from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.data.records import Dataset
 from gndet.errors import GndetError
-from gndet.paste import paste_masks
+from gndet.evaluation.drawing import draw_objects
+from gndet.evaluation.paste import paste_masks
 from gndet.report import blocks
 from gndet.report.blocks import Picture
 from gndet.report.record import RunRecord
-from gndet.visualize import draw_objects
 
 PICTURES = 8
 STRIPE = 16  # pixels between the stripes of the padding

@@ -11,12 +11,12 @@ from gndet.analysis.tables import error_table, image_table, suspect_table
 from gndet.data.datasets.segmentation import printable, to_rle
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
+from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
+from gndet.evaluation.results import Results
 from gndet.report import blocks, charts
 from gndet.report.blocks import Picture
 from gndet.report.quality import shown_table
 from gndet.report.record import RunRecord
-from gndet.results import Results
-from gndet.visualize import draw_ground_truth, draw_objects, shrunk, side_by_side
 
 BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH: of a class, and of a kind of mistake
 MOST = 48  # pictures in all

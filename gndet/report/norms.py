@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gndet.errors import DataError
-from gndet.norm_statistics import REGIONS
+from gndet.evaluation.norm_statistics import REGIONS
 from gndet.norm_watch import NORMS, read_norms
 from gndet.report import blocks, charts
 from gndet.report.norm_words import BATCH_KINDS, Layer, findings

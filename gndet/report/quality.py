@@ -9,11 +9,11 @@ import numpy as np
 from gndet.analysis import Analysis
 from gndet.analysis.curves import SCORES
 from gndet.analysis.tables import ALL, Table, class_table, threshold_table
+from gndet.evaluation.coco_metrics import RECALLS
 from gndet.report import blocks, charts
 from gndet.report.blocks import Cell
 from gndet.report.charts import Series
 from gndet.report.record import RunRecord
-from gndet.scoring import RECALLS
 
 MOST_CURVES = 7  # classes whose curves are drawn, those with most objects
 WORDS = ("class", "kind", "what", "image", "annotated", "found")  # columns of text, or of counts

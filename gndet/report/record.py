@@ -16,9 +16,9 @@ from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, DataError, GndetError
+from gndet.evaluation.results import Results
 from gndet.metrics import read_metrics
 from gndet.optim import total_updates
-from gndet.results import Results
 from gndet.run_folder import CONFIG, FAILED, PREEMPTED
 
 

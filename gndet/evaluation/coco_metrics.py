@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from gndet.data.datasets.coco import no_garbage, to_coco
 from gndet.data.records import Dataset
-from gndet.results import Results
+from gndet.evaluation.results import Results
 
 Kind = Literal["bbox", "segm"]
 EXACT = 2**53  # float64 holds the integers up to here

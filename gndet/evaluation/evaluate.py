@@ -18,9 +18,9 @@ from gndet.config.schema import Config
 from gndet.data.batches.stream import test_batches
 from gndet.data.records import Dataset
 from gndet.errors import DataError
-from gndet.paste import Paste, paste_masks
-from gndet.results import Results, from_coco, join, mask_areas
-from gndet.scoring import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
+from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
+from gndet.evaluation.paste import Paste, paste_masks
+from gndet.evaluation.results import Results, from_coco, join, mask_areas
 from gndet.structures import Batch, Detections
 
 

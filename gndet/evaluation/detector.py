@@ -14,7 +14,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.collectives import collect, gather
 from gndet.distributed.process import Process, place
 from gndet.errors import CheckpointError, DataError
-from gndet.evaluation import Evaluation, evaluate
+from gndet.evaluation.evaluate import Evaluation, evaluate
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 
 

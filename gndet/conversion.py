@@ -10,11 +10,11 @@ from gndet.config.schema import Config, ModelConfig, NormConfig
 from gndet.data.datasets.images import find_pictures, open_picture, picture_record
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
-from gndet.weights.export import TOOLKITS, export_weights, write_export
+from gndet.weights.foreign.export import TOOLKITS, export_weights, write_export
+from gndet.weights.foreign.names import BATCH_NORMS
+from gndet.weights.foreign.source import Source
 from gndet.weights.load import fate_table, initial_model
-from gndet.weights.names import BATCH_NORMS
 from gndet.weights.read import read_source
-from gndet.weights.sources import Source
 
 
 def convert(

@@ -24,8 +24,8 @@ from gndet.config.schema import (
     SourceConfig,
 )
 from gndet.modeling.mask_rcnn import build_model
+from gndet.weights.foreign.source import Source
 from gndet.weights.read import read_source
-from gndet.weights.sources import Source
 
 NUM_CLASSES = 3
 ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # a class

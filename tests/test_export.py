@@ -20,9 +20,9 @@ from gndet.config.schema import BoxHeadConfig, ModelConfig, NormConfig, RPNConfi
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import GroupNorm
-from gndet.weights.export import TOOLKITS, Export, export_weights, write_export
+from gndet.weights.foreign.export import TOOLKITS, Export, export_weights, write_export
+from gndet.weights.foreign.source import Source
 from gndet.weights.read import read_source
-from gndet.weights.sources import Source
 
 CLASSES = ("ant", "bee", "cow")
 UNNAMED = SourceConfig(classes=CLASSES)  # detectron2 and torchvision do not say

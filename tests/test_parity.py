@@ -23,8 +23,8 @@ from gndet.data.records import MASK_SIDE
 from gndet.evaluation.paste import paste_masks
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Batch, GroundTruth, Step
-from gndet.weights.files import WeightFile
-from gndet.weights.sources import understand
+from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.source import understand
 
 NUM_CLASSES = 6
 SIZE = (250, 310)  # on a canvas of 256 x 320, so that padding counts too

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from gndet.config.schema import SourceConfig
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.structures import Batch, Step
-from gndet.weights.export import export_weights
-from gndet.weights.files import WeightFile
-from gndet.weights.sources import Source, understand
+from gndet.weights.foreign.export import export_weights
+from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.source import Source, understand
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 from detectron2.config import CfgNode, get_cfg

@@ -11,10 +11,10 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.schema import Config, ModelConfig, NormConfig, SourceConfig
 from gndet.conversion import with_group_norm
 from gndet.errors import CheckpointError, ConfigError
-from gndet.weights.export import export_weights, write_export
-from gndet.weights.files import WeightFile
+from gndet.weights.foreign.export import export_weights, write_export
+from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.source import Source, understand
 from gndet.weights.read import read_source
-from gndet.weights.sources import Source, understand
 
 CLASSES = ("ant", "bee", "cow")
 SMALL = detector("frozen_bn", "none", "2fc", 18)

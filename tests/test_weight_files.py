@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.errors import CheckpointError, OutputError
-from gndet.weights.files import read_weights, write_safetensors, write_torch
+from gndet.weights.foreign.files import read_weights, write_safetensors, write_torch
 
 PROTOCOLS = (0, 1, 2, 3, 4, 5)
 ARRAYS = {

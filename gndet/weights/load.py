@@ -17,7 +17,8 @@ from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.weights.calibrate import Comparison, compare
-from gndet.weights.names import CLASS_ROWS
+from gndet.weights.foreign.names import CLASS_ROWS
+from gndet.weights.foreign.source import Source
 from gndet.weights.policy import (
     AS_IN_FILE,
     GROUP_NORMS,
@@ -29,7 +30,6 @@ from gndet.weights.policy import (
     with_policy,
 )
 from gndet.weights.read import read_source
-from gndet.weights.sources import Source
 
 BACKGROUND = "box_head.cls_score"  # has one more row, the last
 COUNTER = "num_batches_tracked"  # bn has one, frozen_bn has none, and neither needs it

@@ -13,8 +13,8 @@ from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, make_norm
 from gndet.weights.convert import convert_batch_norm
-from gndet.weights.names import BATCH_NORMS
-from gndet.weights.sources import Source
+from gndet.weights.foreign.names import BATCH_NORMS
+from gndet.weights.foreign.source import Source
 
 GROUP_NORMS = ("gn", "ln", "in")
 CHOICES = {  # policies that are not `error`

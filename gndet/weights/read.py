@@ -12,9 +12,9 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
-from gndet.weights.describe import PARTS
-from gndet.weights.files import WeightFile, read_weights
-from gndet.weights.sources import Source, fused_parts, understand
+from gndet.weights.foreign.describe import PARTS
+from gndet.weights.foreign.files import WeightFile, read_weights
+from gndet.weights.foreign.source import Source, fused_parts, understand
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # as timm:resnet50_gn.a1h_in1k

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from gndet.config.schema import SourceConfig
 from gndet.errors import CheckpointError
-from gndet.weights.describe import FACTS, NO_STD, RGB_MEAN, RGB_STD, Facts
-from gndet.weights.files import WeightFile
+from gndet.weights.foreign.describe import FACTS, NO_STD, RGB_MEAN, RGB_STD, Facts
+from gndet.weights.foreign.files import WeightFile
 
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the order that the model takes
 MAX_NAMED = 5  # keys that an error names

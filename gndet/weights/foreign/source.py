@@ -14,11 +14,11 @@ from torch import Tensor
 from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.mask_rcnn import build_model
-from gndet.weights.coco_classes import CATEGORY_IDS, NAMES
-from gndet.weights.describe import FACTS, Facts, Reader, describe
-from gndet.weights.files import WeightFile
-from gndet.weights.formats import MAX_NAMED, facts_of, format_of, renamed
-from gndet.weights.names import BATCH_NORMS, CLASS_ROWS, layer_names, theirs
+from gndet.weights.foreign.coco_classes import CATEGORY_IDS, NAMES
+from gndet.weights.foreign.describe import FACTS, Facts, Reader, describe
+from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.formats import MAX_NAMED, facts_of, format_of, renamed
+from gndet.weights.foreign.names import BATCH_NORMS, CLASS_ROWS, layer_names, theirs
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90

@@ -11,7 +11,7 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
-from gndet.weights.names import FORMATS, STAGES, Brick, theirs
+from gndet.weights.foreign.names import FORMATS, STAGES, Brick, theirs
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
 CAFFE_MEAN, NO_STD = (122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)  # Detectron's, here as RGB

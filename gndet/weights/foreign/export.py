@@ -13,9 +13,9 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.weights.describe import FACTS, NO_STD, PARTS, RGB_STD
-from gndet.weights.files import write_torch
-from gndet.weights.names import BATCH_NORMS, CLASS_ROWS, layer_names
+from gndet.weights.foreign.describe import FACTS, NO_STD, PARTS, RGB_STD
+from gndet.weights.foreign.files import write_torch
+from gndet.weights.foreign.names import BATCH_NORMS, CLASS_ROWS, layer_names
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there

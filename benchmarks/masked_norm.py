@@ -19,11 +19,11 @@ from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
 from gndet.data.records import MASK_SIDE
 from gndet.distributed.process import place, process
-from gndet.micro_batch import backward, to_device
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.modeling.norms.valid_area import Area
 from gndet.structures import Batch
+from gndet.training.update import backward, to_device
 
 
 def noise_batch(sizes: list[tuple[int, int]]) -> Batch:

@@ -16,9 +16,9 @@ import torch
 
 from gndet.config.loading import load_config
 from gndet.distributed.process import process
-from gndet.progress import Progress
-from gndet.saving import Saver, megabytes
-from gndet.set_up import build_run
+from gndet.training.checkpointing import Saver, megabytes
+from gndet.training.run import Progress
+from gndet.training.setup import build_run
 
 
 def step(matrix: torch.Tensor) -> float:

@@ -30,16 +30,16 @@ from gndet.benchmark.options import height_and_width
 from gndet.benchmark.report import machine
 from gndet.benchmark.scene import CLASSES, NEAR, make_scenes
 from gndet.benchmark.step import SETTINGS, guide, near, to_batch
-from gndet.buckets import Buckets, sum_gradients
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process, keep_freed_memory, place
-from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import build_model
-from gndet.optim import make_optimizer
 from gndet.selftest.tiny import CONFIG
+from gndet.training.gradient_buckets import Buckets, sum_gradients
+from gndet.training.optim import make_optimizer
+from gndet.training.update import backward
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.buckets import sum_gradients
 from gndet.config.schema import Config
 from gndet.data.batches.stream import micro_batches
 from gndet.data.batches.transforms import Sample, train_sample
@@ -42,10 +41,11 @@ from gndet.measure import (
     measure,
     parameter_groups,
 )
-from gndet.memory import out_of_memory, release
-from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.ops.noise import hash_ints
+from gndet.training.gradient_buckets import sum_gradients
+from gndet.training.memory import out_of_memory, release
+from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
 MIN_IMAGES, MAX_IMAGES = 4, 16

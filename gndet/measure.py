@@ -15,11 +15,11 @@ from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
 from gndet.leaks import Choices, choices, kept_statistics, relative
-from gndet.micro_batch import to_device
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.resnet import BasicBlock, Bottleneck
 from gndet.structures import Batch
+from gndet.training.update import to_device
 
 COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
 RELATIVE = 1e-6  # and the relative difference

@@ -17,7 +17,7 @@ from gndet.config.schema import Config
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.train import train
-from gndet.weights.audit import Audit, audit, summary, table
+from gndet.training.norm_audit import Audit, audit, summary, table
 from gndet.weights.load import initial_model
 
 FROZEN = {"kind": "frozen_bn"}

@@ -21,9 +21,9 @@ from gndet.benchmark.step import guide, near_objects, peer_model, to_batch
 from gndet.benchmark.turns import Subject, Turn, take_turns
 from gndet.config.schema import Config, TrainConfig
 from gndet.errors import ConfigError, MachineError
-from gndet.memory import MIB, TensorBytes
-from gndet.micro_batch import backward
 from gndet.structures import Proposals
+from gndet.training.memory import MIB, TensorBytes
+from gndet.training.update import backward
 
 
 def lines(log: Path) -> list[list[str]]:

@@ -17,13 +17,13 @@ from models import make_batch, small_model
 from test_train import CONFIG, load
 from torch import Tensor, nn
 
-from gndet.buckets import Buckets
 from gndet.data.batches.stream import Replay, train_batches
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.micro_batch import gradients
-from gndet.run import Run
-from gndet.set_up import build_run
+from gndet.training.gradient_buckets import Buckets
+from gndet.training.run import Run
+from gndet.training.setup import build_run
+from gndet.training.update import gradients
 
 FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
 

@@ -27,7 +27,7 @@ from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.data.pictures import Picture, look_at_all, look_at_picture
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.drawing import placard
-from gndet.set_up import read_both
+from gndet.training.setup import read_both
 
 WIDTH, HEIGHT = 40, 30
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]

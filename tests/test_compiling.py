@@ -11,7 +11,6 @@ from test_micro_batch import difference
 from test_train import CONFIG, load
 from torch import Tensor
 
-from gndet.compiling import compile_ahead, compiled
 from gndet.config.schema import DataConfig, TrainConfig
 from gndet.data.batches.batch import collate, split
 from gndet.data.batches.stream import train_batches
@@ -19,10 +18,11 @@ from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
-from gndet.micro_batch import backward
-from gndet.run import Run
-from gndet.set_up import build_run
 from gndet.train import train
+from gndet.training.compiling import compile_ahead, compiled
+from gndet.training.run import Run
+from gndet.training.setup import build_run
+from gndet.training.update import backward
 
 CANVASES = ((64, 96), (96, 64), (96, 96))
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from gndet.errors import ConfigError, OutputError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.modeling.norms import group_norm
 from gndet.ops import roi_align, winograd
-from gndet.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
+from gndet.training.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 CPU = torch.device("cpu")

@@ -15,11 +15,11 @@ from test_train import CONFIG, load, losses
 from gndet.cli import main
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.process import process
-from gndet.memory import MIB, limited, out_of_memory
-from gndet.micro_batch import backward, to_device
-from gndet.set_up import build_run
 from gndet.structures import Batch, GroundTruth
 from gndet.train import train
+from gndet.training.memory import MIB, limited, out_of_memory
+from gndet.training.setup import build_run
+from gndet.training.update import backward, to_device
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 

@@ -32,8 +32,8 @@ from gndet.measure import (
     measure,
     parameter_groups,
 )
-from gndet.micro_batch import backward
 from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]

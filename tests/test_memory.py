@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gndet.memory import TensorBytes, largest_fitting, limited, out_of_memory
+from gndet.training.memory import TensorBytes, largest_fitting, limited, out_of_memory
 
 CPU = torch.device("cpu")
 

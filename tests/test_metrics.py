@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gndet.errors import DataError
 from gndet.files import RecordFile
-from gndet.metrics import RunLog, read_metrics
+from gndet.training.log import RunLog, read_metrics
 
 VALUES = {
     "loss": 1.234,

@@ -15,7 +15,6 @@ from models import make_batch, small_model
 from rich.console import Console
 from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
 
-from gndet.buckets import sum_gradients
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import Config, DataConfig
@@ -24,10 +23,12 @@ from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batch
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, TrainingError
-from gndet.memory import MIB, TensorBytes
-from gndet.micro_batch import backward, check_split, resident_bytes
-from gndet.set_up import build_run
 from gndet.train import train
+from gndet.training.batch_size import check_split
+from gndet.training.gradient_buckets import sum_gradients
+from gndet.training.memory import MIB, TensorBytes
+from gndet.training.setup import build_run
+from gndet.training.update import backward, resident_bytes
 
 EXACT = ("train.precision=float64",)  # rounding of float32 may flip a sampled region; float64 shows
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]

@@ -18,10 +18,10 @@ from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, TrainingError
-from gndet.nonfinite import allowed, describe, examine, read_batch, refuse, summed
-from gndet.run import Run
-from gndet.set_up import build_run
 from gndet.train import train
+from gndet.training.nonfinite import allowed, describe, examine, read_batch, refuse, summed
+from gndet.training.run import Run
+from gndet.training.setup import build_run
 
 ALONE = Process(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.faults

@@ -19,14 +19,14 @@ from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import NormConfig
 from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
-from gndet.metrics import RunLog
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import Area
-from gndet.norm_watch import NORMS, read_norms, read_start
 from gndet.report.norm_words import findings
 from gndet.report.norms import section
 from gndet.selftest.tiny import CONFIG
 from gndet.train import train
+from gndet.training.log import RunLog
+from gndet.training.norm_record import NORMS, read_norms, read_start
 
 STEM = "backbone.stem.norm"
 NO_AREA = None

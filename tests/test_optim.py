@@ -8,7 +8,7 @@ from models import small_model
 
 from gndet.config.schema import OptimizerConfig, ScheduleConfig
 from gndet.modeling.norms.layers import GroupNorm
-from gndet.optim import (
+from gndet.training.optim import (
     average_weights,
     learning_rate,
     load_optimizer_tensors,

@@ -21,8 +21,8 @@ from gndet.evaluation.detector import evaluate_checkpoint, load_detector
 from gndet.evaluation.evaluate import scalars
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
-from gndet.optim import average_weights
 from gndet.train import train
+from gndet.training.optim import average_weights
 from gndet.weights.calibrate import compare
 from gndet.weights.convert import convert_batch_norm
 from gndet.weights.load import Start, initial_model, load_weights

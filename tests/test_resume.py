@@ -1,4 +1,4 @@
-"""What is different when a run goes on is refused, or said in a line, by the rule that `gndet.resume` states."""
+"""What differs when a run resumes is refused, or said in a line: the rule of `gndet.training.checkpointing`."""
 
 import os
 import shutil
@@ -17,10 +17,10 @@ from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data.datasets import shapes
 from gndet.distributed.process import Process
 from gndet.errors import TrainingError
-from gndet.progress import Best, Progress
-from gndet.saving import Saver
-from gndet.set_up import build_run
 from gndet.train import train
+from gndet.training.checkpointing import Saver
+from gndet.training.run import Best, Progress
+from gndet.training.setup import build_run
 
 pytestmark = pytest.mark.faults
 OPTIONS = ("train.checkpoint_every=2", "train.global_batch=2")

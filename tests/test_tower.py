@@ -8,11 +8,11 @@ from models import make_batch, small_config, small_model
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig
-from gndet.memory import TensorBytes
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import Area
 from gndet.modeling.recompute import keeping_all, set_memory, tower
+from gndet.training.memory import TensorBytes
 
 NORMS = {
     "gn": NormConfig(groups=4), "ln": NormConfig(kind="ln"), "in": NormConfig(kind="in"),

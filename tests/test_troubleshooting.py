@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 
 from gndet.config.loading import load_config
 from gndet.options import parse
-from gndet.run_folder import flat
+from gndet.training.run_folder import flat
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 HOLE = "\0"  # what an f-string fills in

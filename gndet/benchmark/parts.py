@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from gndet.memory import MIB, TensorBytes
 from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.training.memory import MIB, TensorBytes
 
 FORWARD = {  # the methods that a part's forward pass consists of; what is around them is "rest"
     "backbone": ("forward",),

@@ -27,19 +27,19 @@ from gndet.benchmark.parts import memory_by_part
 from gndet.benchmark.report import machine, table
 from gndet.benchmark.scene import CLASSES, NEAR, PROPOSALS, Scene, make_scenes
 from gndet.benchmark.turns import Subject, Work, take_turns
-from gndet.compiling import compiled
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE
 from gndet.distributed.process import keep_freed_memory, place, process
 from gndet.errors import ConfigError
-from gndet.memory import MIB
-from gndet.micro_batch import backward, to_device
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.recompute import set_memory
-from gndet.optim import make_optimizer
 from gndet.structures import Batch, GroundTruth, Proposals
+from gndet.training.compiling import compiled
+from gndet.training.memory import MIB
+from gndet.training.optim import make_optimizer
+from gndet.training.update import backward, to_device
 
 RATE = 1e-6  # the learning rate of both: the weights change, but no loss grows in the turns
 BATCHES = 2  # that a subject goes through in turn

@@ -19,7 +19,7 @@ from gndet.data.batches.workers import PREFETCH
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.doctor.facts import Fact, Facts
-from gndet.metrics import read_metrics
+from gndet.training.log import read_metrics
 
 PICTURES = 64  # that are loaded at most
 SECONDS = 2.0  # that each of the two measurements takes, about

@@ -10,7 +10,7 @@ from torch import nn
 from gndet.config.schema import Config
 from gndet.doctor.facts import Fact, Facts
 from gndet.modeling.mask_rcnn import build_model
-from gndet.optim import checkpoint_bytes
+from gndet.training.optim import checkpoint_bytes
 
 COCO_CLASSES = 80
 USUAL = Config()  # a Mask R-CNN R50 with GN

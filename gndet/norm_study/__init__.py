@@ -17,12 +17,10 @@ from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError
-from gndet.metrics import read_metrics
 from gndet.norm_study.budget import estimate, fit_budget
 from gndet.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.report.study import draw
-from gndet.run_folder import locked
 from gndet.study_results import (
     CURVE,
     METRICS,
@@ -37,6 +35,8 @@ from gndet.study_results import (
     verdict,
     write_study,
 )
+from gndet.training.log import read_metrics
+from gndet.training.run_folder import locked
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
 MEASURED_IMAGES = 32  # of a calibration run, at the least; its second half is timed

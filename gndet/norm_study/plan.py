@@ -14,8 +14,8 @@ from gndet.config.loading import config_from_dict, load_config
 from gndet.config.schema import Config, NormConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.mask_rcnn import build_model
-from gndet.run_folder import NEUTRAL, UNSET, flat
 from gndet.study_results import GROUPS, STUDY, Result, Study, is_study, read_study
+from gndet.training.run_folder import NEUTRAL, UNSET, flat
 
 KINDS = get_args(NormConfig.model_fields["kind"].annotation)
 RULES = {

@@ -5,22 +5,16 @@ They are not kept while training: order and augmentation are functions of the se
 
 from contextlib import closing
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
 from gndet.config.schema import Config
-from gndet.data.batches.stream import Loaded, train_batches
+from gndet.data.batches.stream import train_batches
 from gndet.data.records import Dataset
 from gndet.errors import GndetError
-from gndet.evaluation.drawing import draw_objects
-from gndet.evaluation.paste import paste_masks
 from gndet.report import blocks
 from gndet.report.blocks import Picture
 from gndet.report.record import RunRecord
+from gndet.training.validation import draw
 
 PICTURES = 8
-STRIPE = 16  # pixels between the stripes of the padding
-SHADES = (150, 120)
 
 
 def section(run: RunRecord) -> str:
@@ -64,22 +58,3 @@ def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tup
             if len(pictures) >= count:
                 break
     return pictures, padded / max(cells, 1)
-
-
-def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
-    """One image of a batch on its canvas."""
-    batch = loaded.batch
-    image = batch.images[place].permute(1, 2, 0).numpy().copy()
-    height, width = batch.sizes[place].tolist()
-    row, column = np.indices(image.shape[:2])
-    stripes = np.where((row + column) // STRIPE % 2 == 0, *SHADES)
-    beside = (row >= height) | (column >= width)
-    image[beside] = stripes[beside][:, None]
-    valid = batch.gt.valid[place]
-    boxes = batch.gt.boxes[place][valid].numpy().astype(np.float64)
-    labels = batch.gt.labels[place][valid].tolist()
-    masks = None
-    if batch.gt.masks.shape[-1]:
-        codes = paste_masks(batch.gt.masks[place][valid].float().numpy(), boxes, image.shape[:2])
-        masks = [coco_mask.decode(code).astype(bool) for code in codes]
-    return draw_objects(image, boxes, [classes[label] for label in labels], labels, masks)

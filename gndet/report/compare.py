@@ -10,7 +10,7 @@ from gndet.report import blocks, charts
 from gndet.report.charts import Series
 from gndet.report.overview import interval
 from gndet.report.record import RunRecord
-from gndet.run_folder import UNSET, flat
+from gndet.training.run_folder import UNSET, flat
 
 
 def sections(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -10,9 +10,9 @@ import numpy as np
 
 from gndet.errors import DataError
 from gndet.evaluation.norm_statistics import REGIONS
-from gndet.norm_watch import NORMS, read_norms
 from gndet.report import blocks, charts
 from gndet.report.norm_words import BATCH_KINDS, Layer, findings
+from gndet.training.norm_record import NORMS, read_norms
 
 TITLE = "Normalisation"
 Value = float | None

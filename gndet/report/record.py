@@ -17,9 +17,9 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, DataError, GndetError
 from gndet.evaluation.results import Results
-from gndet.metrics import read_metrics
-from gndet.optim import total_updates
-from gndet.run_folder import CONFIG, FAILED, PREEMPTED
+from gndet.training.log import read_metrics
+from gndet.training.optim import total_updates
+from gndet.training.run_folder import CONFIG, FAILED, PREEMPTED
 
 
 class RunRecord(NamedTuple):

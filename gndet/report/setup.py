@@ -6,7 +6,7 @@ from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
 from gndet.report import blocks
 from gndet.report.record import RunRecord, best_checkpoint
-from gndet.run_folder import CONFIG, flat
+from gndet.training.run_folder import CONFIG, flat
 
 
 def section(run: RunRecord) -> str:

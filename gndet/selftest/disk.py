@@ -12,9 +12,9 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gndet.checkpoint import CHECKPOINTS, run_checkpoints
-from gndet.metrics import read_metrics
 from gndet.selftest.launch import Started, finish, start, unbroken
 from gndet.selftest.tiny import check, check_same, newest_update, read_trace
+from gndet.training.log import read_metrics
 
 TERM = int(signal.SIGTERM)
 SMALL = 1 << 20  # bytes: less than the weights, more than the log

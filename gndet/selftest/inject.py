@@ -22,10 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet import checkpoint, micro_batch, run_evaluation, train
+from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
 from gndet.selftest.tiny import note
+from gndet.training import update as micro_batch
+from gndet.training import validation as run_evaluation
 
 THIN = 16  # channels of the stem: a checkpoint of 8 MB, not 130
 

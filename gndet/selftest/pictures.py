@@ -11,9 +11,9 @@ from PIL import Image
 from gndet.checkpoint import load_checkpoint
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.shapes import read_shapes
-from gndet.metrics import read_metrics
 from gndet.selftest.launch import finish, start
 from gndet.selftest.tiny import check, check_same, newest_update
+from gndet.training.log import read_metrics
 
 
 def write_coco(folder: Path, name: str, count: int, classes: int = 4) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from gndet.checkpoint import CHECKPOINTS
 from gndet.config.loading import load_config
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.data.datasets.reading import read_dataset
-from gndet.run_folder import PREEMPTED
 from gndet.selftest.launch import Faults, finish, start, unbroken
 from gndet.selftest.tiny import check, check_same, newest_update, read_trace, write_config
+from gndet.training.run_folder import PREEMPTED
 
 TERM = int(signal.SIGTERM)
 # 4 updates an epoch, of 2 micro-batches each

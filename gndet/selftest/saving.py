@@ -22,12 +22,11 @@ from gndet.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint, ru
 from gndet.config.loading import load_config
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
-from gndet.optim import average_weights, make_optimizer
-from gndet.progress import Best, Progress
-from gndet.run import Run
-from gndet.saving import Saver
 from gndet.selftest.launch import call
 from gndet.selftest.tiny import check, write_config
+from gndet.training.checkpointing import Saver
+from gndet.training.optim import average_weights, make_optimizer
+from gndet.training.run import Best, Progress, Run
 
 KILLS = 30
 STEPS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync")  # of the protocol, in os

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 from gndet.distributed.signals import SAME
-from gndet.run_folder import PREEMPTED
 from gndet.selftest.launch import Faults, Started, finish, start, torchrun, unbroken
 from gndet.selftest.tiny import check, check_same, newest_update, read_trace
+from gndet.training.run_folder import PREEMPTED
 
 TERM, INT, USR1 = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGUSR1)
 SAVED_WITHIN, ENDED_WITHIN = 10.0, 3.0  # seconds after the first signal, and after the second

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from gndet.checkpoint import Checkpoint, load_checkpoint
-from gndet.metrics import read_metrics
+from gndet.training.log import read_metrics
 
 CONFIG = {
     "model": {

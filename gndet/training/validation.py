@@ -5,15 +5,18 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
+from gndet.data.batches.stream import Loaded
 from gndet.distributed.collectives import collect, gather, give_first_s, meet
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
-from gndet.evaluation.drawing import draw_detections, draw_ground_truth, grid, save_picture, side_by_side
+from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_objects, grid, save_picture, side_by_side
 from gndet.evaluation.evaluate import Evaluation, evaluate, scalars, table
+from gndet.evaluation.paste import paste_masks
 from gndet.evaluation.results import save_results
-from gndet.run import Run
+from gndet.training.run import Run
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 
@@ -104,3 +107,28 @@ def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:
         right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD)
         pictures.append(side_by_side(left, right, ("ground truth", "detections")))
     return pictures
+
+
+STRIPE = 16  # pixels between the stripes of the padding
+
+
+SHADES = (150, 120)
+
+
+def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
+    """One image of a batch on its canvas."""
+    batch = loaded.batch
+    image = batch.images[place].permute(1, 2, 0).numpy().copy()
+    height, width = batch.sizes[place].tolist()
+    row, column = np.indices(image.shape[:2])
+    stripes = np.where((row + column) // STRIPE % 2 == 0, *SHADES)
+    beside = (row >= height) | (column >= width)
+    image[beside] = stripes[beside][:, None]
+    valid = batch.gt.valid[place]
+    boxes = batch.gt.boxes[place][valid].numpy().astype(np.float64)
+    labels = batch.gt.labels[place][valid].tolist()
+    masks = None
+    if batch.gt.masks.shape[-1]:
+        codes = paste_masks(batch.gt.masks[place][valid].float().numpy(), boxes, image.shape[:2])
+        masks = [coco_mask.decode(code).astype(bool) for code in codes]
+    return draw_objects(image, boxes, [classes[label] for label in labels], labels, masks)

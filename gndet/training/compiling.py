@@ -14,9 +14,9 @@ from gndet.config.schema import TrainConfig
 from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import micro_batches
 from gndet.errors import ConfigError
-from gndet.memory import out_of_memory, release
-from gndet.micro_batch import backward, clear_gradients, running_statistics
-from gndet.run import Run
+from gndet.training.memory import out_of_memory, release
+from gndet.training.run import Run
+from gndet.training.update import backward, clear_gradients, running_statistics
 
 
 def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Module:

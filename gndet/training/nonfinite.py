@@ -27,10 +27,10 @@ from gndet.data.batches.stream import Loaded
 from gndet.distributed.collectives import gather, total
 from gndet.distributed.process import Process
 from gndet.errors import DataError, TrainingError
-from gndet.micro_batch import breakable, to_device
 from gndet.modeling.recompute import keeping_all
-from gndet.run import Run
 from gndet.structures import Batch, GroundTruth
+from gndet.training.run import Run
+from gndet.training.update import breakable, to_device
 
 FOLDER = "nonfinite"
 ADVICE = (

@@ -128,7 +128,7 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
     """Sum the gradients over the processes, each once, in messages of at least BUCKET elements but the last.
 
     Called once an update, when every process has computed its share, where SyncBN's messages leave no room for those of
-    `gndet.buckets` in the backward pass.
+    `gndet.training.gradient_buckets` in the backward pass.
     """
     if proc.world == 1:
         return

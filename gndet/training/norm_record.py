@@ -19,11 +19,10 @@ from gndet.data.batches.stream import Loaded
 from gndet.data.batches.transforms import UnreadablePicture, test_sample
 from gndet.errors import OutputError
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
-from gndet.memory import out_of_memory, release
-from gndet.metrics import read_metrics, truncate
-from gndet.progress import Progress
-from gndet.run import Run
 from gndet.structures import Batch
+from gndet.training.log import read_metrics, truncate
+from gndet.training.memory import out_of_memory, release
+from gndet.training.run import Progress, Run
 
 NORMS, START = "norms.jsonl", "norms-start.safetensors"
 MOST_IMAGES = 16  # where batches for BN ask for more than train.norm_images

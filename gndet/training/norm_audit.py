@@ -9,7 +9,7 @@ from torch import nn
 from gndet.config.schema import Config
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORM_LAYERS, GroupNorm
-from gndet.optim import peak_learning_rate
+from gndet.training.optim import peak_learning_rate
 
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
 UNKNOWN = "unknown"  # of a checkpoint that does not tell

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gndet.checkpoint import Checkpoint
-from gndet.compiling import compile_ahead, compiled
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
 from gndet.data.datasets.faults import NOTED, refuse_all
@@ -15,17 +14,16 @@ from gndet.data.records import Dataset
 from gndet.distributed.collectives import gather, give_first_s
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
-from gndet.fingerprint import fingerprints
-from gndet.micro_batch import buckets_for, images_at_once
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.recompute import set_memory
-from gndet.optim import average_weights, make_optimizer
-from gndet.progress import Progress
-from gndet.resume import restore
-from gndet.run import Run
-from gndet.run_folder import find_run
-from gndet.saving import room_for_checkpoints
-from gndet.weights.audit import audit, summary
+from gndet.training.batch_size import images_at_once
+from gndet.training.checkpointing import fingerprints, restore, room_for_checkpoints
+from gndet.training.compiling import compile_ahead, compiled
+from gndet.training.norm_audit import audit, summary
+from gndet.training.optim import average_weights, make_optimizer
+from gndet.training.run import Progress, Run
+from gndet.training.run_folder import find_run
+from gndet.training.update import buckets_for
 from gndet.weights.load import initial_model
 
 

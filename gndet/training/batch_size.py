@@ -1,0 +1,94 @@
+"""How many images a process computes at once: as the config says, or the most that fit."""
+
+import torch
+from torch import Tensor
+
+from gndet.config.schema import Config
+from gndet.data.batches.batch import largest_batch
+from gndet.distributed.collectives import least
+from gndet.errors import ConfigError
+from gndet.training.memory import free_memory, largest_fitting, limited, out_of_memory, release
+from gndet.training.run import Run
+from gndet.training.update import backward, clear_gradients, memory_limit, resident_bytes
+
+MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
+
+
+STATE_SIZE = {"sgd": 1, "adamw": 2}  # tensors that the optimiser keeps a parameter
+
+
+def images_at_once(run: Run) -> int:
+    """The size of the micro-batches: train.images_per_gpu, for `auto` the largest that fits in every process.
+
+    Of sizes that need equally many micro-batches the smallest is taken, so that they are even.  A size fits if a
+    forward and backward pass over the largest canvas of the data leaves MARGIN of the memory free.  Raises
+    ConfigError for a split that is not possible, and where not even one image fits.
+    """
+    cfg, proc = run.cfg, run.proc
+    check_split(cfg, proc.world)
+    if cfg.train.images_per_gpu != "auto":
+        return cfg.train.images_per_gpu
+    limit = memory_limit(cfg)
+    if limit is None and proc.device.type == "cpu":
+        raise ConfigError(
+            "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a process may hold"
+        )
+    most = -(-cfg.train.global_batch // proc.world)
+    sizes = sorted({-(-most // count) for count in range(1, most + 1)})
+    (size,) = least([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc)
+    if size == 0:
+        room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {cfg.train.memory_limit_mib:g}"
+        raise ConfigError(
+            f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, beside "
+            "weights, gradients and the optimiser's state; lower data.max_edge or data.shortest_edge"
+        )
+    if proc.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(proc.device)  # the log shows the run's own peak
+    return size
+
+
+def check_split(cfg: Config, world: int) -> None:
+    """Raise ConfigError for an update that cannot be split over the processes as the config says."""
+    whole, size, coupling = cfg.train.global_batch, cfg.train.images_per_gpu, cfg.model.batch_coupling()
+    if whole < world:
+        raise ConfigError(f"train.global_batch: {whole} is less than the number of processes, {world}")
+    if size == "auto":
+        return
+    if size > -(-whole // world):
+        raise ConfigError(
+            f"train.images_per_gpu: {size} is more than a process's share of an update, {-(-whole // world)} of "
+            f"train.global_batch: {whole} images over {world} processes"
+        )
+    if coupling and whole % (size * world):
+        raise ConfigError(
+            f"train.global_batch: {whole} is not a multiple of train.images_per_gpu x processes: {size} x {world} = "
+            f"{size * world}, and {coupling}"
+        )
+
+
+def fits(run: Run, num: int, limit: int | None) -> bool:
+    """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
+    device, box_head = run.proc.device, run.cfg.model.box_head
+    limit = limit or torch.cuda.memory_allocated(device) + free_memory(device)
+    # on a CPU the mask head computes positive regions only: objects of that number make them all positive
+    objects = 0 if device.type == "cuda" else int(box_head.regions_per_image * box_head.positive_fraction)
+    batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
+    state: list[Tensor] = []
+    try:
+        clear_gradients(run)
+        for parameter in trainable:
+            state += [torch.empty_like(parameter) for _ in range(to_come)]
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
+            backward(run.model, run.autocast, [batch], num, run.cfg)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        run.model.zero_grad()
+        state.clear()
+        release(device)
+    return True

@@ -88,9 +88,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def predict(options: argparse.Namespace) -> int:
     """gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]"""
-    from gndet import prediction
     from gndet.distributed.process import process
     from gndet.evaluation.detector import load_detector
+    from gndet.toolbox.predict import predict as prediction
 
     device = next((o.split("=", 1)[1] for o in options.overrides if o.startswith("device=")), "auto")
     with process(device) as proc:
@@ -105,7 +105,7 @@ def predict(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """gndet export CHECKPOINT --onnx FILE [--size HxW] [--no-masks] [--opset N] [--picture FILE]; 1 on a mismatch"""
-    from gndet.onnx_export import export as run
+    from gndet.toolbox.onnx.export import export as run
 
     equal = run(
         options.checkpoint, options.onnx, options.overrides, functools.partial(print, flush=True), size=options.size,
@@ -116,7 +116,7 @@ def export(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """gndet report RUN ... [--out FILE] [key=value ...]"""
-    from gndet.report import report as run
+    from gndet.toolbox.report.report import report as run
 
     run(options.runs, options.out, options.overrides, functools.partial(print, flush=True))
     return 0
@@ -124,7 +124,7 @@ def report(options: argparse.Namespace) -> int:
 
 def analyze(options: argparse.Namespace) -> int:
     """gndet analyze RUN_OR_JSON [--data FILE] [--kind box|mask] [--json FILE] [--csv FOLDER] [--images N]"""
-    from gndet.analyze import analyze as run
+    from gndet.toolbox.analysis.analyze import analyze as run
 
     run(
         options.source, options.overrides, print, data=options.data, kind=options.kind, json_file=options.json,
@@ -135,7 +135,7 @@ def analyze(options: argparse.Namespace) -> int:
 
 def norm_study(options: argparse.Namespace) -> int:
     """gndet norm-study CONFIG [--norms ...] [--images-per-gpu ...] [--seeds N] [--budget T]; 1 where a cell failed"""
-    from gndet.norm_study import study
+    from gndet.toolbox.norm_study.study import study
 
     passed = study(
         options.config, options.overrides, functools.partial(print, flush=True), norms=options.norms,
@@ -147,7 +147,7 @@ def norm_study(options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """gndet doctor [--config FILE] [--json FILE] [key=value ...]; 1 where something will not work"""
-    from gndet.doctor import doctor as run
+    from gndet.toolbox.doctor.doctor import doctor as run
 
     healthy = run(functools.partial(print, flush=True), options.config, options.overrides, options.json)
     return 0 if healthy else 1
@@ -159,7 +159,7 @@ def invariance(options: argparse.Namespace) -> int:
 
     cfg = load_config(options.config, options.overrides)
     from gndet.distributed.process import process
-    from gndet.invariance import check_invariance, to_json
+    from gndet.toolbox.invariance.invariance import check_invariance, to_json
 
     if options.out:
         make_room_for(options.out, "--out")
@@ -172,7 +172,7 @@ def invariance(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """gndet convert SOURCE OUT [--to gn|TOOLKIT] [--policy P] [--images ...] [key=value ...]"""
-    from gndet.conversion import convert as run
+    from gndet.toolbox.convert import convert as run
 
     run(
         options.source, options.out, options.overrides, print, to=options.to, policy=options.policy,
@@ -183,7 +183,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def norms(options: argparse.Namespace) -> int:
     """gndet norms CONFIG_OR_CHECKPOINT [key=value ...]; 1 where the norms cannot work"""
-    from gndet.audit import audit_path
+    from gndet.toolbox.norms import audit_path
 
     return 0 if audit_path(options.config, options.overrides, print) else 1
 
@@ -192,7 +192,7 @@ def check(options: argparse.Namespace) -> int:
     """gndet check CONFIG_OR_JSON [key=value ...] [--images] [--sheet FILE] [--json FILE]; 1 where data is refused"""
     from rich.console import Console
 
-    from gndet.check import check as run
+    from gndet.toolbox.check.check import check as run
 
     passed = run(
         options.source, options.overrides, functools.partial(print, flush=True), image_folder=options.image_folder,

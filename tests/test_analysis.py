@@ -10,12 +10,6 @@ import numpy as np
 import pytest
 from pycocotools.cocoeval import COCOeval
 
-from gndet.analysis import Analysis, analyse, image_counts
-from gndet.analysis.bootstrap import average_precision, difference, draw, intervals
-from gndet.analysis.curves import SCORES, best_thresholds
-from gndet.analysis.errors import KINDS
-from gndet.analysis.matches import false_positives, true_positives
-from gndet.analyze import analyze, read_subject
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
@@ -23,6 +17,12 @@ from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import coco_truths
 from gndet.evaluation.results import Results, from_coco
+from gndet.toolbox.analysis.analysis import Analysis, analyse, image_counts
+from gndet.toolbox.analysis.analyze import analyze, read_subject
+from gndet.toolbox.analysis.bootstrap import average_precision, difference, draw, intervals
+from gndet.toolbox.analysis.curves import SCORES, best_thresholds
+from gndet.toolbox.analysis.errors import KINDS
+from gndet.toolbox.analysis.matches import false_positives, true_positives
 
 
 def detections(dataset: Dataset, *, masks: bool, seed: int = 0) -> list[dict]:

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from test_check import Hostile, make_bad_objects
 
-from gndet.check import check
 from gndet.config.loading import load_config
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets import cache as cache_module
@@ -27,6 +26,7 @@ from gndet.data.datasets.packed import Packed
 from gndet.data.datasets.reading import between, inspect_both, inspect_dataset, read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, DataError
+from gndet.toolbox.check.check import check
 
 CFG = DatasetConfig(annotations="file.json", images="pictures")
 READ = """

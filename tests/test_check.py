@@ -18,15 +18,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from gndet.check import check, guess_folder
 from gndet.config.loading import load_config
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.contact_sheet import chosen, contact_sheet
 from gndet.data.datasets.faults import FAULTS
 from gndet.data.datasets.reading import inspect_dataset, read_dataset
-from gndet.data.pictures import Picture, look_at_all, look_at_picture
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.drawing import placard
+from gndet.toolbox.check.check import check, guess_folder
+from gndet.toolbox.check.contact_sheet import chosen, contact_sheet
+from gndet.toolbox.check.decoding import Picture, look_at_all, look_at_picture
 from gndet.training.setup import read_both
 
 WIDTH, HEIGHT = 40, 30

@@ -19,17 +19,18 @@ from conftest import REPOSITORY
 from models import NUM_CLASSES, small_config
 from torch import Tensor
 
-from gndet import doctor as package
 from gndet.checkpoint import save_checkpoint
 from gndet.cli import main
 from gndet.config.loading import load_config
 from gndet.config.schema import OptimizerConfig, TrainConfig
-from gndet.doctor import devices, doctor, follow, inside, kernels, loading, packages, room
-from gndet.doctor.facts import Fact, line, verdict, without_names
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.mask_rcnn import build_model
 from gndet.modeling.norms import group_norm
 from gndet.ops import roi_align, winograd
+from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
+from gndet.toolbox.doctor import doctor as package
+from gndet.toolbox.doctor.doctor import doctor, follow
+from gndet.toolbox.doctor.facts import Fact, line, verdict, without_names
 from gndet.training.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
@@ -244,7 +245,9 @@ def test_limits_of_files_memory_and_disk_are_judged(monkeypatch: pytest.MonkeyPa
 def test_memory_that_is_mapped_anew_is_told() -> None:
     """In a process of its own: what malloc has been told is not to be taken back."""
     code = (
-        "from gndet.doctor import devices\ndevices.keep_freed_memory = lambda: None\nprint(devices.freed_memory().mark)"
+        "from gndet.toolbox.doctor import devices\n"
+        "devices.keep_freed_memory = lambda: None\n"
+        "print(devices.freed_memory().mark)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.stdout.strip() == "warning", done.stderr

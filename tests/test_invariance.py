@@ -19,9 +19,10 @@ from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
-from gndet.invariance import check_invariance, choose_samples
-from gndet.leaks import Leak, find_leaks
-from gndet.measure import (
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.toolbox.invariance.invariance import check_invariance, choose_samples
+from gndet.toolbox.invariance.leaks import Leak, find_leaks
+from gndet.toolbox.invariance.measure import (
     Result,
     Signs,
     batch_of,
@@ -32,7 +33,6 @@ from gndet.measure import (
     measure,
     parameter_groups,
 )
-from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.training.update import backward
 from gndet.weights.load import initial_model
 

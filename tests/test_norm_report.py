@@ -21,9 +21,9 @@ from gndet.config.schema import NormConfig
 from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import Area
-from gndet.report.norm_words import findings
-from gndet.report.norms import section
 from gndet.selftest.tiny import CONFIG
+from gndet.toolbox.report.norm_words import findings
+from gndet.toolbox.report.norms import section
 from gndet.train import train
 from gndet.training.log import RunLog
 from gndet.training.norm_record import NORMS, read_norms, read_start

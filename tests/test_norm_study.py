@@ -21,16 +21,9 @@ from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, DataError, OutputError
-from gndet.norm_study import Work, finished, study
-from gndet.norm_study.budget import estimate, fit_budget, per_image_at
-from gndet.norm_study.jobs import Job, last_words, run_jobs, slots
-from gndet.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.options import parse
-from gndet.report import report
-from gndet.report.study import command as study_command
-from gndet.report.study import draw, section
 from gndet.selftest.tiny import CONFIG
-from gndet.study_results import (
+from gndet.toolbox.analysis.study_results import (
     Result,
     Speed,
     Study,
@@ -44,7 +37,14 @@ from gndet.study_results import (
     values,
     verdict,
     write_study,
-)  # fmt: skip
+)
+from gndet.toolbox.norm_study.budget import estimate, fit_budget, per_image_at
+from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
+from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
+from gndet.toolbox.norm_study.study import Work, finished, study
+from gndet.toolbox.report.report import report
+from gndet.toolbox.report.study import command as study_command
+from gndet.toolbox.report.study import draw, section
 
 OVERRIDES = ("train.schedule.updates=4", "train.ema=0", "model.masks=false")
 GRID = {"norms": ("gn", "bn", "sync_bn"), "groups": None, "images_per_gpu": (1,), "seeds": 1, "batch": "scaled"}

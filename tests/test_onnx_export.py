@@ -10,7 +10,6 @@ import torch
 import yaml
 from PIL import Image
 
-from gndet import onnx_export
 from gndet.checkpoint import save_checkpoint
 from gndet.cli import main
 from gndet.config.loading import config_from_dict, load_config, with_overrides
@@ -18,8 +17,9 @@ from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation.detector import load_detector
 from gndet.modeling.mask_rcnn import build_model
-from gndet.onnx_export import Found, by_onnxruntime, by_torch, compare, difference, export, run_onnx, session
 from gndet.selftest.tiny import CONFIG, write_config
+from gndet.toolbox.onnx import export as onnx_export
+from gndet.toolbox.onnx.export import Found, by_onnxruntime, by_torch, compare, difference, export, run_onnx, session
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -14,13 +14,13 @@ from pycocotools.coco import COCO
 from gndet.cli import main
 from gndet.data.datasets.images import open_picture, picture_record, picture_size
 from gndet.data.records import Dataset
-from gndet.data.video import VideoWriter, read_frames
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
 from gndet.evaluation.evaluate import detect_dataset
-from gndet.prediction import predict
-from gndet.prediction.output import Output
+from gndet.toolbox.predict.output import Output
+from gndet.toolbox.predict.predict import predict
+from gndet.toolbox.predict.video import VideoWriter, read_frames
 
 CPU = torch.device("cpu")
 
@@ -98,8 +98,8 @@ def test_drawing_beside_the_detector_changes_nothing(
     detector: Detector, folder: Path, tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a GPU, and by turns; more batches than are held at a time."""
-    monkeypatch.setattr("gndet.prediction.output.processors", lambda: 1)
-    monkeypatch.setattr("gndet.prediction.Output", lambda *rest: Output(*rest[:3], beside))
+    monkeypatch.setattr("gndet.toolbox.predict.output.processors", lambda: 1)
+    monkeypatch.setattr("gndet.toolbox.predict.predict.Output", lambda *rest: Output(*rest[:3], beside))
     files = [shutil.copy(file, folder / f"{n}{file.name}") for n in range(4) for file in sorted(folder.glob("?.*"))]
     assert len(files) == 12
     lines = run(detector, [folder], tmp_path / "out")
@@ -295,7 +295,7 @@ def test_a_turned_video_is_read_upright(tmp_path: Path) -> None:
 def test_a_video_without_the_extra_names_it(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gndet.data.video.av", None)
+    monkeypatch.setattr("gndet.toolbox.predict.video.av", None)
     (tmp_path / "a.mp4").touch()
     with pytest.raises(DataError, match=r"a\.mp4: .*pip install av"):
         run(detector, [tmp_path / "a.mp4"], tmp_path / "out")

@@ -18,10 +18,11 @@ from gndet.config.loading import load_config, with_overrides
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError, TrainingError
-from gndet.report import blocks, charts, report
-from gndet.report.overview import verdict
-from gndet.report.record import read_run
 from gndet.selftest.tiny import CONFIG
+from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.overview import verdict
+from gndet.toolbox.report.record import read_run
+from gndet.toolbox.report.report import report
 from gndet.train import train
 
 SECTIONS = ("summary", "training", "quality", "errors", "pictures", "norms", "data", "batches", "setup")

@@ -337,7 +337,7 @@ ALLOWED_IMPORTS = {
     ("selftest/host.py", "importlib"): "of gndet, by names that selftest/launch.py sends",
     ("selftest/disk.py", "subprocess"): "mount and umount of a small disk of its own, where it may",
     ("selftest/inject.py", "runpy"): "gndet.cli, by that name",
-    ("doctor/__init__.py", "subprocess"): "starts gndet.doctor.inside, which imports what may end a process",
+    ("doctor/__init__.py", "subprocess"): "starts gndet.toolbox.doctor.inside, which imports what may end a process",
     ("doctor/inside.py", "importlib"): "steps of the doctor, by names that stand there",
     ("doctor/machine.py", "subprocess"): "git, in gndet's own folder, for the commit",
     ("doctor/packages.py", "importlib"): "the packages that gndet stands on, by names that stand there",

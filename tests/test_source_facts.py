@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gndet.checkpoint import save_checkpoint
 from gndet.config.schema import Config, ModelConfig, NormConfig, SourceConfig
-from gndet.conversion import with_group_norm
 from gndet.errors import CheckpointError, ConfigError
+from gndet.toolbox.convert import with_group_norm
 from gndet.weights.foreign.export import export_weights, write_export
 from gndet.weights.foreign.files import WeightFile
 from gndet.weights.foreign.source import Source, understand

@@ -14,7 +14,7 @@ from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
-from gndet.report import report_on_ending
+from gndet.toolbox.report.report import report_on_ending
 from gndet.training.checkpointing import Saver
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import mark_failed, mark_preempted, unmark_preempted

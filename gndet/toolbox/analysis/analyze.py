@@ -1,0 +1,164 @@
+"""`gndet analyze`: what a detector gets wrong, on the terminal, and as JSON and CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gndet.config.loading import load_config
+from gndet.config.schema import Config, DataConfig
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.faults import refuse
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.records import Dataset
+from gndet.errors import DataError
+from gndet.evaluation.results import Results
+from gndet.files import make_folder, make_room_for, write_whole
+from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
+from gndet.toolbox.analysis.read import read_results
+from gndet.toolbox.analysis.tables import Table, all_tables
+
+CONFIG, DETECTIONS = "config.yaml", "detections.json"  # of a run folder
+SHOWN = 20  # rows of a table on the terminal; the files hold all
+
+
+class Subject(NamedTuple):
+    """Detections and what they are of."""
+
+    dataset: Dataset
+    results: Results
+    max_detections: int
+
+
+def analyze(
+    source: Path,
+    overrides: Sequence[str],
+    show: Callable[[str], None],
+    *,
+    data: str | None = None,
+    kind: str | None = None,
+    json_file: Path | None = None,
+    csv_folder: Path | None = None,
+    images: int = 50,
+) -> Analysis:
+    """Analyse the detections of a run, or a results file of any toolkit, and show what is wrong with them.
+
+    source: run folder, or JSON in COCO's results format, with `data`: COCO annotations or a config with data.val.
+    kind: "box" or "mask"; by default masks where detections and objects have some.  json_file, csv_folder: where all of
+    it is written.  images: how many of the worst images, and of suspected annotations, are listed.
+    Raises ConfigError, DataError, OutputError before anything is written.
+    """
+    subject = read_subject(source, data, overrides)
+    kind = chosen_kind(subject, kind)
+    if json_file:
+        make_room_for(json_file, "--json")
+    if csv_folder:
+        make_folder(csv_folder, "--csv")
+    found = analyse(subject.dataset, subject.results, kind=kind, max_detections=subject.max_detections)
+    tables = all_tables(found, subject.dataset, images)
+    images_said = f"{len(subject.dataset.records)} images"
+    show(f"{source} on {subject.dataset.name}: {images_said}, {len(subject.results)} detections, compared by {kind}")
+    show("(shares and AP in percent)")
+    for table in tables:
+        show(f"\n{table.title}\n{text(table)}")
+    if json_file or csv_folder:
+        show("")
+    if json_file:
+        write_whole(json_file, json.dumps(to_json(found, tables), indent=1, allow_nan=False))
+        show(f"-> {json_file}")
+    for table in tables if csv_folder else ():
+        write_whole(csv_folder / f"{table.name}.csv", to_csv(table))
+    if csv_folder:
+        show(f"-> {csv_folder}: {', '.join(f'{table.name}.csv' for table in tables)}")
+    return found
+
+
+def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> Subject:
+    """The detections of a run folder or a results file, with their data set.  Raises ConfigError, DataError."""
+    if source.is_dir():
+        if not (source / CONFIG).is_file():
+            raise DataError(f"{source}: not a run folder, it has no {CONFIG}")
+        if not (source / DETECTIONS).is_file():
+            raise DataError(
+                f"{source}: has no {DETECTIONS}: the run was not evaluated yet; `gndet evaluate` writes one"
+            )
+        cfg = load_config(source / CONFIG, overrides)
+        path = source / DETECTIONS
+        dataset, limit = read_dataset(cfg.data.val, cfg.data), cfg.evaluation.max_detections
+    else:
+        if not source.is_file():
+            raise DataError(f"{source}: no such file or folder; expected a run folder, or detections as JSON")
+        if data is None:
+            raise DataError(f"{source}: what are these detections of?  --data names COCO annotations, or a config")
+        path, (dataset, limit) = source, _of_file(data, overrides)
+    return Subject(dataset, read_results(path, dataset), limit)
+
+
+def _of_file(data: str, overrides: Sequence[str]) -> tuple[Dataset, int]:
+    """The data set that --data names, and how many detections of an image count."""
+    if data.endswith((".yaml", ".yml")):
+        cfg = load_config(data, overrides)
+        return read_dataset(cfg.data.val, cfg.data), cfg.evaluation.max_detections
+    path = Path(data).absolute()
+    if not path.is_file():
+        raise DataError(f"--data {data}: no such file; expected COCO annotations (.json), or a config (.yaml)")
+    dataset = inspect_file(path, None, DataConfig())  # the pictures are not needed
+    return refuse(dataset), Config().evaluation.max_detections
+
+
+def chosen_kind(subject: Subject, kind: str | None) -> str:
+    """What is compared: as asked, else masks where there are any.  Raises DataError where asked for in vain."""
+    drawn = draws_masks(subject.dataset)
+    possible = drawn and subject.results.codes is not None
+    if kind == "mask" and not possible:
+        lacking = "detections" if drawn else "objects of the data set"
+        raise DataError(f"--kind mask: the {lacking} have no masks; expected box")
+    return kind or ("mask" if possible else "box")
+
+
+def text(table: Table) -> str:
+    """A table for the terminal: shares in percent, at most SHOWN rows."""
+    rows = [list(table.columns), *([shown(value) for value in row] for row in table.rows[:SHOWN])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    left = [all(isinstance(row[place], str) for row in table.rows) for place in range(len(widths))]
+    lines = [
+        "  ".join(cell.ljust(width) if to_left else cell.rjust(width)
+                  for cell, width, to_left in zip(row, widths, left, strict=True)).rstrip()
+        for row in rows
+    ]  # fmt: skip
+    rest = [f"... and {len(table.rows) - SHOWN} more"] if len(table.rows) > SHOWN else []
+    return "\n".join([*lines, *rest] if table.rows else [*lines, "(none)"])
+
+
+def shown(value: Any) -> str:
+    """A value as it is read: shares in percent."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+
+def to_csv(table: Table) -> str:
+    """A table as CSV, numbers in full."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(["" if value is None else value for value in row] for row in table.rows)
+    return file.getvalue()
+
+
+def to_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
+    """All of the analysis: summary, intervals, and every table as a list of objects."""
+    whole = {"AP": found.intervals.ap, "AP50": found.intervals.ap50}
+    listed = {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
+    return {
+        "kind": found.kind, "summary": {name: _finite(value) for name, value in found.metrics.summary.items()},
+        "intervals": {name: [_finite(end) for end in ends] for name, ends in whole.items()},
+        "draws": found.intervals.draws, "threshold": found.threshold,
+        "error_totals": {name: found.errors.delta_ap[name] for name in ("FP", "FN")},
+    } | listed  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value else None  # NaN is not itself, and JSON has none

@@ -1,0 +1,232 @@
+"""`gndet check`: what is wrong with a data set, all of it, before a GPU is waited for.
+
+The reader is the checker (`datasets/faults.py` holds the outcomes); this reads both sets of a config, or one file,
+looks at the pictures if asked to, and reports. Nothing is written but what is asked for, never among the user's data.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from rich.console import Console
+
+from gndet.config.loading import config_files, load_config, with_overrides
+from gndet.config.schema import Config, DataConfig
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.faults import REFUSED
+from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
+from gndet.data.datasets.reading import as_configured, between, inspect_both, without_masks
+from gndet.data.records import Dataset, Finding
+from gndet.errors import ConfigError, OutputError
+from gndet.evaluation.drawing import save_picture
+from gndet.toolbox.check.contact_sheet import contact_sheet
+from gndet.toolbox.check.pictures import look_at_pictures
+from gndet.toolbox.check.report import Checked, finding_lines, report, to_json
+
+NAMES_TRIED = 100  # pictures of a JSON file that are looked for, to find its folder
+ALONE = (  # options that say something of a JSON file checked by itself
+    "data.cache", "data.classes", "data.max_pixels", "data.max_unreadable", "data.skip_unreadable", "model.masks",
+)  # fmt: skip
+REMEDIES = {  # of a JSON file checked by itself: no config names it
+    "json-unreadable": "expected the JSON file or a config (.yaml)",
+    "folder-missing": "--image-folder names the folder of the pictures",
+    "file-missing": "does --image-folder name their folder? names differ by A and a, too",
+}
+
+Show = Callable[[str], None]
+
+
+class Plan(NamedTuple):
+    """What is to be checked; nothing has been read yet."""
+
+    data: DataConfig
+    masks: bool | None  # model.masks; None where nothing is said of it
+    path: Path | None  # a JSON file checked by itself
+    folders: dict[str, Path]  # of the pictures, by train, val, or "" for a JSON file by itself
+    kept: list[Path]  # the user's files: nothing is written over them
+
+
+def check(
+    source: str, overrides: Sequence[str], show: Show, *, image_folder: Path | None = None, images: bool = False,
+    sheet: Path | None = None, out: Path | None = None, console: Console | None = None,
+) -> bool:  # fmt: skip
+    """Check the data of a config (.yaml, .yml) or a COCO JSON file; show what is found, line by line.
+
+    image_folder: of a JSON file's pictures, looked for beside it by default.  images: decode every picture.
+    sheet: file for a picture of the data.  out: file for the report as JSON.  console: a terminal for a progress bar.
+    Returns whether nothing is refused.  Raises ConfigError and OutputError, never for what is wrong with the data.
+    """
+    plan = _plan(source, overrides, image_folder, show)
+    _refuse_outputs(plan, sheet, out)
+    sets = [_read_alone(plan, show)] if plan.path else _read_both(plan, show)
+    option = "--images" if images else "--sheet" if sheet else ""
+    if option and plan.path and not plan.folders and sets[0].dataset.classes:
+        raise OutputError(f"{plan.path}: {option} needs the pictures; --image-folder names them")
+    if images:
+        sets = [look_at_pictures(one, plan.data, show, console) for one in sets]
+    both = between(sets[0].dataset, sets[1].dataset) if len(sets) == 2 else ()
+    for one in sets:
+        for line in report(one):
+            show(line)
+    if both:
+        show("\ntrain and val together")
+        for line in finding_lines(both):
+            show(line)
+    findings = [finding for one in sets for finding in one.dataset.findings] + list(both)
+    refused = [one for one in findings if one.severity == REFUSED]
+    _write(sets, both, sheet, out, show)
+    kinds = ", ".join(dict.fromkeys(one.code for one in refused))
+    show(f"\nrefused: {kinds}" if refused else "\nnothing is refused")
+    return not refused
+
+
+def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
+    """Find out what is to be checked.  Raises ConfigError and OutputError."""
+    path = Path(source)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        cfg = load_config(source, overrides)
+        if image_folder is not None:
+            raise OutputError(f"--image-folder {image_folder}: is for a JSON file; {source} names its own folders")
+        parts = {"train": cfg.data.train, "val": cfg.data.val}
+        parts = {which: part for which, part in parts.items() if part.kind == "coco"}
+        root = Path(cfg.data.root)
+        folders = {which: root / part.images for which, part in parts.items()}
+        kept = [*config_files(path), *(root / part.annotations for part in parts.values())]
+        return Plan(cfg.data, cfg.model.masks, None, folders, kept)
+    for text in overrides:
+        if text.partition("=")[0].strip() not in ALONE:
+            raise ConfigError(f"override {text!r}: says nothing of a JSON file by itself; {', '.join(ALONE)} do")
+    cfg = with_overrides(Config(), overrides, "the defaults")
+    masks = cfg.model.masks if any(text.startswith("model.masks") for text in overrides) else None
+    folder = image_folder or guess_folder(path)
+    if folder is not None and image_folder is None:
+        show(f"{path}: the pictures are looked for in {folder} (--image-folder gives another)")
+    return Plan(cfg.data, masks, path, {"": folder.absolute()} if folder else {}, [path])
+
+
+def _read_both(plan: Plan, show: Show) -> list[Checked]:
+    """Read both sets of a config."""
+    sets = inspect_both(plan.data, masks=bool(plan.masks), tell=show)
+    return [Checked(which, one, plan.folders.get(which)) for which, one in zip(("train", "val"), sets, strict=True)]
+
+
+def _read_alone(plan: Plan, show: Show) -> Checked:
+    """Read a JSON file by itself."""
+    folder = plan.folders.get("")
+    dataset: Dataset = inspect_file(plan.path, folder, plan.data, show)
+    if folder is None and dataset.classes:
+        show(f"{plan.path}: no folder beside it holds its pictures; the annotations alone are checked (--image-folder)")
+    dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
+    if plan.masks is False:
+        dataset = without_masks(dataset)
+    findings = (one._replace(remedy=REMEDIES.get(one.code, one.remedy)) for one in dataset.findings)
+    return Checked("", dataset._replace(findings=tuple(findings)), folder)
+
+
+def guess_folder(path: Path) -> Path | None:
+    """The folder, beside a JSON file or its folder, that has a picture it names, or is named after it; None for none.
+
+    For annotations/instances_train2017.json these are train2017, images/train2017 and images, then all others.
+    """
+    stem = path.stem.split("_", 1)[-1]
+    bases = (path.absolute().parent, path.absolute().parent.parent)
+    try:
+        names = _first_names(path)
+        for base in bases if names else ():
+            usual = [base / stem, base / "images" / stem, base / "images", base / path.stem, base]
+            others = sorted(folder for folder in base.iterdir() if folder.is_dir())
+            for folder in [*usual, *others]:
+                if any(os.path.isfile(folder / name) for name in names):
+                    return folder
+        if names:
+            named = (folder for base in bases for folder in (base / stem, base / "images" / stem))
+            return next((folder for folder in named if folder.is_dir()), None)
+    except OSError:  # what cannot be read is told by the reader
+        pass
+    return None
+
+
+def _first_names(path: Path) -> list[str]:
+    """The first pictures that a JSON file names, as far as they could be in a folder beside it."""
+    text, names = path.read_bytes() if path.is_file() else b"", []
+    for found in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
+        try:
+            name = json.loads(found[1])
+        except ValueError:
+            continue
+        if name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+            names.append(name.encode("utf-8", "replace").decode())
+        if len(names) == NAMES_TRIED:
+            break
+    return names
+
+
+# --- what is written
+
+
+def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
+    """Raise OutputError where a result cannot be written, or is not to be: over a file of the user's."""
+    if sheet and out and _is_same(sheet, out):
+        raise OutputError(f"{out}: is given to --sheet and to --json, expected two files")
+    for file in filter(None, (sheet, out)):
+        for kept in plan.kept:
+            if _is_same(file, kept):
+                raise OutputError(f"{file}: is among your data ({kept}), where nothing is written; choose another")
+        for folder in plan.folders.values():
+            if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+                raise OutputError(f"{file}: lies among your data ({folder}), where nothing is written; choose another")
+    if sheet is not None:
+        known = Image.registered_extensions()
+        if known.get(sheet.suffix.lower()) not in Image.SAVE:
+            raise OutputError(f"{sheet}: cannot write a picture of this kind, expected a name like sheet.png")
+        if sheet.is_file() and (head := read_head(sheet)) and what_is(head) != PICTURE:
+            raise OutputError(f"{sheet}: is there and is no picture; it is not written over, choose another")
+    if out is not None and out.is_file() and (head := read_head(out)) and b'"refused"' not in head[:20]:
+        raise OutputError(f"{out}: is there and is no report of gndet check; it is not written over, choose another")
+    for file in filter(None, (sheet, out)):
+        _make_room(file)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are of one file, be it there or not."""
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _make_room(file: Path) -> None:
+    """Make a result file's folder.  Raises OutputError where the file cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot make its folder: {error.strerror}") from None
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise OutputError(f"{file}: cannot be written, expected the name of a file in a folder that can")
+
+
+def _write(sets: list[Checked], both: Sequence[Finding], sheet: Path | None, out: Path | None, show: Show) -> None:
+    """Write the report as JSON, then the contact sheet.  Raises OutputError."""
+    if out is not None:
+        try:
+            out.write_text(json.dumps(to_json(sets, both), indent=1), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{out}: cannot write the report: {error.strerror}") from None
+        show(f"\nreport -> {out}")
+    if sheet is None:
+        return
+    shown = [one for one in sets if one.has_pictures]
+    picture = contact_sheet([(one.which, one.dataset) for one in shown])
+    if picture is None:
+        reason = "no image is left to be drawn" if shown else "there is no folder of pictures to draw from"
+        show(f"\n{reason}: {sheet} is not written")
+        return
+    try:
+        save_picture(sheet, picture)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{sheet}: cannot write the picture: {error}") from None
+    show(f"\npictures -> {sheet}")

@@ -1,0 +1,184 @@
+"""What there is to compute on: processor, memory, how glibc keeps it, GPUs."""
+
+import ctypes
+import mmap
+import os
+import re
+import resource
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from gndet.config.schema import Config
+from gndet.distributed.process import keep_freed_memory
+from gndet.toolbox.doctor.facts import Fact, Facts, reason
+
+LITTLE = 2 << 30  # bytes: a run of the quickstart takes one GiB, torch and its data included
+BLOCK = 64 << 20  # bytes that are taken, given back and taken again
+DRIVER = Path("/proc/driver/nvidia/version")
+ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
+SETTINGS = ("GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
+GIB = 2**30
+
+
+def facts(cfg: Config | None) -> Facts:
+    """Processor, memory, GPUs."""
+    yield Fact("processor", processor())
+    yield cores()
+    yield memory(*memory_bytes(), memory_limit())
+    yield "giving memory back and taking it again"
+    yield freed_memory()
+    if settings := _settings():
+        yield Fact("environment", settings)
+    yield "asking for GPUs"
+    yield from gpus()
+
+
+def processor() -> str:
+    """The processor's name and the instructions that torch makes use of."""
+    names = re.findall(r"(?m)^model name\s*:\s*(.*)$", _read("/proc/cpuinfo"))
+    return f"{names[0] if names else 'unknown'}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cores() -> Fact:
+    """How many cores there are, how many of them this process may use, and how many threads torch takes."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota()
+    text = f"{os.cpu_count()}, {usable} for this process" + (f", {quota:g} by its cgroup" if quota else "")
+    threads = torch.get_num_threads()
+    text += f"; torch computes with {threads} thread(s)"
+    most = min(usable, quota or usable)
+    if threads > max(most, 1):
+        return Fact(
+            "cores", f"{text}: more than cores, which is slow; set OMP_NUM_THREADS={max(int(most), 1)}", "warning"
+        )
+    return Fact("cores", text)
+
+
+def cpu_quota() -> float | None:
+    """The CPUs that the cgroup allows at once; None for no limit."""
+    for folder in _cgroups("cpu"):
+        quota, _, period = _read(f"{folder}/cpu.max").strip().partition(" ")
+        if not quota:
+            quota, period = _read(f"{folder}/cpu.cfs_quota_us").strip(), _read(f"{folder}/cpu.cfs_period_us").strip()
+        if quota.isdigit() and period.isdigit():
+            return int(quota) / int(period)
+    return None
+
+
+def memory_bytes() -> tuple[int, int]:
+    """The machine's memory and what is available of it, bytes; 0 where the system does not say."""
+    text = _read("/proc/meminfo")
+    found = (re.search(rf"(?m)^{name}:\s*(\d+) kB", text) for name in ("MemTotal", "MemAvailable"))
+    total, available = (int(match[1]) * 1024 if match else 0 for match in found)
+    return total, available
+
+
+def memory_limit() -> tuple[int, int] | None:
+    """The bytes that the cgroup allows and those in use of it; None for no limit."""
+    for folder in _cgroups("memory"):
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            allowed, taken = (_read(f"{folder}/{name}").strip() for name in (limit, used))
+            if allowed.isdigit() and taken.isdigit() and int(allowed) < 1 << 60:  # v1 says 2^63 for no limit
+                return int(allowed), int(taken)
+    return None
+
+
+def memory(total: int, available: int, limit: tuple[int, int] | None) -> Fact:
+    """Judge the memory, of which all are bytes."""
+    text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} available"
+    if limit is not None:
+        text += f"; this process's cgroup: {limit[0] / GIB:.1f} GiB, {limit[1] / GIB:.1f} in use"
+        available = min(available, limit[0] - limit[1])
+    if available < LITTLE:
+        return Fact("memory", f"{text}: under {LITTLE / GIB:.0f} GiB are little for training", "warning")
+    return Fact("memory", text)
+
+
+def freed_memory() -> Fact:
+    """Whether the C library keeps what is freed, once it is told to as a run on a CPU does: page faults are counted."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        return Fact("freed memory", "this C library cannot be told to keep it: steps on a CPU may be slower", "warning")
+    keep_freed_memory()
+    torch.empty(BLOCK, dtype=torch.uint8).fill_(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(BLOCK // 2, dtype=torch.uint8).fill_(1)  # half: something small may have taken a corner since
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    if faults > BLOCK // 2 // mmap.PAGESIZE // 4:
+        return Fact("freed memory", f"is mapped anew ({faults} page faults): steps on a CPU are slower", "warning")
+    return Fact("freed memory", "kept and taken again, by mallopt", "ok")
+
+
+def gpus() -> Facts:
+    """A line a GPU, or why there is none."""
+    driver = re.findall(r"Kernel Module[^\d]*([\d.]+)", _read(DRIVER))
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    if not torch.cuda.is_available():
+        yield no_gpu(driver[0] if driver else "", built)
+        return
+    yield Fact("CUDA", f"torch {built}, cuDNN {torch.backends.cudnn.version()}, driver {driver[0] if driver else '?'}")
+    for number in range(torch.cuda.device_count()):
+        yield f"using GPU {number}"
+        yield _gpu(torch.device("cuda", number))
+
+
+def no_gpu(driver: str, built: str) -> Fact:
+    """Say why torch has no GPU.  driver: NVIDIA's, where it is loaded."""
+    if not driver:
+        return Fact("GPU", f"none (torch {built})")
+    if torch.version.cuda is None:
+        return Fact(
+            "GPU", f"NVIDIA's driver {driver} is there, but torch is {built}: install torch for CUDA", "warning"
+        )
+    try:
+        torch.cuda.init()
+        why = "it says nothing of why"
+    except Exception as error:  # the wording is torch's and the driver's
+        why = reason(error)
+    return Fact("GPU", f"NVIDIA's driver {driver} is there, torch is {built}, and finds none: {why}", "warning")
+
+
+def _gpu(device: torch.device) -> Fact:
+    """What a GPU is, and whether torch has code for it."""
+    name = f"GPU {device.index}"
+    try:
+        known = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        with torch.cuda.device(device):
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.ones(1, device=device).add(1).item()
+    except Exception as error:  # a driver, a card in use by another, a torch without code for it
+        return Fact(name, f"cannot be used: {reason(error)}", "wrong")
+    text = (
+        f"{known.name}, {total / GIB:.1f} GiB, {free / GIB:.1f} free, compute capability {known.major}.{known.minor}, "
+        f"bf16 {'yes' if bf16 else 'no'}"
+    )
+    if not bf16:
+        return Fact(name, f"{text}: train.precision=float32 is what it does well", "warning")
+    return Fact(name, text, "ok")
+
+
+def _settings() -> str:
+    """What the environment says of allocators and GPUs, and the allocators that take malloc's place."""
+    given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
+    given += [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match("MALLOC_|OMP_|MKL_", name)]
+    loaded = [name for name in ALLOCATORS if name in os.environ.get("LD_PRELOAD", "")]
+    return ", ".join([*given, *(f"{name} in place of malloc" for name in loaded)])
+
+
+def _cgroups(controller: str) -> list[str]:
+    """The folders of this process's cgroup and of those above it, the innermost first, of version 2 and of 1."""
+    folders = []
+    for _, controllers, path in (line.split(":", 2) for line in _read("/proc/self/cgroup").splitlines()):
+        if not controllers or controller in controllers.split(","):
+            top = Path("/sys/fs/cgroup") / (controller if controllers else "")
+            here = top / path.lstrip("/")
+            folders += [here, *(parent for parent in here.parents if parent.is_relative_to(top))]
+    return [str(folder) for folder in folders]
+
+
+def _read(path: str | Path) -> str:
+    with suppress(OSError):
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    return ""

@@ -1,0 +1,158 @@
+"""How fast pictures become batches, and whether shared memory and open files suffice for loader processes."""
+
+import contextlib
+import os
+import resource
+import shutil
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.data.batches.batch import largest_batch
+from gndet.data.batches.stream import Loaded, train_batches
+from gndet.data.batches.workers import PREFETCH
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.records import Dataset
+from gndet.toolbox.doctor.facts import Fact, Facts
+from gndet.training.log import read_metrics
+
+PICTURES = 64  # that are loaded at most
+SECONDS = 2.0  # that each of the two measurements takes, about
+SIZE = 480  # side of the pictures that are drawn where no config is given, pixels
+SHARED = Path("/dev/shm")
+DOCKER = 64 << 20  # bytes: what Docker gives
+USUAL = 110 << 20  # bytes of 8 batches of two COCO pictures at 800/1333 with masks of 60 objects each
+OTHER_FILES = 200  # open files of a run beside its batches: libraries, logs, pipes
+MIB = 2**20
+
+
+class Source(NamedTuple):
+    """What is loaded."""
+
+    dataset: Dataset
+    data: DataConfig
+    images: int  # of a batch
+    masks: bool
+
+
+def facts(cfg: Config | None) -> Facts:
+    """Speed of the loader in this process and in others, and what those need.  Raises DataError for refused data."""
+    yield "reading the data"
+    before = time.perf_counter()
+    source = read(cfg)
+    name = source.dataset.name if cfg else f"drawn shapes of {SIZE} x {SIZE} pixels (--config measures your data)"
+    yield Fact("data", f"{name}; opened in {time.perf_counter() - before:.1f} s")
+    yield "loading in this process"
+    alone, _ = rate(source, 0)
+    yield Fact("one process", f"{1000 / alone:.1f} ms an image, {alone:.0f} images/s")
+    workers = source.data.workers
+    if workers:
+        yield f"loading in {workers} processes"
+        together, deaths = rate(source, workers)
+        text = f"{together:.0f} images/s with data.workers={workers}"
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if deaths:
+            yield Fact("loader processes", f"{text}; {'; '.join(deaths)}", "wrong")
+        elif workers > cores:
+            yield Fact("loader processes", f"{text}, more than the {cores} cores", "warning")
+        else:
+            yield Fact("loader processes", text, "ok")
+        alone = max(together, 1e-9)
+    yield wait(source.images, alone, Path(cfg.out) if cfg else None)
+    needed = batch_bytes(source) * workers * PREFETCH if cfg else USUAL
+    yield shared_memory(needed, workers, SHARED)
+    yield open_files(workers, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def read(cfg: Config | None) -> Source:
+    """The first pictures of a config's training data, or drawn ones."""
+    if cfg is None:
+        data = DataConfig(shortest_edge=(SIZE,), max_edge=SIZE)
+        shapes = DatasetConfig(kind="shapes", count=PICTURES, size=SIZE)
+        return Source(read_dataset(shapes, data, masks=True), data, 2, True)
+    limit = min(cfg.data.train.limit or PICTURES, PICTURES)
+    part = cfg.data.train.model_copy(update={"limit": limit})
+    images = cfg.train.images_per_gpu if isinstance(cfg.train.images_per_gpu, int) else 2
+    return Source(read_dataset(part, cfg.data, masks=cfg.model.masks), cfg.data, images, cfg.model.masks)
+
+
+def rate(source: Source, workers: int) -> tuple[float, list[str]]:
+    """Images a second over about SECONDS, the start of the processes included, and the deaths of processes."""
+    deaths: list[str] = []
+    data, count = source.data.model_copy(update={"workers": workers}), 0
+    before = time.perf_counter()
+    with contextlib.closing(_batches(source, data, deaths)) as batches:
+        for loaded in batches:
+            count += len(loaded.image_ids)
+            if time.perf_counter() - before > SECONDS:
+                break
+    return count / (time.perf_counter() - before), deaths
+
+
+def _batches(source: Source, data: DataConfig, deaths: list[str]) -> Generator[Loaded, None, None]:
+    return train_batches(
+        source.dataset, data, seed=0, start=0, stop=-(-PICTURES // source.images), images_per_gpu=source.images,
+        global_batch=source.images, rank=0, world=1, masks=source.masks, pin_memory=False, notify=deaths.append,
+    )  # fmt: skip
+
+
+def wait(images: int, images_per_s: float, out: Path | None) -> Fact:
+    """From which length of a step the loader keeps up, and what a run of this config has logged."""
+    text = f"none where {images} images train in {1000 * images / images_per_s:.0f} ms or more"
+    logged = last_logged(out) if out else None
+    if logged is None:
+        return Fact("data wait", text)
+    share = logged.get("data_wait") or 0.0
+    text += f"; {out} logged {100 * share:.0f} % of the time, at {logged.get('images_per_s') or 0:.3g} images/s"
+    if share > 0.2:
+        return Fact("data wait", f"{text}: more data.workers, or smaller pictures on the disk, would help", "warning")
+    return Fact("data wait", text, "ok")
+
+
+def last_logged(out: Path) -> dict[str, Any] | None:
+    """The last training numbers of a run folder."""
+    if not (out / "metrics.jsonl").is_file():
+        return None
+    return next((line for line in reversed(read_metrics(out / "metrics.jsonl")) if line.get("kind") == "train"), None)
+
+
+def batch_bytes(source: Source) -> int:
+    """The bytes of the largest batch of these pictures."""
+    batch = largest_batch(source.dataset, source.data, source.images, masks=source.masks)
+    return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def shared_memory(needed: int, workers: int, folder: Path) -> Fact:
+    """Judge the room for batches on their way from the loader processes.  needed: bytes."""
+    name = "shared memory"
+    if not folder.is_dir():
+        return Fact(
+            name, f"no {folder}: loader processes need it; data.workers=0 does without", "wrong" if workers else ""
+        )
+    total, _, free = shutil.disk_usage(folder)
+    text = f"{total / MIB:,.0f} MiB, {free / MIB:,.0f} free; {workers} loader processes may hold {needed / MIB:,.0f}"
+    ways = "docker run --shm-size=8g, or fewer data.workers"
+    if workers and free < needed:
+        return Fact(name, f"{text}: {ways}", "warning" if total > needed else "wrong")
+    if workers and total <= DOCKER:
+        return Fact(name, f"{text}: Docker's 64 MB do not last for larger pictures: {ways}", "warning")
+    return Fact(name, text, "ok")
+
+
+def open_files(workers: int, limit: int) -> Fact:
+    """Judge the limit of open files: each tensor of a batch on its way is one."""
+    if limit == resource.RLIM_INFINITY:
+        return Fact("open files", "no limit", "ok")
+    leaves = 7  # tensors of a Batch
+    needed = workers * PREFETCH * leaves + OTHER_FILES
+    text = f"{limit} at most, a run with {workers} loader processes needs up to {needed}"
+    if limit < needed:
+        return Fact(
+            "open files", f"{text}: raise it (ulimit -n {max(4096, needed)}), or set data.workers lower", "warning"
+        )
+    return Fact("open files", text, "ok")

@@ -1,0 +1,55 @@
+"""gndet, Python and the system, told without torch or NumPy, which may be what is broken."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import gndet
+from gndet.config.schema import Config
+from gndet.toolbox.doctor.facts import Fact, Facts
+
+COMPILERS = ("c++", "g++", "clang++")
+CONTAINERS = ("/.dockerenv", "/run/.containerenv")  # Docker's and Podman's mark
+
+
+def facts(cfg: Config | None) -> Facts:
+    """Versions of what everything else stands on."""
+    yield Fact("gndet", gndet.__version__ + commit(Path(gndet.__file__).parent.parent))
+    yield Fact(
+        "Python", f"{platform.python_version()} {platform.python_implementation()}, {sys.maxsize.bit_length() + 1} bits"
+    )
+    yield Fact("system", _system())
+    yield Fact("C library", " ".join(platform.libc_ver()).strip() or "not glibc")
+    compiler = next(filter(shutil.which, COMPILERS), None)
+    yield Fact("C++ compiler", compiler or "none: train.compile on a CPU needs one")
+
+
+def commit(folder: Path) -> str:
+    """The commit of a checkout, as ", commit 1a2b3c4 with changes"; empty where the folder is none."""
+    if not (folder / ".git").exists():
+        return ""
+    head = _git(folder, "rev-parse", "--short", "HEAD")
+    if head is None:
+        return ", a checkout whose commit git does not tell"
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return f", commit {head}{' with changes' if changed else ''}"
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says; None where it is not there or refuses."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
+
+
+def _system() -> str:
+    name = platform.system()
+    with suppress(OSError):
+        name = platform.freedesktop_os_release().get("PRETTY_NAME", name)
+    inside = ", in a container" if any(Path(mark).exists() for mark in CONTAINERS) else ""
+    return f"{name}, kernel {platform.release()}, {platform.machine()}{inside}"

@@ -1,0 +1,312 @@
+"""`gndet invariance`: show on a user's images and model that an image trains the same whatever stands beside it.
+
+The images are run one by one, each on its own canvas; then the same images in other arrangements, and over two
+processes. Features, losses, what is sampled and gradients are compared. Proved in float64, where rounding flips no
+choice; float32, and bf16 on a GPU, are shown beside it.
+"""
+
+import functools
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gndet.config.schema import Config
+from gndet.data.batches.stream import micro_batches
+from gndet.data.batches.transforms import Sample, train_sample
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.records import MASK_SIDE, Dataset, Record
+from gndet.distributed.collectives import total
+from gndet.distributed.process import Process, spawn
+from gndet.errors import ConfigError, DataError
+from gndet.evaluation.evaluate import aligned
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.ops.noise import hash_ints
+from gndet.toolbox.invariance.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
+from gndet.toolbox.invariance.measure import (
+    COSINE,
+    RELATIVE,
+    Difference,
+    Flips,
+    batch_of,
+    compare,
+    difference,
+    flips,
+    largest_difference,
+    measure,
+    parameter_groups,
+)
+from gndet.training.gradient_buckets import sum_gradients
+from gndet.training.memory import out_of_memory, release
+from gndet.training.update import backward
+from gndet.weights.load import initial_model
+
+MIN_IMAGES, MAX_IMAGES = 4, 16
+MATE_OBJECTS = 20  # of the made-up wider image: more slots of ground truth for all
+REMEDIES = {
+    "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in, frozen_bn; bn has no such form",
+    "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, takes its statistics of one image",
+    "sampling": "draw from ops.noise by the image's key and the candidate's id",
+    "normaliser": "divide an image's loss by what that image alone decides",
+}
+
+
+class Report(NamedTuple):
+    """The outcome of `check_invariance`."""
+
+    differences: dict[str, dict[str, dict[str, Difference]]]  # {dtype: {arrangement: {what: Difference}}}
+    flips: dict[str, dict[str, Flips]]  # {dtype: {arrangement: decisions that came out otherwise}}
+    leaks: list[Leak]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all that float64 shows is rounding, and no coupling was found."""
+        proof = self.differences["float64"].values()
+        flipped = any(one["choices"][0] for one in self.flips["float64"].values())
+        return not (flipped or self.leaks) and all(one.small for what in proof for one in what.values())
+
+
+def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
+    """Compare num images of data.train in all arrangements.
+
+    show: called with each line as it is known.  Raises ConfigError for num out of 4 to 16, in a run of several
+    processes, and where memory runs out, DataError for a data set with fewer images to train on, or a broken one.
+    """
+    try:
+        return _check(cfg, num, proc, show)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"out of memory ({error}); lower data.max_edge, data.shortest_edge, model.box_head.regions_per_image or "
+            "--images"
+        ) from None
+
+
+def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
+    """check_invariance, for as much memory as it takes."""
+    if not MIN_IMAGES <= num <= MAX_IMAGES:
+        raise ConfigError(f"--images: {num}, expected {MIN_IMAGES} to {MAX_IMAGES}")
+    if proc.world > 1:
+        raise ConfigError("gndet invariance starts its two processes itself; run it without torchrun")
+    dataset = read_dataset(cfg.data.train, cfg.data)
+    samples = choose_samples(dataset, cfg, num)
+    model, cfg, notes, _ = initial_model(cfg, dataset.classes, images=dataset)
+    model = model.to(proc.device, memory_format=torch.channels_last).train()
+    show(f"{num} images of {dataset.name}: " + ", ".join("x".join(map(str, s.image.shape[1:])) for s in samples))
+    for note in [*notes, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"]:
+        show(note)
+    report = Report({}, {}, [])
+    precisions: dict[str, tuple[torch.dtype, Callable[[], AbstractContextManager]]] = {
+        "float64": (torch.float64, nullcontext),
+        "float32": (torch.float32, nullcontext),
+    }
+    if proc.device.type == "cuda":
+        precisions["bf16"] = (torch.float32, functools.partial(torch.autocast, "cuda", torch.bfloat16))
+    for name, (dtype, autocast) in precisions.items():
+        model = model.to(dtype)
+        report.differences[name], report.flips[name] = compare_arrangements(
+            model, samples, cfg, autocast, lambda arrangement, name=name: show(f"... {name}, {arrangement}")
+        )
+        if name == "float64":
+            compare_detections(report.differences[name], model, samples, cfg)
+            compare_two_processes(report.differences[name], model, samples, len(dataset.classes), cfg)
+        show(f"\n{name}: relative difference, 1 - cosine against each image alone\n{differences_table(report, name)}")
+    model = model.to(torch.float64)
+    everyone = [*samples, wider_mate(samples, cfg.model.masks)]
+    singles = [batch_of([sample], model, cfg) for sample in everyone]
+    report.leaks.extend(find_leaks(model, singles, batch_of(everyone, model, cfg)))
+    show(f"\n{verdict(report)}")
+    return report
+
+
+# --- the images
+
+
+def choose_samples(dataset: Dataset, cfg: Config, num: int) -> list[Sample]:
+    """Take num training images, from the tallest to the widest, as the first epoch has them."""
+    usable = [record for record in dataset.records if len(record.labels) and not record.crowd.all()]
+    if len(usable) < num:
+        raise DataError(f"{dataset.name}: {len(usable)} images with objects, gndet invariance takes {num} (--images)")
+    by_shape = sorted(usable, key=lambda record: (record.size[1] / record.size[0], record.image_id))
+    chosen: list[Record] = [by_shape[round(i * (len(usable) - 1) / (num - 1))] for i in range(num)]
+    keys = [hash_ints(cfg.seed, 0, record.image_id) for record in chosen]
+    return [train_sample(record, cfg.data, key, cfg.model.masks) for record, key in zip(chosen, keys, strict=True)]
+
+
+def wider_mate(samples: list[Sample], masks: bool) -> Sample:
+    """Make up an image of noise with MATE_OBJECTS objects, half as tall and wide again as the largest of samples."""
+    height, width = (max(sample.image.shape[d] for sample in samples) * 3 // 2 for d in (1, 2))
+    rng = np.random.Generator(np.random.PCG64(0))
+    corners = rng.uniform(0, 0.8, (MATE_OBJECTS, 2)) * (width, height)
+    boxes = np.concatenate([corners, corners + 0.15 * np.array([width, height])], axis=1)
+    side = MASK_SIDE if masks else 0
+    return Sample(
+        torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8)),
+        torch.from_numpy(boxes.astype(np.float32)),
+        torch.zeros(MATE_OBJECTS, dtype=torch.int64),
+        torch.ones(MATE_OBJECTS, side, side, dtype=torch.bool),
+        key=1,
+    )
+
+
+# --- the arrangements
+
+
+def arrangements(num: int) -> dict[str, list[list[int]]]:
+    """The batches of each arrangement, by image; image number num is the wider one, whose losses do not count."""
+    images = list(range(num))
+    return {
+        "together": [images],
+        "in twos": [images[first : first + 2] for first in range(0, num, 2)],
+        f"1 and {num - 1}": [images[:1], images[1:]],
+        "permuted": [images[::-1]],
+        "beside a wider": [[*images, num]],
+    }
+
+
+def compare_arrangements(
+    model: MaskRCNN,
+    samples: list[Sample],
+    cfg: Config,
+    autocast: Callable[[], AbstractContextManager],
+    begin: Callable[[str], None],
+) -> tuple[dict[str, dict[str, Difference]], dict[str, Flips]]:
+    """Run the images alone and in every arrangement; begin is called with the name of each.
+
+    Returns {arrangement: {what: its difference}} and {arrangement: what flipped}.
+    """
+    num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
+    begin("each alone")
+    alone = measure(model, everyone, [[i] for i in range(num)], cfg, autocast)
+    differences, flipped = {}, {}
+    for name, batches in arrangements(num).items():
+        begin(name)
+        got = measure(model, everyone, batches, cfg, autocast)
+        differences[name] = compare(got, alone)
+        flipped[name] = flips(got, alone)
+    return differences, flipped
+
+
+def compare_detections(
+    differences: dict[str, dict[str, Difference]], model: MaskRCNN, samples: list[Sample], cfg: Config
+) -> None:
+    """Add how the detections of each image alone differ from those in company; of any score, so that there are some."""
+    usual = model.box_head.cfg
+    model.box_head.cfg = usual.model_copy(update={"score_threshold": 0.0})
+    model.eval()
+    num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
+
+    def detected(places: list[int]) -> list[Tensor]:
+        batch = batch_of([everyone[i] for i in places], model, cfg)
+        found = model.detect(batch.images, batch.sizes, batch.padded)
+        parts = [found.boxes, found.scores[..., None], found.labels[..., None], found.masks.flatten(2)]
+        return list(torch.cat([part.double() for part in parts], dim=-1).flatten(1))[:num]
+
+    alone = [detected([i])[0] for i in range(num)]
+    for name, places in (("together", list(range(num))), ("beside a wider", list(range(num + 1)))):
+        differences[name]["detections"] = largest_difference(detected(places), alone)
+    model.box_head.cfg = usual
+    model.train()
+
+
+# --- two processes
+
+
+def compare_two_processes(
+    differences: dict[str, dict[str, Difference]], model: MaskRCNN, samples: list[Sample], num_classes: int, cfg: Config
+) -> None:
+    """Add how losses and gradients of one process, image by image, differ from those of two that share the images."""
+    cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": len(samples)})})
+    device = model.pixel_mean.device
+    release(device)  # the two may have to share this one's GPU
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model.state_dict(), f"{folder}/model.pt")
+        spawn(share_of_two, 2, device.type, samples, num_classes, cfg, folder)
+        got = torch.load(f"{folder}/result.pt", map_location=device, weights_only=True)
+    singles = [batch_of([sample], model, cfg) for sample in samples]
+    model.zero_grad()
+    with kept_statistics(model):
+        losses = backward(model, nullcontext, singles, 1, cfg)
+    expected = losses | parameter_groups(model)
+    differences["2 processes"] = {name: difference(got[name], value) for name, value in expected.items()}
+    model.zero_grad()
+
+
+def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Config, folder: str) -> None:
+    """One of two processes: its share of the images in one batch, the sum of both; the first leaves the result."""
+    model = build_model(cfg.model, num_classes).to(proc.device, torch.float64, memory_format=torch.channels_last)
+    model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device, weights_only=True))
+    (mine,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
+    batch = batch_of([samples[i] for i in mine], model.train(), cfg)
+    losses = backward(model, nullcontext, [batch], len(mine), cfg)
+    sum_gradients(model, proc)
+    losses = {name: total(loss, proc) for name, loss in losses.items()}
+    if proc.first:
+        torch.save(losses | parameter_groups(model), f"{folder}/result.pt")
+
+
+# --- what is shown
+
+
+def differences_table(report: Report, dtype: str) -> str:
+    """A line a quantity, two columns an arrangement, and the choices that differ."""
+    columns = report.differences[dtype]
+    names = list(dict.fromkeys(itertools.chain.from_iterable(columns.values())))
+    rows = [["", *columns]]
+    for name in names:
+        cells = [f"{d.relative:.0e} {d.cosine:.0e}" if (d := column.get(name)) else "" for column in columns.values()]
+        rows.append([name, *cells])
+    for kind in ("choices", "ReLUs"):
+        counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else None for name in columns]
+        rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]:,} of {one[1]:,}" for one in counts)])
+    return aligned(rows)
+
+
+def verdict(report: Report) -> str:
+    """Whether it passed, and if not, what leaks, where first, and what to do."""
+    bounds = f"relative difference below {RELATIVE:.0e}, 1 - cosine below {COSINE:.0e}"
+    lines = [
+        f"passed: an image trains the same whatever stands beside it (float64: {bounds}, the same choices)"
+        if report.passed
+        else f"failed: what an image trains depends on what stands beside it (expected in float64: {bounds})"
+    ]
+    leaking = {leak.coupling: leak for leak in report.leaks}
+    for coupling in COUPLINGS:
+        if leak := leaking.get(coupling):
+            lines += [
+                f"  {coupling} leaks, first at {leak.where}",
+                f"    by {leak.difference:.1e}; {REMEDIES[coupling]}",
+            ]
+        else:
+            lines.append(f"  {coupling}: no leak")
+    if not report.passed and not report.leaks:
+        lines.append("  the cause is none of these")
+    return "\n".join(lines)
+
+
+def to_json(report: Report) -> str:
+    """The whole report; JSON has no NaN or infinity, they become null."""
+    parts: dict[str, Any] = {
+        "passed": report.passed,
+        "differences": {
+            dtype: {
+                name: {
+                    what: {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
+                    for what, one in column.items()
+                }
+                for name, column in columns.items()
+            }
+            for dtype, columns in report.differences.items()
+        },
+        "flips": report.flips,
+        "leaks": [leak._asdict() for leak in report.leaks],
+    }
+    return json.dumps(parts, indent=1, allow_nan=False)

@@ -1,0 +1,201 @@
+"""What a training step gives for images that are batched in some arrangement, and how two such results differ.
+
+Letters: N images, L levels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gndet.config.schema import Config
+from gndet.data.batches.batch import collate
+from gndet.data.batches.transforms import Sample
+from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.resnet import BasicBlock, Bottleneck
+from gndet.structures import Batch
+from gndet.toolbox.invariance.leaks import Choices, choices, kept_statistics, relative
+from gndet.training.update import to_device
+
+COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
+RELATIVE = 1e-6  # and the relative difference
+STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps, each ceil(canvas / stride) high
+
+
+class Difference(NamedTuple):
+    """How two tensors differ: relative difference (L2), and 1 - cosine."""
+
+    relative: float
+    cosine: float
+
+    @property
+    def small(self) -> bool:
+        """Whether it is no more than rounding; NaN is not."""
+        return self.relative < RELATIVE and self.cosine < COSINE
+
+
+class Signs(NamedTuple):
+    """Where each ReLU is open, in packed bits."""
+
+    maps: list[np.ndarray]  # of backbone and RPN, on the picture
+    regions: list[np.ndarray]  # of the box head, for the sampled regions
+
+
+class Result(NamedTuple):
+    """What N images gave in one arrangement."""
+
+    features: dict[str, list[Tensor]]  # {level: N vectors, of the picture alone}
+    losses: dict[str, list[Tensor]]  # {loss: N scalars}
+    pyramid: dict[str, list[Tensor]]  # {a loss's gradient at the pyramid: N vectors}
+    gradients: dict[str, Tensor]  # {group of parameters: the gradient of the mean loss, one vector}
+    choices: list[Choices]  # N
+    signs: list[Signs]  # N
+
+
+Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how many}
+
+
+def batch_of(samples: list[Sample], model: MaskRCNN, cfg: Config) -> Batch:
+    """A batch of samples on the model's device."""
+    return to_device(collate(samples, cfg.data.canvas_multiple, cfg.data.exact_canvas), model.pixel_mean.device)
+
+
+def measure(
+    model: MaskRCNN,
+    samples: list[Sample],
+    batches: list[list[int]],
+    cfg: Config,
+    autocast: Callable[[], AbstractContextManager],
+) -> Result:
+    """Run batches, lists of places in samples (the last of which is the mate), through a step that changes nothing."""
+    num = len(samples) - 1
+    result = Result({}, {}, {}, {}, [{}] * num, [Signs([], [])] * num)
+    model.zero_grad()
+    for places in batches:
+        batch = batch_of([samples[i] for i in places], model, cfg)
+        rows = [row for row, i in enumerate(places) if i < num]
+        maps: list[Tensor] = []
+        regions: list[Tensor] = []
+        with kept_statistics(model):
+            with autocast(), _open_relus(model, maps, regions):
+                levels, areas = model.features(batch.images, batch.sizes, batch.padded)
+                leaves = [level.detach().requires_grad_() for level in levels]
+                step = model.step(leaves, areas, batch)
+            means = {name: loss[rows].sum() / num for name, loss in step.losses.items()}
+            at_pyramid = _backward(model, leaves, means)
+            torch.autograd.backward(levels, [sum(parts) for parts in zip(*at_pyramid.values(), strict=True)])
+        for row in rows:
+            i = places[row]
+            for stride, feature in zip(model.fpn.strides, _pictures(levels, batch, row), strict=True):
+                result.features.setdefault(f"features P{stride.bit_length() - 1}", [None] * num)[i] = feature.detach()
+            for name, loss in step.losses.items():
+                result.losses.setdefault(name, [None] * num)[i] = loss.detach()[row]
+                gradient = torch.cat(_pictures(at_pyramid[name], batch, row))
+                result.pyramid.setdefault(f"d {name} / d pyramid", [None] * num)[i] = gradient
+            result.choices[i] = choices(step, row)
+            sampled = [x.unflatten(0, step.regions.valid.shape)[row][step.regions.valid[row]] for x in regions]
+            result.signs[i] = Signs(_packed(_pictures(maps, batch, row)), _packed(sampled))
+    result.gradients.update(parameter_groups(model))
+    model.zero_grad()
+    return result
+
+
+def _backward(model: MaskRCNN, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+    """Add the gradients of all losses to those of RPN and heads.  Returns {loss: its gradient at each level}."""
+    behind = [model.rpn, model.box_head, *([] if model.mask_head is None else [model.mask_head])]
+    heads = [parameter for part in behind for parameter in part.parameters() if parameter.requires_grad]
+    at_pyramid = {}
+    for name, mean in means.items():
+        gradients = torch.autograd.grad(mean, [*levels, *heads], retain_graph=True, materialize_grads=True)
+        at_pyramid[name] = gradients[: len(levels)]
+        for parameter, gradient in zip(heads, gradients[len(levels) :], strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return at_pyramid
+
+
+def _pictures(maps: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
+    """The part of each map (B, C, H/s, W/s) that is picture, of one image, as vectors."""
+    height, width = batch.sizes[row].tolist()
+    strides = [next(s for s in STRIDES if -(-batch.images.shape[2] // s) == x.shape[2]) for x in maps]
+    return [x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(maps, strides, strict=True)]
+
+
+def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
+    """The gradients of the stages of the backbone and of the other parts, a vector each."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            words = name.split(".")
+            group = ".".join(words[: 2 if words[0] == "backbone" else 1])
+            groups.setdefault(group, []).append(parameter.grad.flatten())
+    return {f"d all / d {name}": torch.cat(parts) for name, parts in groups.items()}
+
+
+@contextmanager
+def _open_relus(model: MaskRCNN, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
+    """Collect where each ReLU is open, in the order they run.
+
+    maps: of backbone and RPN, (B, C, H/s, W/s) bool.  regions: of the box head, (B * R, ...) bool.
+    """
+    whole = [m for m in model.backbone.modules() if isinstance(m, BasicBlock | Bottleneck | ConvNorm)]
+    whole += model.rpn.convs
+    heard = [(m, maps) for m in whole if not isinstance(m, ConvNorm) or m.relu]
+    heard += [(m, regions) for m in (*model.box_head.convs, *model.box_head.fcs)]
+    handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _packed(masks: list[Tensor]) -> list[np.ndarray]:
+    return [np.packbits(mask.cpu().numpy()) for mask in masks]
+
+
+def compare(got: Result, alone: Result) -> dict[str, Difference]:
+    """Every difference by what it is of; of features the worst image's."""
+    found = {}
+    for name, features in alone.features.items():
+        found[name] = largest_difference(got.features[name], features)
+    for name, losses in alone.losses.items():
+        found[name] = difference(torch.stack(got.losses[name]), torch.stack(losses))
+    for name, parts in alone.pyramid.items():
+        found[name] = difference(torch.cat(got.pyramid[name]), torch.cat(parts))
+    return found | {name: difference(got.gradients[name], gradient) for name, gradient in alone.gradients.items()}
+
+
+def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
+    """The largest of several differences; NaN is larger than any number."""
+    each = torch.tensor([difference(a, b) for a, b in zip(got, expected, strict=True)], dtype=torch.float64)
+    return Difference(*each.amax(0).tolist())
+
+
+def flips(got: Result, alone: Result) -> Flips:
+    """How many yes-or-no decisions came out otherwise: what was sampled, and which ReLUs are open.
+
+    The box head's ReLUs count for images whose sampled regions are the same, the mask head's do not.
+    """
+    sets, bits = [], []
+    for a, b, open_a, open_b in zip(got.choices, alone.choices, got.signs, alone.signs, strict=True):
+        sets += [(a[kind], b[kind]) for kind in a]
+        bits += zip(open_a.maps, open_b.maps, strict=True)
+        if a["sampled regions"] == b["sampled regions"]:
+            bits += zip(open_a.regions, open_b.regions, strict=True)
+    return {
+        "choices": (sum(len(a ^ b) for a, b in sets), sum(len(a) for a, _ in sets)),
+        "ReLUs": (sum(int(np.unpackbits(a ^ b).sum()) for a, b in bits), sum(8 * a.size for a, _ in bits)),
+    }
+
+
+def difference(got: Tensor, expected: Tensor) -> Difference:
+    """Compare two vectors in float64; 1 - cosine as half the squared distance of the unit vectors, exact near 0."""
+    a, b = got.double(), expected.double()
+    if not a.any() and not b.any():
+        return Difference(0.0, 0.0)
+    cosine = ((a / a.norm() - b / b.norm()).square().sum() / 2).item() if a.any() and b.any() else 1.0
+    return Difference(relative(a, b), cosine)

@@ -1,0 +1,124 @@
+"""The trainings of a norm study: processes of their own, several at once where there are devices or cores."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gndet.distributed.signals import Stop, StopSignals
+
+POLL = 0.1
+PATIENCE = 120.0  # seconds in which a run that is asked to stop saves what it learned
+REASON = 600  # characters of what a failed run said
+
+
+class Job(NamedTuple):
+    """A training: config, overrides, run folder, and the file that takes what it says."""
+
+    name: str
+    config: str
+    overrides: Sequence[str]
+    out: Path
+    log: Path
+
+    @property
+    def command(self) -> list[str]:
+        """Its command line."""
+        return [
+            sys.executable,
+            "-m",
+            "gndet.toolbox.norm_study.child",
+            "train",
+            self.config,
+            *self.overrides,
+            f"out={self.out}",
+        ]
+
+
+class _Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen[bytes]
+    began: float
+    place: dict[str, str]
+
+
+def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
+    """The environment of each of the runs that go at once: a GPU each, or a share of the cores.
+
+    device: of the config; jobs: how many, by default one a GPU, on a CPU one.
+    """
+    if device != "cpu" and (count := torch.cuda.device_count()):
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        names = visible or [str(i) for i in range(count)]
+        return [{"CUDA_VISIBLE_DEVICES": names[i % len(names)]} for i in range(jobs or len(names))]
+    if not jobs or jobs == 1:
+        return [{}]
+    threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
+    return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
+
+
+def run_jobs(
+    jobs: Sequence[Job], places: Sequence[dict[str, str]], stop: StopSignals, started: Callable[[Job], None],
+    ended: Callable[[Job, float, int], None],
+) -> None:  # fmt: skip
+    """Run jobs, one in each place at a time; ended is given seconds and exit status.
+
+    Raises Stop after a signal; the running ones are asked to stop, which they do resumably, and waited for.
+    """
+    waiting, free, running = deque(jobs), list(places), list[_Running]()
+    try:
+        while waiting or running:
+            if stop.asked:
+                raise Stop
+            while waiting and free:
+                running.append(_start(waiting.popleft(), free.pop(0)))
+                started(running[-1].job)
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                free.append(one.place)
+                ended(one.job, time.monotonic() - one.began, one.process.returncode)
+            time.sleep(POLL)
+    finally:
+        _end(running)
+
+
+def _start(job: Job, place: dict[str, str]) -> _Running:
+    """Start a job.  It is in a session of its own: a Ctrl-C reaches it through us alone."""
+    with job.log.open("ab") as log:
+        process = subprocess.Popen(
+            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **place},
+        )  # fmt: skip
+    return _Running(job, process, time.monotonic(), place)
+
+
+def _end(running: Sequence[_Running]) -> None:
+    """Ask runs to stop, and kill those that do not, with all that they started."""
+    for one in running:
+        one.process.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for one in running:
+        try:
+            one.process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(one.process.pid, signal.SIGKILL)
+            one.process.wait()
+
+
+def last_words(log: Path, status: int) -> str:
+    """What a failed run said at its end: its error, or its last lines."""
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [i for i, line in enumerate(lines) if line.startswith("gndet train: ")]
+    told = lines[errors[-1] :] if errors else lines[-3:]
+    text = "\n".join(told).removeprefix("gndet train: ")[-REASON:]
+    how = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+    return text if errors else f"{how}: {text}" if text else how

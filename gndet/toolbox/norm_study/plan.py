@@ -1,0 +1,162 @@
+"""What a norm study will train: its variants, the config overrides of each cell, what is refused, what goes on."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from gndet import __version__
+from gndet.config.loading import config_from_dict, load_config
+from gndet.config.schema import Config, NormConfig
+from gndet.errors import ConfigError, OutputError
+from gndet.modeling.mask_rcnn import build_model
+from gndet.toolbox.analysis.study_results import GROUPS, STUDY, Result, Study, is_study, read_study
+from gndet.training.run_folder import NEUTRAL, UNSET, flat
+
+KINDS = get_args(NormConfig.model_fields["kind"].annotation)
+RULES = {
+    "scaled": "each update takes images per GPU x processes (1) images, as in the paper; every cell sees the same "
+    "number of images",
+    "fixed": "each update takes the {batch} images of train.global_batch in every cell, computed so many at once; only "
+    "a norm that mixes images can depend on that",
+}
+RATES = {"sgd": "scales linearly with", "adamw": "scales with the square root of"}
+
+
+def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
+    """The variants of the command line.  Raises ConfigError for a norm or a count that there is not."""
+    for name in norms:
+        if name not in KINDS:
+            raise ConfigError(f"--norms: {name!r} is not one of {', '.join(KINDS)}")
+    for count in groups or ():
+        if count != "channels" and not (count.isdecimal() and int(count) > 0):
+            raise ConfigError(f"--groups: {count!r}, expected numbers from 1 on, or channels (one group a channel)")
+    chosen = [GROUPS + (c if c == "channels" else str(int(c))) for c in groups] if groups else norms
+    return list(dict.fromkeys(chosen))
+
+
+def norm_overrides(variant: str) -> list[str]:
+    """The overrides that make model.norm a variant; a part with a norm of its own keeps it."""
+    if not variant.startswith(GROUPS):
+        return [f"model.norm.kind={variant}"]
+    count = variant.removeprefix(GROUPS)
+    if count in ("1", "channels"):
+        return [f"model.norm.kind={'ln' if count == '1' else 'in'}"]
+    return ["model.norm.kind=gn", f"model.norm.groups={count}", "model.norm.channels_per_group=null"]
+
+
+def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[Result], batch: str, jobs: int) -> Study:
+    """The study before its first cell, with cells that cannot be trained refused."""
+    schedule, optimizer = cfg.train.schedule, cfg.train.optimizer
+    rule = RULES[batch].format(batch=cfg.train.global_batch)
+    rate = f"the learning rate {RATES[optimizer.kind]} that number ({optimizer.kind})"
+    begun = Study(
+        config=config, overrides=list(overrides), settings=cfg.model_dump(mode="json"), batch=batch,
+        rule=f"--batch {batch}: {rule}; {rate}", updates=schedule.updates, reference_batch=schedule.reference_batch,
+        jobs=jobs, results=cells, date=time.strftime("%Y-%m-%d %H:%M"), notes=_notes(cfg, cells),
+        versions={"gndet": __version__, "torch": torch.__version__, "python": platform.python_version(),
+                  "device": _device(cfg)},
+    )  # fmt: skip
+    kinds = {cell.variant for cell in cells}
+    checked: dict[str, str] = {}
+    for cell in cells:
+        if cell.variant == "sync_bn" and "bn" in kinds:
+            cell.state, cell.reason = "copied", "in one process the same as bn"
+        elif reason := _refusal(cell, begun, checked):
+            cell.state, cell.reason = "refused", reason
+    if all(cell.state == "refused" for cell in cells):
+        raise ConfigError(f"no cell can be trained; {cells[0].name}: {cells[0].reason}")
+    return begun
+
+
+def _refusal(cell: Result, begun: Study, checked: dict[str, str]) -> str:
+    """Why a cell cannot be trained, or nothing; checked: by variant, what building its model said."""
+    try:
+        cfg = load_config(begun.config, [*begun.overrides, *cell_overrides(cell, begun)])
+    except ConfigError as error:
+        return str(error)
+    if cell.variant not in checked:
+        checked[cell.variant] = ""
+        try:
+            with torch.device("meta"):
+                build_model(cfg.model, 2)
+        except ConfigError as error:
+            checked[cell.variant] = str(error)
+    return checked[cell.variant]
+
+
+def _notes(cfg: Config, cells: list[Result]) -> list[str]:
+    """What a reader must know of these norms."""
+    kinds, notes = {cell.variant for cell in cells}, []
+    if "frozen_bn" in kinds and not cfg.train.weights:
+        notes.append("frozen_bn without train.weights is the identity: its cells train without any normalisation.")
+    if "sync_bn" in kinds:
+        how = "its cells are copied from bn's" if "bn" in kinds else "its cells show bn"
+        notes.append(f"sync_bn in one process is the same as bn: {how}.")
+    own = [part for part in ("backbone", "fpn", "box_head", "mask_head") if getattr(cfg.model, part).norm]
+    notes += [f"model.{part}.norm is set by the config and the same in every cell." for part in own]
+    return notes
+
+
+def _device(cfg: Config) -> str:
+    if cfg.device != "cpu" and torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"CPU, {len(os.sched_getaffinity(0))} cores"
+
+
+def cell_overrides(cell: Result, begun: Study) -> list[str]:
+    """The overrides of a cell, its folder left out."""
+    settings = begun.settings["train"]
+    batch = cell.images if begun.batch == "scaled" else settings["global_batch"]
+    total = max(round(begun.updates * begun.reference_batch / batch), 1)
+    changed = [f"train.global_batch={batch}"] if begun.batch == "scaled" else []
+    if begun.factor != 1:
+        schedule = settings["schedule"]
+        steps = [round(step * begun.factor) for step in schedule["steps"]]
+        warmup = round(schedule["warmup"] * begun.factor)
+        changed += [f"train.schedule.updates={begun.updates}", f"train.schedule.steps={steps}".replace(" ", "")]
+        changed += [f"train.schedule.warmup={warmup}"]
+    return [
+        *norm_overrides(cell.variant), f"seed={cell.seed}", f"train.images_per_gpu={cell.images}", *changed,
+        "train.keep_last=1", "train.vis_images=0", "train.report=false", "train.eval_every=0",
+        f"train.checkpoint_every={-(-total // 3)}", f"train.log_every={-(-total // 10)}",
+    ]  # fmt: skip
+
+
+def take_up(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
+    """The study in a folder with the cells now asked for, or the new one.
+
+    What it measured and how far its schedule was shortened stays.  Raises OutputError for one of other settings.
+    """
+    if not is_study(folder):
+        return new
+    old = read_study(folder)
+    changed = [
+        f"  {key}: {there!r} there, {now!r} now" for key, there, now in _differences(old, new)
+    ]  # fmt: skip
+    if changed:
+        raise OutputError("\n".join([f"{folder}: holds a study of other settings; give another --out", *changed[:8]]))
+    known = {result.name: result for result in old.results if result.state in ("done", "failed")}
+    results = [known.get(result.name, result) for result in new.results]
+    added = [
+        result for result in old.results if result.name not in {r.name for r in results} and result.state == "done"
+    ]
+    if added:
+        show(f"{len(added)} finished cells of before are not asked for now; they stay in the table")
+    kept = {"updates": old.updates, "factor": old.factor, "budget": old.budget, "speed": old.speed}
+    return new.model_copy(update={"results": [*results, *added], **kept})
+
+
+def _differences(old: Study, new: Study) -> list[tuple[str, object, object]]:
+    """What differs in two studies' settings, as far as it changes what is learned."""
+    there, now = (
+        {key: value for key, value in flat(config_from_dict(s.settings, f"{STUDY} of {s.date}")).items()
+         if not key.startswith((*NEUTRAL, "out", "seed"))} | {"--batch": s.batch}
+        for s in (old, new)
+    )  # fmt: skip
+    keys = {**there, **now}
+    return [(k, there.get(k, UNSET), now.get(k, UNSET)) for k in keys if there.get(k, UNSET) != now.get(k, UNSET)]

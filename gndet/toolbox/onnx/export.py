@@ -1,0 +1,302 @@
+"""`gndet export`: a detector as an ONNX file that has been run and compared with torch before it is there.
+
+D detections.  The file's input is `image`, a picture (H, W, 3) uint8 RGB already resized (metadata: shortest_edge,
+max_edge, antialiased bilinear; or its fixed size); its outputs are boxes (D, 4) float32 xyxy in pixels of that picture,
+scores (D,), labels (D,) int64 (metadata: classes, category_ids), and masks (D, 28, 28), probabilities in the frame of
+the box.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import functional
+
+import gndet
+from gndet.config.loading import config_to_yaml
+from gndet.config.schema import Config, DataConfig
+from gndet.data.batches.transforms import resized
+from gndet.data.datasets.images import open_picture
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.shapes import read_shapes
+from gndet.distributed.process import process
+from gndet.errors import CheckpointError, DataError, GndetError, OutputError
+from gndet.evaluation.detector import Detector, load_detector
+from gndet.files import make_room_for
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.toolbox.onnx.model import INPUT, OUTPUTS, OnePicture, own_operators
+
+try:
+    import onnx
+    import onnxruntime
+except ImportError:
+    onnx = onnxruntime = None
+
+Show = Callable[[str], None]
+FIRST_OPSET, LAST_OPSET = 17, 20  # RoIAlign aligned to half pixels; the last that the TorchScript exporter writes
+BOXES, SCORES, MASKS = 0.01, 1e-4, 1e-3  # largest differences: pixels, scores, probabilities
+SMALLER = 0.75  # of the picture's size: the second one that is compared where any size goes
+TRIED = 8  # pictures of data.val, of which that with most detections is compared
+
+
+class Found(NamedTuple):
+    """Detections of one picture."""
+
+    boxes: np.ndarray  # (D, 4) float32 xyxy
+    scores: np.ndarray  # (D,) float32
+    labels: np.ndarray  # (D,) int64
+    masks: np.ndarray | None  # (D, 28, 28) float32; None without
+
+
+def export(
+    checkpoint: Path, file: Path, overrides: Sequence[str], show: Show, *, size: tuple[int, int] | None = None,
+    masks: bool = True, opset: int = FIRST_OPSET, picture: Path | None = None,
+) -> bool:  # fmt: skip
+    """Write a detector as an ONNX file, run it by onnxruntime, and compare it with torch on a real picture.
+
+    size: height and width of all pictures; None: any.  masks: with the mask head, if there is one.  picture: to compare
+    on; by default one of data.val.  Returns whether the file gives the same, and is there.
+    Computed in float32 whatever the precision trained in.  Raises CheckpointError, ConfigError, DataError, OutputError.
+    """
+    if onnx is None or onnxruntime is None:
+        raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
+    if not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, those torch's exporter can write")
+    make_room_for(file, "--onnx")
+    with process("cpu") as proc:
+        detector = load_detector(checkpoint, overrides, proc)
+        detector.model.float()  # NonMaxSuppression and RoIAlign know nothing else
+        masks = masks and detector.model.mask_head is not None
+        pictures, name = comparison_pictures(detector, picture, size, show)
+        partial = file.with_name(f"{file.name}.partial")
+        try:
+            _write(detector, partial, pictures[0], size, masks, opset)
+            passed = compare(detector, partial, pictures, name, masks, show)
+            if passed:
+                os.replace(partial, file)
+        except OSError as error:
+            raise OutputError(f"--onnx {file}: cannot be written: {error.strerror or error}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+    if not passed:
+        before = ", and the one that was there is as before" if file.exists() else ""
+        show(f"{file}: not written{before}; expected boxes within {BOXES} px, scores {SCORES}, masks {MASKS}")
+        return False
+    shapes = f"{size[0]} x {size[1]}" if size else "any size"
+    show(f"{file}: {file.stat().st_size / 1e6:.1f} MB, opset {opset}, pictures of {shapes}")
+    if not detector.cfg.data.exact_canvas:
+        multiple = detector.cfg.data.canvas_multiple
+        show(f"note: gndet evaluates on canvases padded to multiples of {multiple}; the file does not pad")
+    return True
+
+
+def _write(
+    detector: Detector, file: Path, picture: torch.Tensor, size: tuple[int, int] | None, masks: bool, opset: int
+) -> None:
+    """Trace the detector on a picture (H, W, 3), and add what the file is to be used with.
+
+    Raises OutputError where torch's exporter fails or what it wrote is no valid ONNX.
+    """
+    names = list(OUTPUTS if masks else OUTPUTS[:-1])
+    axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
+    try:
+        with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer's, of every shape that it follows, and of the exporter's age
+            torch.onnx.export(
+                OnePicture(detector.model, masks), (picture,), str(file), dynamo=False, opset_version=opset,
+                input_names=[INPUT], output_names=names, dynamic_axes=axes,
+                training=torch.onnx.TrainingMode.PRESERVE,  # else it merges BN into convolutions, wrongly (torch 2.14)
+            )  # fmt: skip
+        model = onnx.load(str(file))
+        for key, value in metadata(detector, size).items():
+            model.metadata_props.add(key=key, value=value)
+        onnx.checker.check_model(model)
+    except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter has the first, or one under it
+        reason = _first_line(error)
+        raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
+    onnx.save(model, str(file))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
+    """What the file says of itself: JSON, and the config as YAML."""
+    cfg, data = detector.cfg, detector.cfg.data
+    values: dict[str, Any] = {
+        "classes": detector.classes, "category_ids": detector.category_ids, "shortest_edge": data.shortest_edge_test,
+        "max_edge": data.max_edge, "antialias": data.antialias, "size": size,
+        "mask_paste": cfg.model.mask_head.paste, "gndet": gndet.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+    return {key: json.dumps(value) for key, value in values.items()} | {"config": config_to_yaml(cfg)}
+
+
+def comparison_pictures(
+    detector: Detector, path: Path | None, size: tuple[int, int] | None, show: Show
+) -> tuple[list[torch.Tensor], str]:
+    """Pictures (H, W, 3) uint8 as the network sees them, and what they are of.  Raises DataError."""
+    data = detector.cfg.data
+    candidates, name = _candidates(detector.cfg, path, show)
+    shapes = [_resize(one, size or _network_size(one, data), data.antialias) for one in candidates]
+    best = max(shapes, key=lambda one: len(by_torch(detector.model, one, masks=False).scores))
+    if size:
+        return [best], name
+    smaller = tuple(max(32, math.ceil(side * SMALLER)) for side in best.shape[:2])
+    return [best, _resize(best.numpy(), smaller, data.antialias)], name
+
+
+def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.ndarray], str]:
+    if path is not None:
+        return [open_picture(path)], str(path)
+    pictures, reason = [], "it has no pictures"
+    try:
+        dataset = read_dataset(cfg.data.val, cfg.data)
+        for record in dataset.records[:TRIED]:
+            try:
+                pictures.append(record.load())
+            except DataError as error:
+                reason = str(error)
+    except GndetError as error:  # often it is not on this machine
+        reason = str(error)
+    if pictures:
+        return pictures, dataset.name
+    show(f"note: compared on drawn shapes, for data.val gives no picture (--picture FILE names one): {reason}")
+    val = cfg.data.val.model_copy(update={"kind": "shapes", "count": TRIED})
+    return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes"
+
+
+def _network_size(picture: np.ndarray, data: DataConfig) -> tuple[int, int]:
+    return resized(picture.shape[:2], data.shortest_edge_test, data.max_edge)
+
+
+def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.Tensor:
+    """Resize (H, W, 3) uint8 as gndet does for evaluation.  Returns (h, w, 3), dense."""
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: Pillow's are not writable
+    return functional.resize(image, list(size), antialias=antialias).permute(1, 2, 0).contiguous()
+
+
+def by_torch(model: MaskRCNN, picture: torch.Tensor, *, masks: bool) -> Found:
+    """What gndet itself detects in a picture (H, W, 3) uint8, by the way that it evaluates."""
+    sizes = torch.tensor([picture.shape[:2]])
+    found = model.detect(picture.permute(2, 0, 1)[None], sizes, False)
+    kept = found.valid[0]
+    boxes, scores, labels = (of[0][kept].float().numpy() for of in (found.boxes, found.scores, found.labels))
+    return Found(boxes, scores, labels.astype(np.int64), found.masks[0][kept].float().numpy() if masks else None)
+
+
+def session(file: Path) -> Any:
+    """An onnxruntime session on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
+    """What the file detects in a picture (H, W, 3) uint8 of the network's size."""
+    boxes, scores, labels, *masks = running.run(None, {INPUT: picture})
+    return Found(boxes, scores, labels, masks[0] if masks else None)
+
+
+def run_onnx(file: Path, picture: np.ndarray) -> Found:
+    """Detect in a picture (H, W, 3) uint8 RGB with an exported file; boxes in the picture's own pixels.
+
+    `gndet.evaluation.paste.paste_masks` lays the masks onto the picture.  Raises DataError for another array,
+    CheckpointError for a file that `export` did not write, and OutputError without onnxruntime.
+    """
+    if onnxruntime is None:
+        raise OutputError("running an ONNX file needs onnxruntime: pip install onnx onnxruntime")
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise DataError(f"picture: {picture.dtype} {picture.shape}, expected uint8 (height, width, 3), RGB")
+    try:
+        running = session(file)
+        stored = running.get_modelmeta().custom_metadata_map
+        about = {key: json.loads(stored[key]) for key in ("size", "shortest_edge", "max_edge", "antialias")}
+    except KeyError as error:
+        raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
+    except Exception as error:  # onnxruntime's own classes have no common base but this
+        raise CheckpointError(f"{file}: onnxruntime cannot load it: {_first_line(error)}") from None
+    size = about["size"] or resized(picture.shape[:2], about["shortest_edge"], about["max_edge"])
+    found = by_onnxruntime(running, _resize(picture, size, about["antialias"]).numpy())
+    scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
+    return found._replace(boxes=found.boxes * np.tile(scale, 2).astype(np.float32))
+
+
+def compare(
+    detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
+) -> bool:
+    """Run the file beside torch on each picture, and say how far they differ.  Returns whether little enough."""
+    cfg, passed, count = detector.cfg.model.box_head, True, 0
+    for picture in pictures:
+        expected = by_torch(detector.model, picture, masks=masks)
+        where = f"{name}, {picture.shape[0]} x {picture.shape[1]}"
+        try:
+            found = by_onnxruntime(session(file), picture.numpy())
+        except Exception as error:  # onnxruntime's own classes have no common base but this
+            show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
+            return False
+        full = len(expected.scores) == cfg.detections_per_image  # the worst of them may have pushed out one as good
+        differences = difference(expected, found, float(expected.scores.min()) if full else cfg.score_threshold)
+        show(f"{'equal' if not differences.wrong else 'mismatch'} on {where}: {differences.words}")
+        passed, count = passed and not differences.wrong, count + len(expected.scores)
+    if passed and not count:
+        show(f"note: nothing was found in {name}, so no box, score or mask was compared; --picture FILE names another")
+    return passed
+
+
+class Difference(NamedTuple):
+    """How far two sets of detections differ."""
+
+    boxes: float  # pixels
+    scores: float
+    masks: float | None  # probabilities; None without masks
+    unmatched: int  # detections of either that the other does not have
+    count: int
+
+    @property
+    def wrong(self) -> bool:
+        """Whether they differ by more than rounding."""
+        near = self.boxes <= BOXES and self.scores <= SCORES and (self.masks is None or self.masks <= MASKS)
+        return bool(self.unmatched) or not near  # NaN is near nothing
+
+    @property
+    def words(self) -> str:
+        """In a line."""
+        text = f"{self.count} detections, boxes within {self.boxes:.2g} px, scores {self.scores:.2g}"
+        text += f", masks {self.masks:.2g}" if self.masks is not None else ""
+        return text + (f"; {self.unmatched} that only one of them has" if self.unmatched else "")
+
+
+def difference(expected: Found, found: Found, threshold: float) -> Difference:
+    """Compare detections, each with the nearest of its label; those that score threshold or less may be missing."""
+    free, pairs, lonely = set(range(len(found.scores))), [], 0
+    for one in range(len(expected.scores)):
+        near = [
+            (float(np.abs(found.boxes[other] - expected.boxes[one]).max()), other)
+            for other in free if found.labels[other] == expected.labels[one]
+        ]  # fmt: skip
+        nearest = min(near, default=(math.inf, -1))
+        if nearest[0] > 1:  # another object's
+            lonely += expected.scores[one] > threshold + SCORES
+            continue
+        free.remove(nearest[1])
+        pairs.append((one, nearest[1]))
+    lonely += sum(not found.scores[other] <= threshold + SCORES for other in free)  # NaN too
+    a, b = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
+    masks = None if expected.masks is None and found.masks is None else math.inf
+    if expected.masks is not None and found.masks is not None:
+        masks = _most(expected.masks[a] - found.masks[b])
+    return Difference(
+        _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]), masks, int(lonely),
+        len(expected.scores),
+    )  # fmt: skip
+
+
+def _most(values: np.ndarray) -> float:
+    return float(np.abs(values).max()) if values.size else 0.0

@@ -1,0 +1,220 @@
+"""What becomes of detections: drawings, crops and a contact sheet, made by threads; results and counts, in columns.
+
+n objects of a picture with a score of the threshold or more, the best first. Pictures are (h, w, 3) uint8 RGB.
+"""
+
+import json
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from gndet.data.datasets.json_parts import processors
+from gndet.data.datasets.segmentation import printable
+from gndet.data.records import Dataset, Record
+from gndet.errors import OutputError
+from gndet.evaluation.detector import Detector
+from gndet.evaluation.drawing import captioned, draw_detections, grid
+from gndet.evaluation.evaluate import aligned, to_results
+from gndet.evaluation.results import Results, join, save_results
+from gndet.files import make_folder, write_whole
+from gndet.structures import Detections
+from gndet.toolbox.predict.video import Frame
+
+TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, of which in a row, longer side in pixels
+COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's 6, a fifth more bytes
+MAX_THREADS = 8
+
+
+class Wanted(NamedTuple):
+    """What is to be kept, and what is to be made."""
+
+    threshold: float  # score from which an object is drawn, cropped and counted
+    category_ids: Sequence[int]  # of the detections that are kept at all
+    crops: bool
+    sheet: bool
+
+
+class Task(NamedTuple):
+    """A picture to be drawn."""
+
+    record: Record
+    name: str  # of its crops
+    file: Path | None  # to draw it into; None hands the drawing back
+    tile: bool  # whether it has a place on the contact sheet
+    frame: Frame | None = None  # of a video
+
+
+class Drawn(NamedTuple):
+    """A picture that is done."""
+
+    task: Task
+    found: Results
+    labels: np.ndarray  # (n,) int64
+    picture: np.ndarray | None  # the drawing, where no file has it
+    tile: np.ndarray | None
+
+
+class Output:
+    """The threads that draw and write, and all that was found so far.  As a context: its end ends the threads."""
+
+    def __init__(self, detector: Detector, out: Path, wanted: Wanted, beside: bool) -> None:
+        """out: a folder that is there.  beside: draw while the detector computes, as it may where that has a GPU.
+
+        On a CPU they take turns: torch's threads wait for each other, and one that shares its core holds up them all.
+        """
+        self.detector, self.out, self.wanted, self.beside = detector, out, wanted, beside
+        self.folders = unique_names([_folder(name) for name in detector.classes])
+        num = min(MAX_THREADS, processors())
+        self.threads, self.most = ThreadPoolExecutor(num), 2 * num  # batches not yet drawn: they are held in memory
+        self.waiting: list[tuple[Callable[[], list[Drawn]], Callable[[Drawn], None]]] = []
+        self.pending: deque[tuple[Future[list[Drawn]], Callable[[Drawn], None]]] = deque()
+        self.results: list[Results] = []
+        self.images: list[dict[str, Any]] = []
+        self.objects: Counter[int] = Counter()  # of each label
+        self.seen_in: Counter[int] = Counter()  # images of each label
+        self.tiles: list[np.ndarray] = []
+        self.tiles_left = TILES if wanted.sheet else 0
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.threads.shutdown(cancel_futures=True)
+
+    def add(self, detections: Detections, sizes: Tensor, tasks: Sequence[Task], then: Callable[[Drawn], None]) -> None:
+        """Have a batch drawn.
+
+        detections: of B images; sizes (B, 2) height, width of the resized pictures; then: called with each picture
+        that is done, in order, here or in `finish`.
+        """
+        placed = []
+        for task in tasks:
+            tile = task.tile and self.tiles_left > 0
+            self.tiles_left -= tile
+            placed.append(task._replace(tile=tile))
+        self.waiting.append((partial(self._draw, detections, sizes, placed), then))
+        if self.beside:
+            self._finish(self.most)
+        elif len(self.waiting) == self.most:
+            self._finish(0)
+
+    def finish(self) -> None:
+        """Have all that was added drawn."""
+        self._finish(0)
+
+    def _finish(self, most: int) -> None:
+        """Start what is waiting to be drawn, and wait until no more than `most` batches are not."""
+        self.pending += [(self.threads.submit(draw), then) for draw, then in self.waiting]
+        self.waiting = []
+        while len(self.pending) > most:
+            future, then = self.pending.popleft()
+            for drawn in future.result():
+                self._note(drawn)
+                then(drawn)
+
+    def _note(self, drawn: Drawn) -> None:
+        """Add a picture to what was found."""
+        record, frame = drawn.task.record, drawn.task.frame
+        image = {
+            "id": record.image_id,
+            "file_name": record.file_name,
+            "height": record.size[0],
+            "width": record.size[1],
+        }
+        self.images.append(image | ({"frame": frame.index} if frame else {}))
+        self.results.append(drawn.found)
+        self.objects.update(drawn.labels.tolist())
+        self.seen_in.update(set(drawn.labels.tolist()))
+        self.tiles += [] if drawn.tile is None else [drawn.tile]
+
+    def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[Task]) -> list[Drawn]:
+        """Draw a batch; in a thread."""
+        classes, ids = self.detector.classes, self.detector.category_ids
+        dataset = Dataset("batch", classes, ids, [task.record for task in tasks])
+        paste = self.detector.cfg.model.mask_head.paste
+        results = to_results(detections, list(range(len(tasks))), sizes, dataset, paste)
+        results = results.take(np.flatnonzero(np.isin(results.category_ids, self.wanted.category_ids)))
+        done = []
+        for task in tasks:
+            found, image = results.of_image(task.record.image_id), task.record.load()
+            order = np.argsort(-found.scores, kind="stable")
+            shown = found.take(order[found.scores[order] >= self.wanted.threshold])
+            labels = np.array([ids.index(one) for one in shown.category_ids.tolist()], dtype=np.int64)
+            picture = draw_detections(image, shown, classes, ids, self.wanted.threshold)
+            if task.file:
+                save_png(task.file, picture)
+            if self.wanted.crops:
+                self._save_crops(task.name, image, shown, labels)
+            caption = f"{printable(Path(task.record.file_name).name)}: {len(shown)}"
+            tile = _tile(picture, caption) if task.tile else None
+            done.append(Drawn(task, found, labels, None if task.file else picture, tile))
+        return done
+
+    def _save_crops(self, name: str, image: np.ndarray, shown: Results, labels: np.ndarray) -> None:
+        """Write each object, cut out along the pixels that its box touches."""
+        size = np.array(image.shape[1::-1])  # width, height
+        for number, (box, score, label) in enumerate(zip(shown.boxes, shown.scores, labels, strict=True), start=1):
+            left, top = near = np.minimum(np.floor(box[:2]).astype(int), size - 1)
+            right, bottom = np.maximum(np.ceil(box[:2] + box[2:]).astype(int), near + 1)
+            folder = self.out / "crops" / self.folders[label]
+            make_folder(folder, "--out")
+            save_png(folder / f"{name}-{number}-{score:.2f}.png", image[top:bottom, left:right])
+
+    def save(self, show: Callable[[str], None]) -> None:
+        """Write the contact sheet and what was found in all pictures, and sum it up."""
+        self.finish()
+        results, classes = join(self.results), self.detector.classes
+        ids = zip(self.detector.category_ids, classes, strict=True)
+        categories = [{"id": id, "name": name} for id, name in ids]
+        save_results(self.out / "predictions.json", results)
+        images = {"images": self.images, "categories": categories, "annotations": []}
+        write_whole(self.out / "images.json", json.dumps(images))
+        if self.tiles:
+            save_png(self.out / "sheet.png", grid(self.tiles, COLUMNS))
+            show(f"{len(self.tiles)} pictures together -> {self.out / 'sheet.png'}")
+        rows = [[classes[label], str(num), str(self.seen_in[label])] for label, num in self.objects.most_common()]
+        total = ["all", str(self.objects.total()), str(len(self.images))]
+        show(f"with a score of {self.wanted.threshold} or more:")
+        show(aligned([["class", "objects", "images"], *rows, total]))
+        where = self.out / "predictions.json"
+        show(f"{len(results)} detections, of lower scores too -> {where} (COCO results; image ids in images.json)")
+
+
+def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str] = ()) -> list[str]:
+    """Each name with the suffix, numbered where it is one before or a reserved one, on disks that take A for a, too."""
+    unique: list[str] = []
+    taken = {name.casefold() for name in reserved}
+    for number, name in enumerate(names, start=1):
+        while f"{name}{suffix}".casefold() in taken:
+            name = f"{name}-{number}"
+        taken.add(f"{name}{suffix}".casefold())
+        unique.append(f"{name}{suffix}")
+    return unique
+
+
+def _folder(name: str) -> str:
+    """A class name as the name of a folder."""
+    return re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_"
+
+
+def _tile(picture: np.ndarray, caption: str) -> np.ndarray:
+    """A drawn picture scaled to TILE_SIDE, under its caption."""
+    factor = TILE_SIDE / max(picture.shape[:2])
+    size = tuple(max(1, round(edge * factor)) for edge in picture.shape[1::-1])
+    return captioned(np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)), caption)
+
+
+def save_png(path: Path, picture: np.ndarray) -> None:
+    """Write (h, w, 3) uint8.  Raises OutputError where that cannot be done."""
+    try:
+        Image.fromarray(picture).save(path, compress_level=COMPRESSION)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None

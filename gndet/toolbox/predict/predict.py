@@ -1,0 +1,175 @@
+"""`gndet predict`: detect in pictures and videos, draw what was found, and write it all as COCO results.
+
+Loader processes read ahead of the detector, threads draw and write behind it: what stands in memory at a time does not
+grow with the pictures, but for their detections, in columns.
+"""
+
+import contextlib
+import difflib
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from gndet.data.datasets.images import no_limit_of_pillows
+from gndet.errors import ConfigError, DataError, OutputError
+from gndet.evaluation.detector import Detector
+from gndet.files import make_folder
+from gndet.toolbox.predict.output import Drawn, Output, Task, Wanted, unique_names
+from gndet.toolbox.predict.sources import find_sources, measure_pictures
+from gndet.toolbox.predict.stream import Portion, of_pictures, of_video
+from gndet.toolbox.predict.video import VideoWriter, video_rate
+
+TILE_SECONDS = 1.0  # between two frames of a video that go on the contact sheet: neighbours look the same
+FRAMES_A_LINE = 100
+NAMED = 10  # files that could not be read which the end names
+
+
+def predict(
+    detector: Detector, sources: Sequence[str], out: Path, device: torch.device, show: Callable[[str], None], *,
+    threshold: float = 0.5, classes: Sequence[str] | None = None, crops: bool = False, sheet: bool = False,
+    every: int = 1,
+) -> None:  # fmt: skip
+    """Detect in pictures and videos; write each with its detections, and all as COCO results.
+
+    sources: as `find_sources` takes them.  show: called with a line a picture, and a table at the end.
+    out: folder, made where missing: NAME.png of each picture, NAME.mp4 of each video, predictions.json (results) and
+    images.json, where a frame's file_name is like "a.mp4#t=1.240" (seconds) and its "frame" counts from 0.
+    threshold: score from which a detection is drawn, cropped and counted; predictions.json holds all of them.
+    classes: names of those that are kept, in predictions.json too.  crops: write each object that is drawn to
+    crops/CLASS/NAME-N-SCORE.png, N from 1 for the best.  sheet: write the first pictures together as sheet.png.
+    every: of a video each such frame is taken, the others are left out.
+    A file that is named and cannot be read raises DataError: at once where its beginning shows it, else once all the
+    rest is written.  One that a folder or a pattern gave is left out and told of at the end.
+    Raises ConfigError for a class that the detector does not know, and OutputError where a picture would be overwritten
+    or the folder cannot be made, before anything is written.
+    """
+    wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
+    found, max_pixels = find_sources(sources), detector.cfg.data.max_pixels
+    pictures, broken = measure_pictures(found, max_pixels)
+    videos, broken_videos = _measure_videos(found.videos, found.named, max_pixels)
+    broken |= broken_videos
+    reserved = ("sheet.png",) if sheet else ()
+    names = unique_names([file.stem for file in pictures.files], ".png", reserved)
+    films = unique_names([video.stem for video in videos], ".mp4")
+    _refuse_overwriting(out, [*names, *films, *reserved], [*found.pictures, *found.videos], crops)
+    make_folder(out, "--out")
+    with no_limit_of_pillows(), Output(detector, out, wanted, device.type != "cpu") as output:
+        portions = of_pictures(detector, pictures, device, show)
+        with contextlib.closing(portions):
+            for portion in portions:
+                broken |= {pictures.files[one.image_id - 1]: one.reason for one in portion.broken}
+                files = [out / names[record.image_id - 1] for record in portion.records]
+                tasks = [Task(r, file.stem, file, True) for r, file in zip(portion.records, files, strict=True)]
+                _detect(output, portion, tasks, device, lambda drawn: _tell(drawn, threshold, show))
+        output.finish()
+        first = len(pictures) + 1
+        for (video, rate), name in zip(videos.items(), films, strict=True):
+            reason, count = _film(output, video, out / name, rate, every, first, device, show)
+            broken |= {video: reason} if reason else {}
+            first += count
+        output.save(show)
+    _tell_broken(broken, found.named, len(found.pictures) + len(found.videos), show)
+
+
+def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int]:
+    """The category ids of classes by name, or of all.  Raises ConfigError for one that the detector does not know."""
+    ids = dict(zip(detector.classes, detector.category_ids, strict=True))
+    for name in classes or ():
+        if name not in ids:
+            nearest = difflib.get_close_matches(name, ids, 1, 0.5)
+            meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
+            raise ConfigError(f"--classes: {name!r} is no class of this detector{meant} knows {', '.join(ids)}")
+    return [ids[name] for name in classes or ids]
+
+
+def _measure_videos(
+    videos: Sequence[Path], named: frozenset[Path], max_pixels: int
+) -> tuple[dict[Path, Fraction], dict[Path, str]]:
+    """Open each video for its frames a second; {file: why} of those found that are none.  Raises for one named."""
+    rates, broken = {}, {}
+    for video in videos:
+        try:
+            rates[video] = video_rate(video, max_pixels)
+        except DataError as error:
+            if video in named:
+                raise
+            broken[video] = str(error)
+    return rates, broken
+
+
+def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], crops: bool) -> None:
+    """Raise OutputError where one of the names in `out`, or a crop, may be that of a file that is read."""
+    inputs = {file.resolve() for file in files}
+    taken = {(out / name).resolve() for name in names} & inputs
+    if crops:
+        folder = (out / "crops").resolve()
+        taken |= {file for file in inputs if folder in file.parents}
+    if taken:
+        raise OutputError(f"--out {out}: would overwrite the picture {min(taken)}; choose another folder")
+
+
+def _detect(
+    output: Output, portion: Portion, tasks: Sequence[Task], device: torch.device, then: Callable[[Drawn], None]
+) -> None:
+    """Detect in a batch and hand it on to be drawn."""
+    if portion.batch is None:
+        return
+    detector, batch = output.detector, portion.batch
+    images, sizes = batch.images.to(device, non_blocking=True), batch.sizes.to(device, non_blocking=True)
+    with torch.inference_mode(), detector.autocast():
+        detections = detector.model.detect(images, sizes, batch.padded)
+    output.add(detections, batch.sizes, tasks, then)
+
+
+def _film(
+    output: Output, video: Path, file: Path, rate: Fraction, every: int, first: int, device: torch.device,
+    show: Callable[[str], None],
+) -> tuple[str, int]:  # fmt: skip
+    """Detect in a video and write it with what was found.
+
+    rate: its frames a second; first: the image id of its first frame.  Returns why it could not be read to its end, or
+    "", and how many frames were.
+    """
+    count, objects, next_tile, reason = 0, 0, -1.0, ""
+    with VideoWriter(file, rate / every) as film:
+
+        def write(drawn: Drawn) -> None:
+            nonlocal objects
+            objects += len(drawn.labels)
+            film.write(drawn.picture, drawn.task.frame.seconds)
+
+        try:
+            for portion in of_video(output.detector, video, every, first):
+                tasks = []
+                for record, frame in zip(portion.records, portion.frames, strict=True):
+                    tile = frame.seconds >= next_tile
+                    next_tile = frame.seconds + TILE_SECONDS if tile else next_tile
+                    tasks.append(Task(record, f"{file.stem}-f{frame.index:06d}", None, tile, frame))
+                    count += 1
+                    if count % FRAMES_A_LINE == 0:
+                        show(f"{video}: {count} frames, at {frame.seconds:.1f} s")
+                _detect(output, portion, tasks, device, write)
+        except DataError as error:
+            reason = str(error)
+        output.finish()
+    if count:
+        show(f"{video}: {count} frames, {objects} objects with a score of {output.wanted.threshold} or more -> {file}")
+    return reason, count
+
+
+def _tell(drawn: Drawn, threshold: float, show: Callable[[str], None]) -> None:
+    task = drawn.task
+    show(f"{task.record.file_name}: {len(drawn.labels)} objects with a score of {threshold} or more -> {task.file}")
+
+
+def _tell_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:
+    """Tell of the files that could not be read.  Raises DataError where one of them was named, or all `num` are."""
+    lines = [f"  {reason}" for reason in list(broken.values())[:NAMED]]
+    lines += [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
+    text = "\n".join([f"{len(broken)} of {num} files could not be read, or not to their end:", *lines])
+    if len(broken) == num or any(file in named for file in broken):
+        raise DataError(text)
+    if broken:
+        show(text)

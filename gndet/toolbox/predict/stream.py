@@ -1,0 +1,84 @@
+"""Batches to be detected in: of picture files by loader processes, of a video by a thread, both ahead of the detector.
+
+B images of a batch.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from gndet.data.batches.batch import collate
+from gndet.data.batches.stream import Skipped, test_batches
+from gndet.data.batches.transforms import test_sample
+from gndet.data.datasets.images import picture_record
+from gndet.data.records import Dataset, Record
+from gndet.evaluation.detector import Detector
+from gndet.structures import Batch
+from gndet.toolbox.predict.sources import Pictures
+from gndet.toolbox.predict.video import Frame, read_frames
+
+FRAMES_AHEAD = 2  # batches of a video that are decoded ahead
+
+Item = TypeVar("Item")
+
+
+class Portion(NamedTuple):
+    """A batch on its way to the detector."""
+
+    records: list[Record]  # of the B images
+    batch: Batch | None  # None where no picture could be read
+    broken: tuple[Skipped, ...] = ()  # pictures that could not be read
+    frames: tuple[Frame, ...] = ()  # the B frames, of a video
+
+
+def of_pictures(
+    detector: Detector, pictures: Pictures, device: torch.device, notify: Callable[[str], None]
+) -> Iterator[Portion]:
+    """Yield picture files in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
+    dataset = Dataset("pictures", detector.classes, detector.category_ids, pictures)
+    batches = test_batches(
+        dataset, detector.cfg.data, images_per_gpu=detector.cfg.evaluation.images_per_gpu, rank=0, world=1,
+        pin_memory=device.type == "cuda", notify=notify,
+    )  # fmt: skip
+    with contextlib.closing(batches):
+        for indices, batch, _, skipped in batches:
+            yield Portion([pictures[index] for index in indices], batch, skipped)
+
+
+def of_video(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
+    """Yield each `every`th frame of a video in such batches, with image ids from `first` on.
+
+    A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after the batches before.
+    """
+    return _ahead(_decoded(detector, video, every, first), FRAMES_AHEAD)
+
+
+def _decoded(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
+    data, frames, num = detector.cfg.data, read_frames(video, every), detector.cfg.evaluation.images_per_gpu
+    while some := tuple(islice(frames, num)):
+        records = [_frame_record(first + place, video, frame) for place, frame in enumerate(some)]
+        first += len(some)
+        samples = [test_sample(record, data) for record in records]
+        yield Portion(records, collate(samples, data.canvas_multiple, data.exact_canvas), frames=some)
+
+
+def _frame_record(image_id: int, video: Path, frame: Frame) -> Record:
+    """A frame as a record without objects; its pixels are in memory."""
+    height, width = frame.pixels.shape[:2]
+    record = picture_record(image_id, Path(f"{video}#t={frame.seconds:.3f}"), (height, width))
+    return record._replace(load=lambda: frame.pixels)
+
+
+def _ahead(items: Iterator[Item], num: int) -> Iterator[Item]:
+    """Yield items, of which a thread makes `num` ahead; what it raises is raised here, after the items before."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, items, None) for _ in range(num))
+        while (item := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, items, None))
+            yield item

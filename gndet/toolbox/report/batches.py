@@ -1,0 +1,60 @@
+"""Training batches as the network got them: augmented, padded, with boxes and masks.
+
+They are not kept while training: order and augmentation are functions of the seed, so they are made once more.
+"""
+
+from contextlib import closing
+
+from gndet.config.schema import Config
+from gndet.data.batches.stream import train_batches
+from gndet.data.records import Dataset
+from gndet.errors import GndetError
+from gndet.toolbox.report import blocks
+from gndet.toolbox.report.blocks import Picture
+from gndet.toolbox.report.record import RunRecord
+from gndet.training.validation import draw
+
+PICTURES = 8
+
+
+def section(run: RunRecord) -> str:
+    """The first batches of the run."""
+    if run.train_set is None:
+        words = blocks.notice("warn", "The training data could not be read.")
+        return blocks.section("batches", "Training batches", words)
+    at_once = run.meta.get("images_at_once") or run.cfg.train.images_per_gpu
+    try:
+        pictures, padding = draw_batches(run.train_set, run.cfg, at_once if isinstance(at_once, int) else 1, PICTURES)
+    except GndetError as error:
+        return blocks.section("batches", "Training batches", blocks.notice("bad", str(error)))
+    words = (
+        "The first pictures of the run as the network got them: resized, flipped, on the canvas they shared; "
+        f"striped: padding, {100 * padding:.0f} % of these canvases"
+        + (", and norms do not see it." if run.cfg.model.norm.masked else ", and enters the norms' statistics.")
+    )
+    return blocks.section("batches", "Training batches", blocks.gallery("batch-pictures", pictures), lead=words)
+
+
+def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tuple[list[Picture], float]:
+    """The first `count` training pictures, on the canvases of `at_once` images; and the share of padding on those.
+
+    Raises DataError where they cannot be read.
+    """
+    pictures: list[Picture] = []
+    padded = cells = 0
+    batches = train_batches(
+        dataset, cfg.data.model_copy(update={"workers": 0}), seed=cfg.seed, start=0, stop=count,
+        images_per_gpu=at_once, global_batch=cfg.train.global_batch, rank=0, world=1, masks=cfg.model.masks,
+        pin_memory=False,
+    )  # fmt: skip
+    with closing(batches):
+        for number, loaded in enumerate(batches):
+            height, width = loaded.batch.images.shape[-2:]
+            padded += len(loaded.image_ids) * height * width - int(loaded.batch.sizes.prod(1).sum())
+            cells += len(loaded.image_ids) * height * width
+            for place, image_id in list(enumerate(loaded.image_ids))[: count - len(pictures)]:
+                caption = f"batch {number + 1}, image {image_id}, canvas {height} x {width}"
+                pictures.append(Picture(draw(loaded, place, dataset.classes), caption))
+            if len(pictures) >= count:
+                break
+    return pictures, padded / max(cells, 1)

@@ -1,0 +1,259 @@
+"""The report's section on the norm layers: what is unusual in words, then by layer, over training, and in a table."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gndet.errors import DataError
+from gndet.evaluation.norm_statistics import REGIONS
+from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, findings
+from gndet.training.norm_record import NORMS, read_norms
+
+TITLE = "Normalisation"
+Value = float | None
+
+
+def section(folder: Path) -> str:
+    """The section of a run folder; where there is no norms.jsonl, or a broken one, it says so."""
+    try:
+        entries = [entry for entry in read_norms(folder) if entry.get("layers")]
+    except DataError as error:
+        return blocks.section("norms", TITLE, blocks.notice("bad", str(error)))
+    if not entries:
+        words = (
+            f"No {NORMS} in this run: it was trained with train.norm_images=0 or by an older version, or its model has "
+            "no norm layers."
+        )
+        return blocks.section("norms", TITLE, blocks.notice("plain", words))
+    last = entries[-1]
+    layers = last["layers"]
+    return blocks.section(
+        "norms", TITLE, *(blocks.notice(one.kind, f"{_capital(one.words)}.") for one in findings(entries)),
+        blocks.heading(f"Layer by layer, after update {last['update']}"), *_by_layer(layers),
+        *([blocks.heading("Over training"), _over_training(entries)] if len(entries) > 1 else []),
+        _table(layers), lead=_lead(entries),
+    )  # fmt: skip
+
+
+def _capital(words: str) -> str:
+    """A sentence's beginning; a layer's name stays as it is."""
+    return words if "." in words.split(" ")[0] else words[:1].upper() + words[1:]
+
+
+def _lead(entries: Sequence[dict[str, Any]]) -> str:
+    last = entries[-1]
+    layers = last["layers"]
+    kinds = ", ".join(
+        f"{sum(layer['kind'] == kind for layer in layers)} {kind}"
+        for kind in dict.fromkeys(layer["kind"] for layer in layers)
+    )
+    masked = sum(layer["masked"] for layer in layers)
+    padding = last.get("padding")
+    share = "" if padding is None else f" {100 * padding:.3g} % of the last training batches was padding."
+    return (
+        f"{len(layers)} norm layers ({kinds}), {masked} masked and {len(layers) - masked} plain, looked at "
+        f"{len(entries)} times on the first validation images.{share}"
+    )
+
+
+def part(name: str) -> str:
+    """The part of the network that a layer belongs to: stem, res2 to res5, fpn, rpn, box_head, mask_head."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "backbone" else first
+
+
+def _floats(values: Sequence[Value]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _at(layers: Sequence[Layer], key: str, place: int | None = None) -> list[float]:
+    """A number of each layer; nan where it has none."""
+    values = [layer.get(key) for layer in layers]
+    return _floats([value if place is None or value is None else value[place] for value in values])
+
+
+# --- by layer
+
+
+def _by_layer(layers: Sequence[Layer]) -> list[str]:
+    x = list(range(1, len(layers) + 1))
+    groups = "groups" if any(layer["groups"] for layer in layers) else "channels"
+    std = charts.Series("median", x, *(_at(layers, "std", place) for place in (2, 0, 4)))
+    gamma = charts.Series("gamma", x, *(_at(layers, "gamma", place) for place in (1, 0, 2)))
+    figures = [
+        blocks.figure(
+            charts.lines(
+                "norm-std", [std], x_label="layer", y_label=f"standard deviation of {groups}", log_y=_positive(layers)
+            ),
+            f"Standard deviations of {groups}, before they are divided by: median, and 5 to 95 % over {groups} and "
+            f"images. {_places(layers)}", "norm-std",
+        ),
+        blocks.figure(
+            charts.lines("norm-gamma", [gamma], x_label="layer", y_label="gamma"),
+            "Gamma: median over channels, from the smallest to the largest.", "norm-gamma",
+        ),
+        _shares(layers, x, groups), _similar(layers, x), _gap(layers, x),
+    ]  # fmt: skip
+    sentences = [block for block in figures if block and not block.startswith("<figure")]
+    return [*sentences, _beside([block for block in figures if block not in sentences])]
+
+
+def _beside(figures: Sequence[str]) -> str:
+    return blocks.side_by_side(*filter(None, figures))
+
+
+def _positive(layers: Sequence[Layer]) -> bool:
+    """Whether standard deviations fit a logarithmic axis."""
+    return all(layer["std"] is None or min(layer["std"]) > 0 for layer in layers)
+
+
+def _places(layers: Sequence[Layer]) -> str:
+    """Say which layers are which part: "Layers 1 stem, 2-11 res2."."""
+    runs, first = [], 1
+    for name, members in groupby(layers, key=lambda layer: part(layer["name"])):
+        last = first + len(list(members)) - 1
+        runs.append(f"{first}-{last} {name}" if last > first else f"{first} {name}")
+        first = last + 1
+    return f"Layers: {', '.join(runs)}."
+
+
+def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
+    """What should be zero, in percent; a sentence where it is."""
+    series = [
+        charts.Series(name, x, [100 * value for value in _at(layers, key)])
+        for name, key in (
+            (f"{groups} below eps", "eps_dominated"), ("dead gamma", "dead"), ("exploding gamma", "exploding"),
+            ("one-cell maps", "one_cell"), ("not finite", "nonfinite"),
+        )
+    ]  # fmt: skip
+    some = [one for one in series if np.nansum(one.y) > 0]
+    if not some:
+        return blocks.text(
+            f"No {groups} with a variance below eps, no dead or exploding gamma, no maps of one cell, nothing that is "
+            "not finite."
+        )
+    drawn = charts.lines("norm-shares", some, x_label="layer", y_label="share, %", y_range=(-2, 102))
+    return blocks.figure(drawn, "What should be zero, as far as it is not.", "norm-shares")
+
+
+def _similar(layers: Sequence[Layer], x: list[int]) -> str:
+    series = [
+        charts.Series(name, x, _at(layers, "similar", place))
+        for place, name in enumerate(("in one group", "in two groups"))
+    ]
+    some = [one for one in series if np.isfinite(one.y).any()]
+    if not some:
+        return ""
+    drawn = charts.lines("norm-similar", some, x_label="layer", y_label="mean |correlation|", y_range=(0, 1))
+    caption = "How alike channels are: the mean size of the correlation of two over positions; 1: copies of each other."
+    if len(some) > 1:
+        caption += " Groups are of use where channels of one belong together."
+    return blocks.figure(drawn, caption, "norm-similar")
+
+
+def _gap(layers: Sequence[Layer], x: list[int]) -> str:
+    """How far running or stored statistics are from those of batches."""
+    stored = [layer for layer in layers if layer.get("gap_mean")]
+    if not stored:
+        return ""
+    series = [
+        charts.Series("mean", x, _at(layers, "gap_mean", 0)),
+        charts.Series("std", x, _at(layers, "gap_std", 0)),
+        charts.Series("mean, moving", x, _at(layers, "spread_mean")),
+        charts.Series("std, moving", x, _at(layers, "spread_std")),
+    ]
+    some = [one for one in series if np.isfinite(one.y).any()]
+    drawn = charts.lines("norm-gap", some, x_label="layer", y_label="distance")
+    live = any(layer["kind"] in BATCH_KINDS for layer in stored)
+    caption = (
+        f"Statistics of batches against the {'running' if live else 'stored'} ones that evaluation uses: means in "
+        "stored standard deviations, standard deviations as |log ratio|, median over channels. Moving: from one batch "
+        f"to the next. 0 is what BN is built on. The heads are given the {REGIONS} best proposals of an image here, in "
+        "training others too."
+    )
+    return blocks.figure(drawn, caption, "norm-gap")
+
+
+# --- over training
+
+
+def _over_training(entries: Sequence[dict[str, Any]]) -> str:
+    figures = [
+        _by_part(
+            "norm-drift", entries, lambda layer: layer["drift"] and layer["drift"][0], "drift of gamma",
+            "How far gamma has gone since the start, relative to its length then; median over a part's layers.",
+        ),
+        _by_part(
+            "norm-std-time", entries, lambda layer: layer["std"] and layer["std"][2], "standard deviation",
+            "Median standard deviation before normalisation, median over a part's layers.", log_y=True,
+        ),
+        _by_part(
+            "norm-gap-time", entries, lambda layer: layer.get("gap_mean") and layer["gap_mean"][0], "distance of means",
+            "Means of batches against the running or stored ones, in their standard deviations.",
+        ),
+    ]  # fmt: skip
+    padding = _floats([entry.get("padding") for entry in entries])
+    if np.nansum(padding) > 0:
+        one = charts.Series("padding", [entry["update"] for entry in entries], [100 * value for value in padding])
+        drawn = charts.lines(
+            "norm-padding", [one], x_label="update", y_label="padding, %", x_range=(0, None), y_range=(0, None)
+        )
+        figures.append(blocks.figure(drawn, "Share of the training batches that is padding.", "norm-padding"))
+    return _beside(figures)
+
+
+def _by_part(
+    id: str, entries: Sequence[dict[str, Any]], value: Callable[[Layer], Value], y_label: str, caption: str,
+    log_y: bool = False,
+) -> str:  # fmt: skip
+    """A line for each part of the network, the median over its layers."""
+    updates = [entry["update"] for entry in entries]
+    names = list(dict.fromkeys(part(layer["name"]) for layer in entries[-1]["layers"]))
+    series = []
+    for name in names:
+        y = []
+        for entry in entries:
+            values = [value(layer) for layer in entry["layers"] if part(layer["name"]) == name]
+            known = [one for one in values if one is not None]
+            y.append(float(np.median(known)) if known else math.nan)
+        if np.isfinite(y).any():
+            series.append(charts.Series(name, updates, y))
+    if not series:
+        return ""
+    log_y = log_y and all(value > 0 or math.isnan(value) for one in series for value in one.y)
+    return blocks.figure(charts.lines(id, series, x_label="update", y_label=y_label, log_y=log_y), caption, id)
+
+
+# --- the table
+
+
+def _table(layers: Sequence[Layer]) -> str:
+    gaps = any(layer.get("gap_mean") for layer in layers)
+    columns = [
+        "#", "layer", "kind", "padding", "channels", "groups", "numbers a group", "std", "below eps %", "gamma min",
+        "median", "max", "dead %", "exploding %", "drift gamma", "drift beta", "alike in a group", "in two",
+        *(["gap of means", "of std", "from batch to batch"] if gaps else []),
+    ]  # fmt: skip
+    rows = [_row(number, layer, gaps) for number, layer in enumerate(layers, start=1)]
+    caption = "Norm layers by depth; std: median over groups and images; numbers a group: the fewest."
+    return blocks.table("norm-layers", columns, rows, caption)
+
+
+def _row(number: int, layer: Layer, gaps: bool) -> list[blocks.Cell]:
+    gamma_drift, beta_drift = layer["drift"] or (None, None)
+    row = [
+        blocks.count(number), layer["name"], layer["kind"], "masked" if layer["masked"] else "plain",
+        blocks.count(layer["channels"]), blocks.number(layer["groups"], 5), blocks.number(layer["elements"], 8),
+        blocks.number(layer["std"] and layer["std"][2]), blocks.percent(layer["eps_dominated"]),
+        *map(blocks.number, layer["gamma"]), blocks.percent(layer["dead"]), blocks.percent(layer["exploding"]),
+        blocks.number(gamma_drift), blocks.number(beta_drift), *(blocks.number(one, 2) for one in layer["similar"]),
+    ]  # fmt: skip
+    if gaps:
+        mean, std = (layer.get(key) or (None, None) for key in ("gap_mean", "gap_std"))
+        row += [blocks.number(mean[0]), blocks.number(std[0]), blocks.number(layer.get("spread_mean"))]
+    return row

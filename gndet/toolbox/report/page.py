@@ -1,0 +1,43 @@
+"""The page itself: one HTML file that needs no server and no network, in light and dark, on a phone and on paper."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+from gndet.toolbox.report.blocks import escape
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """Put a page together.
+
+    sections: id, short name for the contents, and HTML of each.  The page's own policy forbids every outside request.
+    """
+    folder = files("gndet.toolbox.report")
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    links = "".join(f'<a href="#{escape(id)}">{escape(name)}</a>' for id, name, _ in sections)
+    body = "\n".join(html for _, _, html in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{style}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
+<nav aria-label="contents">{links}</nav>
+<main>
+{body}
+</main>
+<dialog id="large"><form method="dialog"><button aria-label="close">×</button></form><img alt=""><p></p></dialog>
+<script>
+{script}</script>
+</body>
+</html>
+"""

@@ -1,0 +1,100 @@
+"""How good the detections are: precision and recall, F1, AP of each class with its interval, thresholds, confusion."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gndet.evaluation.coco_metrics import RECALLS
+from gndet.toolbox.analysis.analysis import Analysis
+from gndet.toolbox.analysis.curves import SCORES
+from gndet.toolbox.analysis.tables import ALL, Table, class_table, threshold_table
+from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.blocks import Cell
+from gndet.toolbox.report.charts import Series
+from gndet.toolbox.report.record import RunRecord
+
+MOST_CURVES = 7  # classes whose curves are drawn, those with most objects
+WORDS = ("class", "kind", "what", "image", "annotated", "found")  # columns of text, or of counts
+
+
+def section(run: RunRecord) -> str:
+    """Curves and tables of the last evaluation's detections."""
+    found = run.analysis
+    if found is None:
+        reason = next((line for line in run.missing if line.startswith("detections")), "there are no detections")
+        return blocks.section("quality", "Detections", blocks.notice("warn", reason))
+    shown = most_common(found)
+    lead = (
+        f"{len(found.matches.index):,} detections on {len(found.f1):,} images of data.val, compared by {found.kind}; "
+        "numbers and matches are COCO's."
+    )
+    return blocks.section(
+        "quality", "Detections",
+        blocks.side_by_side(
+            blocks.figure(_precision_recall(found, shown), "precision and recall at IoU 0.5, COCO's", "chart-pr"),
+            blocks.figure(_f1(found, shown), "F1 by the score from which detections count, IoU 0.5", "chart-f1"),
+        ),
+        shown_table(class_table(found), picks=[f"class:{name}" for name in found.matches.classes] + [""],
+                    note=f"; of {found.intervals.draws} draws of images; click a class for its pictures"),
+        shown_table(threshold_table(found)),
+        _confusion(found),
+        lead=lead,
+    )  # fmt: skip
+
+
+def most_common(found: Analysis) -> list[int]:
+    """Places of the classes that are drawn, in the order of the data set."""
+    objects = np.array([row["num_objects"] for row in found.metrics.per_class])
+    order = np.argsort(-objects, kind="stable")[:MOST_CURVES]
+    return sorted(int(place) for place in order if objects[place])
+
+
+def _precision_recall(found: Analysis, shown: Sequence[int]) -> str:
+    defined = np.where(found.precision[0] < 0, np.nan, found.precision[0])  # (101, K)
+    series = [Series(found.matches.classes[k], RECALLS, defined[:, k]) for k in shown]
+    if len(shown) > 1:
+        mean = defined[:, ~np.isnan(defined).all(0)].mean(1)
+        series.append(Series("mean of classes", RECALLS, mean))
+    return charts.lines("pr", series, x_label="recall", y_label="precision", y_range=(0, 1.03))
+
+
+def _f1(found: Analysis, shown: Sequence[int]) -> str:
+    series = [Series(found.matches.classes[k], SCORES, found.curves.f1[k]) for k in shown]
+    if len(shown) > 1:
+        series.append(Series(ALL, SCORES, found.curves.f1[-1]))
+    return charts.lines("f1", series, x_label="score", y_label="F1", y_range=(0, 1.03))
+
+
+def _confusion(found: Analysis) -> str:
+    """The confusion matrix, of the classes that occur in it."""
+    names = [*found.matches.classes, "nothing"]
+    used = np.flatnonzero(found.confusion.any(0) | found.confusion.any(1))
+    if not len(used):
+        return ""
+    matrix = found.confusion[np.ix_(used, used)]
+    some = [names[place] for place in used]
+    svg = charts.heat("confusion", matrix, some, some, x_label="found", y_label="annotated")
+    caption = f"objects by their class and what was found there, scores from {found.threshold:.2f} on, IoU 0.5"
+    return blocks.figure(svg, caption, "chart-confusion")
+
+
+def shown_table(table: Table, *, picks: Sequence[str] | None = None, note: str = "") -> str:
+    """A table of the analysis on the page."""
+    rows = [[cell(column, value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
+    caption = f"{table.title}{note} (shares and AP in percent)"
+    return blocks.table(f"table-{table.name}", table.columns, rows, caption, picks=picks)
+
+
+def cell(column: str, value: Any) -> Cell:
+    """A value of the analysis as a cell."""
+    if isinstance(value, str):
+        return value
+    if column in ("id", "image id", "annotation"):
+        return (float(value), str(value)) if value is not None else (math.nan, "-")
+    if isinstance(value, int):
+        return blocks.count(value)
+    if column in ("threshold", "score"):
+        return (value, f"{value:.2f}") if value is not None else (math.nan, "-")
+    return blocks.percent(value)

@@ -1,0 +1,73 @@
+"""`gndet report`: one page that shows what a run saw, how it trained, what it gets wrong and what its norms do."""
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gndet.errors import DataError, GndetError
+from gndet.files import make_room_for, write_whole
+from gndet.toolbox.analysis.study_results import is_study
+from gndet.toolbox.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
+from gndet.toolbox.report.page import page
+from gndet.toolbox.report.record import read_run
+
+REPORT = "report.html"
+
+
+def report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Callable[[str], None]) -> Path:
+    """Write the report of a run, of several runs compared, or of a norm study.
+
+    folders: run folders, or the folder of one study.  out: file to write; by default report.html in the folder, and
+    comparison.html in the first one for several.  overrides: over the configs of the runs, where data has moved.
+    Returns the file.  Raises DataError for a folder without a run, ConfigError, and OutputError where it cannot be
+    written.
+    """
+    if any(map(is_study, folders)):
+        if len(folders) > 1:
+            raise DataError("a norm study is reported on by itself; its runs lie in its folder cells/")
+        html = study_page(folders[0])
+    else:
+        html = run_page(folders[0], overrides) if len(folders) == 1 else comparison_page(folders, overrides)
+    path = out or folders[0] / (REPORT if len(folders) == 1 else "comparison.html")
+    make_room_for(path, "--out")
+    write_whole(path, html)
+    show(f"report -> {path} ({len(html.encode()) / 1e3:,.0f} kB; opens from disk in any browser)")
+    return path
+
+
+def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
+    """The page of a run."""
+    run = read_run(folder, overrides)
+    sections = [
+        ("summary", "Summary", overview.section(run)), ("training", "Training", training.section(run)),
+        ("quality", "Detections", quality.section(run)), ("errors", "Mistakes", mistakes.section(run)),
+        ("pictures", "Pictures", mistakes.pictures(run)), ("norms", "Norms", norms.section(folder)),
+        ("data", "Data", labels.section(run)), ("batches", "Batches", batches.section(run)),
+        ("setup", "How it was made", setup.section(run)),
+    ]  # fmt: skip
+    val = f" on {run.val_set.name}" if run.val_set else ""
+    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", [one for one in sections if one[2]])
+
+
+def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> str:
+    """The page that compares runs."""
+    runs = [read_run(folder, overrides) for folder in folders]
+    names = [folder.absolute().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return page(f"gndet: {' and '.join(names)}", "runs compared", compare.sections(runs, names))
+
+
+def study_page(folder: Path) -> str:
+    """The page of a norm study."""
+    return page(f"gndet: {folder.absolute().name}", str(folder), [("study", "Norm study", study.section(folder))])
+
+
+def report_on_ending(folder: Path, show: Callable[[str], None]) -> None:
+    """Write the report of a run that has just ended, whatever way: no failure here may hide how it ended."""
+    try:
+        report([folder], None, (), show)
+    except GndetError as error:
+        show(f"no report was written: {error}")
+    except Exception:  # a mistake of ours: the run itself is done and saved
+        show(f"no report was written, `gndet report {folder}` tries again:\n{traceback.format_exc(limit=-3)}")

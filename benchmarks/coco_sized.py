@@ -1,6 +1,6 @@
 """Make a data set of COCO's size, and time `gndet check` on it: cold, and again from the cache.
 
-python benchmarks/coco_sized.py FOLDER [--images 118000] [--objects 860000]
+python -m benchmarks.coco_sized FOLDER [--images 118000] [--objects 860000]
 
 Polygons have the lengths that COCO's have (a median of 18 points, a long tail), one object in 80 is a crowd region as
 RLE. Every picture is a hard link to one JPEG.

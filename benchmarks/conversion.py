@@ -1,6 +1,6 @@
 """What is left of a BN network when its norms are made GN without training, and what it is worth as a start.
 
-    python benchmarks/conversion.py --data ../shared/data/bn2gn [--updates 500] [--seeds 0 1 2] [--rates 0.003 0.01]
+    python -m benchmarks.conversion --data ../shared/data/bn2gn [--updates 500] [--seeds 0 1 2] [--rates 0.003 0.01]
         [--momentum 0.9]
 
 --data holds a public CIFAR-10 ResNet-20 and 1,500 test images.  First table: top-1 without training and agreement with

@@ -1,6 +1,6 @@
 """What keeping the padding out of the norm costs: a training step, and its norm layers alone, masked against plain.
 
-    python benchmarks/masked_norm.py [CONFIG] [--edge 320] [--rounds 7] [--device cuda]
+    python -m benchmarks.masked_norm [CONFIG] [--edge 320] [--rounds 7] [--device cuda]
 
 Two batches of two noise pictures: of one size (nothing is padded), and one upright beside one lying (a third of the
 canvas is padding). The variants take turns, and the median of their times is shown, so that a busy moment meets both.

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from gndet.benchmark.scene import Scene
-from gndet.benchmark.step import gndet_step, near, to_batch
+from benchmarks.scene import Scene
+from benchmarks.step import gndet_step, near, to_batch
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 

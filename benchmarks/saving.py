@@ -1,6 +1,6 @@
 """What a checkpoint costs a training run: the copy, the writing beside it, and what the training feels of it.
 
-    python benchmarks/saving.py configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml data.train.kind=shapes data.val.kind=shapes
+    python -m benchmarks.saving configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml data.train.kind=shapes data.val.kind=shapes
 
 A run is set up in a temporary folder (or --folder, on the disk to be measured) and its optimiser given a state.  Three
 saves follow; while each is written the main thread multiplies matrices, in steps of some 20 ms, as it did before.

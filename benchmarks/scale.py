@@ -1,9 +1,9 @@
 """How cost grows: with the data set, with the length of the run, with the processes.
 
-    python benchmarks/scale.py images FOLDER [--counts 1000,10000,118000]   start, and the input pipeline an image
-    python benchmarks/scale.py updates FOLDER [--updates 2000]              memory and time an update
-    python benchmarks/scale.py processes [--size 320x416] [--rounds 3]      two processes of gloo beside one
-    python benchmarks/scale.py cluster [--step-ms 100]                      8 GPUs and several nodes: computed
+    python -m benchmarks.scale images FOLDER [--counts 1000,10000,118000]   start, and the input pipeline an image
+    python -m benchmarks.scale updates FOLDER [--updates 2000]              memory and time an update
+    python -m benchmarks.scale processes [--size 320x416] [--rounds 3]      two processes of gloo beside one
+    python -m benchmarks.scale cluster [--step-ms 100]                      8 GPUs and several nodes: computed
 
 The first two draw FOLDER/images.png and FOLDER/updates.png.
 """
@@ -23,20 +23,18 @@ import matplotlib
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
-from coco_sized import make
 
-from gndet.benchmark.options import height_and_width
-from gndet.benchmark.report import machine
-from gndet.benchmark.scene import CLASSES, NEAR, make_scenes
-from gndet.benchmark.step import SETTINGS, guide, near, to_batch
+from benchmarks.coco_sized import make
+from benchmarks.report import machine
+from benchmarks.scene import CLASSES, NEAR, make_scenes
+from benchmarks.step import SETTINGS, guide, near, to_batch
+from gndet.cli.arguments import height_and_width
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process, keep_freed_memory, place
 from gndet.modeling.mask_rcnn import build_model
-from gndet.selftest.tiny import CONFIG
 from gndet.training.gradient_buckets import Buckets, sum_gradients
 from gndet.training.optim import make_optimizer
 from gndet.training.update import backward
@@ -45,6 +43,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 OBJECTS = 860 / 118  # an image, COCO's mean
+GLOBAL_BATCH = 2  # images per update of the tiny detector
+TINY = (
+    "device=cpu", f"train.global_batch={GLOBAL_BATCH}", "train.images_per_gpu=1", "train.log_every=20",
+    "train.eval_every=0", "train.checkpoint_every=200", "train.report=false", "data.train.count=200",
+    "data.train.size=64",
+    "data.val.count=3", "data.val.size=64", "data.shortest_edge=[64]", "data.shortest_edge_test=64",
+    "model.fpn.channels=32", "model.box_head.fc_channels=32",
+)  # fmt: skip
 LOADED = 64  # images that the input pipeline is timed on
 
 
@@ -99,18 +105,16 @@ def timed_read(data: DataConfig) -> tuple[float, object]:
 
 
 def updates(folder: Path, number: int) -> None:
-    """Train the tiny detector of the self-test for so many updates; look at its memory and speed on the way."""
+    """Train a tiny detector for so many updates; look at its memory and speed on the way."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny = folder / "tiny.yaml"
-    tiny.write_text(yaml.safe_dump(CONFIG | {"device": "cpu"}), encoding="utf-8")
-    words = [f"out={folder / 'run'}", f"train.schedule.updates={number}", "train.log_every=20", "data.train.count=200"]
-    command = [sys.executable, "-m", "gndet.cli", "train", str(tiny), "--fresh", *words, "train.checkpoint_every=200"]
+    words = [f"out={folder / 'run'}", f"train.schedule.updates={number}"]
+    command = [sys.executable, "-m", "gndet.cli", "train", "configs/quickstart.yaml", "--fresh", *TINY, *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
     update = [line["update"] for line in lines]
     memory = [line["memory_mib"] for line in lines]
-    each = [1e3 * CONFIG["train"]["global_batch"] / line["images_per_s"] for line in lines]
+    each = [1e3 * GLOBAL_BATCH / line["images_per_s"] for line in lines]
     quarter = len(lines) // 4
     for name, values in (("peak memory, MiB", memory), ("ms an update", each)):
         parts = [f"{median(values[i * quarter : (i + 1) * quarter]):.1f}" for i in range(4)]

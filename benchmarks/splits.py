@@ -1,6 +1,6 @@
 """Train the same 20 updates of 8 images in four splits, with GN and with BN, and draw how far apart the runs come.
 
-    python benchmarks/splits.py [--work FOLDER] [--picture docs/splits.png]
+    python -m benchmarks.splits [--work FOLDER] [--picture docs/splits.png]
 
 8 micro-batches of 1 image, 4 of 2, 1 of 8, and 2 processes of 2 micro-batches of 2: the quickstart model and data.
 Runs that are in the folder already are not made again.

@@ -1,6 +1,6 @@
 """Which start is best: fine-tune one detector from one BN detector in every way, for the same number of updates.
 
-python benchmarks/starts.py RUN_WITH_BN --root datasets/bccd --out runs/starts [--updates 200] [--jobs 2]
+python -m benchmarks.starts RUN_WITH_BN --root datasets/bccd --out runs/starts [--updates 200] [--jobs 2]
 
 RUN_WITH_BN is a gndet run trained with bn. --backbone-only: pyramid and heads are new, as with an ImageNet backbone.
 What is finished is not run again. Prints box AP50 and AP, mean over the seeds and each, as a table.

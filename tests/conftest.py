@@ -11,8 +11,9 @@ import yaml
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels then run on the CPU; read where they are defined
 
+from faults.tiny import CONFIG
+
 from gndet.config.loading import load_config
-from gndet.selftest.tiny import CONFIG
 from gndet.train import train
 
 REPOSITORY = Path(__file__).resolve().parent.parent

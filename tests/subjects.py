@@ -1,4 +1,4 @@
-"""Small subjects for tests of `gndet.benchmark.turns`; their processes import this file and little else."""
+"""Small subjects for tests of `benchmarks.turns`; their processes import this file and little else."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from gndet.benchmark.turns import Work
+from benchmarks.turns import Work
 
 
 def noting(log: Path, name: str) -> Work:

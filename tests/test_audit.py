@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 from lived_in import BN, CLASSES, GN, STATISTICS, config, dataset, lived_in, norm_names, save
 from torch import Tensor
 
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import config_to_yaml, with_overrides
 from gndet.config.schema import Config
 from gndet.errors import ConfigError

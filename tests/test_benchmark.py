@@ -13,12 +13,12 @@ from conftest import REPOSITORY
 from models import NUM_CLASSES, make_batch, small_model
 from subjects import computing, failing, holding, noting
 
-from gndet.benchmark.options import NAMES
-from gndet.benchmark.parts import memory_by_part
-from gndet.benchmark.report import machine, table
-from gndet.benchmark.scene import NEAR, PROPOSALS, make_scenes
-from gndet.benchmark.step import guide, near_objects, peer_model, to_batch
-from gndet.benchmark.turns import Subject, Turn, take_turns
+from benchmarks.options import NAMES
+from benchmarks.parts import memory_by_part
+from benchmarks.report import machine, table
+from benchmarks.scene import NEAR, PROPOSALS, make_scenes
+from benchmarks.step import guide, near_objects, peer_model, to_batch
+from benchmarks.turns import Subject, Turn, take_turns
 from gndet.config.schema import Config, TrainConfig
 from gndet.errors import ConfigError, MachineError
 from gndet.structures import Proposals

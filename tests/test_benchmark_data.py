@@ -14,10 +14,10 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
-from gndet.benchmark import evaluation, loader, start
-from gndet.benchmark.options import evaluation as evaluation_options
-from gndet.benchmark.options import loader as loader_options
-from gndet.benchmark.options import start as start_options
+from benchmarks import evaluation, loader, start
+from benchmarks.options import evaluation as evaluation_options
+from benchmarks.options import loader as loader_options
+from benchmarks.options import start as start_options
 from gndet.errors import ConfigError, DataError, MachineError
 
 

@@ -695,7 +695,7 @@ def test_processes_that_cannot_be_started_are_told(tmp_path: Path, limit: str) -
     data = Hostile(tmp_path / "data")
     long = tmp_path / ("x" * 100)
     long.mkdir()
-    code = "import sys, resource; from gndet import check; from gndet.cli import main\n"
+    code = "import sys, resource; from gndet import check; from gndet.cli.main import main\n"
     code += "resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8)); " if limit == "ulimit" else ""
     code += "raise SystemExit(main(sys.argv[1:]))"
     words = ["check", str(data.write()), "--images", "--image-folder", str(data.pictures), "data.cache="]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import load_config
 from gndet.errors import ConfigError
 
@@ -19,7 +19,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_config_and_check_do_not_import_torch() -> None:
-    code = "import sys; from gndet.cli import main\ntry: main({})\nexcept SystemExit: pass\n"
+    code = "import sys; from gndet.cli.main import main\ntry: main({})\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     quickstart = str(REPOSITORY / "configs/quickstart.yaml")
     for words in (["--help"], ["train", "--help"], ["config", quickstart], ["check", quickstart]):

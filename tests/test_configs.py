@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from gndet.cli import parse
+from gndet.cli.main import parse
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 

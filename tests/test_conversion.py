@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from gndet.checkpoint import load_checkpoint
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.schema import SourceConfig
 from gndet.distributed.process import Process
 from gndet.evaluation.detector import load_detector
@@ -226,7 +226,7 @@ def test_numbers_out_of_range_are_refused(
 
 @pytest.mark.parametrize("verb", ["convert", "norms"])
 def test_help_does_not_import_torch(verb: str) -> None:
-    code = f"import sys; from gndet.cli import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
+    code = f"import sys; from gndet.cli.main import main\ntry: main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
     code += "assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

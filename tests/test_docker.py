@@ -7,7 +7,7 @@ import tomllib
 
 from conftest import REPOSITORY
 
-from gndet.options import parse
+from gndet.cli.main import parse
 
 DOCKERFILE = (REPOSITORY / "docker" / "Dockerfile").read_text()
 COMMENTS = re.sub(r"\\\n#", " ", DOCKERFILE)  # a command on one line

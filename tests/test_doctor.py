@@ -20,7 +20,7 @@ from models import NUM_CLASSES, small_config
 from torch import Tensor
 
 from gndet.checkpoint import save_checkpoint
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import load_config
 from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError

@@ -12,7 +12,7 @@ from models import make_batch
 from rich.console import Console
 from test_train import CONFIG, load, losses
 
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.process import process
 from gndet.structures import Batch, GroundTruth

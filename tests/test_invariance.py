@@ -12,7 +12,7 @@ import yaml
 from models import make_batch, small_model
 from test_train import CONFIG
 
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import load_config
 from gndet.config.schema import BoxHeadConfig, NormConfig, RPNConfig
 from gndet.data.batches.transforms import Sample

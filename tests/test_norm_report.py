@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faults.tiny import CONFIG
 from models import make_batch, small_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from gndet.config.schema import NormConfig
 from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import Area
-from gndet.selftest.tiny import CONFIG
 from gndet.toolbox.report.norm_words import findings
 from gndet.toolbox.report.norms import section
 from gndet.train import train

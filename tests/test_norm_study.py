@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import REPOSITORY
+from faults.tiny import CONFIG
 
 from gndet.checkpoint import load_checkpoint
+from gndet.cli.main import parse
 from gndet.config.loading import load_config
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, DataError, OutputError
-from gndet.options import parse
-from gndet.selftest.tiny import CONFIG
 from gndet.toolbox.analysis.study_results import (
     Result,
     Speed,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from gndet.options import parse
+from gndet.cli.main import parse
 
 NOTEBOOK = REPOSITORY / "docs" / "gndet_quickstart.ipynb"
 SHORT = {"UPDATES": 2, "IMAGES": 8}  # in place of what the notebook says

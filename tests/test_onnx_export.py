@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from faults.tiny import CONFIG, write_config
 from PIL import Image
 
 from gndet.checkpoint import save_checkpoint
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation.detector import load_detector
 from gndet.modeling.mask_rcnn import build_model
-from gndet.selftest.tiny import CONFIG, write_config
 from gndet.toolbox.onnx import export as onnx_export
 from gndet.toolbox.onnx.export import Found, by_onnxruntime, by_torch, compare, difference, export, run_onnx, session
 

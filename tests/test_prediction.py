@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.data.datasets.images import open_picture, picture_record, picture_size
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from faults.tiny import CONFIG
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import load_config, with_overrides
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError, TrainingError
-from gndet.selftest.tiny import CONFIG
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.overview import verdict
 from gndet.toolbox.report.record import read_run

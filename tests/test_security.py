@@ -22,7 +22,7 @@ import yaml
 from conftest import REPOSITORY
 
 from gndet.checkpoint import MANIFEST, META
-from gndet.cli import main
+from gndet.cli.main import main
 from gndet.config.loading import MAX_BASES, MAX_CONFIG_BYTES, config_from_dict, load_config, with_overrides
 from gndet.errors import ConfigError
 

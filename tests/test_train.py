@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+from faults.tiny import CONFIG
 from rich.console import Console
 
 from gndet.checkpoint import load_checkpoint
@@ -20,7 +21,6 @@ from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
-from gndet.selftest.tiny import CONFIG
 from gndet.train import train
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from conftest import REPOSITORY
 
+from gndet.cli.main import parse
 from gndet.config.loading import load_config
-from gndet.options import parse
 from gndet.training.run_folder import flat
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ python tools/analyze.py runs/quickstart
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # processes that decode pictures may import this file again
     raise SystemExit(main(["analyze", *sys.argv[1:]]))

@@ -1,11 +1,14 @@
-"""Time gndet beside other libraries on the same work; the same as `gndet benchmark`.
+"""Time gndet beside other libraries on the same work; the same as `python -m benchmarks`.
 
 python tools/benchmark.py step --threads 2
 """
 
 import sys
+from pathlib import Path
 
-from gndet.cli import main
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `benchmarks` is not installed with gndet
+
+from benchmarks.__main__ import main
 
 if __name__ == "__main__":  # the processes that are timed import this file again
-    raise SystemExit(main(["benchmark", *sys.argv[1:]]))
+    raise SystemExit(main())

@@ -5,7 +5,7 @@ python tools/check.py configs/quickstart.yaml
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # processes that decode pictures may import this file again
     raise SystemExit(main(["check", *sys.argv[1:]]))

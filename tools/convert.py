@@ -5,7 +5,7 @@ python tools/convert.py WEIGHTS.pth OUT --to gn
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["convert", *sys.argv[1:]]))

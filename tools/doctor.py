@@ -5,7 +5,7 @@ python tools/doctor.py --json doctor.json
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # processes that decode pictures may import this file again
     raise SystemExit(main(["doctor", *sys.argv[1:]]))

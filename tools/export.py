@@ -5,7 +5,7 @@ python tools/export.py runs/quickstart --onnx quickstart.onnx
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # processes that decode pictures may import this file again
     raise SystemExit(main(["export", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ python tools/norm-study.py configs/quickstart.yaml --norms gn,bn --budget 30m
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # processes that decode pictures may import this file again
     raise SystemExit(main(["norm-study", *sys.argv[1:]]))

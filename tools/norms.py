@@ -5,7 +5,7 @@ python tools/norms.py configs/quickstart.yaml
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main(["norms", *sys.argv[1:]]))

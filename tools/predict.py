@@ -5,7 +5,7 @@ python tools/predict.py runs/quickstart photo.jpg --out found
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # loader processes may import this file again
     raise SystemExit(main(["predict", *sys.argv[1:]]))

@@ -5,7 +5,7 @@ python tools/train.py configs/quickstart.yaml train.global_batch=8
 
 import sys
 
-from gndet.cli import main
+from gndet.cli.main import main
 
 if __name__ == "__main__":  # loader processes may import this file again
     raise SystemExit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,32 @@
+"""`python -m benchmarks step|norm|loader|start|eval [--rounds N] [--threads N] [its own options]`."""
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+
+from benchmarks.options import add_all
+from gndet.cli.main import exit_status, parse
+
+MODULES = {"step": "step", "norm": "norm", "loader": "loader", "start": "start", "eval": "evaluation"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a benchmark.  Returns its exit status, or 2 after a mistake of the user's, told without a traceback."""
+    top = argparse.ArgumentParser(
+        prog="benchmarks", description="Speed and memory beside other libraries, on the same work in turn."
+    )
+    add_all(top)
+    options = parse(sys.argv[1:] if arguments is None else arguments, top)
+
+    def run() -> int:
+        module = importlib.import_module(f"benchmarks.{MODULES[options.benchmark]}")  # torch is imported here
+        module.run(options, functools.partial(print, flush=True))
+        return 0
+
+    return exit_status(f"benchmarks {options.benchmark}", run)
+
+
+if __name__ == "__main__":  # the processes that are timed import this file again
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""`python -m benchmarks norm`: group normalisation with its ReLU, forward and backward, on the maps of a ResNet-50.
+
+On a GPU the maps of 800 x 1344 pictures in bfloat16, and torch's GroupNorm eager and compiled beside; the time of a
+copy of as many bytes says how near each is to what the memory can do.  A forward pass must read x and write y, a
+backward pass must read x and grad and write the gradient.  On a CPU smaller maps in float32.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import machine, table
+from benchmarks.turns import Subject, Turn, Work, take_turns
+from gndet.distributed.process import keep_freed_memory
+from gndet.modeling.norms import triton_kernels as norm_kernels
+from gndet.modeling.norms.group_norm import gradients, normalize
+
+GROUPS, EPS = 32, 1e-5
+STAGES = (
+    (64, 2, 1), (64, 4, 6), (256, 4, 4), (128, 4, 1), (128, 8, 7), (512, 8, 5), (256, 8, 1), (256, 16, 11),
+    (1024, 16, 7), (512, 16, 1), (512, 32, 5), (2048, 32, 4),
+)  # fmt: skip  # channels, stride, how many such maps a ResNet-50 has
+SIZES = {"cuda": (800, 1344), "cpu": (480, 640)}
+PASSES = 5  # maps read or written, forward and backward, at the least
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Time a pass over all maps, forward and backward."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    height, width = SIZES[device]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    moved = PASSES * sum(x.nbytes * count for x, count in maps(options.batch, "meta"))
+    say(f"group norm and ReLU of ResNet-50's maps, {options.batch} picture(s) of {height}x{width}, {dtype}, {device}")
+    if device == "cuda":
+        trouble = norm_kernels.trouble(torch.device(device))
+        say(f"kernels: {trouble or 'in use, the self-test passes'}")
+    works = ["gndet", "torch", "copy"] + (["torch, compiled"] if device == "cuda" else [])
+    subjects = [Subject(name, subject, (name, options.batch, device)) for name in works]
+    turns = take_turns(subjects, options.rounds, threads=options.threads, say=say)
+    say(f"\n{machine(options.threads)}\n{table(turns, against='torch', unit='ms')}")
+    say(f"{moved / 2**20:,.0f} MiB must move; {bandwidths(turns, moved)}")
+
+
+def bandwidths(turns: dict[str, list[Turn]], moved: int) -> str:
+    """The rate of each, and its share of a copy's."""
+    rates = {name: moved / median(turn.wall_s for turn in mine) / 1e9 for name, mine in turns.items()}
+    return ", ".join(f"{name} {rate:,.0f} GB/s ({rate / rates['copy']:.0%} of a copy)" for name, rate in rates.items())
+
+
+def maps(batch: int, device: str) -> list[tuple[Tensor, int]]:
+    """A map (B, C, H, W) of each kind, channels last, and how many there are."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    height, width = SIZES[kind]
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
+    made = []
+    for channels, stride, count in STAGES:
+        x = torch.empty(batch, channels, -(-height // stride), -(-width // stride), dtype=dtype, device=device)
+        made.append((x.contiguous(memory_format=torch.channels_last).normal_(), count))
+    return made
+
+
+def subject(name: str, batch: int, device: str) -> Work:
+    """One way to do it: all maps forward, then backward."""
+    keep_freed_memory()
+    data = [(x, torch.randn_like(x), count) for x, count in maps(batch, device)]
+    parameters = [torch.ones(2, x.shape[1], device=device).unbind() for x, _, _ in data]
+    do: Callable[..., object] = {"gndet": _gndet, "copy": _copy}.get(name, _torch)
+    if name == "torch, compiled":
+        do = partial(_torch, function=torch.compile(_group_norm_relu))
+
+    def work() -> dict[str, float]:
+        for (x, grad, count), (gamma, beta) in zip(data, parameters, strict=True):
+            for _ in range(count):
+                do(x, grad, gamma, beta)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return {}
+
+    return work
+
+
+def _gndet(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    y, mean, rstd = normalize(x, gamma, beta, GROUPS, EPS, None, relu=True)
+    gradients(torch.ops.aten.threshold_backward(grad, y, 0), x, gamma, mean, rstd, None)
+
+
+def _torch(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor, function: Callable[..., Tensor] | None = None) -> None:
+    x, gamma, beta = (one.detach().requires_grad_() for one in (x, gamma.to(x.dtype), beta.to(x.dtype)))
+    y = (function or _group_norm_relu)(x, gamma, beta)
+    torch.autograd.grad(y, (x, gamma, beta), grad)
+
+
+def _group_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return F.relu(F.group_norm(x, GROUPS, gamma, beta, EPS), inplace=True)
+
+
+def _copy(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> None:
+    """As many bytes as must move, read and written: two and a half copies."""
+    x.clone()
+    grad.clone()
+    x.permute(0, 2, 3, 1).reshape(-1)[: x.numel() // 2].clone()

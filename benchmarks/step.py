@@ -1,0 +1,281 @@
+"""`python -m benchmarks step`: a training step of gndet and of torchvision's Mask R-CNN, from forward to update.
+
+One architecture for both: ResNet-50 with its stride in the 3x3, a pyramid, 3 anchors a cell of 5 levels, 1,000
+proposals of 2,000, 512 regions a picture of which a quarter may be positive, masks of 28 x 28, 80 classes.  gn: group
+norm everywhere, a box head of 4 convolutions; frozen_bn: stem and first stage frozen, a box head of 2 layers.
+Letters: B pictures, K proposals.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN as PeerMaskRCNN
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNConvFCHead, RPNHead, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from benchmarks.parts import memory_by_part
+from benchmarks.report import machine, table
+from benchmarks.scene import CLASSES, NEAR, PROPOSALS, Scene, make_scenes
+from benchmarks.turns import Subject, Work, take_turns
+from gndet.config.loading import config_from_dict, with_overrides
+from gndet.config.schema import Config
+from gndet.data.datasets.segmentation import box_frame_masks
+from gndet.data.records import MASK_SIDE
+from gndet.distributed.process import keep_freed_memory, place, process
+from gndet.errors import ConfigError
+from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.recompute import set_memory
+from gndet.structures import Batch, GroundTruth, Proposals
+from gndet.training.compiling import compiled
+from gndet.training.memory import MIB
+from gndet.training.optim import make_optimizer
+from gndet.training.update import backward, to_device
+
+RATE = 1e-6  # the learning rate of both: the weights change, but no loss grows in the turns
+BATCHES = 2  # that a subject goes through in turn
+SETTINGS = {  # of gndet's model, by --norm
+    "gn": {"norm": {"kind": "gn"}, "backbone": {"depth": 50}, "box_head": {"kind": "4conv1fc"}},
+    "frozen_bn": {
+        "norm": {"kind": "none"}, "backbone": {"depth": 50, "norm": {"kind": "frozen_bn"}, "freeze_at": 2},
+        "box_head": {"kind": "2fc"},
+    },
+}  # fmt: skip
+
+
+def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Time the step of gndet, of each variant asked for, and of torchvision; or show gndet's memory by part."""
+    cfgs = {name: step_config(options, overrides) for name, overrides in variants(options).items()}
+    height, width = options.size
+    say(f"training step: {height}x{width}, {options.batch} picture(s), {options.norm}, {options.precision}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here")
+    if options.memory:
+        for name, cfg in cfgs.items():
+            say(f"\n{name} on {options.device}, MiB\n{step_memory(cfg, options.size)}")
+        return
+    subjects = [Subject(name, gndet_subject, (cfg, options.size)) for name, cfg in cfgs.items()]
+    peer = (options.norm, options.size, options.batch, options.precision, options.device)
+    subjects.append(Subject("torchvision", torchvision_subject, (*peer, False)))
+    if options.tuned:
+        subjects.append(Subject("torchvision, tuned", torchvision_subject, (*peer, True)))
+    turns = take_turns(subjects, options.rounds, threads=options.threads, say=say)
+    facts = ("loss", "CUDA MiB") if options.device == "cuda" else ("loss",)
+    say(f"\n{machine(options.threads)}\n{table(turns, against='torchvision', facts=facts)}")
+
+
+def variants(options: argparse.Namespace) -> dict[str, list[str]]:
+    """The subjects of gndet's, by name, with their overrides: one, or one for each value of --vary."""
+    if options.vary is None:
+        return {"gndet": options.overrides}
+    key, values = options.vary
+    return {f"gndet {key.rpartition('.')[2]}={value}": [*options.overrides, f"{key}={value}"] for value in values}
+
+
+def step_config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
+    """gndet's config for the work that all subjects share, overridden.  Raises ConfigError for a wrong override."""
+    train = {
+        "global_batch": options.batch, "images_per_gpu": options.batch, "precision": options.precision,
+        "optimizer": {"lr": RATE},
+    }  # fmt: skip
+    tree = {"model": SETTINGS[options.norm], "train": train, "device": options.device}
+    return with_overrides(config_from_dict(tree, "benchmarks step"), overrides, "benchmarks step")
+
+
+# --- gndet
+
+
+def gndet_subject(cfg: Config, size: tuple[int, int]) -> Work:
+    """gndet's step on made-up pictures."""
+    scenes = [make_scenes(size, cfg.train.global_batch, number) for number in range(BATCHES)]
+    _, step = gndet_step(cfg, [to_batch(some) for some in scenes], [near(some) for some in scenes])
+    return partial(_told, step, cfg.device)
+
+
+def gndet_step(
+    cfg: Config, batches: Sequence[Batch], near: Sequence[Tensor], num_near: int = NEAR
+) -> tuple[MaskRCNN, Callable[[], dict[str, float]]]:
+    """A model, and what trains it on the next of the batches: one update, done when it returns its losses.
+
+    near: (B, K, 4) of each batch; the first num_near stand before the model's own proposals, 0 leaves it as it is.
+    """
+    model, autocast = gndet_model(cfg)
+    optimizer = make_optimizer(cfg.train.optimizer, model)
+    boxes = [one.to(model.pixel_mean.device) for one in near]
+    now = boxes[0].clone()
+    if num_near:
+        guide(model, now, num_near)
+    forward = compiled(model, cfg.train, now.device)
+    number = 0
+
+    def step() -> dict[str, float]:
+        nonlocal number
+        place_of = number % len(batches)
+        number += 1
+        now.copy_(boxes[place_of])
+        optimizer.zero_grad()
+        losses = backward(forward, autocast, [batches[place_of]], cfg.train.global_batch, cfg)
+        optimizer.step()
+        return {name: float(loss) for name, loss in losses.items()}
+
+    return model, step
+
+
+def gndet_model(cfg: Config) -> tuple[MaskRCNN, Callable[[], AbstractContextManager]]:
+    """The untrained model of a config on its device, as a run has it, and the context it is to run in."""
+    with process(cfg.device) as proc:  # what it sets up stays
+        torch.manual_seed(cfg.seed)
+        model, autocast = place(build_model(cfg.model, CLASSES).train(), cfg.train.precision, proc)
+    set_memory(model, cfg.train.memory)
+    model.filter_minimally(min(cfg.data.shortest_edge))
+    calm(model)
+    return model, autocast
+
+
+def guide(model: MaskRCNN, near: Tensor, num_near: int) -> None:
+    """Put the first num_near of boxes near objects (B, K, 4) before the model's own proposals, now and later."""
+    own = model.rpn.propose
+
+    def propose(*arguments: Any) -> Proposals:
+        return near_objects(own(*arguments), near, num_near)
+
+    model.rpn.propose = propose
+
+
+def near_objects(own: Proposals, near: Tensor, num_near: int) -> Proposals:
+    """Proposals (B, K, 4) of which the first num_near are of near, and random ones follow where the model has too few.
+
+    near (B, K, 4): num_near near objects, then random ones.
+    """
+    count = own.valid.sum(1, keepdim=True)  # (B, 1)
+    slot = torch.arange(own.boxes.shape[1], device=near.device)[None]  # (1, K)
+    from_own = (slot >= num_near) & (slot < count)
+    boxes = torch.where(from_own[..., None], own.boxes, near)
+    return Proposals(boxes, torch.where(from_own, own.ids, slot), torch.ones_like(own.valid))
+
+
+def to_batch(scenes: Sequence[Scene]) -> Batch:
+    """Scenes of one size as gndet's training step takes them."""
+    height, width = scenes[0].image.shape[1:]
+    masks = [
+        torch.from_numpy(
+            box_frame_masks(scene.polygons, scene.boxes.numpy().astype(np.float64), (height, width), MASK_SIDE)
+        )
+        for scene in scenes
+    ]
+    boxes = torch.stack([scene.boxes for scene in scenes])  # (B, M, 4)
+    valid = torch.ones(boxes.shape[:2], dtype=torch.bool)
+    gt = GroundTruth(boxes, torch.stack([scene.labels for scene in scenes]), torch.stack(masks), valid)
+    images = torch.stack([scene.image for scene in scenes])
+    sizes = torch.tensor([[height, width]] * len(scenes))
+    return Batch(images, sizes, torch.arange(len(scenes)), gt, padded=False)
+
+
+def near(scenes: Sequence[Scene]) -> Tensor:
+    """The proposals that come with scenes, (B, K, 4)."""
+    return torch.stack([scene.near for scene in scenes])
+
+
+def step_memory(cfg: Config, size: tuple[int, int]) -> str:
+    """A table of what each part of gndet's step has allocated at its peak, and keeps for the backward pass."""
+    scenes = make_scenes(size, cfg.train.global_batch, 0)
+    model, autocast = gndet_model(cfg)
+    device = model.pixel_mean.device
+    guide(model, near(scenes).to(device), NEAR)
+    batch = to_device(to_batch(scenes), device)
+    return memory_by_part(model, lambda: backward(model, autocast, [batch], cfg.train.global_batch, cfg))
+
+
+# --- torchvision
+
+
+def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: str, device: str, tuned: bool) -> Work:
+    """torchvision's step on the same pictures; tuned: glibc is told to keep freed memory, as gndet does."""
+    if tuned:
+        keep_freed_memory()
+    torch.manual_seed(0)
+    model = peer_model(norm, size).to(device).train()
+    calm(model)
+    proposed = model.rpn.forward
+
+    def guided(images: Any, features: Any, targets: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        own, losses = proposed(images, features, targets)
+        boxes = [
+            torch.cat([target["near"][:NEAR], mine[NEAR:], target["near"][NEAR:]])[:PROPOSALS]
+            for mine, target in zip(own, targets, strict=True)
+        ]
+        return boxes, losses
+
+    model.rpn.forward = guided
+    batches = [[_peer_sample(scene) for scene in make_scenes(size, num, number)] for number in range(BATCHES)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=RATE, momentum=0.9, weight_decay=1e-4, fused=True)
+    number = 0
+
+    def step() -> dict[str, float]:
+        nonlocal number
+        samples = batches[number % len(batches)]
+        number += 1
+        images = [image.to(device) for image, _ in samples]
+        targets = [{name: value.to(device) for name, value in target.items()} for _, target in samples]
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            losses = model(images, targets)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    return partial(_told, step, device)
+
+
+def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
+    """torchvision's Mask R-CNN of the architecture that is compared, for pictures of size (height, width)."""
+    group_norm = partial(nn.GroupNorm, 32)
+    gn = norm == "gn"
+    body = torchvision.models.resnet50(weights=None, norm_layer=group_norm if gn else FrozenBatchNorm2d)
+    heads = group_norm if gn else None
+    backbone = _resnet_fpn_extractor(body, 5 if gn else 3, extra_blocks=LastLevelMaxPool(), norm_layer=heads)
+    box_head = FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], heads) if gn else TwoMLPHead(256 * 49, 1024)
+    levels = ["0", "1", "2", "3"]
+    return PeerMaskRCNN(
+        backbone, num_classes=CLASSES + 1, min_size=min(size), max_size=max(size),
+        rpn_anchor_generator=AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5),
+        rpn_head=RPNHead(256, 3, conv_depth=1), rpn_pre_nms_top_n_train=2000, rpn_post_nms_top_n_train=PROPOSALS,
+        box_head=box_head, mask_head=MaskRCNNHeads(256, [256] * 4, 1, norm_layer=heads),
+        box_roi_pool=MultiScaleRoIAlign(levels, 7, 2), mask_roi_pool=MultiScaleRoIAlign(levels, 14, 2),
+    )  # fmt: skip
+
+
+def _peer_sample(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
+    """A scene as torchvision's model takes it; its class 0 is the background."""
+    target = {"boxes": scene.boxes, "labels": scene.labels + 1, "masks": scene.bitmaps(), "near": scene.near}
+    return scene.image.float() / 255, target
+
+
+# --- of both
+
+
+def calm(model: nn.Module) -> None:
+    """Keep an untrained network of frozen norms, which normalise nothing, from growing its activations."""
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("FrozenBatchNorm", "FrozenBatchNorm2d"):
+            stem, last = "stem" in name or name.endswith("body.bn1"), name.endswith(("conv3.norm", "bn3"))
+            module.weight.fill_(0.02 if stem else 0.2 if last else 1.0)
+
+
+def _told(step: Callable[[], dict[str, float]], device: str) -> dict[str, float]:
+    """Make a step.  Returns its loss, and the peak of GPU memory."""
+    facts = {"loss": sum(step().values())}
+    if device == "cuda":
+        torch.cuda.synchronize()
+        facts["CUDA MiB"] = torch.cuda.max_memory_allocated() / MIB
+    return facts

@@ -1,1 +1,0 @@
-"""gndet's speed and memory beside those of other libraries, on the same work in turn: `gndet benchmark`."""

@@ -1,0 +1,35 @@
+"""`gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]`."""
+
+from pathlib import Path
+
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of
+from gndet.files import make_room_for
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("evaluate", help="COCO metrics of a checkpoint")
+    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    add_overrides(verb)
+    verb.add_argument("--out", type=Path, help="write the detections here, JSON in COCO's results format")
+
+
+def run(options: Options) -> int:
+    """Print the metrics; write the detections where --out asks for them."""
+    from gndet.distributed.process import process
+    from gndet.evaluation.detector import evaluate_checkpoint, load_detector
+    from gndet.evaluation.evaluate import table
+    from gndet.evaluation.results import save_results
+
+    if options.out:
+        make_room_for(options.out, "--out")
+    with process(device_of(options.overrides)) as proc:
+        detector = load_detector(options.checkpoint, options.overrides, proc)
+        dataset, evaluation = evaluate_checkpoint(detector, proc)
+        if proc.first:
+            print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
+            print(table(evaluation))
+            if options.out:
+                save_results(options.out, evaluation.results)
+                print(f"{len(evaluation.results)} detections -> {options.out}")
+    return 0

@@ -1,0 +1,31 @@
+"""`gndet export CHECKPOINT --onnx FILE [--size HxW] [--no-masks] [--opset N] [--picture FILE]`."""
+
+import functools
+from pathlib import Path
+
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, height_and_width, one_or_more
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("export", help="a detector as an ONNX file, compared with torch on a picture")
+    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="file to write")
+    verb.add_argument(
+        "--size", type=height_and_width, metavar="480x640", help="fix the input size, e.g. 480x640 (default: dynamic)"
+    )
+    verb.add_argument("--no-masks", action="store_true", help="boxes only, of a detector with masks")
+    verb.add_argument("--opset", type=one_or_more, default=17, help="of ONNX, 17 to 20 (17)")
+    verb.add_argument("--picture", type=Path, help="picture to compare on (one of data.val)")
+    add_overrides(verb)
+
+
+def run(options: Options) -> int:
+    """Export a detector.  Returns 1 where the file and torch differ."""
+    from gndet.toolbox.onnx.export import export
+
+    equal = export(
+        options.checkpoint, options.onnx, options.overrides, functools.partial(print, flush=True), size=options.size,
+        masks=not options.no_masks, opset=options.opset, picture=options.picture,
+    )  # fmt: skip
+    return 0 if equal else 1

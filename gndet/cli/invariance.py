@@ -1,0 +1,33 @@
+"""`gndet invariance CONFIG [key=value ...] [--images N] [--out FILE]`."""
+
+import functools
+from pathlib import Path
+
+from gndet.cli.arguments import Options, Verbs, add_overrides
+from gndet.files import make_room_for
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("invariance", help="show that an image trains the same whatever stands beside it")
+    verb.add_argument("config", help="YAML file: its training images, its model")
+    add_overrides(verb)
+    verb.add_argument("--images", type=int, default=4, help="how many training images are compared, 4 to 16 (4)")
+    verb.add_argument("--out", type=Path, help="write the report here, JSON")
+
+
+def run(options: Options) -> int:
+    """Compare images alone and in company.  Returns 1 where images do depend on each other."""
+    from gndet.config.loading import load_config
+
+    cfg = load_config(options.config, options.overrides)
+    from gndet.distributed.process import process
+    from gndet.toolbox.invariance.invariance import check_invariance, to_json
+
+    if options.out:
+        make_room_for(options.out, "--out")
+    with process(cfg.device) as proc:
+        report = check_invariance(cfg, options.images, proc, functools.partial(print, flush=True))
+    if options.out:
+        options.out.write_text(to_json(report), encoding="utf-8")
+    return 0 if report.passed else 1

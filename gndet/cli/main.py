@@ -1,0 +1,101 @@
+"""`gndet VERB ...`: the command line.
+
+A verb is a file of this folder: `add` gives it its arguments, `run` runs it.  torch is imported inside the verb that
+needs it, so that --help answers at once.
+"""
+
+import argparse
+import io
+import os
+import re
+import select
+import sys
+from collections.abc import Callable, Sequence
+
+from gndet import __version__
+from gndet.cli import (
+    analyze,
+    check,
+    config,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    invariance,
+    norm_study,
+    norms,
+    predict,
+    report,
+    train,
+)  # fmt: skip
+from gndet.errors import GndetError, Preempted
+
+VERBS = {
+    "train": train, "evaluate": evaluate, "predict": predict, "export": export, "report": report, "analyze": analyze,
+    "norm-study": norm_study, "doctor": doctor, "invariance": invariance, "convert": convert, "norms": norms,
+    "check": check, "config": config,
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb.  Returns its exit status, or 2 after a mistake of the user's, told without a traceback."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(f"gndet {options.verb}", lambda: VERBS[options.verb].run(options))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs and their arguments."""
+    top = argparse.ArgumentParser(prog="gndet", description="Object-detection training around Group Normalization.")
+    top.add_argument("--version", action="version", version=__version__)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS.values():
+        verb.add(verbs)
+    return top
+
+
+def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse a command line; `key=value` overrides may stand anywhere (a picture of such a name is ./key=value).
+
+    top: the parser; that of the verbs by default.
+    """
+    top = top or parser()
+    is_override = [re.match(r"[a-z_][a-z0-9_.]*=", word) is not None for word in arguments]
+    options = top.parse_args([word for word, is_one in zip(arguments, is_override, strict=True) if not is_one])
+    if getattr(options, "overrides", None):
+        top.error(f"{' '.join(options.overrides)}: expected key=value, like train.global_batch=8")
+    options.overrides = [word for word, is_one in zip(arguments, is_override, strict=True) if is_one]
+    return options
+
+
+def exit_status(command: str, run: Callable[[], int]) -> int:
+    """Run a command.  Returns its exit status; a mistake of the user's is told without a traceback and returns 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may hold what no terminal can show
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _is_nobody_reading():
+            raise  # another pipe
+        return 141  # as a shell tells it: 128 + SIGPIPE
+    except Preempted as end:
+        if str(end):  # one process of a run tells it
+            print(f"{command}: {end}", file=sys.stderr)
+        return end.status
+    except GndetError as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _is_nobody_reading() -> bool:
+    """Return whether what stdout leads to has been closed, as by `| head -1`; the rest is then thrown away."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+    return True

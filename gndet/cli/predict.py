@@ -1,0 +1,38 @@
+"""`gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]`."""
+
+import functools
+from pathlib import Path
+
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of, fraction, names, one_or_more
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("predict", help="draw detections on pictures and videos")
+    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    verb.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="pictures, folders, patterns like 'a/**/*.jpg', videos"
+    )
+    verb.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
+    verb.add_argument("--threshold", type=fraction, default=0.5, help="score from which one is drawn (0.5)")
+    verb.add_argument("--classes", type=names, help="these classes only, by name: --classes cat,dog")
+    verb.add_argument("--save-crops", action="store_true", help="a picture of each object drawn, in OUT/crops/CLASS")
+    verb.add_argument("--sheet", action="store_true", help="the first pictures together, in OUT/sheet.png")
+    verb.add_argument("--every", type=one_or_more, default=1, metavar="N", help="of a video, each Nth frame (1)")
+    add_overrides(verb)
+
+
+def run(options: Options) -> int:
+    """Draw what a detector finds."""
+    from gndet.distributed.process import process
+    from gndet.evaluation.detector import load_detector
+    from gndet.toolbox.predict.predict import predict
+
+    with process(device_of(options.overrides)) as proc:
+        detector = load_detector(options.checkpoint, options.overrides, proc)
+        predict(
+            detector, options.sources, options.out, proc.device, functools.partial(print, flush=True),
+            threshold=options.threshold, classes=options.classes, crops=options.save_crops, sheet=options.sheet,
+            every=options.every,
+        )  # fmt: skip
+    return 0

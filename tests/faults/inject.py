@@ -1,0 +1,275 @@
+"""`python -m faults.inject FAULTS train CONFIG ...`: `gndet train ...`, with faults put into this process.
+
+FAULTS is JSON, {name of a fault: its arguments}; the faults are the functions of FAULTS below.  They replace functions
+of gndet in this process alone, so that nothing in gndet knows of them.
+"""
+
+import errno
+import json
+import math
+import os
+import random
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from faults.tiny import note
+from gndet import checkpoint, train
+from gndet.data.datasets import shapes
+from gndet.modeling import resnet
+from gndet.training import update as micro_batch
+from gndet.training import validation as run_evaluation
+
+THIN = 16  # channels of the stem: a checkpoint of 8 MB, not 130
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Put the faults in, then be `gndet`, which ends the process: SystemExit holds its exit status."""
+    for name, values in json.loads(arguments[0]).items():
+        FAULTS[name](*values)
+    resnet.WIDTH = THIN
+    torch.set_num_threads(1)
+    sys.argv[1:] = arguments[1:]
+    runpy.run_module("gndet.cli", run_name="__main__")
+
+
+def _before_updates(call: Callable[..., None]) -> None:
+    """Call call(run, update) before the gradients of each update, update being its number, from 1."""
+    gradients = train.gradients
+
+    def wrapped(run: Any, batches: Any, size: int, stop: Any) -> Any:
+        call(run, run.proc.watch._update + 1)
+        return gradients(run, batches, size, stop)
+
+    train.gradients = wrapped
+
+
+def _after_updates(call: Callable[..., None]) -> None:
+    """Call call(run, update) after each update that was made."""
+    make_update = train.make_update
+
+    def wrapped(run: Any, progress: Any, *more: Any) -> None:
+        make_update(run, progress, *more)
+        call(run, progress.update)
+
+    train.make_update = wrapped
+
+
+# --- signals and time
+
+
+def signal_after(number: int, update: int, rank: int = 0) -> None:
+    """Send a process of the run a signal when it has made an update."""
+    _after_updates(lambda run, done: done == update and run.proc.rank == rank and os.kill(os.getpid(), number))
+
+
+def signal_within(number: int, update: int, part: int) -> None:
+    """Send the process a signal when it begins with a micro-batch of an update; both are counted from 1."""
+    now = {"update": 0, "part": 0}
+    _before_updates(lambda run, update: now.update(update=update, part=0))
+    to_device = micro_batch.to_device
+
+    def wrapped(*arguments: Any) -> Any:
+        now["part"] += 1
+        if (now["update"], now["part"]) == (update, part):
+            os.kill(os.getpid(), number)
+        return to_device(*arguments)
+
+    micro_batch.to_device = wrapped
+
+
+def pace(seconds: float) -> None:
+    """Let every update take so much longer."""
+    _after_updates(lambda run, done: time.sleep(seconds))
+
+
+def gate(updates: list[int], path: str) -> None:
+    """Wait after each of these updates, U, until there is a file path-U."""
+
+    def wait(run: Any, done: int) -> None:
+        while done in updates and not os.path.exists(f"{path}-{done}"):
+            time.sleep(0.02)
+
+    _after_updates(wait)
+
+
+def slow_pictures(seconds: float, seed: int) -> None:
+    """Let it take so long to read a picture of the drawn data set of that seed."""
+    draw_image = shapes.draw_image
+
+    def wrapped(its_seed: int, index: int, size: int) -> np.ndarray:
+        time.sleep(seconds if its_seed == seed else 0)
+        return draw_image(its_seed, index, size)
+
+    shapes.draw_image = wrapped
+
+
+def slow_evaluation(seconds: float) -> None:
+    """Let the evaluation of a picture take so much longer."""
+    evaluate = run_evaluation.evaluate
+
+    def wrapped(*arguments: Any, on_image: Callable[[int], None], **options: Any) -> Any:
+        def slowly(image_id: int) -> None:
+            time.sleep(seconds)
+            on_image(image_id)
+
+        return evaluate(*arguments, on_image=slowly, **options)
+
+    run_evaluation.evaluate = wrapped
+
+
+def slow_save(seconds: float, from_update: int, trace: str) -> None:
+    """Let each file of the checkpoints from an update on take so long to write; note when one begins and ends."""
+    write, save_checkpoint = checkpoint._write, train.Saver._write
+
+    def slowly(path: Path, data: bytes) -> Any:
+        if int(path.parent.name.removeprefix(checkpoint.TEMPORARY).split("-")[1]) >= from_update:
+            time.sleep(seconds)
+        return write(path, data)
+
+    def noted(self: Any, groups: Any, meta: Any, is_best: bool) -> Any:
+        note(trace, what="save begins", update=meta["update"])
+        result = save_checkpoint(self, groups, meta, is_best)
+        note(trace, what="save ends", update=meta["update"])
+        return result
+
+    checkpoint._write, train.Saver._write = slowly, noted
+
+
+# --- numbers
+
+
+def not_finite(where: str, updates: list[int], rank: int) -> None:
+    """Let the first picture of a rank in these updates give a NaN (where: image, gradient) or inf (where: loss)."""
+    state: dict[str, Any] = {"armed": False, "key": None, "hit": False}
+
+    def arm(run: Any, update: int) -> None:
+        if not state.setdefault("hooked", False):
+            state["hooked"] = True
+            run.model.register_forward_pre_hook(look)
+            run.model.register_forward_hook(spoil_loss)
+            run.model.backbone.register_forward_pre_hook(spoil_image)
+            run.model.fpn.register_forward_hook(spoil_gradient)
+        state.update(armed=update in updates and run.proc.rank == rank, key=None)
+
+    def look(module: Any, arguments: tuple[Any, ...]) -> None:
+        keys = arguments[0].keys.tolist()
+        if state["armed"] and state["key"] is None:
+            state["key"] = keys[0]
+        state["hit"] = state["armed"] and state["key"] in keys
+
+    def spoil_loss(module: Any, arguments: tuple[Any, ...], losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        return losses | {"loss_cls": losses["loss_cls"] + math.inf} if state["hit"] and where == "loss" else losses
+
+    def spoil_image(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (arguments[0] * math.nan, *arguments[1:]) if state["hit"] and where == "image" else None
+
+    def spoil_gradient(module: Any, arguments: tuple[Any, ...], levels: list[Tensor]) -> None:
+        if state["hit"] and where == "gradient":
+            levels[0].register_hook(lambda gradient: gradient * math.nan)
+
+    _before_updates(arm)
+
+
+def watch_rng() -> None:
+    """Raise RuntimeError where training draws from a global random number generator."""
+    first: list[Any] = []
+
+    def compare(run: Any, update: int) -> None:
+        states = (torch.get_rng_state().tolist(), repr(random.getstate()), repr(np.random.get_state()))
+        first[:] = first or [states]
+        if states != first[0]:
+            raise RuntimeError(f"a global random number generator was used before update {update}")
+
+    _before_updates(compare)
+
+
+# --- files and processes
+
+
+def no_room(update: int, times: int) -> None:
+    """Let the disk be full for the checkpoint of an update, so many times: half of its first file is written."""
+    write, left = checkpoint._write, [times]
+
+    def wrapped(path: Path, data: bytes) -> Any:
+        if left[0] and path.parent.name.startswith(f"{checkpoint.TEMPORARY}update-{update:07d}"):
+            left[0] -= 1
+            path.write_bytes(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    checkpoint._write = wrapped
+
+
+def spoil_picture(path: str, size: int) -> None:
+    """Cut a picture file to so many bytes, or remove it if that is -1, once the data has been checked."""
+    make_run = train.make_run
+
+    def wrapped(*arguments: Any) -> None:
+        make_run(*arguments)
+        if size < 0:
+            Path(path).unlink(missing_ok=True)
+        else:
+            os.truncate(path, size)
+
+    train.make_run = wrapped
+
+
+def deadly_picture(index: int, seed: int) -> None:
+    """Let a picture of the drawn data set of that seed kill the loader process that reads it."""
+    main_process, draw_image = os.getpid(), shapes.draw_image
+
+    def wrapped(its_seed: int, its_index: int, size: int) -> np.ndarray:
+        if (its_seed, its_index) == (seed, index) and os.getpid() != main_process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw_image(its_seed, its_index, size)
+
+    shapes.draw_image = wrapped
+
+
+def trace(path: str) -> None:
+    """Note each update that a process makes, with the ids of its images."""
+    gradients = train.gradients
+    taken: list[int] = []
+
+    def wrapped(run: Any, batches: Any, size: int, stop: Any) -> Any:
+        share = gradients(run, batches, size, stop)
+        taken[:] = [image for loaded in batches.taken for image in loaded.image_ids]
+        return share
+
+    train.gradients = wrapped
+    _after_updates(lambda run, done: note(path, what="update", update=done, rank=run.proc.rank, images=taken))
+
+
+def count_resources(path: str, every: int) -> None:
+    """Note the process's memory, file descriptors and threads after every so many updates."""
+
+    def count(run: Any, done: int) -> None:
+        if done % every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+            note(path, update=done, mib=pages * os.sysconf("SC_PAGE_SIZE") / 2**20, files=files, threads=threads)
+
+    _after_updates(count)
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    fault.__name__: fault
+    for fault in (
+        signal_after, signal_within, pace, gate, slow_pictures, slow_evaluation, slow_save, not_finite, watch_rng,
+        no_room, spoil_picture, deadly_picture, trace, count_resources,
+    )
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

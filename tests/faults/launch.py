@@ -1,0 +1,208 @@
+"""Runs in processes of their own, that can be signalled, killed and waited for, and are found by their folder.
+
+A process of a run has FOLDER/processes/NAME as its working directory, and so have all that it starts: none may be left
+when the run has ended.  A single process, and processes that find each other, are forked from one that has imported
+everything, which saves the 4 seconds of the imports; torchrun starts interpreters of its own.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from faults.host import environment, host
+from faults.tiny import BrokenPromise, check, write_config
+
+PATIENCE = 120.0  # seconds after which a run that should have ended is given up
+GONE = 5.0  # seconds in which loader processes of a run that was killed notice it and end
+POLL = 0.02
+MAIN = "faults.inject:main"
+Faults = Mapping[str, list[Any]]  # of inject.FAULTS, with their arguments
+
+
+class Started:
+    """A run that has been started: `pids` and `status()` by rank; of torchrun, those of torchrun itself."""
+
+    def __init__(self, home: Path, out: Path, log: Path, pids: list[int], poll: list[Callable[[], int | None]]) -> None:
+        self.home, self.out, self.log, self.pids, self._poll = home, out, log, pids, poll
+
+    @property
+    def text(self) -> str:
+        """What the run has written so far."""
+        with suppress(FileNotFoundError):
+            return self.log.read_text(encoding="utf-8", errors="replace")
+        return ""
+
+    def statuses(self) -> list[int | None]:
+        """The exit status of each process, minus the signal for one that was killed; None while it runs."""
+        return [poll() for poll in self._poll]
+
+    def wait_for(self, words: str) -> None:
+        """Wait until the run has written some words."""
+        deadline = time.monotonic() + PATIENCE
+        while words not in self.text:
+            ended = None not in self.statuses()
+            if (ended and words not in self.text) or time.monotonic() > deadline:
+                raise BrokenPromise(f"{words!r} expected, {'the end' if ended else 'nothing'} came: {self.tail()}")
+            time.sleep(POLL)
+
+    def signal(self, number: int, rank: int | None = None) -> float:
+        """Send a signal to one process of the run, or to all.  Returns the time."""
+        for pid in self.pids if rank is None else [self.pids[rank]]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return time.monotonic()
+
+    def wait(self, since: float | None = None, within: float = PATIENCE) -> float:
+        """Wait for the end of all processes, and check that none is left.  Returns the seconds it took.
+
+        since: a time from which `within` counts; now, by default.
+        """
+        began = time.monotonic() if since is None else since
+        while None in self.statuses():
+            if time.monotonic() > began + max(within, PATIENCE / 2):
+                raise BrokenPromise(f"not ended after {time.monotonic() - began:.0f} s: {self.tail()}")
+            time.sleep(POLL)
+        seconds = time.monotonic() - began
+        check(seconds <= within, f"ended after {seconds:.1f} s, expected {within:.0f} s at the most: {self.tail()}")
+        deadline = time.monotonic() + GONE
+        while (left := processes_in(self.home)) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        check(not left, f"processes are left {GONE:.0f} s after the end of their run: {left}: {self.tail()}")
+        return seconds
+
+    def expect(self, *statuses: int) -> str:
+        """Wait for the end; check each process's exit status.  Returns what the run wrote."""
+        self.wait()
+        check(self.statuses() == list(statuses), f"exit status {self.statuses()}, expected {statuses}: {self.tail()}")
+        return self.text
+
+    def rank_pid(self, rank: int) -> int:
+        """The process of a rank that torchrun started."""
+        for pid in processes_in(self.home):
+            with suppress(OSError):
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self.pids[0] and f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+                    return pid
+        raise BrokenPromise(f"no process of rank {rank}: {self.tail()}")
+
+    def children(self, rank: int = 0) -> list[int]:
+        """The processes that a forked process has started: loader processes."""
+        found = []
+        for pid in processes_in(self.home):
+            with suppress(OSError):
+                if int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == self.pids[rank]:
+                    found.append(pid)
+        return found
+
+    def tail(self) -> str:
+        """The end of what the run wrote, for errors."""
+        return f"{self.log}:\n{self.text[-1500:]}"
+
+
+def start(folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 1) -> Started:
+    """Start `gndet train` into folder/name, in `world` processes that find each other without torchrun."""
+    home, log, words = _prepare(folder, name, overrides, faults)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    pids = [
+        host().fork(home, log, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, MAIN, words)
+        for rank in range(world)
+    ]
+    return Started(home, folder / name, log, pids, [partial(host().status, pid) for pid in pids])
+
+
+def call(folder: Path, function: str, *arguments: Any) -> Started:
+    """Start a process that calls a function, "module:name", which returns its exit status."""
+    home = folder.resolve() / "processes" / function.rpartition(":")[2]
+    home.mkdir(parents=True, exist_ok=True)
+    log = next_log(home)
+    pid = host().fork(home, log, {}, function, *arguments)
+    return Started(home, folder, log, [pid], [partial(host().status, pid)])
+
+
+def torchrun(
+    folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0
+) -> Started:
+    """Start `gndet train` into folder/name under torchrun, which starts anew as often as `restarts` says."""
+    home, log, words = _prepare(folder, name, overrides, faults)
+    options = ["--standalone", f"--nproc_per_node={world}", f"--max_restarts={restarts}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "faults.inject", *words]
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, cwd=home, env=environment(), stdout=file, stderr=file)
+    return Started(home, folder / name, log, [process.pid], [process.poll])
+
+
+def finish(folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 1) -> str:
+    """Give the command and let it run to its end.  Returns what it wrote."""
+    return start(folder, name, *overrides, faults=faults, world=world).expect(*[0] * world)
+
+
+def unbroken(folder: Path, *overrides: str, faults: Faults | None = None, world: int = 1) -> Path:
+    """The undisturbed run of these overrides: made once for all scenarios whose folders lie side by side."""
+    text = json.dumps([overrides, faults, world])
+    name = f"{world}-{'-'.join(word.rpartition('.')[2] for word in overrides) or 'plain'}"
+    home = folder.parent / "unbroken" / "".join(c if c.isalnum() or c in "-=" else "_" for c in name)
+    key = home / "key"
+    if not key.exists():
+        home.mkdir(parents=True)
+        finish(home, "run", *overrides, faults=faults, world=world)
+        key.write_text(text)
+    check(key.read_text() == text, f"{home}: of other overrides: {key.read_text()}, expected {text}")
+    return home / "run"
+
+
+@contextmanager
+def cleared(folder: Path) -> Iterator[None]:
+    """End whatever a scenario started that is still alive when it ends, however it ends."""
+    try:
+        yield
+    finally:
+        for _ in range(3):  # a process that is killed may have started another one
+            for pid in processes_in(folder):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL)
+
+
+def processes_in(folder: Path) -> list[int]:
+    """The processes whose working directory is this folder, or in it."""
+    found, own = [], os.getpid()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != own:
+            with suppress(OSError):  # it has ended, or is another user's
+                if Path(os.readlink(f"/proc/{entry}/cwd")).is_relative_to(folder):
+                    found.append(int(entry))
+    return found
+
+
+def free_port() -> int:
+    """A port that nothing listens at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def next_log(home: Path) -> Path:
+    """An empty file for what the next process with this working directory writes."""
+    log = home / f"log-{sum(1 for _ in home.glob('log-*')) + 1}.txt"
+    log.touch()
+    return log
+
+
+def _prepare(
+    folder: Path, name: str, overrides: tuple[str, ...], faults: Faults | None
+) -> tuple[Path, Path, list[str]]:
+    """The working directory of a run, its next log, and the arguments of `inject.main`."""
+    home = (folder / "processes" / name).resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    log = next_log(home)
+    words = ["train", str(write_config(folder)), f"out={folder / name}", *overrides]
+    return home, log, [json.dumps(dict(faults or {})), *words]

@@ -1,0 +1,109 @@
+"""T12 to T14, T25: processes of a run are killed or stopped; two runs meet in one folder."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from faults.launch import finish, start, torchrun, unbroken
+from faults.tiny import check, check_same, newest_update
+
+KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
+NOTICED_WITHIN = 15.0  # seconds after which the rest of a run has ended when one of its processes was killed
+TIMEOUT, BEYOND = 5, 35.0  # train.timeout_s of the stopped run; seconds beyond it until its end
+WORKER_WITHIN = 10.0
+OPTIONS = ("train.checkpoint_every=1", "train.schedule.updates=8")
+
+
+def killed_rank(folder: Path) -> str:
+    """T12."""
+    run = torchrun(folder, "torchrun", *OPTIONS, "data.workers=1", faults={"pace": [0.3]})
+    run.wait_for("update 3/")
+    pid, began = run.rank_pid(1), time.monotonic()
+    os.kill(pid, KILL)
+    seconds = run.wait(began, NOTICED_WITHIN)
+    check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
+    figures = [f"under torchrun after {seconds:.1f} s (status {run.statuses()[0]})"]
+    for rank in (0, 1):
+        name = f"alone-{rank}"
+        run = start(folder, name, *OPTIONS, "data.workers=1", faults={"pace": [0.3]}, world=2)
+        run.wait_for("update 3/")
+        seconds = run.wait(run.signal(KILL, rank=rank), NOTICED_WITHIN)
+        left = run.statuses()[1 - rank]
+        check(left not in (0, None), f"{name}: the other process ended with {left}: {run.tail()}")
+        clear = "the others did not come" in run.text and f"process {rank}" in run.text
+        check(clear, f"{name}: no clear end: {run.tail()}")
+        figures.append(f"rank {rank} without it after {seconds:.1f} s (status {left})")
+    for name in ("torchrun", "alone-0", "alone-1"):
+        finish(folder, name, *OPTIONS, world=2)
+        check_same(folder / name, unbroken(folder, *OPTIONS, world=2), name)
+    return f"ended, no process left: {', '.join(figures)}; the same command ended bit-identical"
+
+
+def restarted(folder: Path) -> str:
+    """T13."""
+    run = torchrun(folder, "run", *OPTIONS, faults={"pace": [0.3]}, restarts=1)
+    run.wait_for("update 3/")
+    pid, began = run.rank_pid(1), time.monotonic()
+    os.kill(pid, KILL)
+    text = run.expect(0)
+    check("continuing after update" in text, f"does not say that it goes on: {text}")
+    check_same(run.out, unbroken(folder, *OPTIONS, world=2), "started anew")
+    return f"torchrun started both anew, ended {time.monotonic() - began:.1f} s after the kill, bit-identical"
+
+
+def stopped_rank(folder: Path) -> str:
+    """T14."""
+    run = torchrun(folder, "run", *OPTIONS, f"train.timeout_s={TIMEOUT}", faults={"pace": [0.3]})
+    run.wait_for("update 3/")
+    pid, began = run.rank_pid(1), time.monotonic()
+    os.kill(pid, STOP)
+    seconds = run.wait(began, TIMEOUT + BEYOND)
+    check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
+    report = run.out / "stalled-process0.txt"
+    check(report.exists(), f"no {report.name}: {run.tail()}")
+    words = "process 1 does not answer: stopped or killed after update "
+    check(words in run.text, f"{words!r} expected: {run.tail()}")
+    check(words in report.read_text() and "train.py" in report.read_text(), f"{report}: {report.read_text()[:800]}")
+    said = run.text[run.text.index(words) :].split(",")[0]
+    finish(folder, "run", *OPTIONS, world=2)
+    check_same(run.out, unbroken(folder, *OPTIONS, world=2), "after a process was stopped")
+    return f"ended after {seconds:.1f} s with timeout_s: {TIMEOUT}: '{said}'; the same command ended bit-identical"
+
+
+def killed_worker(folder: Path) -> str:
+    """T25."""
+    options = ("train.schedule.updates=16", "train.eval_every=8", "data.workers=2")
+    run = start(folder, "once", *options, faults={"pace": [0.2]})
+    run.wait_for("update 2/")
+    os.kill(run.children()[0], KILL)
+    text = run.expect(0)
+    check("was killed by signal 9" in text and "started anew" in text, f"the restart is not told: {text}")
+    check_same(run.out, unbroken(folder, *options), "after a loader process was killed")
+    again = start(folder, "again", *options, faults={"deadly_picture": [3, 1]})
+    again.wait_for("at once")
+    seconds = again.wait(within=WORKER_WITHIN)
+    check(again.statuses() == [2], f"status {again.statuses()}, expected 2: {again.tail()}")
+    check("image(s)" in again.text and "data.workers=0" in again.text, f"no clear end: {again.tail()}")
+    text = finish(folder, "again", *options)
+    check_same(again.out, unbroken(folder, *options), "after a deadly picture")
+    return f"killed once: replaced, bit-identical; by the same picture twice: status 2 after {seconds:.1f} s, named"
+
+
+def two_runs(folder: Path) -> str:
+    """Two runs in one folder: the second is refused, the first goes on."""
+    options = ("train.schedule.updates=8",)
+    first = start(folder, "run", *options, faults={"gate": [[3], "go"]})
+    first.wait_for("update 2/")
+    began = time.monotonic()
+    into = f"out={first.out}"
+    others = [start(folder, "again", *options, into), start(folder, "fresh", *options, "--fresh", into)]
+    for other in others:
+        text = other.expect(2)
+        check("another process trains into this folder: process" in text, f"not refused: {text}")
+    seconds = time.monotonic() - began
+    check(newest_update(first.out) == 2, "the second run changed the first")
+    (first.home / "go-3").touch()
+    first.expect(0)
+    check_same(first.out, unbroken(folder, *options), "beside another command")
+    return f"the second refused after {seconds:.0f} s (one may be ending), with --fresh too; the first bit-identical"

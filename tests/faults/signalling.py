@@ -1,0 +1,113 @@
+"""T8 to T11: a signal ends a run where it goes on exactly; a second one ends it at once."""
+
+import signal
+import time
+from pathlib import Path
+
+from faults.launch import Faults, Started, finish, start, torchrun, unbroken
+from faults.tiny import check, check_same, newest_update, read_trace
+from gndet.distributed.signals import SAME
+from gndet.training.run_folder import PREEMPTED
+
+TERM, INT, USR1 = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGUSR1)
+SAVED_WITHIN, ENDED_WITHIN = 10.0, 3.0  # seconds after the first signal, and after the second
+LONG = ("train.schedule.updates=12", "train.checkpoint_every=0", "train.eval_every=6")
+
+
+def check_stopped(run: Started, seconds: float, trace: Path, at: int | None = None) -> str:
+    """Check that a run stopped at one update in all processes, and saved it.  Returns that in words."""
+    made: dict[int, int] = {}
+    for line in read_trace(trace):
+        made[line["rank"]] = max(line["update"], made.get(line["rank"], 0))
+    check(len(set(made.values())) <= 1, f"{run.out}: the processes stopped after updates {made}: {run.tail()}")
+    saved = newest_update(run.out)
+    check(saved == next(iter(made.values()), 0), f"{run.out}: saved is update {saved}, made were {made}")
+    check(at is None or saved == at, f"{run.out}: stopped at update {saved}, expected {at}")
+    check((run.out / PREEMPTED).exists(), f"{run.out}: no {PREEMPTED}: {run.tail()}")
+    return f"{seconds:.1f} s (update {saved})"
+
+
+def go_on(folder: Path, name: str, options: tuple[str, ...], world: int) -> None:
+    """Give the same command, without a fault, and compare with the unbroken run."""
+    text = finish(folder, name, *options, world=world)
+    check("continuing after update" in text, f"{name}: does not say that it goes on: {text}")
+    check(not (folder / name / PREEMPTED).exists(), f"{name}: {PREEMPTED} is left")
+    check_same(folder / name, unbroken(folder, *options, world=world), name)
+
+
+def launcher(folder: Path) -> str:
+    """T8."""
+    trace = folder / "trace.jsonl"
+    run = torchrun(folder, "run", *LONG, faults={"trace": [str(trace)], "pace": [0.3]})
+    run.wait_for("update 2/")
+    seconds = run.wait(run.signal(TERM), SAVED_WITHIN)
+    check(run.statuses() == [1], f"torchrun ended with {run.statuses()}, expected 1: {run.tail()}")
+    saved = check_stopped(run, seconds, trace)
+    go_on(folder, "run", LONG, world=2)
+    return f"both saved and gone after {saved}, status 1; the same command ended bit-identical"
+
+
+def one_rank(folder: Path) -> str:
+    """T9."""
+    figures = []
+    for name, number, statuses in (("SIGTERM", TERM, [0, 0]), ("SIGINT", INT, [0, 130]), ("SIGUSR1", USR1, [0, 0])):
+        trace = folder / f"{name}.jsonl"
+        faults: Faults = {"trace": [str(trace)], "pace": [0.2]}
+        run = start(folder, name, *LONG, faults=faults, world=2)
+        run.wait_for("update 2/")
+        seconds = run.wait(run.signal(number, rank=1), SAVED_WITHIN)
+        check(run.statuses() == statuses, f"{name}: status {run.statuses()}, expected {statuses}: {run.tail()}")
+        figures.append(f"{name} {check_stopped(run, seconds, trace)}")
+        go_on(folder, name, LONG, world=2)
+    return f"to the second process only, both saved and gone after: {', '.join(figures)}; bit-identical"
+
+
+def at_bad_moments(folder: Path) -> str:
+    """T10."""
+    figures = []
+    minute = 60.0
+    moments: dict[str, tuple[int, str, Faults, int | None]] = {
+        # name: processes, words to wait for, faults, update that is saved
+        "first-batch": (2, "at once", {"slow_pictures": [minute, 1]}, 0),
+        "first-batch-of-workers": (1, "at once", {"slow_pictures": [minute, 1]}, 0),
+        "evaluation": (2, "update 6/", {"slow_evaluation": [1.5]}, 6),
+        "evaluation-of-one": (1, "update 6/", {"slow_evaluation": [1.5]}, 6),
+        "save": (2, "evaluation after update 6", {"slow_save": [0.7, 6, "saves"], "pace": [0.2]}, None),
+    }
+    for name, (world, words, faults, at) in moments.items():
+        workers = f"data.workers={2 if 'workers' in name else 0}"
+        trace = folder / f"{name}.jsonl"
+        run = start(folder, name, *LONG, workers, faults={"trace": [str(trace)], **faults}, world=world)
+        run.wait_for(words)
+        time.sleep(0.5)
+        seconds = run.wait(run.signal(TERM, rank=0), SAVED_WITHIN)
+        check(run.statuses() == [0] * world, f"{name}: status {run.statuses()}: {run.tail()}")
+        figures.append(f"{name} {check_stopped(run, seconds, trace, at)}")
+        if name == "evaluation-of-one":  # and killed when the evaluation has been made, before that is saved
+            run = start(folder, name, *LONG, faults={"slow_save": [60.0, 6, "saves"]})
+            run.wait_for("evaluation after update 6")
+            run.signal(signal.SIGKILL)
+            run.expect(-signal.SIGKILL)
+        go_on(folder, name, LONG, world)
+    return f"saved and gone after: {', '.join(figures)}; bit-identical"
+
+
+def twice(folder: Path) -> str:
+    """T11."""
+    options = ("train.checkpoint_every=1", "train.schedule.updates=6")
+    faults: Faults = {"slow_save": [60.0, 3, "saves"]}
+    figures = []
+    for name, world, status in (("one", 1, 128 + TERM), ("two", 2, 128 + TERM), ("torchrun", 2, 1)):
+        launched = name == "torchrun"
+        run = (torchrun if launched else start)(folder, name, *options, faults=faults, world=world)
+        run.wait_for("update 3/")
+        time.sleep(0.5)
+        run.signal(TERM)
+        time.sleep(SAME + 0.5)
+        check(None in run.statuses(), f"{name}: ended after the first signal, in a save of minutes: {run.tail()}")
+        seconds = run.wait(run.signal(TERM), ENDED_WITHIN)
+        check(run.statuses()[0] == status, f"{name}: status {run.statuses()}, expected {status}: {run.tail()}")
+        check(newest_update(run.out) == 2, f"{name}: saved is update {newest_update(run.out)}, expected 2")
+        figures.append(f"{seconds:.1f} s ({name})")
+        go_on(folder, name, options, world)
+    return f"while a save hangs, gone after {', '.join(figures)}; the checkpoint before loads; bit-identical"

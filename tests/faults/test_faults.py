@@ -1,0 +1,68 @@
+"""Every fault scenario: the module of its kind beside this file asserts its promise; its figure is printed."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from faults.launch import call, cleared, processes_in
+from faults.scenarios import SCENARIOS, Scenario
+from faults.tiny import PROGRESS, BrokenPromise, check_same
+from gndet.checkpoint import point, save_checkpoint
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which unbroken runs are shared."""
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(one, id=one.number, marks=[pytest.mark.soak] if one.soak else []) for one in SCENARIOS],
+)
+def test_the_promise_is_kept(scenario: Scenario, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = runs / scenario.number
+    folder.mkdir()
+    with cleared(runs):
+        figure = scenario.run(folder)
+    with capsys.disabled():
+        print(f"\n{scenario.number}: {scenario.title}: {figure}")
+    shutil.rmtree(folder)  # kept where it failed
+
+
+def write_run(out: Path, value: float, loss: float, update: int = 1) -> Path:
+    """A run folder with one checkpoint of one number, and one line of metrics."""
+    folder = out / "checkpoints" / "update-0000001"
+    meta = dict.fromkeys(PROGRESS) | {"update": update}
+    save_checkpoint(folder, {"model": {"weight": torch.tensor([value])}}, meta)
+    point(out, "last", folder)
+    (out / "metrics.jsonl").write_text(f'{{"update": 1, "kind": "train", "loss": {loss}, "eta_s": {value}}}\n')
+    return out
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"value": 1.0000001}, "model/weight"),
+        ({"loss": 2.0000001}, "metrics.jsonl"),
+        ({"update": 2}, "update: 2"),
+    ],
+)
+def test_the_smallest_difference_between_two_runs_is_found(tmp_path: Path, other: dict, words: str) -> None:
+    same = {"value": 1.0, "loss": 2.0}
+    one, two = write_run(tmp_path / "one", **same), write_run(tmp_path / "two", **same)
+    check_same(one, two, "same")
+    with pytest.raises(BrokenPromise, match=words):
+        check_same(write_run(tmp_path / "three", **same | other), two, "other")
+
+
+def test_a_process_that_outlives_its_run_is_found_and_ended(tmp_path: Path) -> None:
+    with cleared(tmp_path):
+        started = call(tmp_path, "subprocess:Popen", ["sleep", "300"])  # and ends itself
+        with pytest.raises(BrokenPromise, match="processes are left"):
+            started.wait()
+    assert processes_in(tmp_path) == []

@@ -1,7 +1,7 @@
 """Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from gndet.distributed.signals import StopSignals
 from gndet.errors import TrainingError
 from gndet.evaluation.evaluate import scalars
 from gndet.training.checkpointing import Saver
-from gndet.training.ending import finish, reported, rescued, stopped_early
+from gndet.training.ending import finish, marked, rescued, stopped_early
 from gndet.training.log import Meter, open_log
 from gndet.training.nonfinite import describe, refuse, summed
 from gndet.training.norm_record import NormWatch
@@ -29,16 +29,23 @@ from gndet.training.update import Share, gradients
 from gndet.training.validation import draw, evaluate_run
 
 
-def train(cfg: Config, *, fresh: bool = False, console: Console | None = None) -> dict[str, float]:
+def train(
+    cfg: Config,
+    *,
+    fresh: bool = False,
+    console: Console | None = None,
+    at_end: Callable[[Path], None] | None = None,
+) -> dict[str, float]:
     """Train a detector into the folder cfg.out; go on where an unfinished run of the same config stopped.
 
-    fresh: move a run that is there aside and start anew.  Returns the metrics of the last evaluation, {"box/AP": ...}.
+    fresh: move a run that is there aside and start anew.  at_end: called on rank 0 with the folder when a run that has
+    begun ends, by an error too, but not by a signal.  Returns the metrics of the last evaluation, {"box/AP": ...}.
     Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and Preempted after a signal; what was
     learned is saved first.
     """
     out, total = Path(cfg.out), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as stack:
-        ending = stack.enter_context(reported(cfg, console))
+        ending = stack.enter_context(marked(out, at_end))
         stop = stack.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))
         proc.watch.stopping, proc.watch.on_stop = (lambda: stop.asked), stop.ask

@@ -1,101 +1,115 @@
-"""The rules of the house: floors, and no import inside a function."""
+"""The rules of the house: floors, what the toolbox may import, and no import inside a function."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from conftest import REPOSITORY
 
-FLOORS = [
-    {"errors", "compat", "config", "config_file", "dataset", "structures", "garbage", "writing", ""},
-    {"ops"},
-    {"modeling", "data"},
-    {
-        "weights",
-        "evaluation",
-        "optim",
-        "checkpoint",
-        "metrics",
-        "event_file",
-        "distributed",
-        "visualize",
-        "contact_sheet",
-        "check_pictures",
-        "check_report",
-        "paste",
-        "results",
-        "scoring",
-        "run_folder",
-        "run",
-        "memory",
-        "micro_batch",
-        "buckets",
-        "compiling",
-        "leaks",
-        "measure",
-        "signals",
-        "watch",
-        "progress",
-        "fingerprint",
-        "saving",
-        "resume",
-        "nonfinite",
-        "run_evaluation",
-        "set_up",
-        "onnx_model",
-        "inference",
-        "analysis",
-        "norm_statistics",
-        "norm_watch",
-        "study_results",
-        "report",
-    },
-    {
-        "train",
-        "prediction",
-        "onnx_export",
-        "doctor",
-        "analyze",
-        "invariance",
-        "conversion",
-        "audit",
-        "check",
-    },
-    {"selftest", "benchmark", "norm_study"},
-    {"options"},
-    {"cli"},
-]
-FILES = sorted((REPOSITORY / "gndet").rglob("*.py"))
+FLOORS = (
+    ("errors", "structures", "ops"),
+    ("config", "distributed", "checkpoint", "files"),
+    ("modeling", "data"),
+    ("weights", "evaluation"),
+    ("training",),
+    ("train", "toolbox"),
+    ("cli",),
+)  # from the lowest to the highest
+ROOM = REPOSITORY / "gndet"
+FILES = sorted(ROOM.rglob("*.py"))
 
 
-def floor(part: str) -> int:
-    return next(i for i, parts in enumerate(FLOORS) if part in parts)
+class Place(NamedTuple):
+    """Where a module lies: gndet/FOLDER/... or gndet/FILE.py, and in the toolbox which tool it belongs to."""
+
+    part: str  # the folder or the file at the root of gndet
+    folder: str  # "" for a file at the root
+    tool: str  # of the toolbox, else ""
+
+    @staticmethod
+    def of(module: str) -> "Place":
+        """The place of a module by its dotted name, gndet left out."""
+        names = module.split(".")
+        is_folder = (ROOM / names[0]).is_dir()
+        return Place(names[0], names[0] if is_folder else "", names[1] if names[0] == "toolbox" and names[1:] else "")
+
+
+def floor(place: Place) -> int:
+    return next(i for i, parts in enumerate(FLOORS) if place.part in parts)
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The parts of gndet that a file imports."""
+    """The modules of gndet that a file imports, dotted, gndet left out."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "gndet":
-            yield from (alias.name if alias.name != "__version__" else "" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gndet."):
-            yield node.module.split(".")[1]
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gndet":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.startswith("gndet.") and name != "gndet.__version__":
+                yield name.removeprefix("gndet.")
+
+
+def offence(here: Place, there: Place) -> str | None:
+    """What is wrong with an import, or None: lower floors and one's own folder may be imported."""
+    if {here.part, there.part} == {"modeling", "data"}:
+        return "modeling and data never meet"
+    if here.part == there.part == "toolbox":
+        return None if there.tool in (here.tool, "analysis") else f"the tool {here.tool} imports the tool {there.tool}"
+    if floor(there) < floor(here) or here == there:
+        return None
+    if here.folder == there.folder and floor(there) == floor(here):
+        return None
+    return f"{here.part} imports {there.part}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_a_module_imports_lower_floors_only(path: Path) -> None:
-    part = path.relative_to(REPOSITORY / "gndet").parts[0].removesuffix(".py").replace("__init__", "")
-    tree = ast.parse(path.read_text())
-    for other in imports(tree):
-        same = other == part or (floor(part) in (0, 3) and floor(other) == floor(part))
-        assert floor(other) < floor(part) or same, f"{part} imports {other}"
-        assert {part, other} != {"modeling", "data"}
+def test_a_module_imports_lower_floors_and_its_own_folder(path: Path) -> None:
+    if path == ROOM / "__init__.py":
+        return  # the version alone
+    here = Place.of(".".join(path.relative_to(ROOM).with_suffix("").parts).removesuffix(".__init__"))
+    for module in imports(ast.parse(path.read_text())):
+        assert offence(here, Place.of(module)) is None, f"{module}: {offence(here, Place.of(module))}"
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "allowed"),
+    [
+        ("training.update", "modeling.rpn", True),
+        ("modeling.rpn", "training.update", False),
+        ("modeling.rpn", "data.records", False),
+        ("data.records", "modeling.rpn", False),
+        ("weights.load", "evaluation.detector", False),
+        ("training.update", "training.run", True),
+        ("train", "toolbox.report.report", False),
+        ("toolbox.report.page", "toolbox.analysis.read", True),
+        ("toolbox.report.page", "toolbox.doctor.facts", False),
+        ("toolbox.analysis.read", "toolbox.report.page", False),
+        ("cli.train", "toolbox.report.report", True),
+        ("training.ending", "cli.train", False),
+        ("checkpoint", "files", True),
+        ("errors", "files", False),
+        ("config.schema", "distributed.process", False),
+    ],
+)
+def test_the_rule_itself(here: str, there: str, allowed: bool) -> None:
+    assert (offence(Place.of(here), Place.of(there)) is None) == allowed
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_import_inside_a_function(path: Path) -> None:
-    if path.name == "cli.py":
+    if path.parent == ROOM / "cli":
         return  # --help must answer before torch is imported
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             assert not any(isinstance(inner, ast.Import | ast.ImportFrom) for inner in ast.walk(node)), node.name
+
+
+@pytest.mark.parametrize("path", sorted(ROOM.rglob("__init__.py")), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_an_init_holds_no_code(path: Path) -> None:
+    """A docstring, the version, and names handed on."""
+    for node in ast.parse(path.read_text()).body:
+        assert isinstance(node, ast.Expr | ast.ImportFrom) or (path.parent == ROOM and isinstance(node, ast.Assign))

@@ -330,20 +330,18 @@ BANNED_MODULES = {
     "huggingface_hub": "downloads", "pip": "installs", "ensurepip": "installs", "importlib": "imports what data names",
 }  # fmt: skip
 ALLOWED_IMPORTS = {
-    ("weights/files.py", "pickle"): "its unpickler looks nothing up: tests/test_weight_files.py",
-    ("weights/files.py", "zipfile"): "lists the names in a file of torch.save",
-    ("selftest/launch.py", "subprocess"): "starts gndet itself, on data of its own, to kill it",
-    ("selftest/host.py", "subprocess"): "as selftest/launch.py, which speaks to it through a pipe",
-    ("selftest/host.py", "importlib"): "of gndet, by names that selftest/launch.py sends",
-    ("selftest/disk.py", "subprocess"): "mount and umount of a small disk of its own, where it may",
-    ("selftest/inject.py", "runpy"): "gndet.cli, by that name",
-    ("doctor/__init__.py", "subprocess"): "starts gndet.toolbox.doctor.inside, which imports what may end a process",
-    ("doctor/inside.py", "importlib"): "steps of the doctor, by names that stand there",
-    ("doctor/machine.py", "subprocess"): "git, in gndet's own folder, for the commit",
-    ("doctor/packages.py", "importlib"): "the packages that gndet stands on, by names that stand there",
-    ("norm_study/jobs.py", "subprocess"): "starts gndet train, a process a cell",
-    ("norm_study/child.py", "runpy"): "gndet.cli, by that name",
-    ("report/page.py", "importlib"): "reads the style and script that come with gndet",
+    ("weights/foreign/files.py", "pickle"): "its unpickler looks nothing up: tests/weights/test_weight_files.py",
+    ("weights/foreign/files.py", "zipfile"): "lists the names in a file of torch.save",
+    (
+        "toolbox/doctor/doctor.py",
+        "subprocess",
+    ): "starts doctor.inside, which imports what may end a process",
+    ("toolbox/doctor/inside.py", "importlib"): "steps of the doctor, by names that stand there",
+    ("toolbox/doctor/machine.py", "subprocess"): "git, in gndet's own folder, for the commit",
+    ("toolbox/doctor/packages.py", "importlib"): "the packages that gndet stands on, by names that stand there",
+    ("toolbox/norm_study/jobs.py", "subprocess"): "starts gndet train, a process a cell",
+    ("toolbox/norm_study/child.py", "runpy"): "gndet.cli, by that name",
+    ("toolbox/report/page.py", "importlib"): "reads the style and script that come with gndet",
     ("weights/read.py", "urllib"): "the error of a download that the user asked for by name",
     ("weights/read.py", "importlib"): "timm, where the user named weights of timm",
 }
@@ -353,11 +351,11 @@ BANNED_CALLS = (
     | {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "shutil.unpack_archive"}
 )
 ALLOWED_CALLS = {
-    ("selftest/host.py", "os.fork"): "a run that is to be killed",
-    ("selftest/saving.py", "os.fork"): "a process that saves and is to be killed",
-    ("doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names that stand there",
-    ("doctor/packages.py", "importlib.import_module"): "packages that gndet stands on, by names that stand there",
-    ("selftest/host.py", "importlib.import_module"): "of gndet, by names that selftest/launch.py sends",
+    ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names that stand there",
+    (
+        "toolbox/doctor/packages.py",
+        "importlib.import_module",
+    ): "packages of gndet, by names that stand there",
 }
 BANNED_ENDINGS = {"extract", "extractall", "urlopen", "urlretrieve"}  # of whatever object
 DOWNLOADS = {

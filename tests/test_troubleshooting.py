@@ -30,17 +30,16 @@ def rows() -> list[tuple[str, str, str]]:
 
 
 def literals() -> Iterator[str]:
-    """Every text in the source, an f-string's holes as HOLE, but docstrings and the self-test, which quotes."""
+    """Every text in the source, an f-string's holes as HOLE, but docstrings."""
     for path in (REPOSITORY / "gndet").rglob("*.py"):
-        if "selftest" not in path.parts:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-            for node in ast.walk(tree):
-                if isinstance(node, ast.JoinedStr):
-                    parts = (part.value if isinstance(part, ast.Constant) else HOLE for part in node.values)
-                    yield "".join(parts)
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                    yield node.value
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else HOLE for part in node.values)
+                yield "".join(parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                yield node.value
 
 
 def is_said(quoted: str, texts: str) -> bool:

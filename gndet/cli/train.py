@@ -1,4 +1,7 @@
-"""`gndet train CONFIG [key=value ...] [--fresh]`."""
+"""`gndet train CONFIG [key=value ...] [--fresh]`: train, then write the report, however the training ends."""
+
+from contextlib import suppress
+from pathlib import Path
 
 from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides
 
@@ -18,7 +21,18 @@ def run(options: Options) -> int:
     cfg = load_config(options.config, options.overrides)
     from rich.console import Console
 
+    from gndet.toolbox.report.report import report_on_ending
     from gndet.train import train
 
-    train(cfg, fresh=options.fresh, console=Console())
+    console = Console()
+
+    def write_report(out: Path) -> None:
+        if cfg.train.report:
+            report_on_ending(out, show)
+
+    def show(text: str) -> None:
+        with suppress(OSError):  # nobody reads any more
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    train(cfg, fresh=options.fresh, console=console, at_end=write_report)
     return 0

@@ -1,20 +1,16 @@
 """How a run ends: finished, stopped by a signal, or by an error; what was learned is saved first."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
-from gndet.toolbox.report.report import report_on_ending
 from gndet.training.checkpointing import Saver
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import mark_failed, mark_preempted, unmark_preempted
@@ -28,18 +24,12 @@ class Ending:
 
 
 @contextmanager
-def reported(cfg: Config, console: Console | None) -> Iterator[Ending]:
-    """Write the report of a run that has begun, however it ends; after an error leave the marker with its words.
+def marked(out: Path, at_end: Callable[[Path], None] | None) -> Iterator[Ending]:
+    """Leave the marker with the error that ended a run that had begun, and call at_end(out).
 
-    Not after a signal, which leaves no time: `gndet report` does it.
+    at_end is called after success and after an error, not after a signal, which leaves no time.
     """
-
-    def show(text: str) -> None:
-        if console is not None:
-            with suppress(OSError):  # nobody reads any more
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    out, ending = Path(cfg.out), Ending()
+    ending = Ending()
     try:
         yield ending
     except Preempted:
@@ -47,11 +37,11 @@ def reported(cfg: Config, console: Console | None) -> Iterator[Ending]:
     except Exception as error:
         if ending.begun:
             mark_failed(out, f"{type(error).__name__}: {error}")
-            if cfg.train.report:
-                report_on_ending(out, show)
+            if at_end is not None:
+                at_end(out)
         raise
-    if ending.begun and cfg.train.report:
-        report_on_ending(out, show)
+    if ending.begun and at_end is not None:
+        at_end(out)
 
 
 @contextmanager

@@ -288,3 +288,9 @@ def _csv(study: Study) -> str:
         found = ["" if (value := r.metrics.get(name)) is None else f"{value:.6f}" for name in names]
         writer.writerow([r.variant, r.images, r.seed, r.state, f"{r.seconds:.1f}", *found, r.reason])
     return file.getvalue()
+
+
+def percent_mean(study: Study, variant: str, size: int, metric: str) -> Mean:
+    """Return the mean of a cell's metric over seeds, in percent."""
+    mean = mean_of(values(study, variant, size, metric))
+    return Mean(100 * mean.mean, 100 * mean.half, mean.n)

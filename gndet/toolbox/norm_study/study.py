@@ -32,9 +32,9 @@ from gndet.toolbox.analysis.study_results import (
     write_study,
 )
 from gndet.toolbox.norm_study.budget import estimate, fit_budget
+from gndet.toolbox.norm_study.curve import draw
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
-from gndet.toolbox.report.study import draw
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import locked
 

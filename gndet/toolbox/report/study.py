@@ -5,26 +5,19 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from gndet.toolbox.analysis.study_results import (
     GROUPS,
     METRICS,
-    Mean,
     Study,
     cell_words,
-    mean_of,
     metrics_of,
+    percent_mean,
     read_study,
     title,
-    values,
     verdict,
 )
 from gndet.toolbox.report import blocks, charts
-
-STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # told apart without colour too
 
 
 def section(folder: Path) -> str:
@@ -61,16 +54,11 @@ def _schedule(study: Study) -> str:
     return f"{text}.  Made with {', '.join(f'{name} {version}' for name, version in study.versions.items())}."
 
 
-def _mean(study: Study, variant: str, size: int, metric: str) -> Mean:
-    mean = mean_of(values(study, variant, size, metric))
-    return Mean(100 * mean.mean, 100 * mean.half, mean.n)
-
-
 def _chart(study: Study, metric: str) -> str:
     """AP against images per GPU, a line a norm; of group counts at one size, bars."""
     name = f"study-{metric.replace('/', '-')}"
     if len(study.sizes) == 1:
-        means = [_mean(study, variant, study.sizes[0], metric) for variant in study.variants]
+        means = [percent_mean(study, variant, study.sizes[0], metric) for variant in study.variants]
         halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
         return charts.bars(
             name, [title(v) for v in study.variants], [mean.mean for mean in means],
@@ -79,7 +67,7 @@ def _chart(study: Study, metric: str) -> str:
         )  # fmt: skip
     lines = []
     for variant in study.variants:
-        means = [_mean(study, variant, size, metric) for size in study.sizes]
+        means = [percent_mean(study, variant, size, metric) for size in study.sizes]
         centre, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
         band = (centre - half, centre + half) if np.isfinite(half).any() else (None, None)
         lines.append(charts.Series(title(variant), study.sizes, centre, *band))
@@ -93,7 +81,7 @@ def _table(study: Study, metric: str) -> str:
     for variant in study.variants:
         cells = []
         for size in study.sizes:
-            mean = _mean(study, variant, size, metric)
+            mean = percent_mean(study, variant, size, metric)
             cells.append((mean.mean if mean.n else -1.0, cell_words(study, variant, size, metric)))
         rows.append([title(variant), *cells])
     head = [
@@ -115,45 +103,3 @@ def _cells(study: Study) -> str:
                      (r.seconds, f"{r.seconds:.0f}"), r.reason])  # fmt: skip
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
     return blocks.table("study-cells", head, rows, "Every cell")
-
-
-def draw(study: Study, path: Path) -> None:
-    """Draw AP against images per GPU, or against the number of groups, into a PNG; bars are 95 % intervals."""
-    metrics = metrics_of(study)
-    figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        if study.by_groups:
-            _draw_groups(axes, study, metric)
-        else:
-            _draw_sizes(axes, study, metric)
-        axes.set_ylabel(f"{METRICS[metric]}, %")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
-
-
-def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:
-    for i, variant in enumerate(study.variants):
-        means = [_mean(study, variant, size, metric) for size in study.sizes]
-        shift = 2 ** (0.05 * (i - (len(study.variants) - 1) / 2))  # intervals beside each other, not on each other
-        _line(axes, i, [size * shift for size in study.sizes], means, title(variant))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(study.sizes, [str(size) for size in study.sizes])
-    axes.set_xlabel("images per GPU")
-
-
-def _draw_groups(axes: Axes, study: Study, metric: str) -> None:
-    for i, size in enumerate(study.sizes):
-        means = [_mean(study, variant, size, metric) for variant in study.variants]
-        _line(axes, i, list(range(len(means))), means, f"{size} image{'s' if size > 1 else ''} per GPU")
-    axes.set_xticks(range(len(study.variants)), [v.removeprefix("groups-") for v in study.variants])
-    axes.set_xlabel("groups (1: ln, channels: in)")
-
-
-def _line(axes: Axes, i: int, x: list[float], means: list[Mean], label: str) -> None:
-    halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
-    axes.errorbar(x, [mean.mean for mean in means], yerr=halves, label=label, capsize=3, linewidth=1.5,
-                  linestyle=STYLES[i % len(STYLES)], marker=MARKERS[i % len(MARKERS)])  # fmt: skip

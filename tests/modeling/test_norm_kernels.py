@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from torch import Tensor
 
 from gndet.modeling.norms import group_norm
@@ -127,7 +128,7 @@ def test_no_regions_give_no_regions() -> None:
 def test_they_compile_for_gpus_and_move_maps_16_bytes_at_a_time(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    program = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    program = [sys.executable, str(REPOSITORY / "tests" / "compile_kernels.py")]
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     kernels = json.loads(ended.stdout)

@@ -18,7 +18,7 @@ from gndet.cli.main import main
 from gndet.config.loading import load_config, with_overrides
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
-from gndet.errors import DataError, TrainingError
+from gndet.errors import DataError
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.overview import verdict
 from gndet.toolbox.report.record import read_run
@@ -63,7 +63,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(config: Path) -> Path:
     """A run of six updates, which found little."""
-    train(load_config(config, [f"out={config.parent / 'run'}"]))
+    assert main(["train", str(config), f"out={config.parent / 'run'}"]) == 0
     return config.parent / "run"
 
 
@@ -103,22 +103,24 @@ def test_names_from_data_are_text(tmp_path: Path) -> None:
 def test_a_failed_run_says_why_until_it_goes_on(config: Path) -> None:
     out = config.parent / "failed"
     options = [f"out={out}", "train.optimizer.lr=1e30", "train.schedule.warmup=0", "train.checkpoint_every=1"]
-    with pytest.raises(TrainingError):
-        train(load_config(config, options))
+    assert main(["train", str(config), *options]) == 2
     text = Page(out / "report.html").text
     assert "Failed after" in text and "not finite" in text and "goes on where it stopped" in text
     assert read_run(out).ended == "failed"
-    with pytest.raises(TrainingError):
-        train(load_config(config, [*options, "train.report=false"]))
-    assert (out / "FAILED").is_file()
+    page = (out / "report.html").read_bytes()
+    assert main(["train", str(config), *options, "train.report=false"]) == 2
+    assert (out / "FAILED").is_file() and (out / "report.html").read_bytes() == page
 
 
-def test_a_report_that_cannot_be_made_does_not_hide_how_the_run_ended(config: Path, tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_made_does_not_hide_how_the_run_ended(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     out = tmp_path / "run"
     (out / "report.html").mkdir(parents=True)  # cannot be written to
     (out / "config.yaml").write_text("")  # a run that was stopped before its first checkpoint
-    values = train(load_config(config, [f"out={out}", "train.schedule.updates=1"]))
-    assert "box/AP" in values and (out / "last").exists() and not (out / "FAILED").exists()
+    assert main(["train", str(config), f"out={out}", "train.schedule.updates=1"]) == 0
+    assert "no report was written" in capsys.readouterr().out
+    assert (out / "last").exists() and not (out / "FAILED").exists()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

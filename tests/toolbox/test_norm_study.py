@@ -39,12 +39,13 @@ from gndet.toolbox.analysis.study_results import (
     write_study,
 )
 from gndet.toolbox.norm_study.budget import estimate, fit_budget, per_image_at
+from gndet.toolbox.norm_study.curve import draw
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.toolbox.norm_study.study import Work, finished, study
 from gndet.toolbox.report.report import report
 from gndet.toolbox.report.study import command as study_command
-from gndet.toolbox.report.study import draw, section
+from gndet.toolbox.report.study import section
 
 OVERRIDES = ("train.schedule.updates=4", "train.ema=0", "model.masks=false")
 GRID = {"norms": ("gn", "bn", "sync_bn"), "groups": None, "images_per_gpu": (1,), "seeds": 1, "batch": "scaled"}

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from conftest import REPOSITORY
 from models import make_batch, small_model
 from rich.console import Console
 from test_train import CONFIG, ENVIRONMENT, forget, last, load, losses
@@ -245,7 +246,7 @@ def test_running_out_of_memory_stops_the_run_where_fewer_would_change_what_is_le
 
 
 def checked(world: int, *overrides: str) -> None:
-    check_split(load_config(Path(__file__).parent.parent / "configs/quickstart.yaml", overrides), world)
+    check_split(load_config(REPOSITORY / "configs/quickstart.yaml", overrides), world)
 
 
 def test_splits_that_are_not_possible_are_refused() -> None:

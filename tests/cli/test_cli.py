@@ -34,9 +34,7 @@ def test_help_answers_at_once() -> None:
     assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize(
-    "verb", ["check", "train", "evaluate", "predict", "invariance", "config", "selftest", "benchmark"]
-)
+@pytest.mark.parametrize("verb", ["check", "train", "evaluate", "predict", "invariance", "config"])
 def test_tools_are_the_same_verbs(verb: str) -> None:
     tool = subprocess.run(
         [sys.executable, str(REPOSITORY / "tools" / f"{verb}.py"), "--help"], capture_output=True, text=True

@@ -1,0 +1,61 @@
+"""The curve of a norm study, as a PNG: AP against images per GPU, or against the number of groups."""
+
+import math
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from gndet.toolbox.analysis.study_results import (
+    METRICS,
+    Mean,
+    Study,
+    metrics_of,
+    percent_mean,
+    title,
+)
+
+STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # told apart without colour too
+
+
+def draw(study: Study, path: Path) -> None:
+    """Draw AP against images per GPU, or against the number of groups, into a PNG; bars are 95 % intervals."""
+    metrics = metrics_of(study)
+    figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        if study.by_groups:
+            _draw_groups(axes, study, metric)
+        else:
+            _draw_sizes(axes, study, metric)
+        axes.set_ylabel(f"{METRICS[metric]}, %")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=120)
+    partial.replace(path)
+
+
+def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:
+    for i, variant in enumerate(study.variants):
+        means = [percent_mean(study, variant, size, metric) for size in study.sizes]
+        shift = 2 ** (0.05 * (i - (len(study.variants) - 1) / 2))  # intervals beside each other, not on each other
+        _line(axes, i, [size * shift for size in study.sizes], means, title(variant))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(study.sizes, [str(size) for size in study.sizes])
+    axes.set_xlabel("images per GPU")
+
+
+def _draw_groups(axes: Axes, study: Study, metric: str) -> None:
+    for i, size in enumerate(study.sizes):
+        means = [percent_mean(study, variant, size, metric) for variant in study.variants]
+        _line(axes, i, list(range(len(means))), means, f"{size} image{'s' if size > 1 else ''} per GPU")
+    axes.set_xticks(range(len(study.variants)), [v.removeprefix("groups-") for v in study.variants])
+    axes.set_xlabel("groups (1: ln, channels: in)")
+
+
+def _line(axes: Axes, i: int, x: list[float], means: list[Mean], label: str) -> None:
+    halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
+    axes.errorbar(x, [mean.mean for mean in means], yerr=halves, label=label, capsize=3, linewidth=1.5,
+                  linestyle=STYLES[i % len(STYLES)], marker=MARKERS[i % len(MARKERS)])  # fmt: skip

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.weights.convert import run_twins
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the network, which the tests share
@@ -44,7 +44,7 @@ class Morph(nn.Module):
         super().__init__()
         self.bn, self.gn, self.share = bn, gn, 0.0
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         y = self.gn(x, area)
         return y if self.share == 1 else torch.lerp(self.bn(x, area), y, self.share)
 

@@ -21,7 +21,7 @@ from gndet.data.records import MASK_SIDE
 from gndet.distributed.process import place, process
 from gndet.modeling.mask_rcnn import MaskRCNN, build_model
 from gndet.modeling.norms.layers import GroupNorm
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.structures import Batch
 from gndet.training.update import backward, to_device
 
@@ -73,7 +73,7 @@ def layer_times(batch: Batch, channels: int, stride: int, rounds: int) -> dict[s
     height, width = (-(-edge // stride) for edge in batch.images.shape[2:])
     x = torch.randn(len(batch.images), channels, height, width, device=device)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    area = Area.of((batch.sizes + stride - 1) // stride, height, width) if batch.padded else None
+    area = ValidArea.of((batch.sizes + stride - 1) // stride, height, width) if batch.padded else None
     layer, out = GroupNorm(channels, 32, 1e-5, masked=True).to(device), torch.randn_like(x)
 
     def run(masked: bool) -> None:

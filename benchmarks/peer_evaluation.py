@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orjson
 
-from gndet.data.datasets.coco import no_garbage
+from gndet.data.datasets.coco import gc_paused
 from gndet.evaluation.coco_metrics import coco_metrics
 from gndet.evaluation.results import from_coco
 
@@ -21,7 +21,7 @@ def evaluate(truth: str, results: str, kinds: Sequence[str]) -> tuple[dict[str, 
     truth, results: paths of a COCO annotation file, and of COCO results in it.
     """
     times: dict[str, float] = {}
-    with no_garbage():
+    with gc_paused():
         with _timed(times, "load_gt"):
             expected = orjson.loads(Path(truth).read_bytes())
         with _timed(times, "read.load_dt"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
-from gndet.distributed.collectives import gather, give_first_s
+from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.process import limit_waiting, process
 from gndet.distributed.signals import StopSignals
 from gndet.errors import TrainingError
@@ -127,7 +127,7 @@ def make_update(run: Run, progress: Progress, losses: dict[str, float], evaluati
     if run.average is not None:
         run.average.update_parameters(run.model)
     if any(norm.kind == "brn" for norm in run.cfg.model.part_norms().values()):
-        give_first_s(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
+        broadcast(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
     progress.add(losses)
     progress.update, progress.undo, progress.evaluation_due = progress.update + 1, nothing, evaluation_due
     progress.whole = True
@@ -165,7 +165,7 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Any)
     """
     mine = {skipped.image_id: skipped.reason for loaded in taken for skipped in loaded.skipped}
     known, num = progress.unreadable, len(run.train_set.records)
-    for new in (new for part in gather([mine], run.proc) for new in part[0].items()):
+    for new in (new for part in all_gather([mine], run.proc) for new in part[0].items()):
         if new[0] not in known:
             known[new[0]] = new[1]
             log.message(f"image {new[0]} cannot be read, another takes its place ({len(known)} of {num}): {new[1]}")

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: every exchange names the one that did not come."""
+"""Collectives between the ranks of a run.  Each raises ProcessLost, which names the rank that did not take part."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,8 +14,8 @@ from gndet.errors import ProcessLost, TrainingError
 
 
 @contextmanager
-def together(proc: Process) -> Iterator[None]:
-    """Wait for the other processes.  Raises ProcessLost, which says what is known of them, where they do not come."""
+def exchange(proc: Process) -> Iterator[None]:
+    """Surround a collective.  Raises ProcessLost, which says what is known of the ranks that did not come."""
     try:
         with proc.watch.waiting() if proc.watch else nullcontext():
             yield
@@ -28,61 +28,61 @@ def together(proc: Process) -> Iterator[None]:
         raise ProcessLost(text) from error
 
 
-def give_first_s(tensors: Iterable[Tensor], proc: Process) -> None:
-    """Give every process the first one's values: initial weights, BN's running statistics."""
+def broadcast(tensors: Iterable[Tensor], proc: Process) -> None:
+    """Copy the tensors of rank 0 into those of every rank: initial weights, BN's running statistics."""
     if proc.world > 1:
         for tensor in tensors:
             dense = tensor.contiguous()
-            with together(proc):
+            with exchange(proc):
                 dist.broadcast(dense, 0)
             tensor.copy_(dense)
 
 
-def gather(items: list[Any], proc: Process) -> list[list[Any]]:
-    """Every process's list, by rank, on every process."""
+def all_gather(items: list[Any], proc: Process) -> list[list[Any]]:
+    """Gather each rank's list on every rank, in the order of ranks."""
     if proc.world == 1:
         return [items]
     gathered: list[Any] = [None] * proc.world
-    with together(proc):
+    with exchange(proc):
         dist.all_gather_object(gathered, items)
     return gathered
 
 
-def collect(items: list[Any], proc: Process) -> list[list[Any]]:
-    """Every process's list, by rank, on the first process; none on the others, who need not carry them."""
+def gather_to_first(items: list[Any], proc: Process) -> list[list[Any]]:
+    """Gather each rank's list on rank 0; other ranks get []."""
     if proc.world == 1:
         return [items]
     collected: list[Any] | None = [None] * proc.world if proc.first else None
-    with together(proc):
+    with exchange(proc):
         dist.gather_object(items, collected)
     return collected or []
 
 
-def total(values: Tensor, proc: Process) -> Tensor:
-    """The sum of a tensor over the processes."""
+def all_reduce_sum(values: Tensor, proc: Process) -> Tensor:
+    """Sum a tensor over the ranks, in place.  Returns it."""
     if proc.world > 1:
-        with together(proc):
+        with exchange(proc):
             dist.all_reduce(values)
     return values
 
 
-def least(values: Sequence[int], proc: Process) -> list[int]:
-    """The smallest of each value in any process; all get the same answer."""
+def all_reduce_min(values: Sequence[int], proc: Process) -> list[int]:
+    """Return the minimum of each value over the ranks."""
     if proc.world == 1:
         return list(values)
     smallest = torch.tensor(values)
-    with together(proc):
+    with exchange(proc):
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
     return smallest.tolist()
 
 
-def meet(trouble: BaseException | None, proc: Process) -> None:
-    """Raise, in all processes, what stopped any of them: an error before a Stop, its own before that of others.
+def raise_on_all(trouble: BaseException | None, proc: Process) -> None:
+    """Raise on every rank what stopped any of them: an error before a Stop, a rank's own before that of others.
 
-    trouble: this process's, or None.  All processes call it once, where their work may have ended otherwise.
+    trouble: of this rank, or None.  Every rank calls it once, where its work may have ended otherwise.
     """
     mine = "" if trouble is None else repr(Stop) if isinstance(trouble, Stop) else str(trouble)
-    texts = [text for part in gather([mine], proc) for text in part]
+    texts = [text for part in all_gather([mine], proc) for text in part]
     errors = [text for text in texts if text not in ("", repr(Stop))]
     if trouble is not None and (not errors or not isinstance(trouble, Stop)):
         raise trouble

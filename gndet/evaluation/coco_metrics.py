@@ -14,7 +14,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gndet.data.datasets.coco import no_garbage, to_coco
+from gndet.data.datasets.coco import gc_paused, to_coco
 from gndet.data.records import Dataset
 from gndet.evaluation.results import Results
 
@@ -40,7 +40,7 @@ def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
     Objects without a mask, beside others that have one, are crowd regions over their boxes there: what is found there
     does not count.
     """
-    with no_garbage():
+    with gc_paused():
         truth = to_coco(dataset)
     if not masks or not any("segmentation" in one for one in truth["annotations"]):
         return {"bbox": truth}
@@ -63,7 +63,7 @@ def _with_masks(truth: dict[str, Any]) -> dict[str, Any]:
 
 def evaluated(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> hotcoco.COCOeval:
     """hotcoco's evaluator after its matching, for objects of any size: detection i of the results has the id i + 1."""
-    with no_garbage():
+    with gc_paused():
         ((_, scorer),) = _hotcoco({kind: truth}, results)
         params = scorer.params
         params.areaRng, params.areaRngLbl = [[0, 1e10]], ["all"]
@@ -88,7 +88,7 @@ def coco_metrics(
     area, as in detectron2, not its box's.
     """
     metrics = {}
-    with no_garbage(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+    with gc_paused(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         for kind, scorer in (_hotcoco if engine == "hotcoco" else _pycocotools)(truths, results):
             params = scorer.params
             params.maxDets = [1, min(10, max_detections), max_detections]  # the engines sort them

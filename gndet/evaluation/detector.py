@@ -11,7 +11,7 @@ from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.distributed.collectives import collect, gather
+from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process, place
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation.evaluate import Evaluation, evaluate
@@ -71,6 +71,6 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
         )
     evaluation = evaluate(
         detector.model, dataset, detector.cfg, device=proc.device, autocast=detector.autocast, rank=proc.rank,
-        world=proc.world, gather=partial(gather, proc=proc), collect=partial(collect, proc=proc),
+        world=proc.world, gather=partial(all_gather, proc=proc), collect=partial(gather_to_first, proc=proc),
     )  # fmt: skip
     return dataset, evaluation

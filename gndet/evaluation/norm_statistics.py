@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch, Proposals
 
@@ -130,7 +130,7 @@ def _listening(model: nn.Module, seen: Mapping[str, Seen]) -> Iterator[None]:
 # --- what is taken of a map
 
 
-def moments(x: Tensor, area: Area | None) -> Moments:
+def moments(x: Tensor, area: ValidArea | None) -> Moments:
     """Mean and variance of each channel of x (n, C, H, W) over its map; area: over the picture alone."""
     if area is None:
         mean = x.mean((2, 3))
@@ -143,7 +143,7 @@ def moments(x: Tensor, area: Area | None) -> Moments:
     return Moments(mean, centred.square_().sum((2, 3)) / count, area.count)
 
 
-def similarity(x: Tensor, groups: int, area: Area | None) -> Tensor:
+def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:
     """Mean |correlation| of channels of x (n, C, H, W) over positions: of pairs in one group, and in two.
 
     At OBSERVATIONS positions, spread evenly, and for PER_GROUP channels of GROUPS groups.  Returns (2,) float64, nan

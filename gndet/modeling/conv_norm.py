@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig
 from gndet.modeling.norms.layers import make_norm
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.ops.winograd import Winograd, possible
 
 
@@ -47,7 +47,7 @@ class ConvNorm(nn.Module):
         self.relu, self.regions, self.memory, self.winograd = relu, regions, "fast", False
         self.cheap = kernel == 1 if cheap is None else cheap
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         """x (B, C, H, W), area of the result or None.  Returns (B, out_channels, H/stride, W/stride)."""
         x = self.norm(self.convolve(x), area)
         return F.relu(x, inplace=True) if self.relu else x

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gndet.config.schema import FPNConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
-from gndet.modeling.norms.valid_area import Areas, clear_padding
+from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
 from gndet.modeling.recompute import tower
 
 LEVELS = (2, 3, 4, 5)
@@ -31,7 +31,7 @@ class FPN(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, features: Sequence[Tensor], areas: Areas) -> list[Tensor]:
+    def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
         """C2..C5 (B, C, H/s, W/s) to P2..P6 (B, channels, H/s, W/s), areas of the pictures by stride."""
         top = None
         outputs = []

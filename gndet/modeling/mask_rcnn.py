@@ -12,7 +12,7 @@ from gndet.modeling.box_head import BoxHead
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.fpn import FPN, LEVELS
 from gndet.modeling.mask_head import MaskHead
-from gndet.modeling.norms.valid_area import Area, Areas, picture_areas
+from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import extend_edges
@@ -58,13 +58,13 @@ class MaskRCNN(nn.Module):
                 if isinstance(module, ConvNorm):
                     module.winograd = True
 
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], Areas]:
+    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
         """P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
         height, width = images.shape[2:]
         areas = picture_areas(sizes, height, width, padded)
         x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         if padded:
-            x = torch.where(Area.of(sizes, height, width).mask, x, 0.0)
+            x = torch.where(ValidArea.of(sizes, height, width).mask, x, 0.0)
         x = x.contiguous(memory_format=torch.channels_last)
         return self.fpn(self.backbone(x, areas), areas), areas
 
@@ -75,7 +75,7 @@ class MaskRCNN(nn.Module):
         """
         return self.step(*self.features(batch.images, batch.sizes, batch.padded), batch).losses
 
-    def step(self, features: list[Tensor], areas: Areas, batch: Batch) -> Step:
+    def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
         """The training forward behind the pyramid P2..P6: the losses of each image, and what was sampled."""
         logits, deltas = self.rpn(features, areas)  # L x (B, N_l), L x (B, N_l, 4)
         anchors = self.rpn.anchors(features, areas, batch.images.shape[2:])
@@ -110,7 +110,7 @@ class MaskRCNN(nn.Module):
         pyramid, strides = self.pooled_levels(features, areas)
         return self.box_head.detect(pyramid, strides, proposals, sizes), pyramid, strides
 
-    def pooled_levels(self, features: list[Tensor], areas: Areas) -> tuple[list[Tensor], tuple[int, ...]]:
+    def pooled_levels(self, features: list[Tensor], areas: ValidAreas) -> tuple[list[Tensor], tuple[int, ...]]:
         """The levels that the heads pool from, their strides; beside a masked picture its edge is repeated once."""
         strides = self.fpn.strides[:ROI_LEVELS]
         levels = [

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.group_norm import gradients, normalize, renormalize
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, NoNorm
-from gndet.modeling.norms.valid_area import Area, clear_padding
+from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 from gndet.ops import winograd
 
 _aten = torch.ops.aten
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
     cheap: bool  # its convolution is computed again rather than its result kept
     groups: int  # 0: no statistics, a frozen norm being part of weight and bias
     eps: float
-    area: Area | None  # whose padding is to be cleared, and kept out of statistics
+    area: ValidArea | None  # whose padding is to be cleared, and kept out of statistics
     relu: bool
 
 
@@ -79,7 +79,7 @@ def recomputed(part: nn.Module, function: Callable[..., Any], *arguments: Any, c
 def tower(
     layers: Sequence[ConvNorm],
     x: Tensor,
-    areas: Sequence[Area | None] | None = None,
+    areas: Sequence[ValidArea | None] | None = None,
     residual: Tensor | None = None,
     again: Callable[[], Tensor] | None = None,
 ) -> Tensor:
@@ -116,13 +116,15 @@ def _saves(layer: nn.Module) -> bool:
     return known and layer.memory != "fast"
 
 
-def _plain(layers: Sequence[ConvNorm], x: Tensor, areas: Sequence[Area | None], residual: Tensor | None) -> Tensor:
+def _plain(layers: Sequence[ConvNorm], x: Tensor, areas: Sequence[ValidArea | None], residual: Tensor | None) -> Tensor:
     for layer, area in zip(layers, areas, strict=True):
         x = layer(x, area)
     return x if residual is None else F.relu(x + residual, inplace=True)
 
 
-def _taken_apart(layer: ConvNorm, area: Area | None, dtype: torch.dtype) -> tuple[Layer, tuple[Tensor | None, ...]]:
+def _taken_apart(
+    layer: ConvNorm, area: ValidArea | None, dtype: torch.dtype
+) -> tuple[Layer, tuple[Tensor | None, ...]]:
     """A brick as a Layer and its weight, bias, gamma and beta; a frozen norm's map goes into weight and bias."""
     norm, weight, bias = layer.norm, layer.weight(), layer.conv.bias
     area = area if norm.masked else None

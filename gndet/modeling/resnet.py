@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, conv_factory
-from gndet.modeling.norms.valid_area import Area, Areas, clear_padding
+from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, clear_padding
 from gndet.modeling.recompute import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         """The convolution whose norm may start with gamma 0."""
         return self.conv2
 
-    def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
+    def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
         """x (B, C, H, W), its area and that of the result.  Returns (B, channels, H/stride, W/stride)."""
         shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
         return tower([self.conv1, self.conv2], x, [area, area], shortcut)
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
         """The convolution whose norm may start with gamma 0."""
         return self.conv3
 
-    def forward(self, x: Tensor, area_in: Area | None, area: Area | None) -> Tensor:
+    def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
         """x (B, C, H, W), its area and that of the result.  Returns (B, 4 * channels, H/stride, W/stride)."""
         shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
         first = area if self.stride_in_1x1 else area_in
@@ -124,11 +124,11 @@ class ResNet(nn.Module):
             part.eval()
         return self
 
-    def _stem(self, x: Tensor, areas: Areas) -> Tensor:
+    def _stem(self, x: Tensor, areas: ValidAreas) -> Tensor:
         x = F.max_pool2d(self.stem(x, areas[2]), 3, 2, 1)
         return clear_padding(x, areas[4]) if self.masked else x  # after the ReLU zeros did not change a maximum
 
-    def forward(self, x: Tensor, areas: Areas) -> list[Tensor]:
+    def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
         """x (B, 3, H, W) normalised, zero in the padding; areas of the pictures by stride.
 
         Returns C2..C5, (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is a masked one.

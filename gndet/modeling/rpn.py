@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gndet.config.schema import NormConfig, RPNConfig
 from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
 from gndet.modeling.conv_norm import conv_factory
-from gndet.modeling.norms.valid_area import Area, Areas
+from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.losses import smooth_l1, sum_per_image
@@ -40,7 +40,7 @@ class RPN(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, features: Sequence[Tensor], areas: Areas) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> tuple[list[Tensor], list[Tensor]]:
         """P2..P6 to objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4), float32."""
         logits, deltas = [], []
         for feature, stride in zip(features, self.strides, strict=True):
@@ -49,12 +49,12 @@ class RPN(nn.Module):
             deltas.append(delta)
         return logits, deltas
 
-    def _predict(self, feature: Tensor, area: Area | None) -> tuple[Tensor, Tensor]:
+    def _predict(self, feature: Tensor, area: ValidArea | None) -> tuple[Tensor, Tensor]:
         x = tower(self.convs, feature, [area] * len(self.convs))
         logits = full(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
         return logits, full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
 
-    def anchors(self, features: Sequence[Tensor], areas: Areas, canvas: tuple[int, int]) -> Anchors:
+    def anchors(self, features: Sequence[Tensor], areas: ValidAreas, canvas: tuple[int, int]) -> Anchors:
         """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride; canvas (height, width)."""
         cfg, anchors = self.cfg, Anchors([], [], [])
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):

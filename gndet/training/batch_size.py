@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gndet.config.schema import Config
 from gndet.data.batches.batch import largest_batch
-from gndet.distributed.collectives import least
+from gndet.distributed.collectives import all_reduce_min
 from gndet.errors import ConfigError
 from gndet.training.memory import free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.training.run import Run
@@ -35,7 +35,7 @@ def images_at_once(run: Run) -> int:
         )
     most = -(-cfg.train.global_batch // proc.world)
     sizes = sorted({-(-most // count) for count in range(1, most + 1)})
-    (size,) = least([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc)
+    (size,) = all_reduce_min([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc)
     if size == 0:
         room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {cfg.train.memory_limit_mib:g}"
         raise ConfigError(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gndet.distributed.collectives import together
+from gndet.distributed.collectives import exchange
 from gndet.distributed.process import Process
 
 
@@ -73,7 +73,7 @@ class Buckets:
             return
         for bucket in self.buckets[self._next :]:
             self._send(bucket)
-        with together(self.proc):
+        with exchange(self.proc):
             if self._trouble is not None:
                 raise self._trouble
             for work in self._sent:
@@ -140,11 +140,11 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
         bucket.append(parameter)
         if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
             flat = torch.cat([p.grad.flatten() for p in bucket])
-            with together(proc):
+            with exchange(proc):
                 dist.all_reduce(flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 p.grad.copy_(part.view_as(p.grad))
             bucket = []
     if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
-        with together(proc):
+        with exchange(proc):
             torch.cuda.synchronize(proc.device)

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Loaded
-from gndet.distributed.collectives import gather, total
+from gndet.distributed.collectives import all_gather, all_reduce_sum
 from gndet.distributed.process import Process
 from gndet.errors import DataError, TrainingError
 from gndet.modeling.recompute import keeping_all
@@ -47,7 +47,7 @@ def summed(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> tuple[d
     values = torch.stack([norm, *losses.values()]).double().cpu()
     if not values.isfinite().all():
         values.fill_(math.nan)  # which no sum undoes
-    *losses_sums, _ = total(values.roll(-1), proc).tolist()
+    *losses_sums, _ = all_reduce_sum(values.roll(-1), proc).tolist()
     sums = dict(zip(losses, losses_sums, strict=True))
     return sums, all(map(math.isfinite, losses_sums))
 
@@ -76,7 +76,7 @@ def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Te
     }  # fmt: skip
     where = _write(run.out / FOLDER / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
     line = f"  process {run.proc.rank}: {shown}; {text or 'finite, image by image'}; {where}"
-    lines = [line for part in gather([line], run.proc) for line in part]
+    lines = [line for part in all_gather([line], run.proc) for line in part]
     return "\n".join([
         f"a loss or the gradient (norm {float(norm):.4g}) is not finite at update {update + 1}, which was not made:",
         *lines,

@@ -13,7 +13,7 @@ from typing import Any
 from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
 from gndet.config.loading import config_from_dict, config_to_yaml
 from gndet.config.schema import Config
-from gndet.distributed.collectives import gather
+from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
 
@@ -48,7 +48,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
             refuse_other_run(cfg, out)
         except GndetError as error:
             refusal = [str(error)]
-    for text in gather(refusal, proc)[0]:
+    for text in all_gather(refusal, proc)[0]:
         raise TrainingError(text)
     saved, damaged = (None, []) if fresh else newest_checkpoint(out)
     if damaged and saved is None:
@@ -78,7 +78,7 @@ def make_run(cfg: Config, out: Path, proc: Process) -> None:
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
-    gather([], proc)  # the others wait for the folder
+    all_gather([], proc)  # the others wait for the folder
 
 
 def refuse_other_run(cfg: Config, out: Path) -> None:
@@ -131,7 +131,7 @@ def locked(out: Path, proc: Process) -> Iterator[None]:
             file = (out / LOCK).open("a+", encoding="utf-8")
             refusal = _lock(file, out)
     try:
-        for text in gather(refusal, proc)[0]:
+        for text in all_gather(refusal, proc)[0]:
             raise TrainingError(text)
         yield
     finally:

@@ -11,7 +11,7 @@ from gndet.data.datasets.faults import NOTED, refuse_all
 from gndet.data.datasets.packed import count_objects
 from gndet.data.datasets.reading import between, inspect_both
 from gndet.data.records import Dataset
-from gndet.distributed.collectives import gather, give_first_s
+from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.modeling.norms.triton_kernels import trouble
@@ -43,7 +43,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
     notes, progress = [*built, *notes], Progress()
     if saved is not None:
         progress, changed = restore(run, saved)
-        progress.unreadable = gather([still_unreadable(run, progress)], proc)[0][0]
+        progress.unreadable = all_gather([still_unreadable(run, progress)], proc)[0][0]
         total = saved.meta["total_updates"]
         notes += [f"continuing after update {progress.update} of {total} ({saved.path})", *changed]
     refuse_difference(run, progress, saved)
@@ -72,7 +72,7 @@ def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) ->
         "checkpoint": None if saved is None else f"{saved.path.name}, update {progress.update}", "data": run.data,
         "config": cfg,
     }  # fmt: skip
-    every = [part[0] for part in gather([mine], run.proc)]
+    every = [part[0] for part in all_gather([mine], run.proc)]
     for rank, other in enumerate(every):
         if wrong := [name for name in mine if other[name] != every[0][name]]:
             raise TrainingError(
@@ -130,7 +130,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     model.filter_minimally(min(cfg.data.shortest_edge))
     if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
         notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
-    give_first_s(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
+    broadcast(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
     notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gndet.config.schema import Config
 from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Replay
-from gndet.distributed.collectives import gather, least
+from gndet.distributed.collectives import all_gather, all_reduce_min
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
@@ -64,9 +64,11 @@ def gradients(run: Run, batches: Replay, size: int, stop: StopSignals) -> Share:
             if run.buckets is not None:
                 run.buckets.finish()
             all_read = not any(loaded.skipped for loaded in batches.taken)
-            size, going_on, all_read, whole = least([size, int(not stop.asked), int(all_read), int(bool(losses))], proc)
+            size, going_on, all_read, whole = all_reduce_min(
+                [size, int(not stop.asked), int(all_read), int(bool(losses))], proc
+            )
             if size == 0:
-                raise TrainingError("\n".join(text for texts in gather([refusal], proc) for text in texts if text))
+                raise TrainingError("\n".join(text for texts in all_gather([refusal], proc) for text in texts if text))
             if not going_on:
                 raise Stop
         if run.buckets is None:

@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.batches.stream import Loaded
-from gndet.distributed.collectives import collect, gather, give_first_s, meet
+from gndet.distributed.collectives import all_gather, broadcast, gather_to_first, raise_on_all
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
@@ -44,22 +44,22 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation
         if not met:  # before the first exchange all find out whether all have come this far
             stop.no_longer_at_once()
             met = True
-            meet(Stop() if stop.asked else None, proc)
-        return gather(items, proc)
+            raise_on_all(Stop() if stop.asked else None, proc)
+        return all_gather(items, proc)
 
-    give_first_s(run.detector.buffers(), proc)  # BN's running statistics differ from process to process
+    broadcast(run.detector.buffers(), proc)  # BN's running statistics differ from process to process
     try:
         with stop.at_once():
             evaluation = evaluate(
                 run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
-                world=proc.world, gather=gather_all, collect=partial(collect, proc=proc), on_image=on_image,
+                world=proc.world, gather=gather_all, collect=partial(gather_to_first, proc=proc), on_image=on_image,
                 unreadable=unreadable.__setitem__, notify=log.message,
             )  # fmt: skip
     except (Stop, GndetError) as trouble:
         if not met:
-            meet(trouble, proc)
+            raise_on_all(trouble, proc)
         raise
-    unreadable = {image: reason for part in gather([unreadable], proc) for image, reason in part[0].items()}
+    unreadable = {image: reason for part in all_gather([unreadable], proc) for image, reason in part[0].items()}
     refuse_unreadable(run, unreadable)
     if unreadable:
         first = next(iter(unreadable.values()))

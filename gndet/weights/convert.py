@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gndet.errors import CheckpointError, ConfigError
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 
 MEAN_SPREAD = 1 / 3  # of a channel's mean over images, in its sigmas; ResNet-20 on CIFAR-10: 0.28 to 0.36 for K to 32
 VARIANCE_SPREAD = 1 / 3  # of a group's variance over images, relative; there: 0.41 for K = 2, 0.31 for 8, 0.22 for 32
@@ -124,12 +124,16 @@ class Twin(nn.Module):
         self.own, self.reference, self.fit = own, reference, fit
         self.wrong = self.varies = 0.0  # sums of (y - t)^2 and of (t - mean_c t)^2, over all calls
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         """x (2B, C, H, W): B maps of the reference network, then those of the model.  Returns the same shape."""
         if len(x) % 2:
             raise ValueError(f"a batch of {len(x)} maps has no halves; expected every image twice")
         half = len(x) // 2
-        areas = (None, None) if area is None else (Area(*(t[:half] for t in area)), Area(*(t[half:] for t in area)))
+        areas = (
+            (None, None)
+            if area is None
+            else (ValidArea(*(t[:half] for t in area)), ValidArea(*(t[half:] for t in area)))
+        )
         target = self.reference(x[:half], areas[0])  # (B, C, H, W)
         padded = areas[1] is not None and self.own.masked
         valid = areas[1].mask if padded else target.new_ones((1, 1, 1, 1), dtype=torch.bool)
@@ -182,7 +186,7 @@ def run_twins(
     return {name: twin.relative_error() for name, twin in twins.items()}
 
 
-def _fit(own: nn.Module, x: Tensor, area: Area | None, target: Tensor, valid: Tensor) -> None:
+def _fit(own: nn.Module, x: Tensor, area: ValidArea | None, target: Tensor, valid: Tensor) -> None:
     """Set the affine map of a norm by least squares so that its result for x (B, C, H, W) is nearest to target."""
     plain = {"weight": torch.ones_like(own.weight), "bias": torch.zeros_like(own.bias)}
     normal = functional_call(own, plain, (x.to(own.weight.dtype), area))  # (B, C, H, W)

@@ -20,7 +20,7 @@ from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.batches.transforms import test_sample as evaluation_sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.distributed.collectives import collect, gather
+from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process, spawn
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS
@@ -82,8 +82,8 @@ def run(dataset: Dataset, proc: Process | None = None, model: nn.Module | None =
     callbacks = {name: options.pop(name) for name in ("on_image", "unreadable") if name in options}
     return evaluate(
         model or Finder(dataset), dataset, config(**options), device=CPU, autocast=contextlib.nullcontext,
-        rank=proc.rank, world=proc.world, gather=functools.partial(gather, proc=proc),
-        collect=functools.partial(collect, proc=proc), **callbacks,
+        rank=proc.rank, world=proc.world, gather=functools.partial(all_gather, proc=proc),
+        collect=functools.partial(gather_to_first, proc=proc), **callbacks,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.layers import NORMS, BatchRenorm, GroupNorm, make_norm
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 
 B, C, H, W = 3, 8, 6, 7
 
@@ -72,7 +72,7 @@ def test_every_norm_keeps_shape_and_type_and_has_gamma_and_beta_per_channel(kind
 def test_masked_norm_of_a_padded_image_is_that_of_the_image_alone(kind: str) -> None:
     norm = layer(kind)
     sizes = torch.tensor([[6, 7], [4, 5], [1, 3]])
-    area = Area.of(sizes, H, W)
+    area = ValidArea.of(sizes, H, W)
     y = norm(torch.where(area.mask, images(), 1e3), area)  # what lies in the padding must not matter
     for i, (height, width) in enumerate(sizes.tolist()):
         alone = norm(images()[i : i + 1, :, :height, :width])
@@ -83,7 +83,7 @@ def test_masked_norm_of_a_padded_image_is_that_of_the_image_alone(kind: str) -> 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masked_group_norm_has_the_gradient_of_its_formula(compiled: bool) -> None:
     """On the CPU by crops, in a compiled graph (and on a GPU) by masks: both are tested."""
-    norm, area = layer("gn"), Area.of(torch.tensor([[6, 7], [4, 5], [2, 3]]), H, W)
+    norm, area = layer("gn"), ValidArea.of(torch.tensor([[6, 7], [4, 5], [2, 3]]), H, W)
     forward = torch.compile(norm, backend="eager", fullgraph=True) if compiled else norm
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ def test_masked_group_norm_has_the_gradient_of_its_formula(compiled: bool) -> No
 
 
 def test_plain_padding_lets_the_padding_in() -> None:
-    norm, area = layer("gn", padding="plain"), Area.of(torch.tensor([[4, 5]] * B), H, W)
+    norm, area = layer("gn", padding="plain"), ValidArea.of(torch.tensor([[4, 5]] * B), H, W)
     torch.testing.assert_close(norm(images(), area), norm(images()))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gndet.modeling.norms import group_norm
 from gndet.modeling.norms import triton_kernels as norm_kernels
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
 
@@ -76,7 +76,7 @@ def test_kernels_are_group_norm_over_each_picture(
     sizes = torch.tensor([[max(1, size[2] - i), max(1, size[3] - 2 * i)] for i in range(size[0])]) if padded else None
     shown, shown_grad = x, grad
     if padded:  # what stands in the padding reaches nothing
-        mask = Area.of(sizes, *size[2:]).mask
+        mask = ValidArea.of(sizes, *size[2:]).mask
         shown, shown_grad = (torch.where(mask, one, float("nan")).to(dtype) for one in (x, grad))
         grad = torch.where(mask, grad, 0.0)
     on = [None if one is None else one.to(DEVICE) for one in (last(shown), last(shown_grad), gamma, beta, sizes)]
@@ -155,7 +155,7 @@ def test_the_self_test_passes_and_tells_a_kernel_that_is_wrong(monkeypatch: pyte
 def test_the_functions_of_group_norm_choose_them(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x, grad, (gamma, beta) = last(torch.randn(2, 64, 8, 9)), last(torch.randn(2, 64, 8, 9)), torch.randn(2, 64).unbind()
-    area = Area.of(torch.tensor([[8, 9], [5, 7]]), 8, 9)
+    area = ValidArea.of(torch.tensor([[8, 9], [5, 7]]), 8, 9)
     results = []
     for kernels in (False, True):
         monkeypatch.setattr(norm_kernels, "usable", lambda x, kernels=kernels: kernels)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gndet.config.schema import NormConfig
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import keeping_all, set_memory, tower
 from gndet.training.memory import TensorBytes
 
@@ -36,7 +36,9 @@ def bricks(norm: NormConfig, kernels: Sequence[int], *, residual: bool, regions:
     return layers.double()
 
 
-def results(layers: nn.ModuleList, x: Tensor, area: Area | None, residual: Tensor | None, grad: Tensor) -> list[Tensor]:
+def results(
+    layers: nn.ModuleList, x: Tensor, area: ValidArea | None, residual: Tensor | None, grad: Tensor
+) -> list[Tensor]:
     """The result, and the gradients at x, the residual and all parameters."""
     inputs = [x.clone().requires_grad_()] + ([] if residual is None else [residual.clone().requires_grad_()])
     y = tower(layers, inputs[0], [area] * len(layers), *inputs[1:])
@@ -52,7 +54,7 @@ def test_a_tower_gives_what_its_bricks_give(
 ) -> None:
     layers = bricks(norm, kernels, residual=residual)
     x, beside, grad = torch.randn(3, 3, 16, 9, 11, dtype=torch.float64).unbind()
-    area = Area.of(torch.tensor([[9, 11], [7, 11], [9, 4]]), 9, 11) if padded else None
+    area = ValidArea.of(torch.tensor([[9, 11], [7, 11], [9, 4]]), 9, 11) if padded else None
     if padded:
         x, beside = torch.where(area.mask, x, 0.0), torch.where(area.mask, beside, 0.0)
     plain = results(layers, x, area, beside if residual else None, grad)
@@ -65,7 +67,7 @@ def test_a_tower_gives_what_its_bricks_give(
 def test_what_stands_in_the_padding_reaches_nothing() -> None:
     layers = bricks(NORMS["gn"], (3, 3), residual=False)
     set_memory(layers, "balanced")
-    area = Area.of(torch.tensor([[5, 6]]), 9, 11)
+    area = ValidArea.of(torch.tensor([[5, 6]]), 9, 11)
     x, grad = torch.randn(1, 16, 9, 11).double(), torch.randn(1, 16, 9, 11).double()
     clean = results(layers, torch.where(area.mask, x, 0.0), area, None, torch.where(area.mask, grad, 0.0))
     dirty = results(layers, torch.where(area.mask, x, 0.0), area, None, torch.where(area.mask, grad, torch.inf))

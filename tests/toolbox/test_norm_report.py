@@ -21,7 +21,7 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import NormConfig
 from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.toolbox.report.norm_words import findings
 from gndet.toolbox.report.norms import section
 from gndet.train import train
@@ -60,7 +60,7 @@ def inputs_of(model: MaskRCNN, sizes: list[tuple[int, int]]) -> dict[str, Tensor
 def test_moments_are_those_of_the_picture_alone(masked: bool) -> None:
     x = torch.randn(2, 6, 8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 100
     sizes = [(8, 10), (5, 7)]
-    area = Area.of(torch.tensor(sizes), 8, 10) if masked else None
+    area = ValidArea.of(torch.tensor(sizes), 8, 10) if masked else None
     if masked:
         x[1, :, 5:] = math.nan  # whatever lies in the padding
         x[1, :, :, 7:] = math.inf
@@ -102,7 +102,7 @@ def test_identical_channels_of_a_group_are_wholly_alike() -> None:
 
 def test_similarity_is_that_of_the_picture_alone() -> None:
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    area = Area.of(torch.tensor([[5, 6]]), 8, 8)
+    area = ValidArea.of(torch.tensor([[5, 6]]), 8, 8)
     correlation = np.abs(np.corrcoef(x[0, :, :5, :6].reshape(4, -1).numpy()))
     within = (correlation[0, 1] + correlation[2, 3]) / 2
     across = correlation[:2, 2:].mean()

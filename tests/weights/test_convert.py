@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.weights.convert import Converted, convert_batch_norm, group_statistics, run_twins
 
 B, C, H, W = 4, 8, 5, 6
@@ -148,7 +148,7 @@ class TwoLayers(nn.Module):
         self.conv2, self.norm2 = nn.Conv2d(C, C, 1, bias=False), second
         self.conv1.weight.data, self.conv2.weight.data = rand(C, 3, 1, 1, seed=5), rand(C, C, 1, 1, seed=6)
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         x = F.relu(self.norm1(self.conv1(x), area), inplace=True)
         return F.relu(self.norm2(self.conv2(x), area), inplace=True)
 
@@ -224,11 +224,11 @@ def test_layers_are_fitted_in_forward_order_each_on_what_the_fitted_ones_before_
 @pytest.mark.parametrize("fit", [False, True])
 def test_what_lies_in_the_padding_does_not_matter(fit: bool) -> None:
     sizes = torch.tensor([[5, 6], [3, 4], [5, 2], [1, 6]])
-    area = Area.of(torch.cat([sizes, sizes]), H, W)
+    area = ValidArea.of(torch.cat([sizes, sizes]), H, W)
     results = []
     for garbage in (0.0, 1e3, float("nan")):
         model, references = two_layers()
-        x = torch.where(Area.of(sizes, H, W).mask, rand(B, 3, H, W), garbage)
+        x = torch.where(ValidArea.of(sizes, H, W).mask, rand(B, 3, H, W), garbage)
         errors = run_twins(model, references, lambda m=model, x=x: m(torch.cat([x, x]), area), fit=fit)
         results.append((errors, model.norm1.weight, model.norm2.weight, model.norm2.bias))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
@@ -239,7 +239,7 @@ def test_a_masked_fit_is_that_of_the_pictures_alone() -> None:
     """One picture padded, or without its padding: the same gamma, beta and error."""
     model, references = two_layers()
     alone, _ = two_layers()
-    x, area = rand(1, 3, H, W), Area.of(torch.tensor([[3, 4]] * 2), H, W)
+    x, area = rand(1, 3, H, W), ValidArea.of(torch.tensor([[3, 4]] * 2), H, W)
     padded = run_twins(model, references, lambda: model(torch.cat([x, x]), area), fit=True)
     crop = x[:, :, :3, :4]
     plain = run_twins(alone, references, lambda: alone(torch.cat([crop, crop])), fit=True)
@@ -272,11 +272,11 @@ def test_a_layer_that_adds_a_bias_can_be_the_reference() -> None:
             super().__init__()
             self.bias = bias
 
-        def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+        def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
             return x + self.bias[:, None, None]  # also in the padding
 
     norm, x = GroupNorm(C, 1, 1e-5, masked=True).double(), rand(1, C, H, W)
-    model, area = nn.ModuleDict({"norm": norm}), Area.of(torch.tensor([[3, 4]] * 2), H, W)
+    model, area = nn.ModuleDict({"norm": norm}), ValidArea.of(torch.tensor([[3, 4]] * 2), H, W)
     bias = rand(C, seed=1)
     errors = run_twins(model, {"norm": AddBias(bias)}, lambda: model["norm"](torch.cat([x, x]), area), fit=True)
     assert errors["norm"] < 1e-6  # GN of one image in one group is an affine map

@@ -59,7 +59,7 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: cache.
         with cache.opened(data.cache, path, partial(_digest, path), files, data.max_pixels, tell) as entry:
             dataset = entry.load()
             if dataset is None:
-                with no_garbage():
+                with gc_paused():
                     dataset = entry.save(_inspect(path, entry.digest(), files, data.max_pixels, found))
     except Fault as fault:
         found.add(fault.code, str(fault))
@@ -305,8 +305,8 @@ def _named(item: dict[str, Any]) -> str:
 
 
 @contextmanager
-def no_garbage() -> Iterator[None]:
-    """Let Python not look for cycles among hundreds of thousands of new objects: it takes as long as making them."""
+def gc_paused() -> Iterator[None]:
+    """Pause the cyclic garbage collector while building millions of objects: its passes would take as long as that."""
     before = gc.isenabled()
     gc.disable()
     try:

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gndet.modeling.norms import triton_kernels as norm_kernels
-from gndet.modeling.norms.valid_area import Area, clear_padding
+from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 
 _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1)
 
 
 def normalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: Area | None, *, relu: bool = False
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise x (B, C, H, W) with gamma, beta (C,); relu: and cut the result at zero.
 
@@ -31,7 +31,7 @@ def normalize(
 
 
 def _normalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: Area | None
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same by torch's operators, in gamma's type."""
     if area is None:
@@ -53,7 +53,7 @@ def _normalize(
 
 
 def renormalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, area: Area | None, *, relu: bool
+    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea | None, *, relu: bool
 ) -> Tensor:
     """Compute y of `normalize` again from its statistics, in one pass; relu: and cut it at zero.  Same type as x."""
     if norm_kernels.usable(x):
@@ -68,7 +68,7 @@ def renormalize(
 
 
 def gradients(
-    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: Area | None
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients at x, gamma and beta from that at y and the statistics of `normalize`."""
     groups = mean.shape[1]
@@ -110,7 +110,7 @@ class Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, sizes: Tensor | None, mask: Tensor | None, count: Tensor | None, gamma: Tensor,
         beta: Tensor, groups: int, eps: float,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = normalize(x, gamma, beta, groups, eps, None if sizes is None else Area(sizes, mask, count))
+        y, mean, rstd = normalize(x, gamma, beta, groups, eps, None if sizes is None else ValidArea(sizes, mask, count))
         ctx.save_for_backward(x, gamma, mean, rstd, sizes, mask, count)
         return y
 
@@ -118,7 +118,7 @@ class Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, mean, rstd, sizes, mask, count = ctx.saved_tensors
-        area = None if sizes is None else Area(sizes, mask, count)
+        area = None if sizes is None else ValidArea(sizes, mask, count)
         grad_x, grad_gamma, grad_beta = gradients(grad, x, gamma, mean, rstd, area)
         return grad_x, None, None, None, grad_gamma, grad_beta, None, None
 
@@ -128,7 +128,7 @@ def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _sizes(area: Area | None) -> Tensor | None:
+def _sizes(area: ValidArea | None) -> Tensor | None:
     return None if area is None else area.sizes
 
 
@@ -137,7 +137,7 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _count(x: Tensor, groups: int, area: Area) -> Tensor:
+def _count(x: Tensor, groups: int, area: ValidArea) -> Tensor:
     """The numbers that a group's statistics are taken over, (B, 1)."""
     return (area.count * (x.shape[1] // groups)).to(x.dtype)
 
@@ -155,7 +155,7 @@ def _crop(x: Tensor, image: int, height: int, width: int) -> Tensor:
 
 
 def _normalize_crops(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: Area
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.zeros_like(x)
     means, rstds = [], []
@@ -168,7 +168,7 @@ def _normalize_crops(
 
 
 def _gradients_of_crops(
-    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: Area
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_gamma, grad_beta = torch.zeros_like(x), torch.zeros_like(gamma), torch.zeros_like(gamma)
     for i, (height, width) in enumerate(area.sizes.tolist()):

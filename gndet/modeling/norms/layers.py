@@ -19,7 +19,7 @@ from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.norms.group_norm import Normalize
 from gndet.modeling.norms.triton_kernels import usable
-from gndet.modeling.norms.valid_area import Area, clear_padding
+from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 
 
 class GroupNorm(nn.Module):
@@ -37,7 +37,7 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         """x (B, C, H, W), area of the pictures or None.  Returns the same shape and type; statistics in float32."""
         area = area if self.masked else None
         with torch.autocast(x.device.type, enabled=False):
@@ -66,7 +66,7 @@ class GroupNorm(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """BN: statistics over (B, H, W) of one channel; running averages at test time (Ioffe & Szegedy 2015)."""
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         return super().forward(x)
 
 
@@ -76,7 +76,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     On torch.distributed's own differentiable all-reduce, so that it runs with gloo on CPUs as with NCCL on GPUs.
     """
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         wide = x.to(self.running_mean.dtype)
@@ -109,7 +109,7 @@ class FrozenBatchNorm(nn.Module):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         scale, shift = self.map()
         y = torch.addcmul(shift[:, None, None].to(x.dtype), x, scale[:, None, None].to(x.dtype))
         return clear_padding(y, area) if self.masked else y
@@ -122,7 +122,7 @@ class BatchRenorm(nn.BatchNorm2d):
     5,000 and 25,000; before that it is BN.  A step is a forward pass in training.
     """
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         if not self.training:
             return super().forward(x)
         var, mean = torch.var_mean(x.to(self.running_mean.dtype), (0, 2, 3), correction=0)  # (C,)
@@ -150,7 +150,7 @@ class NoNorm(nn.Module):
         super().__init__()
         self.masked = masked
 
-    def forward(self, x: Tensor, area: Area | None = None) -> Tensor:
+    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         return clear_padding(x, area) if self.masked else x
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Area(NamedTuple):
+class ValidArea(NamedTuple):
     """Where the pictures lie on feature maps of one stride."""
 
     sizes: Tensor  # (B, 2) int64 valid height, width in cells
@@ -17,27 +17,27 @@ class Area(NamedTuple):
     count: Tensor  # (B, 1) float32 number of valid cells
 
     @staticmethod
-    def of(sizes: Tensor, height: int, width: int) -> "Area":
+    def of(sizes: Tensor, height: int, width: int) -> "ValidArea":
         """The area of pictures of the given sizes (B, 2) on (height, width) maps."""
         row = torch.arange(height, device=sizes.device)[None, None, :, None]
         column = torch.arange(width, device=sizes.device)[None, None, None, :]
         mask = (row < sizes[:, 0, None, None, None]) & (column < sizes[:, 1, None, None, None])
-        return Area(sizes, mask, (sizes[:, :1] * sizes[:, 1:]).float())
+        return ValidArea(sizes, mask, (sizes[:, :1] * sizes[:, 1:]).float())
 
 
-Areas = dict[int, Area | None]  # by stride; None where nothing is padded
+ValidAreas = dict[int, ValidArea | None]  # by stride; None where nothing is padded
 
 
-def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Areas:
+def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> ValidAreas:
     """The areas of pictures of sizes (B, 2) on a (height, width) canvas, at the strides 2 to 64.
 
     Every layer of the network halves by rounding up, so a picture has ceil(size / stride) cells.
     """
     if not padded:
         return dict.fromkeys((2, 4, 8, 16, 32, 64))
-    return {s: Area.of((sizes + s - 1) // s, -(-height // s), -(-width // s)) for s in (2, 4, 8, 16, 32, 64)}
+    return {s: ValidArea.of((sizes + s - 1) // s, -(-height // s), -(-width // s)) for s in (2, 4, 8, 16, 32, 64)}
 
 
-def clear_padding(x: Tensor, area: Area | None) -> Tensor:
+def clear_padding(x: Tensor, area: ValidArea | None) -> Tensor:
     """Put zeros into the padding of x (B, C, H, W); area None: nothing is padded."""
     return x if area is None else torch.where(area.mask, x, 0.0)

@@ -21,7 +21,7 @@ from gndet.evaluation.coco_metrics import coco_metrics, coco_truths
 from gndet.evaluation.results import from_coco
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
-from gndet.modeling.norms.valid_area import Area
+from gndet.modeling.norms.valid_area import ValidArea
 from gndet.ops.nms import fixed_point, nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.ops.winograd import Winograd
@@ -106,7 +106,7 @@ def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
     errors = {}
     for sizes in (None, SIZES):
         exact = exact_group_norm(x, grad, gamma, beta, sizes or (MAP[2:],) * MAP[0])
-        area = None if sizes is None else Area.of(torch.tensor(sizes, device=device), *MAP[2:])
+        area = None if sizes is None else ValidArea.of(torch.tensor(sizes, device=device), *MAP[2:])
         for layout, memory in LAYOUTS.items():
             layer = make_norm(NormConfig(groups=GROUPS), MAP[1]).to(device)
             layer.load_state_dict({"weight": gamma, "bias": beta})

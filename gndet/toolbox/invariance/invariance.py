@@ -23,7 +23,7 @@ from gndet.data.batches.stream import micro_batches
 from gndet.data.batches.transforms import Sample, train_sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import MASK_SIDE, Dataset, Record
-from gndet.distributed.collectives import total
+from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation.evaluate import aligned
@@ -248,7 +248,7 @@ def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Co
     batch = batch_of([samples[i] for i in mine], model.train(), cfg)
     losses = backward(model, nullcontext, [batch], len(mine), cfg)
     sum_gradients(model, proc)
-    losses = {name: total(loss, proc) for name, loss in losses.items()}
+    losses = {name: all_reduce_sum(loss, proc) for name, loss in losses.items()}
     if proc.first:
         torch.save(losses | parameter_groups(model), f"{folder}/result.pt")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.modeling.mask_rcnn import ROI_LEVELS, MaskRCNN
-from gndet.modeling.norms.valid_area import Areas
+from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.ops.roi_align import pyramid_level
 from gndet.structures import Batch, Step
 
@@ -145,7 +145,7 @@ def _behind_the_pyramid(model: MaskRCNN, singles: list[Batch], together: Batch) 
             if difference > TOLERANCE:
                 mixed.append(Leak("batch statistics", described(model, name), difference))
 
-    def step(pyramid: list[Tensor], areas: Areas, batch: Batch) -> tuple[Step, Trace]:
+    def step(pyramid: list[Tensor], areas: ValidAreas, batch: Batch) -> tuple[Step, Trace]:
         trace.clear()
         masked, model.fpn.masked = model.fpn.masked, True  # what RoIAlign finds beyond an edge is padding's leak
         try:

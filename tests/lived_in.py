@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_train import CONFIG
+from faults.tiny import CONFIG
 from torch import Tensor, nn
 
 from gndet.checkpoint import save_checkpoint

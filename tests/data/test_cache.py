@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile import Hostile, make_bad_objects
 from PIL import Image
-from test_check import Hostile, make_bad_objects
 
 from gndet.config.loading import load_config
 from gndet.config.schema import DataConfig, DatasetConfig

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from faults.tiny import CONFIG
 from models import make_batch, small_model
-from test_train import CONFIG
 
 from gndet.cli.main import main
 from gndet.config.loading import load_config

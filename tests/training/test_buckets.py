@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
+from faults.tiny import CONFIG
 from models import make_batch, small_model
-from test_train import CONFIG, load
 from torch import Tensor, nn
 
 from gndet.data.batches.stream import Replay, train_batches
@@ -24,6 +24,7 @@ from gndet.training.gradient_buckets import Buckets
 from gndet.training.run import Run
 from gndet.training.setup import build_run
 from gndet.training.update import gradients
+from runs import load
 
 FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from faults.tiny import CONFIG
 from rich.console import Console
 from test_micro_batch import difference
-from test_train import CONFIG, load
 from torch import Tensor
 
 from gndet.config.schema import DataConfig, TrainConfig
@@ -23,6 +23,7 @@ from gndet.training.compiling import compile_ahead, compiled
 from gndet.training.run import Run
 from gndet.training.setup import build_run
 from gndet.training.update import backward
+from runs import load
 
 CANVASES = ((64, 96), (96, 64), (96, 96))
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import CONFIG, last, load
+from faults.tiny import CONFIG
 from torch import Tensor, nn
 
 from gndet.config.loading import config_from_dict
@@ -22,6 +22,7 @@ from gndet.train import train
 from gndet.training.nonfinite import allowed, describe, examine, read_batch, refuse, summed
 from gndet.training.run import Run
 from gndet.training.setup import build_run
+from runs import last, load
 
 ALONE = Process(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.faults

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from faults.tiny import CONFIG
 from rich.console import Console
-from test_train import CONFIG, assert_same, forget, load, losses
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data.datasets import shapes
@@ -21,6 +21,7 @@ from gndet.train import train
 from gndet.training.checkpointing import Saver
 from gndet.training.run import Best, Progress
 from gndet.training.setup import build_run
+from runs import assert_same, forget, load, losses
 
 pytestmark = pytest.mark.faults
 OPTIONS = ("train.checkpoint_every=2", "train.global_batch=2")

@@ -1,11 +1,8 @@
 """Training runs on a tiny detector: killed, resumed, spread over processes, refused."""
 
-import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,10 +15,10 @@ from rich.console import Console
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
-from gndet.config.schema import Config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
+from runs import ENVIRONMENT, assert_same, command, forget, last, load, losses
 
 
 @pytest.fixture
@@ -29,33 +26,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     return path
-
-
-def load(config: Path, out: str, *overrides: str) -> Config:
-    return load_config(config, [f"out={config.parent / out}", *overrides])
-
-
-def last(folder: Path) -> dict[str, torch.Tensor]:
-    saved = load_checkpoint(folder / "last")
-    return {f"{group}/{name}": value for group, tensors in saved.groups.items() for name, value in tensors.items()}
-
-
-def assert_same(a: Path, b: Path) -> None:
-    one, two = last(a), last(b)
-    assert one.keys() == two.keys() and any(name.startswith("ema/") for name in one)
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["update"], line["loss"]) for line in lines if line["kind"] == "train"]
-
-
-def command(config: Path, out: str, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "gndet.cli", "train", str(config), f"out={config.parent / out}", *overrides]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("overrides", [(), ("train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1")])
@@ -122,12 +92,6 @@ def test_a_finished_or_different_run_in_the_folder_is_refused_with_what_to_do(co
         train(load(config, "run", "train.optimizer.lr=0.01"))
     train(load(config, "run", "train.schedule.updates=1"), fresh=True)
     assert load_checkpoint(config.parent / "run-old-1" / "last").meta["update"] == 6  # nothing is deleted
-
-
-def forget(folder: Path, *updates: int) -> None:
-    """Make a finished run one that was killed earlier: remove its newest checkpoints."""
-    for update in updates:
-        shutil.rmtree(folder / "checkpoints" / f"update-{update:07d}")
 
 
 def test_resuming_between_evaluations_keeps_undefined_metrics_and_the_best(config: Path) -> None:

@@ -1,0 +1,46 @@
+"""What tests of training share: a tiny config, and what a run folder holds."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from gndet.checkpoint import load_checkpoint
+from gndet.config.loading import load_config
+from gndet.config.schema import Config
+
+
+def load(config: Path, out: str, *overrides: str) -> Config:
+    return load_config(config, [f"out={config.parent / out}", *overrides])
+
+
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    saved = load_checkpoint(folder / "last")
+    return {f"{group}/{name}": value for group, tensors in saved.groups.items() for name, value in tensors.items()}
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, two = last(a), last(b)
+    assert one.keys() == two.keys() and any(name.startswith("ema/") for name in one)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["update"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def command(config: Path, out: str, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "gndet.cli", "train", str(config), f"out={config.parent / out}", *overrides]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def forget(folder: Path, *updates: int) -> None:
+    """Make a finished run one that was killed earlier: remove its newest checkpoints."""
+    for update in updates:
+        shutil.rmtree(folder / "checkpoints" / f"update-{update:07d}")

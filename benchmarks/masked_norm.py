@@ -19,7 +19,8 @@ from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
 from gndet.data.records import MASK_SIDE
 from gndet.distributed.process import place, process
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.structures import Batch
@@ -53,7 +54,7 @@ def timed(variants: dict[str, Callable[[], None]], rounds: int, device: torch.de
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def step_times(cfg: Config, model: MaskRCNN, batch: Batch, rounds: int) -> dict[str, float]:
+def step_times(cfg: Config, model: DetectionModel, batch: Batch, rounds: int) -> dict[str, float]:
     """Milliseconds of a forward and backward pass of the model with its masked norms and with plain ones."""
     layers = [module for module in model.modules() if isinstance(module, GroupNorm)]
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.detection_model import DetectionModel
 from gndet.training.memory import MIB, TensorBytes
 
 FORWARD = {  # the methods that a part's forward pass consists of; what is around them is "rest"
     "backbone": ("forward",),
     "fpn": ("forward",),
     "rpn": ("forward", "anchors", "sample_anchors", "loss", "propose"),
-    "box_head": ("sample_regions", "loss"),
+    "box_head": ("sample", "loss"),
     "mask_head": ("loss",),
 }
 REST = "rest"
@@ -68,7 +68,7 @@ class Ledger:
         part.backward_peak = max(part.backward_peak, self.peak())
 
 
-def memory_by_part(model: MaskRCNN, step: Callable[[], object]) -> str:
+def memory_by_part(model: DetectionModel, step: Callable[[], object]) -> str:
     """Make a step, forward and backward without the update, with gradients and one state a weight (momentum) there.
 
     Returns a table in MiB: a line a part, and one of all.
@@ -94,7 +94,7 @@ def memory_by_part(model: MaskRCNN, step: Callable[[], object]) -> str:
 
 
 @contextmanager
-def _borders(model: MaskRCNN, ledger: Ledger) -> Iterator[None]:
+def _borders(model: DetectionModel, ledger: Ledger) -> Iterator[None]:
     """Tell a ledger of the borders between a model's parts while the context lasts."""
     parts = {name: part for name, part in model.named_children() if name in FORWARD}
     for name, part in parts.items():

@@ -34,7 +34,7 @@ from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process, keep_freed_memory, place
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.training.gradient_buckets import Buckets, sum_gradients
 from gndet.training.optim import make_optimizer
 from gndet.training.update import backward

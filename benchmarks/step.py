@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import MaskRCNN as PeerMaskRCNN
+from torchvision.models.detection import DetectionModel as PeerMaskRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNConvFCHead, RPNHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
@@ -33,7 +33,8 @@ from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE
 from gndet.distributed.process import keep_freed_memory, place, process
 from gndet.errors import ConfigError
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.recompute import set_memory
 from gndet.structures import Batch, GroundTruth, Proposals
 from gndet.training.compiling import compiled
@@ -103,7 +104,7 @@ def gndet_subject(cfg: Config, size: tuple[int, int]) -> Work:
 
 def gndet_step(
     cfg: Config, batches: Sequence[Batch], near: Sequence[Tensor], num_near: int = NEAR
-) -> tuple[MaskRCNN, Callable[[], dict[str, float]]]:
+) -> tuple[DetectionModel, Callable[[], dict[str, float]]]:
     """A model, and what trains it on the next of the batches: one update, done when it returns its losses.
 
     near: (B, K, 4) of each batch; the first num_near stand before the model's own proposals, 0 leaves it as it is.
@@ -130,18 +131,18 @@ def gndet_step(
     return model, step
 
 
-def gndet_model(cfg: Config) -> tuple[MaskRCNN, Callable[[], AbstractContextManager]]:
+def gndet_model(cfg: Config) -> tuple[DetectionModel, Callable[[], AbstractContextManager]]:
     """The untrained model of a config on its device, as a run has it, and the context it is to run in."""
     with process(cfg.device) as proc:  # what it sets up stays
         torch.manual_seed(cfg.seed)
         model, autocast = place(build_model(cfg.model, CLASSES).train(), cfg.train.precision, proc)
     set_memory(model, cfg.train.memory)
-    model.filter_minimally(min(cfg.data.shortest_edge))
+    model.choose_convolutions(min(cfg.data.shortest_edge))
     calm(model)
     return model, autocast
 
 
-def guide(model: MaskRCNN, near: Tensor, num_near: int) -> None:
+def guide(model: DetectionModel, near: Tensor, num_near: int) -> None:
     """Put the first num_near of boxes near objects (B, K, 4) before the model's own proposals, now and later."""
     own = model.rpn.propose
 

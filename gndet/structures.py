@@ -66,12 +66,13 @@ class Regions(NamedTuple):
     matched: Tensor  # (B, R) int64 slot of the ground truth the region is compared with
     positive: Tensor  # (B, R) bool
     valid: Tensor  # (B, R) bool
+    positive_slots: int  # the positives lie in the first so many slots
 
 
 class Step(NamedTuple):
     """A training forward: its losses, and all that was chosen on the way."""
 
-    losses: dict[str, Tensor]  # {name: (B,)}, a loss an image
+    losses: dict[str, Tensor]  # {name: (B,)}, one loss per image
     anchors: AnchorSample
     proposals: Proposals
     regions: Regions

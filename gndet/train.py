@@ -126,7 +126,7 @@ def make_update(run: Run, progress: Progress, losses: dict[str, float], evaluati
     run.optimizer.step()
     if run.average is not None:
         run.average.update_parameters(run.model)
-    if any(norm.kind == "brn" for norm in run.cfg.model.part_norms().values()):
+    if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):
         broadcast(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
     progress.add(losses)
     progress.update, progress.undo, progress.evaluation_due = progress.update + 1, nothing, evaluation_due

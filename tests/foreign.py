@@ -23,7 +23,7 @@ from gndet.config.schema import (
     RPNConfig,
     SourceConfig,
 )
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.weights.foreign.source import Source
 from gndet.weights.read import read_source
 

@@ -16,7 +16,8 @@ from gndet.data.batches.batch import sample_batch
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORM_LAYERS, NoNorm
 from gndet.structures import Batch
 

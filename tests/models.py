@@ -11,7 +11,8 @@ from gndet.config.schema import (
     NormConfig,
     RPNConfig,
 )
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.ops.boxes import clip_boxes
 from gndet.ops.noise import hash_ints
 from gndet.structures import Batch, GroundTruth

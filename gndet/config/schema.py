@@ -54,6 +54,26 @@ class NormConfig(Section):
         """Whether the statistics are taken over all images, or regions, that are computed at once."""
         return self.kind in ("bn", "sync_bn", "brn")
 
+    @property
+    def has_running_statistics(self) -> bool:
+        """Whether the layer holds a running mean and variance."""
+        return self.mixes_images or self.kind == "frozen_bn"
+
+    @property
+    def trains_with_running_statistics(self) -> bool:
+        """Whether the running statistics are part of the training forward, so that all ranks need the same ones."""
+        return self.kind == "brn"
+
+    @property
+    def communicates_in_forward(self) -> bool:
+        """Whether the ranks exchange statistics within the forward and backward passes."""
+        return self.kind == "sync_bn"
+
+    @property
+    def is_group_norm(self) -> bool:
+        """Whether the statistics are taken over groups of channels of one image: GN, and its ends LN and IN."""
+        return self.kind in ("gn", "ln", "in")
+
     @model_validator(mode="after")
     def _batch_statistics_are_plain(self) -> "NormConfig":
         if self.padding == "masked" and self.mixes_images:
@@ -64,6 +84,7 @@ class NormConfig(Section):
 class BackboneConfig(Section):
     """ResNet (He et al. 2016)."""
 
+    kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50, 101, 152] = 50
     norm: NormConfig | None = Field(None, description="whole override of model.norm for this part")
     stride_in_1x1: bool = Field(
@@ -162,6 +183,8 @@ class ModelConfig(Section):
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = Field(
         "gndet", description="a toolkit's conventions as defaults of the options below: `compat.PRESETS`"
     )
+    detector: Literal["mask_rcnn"] = Field("mask_rcnn", description="the kind of detector: `modeling/build.py`")
+    neck: Literal["fpn"] = Field("fpn", description="what makes the feature maps of the backbone's stages into levels")
     norm: NormConfig = NormConfig()
     masks: bool = True
     pixel_mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="RGB, 0-255 (ImageNet)")
@@ -183,6 +206,30 @@ class ModelConfig(Section):
         """The norm of each part: its own, or model.norm."""
         parts = ("backbone", "fpn", "rpn", "box_head", "mask_head")
         return {part: getattr(self, part).norm or self.norm for part in parts}
+
+    @property
+    def mask_paste(self) -> Literal["exact", "rounded", "detectron"]:
+        """How the masks of detections are put into the picture."""
+        return self.mask_head.paste
+
+    @property
+    def region_heads(self) -> tuple[str, ...]:
+        """The sections of the region heads, in the order they run."""
+        return ("box_head", "mask_head") if self.masks else ("box_head",)
+
+    @property
+    def max_positives(self) -> int:
+        """Positive regions per image that are trained on at most."""
+        return int(self.box_head.regions_per_image * self.box_head.positive_fraction)
+
+    @property
+    def detection_limits(self) -> tuple[float, int]:
+        """The least score of a detection, and the largest number of detections per image."""
+        return self.box_head.score_threshold, self.box_head.detections_per_image
+
+    def with_score_threshold(self, threshold: float) -> "ModelConfig":
+        """Return the config of the same model whose detections have at least this score."""
+        return self.model_copy(update={"box_head": self.box_head.model_copy(update={"score_threshold": threshold})})
 
     def batch_coupling(self) -> str | None:
         """What first makes an image's result depend on the images computed beside it, in words; or None."""

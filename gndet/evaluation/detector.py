@@ -15,13 +15,14 @@ from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process, place
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation.evaluate import Evaluation, evaluate
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.detection_model import DetectionModel
 
 
 class Detector(NamedTuple):
     """A trained model with what it was trained for."""
 
-    model: MaskRCNN
+    model: DetectionModel
     cfg: Config
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]

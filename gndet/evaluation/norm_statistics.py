@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.layers import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import keeping_all
-from gndet.structures import Batch, Proposals
+from gndet.structures import Batch
 
-REGIONS = 64  # an image, for the norms of the heads
 DEAD = 1e-3  # of |gamma|, and of its ratio to the layer's median: the channel carries nothing
 EXPLODING = 10.0  # of |gamma| against the layer's median at the start, or against 1 where that was less
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -70,7 +69,7 @@ def affine(model: nn.Module) -> dict[str, Tensor]:
 
 
 def measure(
-    model: MaskRCNN, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], start: Start | None
+    model: DetectionModel, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], start: Start | None
 ) -> list[Measured]:
     """Pass images through a detector, its heads included, and look at what its norm layers are given.
 
@@ -85,28 +84,11 @@ def measure(
         with keeping_all(model), _listening(model, seen), torch.inference_mode():
             for batch in batches:
                 with autocast():
-                    _run(model, batch)
+                    model.probe(batch.images.to(model.device), batch.sizes.to(model.device), batch.padded)
             return [_measured(name, layer, seen[name], start) for name, layer in norm_layers(model).items()]
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _run(model: MaskRCNN, batch: Batch) -> None:
-    """Pass a batch through the pyramid, and the best of its proposals through the heads."""
-    device = model.pixel_mean.device
-    images, sizes = batch.images.to(device), batch.sizes.to(device)
-    features, areas = model.features(images, sizes, batch.padded)
-    logits, deltas = model.rpn(features, areas)
-    anchors = model.rpn.anchors(features, areas, images.shape[2:])
-    proposals = model.rpn.propose(logits, deltas, anchors, sizes)
-    best = Proposals(*(part[:, :REGIONS] for part in proposals))
-    boxes = torch.where(best.valid[..., None], best.boxes, best.boxes[:, :1])  # (B, R, 4); an empty slot: the best
-    pyramid, strides = model.pooled_levels(features, areas)
-    model.box_head(pyramid, strides, boxes)
-    if model.mask_head is not None:
-        image = torch.arange(len(boxes), device=device).repeat_interleave(boxes.shape[1])
-        model.mask_head(pyramid, strides, boxes.flatten(0, 1), image, torch.zeros_like(image))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gndet.config.schema import BoxHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.recompute import recomputed, tower
+from gndet.modeling.region_head import RegionHead, image_index
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, sample_balanced
@@ -25,12 +26,7 @@ DELTA_WEIGHTS = (10.0, 5.0)  # of the centre's shift and of the size's growth (D
 MAX_CANDIDATES = 2000  # class-wise boxes of an image that enter NMS, the best; ten times what COCO's images have
 
 
-def image_index(num_images: int, num_regions: int, device: torch.device) -> Tensor:
-    """The image of each region of a flattened (B, R).  Returns (B * R,) int64."""
-    return torch.arange(num_images, device=device).repeat_interleave(num_regions)
-
-
-class BoxHead(nn.Module):
+class BoxHead(RegionHead):
     """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores and class-specific box deltas."""
 
     def __init__(self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
@@ -77,16 +73,16 @@ class BoxHead(nn.Module):
         return logits, deltas
 
     @torch.no_grad()
-    def sample_regions(self, proposals: Proposals, batch: Batch) -> Regions:
+    def sample(self, regions: Proposals, batch: Batch) -> Regions:
         """Sample regions_per_image of the proposals and the ground truth, positives first.
 
         The draw goes by a proposal's anchor, not by its place: one proposal more or less leaves the others' draw alone.
         """
         cfg, gt = self.cfg, batch.gt
         objects = torch.arange(gt.boxes.shape[1], device=gt.boxes.device) + GROUND_TRUTH_IDS
-        ids = torch.cat([proposals.ids, objects.expand(len(gt.boxes), -1)], dim=1)  # (B, K + M)
-        boxes = torch.cat([proposals.boxes, gt.boxes], dim=1)
-        valid = torch.cat([proposals.valid, gt.valid], dim=1)
+        ids = torch.cat([regions.ids, objects.expand(len(gt.boxes), -1)], dim=1)  # (B, K + M)
+        boxes = torch.cat([regions.boxes, gt.boxes], dim=1)
+        valid = torch.cat([regions.valid, gt.valid], dim=1)
         iou = pairwise_iou(gt.boxes, boxes)
         matched, label = match(iou, gt.valid, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
         order = ranks(batch.keys, Stream.REGIONS, ids)
@@ -95,7 +91,8 @@ class BoxHead(nn.Module):
         labels = torch.where(positive, gt.labels.gather(1, matched), self.num_classes)
         empty = torch.zeros((), device=boxes.device)
         boxes = torch.where(chosen[..., None], gather_rows(boxes, index), empty)
-        return Regions(boxes, ids.gather(1, index), labels, matched, positive, chosen)
+        positive_slots = max(int(cfg.regions_per_image * cfg.positive_fraction), 1)
+        return Regions(boxes, ids.gather(1, index), labels, matched, positive, chosen, positive_slots)
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
@@ -114,22 +111,24 @@ class BoxHead(nn.Module):
         }
 
     @torch.no_grad()
-    def detect(
-        self, features: Sequence[Tensor], strides: Sequence[int], proposals: Proposals, sizes: Tensor
-    ) -> Detections:
+    def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Proposals, sizes: Tensor) -> Detections:
         """Detections among the proposals after NMS class by class, without masks; sizes (B, 2) of the pictures."""
         cfg, num_classes = self.cfg, self.num_classes
-        logits, deltas = self(features, strides, proposals.boxes)
+        logits, deltas = self(features, strides, found.boxes)
         scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
-        usable = proposals.valid[..., None] & (scores > cfg.score_threshold)
+        usable = found.valid[..., None] & (scores > cfg.score_threshold)
         scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
         scores, index = best(scores, MAX_CANDIDATES)
         label = index % num_classes
-        refined = decode(deltas, proposals.boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
-        found = clip_boxes(gather_rows(refined, index), sizes, to_pixels=cfg.clip == "pixels")
-        usable = (scores > 0) & found.isfinite().all(-1) & (found[..., 2:] - found[..., :2] > cfg.min_size).all(-1)
-        keep = nms_keep(found, scores, label, usable, cfg.nms_threshold)
+        refined = decode(deltas, found.boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
+        boxes = clip_boxes(gather_rows(refined, index), sizes, to_pixels=cfg.clip == "pixels")
+        usable = (scores > 0) & boxes.isfinite().all(-1) & (boxes[..., 2:] - boxes[..., :2] > cfg.min_size).all(-1)
+        keep = nms_keep(boxes, scores, label, usable, cfg.nms_threshold)
         scores = torch.where(keep, scores, -1.0)
         scores, index = best(scores, cfg.detections_per_image)
-        no_masks = found.new_zeros((*scores.shape, 0, 0))
-        return Detections(gather_rows(found, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)
+        no_masks = boxes.new_zeros((*scores.shape, 0, 0))
+        return Detections(gather_rows(boxes, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)
+
+    def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
+        """Run every layer on regions (B, R, 4) once."""
+        self(features, strides, boxes)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import MaskHeadConfig, NormConfig
-from gndet.modeling.box_head import image_index
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.recompute import recomputed, tower
+from gndet.modeling.region_head import RegionHead, image_index
 from gndet.ops.boxes import full
 from gndet.ops.losses import mean_per_image
 from gndet.ops.masks import mask_targets
@@ -18,7 +18,7 @@ from gndet.ops.roi_align import roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions
 
 
-class MaskHead(nn.Module):
+class MaskHead(RegionHead):
     """Convolutions, a deconvolution and a 1x1 convolution to num_classes masks."""
 
     def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
@@ -61,6 +61,11 @@ class MaskHead(nn.Module):
         weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias[labels]  # (P, C), (P,)
         return (torch.matmul(pixels, weight[:, :, None]) + bias[:, None, None]).view(x.shape[0], *x.shape[2:])
 
+    def sample(self, regions: Regions, batch: Batch) -> Regions:
+        """Take the slots of the box head's regions that may be positive."""
+        most = regions.positive_slots
+        return Regions(*(field[:, :most] for field in regions[:-1]), most)
+
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
     ) -> dict[str, Tensor]:
@@ -83,7 +88,9 @@ class MaskHead(nn.Module):
         return {"loss_mask": mean_per_image(padded, regions.positive)}
 
     @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Detections) -> Detections:
+    def detect(
+        self, features: Sequence[Tensor], strides: Sequence[int], found: Detections, sizes: Tensor
+    ) -> Detections:
         """Give detections their masks, (B, D, 28, 28) probabilities."""
         num_images, num_slots = found.valid.shape
         rows = _rows(found.valid)
@@ -93,6 +100,11 @@ class MaskHead(nn.Module):
         side = masks.shape[-1]
         padded = masks.new_zeros(num_images * num_slots, side, side).index_put((rows,), masks)
         return found._replace(masks=padded.view(num_images, num_slots, side, side))
+
+    def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
+        """Run every layer on regions (B, R, 4) once, for the masks of the first class."""
+        image = image_index(*boxes.shape[:2], boxes.device)
+        self(features, strides, boxes.flatten(0, 1), image, torch.zeros_like(image))
 
 
 def _rows(wanted: Tensor) -> Tensor:

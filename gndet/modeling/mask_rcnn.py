@@ -1,150 +1,146 @@
-"""Mask R-CNN (He et al. 2017) with a pyramid, and the one place where its parts are chosen.
+"""Mask R-CNN (He et al. 2017) on a pyramid (Lin et al. 2017), and with the box head alone Faster R-CNN.
 
-B images, N anchors, K proposals, R regions and P positive regions an image, D detections, (H, W) canvas.
+B images, N anchors, K proposals, R regions per image, D detections, (H, W) canvas.
+
+Batch independence: the RPN takes no anchors in the padding and samples by the image's key; so does each region head
+(region_head.py).  Beside a masked picture its edge is repeated once, so that RoIAlign finds no padding.
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping
 
-from gndet.config.schema import ModelConfig
-from gndet.errors import ConfigError
-from gndet.modeling.box_head import BoxHead
+import torch
+from torch import Tensor
+
 from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.detection_model import PROBED_REGIONS, Choices, DetectionModel, Rectified
 from gndet.modeling.fpn import FPN, LEVELS
-from gndet.modeling.mask_head import MaskHead
-from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
-from gndet.modeling.resnet import ResNet
+from gndet.modeling.norms.valid_area import ValidAreas
+from gndet.modeling.region_head import RegionHead
+from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
 from gndet.modeling.rpn import RPN
-from gndet.ops.roi_align import extend_edges
+from gndet.ops.roi_align import extend_edges, pyramid_level
 from gndet.ops.winograd import LEAST_TILES, TILE
-from gndet.structures import Batch, Detections, Regions, Step
+from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
 ROI_LEVELS = 4  # the heads pool from P2..P5
 
 
-class MaskRCNN(nn.Module):
-    """The detector; mask_head None makes it a Faster R-CNN."""
+class MaskRCNN(DetectionModel):
+    """Backbone, pyramid, RPN, and region heads that run one after the other."""
 
     def __init__(
-        self,
-        *,
-        backbone: ResNet,
-        fpn: FPN,
-        rpn: RPN,
-        box_head: BoxHead,
-        mask_head: MaskHead | None,
-        pixel_mean: tuple[float, float, float],
-        pixel_std: tuple[float, float, float],
-    ) -> None:
-        super().__init__()
+        self, backbone: ResNet, fpn: FPN, rpn: RPN, heads: Mapping[str, RegionHead], *,
+        pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float],
+    ) -> None:  # fmt: skip
+        super().__init__(pixel_mean, pixel_std)
         self.backbone, self.fpn, self.rpn = backbone, fpn, rpn
-        self.box_head, self.mask_head = box_head, mask_head
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
+        self.head_names, self.strides, self.extends_edges = tuple(heads), fpn.strides, fpn.masked
+        for name, head in heads.items():
+            self.add_module(name, head)
 
-    def filter_minimally(self, shortest_edge: int) -> None:
-        """Compute 3x3 convolutions by minimal filtering on a CPU where the maps are large enough for it to pay.
-
-        shortest_edge: of the smallest pictures, pixels.  The choice hangs on it alone and never on the pictures of a
-        batch: an image's rounding does not depend on those beside it.
-        """
-        large = [s for s in self.fpn.strides if (shortest_edge / s / TILE) ** 2 >= LEAST_TILES]
-        stages = zip(self.backbone.stages(), self.fpn.strides[:-1], strict=True)  # P6 has none
-        parts = [stage for stage, stride in stages if stride in large]
-        parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
-        parts += [self.rpn, self.box_head, self.mask_head] if large[1:] else []
-        for part in parts:
-            for module in part.modules() if part is not None else ():
-                if isinstance(module, ConvNorm):
-                    module.winograd = True
+    @property
+    def heads(self) -> list[RegionHead]:
+        """The region heads in the order they run."""
+        return [self.get_submodule(name) for name in self.head_names]
 
     def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
-        """P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
-        height, width = images.shape[2:]
-        areas = picture_areas(sizes, height, width, padded)
-        x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        if padded:
-            x = torch.where(ValidArea.of(sizes, height, width).mask, x, 0.0)
-        x = x.contiguous(memory_format=torch.channels_last)
+        """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
+        x, areas = self.normalize(images, sizes, padded)
         return self.fpn(self.backbone(x, areas), areas), areas
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The training losses of each image, (B,): functions of that image and its key alone.
-
-        Returns loss_rpn_cls, loss_rpn_loc, loss_cls, loss_box_reg and, with masks, loss_mask.
-        """
-        return self.step(*self.features(batch.images, batch.sizes, batch.padded), batch).losses
-
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
-        """The training forward behind the pyramid P2..P6: the losses of each image, and what was sampled."""
+        """Run the training forward behind P2..P6: loss_rpn_cls, loss_rpn_loc, and the losses of the heads."""
         logits, deltas = self.rpn(features, areas)  # L x (B, N_l), L x (B, N_l, 4)
         anchors = self.rpn.anchors(features, areas, batch.images.shape[2:])
         sample = self.rpn.sample_anchors(anchors, batch)
         losses = self.rpn.loss(logits, deltas, sample)
         proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
-        regions = self.box_head.sample_regions(proposals, batch)
         pyramid, strides = self.pooled_levels(features, areas)
-        losses |= self.box_head.loss(pyramid, strides, regions, batch)
-        if self.mask_head is not None:
-            cfg = self.box_head.cfg
-            most = max(int(cfg.regions_per_image * cfg.positive_fraction), 1)  # positives come first
-            positives = Regions(*(field[:, :most] for field in regions))
-            losses |= self.mask_head.loss(pyramid, strides, positives, batch)
-        return Step(losses, sample, proposals, regions)
+        regions: Proposals | Regions = proposals
+        sampled = []
+        for head in self.heads:
+            regions = head.sample(regions, batch)
+            losses |= head.loss(pyramid, strides, regions, batch)
+            sampled.append(regions)
+        return Step(losses, sample, proposals, sampled[0])
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
-        """Detections in canvas pixels, with masks if there is a mask head; arguments as Batch's fields."""
-        found, pyramid, strides = self.detect_boxes(images, sizes, padded)
-        return found if self.mask_head is None else self.mask_head.detect(pyramid, strides, found)
+        """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as Batch's fields."""
+        proposals, pyramid, strides = self._propose(images, sizes, padded)
+        found: Proposals | Detections = proposals
+        for head in self.heads:
+            found = head.detect(pyramid, strides, found, sizes)
+        return found
 
-    @torch.no_grad()
-    def detect_boxes(
-        self, images: Tensor, sizes: Tensor, padded: bool
-    ) -> tuple[Detections, list[Tensor], tuple[int, ...]]:
-        """Detections without masks, and the levels that masks are pooled from with their strides."""
+    def _propose(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Proposals, list[Tensor], tuple[int, ...]]:
+        """Return the proposals, and the levels that heads pool from with their strides."""
         features, areas = self.features(images, sizes, padded)
         logits, deltas = self.rpn(features, areas)
         anchors = self.rpn.anchors(features, areas, images.shape[2:])
         proposals = self.rpn.propose(logits, deltas, anchors, sizes)
-        pyramid, strides = self.pooled_levels(features, areas)
-        return self.box_head.detect(pyramid, strides, proposals, sizes), pyramid, strides
+        return proposals, *self.pooled_levels(features, areas)
 
     def pooled_levels(self, features: list[Tensor], areas: ValidAreas) -> tuple[list[Tensor], tuple[int, ...]]:
-        """The levels that the heads pool from, their strides; beside a masked picture its edge is repeated once."""
-        strides = self.fpn.strides[:ROI_LEVELS]
+        """Return the levels that heads pool from, and their strides; beside a masked picture its edge is repeated."""
+        strides = self.strides[:ROI_LEVELS]
         levels = [
-            feature if areas[stride] is None or not self.fpn.masked else extend_edges(feature, areas[stride].sizes)
+            feature if areas[stride] is None or not self.extends_edges else extend_edges(feature, areas[stride].sizes)
             for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True)
         ]
         return levels, strides
 
+    # --- for those who look at it
 
-def build_model(cfg: ModelConfig, num_classes: int) -> MaskRCNN:
-    """Choose and build the parts of a config; `part.norm or model.norm` decides each part's norm.
+    def probe(self, images: Tensor, sizes: Tensor, padded: bool, *, copies: int = 1, regions: bool = True) -> None:
+        """Pass images through pyramid and RPN, and the best proposals of each through the heads."""
+        if not regions:
+            self.rpn(*self.features(images, sizes, padded))
+            return
+        proposals, pyramid, strides = self._propose(images, sizes, padded)
+        first = Proposals(*(field[: len(images) // copies, :PROBED_REGIONS] for field in proposals))
+        best = first.boxes[:, :1]  # stands in for empty slots
+        boxes = torch.where(first.valid[..., None], first.boxes, best)  # (B, R, 4)
+        boxes = torch.cat([boxes] * copies)
+        for head in self.heads:
+            head.probe(pyramid, strides, boxes)
 
-    Raises ConfigError that names the part whose norm does not fit its channels.
-    """
-    norms = cfg.part_norms()
-    part = "backbone"
-    try:
-        backbone = ResNet(cfg.backbone, norms[part])
-        part = "fpn"
-        fpn = FPN(cfg.fpn, norms[part], backbone.channels)
-        part = "rpn"
-        rpn = RPN(cfg.rpn, norms[part], fpn.channels, fpn.strides)
-        part = "box_head"
-        box_head = BoxHead(cfg.box_head, norms[part], fpn.channels, num_classes)
-        part = "mask_head"
-        mask_head = MaskHead(cfg.mask_head, norms[part], fpn.channels, num_classes) if cfg.masks else None
-    except ConfigError as error:
-        raise ConfigError(f"model.{part}: {error}") from None
-    return MaskRCNN(
-        backbone=backbone,
-        fpn=fpn,
-        rpn=rpn,
-        box_head=box_head,
-        mask_head=mask_head,
-        pixel_mean=cfg.pixel_mean,
-        pixel_std=cfg.pixel_std,
-    )
+    def choices(self, step: Step, image: int) -> Choices:
+        """Return the sampled anchors, the proposals and the sampled regions of an image, by their ids."""
+
+        def chosen(valid: Tensor, *columns: Tensor) -> set[tuple[int, ...]]:
+            rows = [column[image][valid[image]].long() for column in columns]
+            return set(map(tuple, torch.stack(rows, dim=1).tolist()))
+
+        anchors, proposals, regions = step.anchors, step.proposals, step.regions
+        level = pyramid_level(regions.boxes, ROI_LEVELS)  # that a region is pooled from
+        return {
+            "sampled anchors": chosen(anchors.valid, anchors.ids, anchors.positive),
+            "proposals": chosen(proposals.valid, proposals.ids),
+            "sampled regions": chosen(regions.valid, regions.ids, regions.labels, regions.matched, level),
+        }
+
+    def rectified(self) -> Rectified:
+        """Return the bricks of backbone and RPN, and the layers of the first head; of other heads regions differ."""
+        maps = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
+        maps = [part for part in [*maps, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
+        return Rectified(maps, [*self.heads[0].convs, *self.heads[0].fcs])
+
+    def sees_regions(self, module: str) -> bool:
+        """Return whether the module belongs to a head."""
+        return module.partition(".")[0] in self.head_names
+
+    def behind_features(self) -> list[torch.nn.Module]:
+        """Return the RPN and the heads."""
+        return [self.rpn, *self.heads]
+
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Compute 3x3 convolutions by minimal filtering on a CPU where the maps are large enough for it to pay."""
+        large = [s for s in self.strides if (shortest_edge / s / TILE) ** 2 >= LEAST_TILES]
+        stages = zip(self.backbone.stages(), self.strides[:-1], strict=True)  # P6 has none
+        parts = [stage for stage, stride in stages if stride in large]
+        parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
+        parts += self.behind_features() if large[1:] else []
+        for module in (module for part in parts for module in part.modules()):
+            if isinstance(module, ConvNorm):
+                module.winograd = True

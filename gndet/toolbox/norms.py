@@ -7,7 +7,7 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import CheckpointError, DataError
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.training.norm_audit import Audit, audit, summary, table
 from gndet.weights.load import initial_model, padding_warnings
 

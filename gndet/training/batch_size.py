@@ -68,10 +68,10 @@ def check_split(cfg: Config, world: int) -> None:
 
 def fits(run: Run, num: int, limit: int | None) -> bool:
     """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
-    device, box_head = run.proc.device, run.cfg.model.box_head
+    device = run.proc.device
     limit = limit or torch.cuda.memory_allocated(device) + free_memory(device)
     # on a CPU the mask head computes positive regions only: objects of that number make them all positive
-    objects = 0 if device.type == "cuda" else int(box_head.regions_per_image * box_head.positive_fraction)
+    objects = 0 if device.type == "cuda" else run.cfg.model.max_positives
     batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]

@@ -1,13 +1,17 @@
 """What the norm layers of a model are, and what is wrong with them: `gndet norms`, and at every start of training."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from gndet.config.schema import Config
-from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.data.batches.batch import collate
+from gndet.data.batches.transforms import Sample
+from gndet.evaluation.norm_statistics import measure
+from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.layers import NORM_LAYERS, GroupNorm
 from gndet.training.optim import peak_learning_rate
 
@@ -44,11 +48,13 @@ class Audit(NamedTuple):
     errors: list[str]
 
 
-def audit(model: MaskRCNN, cfg: Config, norms: dict[str, str] | None, world: int, images: int | None = None) -> Audit:
+def audit(
+    model: DetectionModel, cfg: Config, norms: dict[str, str] | None, world: int, images: int | None = None
+) -> Audit:
     """Look at a model's norm layers.
 
     model: built from cfg.model.  norms: what became of each layer that train.weights knew; None: not known.
-    world: number of processes.  images: computed at once, where train.images_per_gpu is auto.
+    world: number of ranks.  images: computed at once, where train.images_per_gpu is auto.
     """
     layers = [
         _layer(name, module, cfg, UNKNOWN if norms is None else norms.get(name, "new"))
@@ -71,7 +77,9 @@ def _layer(name: str, module: nn.Module, cfg: Config, origin: str) -> NormLayer:
     )  # fmt: skip
 
 
-def _warnings(model: MaskRCNN, layers: list[NormLayer], cfg: Config, world: int, images: int | None) -> Iterable[str]:
+def _warnings(
+    model: DetectionModel, layers: list[NormLayer], cfg: Config, world: int, images: int | None
+) -> Iterable[str]:
     at_once = images or (cfg.train.images_per_gpu if cfg.train.images_per_gpu != "auto" else None)
     for kind in ("bn", "sync_bn", "brn"):
         live = [layer for layer in layers if layer.kind == kind and layer.trainable]
@@ -104,7 +112,7 @@ def _warnings(model: MaskRCNN, layers: list[NormLayer], cfg: Config, world: int,
         )
 
 
-def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
+def _errors(model: DetectionModel, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
     frozen = {id(module) for part in model.backbone.frozen for module in part.modules()}
     random = [
         layer for layer in layers
@@ -116,8 +124,9 @@ def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[s
             "set freeze_at=0, or train.norm_policy to one that brings the norms over"
         )
     shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
-    alone = [layer for layer in layers if layer.per_group == 1 and _least_cells(layer.name, shortest) == 1]
-    if alone:
+    single = [layer for layer in layers if layer.per_group == 1]
+    cells = _cells(model, shortest) if single else {}
+    if alone := [layer for layer in single if cells[layer.name] == 1]:
         yield (
             f"{_some(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
             "(data.shortest_edge, data.shortest_edge_test), so the result is beta whatever the picture; use fewer "
@@ -125,13 +134,14 @@ def _errors(model: MaskRCNN, layers: list[NormLayer], cfg: Config) -> Iterable[s
         )
 
 
-def _least_cells(name: str, shortest: int) -> int:
-    """Cells of a layer's map of a square picture of `shortest` pixels; those of the heads do not depend on it."""
-    part, place = name.split(".")[:2]  # backbone.stem, backbone.res5, fpn.lateral5, fpn.output2
-    if part not in ("backbone", "fpn"):
-        return 2
-    stride = 2 if place == "stem" else 2 ** int(place[-1])
-    return (-(-shortest // stride)) ** 2
+def _cells(model: DetectionModel, side: int) -> dict[str, int | None]:
+    """Return the least number of cells that each norm layer's statistics are taken over, on a square picture."""
+    blank = Sample(
+        torch.zeros(3, side, side, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, 0, 0, dtype=torch.bool), key=0,
+    )  # fmt: skip
+    layers = measure(model, [collate([blank], 1)], nullcontext, None)
+    return {layer.numbers["name"]: layer.numbers["elements"] for layer in layers}
 
 
 def _untouched(norm: nn.Module) -> bool:

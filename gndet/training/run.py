@@ -13,7 +13,7 @@ from torch import nn
 from gndet.config.schema import Config
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process
-from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.detection_model import DetectionModel
 from gndet.training.gradient_buckets import Buckets
 
 
@@ -26,7 +26,7 @@ class Run(NamedTuple):
     proc: Process
     train_set: Dataset
     val_set: Dataset
-    model: MaskRCNN
+    model: DetectionModel
     average: nn.Module | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]

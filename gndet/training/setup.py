@@ -127,7 +127,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
     set_memory(model, cfg.train.memory)
-    model.filter_minimally(min(cfg.data.shortest_edge))
+    model.choose_convolutions(min(cfg.data.shortest_edge))
     if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
         notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
     broadcast(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ

@@ -133,13 +133,13 @@ def buckets_for(cfg: Config, model: nn.Module, proc: Process) -> Buckets | None:
 
     Not where SyncBN sends in that pass, too: its messages and these would meet in another order in each process.
     """
-    together = proc.world > 1 and all(norm.kind != "sync_bn" for norm in cfg.model.part_norms().values())
+    together = proc.world > 1 and not any(norm.communicates_in_forward for norm in cfg.model.part_norms().values())
     return Buckets(model, proc) if together or cfg.train.compile == "reduce-overhead" else None
 
 
 def breakable(run: Run) -> bool:
     """Whether a process may leave an update unfinished by itself: not where others wait for it in SyncBN's forward."""
-    return run.proc.world == 1 or all(norm.kind != "sync_bn" for norm in run.cfg.model.part_norms().values())
+    return run.proc.world == 1 or not any(norm.communicates_in_forward for norm in run.cfg.model.part_norms().values())
 
 
 def running_statistics(run: Run) -> Callable[[], None]:

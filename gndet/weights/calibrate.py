@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.structures import Batch, Proposals
+from gndet.modeling.detection_model import DetectionModel
+from gndet.structures import Batch
 from gndet.weights.convert import run_twins
-
-REGIONS = 64  # an image, for the norms of the heads
 
 
 class Comparison(NamedTuple):
@@ -23,7 +21,7 @@ class Comparison(NamedTuple):
     stages: dict[str, float]  # of "C2".."C5", "P2".."P6"
 
 
-def compare(model: MaskRCNN, references: dict[str, nn.Module], batch: Batch, *, fit: bool) -> Comparison:
+def compare(model: DetectionModel, references: dict[str, nn.Module], batch: Batch, *, fit: bool) -> Comparison:
     """Run a converted model and its original side by side.
 
     references: the original's norm for each norm layer that was converted.  fit: fit gamma and beta of those layers, in
@@ -40,30 +38,14 @@ def compare(model: MaskRCNN, references: dict[str, nn.Module], batch: Batch, *, 
 
         return hook
 
+    def run() -> None:
+        images, sizes = torch.cat([batch.images] * 2), torch.cat([batch.sizes] * 2)
+        model.probe(images, sizes, batch.padded, copies=2, regions=any(map(model.sees_regions, references)))
+
     handles = [model.backbone.register_forward_hook(note(2, "C")), model.fpn.register_forward_hook(note(2, "P"))]
     try:
-        layers = run_twins(model, references, lambda: _run(model, batch, references), fit=fit)
+        layers = run_twins(model, references, run, fit=fit)
     finally:
         for handle in handles:
             handle.remove()
     return Comparison(layers, stages)
-
-
-def _run(model: MaskRCNN, batch: Batch, references: dict[str, nn.Module]) -> None:
-    """Pass every image twice through the pyramid and, where norms of the heads were converted, through the heads."""
-    images, sizes = torch.cat([batch.images] * 2), torch.cat([batch.sizes] * 2)
-    features, areas = model.features(images, sizes, batch.padded)
-    if not any(name.startswith(("rpn.", "box_head.", "mask_head.")) for name in references):
-        return
-    logits, deltas = model.rpn(features, areas)
-    anchors = model.rpn.anchors(features, areas, images.shape[2:])
-    proposals = model.rpn.propose(logits, deltas, anchors, sizes)
-    half = Proposals(*(field[: len(batch.images), :REGIONS] for field in proposals))
-    boxes = torch.where(half.valid[..., None], half.boxes, half.boxes[:, :1])  # (B, R, 4); an empty slot: the best
-    boxes = torch.cat([boxes, boxes])  # (2B, R, 4)
-    pyramid, strides = model.pooled_levels(features, areas)
-    model.box_head(pyramid, strides, boxes)
-    if model.mask_head is not None:
-        image = torch.arange(len(boxes), device=boxes.device).repeat_interleave(boxes.shape[1])
-        labels = torch.zeros_like(image)
-        model.mask_head(pyramid, strides, boxes.flatten(0, 1), image, labels)

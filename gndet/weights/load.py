@@ -15,7 +15,8 @@ from gndet.config.schema import Config, ModelConfig
 from gndet.data.batches.batch import sample_batch
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.detection_model import DetectionModel
 from gndet.weights.calibrate import Comparison, compare
 from gndet.weights.foreign.names import CLASS_ROWS
 from gndet.weights.foreign.source import Source
@@ -56,7 +57,7 @@ CALIBRATION_EDGE = 256  # pixels, the longest shorter edge: the images are compu
 class Start(NamedTuple):
     """A model to train, and where its numbers come from."""
 
-    model: MaskRCNN
+    model: DetectionModel
     cfg: Config  # norm_policy: hybrid changes the norm of parts
     notes: list[str]  # the report, a line each
     fates: dict[str, Fate]  # what became of each norm layer that the file knows; the others are new
@@ -118,7 +119,7 @@ def initial_model(
     return Start(model, cfg, notes, fates)
 
 
-def _built(cfg: Config, num_classes: int) -> MaskRCNN:
+def _built(cfg: Config, num_classes: int) -> DetectionModel:
     """The model of a config, its weights drawn from cfg.seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -126,7 +127,7 @@ def _built(cfg: Config, num_classes: int) -> MaskRCNN:
 
 
 def load_weights(
-    model: MaskRCNN, source: Source, classes: Sequence[str], cfg: Config
+    model: DetectionModel, source: Source, classes: Sequence[str], cfg: Config
 ) -> tuple[list[str], dict[str, Fate]]:
     """Load a source into a model for other classes.
 

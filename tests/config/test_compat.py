@@ -13,7 +13,8 @@ from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.config.presets import PRESETS
 from gndet.config.schema import Config, ModelConfig, TrainConfig
 from gndet.modeling.anchors import cell_anchors
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.ops.boxes import clip_boxes
 from gndet.ops.roi_align import Alignment, roi_align_pyramid
 

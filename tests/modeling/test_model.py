@@ -13,7 +13,8 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from gndet.config.schema import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORMS, FrozenBatchNorm, GroupNorm, NoNorm
 from gndet.modeling.resnet import ResNet
 from gndet.ops.boxes import encode, gather_rows
@@ -129,7 +130,7 @@ def test_one_proposal_less_leaves_the_draw_of_the_others_alone() -> None:
     proposals = step.proposals._replace(valid=step.proposals.valid.clone())
     dropped = step.regions.ids[0, -1]  # a sampled negative
     proposals.valid[proposals.ids == dropped] = False
-    regions = model.box_head.sample_regions(proposals, batch)
+    regions = model.box_head.sample(proposals, batch)
     before, after = set(step.regions.ids[0].tolist()), set(regions.ids[0][regions.valid[0]].tolist())
     assert before - after == {dropped.item()} and len(after - before) <= 1
 

@@ -21,7 +21,8 @@ from torchvision.ops import FrozenBatchNorm2d
 from gndet.config.schema import SourceConfig
 from gndet.data.records import MASK_SIDE
 from gndet.evaluation.paste import paste_masks
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.structures import Batch, GroundTruth, Step
 from gndet.weights.foreign.files import WeightFile
 from gndet.weights.foreign.source import understand

@@ -10,7 +10,8 @@ from test_parity import NUM_CLASSES, SIZE, on_canvas, picture, rescale, truth
 from torch import Tensor, nn
 
 from gndet.config.schema import SourceConfig
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.structures import Batch, Step
 from gndet.weights.foreign.export import export_weights
 from gndet.weights.foreign.files import WeightFile

@@ -94,7 +94,7 @@ def test_a_step_has_the_same_losses_and_gradients_with_it_and_without(memory: st
     set_memory(model, memory)
     results = []
     for edge in (0, 800):
-        model.filter_minimally(edge)
+        model.choose_convolutions(edge)
         model.zero_grad()
         losses = model(make_batch([(96, 128), (128, 80)]))
         sum(loss.sum() for loss in losses.values()).backward()
@@ -108,7 +108,7 @@ def test_a_step_has_the_same_losses_and_gradients_with_it_and_without(memory: st
 
 def chosen(edge: int) -> set[str]:
     model = small_model()
-    model.filter_minimally(edge)
+    model.choose_convolutions(edge)
     return {".".join(name.split(".")[:2]) for name, m in model.named_modules() if getattr(m, "winograd", False)}
 
 

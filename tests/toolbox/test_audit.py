@@ -15,7 +15,7 @@ from gndet.cli.main import main
 from gndet.config.loading import config_to_yaml, with_overrides
 from gndet.config.schema import Config
 from gndet.errors import ConfigError
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.train import train
 from gndet.training.norm_audit import Audit, audit, summary, table
 from gndet.weights.load import initial_model

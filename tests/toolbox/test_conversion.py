@@ -17,7 +17,7 @@ from gndet.cli.main import main
 from gndet.config.schema import SourceConfig
 from gndet.distributed.process import Process
 from gndet.evaluation.detector import load_detector
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.modeling.norms.layers import FrozenBatchNorm
 from gndet.train import train
 from gndet.weights.convert import convert_batch_norm

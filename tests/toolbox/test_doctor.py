@@ -24,7 +24,7 @@ from gndet.cli.main import main
 from gndet.config.loading import load_config
 from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm
 from gndet.ops import roi_align, winograd
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room

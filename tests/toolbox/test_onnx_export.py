@@ -17,7 +17,7 @@ from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation.detector import load_detector
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.toolbox.onnx import export as onnx_export
 from gndet.toolbox.onnx.export import Found, by_onnxruntime, by_torch, compare, difference, export, run_onnx, session
 

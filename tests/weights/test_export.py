@@ -18,7 +18,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gndet.config.schema import BoxHeadConfig, ModelConfig, NormConfig, RPNConfig, SourceConfig
 from gndet.errors import ConfigError
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.weights.foreign.export import TOOLKITS, Export, export_weights, write_export
 from gndet.weights.foreign.source import Source

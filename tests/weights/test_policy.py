@@ -18,7 +18,8 @@ from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, TrainingError
 from gndet.evaluation.detector import evaluate_checkpoint, load_detector
 from gndet.evaluation.evaluate import scalars
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.train import train
 from gndet.training.optim import average_weights

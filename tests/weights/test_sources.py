@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from gndet.config.schema import ModelConfig, SourceConfig
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.modeling.resnet import ResNet
 from gndet.weights.foreign.source import Source
 

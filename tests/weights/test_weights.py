@@ -11,7 +11,8 @@ from gndet.checkpoint import point, save_checkpoint
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.weights.load import load_weights
 from gndet.weights.policy import with_policy
 from gndet.weights.read import read_source

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gndet.config.schema import Config
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.toolbox.doctor.facts import Fact, Facts
 from gndet.training.optim import checkpoint_bytes
 

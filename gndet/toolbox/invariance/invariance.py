@@ -27,7 +27,8 @@ from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation.evaluate import aligned
-from gndet.modeling.mask_rcnn import MaskRCNN, build_model
+from gndet.modeling.build import build_model
+from gndet.modeling.detection_model import DetectionModel
 from gndet.ops.noise import hash_ints
 from gndet.toolbox.invariance.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
 from gndet.toolbox.invariance.measure import (
@@ -58,10 +59,13 @@ REMEDIES = {
 }
 
 
+Differences = dict[str, dict[str, Difference]]  # {arrangement: {what: Difference}}
+
+
 class Report(NamedTuple):
     """The outcome of `check_invariance`."""
 
-    differences: dict[str, dict[str, dict[str, Difference]]]  # {dtype: {arrangement: {what: Difference}}}
+    differences: dict[str, Differences]  # by dtype
     flips: dict[str, dict[str, Flips]]  # {dtype: {arrangement: decisions that came out otherwise}}
     leaks: list[Leak]
 
@@ -116,7 +120,7 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
             model, samples, cfg, autocast, lambda arrangement, name=name: show(f"... {name}, {arrangement}")
         )
         if name == "float64":
-            compare_detections(report.differences[name], model, samples, cfg)
+            compare_detections(report.differences[name], model, samples, len(dataset.classes), cfg)
             compare_two_processes(report.differences[name], model, samples, len(dataset.classes), cfg)
         show(f"\n{name}: relative difference, 1 - cosine against each image alone\n{differences_table(report, name)}")
     model = model.to(torch.float64)
@@ -173,12 +177,12 @@ def arrangements(num: int) -> dict[str, list[list[int]]]:
 
 
 def compare_arrangements(
-    model: MaskRCNN,
+    model: DetectionModel,
     samples: list[Sample],
     cfg: Config,
     autocast: Callable[[], AbstractContextManager],
     begin: Callable[[str], None],
-) -> tuple[dict[str, dict[str, Difference]], dict[str, Flips]]:
+) -> tuple[Differences, dict[str, Flips]]:
     """Run the images alone and in every arrangement; begin is called with the name of each.
 
     Returns {arrangement: {what: its difference}} and {arrangement: what flipped}.
@@ -196,36 +200,42 @@ def compare_arrangements(
 
 
 def compare_detections(
-    differences: dict[str, dict[str, Difference]], model: MaskRCNN, samples: list[Sample], cfg: Config
+    differences: Differences,
+    model: DetectionModel,
+    samples: list[Sample],
+    num_classes: int,
+    cfg: Config,
 ) -> None:
     """Add how the detections of each image alone differ from those in company; of any score, so that there are some."""
-    usual = model.box_head.cfg
-    model.box_head.cfg = usual.model_copy(update={"score_threshold": 0.0})
-    model.eval()
+    every_score = build_model(cfg.model.with_score_threshold(0.0), num_classes)
+    every_score = every_score.to(model.device, torch.float64, memory_format=torch.channels_last).eval()
+    every_score.load_state_dict(model.state_dict())
     num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
 
     def detected(places: list[int]) -> list[Tensor]:
         batch = batch_of([everyone[i] for i in places], model, cfg)
-        found = model.detect(batch.images, batch.sizes, batch.padded)
+        found = every_score.detect(batch.images, batch.sizes, batch.padded)
         parts = [found.boxes, found.scores[..., None], found.labels[..., None], found.masks.flatten(2)]
         return list(torch.cat([part.double() for part in parts], dim=-1).flatten(1))[:num]
 
     alone = [detected([i])[0] for i in range(num)]
     for name, places in (("together", list(range(num))), ("beside a wider", list(range(num + 1)))):
         differences[name]["detections"] = largest_difference(detected(places), alone)
-    model.box_head.cfg = usual
-    model.train()
 
 
 # --- two processes
 
 
 def compare_two_processes(
-    differences: dict[str, dict[str, Difference]], model: MaskRCNN, samples: list[Sample], num_classes: int, cfg: Config
+    differences: Differences,
+    model: DetectionModel,
+    samples: list[Sample],
+    num_classes: int,
+    cfg: Config,
 ) -> None:
     """Add how losses and gradients of one process, image by image, differ from those of two that share the images."""
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": len(samples)})})
-    device = model.pixel_mean.device
+    device = model.device
     release(device)  # the two may have to share this one's GPU
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), f"{folder}/model.pt")

@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.mask_rcnn import ROI_LEVELS, MaskRCNN
+from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.valid_area import ValidAreas
-from gndet.ops.roi_align import pyramid_level
 from gndet.structures import Batch, Step
 
 COUPLINGS = ("padding", "batch statistics", "sampling", "normaliser")
@@ -30,11 +29,10 @@ class Leak(NamedTuple):
     difference: float  # relative (L2)
 
 
-Choices = dict[str, set[tuple[int, ...]]]  # what was chosen for an image, by kind: ids, with what each is taken for
 Trace = list[tuple[str, Tensor]]  # a module's name and its output, in the order they ran
 
 
-def find_leaks(model: MaskRCNN, singles: list[Batch], together: Batch) -> list[Leak]:
+def find_leaks(model: DetectionModel, singles: list[Batch], together: Batch) -> list[Leak]:
     """Look for each coupling among images of different sizes, two at least.
 
     model: in float64 and in training mode.  singles: each image on its own canvas; together: all on one.
@@ -80,12 +78,11 @@ def _listening(model: nn.Module, note: Callable[[str, nn.Module, Tensor, Tensor]
 
 
 @torch.no_grad()
-def _image_trace(model: MaskRCNN, batch: Batch) -> Trace:
-    """What backbone, FPN and RPN compute of a batch, module by module."""
+def _image_trace(model: DetectionModel, batch: Batch) -> Trace:
+    """What the layers that see whole images compute of a batch, module by module."""
     trace: Trace = []
     with kept_statistics(model), _listening(model, lambda name, m, x, out: trace.append((name, out.clone()))):
-        features, areas = model.features(batch.images, batch.sizes, batch.padded)
-        model.rpn(features, areas)
+        model.probe(batch.images, batch.sizes, batch.padded, regions=False)
     return trace
 
 
@@ -125,7 +122,7 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _behind_the_pyramid(model: MaskRCNN, singles: list[Batch], together: Batch) -> Iterator[Leak]:
+def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: Batch) -> Iterator[Leak]:
     """Leaks of the sampling, the heads and the losses, given pyramids that do not leak."""
     with kept_statistics(model):
         pyramids = [model.features(one.images, one.sizes, one.padded) for one in singles]
@@ -138,7 +135,7 @@ def _behind_the_pyramid(model: MaskRCNN, singles: list[Batch], together: Batch) 
     trace: Trace = []
 
     def note(name: str, module: nn.Module, x: Tensor, out: Tensor) -> None:
-        if name.startswith("rpn."):
+        if not model.sees_regions(name):
             trace.append((name, out.clone()))
         else:  # a head: does it make of its first region the same in company as by itself?
             difference = relative(out[:1], module.forward(x[:1]))
@@ -147,19 +144,19 @@ def _behind_the_pyramid(model: MaskRCNN, singles: list[Batch], together: Batch) 
 
     def step(pyramid: list[Tensor], areas: ValidAreas, batch: Batch) -> tuple[Step, Trace]:
         trace.clear()
-        masked, model.fpn.masked = model.fpn.masked, True  # what RoIAlign finds beyond an edge is padding's leak
+        extends, model.extends_edges = model.extends_edges, True  # what RoIAlign finds beyond an edge is padding's leak
         try:
             with kept_statistics(model), _listening(model, note):
                 return model.step(pyramid, areas, batch), list(trace)
         finally:
-            model.fpn.masked = masked
+            model.extends_edges = extends
 
     company, company_trace = step(stitched, areas, together)
     yield from mixed
     for i, (one, (pyramid, own_areas)) in enumerate(zip(singles, pyramids, strict=True)):
         alone, alone_trace = step(pyramid, own_areas, one)
         same_scores = _first_difference(model, alone_trace, company_trace, i) is None
-        mine, expected = choices(company, i), choices(alone, 0)
+        mine, expected = model.choices(company, i), model.choices(alone, 0)
         kinds = list(expected) if same_scores else ["sampled anchors"]  # the others follow from the scores
         flipped = {kind: len(mine[kind] ^ expected[kind]) / max(len(expected[kind]), 1) for kind in kinds}
         if any(flipped.values()):
@@ -170,18 +167,3 @@ def _behind_the_pyramid(model: MaskRCNN, singles: list[Batch], together: Batch) 
                 difference = relative(loss[i], alone.losses[name][0])
                 if difference > TOLERANCE:
                     yield Leak("normaliser", name, difference)
-
-
-def choices(step: Step, i: int) -> Choices:
-    """What was chosen for image i, by what it is and not by where it stands."""
-
-    def chosen(valid: Tensor, *columns: Tensor) -> set[tuple[int, ...]]:
-        return set(map(tuple, torch.stack([column[i][valid[i]].long() for column in columns], dim=1).tolist()))
-
-    anchors, proposals, regions = step.anchors, step.proposals, step.regions
-    level = pyramid_level(regions.boxes, ROI_LEVELS)  # that a region is pooled from
-    return {
-        "sampled anchors": chosen(anchors.valid, anchors.ids, anchors.positive),
-        "proposals": chosen(proposals.valid, proposals.ids),
-        "sampled regions": chosen(regions.valid, regions.ids, regions.labels, regions.matched, level),
-    }

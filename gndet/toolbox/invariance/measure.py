@@ -14,11 +14,9 @@ from torch import Tensor
 from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
-from gndet.modeling.conv_norm import ConvNorm
-from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.resnet import BasicBlock, Bottleneck
+from gndet.modeling.detection_model import Choices, DetectionModel
 from gndet.structures import Batch
-from gndet.toolbox.invariance.leaks import Choices, choices, kept_statistics, relative
+from gndet.toolbox.invariance.leaks import kept_statistics, relative
 from gndet.training.update import to_device
 
 COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
@@ -59,13 +57,13 @@ class Result(NamedTuple):
 Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how many}
 
 
-def batch_of(samples: list[Sample], model: MaskRCNN, cfg: Config) -> Batch:
+def batch_of(samples: list[Sample], model: DetectionModel, cfg: Config) -> Batch:
     """A batch of samples on the model's device."""
-    return to_device(collate(samples, cfg.data.canvas_multiple, cfg.data.exact_canvas), model.pixel_mean.device)
+    return to_device(collate(samples, cfg.data.canvas_multiple, cfg.data.exact_canvas), model.device)
 
 
 def measure(
-    model: MaskRCNN,
+    model: DetectionModel,
     samples: list[Sample],
     batches: list[list[int]],
     cfg: Config,
@@ -90,13 +88,13 @@ def measure(
             torch.autograd.backward(levels, [sum(parts) for parts in zip(*at_pyramid.values(), strict=True)])
         for row in rows:
             i = places[row]
-            for stride, feature in zip(model.fpn.strides, _pictures(levels, batch, row), strict=True):
+            for stride, feature in zip(model.strides, _pictures(levels, batch, row), strict=True):
                 result.features.setdefault(f"features P{stride.bit_length() - 1}", [None] * num)[i] = feature.detach()
             for name, loss in step.losses.items():
                 result.losses.setdefault(name, [None] * num)[i] = loss.detach()[row]
                 gradient = torch.cat(_pictures(at_pyramid[name], batch, row))
                 result.pyramid.setdefault(f"d {name} / d pyramid", [None] * num)[i] = gradient
-            result.choices[i] = choices(step, row)
+            result.choices[i] = model.choices(step, row)
             sampled = [x.unflatten(0, step.regions.valid.shape)[row][step.regions.valid[row]] for x in regions]
             result.signs[i] = Signs(_packed(_pictures(maps, batch, row)), _packed(sampled))
     result.gradients.update(parameter_groups(model))
@@ -104,10 +102,9 @@ def measure(
     return result
 
 
-def _backward(model: MaskRCNN, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+def _backward(model: DetectionModel, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Add the gradients of all losses to those of RPN and heads.  Returns {loss: its gradient at each level}."""
-    behind = [model.rpn, model.box_head, *([] if model.mask_head is None else [model.mask_head])]
-    heads = [parameter for part in behind for parameter in part.parameters() if parameter.requires_grad]
+    heads = [p for part in model.behind_features() for p in part.parameters() if p.requires_grad]
     at_pyramid = {}
     for name, mean in means.items():
         gradients = torch.autograd.grad(mean, [*levels, *heads], retain_graph=True, materialize_grads=True)
@@ -124,7 +121,7 @@ def _pictures(maps: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
     return [x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(maps, strides, strict=True)]
 
 
-def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
+def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
     """The gradients of the stages of the backbone and of the other parts, a vector each."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -136,15 +133,10 @@ def parameter_groups(model: MaskRCNN) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _open_relus(model: MaskRCNN, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
-    """Collect where each ReLU is open, in the order they run.
-
-    maps: of backbone and RPN, (B, C, H/s, W/s) bool.  regions: of the box head, (B * R, ...) bool.
-    """
-    whole = [m for m in model.backbone.modules() if isinstance(m, BasicBlock | Bottleneck | ConvNorm)]
-    whole += model.rpn.convs
-    heard = [(m, maps) for m in whole if not isinstance(m, ConvNorm) or m.relu]
-    heard += [(m, regions) for m in (*model.box_head.convs, *model.box_head.fcs)]
+def _open_relus(model: DetectionModel, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
+    """Collect where each ReLU is open, in the order they run: maps (B, C, H/s, W/s) bool, regions (B * R, ...) bool."""
+    rectified = model.rectified()
+    heard = [(module, maps) for module in rectified.maps] + [(module, regions) for module in rectified.regions]
     handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]
     try:
         yield

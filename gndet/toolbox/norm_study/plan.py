@@ -13,7 +13,7 @@ from gndet import __version__
 from gndet.config.loading import config_from_dict, load_config
 from gndet.config.schema import Config, NormConfig
 from gndet.errors import ConfigError, OutputError
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.toolbox.analysis.study_results import GROUPS, STUDY, Result, Study, is_study, read_study
 from gndet.training.run_folder import NEUTRAL, UNSET, flat
 
@@ -97,7 +97,7 @@ def _notes(cfg: Config, cells: list[Result]) -> list[str]:
     if "sync_bn" in kinds:
         how = "its cells are copied from bn's" if "bn" in kinds else "its cells show bn"
         notes.append(f"sync_bn in one process is the same as bn: {how}.")
-    own = [part for part in ("backbone", "fpn", "box_head", "mask_head") if getattr(cfg.model, part).norm]
+    own = [part for part in cfg.model.part_norms() if part != "rpn" and getattr(cfg.model, part).norm]
     notes += [f"model.{part}.norm is set by the config and the same in every cell." for part in own]
     return notes
 

@@ -29,7 +29,7 @@ from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
 from gndet.files import make_room_for
-from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.detection_model import DetectionModel
 from gndet.toolbox.onnx.model import INPUT, OUTPUTS, OnePicture, own_operators
 
 try:
@@ -72,7 +72,7 @@ def export(
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
         detector.model.float()  # NonMaxSuppression and RoIAlign know nothing else
-        masks = masks and detector.model.mask_head is not None
+        masks = masks and detector.cfg.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
         partial = file.with_name(f"{file.name}.partial")
         try:
@@ -133,7 +133,7 @@ def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]
     values: dict[str, Any] = {
         "classes": detector.classes, "category_ids": detector.category_ids, "shortest_edge": data.shortest_edge_test,
         "max_edge": data.max_edge, "antialias": data.antialias, "size": size,
-        "mask_paste": cfg.model.mask_head.paste, "gndet": gndet.__version__, "torch": torch.__version__,
+        "mask_paste": cfg.model.mask_paste, "gndet": gndet.__version__, "torch": torch.__version__,
     }  # fmt: skip
     return {key: json.dumps(value) for key, value in values.items()} | {"config": config_to_yaml(cfg)}
 
@@ -182,7 +182,7 @@ def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.
     return functional.resize(image, list(size), antialias=antialias).permute(1, 2, 0).contiguous()
 
 
-def by_torch(model: MaskRCNN, picture: torch.Tensor, *, masks: bool) -> Found:
+def by_torch(model: DetectionModel, picture: torch.Tensor, *, masks: bool) -> Found:
     """What gndet itself detects in a picture (H, W, 3) uint8, by the way that it evaluates."""
     sizes = torch.tensor([picture.shape[:2]])
     found = model.detect(picture.permute(2, 0, 1)[None], sizes, False)
@@ -232,7 +232,7 @@ def compare(
     detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
 ) -> bool:
     """Run the file beside torch on each picture, and say how far they differ.  Returns whether little enough."""
-    cfg, passed, count = detector.cfg.model.box_head, True, 0
+    (least, most), passed, count = detector.cfg.model.detection_limits, True, 0
     for picture in pictures:
         expected = by_torch(detector.model, picture, masks=masks)
         where = f"{name}, {picture.shape[0]} x {picture.shape[1]}"
@@ -241,8 +241,8 @@ def compare(
         except Exception as error:  # onnxruntime's own classes have no common base but this
             show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
             return False
-        full = len(expected.scores) == cfg.detections_per_image  # the worst of them may have pushed out one as good
-        differences = difference(expected, found, float(expected.scores.min()) if full else cfg.score_threshold)
+        full = len(expected.scores) == most  # the worst of them may have pushed out one as good
+        differences = difference(expected, found, float(expected.scores.min()) if full else least)
         show(f"{'equal' if not differences.wrong else 'mismatch'} on {where}: {differences.words}")
         passed, count = passed and not differences.wrong, count + len(expected.scores)
     if passed and not count:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx.symbolic_helper import parse_args
 
-from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.detection_model import DetectionModel
 
 FLOAT = 1  # of onnx.TensorProto.DataType
 INPUT, OUTPUTS = "image", ("boxes", "scores", "labels", "masks")
@@ -22,7 +22,7 @@ INPUT, OUTPUTS = "image", ("boxes", "scores", "labels", "masks")
 class OnePicture(nn.Module):
     """A detector of one picture (H, W, 3) uint8 RGB, resized already; no padding, no slots."""
 
-    def __init__(self, model: MaskRCNN, masks: bool) -> None:
+    def __init__(self, model: DetectionModel, masks: bool) -> None:
         super().__init__()
         self.model, self.masks = model, masks
 
@@ -31,16 +31,10 @@ class OnePicture(nn.Module):
         model = self.model
         images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
         sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), not as numbers of this picture
-        found, pyramid, strides = model.detect_boxes(images, sizes, False)
+        found = model.detect(images, sizes, False)
         kept = found.valid[0].nonzero()[:, 0]
         boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]
-        if not self.masks or model.mask_head is None:
-            return boxes, scores, labels
-        # an empty one beside them: no operator meets a batch of none
-        boxes_and_one, labels_and_one = (torch.cat([of, of.new_zeros(1, *of.shape[1:])]) for of in (boxes, labels))
-        image_of = torch.zeros_like(labels_and_one)
-        masks = model.mask_head(pyramid, strides, boxes_and_one, image_of, labels_and_one).sigmoid()
-        return boxes, scores, labels, masks[:-1]
+        return (boxes, scores, labels, found.masks[0][kept]) if self.masks else (boxes, scores, labels)
 
 
 @contextmanager

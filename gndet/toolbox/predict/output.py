@@ -139,7 +139,7 @@ class Output:
         """Draw a batch; in a thread."""
         classes, ids = self.detector.classes, self.detector.category_ids
         dataset = Dataset("batch", classes, ids, [task.record for task in tasks])
-        paste = self.detector.cfg.model.mask_head.paste
+        paste = self.detector.cfg.model.mask_paste
         results = to_results(detections, list(range(len(tasks))), sizes, dataset, paste)
         results = results.take(np.flatnonzero(np.isin(results.category_ids, self.wanted.category_ids)))
         done = []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gndet.errors import DataError
-from gndet.evaluation.norm_statistics import REGIONS
+from gndet.modeling.detection_model import PROBED_REGIONS
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, findings
 from gndet.training.norm_record import NORMS, read_norms
@@ -173,8 +173,8 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
     caption = (
         f"Statistics of batches against the {'running' if live else 'stored'} ones that evaluation uses: means in "
         "stored standard deviations, standard deviations as |log ratio|, median over channels. Moving: from one batch "
-        f"to the next. 0 is what BN is built on. The heads are given the {REGIONS} best proposals of an image here, in "
-        "training others too."
+        f"to the next. 0 is what BN is built on. The heads are given the {PROBED_REGIONS} best proposals of an image "
+        "here, in training others too."
     )
     return blocks.figure(drawn, caption, "norm-gap")
 

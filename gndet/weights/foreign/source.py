@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
-from gndet.modeling.mask_rcnn import build_model
+from gndet.modeling.build import build_model
 from gndet.weights.foreign.coco_classes import CATEGORY_IDS, NAMES
 from gndet.weights.foreign.describe import FACTS, Facts, Reader, describe
 from gndet.weights.foreign.files import WeightFile

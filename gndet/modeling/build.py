@@ -1,0 +1,60 @@
+"""Every kind of part by its name in the config, and the one place where a detector is put together.
+
+Another detector, backbone, neck or head is a file of this folder, a row here, and its options in config/schema.py.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from gndet.config.schema import ModelConfig
+from gndet.errors import ConfigError
+from gndet.modeling.box_head import BoxHead
+from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.fpn import FPN
+from gndet.modeling.mask_head import MaskHead
+from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.region_head import RegionHead
+from gndet.modeling.resnet import ResNet
+from gndet.modeling.rpn import RPN
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet": ResNet}  # model.backbone.kind: (options, norm)
+NECKS: dict[str, Callable[..., nn.Module]] = {"fpn": FPN}  # model.neck: (options, norm, channels of the stages)
+HEADS: dict[str, Callable[..., RegionHead]] = {  # by section of the config: (options, norm, channels, num_classes)
+    "box_head": BoxHead,
+    "mask_head": MaskHead,
+}
+
+
+def build_model(cfg: ModelConfig, num_classes: int) -> DetectionModel:
+    """Build the detector of a config.  Raises ConfigError that names the part whose norm does not fit its channels."""
+    return DETECTORS[cfg.detector](cfg, num_classes)
+
+
+def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
+    """Build a Mask R-CNN, or without masks a Faster R-CNN."""
+    norms = cfg.part_norms()
+    with _naming("backbone"):
+        backbone = BACKBONES[cfg.backbone.kind](cfg.backbone, norms["backbone"])
+    with _naming("fpn"):
+        neck = NECKS[cfg.neck](cfg.fpn, norms["fpn"], backbone.channels)
+    with _naming("rpn"):
+        rpn = RPN(cfg.rpn, norms["rpn"], neck.channels, neck.strides)
+    heads = {}
+    for part in cfg.region_heads:
+        with _naming(part):
+            heads[part] = HEADS[part](getattr(cfg, part), norms[part], neck.channels, num_classes)
+    return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
+
+
+DETECTORS: dict[str, Callable[[ModelConfig, int], DetectionModel]] = {"mask_rcnn": _mask_rcnn}  # model.detector
+
+
+@contextmanager
+def _naming(part: str) -> Iterator[None]:
+    """Name the part of the config in a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"model.{part}: {error}") from None

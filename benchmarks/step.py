@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.detection import DetectionModel as PeerMaskRCNN
+from torchvision.models.detection import MaskRCNN as PeerMaskRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import AnchorGenerator, FastRCNNConvFCHead, RPNHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads

@@ -7,26 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
-from gndet.distributed.collectives import all_gather, broadcast
+from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import limit_waiting, process
 from gndet.distributed.signals import StopSignals
 from gndet.errors import TrainingError
-from gndet.evaluation.evaluate import scalars
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
 from gndet.training.log import Meter, open_log
-from gndet.training.nonfinite import describe, refuse, summed
+from gndet.training.nonfinite import pass_over, summed
 from gndet.training.norm_record import NormWatch
 from gndet.training.optim import learning_rate, set_learning_rate, total_updates
-from gndet.training.run import Progress, Run, nothing
+from gndet.training.run import Progress, Run
 from gndet.training.run_folder import locked, make_run, move_aside
 from gndet.training.setup import set_up
-from gndet.training.update import Share, gradients
-from gndet.training.validation import draw, evaluate_run
+from gndet.training.task import TASKS
+from gndet.training.update import UpdateState, compute_gradients, make_update
+from gndet.training.validation import draw
 
 
 def train(
@@ -60,7 +60,7 @@ def train(
         ending.begun = proc.first
         proc.watch.report = out / "stalled"
         limit_waiting(proc, cfg.train.timeout_s)
-        meter = Meter(proc.device, cfg.train.global_batch)
+        state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)
         log = open_log(
             out, proc.first, total_updates=total, first_update=progress.update,
             evaluation_due=progress.evaluation_due, console=console,
@@ -70,7 +70,7 @@ def train(
             log.message(note)
         saver = stack.enter_context(closing(Saver(run, total, log.message, progress.best)))
         stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
-        stack.enter_context(rescued(run, progress, total, saver, stop))
+        stack.enter_context(rescued(run, progress, state, total, saver, stop))
         with meter.pause():
             norms = NormWatch(run, log, progress)
         if progress.evaluation_due:
@@ -81,11 +81,10 @@ def train(
             proc.watch.at(update, "computing gradients")
             lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
             set_learning_rate(run.optimizer, lr)
-            share = gradients(run, batches, size, stop)
+            share = compute_gradients(run, state, batches, size, stop)
             norms.saw(batches.taken)
             if update == 0 and proc.first:
                 show_batches(run, batches.taken, log)
-            progress.undo = share.undo
             size = progress.images_at_once = note_size(share.size, size, update, log)
             if share.skipped:
                 note_unreadable(run, progress, batches.taken, log)
@@ -93,10 +92,10 @@ def train(
             losses, finite = summed(share.losses, norm, proc)
             evaluating = due(update + 1, cfg.train.eval_every, total)
             if finite:
-                make_update(run, progress, losses, evaluating)
+                make_update(run, progress, state, losses, evaluating)
                 meter.updates += 1
             else:
-                pass_over(run, progress, batches.taken, share, norm, log, evaluating)
+                pass_over(run, progress, state, batches.taken, share, norm, log, evaluating)
             # --- what is due: log, evaluate, save
             done = progress.update
             if due(done, cfg.train.log_every, total):
@@ -118,34 +117,6 @@ def due(done: int, every: int, total: int) -> bool:
 
 
 # --- an update
-
-
-def make_update(run: Run, progress: Progress, losses: dict[str, float], evaluation_due: bool) -> None:
-    """Put the gradient into the weights, and the weights into their average."""
-    progress.whole = False
-    run.optimizer.step()
-    if run.average is not None:
-        run.average.update_parameters(run.model)
-    if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):
-        broadcast(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
-    progress.add(losses)
-    progress.update, progress.undo, progress.evaluation_due = progress.update + 1, nothing, evaluation_due
-    progress.whole = True
-
-
-def pass_over(
-    run: Run, progress: Progress, taken: list[Loaded], share: Share, norm: Tensor, log: Any, evaluation_due: bool
-) -> None:
-    """Leave an update out whose losses or gradient are not finite, as train.on_nonfinite says.
-
-    Raises TrainingError, in all processes, where it says to stop.
-    """
-    text = describe(run, progress.update, taken, share.losses, norm)
-    share.undo()
-    refuse(run, text, progress.nonfinite + 1)
-    log.message(f"{text}\n  passed over: {progress.nonfinite + 1} so far, {run.cfg.train.on_nonfinite}")
-    progress.nonfinite += 1
-    progress.update, progress.undo, progress.evaluation_due = progress.update + 1, nothing, evaluation_due
 
 
 def note_size(size: int, before: int, update: int, log: Any) -> int:
@@ -186,7 +157,7 @@ def evaluate_and_save(
 ) -> None:
     """Evaluate what has been learned so far, look at the norms, and save it."""
     saver.wait()  # loader processes are forked now
-    values = scalars(evaluate_run(run, progress.update, log, stop))
+    values = TASKS[run.cfg.task].evaluate(run, progress.update, log, stop)
     norms.measure(progress.update)
     progress.evaluated(values)
     saver.save(progress)

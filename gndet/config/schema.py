@@ -431,6 +431,7 @@ class EvaluationConfig(Section):
 class Config(Section):
     """The whole config of a run."""
 
+    task: Literal["detection"] = Field("detection", description="what is learned: `training/task.py`")
     out: str = Field("", description="run folder; runs/<config name> by default")
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -14,6 +14,7 @@ from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, Traini
 from gndet.training.checkpointing import Saver
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import mark_failed, mark_preempted, unmark_preempted
+from gndet.training.update import UpdateState
 
 
 @dataclass
@@ -71,7 +72,9 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
 
 
 @contextmanager
-def rescued(run: Run, progress: Progress, total: int, saver: Saver, stop: StopSignals) -> Iterator[None]:
+def rescued(
+    run: Run, progress: Progress, state: UpdateState, total: int, saver: Saver, stop: StopSignals
+) -> Iterator[None]:
     """Save what was learned when a run ends early, for whatever reason; after a signal, leave the marker.
 
     Raises Preempted in place of Stop.
@@ -79,7 +82,7 @@ def rescued(run: Run, progress: Progress, total: int, saver: Saver, stop: StopSi
     try:
         yield
     except Stop:
-        keep(progress, saver)
+        keep(progress, state, saver)
         if saver.failed:
             raise TrainingError(
                 f"stopped by a signal after update {progress.update}, not saved: {saver.failed}"
@@ -87,14 +90,14 @@ def rescued(run: Run, progress: Progress, total: int, saver: Saver, stop: StopSi
         raise preempted(run.out, f"after update {progress.update} of {total}, and saved", stop, run.proc) from None
     except BaseException:
         if progress.update:
-            keep(progress, saver)
+            keep(progress, state, saver)
         raise
 
 
-def keep(progress: Progress, saver: Saver) -> None:
+def keep(progress: Progress, state: UpdateState, saver: Saver) -> None:
     """Save a state that no checkpoint holds yet; not one that an error left within an update."""
-    progress.undo()
-    if progress.whole and not saver.holds(progress):
+    state.undo()
+    if state.whole and not saver.holds(progress):
         saver.save(progress, at_once=True)
 
 

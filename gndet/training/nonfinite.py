@@ -29,8 +29,8 @@ from gndet.distributed.process import Process
 from gndet.errors import DataError, TrainingError
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch, GroundTruth
-from gndet.training.run import Run
-from gndet.training.update import breakable, to_device
+from gndet.training.run import Progress, Run
+from gndet.training.update import Share, UpdateState, breakable, to_device
 
 FOLDER = "nonfinite"
 ADVICE = (
@@ -198,3 +198,20 @@ def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
 def _json_number(value: float) -> float | str:
     """A number as JSON has it; "nan", "inf" and "-inf" as text."""
     return value if math.isfinite(value) else str(value)
+
+
+def pass_over(
+    run: Run, progress: Progress, state: UpdateState, taken: list[Loaded], share: Share, norm: Tensor, log: Any,
+    evaluation_due: bool,
+) -> None:  # fmt: skip
+    """Leave an update out whose losses or gradient are not finite, as train.on_nonfinite says.
+
+    Raises TrainingError, in all processes, where it says to stop.
+    """
+    text = describe(run, progress.update, taken, share.losses, norm)
+    state.undo()
+    refuse(run, text, progress.nonfinite + 1)
+    log.message(f"{text}\n  passed over: {progress.nonfinite + 1} so far, {run.cfg.train.on_nonfinite}")
+    progress.nonfinite += 1
+    progress.update, progress.evaluation_due = progress.update + 1, evaluation_due
+    state.end()

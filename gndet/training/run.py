@@ -48,10 +48,6 @@ class Best(NamedTuple):
     update: int
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
 @dataclass
 class Progress:
     """The state of a run after `update` updates, equal in all of its processes."""
@@ -65,8 +61,6 @@ class Progress:
     images_at_once: int = 0  # what the last update was computed with; 0: nothing yet
     nonfinite: int = 0  # updates that were not made because a loss or a gradient was not finite
     unreadable: dict[int, str] = field(default_factory=dict)  # training image's id: why it was left out
-    whole: bool = True  # False while an update is being made: weights and `update` do not belong together
-    undo: Callable[[], None] = nothing  # puts back what an update that is not made yet has changed
 
     def to_meta(self) -> dict[str, Any]:
         """Its part of a checkpoint's meta.json, a copy: it is written while the run goes on."""

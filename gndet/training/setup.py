@@ -7,10 +7,6 @@ from typing import NamedTuple
 from gndet.checkpoint import Checkpoint
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
-from gndet.data.datasets.faults import NOTED, refuse_all
-from gndet.data.datasets.packed import count_objects
-from gndet.data.datasets.reading import between, inspect_both
-from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
@@ -23,8 +19,8 @@ from gndet.training.norm_audit import audit, summary
 from gndet.training.optim import average_weights, make_optimizer
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
+from gndet.training.task import TASKS
 from gndet.training.update import buckets_for
-from gndet.weights.load import initial_model
 
 
 class Start(NamedTuple):
@@ -93,34 +89,14 @@ def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:
     return found
 
 
-def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
-    """Read and check data.train and data.val, with lines that say what is in them and what was found.
-
-    Raises DataError that lists all that is refused, in either and between them.
-    """
-    sets = dict(zip(("train", "val"), inspect_both(cfg.data, masks=cfg.model.masks), strict=True))
-    both = between(*sets.values())
-    findings = {f"data.{which}: {data.name}": data.findings for which, data in sets.items()}
-    refuse_all(findings | {"data.train and data.val": both})
-    notes = [
-        f"{which}: {len(data.records)} images, {count_objects(data.records).objects.sum()} objects, "
-        f"{len(data.classes)} classes from {data.name}"
-        + "".join(f"; {count} {what}" for what, count in data.fixes.items())
-        for which, data in sets.items()
-    ]
-    notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
-    for which, some in [*((which, data.findings) for which, data in sets.items()), ("train and val", both)]:
-        notes += [f"{which}: noted: {one.code} ({one.count}): {one.what}" for one in some if one.severity == NOTED]
-    return sets["train"], sets["val"], notes
-
-
 def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
     """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
-    train_set, val_set, notes = read_both(cfg)
+    task = TASKS[cfg.task]
+    train_set, val_set, notes = task.read(cfg)
     asked = cfg
     if saved is not None:  # norm_policy: hybrid changed the norms when the run began
         cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
-    model, cfg, loaded, fates = initial_model(
+    model, cfg, loaded, fates = task.build(
         cfg, train_set.classes, load=saved is None, images=train_set, measure=proc.first
     )
     norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms")

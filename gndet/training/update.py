@@ -7,6 +7,7 @@ update's gradient is the sum of its images' gradients over global_batch, however
 import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 from gndet.config.schema import Config
 from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Replay
-from gndet.distributed.collectives import all_gather, all_reduce_min
+from gndet.distributed.collectives import all_gather, all_reduce_min, broadcast
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
 from gndet.structures import Batch
 from gndet.training.gradient_buckets import Buckets, sum_gradients
 from gndet.training.memory import MIB, limited, out_of_memory, release
-from gndet.training.run import Run
+from gndet.training.run import Progress, Run
 
 
 def memory_limit(cfg: Config) -> int | None:
@@ -39,16 +40,31 @@ def resident_bytes(run: Run) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass
+class UpdateState:
+    """How far the update that is being made has come."""
+
+    whole: bool = True  # False while it changes the weights: they and the progress do not belong together
+    undo: Callable[[], None] = _nothing  # puts back what its forward passes have changed
+
+    def end(self) -> None:
+        """Note that the update is made, or left out."""
+        self.whole, self.undo = True, _nothing
+
+
 class Share(NamedTuple):
     """A process's part of an update; the parameters hold the gradient, summed over the processes."""
 
     losses: dict[str, Tensor]  # sums over its images / global_batch
     size: int  # images at once from here on: the smallest that any process went down to
     skipped: bool  # whether any process had to leave out a picture
-    undo: Callable[[], None]  # puts back running statistics (BN), which the forward passes have changed
 
 
-def gradients(run: Run, batches: Replay, size: int, stop: StopSignals) -> Share:
+def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, stop: StopSignals) -> Share:
     """Compute an update's gradient, summed over the processes, and this process's part of its losses.
 
     size: images at once.  Where memory runs out the update starts again with half as many: in this process alone, or,
@@ -57,10 +73,10 @@ def gradients(run: Run, batches: Replay, size: int, stop: StopSignals) -> Share:
     on all, where one of them has been asked to stop.  Nothing but gradients is changed then.  (In SyncBN's forward the
     others wait for the one that fails: there its error is the one to read.)
     """
-    undo, proc, whole = running_statistics(run), run.proc, False
+    state.undo, proc, whole = running_statistics(run), run.proc, False
     try:
         while not whole:
-            losses, size, refusal = attempt(run, batches, size, stop, undo)
+            losses, size, refusal = attempt(run, batches, size, stop, state.undo)
             if run.buckets is not None:
                 run.buckets.finish()
             all_read = not any(loaded.skipped for loaded in batches.taken)
@@ -74,9 +90,9 @@ def gradients(run: Run, batches: Replay, size: int, stop: StopSignals) -> Share:
         if run.buckets is None:
             sum_gradients(run.model, proc)
     except BaseException:
-        undo()
+        state.undo()
         raise
-    return Share(losses, size, not all_read, undo)
+    return Share(losses, size, not all_read)
 
 
 def attempt(
@@ -225,3 +241,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def _copying(device: torch.device) -> torch.cuda.Stream:
     """The stream for copies to a GPU; one, for the allocator keeps freed memory by stream."""
     return torch.cuda.Stream(device)
+
+
+def make_update(
+    run: Run, progress: Progress, state: UpdateState, losses: dict[str, float], evaluation_due: bool
+) -> None:
+    """Put the gradient into the weights, and the weights into their average."""
+    state.whole = False
+    run.optimizer.step()
+    if run.average is not None:
+        run.average.update_parameters(run.model)
+    if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):
+        broadcast(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
+    progress.add(losses)
+    progress.update, progress.evaluation_due = progress.update + 1, evaluation_due
+    state.end()

@@ -21,8 +21,10 @@ from gndet.training.run import Run
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 
 
-def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation:
+def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> dict[str, float]:
     """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results.
+
+    Returns the metrics, {"box/AP": ...}.
 
     Raises, in all processes, Stop where one was asked to stop, and TrainingError where more pictures than
     data.max_unreadable cannot be read; fewer count as pictures in which nothing was found.
@@ -71,7 +73,7 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> Evaluation
         for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
             for name, precision in metrics.curves.items() if metrics else ():
                 log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
-    return evaluation
+    return scalars(evaluation)
 
 
 def refuse_unreadable(run: Run, unreadable: dict[int, str]) -> None:

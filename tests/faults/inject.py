@@ -44,13 +44,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def _before_updates(call: Callable[..., None]) -> None:
     """Call call(run, update) before the gradients of each update, update being its number, from 1."""
-    gradients = train.gradients
+    gradients = train.compute_gradients
 
-    def wrapped(run: Any, batches: Any, size: int, stop: Any) -> Any:
+    def wrapped(run: Any, state: Any, batches: Any, size: int, stop: Any) -> Any:
         call(run, run.proc.watch._update + 1)
-        return gradients(run, batches, size, stop)
+        return gradients(run, state, batches, size, stop)
 
-    train.gradients = wrapped
+    train.compute_gradients = wrapped
 
 
 def _after_updates(call: Callable[..., None]) -> None:
@@ -238,15 +238,15 @@ def deadly_picture(index: int, seed: int) -> None:
 
 def trace(path: str) -> None:
     """Note each update that a process makes, with the ids of its images."""
-    gradients = train.gradients
+    gradients = train.compute_gradients
     taken: list[int] = []
 
-    def wrapped(run: Any, batches: Any, size: int, stop: Any) -> Any:
-        share = gradients(run, batches, size, stop)
+    def wrapped(run: Any, state: Any, batches: Any, size: int, stop: Any) -> Any:
+        share = gradients(run, state, batches, size, stop)
         taken[:] = [image for loaded in batches.taken for image in loaded.image_ids]
         return share
 
-    train.gradients = wrapped
+    train.compute_gradients = wrapped
     _after_updates(lambda run, done: note(path, what="update", update=done, rank=run.proc.rank, images=taken))
 
 

@@ -36,7 +36,7 @@ from gndet.evaluation.drawing import placard
 from gndet.toolbox.check.check import check, guess_folder
 from gndet.toolbox.check.contact_sheet import chosen, contact_sheet
 from gndet.toolbox.check.decoding import Picture, look_at_all, look_at_picture
-from gndet.training.setup import read_both
+from gndet.training.task import read_both
 
 Report = dict[str, Any]
 

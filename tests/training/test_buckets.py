@@ -23,7 +23,7 @@ from gndet.distributed.signals import Stop, StopSignals
 from gndet.training.gradient_buckets import Buckets
 from gndet.training.run import Run
 from gndet.training.setup import build_run
-from gndet.training.update import gradients
+from gndet.training.update import UpdateState, compute_gradients
 from runs import load
 
 FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
@@ -37,7 +37,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     config.write_text(yaml.safe_dump(CONFIG | {"train": CONFIG["train"] | {"global_batch": 8, "precision": "float64"}}))
     mp.spawn(all_faults, args=(folder, config), nprocs=2)
     run, batches = update(config, Process(0, 1, torch.device("cpu")))
-    share = gradients(run, batches, 2, StopSignals())
+    share = compute_gradients(run, UpdateState(), batches, 2, StopSignals())
     alone = {"gradients": flat(run.model), "losses": torch.stack(list(share.losses.values()))}
     return [torch.load(folder / str(rank)) for rank in (0, 1)] + [alone]
 
@@ -51,7 +51,7 @@ def all_faults(rank: int, folder: Path, config: Path) -> None:
     for fault in FAULTS:
         with StopSignals() as stop, injected(run, stop, fault if rank == 1 else "none"):
             try:
-                share = gradients(run, batches, 2, stop)
+                share = compute_gradients(run, UpdateState(), batches, 2, stop)
                 losses = torch.stack(list(share.losses.values()))
                 got[fault] = {"gradients": flat(run.model), "losses": losses, "size": share.size}
             except Stop:

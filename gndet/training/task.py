@@ -1,0 +1,49 @@
+"""What a task is: how its data is read, its model built, and what was learned evaluated.
+
+Loop, accumulation, resume, faults, logs and studies know no task: another one is a row of TASKS and its evaluation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from gndet.config.schema import Config
+from gndet.data.datasets.faults import NOTED, refuse_all
+from gndet.data.datasets.packed import count_objects
+from gndet.data.datasets.reading import between, inspect_both
+from gndet.data.records import Dataset
+from gndet.distributed.signals import StopSignals
+from gndet.training.run import Run
+from gndet.training.validation import evaluate_run
+from gndet.weights.load import Start, initial_model
+
+
+def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
+    """Read and check data.train and data.val, with lines that say what is in them and what was found.
+
+    Raises DataError that lists all that is refused, in either and between them.
+    """
+    sets = dict(zip(("train", "val"), inspect_both(cfg.data, masks=cfg.model.masks), strict=True))
+    both = between(*sets.values())
+    findings = {f"data.{which}: {data.name}": data.findings for which, data in sets.items()}
+    refuse_all(findings | {"data.train and data.val": both})
+    notes = [
+        f"{which}: {len(data.records)} images, {count_objects(data.records).objects.sum()} objects, "
+        f"{len(data.classes)} classes from {data.name}"
+        + "".join(f"; {count} {what}" for what, count in data.fixes.items())
+        for which, data in sets.items()
+    ]
+    notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
+    for which, some in [*((which, data.findings) for which, data in sets.items()), ("train and val", both)]:
+        notes += [f"{which}: noted: {one.code} ({one.count}): {one.what}" for one in some if one.severity == NOTED]
+    return sets["train"], sets["val"], notes
+
+
+class Task(NamedTuple):
+    """The three functions of a task."""
+
+    read: Callable[[Config], tuple[Dataset, Dataset, list[str]]]  # data.train, data.val, and lines about them
+    build: Callable[..., Start]  # (cfg, classes, load, images, measure): the model as training starts with it
+    evaluate: Callable[[Run, int, Any, StopSignals], dict[str, float]]  # (run, updates made, log, stop): the metrics
+
+
+TASKS = {"detection": Task(read_both, initial_model, evaluate_run)}  # by Config.task

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gndet.config.schema import NormConfig
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.valid_area import ValidArea
-from gndet.ops.winograd import Winograd, possible
+from gndet.ops.conv3x3 import MinimalConvolution, possible
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -32,7 +32,7 @@ class ConvNorm(nn.Module):
     The convolution has a bias only where no norm follows.
     regions: it is to see many small maps, one a region.
     cheap: in a tower its result is computed again rather than kept; by default that of a 1x1.
-    `winograd` says whether a 3x3 one is computed by minimal filtering on a CPU (MaskRCNN.filter_minimally).
+    `winograd` says whether a 3x3 one is computed by minimal filtering on a CPU (DetectionModel.choose_convolutions).
     `memory` says what `tower` keeps for the backward pass (train.memory); a brick by itself keeps all, as "fast" does.
     """
 
@@ -56,7 +56,7 @@ class ConvNorm(nn.Module):
         """The convolution alone, by the faster of two ways."""
         if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or not self.by_winograd():
             return self.conv(x)
-        y = Winograd.apply(x, self.weight())
+        y = MinimalConvolution.apply(x, self.weight())
         return y if self.conv.bias is None else y + self.conv.bias[:, None, None]
 
     def by_winograd(self) -> bool:

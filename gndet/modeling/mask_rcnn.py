@@ -18,8 +18,8 @@ from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.modeling.region_head import RegionHead
 from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
 from gndet.modeling.rpn import RPN
+from gndet.ops.conv3x3 import pays
 from gndet.ops.roi_align import extend_edges, pyramid_level
-from gndet.ops.winograd import LEAST_TILES, TILE
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
 ROI_LEVELS = 4  # the heads pool from P2..P5
@@ -136,7 +136,7 @@ class MaskRCNN(DetectionModel):
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Compute 3x3 convolutions by minimal filtering on a CPU where the maps are large enough for it to pay."""
-        large = [s for s in self.strides if (shortest_edge / s / TILE) ** 2 >= LEAST_TILES]
+        large = [stride for stride in self.strides if pays(shortest_edge, stride)]
         stages = zip(self.backbone.stages(), self.strides[:-1], strict=True)  # P6 has none
         parts = [stage for stage, stride in stages if stride in large]
         parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]

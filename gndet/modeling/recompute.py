@@ -25,7 +25,7 @@ from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.group_norm import gradients, normalize, renormalize
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, NoNorm
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding
-from gndet.ops import winograd
+from gndet.ops.conv3x3 import Convolution, samples_at_once
 
 _aten = torch.ops.aten
 
@@ -105,7 +105,7 @@ def tower(
     if layers[0].memory == "lean":  # regions are being computed again as a whole: no part of it a third time
         again = None
     in_parts = layers[0].regions and any(brick.winograd for brick in bricks)
-    at_once = winograd.samples_at_once(*size) if in_parts else len(x)
+    at_once = samples_at_once(*size) if in_parts else len(x)
     with torch.autocast(device, enabled=False):
         return _Tower.apply(tuple(bricks), at_once, again, x, residual, *tensors)
 
@@ -137,60 +137,6 @@ def _taken_apart(
         scale, bias = norm.map()
         weight = weight * scale[:, None, None, None]
     return plain, (weight.to(dtype), None if bias is None else bias.to(dtype), None, None)
-
-
-class _Conv:
-    """A brick's convolution: its weight as it is needed, and the sum of its gradients."""
-
-    def __init__(self, layer: Layer, weight: Tensor, bias: Tensor | None) -> None:
-        self.layer, self.weight, self.bias = layer, weight, bias
-        self.transformed = winograd.transform_weight(weight) if layer.winograd else None
-        self.turned: Tensor | None = None  # the transformed weight that takes gradients back
-        self.grad_weight: Tensor | None = None
-        self.grad_bias: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve x (n, C, H, W)."""
-        side = (self.layer.stride,) * 2, (self.layer.padding,) * 2, (1, 1)
-        if self.transformed is None:
-            return _aten.convolution(x, self.weight, self.bias, *side, False, (0, 0), 1)
-        y = winograd.convolve(_last(x), self.transformed).permute(0, 3, 1, 2)
-        return y if self.bias is None else y.add_(self.bias[:, None, None])
-
-    def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
-        """Add to the gradients of weight and bias.  Returns that of x, if it is wanted."""
-        if self.transformed is not None:
-            return self._backward_by_winograd(_last(grad), _last(x), wanted)
-        side = (self.layer.stride,) * 2, (self.layer.padding,) * 2, (1, 1)
-        bias = None if self.bias is None else self.bias.shape
-        mask = [wanted, self.weight.requires_grad, bias is not None and self.bias.requires_grad]
-        grad_x, grad_weight, grad_bias = _aten.convolution_backward(
-            grad, x, self.weight, bias, *side, False, (0, 0), 1, mask
-        )
-        self.grad_weight = grad_weight if self.grad_weight is None else self.grad_weight + grad_weight
-        self.grad_bias = grad_bias if self.grad_bias is None else self.grad_bias + grad_bias
-        return grad_x
-
-    def _backward_by_winograd(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
-        """The same of maps with their channels last; the weight's gradient is that of its transform until the end."""
-        if self.weight.requires_grad:
-            if self.grad_weight is None:
-                self.grad_weight = torch.zeros_like(self.transformed)
-            winograd.weight_gradient(x, grad, self.grad_weight)
-        if self.bias is not None and self.bias.requires_grad:
-            grad_bias = grad.sum((0, 1, 2))
-            self.grad_bias = grad_bias if self.grad_bias is None else self.grad_bias + grad_bias
-        if not wanted:
-            return None
-        if self.turned is None:
-            self.turned = winograd.transform_weight(winograd.turned(self.weight))
-        return winograd.convolve(grad, self.turned).permute(0, 3, 1, 2)
-
-    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """The sums of the gradients of weight and bias; None where they are not trained."""
-        if self.grad_weight is None or self.transformed is None:
-            return self.grad_weight, self.grad_bias
-        return winograd.weight_from_transformed(self.grad_weight), self.grad_bias
 
 
 class _Tower(torch.autograd.Function):
@@ -241,14 +187,17 @@ class _Tower(torch.autograd.Function):
 Norms = list[tuple[Tensor | None, Tensor | None]]  # gamma and beta of each brick
 
 
-def _parts(layers: Sequence[Layer], tensors: Sequence[Tensor | None]) -> tuple[list[_Conv], Norms]:
+def _parts(layers: Sequence[Layer], tensors: Sequence[Tensor | None]) -> tuple[list[Convolution], Norms]:
     fours = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
-    convs = [_Conv(layer, weight, bias) for layer, (weight, bias, _, _) in zip(layers, fours, strict=True)]
+    convs = [
+        Convolution(weight, bias, layer.stride, layer.padding, layer.winograd)
+        for layer, (weight, bias, _, _) in zip(layers, fours, strict=True)
+    ]
     return convs, [(gamma, beta) for _, _, gamma, beta in fours]
 
 
 def _forward(
-    layers: Sequence[Layer], convs: Sequence[_Conv], norms: Norms, x: Tensor, residual: Tensor | None
+    layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Pass samples through; with what is kept of each brick: a map, the mean and 1 / std."""
     kept: list[Tensor | None] = []
@@ -273,7 +222,7 @@ def _forward(
 
 
 def _backward(
-    layers: Sequence[Layer], convs: Sequence[_Conv], norms: Norms, grad: Tensor, x: Tensor,
+    layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, grad: Tensor, x: Tensor,
     kept: Sequence[Tensor | None], sums: list[list[Tensor]], wanted: bool,
 ) -> Tensor | None:  # fmt: skip
     """Take the gradient of samples, behind the last ReLU, back to x if that is wanted; add to all sums on the way."""
@@ -301,11 +250,6 @@ def _activation(layer: Layer, norm: tuple[Tensor | None, Tensor | None], kept: S
     """What a brick gave, from what was kept of it."""
     y, mean, rstd = kept
     return renormalize(y, *norm, mean, rstd, layer.area, relu=layer.relu) if layer.groups else y
-
-
-def _last(x: Tensor) -> Tensor:
-    """Maps (n, C, H, W) as (n, H, W, C)."""
-    return x.permute(0, 2, 3, 1)
 
 
 def _chunks(num: int, at_once: int) -> Iterator[slice]:

@@ -26,7 +26,7 @@ from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm
-from gndet.ops import roi_align, winograd
+from gndet.ops import conv3x3, roi_align
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
@@ -141,8 +141,8 @@ PADDED = {"plain padded", "channels last padded"}
         (torch, "group_norm", BF16, {"plain", "channels last"}),
         (group_norm, "gradients", FLOAT, PADDED),
         (group_norm, "_normalize_crops", FLOAT, PADDED),
-        (winograd, "convolve", kernels.winograd, {"result", "gradient"}),
-        (winograd, "weight_from_transformed", kernels.winograd, {"gradient of the weight"}),
+        (conv3x3, "convolve", kernels.winograd, {"result", "gradient"}),
+        (conv3x3, "weight_from_transformed", kernels.winograd, {"gradient of the weight"}),
         (roi_align, "_pool_bags", partial(kernels.roi_align, CPU), {"regions", "gradient"}),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_kernel_that_is_off_by_one_percent_is_found(
 
 def test_every_kernel_is_tried_with_a_tolerance_that_finds_a_percent() -> None:
     names = {name: tolerance for name, tolerance, _ in kernels.comparisons(CPU)}
-    assert set(names) == {"group norm float32", "group norm bfloat16", "Winograd", "NMS", "RoIAlign"}
+    assert set(names) == {"group norm float32", "group norm bfloat16", "MinimalConvolution", "NMS", "RoIAlign"}
     assert all(tolerance < 1e-2 for name, tolerance in names.items() if "bfloat16" not in name)
     assert "group norm float16" in {name for name, *_ in kernels.comparisons(torch.device("cuda", 0))}
 

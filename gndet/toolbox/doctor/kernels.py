@@ -22,9 +22,9 @@ from gndet.evaluation.results import from_coco
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import ValidArea
+from gndet.ops.conv3x3 import MinimalConvolution
 from gndet.ops.nms import fixed_point, nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
-from gndet.ops.winograd import Winograd
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
 MAP = (2, 64, 33, 41)  # B, C, H, W
@@ -141,7 +141,7 @@ def winograd() -> Errors:
     found, exact = (
         (y := convolve(leaf, factor), *torch.autograd.grad(y, (leaf, factor), grad.to(y.dtype)))
         for convolve, leaf, factor in (
-            (Winograd.apply, x.clone().requires_grad_(), weight.clone().requires_grad_()),
+            (MinimalConvolution.apply, x.clone().requires_grad_(), weight.clone().requires_grad_()),
             (partial(F.conv2d, padding=1), x.double().requires_grad_(), weight.double().requires_grad_()),
         )
     )

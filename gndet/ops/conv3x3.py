@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_aten = torch.ops.aten
 TILE, PATCH = 4, 6  # outputs of a tile along a side, and the inputs that they see
 TILES = 256  # transformed at once: with their 36 products they stay in the cache
 LEAST_CHANNELS = 64  # below them the transforms of the tiles cost more than they save
@@ -42,6 +43,11 @@ def possible(weight: Tensor, stride: tuple[int, ...]) -> bool:
     """Whether convolutions with weight (K, C, kh, kw) can be computed this way, and gain by it on maps of some size."""
     plain = weight.shape[2:] == (3, 3) and stride == (1, 1) and min(weight.shape[:2]) >= LEAST_CHANNELS
     return plain and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def pays(shortest_edge: int, stride: int) -> bool:
+    """Return whether maps of pictures with that shortest edge, in pixels, are large enough for it."""
+    return (shortest_edge / stride / TILE) ** 2 >= LEAST_TILES
 
 
 def samples_at_once(height: int, width: int) -> int:
@@ -99,26 +105,80 @@ def weight_from_transformed(gradient: Tensor) -> Tensor:
     return taps.view(3, 3, in_channels, out_channels).permute(3, 2, 0, 1)
 
 
-class Winograd(torch.autograd.Function):
-    """The convolution of x (n, C, H, W) with weight (K, C, 3, 3), stride 1, padding 1."""
+class Convolution:
+    """A convolution of maps (n, C, H, W), its weight as it is needed, and the sums of its gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int, minimal: bool) -> None:
+        """minimal: compute it by minimal filtering, where `possible` says so."""
+        self.weight, self.bias = weight, bias
+        self._sides = (stride, stride), (padding, padding), (1, 1)
+        self._transformed = transform_weight(weight) if minimal else None
+        self._turned: Tensor | None = None  # the transformed weight that takes gradients back
+        self._grad_weight: Tensor | None = None
+        self._grad_bias: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (n, C, H, W)."""
+        if self._transformed is None:
+            return _aten.convolution(x, self.weight, self.bias, *self._sides, False, (0, 0), 1)
+        y = convolve(_last(x), self._transformed).permute(0, 3, 1, 2)
+        return y if self.bias is None else y.add_(self.bias[:, None, None])
+
+    def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """Add to the gradients of weight and bias.  Returns that of x, if it is wanted."""
+        if self._transformed is not None:
+            return self._minimal_backward(_last(grad), _last(x), wanted)
+        bias = None if self.bias is None else self.bias.shape
+        mask = [wanted, self.weight.requires_grad, bias is not None and self.bias.requires_grad]
+        grad_x, grad_weight, grad_bias = _aten.convolution_backward(
+            grad, x, self.weight, bias, *self._sides, False, (0, 0), 1, mask
+        )
+        self._grad_weight = grad_weight if self._grad_weight is None else self._grad_weight + grad_weight
+        self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
+        return grad_x
+
+    def _minimal_backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """The same of maps with their channels last; the weight's gradient is that of its transform until the end."""
+        if self.weight.requires_grad:
+            if self._grad_weight is None:
+                self._grad_weight = torch.zeros_like(self._transformed)
+            weight_gradient(x, grad, self._grad_weight)
+        if self.bias is not None and self.bias.requires_grad:
+            grad_bias = grad.sum((0, 1, 2))
+            self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
+        if not wanted:
+            return None
+        if self._turned is None:
+            self._turned = transform_weight(turned(self.weight))
+        return convolve(grad, self._turned).permute(0, 3, 1, 2)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the sums of the gradients of weight and bias; None where they are not trained."""
+        if self._grad_weight is None or self._transformed is None:
+            return self._grad_weight, self._grad_bias
+        return weight_from_transformed(self._grad_weight), self._grad_bias
+
+
+class MinimalConvolution(torch.autograd.Function):
+    """The convolution of x (n, C, H, W) with weight (K, C, 3, 3), stride 1, padding 1, by minimal filtering."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return convolve(x.permute(0, 2, 3, 1), transform_weight(weight)).permute(0, 3, 1, 2)
+        return Convolution(weight, None, 1, 1, minimal=True).forward(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad, grad_x, grad_weight = grad.permute(0, 2, 3, 1), None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = convolve(grad, transform_weight(turned(weight))).permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[1]:
-            transformed = weight.new_zeros(PATCH * PATCH, *weight.shape[1::-1])
-            weight_gradient(x.permute(0, 2, 3, 1), grad, transformed)
-            grad_weight = weight_from_transformed(transformed)
-        return grad_x, grad_weight
+        convolution = Convolution(weight, None, 1, 1, minimal=True)
+        grad_x = convolution.backward(grad, x, ctx.needs_input_grad[0])
+        return grad_x, convolution.gradients()[0]
+
+
+def _last(x: Tensor) -> Tensor:
+    """Maps (n, C, H, W) as (n, H, W, C)."""
+    return x.permute(0, 2, 3, 1)
 
 
 def _patches(x: Tensor) -> Iterator[tuple[range, range, Tensor]]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from gndet.config.schema import BoxHeadConfig, FPNConfig, NormConfig
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.recompute import set_memory
-from gndet.ops import winograd
-from gndet.ops.winograd import Winograd
+from gndet.ops import conv3x3
+from gndet.ops.conv3x3 import MinimalConvolution
 
 SHAPES = [
     (1, 1, 1),
@@ -34,7 +34,7 @@ def test_results_and_gradients_are_those_of_a_convolution_in_float64(shape: tupl
     x = torch.randn(shape[0], 64, *shape[1:], generator=generator).requires_grad_()
     weight = torch.randn(96, 64, 3, 3, generator=generator).div(24).requires_grad_()
     grad = torch.randn(shape[0], 96, *shape[1:], generator=generator)
-    y = Winograd.apply(x.contiguous(memory_format=torch.channels_last), weight)
+    y = MinimalConvolution.apply(x.contiguous(memory_format=torch.channels_last), weight)
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     found = (y, *torch.autograd.grad(y, (x, weight), grad))
     for got, expected in zip(found, (exact, *torch.autograd.grad(exact, (x, weight), grad.double())), strict=True):
@@ -43,16 +43,16 @@ def test_results_and_gradients_are_those_of_a_convolution_in_float64(shape: tupl
 
 
 def test_a_sample_s_result_does_not_depend_on_those_beside_it() -> None:
-    x, weight = torch.randn(70, 7, 7, 64), winograd.transform_weight(torch.randn(64, 64, 3, 3))
-    together = winograd.convolve(x, weight)
+    x, weight = torch.randn(70, 7, 7, 64), conv3x3.transform_weight(torch.randn(64, 64, 3, 3))
+    together = conv3x3.convolve(x, weight)
     for sample in (0, 33, 69):
-        torch.testing.assert_close(winograd.convolve(x[sample : sample + 1], weight)[0], together[sample])
+        torch.testing.assert_close(conv3x3.convolve(x[sample : sample + 1], weight)[0], together[sample])
 
 
 def test_what_stands_beyond_the_map_is_zero() -> None:
     x = torch.zeros(1, 6, 6, 64)
     x[0, 2, 3] = 1.0
-    y = winograd.convolve(x, winograd.transform_weight(torch.ones(64, 64, 3, 3)))
+    y = conv3x3.convolve(x, conv3x3.transform_weight(torch.ones(64, 64, 3, 3)))
     expected = torch.zeros(6, 6)
     expected[1:4, 2:5] = 64.0
     torch.testing.assert_close(y[0, :, :, 0], expected, atol=1e-3, rtol=0)

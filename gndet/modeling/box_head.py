@@ -132,3 +132,7 @@ class BoxHead(RegionHead):
     def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
         """Run every layer on regions (B, R, 4) once."""
         self(features, strides, boxes)
+
+    def rectified(self) -> list[nn.Module]:
+        """Return the convolutions and the hidden linear layers."""
+        return [*self.convs, *self.fcs]

@@ -121,10 +121,10 @@ class MaskRCNN(DetectionModel):
         }
 
     def rectified(self) -> Rectified:
-        """Return the bricks of backbone and RPN, and the layers of the first head; of other heads regions differ."""
+        """Return the bricks of backbone and RPN, and the layers of the first head, whose regions a Step holds."""
         maps = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
         maps = [part for part in [*maps, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
-        return Rectified(maps, [*self.heads[0].convs, *self.heads[0].fcs])
+        return Rectified(maps, self.heads[0].rectified())
 
     def sees_regions(self, module: str) -> bool:
         """Return whether the module belongs to a head."""

@@ -36,6 +36,10 @@ class RegionHead(nn.Module, ABC):
     def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
         """Run every layer on regions (B, R, 4) once."""
 
+    def rectified(self) -> list[nn.Module]:
+        """Return the layers whose output (B * R, ...) is positive where a ReLU is open, in the order they run."""
+        return []
+
 
 def image_index(num_images: int, num_regions: int, device: torch.device) -> Tensor:
     """Return the image of each region of a flattened (B, R), (B * R,) int64."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gndet.config.schema import BoxHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.detection_model import RegionHead, image_index
 from gndet.modeling.recompute import recomputed, tower
-from gndet.modeling.region_head import RegionHead, image_index
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, sample_balanced

@@ -11,11 +11,10 @@ from torch import nn
 from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.detection_model import DetectionModel, RegionHead
 from gndet.modeling.fpn import FPN
 from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.modeling.region_head import RegionHead
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 

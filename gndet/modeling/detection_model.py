@@ -1,4 +1,4 @@
-"""What every detector is: the protocol by which training, evaluation and the toolbox know a model.
+"""What every detector and every region head is: the protocols by which the rest of gndet knows a model.
 
 B images, C channels, L levels, R regions per image, (H, W) canvas; sizes (B, 2) are the pictures' heights and widths.
 
@@ -8,13 +8,14 @@ keeps the padding out, `step` samples by the image's key and divides an image's 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
-from gndet.structures import Batch, Detections, Step
+from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
 PROBED_REGIONS = 64  # per image, that `probe` passes through layers of regions
 Choices = dict[str, set[tuple[int, ...]]]  # what was chosen for an image, by kind: ids, with what each is taken for
@@ -98,3 +99,36 @@ class DetectionModel(nn.Module, ABC):
 
         Never by the pictures of a batch: the rounding of an image does not depend on those beside it.
         """
+
+
+class RegionHead(nn.Module, ABC):
+    """A head on regions; `features` are the pooled levels L x (B, C, H/s, W/s), `strides` theirs."""
+
+    @abstractmethod
+    def sample(self, regions: Proposals | Regions, batch: Batch) -> Regions:
+        """Choose the regions to train on among the proposals, or among those of the head before."""
+
+    @abstractmethod
+    def loss(
+        self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Return the losses {name: (B,)} of the regions that `sample` chose."""
+
+    @abstractmethod
+    def detect(
+        self, features: Sequence[Tensor], strides: Sequence[int], found: Proposals | Detections, sizes: Tensor
+    ) -> Detections:
+        """Make detections of proposals, or add to those of the head before; sizes (B, 2) of the pictures."""
+
+    @abstractmethod
+    def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
+        """Run every layer on regions (B, R, 4) once."""
+
+    def rectified(self) -> list[nn.Module]:
+        """Return the layers whose output (B * R, ...) is positive where a ReLU is open, in the order they run."""
+        return []
+
+
+def image_index(num_images: int, num_regions: int, device: torch.device) -> Tensor:
+    """Return the image of each region of a flattened (B, R), (B * R,) int64."""
+    return torch.arange(num_images, device=device).repeat_interleave(num_regions)

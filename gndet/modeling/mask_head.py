@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from gndet.config.schema import MaskHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.detection_model import RegionHead, image_index
 from gndet.modeling.recompute import recomputed, tower
-from gndet.modeling.region_head import RegionHead, image_index
 from gndet.ops.boxes import full
-from gndet.ops.losses import mean_per_image
-from gndet.ops.masks import mask_targets
+from gndet.ops.losses import mask_targets, mean_per_image
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions
 

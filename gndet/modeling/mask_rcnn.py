@@ -3,7 +3,7 @@
 B images, N anchors, K proposals, R regions per image, D detections, (H, W) canvas.
 
 Batch independence: the RPN takes no anchors in the padding and samples by the image's key; so does each region head
-(region_head.py).  Beside a masked picture its edge is repeated once, so that RoIAlign finds no padding.
+(detection_model.py).  Beside a masked picture its edge is repeated once, so that RoIAlign finds no padding.
 """
 
 from collections.abc import Mapping
@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from gndet.modeling.conv_norm import ConvNorm
-from gndet.modeling.detection_model import PROBED_REGIONS, Choices, DetectionModel, Rectified
+from gndet.modeling.detection_model import PROBED_REGIONS, Choices, DetectionModel, Rectified, RegionHead
 from gndet.modeling.fpn import FPN, LEVELS
 from gndet.modeling.norms.valid_area import ValidAreas
-from gndet.modeling.region_head import RegionHead
 from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.conv3x3 import pays

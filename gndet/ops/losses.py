@@ -1,6 +1,11 @@
-"""Reductions that keep images apart: the divisor of an image's loss depends on that image only."""
+"""Losses that keep images apart: the divisor of an image's loss depends on that image only; targets of mask losses.
+
+B images, P positive regions, S side of the stored masks.
+"""
 
 import torch
+import torch.nn.functional as F
+import torchvision
 from torch import Tensor
 
 
@@ -18,3 +23,25 @@ def smooth_l1(difference: Tensor, beta: float) -> Tensor:
     """Smooth L1 (Girshick 2015, eq. 3) with its transition at beta; beta 0 is L1.  Same shape."""
     size = difference.abs()
     return size if beta == 0 else torch.where(size < beta, size.square() / (2 * beta), size - beta / 2)
+
+
+def mask_targets(masks: Tensor, gt_boxes: Tensor, boxes: Tensor, size: int, *, soft: bool = False) -> Tensor:
+    """Crop each region's target out of its object's mask.
+
+    masks (P, S, S) bool, each in the frame of its gt_boxes (P, 4); boxes (P, 4) the regions.
+    Returns (P, size, size) float32 in {0, 1}; outside the object's box the target is 0.
+    soft: torchvision's targets, in [0, 1]: the mean of the mask over a bin, not aligned to half pixels.
+    """
+    side = masks.shape[-1]
+    origin, extent = gt_boxes[:, :2], (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=1e-3)
+    frame = torch.cat([(boxes[:, :2] - origin) / extent, (boxes[:, 2:] - origin) / extent], dim=1) * side
+    frame = frame.nan_to_num(0.0, 0.0, 0.0).clamp(-16 * side, 16 * side)  # a junk slot must not grow the grid
+    index = torch.arange(len(masks), device=masks.device, dtype=frame.dtype)
+    if soft:  # a border of one empty cell, since beyond its edge the kernel repeats the last cell
+        rois = torch.cat([index[:, None], frame + 1], dim=1)
+        bordered = F.pad(masks[:, None].to(frame.dtype), (1, 1, 1, 1))
+        return torchvision.ops.roi_align(bordered, rois, size, 1.0, -1, aligned=False)[:, 0]
+    rois = torch.cat([index[:, None], frame], dim=1)
+    # 4 samples a bin: a 28 x 28 target from 112 x 112; fixed, since the adaptive grid explodes on junk boxes
+    crop = torchvision.ops.roi_align(masks[:, None].to(frame.dtype), rois, size, 1.0, 4, aligned=True)
+    return (crop[:, 0] >= 0.5).to(frame.dtype)

@@ -5,8 +5,7 @@ import torch
 import torchvision
 
 from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
-from gndet.ops.losses import mean_per_image, smooth_l1
-from gndet.ops.masks import mask_targets
+from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
 from gndet.ops.matching import best, match, sample_balanced
 from gndet.ops.nms import fixed_point, nms_keep
 from gndet.ops.noise import Stream, hash_ints, ranks, uniform

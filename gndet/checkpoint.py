@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gndet.errors import CheckpointError
+from gndet.files import TEMPORARY
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
 CHECKPOINTS = "checkpoints"  # their folder inside a run folder
-TEMPORARY = ".tmp-"  # being written or being removed: sweep() deletes it
 ASIDE = ".old-"  # the checkpoint that is being replaced: sweep() puts it back where its successor is missing
 
 

@@ -1,11 +1,43 @@
-"""Where results go: folders made, files that are written whole or not at all, files that grow by whole records."""
+"""Where results go: folders, files that are written whole or not at all, files that grow by whole records."""
 
 import errno
 import os
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gndet.errors import OutputError
+
+TEMPORARY = ".tmp-"  # prefix of what is being written; checkpoint.sweep deletes what a killed run left of it
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a path to write to; rename it to `path` at the end, so that a kill leaves the old file or the new one.
+
+    The path given ends in the same suffix.  The old file stays after an error, or where nothing was written.
+    Raises OutputError for an OSError, which is its cause.
+    """
+    partial = path.with_name(TEMPORARY + path.name)
+    try:
+        yield partial
+        if partial.exists():
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())  # a power cut after the rename would leave an empty file
+            os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file whole or not at all; text as UTF-8.  Raises OutputError."""
+    data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
+    with written_whole(path) as partial, open(partial, "wb") as file:
+        file.write(data)
 
 
 class RecordFile:
@@ -48,21 +80,8 @@ class RecordFile:
         self._file.close()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside first and rename it: a kill leaves the old file or the new one.  Raises OutputError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from None
-
-
 def make_room_for(file: Path, option: str) -> None:
-    """Make the folder of a file that an option names.
-
-    Raises OutputError where that cannot be done, or the file is a folder.
-    """
+    """Make the folder of a file that an option names.  Raises OutputError where the file cannot be written."""
     if file.is_dir():
         raise OutputError(f"{option} {file}: is a folder, expected the name of a file")
     make_folder(file.parent, option)
@@ -71,7 +90,7 @@ def make_room_for(file: Path, option: str) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Make a folder that an option names.  Raises OutputError where that cannot be done."""
+    """Make a folder that an option names.  Raises OutputError where it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -5,7 +5,6 @@ n detections.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from hotcoco import mask as hotcoco_mask
+
+from gndet.files import written_whole
 
 WRITTEN_AT_ONCE = 10_000  # detections: what stands in memory as text
 FIELDS = ("image_ids", "category_ids", "boxes", "scores", "sizes", "areas")
@@ -105,11 +106,9 @@ def mask_areas(masks: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 def save_results(path: Path, results: Results) -> None:
-    """Write COCO results as JSON, to a file beside first: a killed run leaves the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    """Write COCO results as JSON, whole or not at all.  Raises OutputError."""
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         for first in range(0, len(results), WRITTEN_AT_ONCE):
             text = json.dumps(list(results[first : first + WRITTEN_AT_ONCE]))
             file.write(("[" if first == 0 else ", ") + text[1:-1])
         file.write("]" if len(results) else "[]")
-    os.replace(partial, path)

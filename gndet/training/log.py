@@ -29,7 +29,7 @@ from torch.utils.tensorboard import summary
 
 from gndet.data.batches.stream import Loaded
 from gndet.errors import DataError, OutputError
-from gndet.files import RecordFile
+from gndet.files import RecordFile, write_whole
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 
@@ -182,10 +182,12 @@ class RunLog:
         """Let a run outlive a full disk: what cannot be written is said, kept, and said once more when it is."""
         try:
             yield
-        except OSError as error:
+        except (OSError, OutputError) as error:
+            cause = error.__cause__ or error  # an OutputError's is the OSError
+            reason = str(getattr(cause, "strerror", None) or cause)
             if what not in self._failed:
-                self.message(f"cannot write {what}: {error.strerror or error}; it is tried again, training goes on")
-            self._failed[what] = str(error.strerror or error)
+                self.message(f"cannot write {what}: {reason}; it is tried again, training goes on")
+            self._failed[what] = reason
             return
         if what not in self._failed:
             return
@@ -335,9 +337,7 @@ def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
         return entry["update"] <= last_update
 
     kept = [line for line, entry in _entries(path) if holds(entry)]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(f"{line}\n" for line in kept))
 
 
 HISTOGRAM_BINS = 30  # TensorBoard shows as many; its own 1,500 take ten times as long

@@ -27,6 +27,7 @@ from gndet.data.batches.stream import Loaded
 from gndet.distributed.collectives import all_gather, all_reduce_sum
 from gndet.distributed.process import Process
 from gndet.errors import DataError, TrainingError
+from gndet.files import TEMPORARY
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch, GroundTruth
 from gndet.training.run import Progress, Run
@@ -177,7 +178,7 @@ def _hooks(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
 
 def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
     """Write a report whole or not at all.  Returns where it is, or why it is nowhere."""
-    temporary = folder.with_name(f".tmp-{folder.name}")
+    temporary = folder.with_name(TEMPORARY + folder.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

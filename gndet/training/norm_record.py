@@ -5,7 +5,6 @@ A line says what the norm layers did after `update` updates on the first validat
 line before.  RUN/norms-start.safetensors holds gamma and beta of when the run began.
 """
 
-import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -17,14 +16,14 @@ from safetensors import SafetensorError
 from gndet.data.batches.batch import collate
 from gndet.data.batches.stream import Loaded
 from gndet.data.batches.transforms import UnreadablePicture, test_sample
-from gndet.errors import OutputError
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
+from gndet.files import write_whole
 from gndet.structures import Batch
 from gndet.training.log import read_metrics, truncate
 from gndet.training.memory import out_of_memory, release
 from gndet.training.run import Progress, Run
 
-NORMS, START = "norms.jsonl", "norms-start.safetensors"
+NORMS, NORMS_START = "norms.jsonl", "norms-start.safetensors"
 MOST_IMAGES = 16  # where batches for BN ask for more than train.norm_images
 
 
@@ -41,7 +40,7 @@ class NormWatch:
         self._images: list[Batch] | None = None
         self._on = run.proc.first and run.cfg.train.norm_images > 0 and bool(norm_layers(run.model))
         if run.proc.first:
-            _forget_after(run.out / NORMS, progress)
+            truncate(run.out / NORMS, progress.update or -1, progress.evaluation_due)
         if progress.update == 0:
             self.measure(0)
 
@@ -62,7 +61,8 @@ class NormWatch:
             run.proc.watch.at(update, "looking at its norm layers")
         self._images = self._batches() if self._images is None else self._images
         if update == 0:
-            log.attempt(START, partial(_write_start, run.out / START, affine(run.model)))
+            start = safetensors.torch.save(dict(affine(run.model)))
+            log.attempt(NORMS_START, partial(write_whole, run.out / NORMS_START, start))
         try:
             layers = measure(run.model, self._images, run.autocast, read_start(run.out))
         except RuntimeError as error:
@@ -106,19 +106,6 @@ def read_norms(folder: Path) -> list[dict[str, Any]]:
 def read_start(folder: Path) -> Start | None:
     """Gamma and beta of a run when it began; None where that is not known."""
     try:
-        return safetensors.torch.load_file(folder / START)
+        return safetensors.torch.load_file(folder / NORMS_START)
     except (OSError, SafetensorError):
         return None
-
-
-def _forget_after(path: Path, progress: Progress) -> None:
-    try:
-        truncate(path, progress.update or -1, progress.evaluation_due)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from None
-
-
-def _write_start(path: Path, start: Start) -> None:
-    partial_file = path.with_name(f"{path.name}.partial")
-    partial_file.write_bytes(safetensors.torch.save(dict(start)))  # an OSError where the disk is full
-    os.replace(partial_file, path)

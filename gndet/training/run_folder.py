@@ -16,6 +16,7 @@ from gndet.config.schema import Config
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
+from gndet.files import write_whole
 
 # What may differ when a run goes on: nothing here changes what is learned.
 NEUTRAL = (
@@ -71,9 +72,7 @@ def make_run(cfg: Config, out: Path, proc: Process) -> None:
     if proc.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            partial_file = out / f"{CONFIG}.partial"
-            partial_file.write_text(config_to_yaml(cfg), encoding="utf-8")
-            os.replace(partial_file, out / CONFIG)
+            write_whole(out / CONFIG, config_to_yaml(cfg))
             for marker in (PREEMPTED, FAILED):
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:

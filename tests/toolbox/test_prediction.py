@@ -263,7 +263,7 @@ def test_a_video_is_the_pictures_of_its_frames(detector: Detector, folder: Path,
     drawn = list(read_frames(tmp_path / "out" / "film.mp4", 1))
     assert [frame.seconds for frame in drawn] == pytest.approx(seconds, abs=1e-4)
     assert any((tmp_path / "out" / "crops").rglob("film-f00000*.png"))
-    assert not list((tmp_path / "out").glob("*.partial"))
+    assert not list((tmp_path / "out").glob(".tmp-*"))
 
 
 def test_every_nth_frame_is_taken_and_shown_when_it_was(detector: Detector, tmp_path: Path) -> None:

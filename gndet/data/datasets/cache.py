@@ -25,7 +25,8 @@ import PIL
 from gndet.data.datasets.image_folder import ImageFolder
 from gndet.data.datasets.packed import Packed, PackedRecords
 from gndet.data.records import Dataset, Finding, Record
-from gndet.errors import ConfigError, DataError
+from gndet.errors import ConfigError, DataError, OutputError
+from gndet.files import write_whole
 
 FACTS, PICTURES = "facts.json", "pictures.json"
 SETTLED = 2_000_000_000  # ns after which a file system's clock surely has gone on
@@ -59,7 +60,7 @@ class Entry:
         if packed is None:
             return None
         if trusted != facts["trusted"]:
-            with suppress(OSError):
+            with suppress(OutputError):
                 _write_sealed(self._home / FACTS, facts | {"trusted": trusted})
         again = functools.partial(map_again, self._home, facts["files"], trusted)
         folder = self._files.home if self._files else self._path.parent
@@ -97,9 +98,11 @@ class Entry:
             _write_sealed(partial / FACTS, facts)
             shutil.rmtree(self._home, ignore_errors=True)
             partial.rename(self._home)
-        except OSError as error:
+        except (OSError, OutputError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            return dataset._replace(notes=(_unwritable(error.filename2 or error.filename or self._home.parent, error),))
+            reason = error.__cause__ or error  # an OutputError's is the OSError
+            place = reason.filename2 or reason.filename or self._home.parent
+            return dataset._replace(notes=(_unwritable(place, reason),))
         just_written = {f"{name}.npy": _stat(self._home / f"{name}.npy") for name in hashes}
         return self._open(facts | {"trusted": just_written}, just_written) or dataset
 
@@ -164,7 +167,7 @@ def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> Non
     facts = _read_sealed(home / FACTS)
     if facts is not None and facts["inputs"]["listing"] and len(records) == len(records.packed.image_ids):
         date = datetime.date.today().isoformat()
-        with suppress(OSError):
+        with suppress(OutputError):
             body = {
                 "date": date, "decoder": PIL.__version__, "facts": hashes, "findings": findings,
                 "digests": records.digests.astype("<u8").tobytes().hex(),
@@ -233,11 +236,9 @@ def _reader() -> str:
 
 
 def _write_sealed(path: Path, body: dict[str, Any]) -> None:
-    """Write JSON with its hash, to a file beside first."""
+    """Write JSON with its hash, whole or not at all.  Raises OutputError."""
     text = json.dumps(body)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(hashlib.sha256(text.encode()).hexdigest() + "\n" + text, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
 
 
 def _read_sealed(path: Path) -> Any:

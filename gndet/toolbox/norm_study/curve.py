@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gndet.files import written_whole
 from gndet.toolbox.analysis.study_results import (
     METRICS,
     Mean,
@@ -32,9 +33,8 @@ def draw(study: Study, path: Path) -> None:
         axes.set_ylabel(f"{METRICS[metric]}, %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:

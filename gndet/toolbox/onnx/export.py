@@ -8,7 +8,6 @@ the box.
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
-from gndet.files import make_room_for
+from gndet.files import make_room_for, written_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.toolbox.onnx.model import INPUT, OUTPUTS, OnePicture, own_operators
 
@@ -74,16 +73,11 @@ def export(
         detector.model.float()  # NonMaxSuppression and RoIAlign know nothing else
         masks = masks and detector.cfg.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
-        partial = file.with_name(f"{file.name}.partial")
-        try:
+        with written_whole(file) as partial:
             _write(detector, partial, pictures[0], size, masks, opset)
             passed = compare(detector, partial, pictures, name, masks, show)
-            if passed:
-                os.replace(partial, file)
-        except OSError as error:
-            raise OutputError(f"--onnx {file}: cannot be written: {error.strerror or error}") from None
-        finally:
-            partial.unlink(missing_ok=True)
+            if not passed:
+                partial.unlink()
     if not passed:
         before = ", and the one that was there is as before" if file.exists() else ""
         show(f"{file}: not written{before}; expected boxes within {BOXES} px, scores {SCORES}, masks {MASKS}")

@@ -3,9 +3,8 @@
 (h, w) frame. Pictures are (h, w, 3) uint8 RGB, upright as a player shows them.
 """
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gndet.errors import DataError, OutputError
+from gndet.files import written_whole
 
 try:
     import av
@@ -89,11 +89,12 @@ class VideoWriter:
     def __init__(self, path: Path, rate: Fraction) -> None:
         """rate: frames a second, which the encoder reckons with."""
         self.path, self.rate = path, rate
-        self.partial = path.with_name(f"{path.name}.partial")
+        self.place = ExitStack()
         self.stream: Any = None
         self.start, self.last = 0.0, -1  # seconds of the first frame, ticks of the last one
 
     def __enter__(self) -> "VideoWriter":
+        self.partial = self.place.enter_context(written_whole(self.path))
         with self._told():
             self.container = av.open(str(self.partial), "w", format="mp4")
         return self
@@ -118,15 +119,12 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            with self._told():
-                if kind is None and self.stream is not None:
-                    self.container.mux(self.stream.encode())
-                self.container.close()
+        with self.place, self._told():
             if kind is None and self.stream is not None:
-                os.replace(self.partial, self.path)
-        finally:
-            self.partial.unlink(missing_ok=True)
+                self.container.mux(self.stream.encode())
+            self.container.close()
+            if kind is not None or self.stream is None:
+                self.partial.unlink()
 
     @contextmanager
     def _told(self) -> Iterator[None]:

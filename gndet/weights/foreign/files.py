@@ -6,7 +6,6 @@ answered with stand-ins of our own, which check what they are given; a file that
 
 import io
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -20,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from gndet.errors import CheckpointError, OutputError
+from gndet.errors import CheckpointError
+from gndet.files import write_whole
 
 ZIP = b"PK"  # torch.save since torch 1.6
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # earlier: two bytes of protocol, then torch's magic number, pickled
@@ -166,29 +166,14 @@ def write_torch(path: Path, content: dict[str, Any]) -> None:
     """Write a dict with torch.save, so that path is whole or as it was; raises OutputError where that fails."""
     buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a cause
     torch.save(content, buffer)
-    _write(path, buffer.getbuffer())
+    write_whole(path, buffer.getbuffer())
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors and a header of texts, so that path is whole or as it was; raises OutputError where that fails."""
     # copies: safetensors refuses tensors that share memory
     copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    _write(path, safetensors.torch.save(copies, metadata))
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write it: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_whole(path, safetensors.torch.save(copies, metadata))
 
 
 def _head(path: Path) -> bytes:

@@ -15,15 +15,15 @@ from gndet.errors import ProcessLost, TrainingError
 
 @contextmanager
 def exchange(proc: Process) -> Iterator[None]:
-    """Surround a collective.  Raises ProcessLost, which says what is known of the ranks that did not come."""
+    """Turn the failure of a collective into ProcessLost, which names the ranks that did not take part."""
     try:
         with proc.watch.waiting() if proc.watch else nullcontext():
             yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         if proc.watch is None:
-            raise ProcessLost(f"process {proc.rank}: the others did not come: {reason}") from error
-        text = f"process {proc.rank} {proc.watch.where()}: the others did not come: {proc.watch.others()} ({reason})"
+            raise ProcessLost(f"rank {proc.rank}: the others did not come: {reason}") from error
+        text = f"rank {proc.rank} {proc.watch.where()}: the others did not come: {proc.watch.others()} ({reason})"
         proc.watch.dump(text)
         raise ProcessLost(text) from error
 
@@ -77,9 +77,9 @@ def all_reduce_min(values: Sequence[int], proc: Process) -> list[int]:
 
 
 def raise_on_all(trouble: BaseException | None, proc: Process) -> None:
-    """Raise on every rank what stopped any of them: an error before a Stop, a rank's own before that of others.
+    """Raise on every rank what stopped any of them; an error goes before a Stop, a rank's own error before others'.
 
-    trouble: of this rank, or None.  Every rank calls it once, where its work may have ended otherwise.
+    trouble: what stopped this rank, or None.  Every rank must call it, whether its work succeeded or not.
     """
     mine = "" if trouble is None else repr(Stop) if isinstance(trouble, Stop) else str(trouble)
     texts = [text for part in all_gather([mine], proc) for text in part]

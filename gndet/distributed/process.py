@@ -1,4 +1,4 @@
-"""The process a run lives in: its rank, device, memory allocator. The environment is read here and nowhere else."""
+"""A rank of a run: its number, device and memory allocator.  The environment is read here and nowhere else."""
 
 import ctypes
 import os
@@ -18,46 +18,46 @@ from torch import nn
 from gndet.distributed.watch import Watch
 from gndet.errors import ConfigError
 
-_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # what torchrun sets, and without it
-_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # torch's, new and old names
-START_TIMEOUT = 600.0  # seconds in which processes find each other, read their data, and the first calibrates
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # variables that torchrun sets; defaults without it
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the new and old names
+START_TIMEOUT = 600.0  # seconds for ranks to find each other and read their data, and for rank 0 to calibrate
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 
 
 class Process(NamedTuple):
-    """One of `world` processes of a run."""
+    """One of the `world` ranks of a run."""
 
     rank: int
     world: int
     device: torch.device
-    watch: Watch | None = None  # of a training run
+    watch: Watch | None = None  # in training
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
 
 @contextmanager
 def process(device: str, deterministic: bool = False, watched: bool = False) -> Iterator[Process]:
-    """Join the run that torchrun started, or be its only process; leave it at the end.
+    """Join the run that torchrun started, or be the only rank; leave the run at the end.
 
-    device: auto, cpu or cuda.  watched: with a Watch over the processes, which hold each other up for START_TIMEOUT at
-    most until `limit_waiting` is called.  Raises ConfigError where cuda is asked for and absent.
+    device: auto, cpu or cuda.  watched: add a Watch; ranks then wait for each other for START_TIMEOUT at most, until
+    `limit_waiting` is called.  Raises ConfigError where cuda is asked for and absent.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
     with _member(device, deterministic, rank, world, local, "env://", nccl=True) as proc, ExitStack() as stack:
         if watched:
-            # a connection of its own: a collective that looks for its peers keeps the group's busy
+            # a connection of its own: the group's is busy while a collective looks for its peers
             store = dist.distributed_c10d._get_default_store().clone() if world > 1 else None
             proc = proc._replace(watch=stack.enter_context(Watch(store, rank, world, START_TIMEOUT)))
         yield proc
 
 
 def spawn(function: Callable[..., None], world: int, device: str, *args: Any) -> None:
-    """Run function(proc, *args) in `world` new processes of this machine and wait; they share a GPU if they must.
+    """Run function(proc, *args) on `world` new ranks of this machine and wait; they share a GPU if they must.
 
-    function, a module's own, and args are pickled.  Raises what torch.multiprocessing raises for one that fails.
+    function, defined at module level, and args are pickled.  Raises torch.multiprocessing's errors where a rank fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_spawned, (function, world, device, f"file://{folder}/rendezvous", args), nprocs=world)
@@ -66,7 +66,7 @@ def spawn(function: Callable[..., None], world: int, device: str, *args: Any) ->
 def _spawned(
     rank: int, function: Callable[..., None], world: int, device: str, rendezvous: str, args: tuple[Any, ...]
 ) -> None:
-    """The life of a spawned process."""
+    """Run function as one rank of `spawn`."""
     torch.set_num_threads(max(torch.get_num_threads() // world, 1))
     gpus = torch.cuda.device_count()
     with _member(device, False, rank, world, rank % max(gpus, 1), rendezvous, nccl=world <= gpus) as proc:
@@ -77,11 +77,11 @@ def _spawned(
 def _member(
     device: str, deterministic: bool, rank: int, world: int, local: int, rendezvous: str, *, nccl: bool
 ) -> Iterator[Process]:
-    """Be process `rank` of `world`, on GPU `local` if there is one, while the context lasts; nccl: no GPU is shared."""
+    """Be rank `rank` of `world`, on GPU `local` if there is one, while the context lasts; nccl: no GPU is shared."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
     if device != "cpu" and not any(name in os.environ for name in _ALLOCATOR):
-        # canvases of many sizes leave holes in fixed segments; read when the GPU is first used
+        # canvases of many sizes leave holes in fixed segments; torch reads this when it first uses the GPU
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     on_gpu = device != "cpu" and torch.cuda.is_available()
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -97,25 +97,25 @@ def _member(
         backend = "cpu:gloo,cuda:nccl" if on_gpu and nccl else "gloo"
         limit = timedelta(seconds=START_TIMEOUT)
         store, *_ = next(dist.rendezvous(rendezvous, rank, world, timeout=limit))
-        # torchrun keeps the store when it starts the processes anew, with what the dead ones wrote: where they listened
+        # torchrun keeps the store when it restarts the ranks, with the addresses at which the dead ones listened
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     yield Process(rank, world, chosen)
-    if world > 1:  # not after an error: it would wait for a process that is lost
+    if world > 1:  # not after an error: it would wait for a rank that is lost
         dist.destroy_process_group()
 
 
 def limit_waiting(proc: Process, seconds: float) -> None:
-    """Let no process wait for the others longer than this from now on."""
+    """Let no rank wait for the others longer than this from now on."""
     if proc.watch is not None:
         proc.watch.timeout_s = seconds
     if proc.world > 1:
-        named = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name until torch 2.12
+        named = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.12
         named(timedelta(seconds=seconds))
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory: page faults of mapping it anew cost 38 % of a CPU training step."""
+    """Tell glibc to reuse freed memory: the page faults of mapping it anew cost 38 % of a CPU training step."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -124,7 +124,7 @@ def keep_freed_memory() -> None:
 
 
 def place(model: nn.Module, precision: str, proc: Process) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
-    """Move a model to the device in its precision (train.precision); with the context it is to run in."""
+    """Move a model to the device in a precision (train.precision).  Returns it with the autocast context to run in."""
     model = model.to(proc.device, torch.float64 if precision == "float64" else None, memory_format=torch.channels_last)
     bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")
     return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext

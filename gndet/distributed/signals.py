@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: SIGTERM and SIGUSR1 of a scheduler, SIGINT of a person.
 
-The first is noted, and the run stops where it can be resumed exactly: `StopSignals.poll` raises Stop there, and within
-`at_once()` the signal does so itself.  A second one ends the process without a word more: what was saved before stays.
+The first signal is noted, and the run stops where it can be resumed exactly: `StopSignals.poll` raises Stop there, and
+within `at_once()` the signal itself does.  A second signal ends the process at once: what was saved before stays.
 """
 
 import contextlib
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-WAKE = signal.SIGURG  # sent by this process to its main thread; by default nothing happens, should it come late
-SAME = 1.0  # seconds: a scheduler may signal all processes, and torchrun then passes its own signal on; one request
+WAKE = signal.SIGURG  # sent by this process to its main thread; ignored by default, should it come late
+SAME = 1.0  # seconds; signals within it are one request: a scheduler signals all ranks, torchrun passes its own on
 
 
 class Stop(BaseException):
@@ -22,13 +22,13 @@ class Stop(BaseException):
 
 
 class StopSignals:
-    """Collects the signals of a run while the context lasts; outside the main thread it collects none.
+    """Collect the signals of a run while the context lasts; outside the main thread, collect none.
 
-    The second signal is acted on by a thread that the C handler wakes: the main thread may be inside a collective.
+    A thread that the C handler wakes acts on the second signal: the main thread may be inside a collective.
     """
 
     def __init__(self) -> None:
-        self.number: int | None = None  # of the first signal; 0: another process of the run received one
+        self.number: int | None = None  # of the first signal; 0: another rank received one
         self._interrupt = False
         self._before: dict[int, Any] = {}
 
@@ -39,11 +39,11 @@ class StopSignals:
 
     @property
     def status(self) -> int:
-        """The exit status of a run that was stopped and saved: 130 after Ctrl-C, so that a `&&` chain ends, else 0."""
+        """The exit status of a run that was stopped and saved: 130 after Ctrl-C, which ends a `&&` chain, else 0."""
         return 130 if self.number == signal.SIGINT else 0
 
     def ask(self) -> None:
-        """Note that another process of the run has been asked to stop; that, too, breaks off what may be."""
+        """Note that another rank has been asked to stop; within `at_once()`, raise Stop in the main thread."""
         if self.number is None:
             self.number = 0
         if self._before:
@@ -56,16 +56,16 @@ class StopSignals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal raise Stop wherever the main thread is: only around what may be broken off anywhere."""
+        """Let a signal raise Stop wherever the main thread is; only for work that may be interrupted anywhere."""
         before, self._interrupt = self._interrupt, True
         try:
-            self.poll()  # after that line: a signal between the two would be lost
+            self.poll()  # after _interrupt is set: a signal between the two would be lost
             yield
         finally:
             self._interrupt = before
 
     def no_longer_at_once(self) -> None:
-        """Let no signal raise Stop any more within `at_once()`: what follows is done with other processes."""
+        """Let no signal raise Stop within `at_once()` from here on: collectives with other ranks follow."""
         self._interrupt = False
 
     def __enter__(self) -> "StopSignals":
@@ -93,7 +93,7 @@ class StopSignals:
             raise Stop
 
     def _watch(self) -> None:
-        """Read the numbers that the C handler writes, as they come."""
+        """Read the signal numbers that the C handler writes."""
         first_at = None
         with open(self._read, "rb", buffering=0) as numbers:
             while number := numbers.read(1):

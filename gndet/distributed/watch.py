@@ -1,7 +1,7 @@
-"""What each process of a run is doing, told to the others: a hang or a death has a name, and a stop is shared.
+"""Heartbeats between ranks: name the rank that hung or died, and propagate stop requests.
 
-A thread of each process writes (update, what it is doing, a counter) to the store of the process group.  A process
-whose counter stands still was stopped or killed; one whose counter runs hangs in what it says it is doing.
+A thread of each rank writes (update, what the rank is doing, a counter) to the store of the process group.  A rank
+whose counter stands still was stopped or killed; a rank whose counter advances hangs in what it says it is doing.
 """
 
 import faulthandler
@@ -18,41 +18,41 @@ from typing import Any
 from gndet.distributed.signals import Stop
 from gndet.errors import Preempted
 
-BEAT = 0.25  # seconds between two lines of a process
-GRACE = 5.0  # seconds that the collective itself has to fail in, before the process ends without it
+BEAT = 0.25  # seconds between two heartbeats of a rank
+GRACE = 5.0  # seconds beyond the timeout for the collective itself to fail, before the process is ended
 GONE = (
-    "process 0, or the torchrun that started it, was killed or does not answer: it holds the store by which processes "
+    "rank 0, or the torchrun that started it, was killed or does not answer: it holds the store through which ranks "
     "find each other"
 )
-STOPPED, FAILED = "watch/stop", "watch/failed"  # keys: a process was asked to stop; one left with an error
-LEAST_QUIET = 60.0  # seconds without news after which a lone process's stacks are written, at the least
+STOPPED, FAILED = "watch/stop", "watch/failed"  # keys: a rank was asked to stop; a rank left with an error
+LEAST_QUIET = 60.0  # seconds without progress, at least, after which the stacks of a rank are written
 
 Beats = list[dict[str, Any] | None]
 
 
 class Watch:
-    """The watch of one process; usable as a context manager."""
+    """The watch of one rank; usable as a context manager."""
 
     def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
-        """store: of the process group, None for a lone process.  timeout_s: what the collectives wait at most."""
+        """store: of the process group, None for a single rank.  timeout_s: how long collectives wait at most."""
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self.report: Path | None = None  # where stacks are written; None: nowhere
-        self.on_stop: Callable[[], None] = lambda: None  # called once another process has been asked to stop
-        self.stopping: Callable[[], bool] = lambda: False  # whether this process has been asked to stop
+        self.on_stop: Callable[[], None] = lambda: None  # called once another rank has been asked to stop
+        self.stopping: Callable[[], bool] = lambda: False  # whether this rank has been asked to stop
         self._store = store
         self._update, self._doing, self._since = 0, "starting", time.monotonic()
         self._waiting = False
         self._quiet_said = False
-        self._before: Beats = []  # the others' beats when the waiting had become long
+        self._before: Beats = []  # of all ranks, shortly before the timeout
         self._done = threading.Event()
 
     def at(self, update: int, doing: str) -> None:
-        """Note what the main thread does now: `update` updates are done, doing completes "was ..."."""
+        """Note what the main thread does now: `update` updates are done; doing is a participle, "saving"."""
         self._update, self._doing, self._since, self._quiet_said = update, doing, time.monotonic(), False
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Note that the main thread waits for the other processes."""
+        """Note that the main thread waits for the other ranks."""
         before, self._since, self._waiting, self._before = self._doing, time.monotonic(), True, []
         self._doing = f"waiting for the others after {before}"
         try:
@@ -61,11 +61,11 @@ class Watch:
             self._doing, self._since, self._waiting = before, time.monotonic(), False
 
     def where(self) -> str:
-        """Say what this process is doing."""
+        """Say what this rank is doing."""
         return _where({"update": self._update, "doing": self._doing})
 
     def others(self) -> str:
-        """Say what the other processes are doing, those that do not answer first.  Takes up to GRACE."""
+        """Say what the other ranks are doing, those that do not answer first.  Takes up to GRACE."""
         if self._store is None:
             return "" if self.world == 1 else GONE
         found = self._ask(self._compare)
@@ -76,19 +76,19 @@ class Watch:
             if rank == self.rank:
                 continue
             if beat is None or before is None:
-                silent.append(f"process {rank} never answered")
+                silent.append(f"rank {rank} never answered")
             elif beat["count"] == before["count"]:
-                silent.append(f"process {rank} does not answer: stopped or killed {_where(beat)}")
+                silent.append(f"rank {rank} does not answer: stopped or killed {_where(beat)}")
             else:
-                rest.append(f"process {rank} is there, {_where(beat)}")
+                rest.append(f"rank {rank} is alive, {_where(beat)}")
         return "; ".join(silent + rest)
 
     def another_failed(self) -> bool:
-        """Whether a process has left the run with an error: then a signal comes from what started it, and ends it."""
+        """Whether a rank has left the run with an error; torchrun then ends the others by a signal."""
         return bool(self._store is not None and self._ask(lambda: self._store.check([FAILED])))
 
     def dump(self, text: str) -> None:
-        """Write the text and the stacks of all threads to the report, where that is possible."""
+        """Write the text and the stacks of all threads to the report, if possible."""
         if self.report is None:
             return
         try:
@@ -98,10 +98,10 @@ class Watch:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
-            return  # the disk may be what hangs or is full; the text goes to the terminal as well
+            return  # the disk may be full, or be what hangs; the text goes to the terminal as well
 
     def __enter__(self) -> "Watch":
-        for work in (self._beats, self._hangs):  # two: the store may hang, too
+        for work in (self._beats, self._hangs):  # two threads: the store may hang, too
             threading.Thread(target=work, daemon=True, name="watch").start()
         return self
 
@@ -112,7 +112,7 @@ class Watch:
             self._ask(lambda: self._store.set(key, str(self.rank)))
 
     def _beats(self) -> None:
-        """Tell what this process does, and hear of a stop, until the run ends."""
+        """Write this rank's heartbeats and listen for a stop request, until the run ends."""
         count, shared = 0, False
         while self._store is not None and not self._done.wait(BEAT):
             count += 1
@@ -125,35 +125,34 @@ class Watch:
                 elif not shared and self._store.check([STOPPED]):
                     self.on_stop()
                     shared = True
-            except RuntimeError:  # the store is gone with the process that kept it: collectives will say so
+            except RuntimeError:  # the store died with the process that kept it: collectives will say so
                 self._store = None
 
     def _hangs(self) -> None:
-        """Look for a hang until the run ends."""
+        """Look for a hang, until the run ends."""
         while not self._done.wait(BEAT):
             quiet = time.monotonic() - self._since
             if self._waiting and not self._before and quiet > self.timeout_s - 8 * BEAT:
                 self._before = self._ask(self._all_beats) or []
             if self._waiting and quiet > self.timeout_s + GRACE:  # NCCL may wait for ever
-                text = f"process {self.rank} {self.where()}: no answer for {quiet:.0f} s: {self.others()}"
-                self._tell(text)
+                self._tell(f"rank {self.rank} {self.where()}: no answer for {quiet:.0f} s: {self.others()}")
                 os._exit(1)
             if not self._waiting and not self._quiet_said and quiet > max(self.timeout_s, LEAST_QUIET):
                 self._quiet_said = True
-                self._tell(f"process {self.rank} {self.where()}: no progress for {quiet:.0f} s; it is not ended")
+                self._tell(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; it is not ended")
 
     def _tell(self, text: str) -> None:
-        """Write the report, and the text to the terminal, where that is possible."""
+        """Write the report, and the text to the terminal, if possible."""
         self.dump(text)
         with suppress(OSError):
             print(f"gndet: {text}", file=sys.stderr, flush=True)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Ask the store something in a thread of its own.  Returns None where it does not answer within GRACE."""
+        """Ask the store in a thread of its own.  Returns None where it does not answer within GRACE."""
         answers: list[Any] = []
 
         def ask() -> None:
-            with suppress(RuntimeError, AttributeError):  # the store is gone, or was noticed to be
+            with suppress(RuntimeError, AttributeError):  # the store is gone, or _beats has set it to None
                 answers.append(question())
 
         thread = threading.Thread(target=ask, daemon=True)
@@ -162,7 +161,7 @@ class Watch:
         return answers[0] if answers else None
 
     def _compare(self) -> tuple[Beats, Beats]:
-        """The beats of all processes, some time ago and now."""
+        """Return the beats of all ranks, some time ago and now."""
         before = self._before
         if not before:
             before = self._all_beats()
@@ -170,7 +169,7 @@ class Watch:
         return before, self._all_beats()
 
     def _all_beats(self) -> Beats:
-        """The last beat of every process; None where there is none."""
+        """Return the last beat of every rank; None where there is none."""
         keys = [f"watch/{rank}" for rank in range(self.world)]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 

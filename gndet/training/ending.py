@@ -58,7 +58,7 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
     except Stop:
         if proc.watch.another_failed():
             raise TrainingError(
-                f"{out}: process {proc.rank} was ended, for another one failed; see what that says"
+                f"{out}: rank {proc.rank} was ended because another rank failed; see the error of that rank"
             ) from None
         raise preempted(out, when, stop, proc) from None
     except ProcessLost:

@@ -31,7 +31,7 @@ def killed_rank(folder: Path) -> str:
         seconds = run.wait(run.signal(KILL, rank=rank), NOTICED_WITHIN)
         left = run.statuses()[1 - rank]
         check(left not in (0, None), f"{name}: the other process ended with {left}: {run.tail()}")
-        clear = "the others did not come" in run.text and f"process {rank}" in run.text
+        clear = "the others did not come" in run.text and f"rank {rank}" in run.text
         check(clear, f"{name}: no clear end: {run.tail()}")
         figures.append(f"rank {rank} without it after {seconds:.1f} s (status {left})")
     for name in ("torchrun", "alone-0", "alone-1"):
@@ -62,7 +62,7 @@ def stopped_rank(folder: Path) -> str:
     check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
     report = run.out / "stalled-process0.txt"
     check(report.exists(), f"no {report.name}: {run.tail()}")
-    words = "process 1 does not answer: stopped or killed after update "
+    words = "rank 1 does not answer: stopped or killed after update "
     check(words in run.text, f"{words!r} expected: {run.tail()}")
     check(words in report.read_text() and "train.py" in report.read_text(), f"{report}: {report.read_text()[:800]}")
     said = run.text[run.text.index(words) :].split(",")[0]

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
-CHECKPOINTS = "checkpoints"  # their folder inside a run folder
+CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # inside a run folder: their folder, and links into it
 ASIDE = ".old-"  # the checkpoint that is being replaced: sweep() puts it back where its successor is missing
 
 
@@ -133,7 +133,7 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def point(run: Path, name: str, folder: Path) -> None:
-    """Make run/name ("last", "best") a relative link to a checkpoint folder, in one step.
+    """Make run/name (LAST, BEST) a relative link to a checkpoint folder, in one step.
 
     Raises CheckpointError where the link cannot be written.
     """
@@ -152,7 +152,7 @@ def prune(run: Path, keep_last: int) -> None:
 
     keep_last: at least 1.  Raises CheckpointError where one cannot be removed.
     """
-    linked = {(run / name).resolve() for name in ("last", "best")}
+    linked = {(run / name).resolve() for name in (LAST, BEST)}
     for folder in run_checkpoints(run)[keep_last:]:
         if folder.resolve() in linked:
             continue
@@ -185,12 +185,12 @@ def resolve(path: Path) -> Path:
     Returns the checkpoint folder, links followed; it is not verified.
     Raises CheckpointError saying what was looked for and what is there.
     """
-    for folder in (path, path / "best", path / "last", *run_checkpoints(path)):
+    for folder in (path, path / BEST, path / LAST, *run_checkpoints(path)):
         if (folder / MANIFEST).is_file():
             return folder.resolve()
     raise CheckpointError(
         f"{path}: neither a gndet checkpoint (a folder with {MANIFEST}) nor a run folder "
-        f"(with best, last or {CHECKPOINTS}/update-...): {_what_is_there(path)}"
+        f"(with {BEST}, {LAST} or {CHECKPOINTS}/update-...): {_what_is_there(path)}"
     )
 
 

@@ -22,7 +22,7 @@ from gndet.training.nonfinite import pass_over, summed
 from gndet.training.norm_record import NormWatch
 from gndet.training.optim import learning_rate, set_learning_rate, total_updates
 from gndet.training.run import Progress, Run
-from gndet.training.run_folder import locked, make_run, move_aside
+from gndet.training.run_folder import STALLED, locked, make_run, move_aside
 from gndet.training.setup import set_up
 from gndet.training.task import TASKS
 from gndet.training.update import UpdateState, compute_gradients, make_update
@@ -58,7 +58,7 @@ def train(
             stack.enter_context(locked(out, proc))
         make_run(cfg, out, proc)
         ending.begun = proc.first
-        proc.watch.report = out / "stalled"
+        proc.watch.report = out / STALLED
         limit_waiting(proc, cfg.train.timeout_s)
         state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)
         log = open_log(

@@ -21,7 +21,7 @@ import torchvision
 from torch import Tensor
 
 import gndet
-from gndet.checkpoint import CHECKPOINTS, Checkpoint, point, prune, save_checkpoint
+from gndet.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, point, prune, save_checkpoint
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
 from gndet.training.optim import checkpoint_bytes, load_optimizer_tensors, optimizer_tensors
@@ -105,8 +105,8 @@ class Saver:
         folder = out / CHECKPOINTS / f"update-{meta['update']:07d}"
         save_checkpoint(folder, groups, meta)
         if is_best:
-            point(out, "best", folder)
-        point(out, "last", folder)
+            point(out, BEST, folder)
+        point(out, LAST, folder)
         try:
             prune(out, self._run.cfg.train.keep_last)
         except CheckpointError as error:
@@ -195,10 +195,10 @@ def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
     """
     refuse_drift(run, saved)
     if run.proc.first:  # a kill may have come before the links were set
-        point(run.out, "last", saved.path)
+        point(run.out, LAST, saved.path)
         best = saved.path.with_name(f"update-{saved.meta['best_update'] or 0:07d}")
         if saved.meta["best_update"] and best.is_dir():
-            point(run.out, "best", best)
+            point(run.out, BEST, best)
     progress = Progress.from_meta(saved.meta)
     run.model.load_state_dict(saved.groups["model"])
     load_optimizer_tensors(run.optimizer, run.model, saved.groups["optimizer"])

@@ -1,4 +1,4 @@
-"""How a run ends: finished, stopped by a signal, or by an error; what was learned is saved first."""
+"""How a run ends: finished, stopped by a signal, or failed; what was learned is saved first."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,28 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gndet.checkpoint import BEST, LAST
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.training.checkpointing import Saver
 from gndet.training.run import Progress, Run
-from gndet.training.run_folder import mark_failed, mark_preempted, unmark_preempted
+from gndet.training.run_folder import (
+    BOARD,
+    METRICS,
+    NONFINITE,
+    PREDICTIONS,
+    mark_failed,
+    mark_preempted,
+    unmark_preempted,
+)
 from gndet.training.update import UpdateState
 
 
 @dataclass
 class Ending:
-    """Whether the run has begun in the process that writes its folder."""
+    """Whether the run has begun, on the rank that writes its folder."""
 
     begun: bool = False
 
 
 @contextmanager
 def marked(out: Path, at_end: Callable[[Path], None] | None) -> Iterator[Ending]:
-    """Leave the marker with the error that ended a run that had begun, and call at_end(out).
+    """Mark a run that an error ended after it had begun, and call at_end(out).
 
-    at_end is called after success and after an error, not after a signal, which leaves no time.
+    at_end is called after success and after an error, but not after a signal, which leaves no time.
     """
     ending = Ending()
     try:
@@ -47,9 +56,9 @@ def marked(out: Path, at_end: Callable[[Path], None] | None) -> Iterator[Ending]
 
 @contextmanager
 def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]:
-    """Let a signal end a run that has not begun, and leave the marker; an error takes the marker of a past one away.
+    """Let a signal end a run that has not begun, and mark the run; an error removes an earlier marker.
 
-    Raises Preempted in place of Stop, in all processes where one was asked to stop.
+    Raises Preempted in place of Stop, on every rank where any was asked to stop.
     """
     when = "before its first update; what was saved before is as it was"
     try:
@@ -62,7 +71,7 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
             ) from None
         raise preempted(out, when, stop, proc) from None
     except ProcessLost:
-        time.sleep(2 * BEAT)  # perhaps it was asked to stop, and has left: that is told within a beat
+        time.sleep(2 * BEAT)  # perhaps that rank was asked to stop and has left: a beat tells
         if stop.asked and not proc.watch.another_failed():
             raise preempted(out, when, stop, proc) from None
         raise
@@ -75,7 +84,7 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
 def rescued(
     run: Run, progress: Progress, state: UpdateState, total: int, saver: Saver, stop: StopSignals
 ) -> Iterator[None]:
-    """Save what was learned when a run ends early, for whatever reason; after a signal, leave the marker.
+    """Save what was learned when a run ends early, for whatever reason; after a signal, mark the run.
 
     Raises Preempted in place of Stop.
     """
@@ -95,14 +104,14 @@ def rescued(
 
 
 def keep(progress: Progress, state: UpdateState, saver: Saver) -> None:
-    """Save a state that no checkpoint holds yet; not one that an error left within an update."""
+    """Save a state that no checkpoint holds yet, but not one that an error left within an update."""
     state.undo()
     if state.whole and not saver.holds(progress):
         saver.save(progress, at_once=True)
 
 
 def preempted(out: Path, when: str, stop: StopSignals, proc: Process) -> Preempted:
-    """Leave the marker of a run that a signal ended.  Returns the error to raise, which the first process tells."""
+    """Mark a run that a signal ended.  Returns the error to raise; only that of rank 0 has a message."""
     if not proc.first:
         return Preempted("", stop.status)
     mark_preempted(out, when)
@@ -123,19 +132,19 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Any) -> None:
 
 
 def closing_words(out: Path, progress: Progress) -> str:
-    """Where to find what the run made, what was left out on the way, and what to do next."""
-    best = out / "best"
+    """Say where the run's results are, what was left out on the way, and what to do next."""
+    best = out / BEST
     lines = [
-        f"finished. best checkpoint  {best}   (last: {out / 'last'})",
-        f"          metrics          {out / 'metrics.jsonl'}   (tensorboard --logdir {out / 'tensorboard'})",
-        f"          predictions      {out / 'predictions.png'}   (ground truth beside detections)",
+        f"finished. best checkpoint  {best}   (last: {out / LAST})",
+        f"          metrics          {out / METRICS}   (tensorboard --logdir {out / BOARD})",
+        f"          predictions      {out / PREDICTIONS}   (ground truth beside detections)",
     ]
     if progress.unreadable:
         lines.append(
             f"left out: {len(progress.unreadable)} training image(s) that cannot be read: {progress.unreadable}"
         )
     if progress.nonfinite:
-        lines.append(f"left out: {progress.nonfinite} update(s) that were not finite, see {out / 'nonfinite'}")
+        lines.append(f"left out: {progress.nonfinite} update(s) that were not finite, see {out / NONFINITE}")
     return "\n".join([
         *lines,
         f"next:     gndet evaluate {best}",

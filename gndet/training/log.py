@@ -30,8 +30,7 @@ from torch.utils.tensorboard import summary
 from gndet.data.batches.stream import Loaded
 from gndet.errors import DataError, OutputError
 from gndet.files import RecordFile, write_whole
-
-METRICS, BOARD = "metrics.jsonl", "tensorboard"
+from gndet.training.run_folder import BOARD, METRICS
 
 
 class RunLog:

@@ -31,9 +31,9 @@ from gndet.files import TEMPORARY
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch, GroundTruth
 from gndet.training.run import Progress, Run
+from gndet.training.run_folder import NONFINITE
 from gndet.training.update import Share, UpdateState, breakable, to_device
 
-FOLDER = "nonfinite"
 ADVICE = (
     "A lower train.optimizer.lr, a longer train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps; "
     "train.on_nonfinite=skip:N passes over so many updates"
@@ -75,7 +75,7 @@ def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Te
         "gradient_norm_of_all_processes": _json_number(float(norm)), "images": images,
         "config": run.cfg.model_dump(mode="json"),
     }  # fmt: skip
-    where = _write(run.out / FOLDER / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
+    where = _write(run.out / NONFINITE / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
     line = f"  process {run.proc.rank}: {shown}; {text or 'finite, image by image'}; {where}"
     lines = [line for part in all_gather([line], run.proc) for line in part]
     return "\n".join([

@@ -22,8 +22,8 @@ from gndet.structures import Batch
 from gndet.training.log import read_metrics, truncate
 from gndet.training.memory import out_of_memory, release
 from gndet.training.run import Progress, Run
+from gndet.training.run_folder import NORMS, NORMS_START
 
-NORMS, NORMS_START = "norms.jsonl", "norms-start.safetensors"
 MOST_IMAGES = 16  # where batches for BN ask for more than train.norm_images
 
 

@@ -1,4 +1,4 @@
-"""The run folder: made, taken up where an unfinished run stopped, or refused. One process at a time writes to it."""
+"""The run folder: the names of its files; made, resumed or refused; locked, so that one run at a time writes to it."""
 
 import errno
 import fcntl
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
 from gndet.config.loading import config_from_dict, config_to_yaml
@@ -18,7 +18,7 @@ from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
 from gndet.files import write_whole
 
-# What may differ when a run goes on: nothing here changes what is learned.
+# Options that may differ when a run resumes: none of them changes what is learned.
 NEUTRAL = (
     "device", "data.root", "data.workers", "data.cache", "data.max_pixels", "data.max_unreadable",
     "data.skip_unreadable", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last",
@@ -27,38 +27,53 @@ NEUTRAL = (
 )  # fmt: skip
 SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral where images do not depend on each other
 
+# What is in a run folder, beside checkpoints/, last and best (checkpoint.py).
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+NORMS = "norms.jsonl"
+NORMS_START = "norms-start.safetensors"  # gamma and beta of when the run began
+BOARD = "tensorboard"
+DETECTIONS = "detections.json"  # of the last evaluation, COCO results
+PREDICTIONS = "predictions.png"  # ground truth beside detections
+REPORT = "report.html"
+NONFINITE = "nonfinite"  # reports of losses and gradients that were not finite
+STALLED = "stalled"  # stalled-process0.txt: the stacks of a rank that hung or lost the others
 LOCK = ".lock"
-PREEMPTED = "PREEMPTED"  # the marker of a run that a signal ended and that the same command continues
-FAILED = "FAILED"  # the marker of a run that an error ended, with its words; the same command may go on
-LOCK_WAIT = 10.0  # seconds for a killed run's process to be gone
-UNSET = "not set"  # a key of a section that the other config does not have
+PREEMPTED = "PREEMPTED"  # a signal ended the run; the same command resumes it
+FAILED = "FAILED"  # an error ended the run, with its message; the same command may resume it
+
+LOCK_WAIT = 10.0  # seconds for the process of a killed run to end
+UNSET = "not set"  # a key that only the other config has
 
 
 def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of an unfinished run, if there is one, and a line for each damaged one.
+    """Find an unfinished run to resume.  Only stale temporary files are touched.
 
-    Only stale temporaries are touched.  Raises TrainingError, on all processes, where the folder holds a finished or a
-    different run, or something else.
+    Returns the newest whole checkpoint, or None, and one line per damaged checkpoint that was passed over.  Raises
+    TrainingError on every rank where the folder holds a finished run, a different run, or something else.
     """
-    refusal = []
-    if proc.first and not fresh:
+    if fresh:
+        return None, []
+    saved, damaged, refusal = None, [], []
+    if proc.first:
         try:
             if (out / CONFIG).exists():
                 sweep(out)
-            refuse_other_run(cfg, out)
+            saved, damaged = newest_checkpoint(out)
+            refuse_other_run(cfg, out, saved)
         except GndetError as error:
             refusal = [str(error)]
     for text in all_gather(refusal, proc)[0]:
         raise TrainingError(text)
-    saved, damaged = (None, []) if fresh else newest_checkpoint(out)
+    if not proc.first:  # after the sweep of rank 0
+        saved, damaged = newest_checkpoint(out)
     if damaged and saved is None:
         raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
     return saved, damaged
 
 
 def move_aside(out: Path, proc: Process) -> None:
-    """Rename a folder with files to ...-old-1 and on, whatever it holds.  Raises OutputError."""
+    """Rename a folder that holds files to OUT-old-1, or the next free number.  Raises OutputError."""
     if proc.first and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         try:
             number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
@@ -68,7 +83,7 @@ def move_aside(out: Path, proc: Process) -> None:
 
 
 def make_run(cfg: Config, out: Path, proc: Process) -> None:
-    """Make the folder, write config.yaml, and remove the markers of a past ending.  Raises OutputError."""
+    """Make the folder, write config.yaml, and remove the markers of the last ending.  Raises OutputError."""
     if proc.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -77,11 +92,14 @@ def make_run(cfg: Config, out: Path, proc: Process) -> None:
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
-    all_gather([], proc)  # the others wait for the folder
+    all_gather([], proc)  # other ranks wait for the folder
 
 
-def refuse_other_run(cfg: Config, out: Path) -> None:
-    """Raise TrainingError where the folder holds another run, a finished one, or something else."""
+def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
+    """Raise TrainingError where the folder holds another run, a finished run, or something else.
+
+    saved: the newest whole checkpoint in the folder.
+    """
     ways = "choose another out=FOLDER, or give --fresh to move the old one aside"
     if not out.exists():
         return
@@ -91,7 +109,6 @@ def refuse_other_run(cfg: Config, out: Path) -> None:
         if any(path.name not in (LOCK, PREEMPTED) for path in out.iterdir()):
             raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
         return
-    saved, _ = newest_checkpoint(out)
     if saved is None:
         return  # stopped before its first checkpoint: nothing is lost
     neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, *SPLIT, "out")
@@ -117,11 +134,11 @@ def flat(cfg: Config) -> dict[str, Any]:
 
 @contextmanager
 def locked(out: Path, proc: Process) -> Iterator[None]:
-    """Keep a folder from being trained into by two runs at once, while the context lasts; made where it is missing.
+    """Keep two runs from training into one folder while the context lasts; make the folder where it is missing.
 
-    A folder that was made and has got no files goes again.  Raises TrainingError, on all processes, where another
-    process has it.  A lock ends with its process, and loader processes do not inherit it.  Where the folder cannot be
-    written to, or the file system knows no locks, there is none.
+    Raises TrainingError on every rank where another run holds the lock.  A lock ends with its process, and loader
+    processes do not inherit it.  A folder that is not writable, or on a file system without locks, is not locked.
+    A folder that was made here and is still empty at the end is removed.
     """
     refusal, file, made = [], None, not out.exists()
     if proc.first:
@@ -142,8 +159,8 @@ def locked(out: Path, proc: Process) -> Iterator[None]:
             file.close()
 
 
-def _lock(file: Any, out: Path) -> list[str]:
-    """Lock an open file within LOCK_WAIT.  Returns why it could not be, or nothing."""
+def _lock(file: TextIO, out: Path) -> list[str]:
+    """Lock an open file within LOCK_WAIT.  Returns [] or, as its only item, why that failed."""
     deadline = time.monotonic() + LOCK_WAIT
     while True:
         try:
@@ -163,7 +180,7 @@ def _lock(file: Any, out: Path) -> list[str]:
 
 
 def mark_preempted(out: Path, when: str) -> None:
-    """Leave the marker of a run that a signal ended; `make_run` removes it.  Raises OutputError."""
+    """Mark a run that a signal ended; `make_run` removes the marker.  Raises OutputError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / PREEMPTED).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} stopped by a signal {when}\n")
@@ -174,13 +191,13 @@ def mark_preempted(out: Path, when: str) -> None:
 
 
 def mark_failed(out: Path, why: str) -> None:
-    """Leave the marker of a run that an error ended; `make_run` removes it."""
-    with suppress(OSError):  # the error itself is told
-        (out / FAILED).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n", encoding="utf-8", errors="replace")
+    """Mark a run that an error ended; `make_run` removes the marker."""
+    with suppress(OutputError):  # the error itself is reported
+        write_whole(out / FAILED, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
 
 
 def unmark_preempted(out: Path, proc: Process) -> None:
-    """Remove the marker: the run cannot go on, and is not to be started again and again."""
+    """Remove the marker of a run that cannot resume, so that no scheduler restarts it again and again."""
     if proc.first:
         with suppress(OSError):
             (out / PREEMPTED).unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from gndet.evaluation.evaluate import Evaluation, evaluate, scalars, table
 from gndet.evaluation.paste import paste_masks
 from gndet.evaluation.results import save_results
 from gndet.training.run import Run
+from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 
@@ -68,7 +69,7 @@ def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> dict[str, 
         log.message(f"{len(unreadable)} image(s) cannot be read and count as images where nothing was found: {first}")
     if proc.first:
         log.evaluation(done, scalars(evaluation), table(evaluation))
-        log.attempt("detections.json", partial(save_results, run.out / "detections.json", evaluation.results))
+        log.attempt(DETECTIONS, partial(save_results, run.out / DETECTIONS, evaluation.results))
         show_examples(run, done, log, evaluation)
         for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
             for name, precision in metrics.curves.items() if metrics else ():
@@ -92,7 +93,7 @@ def show_examples(run: Run, done: int, log: Any, evaluation: Evaluation) -> None
     for i, picture in enumerate(pictures):
         log.picture(done, f"val/{i}", picture)
     if pictures:
-        log.attempt("predictions.png", partial(save_picture, run.out / "predictions.png", grid(pictures, columns=2)))
+        log.attempt(PREDICTIONS, partial(save_picture, run.out / PREDICTIONS, grid(pictures, columns=2)))
 
 
 def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:

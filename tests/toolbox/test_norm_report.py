@@ -26,7 +26,8 @@ from gndet.toolbox.report.norm_words import findings
 from gndet.toolbox.report.norms import section
 from gndet.train import train
 from gndet.training.log import RunLog
-from gndet.training.norm_record import NORMS, read_norms, read_start
+from gndet.training.norm_record import read_norms, read_start
+from gndet.training.run_folder import NORMS
 
 STEM = "backbone.stem.norm"
 NO_AREA = None

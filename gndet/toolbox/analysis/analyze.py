@@ -19,8 +19,8 @@ from gndet.files import make_folder, make_room_for, write_whole
 from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
 from gndet.toolbox.analysis.read import read_results
 from gndet.toolbox.analysis.tables import Table, all_tables
+from gndet.training.run_folder import CONFIG, DETECTIONS
 
-CONFIG, DETECTIONS = "config.yaml", "detections.json"  # of a run folder
 SHOWN = 20  # rows of a table on the terminal; the files hold all
 
 

@@ -20,6 +20,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.toolbox.doctor.facts import Fact, Facts
 from gndet.training.log import read_metrics
+from gndet.training.run_folder import METRICS
 
 PICTURES = 64  # that are loaded at most
 SECONDS = 2.0  # that each of the two measurements takes, about
@@ -116,9 +117,9 @@ def wait(images: int, images_per_s: float, out: Path | None) -> Fact:
 
 def last_logged(out: Path) -> dict[str, Any] | None:
     """The last training numbers of a run folder."""
-    if not (out / "metrics.jsonl").is_file():
+    if not (out / METRICS).is_file():
         return None
-    return next((line for line in reversed(read_metrics(out / "metrics.jsonl")) if line.get("kind") == "train"), None)
+    return next((line for line in reversed(read_metrics(out / METRICS)) if line.get("kind") == "train"), None)
 
 
 def batch_bytes(source: Source) -> int:

@@ -36,6 +36,7 @@ from gndet.toolbox.norm_study.curve import draw
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.training.log import read_metrics
+from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import locked
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
@@ -269,7 +270,7 @@ def _speed_of(job: Job, seconds: float, images: int) -> tuple[float, float]:
     """Seconds an image, and seconds beside the training, of a calibration run.  Raises TrainingError."""
     if finished(job.out) is None:
         raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
-    speed = [line["images_per_s"] for line in read_metrics(job.out / "metrics.jsonl") if line["kind"] == "train"]
+    speed = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
     return 1 / speed[-1], max(seconds - images / speed[-1], 0.0)
 
 

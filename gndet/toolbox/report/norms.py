@@ -12,7 +12,8 @@ from gndet.errors import DataError
 from gndet.modeling.detection_model import PROBED_REGIONS
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, findings
-from gndet.training.norm_record import NORMS, read_norms
+from gndet.training.norm_record import read_norms
+from gndet.training.run_folder import NORMS
 
 TITLE = "Normalisation"
 Value = float | None

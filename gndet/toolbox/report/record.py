@@ -19,7 +19,7 @@ from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
 from gndet.toolbox.analysis.read import read_results
 from gndet.training.log import read_metrics
 from gndet.training.optim import total_updates
-from gndet.training.run_folder import CONFIG, FAILED, PREEMPTED
+from gndet.training.run_folder import CONFIG, DETECTIONS, FAILED, METRICS, PREEMPTED
 
 
 class RunRecord(NamedTuple):
@@ -95,7 +95,7 @@ def _meta(folder: Path, missing: list[str]) -> dict[str, Any]:
 
 def _lines(folder: Path, missing: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The lines of metrics.jsonl, by kind."""
-    path = folder / "metrics.jsonl"
+    path = folder / METRICS
     try:
         lines = read_metrics(path)
     except (OSError, DataError) as error:
@@ -116,7 +116,7 @@ def _dataset(cfg: Config, which: str, missing: list[str]) -> Dataset | None:
 
 
 def _results(folder: Path, dataset: Dataset | None, missing: list[str]) -> Results | None:
-    path = folder / "detections.json"
+    path = folder / DETECTIONS
     if not path.is_file():
         missing.append("detections: the run was not evaluated yet, so there is no analysis of what it gets wrong")
         return None

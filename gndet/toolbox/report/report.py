@@ -10,8 +10,7 @@ from gndet.toolbox.analysis.study_results import is_study
 from gndet.toolbox.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
 from gndet.toolbox.report.page import page
 from gndet.toolbox.report.record import read_run
-
-REPORT = "report.html"
+from gndet.training.run_folder import REPORT
 
 
 def report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Callable[[str], None]) -> Path:

@@ -1,8 +1,7 @@
-"""Where results go: folders, files that are written whole or not at all, files that grow by whole records."""
+"""Where results go: folders, files that are written whole or not at all, files that grow by whole lines."""
 
 import errno
 import os
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,43 +39,29 @@ def write_whole(path: Path, content: str | bytes | memoryview) -> None:
         file.write(data)
 
 
-class RecordFile:
-    """A file that grows by whole records, and outlives a full disk.
+class LineFile:
+    """A text file that grows by whole lines and outlives a full disk: lines without room wait until there is some."""
 
-    A record that has no room leaves no half of itself and is kept, up to `most_waiting` bytes of them; it is written
-    before the next one, in the order in which they came.
-    """
-
-    def __init__(self, path: Path, most_waiting: int = 64 << 20) -> None:
+    def __init__(self, path: Path) -> None:
         """Open a file to append to it.  Raises OSError."""
-        self.dropped = False  # so many had to wait that some are lost
         self._file = path.open("ab", buffering=0)
-        self._waiting: deque[bytes] = deque()
-        self._room = most_waiting
+        self._waiting = b""
 
-    def append(self, record: bytes) -> None:
-        """Write what waits and then a record.  Raises OSError where that cannot be done now."""
-        self._waiting.append(record)
-        self._room -= len(record)
-        try:
-            self.catch_up()
-        finally:  # where all is written there is room
-            while self._room < 0:
-                self._room += len(self._waiting.popleft())
-                self.dropped = True
+    def append(self, line: str) -> None:
+        """Write the lines that wait, then this one.  Raises OSError where there is no room now."""
+        self._waiting += f"{line}\n".encode()
+        self.catch_up()
 
     def catch_up(self) -> None:
-        """Write what waits.  Raises OSError where that cannot be done now."""
-        while self._waiting:
-            record = self._waiting[0]
-            end = os.fstat(self._file.fileno()).st_size
-            if self._file.write(record) < len(record):
-                self._file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._room += len(self._waiting.popleft())
+        """Write the lines that wait.  Raises OSError where there is no room now; no part of them is written then."""
+        end = os.fstat(self._file.fileno()).st_size
+        if self._file.write(self._waiting) < len(self._waiting):
+            self._file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = b""
 
     def close(self) -> None:
-        """Close the file; what waits is lost."""
+        """Close the file; lines that still wait are lost."""
         self._file.close()
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -17,7 +16,8 @@ from gndet.distributed.signals import StopSignals
 from gndet.errors import TrainingError
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
-from gndet.training.log import Meter, open_log
+from gndet.training.log import Log
+from gndet.training.meter import Meter
 from gndet.training.nonfinite import pass_over, summed
 from gndet.training.norm_record import NormWatch
 from gndet.training.optim import learning_rate, set_learning_rate, total_updates
@@ -61,9 +61,9 @@ def train(
         proc.watch.report = out / STALLED
         limit_waiting(proc, cfg.train.timeout_s)
         state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)
-        log = open_log(
-            out, proc.first, total_updates=total, first_update=progress.update,
-            evaluation_due=progress.evaluation_due, console=console,
+        log = Log(
+            out, total_updates=total, first_update=progress.update, evaluation_due=progress.evaluation_due,
+            console=console, enabled=proc.first,
         )  # fmt: skip
         stack.enter_context(log)
         for note in notes:
@@ -119,7 +119,7 @@ def due(done: int, every: int, total: int) -> bool:
 # --- an update
 
 
-def note_size(size: int, before: int, update: int, log: Any) -> int:
+def note_size(size: int, before: int, update: int, log: Log) -> int:
     """Say that fewer images are computed at once than before.  Returns the size."""
     if size < before:
         log.message(
@@ -129,7 +129,7 @@ def note_size(size: int, before: int, update: int, log: Any) -> int:
     return size
 
 
-def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Any) -> None:
+def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log) -> None:
     """Count the pictures that had to be left out.
 
     Raises TrainingError, in all processes, where they are more than data.max_unreadable.
@@ -153,7 +153,7 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Any)
 
 
 def evaluate_and_save(
-    run: Run, progress: Progress, saver: Saver, log: Any, stop: StopSignals, norms: NormWatch
+    run: Run, progress: Progress, saver: Saver, log: Log, stop: StopSignals, norms: NormWatch
 ) -> None:
     """Evaluate what has been learned so far, look at the norms, and save it."""
     saver.wait()  # loader processes are forked now
@@ -166,7 +166,7 @@ def evaluate_and_save(
 # --- batches, the end's words
 
 
-def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Any) -> Iterator[Replay]:
+def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Iterator[Replay]:
     """This process's batches, of `size` images, of each update from start to stop - 1; meter times the waiting."""
     cfg, proc = run.cfg, run.proc
     batches = train_batches(
@@ -180,7 +180,7 @@ def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Any) 
             yield Replay(lambda: meter.wait_for(batches), count)
 
 
-def show_batches(run: Run, taken: list[Loaded], log: Any) -> None:
+def show_batches(run: Run, taken: list[Loaded], log: Log) -> None:
     """Put the first training pictures into TensorBoard, as the network got them."""
     places = [(loaded, place) for loaded in taken for place in range(len(loaded.image_ids))]
     for i, (loaded, place) in enumerate(places[: run.cfg.train.vis_images]):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gndet.checkpoint import BEST, LAST
 from gndet.distributed.process import Process
@@ -13,6 +12,7 @@ from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.training.checkpointing import Saver
+from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import (
     BOARD,
@@ -118,15 +118,14 @@ def preempted(out: Path, when: str, stop: StopSignals, proc: Process) -> Preempt
     return Preempted(f"{out}: stopped by a signal {when}; the same command goes on", stop.status)
 
 
-def finish(run: Run, progress: Progress, saver: Saver, log: Any) -> None:
+def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
     """Wait for the last checkpoint and say where everything is.  Raises where something could not be written."""
     saver.wait()
     if saver.failed:  # once more: the disk may have room again
         saver.save(progress, at_once=True)
     if saver.failed:
         raise TrainingError(f"{run.out}: the run is done, but its last checkpoint is not written: {saver.failed}")
-    if run.proc.first:
-        log.message(closing_words(run.out, progress))
+    log.message(closing_words(run.out, progress))
     if lost := log.lost():
         raise OutputError(f"{run.out}: the run is done and saved, but not all was written: {lost}")
 

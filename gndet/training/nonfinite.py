@@ -30,6 +30,7 @@ from gndet.errors import DataError, TrainingError
 from gndet.files import TEMPORARY
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch, GroundTruth
+from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import NONFINITE
 from gndet.training.update import Share, UpdateState, breakable, to_device
@@ -202,7 +203,7 @@ def _json_number(value: float) -> float | str:
 
 
 def pass_over(
-    run: Run, progress: Progress, state: UpdateState, taken: list[Loaded], share: Share, norm: Tensor, log: Any,
+    run: Run, progress: Progress, state: UpdateState, taken: list[Loaded], share: Share, norm: Tensor, log: Log,
     evaluation_due: bool,
 ) -> None:  # fmt: skip
     """Leave an update out whose losses or gradient are not finite, as train.on_nonfinite says.

@@ -19,7 +19,7 @@ from gndet.data.batches.transforms import UnreadablePicture, test_sample
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
 from gndet.files import write_whole
 from gndet.structures import Batch
-from gndet.training.log import read_metrics, truncate
+from gndet.training.log import Log, read_metrics, truncate
 from gndet.training.memory import out_of_memory, release
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import NORMS, NORMS_START
@@ -30,7 +30,7 @@ MOST_IMAGES = 16  # where batches for BN ask for more than train.norm_images
 class NormWatch:
     """Looks at the norm layers of a run, in its first process; in the others it does nothing."""
 
-    def __init__(self, run: Run, log: Any, progress: Progress) -> None:
+    def __init__(self, run: Run, log: Log, progress: Progress) -> None:
         """Forget what a killed run wrote past the point it goes on from; a run that begins is measured at once.
 
         Raises OutputError where norms.jsonl cannot be written.

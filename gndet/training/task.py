@@ -4,7 +4,7 @@ Loop, accumulation, resume, faults, logs and studies know no task: another one i
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gndet.config.schema import Config
 from gndet.data.datasets.faults import NOTED, refuse_all
@@ -12,6 +12,7 @@ from gndet.data.datasets.packed import count_objects
 from gndet.data.datasets.reading import between, inspect_both
 from gndet.data.records import Dataset
 from gndet.distributed.signals import StopSignals
+from gndet.training.log import Log
 from gndet.training.run import Run
 from gndet.training.validation import evaluate_run
 from gndet.weights.load import Start, initial_model
@@ -43,7 +44,7 @@ class Task(NamedTuple):
 
     read: Callable[[Config], tuple[Dataset, Dataset, list[str]]]  # data.train, data.val, and lines about them
     build: Callable[..., Start]  # (cfg, classes, load, images, measure): the model as training starts with it
-    evaluate: Callable[[Run, int, Any, StopSignals], dict[str, float]]  # (run, updates made, log, stop): the metrics
+    evaluate: Callable[[Run, int, Log, StopSignals], dict[str, float]]  # (run, updates made, log, stop): the metrics
 
 
 TASKS = {"detection": Task(read_both, initial_model, evaluate_run)}  # by Config.task

@@ -16,13 +16,14 @@ from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_ob
 from gndet.evaluation.evaluate import Evaluation, evaluate, scalars, table
 from gndet.evaluation.paste import paste_masks
 from gndet.evaluation.results import save_results
+from gndet.training.log import Log
 from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 
 
-def evaluate_run(run: Run, done: int, log: Any, stop: StopSignals) -> dict[str, float]:
+def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, float]:
     """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results.
 
     Returns the metrics, {"box/AP": ...}.
@@ -87,7 +88,7 @@ def refuse_unreadable(run: Run, unreadable: dict[int, str]) -> None:
         )
 
 
-def show_examples(run: Run, done: int, log: Any, evaluation: Evaluation) -> None:
+def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None:
     """Write predictions.png and TensorBoard's pictures: the first validation images, ground truth beside detections."""
     pictures = draw_examples(run, evaluation)
     for i, picture in enumerate(pictures):

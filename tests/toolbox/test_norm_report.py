@@ -25,7 +25,7 @@ from gndet.modeling.norms.valid_area import ValidArea
 from gndet.toolbox.report.norm_words import findings
 from gndet.toolbox.report.norms import section
 from gndet.train import train
-from gndet.training.log import RunLog
+from gndet.training.log import Log
 from gndet.training.norm_record import read_norms, read_start
 from gndet.training.run_folder import NORMS
 
@@ -319,15 +319,15 @@ def test_tensorboard_has_the_histograms(trained: Path) -> None:
 def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = RunLog.append
+    write = Log.append
     with monkeypatch.context() as patch:
 
-        def killed(log: RunLog, name: str, line: dict[str, Any]) -> None:
+        def killed(log: Log, name: str, line: dict[str, Any]) -> None:
             write(log, name, line)
             if name == NORMS and line["update"] == 4:
                 raise KeyboardInterrupt
 
-        patch.setattr(RunLog, "append", killed)
+        patch.setattr(Log, "append", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "run", "bn")
     assert [entry["update"] for entry in read_norms(tmp_path / "run")] == [0, 2, 4]

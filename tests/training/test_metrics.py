@@ -14,8 +14,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gndet.errors import DataError
-from gndet.files import RecordFile
-from gndet.training.log import RunLog, read_metrics
+from gndet.files import LineFile, write_whole
+from gndet.training.log import Log, read_metrics
 
 VALUES = {
     "loss": 1.234,
@@ -30,7 +30,7 @@ VALUES = {
 
 
 def log_updates(out: Path, first: int, updates: range) -> None:
-    with RunLog(out, total_updates=100, first_update=first) as log:
+    with Log(out, total_updates=100, first_update=first) as log:
         for update in updates:
             log.train(update, {"loss": float(update)})
 
@@ -41,7 +41,7 @@ def board(out: Path) -> EventAccumulator:
 
 def test_what_is_logged_reads_back(tmp_path: Path) -> None:
     picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
-    with RunLog(tmp_path, total_updates=100) as log:
+    with Log(tmp_path, total_updates=100) as log:
         log.train(20, VALUES)
         log.evaluation(20, {"box/AP": 0.25, "mask/APs": float("nan")}, "a table")
         log.picture(20, "val/first", picture)
@@ -57,7 +57,7 @@ def test_what_is_logged_reads_back(tmp_path: Path) -> None:
 
 
 def test_not_finite_values_are_legal_json(tmp_path: Path) -> None:
-    with RunLog(tmp_path, total_updates=1) as log:
+    with Log(tmp_path, total_updates=1) as log:
         log.train(1, {"loss": math.inf, "eta_s": math.nan})
 
     def refuse(constant: str) -> None:
@@ -94,7 +94,7 @@ def test_a_broken_line_inside_the_file_is_named(tmp_path: Path) -> None:
 def test_without_a_terminal_plain_lines_are_shown(tmp_path: Path, capsys) -> None:
     text = io.StringIO()
     console = Console(file=text, width=80)
-    with RunLog(tmp_path, total_updates=1200, first_update=0, console=console) as log:
+    with Log(tmp_path, total_updates=1200, first_update=0, console=console) as log:
         log.train(40, VALUES)
         log.train(60, {"loss": math.nan, "eta_s": math.nan})
         log.evaluation(60, {"box/AP": 0.25}, "class  AP\n[red]   1")
@@ -114,7 +114,7 @@ def test_without_a_terminal_plain_lines_are_shown(tmp_path: Path, capsys) -> Non
 def test_a_terminal_shows_progress_with_the_scores_so_far(tmp_path: Path) -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=200, color_system=None)
-    with RunLog(tmp_path, total_updates=1200, first_update=600, console=console) as log:
+    with Log(tmp_path, total_updates=1200, first_update=600, console=console) as log:
         log.evaluation(600, {"box/AP": 0.25, "box/AP50": 0.5}, "the table")
         log.train(900, VALUES)
         log.evaluating(20, 40)
@@ -128,7 +128,7 @@ def test_a_terminal_shows_progress_with_the_scores_so_far(tmp_path: Path) -> Non
 
 
 def test_without_a_console_nothing_is_shown(tmp_path: Path, capsys) -> None:
-    with RunLog(tmp_path, total_updates=10) as log:
+    with Log(tmp_path, total_updates=10) as log:
         log.train(5, VALUES)
         log.message("unseen")
     assert capsys.readouterr() == ("", "")
@@ -145,71 +145,85 @@ def no_file_beyond(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_record_without_room_leaves_no_half_and_is_written_later(tmp_path: Path) -> None:
-    path = tmp_path / "records"
-    file = RecordFile(path)
-    file.append(b"first\n")
+def test_a_line_without_room_leaves_no_half_and_is_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    file = LineFile(path)
+    file.append("first")
     with no_file_beyond(10):
-        for record in (b"second\n", b"third\n"):
+        for line in ("second", "third"):
             with pytest.raises(OSError):
-                file.append(record)
+                file.append(line)
             assert path.read_bytes() == b"first\n"
-    file.append(b"fourth\n")
+    file.append("fourth")
     file.close()
-    assert path.read_bytes() == b"first\nsecond\nthird\nfourth\n" and not file.dropped
+    assert path.read_bytes() == b"first\nsecond\nthird\nfourth\n"
 
 
-def test_what_waits_for_room_is_limited_and_the_oldest_goes_first(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "records", most_waiting=9)
-    with no_file_beyond(1):
-        for record in (b"one\n", b"two\n", b"four\n"):
-            with pytest.raises(OSError):
-                file.append(record)
-    assert file.dropped
-    file.catch_up()
-    assert (tmp_path / "records").read_bytes() == b"two\nfour\n"
-
-
-def test_a_record_over_the_limit_is_written_where_there_is_room(tmp_path: Path) -> None:
-    file = RecordFile(tmp_path / "records", most_waiting=3)
-    file.append(b"longer than that\n")
-    assert (tmp_path / "records").read_bytes() == b"longer than that\n" and not file.dropped
-
-
-def test_a_full_disk_loses_nothing_of_the_log_when_there_is_room_again(tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_line_of_the_log_when_there_is_room_again(tmp_path: Path) -> None:
     said = io.StringIO()
     picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    with RunLog(tmp_path, total_updates=5, console=Console(file=said)) as log:
+    with Log(tmp_path, total_updates=5, console=Console(file=said)) as log:
         log.train(1, VALUES)
         with no_file_beyond(0):
             log.train(2, VALUES)
             log.picture(2, "val/0", picture)
-            log.attempt("beside.txt", lambda: (tmp_path / "beside.txt").write_text("all of it"))
+            log.attempt("beside.txt", lambda: write_whole(tmp_path / "beside.txt", "all of it"))
             log.append("more.jsonl", {"update": 2})
             assert "metrics.jsonl: File too large" in log.lost()
         log.train(3, VALUES)
         assert log.lost() == ""
+        log.picture(3, "val/0", picture)
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     events = board(tmp_path)
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
     for name, value in VALUES.items():
         logged = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
-        assert logged == [(step, pytest.approx(value)) for step in (1, 2, 3)], name
-    assert len(events.Images("val/0")) == 1
+        assert logged == [(step, pytest.approx(value)) for step in (1, 3)], name
+    assert [event.step for event in events.Images("val/0")] == [3]
     assert (tmp_path / "beside.txt").read_text() == "all of it"
     assert json.loads((tmp_path / "more.jsonl").read_text()) == {"update": 2}
     words = said.getvalue()
-    assert words.count("cannot write metrics.jsonl: File too large; it is tried again, training goes on") == 1
-    assert "metrics.jsonl: written again, nothing of it is missing" in words
+    assert words.count("could not write metrics.jsonl (File too large); training continues and will retry") == 1
+    assert "metrics.jsonl: written again, nothing is missing" in words
+    assert "tensorboard: written again, what was logged in between is missing" in words
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_after_its_writer_ran_out_of_room_and_hides_what_a_killed_run_logged(
+    tmp_path: Path,
+) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    log_updates(tmp_path, 0, range(1, 6))
+    said = io.StringIO()
+    with Log(tmp_path, total_updates=9, first_update=3, console=Console(file=said)) as log:
+        with no_file_beyond(10_000):  # room for a line, not for a picture
+            log.picture(3, "val/0", picture)
+        assert "could not write tensorboard (File too large)" in said.getvalue() and log.lost() == ""
+        for update in (4, 5):
+            log.train(update, {"loss": float(10 * update)})
+    events = board(tmp_path).Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
 
 
 def test_what_is_never_written_is_told(tmp_path: Path) -> None:
-    with RunLog(tmp_path, total_updates=5) as log, no_file_beyond(0):
+    with Log(tmp_path, total_updates=5) as log, no_file_beyond(0):
         log.train(1, VALUES)
         lost = log.lost()
         log.train(2, VALUES)
     assert lost == "metrics.jsonl: File too large; tensorboard: File too large"
     assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]  # tried once more at the end
+
+
+def test_a_log_that_is_not_enabled_writes_and_shows_nothing(tmp_path: Path, capsys) -> None:
+    with Log(tmp_path / "run", total_updates=5, console=Console(), enabled=False) as log:
+        log.train(1, VALUES)
+        log.evaluation(1, {"box/AP": 0.25}, "a table")
+        log.picture(1, "val/0", np.zeros((6, 8, 3), dtype=np.uint8))
+        log.histogram(1, "norm/gamma", np.ones(3))
+        log.attempt("beside.txt", lambda: write_whole(tmp_path / "beside.txt", "text"))
+        log.evaluating(1, 1)
+        log.message("unseen")
+        assert log.lost() == ""
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
 def test_two_logs_of_one_process_have_files_of_their_own(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""How much there is to read: files, lines, and what `import gndet.train` loads stay below the limits of the plan."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+ROOM = REPOSITORY / "gndet"
+FILES = sorted(ROOM.rglob("*.py"))
+PATH = REPOSITORY / "docs" / "reading_the_code.md"
+LOADED = """
+import sys
+import gndet.train
+for name, module in sorted(sys.modules.items()):
+    if name.partition(".")[0] == "gndet":
+        print(module.__file__)
+"""
+
+
+def lines(paths: list[Path]) -> int:
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
+
+
+def reading_path() -> list[Path]:
+    """The files of docs/reading_the_code.md, in the order in which they are to be read."""
+    return [REPOSITORY / name for name in re.findall(r"(?m)^\d+\. \[`(gndet/[^`]+)`\]", PATH.read_text())]
+
+
+def test_six_files_stand_at_the_root() -> None:
+    names = {path.name for path in ROOM.iterdir() if path.is_file()}
+    assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py"}
+
+
+def test_the_library_has_at_most_20_500_lines() -> None:
+    assert lines(FILES) <= 20_500
+
+
+def test_training_loads_at_most_85_files_of_13_500_lines() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    loaded = [Path(line) for line in done.stdout.splitlines()]
+    assert len(loaded) <= 85 and lines(loaded) <= 13_500
+    assert not [path for path in loaded if "toolbox" in path.parts]
+
+
+def test_the_trainer_is_read_in_35_files_of_4_700_lines() -> None:
+    path = reading_path()
+    assert path[0] == ROOM / "train.py" and len(path) == len(set(path)) >= 25
+    assert all(file.is_file() for file in path)
+    assert len(path) <= 35 and lines(path) <= 4_700
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_function_is_longer_than_60_lines_but_train(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_train = path == ROOM / "train.py" and node.name == "train"
+            assert is_train or node.end_lineno - node.lineno + 1 <= 60, node.name

@@ -18,7 +18,7 @@ def run(options: Options) -> int:
     """Print the metrics; write the detections where --out asks for them."""
     from gndet.distributed.process import process
     from gndet.evaluation.detector import evaluate_checkpoint, load_detector
-    from gndet.evaluation.evaluate import table
+    from gndet.evaluation.evaluate import evaluation_table
     from gndet.evaluation.results import save_results
 
     if options.out:
@@ -28,7 +28,7 @@ def run(options: Options) -> int:
         dataset, evaluation = evaluate_checkpoint(detector, proc)
         if proc.first:
             print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
-            print(table(evaluation))
+            print(evaluation_table(evaluation))
             if options.out:
                 save_results(options.out, evaluation.results)
                 print(f"{len(evaluation.results)} detections -> {options.out}")

@@ -16,7 +16,7 @@ def add(verbs: Verbs) -> None:
 
 def run(options: Options) -> int:
     """Write the page."""
-    from gndet.toolbox.report.report import report
+    from gndet.toolbox.report.report import write_report
 
-    report(options.runs, options.out, options.overrides, functools.partial(print, flush=True))
+    write_report(options.runs, options.out, options.overrides, functools.partial(print, flush=True))
     return 0

@@ -21,6 +21,7 @@ from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.paste import Paste, paste_masks
 from gndet.evaluation.results import Results, from_coco, join, mask_areas
+from gndet.evaluation.tables import text_table
 from gndet.structures import Batch, Detections
 
 
@@ -186,7 +187,7 @@ def scalars(evaluation: Evaluation) -> dict[str, float]:
     return {f"{name}/{key}": value for name, part in parts.items() if part for key, value in part.summary.items()}
 
 
-def table(evaluation: Evaluation) -> str:
+def evaluation_table(evaluation: Evaluation) -> str:
     """Write the report in aligned columns: summaries, then classes, in percent; "-" is undefined."""
     parts = {"box": evaluation.box} | ({"mask": evaluation.mask} if evaluation.mask else {})
     summary = [["", *SUMMARY_COLUMNS]]
@@ -197,16 +198,8 @@ def table(evaluation: Evaluation) -> str:
         first = rows[0]
         numbers = [_percent(row[key]) for row in rows for key in columns]
         classes.append([first["name"], str(first["num_images"]), str(first["num_objects"]), *numbers])
-    return f"{aligned(summary)}\n\n{aligned(classes)}"
+    return f"{text_table(summary)}\n\n{text_table(classes)}"
 
 
 def _percent(value: float) -> str:
     return "-" if np.isnan(value) else f"{100 * value:.1f}"
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Pad the columns to their widest cell: the first to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
-    )

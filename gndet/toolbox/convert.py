@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
 from gndet.config.presets import DATA
@@ -10,20 +12,24 @@ from gndet.config.schema import Config, ModelConfig, NormConfig
 from gndet.data.datasets.images import find_pictures, open_picture, picture_record
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
+from gndet.evaluation.tables import text_table
 from gndet.weights.foreign.export import TOOLKITS, export_weights, write_export
 from gndet.weights.foreign.names import BATCH_NORMS
 from gndet.weights.foreign.source import Source
-from gndet.weights.load import fate_table, initial_model
+from gndet.weights.load import Start, initial_model
+from gndet.weights.policy import Fate
 from gndet.weights.read import read_source
+
+Show = Callable[[str], None]
 
 
 def convert(
-    where: str, out: Path, overrides: Sequence[str], show: Callable[[str], None], *,
-    to: str | None, policy: str, channels_per_group: int, damp: float, pictures: Sequence[Path], count: int,
+    where: str, out: Path, overrides: Sequence[str], show: Show, *, to: str | None, policy: str,
+    channels_per_group: int, damp: float, pictures: Sequence[Path], count: int,
 ) -> None:  # fmt: skip
     """Convert weights and write them.
 
-    where: as train.weights.  out: a checkpoint folder, or with `to` a toolkit a .pth file; nothing there is replaced.
+    where: as train.weights.  out: a checkpoint folder, or with `to` a toolkit a .pth file; it must not exist yet.
     overrides: `key=value` over the config of the source's model, train.source.* included.
     to: gn turns every BN part into GN by `policy`, with channels_per_group and damp; pictures: files and folders of
     images to fit and measure on, `count` of them.  show: called with each line of the report.
@@ -37,19 +43,11 @@ def convert(
         raise OutputError(f"{out}: exists; choose another name")
     if policy == "calibrate" and not pictures:
         raise ConfigError("--policy calibrate fits on pictures: name files or folders of them with --images")
-    said = with_overrides(Config(), [text for text in overrides if text.startswith("train.source.")], "the command")
-    source = read_source(where, said.train.source)
+    source, cfg = _read(where, overrides)
     classes = source.classes or tuple(f"class_{i}" for i in range(source.num_classes))
-    data = Config().data.model_copy(update=DATA.get(source.model.compat, {}))
-    cfg = source.config or Config(model=source.model, data=data)
-    cfg = cfg.model_copy(update={"train": said.train})
-    cfg = with_overrides(cfg, [text for text in overrides if not text.startswith("train.source.")], "the command")
     if to == "gn":
         cfg = cfg.model_copy(update={"model": with_group_norm(source, cfg.model, channels_per_group)})
-    train = {
-        "weights": where, "source": said.train.source,
-        "norm_policy": policy, "norm_damp": damp, "calibration_images": count,
-    }  # fmt: skip
+    train = {"weights": where, "norm_policy": policy, "norm_damp": damp, "calibration_images": count}
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=train)})
     images = _pictures(pictures) if pictures else None
     start = initial_model(cfg, classes or ("object",), images=images, source=source._replace(classes=classes or None))
@@ -57,15 +55,39 @@ def convert(
         if not note.startswith("tensors that start anew"):  # they are not written
             show(note)
     show(f"holds: {', '.join(source.parts)}")
-    held = tuple(f"{part}." for part in source.parts)
-    state = {key: value for key, value in start.model.state_dict().items() if key.startswith(held)}
     if to in TOOLKITS:
-        export = export_weights(state, start.cfg.model, classes, to, named=source.classes is not None)
-        write_export(out, export)
-        show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
-        for note in export.notes:
-            show(f"  {note}")
-        return
+        _write_export(out, start, source, classes, to, show)
+    else:
+        _write_checkpoint(out, start, source, classes, where, show)
+
+
+def _read(where: str, overrides: Sequence[str]) -> tuple[Source, Config]:
+    """Read the weights; return them with the config of their model, overrides included."""
+    named = [text for text in overrides if text.startswith("train.source.")]
+    train = with_overrides(Config(), named, "the command").train
+    source = read_source(where, train.source)
+    data = Config().data.model_copy(update=DATA.get(source.model.compat, {}))
+    cfg = (source.config or Config(model=source.model, data=data)).model_copy(update={"train": train})
+    return source, with_overrides(cfg, [text for text in overrides if text not in named], "the command")
+
+
+def _held(start: Start, source: Source) -> dict[str, Tensor]:
+    """Return the tensors of the parts that the source holds."""
+    prefixes = tuple(f"{part}." for part in source.parts)
+    return {key: value for key, value in start.model.state_dict().items() if key.startswith(prefixes)}
+
+
+def _write_export(out: Path, start: Start, source: Source, classes: Sequence[str], to: str, show: Show) -> None:
+    """Write the weights as another toolkit names them."""
+    export = export_weights(_held(start, source), start.cfg.model, classes, to, named=source.classes is not None)
+    write_export(out, export)
+    show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
+    for note in export.notes:
+        show(f"  {note}")
+
+
+def _write_checkpoint(out: Path, start: Start, source: Source, classes: Sequence[str], where: str, show: Show) -> None:
+    """Write a gndet checkpoint, after a table of what the conversion cost each norm layer."""
     if any(fate.expected_error is not None or fate.measured_error is not None for fate in start.fates.values()):
         show(fate_table(start.fates))
     ids = source.category_ids or tuple(range(1, len(classes) + 1))
@@ -75,12 +97,21 @@ def convert(
         "norms": {name: fate.what for name, fate in start.fates.items()}, "parts": list(source.parts),
         "source": [where, *start.notes],
     }  # fmt: skip
-    save_checkpoint(out, {"model": state}, meta)
+    save_checkpoint(out, {"model": _held(start, source)}, meta)
     show(f"gndet checkpoint -> {out}")
 
 
+def fate_table(fates: dict[str, Fate]) -> str:
+    """Return one line per norm layer: its relative errors and what became of it."""
+    rows = [["norm layer", "expected", "measured", "(relative errors)"]]
+    for name, fate in fates.items():
+        errors = ("-" if error is None else f"{error:.3f}" for error in (fate.expected_error, fate.measured_error))
+        rows.append([name, *errors, fate.what])
+    return text_table(rows, left=(0, 3))
+
+
 def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int) -> ModelConfig:
-    """The model with GN in every part that has BN in the source."""
+    """Return the model with GN in every part that has BN in the source."""
     norm = NormConfig(kind="gn", channels_per_group=channels_per_group)
     kinds = source.model.part_norms()
     norms = {part: norm if kinds[part].kind in BATCH_NORMS else kinds[part] for part in source.parts}
@@ -91,7 +122,7 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
 
 
 def _pictures(paths: Sequence[Path]) -> Dataset:
-    """Pictures as a data set without objects.  Raises DataError where there are none."""
+    """Return pictures as a data set without objects.  Raises DataError where there are none."""
     records = []
     for number, file in enumerate(find_pictures(paths), start=1):
         height, width = open_picture(file).shape[:2]

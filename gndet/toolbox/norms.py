@@ -8,7 +8,7 @@ from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import CheckpointError, DataError
 from gndet.modeling.build import build_model
-from gndet.training.norm_audit import Audit, audit, summary, table
+from gndet.training.norm_audit import Audit, audit, audit_table, summary
 from gndet.weights.load import initial_model, padding_warnings
 
 
@@ -18,7 +18,7 @@ def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]
     Returns whether nothing is an error.  Raises ConfigError, CheckpointError, DataError.
     """
     report, notes = _of_checkpoint(Path(where), overrides) if Path(where).is_dir() else _of_config(where, overrides)
-    show(table(report))
+    show(audit_table(report))
     for line in [*(note for note in notes if note.startswith("warning")), *summary(report)]:
         show(line)
     for error in report.errors:

@@ -11,6 +11,7 @@ from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
 from gndet.evaluation.norm_statistics import measure
+from gndet.evaluation.tables import text_table
 from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.layers import NORM_LAYERS, GroupNorm
 from gndet.training.optim import peak_learning_rate
@@ -156,15 +157,14 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
 
 
-def table(audit: Audit) -> str:
+def audit_table(audit: Audit) -> str:
     """A line for each norm layer, in aligned columns."""
     rows = [["layer", "kind", "channels", "groups", "a group", "eps", "padding", "trained", "decay", "lr", "origin"]]
     for one in audit.layers:
         numbers = [str(one.channels), str(one.groups or "-"), str(one.per_group or "-"), f"{one.eps:.3g}"]
         rest = [one.padding, "yes" if one.trainable else "no", f"{one.weight_decay:g}", f"{one.lr:g}", one.origin]
         rows.append([one.name, one.kind, *numbers, *rest])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return text_table(rows, left=range(len(rows[0])))
 
 
 def summary(audit: Audit) -> list[str]:

@@ -13,7 +13,7 @@ from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_objects, grid, save_picture, side_by_side
-from gndet.evaluation.evaluate import Evaluation, evaluate, scalars, table
+from gndet.evaluation.evaluate import Evaluation, evaluate, evaluation_table, scalars
 from gndet.evaluation.paste import paste_masks
 from gndet.evaluation.results import save_results
 from gndet.training.log import Log
@@ -69,7 +69,7 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
         first = next(iter(unreadable.values()))
         log.message(f"{len(unreadable)} image(s) cannot be read and count as images where nothing was found: {first}")
     if proc.first:
-        log.evaluation(done, scalars(evaluation), table(evaluation))
+        log.evaluation(done, scalars(evaluation), evaluation_table(evaluation))
         log.attempt(DETECTIONS, partial(save_results, run.out / DETECTIONS, evaluation.results))
         show_examples(run, done, log, evaluation)
         for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):

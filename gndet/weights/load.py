@@ -332,18 +332,3 @@ def fate_lines(fates: dict[str, Fate]) -> list[str]:
                 line += f"; {word} error {min(errors):.2f} to {max(errors):.2f}, median {statistics.median(errors):.2f}"
         lines.append(line)
     return lines
-
-
-def fate_table(fates: dict[str, Fate]) -> str:
-    """What became of each norm layer, a line each."""
-
-    def number(error: float | None) -> str:
-        return "-" if error is None else f"{error:.3f}"
-
-    width = max(map(len, fates), default=10)
-    lines = [f"{'norm layer':<{width}}  expected  measured  (relative errors)"]
-    lines += [
-        f"{name:<{width}}  {number(f.expected_error):>8}  {number(f.measured_error):>8}  {f.what}"
-        for name, f in fates.items()
-    ]
-    return "\n".join(lines) if fates else "no norm layers"

@@ -24,7 +24,7 @@ from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process, spawn
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS
-from gndet.evaluation.evaluate import Evaluation, detect_dataset, evaluate, scalars, table
+from gndet.evaluation.evaluate import Evaluation, detect_dataset, evaluate, evaluation_table, scalars
 from gndet.ops.noise import uniform
 from gndet.structures import Detections
 
@@ -264,7 +264,7 @@ def test_t23_next_to_nothing_has_a_defined_result(case: str, engine: str, capsys
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = run(dataset, model=Finder(shapes() if case != "one class" else dataset, finds), engine=engine)
-        text = table(result)
+        text = evaluation_table(result)
     assert {key: repr(value) for key, value in result.box.summary.items() if key in expected} == {
         key: repr(value) for key, value in expected.items()
     }

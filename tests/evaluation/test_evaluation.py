@@ -381,7 +381,7 @@ def test_the_table_is_aligned_and_shows_undefined_as_a_dash() -> None:
     truth, results = row_of_boxes(3)
     box = metrics_of(truth, results, "bbox", engine="hotcoco", max_detections=100)
     result = evaluation.Evaluation(box, None, from_coco(results))
-    summary, classes = evaluation.table(result).split("\n\n")
+    summary, classes = evaluation.evaluation_table(result).split("\n\n")
     assert summary.splitlines()[1].split()[:7] == ["box", "100.0", "100.0", "100.0", "100.0", "-", "-"]
     assert classes.splitlines()[1].split() == ["box", "1", "3", "100.0", "100.0", "100.0"]
     assert all(len({len(line) for line in part.splitlines()}) == 1 for part in (summary, classes))

@@ -17,7 +17,7 @@ from gndet.config.schema import Config
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.train import train
-from gndet.training.norm_audit import Audit, audit, summary, table
+from gndet.training.norm_audit import Audit, audit, audit_table, summary
 from gndet.weights.load import initial_model
 
 FROZEN = {"kind": "frozen_bn"}
@@ -215,7 +215,7 @@ def test_the_table_has_a_line_for_each_layer_that_says_what_it_is(backbone: str)
     cfg = config(train=weights(backbone, "convert"), backbone={"freeze_at": 1}, fpn={"norm": BN})
     start = initial_model(cfg, CLASSES)
     report = audit(start.model, start.cfg, {name: fate.what for name, fate in start.fates.items()}, 1)
-    head, *rows = cells(table(report))
+    head, *rows = cells(audit_table(report))
     assert head == COLUMNS and [row[0] for row in rows] == norm_names(start.model)
     found = {row[0]: row[1:] for row in rows}
     eps = f"{start.model.backbone.stem.norm.eps:.3g}"

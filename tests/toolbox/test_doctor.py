@@ -30,7 +30,7 @@ from gndet.ops import conv3x3, roi_align
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
-from gndet.toolbox.doctor.facts import Fact, line, verdict, without_names
+from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
 from gndet.training.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
@@ -184,7 +184,7 @@ def test_a_box_too_many_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_operator_that_fails_or_gives_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.judged("it", 1e-3, lambda: {"result": float("nan")}).mark == "wrong"
-    assert kernels.difference(torch.full((2,), torch.nan), torch.ones(2)) == float("inf")
+    assert kernels.relative_error(torch.full((2,), torch.nan), torch.ones(2)) == float("inf")
 
     def fail(*_: object, **__: object) -> Tensor:
         raise RuntimeError("operator torchvision::roi_align does not exist")
@@ -291,8 +291,8 @@ def test_torch_and_torchvision_of_two_releases_are_found(
 
 
 def test_versions_are_compared_by_their_numbers() -> None:
-    assert packages.fits("2.14.1+cpu", ">=2.11,<2.16") and packages.fits("2.11", ">=2.11.0")
-    assert not packages.fits("2.9.1", ">=2.11,<2.16") and not packages.fits("2.16.0", ">=2.11,<2.16")
+    assert packages.version_fits("2.14.1+cpu", ">=2.11,<2.16") and packages.version_fits("2.11", ">=2.11.0")
+    assert not packages.version_fits("2.9.1", ">=2.11,<2.16") and not packages.version_fits("2.16.0", ">=2.11,<2.16")
     assert packages.needed("numpy", "numpy", ">=99").mark == "warning"
     assert packages.needed("no-such-package", "numpy", "").mark == "wrong"
     assert packages.optional("no-such-package", "numpy", "videos").mark == ""
@@ -340,8 +340,8 @@ def test_a_config_s_data_is_loaded_as_the_run_would(monkeypatch: pytest.MonkeyPa
 
 def test_the_verdict_names_what_is_wrong_and_what_is_warned_of() -> None:
     facts = [Fact("torch", "2", "ok"), Fact("NMS", "off", "wrong"), Fact("disk", "full", "warning"), Fact("cpu", "x")]
-    assert verdict(facts) == "verdict: will not work: NMS; 1 warning: disk"
-    assert verdict(facts[::3]) == "verdict: healthy"
+    assert health_verdict(facts) == "verdict: will not work: NMS; 1 warning: disk"
+    assert health_verdict(facts[::3]) == "verdict: healthy"
 
 
 def test_names_of_the_account_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from gndet.config.schema import NormConfig
 from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import ValidArea
-from gndet.toolbox.report.norm_words import findings
+from gndet.toolbox.report.norm_words import norm_findings
 from gndet.toolbox.report.norms import section
 from gndet.train import train
 from gndet.training.log import Log
@@ -125,7 +125,7 @@ def planted(change: Callable[[MaskRCNN], None], norm: NormConfig | None = None, 
 
 def words(measured: list[Any], update: int = 50, padding: float | None = None) -> str:
     entry = {"update": update, "layers": [layer.numbers for layer in measured], "padding": padding}
-    return "\n".join(f"{one.kind}: {one.words}" for one in findings([json.loads(json.dumps(entry))]))
+    return "\n".join(f"{one.kind}: {one.words}" for one in norm_findings([json.loads(json.dumps(entry))]))
 
 
 def nudge(model: MaskRCNN) -> None:
@@ -358,7 +358,7 @@ def test_the_section_says_what_is_wrong_and_shows_it(trained: Path, tmp_path: Pa
 def test_the_gravest_comes_first(trained: Path) -> None:
     entries = read_norms(trained)
     entries[-1]["layers"][-1]["nonfinite"] = 0.1
-    found = findings(entries)
+    found = norm_findings(entries)
     kinds = [one.kind for one in found]
     assert kinds == sorted(kinds) and "is not finite" in found[0].words
 

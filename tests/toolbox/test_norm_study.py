@@ -24,28 +24,27 @@ from gndet.config.loading import load_config
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.toolbox.analysis.study_results import (
-    Result,
+    CellResult,
     Speed,
     Study,
-    difference,
+    cell_values,
     fraction_point,
-    grid,
     is_study,
+    mean_difference,
     mean_of,
     read_study,
-    table,
-    values,
-    verdict,
+    study_cells,
+    study_table,
+    study_verdict,
     write_study,
 )
 from gndet.toolbox.norm_study.budget import estimate, fit_budget, per_image_at
-from gndet.toolbox.norm_study.curve import draw
+from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.toolbox.norm_study.study import Work, finished, study
-from gndet.toolbox.report.report import report
-from gndet.toolbox.report.study import command as study_command
-from gndet.toolbox.report.study import section
+from gndet.toolbox.report.report import write_report
+from gndet.toolbox.report.study import section, study_command
 
 OVERRIDES = ("train.schedule.updates=4", "train.ema=0", "model.masks=false")
 GRID = {"norms": ("gn", "bn", "sync_bn"), "groups": None, "images_per_gpu": (1,), "seeds": 1, "batch": "scaled"}
@@ -63,13 +62,13 @@ def config(tmp_path: Path) -> str:
 
 
 def begun(config: str, kinds: tuple[str, ...] = ("gn", "bn"), batch: str = "scaled", *overrides: str) -> Study:
-    return begin(load_config(config, overrides), config, overrides, grid(kinds, (1, 2), (0,)), batch, 1)
+    return begin(load_config(config, overrides), config, overrides, study_cells(kinds, (1, 2), (0,)), batch, 1)
 
 
 def made_up(scores: dict[tuple[str, int], list[float]]) -> Study:
     """A study whose cells reached these box APs, a value a seed."""
     results = [
-        Result(variant=v, images=size, seed=seed, state="done", metrics={"box/AP": score})
+        CellResult(variant=v, images=size, seed=seed, state="done", metrics={"box/AP": score})
         for (v, size), found in scores.items()
         for seed, score in enumerate(found)
     ]
@@ -95,13 +94,13 @@ def test_the_interval_of_three_seeds_worked_by_hand() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     assert mean_of([0.3]).mean == 0.3 and math.isnan(mean_of([0.3]).half)
-    assert not difference([0.3], [0.1, 0.2]).clear
+    assert not mean_difference([0.3], [0.1, 0.2]).clear
 
 
 def test_differences_worked_by_hand() -> None:
-    equal = difference([0, 1, 2], [3, 4, 5])  # variances 1 and 1: 4 degrees of freedom
+    equal = mean_difference([0, 1, 2], [3, 4, 5])  # variances 1 and 1: 4 degrees of freedom
     assert equal.value == -3 and equal.high - equal.value == pytest.approx(2.776 * math.sqrt(2 / 3), abs=1e-3)
-    welch = difference([0, 1, 2], [4, 4, 4])  # all of the variance in one: its 2 degrees of freedom
+    welch = mean_difference([0, 1, 2], [4, 4, 4])  # all of the variance in one: its 2 degrees of freedom
     assert welch.value == -3 and welch.high - welch.value == pytest.approx(4.303 * math.sqrt(1 / 3), abs=1e-3)
 
 
@@ -113,7 +112,7 @@ def test_a_norm_that_falls_is_said_to_fall_and_one_that_does_not_is_not() -> Non
         ("gn", 1): [0.40, 0.41, 0.42], ("gn", 8): [0.41, 0.40, 0.43],
         ("bn", 1): [0.10, 0.11, 0.12], ("bn", 8): [0.40, 0.41, 0.42],
     }  # fmt: skip
-    said = "\n".join(verdict(made_up(scores)))
+    said = "\n".join(study_verdict(made_up(scores)))
     assert "At 1 image per GPU gn is best: box AP 41.0 ± 2.5 (n = 3)" in said
     assert "clearly above bn (+30.0" in said and "cannot be told" not in said
     assert "bn falls from 8 to 1 image per GPU: -30.0" in said
@@ -121,23 +120,23 @@ def test_a_norm_that_falls_is_said_to_fall_and_one_that_does_not_is_not() -> Non
 
 
 def test_intervals_that_hold_0_are_no_victory() -> None:
-    said = "\n".join(verdict(made_up({("gn", 1): [0.40, 0.50], ("ln", 1): [0.39, 0.49]})))
+    said = "\n".join(study_verdict(made_up({("gn", 1): [0.40, 0.50], ("ln", 1): [0.39, 0.49]})))
     assert "cannot be told from ln" in said and "clearly" not in said
 
 
 def test_one_seed_is_said_to_tell_nothing_of_chance() -> None:
-    assert "One seed a cell" in verdict(made_up({("gn", 1): [0.4], ("gn", 2): [0.4]}))[0]
+    assert "One seed a cell" in study_verdict(made_up({("gn", 1): [0.4], ("gn", 2): [0.4]}))[0]
 
 
 def test_a_failed_cell_is_shown_in_its_place_and_not_averaged() -> None:
     one = made_up({("gn", 1): [0.4, 0.6, 0.9], ("bn", 1): [0.5, 0.5, 0.5]})
     one.results[2].state = "failed"
-    assert values(one, "gn", 1, "box/AP") == [0.4, 0.6]
+    assert cell_values(one, "gn", 1, "box/AP") == [0.4, 0.6]
     for result in one.results[3:]:
         result.state = "failed"
-    shown = table(one, "box/AP")
+    shown = study_table(one, "box/AP")
     assert "50.0 ± 127.1 (2), 1 failed" in shown and shown.splitlines()[-1].split() == ["bn", "failed"]
-    assert "Failed: gn at 1 (seed 2), bn at 1 (seed 0)" in verdict(one)[-1]
+    assert "Failed: gn at 1 (seed 2), bn at 1 (seed 0)" in study_verdict(one)[-1]
 
 
 @pytest.mark.parametrize("kinds", [("gn", "bn"), ("groups-1", "groups-4", "groups-channels")])
@@ -149,7 +148,7 @@ def test_every_kind_of_study_is_drawn(
     one = made_up({(kind, size): [0.3, 0.4, 0.6][:seeds] for kind in kinds for size in sizes})
     one.results[0].state, one.results[0].metrics, one.results[0].reason = "failed", {}, "<loss> is not finite"
     write_study(tmp_path, one)
-    draw(one, tmp_path / "curve.png")
+    draw_curve(one, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     html = section(tmp_path)
     assert "<svg" in html and "&lt;loss&gt; is not finite" in html and "nan" not in html.lower()
@@ -209,14 +208,14 @@ def test_a_budget_that_leaves_too_little_is_refused_with_one_that_would_do() -> 
 
 
 def test_cells_run_seed_by_seed() -> None:
-    names = [cell.name for cell in grid(("gn", "bn"), (1, 2), (0, 1))]
+    names = [cell.name for cell in study_cells(("gn", "bn"), (1, 2), (0, 1))]
     assert names[:4] == ["gn-1-seed0", "gn-2-seed0", "bn-1-seed0", "bn-2-seed0"] and names[4] == "gn-1-seed1"
 
 
 @pytest.mark.parametrize(("count", "kind", "groups"), [("1", "ln", 32), ("8", "gn", 8), ("channels", "in", 32)])
 def test_group_counts_go_from_ln_to_in(config: str, count: str, kind: str, groups: int) -> None:
     (variant,) = variants((), (count,))
-    options = cell_overrides(Result(variant=variant, images=1, seed=0), begun(config))
+    options = cell_overrides(CellResult(variant=variant, images=1, seed=0), begun(config))
     norm = load_config(config, options).model.norm
     assert norm.kind == kind and (kind != "gn" or (norm.groups, norm.channels_per_group) == (groups, None))
 
@@ -244,7 +243,7 @@ def test_a_shortened_schedule_keeps_its_proportions(config: str) -> None:
 
 
 def test_a_count_that_does_not_divide_the_channels_is_refused_with_the_reason(config: str) -> None:
-    one = begin(load_config(config), config, (), grid(("groups-3", "groups-8"), (1,), (0,)), "scaled", 1)
+    one = begin(load_config(config), config, (), study_cells(("groups-3", "groups-8"), (1,), (0,)), "scaled", 1)
     refused, accepted = one.results
     assert refused.state == "refused" and "groups: 3 does not divide 64 channels" in refused.reason
     assert accepted.state == "pending"
@@ -252,7 +251,7 @@ def test_a_count_that_does_not_divide_the_channels_is_refused_with_the_reason(co
 
 def test_what_cannot_be_split_is_refused_where_it_cannot_and_only_there(config: str) -> None:
     options = ("train.global_batch=3",)
-    cells = grid(("gn", "bn"), (1, 2), (0,))
+    cells = study_cells(("gn", "bn"), (1, 2), (0,))
     states = {c.name: c.state for c in begin(load_config(config, options), config, options, cells, "fixed", 1).results}
     assert [name for name, state in states.items() if state == "refused"] == ["bn-2-seed0"]
 
@@ -289,7 +288,7 @@ def test_a_study_of_other_settings_is_refused_and_more_seeds_are_not(config: str
     write_study(tmp_path, old)
     with pytest.raises(OutputError, match=r"train\.optimizer\.lr: 0\.02 there, 0\.1 now"):
         take_up(tmp_path, begun(config, ("gn", "bn"), "scaled", "train.optimizer.lr=0.1"), print)
-    more = begin(load_config(config), config, (), grid(("gn", "bn"), (1, 2), (0, 1)), "scaled", 1)
+    more = begin(load_config(config), config, (), study_cells(("gn", "bn"), (1, 2), (0, 1)), "scaled", 1)
     taken = take_up(tmp_path, more, print)
     assert [cell.state for cell in taken.results] == ["done"] + ["pending"] * 7
     assert (taken.factor, taken.updates) == (0.5, 3)
@@ -394,7 +393,7 @@ def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> N
     assert "box AP in percent by images per GPU" in said and "One seed a cell" in said
     html = section(folder)
     assert html.count("<svg") == 1 and "study-table-box-AP" in html and "copied" in html
-    assert report([folder], None, (), lambda _: None).name == "report.html"
+    assert write_report([folder], None, (), lambda _: None).name == "report.html"
 
 
 @pytest.mark.faults

@@ -19,7 +19,16 @@ from gndet.errors import CheckpointError, DataError, OutputError
 from gndet.evaluation.detector import load_detector
 from gndet.modeling.build import build_model
 from gndet.toolbox.onnx import export as onnx_export
-from gndet.toolbox.onnx.export import Found, by_onnxruntime, by_torch, compare, difference, export, run_onnx, session
+from gndet.toolbox.onnx.export import (
+    Found,
+    by_onnxruntime,
+    by_torch,
+    compare_with_torch,
+    detection_difference,
+    export,
+    run_onnx,
+    session,
+)
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -89,7 +98,7 @@ def test_the_file_detects_what_the_detector_does(tmp_path: Path, picture: Path, 
     for seed, size in enumerate(((64, 64), (70, 101), (33, 180))):
         image = torch.from_numpy(noise(size, seed))
         expected, found = by_torch(model, image, masks=masks), by_onnxruntime(running, image.numpy())
-        apart = difference(expected, found, 0.2)
+        apart = detection_difference(expected, found, 0.2)
         assert not apart.wrong and (found.masks is not None) == masks, apart.words
         counts.append(apart.count)
     assert max(counts) > 3
@@ -116,7 +125,7 @@ def test_boxes_are_in_the_pixels_of_the_picture_that_was_given(exported: Path, p
     image = onnx_export._resize(small, (64, 85), True)
     expected = by_torch(model, image, masks=True)
     boxes = expected.boxes * np.tile([120 / 85, 90 / 64], 2)
-    assert not difference(expected._replace(boxes=boxes), run_onnx(file, small), 0.2).wrong
+    assert not detection_difference(expected._replace(boxes=boxes), run_onnx(file, small), 0.2).wrong
 
 
 def test_a_picture_in_which_nothing_is_found(tmp_path: Path, picture: Path) -> None:
@@ -149,7 +158,9 @@ def test_another_detectors_file_is_a_mismatch(exported: Path, tmp_path: Path) ->
     said: list[str] = []
     with process("cpu") as proc:
         other = load_detector(detector(tmp_path, seed=1), [], proc)
-    assert not compare(other, exported / "d.onnx", [torch.from_numpy(noise((64, 80)))], "noise", True, said.append)
+    assert not compare_with_torch(
+        other, exported / "d.onnx", [torch.from_numpy(noise((64, 80)))], "noise", True, said.append
+    )
     assert "that only one of them has" in said[0]
 
 
@@ -164,9 +175,9 @@ def test_a_damaged_weight_and_a_file_that_does_not_load_are_mismatches(exported:
     onnx.save(damaged, tmp_path / "damaged.onnx")
     (tmp_path / "cut.onnx").write_bytes((exported / "d.onnx").read_bytes()[:1_000_000])
     image = torch.from_numpy(noise((64, 80)))
-    assert compare(mine, exported / "d.onnx", [image], "noise", True, said.append)
-    assert not compare(mine, tmp_path / "damaged.onnx", [image], "noise", True, said.append)
-    assert not compare(mine, tmp_path / "cut.onnx", [image], "noise", True, said.append)
+    assert compare_with_torch(mine, exported / "d.onnx", [image], "noise", True, said.append)
+    assert not compare_with_torch(mine, tmp_path / "damaged.onnx", [image], "noise", True, said.append)
+    assert not compare_with_torch(mine, tmp_path / "cut.onnx", [image], "noise", True, said.append)
     assert "masks 0.0025" in said[1]  # a quarter of the bias, where sigmoid is steepest
     assert "cannot run it" in said[2]
 
@@ -197,15 +208,15 @@ WRONG = {
 
 @pytest.mark.parametrize("found", WRONG.values(), ids=WRONG.keys())
 def test_what_is_no_rounding_is_a_mismatch(found: Found) -> None:
-    assert difference(one(), found, 0.05).wrong
-    assert difference(found, one(), 0.05).wrong or "NaN" in str(found)
+    assert detection_difference(one(), found, 0.05).wrong
+    assert detection_difference(found, one(), 0.05).wrong or "NaN" in str(found)
 
 
 def test_rounding_is_none_nor_is_one_at_the_threshold() -> None:
     near = one(boxes=one().boxes + np.float32(0.009), scores=one().scores + np.float32(9e-5))
-    assert not difference(one(), near, 0.05).wrong
-    assert not difference(NOTHING, one(scores=np.array([0.05005], np.float32)), 0.05).wrong
-    assert difference(NOTHING, one(scores=np.array([np.nan], np.float32)), 0.05).wrong
+    assert not detection_difference(one(), near, 0.05).wrong
+    assert not detection_difference(NOTHING, one(scores=np.array([0.05005], np.float32)), 0.05).wrong
+    assert detection_difference(NOTHING, one(scores=np.array([np.nan], np.float32)), 0.05).wrong
 
 
 def test_a_detector_trained_in_float64_is_exported_in_float32(tmp_path: Path, picture: Path) -> None:

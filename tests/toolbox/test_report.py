@@ -20,9 +20,9 @@ from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError
 from gndet.toolbox.report import blocks, charts
-from gndet.toolbox.report.overview import verdict
+from gndet.toolbox.report.overview import run_verdict
 from gndet.toolbox.report.record import read_run
-from gndet.toolbox.report.report import report
+from gndet.toolbox.report.report import write_report
 from gndet.train import train
 
 SECTIONS = ("summary", "training", "quality", "errors", "pictures", "norms", "data", "batches", "setup")
@@ -87,15 +87,17 @@ def test_a_report_refers_to_nothing_outside_itself(finished: Path) -> None:
 
 
 def test_the_same_folder_gives_the_same_page(finished: Path, tmp_path: Path) -> None:
-    one, two = (report([finished], tmp_path / name, [], str).read_text() for name in ("a.html", "b.html"))
+    one, two = (write_report([finished], tmp_path / name, [], str).read_text() for name in ("a.html", "b.html"))
     assert one == two
 
 
 def test_names_from_data_are_text(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>&\"'"
-    html = blocks.table("t", [evil], [[evil]], evil, picks=[f"class:{evil}"]) + blocks.notice("warn", evil)
-    html += blocks.gallery("g", [blocks.Picture(np.zeros((4, 4, 3), np.uint8), evil, (evil,))], filters=[(evil, evil)])
-    html += charts.bars("b", [evil], [1.0], x_label=evil) + blocks.preformatted(evil) + blocks.facts([(evil, evil)])
+    html = blocks.sortable_table("t", [evil], [[evil]], evil, picks=[f"class:{evil}"]) + blocks.notice("warn", evil)
+    html += blocks.gallery(
+        "g", [blocks.GalleryPicture(np.zeros((4, 4, 3), np.uint8), evil, (evil,))], filters=[(evil, evil)]
+    )
+    html += charts.bars("b", [evil], [1.0], x_label=evil) + blocks.preformatted(evil) + blocks.headline([(evil, evil)])
     assert "<img src=x" not in html and "alert(1)>" not in html
     assert blocks.escape("\udcff") == "?"
 
@@ -137,7 +139,7 @@ def test_an_unfinished_run_is_reported_with_what_it_has(finished: Path, tmp_path
     out = tmp_path / "run"
     out.mkdir()
     shutil.copy(finished / "config.yaml", out)
-    page = Page(report([out], None, [], str))
+    page = Page(write_report([out], None, [], str))
     assert "Unfinished, after 0 of 6 updates" in page.text
     for words in (
         "curves: metrics.jsonl: No such file",
@@ -155,7 +157,7 @@ def test_detections_of_other_data_are_told_and_nothing_is_made_of_them(finished:
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"update": 6, "kind"')
     (out / "norms.jsonl").write_text("{broken\n{}\n")
-    page = Page(report([out], None, [], str))
+    page = Page(write_report([out], None, [], str))
     assert "norms.jsonl:1: expected a JSON object" in page.text
     assert "1 of 1 detections do not belong to" in page.text and "image_id 5" in page.text
     assert "chart-pr" not in page.ids and "chart-loss" in page.ids
@@ -174,22 +176,22 @@ def test_data_that_has_moved_is_found_by_an_override(config: Path, tmp_path: Pat
     out = tmp_path / "run"
     train(load_config(config, [f"out={out}", f"data.root={tmp_path / 'old'}", "train.schedule.updates=1", *data]))
     (tmp_path / "old").rename(tmp_path / "new")
-    page = Page(report([out], None, [], str))
+    page = Page(write_report([out], None, [], str))
     assert "where the data has moved, give data.root=PATH" in page.text and "chart-pr" not in page.ids
-    page = Page(report([out], None, [f"data.root={tmp_path / 'new'}"], str))
+    page = Page(write_report([out], None, [f"data.root={tmp_path / 'new'}"], str))
     assert "Missing here" not in page.text and "chart-pr" in page.ids
 
 
 def test_runs_are_compared_with_intervals(finished: Path, config: Path, tmp_path: Path) -> None:
     other = config.parent / "other"
     train(load_config(config, [f"out={other}", "seed=5", "train.report=false"]))
-    page = Page(report([finished, other], tmp_path / "both.html", [], str))
+    page = Page(write_report([finished, other], tmp_path / "both.html", [], str))
     assert {"runs", "chart-loss", "chart-box-ap", "table-classes", "differences"} <= set(page.ids)
     assert "seed" in page.text and re.search(
         r"do not differ by more than these images can tell|is better than", page.text
     )
     with pytest.raises(DataError, match="not a run folder"):
-        report([finished, tmp_path], None, [], str)
+        write_report([finished, tmp_path], None, [], str)
 
 
 def test_the_verdict_says_what_the_numbers_show(finished: Path) -> None:
@@ -201,7 +203,7 @@ def test_the_verdict_says_what_the_numbers_show(finished: Path) -> None:
     waiting = [{"update": u, "kind": "train", "data_wait": 0.5} for u in (1, 2, 3)]
 
     def said(**changes: object) -> str:
-        return " ".join(words for _, words in verdict(run._replace(**changes)))
+        return " ".join(words for _, words in run_verdict(run._replace(**changes)))
 
     assert "was best after 4 updates (50.0) and has fallen to 40.0" in said(evaluations=lines)
     assert "still rose at the end, from 30.0 to 50.0" in said(evaluations=lines[:2])

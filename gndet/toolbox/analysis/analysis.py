@@ -10,8 +10,8 @@ import numpy as np
 from gndet.data.records import Dataset
 from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths, evaluated
 from gndet.evaluation.results import Results
-from gndet.toolbox.analysis.bootstrap import Intervals, intervals
-from gndet.toolbox.analysis.curves import Best, Curves, best_thresholds, score_curves
+from gndet.toolbox.analysis.bootstrap import Intervals, ap_intervals
+from gndet.toolbox.analysis.curves import BestThreshold, Curves, best_thresholds, score_curves
 from gndet.toolbox.analysis.errors import Errors, errors
 from gndet.toolbox.analysis.matches import Matches, matches, true_positives
 
@@ -38,7 +38,7 @@ class Analysis(NamedTuple):
     precision: np.ndarray  # (10, 101, K) COCO's precision at IoU thresholds and recalls; -1 where undefined
     matches: Matches
     curves: Curves
-    best: list[Best | None]  # of each class, then of all
+    best: list[BestThreshold | None]  # of each class, then of all
     intervals: Intervals
     errors: Errors
     confusion: np.ndarray  # (K + 1, K + 1) annotated by found, the last: nothing
@@ -89,7 +89,7 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
         f1 = np.where(counts.any(1), 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]), 1.0)
     return Analysis(
         kind=kind, metrics=metrics, precision=scorer.eval["precision"][:, :, :, 0, -1], matches=found, curves=curves,
-        best=best, intervals=intervals(found, seed=seed),
+        best=best, intervals=ap_intervals(found, seed=seed),
         errors=errors(scorer, found, results, truth, segm=kind == "mask"),
         confusion=scorer.confusion_matrix(0.5, max_detections, threshold)["matrix"].astype(np.int64),
         counts=counts, f1=f1, suspects=_suspects(scorer, found, threshold),

@@ -62,14 +62,14 @@ def analyze(
     show(f"{source} on {subject.dataset.name}: {images_said}, {len(subject.results)} detections, compared by {kind}")
     show("(shares and AP in percent)")
     for table in tables:
-        show(f"\n{table.title}\n{text(table)}")
+        show(f"\n{table.title}\n{terminal_table(table)}")
     if json_file or csv_folder:
         show("")
     if json_file:
-        write_whole(json_file, json.dumps(to_json(found, tables), indent=1, allow_nan=False))
+        write_whole(json_file, json.dumps(analysis_json(found, tables), indent=1, allow_nan=False))
         show(f"-> {json_file}")
     for table in tables if csv_folder else ():
-        write_whole(csv_folder / f"{table.name}.csv", to_csv(table))
+        write_whole(csv_folder / f"{table.name}.csv", table_csv(table))
     if csv_folder:
         show(f"-> {csv_folder}: {', '.join(f'{table.name}.csv' for table in tables)}")
     return found
@@ -118,7 +118,7 @@ def chosen_kind(subject: Subject, kind: str | None) -> str:
     return kind or ("mask" if possible else "box")
 
 
-def text(table: Table) -> str:
+def terminal_table(table: Table) -> str:
     """A table for the terminal: shares in percent, at most SHOWN rows."""
     rows = [list(table.columns), *([shown(value) for value in row] for row in table.rows[:SHOWN])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -139,7 +139,7 @@ def shown(value: Any) -> str:
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
-def to_csv(table: Table) -> str:
+def table_csv(table: Table) -> str:
     """A table as CSV, numbers in full."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -148,7 +148,7 @@ def to_csv(table: Table) -> str:
     return file.getvalue()
 
 
-def to_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
+def analysis_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
     """All of the analysis: summary, intervals, and every table as a list of objects."""
     whole = {"AP": found.intervals.ap, "AP50": found.intervals.ap50}
     listed = {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}

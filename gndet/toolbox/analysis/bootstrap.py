@@ -34,16 +34,16 @@ class Intervals(NamedTuple):
     draws: int
 
 
-class Sample(NamedTuple):
+class ResampledAP(NamedTuple):
     """AP of each draw: (draws, K) at all thresholds, and at 0.5; nan where a class has no object at all."""
 
     ap: np.ndarray
     ap50: np.ndarray
 
 
-def intervals(found: Matches, *, seed: int = 0) -> Intervals:
+def ap_intervals(found: Matches, *, seed: int = 0) -> Intervals:
     """95 % intervals of AP."""
-    sample, whole = draw(found, seed=seed), as_it_is(found)
+    sample, whole = resample(found, seed=seed), ap_of_all_images(found)
     return Intervals(
         _interval(_class_mean(sample.ap), _class_mean(whole.ap)),
         _interval(_class_mean(sample.ap50), _class_mean(whole.ap50)),
@@ -51,11 +51,11 @@ def intervals(found: Matches, *, seed: int = 0) -> Intervals:
     )  # fmt: skip
 
 
-def difference(first: Matches, second: Matches, *, seed: int = 0) -> tuple[Interval, Interval]:
+def paired_intervals(first: Matches, second: Matches, *, seed: int = 0) -> tuple[Interval, Interval]:
     """95 % intervals of AP and AP50 of the second less the first, over the same draws of the same images."""
     draws = min(num_draws(first), num_draws(second))
-    a, b = (draw(found, seed=seed, draws=draws) for found in (first, second))
-    x, y = map(as_it_is, (first, second))
+    a, b = (resample(found, seed=seed, draws=draws) for found in (first, second))
+    x, y = map(ap_of_all_images, (first, second))
     return (
         _interval(_class_mean(b.ap) - _class_mean(a.ap), _class_mean(y.ap) - _class_mean(x.ap), -1.0),
         _interval(_class_mean(b.ap50) - _class_mean(a.ap50), _class_mean(y.ap50) - _class_mean(x.ap50), -1.0),
@@ -67,12 +67,12 @@ def num_draws(found: Matches) -> int:
     return int(np.clip(WORK / max(found.matched.size, 1), FEWEST, MOST))
 
 
-def as_it_is(found: Matches) -> Sample:
+def ap_of_all_images(found: Matches) -> ResampledAP:
     """AP of each class over all images, as a single draw that holds each once."""
     return _sample(found, np.ones((1, len(found.image_ids))))
 
 
-def draw(found: Matches, *, seed: int, draws: int | None = None) -> Sample:
+def resample(found: Matches, *, seed: int, draws: int | None = None) -> ResampledAP:
     """AP of each class over draws of as many images as there are; an image that comes twice counts twice.
 
     A class that a draw holds no object of keeps its AP of all images: were it left out of that draw's mean, classes of
@@ -83,7 +83,7 @@ def draw(found: Matches, *, seed: int, draws: int | None = None) -> Sample:
     return _sample(found, generator.multinomial(images, np.full(images, 1 / max(images, 1)), size=draws))
 
 
-def _sample(found: Matches, weights: np.ndarray) -> Sample:
+def _sample(found: Matches, weights: np.ndarray) -> ResampledAP:
     """AP of each class where each image counts so often; weights (draws, N)."""
     draws, weights = len(weights), weights.astype(np.float64)
     ap = np.full((draws, len(found.classes), found.matched.shape[1]), np.nan)
@@ -99,7 +99,7 @@ def _sample(found: Matches, weights: np.ndarray) -> Sample:
             some = weights[first : first + at_once]
             part = average_precision(hit, counted & ~hit, some[:, found.image[mine]], some[:, objects].sum(1))
             ap[first : first + at_once, k] = np.where(np.isnan(part), whole, part)
-    return Sample(ap.mean(2), ap[:, :, 0])
+    return ResampledAP(ap.mean(2), ap[:, :, 0])
 
 
 def average_precision(hit: np.ndarray, wrong: np.ndarray, weight: np.ndarray, objects: np.ndarray) -> np.ndarray:

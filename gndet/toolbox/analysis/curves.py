@@ -17,7 +17,7 @@ class Curves(NamedTuple):
     f1: np.ndarray  # (K + 1, S)
 
 
-class Best(NamedTuple):
+class BestThreshold(NamedTuple):
     """The score from which detections are best taken for real: F1 is highest."""
 
     threshold: float
@@ -45,7 +45,7 @@ def _at_least(scores: np.ndarray) -> np.ndarray:
     return len(scores) - np.searchsorted(np.sort(scores), SCORES, side="left")
 
 
-def best_thresholds(curves: Curves) -> list[Best | None]:
+def best_thresholds(curves: Curves) -> list[BestThreshold | None]:
     """The best score threshold of each class and of all, to a hundredth; None where a class has no object."""
     best = []
     for precision, recall, f1 in zip(curves.precision, curves.recall, curves.f1, strict=True):
@@ -53,5 +53,7 @@ def best_thresholds(curves: Curves) -> list[Best | None]:
             best.append(None)
             continue
         place = int(np.nanargmax(f1))
-        best.append(Best(float(SCORES[place]), float(precision[place]), float(recall[place]), float(f1[place])))
+        best.append(
+            BestThreshold(float(SCORES[place]), float(precision[place]), float(recall[place]), float(f1[place]))
+        )
     return best

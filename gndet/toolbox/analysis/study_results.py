@@ -1,4 +1,4 @@
-"""A norm study's results: the grid norm x images per GPU x seed, means and intervals over seeds, and what they say.
+"""The results of a norm study: the grid norm x images per GPU x seed, means and intervals over seeds, and a verdict.
 
 A study folder holds study.json (a `Study`), study.csv, curve.png, cells/NAME (the run folder of each cell) and
 logs/NAME.txt.  AP is a fraction in the files and shown in percent, as in Wu & He 2018.
@@ -15,16 +15,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gndet.errors import DataError
+from gndet.evaluation.tables import text_table
 from gndet.files import write_whole
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
-GROUPS = "groups-"  # of the group ablation: variants groups-1, groups-8, groups-channels
-METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # what is shown, the verdict by the first
+GROUPS = "groups-"  # prefix of the variants of a group ablation: groups-1, groups-8, groups-channels
+METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # the verdict goes by the first that was measured
 CONFIDENCE = 0.95
 
 
-class Result(BaseModel):
-    """A cell of the grid and what became of it; metrics as an evaluation logs them, seconds of its last start."""
+class CellResult(BaseModel):
+    """A cell of the grid: its metrics as an evaluation logs them, and the seconds it has trained."""
 
     model_config = ConfigDict(extra="forbid")
     variant: str
@@ -37,12 +38,12 @@ class Result(BaseModel):
 
     @property
     def name(self) -> str:
-        """Its folder's name, like bn-2-seed0."""
+        """The name of the cell's folder, like bn-2-seed0."""
         return f"{self.variant}-{self.images}-seed{self.seed}"
 
 
 class Speed(BaseModel):
-    """What a calibration measured: seconds an image by images per GPU, and seconds of a cell that are no training."""
+    """What calibration measured: seconds per image by images per GPU, and seconds per cell spent outside training."""
 
     model_config = ConfigDict(extra="forbid")
     per_image: dict[int, float]
@@ -59,20 +60,20 @@ class Study(BaseModel):
     settings: dict[str, Any]  # the resolved config, before norm, batch, seed and budget
     batch: Literal["scaled", "fixed"]
     rule: str
-    updates: int  # of the schedule of every cell, at its reference batch
+    updates: int  # of every cell's schedule, at the reference batch
     reference_batch: int
-    factor: float = 1.0  # by which the budget shortened the config's schedule
+    factor: float = 1.0  # schedule of the cells / schedule of the config; below 1 where the budget shortened it
     budget: float | None = None  # seconds
     jobs: int = 1
     speed: Speed | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}
     date: str = ""
-    results: list[Result]
+    results: list[CellResult]
 
     @property
     def variants(self) -> list[str]:
-        """Norms, or group counts, in the order given."""
+        """Norms or group counts, in the order given."""
         return list(dict.fromkeys(result.variant for result in self.results))
 
     @property
@@ -94,8 +95,8 @@ class Mean(NamedTuple):
     n: int
 
 
-class Difference(NamedTuple):
-    """A difference of two means and the ends of its interval, nan where either has one seed only."""
+class MeanDifference(NamedTuple):
+    """A difference of two means with the ends of its interval; nan where either mean has a single seed."""
 
     value: float
     low: float
@@ -103,26 +104,26 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
-def grid(variants: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[Result]:
-    """The cells in the order they run: seed by seed, so that a study that is broken off has whole curves."""
-    return [Result(variant=v, images=size, seed=seed) for seed in seeds for v in variants for size in sizes]
+def study_cells(variants: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[CellResult]:
+    """Return the cells in the order they run: seed by seed, so that an interrupted study has complete curves."""
+    return [CellResult(variant=v, images=size, seed=seed) for seed in seeds for v in variants for size in sizes]
 
 
-def title(variant: str) -> str:
-    """A variant in words."""
+def variant_title(variant: str) -> str:
+    """Return a variant in words."""
     if not variant.startswith(GROUPS):
         return variant
     count = variant.removeprefix(GROUPS)
-    known = {"1": "1 group (ln)", "channels": "a group a channel (in)"}
+    known = {"1": "1 group (ln)", "channels": "one group per channel (in)"}
     return known.get(count, f"{count} groups")
 
 
 def fraction_point(df: float, confidence: float = CONFIDENCE) -> float:
-    """Student's t: |T| with df >= 1 degrees of freedom stays below it with that probability.
+    """Return the t that |T| with df >= 1 degrees of freedom (Student) stays below with probability `confidence`.
 
     With t = sqrt(df) tan(a) the density of the angle a is proportional to cos(a) ** (df - 1).
     """
@@ -133,48 +134,51 @@ def fraction_point(df: float, confidence: float = CONFIDENCE) -> float:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """The mean with Student's 95 % interval."""
+    """Return the mean with Student's 95 % interval."""
     n = len(values)
     if n < 2:
         return Mean(values[0] if n else math.nan, math.nan, n)
     return Mean(float(np.mean(values)), fraction_point(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n), n)
 
 
-def difference(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """mean(one) - mean(other) with its 95 % interval (Welch 1947: variances may differ)."""
-    value = float(np.mean(one) - np.mean(other)) if len(one) and len(other) else math.nan
-    if len(one) < 2 or len(other) < 2:
-        return Difference(value, math.nan, math.nan)
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in (one, other)]
+def mean_difference(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
+    """Return mean(a) - mean(b) with its 95 % interval (Welch 1947: variances may differ)."""
+    value = float(np.mean(a) - np.mean(b)) if len(a) and len(b) else math.nan
+    if len(a) < 2 or len(b) < 2:
+        return MeanDifference(value, math.nan, math.nan)
+    parts = [float(np.var(sample, ddof=1)) / len(sample) for sample in (a, b)]
     total = sum(parts)
     if total == 0:
-        return Difference(value, value, value)
-    df = total**2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, (one, other), strict=True))
+        return MeanDifference(value, value, value)
+    df = total**2 / sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, (a, b), strict=True))
     half = fraction_point(df) * math.sqrt(total)
-    return Difference(value, value - half, value + half)
+    return MeanDifference(value, value - half, value + half)
 
 
-def values(study: Study, variant: str, size: int, metric: str) -> list[float]:
-    """What the finished cells of a norm and size reached, a value a seed."""
-    mine = (r for r in study.results if (r.variant, r.images) == (variant, size) and r.state in ("done", "copied"))
-    found = (result.metrics.get(metric) for result in mine)
-    return [value for value in found if value is not None]
+def cell_values(study: Study, variant: str, size: int, metric: str) -> list[float]:
+    """Return the metric of each finished cell of a norm and size, one value per seed."""
+    finished = (result for result in _cells(study, variant, size) if result.state in ("done", "copied"))
+    return [value for result in finished if (value := result.metrics.get(metric)) is not None]
+
+
+def _cells(study: Study, variant: str, size: int) -> list[CellResult]:
+    return [result for result in study.results if (result.variant, result.images) == (variant, size)]
 
 
 def metrics_of(study: Study) -> list[str]:
-    """The metrics of METRICS that any cell has."""
+    """Return the metrics of METRICS that any cell has."""
     return [metric for metric in METRICS if any(result.metrics.get(metric) is not None for result in study.results)]
 
 
 def cell_words(study: Study, variant: str, size: int, metric: str) -> str:
-    """A cell of the table, like "34.1 ± 1.2 (3)", with what is missing or failed."""
-    mine = [r for r in study.results if (r.variant, r.images) == (variant, size)]
-    mean = mean_of(values(study, variant, size, metric))
+    """Return a cell of the table, like "34.1 ± 1.2 (3)", with the number of cells that failed or have yet to run."""
+    cells = _cells(study, variant, size)
+    mean = mean_of(cell_values(study, variant, size, metric))
     words = [] if mean.n == 0 else [f"{100 * mean.mean:.1f}{_half(mean)} ({mean.n})"]
     for state in ("failed", "refused"):
-        count = sum(result.state == state for result in mine)
-        words += [f"{count} {state}" if 0 < count < len(mine) else state] if count else []
-    unfinished = sum(result.state in ("pending", "running") for result in mine)
+        count = sum(result.state == state for result in cells)
+        words += [f"{count} {state}" if 0 < count < len(cells) else state] if count else []
+    unfinished = sum(result.state in ("pending", "running") for result in cells)
     words += [f"{unfinished} to run"] if unfinished else []
     return ", ".join(words) or "-"
 
@@ -183,80 +187,78 @@ def _half(mean: Mean) -> str:
     return f" ± {100 * mean.half:.1f}" if mean.n > 1 else ""
 
 
-def verdict(study: Study) -> list[str]:
-    """What the study says, a sentence an entry, differences with their intervals."""
+def study_verdict(study: Study) -> list[str]:
+    """Say in sentences what the study shows, with the intervals of all differences."""
     metric = next(iter(metrics_of(study)), None)
     if metric is None:
         return ["No cell is finished: nothing can be said."]
     said = []
-    if most := max(len(values(study, v, s, metric)) for v in study.variants for s in study.sizes):
+    if most := max(len(cell_values(study, v, s, metric)) for v in study.variants for s in study.sizes):
         said += ["One seed a cell: no intervals, so what is by chance cannot be told."] if most == 1 else []
     said += _best(study, metric)
     if len(study.sizes) > 1:
         said += [words for variant in study.variants for words in _fall(study, variant, metric)]
-    failed = [f"{title(r.variant)} at {r.images} (seed {r.seed})" for r in study.results if r.state == "failed"]
+    failed = [f"{variant_title(r.variant)} at {r.images} (seed {r.seed})" for r in study.results if r.state == "failed"]
     said += [f"Failed: {', '.join(failed)}; what they said is with the cells."] if failed else []
     return said
 
 
 def _best(study: Study, metric: str) -> Iterator[str]:
-    """Which variant is best at the smallest size, and which cannot be told from it."""
+    """Name the best variant at the smallest size, and those that cannot be told from it."""
     size, name = study.sizes[0], METRICS[metric]
-    reached = {v: found for v in study.variants if (found := values(study, v, size, metric))}
+    reached = {v: found for v in study.variants if (found := cell_values(study, v, size, metric))}
     if not reached:
         yield f"At {_images(size)} no cell is finished."
         return
     first, *others = sorted(reached, key=lambda v: -mean_of(reached[v]).mean)
     mean = mean_of(reached[first])
-    yield f"At {_images(size)} {title(first)} is best: {name} {100 * mean.mean:.1f}{_half(mean)} (n = {mean.n})."
-    gaps = {other: difference(reached[first], reached[other]) for other in others}
-    if clear := [f"{title(v)} ({_points(gaps[v])})" for v in others if gaps[v].clear]:
+    reach = f"{name} {100 * mean.mean:.1f}{_half(mean)} (n = {mean.n})"
+    yield f"At {_images(size)} {variant_title(first)} is best: {reach}."
+    clear, unclear = [], []
+    for variant in others:
+        gap = mean_difference(reached[first], reached[variant])
+        (clear if gap.clear else unclear).append(f"{variant_title(variant)} ({_points(gap)})")
+    if clear:
         yield f"That is clearly above {', '.join(clear)}."
-    if unclear := [f"{title(v)} ({_points(gaps[v])})" for v in others if not gaps[v].clear]:
+    if unclear:
         yield f"It cannot be told from {', '.join(unclear)}: the interval of the difference holds 0, or there is none."
     if len(others) > 1:
         yield "Each interval is of one difference by itself, not widened for the number that is compared."
 
 
 def _fall(study: Study, variant: str, metric: str) -> Iterator[str]:
-    """Whether a variant falls from the largest to the smallest size."""
+    """Say whether a variant falls from the largest to the smallest size."""
     small, large = study.sizes[0], study.sizes[-1]
-    one, other = (values(study, variant, size, metric) for size in (small, large))
-    if not one or not other:
+    at_small, at_large = (cell_values(study, variant, size, metric) for size in (small, large))
+    if not at_small or not at_large:
         return
-    change = difference(one, other)
+    change = mean_difference(at_small, at_large)
+    way = (" falls" if change.value < 0 else " rises") if change.clear else ""
+    doubt = ", without an interval" if math.isnan(change.low) else "" if change.clear else "; no change can be told"
     span = f"from {large} to {_images(small)}"
-    if change.clear:
-        way = "falls" if change.value < 0 else "rises"
-        yield f"{title(variant)} {way} {span}: {_points(change)} {METRICS[metric]}."
-    elif math.isnan(change.low):
-        yield f"{title(variant)} {span}: {_points(change)} {METRICS[metric]}, without an interval."
-    else:
-        yield f"{title(variant)} {span}: {_points(change)} {METRICS[metric]}; no change can be told."
+    yield f"{variant_title(variant)}{way} {span}: {_points(change)} {METRICS[metric]}{doubt}."
 
 
 def _images(size: int) -> str:
     return f"{size} image{'s' if size > 1 else ''} per GPU"
 
 
-def _points(change: Difference) -> str:
-    """A difference in AP points with its interval."""
+def _points(change: MeanDifference) -> str:
+    """Return a difference in AP points with its interval."""
     text = f"{100 * change.value:+.1f}"
     return text if math.isnan(change.low) else f"{text} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
 
 
-def table(study: Study, metric: str) -> str:
-    """The table norm x images per GPU as text."""
-    head = ["norm" if not study.by_groups else "groups", *(str(size) for size in study.sizes)]
-    rows = [[title(v), *(cell_words(study, v, size, metric) for size in study.sizes)] for v in study.variants]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)) for row in [head, *rows]]
-    what = f"{METRICS[metric]} in percent by images per GPU: mean ± half of the 95 % interval (number of seeds)"
-    return "\n".join([what, *(line.rstrip() for line in lines)])
+def study_table(study: Study, metric: str) -> str:
+    """Return the table norm x images per GPU as text."""
+    head = ["norm" if not study.by_groups else "groups", *map(str, study.sizes)]
+    rows = [[variant_title(v), *(cell_words(study, v, size, metric) for size in study.sizes)] for v in study.variants]
+    caption = f"{METRICS[metric]} in percent by images per GPU: mean ± half of the 95 % interval (number of seeds)"
+    return f"{caption}\n{text_table([head, *rows], left=range(len(head)))}"
 
 
 def is_study(folder: Path) -> bool:
-    """Whether a folder is that of a norm study."""
+    """Return whether a folder holds a norm study."""
     return (folder / STUDY).is_file()
 
 
@@ -274,7 +276,7 @@ def read_study(folder: Path) -> Study:
 
 
 def write_study(folder: Path, study: Study) -> None:
-    """Write study.json and study.csv, each whole or not at all.  Raises OutputError."""
+    """Write study.json and study.csv, each atomically.  Raises OutputError."""
     write_whole(folder / STUDY, study.model_dump_json(indent=1))
     write_whole(folder / TABLE, _csv(study))
 
@@ -292,5 +294,5 @@ def _csv(study: Study) -> str:
 
 def percent_mean(study: Study, variant: str, size: int, metric: str) -> Mean:
     """Return the mean of a cell's metric over seeds, in percent."""
-    mean = mean_of(values(study, variant, size, metric))
+    mean = mean_of(cell_values(study, variant, size, metric))
     return Mean(100 * mean.mean, 100 * mean.half, mean.n)

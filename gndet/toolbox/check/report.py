@@ -9,6 +9,7 @@ import numpy as np
 from gndet.data.datasets.faults import REFUSED, SEVERITIES, describe, several
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
+from gndet.evaluation.tables import text_table
 
 LISTED_CLASSES = 100  # more are counted only
 SMALL, LARGE = 32**2, 96**2  # pixels of area, as COCO's metric divides objects
@@ -86,8 +87,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     for label, one in enumerate(summary["classes"][:LISTED_CLASSES]):
         counts = (label, one["id"], one["objects"], one["images"])
         rows.append([*map(str, counts), printable(one["name"])])
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
-    lines += ["  " + "  ".join([*map(str.rjust, row, widths), row[-1]]) for row in rows]
+    lines += [f"  {line}" for line in text_table(rows, left=(4,)).splitlines()]
     left = len(summary["classes"]) - LISTED_CLASSES
     return lines + ([f"  and {left} classes more"] if left > 0 else [])
 

@@ -26,7 +26,7 @@ def facts(cfg: Config | None) -> Facts:
     """Processor, memory, GPUs."""
     yield Fact("processor", processor())
     yield cores()
-    yield memory(*memory_bytes(), memory_limit())
+    yield memory(*memory_bytes(), cgroup_memory())
     yield "giving memory back and taking it again"
     yield freed_memory()
     if settings := _settings():
@@ -75,7 +75,7 @@ def memory_bytes() -> tuple[int, int]:
     return total, available
 
 
-def memory_limit() -> tuple[int, int] | None:
+def cgroup_memory() -> tuple[int, int] | None:
     """The bytes that the cgroup allows and those in use of it; None for no limit."""
     for folder in _cgroups("memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):

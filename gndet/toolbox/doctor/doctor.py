@@ -20,7 +20,7 @@ from gndet.config.loading import load_config
 from gndet.errors import OutputError
 from gndet.files import write_whole
 from gndet.toolbox.doctor import machine
-from gndet.toolbox.doctor.facts import Fact, line, verdict, without_names
+from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
 
 # without this folder in the path, whose files may have the names of packages; with that of gndet, installed or not
 START = (
@@ -53,7 +53,7 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
         facts.append(fact)
         sections[-1]["facts"].append(fact._asdict())
         show(line(fact))
-    healthy, words = all(fact.mark != "wrong" for fact in facts), verdict(facts)
+    healthy, words = all(fact.mark != "wrong" for fact in facts), health_verdict(facts)
     if json_file is not None:
         report = {"healthy": healthy, "verdict": words, "sections": sections}
         write_whole(json_file, json.dumps(report, indent=1) + "\n")

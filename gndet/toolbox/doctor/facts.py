@@ -27,7 +27,7 @@ def line(fact: Fact) -> str:
     return f"  {fact.name:<{NAME}}  {mark:<{MARK}}  {fact.text}".rstrip()
 
 
-def verdict(facts: list[Fact]) -> str:
+def health_verdict(facts: list[Fact]) -> str:
     """Sum up in a line, naming what is wrong and what is warned of."""
     wrong, warned = (
         list(dict.fromkeys(one.name for one in facts if one.mark == mark)) for mark in ("wrong", "warning")

@@ -113,7 +113,7 @@ def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
             leaf, slope = (one.to(device).contiguous(memory_format=memory) for one in (x, grad))
             y = layer(leaf.requires_grad_(), area)
             found = (y, *torch.autograd.grad(y, (leaf, layer.weight, layer.bias), slope))
-            errors[layout + (" padded" if sizes else "")] = max(map(difference, found, exact))
+            errors[layout + (" padded" if sizes else "")] = max(map(relative_error, found, exact))
     return errors
 
 
@@ -146,7 +146,7 @@ def winograd() -> Errors:
         )
     )
     names = ("result", "gradient", "gradient of the weight")
-    return dict(zip(names, map(difference, found, exact), strict=True))
+    return dict(zip(names, map(relative_error, found, exact), strict=True))
 
 
 def nms(device: torch.device) -> Errors:
@@ -199,7 +199,7 @@ def roi_align(device: torch.device) -> Errors:
     rois = torch.cat([image[:, None].double(), boxes.double()], dim=1)  # (R, 5)
     exact = torchvision.ops.roi_align(exact_leaf, rois, 7, 0.25, 2, aligned=True)
     slopes = torch.autograd.grad(exact, exact_leaf, grad.double())
-    return dict(zip(("regions", "gradient"), map(difference, found, (exact, *slopes)), strict=True))
+    return dict(zip(("regions", "gradient"), map(relative_error, found, (exact, *slopes)), strict=True))
 
 
 # --- metrics
@@ -251,7 +251,7 @@ def noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 1
 
 
-def difference(found: Tensor, exact: Tensor) -> float:
+def relative_error(found: Tensor, exact: Tensor) -> float:
     """The largest difference to the exact values, as a part of the largest of them; infinite for NaN."""
     off = ((found.detach().double().cpu() - exact).abs().max() / exact.abs().max()).item()
     return off if off == off else float("inf")

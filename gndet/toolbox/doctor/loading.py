@@ -32,7 +32,7 @@ OTHER_FILES = 200  # open files of a run beside its batches: libraries, logs, pi
 MIB = 2**20
 
 
-class Source(NamedTuple):
+class LoaderInput(NamedTuple):
     """What is loaded."""
 
     dataset: Dataset
@@ -70,19 +70,19 @@ def facts(cfg: Config | None) -> Facts:
     yield open_files(workers, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def read(cfg: Config | None) -> Source:
+def read(cfg: Config | None) -> LoaderInput:
     """The first pictures of a config's training data, or drawn ones."""
     if cfg is None:
         data = DataConfig(shortest_edge=(SIZE,), max_edge=SIZE)
         shapes = DatasetConfig(kind="shapes", count=PICTURES, size=SIZE)
-        return Source(read_dataset(shapes, data, masks=True), data, 2, True)
+        return LoaderInput(read_dataset(shapes, data, masks=True), data, 2, True)
     limit = min(cfg.data.train.limit or PICTURES, PICTURES)
     part = cfg.data.train.model_copy(update={"limit": limit})
     images = cfg.train.images_per_gpu if isinstance(cfg.train.images_per_gpu, int) else 2
-    return Source(read_dataset(part, cfg.data, masks=cfg.model.masks), cfg.data, images, cfg.model.masks)
+    return LoaderInput(read_dataset(part, cfg.data, masks=cfg.model.masks), cfg.data, images, cfg.model.masks)
 
 
-def rate(source: Source, workers: int) -> tuple[float, list[str]]:
+def rate(source: LoaderInput, workers: int) -> tuple[float, list[str]]:
     """Images a second over about SECONDS, the start of the processes included, and the deaths of processes."""
     deaths: list[str] = []
     data, count = source.data.model_copy(update={"workers": workers}), 0
@@ -95,7 +95,7 @@ def rate(source: Source, workers: int) -> tuple[float, list[str]]:
     return count / (time.perf_counter() - before), deaths
 
 
-def _batches(source: Source, data: DataConfig, deaths: list[str]) -> Generator[Loaded, None, None]:
+def _batches(source: LoaderInput, data: DataConfig, deaths: list[str]) -> Generator[Loaded, None, None]:
     return train_batches(
         source.dataset, data, seed=0, start=0, stop=-(-PICTURES // source.images), images_per_gpu=source.images,
         global_batch=source.images, rank=0, world=1, masks=source.masks, pin_memory=False, notify=deaths.append,
@@ -122,7 +122,7 @@ def last_logged(out: Path) -> dict[str, Any] | None:
     return next((line for line in reversed(read_metrics(out / METRICS)) if line.get("kind") == "train"), None)
 
 
-def batch_bytes(source: Source) -> int:
+def batch_bytes(source: LoaderInput) -> int:
     """The bytes of the largest batch of these pictures."""
     batch = largest_batch(source.dataset, source.data, source.images, masks=source.masks)
     return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))

@@ -39,7 +39,7 @@ def facts(cfg: Config | None) -> Facts:
     for name, (module, use) in OPTIONAL.items():
         yield f"importing {module}"
         yield optional(name, module, use)
-    yield from (fact for fact in (pairing(), numbers()) if fact)
+    yield from (fact for fact in (pairing(), numpy_exchange()) if fact)
 
 
 def needed(name: str, module: str, wanted: str) -> Fact:
@@ -52,7 +52,7 @@ def needed(name: str, module: str, wanted: str) -> Fact:
         return Fact(name, f"{version}, cannot be imported: {trouble}", "wrong")
     seconds = time.perf_counter() - before
     slow = f", imported in {seconds:.1f} s" if seconds > 1 else ""
-    if not fits(version, wanted):
+    if not version_fits(version, wanted):
         return Fact(name, f"{version}, expected {wanted}{slow}", "warning")
     return Fact(name, version + slow, "ok")
 
@@ -94,7 +94,7 @@ def requirements(name: str) -> dict[str, str]:
     return {match[1].lower(): match[2].replace(" ", "") for match in found if match}
 
 
-def fits(version: str, wanted: str) -> bool:
+def version_fits(version: str, wanted: str) -> bool:
     """Whether a version is within bounds like >=2.11,<2.16, by its numbers: 2.11.0+cpu is 2.11."""
     for bound in filter(None, wanted.split(",")):
         match = re.fullmatch(r"(>=|<=|==|!=|<|>)([\d.]+)\S*", bound)
@@ -124,7 +124,7 @@ def judge_pairing(torch: str, torchvision: str, asks: Mapping[str, str]) -> Fact
     minor = _numbers(torchvision)[1] - MINORS
     wanted = asks.get("torch") or f"==2.{minor}"
     builds = [version.partition("+")[2] for version in (torch, torchvision)]
-    if not fits(torch, wanted) and not (wanted == f"==2.{minor}" and _numbers(torch)[:2] == (2, minor)):
+    if not version_fits(torch, wanted) and not (wanted == f"==2.{minor}" and _numbers(torch)[:2] == (2, minor)):
         return Fact(
             "torch with torchvision", f"torchvision {torchvision} is built for torch{wanted}, not {torch}", "wrong"
         )
@@ -133,7 +133,7 @@ def judge_pairing(torch: str, torchvision: str, asks: Mapping[str, str]) -> Fact
     return Fact("torch with torchvision", "built for each other", "ok")
 
 
-def numbers() -> Fact | None:
+def numpy_exchange() -> Fact | None:
     """Whether torch takes NumPy's arrays: it does not from a NumPy newer than it was built with."""
     if import_trouble("numpy") or import_trouble("torch"):
         return None

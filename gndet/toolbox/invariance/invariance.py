@@ -26,7 +26,7 @@ from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError
-from gndet.evaluation.evaluate import aligned
+from gndet.evaluation.tables import text_table
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
 from gndet.ops.noise import hash_ints
@@ -277,7 +277,7 @@ def differences_table(report: Report, dtype: str) -> str:
     for kind in ("choices", "ReLUs"):
         counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else None for name in columns]
         rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]:,} of {one[1]:,}" for one in counts)])
-    return aligned(rows)
+    return text_table(rows)
 
 
 def verdict(report: Report) -> str:

@@ -14,13 +14,13 @@ from gndet.toolbox.analysis.study_results import (
     Study,
     metrics_of,
     percent_mean,
-    title,
+    variant_title,
 )
 
 STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # told apart without colour too
 
 
-def draw(study: Study, path: Path) -> None:
+def draw_curve(study: Study, path: Path) -> None:
     """Draw AP against images per GPU, or against the number of groups, into a PNG; bars are 95 % intervals."""
     metrics = metrics_of(study)
     figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
@@ -41,7 +41,7 @@ def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:
     for i, variant in enumerate(study.variants):
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
         shift = 2 ** (0.05 * (i - (len(study.variants) - 1) / 2))  # intervals beside each other, not on each other
-        _line(axes, i, [size * shift for size in study.sizes], means, title(variant))
+        _line(axes, i, [size * shift for size in study.sizes], means, variant_title(variant))
     axes.set_xscale("log", base=2)
     axes.set_xticks(study.sizes, [str(size) for size in study.sizes])
     axes.set_xlabel("images per GPU")

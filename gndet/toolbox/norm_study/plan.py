@@ -14,7 +14,7 @@ from gndet.config.loading import config_from_dict, load_config
 from gndet.config.schema import Config, NormConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
-from gndet.toolbox.analysis.study_results import GROUPS, STUDY, Result, Study, is_study, read_study
+from gndet.toolbox.analysis.study_results import GROUPS, STUDY, CellResult, Study, is_study, read_study
 from gndet.training.run_folder import NEUTRAL, UNSET, flat
 
 KINDS = get_args(NormConfig.model_fields["kind"].annotation)
@@ -49,7 +49,7 @@ def norm_overrides(variant: str) -> list[str]:
     return ["model.norm.kind=gn", f"model.norm.groups={count}", "model.norm.channels_per_group=null"]
 
 
-def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[Result], batch: str, jobs: int) -> Study:
+def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[CellResult], batch: str, jobs: int) -> Study:
     """The study before its first cell, with cells that cannot be trained refused."""
     schedule, optimizer = cfg.train.schedule, cfg.train.optimizer
     rule = RULES[batch].format(batch=cfg.train.global_batch)
@@ -73,7 +73,7 @@ def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[Result
     return begun
 
 
-def _refusal(cell: Result, begun: Study, checked: dict[str, str]) -> str:
+def _refusal(cell: CellResult, begun: Study, checked: dict[str, str]) -> str:
     """Why a cell cannot be trained, or nothing; checked: by variant, what building its model said."""
     try:
         cfg = load_config(begun.config, [*begun.overrides, *cell_overrides(cell, begun)])
@@ -89,7 +89,7 @@ def _refusal(cell: Result, begun: Study, checked: dict[str, str]) -> str:
     return checked[cell.variant]
 
 
-def _notes(cfg: Config, cells: list[Result]) -> list[str]:
+def _notes(cfg: Config, cells: list[CellResult]) -> list[str]:
     """What a reader must know of these norms."""
     kinds, notes = {cell.variant for cell in cells}, []
     if "frozen_bn" in kinds and not cfg.train.weights:
@@ -108,7 +108,7 @@ def _device(cfg: Config) -> str:
     return f"CPU, {len(os.sched_getaffinity(0))} cores"
 
 
-def cell_overrides(cell: Result, begun: Study) -> list[str]:
+def cell_overrides(cell: CellResult, begun: Study) -> list[str]:
     """The overrides of a cell, its folder left out."""
     settings = begun.settings["train"]
     batch = cell.images if begun.batch == "scaled" else settings["global_batch"]

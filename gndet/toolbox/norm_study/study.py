@@ -21,18 +21,18 @@ from gndet.toolbox.analysis.study_results import (
     CURVE,
     METRICS,
     STUDY,
-    Result,
+    CellResult,
     Speed,
     Study,
-    grid,
     is_study,
     metrics_of,
-    table,
-    verdict,
+    study_cells,
+    study_table,
+    study_verdict,
     write_study,
 )
 from gndet.toolbox.norm_study.budget import estimate, fit_budget
-from gndet.toolbox.norm_study.curve import draw
+from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
 from gndet.training.log import read_metrics
@@ -58,7 +58,7 @@ def study(
     cfg = load_config(config, overrides)
     folder = out or Path("runs") / f"norm-study-{Path(config).stem}"
     kinds = variants(norms, groups)
-    cells = grid(kinds, sorted(set(images_per_gpu)), range(cfg.seed, cfg.seed + seeds))
+    cells = study_cells(kinds, sorted(set(images_per_gpu)), range(cfg.seed, cfg.seed + seeds))
     places = slots(cfg.device, jobs)
     if folder.exists() and not is_study(folder) and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise OutputError(f"{folder}: holds files but no study (no {STUDY}); choose another --out FOLDER")
@@ -133,7 +133,7 @@ class Work:
             f"{_clock(took * study.jobs / len(waiting))} a cell"
         )
 
-    def waiting(self) -> list[Result]:
+    def waiting(self) -> list[CellResult]:
         """The cells that are to be trained."""
         return [result for result in self.study.results if result.state in ("pending", "running", "failed")]
 
@@ -164,7 +164,7 @@ class Work:
 
     def _measured(self, variant: str, size: int, number: int) -> tuple[Job, int]:
         """The calibration run of a size, and its images."""
-        cell = Result(variant=variant, images=size, seed=self.cfg.seed)
+        cell = CellResult(variant=variant, images=size, seed=self.cfg.seed)
         batch = size if self.study.batch == "scaled" else self.cfg.train.global_batch
         device = "cuda" if self.cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
         updates = max(MEASURED_UPDATES[device], -(-MEASURED_IMAGES // batch))
@@ -177,7 +177,7 @@ class Work:
         )
         return job, updates * batch
 
-    def look(self, result: Result) -> None:
+    def look(self, result: CellResult) -> None:
         """Note whether a cell's run is finished, and what it reached; what was noted stays when cells/ is removed."""
         if result.state == "done":
             return
@@ -236,10 +236,10 @@ class Work:
             result.metrics = source.metrics if source.state == "done" else {}
         write_study(self.folder, study)
         for metric in metrics_of(study):
-            self.show("\n" + table(study, metric))
-        self.show("\n" + "\n".join(verdict(study)))
+            self.show("\n" + study_table(study, metric))
+        self.show("\n" + "\n".join(study_verdict(study)))
         if metrics_of(study):
-            draw(study, self.folder / CURVE)
+            draw_curve(study, self.folder / CURVE)
             self.show(
                 f"\ncurve -> {self.folder / CURVE}\ncells -> {self.folder / STUDY}\nnext: gndet report {self.folder}"
             )

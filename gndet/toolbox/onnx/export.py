@@ -75,7 +75,7 @@ def export(
         pictures, name = comparison_pictures(detector, picture, size, show)
         with written_whole(file) as partial:
             _write(detector, partial, pictures[0], size, masks, opset)
-            passed = compare(detector, partial, pictures, name, masks, show)
+            passed = compare_with_torch(detector, partial, pictures, name, masks, show)
             if not passed:
                 partial.unlink()
     if not passed:
@@ -222,7 +222,7 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     return found._replace(boxes=found.boxes * np.tile(scale, 2).astype(np.float32))
 
 
-def compare(
+def compare_with_torch(
     detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
 ) -> bool:
     """Run the file beside torch on each picture, and say how far they differ.  Returns whether little enough."""
@@ -236,7 +236,7 @@ def compare(
             show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
             return False
         full = len(expected.scores) == most  # the worst of them may have pushed out one as good
-        differences = difference(expected, found, float(expected.scores.min()) if full else least)
+        differences = detection_difference(expected, found, float(expected.scores.min()) if full else least)
         show(f"{'equal' if not differences.wrong else 'mismatch'} on {where}: {differences.words}")
         passed, count = passed and not differences.wrong, count + len(expected.scores)
     if passed and not count:
@@ -244,7 +244,7 @@ def compare(
     return passed
 
 
-class Difference(NamedTuple):
+class DetectionDifference(NamedTuple):
     """How far two sets of detections differ."""
 
     boxes: float  # pixels
@@ -267,7 +267,7 @@ class Difference(NamedTuple):
         return text + (f"; {self.unmatched} that only one of them has" if self.unmatched else "")
 
 
-def difference(expected: Found, found: Found, threshold: float) -> Difference:
+def detection_difference(expected: Found, found: Found, threshold: float) -> DetectionDifference:
     """Compare detections, each with the nearest of its label; those that score threshold or less may be missing."""
     free, pairs, lonely = set(range(len(found.scores))), [], 0
     for one in range(len(expected.scores)):
@@ -286,7 +286,7 @@ def difference(expected: Found, found: Found, threshold: float) -> Difference:
     masks = None if expected.masks is None and found.masks is None else math.inf
     if expected.masks is not None and found.masks is not None:
         masks = _most(expected.masks[a] - found.masks[b])
-    return Difference(
+    return DetectionDifference(
         _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]), masks, int(lonely),
         len(expected.scores),
     )  # fmt: skip

@@ -22,8 +22,9 @@ from gndet.data.records import Dataset, Record
 from gndet.errors import OutputError
 from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import captioned, draw_detections, grid
-from gndet.evaluation.evaluate import aligned, to_results
+from gndet.evaluation.evaluate import to_results
 from gndet.evaluation.results import Results, join, save_results
+from gndet.evaluation.tables import text_table
 from gndet.files import make_folder, write_whole
 from gndet.structures import Detections
 from gndet.toolbox.predict.video import Frame
@@ -183,7 +184,7 @@ class Output:
         rows = [[classes[label], str(num), str(self.seen_in[label])] for label, num in self.objects.most_common()]
         total = ["all", str(self.objects.total()), str(len(self.images))]
         show(f"with a score of {self.wanted.threshold} or more:")
-        show(aligned([["class", "objects", "images"], *rows, total]))
+        show(text_table([["class", "objects", "images"], *rows, total]))
         where = self.out / "predictions.json"
         show(f"{len(results)} detections, of lower scores too -> {where} (COCO results; image ids in images.json)")
 

@@ -10,7 +10,7 @@ from gndet.data.batches.stream import train_batches
 from gndet.data.records import Dataset
 from gndet.errors import GndetError
 from gndet.toolbox.report import blocks
-from gndet.toolbox.report.blocks import Picture
+from gndet.toolbox.report.blocks import GalleryPicture
 from gndet.toolbox.report.record import RunRecord
 from gndet.training.validation import draw
 
@@ -35,12 +35,12 @@ def section(run: RunRecord) -> str:
     return blocks.section("batches", "Training batches", blocks.gallery("batch-pictures", pictures), lead=words)
 
 
-def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tuple[list[Picture], float]:
+def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tuple[list[GalleryPicture], float]:
     """The first `count` training pictures, on the canvases of `at_once` images; and the share of padding on those.
 
     Raises DataError where they cannot be read.
     """
-    pictures: list[Picture] = []
+    pictures: list[GalleryPicture] = []
     padded = cells = 0
     batches = train_batches(
         dataset, cfg.data.model_copy(update={"workers": 0}), seed=cfg.seed, start=0, stop=count,
@@ -54,7 +54,7 @@ def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tup
             cells += len(loaded.image_ids) * height * width
             for place, image_id in list(enumerate(loaded.image_ids))[: count - len(pictures)]:
                 caption = f"batch {number + 1}, image {image_id}, canvas {height} x {width}"
-                pictures.append(Picture(draw(loaded, place, dataset.classes), caption))
+                pictures.append(GalleryPicture(draw(loaded, place, dataset.classes), caption))
             if len(pictures) >= count:
                 break
     return pictures, padded / max(cells, 1)

@@ -35,7 +35,7 @@ def heading(words: str) -> str:
     return f"<h3>{escape(words)}</h3>"
 
 
-def text(words: str) -> str:
+def paragraph(words: str) -> str:
     """A paragraph."""
     return f"<p>{escape(words)}</p>"
 
@@ -50,12 +50,12 @@ def figure(svg: str, caption: str, id: str) -> str:
     return f'<figure class="chart" id="{escape(id)}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
-def side_by_side(*blocks: str) -> str:
+def beside(*blocks: str) -> str:
     """Blocks beside each other where there is room."""
     return f'<div class="beside">{"".join(blocks)}</div>'
 
 
-def table(
+def sortable_table(
     id: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", *,
     filtered: bool | None = None, picks: Sequence[str] | None = None,
 ) -> str:  # fmt: skip
@@ -100,7 +100,7 @@ def count(value: int) -> Cell:
     return float(value), f"{value:,}"
 
 
-def commands(lines: Sequence[str]) -> str:
+def command_lines(lines: Sequence[str]) -> str:
     """Command lines, to be copied."""
     return f'<pre class="commands">{escape(chr(10).join(lines))}</pre>'
 
@@ -115,7 +115,7 @@ def preformatted(words: str) -> str:
     return f"<pre>{escape(words)}</pre>"
 
 
-class Picture(NamedTuple):
+class GalleryPicture(NamedTuple):
     """A picture (H, W, 3) uint8 of a gallery; tags: what it is shown for, like "class:cat" or "error:Loc"."""
 
     image: np.ndarray
@@ -124,7 +124,7 @@ class Picture(NamedTuple):
 
 
 def gallery(
-    id: str, pictures: Sequence[Picture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE,
+    id: str, pictures: Sequence[GalleryPicture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE,
     picked: bool = False,
 ) -> str:  # fmt: skip
     """Pictures in a grid; a click enlarges one.
@@ -161,7 +161,7 @@ def data_uri(image: np.ndarray, side: int = MAX_SIDE) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def facts(pairs: Sequence[tuple[str, Any]]) -> str:
+def headline(pairs: Sequence[tuple[str, Any]]) -> str:
     """Names and values, large: what is to be seen first."""
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
     return f'<dl class="facts">{items}</dl>'

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gndet.toolbox.analysis.bootstrap import Interval, difference
+from gndet.toolbox.analysis.bootstrap import Interval, paired_intervals
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.charts import Series
 from gndet.toolbox.report.overview import interval
@@ -17,12 +17,12 @@ def sections(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str,
     """The sections of a page that compares two or more runs; the others are compared with the first."""
     missing = [f"{name}: {line}" for name, run in zip(names, runs, strict=True) for line in run.missing]
     notes = [blocks.notice("plain", f"Missing here: {line}") for line in missing]
-    words = [blocks.notice(kind, line) for kind, line in verdict(runs, names)]
+    words = [blocks.notice(kind, line) for kind, line in comparison_verdict(runs, names)]
     summary = blocks.section(
         "summary", "Comparison", *words, _scores(runs, names), *notes,
         lead=f"Differences are to {names[0]}, with 95 % intervals over the same draws of the same images.",
     )  # fmt: skip
-    curves = blocks.section("training", "Training", blocks.side_by_side(*_curves(runs, names)))
+    curves = blocks.section("training", "Training", blocks.beside(*_curves(runs, names)))
     return [
         ("summary", "Comparison", summary), ("training", "Training", curves),
         ("classes", "Classes", _classes(runs, names)), ("setup", "Configs", _configs(runs, names)),
@@ -41,7 +41,7 @@ def comparable(first: RunRecord, other: RunRecord) -> str:
     return ""
 
 
-def verdict(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, str]]:
+def comparison_verdict(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, str]]:
     """Which is better, as far as the images can tell."""
     lines = []
     for run, name in zip(runs[1:], names[1:], strict=True):
@@ -65,7 +65,7 @@ def verdict(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, 
 def _gain(first: RunRecord, other: RunRecord) -> tuple[float, Interval]:
     """AP of the other less that of the first, and its interval."""
     assert first.analysis is not None and other.analysis is not None  # comparable
-    ends, _ = difference(first.analysis.matches, other.analysis.matches)
+    ends, _ = paired_intervals(first.analysis.matches, other.analysis.matches)
     return other.analysis.metrics.summary["AP"] - first.analysis.metrics.summary["AP"], ends
 
 
@@ -96,7 +96,7 @@ def _scores(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             (gain, f"{100 * gain:+.1f}") if not math.isnan(gain) else (math.nan, "-"), interval(ends),
             blocks.number(speeds[len(speeds) // 2] if speeds else None), blocks.number(memory and memory / 1024, 2),
         ])  # fmt: skip
-    return blocks.table("runs", columns, rows, "AP in percent")
+    return blocks.sortable_table("runs", columns, rows, "AP in percent")
 
 
 def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
@@ -136,7 +136,7 @@ def _classes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             row += [blocks.percent(ap), "-" if place is None else interval(found.intervals.class_ap[place])]
         rows.append(row)
     return blocks.section(
-        "classes", "Classes", blocks.table("table-classes", columns, rows, "AP of each class, percent")
+        "classes", "Classes", blocks.sortable_table("table-classes", columns, rows, "AP of each class, percent")
     )
 
 
@@ -147,5 +147,9 @@ def _configs(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         [key, *(str(one.get(key, UNSET)) for one in configs)]
         for key in keys if len({str(one.get(key, UNSET)) for one in configs}) > 1
     ]  # fmt: skip
-    block = blocks.table("differences", ("option", *names), rows) if rows else blocks.text("Their configs are equal.")
+    block = (
+        blocks.sortable_table("differences", ("option", *names), rows)
+        if rows
+        else blocks.paragraph("Their configs are equal.")
+    )
     return blocks.section("setup", "Configs", block, lead="Options in which the runs differ.")

@@ -81,7 +81,7 @@ def section(run: RunRecord) -> str:
             "chart-aspects",
         ),
     ]
-    return blocks.section("data", "Data", _class_table(run, sets), blocks.side_by_side(*figures), lead=f"{words}.")
+    return blocks.section("data", "Data", _class_table(run, sets), blocks.beside(*figures), lead=f"{words}.")
 
 
 def _class_table(run: RunRecord, sets: dict[str, Labels]) -> str:
@@ -99,7 +99,7 @@ def _class_table(run: RunRecord, sets: dict[str, Labels]) -> str:
             row += [blocks.count(int(one.images_of[label])), blocks.count(int(one.counts[label]))]
         middle = float(np.median(sizes)) if len(sizes) else None
         rows.append([*row, blocks.number(middle), blocks.percent(float((sizes < 32).mean()) if len(sizes) else None)])
-    return blocks.table("labels", columns, rows, "small: under 32 pixels at the network's scale")
+    return blocks.sortable_table("labels", columns, rows, "small: under 32 pixels at the network's scale")
 
 
 def few_objects(run: RunRecord) -> list[str]:

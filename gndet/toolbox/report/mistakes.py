@@ -14,7 +14,7 @@ from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.errors import KINDS
 from gndet.toolbox.analysis.tables import error_table, image_table, suspect_table
 from gndet.toolbox.report import blocks, charts
-from gndet.toolbox.report.blocks import Picture
+from gndet.toolbox.report.blocks import GalleryPicture
 from gndet.toolbox.report.quality import shown_table
 from gndet.toolbox.report.record import RunRecord
 
@@ -60,13 +60,13 @@ def section(run: RunRecord) -> str:
 def _suspects(found: Analysis, dataset: Dataset, seed: int) -> str:
     table = suspect_table(found, dataset, LISTED)
     if not table.rows:
-        return blocks.text("No annotation is contradicted by a sure detection.")
+        return blocks.paragraph("No annotation is contradicted by a sure detection.")
     return shown_table(table, picks=_shown(found, seed, [one.image for one in found.suspects[:LISTED]]))
 
 
 def _shown(found: Analysis, seed: int, places: list[int]) -> list[str]:
     """The tag of each image's picture, "" where it is not among those shown."""
-    pictures = chosen(found, seed)
+    pictures = chosen_pictures(found, seed)
     return [f"image:{place}" if place in pictures else "" for place in places]
 
 
@@ -75,7 +75,7 @@ def pictures(run: RunRecord) -> str:
     found, dataset, results = run.analysis, run.val_set, run.results
     if found is None or dataset is None or results is None:
         return ""
-    tags = chosen(found, run.cfg.seed)
+    tags = chosen_pictures(found, run.cfg.seed)
     drawn, unreadable = [], 0
     for place, some in tags.items():
         record = dataset.records[place]
@@ -87,7 +87,7 @@ def pictures(run: RunRecord) -> str:
         hit, wrong, missed = found.counts[place]
         told = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[place]:.0f}"
         caption = f"{printable(record.file_name)}: {told}"
-        drawn.append(Picture(image, caption, sorted(some)))
+        drawn.append(GalleryPicture(image, caption, sorted(some)))
     present = {tag for some in tags.values() for tag in some}
     filters = [(tag, tag) for tag in ("worst", "best", "random", "suspect") if tag in present]
     filters += [(f"error:{kind}", KINDS[kind].split(":")[0]) for kind in KINDS if f"error:{kind}" in present]
@@ -101,7 +101,7 @@ def pictures(run: RunRecord) -> str:
     return blocks.section("pictures", "Validation pictures", *notes, gallery, lead=lead)
 
 
-def chosen(found: Analysis, seed: int) -> dict[int, set[str]]:
+def chosen_pictures(found: Analysis, seed: int) -> dict[int, set[str]]:
     """Places of the images that are shown, with what for: at most MOST, the worst first."""
     tags: dict[int, set[str]] = {}
 

@@ -16,14 +16,14 @@ FAR = 1.0  # drift: as far as the layer's gamma is long
 BATCH_KINDS = ("bn", "sync_bn", "brn")
 
 
-class Finding(NamedTuple):
+class NormFinding(NamedTuple):
     """Something unusual; kind: "bad", "warn" or "good"."""
 
     kind: str
     words: str
 
 
-def findings(entries: Sequence[dict[str, Any]]) -> list[Finding]:
+def norm_findings(entries: Sequence[dict[str, Any]]) -> list[NormFinding]:
     """Judge the last line of norms.jsonl, the gravest finding first; one that is "good" where there is nothing to say.
 
     entries: of `read_norms`, one at the least.
@@ -36,7 +36,7 @@ def findings(entries: Sequence[dict[str, Any]]) -> list[Finding]:
         *_drift(layers, update),
     ]  # fmt: skip
     if not found:
-        found = [Finding("good", f"nothing unusual in {len(layers)} norm layers after update {update}")]
+        found = [NormFinding("good", f"nothing unusual in {len(layers)} norm layers after update {update}")]
     return sorted(found, key=lambda finding: finding.kind != "bad")  # the order above stays within a kind
 
 
@@ -57,9 +57,9 @@ def _more(layer: Layer) -> str:
     return f"Fewer groups in model.{layer['name'].partition('.')[0]}.norm, or larger pictures (data.shortest_edge)"
 
 
-def _broken(layers: Sequence[Layer]) -> Iterator[Finding]:
+def _broken(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     if broken := [layer for layer in layers if layer["nonfinite"]]:
-        yield Finding(
+        yield NormFinding(
             "bad",
             f"{_named(broken)} of {len(layers)}: its input is not finite, and nothing behind it is. Look at nonfinite/ "
             "in the run's folder; a lower train.optimizer.lr, a longer warmup or train.optimizer.clip_grad_norm keep "
@@ -67,9 +67,9 @@ def _broken(layers: Sequence[Layer]) -> Iterator[Finding]:
         )
 
 
-def _few_numbers(layers: Sequence[Layer]) -> Iterator[Finding]:
+def _few_numbers(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     if alone := [layer for layer in layers if layer["one_element"]]:
-        yield Finding(
+        yield NormFinding(
             "bad",
             f"{_named(alone)}: {'groups' if alone[0]['groups'] else 'batches'} of one number, a channel's map of one "
             f"cell: the result is beta whatever is in the picture. {_more(alone[0])}, or kind: none there",
@@ -78,20 +78,20 @@ def _few_numbers(layers: Sequence[Layer]) -> Iterator[Finding]:
     if few:
         least = min(few, key=lambda layer: layer["elements"])
         cell = "on maps of one cell" if any(layer["one_cell"] for layer in few) else "on small maps"
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_named(few, lambda layer: -layer['elements'])}: statistics over {least['elements']} numbers at the "
             f"least, {cell}, are mostly noise. {_more(least)}",
         )
 
 
-def _below_eps(layers: Sequence[Layer]) -> Iterator[Finding]:
+def _below_eps(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     low = [layer for layer in layers if (layer["eps_dominated"] or 0) >= SOME and not layer["one_element"]]
     if not low:
         return
     worst = max(low, key=lambda layer: layer["eps_dominated"])
     what = "groups" if worst["groups"] else "channels"
-    yield Finding(
+    yield NormFinding(
         "bad" if worst["eps_dominated"] >= MOST else "warn",
         f"{_named(low, lambda layer: layer['eps_dominated'])}: {_percent(worst['eps_dominated'])} of its {what} have a "
         f"variance below eps ({worst['eps']:g}): they are not brought to unit variance but stay near beta. Their "
@@ -100,11 +100,11 @@ def _below_eps(layers: Sequence[Layer]) -> Iterator[Finding]:
     )
 
 
-def _gamma(layers: Sequence[Layer], update: int) -> Iterator[Finding]:
+def _gamma(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
     large = [layer for layer in layers if layer["exploding"]]
     if large:
         worst = max(large, key=_largest)
-        yield Finding(
+        yield NormFinding(
             "bad",
             f"{_named(large, _largest)}: gamma has grown to {_largest(worst):.3g}, more than ten times what it was: a "
             "few channels drown the others. Lower train.optimizer.lr, set train.optimizer.clip_grad_norm, or give "
@@ -113,7 +113,7 @@ def _gamma(layers: Sequence[Layer], update: int) -> Iterator[Finding]:
     dead = [layer for layer in layers if (layer["dead"] or 0) >= SOME and not (update == 0 and layer["dead"] == 1)]
     if dead:  # at the start a whole layer of zeros is model.backbone.zero_init_last_gamma
         worst = max(dead, key=lambda layer: layer["dead"])
-        yield Finding(
+        yield NormFinding(
             "bad" if worst["dead"] >= MOST else "warn",
             f"{_named(dead, lambda layer: layer['dead'])}: gamma of {_percent(worst['dead'])} of its channels is as "
             "good as 0: they give beta and nothing of the picture. train.optimizer.norm_weight_decay should be 0; "
@@ -133,12 +133,12 @@ def _over(layer: Layer, which: str, limits: tuple[tuple[float, float], tuple[flo
     return max(sum(value > limit for limit in two) for value, two in zip(values, limits, strict=True))
 
 
-def _batch_statistics(layers: Sequence[Layer], update: int) -> Iterator[Finding]:
+def _batch_statistics(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
     batch = [layer for layer in layers if layer["kind"] in BATCH_KINDS]
     away = [layer for layer in batch if _over(layer, "gap", (GAP, GAP_STD))]
     if away and update:  # before the first update they say nothing yet
         worst = max(away, key=lambda layer: (_over(layer, "gap", (GAP, GAP_STD)), layer["gap_mean"][0]))
-        yield Finding(
+        yield NormFinding(
             "bad" if _over(worst, "gap", (GAP, GAP_STD)) > 1 else "warn",
             f"{worst['name']}" + (f" and {len(away) - 1} more" if len(away) > 1 else "") + f" of {len(batch)}: "
             f"{worst['kind']}'s running statistics are not those of its batches: means lie "
@@ -150,7 +150,7 @@ def _batch_statistics(layers: Sequence[Layer], update: int) -> Iterator[Finding]
     noisy = [layer for layer in batch if _over(layer, "spread", (GAP, GAP_STD))]
     if noisy:
         worst = max(noisy, key=lambda layer: layer["spread_mean"] or 0)
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_named(noisy, lambda layer: layer['spread_mean'] or 0)} of {len(batch)}: from one batch of "
             f"train.images_per_gpu to the next the mean of a channel moves by {worst['spread_mean']:.2g} of its "
@@ -163,12 +163,12 @@ def _factor(log_ratio: float) -> str:
     return f"{2.718281828**log_ratio:.2g}"
 
 
-def _frozen(layers: Sequence[Layer]) -> Iterator[Finding]:
+def _frozen(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     frozen = [layer for layer in layers if layer["kind"] == "frozen_bn"]
     away = [layer for layer in frozen if _over(layer, "gap", (GAP, GAP_STD)) > 1]
     if away:
         worst = max(away, key=lambda layer: layer["gap_mean"][0])
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_named(away, lambda layer: layer['gap_mean'][0])} of {len(frozen)}: the statistics that frozen_bn keeps "
             f"are not those of this data: means lie {worst['gap_mean'][0]:.2g} stored standard deviations away, "
@@ -178,10 +178,10 @@ def _frozen(layers: Sequence[Layer]) -> Iterator[Finding]:
         )
 
 
-def _padding(layers: Sequence[Layer], padding: float | None) -> Iterator[Finding]:
+def _padding(layers: Sequence[Layer], padding: float | None) -> Iterator[NormFinding]:
     plain = [layer for layer in layers if not layer["masked"] and not layer["name"].startswith(("box_", "mask_"))]
     if padding is not None and padding >= PADDING and plain:
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_percent(padding)} of the training batches is padding, and {len(plain)} plain layers take it into their "
             "statistics: an image's features hang on those beside it. model.norm.padding: masked (gn, ln, in), "
@@ -189,10 +189,10 @@ def _padding(layers: Sequence[Layer], padding: float | None) -> Iterator[Finding
         )
 
 
-def _alike(layers: Sequence[Layer]) -> Iterator[Finding]:
+def _alike(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     alike = [layer for layer in layers if (layer["similar"][0] or 0) >= ALIKE]
     if alike:
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_named(alike, lambda layer: layer['similar'][0])}: channels of one group are nearly copies of each "
             f"other (mean |correlation| {max(layer['similar'][0] for layer in alike):.2g}): the layer is wider than "
@@ -200,17 +200,17 @@ def _alike(layers: Sequence[Layer]) -> Iterator[Finding]:
         )
 
 
-def _drift(layers: Sequence[Layer], update: int) -> Iterator[Finding]:
+def _drift(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
     known = [layer for layer in layers if layer["trained"] and layer["drift"] and None not in layer["drift"]]
     if update and known and (still := [layer for layer in known if max(layer["drift"]) == 0]):
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_named(still)}: gamma and beta are trained, and are where they were at the start: no gradient comes "
             "through, or every update was left out",
         )
     far = [layer for layer in known if max(layer["drift"]) > FAR]
     if far:
-        yield Finding(
+        yield NormFinding(
             "warn",
             f"{_named(far, lambda layer: max(layer['drift']))}: gamma and beta have moved by "
             f"{max(max(layer['drift']) for layer in far):.2g} times the length gamma had at the start. Right for a "

@@ -11,7 +11,7 @@ import numpy as np
 from gndet.errors import DataError
 from gndet.modeling.detection_model import PROBED_REGIONS
 from gndet.toolbox.report import blocks, charts
-from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, findings
+from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, norm_findings
 from gndet.training.norm_record import read_norms
 from gndet.training.run_folder import NORMS
 
@@ -34,7 +34,7 @@ def section(folder: Path) -> str:
     last = entries[-1]
     layers = last["layers"]
     return blocks.section(
-        "norms", TITLE, *(blocks.notice(one.kind, f"{_capital(one.words)}.") for one in findings(entries)),
+        "norms", TITLE, *(blocks.notice(one.kind, f"{_capital(one.words)}.") for one in norm_findings(entries)),
         blocks.heading(f"Layer by layer, after update {last['update']}"), *_by_layer(layers),
         *([blocks.heading("Over training"), _over_training(entries)] if len(entries) > 1 else []),
         _table(layers), lead=_lead(entries),
@@ -105,7 +105,7 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
 
 
 def _beside(figures: Sequence[str]) -> str:
-    return blocks.side_by_side(*filter(None, figures))
+    return blocks.beside(*filter(None, figures))
 
 
 def _positive(layers: Sequence[Layer]) -> bool:
@@ -134,7 +134,7 @@ def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
     ]  # fmt: skip
     some = [one for one in series if np.nansum(one.y) > 0]
     if not some:
-        return blocks.text(
+        return blocks.paragraph(
             f"No {groups} with a variance below eps, no dead or exploding gamma, no maps of one cell, nothing that is "
             "not finite."
         )
@@ -242,7 +242,7 @@ def _table(layers: Sequence[Layer]) -> str:
     ]  # fmt: skip
     rows = [_row(number, layer, gaps) for number, layer in enumerate(layers, start=1)]
     caption = "Norm layers by depth; std: median over groups and images; numbers a group: the fewest."
-    return blocks.table("norm-layers", columns, rows, caption)
+    return blocks.sortable_table("norm-layers", columns, rows, caption)
 
 
 def _row(number: int, layer: Layer, gaps: bool) -> list[blocks.Cell]:

@@ -10,7 +10,7 @@ from gndet.toolbox.analysis.errors import KINDS
 from gndet.toolbox.report import blocks
 from gndet.toolbox.report.labels import FEW, few_objects
 from gndet.toolbox.report.mistakes import ADVICE
-from gndet.toolbox.report.record import RunRecord, duration
+from gndet.toolbox.report.record import RunRecord, training_time
 
 WAITING = 0.2  # share of the time spent waiting for data from which a run is called data-bound
 FALL = 0.01  # AP
@@ -21,12 +21,12 @@ SIGNS = {"finished": "good", "failed": "bad", "stopped": "warn", "unfinished": "
 def section(run: RunRecord) -> str:
     """Summary and verdict."""
     words = [blocks.notice(SIGNS[run.ended], run.why[:1].upper() + run.why[1:])]
-    words += [blocks.notice(kind, line) for kind, line in verdict(run)]
+    words += [blocks.notice(kind, line) for kind, line in run_verdict(run)]
     words += [blocks.notice("plain", f"Missing here: {line}") for line in run.missing]
-    return blocks.section("summary", "Summary", blocks.facts(facts(run)), *words)
+    return blocks.section("summary", "Summary", blocks.headline(headline_numbers(run)), *words)
 
 
-def facts(run: RunRecord) -> list[tuple[str, str]]:
+def headline_numbers(run: RunRecord) -> list[tuple[str, str]]:
     """The numbers that are looked for first."""
     pairs = []
     for part in ("box", "mask"):
@@ -41,7 +41,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     speeds = [line["images_per_s"] for line in run.train if line.get("images_per_s")]
     if speeds:
         pairs.append(("images/s", f"{sorted(speeds)[len(speeds) // 2]:.3g}"))
-        pairs.append(("training time", duration(run)))
+        pairs.append(("training time", training_time(run)))
     if run.train and run.train[-1].get("memory_mib"):
         pairs.append(("peak memory", f"{run.train[-1]['memory_mib'] / 1024:.1f} GiB"))
     return pairs
@@ -52,7 +52,7 @@ def interval(ends: Interval) -> str:
     return "-" if math.isnan(ends.low) else f"{100 * ends.low:.1f} – {100 * ends.high:.1f}"
 
 
-def verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
+def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
     """Sentences about the run, each with its sign."""
     yield from _learning(run)
     if run.analysis is not None:

@@ -32,7 +32,7 @@ def section(run: RunRecord) -> str:
     )
     return blocks.section(
         "quality", "Detections",
-        blocks.side_by_side(
+        blocks.beside(
             blocks.figure(_precision_recall(found, shown), "precision and recall at IoU 0.5, COCO's", "chart-pr"),
             blocks.figure(_f1(found, shown), "F1 by the score from which detections count, IoU 0.5", "chart-f1"),
         ),
@@ -84,7 +84,7 @@ def shown_table(table: Table, *, picks: Sequence[str] | None = None, note: str =
     """A table of the analysis on the page."""
     rows = [[cell(column, value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
     caption = f"{table.title}{note} (shares and AP in percent)"
-    return blocks.table(f"table-{table.name}", table.columns, rows, caption, picks=picks)
+    return blocks.sortable_table(f"table-{table.name}", table.columns, rows, caption, picks=picks)
 
 
 def cell(column: str, value: Any) -> Cell:

@@ -143,7 +143,7 @@ def _ending(run: RunRecord) -> tuple[str, str]:
     return "unfinished", f"unfinished, {left}: it still runs, or was killed; the same command goes on"
 
 
-def duration(run: RunRecord) -> str:
+def training_time(run: RunRecord) -> str:
     """About how long the updates took, by the images a second that were logged; empty where nothing was."""
     seconds, before = 0.0, 0
     for line in run.train:

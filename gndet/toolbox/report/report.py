@@ -13,7 +13,9 @@ from gndet.toolbox.report.record import read_run
 from gndet.training.run_folder import REPORT
 
 
-def report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Callable[[str], None]) -> Path:
+def write_report(
+    folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Callable[[str], None]
+) -> Path:
     """Write the report of a run, of several runs compared, or of a norm study.
 
     folders: run folders, or the folder of one study.  out: file to write; by default report.html in the folder, and
@@ -65,7 +67,7 @@ def study_page(folder: Path) -> str:
 def report_on_ending(folder: Path, show: Callable[[str], None]) -> None:
     """Write the report of a run that has just ended, whatever way: no failure here may hide how it ended."""
     try:
-        report([folder], None, (), show)
+        write_report([folder], None, (), show)
     except GndetError as error:
         show(f"no report was written: {error}")
     except Exception:  # a mistake of ours: the run itself is done and saved

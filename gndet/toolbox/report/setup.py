@@ -23,11 +23,11 @@ def section(run: RunRecord) -> str:
         "setup",
         "How it was made",
         blocks.heading("Commands"),
-        blocks.commands(commands(run)),
+        blocks.command_lines(next_commands(run)),
         blocks.heading("Weights"),
-        blocks.text(weights(run)),
-        blocks.table("environment", ("what", "value"), rows, "environment", filtered=False) if rows else "",
-        blocks.table(
+        blocks.paragraph(weights(run)),
+        blocks.sortable_table("environment", ("what", "value"), rows, "environment", filtered=False) if rows else "",
+        blocks.sortable_table(
             "changed",
             ("option", "value", "default"),
             changed(run.cfg),
@@ -38,7 +38,7 @@ def section(run: RunRecord) -> str:
     )
 
 
-def commands(run: RunRecord) -> list[str]:
+def next_commands(run: RunRecord) -> list[str]:
     """Commands that make the run again and use what it learned."""
     folder = run.folder
     lines = [f"gndet train {folder / CONFIG} out={folder}-again      # the same run once more"]

@@ -14,8 +14,8 @@ from gndet.toolbox.analysis.study_results import (
     metrics_of,
     percent_mean,
     read_study,
-    title,
-    verdict,
+    study_verdict,
+    variant_title,
 )
 from gndet.toolbox.report import blocks, charts
 
@@ -23,20 +23,20 @@ from gndet.toolbox.report import blocks, charts
 def section(folder: Path) -> str:
     """The section of a study's report.  Raises DataError where study.json cannot be read."""
     study = read_study(folder)
-    parts = [blocks.notice("plain", line) for line in verdict(study)]
-    parts += [blocks.text(f"Rule: {study.rule}."), blocks.text(_schedule(study))]
+    parts = [blocks.notice("plain", line) for line in study_verdict(study)]
+    parts += [blocks.paragraph(f"Rule: {study.rule}."), blocks.paragraph(_schedule(study))]
     parts += [blocks.notice("warn", note) for note in study.notes]
     charts_of = []
     for metric in metrics_of(study):
         caption = f"{METRICS[metric]} in percent, mean over seeds with its 95 % interval (Student's t)"
         charts_of.append(blocks.figure(_chart(study, metric), caption, f"study-{metric.replace('/', '-')}"))
-    parts.append(blocks.side_by_side(*charts_of))
+    parts.append(blocks.beside(*charts_of))
     parts += [_table(study, metric) for metric in metrics_of(study)]
-    parts += [_cells(study), blocks.commands([command(study)])]
+    parts += [_cells(study), blocks.command_lines([study_command(study)])]
     return blocks.section("study", "Norm study", *parts, lead=f"{study.config}, {study.date}")
 
 
-def command(study: Study) -> str:
+def study_command(study: Study) -> str:
     """The command that makes the study again."""
     chosen = [variant.removeprefix(GROUPS) for variant in study.variants]
     sizes, seeds = ",".join(map(str, study.sizes)), len({result.seed for result in study.results})
@@ -61,7 +61,7 @@ def _chart(study: Study, metric: str) -> str:
         means = [percent_mean(study, variant, study.sizes[0], metric) for variant in study.variants]
         halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
         return charts.bars(
-            name, [title(v) for v in study.variants], [mean.mean for mean in means],
+            name, [variant_title(v) for v in study.variants], [mean.mean for mean in means],
             x_label=f"{METRICS[metric]}, %", low=[m.mean - h for m, h in zip(means, halves, strict=True)],
             high=[m.mean + h for m, h in zip(means, halves, strict=True)],
         )  # fmt: skip
@@ -70,7 +70,7 @@ def _chart(study: Study, metric: str) -> str:
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
         centre, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
         band = (centre - half, centre + half) if np.isfinite(half).any() else (None, None)
-        lines.append(charts.Series(title(variant), study.sizes, centre, *band))
+        lines.append(charts.Series(variant_title(variant), study.sizes, centre, *band))
     return charts.lines(
         name, lines, x_label="images per GPU", y_label=f"{METRICS[metric]}, %", log_x=True, x_ticks=study.sizes
     )
@@ -83,13 +83,13 @@ def _table(study: Study, metric: str) -> str:
         for size in study.sizes:
             mean = percent_mean(study, variant, size, metric)
             cells.append((mean.mean if mean.n else -1.0, cell_words(study, variant, size, metric)))
-        rows.append([title(variant), *cells])
+        rows.append([variant_title(variant), *cells])
     head = [
         "groups" if study.by_groups else "norm",
         *(f"{size} image{'s' if size > 1 else ''}" for size in study.sizes),
     ]
     caption = f"{METRICS[metric]} by images per GPU: mean ± half of the 95 % interval (number of seeds)"
-    return blocks.table(f"study-table-{metric.replace('/', '-')}", head, rows, caption)
+    return blocks.sortable_table(f"study-table-{metric.replace('/', '-')}", head, rows, caption)
 
 
 def _cells(study: Study) -> str:
@@ -99,7 +99,7 @@ def _cells(study: Study) -> str:
     for r in study.results:
         found = [r.metrics.get(metric) for metric in shown]
         scores = [(-1.0, "-") if value is None else (value, f"{100 * value:.1f}") for value in found]
-        rows.append([title(r.variant), (r.images, str(r.images)), (r.seed, str(r.seed)), r.state, *scores,
+        rows.append([variant_title(r.variant), (r.images, str(r.images)), (r.seed, str(r.seed)), r.state, *scores,
                      (r.seconds, f"{r.seconds:.0f}"), r.reason])  # fmt: skip
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
-    return blocks.table("study-cells", head, rows, "Every cell")
+    return blocks.sortable_table("study-cells", head, rows, "Every cell")

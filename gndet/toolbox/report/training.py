@@ -23,7 +23,7 @@ def section(run: RunRecord) -> str:
         _figure("wait", logged("data_wait", 100), "percent", "share of the time spent waiting for data"),
         _figure("memory", logged("memory_mib"), "MiB", "peak memory so far"),
     ]
-    return blocks.section("training", "Training", blocks.side_by_side(*filter(None, figures)))
+    return blocks.section("training", "Training", blocks.beside(*filter(None, figures)))
 
 
 def _figure(name: str, series: list[Series], y_label: str, caption: str) -> str:

@@ -1,6 +1,8 @@
 """Pictures of objects: boxes, masks and labels drawn on an image, pictures side by side and in a grid.
 
-n objects, (H, W) image. Images are (H, W, 3) uint8 RGB, boxes (n, 4) xyxy in the pixels of the image.
+n objects, (H, W) image.  Images are (H, W, 3) uint8 RGB, boxes (n, 4) xyxy in the pixels of the image.
+Not torchvision.utils.draw_bounding_boxes: it writes labels inside the boxes, which hides small objects, lets them run
+out of the picture, draws later boxes across them, needs a font file for any size but 10 px, and outlines no masks.
 """
 
 import colorsys
@@ -15,16 +17,16 @@ from pycocotools import mask as coco_mask
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 
-MIN_SIDE = 640  # pixels, of the longer side; a smaller picture is enlarged so that its labels are legible
-MAX_LABELS = 40  # above this many objects their labels would cover the picture, and are left out
-GOLDEN_ANGLE = 0.381966  # of a turn: successive hues stay far apart however many there are
+MIN_SIDE = 640  # pixels of the longer side; a smaller picture is enlarged so that labels are legible
+MAX_LABELS = 40  # with more objects, labels would cover the picture and are left out
+GOLDEN_ANGLE = 0.381966  # of a turn: successive hues stay far apart for any number of classes
 MASK_OPACITY = 0.4
 GAP = 8  # pixels between pictures
 PAPER = (255, 255, 255)
 
 
 def colour(index: int) -> tuple[int, int, int]:
-    """Return the RGB colour of a class: hues a golden angle apart, in three alternating depths."""
+    """Return the RGB colour of a class: hues a golden angle apart, cycling through three depths."""
     saturation, value = ((0.85, 1.0), (0.6, 1.0), (0.95, 0.8))[index % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.43 + index * GOLDEN_ANGLE) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -40,8 +42,8 @@ def draw_objects(
     """Draw boxes, labels and masks; later objects lie above earlier ones.
 
     image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colours; masks: n of
-    (H, W) bool or None.  Returns (H', W', 3) uint8, enlarged where the longer side is below MIN_SIDE.
-    Above MAX_LABELS objects labels are left out, and the boxes of objects that have a mask.
+    (H, W) bool or None.  Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
+    With more than MAX_LABELS objects, labels are left out, and so are the boxes of objects that have a mask.
     """
     height, width = image.shape[:2]
     scale = max(1.0, MIN_SIDE / max(height, width))
@@ -94,7 +96,7 @@ def _label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
 ) -> None:
-    """Write a label on a filled ground above its box, or in it where the picture ends; never outside."""
+    """Write a label on a filled background above the box, or inside it at the top edge; never outside the picture."""
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     width, height = right - left + 6, bottom - top + 4
     x = min(box[0], size[0] - width)
@@ -125,29 +127,29 @@ def draw_detections(
     category_ids: Sequence[int],
     threshold: float,
 ) -> np.ndarray:
-    """Draw the COCO results of one image with a score of at least threshold, the best on top.
+    """Draw the COCO results of one image that score at least `threshold`, the best on top.
 
-    image (H, W, 3) uint8; results: boxes xywh in its pixels; category_ids: the file's id of each class.
+    image (H, W, 3) uint8; results: boxes xywh in pixels of the image; category_ids: the file's id of each class.
     Returns what `draw_objects` does.
     """
-    shown = sorted((one for one in results if one["score"] >= threshold), key=lambda one: one["score"])
-    boxes = np.array([one["bbox"] for one in shown], dtype=np.float64).reshape(-1, 4)
+    shown = sorted((row for row in results if row["score"] >= threshold), key=lambda row: row["score"])
+    boxes = np.array([row["bbox"] for row in shown], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    indices = [category_ids.index(one["category_id"]) for one in shown]
-    labels = [f"{classes[index]} {one['score']:.2f}" for index, one in zip(indices, shown, strict=True)]
-    masks = [_decode(one.get("segmentation"), image.shape[:2]) for one in shown]
+    indices = [category_ids.index(row["category_id"]) for row in shown]
+    labels = [f"{classes[index]} {row['score']:.2f}" for index, row in zip(indices, shown, strict=True)]
+    masks = [_decode(row.get("segmentation"), image.shape[:2]) for row in shown]
     return draw_objects(image, boxes, labels, indices, masks)
 
 
 def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
-    """Make (H, W) bool of a COCO segmentation; None stays None."""
+    """Decode a COCO segmentation into (H, W) bool; None stays None."""
     if segmentation is None:
         return None
     return coco_mask.decode(to_rle(segmentation, size)).astype(bool)
 
 
 def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray, Record]:
-    """Scale a picture down to `longest` pixels at its longer side, and its boxes with it; masks keep their size."""
+    """Scale a picture and its boxes down to `longest` pixels on the longer side; masks keep their size."""
     factor = min(1.0, longest / max(image.shape[:2]))
     size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, reducing_gap=None))
@@ -155,7 +157,7 @@ def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray,
 
 
 def placard(text: str, side: int) -> np.ndarray:
-    """A picture (side // 2, side, 3) that says something, where one cannot be shown."""
+    """Return a picture (side // 2, side, 3) of a text, to stand in for a picture that cannot be read."""
     picture = Image.new("RGB", (side, side // 2), (225, 225, 225))
     font = ImageFont.load_default(18)
     lines, draw = [""], ImageDraw.Draw(picture)
@@ -173,23 +175,23 @@ def placard(text: str, side: int) -> np.ndarray:
 
 
 def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str]) -> np.ndarray:
-    """Put two pictures beside each other, each under its caption.  Returns (H', W', 3) uint8."""
+    """Put two pictures side by side, each under its caption.  Returns (H', W', 3) uint8."""
     return grid([captioned(left, captions[0]), captioned(right, captions[1])], columns=2)
 
 
 def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    """Add a strip with the caption above the picture."""
+    """Put a caption above the picture; a caption that is too long loses its beginning."""
     font_size = max(14, round(max(picture.shape[:2]) / 40))
     strip = Image.new("RGB", (picture.shape[1], round(1.6 * font_size)), PAPER)
     font = ImageFont.load_default(font_size)
     while len(caption) > 2 and font.getlength(caption) > strip.width - 8:
-        caption = f"…{caption[2:]}"  # the end of a file name tells more than its beginning
+        caption = f"…{caption[2:]}"  # the end of a file name tells more
     ImageDraw.Draw(strip).text((4, strip.height / 2), caption, font=font, fill="black", anchor="lm")
     return np.concatenate([np.asarray(strip), picture])
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Put pictures, one at least, in rows of `columns`, each in a cell of the largest one's size.
+    """Put one or more pictures in rows of `columns`, in cells of the largest picture's size.
 
     Returns (H', W', 3) uint8.
     """
@@ -205,6 +207,6 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 as the file type that the path's suffix names; missing folders are made."""
+    """Write (H, W, 3) uint8 as the file type named by the path's suffix, creating missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)

@@ -19,7 +19,7 @@ from gndet.evaluation.coco_metrics import coco_truths
 from gndet.evaluation.results import Results, from_coco
 from gndet.toolbox.analysis.analysis import Analysis, analyse, image_counts
 from gndet.toolbox.analysis.analyze import analyze, read_subject
-from gndet.toolbox.analysis.bootstrap import ap_intervals, average_precision, paired_intervals, resample
+from gndet.toolbox.analysis.bootstrap import ap_intervals, average_precision, paired_interval, resample
 from gndet.toolbox.analysis.curves import SCORES, best_thresholds
 from gndet.toolbox.analysis.errors import KINDS
 from gndet.toolbox.analysis.matches import false_positives, true_positives
@@ -136,7 +136,7 @@ def test_an_interval_holds_the_value_and_hangs_on_the_seed_alone(case: tuple) ->
     assert ends == ap_intervals(found.matches, seed=3) != ap_intervals(found.matches, seed=4)
     sample = resample(found.matches, seed=0, draws=50)
     assert sample.ap.shape == (50, len(found.matches.classes))
-    zero, _ = paired_intervals(found.matches, found.matches)
+    zero = paired_interval(found.matches, found.matches)
     assert zero == (0.0, 0.0)
 
 

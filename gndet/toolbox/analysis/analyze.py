@@ -15,17 +15,18 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
+from gndet.evaluation.tables import text_table
 from gndet.files import make_folder, make_room_for, write_whole
 from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
 from gndet.toolbox.analysis.read import read_results
-from gndet.toolbox.analysis.tables import Table, all_tables
+from gndet.toolbox.analysis.tables import Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
 
-SHOWN = 20  # rows of a table on the terminal; the files hold all
+SHOWN = 20  # rows per table on the terminal; the files hold all
 
 
 class Subject(NamedTuple):
-    """Detections and what they are of."""
+    """Detections and the data set they belong to."""
 
     dataset: Dataset
     results: Results
@@ -46,8 +47,8 @@ def analyze(
     """Analyse the detections of a run, or a results file of any toolkit, and show what is wrong with them.
 
     source: run folder, or JSON in COCO's results format, with `data`: COCO annotations or a config with data.val.
-    kind: "box" or "mask"; by default masks where detections and objects have some.  json_file, csv_folder: where all of
-    it is written.  images: how many of the worst images, and of suspected annotations, are listed.
+    kind: "box" or "mask"; by default masks where both detections and objects have them.  json_file, csv_folder: where
+    to write the whole analysis.  images: how many of the worst images, and of suspected annotations, to list.
     Raises ConfigError, DataError, OutputError before anything is written.
     """
     subject = read_subject(source, data, overrides)
@@ -58,9 +59,8 @@ def analyze(
         make_folder(csv_folder, "--csv")
     found = analyse(subject.dataset, subject.results, kind=kind, max_detections=subject.max_detections)
     tables = all_tables(found, subject.dataset, images)
-    images_said = f"{len(subject.dataset.records)} images"
-    show(f"{source} on {subject.dataset.name}: {images_said}, {len(subject.results)} detections, compared by {kind}")
-    show("(shares and AP in percent)")
+    counts = f"{len(subject.dataset.records)} images, {len(subject.results)} detections"
+    show(f"{source} on {subject.dataset.name}: {counts}, compared by {kind}\n(shares and AP in percent)")
     for table in tables:
         show(f"\n{table.title}\n{terminal_table(table)}")
     if json_file or csv_folder:
@@ -68,22 +68,20 @@ def analyze(
     if json_file:
         write_whole(json_file, json.dumps(analysis_json(found, tables), indent=1, allow_nan=False))
         show(f"-> {json_file}")
-    for table in tables if csv_folder else ():
-        write_whole(csv_folder / f"{table.name}.csv", table_csv(table))
     if csv_folder:
+        for table in tables:
+            write_whole(csv_folder / f"{table.name}.csv", table_csv(table))
         show(f"-> {csv_folder}: {', '.join(f'{table.name}.csv' for table in tables)}")
     return found
 
 
 def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> Subject:
-    """The detections of a run folder or a results file, with their data set.  Raises ConfigError, DataError."""
+    """Read the detections of a run folder or a results file, with their data set.  Raises ConfigError, DataError."""
     if source.is_dir():
         if not (source / CONFIG).is_file():
             raise DataError(f"{source}: not a run folder, it has no {CONFIG}")
         if not (source / DETECTIONS).is_file():
-            raise DataError(
-                f"{source}: has no {DETECTIONS}: the run was not evaluated yet; `gndet evaluate` writes one"
-            )
+            raise DataError(f"{source}: has no {DETECTIONS}: the run was not evaluated yet; run `gndet evaluate`")
         cfg = load_config(source / CONFIG, overrides)
         path = source / DETECTIONS
         dataset, limit = read_dataset(cfg.data.val, cfg.data), cfg.evaluation.max_detections
@@ -97,7 +95,7 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> Su
 
 
 def _of_file(data: str, overrides: Sequence[str]) -> tuple[Dataset, int]:
-    """The data set that --data names, and how many detections of an image count."""
+    """Read the data set that --data names; return it with the number of detections per image that count."""
     if data.endswith((".yaml", ".yml")):
         cfg = load_config(data, overrides)
         return read_dataset(cfg.data.val, cfg.data), cfg.evaluation.max_detections
@@ -109,7 +107,7 @@ def _of_file(data: str, overrides: Sequence[str]) -> tuple[Dataset, int]:
 
 
 def chosen_kind(subject: Subject, kind: str | None) -> str:
-    """What is compared: as asked, else masks where there are any.  Raises DataError where asked for in vain."""
+    """Return `kind`, or mask where there are masks, else box.  Raises DataError for masks where there are none."""
     drawn = draws_masks(subject.dataset)
     possible = drawn and subject.results.codes is not None
     if kind == "mask" and not possible:
@@ -119,28 +117,21 @@ def chosen_kind(subject: Subject, kind: str | None) -> str:
 
 
 def terminal_table(table: Table) -> str:
-    """A table for the terminal: shares in percent, at most SHOWN rows."""
-    rows = [list(table.columns), *([shown(value) for value in row] for row in table.rows[:SHOWN])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = [all(isinstance(row[place], str) for row in table.rows) for place in range(len(widths))]
-    lines = [
-        "  ".join(cell.ljust(width) if to_left else cell.rjust(width)
-                  for cell, width, to_left in zip(row, widths, left, strict=True)).rstrip()
-        for row in rows
-    ]  # fmt: skip
-    rest = [f"... and {len(table.rows) - SHOWN} more"] if len(table.rows) > SHOWN else []
-    return "\n".join([*lines, *rest] if table.rows else [*lines, "(none)"])
+    """Return a table for the terminal: fractions in percent, at most SHOWN rows."""
+    rows = [table.columns, *([_shown(value) for value in row] for row in table.rows[:SHOWN])]
+    left = [place for place in range(len(table.columns)) if all(isinstance(row[place], str) for row in table.rows)]
+    more = f"\n... and {len(table.rows) - SHOWN} more" if len(table.rows) > SHOWN else ""
+    return text_table(rows, left) + (more if table.rows else "\n(none)")
 
 
-def shown(value: Any) -> str:
-    """A value as it is read: shares in percent."""
+def _shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
 def table_csv(table: Table) -> str:
-    """A table as CSV, numbers in full."""
+    """Return a table as CSV, with full precision."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(table.columns)
@@ -149,16 +140,12 @@ def table_csv(table: Table) -> str:
 
 
 def analysis_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
-    """All of the analysis: summary, intervals, and every table as a list of objects."""
+    """Return all of the analysis: summary, intervals, and every table as a list of objects."""
     whole = {"AP": found.intervals.ap, "AP50": found.intervals.ap50}
     listed = {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
     return {
-        "kind": found.kind, "summary": {name: _finite(value) for name, value in found.metrics.summary.items()},
-        "intervals": {name: [_finite(end) for end in ends] for name, ends in whole.items()},
+        "kind": found.kind, "summary": {name: known(value) for name, value in found.metrics.summary.items()},
+        "intervals": {name: list(map(known, ends)) for name, ends in whole.items()},
         "draws": found.intervals.draws, "threshold": found.threshold,
         "error_totals": {name: found.errors.delta_ap[name] for name in ("FP", "FN")},
     } | listed  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value else None  # NaN is not itself, and JSON has none

@@ -10,7 +10,7 @@ SCORES = np.linspace(0.0, 1.0, 101)
 
 
 class Curves(NamedTuple):
-    """Of detections with a score of at least SCORES[s]; nan where undefined.  The last row is that of all classes."""
+    """Of detections with a score of at least SCORES[s]; nan where undefined.  The last row is of all classes."""
 
     precision: np.ndarray  # (K + 1, S)
     recall: np.ndarray  # (K + 1, S)
@@ -18,7 +18,7 @@ class Curves(NamedTuple):
 
 
 class BestThreshold(NamedTuple):
-    """The score from which detections are best taken for real: F1 is highest."""
+    """The score threshold with the highest F1."""
 
     threshold: float
     precision: float
@@ -26,13 +26,10 @@ class BestThreshold(NamedTuple):
     f1: float
 
 
-def score_curves(found: Matches) -> Curves:
-    """Precision, recall and F1 of each class, and of all detections together, at each of SCORES."""
-    hit, wrong = true_positives(found), false_positives(found)
-    count = np.bincount(found.object_label[~found.object_ignored], minlength=len(found.classes))
-    tp, fp = (np.stack([_at_least(found.scores[(found.label == k) & of]) for k in range(len(found.classes))])
-              if found.classes else np.zeros((0, len(SCORES))) for of in (hit, wrong))  # fmt: skip
-    tp, fp = (np.concatenate([part, part.sum(0, keepdims=True)]).astype(np.float64) for part in (tp, fp))
+def score_curves(matches: Matches) -> Curves:
+    """Return precision, recall and F1 at each of SCORES: per class, and of all detections together."""
+    tp, fp = (_at_least(matches, rows) for rows in (true_positives(matches), false_positives(matches)))
+    count = np.bincount(matches.object_label[~matches.object_ignored], minlength=len(matches.classes))
     objects = np.append(count, count.sum()).astype(np.float64)[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         precision, recall = tp / (tp + fp), np.where(objects > 0, tp / objects, np.nan)
@@ -40,20 +37,23 @@ def score_curves(found: Matches) -> Curves:
     return Curves(precision, recall, f1)
 
 
-def _at_least(scores: np.ndarray) -> np.ndarray:
-    """How many of the scores (n,) are at least each of SCORES, (S,)."""
-    return len(scores) - np.searchsorted(np.sort(scores), SCORES, side="left")
+def _at_least(matches: Matches, rows: np.ndarray) -> np.ndarray:
+    """Count the detections in `rows` (n,) bool with at least each of SCORES, (K + 1, S) float64."""
+    counts = np.zeros((len(matches.classes) + 1, len(SCORES)))
+    for label in range(len(matches.classes)):
+        scores = np.sort(matches.scores[rows & (matches.label == label)])
+        counts[label] = len(scores) - np.searchsorted(scores, SCORES, side="left")
+    counts[-1] = counts.sum(0)
+    return counts
 
 
 def best_thresholds(curves: Curves) -> list[BestThreshold | None]:
-    """The best score threshold of each class and of all, to a hundredth; None where a class has no object."""
+    """Return the best score threshold to a hundredth, per class and of all; None where nothing was found."""
     best = []
     for precision, recall, f1 in zip(curves.precision, curves.recall, curves.f1, strict=True):
         if np.isnan(f1).all() or np.nanmax(f1) == 0:
             best.append(None)
             continue
         place = int(np.nanargmax(f1))
-        best.append(
-            BestThreshold(float(SCORES[place]), float(precision[place]), float(recall[place]), float(f1[place]))
-        )
+        best.append(BestThreshold(*(float(values[place]) for values in (SCORES, precision, recall, f1))))
     return best

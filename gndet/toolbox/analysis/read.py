@@ -1,4 +1,4 @@
-"""Detections from a file in COCO's results format, of gndet or of another toolkit, checked against a data set.
+"""Detections from a file in COCO's results format, of gndet or another toolkit, checked against a data set.
 
 A detection is {"image_id", "category_id", "bbox": [x, y, width, height], "score"[, "segmentation": RLE]}.
 """
@@ -21,30 +21,26 @@ SHOWN = 5  # faults that are named
 
 
 def read_results(path: Path, dataset: Dataset) -> Results:
-    """Read detections of a data set; image by image in its order.
+    """Read detections of a data set; return them image by image in its order.
 
-    Boxes are made of the masks where there are none.  Raises DataError where the file is none of that format, or names
-    images or classes that the data set does not have: the place in the list, the value, and what was expected.
+    Detections without a box get the box of their mask.  Raises DataError where the file is not in this format, or
+    names images or classes that the data set does not have: the place in the list, the value, and what was expected.
     """
     listed = _parse(path)
     sizes = {record.image_id: record.size for record in dataset.records}
     categories, faults, rows = set(dataset.category_ids), [], []
-    for place, one in enumerate(listed):
+    for place, detection in enumerate(listed):
         try:
-            rows.append(_checked(one, sizes, categories))
+            rows.append(_checked(detection, sizes, categories))
         except Fault as fault:
             faults.append(f"  detection {place}: {fault}")
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        lines = [
-            f"{path}: {len(faults)} of {len(listed)} detections do not belong to {dataset.name}, or are none:",
-            *faults[:SHOWN], *more,
-        ]  # fmt: skip
-        raise DataError("\n".join(lines))
-    if any("segmentation" in one for one in rows):
-        bare = sum("segmentation" not in one for one in rows)
-        if bare:
-            raise DataError(f"{path}: {bare} of {len(rows)} detections have no segmentation; expected all or none")
+        head = f"{path}: {len(faults)} of {len(listed)} detections do not belong to {dataset.name}, or are none:"
+        raise DataError("\n".join([head, *faults[:SHOWN], *more]))
+    bare = sum("segmentation" not in row for row in rows)
+    if 0 < bare < len(rows):
+        raise DataError(f"{path}: {bare} of {len(rows)} detections have no segmentation; expected all or none")
     return from_coco(rows).in_order_of([record.image_id for record in dataset.records])
 
 
@@ -62,11 +58,11 @@ def _parse(path: Path) -> list[Any]:
     return listed
 
 
-def _checked(one: Any, sizes: dict[int, tuple[int, int]], categories: set[int]) -> dict[str, Any]:
-    """A detection with what is used of it.  Raises Fault."""
-    if not isinstance(one, dict):
-        raise Fault("", f"{brief(one)}, expected an object with image_id, category_id, bbox and score")
-    image, category, score, box = (one.get(key) for key in ("image_id", "category_id", "score", "bbox"))
+def _checked(detection: Any, sizes: dict[int, tuple[int, int]], categories: set[int]) -> dict[str, Any]:
+    """Return the parts of a detection that are used.  Raises Fault."""
+    if not isinstance(detection, dict):
+        raise Fault("", f"{brief(detection)}, expected an object with image_id, category_id, bbox and score")
+    image, category, score, box = (detection.get(key) for key in ("image_id", "category_id", "score", "bbox"))
     if type(image) is not int or image not in sizes:
         raise Fault("", f"image_id {brief(image)}, expected the id of one of {len(sizes)} images")
     if type(category) is not int or category not in categories:
@@ -74,8 +70,8 @@ def _checked(one: Any, sizes: dict[int, tuple[int, int]], categories: set[int]) 
     if not _is_number(score):
         raise Fault("", f"score {brief(score)}, expected a finite number")
     row = {"image_id": image, "category_id": category, "score": float(score)}
-    if one.get("segmentation"):
-        row["segmentation"] = _code(one["segmentation"], sizes[image])
+    if detection.get("segmentation"):
+        row["segmentation"] = _code(detection["segmentation"], sizes[image])
         box = _around(row["segmentation"]) if box is None else box
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
         raise Fault("", f"bbox {brief(box)}, expected 4 finite numbers: x, y, width, height, the last two not negative")
@@ -87,7 +83,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """The compressed code of a checked mask; of no pixel where it has none."""
+    """Return the compressed code of a checked mask; an empty mask where it covers no pixel."""
     checked, _ = check_segmentation(segmentation, size)
     rle = to_rle(checked if checked is not None else {"size": list(size), "counts": [size[0] * size[1]]}, size)
     counts = rle["counts"]

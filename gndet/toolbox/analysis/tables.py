@@ -11,7 +11,7 @@ ALL = "all classes"
 
 
 class Table(NamedTuple):
-    """Rows of values: text, whole numbers, and shares and AP in [0, 1] (None: undefined)."""
+    """Rows of text, integers, and fractions such as AP in [0, 1] (None: undefined)."""
 
     name: str  # of its CSV file and JSON key
     title: str
@@ -20,25 +20,25 @@ class Table(NamedTuple):
 
 
 def class_table(found: Analysis) -> Table:
-    """AP of each class with its interval, and how many objects it rests on."""
+    """Return AP per class with its interval, and the number of objects behind it."""
     rows = [
-        (row["name"], row["num_images"], row["num_objects"], _known(row["AP"]), *map(_known, interval),
-         _known(row["AP50"]), _known(row["AR"]))
+        (row["name"], row["num_images"], row["num_objects"], known(row["AP"]), *map(known, interval),
+         known(row["AP50"]), known(row["AR"]))
         for row, interval in zip(found.metrics.per_class, found.intervals.class_ap, strict=True)
     ]  # fmt: skip
     summary, whole = found.metrics.summary, found.intervals.ap
     images = int((found.counts[:, 0] + found.counts[:, 2] > 0).sum())
     objects = sum(row["num_objects"] for row in found.metrics.per_class)
-    ends = (_known(summary["AP"]), *map(_known, whole), _known(summary["AP50"]), _known(summary["AR"]))
+    ends = (known(summary["AP"]), *map(known, whole), known(summary["AP50"]), known(summary["AR"]))
     rows.append((ALL, images, objects, *ends))
     columns = ("class", "images", "objects", "AP", "AP low", "AP high", "AP50", "AR")
     return Table("classes", f"{found.kind} AP by class, 95 % intervals over images", columns, rows)
 
 
 def threshold_table(found: Analysis) -> Table:
-    """The score from which each class is best taken for real."""
+    """Return the score threshold with the highest F1 of each class."""
     rows = [
-        (name, *(map(_known, best) if best else (None,) * 4))
+        (name, *(map(known, best) if best else (None,) * 4))
         for name, best in zip((*found.matches.classes, ALL), found.best, strict=True)
     ]
     return Table("thresholds", "score threshold with the highest F1, at IoU 0.5",
@@ -46,16 +46,16 @@ def threshold_table(found: Analysis) -> Table:
 
 
 def error_table(found: Analysis) -> Table:
-    """What mending each kind of mistake would give, the most first."""
+    """Return what fixing each kind of mistake would give, the most costly first."""
     delta, counts = found.errors.delta_ap, found.errors.counts
-    rows = [(kind, words, counts[kind], _known(delta[kind])) for kind, words in KINDS.items()]
+    rows = [(kind, words, counts[kind], known(delta[kind])) for kind, words in KINDS.items()]
     rows.sort(key=lambda row: -(row[3] or 0.0))
-    return Table("errors", "kinds of mistakes at IoU 0.5, and the AP50 that mending all of a kind would give",
+    return Table("errors", "kinds of mistakes at IoU 0.5, and the AP50 that fixing all of a kind would give",
                  ("kind", "what", "count", "AP50 gained"), rows)  # fmt: skip
 
 
 def confusion_table(found: Analysis) -> Table:
-    """Objects by their class and what they were taken for."""
+    """Return objects by their class and by the class found there."""
     names = (*found.matches.classes, "nothing")
     rows = [(name, *map(int, row)) for name, row in zip(names, found.confusion, strict=True)]
     title = f"objects (rows) by what was found there (columns), scores from {found.threshold:.2f} on"
@@ -63,10 +63,10 @@ def confusion_table(found: Analysis) -> Table:
 
 
 def image_table(found: Analysis, dataset: Dataset, count: int) -> Table:
-    """The images with most wrong with them."""
+    """Return the worst images."""
     rows = [
         (dataset.records[place].file_name, dataset.records[place].image_id, *map(int, found.counts[place]),
-         _known(found.f1[place]))
+         known(found.f1[place]))
         for place in found.worst(count)
     ]  # fmt: skip
     return Table("images", f"worst images, scores from {found.threshold:.2f} on",
@@ -74,23 +74,25 @@ def image_table(found: Analysis, dataset: Dataset, count: int) -> Table:
 
 
 def suspect_table(found: Analysis, dataset: Dataset, count: int) -> Table:
-    """Annotations that may be wrong."""
+    """Return annotations that may be wrong."""
     rows = [
-        (dataset.records[one.image].file_name, dataset.records[one.image].image_id, one.kind.replace("_", " "),
-         one.annotation_id or None, one.annotated or "-", one.found, one.score)
-        for one in found.suspects[:count]
+        (dataset.records[suspect.image].file_name, dataset.records[suspect.image].image_id,
+         suspect.kind.replace("_", " "), suspect.annotation_id or None, suspect.annotated or "-", suspect.found,
+         suspect.score)
+        for suspect in found.suspects[:count]
     ]  # fmt: skip
     columns = ("image", "image id", "kind", "annotation", "annotated", "found", "score")
-    return Table("suspects", "annotations that may be wrong: a sure detection speaks against them", columns, rows)
+    return Table("suspects", "annotations that may be wrong: a confident detection contradicts them", columns, rows)
 
 
 def all_tables(found: Analysis, dataset: Dataset, images: int) -> list[Table]:
-    """All of them, in the order in which they are read."""
+    """Return all tables in reading order."""
     return [
         class_table(found), error_table(found), threshold_table(found), confusion_table(found),
         image_table(found, dataset, images), suspect_table(found, dataset, images),
     ]  # fmt: skip
 
 
-def _known(value: float) -> float | None:
+def known(value: float) -> float | None:
+    """Return None for NaN, which JSON does not have."""
     return None if math.isnan(value) else float(value)

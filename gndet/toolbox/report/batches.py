@@ -1,6 +1,6 @@
 """Training batches as the network got them: augmented, padded, with boxes and masks.
 
-They are not kept while training: order and augmentation are functions of the seed, so they are made once more.
+They are rebuilt, not recorded: order and augmentation are functions of the seed.
 """
 
 from contextlib import closing
@@ -18,27 +18,26 @@ PICTURES = 8
 
 
 def section(run: RunRecord) -> str:
-    """The first batches of the run."""
+    """Return the section on the first batches of the run."""
     if run.train_set is None:
         words = blocks.notice("warn", "The training data could not be read.")
         return blocks.section("batches", "Training batches", words)
-    at_once = run.meta.get("images_at_once") or run.cfg.train.images_per_gpu
     try:
-        pictures, padding = draw_batches(run.train_set, run.cfg, at_once if isinstance(at_once, int) else 1, PICTURES)
+        pictures, padding = draw_batches(run.train_set, run.cfg, run.images_at_once or 1, PICTURES)
     except GndetError as error:
         return blocks.section("batches", "Training batches", blocks.notice("bad", str(error)))
     words = (
         "The first pictures of the run as the network got them: resized, flipped, on the canvas they shared; "
         f"striped: padding, {100 * padding:.0f} % of these canvases"
-        + (", and norms do not see it." if run.cfg.model.norm.masked else ", and enters the norms' statistics.")
+        + (", which norms do not see." if run.cfg.model.norm.masked else ", which enters the norms' statistics.")
     )
     return blocks.section("batches", "Training batches", blocks.gallery("batch-pictures", pictures), lead=words)
 
 
 def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tuple[list[GalleryPicture], float]:
-    """The first `count` training pictures, on the canvases of `at_once` images; and the share of padding on those.
+    """Draw the first `count` training pictures on canvases of `at_once` images.
 
-    Raises DataError where they cannot be read.
+    Returns them with the share of padding on these canvases.  Raises DataError where pictures cannot be read.
     """
     pictures: list[GalleryPicture] = []
     padded = cells = 0

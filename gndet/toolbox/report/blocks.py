@@ -1,6 +1,6 @@
-"""The parts of a report's page: sections, figures, tables, pictures.  Each is a function from values to HTML text.
+"""The parts of a report's page: sections, figures, tables, pictures.  Each is a function from values to HTML.
 
-What comes from data (names of classes, files, messages) is escaped here, and nowhere else.
+Text from data (names of classes, files, messages) is escaped here and nowhere else.
 """
 
 import base64
@@ -13,45 +13,45 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-MAX_SIDE = 720  # pixels of a picture's longer side in a report
-QUALITY = 82  # of its JPEG
-Cell = str | tuple[float, str]  # what is shown; or what it is sorted by, and what is shown
+MAX_SIDE = 720  # pixels of a picture's longer side
+QUALITY = 82  # of the JPEGs
+Cell = str | tuple[float, str]  # text; or a number to sort by, and its text
 
 
 def escape(words: object) -> str:
-    """The words as HTML text; lone surrogates of a file name become question marks."""
+    """Return the words as HTML; lone surrogates of a file name become question marks."""
     return html.escape(str(words).encode("utf-8", "replace").decode("utf-8"))
 
 
 def section(id: str, title: str, *blocks: str, lead: str = "") -> str:
-    """A section of the page with its heading, which the contents at the top link to."""
+    """Return a section with its heading, to which the contents at the top link."""
     parts = [f'<section id="{escape(id)}">', f"<h2>{escape(title)}</h2>"]
     parts += [f'<p class="lead">{escape(lead)}</p>'] if lead else []
     return "\n".join([*parts, *filter(None, blocks), "</section>"])
 
 
 def heading(words: str) -> str:
-    """A heading within a section."""
+    """Return a heading within a section."""
     return f"<h3>{escape(words)}</h3>"
 
 
 def paragraph(words: str) -> str:
-    """A paragraph."""
+    """Return a paragraph."""
     return f"<p>{escape(words)}</p>"
 
 
 def notice(kind: str, words: str) -> str:
-    """A framed sentence; kind: "good", "warn", "bad" or "plain"."""
+    """Return a framed sentence; kind: "good", "warn", "bad" or "plain"."""
     return f'<p class="notice {escape(kind)}">{escape(words)}</p>'
 
 
 def figure(svg: str, caption: str, id: str) -> str:
-    """A chart with its caption."""
+    """Return a chart with its caption."""
     return f'<figure class="chart" id="{escape(id)}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def beside(*blocks: str) -> str:
-    """Blocks beside each other where there is room."""
+    """Return blocks side by side where there is room; empty ones are left out."""
     return f'<div class="beside">{"".join(blocks)}</div>'
 
 
@@ -59,10 +59,10 @@ def sortable_table(
     id: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", *,
     filtered: bool | None = None, picks: Sequence[str] | None = None,
 ) -> str:  # fmt: skip
-    """A table that is sorted by a click on a column's head.
+    """Return a table that a click on a column's head sorts.
 
-    filtered: with a field that keeps the rows that hold a word; by default from 9 rows on.  picks: for each row the tag
-    of the pictures that a click on it shows.
+    filtered: with a search field; by default from 9 rows on.  picks: for each row the tag of the pictures that a click
+    on it shows.
     """
     parts = [f'<div class="table" id="{escape(id)}">']
     parts += [f'<p class="caption">{escape(caption)}</p>'] if caption else []
@@ -79,44 +79,44 @@ def sortable_table(
 def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
         return f"<td>{escape(cell)}</td>"
-    value = cell[0] if math.isfinite(cell[0]) else -1e300  # what is undefined comes last
+    value = cell[0] if math.isfinite(cell[0]) else -1e300  # undefined values sort last
     return f'<td class="number" data-value="{value:.10g}">{escape(cell[1])}</td>'
 
 
 def number(value: float | None, digits: int = 3) -> Cell:
-    """A cell with a number; "-" where it is undefined."""
+    """Return a cell with a number; "-" where it is undefined."""
     defined = value is not None and math.isfinite(value)
     return (value, f"{value:.{digits}g}") if defined else (math.nan, "-")
 
 
 def percent(value: float | None, digits: int = 1) -> Cell:
-    """A cell with a share in percent; "-" where it is undefined."""
+    """Return a cell with a fraction in percent; "-" where it is undefined."""
     defined = value is not None and math.isfinite(value)
     return (value, f"{100 * value:.{digits}f}") if defined else (math.nan, "-")
 
 
 def count(value: int) -> Cell:
-    """A cell with a count."""
+    """Return a cell with a count."""
     return float(value), f"{value:,}"
 
 
 def command_lines(lines: Sequence[str]) -> str:
-    """Command lines, to be copied."""
+    """Return command lines to copy."""
     return f'<pre class="commands">{escape(chr(10).join(lines))}</pre>'
 
 
 def details(summary: str, *blocks: str) -> str:
-    """Blocks that are shown after a click."""
+    """Return blocks that a click unfolds."""
     return f"<details><summary>{escape(summary)}</summary>{''.join(blocks)}</details>"
 
 
 def preformatted(words: str) -> str:
-    """Text as it stands."""
+    """Return preformatted text."""
     return f"<pre>{escape(words)}</pre>"
 
 
 class GalleryPicture(NamedTuple):
-    """A picture (H, W, 3) uint8 of a gallery; tags: what it is shown for, like "class:cat" or "error:Loc"."""
+    """A picture (H, W, 3) uint8 of a gallery; tags: what it shows, like "class:cat" or "error:Loc"."""
 
     image: np.ndarray
     caption: str
@@ -127,9 +127,9 @@ def gallery(
     id: str, pictures: Sequence[GalleryPicture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE,
     picked: bool = False,
 ) -> str:  # fmt: skip
-    """Pictures in a grid; a click enlarges one.
+    """Return pictures in a grid; a click enlarges a picture.
 
-    filters: tag and name of buttons that show some of them.  picked: a click on a table's row with a tag shows those.
+    filters: tag and name of the buttons that select pictures.  picked: rows of tables with a tag select pictures too.
     """
     parts = [f'<div class="gallery{" picked" if picked else ""}" id="{escape(id)}">']
     if filters:
@@ -148,12 +148,12 @@ def gallery(
 
 
 def _tag(words: str) -> str:
-    """A tag without the blanks that stand between tags."""
+    """Return a tag without blanks, which separate tags."""
     return escape("_".join(words.split()))
 
 
 def data_uri(image: np.ndarray, side: int = MAX_SIDE) -> str:
-    """A picture (H, W, 3) uint8 as a JPEG of at most `side` pixels, in a data: address."""
+    """Return a picture (H, W, 3) uint8 as a JPEG of at most `side` pixels, in a data: URI."""
     picture = Image.fromarray(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
@@ -162,6 +162,6 @@ def data_uri(image: np.ndarray, side: int = MAX_SIDE) -> str:
 
 
 def headline(pairs: Sequence[tuple[str, Any]]) -> str:
-    """Names and values, large: what is to be seen first."""
+    """Return names and values in large type."""
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs)
     return f'<dl class="facts">{items}</dl>'

@@ -1,8 +1,9 @@
-"""What the detector gets wrong, and pictures of it: ground truth beside detections, by class and kind of mistake."""
+"""What the detector gets wrong, with pictures: ground truth beside detections, by class and kind of mistake."""
 
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.segmentation import printable, to_rle
@@ -18,10 +19,10 @@ from gndet.toolbox.report.blocks import GalleryPicture
 from gndet.toolbox.report.quality import shown_table
 from gndet.toolbox.report.record import RunRecord
 
-BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH: of a class, and of a kind of mistake
-MOST = 48  # pictures in all
-SIDE = 480  # pixels of the longer side of one of the two
-WIDE = 980  # of both side by side
+BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH: per class and per kind of mistake
+MOST = 48  # pictures in total
+SIDE = 480  # pixels of a picture's longer side
+WIDE = 980  # pixels of two side by side
 LISTED = 50  # rows
 ADVICE = {
     "Cls": "Classes are confused: look at the confusion matrix, merge or relabel classes that look alike, or give the "
@@ -37,13 +38,13 @@ ADVICE = {
 
 
 def section(run: RunRecord) -> str:
-    """Kinds of mistakes, the worst images, annotations that may be wrong."""
+    """Return the section with kinds of mistakes, the worst images, and annotations that may be wrong."""
     found, dataset = run.analysis, run.val_set
     if found is None or dataset is None:
         return ""
     table = error_table(found)
     bars = charts.bars("errors", [row[0] for row in table.rows], [100 * (row[3] or 0) for row in table.rows],
-                       x_label="AP50 that mending all of a kind would give, points")  # fmt: skip
+                       x_label="AP50 that fixing all of a kind would give, points")  # fmt: skip
     kind, _, count, gained = table.rows[0]
     lost = f"{count:,} detections or objects, {100 * (gained or 0):.1f} points of AP50"
     lead = f"Most is lost by {KINDS[kind].split(':')[0]}: {lost}. {ADVICE[kind]}"
@@ -60,24 +61,24 @@ def section(run: RunRecord) -> str:
 def _suspects(found: Analysis, dataset: Dataset, seed: int) -> str:
     table = suspect_table(found, dataset, LISTED)
     if not table.rows:
-        return blocks.paragraph("No annotation is contradicted by a sure detection.")
-    return shown_table(table, picks=_shown(found, seed, [one.image for one in found.suspects[:LISTED]]))
+        return blocks.paragraph("No annotation is contradicted by a confident detection.")
+    return shown_table(table, picks=_shown(found, seed, [suspect.image for suspect in found.suspects[:LISTED]]))
 
 
 def _shown(found: Analysis, seed: int, places: list[int]) -> list[str]:
-    """The tag of each image's picture, "" where it is not among those shown."""
+    """Return the tag of each image's picture, "" where it is not among those shown."""
     pictures = chosen_pictures(found, seed)
     return [f"image:{place}" if place in pictures else "" for place in places]
 
 
 def pictures(run: RunRecord) -> str:
-    """Validation pictures: best, worst, random, and some of each class and kind of mistake."""
+    """Return the section of validation pictures: best, worst, random, and a few per class and kind of mistake."""
     found, dataset, results = run.analysis, run.val_set, run.results
     if found is None or dataset is None or results is None:
         return ""
     tags = chosen_pictures(found, run.cfg.seed)
     drawn, unreadable = [], 0
-    for place, some in tags.items():
+    for place, names in tags.items():
         record = dataset.records[place]
         try:
             image = draw_pair(record, found, place, results, dataset)
@@ -85,10 +86,9 @@ def pictures(run: RunRecord) -> str:
             unreadable += 1
             continue
         hit, wrong, missed = found.counts[place]
-        told = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[place]:.0f}"
-        caption = f"{printable(record.file_name)}: {told}"
-        drawn.append(GalleryPicture(image, caption, sorted(some)))
-    present = {tag for some in tags.values() for tag in some}
+        counts = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[place]:.0f}"
+        drawn.append(GalleryPicture(image, f"{printable(record.file_name)}: {counts}", sorted(names)))
+    present = set().union(*tags.values())
     filters = [(tag, tag) for tag in ("worst", "best", "random", "suspect") if tag in present]
     filters += [(f"error:{kind}", KINDS[kind].split(":")[0]) for kind in KINDS if f"error:{kind}" in present]
     filters += [(f"class:{name}", name) for name in found.matches.classes if f"class:{name}" in present]
@@ -102,11 +102,11 @@ def pictures(run: RunRecord) -> str:
 
 
 def chosen_pictures(found: Analysis, seed: int) -> dict[int, set[str]]:
-    """Places of the images that are shown, with what for: at most MOST, the worst first."""
+    """Return the places of the images to show with their tags: at most MOST, the worst first."""
     tags: dict[int, set[str]] = {}
 
     def take(places: Any, tag: str, limit: int) -> None:
-        for place in list(dict.fromkeys(int(one) for one in places))[:limit]:
+        for place in list(dict.fromkeys(map(int, places)))[:limit]:
             if place in tags or len(tags) < MOST:
                 tags.setdefault(place, set()).add(tag)
 
@@ -115,7 +115,7 @@ def chosen_pictures(found: Analysis, seed: int) -> dict[int, set[str]]:
     take(found.finest(BEST), "best", BEST)
     order = np.random.default_rng(seed).permutation(len(found.f1))
     take(order, "random", RANDOM)
-    take([one.image for one in found.suspects], "suspect", WORST)
+    take([suspect.image for suspect in found.suspects], "suspect", WORST)
     by_score = np.argsort(-matches.scores, kind="stable")
     for kind in KINDS:
         if kind == "Miss":
@@ -124,15 +124,15 @@ def chosen_pictures(found: Analysis, seed: int) -> dict[int, set[str]]:
             take(matches.image[by_score[(found.errors.kind == kind)[by_score]]], f"error:{kind}", EACH)
     for label, name in enumerate(matches.classes):
         take(matches.object_image[(matches.object_label == label) & ~matches.object_ignored], f"class:{name}", EACH)
-    for place, some in tags.items():  # what else they show
-        some.add(f"image:{place}")
-        some |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == place]}
-        some |= {f"error:{kind}" for kind in found.errors.kind[(matches.image == place) & shown] if kind}
+    for place, names in tags.items():  # what else they show
+        names.add(f"image:{place}")
+        names |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == place]}
+        names |= {f"error:{kind}" for kind in found.errors.kind[(matches.image == place) & shown] if kind}
     return tags
 
 
 def draw_pair(record: Record, found: Analysis, place: int, results: Results, dataset: Dataset) -> np.ndarray:
-    """An image's ground truth beside its detections.  Raises DataError where the picture cannot be read."""
+    """Draw an image's ground truth beside its detections.  Raises DataError where the picture cannot be read."""
     small, scaled = shrunk(record.load(), record, SIDE)
     matches = found.matches
     lost = set(matches.object_ids[(matches.object_image == place) & (matches.object_index[:, 0] < 0)].tolist())
@@ -143,31 +143,25 @@ def draw_pair(record: Record, found: Analysis, place: int, results: Results, dat
         left = _marked(left, scaled, unfound, small.shape)
     rows = np.flatnonzero((matches.image == place) & (matches.scores >= found.threshold))
     rows = rows[np.argsort(matches.scores[rows], kind="stable")]  # the best on top
-    some = results.take(matches.index[rows])
-    boxes = some.boxes.copy()
+    taken = results.take(matches.index[rows])
+    boxes = taken.boxes.copy()
     boxes[:, 2:] += boxes[:, :2]
     boxes *= np.tile(np.array(small.shape[1::-1]) / np.array(record.size[::-1]), 2)
     labels = [
         f"{names[label]} {score:.2f}{f' {kind}' if kind else ''}"
-        for label, score, kind in zip(matches.label[rows], some.scores, found.errors.kind[rows], strict=True)
+        for label, score, kind in zip(matches.label[rows], taken.scores, found.errors.kind[rows], strict=True)
     ]
-    masks = [coco_mask.decode(to_rle(one, record.size)).astype(bool) for one in some.masks() or []] or None
-    right = draw_objects(small, boxes, labels, matches.label[rows].tolist(), masks if found.kind == "mask" else None)
+    codes = (taken.masks() or []) if found.kind == "mask" else []
+    masks = [coco_mask.decode(to_rle(code, record.size)).astype(bool) for code in codes] or None
+    right = draw_objects(small, boxes, labels, matches.label[rows].tolist(), masks)
     return side_by_side(left, right, ("ground truth", f"detections from {found.threshold:.2f}"))
 
 
 def _marked(picture: np.ndarray, record: Record, which: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Put a red frame around objects; record: scaled to `size`, of which the picture may be an enlargement."""
-    picture, factor = picture.copy(), picture.shape[0] / size[0]
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
     for box in record.boxes[which]:
-        left, top, right, bottom = (round(float(side) * factor) for side in box)
-        for out in (2, 3, 4):
-            rows = slice(max(top - out, 0), bottom + out + 1)
-            columns = slice(max(left - out, 0), right + out + 1)
-            for place in (top - out, bottom + out):
-                if 0 <= place < picture.shape[0]:
-                    picture[place, columns] = (255, 0, 0)
-            for place in (left - out, right + out):
-                if 0 <= place < picture.shape[1]:
-                    picture[rows, place] = (255, 0, 0)
-    return picture
+        left, top, right, bottom = (round(float(side) * picture.shape[0] / size[0]) for side in box)
+        draw.rectangle((left - 4, top - 4, right + 4, bottom + 4), outline=(255, 0, 0), width=3)
+    return np.asarray(image)

@@ -1,17 +1,18 @@
-"""What is unusual about a run's norm layers, and what to try: norms.jsonl in plain words, the gravest first."""
+"""What is unusual about a run's norm layers, and what to try: norms.jsonl in plain words, the most serious first."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-Layer = dict[str, Any]  # of a line of norms.jsonl
+Layer = dict[str, Any]  # of an entry of norms.jsonl
 
-FEW = 16  # numbers: the standard deviation of so few is wrong by a fifth, 1 / sqrt(2 n)
+FEW = 16  # numbers: the standard deviation of so few is off by a fifth, 1 / sqrt(2 n)
 SOME = 0.05  # of a layer's groups or channels
 MOST = 0.5
-GAP = 0.25, 1.0  # worth a word, grave: of means, in stored standard deviations
+GAP = 0.25, 1.0  # worth a warning, bad: of means, in stored standard deviations
 GAP_STD = 0.25, 0.7  # of standard deviations, |log ratio|: by a quarter, by half
 PADDING = 0.1  # of the training batches
-ALIKE = 0.9  # |correlation| of channels in one group: they are nearly one channel
+SIMILAR = 0.9  # |correlation| of channels in a group: they are nearly one channel
 FAR = 1.0  # drift: as far as the layer's gamma is long
 BATCH_KINDS = ("bn", "sync_bn", "brn")
 
@@ -24,26 +25,29 @@ class NormFinding(NamedTuple):
 
 
 def norm_findings(entries: Sequence[dict[str, Any]]) -> list[NormFinding]:
-    """Judge the last line of norms.jsonl, the gravest finding first; one that is "good" where there is nothing to say.
+    """Judge the last entry of norms.jsonl, the most serious finding first; a "good" one where nothing is unusual.
 
-    entries: of `read_norms`, one at the least.
+    entries: one or more, of `read_norms`.
     """
     last = entries[-1]
     layers, update = last["layers"], last["update"]
     found = [
         *_broken(layers), *_few_numbers(layers), *_below_eps(layers), *_gamma(layers, update),
-        *_batch_statistics(layers, update), *_frozen(layers), *_padding(layers, last.get("padding")), *_alike(layers),
-        *_drift(layers, update),
+        *_batch_statistics(layers, update), *_frozen(layers), *_padding(layers, last.get("padding")),
+        *_similar(layers), *_drift(layers, update),
     ]  # fmt: skip
     if not found:
         found = [NormFinding("good", f"nothing unusual in {len(layers)} norm layers after update {update}")]
-    return sorted(found, key=lambda finding: finding.kind != "bad")  # the order above stays within a kind
+    return sorted(found, key=lambda finding: finding.kind != "bad")  # stable
 
 
-def _named(layers: Sequence[Layer], key: Callable[[Layer], float] | None = None) -> str:
-    """Name the layers: the one where `key` is largest, or the first, and how many others."""
-    first = max(layers, key=key) if key else layers[0]
-    return first["name"] + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+def _worst_first(layers: Iterable[Layer], key: Callable[[Layer], float]) -> list[Layer]:
+    return sorted(layers, key=key, reverse=True)
+
+
+def _named(layers: Sequence[Layer]) -> str:
+    """Name the first layer and the number of others."""
+    return layers[0]["name"] + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
 
 
 def _percent(value: float) -> str:
@@ -51,7 +55,7 @@ def _percent(value: float) -> str:
 
 
 def _more(layer: Layer) -> str:
-    """What gives a layer more numbers for its statistics."""
+    """Say what gives a layer more numbers for its statistics."""
     if layer["groups"] is None:
         return "Larger pictures (data.shortest_edge), or more train.images_per_gpu"
     return f"Fewer groups in model.{layer['name'].partition('.')[0]}.norm, or larger pictures (data.shortest_edge)"
@@ -72,109 +76,97 @@ def _few_numbers(layers: Sequence[Layer]) -> Iterator[NormFinding]:
         yield NormFinding(
             "bad",
             f"{_named(alone)}: {'groups' if alone[0]['groups'] else 'batches'} of one number, a channel's map of one "
-            f"cell: the result is beta whatever is in the picture. {_more(alone[0])}, or kind: none there",
+            f"cell: the result is beta whatever the picture. {_more(alone[0])}, or kind: none there",
         )
     few = [layer for layer in layers if layer not in alone and layer["elements"] and layer["elements"] < FEW]
-    if few:
-        least = min(few, key=lambda layer: layer["elements"])
-        cell = "on maps of one cell" if any(layer["one_cell"] for layer in few) else "on small maps"
+    if few := _worst_first(few, lambda layer: -layer["elements"]):
+        maps = "on maps of one cell" if any(layer["one_cell"] for layer in few) else "on small maps"
         yield NormFinding(
             "warn",
-            f"{_named(few, lambda layer: -layer['elements'])}: statistics over {least['elements']} numbers at the "
-            f"least, {cell}, are mostly noise. {_more(least)}",
+            f"{_named(few)}: statistics over as few as {few[0]['elements']} numbers, {maps}, are mostly noise. "
+            f"{_more(few[0])}",
         )
 
 
 def _below_eps(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     low = [layer for layer in layers if (layer["eps_dominated"] or 0) >= SOME and not layer["one_element"]]
-    if not low:
-        return
-    worst = max(low, key=lambda layer: layer["eps_dominated"])
-    what = "groups" if worst["groups"] else "channels"
-    yield NormFinding(
-        "bad" if worst["eps_dominated"] >= MOST else "warn",
-        f"{_named(low, lambda layer: layer['eps_dominated'])}: {_percent(worst['eps_dominated'])} of its {what} have a "
-        f"variance below eps ({worst['eps']:g}): they are not brought to unit variance but stay near beta. Their "
-        "convolution gives nearly nothing: look at what it starts from, lower train.optimizer.weight_decay, or a "
-        "smaller model.norm.eps",
-    )
+    if low := _worst_first(low, lambda layer: layer["eps_dominated"]):
+        worst = low[0]
+        yield NormFinding(
+            "bad" if worst["eps_dominated"] >= MOST else "warn",
+            f"{_named(low)}: {_percent(worst['eps_dominated'])} of its {'groups' if worst['groups'] else 'channels'} "
+            f"have a variance below eps ({worst['eps']:g}): they are not brought to unit variance but stay near beta. "
+            "Their convolution gives nearly nothing: look at its initial weights, lower train.optimizer.weight_decay, "
+            "or a smaller model.norm.eps",
+        )
 
 
 def _gamma(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
-    large = [layer for layer in layers if layer["exploding"]]
-    if large:
-        worst = max(large, key=_largest)
+    if large := _worst_first((layer for layer in layers if layer["exploding"]), _largest):
         yield NormFinding(
             "bad",
-            f"{_named(large, _largest)}: gamma has grown to {_largest(worst):.3g}, more than ten times what it was: a "
-            "few channels drown the others. Lower train.optimizer.lr, set train.optimizer.clip_grad_norm, or give "
-            "gamma a train.optimizer.norm_weight_decay",
+            f"{_named(large)}: gamma has grown to {_largest(large[0]):.3g}, more than ten times what it was: a few "
+            "channels drown the others. Lower train.optimizer.lr, set train.optimizer.clip_grad_norm, or give gamma a "
+            "train.optimizer.norm_weight_decay",
         )
+    # at the start a whole layer of zeros is model.backbone.zero_init_last_gamma
     dead = [layer for layer in layers if (layer["dead"] or 0) >= SOME and not (update == 0 and layer["dead"] == 1)]
-    if dead:  # at the start a whole layer of zeros is model.backbone.zero_init_last_gamma
-        worst = max(dead, key=lambda layer: layer["dead"])
+    if dead := _worst_first(dead, lambda layer: layer["dead"]):
         yield NormFinding(
-            "bad" if worst["dead"] >= MOST else "warn",
-            f"{_named(dead, lambda layer: layer['dead'])}: gamma of {_percent(worst['dead'])} of its channels is as "
-            "good as 0: they give beta and nothing of the picture. train.optimizer.norm_weight_decay should be 0; "
-            "channels that died early come of a learning rate or a warmup that is too bold",
+            "bad" if dead[0]["dead"] >= MOST else "warn",
+            f"{_named(dead)}: gamma of {_percent(dead[0]['dead'])} of its channels is practically 0: they give beta and "
+            "nothing of the picture. train.optimizer.norm_weight_decay should be 0; channels that died early point to "
+            "too high a learning rate or too short a warmup",
         )
 
 
 def _largest(layer: Layer) -> float:
-    """The largest |gamma|; infinite where one is not finite."""
-    return max((float("inf") if value is None else abs(value) for value in layer["gamma"]), default=0.0)
+    """Return the largest |gamma|; infinite if any is not finite."""
+    return max((math.inf if value is None else abs(value) for value in layer["gamma"]), default=0.0)
 
 
-def _over(layer: Layer, which: str, limits: tuple[tuple[float, float], tuple[float, float]]) -> int:
-    """How far a pair of numbers is over its limits: 0 not, 1 worth a word, 2 grave."""
+def _gap(layer: Layer, which: str) -> int:
+    """Return how far the "gap" or "spread" of a layer's statistics is over its limits: 0 not, 1 a warning, 2 bad."""
     pair = [layer.get(f"{which}_mean"), layer.get(f"{which}_std")]
     values = [(value[0] if isinstance(value, list) else value) or 0.0 for value in pair]
-    return max(sum(value > limit for limit in two) for value, two in zip(values, limits, strict=True))
+    return max(sum(value > limit for limit in limits) for value, limits in zip(values, (GAP, GAP_STD), strict=True))
 
 
 def _batch_statistics(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
     batch = [layer for layer in layers if layer["kind"] in BATCH_KINDS]
-    away = [layer for layer in batch if _over(layer, "gap", (GAP, GAP_STD))]
-    if away and update:  # before the first update they say nothing yet
-        worst = max(away, key=lambda layer: (_over(layer, "gap", (GAP, GAP_STD)), layer["gap_mean"][0]))
+    away = [layer for layer in batch if _gap(layer, "gap")] if update else []  # at the start they mean nothing yet
+    if away := _worst_first(away, lambda layer: (_gap(layer, "gap"), layer["gap_mean"][0])):
+        worst = away[0]
         yield NormFinding(
-            "bad" if _over(worst, "gap", (GAP, GAP_STD)) > 1 else "warn",
-            f"{worst['name']}" + (f" and {len(away) - 1} more" if len(away) > 1 else "") + f" of {len(batch)}: "
-            f"{worst['kind']}'s running statistics are not those of its batches: means lie "
-            f"{worst['gap_mean'][0]:.2g} standard deviations away, standard deviations differ by a factor of "
-            f"{_factor(worst['gap_std'][0])} (medians over channels). What is evaluated is another network than what "
-            "was trained. kind: gn has no running statistics; else more train.images_per_gpu, sync_bn over several "
-            "processes, or a smaller model.norm.momentum",
+            "bad" if _gap(worst, "gap") > 1 else "warn",
+            f"{_named(away)} of {len(batch)}: {worst['kind']}'s running statistics are not those of its batches: means "
+            f"lie {worst['gap_mean'][0]:.2g} standard deviations away, standard deviations differ by a factor of "
+            f"{math.exp(worst['gap_std'][0]):.2g} (medians over channels). Evaluation runs another network than the "
+            "one that was trained. kind: gn has no running statistics; else more train.images_per_gpu, sync_bn over "
+            "several processes, or a smaller model.norm.momentum",
         )
-    noisy = [layer for layer in batch if _over(layer, "spread", (GAP, GAP_STD))]
-    if noisy:
-        worst = max(noisy, key=lambda layer: layer["spread_mean"] or 0)
+    noisy = [layer for layer in batch if _gap(layer, "spread")]
+    if noisy := _worst_first(noisy, lambda layer: layer["spread_mean"] or 0):
         yield NormFinding(
             "warn",
-            f"{_named(noisy, lambda layer: layer['spread_mean'] or 0)} of {len(batch)}: from one batch of "
-            f"train.images_per_gpu to the next the mean of a channel moves by {worst['spread_mean']:.2g} of its "
-            "standard deviation: small batches are noise to BN (Wu & He 2018, figure 1). kind: gn does not see them; "
-            "else more images at once, or sync_bn",
+            f"{_named(noisy)} of {len(batch)}: from one batch of train.images_per_gpu to the next the mean of a "
+            f"channel moves by {noisy[0]['spread_mean']:.2g} of its standard deviation: small batches are noise to BN "
+            "(Wu & He 2018, figure 1). kind: gn does not see them; else more images at once, or sync_bn",
         )
-
-
-def _factor(log_ratio: float) -> str:
-    return f"{2.718281828**log_ratio:.2g}"
 
 
 def _frozen(layers: Sequence[Layer]) -> Iterator[NormFinding]:
     frozen = [layer for layer in layers if layer["kind"] == "frozen_bn"]
-    away = [layer for layer in frozen if _over(layer, "gap", (GAP, GAP_STD)) > 1]
-    if away:
-        worst = max(away, key=lambda layer: layer["gap_mean"][0])
+    away = [layer for layer in frozen if _gap(layer, "gap") > 1]
+    if away := _worst_first(away, lambda layer: layer["gap_mean"][0]):
+        worst = away[0]
         yield NormFinding(
             "warn",
-            f"{_named(away, lambda layer: layer['gap_mean'][0])} of {len(frozen)}: the statistics that frozen_bn keeps "
-            f"are not those of this data: means lie {worst['gap_mean'][0]:.2g} stored standard deviations away, "
-            f"standard deviations differ by a factor of {_factor(worst['gap_std'][0])}. From the first layer on: "
-            "pixel_mean, pixel_std or the colours' order are not what the weights were trained with (train.source); "
-            "in deep layers: the data is far from theirs; gn adapts (train.norm_policy: calibrate)",
+            f"{_named(away)} of {len(frozen)}: the statistics that frozen_bn keeps are not those of this data: means "
+            f"lie {worst['gap_mean'][0]:.2g} stored standard deviations away, standard deviations differ by a factor "
+            f"of {math.exp(worst['gap_std'][0]):.2g}. From the first layer on: the weights were trained with another "
+            "pixel_mean, pixel_std or order of colours (train.source); in deep layers: the data differs from theirs; "
+            "gn adapts (train.norm_policy: calibrate)",
         )
 
 
@@ -183,36 +175,35 @@ def _padding(layers: Sequence[Layer], padding: float | None) -> Iterator[NormFin
     if padding is not None and padding >= PADDING and plain:
         yield NormFinding(
             "warn",
-            f"{_percent(padding)} of the training batches is padding, and {len(plain)} plain layers take it into their "
-            "statistics: an image's features hang on those beside it. model.norm.padding: masked (gn, ln, in), "
-            "train.images_per_gpu: 1, or pictures of one size",
+            f"{_percent(padding)} of the training batches is padding, and {len(plain)} plain layers include it in "
+            "their statistics: an image's features depend on the images beside it. model.norm.padding: masked (gn, "
+            "ln, in), train.images_per_gpu: 1, or pictures of one size",
         )
 
 
-def _alike(layers: Sequence[Layer]) -> Iterator[NormFinding]:
-    alike = [layer for layer in layers if (layer["similar"][0] or 0) >= ALIKE]
-    if alike:
+def _similar(layers: Sequence[Layer]) -> Iterator[NormFinding]:
+    similar = [layer for layer in layers if (layer["similar"][0] or 0) >= SIMILAR]
+    if similar := _worst_first(similar, lambda layer: layer["similar"][0]):
         yield NormFinding(
             "warn",
-            f"{_named(alike, lambda layer: layer['similar'][0])}: channels of one group are nearly copies of each "
-            f"other (mean |correlation| {max(layer['similar'][0] for layer in alike):.2g}): the layer is wider than "
-            "what it carries, or has collapsed",
+            f"{_named(similar)}: channels of one group are nearly copies of each other (mean |correlation| "
+            f"{similar[0]['similar'][0]:.2g}): the layer is wider than what it carries, or has collapsed",
         )
 
 
 def _drift(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
     known = [layer for layer in layers if layer["trained"] and layer["drift"] and None not in layer["drift"]]
-    if update and known and (still := [layer for layer in known if max(layer["drift"]) == 0]):
+    if update and (still := [layer for layer in known if max(layer["drift"]) == 0]):
         yield NormFinding(
             "warn",
-            f"{_named(still)}: gamma and beta are trained, and are where they were at the start: no gradient comes "
-            "through, or every update was left out",
+            f"{_named(still)}: gamma and beta are trained but have not moved since the start: no gradient reaches "
+            "them, or every update was skipped",
         )
     far = [layer for layer in known if max(layer["drift"]) > FAR]
-    if far:
+    if far := _worst_first(far, lambda layer: max(layer["drift"])):
         yield NormFinding(
             "warn",
-            f"{_named(far, lambda layer: max(layer['drift']))}: gamma and beta have moved by "
-            f"{max(max(layer['drift']) for layer in far):.2g} times the length gamma had at the start. Right for a "
-            "layer that began at random; of pretrained weights little is left: a lower learning rate",
+            f"{_named(far)}: gamma and beta have moved by {max(far[0]['drift']):.2g} times the length gamma had at the "
+            "start. Right for a layer with random initial weights; of pretrained weights little is left: a lower "
+            "learning rate",
         )

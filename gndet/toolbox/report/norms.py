@@ -1,6 +1,7 @@
-"""The report's section on the norm layers: what is unusual in words, then by layer, over training, and in a table."""
+"""The report's section on the norm layers: what is unusual, then charts by layer and over training, and a table."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +21,7 @@ Value = float | None
 
 
 def section(folder: Path) -> str:
-    """The section of a run folder; where there is no norms.jsonl, or a broken one, it says so."""
+    """Return the section of a run folder; where norms.jsonl is missing or broken, it says so."""
     try:
         entries = [entry for entry in read_norms(folder) if entry.get("layers")]
     except DataError as error:
@@ -34,7 +35,8 @@ def section(folder: Path) -> str:
     last = entries[-1]
     layers = last["layers"]
     return blocks.section(
-        "norms", TITLE, *(blocks.notice(one.kind, f"{_capital(one.words)}.") for one in norm_findings(entries)),
+        "norms", TITLE,
+        *(blocks.notice(finding.kind, f"{_capital(finding.words)}.") for finding in norm_findings(entries)),
         blocks.heading(f"Layer by layer, after update {last['update']}"), *_by_layer(layers),
         *([blocks.heading("Over training"), _over_training(entries)] if len(entries) > 1 else []),
         _table(layers), lead=_lead(entries),
@@ -42,28 +44,25 @@ def section(folder: Path) -> str:
 
 
 def _capital(words: str) -> str:
-    """A sentence's beginning; a layer's name stays as it is."""
+    """Capitalise a sentence, unless it begins with a layer's name."""
     return words if "." in words.split(" ")[0] else words[:1].upper() + words[1:]
 
 
 def _lead(entries: Sequence[dict[str, Any]]) -> str:
     last = entries[-1]
     layers = last["layers"]
-    kinds = ", ".join(
-        f"{sum(layer['kind'] == kind for layer in layers)} {kind}"
-        for kind in dict.fromkeys(layer["kind"] for layer in layers)
-    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in layers).items())
     masked = sum(layer["masked"] for layer in layers)
     padding = last.get("padding")
     share = "" if padding is None else f" {100 * padding:.3g} % of the last training batches was padding."
     return (
-        f"{len(layers)} norm layers ({kinds}), {masked} masked and {len(layers) - masked} plain, looked at "
+        f"{len(layers)} norm layers ({kinds}), {masked} masked and {len(layers) - masked} plain, measured "
         f"{len(entries)} times on the first validation images.{share}"
     )
 
 
 def part(name: str) -> str:
-    """The part of the network that a layer belongs to: stem, res2 to res5, fpn, rpn, box_head, mask_head."""
+    """Return the part of the network that a layer belongs to: stem, res2 to res5, fpn, rpn, box_head, mask_head."""
     first, _, rest = name.partition(".")
     return rest.partition(".")[0] if first == "backbone" else first
 
@@ -73,7 +72,7 @@ def _floats(values: Sequence[Value]) -> list[float]:
 
 
 def _at(layers: Sequence[Layer], key: str, place: int | None = None) -> list[float]:
-    """A number of each layer; nan where it has none."""
+    """Return a number of each layer; nan where the layer has none."""
     values = [layer.get(key) for layer in layers]
     return _floats([value if place is None or value is None else value[place] for value in values])
 
@@ -91,8 +90,8 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
             charts.lines(
                 "norm-std", [std], x_label="layer", y_label=f"standard deviation of {groups}", log_y=_positive(layers)
             ),
-            f"Standard deviations of {groups}, before they are divided by: median, and 5 to 95 % over {groups} and "
-            f"images. {_places(layers)}", "norm-std",
+            f"Standard deviations of {groups} before normalisation: median, and 5 to 95 % over {groups} and images. "
+            f"{_places(layers)}", "norm-std",
         ),
         blocks.figure(
             charts.lines("norm-gamma", [gamma], x_label="layer", y_label="gamma"),
@@ -101,15 +100,11 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
         _shares(layers, x, groups), _similar(layers, x), _gap(layers, x),
     ]  # fmt: skip
     sentences = [block for block in figures if block and not block.startswith("<figure")]
-    return [*sentences, _beside([block for block in figures if block not in sentences])]
-
-
-def _beside(figures: Sequence[str]) -> str:
-    return blocks.beside(*filter(None, figures))
+    return [*sentences, blocks.beside(*(block for block in figures if block not in sentences))]
 
 
 def _positive(layers: Sequence[Layer]) -> bool:
-    """Whether standard deviations fit a logarithmic axis."""
+    """Return whether standard deviations fit a logarithmic axis."""
     return all(layer["std"] is None or min(layer["std"]) > 0 for layer in layers)
 
 
@@ -124,7 +119,7 @@ def _places(layers: Sequence[Layer]) -> str:
 
 
 def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
-    """What should be zero, in percent; a sentence where it is."""
+    """Draw, in percent, what should be zero; return a sentence where all of it is."""
     series = [
         charts.Series(name, x, [100 * value for value in _at(layers, key)])
         for name, key in (
@@ -132,14 +127,14 @@ def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
             ("one-cell maps", "one_cell"), ("not finite", "nonfinite"),
         )
     ]  # fmt: skip
-    some = [one for one in series if np.nansum(one.y) > 0]
-    if not some:
+    shown = [line for line in series if np.nansum(line.y) > 0]
+    if not shown:
         return blocks.paragraph(
             f"No {groups} with a variance below eps, no dead or exploding gamma, no maps of one cell, nothing that is "
             "not finite."
         )
-    drawn = charts.lines("norm-shares", some, x_label="layer", y_label="share, %", y_range=(-2, 102))
-    return blocks.figure(drawn, "What should be zero, as far as it is not.", "norm-shares")
+    drawn = charts.lines("norm-shares", shown, x_label="layer", y_label="share, %", y_range=(-2, 102))
+    return blocks.figure(drawn, "What should be zero and is not.", "norm-shares")
 
 
 def _similar(layers: Sequence[Layer], x: list[int]) -> str:
@@ -147,18 +142,18 @@ def _similar(layers: Sequence[Layer], x: list[int]) -> str:
         charts.Series(name, x, _at(layers, "similar", place))
         for place, name in enumerate(("in one group", "in two groups"))
     ]
-    some = [one for one in series if np.isfinite(one.y).any()]
-    if not some:
+    shown = [line for line in series if np.isfinite(line.y).any()]
+    if not shown:
         return ""
-    drawn = charts.lines("norm-similar", some, x_label="layer", y_label="mean |correlation|", y_range=(0, 1))
-    caption = "How alike channels are: the mean size of the correlation of two over positions; 1: copies of each other."
-    if len(some) > 1:
-        caption += " Groups are of use where channels of one belong together."
+    drawn = charts.lines("norm-similar", shown, x_label="layer", y_label="mean |correlation|", y_range=(0, 1))
+    caption = "How similar channels are: mean |correlation| of two channels over positions; 1: copies of each other."
+    if len(shown) > 1:
+        caption += " Groups help where the channels of a group belong together."
     return blocks.figure(drawn, caption, "norm-similar")
 
 
 def _gap(layers: Sequence[Layer], x: list[int]) -> str:
-    """How far running or stored statistics are from those of batches."""
+    """Draw how far running or stored statistics are from those of batches."""
     stored = [layer for layer in layers if layer.get("gap_mean")]
     if not stored:
         return ""
@@ -168,14 +163,14 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
         charts.Series("mean, moving", x, _at(layers, "spread_mean")),
         charts.Series("std, moving", x, _at(layers, "spread_std")),
     ]
-    some = [one for one in series if np.isfinite(one.y).any()]
-    drawn = charts.lines("norm-gap", some, x_label="layer", y_label="distance")
+    shown = [line for line in series if np.isfinite(line.y).any()]
+    drawn = charts.lines("norm-gap", shown, x_label="layer", y_label="distance")
     live = any(layer["kind"] in BATCH_KINDS for layer in stored)
     caption = (
         f"Statistics of batches against the {'running' if live else 'stored'} ones that evaluation uses: means in "
         "stored standard deviations, standard deviations as |log ratio|, median over channels. Moving: from one batch "
-        f"to the next. 0 is what BN is built on. The heads are given the {PROBED_REGIONS} best proposals of an image "
-        "here, in training others too."
+        f"to the next. BN assumes 0. The heads get the {PROBED_REGIONS} best proposals per image here, in training "
+        "others too."
     )
     return blocks.figure(drawn, caption, "norm-gap")
 
@@ -187,7 +182,7 @@ def _over_training(entries: Sequence[dict[str, Any]]) -> str:
     figures = [
         _by_part(
             "norm-drift", entries, lambda layer: layer["drift"] and layer["drift"][0], "drift of gamma",
-            "How far gamma has gone since the start, relative to its length then; median over a part's layers.",
+            "How far gamma has moved since the start, relative to its length then; median over a part's layers.",
         ),
         _by_part(
             "norm-std-time", entries, lambda layer: layer["std"] and layer["std"][2], "standard deviation",
@@ -200,19 +195,19 @@ def _over_training(entries: Sequence[dict[str, Any]]) -> str:
     ]  # fmt: skip
     padding = _floats([entry.get("padding") for entry in entries])
     if np.nansum(padding) > 0:
-        one = charts.Series("padding", [entry["update"] for entry in entries], [100 * value for value in padding])
+        line = charts.Series("padding", [entry["update"] for entry in entries], [100 * value for value in padding])
         drawn = charts.lines(
-            "norm-padding", [one], x_label="update", y_label="padding, %", x_range=(0, None), y_range=(0, None)
+            "norm-padding", [line], x_label="update", y_label="padding, %", x_range=(0, None), y_range=(0, None)
         )
         figures.append(blocks.figure(drawn, "Share of the training batches that is padding.", "norm-padding"))
-    return _beside(figures)
+    return blocks.beside(*figures)
 
 
 def _by_part(
     id: str, entries: Sequence[dict[str, Any]], value: Callable[[Layer], Value], y_label: str, caption: str,
     log_y: bool = False,
 ) -> str:  # fmt: skip
-    """A line for each part of the network, the median over its layers."""
+    """Draw one line per part of the network: the median over the part's layers."""
     updates = [entry["update"] for entry in entries]
     names = list(dict.fromkeys(part(layer["name"]) for layer in entries[-1]["layers"]))
     series = []
@@ -220,13 +215,13 @@ def _by_part(
         y = []
         for entry in entries:
             values = [value(layer) for layer in entry["layers"] if part(layer["name"]) == name]
-            known = [one for one in values if one is not None]
+            known = [value for value in values if value is not None]
             y.append(float(np.median(known)) if known else math.nan)
         if np.isfinite(y).any():
             series.append(charts.Series(name, updates, y))
     if not series:
         return ""
-    log_y = log_y and all(value > 0 or math.isnan(value) for one in series for value in one.y)
+    log_y = log_y and all(value > 0 or math.isnan(value) for line in series for value in line.y)
     return blocks.figure(charts.lines(id, series, x_label="update", y_label=y_label, log_y=log_y), caption, id)
 
 
@@ -236,12 +231,12 @@ def _by_part(
 def _table(layers: Sequence[Layer]) -> str:
     gaps = any(layer.get("gap_mean") for layer in layers)
     columns = [
-        "#", "layer", "kind", "padding", "channels", "groups", "numbers a group", "std", "below eps %", "gamma min",
-        "median", "max", "dead %", "exploding %", "drift gamma", "drift beta", "alike in a group", "in two",
+        "#", "layer", "kind", "padding", "channels", "groups", "numbers per group", "std", "below eps %", "gamma min",
+        "median", "max", "dead %", "exploding %", "drift gamma", "drift beta", "similar in a group", "in two",
         *(["gap of means", "of std", "from batch to batch"] if gaps else []),
     ]  # fmt: skip
     rows = [_row(number, layer, gaps) for number, layer in enumerate(layers, start=1)]
-    caption = "Norm layers by depth; std: median over groups and images; numbers a group: the fewest."
+    caption = "Norm layers by depth; std: median over groups and images; numbers per group: the fewest."
     return blocks.sortable_table("norm-layers", columns, rows, caption)
 
 
@@ -252,7 +247,7 @@ def _row(number: int, layer: Layer, gaps: bool) -> list[blocks.Cell]:
         blocks.count(layer["channels"]), blocks.number(layer["groups"], 5), blocks.number(layer["elements"], 8),
         blocks.number(layer["std"] and layer["std"][2]), blocks.percent(layer["eps_dominated"]),
         *map(blocks.number, layer["gamma"]), blocks.percent(layer["dead"]), blocks.percent(layer["exploding"]),
-        blocks.number(gamma_drift), blocks.number(beta_drift), *(blocks.number(one, 2) for one in layer["similar"]),
+        blocks.number(gamma_drift), blocks.number(beta_drift), *(blocks.number(value, 2) for value in layer["similar"]),
     ]  # fmt: skip
     if gaps:
         mean, std = (layer.get(key) or (None, None) for key in ("gap_mean", "gap_std"))

@@ -1,4 +1,4 @@
-"""The page itself: one HTML file that needs no server and no network, in light and dark, on a phone and on paper."""
+"""The page: one HTML file without server or network, for light and dark mode, phones and print."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -9,9 +9,9 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 
 def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """Put a page together.
+    """Assemble a page, whose policy forbids every outside request.
 
-    sections: id, short name for the contents, and HTML of each.  The page's own policy forbids every outside request.
+    sections: id, short name for the contents, and HTML of each.
     """
     folder = files("gndet.toolbox.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))

@@ -1,4 +1,4 @@
-"""How good the detections are: precision and recall, F1, AP of each class with its interval, thresholds, confusion."""
+"""How good the detections are: precision and recall, F1, AP per class with its interval, thresholds, confusion."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ from gndet.toolbox.report.blocks import Cell
 from gndet.toolbox.report.charts import Series
 from gndet.toolbox.report.record import RunRecord
 
-MOST_CURVES = 7  # classes whose curves are drawn, those with most objects
-WORDS = ("class", "kind", "what", "image", "annotated", "found")  # columns of text, or of counts
+MOST_CURVES = 7  # classes whose curves are drawn: those with most objects
 
 
 def section(run: RunRecord) -> str:
-    """Curves and tables of the last evaluation's detections."""
+    """Return the section with curves and tables of the last evaluation's detections."""
     found = run.analysis
     if found is None:
         reason = next((line for line in run.missing if line.startswith("detections")), "there are no detections")
@@ -45,7 +44,7 @@ def section(run: RunRecord) -> str:
 
 
 def most_common(found: Analysis) -> list[int]:
-    """Places of the classes that are drawn, in the order of the data set."""
+    """Return the places of the classes to draw, in the order of the data set."""
     objects = np.array([row["num_objects"] for row in found.metrics.per_class])
     order = np.argsort(-objects, kind="stable")[:MOST_CURVES]
     return sorted(int(place) for place in order if objects[place])
@@ -68,27 +67,27 @@ def _f1(found: Analysis, shown: Sequence[int]) -> str:
 
 
 def _confusion(found: Analysis) -> str:
-    """The confusion matrix, of the classes that occur in it."""
+    """Draw the confusion matrix of the classes that occur in it."""
     names = [*found.matches.classes, "nothing"]
     used = np.flatnonzero(found.confusion.any(0) | found.confusion.any(1))
     if not len(used):
         return ""
     matrix = found.confusion[np.ix_(used, used)]
-    some = [names[place] for place in used]
-    svg = charts.heat("confusion", matrix, some, some, x_label="found", y_label="annotated")
+    labels = [names[place] for place in used]
+    svg = charts.heat("confusion", matrix, labels, labels, x_label="found", y_label="annotated")
     caption = f"objects by their class and what was found there, scores from {found.threshold:.2f} on, IoU 0.5"
     return blocks.figure(svg, caption, "chart-confusion")
 
 
 def shown_table(table: Table, *, picks: Sequence[str] | None = None, note: str = "") -> str:
-    """A table of the analysis on the page."""
+    """Return a table of the analysis for the page."""
     rows = [[cell(column, value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
     caption = f"{table.title}{note} (shares and AP in percent)"
     return blocks.sortable_table(f"table-{table.name}", table.columns, rows, caption, picks=picks)
 
 
 def cell(column: str, value: Any) -> Cell:
-    """A value of the analysis as a cell."""
+    """Return a value of the analysis as a cell."""
     if isinstance(value, str):
         return value
     if column in ("id", "image id", "annotation"):

@@ -1,6 +1,6 @@
-"""What a run folder holds, read for its report; what is missing is noted, not an error.
+"""The content of a run folder, read for its report; what is missing is noted, not an error.
 
-Nothing here touches the run: a run that is under way can be reported on.
+Reading changes nothing in the folder: a run in progress can be reported on.
 """
 
 import time
@@ -27,8 +27,8 @@ class RunRecord(NamedTuple):
 
     folder: Path
     cfg: Config
-    meta: dict[str, Any]  # of the newest whole checkpoint; {}: there is none
-    train: list[dict[str, Any]]  # lines of metrics.jsonl
+    meta: dict[str, Any]  # of the newest intact checkpoint; {}: there is none
+    train: list[dict[str, Any]]  # entries of metrics.jsonl
     evaluations: list[dict[str, Any]]
     ended: str  # finished, failed, stopped, unfinished
     why: str  # in words
@@ -45,16 +45,34 @@ class RunRecord(NamedTuple):
 
     @property
     def done(self) -> int:
-        """Updates that are known to be done."""
-        return max([line["update"] for line in (*self.train, *self.evaluations)] + [int(self.meta.get("update", 0))])
+        """Updates known to be done."""
+        return max([entry["update"] for entry in (*self.train, *self.evaluations)] + [int(self.meta.get("update", 0))])
+
+    @property
+    def speed(self) -> float | None:
+        """Images per second, the median of the log; None: not logged."""
+        speeds = sorted(entry["images_per_s"] for entry in self.train if entry.get("images_per_s"))
+        return speeds[len(speeds) // 2] if speeds else None
+
+    @property
+    def memory(self) -> float | None:
+        """Peak memory in GiB; None: not logged."""
+        mib = self.train[-1].get("memory_mib") if self.train else None
+        return mib / 1024 if mib else None
+
+    @property
+    def images_at_once(self) -> int | None:
+        """Images that were computed at once; None: not known."""
+        images = self.meta.get("images_at_once") or self.cfg.train.images_per_gpu
+        return images if isinstance(images, int) else None
 
     def last(self, key: str) -> float | None:
-        """The newest value of an evaluation, like "box/AP"; None where there is none."""
-        return next((line[key] for line in reversed(self.evaluations) if line.get(key) is not None), None)
+        """Return the newest value of an evaluation, like "box/AP"; None where there is none."""
+        return next((entry[key] for entry in reversed(self.evaluations) if entry.get(key) is not None), None)
 
 
 def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
-    """Read a run folder.  overrides: over its config, like data.root=PATH where the data has moved since.
+    """Read a run folder.  overrides: over its config, like data.root=PATH where the data has moved.
 
     Raises DataError where the folder holds no run, and ConfigError where its config cannot be read.
     """
@@ -67,7 +85,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     cfg = load_config(folder / CONFIG, overrides)
     missing: list[str] = []
     meta = _meta(folder, missing)
-    train, evaluations = _lines(folder, missing)
+    train, evaluations = _log(folder, missing)
     train_set, val_set = (_dataset(cfg, which, missing) for which in ("train", "val"))
     results = _results(folder, val_set, missing)
     analysis = None
@@ -75,15 +93,13 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
         masks = cfg.model.masks and results.codes is not None and draws_masks(val_set)
         kind = "mask" if masks else "box"
         analysis = analyse(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
-    record = RunRecord(
-        folder, cfg, meta, train, evaluations, "", "", train_set, val_set, results, analysis, missing
-    )  # fmt: skip
+    record = RunRecord(folder, cfg, meta, train, evaluations, "", "", train_set, val_set, results, analysis, missing)
     ended, why = _ending(record)
     return record._replace(ended=ended, why=why)
 
 
 def _meta(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """What the newest whole checkpoint says of the run."""
+    """Read what the newest intact checkpoint says of the run."""
     for checkpoint in run_checkpoints(folder):
         try:
             return load_checkpoint(checkpoint, groups=()).meta
@@ -93,17 +109,18 @@ def _meta(folder: Path, missing: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _lines(folder: Path, missing: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of metrics.jsonl, by kind."""
+def _log(folder: Path, missing: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read metrics.jsonl: the entries of training, and those of evaluations."""
     path = folder / METRICS
     try:
-        lines = read_metrics(path)
+        entries = read_metrics(path)
     except (OSError, DataError) as error:
         missing.append(f"curves: {path.name}: {getattr(error, 'strerror', None) or error}")
         return [], []
-    if not lines:
+    if not entries:
         missing.append(f"curves: {path.name} is empty: nothing was logged yet")
-    return [one for one in lines if one["kind"] == "train"], [one for one in lines if one["kind"] == "evaluation"]
+    train, evaluations = ([entry for entry in entries if entry["kind"] == kind] for kind in ("train", "evaluation"))
+    return train, evaluations
 
 
 def _dataset(cfg: Config, which: str, missing: list[str]) -> Dataset | None:
@@ -118,10 +135,10 @@ def _dataset(cfg: Config, which: str, missing: list[str]) -> Dataset | None:
 def _results(folder: Path, dataset: Dataset | None, missing: list[str]) -> Results | None:
     path = folder / DETECTIONS
     if not path.is_file():
-        missing.append("detections: the run was not evaluated yet, so there is no analysis of what it gets wrong")
+        missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
         return None
     if dataset is None:
-        missing.append("detections: without the data set they belong to they cannot be analysed")
+        missing.append("detections: they cannot be analysed without the data set")
         return None
     try:
         return read_results(path, dataset)
@@ -131,36 +148,33 @@ def _results(folder: Path, dataset: Dataset | None, missing: list[str]) -> Resul
 
 
 def _ending(run: RunRecord) -> tuple[str, str]:
-    """How the run stands, in a word and in a sentence."""
+    """Return how the run stands, in a word and in a sentence."""
     left = f"after {run.done:,} of {run.total:,} updates"
-    if (run.folder / FAILED).is_file():
-        return "failed", f"failed {left}: {(run.folder / FAILED).read_text(encoding='utf-8', errors='replace').strip()}"
-    if (run.folder / PREEMPTED).is_file():
-        text = (run.folder / PREEMPTED).read_text(encoding="utf-8", errors="replace").strip()
-        return "stopped", f"stopped {left} ({text}); the same command goes on"
+    failed, preempted = run.folder / FAILED, run.folder / PREEMPTED
+    if failed.is_file():
+        return "failed", f"failed {left}: {failed.read_text(encoding='utf-8', errors='replace').strip()}"
+    if preempted.is_file():
+        text = preempted.read_text(encoding="utf-8", errors="replace").strip()
+        return "stopped", f"stopped {left} ({text}); the same command continues it"
     if run.meta and run.meta["update"] >= run.meta["total_updates"] and not run.meta.get("evaluation_due"):
         return "finished", f"finished: {run.done:,} updates"
-    return "unfinished", f"unfinished, {left}: it still runs, or was killed; the same command goes on"
+    return "unfinished", f"unfinished, {left}: it is still running or was killed; the same command continues it"
 
 
 def training_time(run: RunRecord) -> str:
-    """About how long the updates took, by the images a second that were logged; empty where nothing was."""
+    """Return about how long the updates took, from the logged speed; "" where nothing was logged."""
     seconds, before = 0.0, 0
-    for line in run.train:
-        if line.get("images_per_s"):
-            seconds += (line["update"] - before) * run.cfg.train.global_batch / line["images_per_s"]
-        before = line["update"]
+    for entry in run.train:
+        if entry.get("images_per_s"):
+            seconds += (entry["update"] - before) * run.cfg.train.global_batch / entry["images_per_s"]
+        before = entry["update"]
     if not seconds:
         return ""
-    return (
-        time.strftime("%-H:%M h", time.gmtime(seconds))
-        if seconds >= 3600
-        else time.strftime("%-M:%S min", time.gmtime(seconds))
-    )
+    return time.strftime("%-H:%M h" if seconds >= 3600 else "%-M:%S min", time.gmtime(seconds))
 
 
 def best_checkpoint(run: RunRecord) -> str:
-    """The folder that predict and export take, as words; empty where there is none."""
+    """Return the name of the checkpoint that predict and export take; "" where there is none."""
     try:
         return resolve(run.folder).name
     except CheckpointError:

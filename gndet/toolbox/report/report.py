@@ -12,16 +12,15 @@ from gndet.toolbox.report.page import page
 from gndet.toolbox.report.record import read_run
 from gndet.training.run_folder import REPORT
 
+Show = Callable[[str], None]
 
-def write_report(
-    folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Callable[[str], None]
-) -> Path:
-    """Write the report of a run, of several runs compared, or of a norm study.
 
-    folders: run folders, or the folder of one study.  out: file to write; by default report.html in the folder, and
-    comparison.html in the first one for several.  overrides: over the configs of the runs, where data has moved.
-    Returns the file.  Raises DataError for a folder without a run, ConfigError, and OutputError where it cannot be
-    written.
+def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Show) -> Path:
+    """Write the report of a run, of several runs compared, or of a norm study; return its path.
+
+    folders: run folders, or the folder of one study.  out: file to write; by default report.html in the folder, or
+    comparison.html in the first of several folders.  overrides: over the configs of the runs, where data has moved.
+    Raises DataError for a folder without a run, ConfigError, and OutputError where the file cannot be written.
     """
     if any(map(is_study, folders)):
         if len(folders) > 1:
@@ -37,7 +36,7 @@ def write_report(
 
 
 def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
-    """The page of a run."""
+    """Return the page of a run."""
     run = read_run(folder, overrides)
     sections = [
         ("summary", "Summary", overview.section(run)), ("training", "Training", training.section(run)),
@@ -47,11 +46,11 @@ def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
         ("setup", "How it was made", setup.section(run)),
     ]  # fmt: skip
     val = f" on {run.val_set.name}" if run.val_set else ""
-    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", [one for one in sections if one[2]])
+    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", [section for section in sections if section[2]])
 
 
 def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> str:
-    """The page that compares runs."""
+    """Return the page that compares runs."""
     runs = [read_run(folder, overrides) for folder in folders]
     names = [folder.absolute().name for folder in folders]
     if len(set(names)) < len(names):
@@ -60,15 +59,15 @@ def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> s
 
 
 def study_page(folder: Path) -> str:
-    """The page of a norm study."""
+    """Return the page of a norm study."""
     return page(f"gndet: {folder.absolute().name}", str(folder), [("study", "Norm study", study.section(folder))])
 
 
-def report_on_ending(folder: Path, show: Callable[[str], None]) -> None:
-    """Write the report of a run that has just ended, whatever way: no failure here may hide how it ended."""
+def report_on_ending(folder: Path, show: Show) -> None:
+    """Write the report of a run that has just ended; no failure here may hide how the run ended."""
     try:
         write_report([folder], None, (), show)
     except GndetError as error:
         show(f"no report was written: {error}")
-    except Exception:  # a mistake of ours: the run itself is done and saved
+    except Exception:  # our bug; the run itself is done and saved
         show(f"no report was written, `gndet report {folder}` tries again:\n{traceback.format_exc(limit=-3)}")

@@ -1,5 +1,6 @@
 """How the run was made: config, environment, where its weights came from, and commands that do it again."""
 
+from collections import Counter
 from typing import Any
 
 from gndet.config.loading import config_to_yaml
@@ -8,38 +9,29 @@ from gndet.toolbox.report import blocks
 from gndet.toolbox.report.record import RunRecord, best_checkpoint
 from gndet.training.run_folder import CONFIG, flat
 
+META = {"device": "device", "processes": "processes", "data": "hash of data", "masks": "hash of masks",
+        "val_data": "hash of val_data"}  # fmt: skip
+
 
 def section(run: RunRecord) -> str:
-    """Everything that is needed to make the run once more."""
-    versions = run.meta.get("versions", {})
-    rows: list[list[blocks.Cell]] = [[name, str(value)] for name, value in versions.items()]
-    rows += [
-        ["device", str(run.meta[key])] if key == "device" else [key, str(run.meta[key])]
-        for key in ("device", "processes")
-        if key in run.meta
-    ]
-    rows += [[f"hash of {key}", str(run.meta[key])] for key in ("data", "masks", "val_data") if key in run.meta]
+    """Return the section with all that is needed to repeat the run."""
+    rows: list[list[blocks.Cell]] = [[name, str(value)] for name, value in run.meta.get("versions", {}).items()]
+    rows += [[name, str(run.meta[key])] for key, name in META.items() if key in run.meta]
+    options = ("option", "value", "default")
     return blocks.section(
-        "setup",
-        "How it was made",
-        blocks.heading("Commands"),
-        blocks.command_lines(next_commands(run)),
-        blocks.heading("Weights"),
-        blocks.paragraph(weights(run)),
+        "setup", "How it was made",
+        blocks.heading("Commands"), blocks.command_lines(next_commands(run)),
+        blocks.heading("Weights"), blocks.paragraph(weights(run)),
         blocks.sortable_table("environment", ("what", "value"), rows, "environment", filtered=False) if rows else "",
         blocks.sortable_table(
-            "changed",
-            ("option", "value", "default"),
-            changed(run.cfg),
-            "options that are not at their default",
-            filtered=False,
+            "changed", options, changed(run.cfg), "options that are not at their default", filtered=False
         ),
         blocks.details("the resolved config", blocks.preformatted(config_to_yaml(run.cfg))),
-    )
+    )  # fmt: skip
 
 
 def next_commands(run: RunRecord) -> list[str]:
-    """Commands that make the run again and use what it learned."""
+    """Return commands that repeat the run and use what it learned."""
     folder = run.folder
     lines = [f"gndet train {folder / CONFIG} out={folder}-again      # the same run once more"]
     if best_checkpoint(run):
@@ -54,23 +46,21 @@ def next_commands(run: RunRecord) -> list[str]:
 
 
 def weights(run: RunRecord) -> str:
-    """What the run began with."""
+    """Say what the run started from."""
     if not run.cfg.train.weights:
         return "From scratch: no train.weights."
-    norms = run.meta.get("norms") or {}
-    fates: dict[str, int] = {}
-    for fate in norms.values():
-        fates[fate] = fates.get(fate, 0) + 1
-    told = "; norm layers: " + ", ".join(f"{count} {fate}" for fate, count in fates.items()) if fates else ""
-    return f"train.weights: {run.cfg.train.weights}, norm_policy: {run.cfg.train.norm_policy}{told}."
+    fates = Counter((run.meta.get("norms") or {}).values())
+    layers = "; norm layers: " + ", ".join(f"{count} {fate}" for fate, count in fates.items()) if fates else ""
+    return f"train.weights: {run.cfg.train.weights}, norm_policy: {run.cfg.train.norm_policy}{layers}."
 
 
 def changed(cfg: Config) -> list[list[blocks.Cell]]:
-    """Options that are not at their default: name, value, default."""
-    usual, own = flat(Config()), flat(cfg)
+    """Return the options that are not at their default: name, value, default."""
+    usual = flat(Config())
     return [
-        [key, _short(value), _short(usual.get(key, "-"))] for key, value in own.items() if value != usual.get(key, "-")
-    ]
+        [key, _short(value), _short(usual.get(key, "-"))]
+        for key, value in flat(cfg).items() if value != usual.get(key, "-")
+    ]  # fmt: skip
 
 
 def _short(value: Any) -> str:

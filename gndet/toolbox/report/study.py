@@ -1,4 +1,4 @@
-"""A norm study in pictures: the section of its report, and curve.png."""
+"""The report of a norm study."""
 
 import math
 import shlex
@@ -21,26 +21,22 @@ from gndet.toolbox.report import blocks, charts
 
 
 def section(folder: Path) -> str:
-    """The section of a study's report.  Raises DataError where study.json cannot be read."""
+    """Return the section of a study.  Raises DataError where study.json cannot be read."""
     study = read_study(folder)
     parts = [blocks.notice("plain", line) for line in study_verdict(study)]
     parts += [blocks.paragraph(f"Rule: {study.rule}."), blocks.paragraph(_schedule(study))]
     parts += [blocks.notice("warn", note) for note in study.notes]
-    charts_of = []
-    for metric in metrics_of(study):
-        caption = f"{METRICS[metric]} in percent, mean over seeds with its 95 % interval (Student's t)"
-        charts_of.append(blocks.figure(_chart(study, metric), caption, f"study-{metric.replace('/', '-')}"))
-    parts.append(blocks.beside(*charts_of))
+    parts.append(blocks.beside(*(_chart(study, metric) for metric in metrics_of(study))))
     parts += [_table(study, metric) for metric in metrics_of(study)]
     parts += [_cells(study), blocks.command_lines([study_command(study)])]
     return blocks.section("study", "Norm study", *parts, lead=f"{study.config}, {study.date}")
 
 
 def study_command(study: Study) -> str:
-    """The command that makes the study again."""
-    chosen = [variant.removeprefix(GROUPS) for variant in study.variants]
+    """Return the command that repeats the study."""
+    variants = [variant.removeprefix(GROUPS) for variant in study.variants]
     sizes, seeds = ",".join(map(str, study.sizes)), len({result.seed for result in study.results})
-    words = ["gndet", "norm-study", study.config, "--groups" if study.by_groups else "--norms", ",".join(chosen)]
+    words = ["gndet", "norm-study", study.config, "--groups" if study.by_groups else "--norms", ",".join(variants)]
     words += ["--images-per-gpu", sizes, "--seeds", str(seeds), "--batch", study.batch]
     words += ["--budget", f"{study.budget:g}s"] if study.budget else []
     return shlex.join([*words, *study.overrides])
@@ -50,30 +46,31 @@ def _schedule(study: Study) -> str:
     images = study.updates * study.reference_batch
     text = f"Each cell: {images:,} images, a schedule of {study.updates:,} updates of {study.reference_batch}"
     if study.factor < 1:
-        text += f", shortened by the factor {study.factor:.3f} to fit the budget"
+        text += f", shortened by a factor of {study.factor:.3f} to fit the budget"
     return f"{text}.  Made with {', '.join(f'{name} {version}' for name, version in study.versions.items())}."
 
 
 def _chart(study: Study, metric: str) -> str:
-    """AP against images per GPU, a line a norm; of group counts at one size, bars."""
+    """Draw AP against images per GPU, one line per norm; at a single size, bars."""
+    caption = f"{METRICS[metric]} in percent, mean over seeds with its 95 % interval (Student's t)"
     name = f"study-{metric.replace('/', '-')}"
     if len(study.sizes) == 1:
         means = [percent_mean(study, variant, study.sizes[0], metric) for variant in study.variants]
         halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
-        return charts.bars(
+        svg = charts.bars(
             name, [variant_title(v) for v in study.variants], [mean.mean for mean in means],
             x_label=f"{METRICS[metric]}, %", low=[m.mean - h for m, h in zip(means, halves, strict=True)],
             high=[m.mean + h for m, h in zip(means, halves, strict=True)],
         )  # fmt: skip
+        return blocks.figure(svg, caption, name)
     lines = []
     for variant in study.variants:
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
         centre, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
         band = (centre - half, centre + half) if np.isfinite(half).any() else (None, None)
         lines.append(charts.Series(variant_title(variant), study.sizes, centre, *band))
-    return charts.lines(
-        name, lines, x_label="images per GPU", y_label=f"{METRICS[metric]}, %", log_x=True, x_ticks=study.sizes
-    )
+    svg = charts.lines(name, lines, x_label="images per GPU", y_label=f"{METRICS[metric]}, %", doubling=study.sizes)
+    return blocks.figure(svg, caption, name)
 
 
 def _table(study: Study, metric: str) -> str:
@@ -93,7 +90,7 @@ def _table(study: Study, metric: str) -> str:
 
 
 def _cells(study: Study) -> str:
-    """Every cell with its state and, where it failed, why."""
+    """Return the table of all cells with their states and the reasons of failures."""
     shown = metrics_of(study)
     rows = []
     for r in study.results:

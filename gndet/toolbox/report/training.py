@@ -1,6 +1,7 @@
 """The curves of a run: loss, AP, learning rate, speed, memory."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.charts import Series
@@ -8,7 +9,7 @@ from gndet.toolbox.report.record import RunRecord
 
 
 def section(run: RunRecord) -> str:
-    """Loss and AP over the updates, and what the machine did meanwhile."""
+    """Return the section with loss, AP, speed and memory over the updates."""
     if not run.train and not run.evaluations:
         return blocks.section("training", "Training", blocks.notice("plain", "Nothing was logged yet."))
 
@@ -19,30 +20,30 @@ def section(run: RunRecord) -> str:
         _figure("loss", _losses(run), "loss", "mean losses between two lines of the log"),
         _figure("ap", _scores(run), "AP, percent", "AP on data.val, over IoU 0.5 to 0.95 and at 0.5"),
         _figure("lr", logged("lr"), "learning rate", "learning rate of single updates"),
-        _figure("speed", logged("images_per_s"), "images/s", "images a second, without evaluations and saves"),
+        _figure("speed", logged("images_per_s"), "images/s", "images per second, without evaluations and saves"),
         _figure("wait", logged("data_wait", 100), "percent", "share of the time spent waiting for data"),
         _figure("memory", logged("memory_mib"), "MiB", "peak memory so far"),
     ]
-    return blocks.section("training", "Training", blocks.beside(*filter(None, figures)))
+    return blocks.section("training", "Training", blocks.beside(*figures))
 
 
 def _figure(name: str, series: list[Series], y_label: str, caption: str) -> str:
-    series = [one for one in series if len(one.x)]
+    series = [line for line in series if len(line.x)]
     if not series:
         return ""
     svg = charts.lines(name, series, x_label="update", y_label=y_label, x_range=(0, None), y_range=(0, None))
     return blocks.figure(svg, caption, f"chart-{name}")
 
 
-def _series(lines: Sequence[dict], key: str, name: str, factor: float = 1.0) -> Series:
-    """A value of the log over the updates; where it was not finite there is a gap."""
-    some = [line for line in lines if key in line]
-    values = [float("nan") if line[key] is None else factor * line[key] for line in some]
-    return Series(name, [line["update"] for line in some], values)
+def _series(log: Sequence[dict[str, Any]], key: str, name: str, factor: float = 1.0) -> Series:
+    """Return a value of the log over the updates, with a gap where it was not finite."""
+    entries = [entry for entry in log if key in entry]
+    values = [float("nan") if entry[key] is None else factor * entry[key] for entry in entries]
+    return Series(name, [entry["update"] for entry in entries], values)
 
 
 def _losses(run: RunRecord) -> list[Series]:
-    parts = sorted({key for line in run.train for key in line if key.startswith("loss_")})
+    parts = sorted({key for entry in run.train for key in entry if key.startswith("loss_")})
     return [_series(run.train, "loss", "total"), *(_series(run.train, key, key.removeprefix("loss_")) for key in parts)]
 
 

@@ -163,7 +163,7 @@ def test_dead_and_exploding_gamma_are_found() -> None:
     assert numbers(measured, "fpn.output4.norm")["gamma"] == pytest.approx([-40, 1.01, 1.01])
     said = words(measured)
     assert said.startswith("bad: fpn.output4.norm: gamma has grown to 40")
-    assert "warn: fpn.output3.norm: gamma of 12.5 % of its channels is as good as 0" in said
+    assert "warn: fpn.output3.norm: gamma of 12.5 % of its channels is practically 0" in said
 
 
 def test_a_layer_that_starts_at_zero_is_dead_only_later() -> None:
@@ -348,7 +348,7 @@ def test_the_section_says_what_is_wrong_and_shows_it(trained: Path, tmp_path: Pa
     numbers_in(entries[-1], "fpn.output3.norm")["dead"] = 0.75
     (tmp_path / "norms.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     page = section(tmp_path)
-    assert "Fpn" not in page and "fpn.output3.norm: gamma of 75 % of its channels is as good as 0" in page
+    assert "Fpn" not in page and "fpn.output3.norm: gamma of 75 % of its channels is practically 0" in page
     assert "running statistics are not those of its batches" in page  # six updates are too few for them
     for id in ("norm-std", "norm-gamma", "norm-gap", "norm-drift", "norm-shares", "norm-padding", "norm-layers"):
         assert f'id="{id}"' in page, id

@@ -54,7 +54,8 @@ def comparison_verdict(runs: Sequence[RunRecord], names: Sequence[str]) -> list[
             better, worse = (name, names[0]) if gain > 0 else (names[0], name)
             lines.append(("good", f"{better} is better than {worse}: {name} {change}, interval without 0."))
         else:
-            lines.append(("plain", f"{name} and {names[0]} differ by no more than these images can tell: {change}."))
+            doubt = "do not differ by more than these images can tell"
+            lines.append(("plain", f"{name} and {names[0]} {doubt}: {change}."))
     caveat = "Intervals are over images; another seed may move AP too, which single runs cannot show."
     return [*lines, ("plain", caveat)]
 

@@ -114,9 +114,9 @@ def _gamma(layers: Sequence[Layer], update: int) -> Iterator[NormFinding]:
     if dead := _worst_first(dead, lambda layer: layer["dead"]):
         yield NormFinding(
             "bad" if dead[0]["dead"] >= MOST else "warn",
-            f"{_named(dead)}: gamma of {_percent(dead[0]['dead'])} of its channels is practically 0: they give beta and "
-            "nothing of the picture. train.optimizer.norm_weight_decay should be 0; channels that died early point to "
-            "too high a learning rate or too short a warmup",
+            f"{_named(dead)}: gamma of {_percent(dead[0]['dead'])} of its channels is practically 0: they give beta "
+            "and nothing of the picture. train.optimizer.norm_weight_decay should be 0; channels that died early "
+            "point to too high a learning rate or too short a warmup",
         )
 
 

@@ -125,7 +125,7 @@ def test_intervals_that_hold_0_are_no_victory() -> None:
 
 
 def test_one_seed_is_said_to_tell_nothing_of_chance() -> None:
-    assert "One seed a cell" in study_verdict(made_up({("gn", 1): [0.4], ("gn", 2): [0.4]}))[0]
+    assert "One seed per cell" in study_verdict(made_up({("gn", 1): [0.4], ("gn", 2): [0.4]}))[0]
 
 
 def test_a_failed_cell_is_shown_in_its_place_and_not_averaged() -> None:
@@ -390,7 +390,7 @@ def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> N
     folder, said = resumed
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert len((folder / "study.csv").read_text().splitlines()) == 4
-    assert "box AP in percent by images per GPU" in said and "One seed a cell" in said
+    assert "box AP in percent by images per GPU" in said and "One seed per cell" in said
     html = section(folder)
     assert html.count("<svg") == 1 and "study-table-box-AP" in html and "copied" in html
     assert write_report([folder], None, (), lambda _: None).name == "report.html"

@@ -194,7 +194,7 @@ def study_verdict(study: Study) -> list[str]:
         return ["No cell is finished: nothing can be said."]
     said = []
     if most := max(len(cell_values(study, v, s, metric)) for v in study.variants for s in study.sizes):
-        said += ["One seed a cell: no intervals, so what is by chance cannot be told."] if most == 1 else []
+        said += ["One seed per cell: no intervals, so chance cannot be told from effect."] if most == 1 else []
     said += _best(study, metric)
     if len(study.sizes) > 1:
         said += [words for variant in study.variants for words in _fall(study, variant, metric)]

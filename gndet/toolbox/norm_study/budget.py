@@ -1,41 +1,38 @@
-"""How long a norm study takes, and the schedule that fits into a budget.  Pure functions of what was measured."""
+"""How long a norm study takes, and the schedule that fits a budget.  Pure functions of the measured speed."""
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from gndet.errors import ConfigError
 from gndet.toolbox.analysis.study_results import Speed
 
-FEWEST_UPDATES = 50  # at the reference batch: a curve of shorter runs says nothing about training
-RESERVE = 0.95  # share of the budget that is planned for
+FEWEST_UPDATES = 50  # at the reference batch; shorter runs say nothing about training
+RESERVE = 0.95  # share of the budget to plan for
 
 
 def per_image_at(speed: Speed, images: int) -> float:
-    """Seconds an image at so many images per GPU, from the sizes that were measured.
+    """Interpolate the seconds per image at `images` per GPU between the measured sizes.
 
-    An update costs a part of its own and a part for each image: time an image is linear in 1 / images.
+    An update has a fixed cost and a cost per image, so that seconds per image are linear in 1 / images.
     """
-    sizes = sorted(speed.per_image)
-    small, large = sizes[0], sizes[-1]
-    if small == large:
-        return speed.per_image[small]
-    share = (1 / images - 1 / large) / (1 / small - 1 / large)
-    share = min(max(share, 0.0), 1.0)
-    return share * speed.per_image[small] + (1 - share) * speed.per_image[large]
+    sizes = sorted(speed.per_image, reverse=True)  # 1 / size ascending, as np.interp needs
+    return float(np.interp(1 / images, [1 / size for size in sizes], [speed.per_image[size] for size in sizes]))
 
 
 def estimate(speed: Speed, sizes: Sequence[int], images: int, jobs: int) -> float:
-    """Seconds of cells of those images per GPU, each of which trains on so many images, jobs of them at once."""
-    rounds = math.ceil(len(sizes) / jobs) / len(sizes)  # the last round may not be full
+    """Return the seconds that cells take, of these images per GPU, each training on `images`, `jobs` at a time."""
+    rounds = math.ceil(len(sizes) / jobs) / len(sizes)  # the last round may be incomplete
     return rounds * sum(per_image_at(speed, size) * images + speed.overhead for size in sizes)
 
 
 def fit_budget(
     speed: Speed, sizes: Sequence[int], updates: int, reference_batch: int, jobs: int, budget: float
 ) -> tuple[float, int]:
-    """The factor of the schedule, at most 1, with which the cells fit into budget seconds, and the updates it leaves.
+    """Return the factor of the schedule, at most 1, with which the cells fit `budget` seconds, and the updates left.
 
-    updates: of the config, each of reference_batch images.  Raises ConfigError where too few would be left.
+    updates: of the config, each of reference_batch images.  Raises ConfigError if too few are left.
     """
     room = RESERVE * budget
     whole = estimate(speed, sizes, updates * reference_batch, jobs)

@@ -8,16 +8,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gndet.files import written_whole
-from gndet.toolbox.analysis.study_results import (
-    METRICS,
-    Mean,
-    Study,
-    metrics_of,
-    percent_mean,
-    variant_title,
-)
+from gndet.toolbox.analysis.study_results import METRICS, Mean, Study, metrics_of, percent_mean, variant_title
 
-STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # told apart without colour too
+STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # for readers who see no colours
 
 
 def draw_curve(study: Study, path: Path) -> None:
@@ -40,7 +33,7 @@ def draw_curve(study: Study, path: Path) -> None:
 def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:
     for i, variant in enumerate(study.variants):
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
-        shift = 2 ** (0.05 * (i - (len(study.variants) - 1) / 2))  # intervals beside each other, not on each other
+        shift = 2 ** (0.05 * (i - (len(study.variants) - 1) / 2))  # so that intervals do not overlap
         _line(axes, i, [size * shift for size in study.sizes], means, variant_title(variant))
     axes.set_xscale("log", base=2)
     axes.set_xticks(study.sizes, [str(size) for size in study.sizes])

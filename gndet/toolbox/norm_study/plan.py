@@ -1,4 +1,4 @@
-"""What a norm study will train: its variants, the config overrides of each cell, what is refused, what goes on."""
+"""The plan of a norm study: variants, the overrides of each cell, cells to refuse, and studies to continue."""
 
 import os
 import platform
@@ -21,26 +21,26 @@ KINDS = get_args(NormConfig.model_fields["kind"].annotation)
 RULES = {
     "scaled": "each update takes images per GPU x processes (1) images, as in the paper; every cell sees the same "
     "number of images",
-    "fixed": "each update takes the {batch} images of train.global_batch in every cell, computed so many at once; only "
-    "a norm that mixes images can depend on that",
+    "fixed": "each update takes the {batch} images of train.global_batch in every cell, images per GPU at a time; only "
+    "a norm that mixes images can depend on that number",
 }
 RATES = {"sgd": "scales linearly with", "adamw": "scales with the square root of"}
 
 
 def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
-    """The variants of the command line.  Raises ConfigError for a norm or a count that there is not."""
+    """Return the variants of the command line.  Raises ConfigError for an unknown norm or a wrong count."""
     for name in norms:
         if name not in KINDS:
             raise ConfigError(f"--norms: {name!r} is not one of {', '.join(KINDS)}")
     for count in groups or ():
         if count != "channels" and not (count.isdecimal() and int(count) > 0):
-            raise ConfigError(f"--groups: {count!r}, expected numbers from 1 on, or channels (one group a channel)")
-    chosen = [GROUPS + (c if c == "channels" else str(int(c))) for c in groups] if groups else norms
-    return list(dict.fromkeys(chosen))
+            raise ConfigError(f"--groups: {count!r}, expected numbers from 1 on, or channels (one group per channel)")
+    names = [GROUPS + (c if c == "channels" else str(int(c))) for c in groups] if groups else norms
+    return list(dict.fromkeys(names))
 
 
 def norm_overrides(variant: str) -> list[str]:
-    """The overrides that make model.norm a variant; a part with a norm of its own keeps it."""
+    """Return the overrides that set model.norm to a variant; parts with their own norm keep it."""
     if not variant.startswith(GROUPS):
         return [f"model.norm.kind={variant}"]
     count = variant.removeprefix(GROUPS)
@@ -50,7 +50,7 @@ def norm_overrides(variant: str) -> list[str]:
 
 
 def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[CellResult], batch: str, jobs: int) -> Study:
-    """The study before its first cell, with cells that cannot be trained refused."""
+    """Return the study before its first cell, in which cells that cannot be trained are refused."""
     schedule, optimizer = cfg.train.schedule, cfg.train.optimizer
     rule = RULES[batch].format(batch=cfg.train.global_batch)
     rate = f"the learning rate {RATES[optimizer.kind]} that number ({optimizer.kind})"
@@ -62,35 +62,32 @@ def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[CellRe
                   "device": _device(cfg)},
     )  # fmt: skip
     kinds = {cell.variant for cell in cells}
-    checked: dict[str, str] = {}
+    built: set[str] = set()
     for cell in cells:
         if cell.variant == "sync_bn" and "bn" in kinds:
             cell.state, cell.reason = "copied", "in one process the same as bn"
-        elif reason := _refusal(cell, begun, checked):
+        elif reason := _refusal(cell, begun, built):
             cell.state, cell.reason = "refused", reason
     if all(cell.state == "refused" for cell in cells):
         raise ConfigError(f"no cell can be trained; {cells[0].name}: {cells[0].reason}")
     return begun
 
 
-def _refusal(cell: CellResult, begun: Study, checked: dict[str, str]) -> str:
-    """Why a cell cannot be trained, or nothing; checked: by variant, what building its model said."""
+def _refusal(cell: CellResult, begun: Study, built: set[str]) -> str:
+    """Return why a cell cannot be trained, or "".  built: variants whose model could be built."""
     try:
         cfg = load_config(begun.config, [*begun.overrides, *cell_overrides(cell, begun)])
-    except ConfigError as error:
-        return str(error)
-    if cell.variant not in checked:
-        checked[cell.variant] = ""
-        try:
+        if cell.variant not in built:
             with torch.device("meta"):
                 build_model(cfg.model, 2)
-        except ConfigError as error:
-            checked[cell.variant] = str(error)
-    return checked[cell.variant]
+            built.add(cell.variant)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _notes(cfg: Config, cells: list[CellResult]) -> list[str]:
-    """What a reader must know of these norms."""
+    """Return what a reader must know of these norms."""
     kinds, notes = {cell.variant for cell in cells}, []
     if "frozen_bn" in kinds and not cfg.train.weights:
         notes.append("frozen_bn without train.weights is the identity: its cells train without any normalisation.")
@@ -109,7 +106,7 @@ def _device(cfg: Config) -> str:
 
 
 def cell_overrides(cell: CellResult, begun: Study) -> list[str]:
-    """The overrides of a cell, its folder left out."""
+    """Return the overrides of a cell, without its folder."""
     settings = begun.settings["train"]
     batch = cell.images if begun.batch == "scaled" else settings["global_batch"]
     total = max(round(begun.updates * begun.reference_batch / batch), 1)
@@ -128,31 +125,27 @@ def cell_overrides(cell: CellResult, begun: Study) -> list[str]:
 
 
 def take_up(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
-    """The study in a folder with the cells now asked for, or the new one.
+    """Return the study in a folder with the cells of the new one, or the new one if there is none.
 
-    What it measured and how far its schedule was shortened stays.  Raises OutputError for one of other settings.
+    Its measured speed and its shortened schedule stay.  Raises OutputError for a study of other settings.
     """
     if not is_study(folder):
         return new
     old = read_study(folder)
-    changed = [
-        f"  {key}: {there!r} there, {now!r} now" for key, there, now in _differences(old, new)
-    ]  # fmt: skip
-    if changed:
+    if changed := [f"  {key}: {there!r} there, {now!r} now" for key, there, now in _changed_settings(old, new)]:
         raise OutputError("\n".join([f"{folder}: holds a study of other settings; give another --out", *changed[:8]]))
     known = {result.name: result for result in old.results if result.state in ("done", "failed")}
     results = [known.get(result.name, result) for result in new.results]
-    added = [
-        result for result in old.results if result.name not in {r.name for r in results} and result.state == "done"
-    ]
+    asked = {result.name for result in results}
+    added = [result for result in old.results if result.name not in asked and result.state == "done"]
     if added:
-        show(f"{len(added)} finished cells of before are not asked for now; they stay in the table")
+        show(f"{len(added)} earlier finished cells are not asked for now; they stay in the table")
     kept = {"updates": old.updates, "factor": old.factor, "budget": old.budget, "speed": old.speed}
     return new.model_copy(update={"results": [*results, *added], **kept})
 
 
-def _differences(old: Study, new: Study) -> list[tuple[str, object, object]]:
-    """What differs in two studies' settings, as far as it changes what is learned."""
+def _changed_settings(old: Study, new: Study) -> list[tuple[str, object, object]]:
+    """Return the settings that differ and change what is learned: name, old value, new value."""
     there, now = (
         {key: value for key, value in flat(config_from_dict(s.settings, f"{STUDY} of {s.date}")).items()
          if not key.startswith((*NEUTRAL, "out", "seed"))} | {"--batch": s.batch}

@@ -1,12 +1,13 @@
-"""`gndet norm-study`: train every cell of a grid norm x images per GPU x seed, each in a process of its own.
+"""`gndet norm-study`: train every cell of a grid norm x images per GPU x seed, each in its own process.
 
-The batch-size curve of Wu & He 2018 (figure 1), and with group counts their group ablation (table 3), on one's own
-data.  A study that was stopped goes on with the same command: finished cells are passed over, unfinished runs resumed.
+The batch-size curve of Wu & He 2018 (figure 1), and with group counts their group ablation (table 3), on your own
+data.  The same command continues a stopped study: finished cells are skipped, unfinished runs resumed.
 """
 
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import locked
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
-MEASURED_IMAGES = 32  # of a calibration run, at the least; its second half is timed
-MEASURED_UPDATES = {"cpu": 8, "cuda": 80}  # at the least; a GPU's first seconds choose kernels
+MEASURED_IMAGES = 32  # at least, of a calibration run; the second half is timed
+MEASURED_UPDATES = {"cpu": 8, "cuda": 80}  # at least; a GPU's first seconds choose kernels
 
 
 def study(
@@ -49,10 +50,10 @@ def study(
     groups: Sequence[str] | None, images_per_gpu: Sequence[int], seeds: int, budget: float | None, batch: str,
     jobs: int | None, out: Path | None,
 ) -> bool:  # fmt: skip
-    """Run a study, or go on with it, and say what came out.  Returns whether no cell failed.
+    """Run or continue a study and show its results.  Returns whether no cell failed.
 
-    config, overrides: as of `train`; norms: kinds; groups: counts and "channels", in their place; seeds: runs of each
-    cell; budget: seconds that the schedule is shortened to; batch: scaled or fixed (`RULES`); jobs: runs at once.
+    config, overrides: as for `train`; norms: kinds; groups: counts and "channels", instead of norms; seeds: runs per
+    cell; budget: seconds to shorten the schedule to; batch: scaled or fixed (`RULES`); jobs: runs at once.
     Raises ConfigError, OutputError, TrainingError where no cell can be measured, and Preempted after a signal.
     """
     cfg = load_config(config, overrides)
@@ -75,7 +76,7 @@ def study(
 
 
 class Work:
-    """A study being worked on: its folder, what is known of its cells, where they run."""
+    """A study in progress: its folder, its cells, and the places where runs go."""
 
     def __init__(
         self, folder: Path, study: Study, config: str, cfg: Config, places: list[dict[str, str]], stop: StopSignals,
@@ -85,7 +86,7 @@ class Work:
         self.places, self.stop, self.show = places, stop, show
 
     def prepare(self, budget: float | None) -> None:
-        """Make the folders, find finished cells, measure, and fit the schedule into the budget."""
+        """Make the folders, find finished cells, measure the speed, and fit the schedule to the budget."""
         began = time.monotonic()
         try:
             for name in (CELLS, LOGS):
@@ -107,63 +108,69 @@ class Work:
         write_study(self.folder, study)
 
     def _say_time(self, budget: float | None, taken_up: bool, spent: float) -> None:
-        """Say how long the rest takes, and shorten the schedule of a study that begins where that is too long."""
+        """Say how long the rest takes; shorten the schedule of a new study where that exceeds the budget."""
         study, waiting = self.study, self.waiting()
         if not waiting:
             return
         images = study.updates * study.reference_batch
         sizes = [cell.images for cell in waiting]
         if budget is not None and not taken_up:
-            factor, updates = fit_budget(study.speed, sizes, study.updates, study.reference_batch, study.jobs,
-                                         budget - spent)  # fmt: skip
-            study.budget, study.factor, study.updates = budget, factor, updates
-            if factor < 1:
-                whole, asked = estimate(study.speed, sizes, images, study.jobs), study.settings["train"]["schedule"]
+            asked, whole = study.updates, estimate(study.speed, sizes, images, study.jobs)
+            study.budget = budget
+            study.factor, study.updates = fit_budget(
+                study.speed, sizes, asked, study.reference_batch, study.jobs, budget - spent
+            )
+            images = study.updates * study.reference_batch
+            if study.factor < 1:
                 self.show(
-                    f"--budget {_clock(budget)}: the schedule of every cell is shortened by the factor {factor:.3f}, "
-                    f"to {updates} updates of {study.reference_batch} images; the config's {asked['updates']} would "
-                    f"take about {_clock(whole)}"
+                    f"--budget {_clock(budget)}: the schedule of every cell is shortened by a factor of "
+                    f"{study.factor:.3f}, to {study.updates} updates of {study.reference_batch} images; the config's "
+                    f"{asked} would take about {_clock(whole)}"
                 )
-                images = updates * study.reference_batch
         elif budget is not None:
-            self.show(f"the study goes on with its schedule, shortened by {study.factor:.3f} when it began")
+            self.show(f"the study keeps its schedule, shortened by {study.factor:.3f} when it began")
         took = estimate(study.speed, sizes, images, study.jobs)
         self.show(
             f"{len(waiting)} cells to run, {study.jobs} at once: about {_clock(took)}, "
-            f"{_clock(took * study.jobs / len(waiting))} a cell"
+            f"{_clock(took * study.jobs / len(waiting))} per cell"
         )
 
     def waiting(self) -> list[CellResult]:
-        """The cells that are to be trained."""
+        """Return the cells that have yet to be trained."""
         return [result for result in self.study.results if result.state in ("pending", "running", "failed")]
 
     def measure(self) -> Speed:
         """Time a few updates and an evaluation at the smallest and the largest size.  Raises TrainingError."""
-        shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
-        said = ""
+        reason = ""
         for variant in dict.fromkeys(cell.variant for cell in self.waiting()):
-            mine = [cell for cell in self.waiting() if cell.variant == variant]
-            ends = list(dict.fromkeys([min(c.images for c in mine), max(c.images for c in mine)]))
+            sizes = [cell.images for cell in self.waiting() if cell.variant == variant]
+            ends = sorted({min(sizes), max(sizes)})
             self.show(f"measuring {variant} at {' and '.join(map(str, ends))} images per GPU ...")
-            sizes = [
-                ends[i % len(ends)] for i in range(max(len(ends), len(self.places)))
-            ]  # as many as will run at once
-            measured = [self._measured(variant, size, number) for number, size in enumerate(sizes)]
-            took: dict[str, float] = {}
-            run_jobs([job for job, *_ in measured], self.places, self.stop, lambda _: None,
-                     lambda job, seconds, _, took=took: took.update({job.name: seconds}))  # fmt: skip
+            shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
             try:
-                found = [_speed_of(job, took[job.name], images) for job, images in measured]
+                speed = self._speed(variant, ends)
             except TrainingError as error:
-                said = str(error)
+                reason = str(error)
                 continue
             shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
-            per_image = {size: max(f[0] for f, s in zip(found, sizes, strict=True) if s == size) for size in ends}
-            return Speed(per_image=per_image, overhead=max(f[1] for f in found))
-        raise TrainingError(f"{self.folder}: no cell could be measured; the last one: {said}")
+            return speed
+        raise TrainingError(f"{self.folder}: no cell could be measured; the last one: {reason}")
 
-    def _measured(self, variant: str, size: int, number: int) -> tuple[Job, int]:
-        """The calibration run of a size, and its images."""
+    def _speed(self, variant: str, sizes: Sequence[int]) -> Speed:
+        """Measure a variant at these sizes, as many runs at a time as in the study.  Raises TrainingError."""
+        took: dict[str, float] = {}
+        runs = [(size, *self._calibration(variant, size, number))
+                for number, size in zip(range(max(len(sizes), len(self.places))), cycle(sizes))]  # fmt: skip
+        run_jobs([job for _, job, _ in runs], self.places, self.stop, lambda _: None,
+                 lambda job, seconds, _: took.update({job.name: seconds}))  # fmt: skip
+        per_image, overhead = dict.fromkeys(sizes, 0.0), 0.0
+        for size, job, images in runs:
+            seconds, beside = _speed_of(job, took[job.name], images)
+            per_image[size], overhead = max(per_image[size], seconds), max(overhead, beside)
+        return Speed(per_image=per_image, overhead=overhead)
+
+    def _calibration(self, variant: str, size: int, number: int) -> tuple[Job, int]:
+        """Return the calibration run of a size, and the number of images it takes."""
         cell = CellResult(variant=variant, images=size, seed=self.cfg.seed)
         batch = size if self.study.batch == "scaled" else self.cfg.train.global_batch
         device = "cuda" if self.cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -172,13 +179,11 @@ class Work:
                  f"train.log_every={max(updates // 2, 1)}", "train.checkpoint_every=0"]  # fmt: skip
         folder = self.folder / CALIBRATION / str(number)
         options = [*self.study.overrides, *cell_overrides(cell, self.study), *short]
-        job = Job(
-            f"calibration-{number}", self.config, options, folder, self.folder / LOGS / f"calibration-{number}.txt"
-        )
-        return job, updates * batch
+        name = f"{CALIBRATION}-{number}"
+        return Job(name, self.config, options, folder, self.folder / LOGS / f"{name}.txt"), updates * batch
 
     def look(self, result: CellResult) -> None:
-        """Note whether a cell's run is finished, and what it reached; what was noted stays when cells/ is removed."""
+        """Note whether a cell's run is finished, with its metrics; they stay when cells/ is removed."""
         if result.state == "done":
             return
         run = self.folder / CELLS / result.name
@@ -186,11 +191,11 @@ class Work:
         if saved is None:
             result.state = "failed" if result.state == "failed" else "pending"
             return
-        drop_optimizer(run)  # here, so that it is done too where a study was killed as a run ended
+        drop_optimizer(run)  # here, so that it also happens after a study was killed as a run ended
         result.state, result.metrics, result.reason = "done", saved, ""
 
     def run(self) -> None:
-        """Train all cells that are not finished; a failed one does not stop the others."""
+        """Train all cells that are not finished; the study survives failed cells."""
         cells = {cell.name: cell for cell in self.waiting()}
         jobs = [
             Job(name, self.config, [*self.study.overrides, *cell_overrides(cell, self.study)],
@@ -210,30 +215,31 @@ class Work:
             cell.seconds += seconds
             self.look(cell)
             if cell.state == "done":
-                said = ", ".join(f"{METRICS[m]} {_percent(cell.metrics.get(m))}" for m in METRICS if m in cell.metrics)
+                words = ", ".join(f"{METRICS[m]} {_percent(cell.metrics[m])}" for m in METRICS if m in cell.metrics)
             else:
                 cell.state, cell.reason = "failed", last_words(job.log, status)
-                said = f"failed: {cell.reason}"
+                words = f"failed: {cell.reason}"
             left = (time.monotonic() - began) / done * (len(jobs) - done)
-            self.show(f"[{done}/{len(jobs)}] {cell.name}: {said} ({_clock(seconds)}); about {_clock(left)} left")
+            self.show(f"[{done}/{len(jobs)}] {cell.name}: {words} ({_clock(seconds)}); about {_clock(left)} left")
             write_study(self.folder, self.study)
 
         run_jobs(jobs, self.places, self.stop, started, ended)
 
     def note_stopped(self) -> None:
-        """Leave a study.json without running cells."""
+        """Write study.json with running cells set back to pending."""
         for cell in self.study.results:
             cell.state = "pending" if cell.state == "running" else cell.state
         if (self.folder / CELLS).is_dir():
             write_study(self.folder, self.study)
 
     def conclude(self) -> bool:
-        """Copy what is the same, draw the curve, say what came out.  Returns whether no cell failed."""
+        """Fill in copied cells, draw the curve, show the results.  Returns whether no cell failed."""
         study = self.study
         by_name = {result.name: result for result in study.results}
-        for result in (result for result in study.results if result.state == "copied"):
-            source = by_name[f"bn-{result.images}-seed{result.seed}"]
-            result.metrics = source.metrics if source.state == "done" else {}
+        for result in study.results:
+            if result.state == "copied":
+                source = by_name[f"bn-{result.images}-seed{result.seed}"]
+                result.metrics = source.metrics if source.state == "done" else {}
         write_study(self.folder, study)
         for metric in metrics_of(study):
             self.show("\n" + study_table(study, metric))
@@ -247,19 +253,19 @@ class Work:
 
 
 def finished(run: Path) -> dict[str, float | None] | None:
-    """The metrics of a run folder whose run is finished and evaluated, else None."""
+    """Return the metrics of a run folder whose run is finished and evaluated, else None."""
     for folder in run_checkpoints(run)[:1]:
         try:
             meta = load_checkpoint(folder, ()).meta
         except CheckpointError:
-            return None  # the run itself passes it over
+            return None  # the run itself will skip this checkpoint
         if meta["update"] >= meta["total_updates"] and not meta.get("evaluation_due") and meta["metrics"]:
             return dict(meta["metrics"])
     return None
 
 
 def drop_optimizer(run: Path) -> None:
-    """Write a finished run's last checkpoint again without the optimiser's state: up to two thirds of the disk."""
+    """Rewrite a finished run's last checkpoint without the optimiser's state, which saves up to two thirds of it."""
     for folder in run_checkpoints(run)[:1]:
         saved = load_checkpoint(folder)
         groups = {name: tensors for name, tensors in saved.groups.items() if name != "optimizer"}
@@ -267,7 +273,7 @@ def drop_optimizer(run: Path) -> None:
 
 
 def _speed_of(job: Job, seconds: float, images: int) -> tuple[float, float]:
-    """Seconds an image, and seconds beside the training, of a calibration run.  Raises TrainingError."""
+    """Return seconds per image, and seconds spent outside training, of a calibration run.  Raises TrainingError."""
     if finished(job.out) is None:
         raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
     speed = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
@@ -279,7 +285,7 @@ def _percent(value: float | None) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """A time in words: 45 s, 12 min, 1 h 30 min."""
+    """Write a time as 45 s, 12 min, 1 h 30 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

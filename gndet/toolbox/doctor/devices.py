@@ -1,4 +1,4 @@
-"""What there is to compute on: processor, memory, how glibc keeps it, GPUs."""
+"""The hardware: processor, memory, whether glibc keeps freed memory, GPUs."""
 
 import ctypes
 import mmap
@@ -14,8 +14,8 @@ from gndet.config.schema import Config
 from gndet.distributed.process import keep_freed_memory
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
-LITTLE = 2 << 30  # bytes: a run of the quickstart takes one GiB, torch and its data included
-BLOCK = 64 << 20  # bytes that are taken, given back and taken again
+LITTLE = 2 << 30  # bytes: a run of the quickstart takes 1 GiB, torch and data included
+BLOCK = 64 << 20  # bytes to allocate, free and allocate again
 DRIVER = Path("/proc/driver/nvidia/version")
 ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 SETTINGS = ("GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def facts(cfg: Config | None) -> Facts:
-    """Processor, memory, GPUs."""
+    """Yield facts about processor, memory and GPUs."""
     yield Fact("processor", processor())
     yield cores()
     yield memory(*memory_bytes(), cgroup_memory())
@@ -36,28 +36,29 @@ def facts(cfg: Config | None) -> Facts:
 
 
 def processor() -> str:
-    """The processor's name and the instructions that torch makes use of."""
+    """Return the processor's name and the instruction set that torch uses."""
     names = re.findall(r"(?m)^model name\s*:\s*(.*)$", _read("/proc/cpuinfo"))
     return f"{names[0] if names else 'unknown'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def cores() -> Fact:
-    """How many cores there are, how many of them this process may use, and how many threads torch takes."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota()
+    """Compare torch's threads with the cores that this process may use."""
+    usable, quota, threads = usable_cores(), cpu_quota(), torch.get_num_threads()
     text = f"{os.cpu_count()}, {usable} for this process" + (f", {quota:g} by its cgroup" if quota else "")
-    threads = torch.get_num_threads()
     text += f"; torch computes with {threads} thread(s)"
-    most = min(usable, quota or usable)
-    if threads > max(most, 1):
-        return Fact(
-            "cores", f"{text}: more than cores, which is slow; set OMP_NUM_THREADS={max(int(most), 1)}", "warning"
-        )
+    most = max(int(min(usable, quota or usable)), 1)
+    if threads > most:
+        return Fact("cores", f"{text}: more than cores, which is slow; set OMP_NUM_THREADS={most}", "warning")
     return Fact("cores", text)
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_quota() -> float | None:
-    """The CPUs that the cgroup allows at once; None for no limit."""
+    """Return the number of CPUs that the cgroup allows; None for no limit."""
     for folder in _cgroups("cpu"):
         quota, _, period = _read(f"{folder}/cpu.max").strip().partition(" ")
         if not quota:
@@ -68,15 +69,13 @@ def cpu_quota() -> float | None:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """The machine's memory and what is available of it, bytes; 0 where the system does not say."""
-    text = _read("/proc/meminfo")
-    found = (re.search(rf"(?m)^{name}:\s*(\d+) kB", text) for name in ("MemTotal", "MemAvailable"))
-    total, available = (int(match[1]) * 1024 if match else 0 for match in found)
-    return total, available
+    """Return the machine's memory and what is available, in bytes; 0 where the system does not say."""
+    kib = dict(re.findall(r"(?m)^(\w+):\s*(\d+) kB", _read("/proc/meminfo")))
+    return 1024 * int(kib.get("MemTotal", 0)), 1024 * int(kib.get("MemAvailable", 0))
 
 
 def cgroup_memory() -> tuple[int, int] | None:
-    """The bytes that the cgroup allows and those in use of it; None for no limit."""
+    """Return the bytes that the cgroup allows and the bytes in use; None for no limit."""
     for folder in _cgroups("memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             allowed, taken = (_read(f"{folder}/{name}").strip() for name in (limit, used))
@@ -86,32 +85,32 @@ def cgroup_memory() -> tuple[int, int] | None:
 
 
 def memory(total: int, available: int, limit: tuple[int, int] | None) -> Fact:
-    """Judge the memory, of which all are bytes."""
+    """Judge the memory; all arguments are in bytes."""
     text = f"{total / GIB:.1f} GiB, {available / GIB:.1f} available"
     if limit is not None:
         text += f"; this process's cgroup: {limit[0] / GIB:.1f} GiB, {limit[1] / GIB:.1f} in use"
         available = min(available, limit[0] - limit[1])
     if available < LITTLE:
-        return Fact("memory", f"{text}: under {LITTLE / GIB:.0f} GiB are little for training", "warning")
+        return Fact("memory", f"{text}: under {LITTLE / GIB:.0f} GiB is little for training", "warning")
     return Fact("memory", text)
 
 
 def freed_memory() -> Fact:
-    """Whether the C library keeps what is freed, once it is told to as a run on a CPU does: page faults are counted."""
+    """Count page faults to tell whether the C library keeps freed memory when told to, as runs on a CPU do."""
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         return Fact("freed memory", "this C library cannot be told to keep it: steps on a CPU may be slower", "warning")
     keep_freed_memory()
     torch.empty(BLOCK, dtype=torch.uint8).fill_(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(BLOCK // 2, dtype=torch.uint8).fill_(1)  # half: something small may have taken a corner since
+    torch.empty(BLOCK // 2, dtype=torch.uint8).fill_(1)  # half: something small may lie in the block by now
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     if faults > BLOCK // 2 // mmap.PAGESIZE // 4:
         return Fact("freed memory", f"is mapped anew ({faults} page faults): steps on a CPU are slower", "warning")
-    return Fact("freed memory", "kept and taken again, by mallopt", "ok")
+    return Fact("freed memory", "kept and reused, by mallopt", "ok")
 
 
 def gpus() -> Facts:
-    """A line a GPU, or why there is none."""
+    """Yield a fact per GPU, or why there is none."""
     driver = re.findall(r"Kernel Module[^\d]*([\d.]+)", _read(DRIVER))
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     if not torch.cuda.is_available():
@@ -128,19 +127,18 @@ def no_gpu(driver: str, built: str) -> Fact:
     if not driver:
         return Fact("GPU", f"none (torch {built})")
     if torch.version.cuda is None:
-        return Fact(
-            "GPU", f"NVIDIA's driver {driver} is there, but torch is {built}: install torch for CUDA", "warning"
-        )
+        text = f"NVIDIA's driver {driver} is there, but torch is {built}: install torch for CUDA"
+        return Fact("GPU", text, "warning")
     try:
         torch.cuda.init()
-        why = "it says nothing of why"
-    except Exception as error:  # the wording is torch's and the driver's
+        why = "it does not say why"
+    except Exception as error:  # torch's or the driver's
         why = reason(error)
     return Fact("GPU", f"NVIDIA's driver {driver} is there, torch is {built}, and finds none: {why}", "warning")
 
 
 def _gpu(device: torch.device) -> Fact:
-    """What a GPU is, and whether torch has code for it."""
+    """Describe a GPU and tell whether torch can use it."""
     name = f"GPU {device.index}"
     try:
         known = torch.cuda.get_device_properties(device)
@@ -155,12 +153,12 @@ def _gpu(device: torch.device) -> Fact:
         f"bf16 {'yes' if bf16 else 'no'}"
     )
     if not bf16:
-        return Fact(name, f"{text}: train.precision=float32 is what it does well", "warning")
+        return Fact(name, f"{text}: use train.precision=float32", "warning")
     return Fact(name, text, "ok")
 
 
 def _settings() -> str:
-    """What the environment says of allocators and GPUs, and the allocators that take malloc's place."""
+    """Return environment variables about allocators and GPUs, and allocators that replace malloc."""
     given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
     given += [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match("MALLOC_|OMP_|MKL_", name)]
     loaded = [name for name in ALLOCATORS if name in os.environ.get("LD_PRELOAD", "")]
@@ -168,7 +166,7 @@ def _settings() -> str:
 
 
 def _cgroups(controller: str) -> list[str]:
-    """The folders of this process's cgroup and of those above it, the innermost first, of version 2 and of 1."""
+    """Return the folders of this process's cgroup and its ancestors, innermost first, of cgroup v2 and v1."""
     folders = []
     for _, controllers, path in (line.split(":", 2) for line in _read("/proc/self/cgroup").splitlines()):
         if not controllers or controller in controllers.split(","):

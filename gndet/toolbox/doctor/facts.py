@@ -1,4 +1,4 @@
-"""What the doctor says: a fact a line, judged or not, without the names of a user's account."""
+"""What the doctor says: one fact per line, judged or not, without the names of a user's account."""
 
 import getpass
 import re
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-NAME, MARK = 28, 7  # columns of a fact's name and of its mark
+NAME, MARK = 28, 7  # widths of a fact's name and mark
 
 
 class Fact(NamedTuple):
@@ -15,22 +15,22 @@ class Fact(NamedTuple):
 
     name: str
     text: str
-    mark: Literal["", "ok", "warning", "wrong"] = ""  # nothing judged; works; works, but; will not work
+    mark: Literal["", "ok", "warning", "wrong"] = ""  # not judged; works; works with a caveat; will not work
 
 
-Facts = Iterator[Fact | str]  # a text: what is being tried now, in case that it ends the process
+Facts = Iterator[Fact | str]  # str: what is being tried next, in case it ends the process
 
 
 def line(fact: Fact) -> str:
-    """A fact as it is shown."""
+    """Return a fact as it is shown."""
     mark = fact.mark if fact.mark in ("", "ok") else fact.mark.upper()
     return f"  {fact.name:<{NAME}}  {mark:<{MARK}}  {fact.text}".rstrip()
 
 
 def health_verdict(facts: list[Fact]) -> str:
-    """Sum up in a line, naming what is wrong and what is warned of."""
+    """Sum up in a line that names what is wrong and what has warnings."""
     wrong, warned = (
-        list(dict.fromkeys(one.name for one in facts if one.mark == mark)) for mark in ("wrong", "warning")
+        list(dict.fromkeys(fact.name for fact in facts if fact.mark == mark)) for mark in ("wrong", "warning")
     )
     parts = [f"will not work: {', '.join(wrong)}"] if wrong else ["healthy"]
     parts += [f"{len(warned)} warning{'s' if len(warned) > 1 else ''}: {', '.join(warned)}"] if warned else []
@@ -38,19 +38,19 @@ def health_verdict(facts: list[Fact]) -> str:
 
 
 def without_names(text: str) -> str:
-    """Put ~ in place of the home folder and USER in place of the account's name where it is part of a path."""
+    """Replace the home folder by ~ and the account's name in paths by USER."""
     with suppress(RuntimeError):  # an account without a home
         home = Path.home()
         for folder in sorted({str(home), str(home.resolve())}, key=len, reverse=True):
             if folder != "/":
                 text = re.sub(rf"{re.escape(folder)}(?![\w.-])", "~", text)
-    with suppress(KeyError, OSError, ImportError):  # an account that the system does not know
+    with suppress(KeyError, OSError, ImportError):  # an account unknown to the system
         user = re.escape(getpass.getuser())
         text = re.sub(rf"(?<=/){user}(?![\w.-])", "USER", text)
     return text
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line."""
+    """Return an error in a line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """The process that imports and tries everything: python -m gndet.toolbox.doctor.inside [CONFIG [key=value ...]].
 
-It writes a line of JSON for each title, attempt and fact as it comes to them, so that what ends it (a package built for
-another processor, a driver) leaves what was found before, and what was tried last.
+It writes a line of JSON per title, attempt and fact at once, so that a crash (a package built for another processor, a
+driver) leaves the facts found so far and the last attempt.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from gndet.config.loading import load_config
 from gndet.errors import GndetError
 from gndet.toolbox.doctor.facts import Fact, reason
 
-STEPS = {  # modules of this package: imported in turn, since importing one may be what does not work
+STEPS = {  # modules of this package, imported in turn: importing one may be what fails
     "packages": "packages", "devices": "devices", "kernels": "kernels", "loading": "data loader", "room": "disk",
 }  # fmt: skip
 
@@ -33,7 +33,7 @@ def main(arguments: list[str], write: Callable[[dict[str, Any]], None]) -> None:
                 write({"trying": found} if isinstance(found, str) else found._asdict())
         except GndetError as error:
             write(Fact(title, " ".join(str(error).split()), "wrong")._asdict())
-        except Exception as error:  # whatever it is, it is what was looked for
+        except Exception as error:  # of whatever kind: finding it is the purpose
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename}:{frame.lineno}"
             write(Fact(title, f"cannot be tried: {reason(error)} ({place})", "wrong")._asdict())
@@ -44,10 +44,9 @@ if __name__ == "__main__":
     report = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # pycocotools prints
 
-        def put(one: dict[str, Any]) -> None:
-            """A line of the report."""
-            report.write(json.dumps(one) + "\n")
-            report.flush()
+        def put(row: dict[str, Any]) -> None:
+            """Write a line of the report."""
+            print(json.dumps(row), file=report, flush=True)
 
         main(sys.argv[1:], put)
-    os._exit(0)  # all is said; libraries would take seconds to go, and what one does wrong then harms no run
+    os._exit(0)  # libraries would take seconds to shut down, and a crash there harms no run

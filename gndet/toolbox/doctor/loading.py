@@ -1,7 +1,6 @@
 """How fast pictures become batches, and whether shared memory and open files suffice for loader processes."""
 
 import contextlib
-import os
 import resource
 import shutil
 import time
@@ -18,13 +17,14 @@ from gndet.data.batches.stream import Loaded, train_batches
 from gndet.data.batches.workers import PREFETCH
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
+from gndet.toolbox.doctor.devices import usable_cores
 from gndet.toolbox.doctor.facts import Fact, Facts
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS
 
-PICTURES = 64  # that are loaded at most
-SECONDS = 2.0  # that each of the two measurements takes, about
-SIZE = 480  # side of the pictures that are drawn where no config is given, pixels
+PICTURES = 64  # to load at most
+SECONDS = 2.0  # of each of the two measurements, about
+SIZE = 480  # side in pixels of the pictures drawn without a config
 SHARED = Path("/dev/shm")
 DOCKER = 64 << 20  # bytes: what Docker gives
 USUAL = 110 << 20  # bytes of 8 batches of two COCO pictures at 800/1333 with masks of 60 objects each
@@ -33,16 +33,16 @@ MIB = 2**20
 
 
 class LoaderInput(NamedTuple):
-    """What is loaded."""
+    """What to load."""
 
     dataset: Dataset
     data: DataConfig
-    images: int  # of a batch
+    images: int  # per batch
     masks: bool
 
 
 def facts(cfg: Config | None) -> Facts:
-    """Speed of the loader in this process and in others, and what those need.  Raises DataError for refused data."""
+    """Measure the loader without and with processes, and what these need.  Raises DataError for refused data."""
     yield "reading the data"
     before = time.perf_counter()
     source = read(cfg)
@@ -50,17 +50,16 @@ def facts(cfg: Config | None) -> Facts:
     yield Fact("data", f"{name}; opened in {time.perf_counter() - before:.1f} s")
     yield "loading in this process"
     alone, _ = rate(source, 0)
-    yield Fact("one process", f"{1000 / alone:.1f} ms an image, {alone:.0f} images/s")
+    yield Fact("one process", f"{1000 / alone:.1f} ms per image, {alone:.0f} images/s")
     workers = source.data.workers
     if workers:
         yield f"loading in {workers} processes"
         together, deaths = rate(source, workers)
         text = f"{together:.0f} images/s with data.workers={workers}"
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if deaths:
             yield Fact("loader processes", f"{text}; {'; '.join(deaths)}", "wrong")
-        elif workers > cores:
-            yield Fact("loader processes", f"{text}, more than the {cores} cores", "warning")
+        elif workers > usable_cores():
+            yield Fact("loader processes", f"{text}, more than the {usable_cores()} cores", "warning")
         else:
             yield Fact("loader processes", text, "ok")
         alone = max(together, 1e-9)
@@ -71,7 +70,7 @@ def facts(cfg: Config | None) -> Facts:
 
 
 def read(cfg: Config | None) -> LoaderInput:
-    """The first pictures of a config's training data, or drawn ones."""
+    """Return the first pictures of a config's training data, or drawn ones."""
     if cfg is None:
         data = DataConfig(shortest_edge=(SIZE,), max_edge=SIZE)
         shapes = DatasetConfig(kind="shapes", count=PICTURES, size=SIZE)
@@ -83,7 +82,7 @@ def read(cfg: Config | None) -> LoaderInput:
 
 
 def rate(source: LoaderInput, workers: int) -> tuple[float, list[str]]:
-    """Images a second over about SECONDS, the start of the processes included, and the deaths of processes."""
+    """Return images per second over about SECONDS, start-up of processes included, and deaths of processes."""
     deaths: list[str] = []
     data, count = source.data.model_copy(update={"workers": workers}), 0
     before = time.perf_counter()
@@ -103,7 +102,7 @@ def _batches(source: LoaderInput, data: DataConfig, deaths: list[str]) -> Genera
 
 
 def wait(images: int, images_per_s: float, out: Path | None) -> Fact:
-    """From which length of a step the loader keeps up, and what a run of this config has logged."""
+    """Say for which step times the loader keeps up, and what a run of this config has logged."""
     text = f"none where {images} images train in {1000 * images / images_per_s:.0f} ms or more"
     logged = last_logged(out) if out else None
     if logged is None:
@@ -111,19 +110,18 @@ def wait(images: int, images_per_s: float, out: Path | None) -> Fact:
     share = logged.get("data_wait") or 0.0
     text += f"; {out} logged {100 * share:.0f} % of the time, at {logged.get('images_per_s') or 0:.3g} images/s"
     if share > 0.2:
-        return Fact("data wait", f"{text}: more data.workers, or smaller pictures on the disk, would help", "warning")
+        return Fact("data wait", f"{text}: more data.workers or smaller picture files would help", "warning")
     return Fact("data wait", text, "ok")
 
 
 def last_logged(out: Path) -> dict[str, Any] | None:
-    """The last training numbers of a run folder."""
-    if not (out / METRICS).is_file():
-        return None
-    return next((line for line in reversed(read_metrics(out / METRICS)) if line.get("kind") == "train"), None)
+    """Return the last training entry of a run folder's log."""
+    entries = read_metrics(out / METRICS) if (out / METRICS).is_file() else []
+    return next((entry for entry in reversed(entries) if entry.get("kind") == "train"), None)
 
 
 def batch_bytes(source: LoaderInput) -> int:
-    """The bytes of the largest batch of these pictures."""
+    """Return the bytes of the largest batch of these pictures."""
     batch = largest_batch(source.dataset, source.data, source.images, masks=source.masks)
     return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
@@ -132,28 +130,26 @@ def shared_memory(needed: int, workers: int, folder: Path) -> Fact:
     """Judge the room for batches on their way from the loader processes.  needed: bytes."""
     name = "shared memory"
     if not folder.is_dir():
-        return Fact(
-            name, f"no {folder}: loader processes need it; data.workers=0 does without", "wrong" if workers else ""
-        )
+        text = f"no {folder}: loader processes need it; data.workers=0 does without"
+        return Fact(name, text, "wrong" if workers else "")
     total, _, free = shutil.disk_usage(folder)
     text = f"{total / MIB:,.0f} MiB, {free / MIB:,.0f} free; {workers} loader processes may hold {needed / MIB:,.0f}"
     ways = "docker run --shm-size=8g, or fewer data.workers"
     if workers and free < needed:
         return Fact(name, f"{text}: {ways}", "warning" if total > needed else "wrong")
     if workers and total <= DOCKER:
-        return Fact(name, f"{text}: Docker's 64 MB do not last for larger pictures: {ways}", "warning")
+        return Fact(name, f"{text}: Docker's 64 MB are too little for larger pictures: {ways}", "warning")
     return Fact(name, text, "ok")
 
 
 def open_files(workers: int, limit: int) -> Fact:
-    """Judge the limit of open files: each tensor of a batch on its way is one."""
+    """Judge the limit of open files, of which each tensor of a batch on its way takes one."""
     if limit == resource.RLIM_INFINITY:
         return Fact("open files", "no limit", "ok")
     leaves = 7  # tensors of a Batch
     needed = workers * PREFETCH * leaves + OTHER_FILES
     text = f"{limit} at most, a run with {workers} loader processes needs up to {needed}"
     if limit < needed:
-        return Fact(
-            "open files", f"{text}: raise it (ulimit -n {max(4096, needed)}), or set data.workers lower", "warning"
-        )
+        text += f": raise it (ulimit -n {max(4096, needed)}), or set data.workers lower"
+        return Fact("open files", text, "warning")
     return Fact("open files", text, "ok")

@@ -1,4 +1,4 @@
-"""gndet, Python and the system, told without torch or NumPy, which may be what is broken."""
+"""gndet, Python and the system, without torch or NumPy, which may be what is broken."""
 
 import platform
 import shutil
@@ -16,11 +16,10 @@ CONTAINERS = ("/.dockerenv", "/run/.containerenv")  # Docker's and Podman's mark
 
 
 def facts(cfg: Config | None) -> Facts:
-    """Versions of what everything else stands on."""
+    """Yield the versions of all that the rest needs."""
     yield Fact("gndet", gndet.__version__ + commit(Path(gndet.__file__).parent.parent))
-    yield Fact(
-        "Python", f"{platform.python_version()} {platform.python_implementation()}, {sys.maxsize.bit_length() + 1} bits"
-    )
+    python = f"{platform.python_version()} {platform.python_implementation()}"
+    yield Fact("Python", f"{python}, {sys.maxsize.bit_length() + 1} bits")
     yield Fact("system", _system())
     yield Fact("C library", " ".join(platform.libc_ver()).strip() or "not glibc")
     compiler = next(filter(shutil.which, COMPILERS), None)
@@ -28,7 +27,7 @@ def facts(cfg: Config | None) -> Facts:
 
 
 def commit(folder: Path) -> str:
-    """The commit of a checkout, as ", commit 1a2b3c4 with changes"; empty where the folder is none."""
+    """Return the commit of a checkout, as ", commit 1a2b3c4 with changes"; "" for any other folder."""
     if not (folder / ".git").exists():
         return ""
     head = _git(folder, "rev-parse", "--short", "HEAD")
@@ -39,7 +38,7 @@ def commit(folder: Path) -> str:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git says; None where it is not there or refuses."""
+    """Return git's output; None where git is missing or refuses."""
     with suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
         if done.returncode == 0:

@@ -1,9 +1,10 @@
-"""The packages gndet stands on: which are there, whether they are the ones asked for, and whether they can be imported.
+"""The packages that gndet needs: whether they are installed, in the right versions, and can be imported.
 
-Each is imported when its turn comes, by name: that one cannot be is what is looked for.
+Each is imported by name when its turn comes, since failing imports are what is looked for.
 """
 
 import importlib
+import operator
 import re
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from importlib import metadata
 from gndet.config.schema import Config
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
-NEEDED = {  # what is imported of each: the part with compiled code, where there is one
+NEEDED = {  # the module to import: the one with compiled code, where there is one
     "numpy": "numpy", "torch": "torch", "torchvision": "torchvision.ops", "pycocotools": "pycocotools.mask",
     "hotcoco": "hotcoco", "pillow": "PIL.Image", "orjson": "orjson", "safetensors": "safetensors.torch",
     "pydantic": "pydantic", "pyyaml": "yaml", "rich": "rich", "tensorboard": "torch.utils.tensorboard",
@@ -24,14 +25,12 @@ OPTIONAL = {  # with what is missing without it
     "av": ("av", "videos in `gndet predict`: pip install av"),
 }
 MINORS = 15  # torchvision 0.(n + 15) goes with torch 2.n
-OPERATORS = {
-    ">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
-    "<": lambda a, b: a < b, ">": lambda a, b: a > b,
-}  # fmt: skip
+OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, "<": operator.lt,
+             ">": operator.gt}  # fmt: skip
 
 
 def facts(cfg: Config | None) -> Facts:
-    """A line a package."""
+    """Yield one fact per package."""
     wanted = requirements("gndet")
     for name, module in NEEDED.items():
         yield f"importing {module}"
@@ -43,7 +42,7 @@ def facts(cfg: Config | None) -> Facts:
 
 
 def needed(name: str, module: str, wanted: str) -> Fact:
-    """Look at a package that gndet cannot do without.  wanted: the versions that it asks for, like >=2.11,<2.16."""
+    """Judge a package that gndet requires.  wanted: the versions, like >=2.11,<2.16."""
     version = installed(name)
     if version is None:
         return Fact(name, f"not installed: pip install '{name}{wanted}'", "wrong")
@@ -58,7 +57,7 @@ def needed(name: str, module: str, wanted: str) -> Fact:
 
 
 def optional(name: str, module: str, use: str) -> Fact:
-    """Look at a package that only some of gndet needs."""
+    """Judge an optional package."""
     version = installed(name)
     if version is None:
         return Fact(name, f"not installed (optional): {use}")
@@ -68,7 +67,7 @@ def optional(name: str, module: str, use: str) -> Fact:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, None where it is not there."""
+    """Return the version of a package; None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -76,16 +75,16 @@ def installed(name: str) -> str | None:
 
 
 def import_trouble(module: str) -> str:
-    """Why a module cannot be imported, or nothing."""
+    """Return why a module cannot be imported, or ""."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # a broken extension raises what it likes
+    except Exception as error:  # a broken extension may raise anything
         return reason(error)
     return ""
 
 
 def requirements(name: str) -> dict[str, str]:
-    """The packages that one asks for, with their versions like >=2.11,<2.16; extras are left out."""
+    """Return the requirements of a package with versions like >=2.11,<2.16, without extras."""
     try:
         lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:  # run from a folder, not installed
@@ -95,24 +94,19 @@ def requirements(name: str) -> dict[str, str]:
 
 
 def version_fits(version: str, wanted: str) -> bool:
-    """Whether a version is within bounds like >=2.11,<2.16, by its numbers: 2.11.0+cpu is 2.11."""
-    for bound in filter(None, wanted.split(",")):
-        match = re.fullmatch(r"(>=|<=|==|!=|<|>)([\d.]+)\S*", bound)
-        if match:
-            one, other = _numbers(version), _numbers(match[2])
-            longest = max(len(one), len(other))
-            padded = (part + (0,) * (longest - len(part)) for part in (one, other))
-            if not OPERATORS[match[1]](*padded):
-                return False
-    return True
+    """Return whether a version is within bounds like >=2.11,<2.16, by its numbers: 2.11.0+cpu is 2.11."""
+    bounds = re.findall(r"(>=|<=|==|!=|<|>)([\d.]+)", wanted)
+    return all(OPERATORS[sign](_numbers(version), _numbers(limit)) for sign, limit in bounds)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split("."))
+    """Return the numbers of a version without trailing zeros."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)[0]
+    return tuple(int(part) for part in re.sub(r"(\.0+)+$", "", numbers).split("."))
 
 
 def pairing() -> Fact | None:
-    """Whether torch and torchvision were built for each other; None where one of them is missing."""
+    """Return whether torch and torchvision were built for each other; None where one is missing."""
     torch, torchvision = installed("torch"), installed("torchvision")
     if torch is None or torchvision is None:
         return None
@@ -120,26 +114,24 @@ def pairing() -> Fact | None:
 
 
 def judge_pairing(torch: str, torchvision: str, asks: Mapping[str, str]) -> Fact:
-    """Compare versions of torch and torchvision.  asks: what torchvision's package asks for."""
-    minor = _numbers(torchvision)[1] - MINORS
-    wanted = asks.get("torch") or f"==2.{minor}"
+    """Compare versions of torch and torchvision.  asks: the requirements of torchvision's package."""
+    name, minor = "torch with torchvision", (*_numbers(torchvision), 0)[1] - MINORS
+    wanted = asks.get("torch") or f">=2.{minor},<2.{minor + 1}"
     builds = [version.partition("+")[2] for version in (torch, torchvision)]
-    if not version_fits(torch, wanted) and not (wanted == f"==2.{minor}" and _numbers(torch)[:2] == (2, minor)):
-        return Fact(
-            "torch with torchvision", f"torchvision {torchvision} is built for torch{wanted}, not {torch}", "wrong"
-        )
+    if not version_fits(torch, wanted):
+        return Fact(name, f"torchvision {torchvision} is built for torch{wanted}, not {torch}", "wrong")
     if all(builds) and builds[0] != builds[1]:
-        return Fact("torch with torchvision", f"builds for {builds[0]} and {builds[1]}: install both for one", "wrong")
-    return Fact("torch with torchvision", "built for each other", "ok")
+        return Fact(name, f"builds for {builds[0]} and {builds[1]}: install both for one", "wrong")
+    return Fact(name, "built for each other", "ok")
 
 
 def numpy_exchange() -> Fact | None:
-    """Whether torch takes NumPy's arrays: it does not from a NumPy newer than it was built with."""
+    """Return whether torch accepts NumPy's arrays, which it may not from a NumPy newer than its build."""
     if import_trouble("numpy") or import_trouble("torch"):
         return None
     numpy, torch = importlib.import_module("numpy"), importlib.import_module("torch")
     try:
         torch.from_numpy(numpy.arange(3)).numpy()
-    except Exception as error:  # "Numpy is not available"; the wording is torch's
+    except Exception as error:  # torch's "Numpy is not available"
         return Fact("torch with numpy", f"{reason(error)}: this torch needs another numpy", "wrong")
     return Fact("torch with numpy", "exchange arrays", "ok")

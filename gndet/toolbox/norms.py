@@ -15,7 +15,7 @@ from gndet.weights.load import initial_model, padding_warnings
 def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]) -> bool:
     """Show the norm layers of a YAML config, as training would start, or of a checkpoint, and what is wrong with them.
 
-    Returns whether nothing is an error.  Raises ConfigError, CheckpointError, DataError.
+    Returns whether there is no error.  Raises ConfigError, CheckpointError, DataError.
     """
     report, notes = _of_checkpoint(Path(where), overrides) if Path(where).is_dir() else _of_config(where, overrides)
     show(audit_table(report))
@@ -27,7 +27,7 @@ def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]
 
 
 def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
-    """The model that training a config would start with; without its data set it is taken for one of one class."""
+    """Audit the model that training would start with; without its data set, a model of one class."""
     cfg = load_config(where, overrides)
     try:
         classes: Sequence[str] = read_dataset(cfg.data.train, cfg.data).classes
@@ -39,7 +39,7 @@ def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
 
 
 def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
-    """The model of a gndet run or checkpoint."""
+    """Audit the model of a gndet run or checkpoint."""
     saved = load_checkpoint(resolve(path))
     for key in ("config", "classes"):
         if key not in saved.meta:
@@ -49,7 +49,7 @@ def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[st
     model = build_model(cfg.model, max(len(saved.meta["classes"]), 1))
     state = saved.groups.get("ema", saved.groups.get("model", {}))
     own, held = model.state_dict(), {key.partition(".")[0] for key in state}
-    absent = {key: tensor for key, tensor in own.items() if key.partition(".")[0] not in held}  # of a backbone alone
+    absent = {key: tensor for key, tensor in own.items() if key.partition(".")[0] not in held}  # of a lone backbone
     try:
         model.load_state_dict(absent | state)
     except RuntimeError as error:

@@ -1,9 +1,8 @@
-"""`gndet export`: a detector as an ONNX file that has been run and compared with torch before it is there.
+"""`gndet export`: write a detector as an ONNX file, after running it and comparing it with torch.
 
 D detections.  The file's input is `image`, a picture (H, W, 3) uint8 RGB already resized (metadata: shortest_edge,
-max_edge, antialiased bilinear; or its fixed size); its outputs are boxes (D, 4) float32 xyxy in pixels of that picture,
-scores (D,), labels (D,) int64 (metadata: classes, category_ids), and masks (D, 28, 28), probabilities in the frame of
-the box.
+max_edge, antialias; or a fixed size); its outputs are boxes (D, 4) float32 xyxy in pixels of that picture, scores (D,),
+labels (D,) int64 (metadata: classes, category_ids), and masks (D, 28, 28), probabilities in the frame of the box.
 """
 
 import json
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import functional
 
 import gndet
 from gndet.config.loading import config_to_yaml
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import Config
 from gndet.data.batches.transforms import resized
 from gndet.data.datasets.images import open_picture
 from gndet.data.datasets.reading import read_dataset
@@ -38,10 +37,10 @@ except ImportError:
     onnx = onnxruntime = None
 
 Show = Callable[[str], None]
-FIRST_OPSET, LAST_OPSET = 17, 20  # RoIAlign aligned to half pixels; the last that the TorchScript exporter writes
+FIRST_OPSET, LAST_OPSET = 17, 20  # first with RoIAlign aligned to half pixels; last that the TorchScript exporter has
 BOXES, SCORES, MASKS = 0.01, 1e-4, 1e-3  # largest differences: pixels, scores, probabilities
-SMALLER = 0.75  # of the picture's size: the second one that is compared where any size goes
-TRIED = 8  # pictures of data.val, of which that with most detections is compared
+SMALLER = 0.75  # scale of the second picture that is compared if the file takes any size
+TRIED = 8  # pictures of data.val, of which the one with most detections is compared
 
 
 class Found(NamedTuple):
@@ -57,11 +56,12 @@ def export(
     checkpoint: Path, file: Path, overrides: Sequence[str], show: Show, *, size: tuple[int, int] | None = None,
     masks: bool = True, opset: int = FIRST_OPSET, picture: Path | None = None,
 ) -> bool:  # fmt: skip
-    """Write a detector as an ONNX file, run it by onnxruntime, and compare it with torch on a real picture.
+    """Write a detector as an ONNX file, run it with onnxruntime, and compare it with torch on a real picture.
 
-    size: height and width of all pictures; None: any.  masks: with the mask head, if there is one.  picture: to compare
-    on; by default one of data.val.  Returns whether the file gives the same, and is there.
-    Computed in float32 whatever the precision trained in.  Raises CheckpointError, ConfigError, DataError, OutputError.
+    size: height and width of all pictures; None: dynamic.  masks: with the mask head, if there is one.  picture: to
+    compare on; by default from data.val.  Computes in float32 whatever the precision of training.
+    Returns whether the results are equal; else no file is written.  Raises CheckpointError, ConfigError, DataError,
+    OutputError.
     """
     if onnx is None or onnxruntime is None:
         raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
@@ -70,7 +70,7 @@ def export(
     make_room_for(file, "--onnx")
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
-        detector.model.float()  # NonMaxSuppression and RoIAlign know nothing else
+        detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
         masks = masks and detector.cfg.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
         with written_whole(file) as partial:
@@ -79,7 +79,7 @@ def export(
             if not passed:
                 partial.unlink()
     if not passed:
-        before = ", and the one that was there is as before" if file.exists() else ""
+        before = ", the existing file is unchanged" if file.exists() else ""
         show(f"{file}: not written{before}; expected boxes within {BOXES} px, scores {SCORES}, masks {MASKS}")
         return False
     shapes = f"{size[0]} x {size[1]}" if size else "any size"
@@ -93,15 +93,15 @@ def export(
 def _write(
     detector: Detector, file: Path, picture: torch.Tensor, size: tuple[int, int] | None, masks: bool, opset: int
 ) -> None:
-    """Trace the detector on a picture (H, W, 3), and add what the file is to be used with.
+    """Trace the detector on a picture (H, W, 3), and add the metadata.
 
-    Raises OutputError where torch's exporter fails or what it wrote is no valid ONNX.
+    Raises OutputError where torch's exporter fails or writes invalid ONNX.
     """
     names = list(OUTPUTS if masks else OUTPUTS[:-1])
     axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
     try:
         with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's, of every shape that it follows, and of the exporter's age
+            warnings.simplefilter("ignore")  # about every traced shape, and the exporter's deprecation
             torch.onnx.export(
                 OnePicture(detector.model, masks), (picture,), str(file), dynamo=False, opset_version=opset,
                 input_names=[INPUT], output_names=names, dynamic_axes=axes,
@@ -111,7 +111,7 @@ def _write(
         for key, value in metadata(detector, size).items():
             model.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(model)
-    except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter has the first, or one under it
+    except (RuntimeError, onnx.checker.ValidationError) as error:  # the first or a subclass from torch's exporter
         reason = _first_line(error)
         raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     onnx.save(model, str(file))
@@ -122,7 +122,7 @@ def _first_line(error: Exception) -> str:
 
 
 def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
-    """What the file says of itself: JSON, and the config as YAML."""
+    """Return the metadata of the file: JSON values, and the config as YAML."""
     cfg, data = detector.cfg, detector.cfg.data
     values: dict[str, Any] = {
         "classes": detector.classes, "category_ids": detector.category_ids, "shortest_edge": data.shortest_edge_test,
@@ -135,11 +135,14 @@ def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]
 def comparison_pictures(
     detector: Detector, path: Path | None, size: tuple[int, int] | None, show: Show
 ) -> tuple[list[torch.Tensor], str]:
-    """Pictures (H, W, 3) uint8 as the network sees them, and what they are of.  Raises DataError."""
+    """Return pictures (H, W, 3) uint8 as the network sees them, and their source.  Raises DataError."""
     data = detector.cfg.data
     candidates, name = _candidates(detector.cfg, path, show)
-    shapes = [_resize(one, size or _network_size(one, data), data.antialias) for one in candidates]
-    best = max(shapes, key=lambda one: len(by_torch(detector.model, one, masks=False).scores))
+    pictures = [
+        _resize(image, size or resized(image.shape[:2], data.shortest_edge_test, data.max_edge), data.antialias)
+        for image in candidates
+    ]
+    best = max(pictures, key=lambda picture: len(by_torch(detector.model, picture, masks=False).scores))
     if size:
         return [best], name
     smaller = tuple(max(32, math.ceil(side * SMALLER)) for side in best.shape[:2])
@@ -157,51 +160,47 @@ def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.nda
                 pictures.append(record.load())
             except DataError as error:
                 reason = str(error)
-    except GndetError as error:  # often it is not on this machine
+    except GndetError as error:  # often the data set is not on this machine
         reason = str(error)
     if pictures:
         return pictures, dataset.name
-    show(f"note: compared on drawn shapes, for data.val gives no picture (--picture FILE names one): {reason}")
+    show(f"note: compared on drawn shapes, since data.val gives no picture (--picture FILE names one): {reason}")
     val = cfg.data.val.model_copy(update={"kind": "shapes", "count": TRIED})
     return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes"
 
 
-def _network_size(picture: np.ndarray, data: DataConfig) -> tuple[int, int]:
-    return resized(picture.shape[:2], data.shortest_edge_test, data.max_edge)
-
-
 def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.Tensor:
     """Resize (H, W, 3) uint8 as gndet does for evaluation.  Returns (h, w, 3), dense."""
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: Pillow's are not writable
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: Pillow's arrays are not writable
     return functional.resize(image, list(size), antialias=antialias).permute(1, 2, 0).contiguous()
 
 
 def by_torch(model: DetectionModel, picture: torch.Tensor, *, masks: bool) -> Found:
-    """What gndet itself detects in a picture (H, W, 3) uint8, by the way that it evaluates."""
+    """Detect in a picture (H, W, 3) uint8 with gndet, as in evaluation."""
     sizes = torch.tensor([picture.shape[:2]])
     found = model.detect(picture.permute(2, 0, 1)[None], sizes, False)
     kept = found.valid[0]
-    boxes, scores, labels = (of[0][kept].float().numpy() for of in (found.boxes, found.scores, found.labels))
+    boxes, scores, labels = (part[0][kept].float().numpy() for part in (found.boxes, found.scores, found.labels))
     return Found(boxes, scores, labels.astype(np.int64), found.masks[0][kept].float().numpy() if masks else None)
 
 
 def session(file: Path) -> Any:
-    """An onnxruntime session on the CPU."""
+    """Open an onnxruntime session on the CPU."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
-    """What the file detects in a picture (H, W, 3) uint8 of the network's size."""
+    """Detect in a picture (H, W, 3) uint8 of the network's size with the file."""
     boxes, scores, labels, *masks = running.run(None, {INPUT: picture})
     return Found(boxes, scores, labels, masks[0] if masks else None)
 
 
 def run_onnx(file: Path, picture: np.ndarray) -> Found:
-    """Detect in a picture (H, W, 3) uint8 RGB with an exported file; boxes in the picture's own pixels.
+    """Detect in a picture (H, W, 3) uint8 RGB of any size with an exported file; boxes in pixels of the picture.
 
-    `gndet.evaluation.paste.paste_masks` lays the masks onto the picture.  Raises DataError for another array,
+    `gndet.evaluation.paste.paste_masks` pastes the masks into the picture.  Raises DataError for another array,
     CheckpointError for a file that `export` did not write, and OutputError without onnxruntime.
     """
     if onnxruntime is None:
@@ -214,7 +213,7 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
         about = {key: json.loads(stored[key]) for key in ("size", "shortest_edge", "max_edge", "antialias")}
     except KeyError as error:
         raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
-    except Exception as error:  # onnxruntime's own classes have no common base but this
+    except Exception as error:  # the common base of onnxruntime's errors
         raise CheckpointError(f"{file}: onnxruntime cannot load it: {_first_line(error)}") from None
     size = about["size"] or resized(picture.shape[:2], about["shortest_edge"], about["max_edge"])
     found = by_onnxruntime(running, _resize(picture, size, about["antialias"]).numpy())
@@ -225,20 +224,20 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
 def compare_with_torch(
     detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
 ) -> bool:
-    """Run the file beside torch on each picture, and say how far they differ.  Returns whether little enough."""
+    """Compare the file with torch on each picture and show the differences.  Returns whether they are small."""
     (least, most), passed, count = detector.cfg.model.detection_limits, True, 0
     for picture in pictures:
         expected = by_torch(detector.model, picture, masks=masks)
         where = f"{name}, {picture.shape[0]} x {picture.shape[1]}"
         try:
             found = by_onnxruntime(session(file), picture.numpy())
-        except Exception as error:  # onnxruntime's own classes have no common base but this
+        except Exception as error:  # the common base of onnxruntime's errors
             show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
             return False
-        full = len(expected.scores) == most  # the worst of them may have pushed out one as good
-        differences = detection_difference(expected, found, float(expected.scores.min()) if full else least)
-        show(f"{'equal' if not differences.wrong else 'mismatch'} on {where}: {differences.words}")
-        passed, count = passed and not differences.wrong, count + len(expected.scores)
+        full = len(expected.scores) == most  # then detections left out may score as much as the worst
+        difference = detection_difference(expected, found, float(expected.scores.min()) if full else least)
+        show(f"{'mismatch' if difference.wrong else 'equal'} on {where}: {difference.words}")
+        passed, count = passed and not difference.wrong, count + len(expected.scores)
     if passed and not count:
         show(f"note: nothing was found in {name}, so no box, score or mask was compared; --picture FILE names another")
     return passed
@@ -250,44 +249,44 @@ class DetectionDifference(NamedTuple):
     boxes: float  # pixels
     scores: float
     masks: float | None  # probabilities; None without masks
-    unmatched: int  # detections of either that the other does not have
+    unmatched: int  # detections that only one of the two has
     count: int
 
     @property
     def wrong(self) -> bool:
         """Whether they differ by more than rounding."""
         near = self.boxes <= BOXES and self.scores <= SCORES and (self.masks is None or self.masks <= MASKS)
-        return bool(self.unmatched) or not near  # NaN is near nothing
+        return bool(self.unmatched) or not near  # also for NaN
 
     @property
     def words(self) -> str:
-        """In a line."""
+        """The differences in a line."""
         text = f"{self.count} detections, boxes within {self.boxes:.2g} px, scores {self.scores:.2g}"
         text += f", masks {self.masks:.2g}" if self.masks is not None else ""
         return text + (f"; {self.unmatched} that only one of them has" if self.unmatched else "")
 
 
 def detection_difference(expected: Found, found: Found, threshold: float) -> DetectionDifference:
-    """Compare detections, each with the nearest of its label; those that score threshold or less may be missing."""
-    free, pairs, lonely = set(range(len(found.scores))), [], 0
-    for one in range(len(expected.scores)):
+    """Compare each detection with the nearest of its label; detections scoring `threshold` or less may be missing."""
+    free, pairs, unmatched = set(range(len(found.scores))), [], 0
+    for row in range(len(expected.scores)):
         near = [
-            (float(np.abs(found.boxes[other] - expected.boxes[one]).max()), other)
-            for other in free if found.labels[other] == expected.labels[one]
+            (float(np.abs(found.boxes[candidate] - expected.boxes[row]).max()), candidate)
+            for candidate in free if found.labels[candidate] == expected.labels[row]
         ]  # fmt: skip
-        nearest = min(near, default=(math.inf, -1))
-        if nearest[0] > 1:  # another object's
-            lonely += expected.scores[one] > threshold + SCORES
-            continue
-        free.remove(nearest[1])
-        pairs.append((one, nearest[1]))
-    lonely += sum(not found.scores[other] <= threshold + SCORES for other in free)  # NaN too
-    a, b = (np.array([pair[side] for pair in pairs], dtype=np.int64) for side in (0, 1))
+        distance, nearest = min(near, default=(math.inf, -1))
+        if distance > 1:  # another object's
+            unmatched += expected.scores[row] > threshold + SCORES
+        else:
+            free.remove(nearest)
+            pairs.append((row, nearest))
+    unmatched += sum(not found.scores[candidate] <= threshold + SCORES for candidate in free)  # NaN too
+    a, b = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
     masks = None if expected.masks is None and found.masks is None else math.inf
     if expected.masks is not None and found.masks is not None:
         masks = _most(expected.masks[a] - found.masks[b])
     return DetectionDifference(
-        _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]), masks, int(lonely),
+        _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]), masks, int(unmatched),
         len(expected.scores),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
-"""The detector as a graph of ONNX operators: what is traced, and how two of its operators are written there.
+"""The detector as a graph of ONNX operators: the module to trace, and the ONNX form of two operators.
 
 N boxes, D detections, (H, W) picture.  One picture at a time, which fills its canvas: nothing is padded, and no norm
-needs a mask.  The graph is that of torch's TorchScript exporter: the newer one has no words for a stable sort nor for
-`nms_keep` (torch 2.14 with onnxscript 0.7).
+needs a mask.  By torch's TorchScript exporter: the newer one supports neither a stable sort nor `nms_keep` (torch 2.14
+with onnxscript 0.7).
 """
 
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ INPUT, OUTPUTS = "image", ("boxes", "scores", "labels", "masks")
 
 
 class OnePicture(nn.Module):
-    """A detector of one picture (H, W, 3) uint8 RGB, resized already; no padding, no slots."""
+    """A detector for one picture (H, W, 3) uint8 RGB, already resized; no padding, no slots."""
 
     def __init__(self, model: DetectionModel, masks: bool) -> None:
         super().__init__()
         self.model, self.masks = model, masks
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image (H, W, 3).  Returns boxes (D, 4) xyxy pixels of it, scores (D,), labels (D,), and masks (D, 28, 28)."""
+        """image (H, W, 3).  Returns boxes (D, 4) xyxy in its pixels, scores (D,), labels (D,), and masks (D, 28, 28)."""
         model = self.model
         images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
-        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), not as numbers of this picture
+        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced, not constants
         found = model.detect(images, sizes, False)
         kept = found.valid[0].nonzero()[:, 0]
         boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]
@@ -39,20 +39,20 @@ class OnePicture(nn.Module):
 
 @contextmanager
 def own_operators(opset: int) -> Iterator[None]:
-    """Tell torch's exporter, meanwhile, how the operators that it does not know are written."""
+    """Register the ONNX form of operators that torch's exporter does not know, within the context."""
     own = {"gndet::nms_keep": _nms_keep, "aten::sort": _sort}
     for name, symbolic in own.items():
         torch.onnx.register_custom_op_symbolic(name, symbolic, opset)
     try:
         yield
     finally:
-        for name in own:  # another model's sort is not ours
+        for name in own:  # other models use torch's sort
             torch.onnx.unregister_custom_op_symbolic(name, opset)
 
 
 @parse_args("v", "b", "i", "b")
 def _sort(g: Any, values: Any, stable: bool, axis: int, falling: bool) -> Any:
-    """A stable sort: TopK of all; of equal values the one with the lower index comes first, by ONNX's definition."""
+    """Write a stable sort as TopK of all: by ONNX's definition, equal values keep their order."""
     shape = g.op("Shape", values)
     count = g.op("Gather", shape, g.op("Constant", value_t=torch.tensor([axis])), axis_i=0)
     return g.op("TopK", values, count, axis_i=axis, largest_i=int(falling), sorted_i=1, outputs=2)
@@ -60,18 +60,18 @@ def _sort(g: Any, values: Any, stable: bool, axis: int, falling: bool) -> Any:
 
 @parse_args("v", "v", "v", "v", "f")
 def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshold: float) -> Any:
-    """`ops.nms.nms_keep` of one image by ONNX's NonMaxSuppression, a class of its for each group.
+    """Write `ops.nms.nms_keep` of one image as ONNX's NonMaxSuppression, with a class per group.
 
-    Boxes come by falling score: their places stand for the scores, so that all are positive and none are equal.
+    Boxes come by falling score: their ranks replace the scores, so that all are positive and distinct.
     """
     zero, one = (g.op("Constant", value_t=torch.tensor([value])) for value in (0, 1))
     count = g.op("Gather", g.op("Shape", boxes), one, axis_i=0)  # (1,) N
-    places = g.op("Range", *(_scalar(g, of) for of in (zero, count, one)))
+    places = g.op("Range", *(_scalar(g, value) for value in (zero, count, one)))
     rank = g.op("Cast", g.op("Sub", count, places), to_i=FLOAT)  # (N,) from N down to 1
     usable = g.op("Where", g.op("Squeeze", valid, zero), rank, g.op("Constant", value_t=torch.tensor([-1.0])))
     group = g.op("Squeeze", groups, zero)  # (N,)
     most = g.op("Add", g.op("ReduceMax", group, keepdims_i=1), one)  # (1,) groups
-    names = g.op("Unsqueeze", g.op("Range", *(_scalar(g, of) for of in (zero, most, one))), one)  # (groups, 1)
+    names = g.op("Unsqueeze", g.op("Range", *(_scalar(g, value) for value in (zero, most, one))), one)  # (groups, 1)
     own = g.op("Equal", names, group)  # (groups, N)
     table = g.op("Where", own, usable, g.op("Constant", value_t=torch.tensor([-1.0])))
     limits = (g.op("Constant", value_t=torch.tensor([value])) for value in (threshold, 0.0))
@@ -82,6 +82,6 @@ def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshol
     return g.op("Unsqueeze", g.op("ScatterElements", keep, index, yes, axis_i=0), zero)
 
 
-def _scalar(g: Any, one: Any) -> Any:
-    """(1,) as ()."""
-    return g.op("Squeeze", one, g.op("Constant", value_t=torch.tensor([0])))
+def _scalar(g: Any, value: Any) -> Any:
+    """Squeeze (1,) to ()."""
+    return g.op("Squeeze", value, g.op("Constant", value_t=torch.tensor([0])))

@@ -1,6 +1,9 @@
-"""Tables as text."""
+"""Tables as text and as CSV."""
 
-from collections.abc import Container, Sequence
+import csv
+import io
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 
 def text_table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
@@ -11,3 +14,10 @@ def text_table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> st
         for cells in (zip(row, widths, strict=True) for row in rows)
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def csv_table(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as CSV, numbers with full precision, None as an empty cell."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()

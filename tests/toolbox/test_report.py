@@ -97,7 +97,11 @@ def test_names_from_data_are_text(tmp_path: Path) -> None:
     html += blocks.gallery(
         "g", [blocks.GalleryPicture(np.zeros((4, 4, 3), np.uint8), evil, (evil,))], filters=[(evil, evil)]
     )
-    html += charts.bars("b", [evil], [1.0], x_label=evil) + blocks.preformatted(evil) + blocks.headline([(evil, evil)])
+    html += (
+        charts.bars("b", [evil], [1.0], evil, x_label=evil)
+        + blocks.preformatted(evil)
+        + blocks.headline([(evil, evil)])
+    )
     assert "<img src=x" not in html and "alert(1)>" not in html
     assert blocks.escape("\udcff") == "?"
 

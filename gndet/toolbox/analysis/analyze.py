@@ -1,7 +1,5 @@
 """`gndet analyze`: what a detector gets wrong, on the terminal, and as JSON and CSV."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
-from gndet.evaluation.tables import text_table
+from gndet.evaluation.tables import csv_table, text_table
 from gndet.files import make_folder, make_room_for, write_whole
 from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
 from gndet.toolbox.analysis.read import read_results
@@ -70,7 +68,7 @@ def analyze(
         show(f"-> {json_file}")
     if csv_folder:
         for table in tables:
-            write_whole(csv_folder / f"{table.name}.csv", table_csv(table))
+            write_whole(csv_folder / f"{table.name}.csv", csv_table([table.columns, *table.rows]))
         show(f"-> {csv_folder}: {', '.join(f'{table.name}.csv' for table in tables)}")
     return found
 
@@ -128,15 +126,6 @@ def _shown(value: Any) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
-
-
-def table_csv(table: Table) -> str:
-    """Return a table as CSV, with full precision."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows(["" if value is None else value for value in row] for row in table.rows)
-    return file.getvalue()
 
 
 def analysis_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:

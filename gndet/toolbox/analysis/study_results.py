@@ -4,8 +4,6 @@ A study folder holds study.json (a `Study`), study.csv, curve.png, cells/NAME (t
 logs/NAME.txt.  AP is a fraction in the files and shown in percent, as in Wu & He 2018.
 """
 
-import csv
-import io
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gndet.errors import DataError
-from gndet.evaluation.tables import text_table
+from gndet.evaluation.tables import csv_table, text_table
 from gndet.files import write_whole
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
@@ -283,13 +281,11 @@ def write_study(folder: Path, study: Study) -> None:
 
 def _csv(study: Study) -> str:
     names = sorted({name for result in study.results for name in result.metrics})
-    file = io.StringIO()
-    writer = csv.writer(file)
-    writer.writerow(["norm", "images_per_gpu", "seed", "state", "seconds", *names, "reason"])
+    rows: list[list[Any]] = [["norm", "images_per_gpu", "seed", "state", "seconds", *names, "reason"]]
     for r in study.results:
-        found = ["" if (value := r.metrics.get(name)) is None else f"{value:.6f}" for name in names]
-        writer.writerow([r.variant, r.images, r.seed, r.state, f"{r.seconds:.1f}", *found, r.reason])
-    return file.getvalue()
+        found = [None if (value := r.metrics.get(name)) is None else f"{value:.6f}" for name in names]
+        rows.append([r.variant, r.images, r.seed, r.state, f"{r.seconds:.1f}", *found, r.reason])
+    return csv_table(rows)
 
 
 def percent_mean(study: Study, variant: str, size: int, metric: str) -> Mean:

@@ -27,10 +27,10 @@ class OnePicture(nn.Module):
         self.model, self.masks = model, masks
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image (H, W, 3).  Returns boxes (D, 4) xyxy in its pixels, scores (D,), labels (D,), and masks (D, 28, 28)."""
+        """image (H, W, 3).  Returns boxes (D, 4) xyxy in its pixels, scores (D,), labels (D,), masks (D, 28, 28)."""
         model = self.model
         images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
-        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced, not constants
+        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced, no constants
         found = model.detect(images, sizes, False)
         kept = found.valid[0].nonzero()[:, 0]
         boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]

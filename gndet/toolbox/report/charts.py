@@ -1,4 +1,4 @@
-"""Charts of a report: SVG whose colours the page sets, so that they follow light mode, dark mode and print.
+"""Figures of a report: SVG whose colours the page sets, so that they follow light mode, dark mode and print.
 
 matplotlib draws in placeholder colours, which become CSS variables: --ink, --grid, and --s0 to --s7 for the series.
 """
@@ -17,6 +17,8 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from gndet.toolbox.report import blocks
 
 INK, GRID, PAPER = "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
@@ -57,22 +59,22 @@ class Series(NamedTuple):
 
 @contextmanager
 def chart(
-    name: str, height: float = 3.4, left: float = 0.78, bottom: float = 0.52, top: float = 0.12
+    name: str, caption: str, height: float = 3.4, left: float = 0.78, bottom: float = 0.52, top: float = 0.12
 ) -> Iterator[tuple[Axes, list[str]]]:
-    """Yield the axes of a figure, and a list that holds the finished SVG after the context.
+    """Yield the axes of a figure, and a list that holds its HTML after the context.
 
-    name: unique on the page; the SVG's ids are derived from it, so that the same data gives the same text.  height, and
-    the margins left, bottom and top: inches; a tight layout would take matplotlib as long as drawing.
+    name: unique on the page; all ids are derived from it, so that the same data gives the same HTML.  height, and the
+    margins left, bottom and top: inches; a tight layout would take matplotlib as long as drawing.
     """
-    svg: list[str] = []
+    html: list[str] = []
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
         figure = Figure(figsize=(WIDTH, height))
         FigureCanvasSVG(figure)
         figure.subplots_adjust(left / WIDTH, bottom / height, 1 - 0.1 / WIDTH, 1 - top / height)
-        yield figure.add_subplot(), svg
+        yield figure.add_subplot(), html
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg.append(_for_page(file.getvalue(), name))
+    html.append(blocks.figure(_for_page(file.getvalue(), name), caption, name))
 
 
 def _for_page(text: str, name: str) -> str:
@@ -89,17 +91,20 @@ def _for_page(text: str, name: str) -> str:
 
 
 def lines(
-    name: str, series: Sequence[Series], *, x_label: str, y_label: str, log_y: bool = False,
+    name: str, series: Sequence[Series], caption: str, *, x_label: str, y_label: str, log_y: bool = False,
     doubling: Sequence[float] | None = None, x_range: tuple[float | None, float | None] = (None, None),
     y_range: tuple[float | None, float | None] = (None, None),
 ) -> str:  # fmt: skip
-    """Draw lines with their bands, and a marker at each point of lines with 12 or fewer.
+    """Draw lines with their bands, and a marker at each point of lines with 12 or fewer; "" where nothing is finite.
 
     doubling: ticks of an x axis whose unit is a doubling.
     """
-    rows = -(-len(series) // NAMES_PER_ROW) if len(series) > 1 else 0
-    with chart(name, height=3.1 + 0.22 * rows, top=0.12 + 0.22 * rows) as (axes, svg):
-        for number, line in enumerate(series):
+    drawn = [(number, line) for number, line in enumerate(series) if np.isfinite(line.y).any()]
+    if not drawn:
+        return ""
+    rows = -(-len(drawn) // NAMES_PER_ROW) if len(drawn) > 1 else 0
+    with chart(name, caption, height=3.1 + 0.22 * rows, top=0.12 + 0.22 * rows) as (axes, html):
+        for number, line in drawn:
             colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
             marker = MARKERS[number % len(MARKERS)] if len(line.x) <= 12 else None
             axes.plot(line.x, line.y, style, color=colour, label=line.name, linewidth=1.8, marker=marker, markersize=5)
@@ -118,15 +123,15 @@ def lines(
         if rows:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.08, 1), ncols=NAMES_PER_ROW, frameon=False, fontsize=10,
                         borderpad=0.1)  # fmt: skip
-    return svg[0]
+    return html[0]
 
 
 def bars(
-    name: str, labels: Sequence[str], values: Sequence[float], *, x_label: str, low: Sequence[float] | None = None,
-    high: Sequence[float] | None = None,
+    name: str, labels: Sequence[str], values: Sequence[float], caption: str, *, x_label: str,
+    low: Sequence[float] | None = None, high: Sequence[float] | None = None,
 ) -> str:  # fmt: skip
     """Draw horizontal bars, the first on top; low and high: ends of their intervals."""
-    with chart(name, height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, svg):
+    with chart(name, caption, height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, html):
         places = np.arange(len(labels))
         axes.barh(places, values, color=SERIES[0], height=0.7)
         if low is not None and high is not None:
@@ -135,14 +140,16 @@ def bars(
         axes.invert_yaxis()
         _label_axes(axes, x_label, "")
         axes.grid(axis="y", visible=False)
-    return svg[0]
+    return html[0]
 
 
-def histogram(name: str, values: Sequence[float], *, x_label: str, y_label: str, log_x: bool = False) -> str:
+def histogram(
+    name: str, values: Sequence[float], caption: str, *, x_label: str, y_label: str, log_x: bool = False
+) -> str:
     """Draw a histogram of the finite values (with log_x, the positive ones)."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
-    with chart(name, height=2.6) as (axes, svg):
+    with chart(name, caption, height=2.6) as (axes, html):
         if len(numbers):
             axes.hist(numbers, bins=_edges(numbers, log_x), color=SERIES[0])
         _label_axes(axes, x_label, y_label)
@@ -150,7 +157,7 @@ def histogram(name: str, values: Sequence[float], *, x_label: str, y_label: str,
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
         axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=5))
-    return svg[0]
+    return html[0]
 
 
 def _edges(numbers: np.ndarray, log_x: bool) -> np.ndarray:
@@ -162,30 +169,26 @@ def _edges(numbers: np.ndarray, log_x: bool) -> np.ndarray:
     return np.geomspace(low, high, 31) if log_x else np.linspace(low, high, 31)
 
 
-def heat(
-    name: str, matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, x_label: str, y_label: str
-) -> str:
-    """Draw a matrix (r, c) of counts, shaded by share of the row, with numbers where they fit."""
+def heat(name: str, matrix: np.ndarray, labels: Sequence[str], caption: str, *, x_label: str, y_label: str) -> str:
+    """Draw a matrix (n, n) of counts, shaded by share of the row, with numbers where they fit."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    small = len(columns) <= 12
-    flat = small and len(columns) * max(map(len, columns)) <= FLAT
-    below = 0.55 if flat else 0.3 + _room(columns)
-    with chart(name, height=below + 0.2 + 0.34 * len(rows), left=0.25 + _room(rows), bottom=below) as (axes, svg):
+    n, names, room = len(labels), [_short(label) for label in labels], _room(labels)
+    small = n <= 12
+    flat = small and n * max(map(len, labels)) <= FLAT
+    below = 0.55 if flat else 0.3 + room
+    with chart(name, caption, below + 0.2 + 0.34 * n, left=0.25 + room, bottom=below) as (axes, html):
         for r, c in zip(*np.nonzero(matrix), strict=True):
             axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=SERIES[0], alpha=0.08 + 0.72 * share[r, c]))
             if small:
                 axes.text(c, r, f"{matrix[r, c]:g}", ha="center", va="center", fontsize=9)
-        axes.set_xlim(-0.5, len(columns) - 0.5)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xticks(
-            range(len(columns)), [_short(label) for label in columns], rotation=0 if flat else 60,
-            ha="center" if flat else "right",
-        )  # fmt: skip
-        axes.set_yticks(range(len(rows)), [_short(label) for label in rows])
+        axes.set_xlim(-0.5, n - 0.5)
+        axes.set_ylim(n - 0.5, -0.5)
+        axes.set_xticks(range(n), names, rotation=0 if flat else 60, ha="center" if flat else "right")
+        axes.set_yticks(range(n), names)
         axes.tick_params(length=0)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-    return svg[0]
+    return html[0]
 
 
 def _label_axes(axes: Axes, x_label: str, y_label: str) -> None:

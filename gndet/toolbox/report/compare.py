@@ -100,9 +100,9 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
             # images, not updates: runs with other batch sizes have seen as many after other numbers of updates
             seen = [entry["update"] * run.cfg.train.global_batch for entry in entries]
             series.append(Series(name, seen, [factor * entry[key] for entry in entries]))
-        if any(len(line.x) for line in series):
-            svg = charts.lines(id, series, x_label="images seen", y_label=caption, x_range=(0, None))
-            figures.append(blocks.figure(svg, caption, f"chart-{id}"))
+        figures.append(
+            charts.lines(f"chart-{id}", series, caption, x_label="images seen", y_label=caption, x_range=(0, None))
+        )
     return figures
 
 

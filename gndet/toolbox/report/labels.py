@@ -54,12 +54,11 @@ def section(run: RunRecord) -> str:
         ("aspects", shown.aspects, "height / width", "objects", True, "shapes of boxes"),
     )
     drawn = [
-        blocks.figure(
-            charts.histogram(id, values, x_label=x_label, y_label=y_label, log_x=log_x),
-            f"{caption}, data.{name}", f"chart-{id}",
+        charts.histogram(
+            f"chart-{id}", values, f"{caption}, data.{name}", x_label=x_label, y_label=y_label, log_x=log_x
         )
         for id, values, x_label, y_label, log_x, caption in figures
-    ]  # fmt: skip
+    ]
     words = "; ".join(_words(name, labels) for name, labels in sets.items())
     return blocks.section("data", "Data", _class_table(run, sets), blocks.beside(*drawn), lead=f"{words}.")
 

@@ -43,14 +43,16 @@ def section(run: RunRecord) -> str:
     if found is None or dataset is None:
         return ""
     table = error_table(found)
-    bars = charts.bars("errors", [row[0] for row in table.rows], [100 * (row[3] or 0) for row in table.rows],
-                       x_label="AP50 that fixing all of a kind would give, points")  # fmt: skip
+    bars = charts.bars(
+        "chart-errors", [row[0] for row in table.rows], [100 * (row[3] or 0) for row in table.rows],
+        "kinds of mistakes (TIDE, Bolya et al. 2020), by hotcoco",
+        x_label="AP50 that fixing all of a kind would give, points",
+    )  # fmt: skip
     kind, _, count, gained = table.rows[0]
     lost = f"{count:,} detections or objects, {100 * (gained or 0):.1f} points of AP50"
     lead = f"Most is lost by {KINDS[kind].split(':')[0]}: {lost}. {ADVICE[kind]}"
     return blocks.section(
-        "errors", "Mistakes",
-        blocks.figure(bars, "kinds of mistakes (TIDE, Bolya et al. 2020), by hotcoco", "chart-errors"),
+        "errors", "Mistakes", bars,
         shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click one for its pictures"),
         shown_table(image_table(found, dataset, LISTED), picks=_shown(found, run.cfg.seed, found.worst(LISTED))),
         _suspects(found, dataset, run.cfg.seed),

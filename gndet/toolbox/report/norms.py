@@ -86,17 +86,14 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
     std = charts.Series("median", x, *(_at(layers, "std", place) for place in (2, 0, 4)))
     gamma = charts.Series("gamma", x, *(_at(layers, "gamma", place) for place in (1, 0, 2)))
     figures = [
-        blocks.figure(
-            charts.lines(
-                "norm-std", [std], x_label="layer", y_label=f"standard deviation of {groups}", log_y=_positive(layers)
-            ),
+        charts.lines(
+            "norm-std", [std],
             f"Standard deviations of {groups} before normalisation: median, and 5 to 95 % over {groups} and images. "
-            f"{_places(layers)}", "norm-std",
+            f"{_places(layers)}",
+            x_label="layer", y_label=f"standard deviation of {groups}", log_y=_positive(layers),
         ),
-        blocks.figure(
-            charts.lines("norm-gamma", [gamma], x_label="layer", y_label="gamma"),
-            "Gamma: median over channels, from the smallest to the largest.", "norm-gamma",
-        ),
+        charts.lines("norm-gamma", [gamma], "Gamma: median over channels, from the smallest to the largest.",
+                     x_label="layer", y_label="gamma"),
         _shares(layers, x, groups), _similar(layers, x), _gap(layers, x),
     ]  # fmt: skip
     sentences = [block for block in figures if block and not block.startswith("<figure")]
@@ -133,8 +130,8 @@ def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
             f"No {groups} with a variance below eps, no dead or exploding gamma, no maps of one cell, nothing that is "
             "not finite."
         )
-    drawn = charts.lines("norm-shares", shown, x_label="layer", y_label="share, %", y_range=(-2, 102))
-    return blocks.figure(drawn, "What should be zero and is not.", "norm-shares")
+    caption = "What should be zero and is not."
+    return charts.lines("norm-shares", shown, caption, x_label="layer", y_label="share, %", y_range=(-2, 102))
 
 
 def _similar(layers: Sequence[Layer], x: list[int]) -> str:
@@ -142,14 +139,10 @@ def _similar(layers: Sequence[Layer], x: list[int]) -> str:
         charts.Series(name, x, _at(layers, "similar", place))
         for place, name in enumerate(("in one group", "in two groups"))
     ]
-    shown = [line for line in series if np.isfinite(line.y).any()]
-    if not shown:
-        return ""
-    drawn = charts.lines("norm-similar", shown, x_label="layer", y_label="mean |correlation|", y_range=(0, 1))
     caption = "How similar channels are: mean |correlation| of two channels over positions; 1: copies of each other."
-    if len(shown) > 1:
+    if all(np.isfinite(line.y).any() for line in series):
         caption += " Groups help where the channels of a group belong together."
-    return blocks.figure(drawn, caption, "norm-similar")
+    return charts.lines("norm-similar", series, caption, x_label="layer", y_label="mean |correlation|", y_range=(0, 1))
 
 
 def _gap(layers: Sequence[Layer], x: list[int]) -> str:
@@ -163,8 +156,6 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
         charts.Series("mean, moving", x, _at(layers, "spread_mean")),
         charts.Series("std, moving", x, _at(layers, "spread_std")),
     ]
-    shown = [line for line in series if np.isfinite(line.y).any()]
-    drawn = charts.lines("norm-gap", shown, x_label="layer", y_label="distance")
     live = any(layer["kind"] in BATCH_KINDS for layer in stored)
     caption = (
         f"Statistics of batches against the {'running' if live else 'stored'} ones that evaluation uses: means in "
@@ -172,7 +163,7 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
         f"to the next. BN assumes 0. The heads get the {PROBED_REGIONS} best proposals per image here, in training "
         "others too."
     )
-    return blocks.figure(drawn, caption, "norm-gap")
+    return charts.lines("norm-gap", series, caption, x_label="layer", y_label="distance")
 
 
 # --- over training
@@ -196,10 +187,9 @@ def _over_training(entries: Sequence[dict[str, Any]]) -> str:
     padding = _floats([entry.get("padding") for entry in entries])
     if np.nansum(padding) > 0:
         line = charts.Series("padding", [entry["update"] for entry in entries], [100 * value for value in padding])
-        drawn = charts.lines(
-            "norm-padding", [line], x_label="update", y_label="padding, %", x_range=(0, None), y_range=(0, None)
-        )
-        figures.append(blocks.figure(drawn, "Share of the training batches that is padding.", "norm-padding"))
+        caption = "Share of the training batches that is padding."
+        limits = {"x_range": (0, None), "y_range": (0, None)}
+        figures.append(charts.lines("norm-padding", [line], caption, x_label="update", y_label="padding, %", **limits))
     return blocks.beside(*figures)
 
 
@@ -217,12 +207,9 @@ def _by_part(
             values = [value(layer) for layer in entry["layers"] if part(layer["name"]) == name]
             known = [value for value in values if value is not None]
             y.append(float(np.median(known)) if known else math.nan)
-        if np.isfinite(y).any():
-            series.append(charts.Series(name, updates, y))
-    if not series:
-        return ""
+        series.append(charts.Series(name, updates, y))
     log_y = log_y and all(value > 0 or math.isnan(value) for line in series for value in line.y)
-    return blocks.figure(charts.lines(id, series, x_label="update", y_label=y_label, log_y=log_y), caption, id)
+    return charts.lines(id, series, caption, x_label="update", y_label=y_label, log_y=log_y)
 
 
 # --- the table

@@ -31,10 +31,7 @@ def section(run: RunRecord) -> str:
     )
     return blocks.section(
         "quality", "Detections",
-        blocks.beside(
-            blocks.figure(_precision_recall(found, shown), "precision and recall at IoU 0.5, COCO's", "chart-pr"),
-            blocks.figure(_f1(found, shown), "F1 by the score from which detections count, IoU 0.5", "chart-f1"),
-        ),
+        blocks.beside(_precision_recall(found, shown), _f1(found, shown)),
         shown_table(class_table(found), picks=[f"class:{name}" for name in found.matches.classes] + [""],
                     note=f"; of {found.intervals.draws} draws of images; click a class for its pictures"),
         shown_table(threshold_table(found)),
@@ -56,14 +53,16 @@ def _precision_recall(found: Analysis, shown: Sequence[int]) -> str:
     if len(shown) > 1:
         mean = defined[:, ~np.isnan(defined).all(0)].mean(1)
         series.append(Series("mean of classes", RECALLS, mean))
-    return charts.lines("pr", series, x_label="recall", y_label="precision", y_range=(0, 1.03))
+    caption = "precision and recall at IoU 0.5, COCO's"
+    return charts.lines("chart-pr", series, caption, x_label="recall", y_label="precision", y_range=(0, 1.03))
 
 
 def _f1(found: Analysis, shown: Sequence[int]) -> str:
     series = [Series(found.matches.classes[k], SCORES, found.curves.f1[k]) for k in shown]
     if len(shown) > 1:
         series.append(Series(ALL, SCORES, found.curves.f1[-1]))
-    return charts.lines("f1", series, x_label="score", y_label="F1", y_range=(0, 1.03))
+    caption = "F1 by the score from which detections count, IoU 0.5"
+    return charts.lines("chart-f1", series, caption, x_label="score", y_label="F1", y_range=(0, 1.03))
 
 
 def _confusion(found: Analysis) -> str:
@@ -74,9 +73,8 @@ def _confusion(found: Analysis) -> str:
         return ""
     matrix = found.confusion[np.ix_(used, used)]
     labels = [names[place] for place in used]
-    svg = charts.heat("confusion", matrix, labels, labels, x_label="found", y_label="annotated")
     caption = f"objects by their class and what was found there, scores from {found.threshold:.2f} on, IoU 0.5"
-    return blocks.figure(svg, caption, "chart-confusion")
+    return charts.heat("chart-confusion", matrix, labels, caption, x_label="found", y_label="annotated")
 
 
 def shown_table(table: Table, *, picks: Sequence[str] | None = None, note: str = "") -> str:

@@ -57,20 +57,20 @@ def _chart(study: Study, metric: str) -> str:
     if len(study.sizes) == 1:
         means = [percent_mean(study, variant, study.sizes[0], metric) for variant in study.variants]
         halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
-        svg = charts.bars(
-            name, [variant_title(v) for v in study.variants], [mean.mean for mean in means],
+        return charts.bars(
+            name, [variant_title(v) for v in study.variants], [mean.mean for mean in means], caption,
             x_label=f"{METRICS[metric]}, %", low=[m.mean - h for m, h in zip(means, halves, strict=True)],
             high=[m.mean + h for m, h in zip(means, halves, strict=True)],
         )  # fmt: skip
-        return blocks.figure(svg, caption, name)
     lines = []
     for variant in study.variants:
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
         centre, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
         band = (centre - half, centre + half) if np.isfinite(half).any() else (None, None)
         lines.append(charts.Series(variant_title(variant), study.sizes, centre, *band))
-    svg = charts.lines(name, lines, x_label="images per GPU", y_label=f"{METRICS[metric]}, %", doubling=study.sizes)
-    return blocks.figure(svg, caption, name)
+    return charts.lines(
+        name, lines, caption, x_label="images per GPU", y_label=f"{METRICS[metric]}, %", doubling=study.sizes
+    )
 
 
 def _table(study: Study, metric: str) -> str:

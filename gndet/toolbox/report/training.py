@@ -28,11 +28,8 @@ def section(run: RunRecord) -> str:
 
 
 def _figure(name: str, series: list[Series], y_label: str, caption: str) -> str:
-    series = [line for line in series if len(line.x)]
-    if not series:
-        return ""
-    svg = charts.lines(name, series, x_label="update", y_label=y_label, x_range=(0, None), y_range=(0, None))
-    return blocks.figure(svg, caption, f"chart-{name}")
+    limits = {"x_range": (0, None), "y_range": (0, None)}
+    return charts.lines(f"chart-{name}", series, caption, x_label="update", y_label=y_label, **limits)
 
 
 def _series(log: Sequence[dict[str, Any]], key: str, name: str, factor: float = 1.0) -> Series:

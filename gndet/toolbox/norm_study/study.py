@@ -18,6 +18,7 @@ from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError
+from gndet.files import make_folder
 from gndet.toolbox.analysis.study_results import (
     CURVE,
     METRICS,
@@ -88,11 +89,8 @@ class Work:
     def prepare(self, budget: float | None) -> None:
         """Make the folders, find finished cells, measure the speed, and fit the schedule to the budget."""
         began = time.monotonic()
-        try:
-            for name in (CELLS, LOGS):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot make the study's folders: {error.strerror}") from None
+        for name in (CELLS, LOGS):
+            make_folder(self.folder / name, "--out")
         study, show = self.study, self.show
         counts = f"{len(study.variants)} norms x {len(study.sizes)} sizes x seeds: {len(study.results)} cells"
         show(f"{counts} -> {self.folder}\n{study.rule}")

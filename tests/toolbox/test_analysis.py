@@ -34,20 +34,20 @@ def detections(dataset: Dataset, *, masks: bool, seed: int = 0) -> list[dict]:
             for _ in range(draws.choice(3, p=(0.15, 0.65, 0.2))):
                 label = label if draws.random() < 0.8 else draws.integers(len(dataset.classes))
                 moved = box + draws.normal(0, 0.08, 4) * np.tile(box[2:] - box[:2], 2)
-                one = {
+                row = {
                     "image_id": record.image_id, "category_id": dataset.category_ids[label],
                     "bbox": [float(v) for v in (*moved[:2], *(moved[2:] - moved[:2]).clip(0.5))],
                     "score": float(np.round(draws.random(), 2)),
                 }  # fmt: skip
                 if masks and mask is not None:
                     rows = np.zeros((height, width), np.uint8)
-                    x, y, w, h = (int(v) for v in one["bbox"])
+                    x, y, w, h = (int(v) for v in row["bbox"])
                     rows[max(y, 0) : y + h + 1, max(x, 0) : x + w + 1] = 1
                     rows[0, 0] = 1  # never empty
                     from_mask = encode(rows)
-                    one["segmentation"] = from_mask
-                if not masks or "segmentation" in one:
-                    found.append(one)
+                    row["segmentation"] = from_mask
+                if not masks or "segmentation" in row:
+                    found.append(row)
         if not masks:
             found.append({
                 "image_id": record.image_id, "category_id": dataset.category_ids[0],
@@ -83,10 +83,10 @@ def reference(dataset: Dataset, found: Results, kind: str) -> COCOeval:
     truth = coco_truths(dataset, masks=kind == "mask")["segm" if kind == "mask" else "bbox"]
     with contextlib.redirect_stdout(io.StringIO()):
         expected = COCO()
-        expected.dataset = truth | {"annotations": [dict(one) for one in truth["annotations"]]}
+        expected.dataset = truth | {"annotations": [dict(row) for row in truth["annotations"]]}
         expected.createIndex()
         key = "segmentation" if kind == "mask" else "bbox"
-        rows = [{name: one[name] for name in ("image_id", "category_id", "score", key)} for one in found]
+        rows = [{name: row[name] for name in ("image_id", "category_id", "score", key)} for row in found]
         scorer = COCOeval(expected, expected.loadRes(rows), "segm" if kind == "mask" else "bbox")
         scorer.evaluate()
         scorer.accumulate()
@@ -97,10 +97,10 @@ def test_matches_are_pycocotools_own(case: tuple) -> None:
     _, _, found, scorer = case
     mine = found.matches.matched * ~found.matches.ignored
     listed = {}
-    for one in scorer.evalImgs:
-        if one is not None and one["aRng"] == scorer.params.areaRng[0]:
-            for place, id in enumerate(one["dtIds"]):
-                listed[id - 1] = np.where(one["dtIgnore"][:, place], 0, one["dtMatches"][:, place])
+    for part in scorer.evalImgs:
+        if part is not None and part["aRng"] == scorer.params.areaRng[0]:
+            for place, id in enumerate(part["dtIds"]):
+                listed[id - 1] = np.where(part["dtIgnore"][:, place], 0, part["dtMatches"][:, place])
     assert sorted(found.matches.index.tolist()) == sorted(listed)
     assert all((mine[row] == listed[id]).all() for row, id in enumerate(found.matches.index.tolist()))
 
@@ -187,8 +187,8 @@ def test_an_image_counts_what_is_found_false_and_missed(case: tuple) -> None:
 
 def test_a_perfect_detector_makes_no_mistakes(dataset: Dataset) -> None:
     rows = [
-        {"image_id": one["image_id"], "category_id": one["category_id"], "bbox": one["bbox"], "score": 0.9}
-        for one in to_coco(dataset)["annotations"] if not one["iscrowd"]
+        {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"], "score": 0.9}
+        for row in to_coco(dataset)["annotations"] if not row["iscrowd"]
     ]  # fmt: skip
     found = analyse(dataset, from_coco(rows), kind="box", max_detections=100)
     assert found.metrics.summary["AP"] == 1.0 and found.worst(50) == [] and found.suspects == []

@@ -51,11 +51,11 @@ def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
     monkeypatch.setattr(sys, "argv", ["gndet"])
     status, text = shown(["--json", str(tmp_path / "report.json")], capsys)
     report = json.loads((tmp_path / "report.json").read_text())
-    facts = [Fact(**one) for section in report["sections"] for one in section["facts"]]
+    facts = [Fact(**fact) for section in report["sections"] for fact in section["facts"]]
     assert status == 0 and report["healthy"] is True, text
     assert text.rstrip().endswith(report["verdict"]) and report["verdict"].startswith("verdict: healthy")
     lines = [*(section["title"] for section in report["sections"]), *map(line, facts), report["verdict"]]
-    assert [one for one in text.splitlines() if one] != [] and sorted(filter(None, text.splitlines())) == sorted(lines)
+    assert sorted(filter(None, text.splitlines())) == sorted(lines)
     titles = [section["title"] for section in report["sections"]]
     assert titles == ["gndet doctor", "packages", "devices", "kernels", "data loader", "disk"]
     names = {fact.name for fact in facts}
@@ -102,7 +102,7 @@ def test_files_of_this_folder_do_not_pass_for_packages(tmp_path: Path, monkeypat
     (tmp_path / "numpy.py").write_text("raise ImportError('mine')\n")
     monkeypatch.chdir(tmp_path)
     found = package.examine(None)
-    assert next(one for one in found if isinstance(one, Fact) and one.name == "numpy").mark == "ok"
+    assert next(fact for fact in found if isinstance(fact, Fact) and fact.name == "numpy").mark == "ok"
     found.close()
 
 
@@ -170,7 +170,7 @@ def test_the_norm_is_compared_with_what_torch_computes_in_float64() -> None:
     x, grad = kernels.noise(kernels.MAP, 0), kernels.noise(kernels.MAP, 1)
     gamma, beta = kernels.noise((64,), 2), kernels.noise((64,), 3)
     found = kernels.exact_group_norm(x, grad, gamma, beta, (kernels.MAP[2:],) * 2)
-    leaves = [one.double().requires_grad_() for one in (x, gamma, beta)]
+    leaves = [tensor.double().requires_grad_() for tensor in (x, gamma, beta)]
     y = F.group_norm(leaves[0], kernels.GROUPS, *leaves[1:], 1e-5)
     for got, expected in zip(found, (y, *torch.autograd.grad(y, leaves, grad.double())), strict=True):
         torch.testing.assert_close(got, expected.detach())
@@ -319,9 +319,9 @@ def test_data_that_is_refused_is_a_finding(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(inside, "STEPS", {"loading": "data loader", "room": "disk"})
     said: list[dict] = []
     inside.main([str(REPOSITORY / "configs/bccd_r18_gn_scratch.yaml"), f"data.root={tmp_path}"], said.append)
-    wrong = [one for one in said if one.get("mark") == "wrong"]
-    assert [one["name"] for one in wrong] == ["data loader"] and "instances_train.json" in wrong[0]["text"]
-    assert {"run folder"} <= {one.get("name") for one in said}  # what follows is tried
+    wrong = [row for row in said if row.get("mark") == "wrong"]
+    assert [row["name"] for row in wrong] == ["data loader"] and "instances_train.json" in wrong[0]["text"]
+    assert {"run folder"} <= {row.get("name") for row in said}  # what follows is tried
 
 
 def test_a_config_s_data_is_loaded_as_the_run_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_a_config_s_data_is_loaded_as_the_run_would(monkeypatch: pytest.MonkeyPa
     cfg = load_config(QUICKSTART, [f"out={tmp_path}", "data.train.count=5", "data.workers=1"])
     source = loading.read(cfg)
     assert len(source.dataset.records) == 5 and source.images == 2 and source.masks
-    found = {one.name: one for one in loading.facts(cfg) if isinstance(one, Fact)}
+    found = {fact.name: fact for fact in loading.facts(cfg) if isinstance(fact, Fact)}
     assert found["loader processes"].mark == "ok" and "data.workers=1" in found["loader processes"].text
     assert found["data wait"].mark == "warning" and "logged 50 % of the time" in found["data wait"].text
 

@@ -87,9 +87,9 @@ def test_masked_pictures_measure_alike_in_any_company() -> None:
     model = small_model().double()
     wide = look(model, [(96, 128), (64, 80)])
     alone = measure(model, [make_batch([(96, 128)]), make_batch([(64, 80)], first=1)], nullcontext, None)
-    for one, two in zip(wide, alone, strict=True):
-        if one.numbers["name"].startswith(("backbone.", "fpn.")):
-            np.testing.assert_allclose(one.group_std, two.group_std, rtol=1e-9)
+    for beside, single in zip(wide, alone, strict=True):
+        if beside.numbers["name"].startswith(("backbone.", "fpn.")):
+            np.testing.assert_allclose(beside.group_std, single.group_std, rtol=1e-9)
 
 
 def test_identical_channels_of_a_group_are_wholly_alike() -> None:
@@ -125,7 +125,7 @@ def planted(change: Callable[[MaskRCNN], None], norm: NormConfig | None = None, 
 
 def words(measured: list[Any], update: int = 50, padding: float | None = None) -> str:
     entry = {"update": update, "layers": [layer.numbers for layer in measured], "padding": padding}
-    return "\n".join(f"{one.kind}: {one.words}" for one in norm_findings([json.loads(json.dumps(entry))]))
+    return "\n".join(f"{finding.kind}: {finding.words}" for finding in norm_findings([json.loads(json.dumps(entry))]))
 
 
 def nudge(model: MaskRCNN) -> None:
@@ -359,7 +359,7 @@ def test_the_gravest_comes_first(trained: Path) -> None:
     entries = read_norms(trained)
     entries[-1]["layers"][-1]["nonfinite"] = 0.1
     found = norm_findings(entries)
-    kinds = [one.kind for one in found]
+    kinds = [finding.kind for finding in found]
     assert kinds == sorted(kinds) and "is not finite" in found[0].words
 
 

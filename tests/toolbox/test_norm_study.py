@@ -129,14 +129,14 @@ def test_one_seed_is_said_to_tell_nothing_of_chance() -> None:
 
 
 def test_a_failed_cell_is_shown_in_its_place_and_not_averaged() -> None:
-    one = made_up({("gn", 1): [0.4, 0.6, 0.9], ("bn", 1): [0.5, 0.5, 0.5]})
-    one.results[2].state = "failed"
-    assert cell_values(one, "gn", 1, "box/AP") == [0.4, 0.6]
-    for result in one.results[3:]:
+    grid = made_up({("gn", 1): [0.4, 0.6, 0.9], ("bn", 1): [0.5, 0.5, 0.5]})
+    grid.results[2].state = "failed"
+    assert cell_values(grid, "gn", 1, "box/AP") == [0.4, 0.6]
+    for result in grid.results[3:]:
         result.state = "failed"
-    shown = study_table(one, "box/AP")
+    shown = study_table(grid, "box/AP")
     assert "50.0 ± 127.1 (2), 1 failed" in shown and shown.splitlines()[-1].split() == ["bn", "failed"]
-    assert "Failed: gn at 1 (seed 2), bn at 1 (seed 0)" in study_verdict(one)[-1]
+    assert "Failed: gn at 1 (seed 2), bn at 1 (seed 0)" in study_verdict(grid)[-1]
 
 
 @pytest.mark.parametrize("kinds", [("gn", "bn"), ("groups-1", "groups-4", "groups-channels")])
@@ -145,10 +145,10 @@ def test_a_failed_cell_is_shown_in_its_place_and_not_averaged() -> None:
 def test_every_kind_of_study_is_drawn(
     kinds: tuple[str, ...], sizes: tuple[int, ...], seeds: int, tmp_path: Path
 ) -> None:
-    one = made_up({(kind, size): [0.3, 0.4, 0.6][:seeds] for kind in kinds for size in sizes})
-    one.results[0].state, one.results[0].metrics, one.results[0].reason = "failed", {}, "<loss> is not finite"
-    write_study(tmp_path, one)
-    draw_curve(one, tmp_path / "curve.png")
+    grid = made_up({(kind, size): [0.3, 0.4, 0.6][:seeds] for kind in kinds for size in sizes})
+    grid.results[0].state, grid.results[0].metrics, grid.results[0].reason = "failed", {}, "<loss> is not finite"
+    write_study(tmp_path, grid)
+    draw_curve(grid, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     html = section(tmp_path)
     assert "<svg" in html and "&lt;loss&gt; is not finite" in html and "nan" not in html.lower()
@@ -162,13 +162,13 @@ def test_every_kind_of_study_is_drawn(
     ],
 )
 def test_the_command_of_the_page_asks_for_the_same_study(kinds: tuple[str, ...], asked: dict[str, Any]) -> None:
-    one = made_up({(kind, size): [0.3, 0.4, 0.5] for kind in kinds for size in (1, 8)})
-    one.overrides, one.budget, one.batch = ["data.root=a folder", "data.shortest_edge=[64,72]"], 5400.0, "fixed"
-    words = shlex.split(study_command(one))
+    grid = made_up({(kind, size): [0.3, 0.4, 0.5] for kind in kinds for size in (1, 8)})
+    grid.overrides, grid.budget, grid.batch = ["data.root=a folder", "data.shortest_edge=[64,72]"], 5400.0, "fixed"
+    words = shlex.split(study_command(grid))
     options = vars(parse(words[1:]))
     asked |= {
         "config": "c.yaml", "images_per_gpu": (1, 8), "seeds": 3, "budget": 5400.0, "batch": "fixed",
-        "overrides": one.overrides,
+        "overrides": grid.overrides,
     }  # fmt: skip
     assert words[:2] == ["gndet", "norm-study"] and {name: options[name] for name in asked} == asked
 
@@ -221,30 +221,30 @@ def test_group_counts_go_from_ln_to_in(config: str, count: str, kind: str, group
 
 
 def test_scaled_batches_show_every_cell_the_same_number_of_images(config: str) -> None:
-    one = begun(config)
-    for cell in one.results:
-        train = load_config(config, cell_overrides(cell, one)).train
+    grid = begun(config)
+    for cell in grid.results:
+        train = load_config(config, cell_overrides(cell, grid)).train
         assert train.global_batch == train.images_per_gpu == cell.images
         assert train.schedule.reference_batch == 2
 
 
 def test_fixed_batches_keep_the_configs(config: str) -> None:
-    one = begun(config, ("gn", "bn"), "fixed", "train.global_batch=4")
-    batches = [load_config(config, [*one.overrides, *cell_overrides(c, one)]).train for c in one.results]
+    grid = begun(config, ("gn", "bn"), "fixed", "train.global_batch=4")
+    batches = [load_config(config, [*grid.overrides, *cell_overrides(c, grid)]).train for c in grid.results]
     assert [(train.global_batch, train.images_per_gpu) for train in batches] == [(4, 1), (4, 2)] * 2
 
 
 def test_a_shortened_schedule_keeps_its_proportions(config: str) -> None:
-    one = begun(config, ("gn",), "scaled", "train.schedule.updates=1000", "train.schedule.steps=[600,800]",
+    grid = begun(config, ("gn",), "scaled", "train.schedule.updates=1000", "train.schedule.steps=[600,800]",
                 "train.schedule.warmup=100")  # fmt: skip
-    one.factor, one.updates = 0.25, 250
-    schedule = load_config(config, [*one.overrides, *cell_overrides(one.results[0], one)]).train.schedule
+    grid.factor, grid.updates = 0.25, 250
+    schedule = load_config(config, [*grid.overrides, *cell_overrides(grid.results[0], grid)]).train.schedule
     assert (schedule.updates, schedule.steps, schedule.warmup) == (250, (150, 200), 25)
 
 
 def test_a_count_that_does_not_divide_the_channels_is_refused_with_the_reason(config: str) -> None:
-    one = begin(load_config(config), config, (), study_cells(("groups-3", "groups-8"), (1,), (0,)), "scaled", 1)
-    refused, accepted = one.results
+    grid = begin(load_config(config), config, (), study_cells(("groups-3", "groups-8"), (1,), (0,)), "scaled", 1)
+    refused, accepted = grid.results
     assert refused.state == "refused" and "groups: 3 does not divide 64 channels" in refused.reason
     assert accepted.state == "pending"
 
@@ -257,9 +257,9 @@ def test_what_cannot_be_split_is_refused_where_it_cannot_and_only_there(config: 
 
 
 def test_the_identity_and_the_copy_are_noted(config: str) -> None:
-    one = begun(config, ("bn", "sync_bn", "frozen_bn"))
-    assert "frozen_bn without train.weights is the identity" in one.notes[0] and "copied from bn" in one.notes[1]
-    assert [cell.state for cell in one.results] == ["pending"] * 2 + ["copied"] * 2 + ["pending"] * 2
+    grid = begun(config, ("bn", "sync_bn", "frozen_bn"))
+    assert "frozen_bn without train.weights is the identity" in grid.notes[0] and "copied from bn" in grid.notes[1]
+    assert [cell.state for cell in grid.results] == ["pending"] * 2 + ["copied"] * 2 + ["pending"] * 2
 
 
 @pytest.mark.parametrize(
@@ -426,10 +426,10 @@ def test_a_signal_ends_what_is_running(config: str, tmp_path: Path) -> None:
 
 
 def test_a_stopped_study_leaves_no_running_cell(config: str, tmp_path: Path) -> None:
-    one = begun(config)
-    one.results[0].state = "running"
+    grid = begun(config)
+    grid.results[0].state = "running"
     (tmp_path / "cells").mkdir()
-    Work(tmp_path, one, config, load_config(config), [{}], StopSignals(), print).note_stopped()
+    Work(tmp_path, grid, config, load_config(config), [{}], StopSignals(), print).note_stopped()
     assert states(tmp_path)["gn-1-seed0"] == "pending"
 
 

@@ -108,7 +108,7 @@ def test_a_fixed_size_and_no_masks(tmp_path: Path, picture: Path) -> None:
     file = tmp_path / "d.onnx"
     assert export(detector(tmp_path), file, [], str, picture=picture, size=(64, 96), masks=False)
     running = session(file)
-    assert [one.name for one in running.get_outputs()] == ["boxes", "scores", "labels"]
+    assert [output.name for output in running.get_outputs()] == ["boxes", "scores", "labels"]
     assert running.get_inputs()[0].shape == [64, 96, 3]
     found = run_onnx(file, np.asarray(Image.open(picture)))
     assert len(found.boxes) and found.boxes[:, 2].max() <= 120 and found.boxes[:, 3].max() <= 90
@@ -169,7 +169,7 @@ def test_a_damaged_weight_and_a_file_that_does_not_load_are_mismatches(exported:
     with process("cpu") as proc:
         mine = load_detector(exported / "checkpoint-0", [], proc)
     damaged = onnx.load(exported / "d.onnx")
-    bias = next(one for one in damaged.graph.initializer if one.name.endswith("mask_head.logits.bias"))
+    bias = next(tensor for tensor in damaged.graph.initializer if tensor.name.endswith("mask_head.logits.bias"))
     values = np.frombuffer(bias.raw_data, np.float32) + np.float32(0.01)
     bias.raw_data = values.tobytes()
     onnx.save(damaged, tmp_path / "damaged.onnx")
@@ -233,7 +233,7 @@ def test_pictures_that_cannot_be_read_are_passed_over_and_told(tmp_path: Path) -
     val = [f"data.root={tmp_path}", "data.val.kind=coco", "data.val.annotations=val.json", "data.val.images=."]
     cfg = with_overrides(cfg, val, "test")
     pictures, name = onnx_export._candidates(cfg, None, said.append)
-    assert [one.shape for one in pictures] == [(40, 60, 3)] and "val.json" in name and said == []
+    assert [image.shape for image in pictures] == [(40, 60, 3)] and "val.json" in name and said == []
     (tmp_path / "b.png").unlink()
     pictures, name = onnx_export._candidates(cfg, None, said.append)
     assert len(pictures) == onnx_export.TRIED and name == "drawn shapes" and "b.png" in said[0]

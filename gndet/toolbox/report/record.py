@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gndet.checkpoint import load_checkpoint, resolve, run_checkpoints
+from gndet.checkpoint import load_checkpoint, run_checkpoints
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
@@ -171,11 +171,3 @@ def training_time(run: RunRecord) -> str:
     if not seconds:
         return ""
     return time.strftime("%-H:%M h" if seconds >= 3600 else "%-M:%S min", time.gmtime(seconds))
-
-
-def best_checkpoint(run: RunRecord) -> str:
-    """Return the name of the checkpoint that predict and export take; "" where there is none."""
-    try:
-        return resolve(run.folder).name
-    except CheckpointError:
-        return ""

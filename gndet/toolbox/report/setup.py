@@ -6,7 +6,7 @@ from typing import Any
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
 from gndet.toolbox.report import blocks
-from gndet.toolbox.report.record import RunRecord, best_checkpoint
+from gndet.toolbox.report.record import RunRecord
 from gndet.training.run_folder import CONFIG, flat
 
 META = {"device": "device", "processes": "processes", "data": "hash of data", "masks": "hash of masks",
@@ -34,7 +34,7 @@ def next_commands(run: RunRecord) -> list[str]:
     """Return commands that repeat the run and use what it learned."""
     folder = run.folder
     lines = [f"gndet train {folder / CONFIG} out={folder}-again      # the same run once more"]
-    if best_checkpoint(run):
+    if run.meta:  # a checkpoint is there
         lines += [
             f"gndet evaluate {folder}",
             f"gndet predict {folder} IMAGE_OR_FOLDER --out predictions",

@@ -293,9 +293,9 @@ def test_torch_and_torchvision_of_two_releases_are_found(
 def test_versions_are_compared_by_their_numbers() -> None:
     assert packages.version_fits("2.14.1+cpu", ">=2.11,<2.16") and packages.version_fits("2.11", ">=2.11.0")
     assert not packages.version_fits("2.9.1", ">=2.11,<2.16") and not packages.version_fits("2.16.0", ">=2.11,<2.16")
-    assert packages.needed("numpy", "numpy", ">=99").mark == "warning"
-    assert packages.needed("no-such-package", "numpy", "").mark == "wrong"
-    assert packages.optional("no-such-package", "numpy", "videos").mark == ""
+    assert packages.judge_package("numpy", "numpy", ">=99", "").mark == "warning"
+    assert packages.judge_package("no-such-package", "numpy", "", "").mark == "wrong"
+    assert packages.judge_package("no-such-package", "numpy", "", "videos").mark == ""
 
 
 # --- with a config

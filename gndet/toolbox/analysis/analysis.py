@@ -69,11 +69,10 @@ def draws_masks(dataset: Dataset) -> bool:
     return any(mask is not None for record in dataset.records for mask in record.segmentations)
 
 
-def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: int, seed: int = 0) -> Analysis:
+def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: int) -> Analysis:
     """Analyse detections by their boxes or masks.
 
-    kind: "box" or "mask", which objects and detections must have; max_detections: per image and class; seed: of the
-    intervals.
+    kind: "box" or "mask", which objects and detections must have; max_detections: per image and class.
     """
     scored: Kind = "segm" if kind == "mask" else "bbox"
     truth = coco_truths(dataset, masks=kind == "mask")[scored]
@@ -88,7 +87,7 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
         f1 = np.where(counts.any(1), 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]), 1.0)
     return Analysis(
         kind=kind, metrics=metrics, precision=scorer.eval["precision"][:, :, :, 0, -1], matches=matches,
-        curves=curves, best=best, intervals=ap_intervals(matches, seed=seed),
+        curves=curves, best=best, intervals=ap_intervals(matches),
         errors=sort_errors(scorer, matches, results, truth, segm=kind == "mask"),
         confusion=scorer.confusion_matrix(0.5, max_detections, threshold)["matrix"].astype(np.int64),
         counts=counts, f1=f1, suspects=_suspects(scorer, matches, threshold),

@@ -4,7 +4,6 @@ import contextlib
 import resource
 import shutil
 import time
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.batches.batch import largest_batch
-from gndet.data.batches.stream import Loaded, train_batches
+from gndet.data.batches.stream import train_batches
 from gndet.data.batches.workers import PREFETCH
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
@@ -86,19 +85,16 @@ def rate(source: LoaderInput, workers: int) -> tuple[float, list[str]]:
     deaths: list[str] = []
     data, count = source.data.model_copy(update={"workers": workers}), 0
     before = time.perf_counter()
-    with contextlib.closing(_batches(source, data, deaths)) as batches:
+    batches = train_batches(
+        source.dataset, data, seed=0, start=0, stop=-(-PICTURES // source.images), images_per_gpu=source.images,
+        global_batch=source.images, rank=0, world=1, masks=source.masks, pin_memory=False, notify=deaths.append,
+    )  # fmt: skip
+    with contextlib.closing(batches):
         for loaded in batches:
             count += len(loaded.image_ids)
             if time.perf_counter() - before > SECONDS:
                 break
     return count / (time.perf_counter() - before), deaths
-
-
-def _batches(source: LoaderInput, data: DataConfig, deaths: list[str]) -> Generator[Loaded, None, None]:
-    return train_batches(
-        source.dataset, data, seed=0, start=0, stop=-(-PICTURES // source.images), images_per_gpu=source.images,
-        global_batch=source.images, rank=0, world=1, masks=source.masks, pin_memory=False, notify=deaths.append,
-    )  # fmt: skip
 
 
 def wait(images: int, images_per_s: float, out: Path | None) -> Fact:

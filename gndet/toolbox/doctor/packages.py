@@ -32,38 +32,27 @@ OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": oper
 def facts(cfg: Config | None) -> Facts:
     """Yield one fact per package."""
     wanted = requirements("gndet")
-    for name, module in NEEDED.items():
+    for name, (module, use) in ({name: (module, "") for name, module in NEEDED.items()} | OPTIONAL).items():
         yield f"importing {module}"
-        yield needed(name, module, wanted.get(name, ""))
-    for name, (module, use) in OPTIONAL.items():
-        yield f"importing {module}"
-        yield optional(name, module, use)
+        yield judge_package(name, module, wanted.get(name, ""), use)
     yield from (fact for fact in (pairing(), numpy_exchange()) if fact)
 
 
-def needed(name: str, module: str, wanted: str) -> Fact:
-    """Judge a package that gndet requires.  wanted: the versions, like >=2.11,<2.16."""
+def judge_package(name: str, module: str, wanted: str, use: str) -> Fact:
+    """Judge a package.  wanted: versions, like >=2.11,<2.16; use: of an optional package, "" for a required one."""
     version = installed(name)
+    if version is None and use:
+        return Fact(name, f"not installed (optional): {use}")
     if version is None:
         return Fact(name, f"not installed: pip install '{name}{wanted}'", "wrong")
     before = time.perf_counter()
     if trouble := import_trouble(module):
-        return Fact(name, f"{version}, cannot be imported: {trouble}", "wrong")
+        return Fact(name, f"{version}, cannot be imported: {trouble}", "warning" if use else "wrong")
     seconds = time.perf_counter() - before
     slow = f", imported in {seconds:.1f} s" if seconds > 1 else ""
     if not version_fits(version, wanted):
         return Fact(name, f"{version}, expected {wanted}{slow}", "warning")
     return Fact(name, version + slow, "ok")
-
-
-def optional(name: str, module: str, use: str) -> Fact:
-    """Judge an optional package."""
-    version = installed(name)
-    if version is None:
-        return Fact(name, f"not installed (optional): {use}")
-    if trouble := import_trouble(module):
-        return Fact(name, f"{version}, cannot be imported: {trouble}", "warning")
-    return Fact(name, version, "ok")
 
 
 def installed(name: str) -> str | None:

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gndet.config.schema import Config
 from gndet.modeling.build import build_model
@@ -20,16 +19,12 @@ def facts(cfg: Config | None) -> Facts:
     """Yield the free disk of the run folder (without a config: of this folder), and of the cache."""
     yield "building the model"
     used = cfg or USUAL
-    each = checkpoint_bytes(build(used), used.train)
+    with torch.device("meta"):  # no memory for the weights
+        model = build_model(used.model, len(used.data.classes or ()) or COCO_CLASSES)
+    each = checkpoint_bytes(model, used.train)
     yield disk("run folder" if cfg else "this folder", Path(cfg.out if cfg else "."), each, used.train.keep_last + 2)
     if used.data.cache:
         yield cache(Path(used.data.cache).expanduser())
-
-
-def build(cfg: Config) -> nn.Module:
-    """Build the model without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(cfg.model, len(cfg.data.classes or ()) or COCO_CLASSES)
 
 
 def disk(name: str, folder: Path, each: int, count: int) -> Fact:

@@ -89,10 +89,10 @@ def number(value: float | None, digits: int = 3) -> Cell:
     return (value, f"{value:.{digits}g}") if defined else (math.nan, "-")
 
 
-def percent(value: float | None, digits: int = 1) -> Cell:
+def percent(value: float | None) -> Cell:
     """Return a cell with a fraction in percent; "-" where it is undefined."""
     defined = value is not None and math.isfinite(value)
-    return (value, f"{100 * value:.{digits}f}") if defined else (math.nan, "-")
+    return (value, f"{100 * value:.1f}") if defined else (math.nan, "-")
 
 
 def count(value: int) -> Cell:

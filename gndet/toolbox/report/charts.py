@@ -97,7 +97,7 @@ def lines(
 ) -> str:  # fmt: skip
     """Draw lines with their bands, and a marker at each point of lines with 12 or fewer; "" where nothing is finite.
 
-    doubling: ticks of an x axis whose unit is a doubling.
+    log_y: a logarithmic axis, if all values are positive.  doubling: ticks of an x axis whose unit is a doubling.
     """
     drawn = [(number, line) for number, line in enumerate(series) if np.isfinite(line.y).any()]
     if not drawn:
@@ -111,7 +111,8 @@ def lines(
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
         _label_axes(axes, x_label, y_label)
-        if log_y:
+        values = (part for _, line in drawn for part in (line.y, line.low, line.high) if part is not None)
+        if log_y and not any((np.asarray(part) <= 0).any() for part in values):
             axes.set_yscale("log")
             _plain_ticks(axes.yaxis)
         if doubling is not None:

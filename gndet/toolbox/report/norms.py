@@ -67,14 +67,10 @@ def part(name: str) -> str:
     return rest.partition(".")[0] if first == "backbone" else first
 
 
-def _floats(values: Sequence[Value]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
-
-
-def _at(layers: Sequence[Layer], key: str, place: int | None = None) -> list[float]:
+def _at(layers: Sequence[Layer], key: str, place: int | None = None) -> np.ndarray:
     """Return a number of each layer; nan where the layer has none."""
     values = [layer.get(key) for layer in layers]
-    return _floats([value if place is None or value is None else value[place] for value in values])
+    return np.array([value if place is None or value is None else value[place] for value in values], np.float64)
 
 
 # --- by layer
@@ -90,7 +86,7 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
             "norm-std", [std],
             f"Standard deviations of {groups} before normalisation: median, and 5 to 95 % over {groups} and images. "
             f"{_places(layers)}",
-            x_label="layer", y_label=f"standard deviation of {groups}", log_y=_positive(layers),
+            x_label="layer", y_label=f"standard deviation of {groups}", log_y=True,
         ),
         charts.lines("norm-gamma", [gamma], "Gamma: median over channels, from the smallest to the largest.",
                      x_label="layer", y_label="gamma"),
@@ -98,11 +94,6 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
     ]  # fmt: skip
     sentences = [block for block in figures if block and not block.startswith("<figure")]
     return [*sentences, blocks.beside(*(block for block in figures if block not in sentences))]
-
-
-def _positive(layers: Sequence[Layer]) -> bool:
-    """Return whether standard deviations fit a logarithmic axis."""
-    return all(layer["std"] is None or min(layer["std"]) > 0 for layer in layers)
 
 
 def _places(layers: Sequence[Layer]) -> str:
@@ -118,7 +109,7 @@ def _places(layers: Sequence[Layer]) -> str:
 def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
     """Draw, in percent, what should be zero; return a sentence where all of it is."""
     series = [
-        charts.Series(name, x, [100 * value for value in _at(layers, key)])
+        charts.Series(name, x, 100 * _at(layers, key))
         for name, key in (
             (f"{groups} below eps", "eps_dominated"), ("dead gamma", "dead"), ("exploding gamma", "exploding"),
             ("one-cell maps", "one_cell"), ("not finite", "nonfinite"),
@@ -184,9 +175,9 @@ def _over_training(entries: Sequence[dict[str, Any]]) -> str:
             "Means of batches against the running or stored ones, in their standard deviations.",
         ),
     ]  # fmt: skip
-    padding = _floats([entry.get("padding") for entry in entries])
+    padding = 100 * np.array([entry.get("padding") for entry in entries], np.float64)
     if np.nansum(padding) > 0:
-        line = charts.Series("padding", [entry["update"] for entry in entries], [100 * value for value in padding])
+        line = charts.Series("padding", [entry["update"] for entry in entries], padding)
         caption = "Share of the training batches that is padding."
         limits = {"x_range": (0, None), "y_range": (0, None)}
         figures.append(charts.lines("norm-padding", [line], caption, x_label="update", y_label="padding, %", **limits))
@@ -208,7 +199,6 @@ def _by_part(
             known = [value for value in values if value is not None]
             y.append(float(np.median(known)) if known else math.nan)
         series.append(charts.Series(name, updates, y))
-    log_y = log_y and all(value > 0 or math.isnan(value) for line in series for value in line.y)
     return charts.lines(id, series, caption, x_label="update", y_label=y_label, log_y=log_y)
 
 

@@ -96,7 +96,7 @@ def _by_image(truth: dict[str, Any], segm: bool) -> dict[int, list[_Object]]:
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     objects: dict[int, list[_Object]] = {}
     for row in truth["annotations"]:
-        shape = _mask(row["segmentation"], sizes[row["image_id"]]) if segm else row["bbox"]
+        shape = to_rle(row["segmentation"], sizes[row["image_id"]]) if segm else row["bbox"]
         objects.setdefault(row["image_id"], []).append(_Object(row["id"], shape, bool(row.get("iscrowd", 0))))
     return objects
 
@@ -116,10 +116,3 @@ def _ious(found: list[Any], objects: list[_Object]) -> np.ndarray:
         return np.zeros((len(found), len(objects)))
     shapes, crowd = [thing.shape for thing in objects], [thing.crowd for thing in objects]
     return np.asarray(hotcoco_mask.iou(found, shapes, crowd)).reshape(len(found), len(objects))
-
-
-def _mask(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the compressed code of a mask as hotcoco compares it."""
-    rle = to_rle(segmentation, size)
-    counts = rle["counts"]
-    return {"size": list(size), "counts": counts if isinstance(counts, bytes) else counts.encode("ascii")}

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 from pycocotools import mask as coco_mask
 
@@ -72,7 +71,7 @@ def _checked(detection: Any, sizes: dict[int, tuple[int, int]], categories: set[
     row = {"image_id": image, "category_id": category, "score": float(score)}
     if detection.get("segmentation"):
         row["segmentation"] = _code(detection["segmentation"], sizes[image])
-        box = _around(row["segmentation"]) if box is None else box
+        box = coco_mask.toBbox(row["segmentation"]).tolist() if box is None else box
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
         raise Fault("", f"bbox {brief(box)}, expected 4 finite numbers: x, y, width, height, the last two not negative")
     return row | {"bbox": [float(side) for side in box]}
@@ -88,7 +87,3 @@ def _code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     rle = to_rle(checked if checked is not None else {"size": list(size), "counts": [size[0] * size[1]]}, size)
     counts = rle["counts"]
     return {"size": list(size), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
-
-
-def _around(rle: dict[str, Any]) -> list[float]:
-    return np.asarray(coco_mask.toBbox({"size": rle["size"], "counts": rle["counts"].encode("ascii")})).tolist()

@@ -175,10 +175,12 @@ class Work:
         updates = max(MEASURED_UPDATES[device], -(-MEASURED_IMAGES // batch))
         short = [f"train.schedule.updates={updates}", f"train.schedule.reference_batch={batch}",
                  f"train.log_every={max(updates // 2, 1)}", "train.checkpoint_every=0"]  # fmt: skip
-        folder = self.folder / CALIBRATION / str(number)
-        options = [*self.study.overrides, *cell_overrides(cell, self.study), *short]
-        name = f"{CALIBRATION}-{number}"
-        return Job(name, self.config, options, folder, self.folder / LOGS / f"{name}.txt"), updates * batch
+        return self._job(cell, CALIBRATION, f"{CALIBRATION}-{number}", short), updates * batch
+
+    def _job(self, cell: CellResult, folder: str, name: str, overrides: Sequence[str] = ()) -> Job:
+        """Return the run of a cell."""
+        options = [*self.study.overrides, *cell_overrides(cell, self.study), *overrides]
+        return Job(name, self.config, options, self.folder / folder / name, self.folder / LOGS / f"{name}.txt")
 
     def look(self, result: CellResult) -> None:
         """Note whether a cell's run is finished, with its metrics; they stay when cells/ is removed."""
@@ -195,11 +197,7 @@ class Work:
     def run(self) -> None:
         """Train all cells that are not finished; the study survives failed cells."""
         cells = {cell.name: cell for cell in self.waiting()}
-        jobs = [
-            Job(name, self.config, [*self.study.overrides, *cell_overrides(cell, self.study)],
-                self.folder / CELLS / name, self.folder / LOGS / f"{name}.txt")
-            for name, cell in cells.items()
-        ]  # fmt: skip
+        jobs = [self._job(cell, CELLS, name) for name, cell in cells.items()]
         began, done = time.monotonic(), 0
 
         def started(job: Job) -> None:

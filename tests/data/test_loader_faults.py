@@ -24,7 +24,7 @@ from test_batching import DATA, equal
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches import stream as batching
 from gndet.data.batches.stream import Loaded, micro_batches
-from gndet.data.batches.workers import GRACE, prepared
+from gndet.data.batches.workers import GRACE, prefetch
 from gndet.data.datasets.images import read_image
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
@@ -87,7 +87,7 @@ def wait_until(true: Callable[[], bool]) -> bool:
 
 
 def simple(load: Callable[[int], Any], count: int = 12, workers: int = 2, **options: Any) -> Any:
-    return prepared(
+    return prefetch(
         load, iter(range(count)), workers=workers, pin_memory=False, describe=lambda item: f"item {item}", **options
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from gndet.config.schema import DataConfig
 from gndet.data.batches.batch import collate, most_objects
 from gndet.data.batches.transforms import Sample, UnreadablePicture, check_masks, test_sample, train_sample
-from gndet.data.batches.workers import Notify, prepared
+from gndet.data.batches.workers import Notify, prefetch
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
@@ -121,7 +121,7 @@ def train_batches(
         for update in range(start, stop)
         for places in mine
     )
-    return prepared(
+    return prefetch(
         stream.load, runs, workers=data.workers, pin_memory=pin_memory, describe=stream.describe, notify=notify
     )
 
@@ -143,7 +143,7 @@ def test_batches(
     """
     share = list(range(rank, len(dataset.records), world))
     items = (share[first : first + images_per_gpu] for first in range(0, len(share), images_per_gpu))
-    return prepared(
+    return prefetch(
         functools.partial(_load_test, dataset.records, data), items, workers=data.workers, pin_memory=pin_memory,
         describe=lambda indices: _images(dataset.records[index].image_id for index in indices), notify=notify,
     )  # fmt: skip

@@ -1,8 +1,9 @@
-"""Processes that prepare items ahead, in order, and are replaced when they are killed.
+"""A pool of forked processes that compute items ahead, in order, and are replaced when they die.
 
-Not torch's DataLoader: its processes share locks, which one that is killed may take with it, it looks for a death every
-5 seconds only, and its SIGCHLD handler raises anywhere in the main thread, in the middle of an optimiser step too.
-Here a process has a pipe of its own and shares nothing else; a death is noticed where its item is waited for, at once.
+Each worker has a pipe of its own and shares nothing else; its death is noticed at once where its item is waited for.
+Not concurrent.futures: one death breaks the whole executor, at exit it waits for every item begun, and its workers
+outlive a main process that is killed.  Not torch's DataLoader: its workers share locks, which a killed worker may take
+with it, it looks for deaths every 5 seconds only, and its SIGCHLD handler raises anywhere in the main thread.
 """
 
 import os
@@ -11,9 +12,9 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing, suppress
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
@@ -22,44 +23,74 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from gndet.errors import DataError, GndetError
+from gndet.errors import DataError, GndetError, MachineError
 
-PREFETCH = 4  # items a process prepares ahead
+PREFETCH = 4  # items that a worker has before it
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # sent to the whole process group; the main process decides
 POLL = 1.0  # seconds between two looks whether the main process is still there
-GRACE = 3.0  # seconds a process has to finish its item when the loader is closed, and to be seen dead
+GRACE = 3.0  # seconds a worker has to finish its item when the pool is closed, and to be seen dead
 CAUSES = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
 
 Notify = Callable[[str], None]
 
 
-def prepared(
+class Death(Exception):
+    """A worker died over an item, or was killed because the item took too long."""
+
+    def __init__(self, pid: int, status: int | None) -> None:
+        """status: multiprocessing's exitcode; None where the time limit was exceeded."""
+        self.pid, self.status = pid, status
+
+    def __str__(self) -> str:
+        if self.status is None or self.status >= 0:
+            return f"loader process {self.pid} ended by itself with status {self.status}"
+        cause = CAUSES.get(-self.status)
+        return f"loader process {self.pid} was killed by signal {-self.status}" + (f" ({cause})" if cause else "")
+
+
+class Failure(NamedTuple):
+    """The traceback of an exception in a worker: a bug, or a lack of memory."""
+
+    text: str
+
+
+def prefetch(
     load: Callable[[Any], Any],
-    items: Iterator[Any],
+    items: Iterable[Any],
     *,
     workers: int,
     pin_memory: bool,
     describe: Callable[[Any], str],
     notify: Notify | None = None,
 ) -> Generator[Any, None, None]:
-    """Yield load(item) for each item, in order, prepared in `workers` processes of one thread, or here if that is 0.
+    """Yield load(item) for each item, in order, prepared by `workers` processes of one thread, or here if that is 0.
 
     The processes end with the generator: exhausted, closed or no longer held.
-    load: its result depends on the item alone; a GndetError that it raises is raised here.  describe: names an item in
-    messages.  notify: called with a line where a process was killed; its items are prepared again by a new one.
-    Raises DataError where one that prepares nothing but the item waited for is killed as well.
+    load: depends on the item alone; a GndetError that it raises is raised here.  describe: names an item in messages.
+    notify: called with a line when a process was killed; a new process prepares its items again.
+    Raises DataError when two processes in a row die over one item.
     """
+
+    def retry(item: Any, death: Death, deaths: int) -> None:
+        if deaths > 1:
+            raise DataError(
+                f"{death} while preparing {describe(item)}, and so did the one before it; data.workers=0 "
+                "shows the cause; if memory is short, set data.workers lower; if shared memory is (signal 7), give "
+                "the container more (docker run --shm-size=8g)"
+            )
+        if notify:
+            notify(f"{death} while preparing {describe(item)}; started anew")
+
     if workers == 0:
         for item in items:
             result = load(item)
             yield _pinned(result) if pin_memory else result
         return
-    pool = _Pool(load, items, workers, describe, notify)
-    try:
-        for result in pool.results():
+    with closing(map_ahead(load, items, workers=workers, on_death=retry)) as results:
+        for item, result in results:
+            if isinstance(result, Failure):
+                raise RuntimeError(f"in a loader process, preparing {describe(item)}:\n{result.text}")
             yield _pinned(result) if pin_memory else result
-    finally:
-        pool.close()
 
 
 def _pinned(value: Any) -> Any:
@@ -69,38 +100,81 @@ def _pinned(value: Any) -> Any:
     return type(value)(*map(_pinned, value)) if hasattr(value, "_fields") else value
 
 
-# --- in the processes
+def map_ahead(
+    work: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    workers: int,
+    on_death: Callable[[Any, Death, int], Any],
+    time_limit: float | None = None,
+) -> Generator[tuple[Any, Any], None, None]:
+    """Yield (item, work(item)) for each item, in order, computed by `workers` processes, PREFETCH items ahead.
+
+    work: in place of its result comes a Failure where it raises; a GndetError is raised here.
+    on_death: called with the item over which a worker died, the Death, and how many workers in a row died over it.
+    Returns the result that takes its place, or None to compute the item again.
+    time_limit: seconds, from when the item's turn has come, after which its worker is killed.
+    Raises MachineError where no process can be started.
+    """
+    pool: list[_Worker] = []  # to which the items are dealt in turn
+    close = Finalize(None, _end, (pool,), exitpriority=0)  # also at exit, where multiprocessing waits for them
+    left = iter(items)
+    try:
+        for number, item in enumerate(islice(left, PREFETCH * workers)):
+            if number < workers:
+                pool.append(_Worker(work))
+            pool[number % workers].give(item)
+        turn = deaths = 0  # deaths: since the last result
+        while pool and pool[turn].items:
+            item = pool[turn].items[0]
+            try:
+                result = pool[turn].receive(time_limit)
+            except Death as death:
+                deaths += 1
+                result = on_death(item, death, deaths)
+                dead, lost = pool[turn], islice(pool[turn].items, int(result is not None), None)
+                pool[turn] = _Worker(work, lost)
+                dead.connection.close()
+                if result is None:
+                    continue
+            if isinstance(result, GndetError):
+                raise result
+            deaths = 0
+            for following in islice(left, 1):
+                pool[turn].give(following)
+            turn = (turn + 1) % len(pool)
+            yield item, result
+    finally:
+        close()
 
 
-class _Failure(NamedTuple):
-    """What a process sends where a bug of ours, or a lack of memory, kept it from preparing an item."""
-
-    text: str
+# --- in the workers
 
 
-def _serve(load: Callable[[Any], Any], connection: Connection, main: int) -> None:
-    """The life of a loader process: prepare what comes through the pipe until the main process ends that, or dies."""
+def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, main: int) -> None:
+    """Compute the items that come through the pipe, until the main process ends that or dies."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)  # the main process's pipe: what is written there would pass for a signal to it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
+    ours.close()  # else this end of the pipe would outlive a main process that drops it
     torch.set_num_threads(1)
     try:
-        while _waiting(connection, main):
-            item = connection.recv()
+        while _has_item(theirs, main):
+            item = theirs.recv()
             try:
-                result = load(item)
+                result = work(item)
             except GndetError as error:
                 result = error
-            except Exception:  # whatever it is, the main process raises it
-                result = _Failure(traceback.format_exc())
-            _send(connection, result)
+            except Exception:  # whatever it is, the main process tells of it
+                result = Failure(traceback.format_exc())
+            _send(theirs, result)
     except (EOFError, ConnectionError):
         return  # the main process is done, or gone
 
 
-def _waiting(connection: Connection, main: int) -> bool:
-    """Wait for an item.  Returns False once the main process is gone: its end of the pipe may live on in others."""
+def _has_item(connection: Connection, main: int) -> bool:
+    """Wait for an item.  Returns False once the main process is gone: other processes may hold its end of the pipe."""
     while not connection.poll(POLL):
         if os.getppid() != main:
             return False
@@ -112,165 +186,79 @@ def _send(connection: Connection, result: Any) -> None:
     try:
         connection.send(result)
     except (OSError, RuntimeError):  # no shared memory or file descriptor left
-        connection.send(_Failure(traceback.format_exc()))
+        connection.send(Failure(traceback.format_exc()))
 
 
 # --- in the main process
 
 
-@dataclass
-class _Task:
-    """An item that has been taken and not yet yielded."""
-
-    item: Any
-    worker: int  # its place in _Pool.workers
-    sent: bool = False
-
-
-@dataclass
 class _Worker:
-    """A loader process."""
+    """A worker process, and the items that it has yet to answer, oldest first."""
 
-    process: mp.Process
-    connection: Connection
-    trial: int = 0  # items left of those that its predecessor died with: sent one at a time, to find the deadly one
+    def __init__(self, work: Callable[[Any], Any], items: Iterable[Any] = ()) -> None:
+        """items: left by a worker that died; they are sent one at a time, to find the deadly one.
 
-
-class _Death(Exception):
-    """A loader process has died; the text says how."""
-
-
-class _Pool:
-    """The processes of one stream of items."""
-
-    def __init__(
-        self,
-        load: Callable[[Any], Any],
-        items: Iterator[Any],
-        count: int,
-        describe: Callable[[Any], str],
-        notify: Notify | None,
-    ) -> None:
-        self.load, self.items, self.count, self.describe, self.notify = load, items, count, describe, notify
-        self.workers: list[_Worker] = []
-        self.tasks: deque[_Task] = deque()  # in order; the first is the next to be yielded
-        self.taken = 0
-        self.close = Finalize(None, self._end, exitpriority=0)  # also at exit, where multiprocessing waits for them
-
-    def results(self) -> Iterator[Any]:
-        """Yield the results, in order."""
-        self._take()
-        deaths = 0  # since the last result
-        while self.tasks:
-            task = self.tasks[0]
-            try:
-                result = self._result(task)
-            except _Death as death:
-                deaths += 1
-                self._replace(task, str(death), deaths)
-                continue
-            if isinstance(result, GndetError):
-                raise result
-            if isinstance(result, _Failure):
-                raise RuntimeError(f"in a loader process, preparing {self.describe(task.item)}:\n{result.text}")
-            deaths = 0
-            self.tasks.popleft()
-            worker = self.workers[task.worker]
-            worker.trial = max(worker.trial - 1, 0)
-            self._take()
-            self._send_to(task.worker)
-            yield result
-
-    def _take(self) -> None:
-        """Take items until each process has PREFETCH of them, and send them."""
-        while len(self.tasks) < self.count * PREFETCH:
-            try:
-                item = next(self.items)
-            except StopIteration:
-                return
-            place = self.taken % self.count
-            self.taken += 1
-            self.tasks.append(_Task(item, place))
-            if place == len(self.workers):
-                self.workers.append(self._start())
-            self._send_to(place)
-
-    def _send_to(self, place: int) -> None:
-        """Send a process what it has not been sent; one on trial has a single item at a time."""
-        worker = self.workers[place]
-        for task in (task for task in self.tasks if task.worker == place):
-            if not task.sent:
-                try:
-                    worker.connection.send(task.item)
-                except ConnectionError:
-                    return  # it is dead; noticed when its result is waited for
-                task.sent = True
-            if worker.trial:
-                return
-
-    def _result(self, task: _Task) -> Any:
-        """Wait for a task's result.  Raises _Death where the process died."""
-        worker = self.workers[task.worker]
-        try:
-            if worker.connection in wait([worker.connection, worker.process.sentinel]):
-                return worker.connection.recv()
-        except (EOFError, OSError):  # its end of the pipe, or the shared memory of a finished item, went with it
-            worker.process.join(GRACE)
-            if worker.process.exitcode is None:
-                raise
-        worker.process.join()
-        raise _Death(f"loader process {worker.process.pid} {_how(worker.process.exitcode)}")
-
-    def _replace(self, task: _Task, death: str, deaths: int) -> None:
-        """Start another process for the one that died while task was waited for, and send it the items anew.
-
-        Raises DataError for the second death over one task.
+        Results that the dead worker had sent are among them: tensors in shared memory are lost with their process.
         """
-        if deaths > 1:
-            raise DataError(
-                f"{death} while preparing {self.describe(task.item)}, and so did the one before it; data.workers=0 "
-                "shows the cause; if memory is short, set data.workers lower; if shared memory is (signal 7), give "
-                "the container more (docker run --shm-size=8g)"
-            )
-        lost = [one for one in self.tasks if one.worker == task.worker]
-        self.workers[task.worker].connection.close()
-        self.workers[task.worker] = self._start()
-        self.workers[task.worker].trial = len(lost)
-        for one in lost:
-            one.sent = False
-        self._send_to(task.worker)
-        if self.notify:
-            self.notify(f"{death} while preparing {self.describe(task.item)}; started anew")
-
-    def _start(self) -> _Worker:
-        """Start a process.  Signals wait meanwhile: it inherits the handlers of this one until it ignores them."""
-        ours, theirs = mp.Pipe()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)
+        self.items = deque(items)
+        self.sent, self.trial = 0, len(self.items)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child has our handlers until it ignores them
         try:
-            # forked whatever a program has chosen: the life of a process hangs on who its parent is
-            process = mp.get_context("fork").Process(target=_serve, args=(self.load, theirs, os.getpid()), daemon=True)
-            process.start()
+            self.connection, theirs = mp.Pipe()
+            arguments = (work, self.connection, theirs, os.getpid())
+            # forked whatever a program has chosen: the life of a worker hangs on who its parent is
+            self.process = mp.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
+            self.process.start()
+        except OSError as error:
+            raise MachineError(f"a loader process cannot be started: {error}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # else the end of the process would not end the pipe
-        return _Worker(process, ours)
+        self._send()
 
-    def _end(self) -> None:
-        """End the processes: the end of its pipe tells each; one that is not done soon is killed."""
-        for worker in self.workers:
-            with socket.socket(fileno=os.dup(worker.connection.fileno())) as pipe, suppress(OSError):
-                pipe.shutdown(socket.SHUT_RDWR)  # closing it would not do: processes forked later hold it, too
-            worker.connection.close()
-        deadline = time.monotonic() + GRACE
-        for worker in self.workers:
-            worker.process.join(max(deadline - time.monotonic(), 0))
-            worker.process.kill()
-            worker.process.join()
+    def give(self, item: Any) -> None:
+        """Add an item."""
+        self.items.append(item)
+        self._send()
+
+    def _send(self) -> None:
+        """Send the items that have not been sent; on trial, only the oldest."""
+        while self.sent < (1 if self.trial else len(self.items)):
+            try:
+                self.connection.send(self.items[self.sent])
+            except ConnectionError:
+                return  # it is dead; noticed when its result is waited for
+            self.sent += 1
+
+    def receive(self, time_limit: float | None) -> Any:
+        """Wait for the result of the oldest item, and drop that item.  Raises Death, once the process has ended."""
+        try:
+            ready = wait([self.connection, self.process.sentinel], time_limit)
+            if self.connection in ready:
+                result = self.connection.recv()
+                self.items.popleft()
+                self.sent, self.trial = self.sent - 1, max(self.trial - 1, 0)
+                self._send()
+                return result
+            if not ready:
+                self.process.kill()
+        except (EOFError, OSError):  # its end of the pipe, or the shared memory of a finished item, went with it
+            ready = [self.process.sentinel]
+            self.process.join(GRACE)
+            if self.process.exitcode is None:
+                raise
+        self.process.join()
+        raise Death(self.process.pid, self.process.exitcode if ready else None)
 
 
-def _how(status: int | None) -> str:
-    """Say how a process ended, of multiprocessing's exitcode."""
-    if status is None or status >= 0:
-        return f"ended by itself with status {status}"
-    cause = CAUSES.get(-status)
-    return f"was killed by signal {-status}" + (f" ({cause})" if cause else "")
+def _end(pool: list[_Worker]) -> None:
+    """End the workers: the end of its pipe tells each; one that is not done soon is killed."""
+    for worker in pool:
+        with socket.socket(fileno=os.dup(worker.connection.fileno())) as pipe, suppress(OSError):
+            pipe.shutdown(socket.SHUT_RDWR)  # closing it would not do: processes forked later hold it, too
+        worker.connection.close()
+    deadline = time.monotonic() + GRACE
+    for worker in pool:
+        worker.process.join(max(deadline - time.monotonic(), 0))
+        worker.process.kill()
+        worker.process.join()

@@ -24,7 +24,7 @@ from gndet.data.records import Dataset, Finding
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.drawing import save_picture
 from gndet.toolbox.check.contact_sheet import contact_sheet
-from gndet.toolbox.check.pictures import look_at_pictures
+from gndet.toolbox.check.pictures import decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, report, to_json
 
 NAMES_TRIED = 100  # pictures of a JSON file that are looked for, to find its folder
@@ -67,7 +67,7 @@ def check(
     if option and plan.path and not plan.folders and sets[0].dataset.classes:
         raise OutputError(f"{plan.path}: {option} needs the pictures; --image-folder names them")
     if images:
-        sets = [look_at_pictures(one, plan.data, show, console) for one in sets]
+        sets = [decode_pictures(one, plan.data, show, console) for one in sets]
     both = between(sets[0].dataset, sets[1].dataset) if len(sets) == 2 else ()
     for one in sets:
         for line in report(one):

@@ -9,6 +9,7 @@ import torch
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches import stream as batching
+from gndet.data.batches.batch import collate, largest_batch, split
 from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import MASK_SIDE, Dataset
@@ -63,7 +64,7 @@ def sample(height: int, width: int, number: int, side: int = MASK_SIDE) -> Sampl
 
 def test_collate_pads_with_zeros_and_drops_nothing() -> None:
     samples = [sample(30, 50, 9), sample(40, 33, 0), sample(31, 31, 17)]
-    batch = batching.collate(samples, 32)
+    batch = collate(samples, 32)
     assert batch.images.shape == (3, 3, 64, 64) and batch.padded
     assert batch.sizes.tolist() == [[30, 50], [40, 33], [31, 31]]
     assert batch.keys.tolist() == [one.key for one in samples] and batch.keys.dtype == torch.int64
@@ -81,20 +82,20 @@ def test_colours_of_a_pixel_lie_side_by_side_in_memory(dataset: Dataset) -> None
     """Taking them apart costs four times what copying does, and the convolutions put them together again."""
     for workers in (0, 1):
         loaded = batches(dataset, DATA.model_copy(update={"workers": workers}), stop=1, images_per_gpu=4)
-        for batch in (*loaded, *batching.split(loaded[0], 2, 32)):
+        for batch in (*loaded, *split(loaded[0], 2, 32)):
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    made = batching.largest_batch(dataset, DATA, 2, masks=False)
+    made = largest_batch(dataset, DATA, 2, masks=False)
     assert made.images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_collate_gives_pictures_of_one_size_their_exact_canvas() -> None:
-    batch = batching.collate([sample(30, 50, 1), sample(30, 50, 2)], 32)
+    batch = collate([sample(30, 50, 1), sample(30, 50, 2)], 32)
     assert batch.images.shape == (2, 3, 30, 50) and batch.padded is False
 
 
 @pytest.mark.parametrize(("number", "slots"), [(0, 8), (8, 8), (9, 16), (375, 512)])
 def test_slots_are_a_power_of_two_that_holds_all(number: int, slots: int) -> None:
-    batch = batching.collate([sample(8, 8, number, side=0)], 32)
+    batch = collate([sample(8, 8, number, side=0)], 32)
     assert batch.gt.valid.shape == (1, slots) and batch.gt.valid.sum() == number
     assert batch.gt.masks.shape == (1, slots, 0, 0)
 

@@ -32,7 +32,7 @@ CFG = DatasetConfig(annotations="file.json", images="pictures")
 READ = """
 import sys
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data import read_dataset
+from gndet.data.datasets.reading import read_dataset
 
 cfg = DatasetConfig(annotations="file.json", images="pictures")
 dataset = read_dataset(cfg, DataConfig(root=sys.argv[1], cache=sys.argv[2]))

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from gndet.data.datasets import coco, columns, json_parts
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset
+from gndet.errors import MachineError
 
 PLAIN = DataConfig(cache="")
 
@@ -107,6 +110,16 @@ def test_a_file_in_parts_is_the_file(
     if seed == 0:  # the others may hold what makes it be read as a whole after all
         monkeypatch.setattr(coco, "_as_a_whole", None)
     assert described(inspect_file(path, None, PLAIN)) == expected
+
+
+@pytest.mark.faults
+def test_a_killed_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(tree(0, 300, 0)))
+    monkeypatch.setattr(json_parts, "LEAST", 0)
+    monkeypatch.setattr(json_parts, "_read_part", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(MachineError, match=r"a\.json: a process that read it was killed: out of memory\?"):
+        inspect_file(path, None, PLAIN)
 
 
 STRANGE = [

@@ -23,11 +23,12 @@ from test_batching import DATA, equal
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches import stream as batching
+from gndet.data.batches.prefetch import prefetch
 from gndet.data.batches.stream import Loaded, micro_batches
-from gndet.data.batches.workers import GRACE, prefetch
 from gndet.data.datasets.images import read_image
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
+from gndet.data.workers import GRACE
 from gndet.errors import DataError
 from gndet.ops.noise import hash_ints
 

@@ -98,7 +98,7 @@ def test_drawing_beside_the_detector_changes_nothing(
     detector: Detector, folder: Path, tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a GPU, and by turns; more batches than are held at a time."""
-    monkeypatch.setattr("gndet.toolbox.predict.output.processors", lambda: 1)
+    monkeypatch.setattr("gndet.toolbox.predict.output.usable_cores", lambda: 1)
     monkeypatch.setattr("gndet.toolbox.predict.predict.Output", lambda *rest: Output(*rest[:3], beside))
     files = [shutil.copy(file, folder / f"{n}{file.name}") for n in range(4) for file in sorted(folder.glob("?.*"))]
     assert len(files) == 12

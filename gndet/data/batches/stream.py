@@ -15,8 +15,8 @@ import numpy as np
 
 from gndet.config.schema import DataConfig
 from gndet.data.batches.batch import collate, most_objects
+from gndet.data.batches.prefetch import Notify, prefetch
 from gndet.data.batches.transforms import Sample, UnreadablePicture, check_masks, test_sample, train_sample
-from gndet.data.batches.workers import Notify, prefetch
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError

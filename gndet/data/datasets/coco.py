@@ -20,7 +20,7 @@ from gndet.data.datasets.faults import Fault, Findings, in_order, refuse
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.datasets.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
-from gndet.data.datasets.json_parts import processors
+from gndet.data.workers import usable_cores
 from gndet.data.records import Dataset
 from gndet.data.datasets.segmentation import brief
 import gc
@@ -156,7 +156,7 @@ def _in_parts(path: Path, max_pixels: int, found: Findings) -> _Content | None:
             return None
         tree, parts = _parse(path, parts.around, noted), parts._replace(around=b"")
         categories, sizes = _read_categories(tree["categories"], noted), _read_sizes(tree["images"], max_pixels, noted)
-        objects = read_parts(parts, Known.of(sizes, categories), processors(), noted)
+        objects = read_parts(parts, Known.of(sizes, categories), usable_cores(), noted)
         if path.stat() != before:  # but for the time of the last access, which nothing here changes
             return None
     except (OSError, Fault, NotInParts):

@@ -5,11 +5,9 @@ is no list of objects, and neither is what is left without the list an object; t
 """
 
 import json
-import multiprocessing
 import re
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,24 +15,8 @@ import orjson
 
 from gndet.data.datasets.columns import Columns, Known, Together, read_columns
 from gndet.data.datasets.faults import Findings
-from gndet.errors import MachineError
-import contextlib
-import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-import time
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import NamedTuple
-from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.images import read_image
-from gndet.errors import DataError
+from gndet.data.workers import Death, Failure, map_ahead
+from gndet.errors import GndetError, MachineError
 
 PART = 8 << 20  # bytes of a part; its objects as Python's take ten times that
 WINDOW = 1 << 20  # bytes that a cut is looked for in
@@ -52,7 +34,7 @@ class Parts(NamedTuple):
     cuts: list[tuple[int, int]]  # the places in the file where a part begins and ends
 
 
-class NotInParts(Exception):
+class NotInParts(GndetError):
     """The file was cut in a wrong place, or holds what the fast parser does not take."""
 
 
@@ -78,40 +60,35 @@ def take_apart(path: Path) -> Parts | None:
         return Parts(path, before + _read(file, end, size), cuts) if cuts else None
 
 
-def read_parts(parts: Parts, known: Known, processes: int, found: Findings) -> Columns:
-    """Read and check the annotations, in processes if there is more than one part.
+def read_parts(parts: Parts, known: Known, workers: int, found: Findings) -> Columns:
+    """Read and check the annotations in worker processes.
 
     Raises NotInParts, with found as it was, and MachineError where a process is killed.
     """
+
+    def give_up(cut: tuple[int, int], death: Death, _: int) -> None:
+        raise MachineError(f"{parts.path}: a process that read it was killed: out of memory?")
+
     together, notes = Together(), []
-    context = multiprocessing.get_context("fork")  # what they need, images' sizes above all, is not sent
-    with ProcessPoolExecutor(max(min(processes, len(parts.cuts)), 1), context, _begin, (parts.path, known)) as pool:
-        try:
-            for part, noted in pool.map(_read_part, parts.cuts):
-                together.add(part)
-                notes.append(noted)
-        except BrokenProcessPool:
-            raise MachineError(f"{parts.path}: a process that read it was killed: out of memory?") from None
+    read = partial(_read_part, parts.path, known)
+    for _, result in map_ahead(read, parts.cuts, workers=min(workers, len(parts.cuts)), on_death=give_up):
+        if isinstance(result, Failure):
+            raise MachineError(f"{parts.path}: a process that read it failed:\n{result.text}")
+        columns, noted = result
+        together.add(columns)
+        notes.append(noted)
     for noted in notes:
         found.take(noted)
     return together.columns()
 
 
-_now: list[Any] = []  # in a process: the file and what its annotations refer to
-
-
-def _begin(path: Path, known: Known) -> None:
-    _now[:] = path, known
-
-
-def _read_part(cut: tuple[int, int]) -> tuple[Columns, Findings]:
-    """The life of a process: read one part after the other."""
-    path, known = _now
-    with path.open("rb") as file:
-        text = b"[" + _read(file, *cut) + b"]"
+def _read_part(path: Path, known: Known, cut: tuple[int, int]) -> tuple[Columns, Findings]:
+    """Read and check the annotations of one part.  Raises NotInParts."""
     try:
+        with path.open("rb") as file:
+            text = b"[" + _read(file, *cut) + b"]"
         items = orjson.loads(text)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise NotInParts(str(error)) from None
     if set(map(type, items)) != {dict}:
         raise NotInParts("not a list of objects")
@@ -167,8 +144,3 @@ def _cuts(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
 def _read(file: Any, start: int, end: int) -> bytes:
     file.seek(start)
     return file.read(end - start)
-
-
-def processors() -> int:
-    """How many processes can run at once."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,9 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from gndet.data.batches.workers import Death, Failure, map_ahead
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import read_image
+from gndet.data.workers import Death, Failure, map_ahead
 
 TIME_LIMIT = 120.0  # seconds for one picture; 100 million pixels take a while
 

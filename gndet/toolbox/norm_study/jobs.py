@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from gndet.data.workers import usable_cores
 from gndet.distributed.signals import Stop, StopSignals
 
 POLL = 0.1
@@ -61,7 +62,7 @@ def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": names[i % len(names)]} for i in range(jobs or len(names))]
     if not jobs or jobs == 1:
         return [{}]
-    threads = max(len(os.sched_getaffinity(0)) // jobs, 1)
+    threads = max(usable_cores() // jobs, 1)
     return [{"OMP_NUM_THREADS": str(threads)} for _ in range(jobs)]
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from gndet.data.datasets.json_parts import processors
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
+from gndet.data.workers import usable_cores
 from gndet.errors import OutputError
 from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import captioned, draw_detections, grid
@@ -73,7 +73,7 @@ class Output:
         """
         self.detector, self.out, self.wanted, self.beside = detector, out, wanted, beside
         self.folders = unique_names([_folder(name) for name in detector.classes])
-        num = min(MAX_THREADS, processors())
+        num = min(MAX_THREADS, usable_cores())
         self.threads, self.most = ThreadPoolExecutor(num), 2 * num  # batches not yet drawn: they are held in memory
         self.waiting: list[tuple[Callable[[], list[Drawn]], Callable[[Drawn], None]]] = []
         self.pending: deque[tuple[Future[list[Drawn]], Callable[[Drawn], None]]] = deque()

@@ -6,6 +6,7 @@ outlive a main process that is killed.  Not torch's DataLoader: its workers shar
 with it, it looks for deaths every 5 seconds only, and its SIGCHLD handler raises anywhere in the main thread.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,25 +14,19 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
 
-import torch
-import torch.multiprocessing as mp
-from torch import Tensor
-
-from gndet.errors import DataError, GndetError, MachineError
+from gndet.errors import GndetError, MachineError
 
 PREFETCH = 4  # items that a worker has before it
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # sent to the whole process group; the main process decides
 POLL = 1.0  # seconds between two looks whether the main process is still there
 GRACE = 3.0  # seconds a worker has to finish its item when the pool is closed, and to be seen dead
 CAUSES = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
-
-Notify = Callable[[str], None]
 
 
 class Death(Exception):
@@ -54,50 +49,9 @@ class Failure(NamedTuple):
     text: str
 
 
-def prefetch(
-    load: Callable[[Any], Any],
-    items: Iterable[Any],
-    *,
-    workers: int,
-    pin_memory: bool,
-    describe: Callable[[Any], str],
-    notify: Notify | None = None,
-) -> Generator[Any, None, None]:
-    """Yield load(item) for each item, in order, prepared by `workers` processes of one thread, or here if that is 0.
-
-    The processes end with the generator: exhausted, closed or no longer held.
-    load: depends on the item alone; a GndetError that it raises is raised here.  describe: names an item in messages.
-    notify: called with a line when a process was killed; a new process prepares its items again.
-    Raises DataError when two processes in a row die over one item.
-    """
-
-    def retry(item: Any, death: Death, deaths: int) -> None:
-        if deaths > 1:
-            raise DataError(
-                f"{death} while preparing {describe(item)}, and so did the one before it; data.workers=0 "
-                "shows the cause; if memory is short, set data.workers lower; if shared memory is (signal 7), give "
-                "the container more (docker run --shm-size=8g)"
-            )
-        if notify:
-            notify(f"{death} while preparing {describe(item)}; started anew")
-
-    if workers == 0:
-        for item in items:
-            result = load(item)
-            yield _pinned(result) if pin_memory else result
-        return
-    with closing(map_ahead(load, items, workers=workers, on_death=retry)) as results:
-        for item, result in results:
-            if isinstance(result, Failure):
-                raise RuntimeError(f"in a loader process, preparing {describe(item)}:\n{result.text}")
-            yield _pinned(result) if pin_memory else result
-
-
-def _pinned(value: Any) -> Any:
-    """Put the tensors of nested NamedTuples into page-locked memory, from where a GPU fetches them by itself."""
-    if isinstance(value, Tensor):
-        return value.pin_memory()
-    return type(value)(*map(_pinned, value)) if hasattr(value, "_fields") else value
+def usable_cores() -> int:
+    """How many processes can run at once."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_ahead(
@@ -158,7 +112,6 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
     signal.set_wakeup_fd(-1)  # the main process's pipe: what is written there would pass for a signal to it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     ours.close()  # else this end of the pipe would outlive a main process that drops it
-    torch.set_num_threads(1)
     try:
         while _has_item(theirs, main):
             item = theirs.recv()
@@ -204,10 +157,10 @@ class _Worker:
         self.sent, self.trial = 0, len(self.items)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child has our handlers until it ignores them
         try:
-            self.connection, theirs = mp.Pipe()
+            self.connection, theirs = multiprocessing.Pipe()
             arguments = (work, self.connection, theirs, os.getpid())
             # forked whatever a program has chosen: the life of a worker hangs on who its parent is
-            self.process = mp.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
+            self.process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
             self.process.start()
         except OSError as error:
             raise MachineError(f"a loader process cannot be started: {error}") from None

@@ -1,4 +1,7 @@
-"""Batches: samples put onto one canvas, cut into micro-batches, and the largest that a data set can make."""
+"""Batches: collate samples on one canvas, split a batch, and make up the largest batch of a data set.
+
+Letters: B images, M ground-truth slots, S mask side, (H, W) canvas.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from gndet.data.datasets.packed import count_objects
 from gndet.data.records import MASK_SIDE, Dataset
 from gndet.structures import Batch, GroundTruth
 
-MIN_SLOTS = 8  # M is a power of two from here on, so that few shapes occur
+MIN_SLOTS = 8  # M is a power of two, and at least this, so that few shapes occur
 
 
 def collate(
@@ -23,18 +26,18 @@ def collate(
     canvases: Sequence[tuple[int, int]] = (),
     objects: int = 0,
 ) -> Batch:
-    """Put B samples on one canvas, their objects in M slots; the rest is zero and not valid.
+    """Put B samples on one canvas, and their objects in M slots; the rest is zero and not valid.
 
-    The canvas is that of the pictures if all have one size (then padded is False), else the largest height
-    and width rounded up to a multiple of canvas_multiple.  M holds the most objects of an image: none is
-    dropped.  exact False: the canvas is rounded up even for pictures of one size.  canvases: the only ones there may
-    be; the smallest that holds the pictures is taken.  objects: M holds so many at the least.
+    Pictures of one size get a canvas of that size (then padded is False); others get the largest height and width,
+    rounded up to a multiple of canvas_multiple.  M is large enough for every image: no object is dropped.
+    exact: False rounds up for pictures of one size, too.  canvases: the only ones allowed; the smallest that holds the
+    pictures is taken.  objects: lower limit of M.
     """
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])  # (B, 2)
     canvas, padded = _canvas(sizes, canvas_multiple, exact, canvases)
     slots, side = _slots(max(objects, *(len(sample.labels) for sample in samples))), samples[0].masks.shape[-1]
     num = len(samples)
-    # channels last, as resized and as the convolutions want it: a third of the cost of taking the colours apart
+    # channels last, as resized and as the convolutions want it: a third of the cost of separating the channels
     images = torch.zeros(num, *canvas, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     boxes, labels = torch.zeros(num, slots, 4), torch.zeros(num, slots, dtype=torch.int64)
     masks = torch.zeros(num, slots, side, side, dtype=torch.bool)
@@ -52,10 +55,10 @@ def collate(
 def _canvas(
     sizes: Tensor, multiple: int, exact: bool, canvases: Sequence[tuple[int, int]] = ()
 ) -> tuple[tuple[int, int], bool]:
-    """The canvas for pictures of sizes (B, 2), and whether any of them does not fill it.
+    """Return the canvas for pictures of sizes (B, 2), and whether any of them does not fill it.
 
-    Of given canvases it is the smallest, and taken to be padded: another graph for those rare pictures that fill it
-    costs more than their masks.
+    One of the given canvases always counts as padded: another graph for the rare pictures that fill it would cost more
+    than their masks.
     """
     padded = bool((sizes != sizes[0]).any())
     height, width = sizes.amax(0).tolist()
@@ -68,16 +71,16 @@ def _canvas(
 
 
 def _slots(num: int) -> int:
-    """M for images with num objects at the most."""
+    """Return M for images with at most num objects."""
     return 1 << (max(MIN_SLOTS, num) - 1).bit_length()
 
 
 def split(
     batch: Batch, num: int, canvas_multiple: int, exact: bool = True, canvases: Sequence[tuple[int, int]] = ()
 ) -> list[Batch]:
-    """Cut a batch into batches of num images, the last perhaps fewer, each on the smallest canvas that holds it.
+    """Split a batch into batches of num images, the last perhaps smaller, each on the smallest canvas that holds it.
 
-    For a norm that keeps images apart nothing changes but memory.
+    A norm that does not mix images gives the same results in less memory.
     """
     if len(batch.images) <= num:
         return [batch]
@@ -94,10 +97,10 @@ def split(
 
 
 def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, objects: int = 0) -> Batch:
-    """A made-up batch as large as num training images can be: noise, of the largest canvas and M.
+    """Make up a batch of noise with the largest canvas and M that num training images can have.
 
-    One image is the largest picture; of two, one may be the tallest and the other the widest.  It has as many objects
-    as any image has, and `objects` at least.  With data.canvases it fills the largest of these.
+    One image has the size of the largest picture; of several, one may be the tallest and another the widest.  Each has
+    as many objects as any image of the data set, and at least `objects`.  With data.canvases it fills the largest one.
     """
     shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist()
     edges = (min(data.shortest_edge), max(data.shortest_edge))
@@ -122,14 +125,14 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
 
 
 def most_objects(dataset: Dataset) -> int:
-    """The most objects that an image of a data set has."""
+    """Return the largest number of objects in an image of the data set."""
     return int(count_objects(dataset.records).objects.max())
 
 
 def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge: int) -> Batch:
-    """A batch of num images, or all, spread evenly over a data set, as in evaluation, without objects.
+    """Load a batch of num images spread evenly over a data set, or all if there are fewer, as evaluation does.
 
-    max_shortest_edge: pixels; larger ones are scaled down to it.  Raises DataError for a picture that cannot be read.
+    max_shortest_edge: pixels; larger pictures are scaled down to it.  Raises DataError for an unreadable picture.
     """
     edge = min(data.shortest_edge_test, max_shortest_edge)
     scaled = data.model_copy(

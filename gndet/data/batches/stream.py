@@ -1,8 +1,8 @@
-"""Batches: samples padded to one canvas, and the two streams of them, for training and for evaluation.
+"""The streams of batches: one for training, one for evaluation.
 
-The training stream is endless. Position p is image `order(seed, p // n, n)[p % n]`; update u covers positions
-[u * global_batch, (u + 1) * global_batch) whatever the number of processes: a run resumes by arithmetic, and no image
-is left out or comes twice where an epoch ends within an update.
+The training stream is endless.  Position p is image `order(seed, p // n, n)[p % n]`; update u covers positions
+[u * global_batch, (u + 1) * global_batch) for any number of ranks: a run resumes by arithmetic, and an epoch that ends
+within an update neither skips nor repeats an image.
 Letters: B images, M ground-truth slots, n images of the data set, S mask side, (H, W) canvas.
 """
 
@@ -36,20 +36,20 @@ class Loaded(NamedTuple):
 
     batch: Batch
     image_ids: tuple[int, ...]  # of the B images, in order
-    skipped: tuple[Skipped, ...]  # those that others of these stand in for
+    skipped: tuple[Skipped, ...]  # unreadable images, each replaced by one of these
 
 
 class Tested(NamedTuple):
     """A batch of the evaluation stream."""
 
     indices: list[int]  # places of the B images in dataset.records
-    batch: Batch | None  # None where no picture could be read
-    image_ids: tuple[int, ...]  # of the B images and those that could not be read, in order
-    skipped: tuple[Skipped, ...]  # those that could not be read
+    batch: Batch | None  # None if no picture could be read
+    image_ids: tuple[int, ...]  # of the B images and the unreadable ones, in order
+    skipped: tuple[Skipped, ...]  # the unreadable ones
 
 
 class Replay:
-    """The batches of one update, to be gone through more than once: what was taken is kept."""
+    """The batches of one update; iterating again yields the same batches."""
 
     def __init__(self, take: Callable[[], Loaded], count: int) -> None:
         self.take, self.count = take, count
@@ -66,10 +66,10 @@ class Replay:
 
 
 def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[range]:
-    """The places in an update of the images that a process computes, by micro-batch of `size` images at the most.
+    """List the places of a rank's images in an update, one range per micro-batch of at most `size` images.
 
-    In rounds of size x world images, which the processes share in order, the last round as evenly as can be: shares
-    of an update differ by one image at the most.
+    The ranks share rounds of size x world images in order, the last round as evenly as possible: their shares of an
+    update differ by at most one image.
     """
     rounds = []
     for first in range(0, global_batch, size * world):
@@ -98,13 +98,13 @@ def train_batches(
     pin_memory: bool,
     notify: Notify | None = None,
 ) -> Generator[Loaded, None, None]:
-    """Give this process its micro-batches of the updates start .. stop - 1.
+    """Yield a rank's micro-batches of updates start .. stop - 1.
 
-    An update's global_batch positions are dealt as `micro_batches` says.  The result does not depend on data.workers.
-    Where a picture cannot be read, the next of the epoch's order that can be stands in for it.
-    notify: told of loader processes that were killed and replaced, a line each.
-    Raises DataError for a data set without an image to train on or, with masks, for an object without one; while
-    iterating, where no picture of an epoch can be read, or loader processes are killed again and again.
+    `micro_batches` shares the global_batch positions of an update among the ranks.  data.workers does not change the
+    result.  The next readable picture in the epoch's order replaces an unreadable one.
+    notify: called with one line per loader process that was killed and replaced.
+    Raises DataError for a data set without an image to train on or, with masks, for an object without a mask; while
+    iterating, if no picture of an epoch can be read, or loader processes are killed again and again.
     """
     counts = count_objects(dataset.records)
     kept = np.flatnonzero((counts.trainable > 0) | data.keep_empty)
@@ -136,10 +136,10 @@ def test_batches(
     pin_memory: bool,
     notify: Notify | None = None,
 ) -> Generator[Tested, None, None]:
-    """Give this process the images rank::world, each once, or say why it cannot be read.
+    """Yield the images rank::world in batches, and the reasons why some cannot be read.
 
-    The last batch may be smaller, and so is one with an unreadable picture.  notify: as in `train_batches`.
-    Raises DataError while iterating, where loader processes are killed again and again.
+    The last batch may be smaller, and so is a batch with an unreadable picture.  notify: as in `train_batches`.
+    Raises DataError while iterating, if loader processes are killed again and again.
     """
     share = list(range(rank, len(dataset.records), world))
     items = (share[first : first + images_per_gpu] for first in range(0, len(share), images_per_gpu))
@@ -156,30 +156,30 @@ class _Stream(NamedTuple):
     data: DataConfig
     seed: int
     masks: bool
-    usable: list[int]  # places in dataset.records of the n images that are trained on
-    objects: int  # that M holds at the least; with data.canvases the most there are, so that all batches are alike
+    usable: list[int]  # places in dataset.records of the n images to train on
+    min_slots: int  # lower limit of M; with data.canvases the most objects of any image, so that all batches are alike
 
     def load(self, positions: range) -> Loaded:
         """Make the batch of these positions."""
         samples, image_ids, skipped = zip(*map(self._sample_at, positions), strict=True)
         data = self.data
-        batch = collate(list(samples), data.canvas_multiple, data.exact_canvas, data.canvases, self.objects)
-        return Loaded(batch, image_ids, tuple(one for one in skipped if one))
+        batch = collate(list(samples), data.canvas_multiple, data.exact_canvas, data.canvases, self.min_slots)
+        return Loaded(batch, image_ids, tuple(filter(None, skipped)))
 
     def describe(self, positions: range) -> str:
         """Name the images of these positions."""
         return _images(self._record(*divmod(position, len(self.usable))).image_id for position in positions)
 
     def _record(self, epoch: int, place: int) -> Record:
-        """The record at a place of an epoch's order, counted from its beginning again where it ends."""
+        """Return the record at a place of an epoch's order; places past its end wrap around."""
         num = len(self.usable)
         return self.dataset.records[self.usable[_order(self.seed, epoch, num)[place % num]]]
 
     def _sample_at(self, position: int) -> tuple[Sample, int, Skipped | None]:
-        """The sample at a position, its image's id, and the image that it stands in for, if it does.
+        """Return the sample at a position, its image id, and the unreadable image that it replaces, if any.
 
-        Where a picture cannot be read, the next one of the epoch's order that can stands in, with a key of its own: a
-        function of seed, position and which pictures are bad alone.  Raises DataError where none can be read.
+        The replacement is the next readable picture in the epoch's order.  Its key differs from that of its own place;
+        it is a function of seed, position and which pictures are unreadable.  Raises DataError if none can be read.
         """
         epoch, place = divmod(position, len(self.usable))
         own = self._record(epoch, place)
@@ -188,10 +188,10 @@ class _Stream(NamedTuple):
             return train_sample(own, self.data, key, self.masks), own.image_id, None
         except UnreadablePicture as error:
             skipped = Skipped(own.image_id, str(error))
-        for other in range(place + 1, place + len(self.usable)):
-            record = self._record(epoch, other)
+        for next_place in range(place + 1, place + len(self.usable)):
+            record = self._record(epoch, next_place)
             key = hash_ints(self.seed, epoch, record.image_id, position)
-            with suppress(UnreadablePicture):  # it is told of at its own position
+            with suppress(UnreadablePicture):  # reported at its own position
                 return train_sample(record, self.data, key, self.masks), record.image_id, skipped
         raise DataError(
             f"{self.dataset.name}: none of its {len(self.usable)} pictures to train on can be read; {skipped.reason}"
@@ -202,7 +202,7 @@ _order = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two e
 
 
 def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) -> Tested:
-    """Make one evaluation batch."""
+    """Load one evaluation batch."""
     samples, read, skipped = [], [], []
     for index in indices:
         try:

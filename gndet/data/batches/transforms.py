@@ -1,6 +1,6 @@
-"""From a record to the picture the model sees: load, resize, flip, and the objects moved along.
+"""From a record to what the model sees: load, flip and resize a picture, and its objects with it.
 
-All randomness is a function of the image's key. Letters: n objects, S mask side, (h, w) picture.
+All randomness is a function of the image's key.  Letters: n objects, S mask side, (h, w) picture.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from gndet.data.records import MASK_SIDE, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, uniform
 
-MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty but for rounding
+MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty up to rounding
 
 
 class UnreadablePicture(DataError):
-    """A record's picture is missing, broken or of another size: the fault of one file, not of the data set."""
+    """A record's picture is missing, broken or of another size: one file is at fault, not the data set."""
 
 
 class Sample(NamedTuple):
@@ -30,15 +30,15 @@ class Sample(NamedTuple):
     image: Tensor  # (3, h, w) uint8 RGB, channels last in memory
     boxes: Tensor  # (n, 4) float32 xyxy in picture pixels, inside the picture
     labels: Tensor  # (n,) int64
-    masks: Tensor  # (n, S, S) bool, each in the frame of its box; (n, 0, 0) where masks are off
-    key: int  # the only source of randomness for this image; 0 in test
+    masks: Tensor  # (n, S, S) bool, each in the frame of its box; (n, 0, 0) if masks are off
+    key: int  # the only source of randomness for this image; 0 in evaluation
 
 
 def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sample:
-    """Load a record for training: one of data.shortest_edge, flips, crowd regions left out.
+    """Load a record for training: resized to one of data.shortest_edge, flipped, without crowd regions.
 
-    Boxes are clipped to the picture, empty ones dropped.  Raises UnreadablePicture, and with masks DataError for an
-    object without one.
+    Boxes are clipped to the picture, and dropped if empty.  Raises UnreadablePicture and, with masks, DataError for an
+    object without a mask.
     """
     edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
     across, down = uniform(key, Stream.FLIP) < data.flip, uniform(key, Stream.FLIP_VERTICAL) < data.flip_vertical
@@ -81,7 +81,7 @@ def check_masks(record: Record) -> None:
 
 
 def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[int, int]:
-    """Compute the (height, width) whose shorter edge is shortest_edge, or longer max_edge if that is less."""
+    """Compute (height, width) with the shorter edge shortest_edge or, if smaller, the longer edge max_edge."""
     scale = min(shortest_edge / min(size), max_edge / max(size))
     height, width = (max(1, int(edge * scale + 0.5)) for edge in size)
     return height, width
@@ -92,7 +92,7 @@ def _load_resized(
 ) -> tuple[Tensor, tuple[float, float]]:
     """Load a picture, flip it along axes, and resize it.
 
-    Returns (3, h, w) uint8, a pixel's colours side by side in memory, and the (y, x) scale.  Raises UnreadablePicture.
+    Returns (3, h, w) uint8, channels last in memory, and the (y, x) scale.  Raises UnreadablePicture.
     """
     height, width = resized(record.size, shortest_edge, data.max_edge)
     try:
@@ -101,6 +101,6 @@ def _load_resized(
         raise UnreadablePicture(str(error)) from None
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels last: twice as fast to resize
     if flips:
-        image = image.flip(flips)  # before it has grown: the weights of resizing are the same from either end
+        image = image.flip(flips)  # while it is small; resizing is symmetric, so the order does not matter
     image = functional.resize(image, [height, width], antialias=data.antialias)
     return image, (height / record.size[0], width / record.size[1])

@@ -36,7 +36,7 @@ from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.drawing import placard
 from gndet.toolbox.check.check import check, guess_folder
-from gndet.toolbox.check.contact_sheet import chosen, contact_sheet
+from gndet.toolbox.check.contact_sheet import choose_images, contact_sheet
 from gndet.toolbox.check.decoding import Decoded, PictureFile, decode, decode_all
 from gndet.training.task import read_both
 
@@ -431,9 +431,9 @@ def test_the_sheet_shows_faults_first_then_evenly(tmp_path: Path) -> None:
     data.write()
     cfg = DatasetConfig(annotations="file.json", images="pictures")
     dataset = inspect_dataset(cfg, DataConfig(root=str(data.folder)))
-    picked = chosen(dataset, 4)
+    picked = choose_images(dataset, 4)
     assert picked == {0: [], 10: [], 20: [], 39: ["box-clipped", "box-overhang"]}
-    assert list(chosen(dataset, 100)) == list(range(40))
+    assert list(choose_images(dataset, 100)) == list(range(40))
 
 
 def test_a_picture_that_cannot_be_shown_is_a_placard(tmp_path: Path) -> None:

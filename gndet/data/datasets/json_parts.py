@@ -1,7 +1,7 @@
-"""A large annotation file in parts: what is around the list of annotations, and the list cut between two of them.
+"""Read a large annotation file in parts: the list of annotations, cut between annotations, and what surrounds it.
 
-Where a cut lies is guessed from the text.  A wrong guess is seen: a part that is cut within an object, a list or a text
-is no list of objects, and neither is what is left without the list an object; the file is read as a whole then.
+The cuts are guessed from the text.  A wrong guess shows: a part that begins or ends inside an object, a list or a string
+is no list of objects, and the rest of the file is no object; then the file is read as a whole.
 """
 
 import json
@@ -27,19 +27,19 @@ _OTHERS = (b'"images"', b'"categories"', b'"info"', b'"licenses"')  # keys that 
 
 
 class Parts(NamedTuple):
-    """A file that was taken apart."""
+    """A file, cut."""
 
     path: Path
     around: bytes  # the file with an empty list of annotations
-    cuts: list[tuple[int, int]]  # the places in the file where a part begins and ends
+    cuts: list[tuple[int, int]]  # where in the file each part begins and ends
 
 
 class NotInParts(GndetError):
-    """The file was cut in a wrong place, or holds what the fast parser does not take."""
+    """The file was cut in a wrong place, changed meanwhile, or holds what the fast parser rejects."""
 
 
 def take_apart(path: Path) -> Parts | None:
-    """Cut a file; None where it is small, or not as COCO's are.  Raises OSError."""
+    """Cut a file.  Returns None if it is small, or not laid out like COCO's.  Raises OSError."""
     size = path.stat().st_size
     if size < LEAST:
         return None
@@ -63,7 +63,7 @@ def take_apart(path: Path) -> Parts | None:
 def read_parts(parts: Parts, known: Known, workers: int, found: Findings) -> Columns:
     """Read and check the annotations in worker processes.
 
-    Raises NotInParts, with found as it was, and MachineError where a process is killed.
+    Raises NotInParts, with found unchanged, and MachineError if a process is killed.
     """
 
     def give_up(cut: tuple[int, int], death: Death, _: int) -> None:
@@ -97,12 +97,12 @@ def _read_part(path: Path, known: Known, cut: tuple[int, int]) -> tuple[Columns,
 
 
 def _exact(items: list[dict[str, Any]], odd: list[int], text: bytes) -> list[dict[str, Any]]:
-    """The annotations, by the exact parser where one of the odd may hold an integer of more than 64 bits."""
+    """Parse again, exactly, if one of the odd annotations may hold an integer of more than 64 bits."""
     return json.loads(text) if any(_is_huge(items[place]) for place in odd) else items
 
 
 def _is_huge(value: Any) -> bool:
-    """Whether a number in a value is beyond 64 bits: the fast parser makes a float of such an integer."""
+    """Whether a value holds a number beyond 64 bits: the fast parser turns such an integer into a float."""
     if isinstance(value, dict):
         return any(map(_is_huge, value.values()))
     if isinstance(value, list):
@@ -111,7 +111,7 @@ def _is_huge(value: Any) -> bool:
 
 
 def _find(file: Any, words: bytes, start: int, size: int) -> int | None:
-    """The first place of words from start on."""
+    """Find the first place of words at or after start."""
     for first in range(start, size, WINDOW * 16):
         place = _read(file, first, min(first + WINDOW * 16 + len(words), size)).find(words)
         if place >= 0:
@@ -120,7 +120,7 @@ def _find(file: Any, words: bytes, start: int, size: int) -> int | None:
 
 
 def _find_last(file: Any, words: bytes, start: int, size: int) -> int | None:
-    """The last place of words from start on: keys behind the list are close to the end, the list is long."""
+    """Find the last place of words after start, from the end: the list is long, and what follows it is short."""
     for end in range(size, start, -WINDOW * 16):
         first = max(end - WINDOW * 16, start)
         place = _read(file, first, min(end + len(words), size)).rfind(words)
@@ -138,7 +138,7 @@ def _cuts(file: Any, start: int, end: int) -> Iterator[tuple[int, int]]:
             cut = _CUT.search(_read(file, stop, min(stop + WINDOW, end)))
             stop = stop + cut.start(1) if cut else stop + WINDOW // 2
         yield start, min(stop, end)
-        start = min(stop, end) + 1  # behind the comma
+        start = min(stop, end) + 1  # after the comma
 
 
 def _read(file: Any, start: int, end: int) -> bytes:

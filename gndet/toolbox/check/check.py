@@ -1,7 +1,7 @@
-"""`gndet check`: what is wrong with a data set, all of it, before a GPU is waited for.
+"""`gndet check`: list everything that is wrong with a data set, before training waits for a GPU.
 
 The reader is the checker (`datasets/faults.py` holds the outcomes); this reads both sets of a config, or one file,
-looks at the pictures if asked to, and reports. Nothing is written but what is asked for, never among the user's data.
+decodes the pictures if asked to, and reports.  It writes only the files asked for, and never among the user's data.
 """
 
 import json
@@ -20,18 +20,19 @@ from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import REFUSED
 from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
 from gndet.data.datasets.reading import as_configured, between, inspect_both, without_masks
-from gndet.data.records import Dataset, Finding
+from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.drawing import save_picture
+from gndet.files import make_room_for, write_whole
 from gndet.toolbox.check.contact_sheet import contact_sheet
 from gndet.toolbox.check.pictures import decode_pictures
-from gndet.toolbox.check.report import Checked, finding_lines, report, to_json
+from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 
-NAMES_TRIED = 100  # pictures of a JSON file that are looked for, to find its folder
-ALONE = (  # options that say something of a JSON file checked by itself
+NAMES_TRIED = 100  # pictures of a JSON file to look for, to find its folder
+ALONE = (  # options that matter for a JSON file checked by itself
     "data.cache", "data.classes", "data.max_pixels", "data.max_unreadable", "data.skip_unreadable", "model.masks",
 )  # fmt: skip
-REMEDIES = {  # of a JSON file checked by itself: no config names it
+REMEDIES = {  # for a JSON file checked by itself, which no config names
     "json-unreadable": "expected the JSON file or a config (.yaml)",
     "folder-missing": "--image-folder names the folder of the pictures",
     "file-missing": "does --image-folder name their folder? names differ by A and a, too",
@@ -41,24 +42,24 @@ Show = Callable[[str], None]
 
 
 class Plan(NamedTuple):
-    """What is to be checked; nothing has been read yet."""
+    """What to check; nothing has been read yet."""
 
     data: DataConfig
-    masks: bool | None  # model.masks; None where nothing is said of it
+    masks: bool | None  # model.masks; None if not given
     path: Path | None  # a JSON file checked by itself
     folders: dict[str, Path]  # of the pictures, by train, val, or "" for a JSON file by itself
-    kept: list[Path]  # the user's files: nothing is written over them
+    kept: list[Path]  # the user's files, never overwritten
 
 
 def check(
     source: str, overrides: Sequence[str], show: Show, *, image_folder: Path | None = None, images: bool = False,
     sheet: Path | None = None, out: Path | None = None, console: Console | None = None,
 ) -> bool:  # fmt: skip
-    """Check the data of a config (.yaml, .yml) or a COCO JSON file; show what is found, line by line.
+    """Check the data of a config (.yaml, .yml) or a COCO JSON file, and show the findings line by line.
 
-    image_folder: of a JSON file's pictures, looked for beside it by default.  images: decode every picture.
+    image_folder: the pictures of a JSON file, looked for beside it by default.  images: decode every picture.
     sheet: file for a picture of the data.  out: file for the report as JSON.  console: a terminal for a progress bar.
-    Returns whether nothing is refused.  Raises ConfigError and OutputError, never for what is wrong with the data.
+    Returns whether nothing is refused.  Raises ConfigError and OutputError, but never for a fault of the data.
     """
     plan = _plan(source, overrides, image_folder, show)
     _refuse_outputs(plan, sheet, out)
@@ -67,25 +68,28 @@ def check(
     if option and plan.path and not plan.folders and sets[0].dataset.classes:
         raise OutputError(f"{plan.path}: {option} needs the pictures; --image-folder names them")
     if images:
-        sets = [decode_pictures(one, plan.data, show, console) for one in sets]
+        sets = [decode_pictures(checked, plan.data, show, console) for checked in sets]
     both = between(sets[0].dataset, sets[1].dataset) if len(sets) == 2 else ()
-    for one in sets:
-        for line in report(one):
+    for checked in sets:
+        for line in report_lines(checked):
             show(line)
     if both:
         show("\ntrain and val together")
         for line in finding_lines(both):
             show(line)
-    findings = [finding for one in sets for finding in one.dataset.findings] + list(both)
-    refused = [one for one in findings if one.severity == REFUSED]
-    _write(sets, both, sheet, out, show)
-    kinds = ", ".join(dict.fromkeys(one.code for one in refused))
-    show(f"\nrefused: {kinds}" if refused else "\nnothing is refused")
+    findings = [*(finding for checked in sets for finding in checked.dataset.findings), *both]
+    refused = list(dict.fromkeys(finding.code for finding in findings if finding.severity == REFUSED))
+    if out:
+        write_whole(out, json.dumps(json_report(sets, both, refused=bool(refused)), indent=1))
+        show(f"\nreport -> {out}")
+    if sheet:
+        _write_sheet(sets, sheet, show)
+    show(f"\nrefused: {', '.join(refused)}" if refused else "\nnothing is refused")
     return not refused
 
 
 def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
-    """Find out what is to be checked.  Raises ConfigError and OutputError."""
+    """Find out what to check.  Raises ConfigError and OutputError."""
     path = Path(source)
     if path.suffix.lower() in (".yaml", ".yml"):
         cfg = load_config(source, overrides)
@@ -110,8 +114,8 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
 
 def _read_both(plan: Plan, show: Show) -> list[Checked]:
     """Read both sets of a config."""
-    sets = inspect_both(plan.data, masks=bool(plan.masks), tell=show)
-    return [Checked(which, one, plan.folders.get(which)) for which, one in zip(("train", "val"), sets, strict=True)]
+    train, val = inspect_both(plan.data, masks=bool(plan.masks), tell=show)
+    return [Checked("train", train, plan.folders.get("train")), Checked("val", val, plan.folders.get("val"))]
 
 
 def _read_alone(plan: Plan, show: Show) -> Checked:
@@ -123,14 +127,14 @@ def _read_alone(plan: Plan, show: Show) -> Checked:
     dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
     if plan.masks is False:
         dataset = without_masks(dataset)
-    findings = (one._replace(remedy=REMEDIES.get(one.code, one.remedy)) for one in dataset.findings)
+    findings = (finding._replace(remedy=REMEDIES.get(finding.code, finding.remedy)) for finding in dataset.findings)
     return Checked("", dataset._replace(findings=tuple(findings)), folder)
 
 
 def guess_folder(path: Path) -> Path | None:
-    """The folder, beside a JSON file or its folder, that has a picture it names, or is named after it; None for none.
+    """Find a folder, beside a JSON file or its folder, that has one of its pictures or is named after it.
 
-    For annotations/instances_train2017.json these are train2017, images/train2017 and images, then all others.
+    For annotations/instances_train2017.json try train2017, images/train2017 and images, then all others.
     """
     stem = path.stem.split("_", 1)[-1]
     bases = (path.absolute().parent, path.absolute().parent.parent)
@@ -145,13 +149,13 @@ def guess_folder(path: Path) -> Path | None:
         if names:
             named = (folder for base in bases for folder in (base / stem, base / "images" / stem))
             return next((folder for folder in named if folder.is_dir()), None)
-    except OSError:  # what cannot be read is told by the reader
+    except OSError:  # the reader reports what it cannot read
         pass
     return None
 
 
 def _first_names(path: Path) -> list[str]:
-    """The first pictures that a JSON file names, as far as they could be in a folder beside it."""
+    """List the first pictures that a JSON file names, but for names that cannot be in a folder beside it."""
     text, names = path.read_bytes() if path.is_file() else b"", []
     for found in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
         try:
@@ -165,11 +169,8 @@ def _first_names(path: Path) -> list[str]:
     return names
 
 
-# --- what is written
-
-
 def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
-    """Raise OutputError where a result cannot be written, or is not to be: over a file of the user's."""
+    """Raise OutputError for a result that cannot be written, or would overwrite a file of the user's."""
     if sheet and out and _is_same(sheet, out):
         raise OutputError(f"{out}: is given to --sheet and to --json, expected two files")
     for file in filter(None, (sheet, out)):
@@ -187,40 +188,23 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
             raise OutputError(f"{sheet}: is there and is no picture; it is not written over, choose another")
     if out is not None and out.is_file() and (head := read_head(out)) and b'"refused"' not in head[:20]:
         raise OutputError(f"{out}: is there and is no report of gndet check; it is not written over, choose another")
-    for file in filter(None, (sheet, out)):
-        _make_room(file)
+    for file, option in ((sheet, "--sheet"), (out, "--json")):
+        if file is not None:
+            make_room_for(file, option)
 
 
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether two paths are of one file, be it there or not."""
+def _is_same(first: Path, second: Path) -> bool:
+    """Whether two paths name the same file, existing or not."""
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(first, second)
     except (OSError, ValueError):
-        return os.path.realpath(one) == os.path.realpath(other)
+        return os.path.realpath(first) == os.path.realpath(second)
 
 
-def _make_room(file: Path) -> None:
-    """Make a result file's folder.  Raises OutputError where the file cannot be written."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot make its folder: {error.strerror}") from None
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise OutputError(f"{file}: cannot be written, expected the name of a file in a folder that can")
-
-
-def _write(sets: list[Checked], both: Sequence[Finding], sheet: Path | None, out: Path | None, show: Show) -> None:
-    """Write the report as JSON, then the contact sheet.  Raises OutputError."""
-    if out is not None:
-        try:
-            out.write_text(json.dumps(to_json(sets, both), indent=1), encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{out}: cannot write the report: {error.strerror}") from None
-        show(f"\nreport -> {out}")
-    if sheet is None:
-        return
-    shown = [one for one in sets if one.has_pictures]
-    picture = contact_sheet([(one.which, one.dataset) for one in shown])
+def _write_sheet(sets: list[Checked], sheet: Path, show: Show) -> None:
+    """Draw and write the contact sheet.  Raises OutputError."""
+    shown = [checked for checked in sets if checked.has_pictures]
+    picture = contact_sheet([(checked.name, checked.dataset) for checked in shown])
     if picture is None:
         reason = "no image is left to be drawn" if shown else "there is no folder of pictures to draw from"
         show(f"\n{reason}: {sheet} is not written")

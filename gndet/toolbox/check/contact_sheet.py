@@ -1,4 +1,4 @@
-"""A picture of a data set: some of its images with their boxes, masks and class names, those with faults first."""
+"""A contact sheet of a data set: images with their boxes, masks and class names, faulty images first."""
 
 from collections.abc import Sequence
 
@@ -14,30 +14,29 @@ from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects,
 IMAGES = 16
 COLUMNS = 4
 SIDE = 640  # pixels of the longer side of an image
-BARE = ("picture-size", "picture-unrotated")  # boxes of another size would lie anywhere
-DULL = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # nothing to be seen
+BARE = ("picture-size", "picture-unrotated")  # boxes for another size would be misplaced
+INVISIBLE = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")
 
 
 def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
-    """Draw up to IMAGES images of the data sets, evenly shared; None where there are none.
+    """Draw up to IMAGES images, equally many of each data set.
 
-    datasets: (name, data set); the name, if any, stands in the captions.  Returns (H, W, 3) uint8.
+    datasets: (name, data set); the name, if any, starts the captions.  Returns (H, W, 3) uint8, or None if there is no
+    image.
     """
     pictures = []
     datasets = [(name, dataset) for name, dataset in datasets if len(dataset.records)]
     for name, dataset in datasets:
-        for index, codes in chosen(dataset, IMAGES // len(datasets)).items():
-            record = dataset.records[index]
+        for index, codes in choose_images(dataset, IMAGES // len(datasets)).items():
             shown = [*codes[:2], *([f"and {len(codes) - 2} more"] if len(codes) > 2 else [])]
-            caption = " ".join(filter(None, [name, printable(record.file_name)])) + "".join(
-                f"  [{one}]" for one in shown
-            )
+            file_name = printable(dataset.records[index].file_name)
+            caption = "  ".join([f"{name} {file_name}".strip(), *(f"[{code}]" for code in shown)])
             pictures.append(captioned(_drawn(dataset, index), caption))
     return grid(pictures, COLUMNS) if pictures else None
 
 
 def _drawn(dataset: Dataset, index: int) -> np.ndarray:
-    """An image with its objects; without them where its picture is of another size, a placard where it has none."""
+    """Draw an image with its objects, without them if its picture has another size, or a placard if it has none."""
     record = dataset.records[index]
     try:
         small, scaled = shrunk(record.load(), record, SIDE)
@@ -49,14 +48,14 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
         return placard(str(error), SIDE)
 
 
-def chosen(dataset: Dataset, num: int) -> dict[int, list[str]]:
-    """Choose num images: one of each kind of fault in turn, then evenly spread ones.
+def choose_images(dataset: Dataset, num: int) -> dict[int, list[str]]:
+    """Choose num images: an image per kind of fault in turn, then evenly spread images.
 
     Returns {place in dataset.records: codes of the faults it was chosen for}, in the order of the places.
     """
     places = {record.image_id: place for place, record in enumerate(dataset.records)}
-    faults = [one for one in dataset.findings if one.code not in DULL]
-    queues = [(one.code, [places[i] for i in one.image_ids if i in places]) for one in faults]
+    faults = [finding for finding in dataset.findings if finding.code not in INVISIBLE]
+    queues = [(fault.code, [places[i] for i in fault.image_ids if i in places]) for fault in faults]
     taken: dict[int, list[str]] = {}
     for turn in range(max((len(queue) for _, queue in queues), default=0)):
         for code, queue in queues:

@@ -1,4 +1,4 @@
-"""Decode every picture of a data set, as `gndet check --images` does, and keep what was found."""
+"""What `gndet check --images` does: decode every picture of a data set, and keep what that shows."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -23,7 +23,7 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
 
     Drawn data sets, and those whose folder was refused, are returned as they are.
     """
-    dataset, title = checked.dataset, f"{checked.which} pictures".strip()
+    dataset, title = checked.dataset, f"{checked.name} pictures".strip()
     if checked.folder is None or not checked.has_pictures or not len(dataset.records):
         return checked
     records = dataset.records
@@ -49,7 +49,7 @@ def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list
     for (faults, digest), picture, image_id in zip(decoded, pictures, image_ids, strict=True):
         path = picture.path
         for code, words in faults:
-            if code != "file-empty":  # the listing of the folder has told
+            if code != "file-empty":  # already found while listing the folder
                 found.add(code, f"image {image_id}: {words}", image_id)
         other = first_with.setdefault(digest, path) if digest else path
         if other != path:
@@ -60,7 +60,7 @@ def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list
 def _with_progress(
     items: Iterator[Item], total: int, title: str, show: Show, console: Console | None
 ) -> Iterator[Item]:
-    """Yield the items; show how many have come, by a bar on a terminal, else by a line at each tenth."""
+    """Yield the items, and show progress: a bar on a terminal, else one line per tenth."""
     if console is None or not console.is_terminal:
         for count, item in enumerate(items, start=1):
             yield item

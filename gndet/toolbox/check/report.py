@@ -1,4 +1,4 @@
-"""What `gndet check` found, as lines and as JSON: the findings of each data set, and a summary of what is in it."""
+"""What `gndet check` found, as lines and as JSON: the findings of each data set, and a summary of its content."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,58 +6,58 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gndet.data.datasets.faults import REFUSED, SEVERITIES, describe, several
+from gndet.data.datasets.faults import SEVERITIES, describe, several
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
 from gndet.evaluation.tables import text_table
 
-LISTED_CLASSES = 100  # more are counted only
+LISTED_CLASSES = 100  # others are only counted
 SMALL, LARGE = 32**2, 96**2  # pixels of area, as COCO's metric divides objects
 
 
 class Checked(NamedTuple):
-    """A data set as it was found."""
+    """A data set that was read, with its findings."""
 
-    which: str  # train, val, or "" for a file of its own
+    name: str  # train, val, or "" for a JSON file by itself
     dataset: Dataset
-    folder: Path | None  # of its pictures; None where they are not looked for
+    folder: Path | None  # of the pictures; None if they are drawn, or not looked for
 
     @property
     def has_pictures(self) -> bool:
-        """Whether its pictures can be looked at: they are drawn, or their folder could be listed."""
-        refused = any(one.code == "folder-missing" for one in self.dataset.findings)
-        return not refused and (self.folder is not None or self.which != "")
+        """Whether its pictures can be decoded: they are drawn, or their folder could be listed."""
+        refused = any(finding.code == "folder-missing" for finding in self.dataset.findings)
+        return not refused and (self.folder is not None or self.name != "")
 
 
-def report(checked: Checked) -> list[str]:
-    """A data set in lines: what is wrong, then what is in it."""
+def report_lines(checked: Checked) -> list[str]:
+    """Write out a data set: what is wrong with it, then what it contains."""
     dataset = checked.dataset
-    lines = [f"\n{checked.which}: {dataset.name}" if checked.which else f"\n{dataset.name}"]
+    lines = [f"\n{checked.name}: {dataset.name}" if checked.name else f"\n{dataset.name}"]
     lines += [f"  {note}" for note in dataset.notes]
     return [*lines, *finding_lines(dataset.findings), *summary_lines(summarize(dataset))]
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """Findings in lines, under their severity."""
+    """Write out findings, grouped by severity."""
     lines = []
     for severity, title in SEVERITIES.items():
-        some = [one for one in findings if one.severity == severity]
-        lines += [f"  {title}"] if some else []
-        for first, *others in map(describe, some):
+        described = [describe(finding) for finding in findings if finding.severity == severity]
+        lines += [f"  {title}"] if described else []
+        for first, *others in described:
             lines += [f"    {severity} {first}", *(f"      {line}" for line in others)]
     return lines
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """Count what is in a data set: images, sizes (width, height), objects, classes."""
+    """Count images, sizes (width, height), objects and classes of a data set."""
     sizes: set[tuple[int, int]] = set()
-    of_image, areas, crowd = [np.zeros(0, np.int64)], [np.zeros(0)], 0
+    labels_by_image, areas, crowd = [np.zeros(0, np.int64)], [np.zeros(0)], 0
     for record in dataset.records:
         sizes.add(record.size[::-1])
-        of_image.append(record.labels)
+        labels_by_image.append(record.labels)
         areas.append(record.area)
         crowd += int(np.count_nonzero(record.crowd))
-    labels, counts = np.concatenate(of_image), list(map(len, of_image[1:]))
+    labels, counts = np.concatenate(labels_by_image), list(map(len, labels_by_image[1:]))
     pairs = np.unique(np.repeat(np.arange(len(counts)), counts) * max(len(dataset.classes), 1) + labels)
     objects = np.bincount(labels, minlength=len(dataset.classes)).tolist()
     images = np.bincount(pairs % max(len(dataset.classes), 1), minlength=len(dataset.classes)).tolist()
@@ -72,7 +72,7 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """A summary in lines."""
+    """Write out a summary."""
     if not summary["images"]:
         return ["  no image is left"]
     (w, h), (wide, high), total = summary["smallest"], summary["largest"], max(summary["objects"], 1)
@@ -84,29 +84,25 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  {small} of the objects small (area under 32 x 32 pixels), {medium} medium, {large} large (from 96 x 96 on)",
     ]
     rows = [["label", "id", "objects", "images", "class"]]
-    for label, one in enumerate(summary["classes"][:LISTED_CLASSES]):
-        counts = (label, one["id"], one["objects"], one["images"])
-        rows.append([*map(str, counts), printable(one["name"])])
+    for label, entry in enumerate(summary["classes"][:LISTED_CLASSES]):
+        counts = (label, entry["id"], entry["objects"], entry["images"])
+        rows.append([*map(str, counts), printable(entry["name"])])
     lines += [f"  {line}" for line in text_table(rows, left=(4,)).splitlines()]
     left = len(summary["classes"]) - LISTED_CLASSES
     return lines + ([f"  and {left} classes more"] if left > 0 else [])
 
 
-def to_json(sets: list[Checked], both: Sequence[Finding]) -> dict[str, Any]:
-    """The report: {"refused": bool, "sets": [{"name", "set", "findings", "summary", ...}], "both": findings}."""
-    findings = [finding for one in sets for finding in one.dataset.findings] + list(both)
-    return {
-        "refused": any(one.severity == REFUSED for one in findings),
-        "sets": [
-            {
-                "set": one.which, "annotations": one.dataset.name, "images": str(one.folder) if one.folder else None,
-                "findings": [_plain(finding) for finding in one.dataset.findings], "notes": list(one.dataset.notes),
-                "summary": summarize(one.dataset),
-            }
-            for one in sets
-        ],
-        "both": [_plain(finding) for finding in both],
-    }  # fmt: skip
+def json_report(sets: list[Checked], both: Sequence[Finding], *, refused: bool) -> dict[str, Any]:
+    """Return the report as {"refused": bool, "sets": [{"set", "findings", "summary", ...}], "both": findings}."""
+    parts = [
+        {
+            "set": name, "annotations": dataset.name, "images": str(folder) if folder else None,
+            "findings": [_plain(finding) for finding in dataset.findings], "notes": list(dataset.notes),
+            "summary": summarize(dataset),
+        }
+        for name, dataset, folder in sets
+    ]  # fmt: skip
+    return {"refused": refused, "sets": parts, "both": [_plain(finding) for finding in both]}
 
 
 def _plain(finding: Finding) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What becomes of detections: drawings, crops and a contact sheet, made by threads; results and counts, in columns.
+"""Turn detections into drawings, crops, a contact sheet, COCO results and counts; threads draw and write.
 
-n objects of a picture with a score of the threshold or more, the best first. Pictures are (h, w, 3) uint8 RGB.
+n objects of a picture score at least the threshold; the best comes first.  Pictures are (h, w, 3) uint8 RGB.
 """
 
 import json
@@ -29,58 +29,58 @@ from gndet.files import make_folder, write_whole
 from gndet.structures import Detections
 from gndet.toolbox.predict.video import Frame
 
-TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, of which in a row, longer side in pixels
-COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's 6, a fifth more bytes
+TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, pictures per row, longer side in pixels
+COMPRESSION = 1  # of PNG files: takes a fifth of the time of Pillow's default 6, for a fifth more bytes
 MAX_THREADS = 8
 
 
 class Wanted(NamedTuple):
-    """What is to be kept, and what is to be made."""
+    """What to keep, and what to make."""
 
     threshold: float  # score from which an object is drawn, cropped and counted
-    category_ids: Sequence[int]  # of the detections that are kept at all
+    category_ids: Sequence[int]  # detections of others are dropped
     crops: bool
     sheet: bool
 
 
-class Task(NamedTuple):
-    """A picture to be drawn."""
+class DrawTask(NamedTuple):
+    """A picture to draw."""
 
     record: Record
     name: str  # of its crops
-    file: Path | None  # to draw it into; None hands the drawing back
-    tile: bool  # whether it has a place on the contact sheet
+    file: Path | None  # for the drawing; None hands the drawing back
+    tile: bool  # whether it goes on the contact sheet
     frame: Frame | None = None  # of a video
 
 
 class Drawn(NamedTuple):
-    """A picture that is done."""
+    """A picture that has been drawn."""
 
-    task: Task
+    task: DrawTask
     found: Results
     labels: np.ndarray  # (n,) int64
-    picture: np.ndarray | None  # the drawing, where no file has it
+    picture: np.ndarray | None  # the drawing; None if a file holds it
     tile: np.ndarray | None
 
 
 class Output:
-    """The threads that draw and write, and all that was found so far.  As a context: its end ends the threads."""
+    """Draw and write in threads, and collect all that was found; leaving the context ends the threads."""
 
     def __init__(self, detector: Detector, out: Path, wanted: Wanted, beside: bool) -> None:
-        """out: a folder that is there.  beside: draw while the detector computes, as it may where that has a GPU.
+        """out: an existing folder.  beside: draw while the detector computes, for a detector on a GPU.
 
-        On a CPU they take turns: torch's threads wait for each other, and one that shares its core holds up them all.
+        On a CPU they take turns: torch's threads wait for each other, and one that shares its core delays them all.
         """
         self.detector, self.out, self.wanted, self.beside = detector, out, wanted, beside
         self.folders = unique_names([_folder(name) for name in detector.classes])
         num = min(MAX_THREADS, usable_cores())
-        self.threads, self.most = ThreadPoolExecutor(num), 2 * num  # batches not yet drawn: they are held in memory
+        self.threads, self.most = ThreadPoolExecutor(num), 2 * num  # most: batches to hold in memory until drawn
         self.waiting: list[tuple[Callable[[], list[Drawn]], Callable[[Drawn], None]]] = []
         self.pending: deque[tuple[Future[list[Drawn]], Callable[[Drawn], None]]] = deque()
         self.results: list[Results] = []
         self.images: list[dict[str, Any]] = []
-        self.objects: Counter[int] = Counter()  # of each label
-        self.seen_in: Counter[int] = Counter()  # images of each label
+        self.objects: Counter[int] = Counter()  # per label
+        self.seen_in: Counter[int] = Counter()  # images per label
         self.tiles: list[np.ndarray] = []
         self.tiles_left = TILES if wanted.sheet else 0
 
@@ -90,11 +90,13 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self.threads.shutdown(cancel_futures=True)
 
-    def add(self, detections: Detections, sizes: Tensor, tasks: Sequence[Task], then: Callable[[Drawn], None]) -> None:
-        """Have a batch drawn.
+    def add(
+        self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask], then: Callable[[Drawn], None]
+    ) -> None:
+        """Queue a batch to be drawn.
 
-        detections: of B images; sizes (B, 2) height, width of the resized pictures; then: called with each picture
-        that is done, in order, here or in `finish`.
+        detections: of B images; sizes (B, 2) height, width of the resized pictures; then: called with each drawn
+        picture, in order, here or in `finish`.
         """
         placed = []
         for task in tasks:
@@ -103,16 +105,12 @@ class Output:
             placed.append(task._replace(tile=tile))
         self.waiting.append((partial(self._draw, detections, sizes, placed), then))
         if self.beside:
-            self._finish(self.most)
+            self.finish(self.most)
         elif len(self.waiting) == self.most:
-            self._finish(0)
+            self.finish()
 
-    def finish(self) -> None:
-        """Have all that was added drawn."""
-        self._finish(0)
-
-    def _finish(self, most: int) -> None:
-        """Start what is waiting to be drawn, and wait until no more than `most` batches are not."""
+    def finish(self, most: int = 0) -> None:
+        """Start to draw all waiting batches, and wait until at most `most` of them are not drawn."""
         self.pending += [(self.threads.submit(draw), then) for draw, then in self.waiting]
         self.waiting = []
         while len(self.pending) > most:
@@ -124,20 +122,16 @@ class Output:
     def _note(self, drawn: Drawn) -> None:
         """Add a picture to what was found."""
         record, frame = drawn.task.record, drawn.task.frame
-        image = {
-            "id": record.image_id,
-            "file_name": record.file_name,
-            "height": record.size[0],
-            "width": record.size[1],
-        }
+        height, width = record.size
+        image = {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
         self.images.append(image | ({"frame": frame.index} if frame else {}))
         self.results.append(drawn.found)
         self.objects.update(drawn.labels.tolist())
         self.seen_in.update(set(drawn.labels.tolist()))
         self.tiles += [] if drawn.tile is None else [drawn.tile]
 
-    def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[Task]) -> list[Drawn]:
-        """Draw a batch; in a thread."""
+    def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
+        """Draw a batch, in a thread."""
         classes, ids = self.detector.classes, self.detector.category_ids
         dataset = Dataset("batch", classes, ids, [task.record for task in tasks])
         paste = self.detector.cfg.model.mask_paste
@@ -148,7 +142,7 @@ class Output:
             found, image = results.of_image(task.record.image_id), task.record.load()
             order = np.argsort(-found.scores, kind="stable")
             shown = found.take(order[found.scores[order] >= self.wanted.threshold])
-            labels = np.array([ids.index(one) for one in shown.category_ids.tolist()], dtype=np.int64)
+            labels = np.array([ids.index(category) for category in shown.category_ids.tolist()], dtype=np.int64)
             picture = draw_detections(image, shown, classes, ids, self.wanted.threshold)
             if task.file:
                 save_png(task.file, picture)
@@ -160,7 +154,7 @@ class Output:
         return done
 
     def _save_crops(self, name: str, image: np.ndarray, shown: Results, labels: np.ndarray) -> None:
-        """Write each object, cut out along the pixels that its box touches."""
+        """Write each object, cropped to the pixels that its box touches."""
         size = np.array(image.shape[1::-1])  # width, height
         for number, (box, score, label) in enumerate(zip(shown.boxes, shown.scores, labels, strict=True), start=1):
             left, top = near = np.minimum(np.floor(box[:2]).astype(int), size - 1)
@@ -170,12 +164,12 @@ class Output:
             save_png(folder / f"{name}-{number}-{score:.2f}.png", image[top:bottom, left:right])
 
     def save(self, show: Callable[[str], None]) -> None:
-        """Write the contact sheet and what was found in all pictures, and sum it up."""
+        """Write the contact sheet and what was found in all pictures, and show a summary."""
         self.finish()
-        results, classes = join(self.results), self.detector.classes
-        ids = zip(self.detector.category_ids, classes, strict=True)
-        categories = [{"id": id, "name": name} for id, name in ids]
-        save_results(self.out / "predictions.json", results)
+        results, classes, ids = join(self.results), self.detector.classes, self.detector.category_ids
+        categories = [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
+        where = self.out / "predictions.json"
+        save_results(where, results)
         images = {"images": self.images, "categories": categories, "annotations": []}
         write_whole(self.out / "images.json", json.dumps(images))
         if self.tiles:
@@ -185,12 +179,11 @@ class Output:
         total = ["all", str(self.objects.total()), str(len(self.images))]
         show(f"with a score of {self.wanted.threshold} or more:")
         show(text_table([["class", "objects", "images"], *rows, total]))
-        where = self.out / "predictions.json"
         show(f"{len(results)} detections, of lower scores too -> {where} (COCO results; image ids in images.json)")
 
 
 def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str] = ()) -> list[str]:
-    """Each name with the suffix, numbered where it is one before or a reserved one, on disks that take A for a, too."""
+    """Append the suffix to each name, and number names that repeat an earlier or reserved one, A and a being equal."""
     unique: list[str] = []
     taken = {name.casefold() for name in reserved}
     for number, name in enumerate(names, start=1):
@@ -202,19 +195,19 @@ def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str]
 
 
 def _folder(name: str) -> str:
-    """A class name as the name of a folder."""
+    """Turn a class name into the name of a folder."""
     return re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_"
 
 
 def _tile(picture: np.ndarray, caption: str) -> np.ndarray:
-    """A drawn picture scaled to TILE_SIDE, under its caption."""
+    """Scale a drawn picture to TILE_SIDE, and add its caption."""
     factor = TILE_SIDE / max(picture.shape[:2])
     size = tuple(max(1, round(edge * factor)) for edge in picture.shape[1::-1])
     return captioned(np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)), caption)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write (h, w, 3) uint8.  Raises OutputError where that cannot be done."""
+    """Write (h, w, 3) uint8.  Raises OutputError if that fails."""
     try:
         Image.fromarray(picture).save(path, compress_level=COMPRESSION)
     except OSError as error:

@@ -1,7 +1,7 @@
 """`gndet predict`: detect in pictures and videos, draw what was found, and write it all as COCO results.
 
-Loader processes read ahead of the detector, threads draw and write behind it: what stands in memory at a time does not
-grow with the pictures, but for their detections, in columns.
+Loader processes read ahead of the detector, threads draw and write behind it.  Memory does not grow with the number of
+pictures, except for their detections, kept in columns.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from gndet.data.datasets.images import no_limit_of_pillows
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
 from gndet.files import make_folder
-from gndet.toolbox.predict.output import Drawn, Output, Task, Wanted, unique_names
+from gndet.toolbox.predict.output import Drawn, DrawTask, Output, Wanted, unique_names
 from gndet.toolbox.predict.sources import find_sources, measure_pictures
 from gndet.toolbox.predict.stream import Portion, of_pictures, of_video
 from gndet.toolbox.predict.video import VideoWriter, video_rate
 
-TILE_SECONDS = 1.0  # between two frames of a video that go on the contact sheet: neighbours look the same
-FRAMES_A_LINE = 100
-NAMED = 10  # files that could not be read which the end names
+TILE_SECONDS = 1.0  # between two frames of a video on the contact sheet: neighbours look the same
+FRAMES_PER_LINE = 100
+NAMED = 10  # unreadable files to name at the end
 
 
 def predict(
@@ -33,16 +33,16 @@ def predict(
 ) -> None:  # fmt: skip
     """Detect in pictures and videos; write each with its detections, and all as COCO results.
 
-    sources: as `find_sources` takes them.  show: called with a line a picture, and a table at the end.
-    out: folder, made where missing: NAME.png of each picture, NAME.mp4 of each video, predictions.json (results) and
+    sources: as `find_sources` takes them.  show: called with one line per picture, and a table at the end.
+    out: folder, made if missing, for NAME.png of each picture, NAME.mp4 of each video, predictions.json (results) and
     images.json, where a frame's file_name is like "a.mp4#t=1.240" (seconds) and its "frame" counts from 0.
-    threshold: score from which a detection is drawn, cropped and counted; predictions.json holds all of them.
-    classes: names of those that are kept, in predictions.json too.  crops: write each object that is drawn to
+    threshold: score from which a detection is drawn, cropped and counted; predictions.json holds all detections.
+    classes: names of the classes to keep, in predictions.json too.  crops: write each drawn object to
     crops/CLASS/NAME-N-SCORE.png, N from 1 for the best.  sheet: write the first pictures together as sheet.png.
-    every: of a video each such frame is taken, the others are left out.
-    A file that is named and cannot be read raises DataError: at once where its beginning shows it, else once all the
-    rest is written.  One that a folder or a pattern gave is left out and told of at the end.
-    Raises ConfigError for a class that the detector does not know, and OutputError where a picture would be overwritten
+    every: use every such frame of a video.
+    An unreadable file that was named raises DataError: at once if its beginning shows it, else after all the rest is
+    written.  An unreadable file from a folder or a pattern is left out and reported at the end.
+    Raises ConfigError for a class that the detector does not know, and OutputError if a picture would be overwritten
     or the folder cannot be made, before anything is written.
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
@@ -59,9 +59,9 @@ def predict(
         portions = of_pictures(detector, pictures, device, show)
         with contextlib.closing(portions):
             for portion in portions:
-                broken |= {pictures.files[one.image_id - 1]: one.reason for one in portion.broken}
+                broken |= {pictures.files[skipped.image_id - 1]: skipped.reason for skipped in portion.broken}
                 files = [out / names[record.image_id - 1] for record in portion.records]
-                tasks = [Task(r, file.stem, file, True) for r, file in zip(portion.records, files, strict=True)]
+                tasks = [DrawTask(r, file.stem, file, True) for r, file in zip(portion.records, files, strict=True)]
                 _detect(output, portion, tasks, device, lambda drawn: _tell(drawn, threshold, show))
         output.finish()
         first = len(pictures) + 1
@@ -74,7 +74,7 @@ def predict(
 
 
 def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int]:
-    """The category ids of classes by name, or of all.  Raises ConfigError for one that the detector does not know."""
+    """Look up the category ids of named classes, or of all.  Raises ConfigError for an unknown class."""
     ids = dict(zip(detector.classes, detector.category_ids, strict=True))
     for name in classes or ():
         if name not in ids:
@@ -87,7 +87,10 @@ def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int
 def _measure_videos(
     videos: Sequence[Path], named: frozenset[Path], max_pixels: int
 ) -> tuple[dict[Path, Fraction], dict[Path, str]]:
-    """Open each video for its frames a second; {file: why} of those found that are none.  Raises for one named."""
+    """Read each video's frames per second.  Returns {video: rate}, and {file: reason} of the unreadable ones.
+
+    Raises DataError for an unreadable video that was named.
+    """
     rates, broken = {}, {}
     for video in videos:
         try:
@@ -100,7 +103,7 @@ def _measure_videos(
 
 
 def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], crops: bool) -> None:
-    """Raise OutputError where one of the names in `out`, or a crop, may be that of a file that is read."""
+    """Raise OutputError if one of the names in `out`, or a crop, may overwrite an input file."""
     inputs = {file.resolve() for file in files}
     taken = {(out / name).resolve() for name in names} & inputs
     if crops:
@@ -111,9 +114,9 @@ def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], 
 
 
 def _detect(
-    output: Output, portion: Portion, tasks: Sequence[Task], device: torch.device, then: Callable[[Drawn], None]
+    output: Output, portion: Portion, tasks: Sequence[DrawTask], device: torch.device, then: Callable[[Drawn], None]
 ) -> None:
-    """Detect in a batch and hand it on to be drawn."""
+    """Detect in a batch and queue it to be drawn."""
     if portion.batch is None:
         return
     detector, batch = output.detector, portion.batch
@@ -127,10 +130,10 @@ def _film(
     output: Output, video: Path, file: Path, rate: Fraction, every: int, first: int, device: torch.device,
     show: Callable[[str], None],
 ) -> tuple[str, int]:  # fmt: skip
-    """Detect in a video and write it with what was found.
+    """Detect in a video, and write it with what was found.
 
-    rate: its frames a second; first: the image id of its first frame.  Returns why it could not be read to its end, or
-    "", and how many frames were.
+    rate: its frames per second; first: the image id of its first frame.  Returns the reason why it could not be read
+    to its end, or "", and the number of frames read.
     """
     count, objects, next_tile, reason = 0, 0, -1.0, ""
     with VideoWriter(file, rate / every) as film:
@@ -146,9 +149,9 @@ def _film(
                 for record, frame in zip(portion.records, portion.frames, strict=True):
                     tile = frame.seconds >= next_tile
                     next_tile = frame.seconds + TILE_SECONDS if tile else next_tile
-                    tasks.append(Task(record, f"{file.stem}-f{frame.index:06d}", None, tile, frame))
+                    tasks.append(DrawTask(record, f"{file.stem}-f{frame.index:06d}", None, tile, frame))
                     count += 1
-                    if count % FRAMES_A_LINE == 0:
+                    if count % FRAMES_PER_LINE == 0:
                         show(f"{video}: {count} frames, at {frame.seconds:.1f} s")
                 _detect(output, portion, tasks, device, write)
         except DataError as error:
@@ -165,7 +168,7 @@ def _tell(drawn: Drawn, threshold: float, show: Callable[[str], None]) -> None:
 
 
 def _tell_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:
-    """Tell of the files that could not be read.  Raises DataError where one of them was named, or all `num` are."""
+    """Show the unreadable files.  Raises DataError if one of them was named, or all `num` are unreadable."""
     lines = [f"  {reason}" for reason in list(broken.values())[:NAMED]]
     lines += [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
     text = "\n".join([f"{len(broken)} of {num} files could not be read, or not to their end:", *lines])

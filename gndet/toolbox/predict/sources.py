@@ -1,6 +1,6 @@
-"""What a user points a detector at: pictures, folders, patterns and videos; and such pictures as records.
+"""What a user points a detector at: pictures, folders, patterns and videos; and the pictures as records.
 
-n pictures. A folder gives its own pictures, none of its subfolders; a pattern like 'a/**/*.jpg' goes deeper.
+n pictures.  A folder gives its own pictures, not those of its subfolders; a pattern like 'a/**/*.jpg' goes deeper.
 """
 
 import glob
@@ -21,19 +21,19 @@ VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wm
 
 
 class Sources(NamedTuple):
-    """The files that a user's words name, each once, in the order of the words, a folder's and a pattern's by name."""
+    """The files that a user's words name, each once, in the order of the words; within a folder or pattern, by name."""
 
     pictures: list[Path]
     videos: list[Path]
-    named: frozenset[Path]  # those named themselves: the others were found in a folder or by a pattern
+    named: frozenset[Path]  # named directly; the others were found in a folder or by a pattern
 
 
 def find_sources(words: Sequence[str]) -> Sources:
     """Find the pictures and videos that words name.
 
-    words: a picture, a video (by its suffix, of VIDEOS), a folder or a pattern with *, ? or [...]; what exists is no
-    pattern.  A folder gives its pictures; a pattern gives pictures and videos, ** standing for any folders.
-    Raises DataError for what is not there, a folder without pictures and a pattern that matches none of the two.
+    words: a picture, a video (a suffix of VIDEOS), a folder or a pattern with *, ? or [...]; an existing file is no
+    pattern.  A folder gives its pictures; a pattern gives pictures and videos, and ** stands for any folders.
+    Raises DataError for a missing file, a folder without pictures and a pattern that matches neither kind.
     """
     files: dict[Path, None] = {}
     named = set()
@@ -54,7 +54,7 @@ def find_sources(words: Sequence[str]) -> Sources:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The pictures of a folder.  Raises DataError where it has none, which names the videos that it has."""
+    """List the pictures of a folder.  Raises DataError if there are none, and then names the folder's videos."""
     try:
         return find_pictures([folder])
     except DataError as error:
@@ -67,8 +67,8 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The pictures and videos that a pattern matches, by their suffixes.  Raises DataError where there are none."""
-    Image.init()  # of all formats, so that their suffixes are known
+    """List the pictures and videos that a pattern matches, by suffix.  Raises DataError if there are none."""
+    Image.init()  # registers the suffixes of all formats
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | set(VIDEOS)
     found = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
     files = [file for file in found if file.suffix.lower() in suffixes and file.is_file()]
@@ -79,7 +79,7 @@ def _matching(pattern: str) -> list[Path]:
 
 
 class Pictures(Sequence[Record]):
-    """Picture files as records without objects, each made when it is asked for; image ids are counted from 1."""
+    """Picture files as records without objects, made on demand; image ids count from 1."""
 
     def __init__(self, files: Sequence[Path], sizes: Sequence[tuple[int, int]], max_pixels: int) -> None:
         """sizes: height, width of the n files, as `picture_size` reads them."""
@@ -99,8 +99,8 @@ class Pictures(Sequence[Record]):
 def measure_pictures(sources: Sources, max_pixels: int) -> tuple[Pictures, dict[Path, str]]:
     """Read the sizes of the pictures of sources from their headers.
 
-    Returns the records of those that have one, and {file: why} of those found that have none.  Raises Fault for one
-    that was named, and DataError where none of the pictures has one and there is no video either.
+    Returns the records of the readable pictures, and {file: reason} of those that are not.  Raises Fault for an
+    unreadable picture that was named, and DataError if no picture is readable and there is no video.
     """
     files, sizes, broken = [], [], {}
     for file in sources.pictures:

@@ -1,4 +1,4 @@
-"""Batches to be detected in: of picture files by loader processes, of a video by a thread, both ahead of the detector.
+"""Batches for the detector, prepared ahead: loader processes read picture files, a thread decodes a video.
 
 B images of a batch.
 """
@@ -23,7 +23,7 @@ from gndet.structures import Batch
 from gndet.toolbox.predict.sources import Pictures
 from gndet.toolbox.predict.video import Frame, read_frames
 
-FRAMES_AHEAD = 2  # batches of a video that are decoded ahead
+FRAMES_AHEAD = 2  # batches of a video to decode ahead
 
 Item = TypeVar("Item")
 
@@ -32,7 +32,7 @@ class Portion(NamedTuple):
     """A batch on its way to the detector."""
 
     records: list[Record]  # of the B images
-    batch: Batch | None  # None where no picture could be read
+    batch: Batch | None  # None if no picture could be read
     broken: tuple[Skipped, ...] = ()  # pictures that could not be read
     frames: tuple[Frame, ...] = ()  # the B frames, of a video
 
@@ -40,7 +40,7 @@ class Portion(NamedTuple):
 def of_pictures(
     detector: Detector, pictures: Pictures, device: torch.device, notify: Callable[[str], None]
 ) -> Iterator[Portion]:
-    """Yield picture files in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
+    """Yield the pictures in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
     dataset = Dataset("pictures", detector.classes, detector.category_ids, pictures)
     batches = test_batches(
         dataset, detector.cfg.data, images_per_gpu=detector.cfg.evaluation.images_per_gpu, rank=0, world=1,
@@ -52,31 +52,31 @@ def of_pictures(
 
 
 def of_video(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
-    """Yield each `every`th frame of a video in such batches, with image ids from `first` on.
+    """Yield every `every`th frame of a video in batches of the same size, with image ids from `first` on.
 
-    A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after the batches before.
+    A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after the batches before it.
     """
     return _ahead(_decoded(detector, video, every, first), FRAMES_AHEAD)
 
 
 def _decoded(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
     data, frames, num = detector.cfg.data, read_frames(video, every), detector.cfg.evaluation.images_per_gpu
-    while some := tuple(islice(frames, num)):
-        records = [_frame_record(first + place, video, frame) for place, frame in enumerate(some)]
-        first += len(some)
+    while taken := tuple(islice(frames, num)):
+        records = [_frame_record(first + place, video, frame) for place, frame in enumerate(taken)]
+        first += len(taken)
         samples = [test_sample(record, data) for record in records]
-        yield Portion(records, collate(samples, data.canvas_multiple, data.exact_canvas), frames=some)
+        yield Portion(records, collate(samples, data.canvas_multiple, data.exact_canvas), frames=taken)
 
 
 def _frame_record(image_id: int, video: Path, frame: Frame) -> Record:
-    """A frame as a record without objects; its pixels are in memory."""
+    """Make a frame a record without objects, its pixels in memory."""
     height, width = frame.pixels.shape[:2]
     record = picture_record(image_id, Path(f"{video}#t={frame.seconds:.3f}"), (height, width))
     return record._replace(load=lambda: frame.pixels)
 
 
 def _ahead(items: Iterator[Item], num: int) -> Iterator[Item]:
-    """Yield items, of which a thread makes `num` ahead; what it raises is raised here, after the items before."""
+    """Yield items while a thread computes the next `num`; its exception is raised here, after the items before it."""
     with ThreadPoolExecutor(1) as thread:
         pending = deque(thread.submit(next, items, None) for _ in range(num))
         while (item := pending.popleft().result()) is not None:

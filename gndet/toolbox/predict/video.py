@@ -1,6 +1,6 @@
-"""Frames of a video, read and written by PyAV, the optional extra `video`, whose wheels carry FFmpeg inside.
+"""Read and write the frames of a video with PyAV, the optional extra `video`, whose wheels contain FFmpeg.
 
-(h, w) frame. Pictures are (h, w, 3) uint8 RGB, upright as a player shows them.
+(h, w) frame.  Pictures are (h, w, 3) uint8 RGB, upright as a player shows them.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ try:
 except ImportError:
     av = None
 
-ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first there is; the last is FFmpeg's own
-CLOCK = 90_000  # ticks a second of what is written: MPEG's, of which each usual frame rate is a whole number
-USUAL_RATE = Fraction(25)  # frames a second where a file does not say
+ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first available is used; the last is FFmpeg's own
+CLOCK = 90_000  # ticks per second of written files: MPEG's, a multiple of every usual frame rate
+USUAL_RATE = Fraction(25)  # frames per second if a file does not say
 
 
 class Frame(NamedTuple):
@@ -34,9 +34,9 @@ class Frame(NamedTuple):
 
 
 def video_rate(path: Path, max_pixels: int) -> Fraction:
-    """Open a video and read its frames a second.
+    """Read the frames per second of a video.
 
-    Raises DataError without PyAV, for a file that is no video, and for one whose frames are over max_pixels.
+    Raises DataError without PyAV, for a file that is no video, and for frames over max_pixels.
     """
     with _opened(path) as (_, stream):
         height, width = stream.codec_context.height, stream.codec_context.width
@@ -48,9 +48,9 @@ def video_rate(path: Path, max_pixels: int) -> Fraction:
 
 
 def read_frames(path: Path, every: int) -> Iterator[Frame]:
-    """Decode each `every`th frame of a video, from the first on.
+    """Decode every `every`th frame of a video, from the first on.
 
-    Raises DataError as `video_rate` does and, after the frames before it, where the file is damaged or has no frame.
+    Raises DataError as `video_rate` does and, after the frames before it, for a file that is damaged or has no frame.
     """
     count = 0
     with _opened(path) as (container, stream):
@@ -68,7 +68,7 @@ def read_frames(path: Path, every: int) -> Iterator[Frame]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container of a file and its first video stream.  Raises DataError, also for what is raised meanwhile."""
+    """Open a file as PyAV's container and its first video stream.  Raises DataError, also for errors in the context."""
     if av is None:
         raise DataError(f"{path}: videos are read by PyAV, which is not installed: pip install av")
     try:
@@ -81,13 +81,13 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 class VideoWriter:
-    """An MP4 file that is written frame by frame, each shown when it was in its source.
+    """An MP4 file written frame by frame, with the times of its source.
 
-    As a context: the file has its name once that ends, and is not there where it ends in an error.  Raises OutputError.
+    As a context: the file gets its name at the end, or is removed after an error.  Raises OutputError.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
-        """rate: frames a second, which the encoder reckons with."""
+        """rate: frames per second that the encoder expects."""
         self.path, self.rate = path, rate
         self.place = ExitStack()
         self.stream: Any = None
@@ -100,7 +100,7 @@ class VideoWriter:
         return self
 
     def write(self, pixels: np.ndarray, seconds: float) -> None:
-        """Append a picture (h, w, 3); all are scaled to the first one's size, edges rounded up to even numbers."""
+        """Append a picture (h, w, 3), scaled to the size of the first picture; edges are rounded up to even numbers."""
         even = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
         with self._told():
             if self.stream is None:
@@ -112,7 +112,7 @@ class VideoWriter:
                 self.start = seconds
             frame = av.VideoFrame.from_ndarray(even, format="rgb24")
             frame = frame.reformat(self.stream.width, self.stream.height, "yuv420p")
-            self.last = max(round((seconds - self.start) * CLOCK), self.last + 1)  # times must rise
+            self.last = max(round((seconds - self.start) * CLOCK), self.last + 1)  # times must increase
             frame.pts, frame.time_base = self.last, Fraction(1, CLOCK)
             self.container.mux(self.stream.encode(frame))
 
@@ -128,7 +128,7 @@ class VideoWriter:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Raise OutputError where FFmpeg cannot write."""
+        """Raise OutputError if FFmpeg cannot write."""
         try:
             yield
         except (av.FFmpegError, OSError) as error:

@@ -1,11 +1,10 @@
 """`gndet doctor`: whether gndet works on a machine, as a text to paste into an issue.
 
-What needs torch runs in a process of its own (`inside`): a package that cannot be imported, or that ends the process,
-is told as what it is.  No name of an account and no home folder is shown.
+Everything that needs torch runs in a child process (`inside`), so that a package that cannot be imported, or crashes
+the process, is reported like any other fact.  The report shows neither account names nor the home folder.
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,26 +17,26 @@ from typing import Any, BinaryIO
 import gndet
 from gndet.config.loading import load_config
 from gndet.errors import OutputError
-from gndet.files import write_whole
+from gndet.files import make_room_for, write_whole
 from gndet.toolbox.doctor import machine
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
 
-# without this folder in the path, whose files may have the names of packages; with that of gndet, installed or not
+# -P leaves the current folder out of the path, whose files may shadow packages; gndet's is added, installed or not
 START = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module('gndet.toolbox.doctor.inside', run_name='__main__')"
 )
-PATIENCE = 180.0  # seconds without a word until what is being tried counts as hanging
+PATIENCE = 180.0  # seconds without output after which the current trial counts as hanging
 
 Show = Callable[[str], None]
 
 
 def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: Path | None) -> bool:
-    """Say what this machine has, try what gndet stands on, and end with a verdict in a line.
+    """Describe this machine, try everything that gndet depends on, and end with a one-line verdict.
 
-    config: YAML file whose data is loaded and whose run folder is looked at; None: drawn pictures, and this folder.
-    json_file: for the same, as JSON.  Returns whether all works; a warning does not count.
-    Raises ConfigError and OutputError before anything is tried.
+    config: YAML file whose data to load and whose run folder to examine; None: drawn pictures, and this folder.
+    json_file: where to write the same as JSON.  Returns whether everything works; warnings do not count.
+    Raises ConfigError and OutputError before trying anything.
     """
     cfg = load_config(config, overrides) if config else None
     if json_file is not None:
@@ -75,7 +74,7 @@ def examine(arguments: Sequence[str] | None) -> Iterator[str | Fact]:
 
 
 def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
-    """Yield what the process says, then how it ended if that is not how it should.  told: its stderr."""
+    """Yield the titles and facts that the process prints, then how it failed, if it did.  told: its stderr."""
     title = trying = "starting Python"
     hanging: list[bool] = []
 
@@ -92,7 +91,7 @@ def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
             break
         try:
             said = json.loads(text)
-        except ValueError:  # what a library prints by itself
+        except ValueError:  # printed by a library
             continue
         if "title" in said:
             title = trying = said["title"]
@@ -113,21 +112,11 @@ def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
 
 
 def refuse_output(file: Path) -> None:
-    """Raise OutputError where the report cannot be written, or is not to be: over another file."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_file() and not _is_report(file):
-            raise OutputError(
-                f"{file}: is there and is no report of gndet doctor; it is not written over, choose another"
-            )
-    except OSError as error:
-        raise OutputError(f"--json {file}: cannot write there: {error.strerror}") from None
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise OutputError(f"--json {file}: cannot be written, expected the name of a file in a folder that can")
-
-
-def _is_report(file: Path) -> bool:
-    """Whether a file begins as `doctor` writes it, or is empty."""
+    """Raise OutputError if the report cannot be written, or would overwrite another kind of file."""
+    make_room_for(file, "--json")
+    if not file.is_file():
+        return
     with file.open("rb") as opened:
         head = opened.read(20)
-    return not head or head.startswith(b'{\n "healthy"')
+    if head and not head.startswith(b'{\n "healthy"'):
+        raise OutputError(f"{file}: is there and is no report of gndet doctor; it is not written over, choose another")

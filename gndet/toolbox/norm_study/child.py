@@ -1,6 +1,6 @@
-"""`gndet train` that ends with the process that started it: `python -m ...norm_study.child train CONFIG ...`.
+"""`gndet train` that ends with its parent process: `python -m gndet.toolbox.norm_study.child train CONFIG ...`.
 
-A study that is killed would else leave trainings behind, which nobody waits for.
+Without it a killed study would leave trainings behind.
 """
 
 import ctypes

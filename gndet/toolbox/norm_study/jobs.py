@@ -1,4 +1,4 @@
-"""The trainings of a norm study: processes of their own, several at once where there are devices or cores."""
+"""Run the trainings of a norm study as processes, several at once if there are devices or cores for them."""
 
 import os
 import signal
@@ -17,12 +17,12 @@ from gndet.data.workers import usable_cores
 from gndet.distributed.signals import Stop, StopSignals
 
 POLL = 0.1
-PATIENCE = 120.0  # seconds in which a run that is asked to stop saves what it learned
-REASON = 600  # characters of what a failed run said
+PATIENCE = 120.0  # seconds for a run to save its state when asked to stop
+REASON = 600  # characters to quote from the output of a failed run
 
 
 class Job(NamedTuple):
-    """A training: config, overrides, run folder, and the file that takes what it says."""
+    """A training: config, overrides, run folder, and the file for its output."""
 
     name: str
     config: str
@@ -32,16 +32,9 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> list[str]:
-        """Its command line."""
-        return [
-            sys.executable,
-            "-m",
-            "gndet.toolbox.norm_study.child",
-            "train",
-            self.config,
-            *self.overrides,
-            f"out={self.out}",
-        ]
+        """The command line."""
+        module = "gndet.toolbox.norm_study.child"
+        return [sys.executable, "-m", module, "train", self.config, *self.overrides, f"out={self.out}"]
 
 
 class _Running(NamedTuple):
@@ -52,9 +45,9 @@ class _Running(NamedTuple):
 
 
 def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
-    """The environment of each of the runs that go at once: a GPU each, or a share of the cores.
+    """Return an environment for each run that goes at once: a GPU, or a share of the cores.
 
-    device: of the config; jobs: how many, by default one a GPU, on a CPU one.
+    device: of the config; jobs: how many at once, by default one per GPU, or one on a CPU.
     """
     if device != "cpu" and (count := torch.cuda.device_count()):
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -70,9 +63,9 @@ def run_jobs(
     jobs: Sequence[Job], places: Sequence[dict[str, str]], stop: StopSignals, started: Callable[[Job], None],
     ended: Callable[[Job, float, int], None],
 ) -> None:  # fmt: skip
-    """Run jobs, one in each place at a time; ended is given seconds and exit status.
+    """Run jobs, one per place at a time.  ended: called with the job, its seconds and its exit status.
 
-    Raises Stop after a signal; the running ones are asked to stop, which they do resumably, and waited for.
+    Raises Stop after a signal, once the running jobs have been asked to stop, which they do resumably, and have ended.
     """
     waiting, free, running = deque(jobs), list(places), list[_Running]()
     try:
@@ -82,17 +75,17 @@ def run_jobs(
             while waiting and free:
                 running.append(_start(waiting.popleft(), free.pop(0)))
                 started(running[-1].job)
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                free.append(one.place)
-                ended(one.job, time.monotonic() - one.began, one.process.returncode)
+            for run in [run for run in running if run.process.poll() is not None]:
+                running.remove(run)
+                free.append(run.place)
+                ended(run.job, time.monotonic() - run.began, run.process.returncode)
             time.sleep(POLL)
     finally:
         _end(running)
 
 
 def _start(job: Job, place: dict[str, str]) -> _Running:
-    """Start a job.  It is in a session of its own: a Ctrl-C reaches it through us alone."""
+    """Start a job in a session of its own, so that only this process passes a Ctrl-C on to it."""
     with job.log.open("ab") as log:
         process = subprocess.Popen(
             job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -102,21 +95,21 @@ def _start(job: Job, place: dict[str, str]) -> _Running:
 
 
 def _end(running: Sequence[_Running]) -> None:
-    """Ask runs to stop, and kill those that do not, with all that they started."""
-    for one in running:
-        one.process.terminate()
+    """Ask runs to stop, and kill those that do not, with all processes that they started."""
+    for run in running:
+        run.process.terminate()
     deadline = time.monotonic() + PATIENCE
-    for one in running:
+    for run in running:
         try:
-            one.process.wait(max(deadline - time.monotonic(), 0.1))
+            run.process.wait(max(deadline - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
             with suppress(ProcessLookupError):
-                os.killpg(one.process.pid, signal.SIGKILL)
-            one.process.wait()
+                os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
 
 
 def last_words(log: Path, status: int) -> str:
-    """What a failed run said at its end: its error, or its last lines."""
+    """Quote a failed run: its error, or its last lines."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if line.startswith("gndet train: ")]
     told = lines[errors[-1] :] if errors else lines[-3:]

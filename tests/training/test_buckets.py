@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 import yaml
 from faults.tiny import CONFIG
 from models import make_batch, small_model
+from run_files import load
 from torch import Tensor, nn
 
 from gndet.data.batches.stream import Replay, train_batches
@@ -24,7 +25,6 @@ from gndet.training.gradient_buckets import Buckets
 from gndet.training.run import Run
 from gndet.training.setup import build_run
 from gndet.training.update import UpdateState, compute_gradients
-from runs import load
 
 FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
 

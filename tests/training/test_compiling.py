@@ -8,6 +8,7 @@ import torch
 import yaml
 from faults.tiny import CONFIG
 from rich.console import Console
+from run_files import load
 from test_micro_batch import difference
 from torch import Tensor
 
@@ -23,7 +24,6 @@ from gndet.training.compiling import compile_ahead, compiled
 from gndet.training.run import Run
 from gndet.training.setup import build_run
 from gndet.training.update import backward
-from runs import load
 
 CANVASES = ((64, 96), (96, 64), (96, 96))
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ import yaml
 from faults.tiny import CONFIG
 from models import make_batch
 from rich.console import Console
+from run_files import load, losses
 
 from gndet.cli.main import main
 from gndet.data.batches.batch import largest_batch
@@ -20,7 +21,6 @@ from gndet.train import train
 from gndet.training.memory import MIB, limited, out_of_memory
 from gndet.training.setup import build_run
 from gndet.training.update import backward, to_device
-from runs import load, losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 

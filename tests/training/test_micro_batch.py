@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 from faults.tiny import CONFIG
 from models import make_batch, small_model
 from rich.console import Console
+from run_files import ENVIRONMENT, forget, last, load, losses
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
@@ -30,7 +31,6 @@ from gndet.training.gradient_buckets import sum_gradients
 from gndet.training.memory import MIB, TensorBytes
 from gndet.training.setup import build_run
 from gndet.training.update import backward, resident_bytes
-from runs import ENVIRONMENT, forget, last, load, losses
 
 EXACT = ("train.precision=float64",)  # rounding of float32 may flip a sampled region; float64 shows
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from faults.tiny import CONFIG
+from run_files import last, load
 from torch import Tensor, nn
 
 from gndet.config.loading import config_from_dict
@@ -22,7 +23,6 @@ from gndet.train import train
 from gndet.training.nonfinite import allowed, describe, examine, read_batch, refuse, summed
 from gndet.training.run import Run
 from gndet.training.setup import build_run
-from runs import last, load
 
 ALONE = Process(0, 1, torch.device("cpu"))
 pytestmark = pytest.mark.faults

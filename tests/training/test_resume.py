@@ -12,6 +12,7 @@ import torch
 import yaml
 from faults.tiny import CONFIG
 from rich.console import Console
+from run_files import assert_same, forget, load, losses
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data.datasets import shapes
@@ -21,7 +22,6 @@ from gndet.train import train
 from gndet.training.checkpointing import Saver
 from gndet.training.run import Best, Progress
 from gndet.training.setup import build_run
-from runs import assert_same, forget, load, losses
 
 pytestmark = pytest.mark.faults
 OPTIONS = ("train.checkpoint_every=2", "train.global_batch=2")

@@ -12,13 +12,13 @@ import torch
 import yaml
 from faults.tiny import CONFIG
 from rich.console import Console
+from run_files import ENVIRONMENT, assert_same, command, forget, last, load, losses
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
-from runs import ENVIRONMENT, assert_same, command, forget, last, load, losses
 
 
 @pytest.fixture

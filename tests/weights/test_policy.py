@@ -9,6 +9,7 @@ import pytest
 import torch
 from lived_in import BN, CLASSES, GN, NONE, STATISTICS, config, dataset, features, lived_in, norm_names, pictures, save
 from models import make_batch
+from run_files import assert_same
 from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
@@ -28,7 +29,6 @@ from gndet.weights.convert import convert_batch_norm
 from gndet.weights.load import Start, initial_model, load_weights
 from gndet.weights.policy import reference_norms
 from gndet.weights.read import read_source
-from runs import assert_same
 
 ALONE, WHOLE = ("backbone",), ("backbone", "fpn", "rpn", "box_head", "mask_head")
 NORMED = tuple(part for part in WHOLE if part != "rpn")  # the RPN has no norm

@@ -11,7 +11,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence

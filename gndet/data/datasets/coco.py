@@ -4,8 +4,11 @@ What can be mended without a guess is mended in memory and counted; no file of t
 Boxes are xywh in the file, xyxy from here on.
 """
 
+import gc
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +23,9 @@ from gndet.data.datasets.faults import Fault, Findings, in_order, refuse
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.datasets.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
-from gndet.data.workers import usable_cores
-from gndet.data.records import Dataset
 from gndet.data.datasets.segmentation import brief
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from gndet.data.records import Dataset
+from gndet.data.workers import usable_cores
 
 LISTS = ("images", "annotations", "categories")
 

@@ -17,8 +17,8 @@ from pycocotools import mask as coco_mask
 from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import read_image
-from gndet.data.records import Record
 from gndet.data.datasets.segmentation import to_rle
+from gndet.data.records import Record
 
 MATCH = 0.5  # IoU of a box and the box around its mask below which they are noted as two things
 

@@ -14,9 +14,9 @@ from gndet.data.datasets.cache import Tell
 from gndet.data.datasets.coco import inspect_coco
 from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable
 from gndet.data.datasets.packed import PackedRecords
-from gndet.data.records import Dataset, Finding, Record
 from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
+from gndet.data.records import Dataset, Finding, Record
 
 Reader = Callable[[DatasetConfig, DataConfig, Tell | None], Dataset]  # raises nothing for a fault that is in FAULTS
 DATASETS: dict[str, Reader] = {"coco": inspect_coco, "shapes": lambda cfg, data, tell: read_shapes(cfg, data)}

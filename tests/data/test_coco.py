@@ -16,8 +16,9 @@ from pycocotools.coco import COCO
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import read_coco, to_coco
+from gndet.data.datasets.masks import check_masks, check_segmentation, run_lengths
 from gndet.data.datasets.reading import read_dataset
-from gndet.data.datasets.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
+from gndet.data.datasets.segmentation import box_frame_masks, to_rle
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 
@@ -252,8 +253,10 @@ def test_a_thin_polygon_is_kept_and_polygons_are_drawn_to_be_sure(tmp_path: Path
     rng = np.random.default_rng(0)
     for _ in range(300):
         polygon = (rng.uniform(-10, 30, (rng.integers(3, 7), 2)) * rng.choice([1, 0.1])).ravel().tolist()
-        if coco_mask.area(to_rle([polygon], (20, 30))):
-            assert has_pixels([polygon], np.array([25.0, 15, 30, 20]), (20, 30))
+        box = np.array([[25.0, 15, 30, 20]])
+        drawn = coco_mask.area(to_rle([polygon], (20, 30))) > 0
+        drawn = drawn or box_frame_masks([[polygon]], box, (20, 30), 112).any()
+        assert check_masks([[polygon]], np.array([[20, 30]]), box).mask(0) == ([polygon] if drawn else None)
 
 
 def test_subfolders_and_either_unicode_form_of_a_name_are_found(tmp_path: Path) -> None:
@@ -358,7 +361,7 @@ def test_what_passes_the_check_does_pycocotools_no_harm(seed: int) -> None:
         text = bytes(rng.integers(40, 116, rng.integers(1, 5)).astype(np.uint8)).decode()
         for segmentation in ([points.tolist()], rle(text), rle(rng.integers(-1, 400, 3).tolist())):
             try:
-                checked, _ = check_segmentation(segmentation, (20, 30))
+                checked = check_segmentation(segmentation, (20, 30))
             except DataError:
                 continue
             if checked is None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets import cache
-from gndet.data.datasets.annotations import MAX_SIDE, Size, whole
-from gndet.data.datasets.columns import Columns, Known, read_columns, with_ids
+from gndet.data.datasets.annotations import Size
+from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, read_columns, whole, with_ids
 from gndet.data.datasets.faults import Fault, Findings, in_order, refuse
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.datasets.json_parts import NotInParts, read_parts, take_apart
@@ -175,8 +175,7 @@ def _as_a_whole(path: Path, digest: str, max_pixels: int, found: Findings) -> _C
         raise Fault("json-unreadable", f"{path}: was changed while it was read")
     tree = _parse(path, text, found)
     categories, sizes = _read_categories(tree["categories"], found), _read_sizes(tree["images"], max_pixels, found)
-    annotations = tree.pop("annotations")
-    objects = read_columns(annotations, lambda odd: annotations, Known.of(sizes, categories), found)
+    objects, _ = read_columns(tree.pop("annotations"), Known.of(sizes, categories), found)
     return _Content(tree["images"], sizes, categories, objects)
 
 

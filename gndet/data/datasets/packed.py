@@ -47,7 +47,7 @@ class Packed(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     area: np.ndarray  # (n,) float64
     annotation_ids: np.ndarray  # (n,) int64
-    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `columns.Masks`
+    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `masks.Masks`
     polygons_first: np.ndarray
     points_first: np.ndarray
     points: np.ndarray
@@ -80,7 +80,7 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
         boxes=objects.boxes[order],
         labels=np.searchsorted(np.array(category_ids, dtype=np.int64), objects.category_ids[order]),
         crowd=objects.crowd[order], area=objects.area[order], annotation_ids=objects.annotation_ids[order],
-        masks_at=objects.masks_at[order], **objects.masks._asdict(),
+        masks_at=order, **objects.masks._asdict(),
     )  # fmt: skip
 
 

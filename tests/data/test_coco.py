@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.datasets.coco import read_coco, to_coco
+from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.masks import check_masks, check_segmentation, run_lengths
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import box_frame_masks, to_rle
@@ -50,7 +50,7 @@ def read(folder: Path, tree: Any) -> Dataset:
         Image.new("RGB", (30, 20)).save(folder / "pictures" / name)
     text = tree if isinstance(tree, str) else json.dumps(tree)
     (folder / "file.json").write_text(text)
-    return read_coco(DatasetConfig(annotations="file.json", images="pictures"), DataConfig(root=str(folder)))
+    return read_dataset(DatasetConfig(annotations="file.json", images="pictures"), DataConfig(root=str(folder)))
 
 
 def test_records_keep_the_files_order_and_labels_follow_category_ids(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, name: str) -> None:
     tree, message = BAD_FILES[name]
     cfg = DatasetConfig(annotations="none.json", images="pictures")
     with pytest.raises(DataError, match=message) as error:
-        read_coco(cfg, DataConfig(root=str(tmp_path))) if tree is None else read(tmp_path, tree)
+        read_dataset(cfg, DataConfig(root=str(tmp_path))) if tree is None else read(tmp_path, tree)
     assert ("none.json" if tree is None else "file.json") in str(error.value)
 
 
@@ -180,7 +180,7 @@ def test_a_missing_image_folder_is_named_and_the_rest_is_checked(tmp_path: Path)
         read(tmp_path, tree)
     cfg = DatasetConfig(annotations="file.json", images="elsewhere")
     with pytest.raises(DataError, match=r"(?s)elsewhere: .*expected a folder of pictures.*annotation 1: bbox None"):
-        read_coco(cfg, DataConfig(root=str(tmp_path)))
+        read_dataset(cfg, DataConfig(root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])
@@ -384,7 +384,7 @@ def test_real_data_is_read_and_written_back_unchanged(
 ) -> None:
     path = data_root / name / "annotations" / file
     data = DataConfig(root=str(data_root / name))
-    dataset = read_coco(DatasetConfig(annotations=f"annotations/{file}", images=images), data)
+    dataset = read_dataset(DatasetConfig(annotations=f"annotations/{file}", images=images), data)
     truth, tree = json.loads(path.read_text()), to_coco(dataset)
     assert {one.code for one in dataset.findings} <= {"category-gaps", "category-unused", "crowd", "mask-missing"}
     assert tuple(len(tree[key]) for key in ("images", "annotations", "categories")) == counts

@@ -131,7 +131,7 @@ def _to_integers(values: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     if set(map(type, values)) <= {int}:
         with suppress(OverflowError):
             return np.array(values, dtype=np.int64), *np.zeros((2, len(values)), dtype=bool)
-    numbers = list(map(whole, values))
+    numbers = list(map(to_integer, values))
     return (
         np.array([number or 0 for number in numbers], dtype=np.int64),
         np.array([number is None for number in numbers]),
@@ -139,7 +139,7 @@ def _to_integers(values: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     )
 
 
-def whole(value: Any) -> int | None:
+def to_integer(value: Any) -> int | None:
     """Return an integer of 64 bits, 5.0 taken as 5; None for anything else."""
     if type(value) is float and value.is_integer():
         value = int(value)

@@ -8,6 +8,7 @@ Letters: N images, n objects, P polygons.
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import read_image
 from gndet.data.records import Record
+from gndet.data.datasets.masks import offsets
 from gndet.data.datasets.segmentation import to_rle
 
 MATCH = 0.5  # IoU of a box and the box around its mask below which they are noted as two things
@@ -125,37 +127,33 @@ def _end_to_end(parts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(parts), dtype=np.uint8), first
 
 
+@dataclass(eq=False)
 class PackedRecords(Sequence[Record]):
-    """The records of packed images: made anew at each access."""
+    """The records of packed images, made anew at each access."""
 
-    def __init__(
-        self, packed: Packed, folder: Path, max_pixels: int, places: range | None = None,
-        again: Callable[[], Packed] | None = None, digests: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        """folder: of the pictures.  places: of the images that are in it, all by default.
-
-        again: gives the arrays to another process that this is sent to, which then shares them.
-        digests: (N,) uint64, of the bytes of the pictures, 0 where they are not known; None where none is.
-        """
-        self.packed, self.folder, self.max_pixels, self.again = packed, folder, max_pixels, again
-        self.digests = digests
-        self.places = range(len(packed.image_ids)) if places is None else places
+    packed: Packed
+    folder: Path  # of the pictures
+    max_pixels: int
+    places: Sequence[int]  # of the images that are taken, among the N
+    again: Callable[[], Packed] | None = None  # maps the arrays in another process that these are sent to
+    digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 where unknown
+    labels: np.ndarray | None = None  # the new label of each packed one, see `relabelled`
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            places = self.places[index]
-            return PackedRecords(self.packed, self.folder, self.max_pixels, places, self.again, self.digests)
-        return self._record(self.places[index])
+            return replace(self, places=self.places[index])
+        record = self._record(self.places[index])
+        return record if self.labels is None else relabelled(record, self.labels)
 
     def __reduce__(self) -> tuple[Any, ...]:
         again = self.again or functools.partial(Packed, *self.packed)
-        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again)
+        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again, self.labels)
 
     def path(self, index: int) -> Path:
-        """The picture file of a record."""
+        """Return the picture file of a record."""
         place = self.places[index]
         return self.folder / _text(self.packed.paths, self.packed.paths_first, place)
 
@@ -166,7 +164,7 @@ class PackedRecords(Sequence[Record]):
             self.digests[self.places[index]] = digest
 
     def files(self) -> Iterator[tuple[int, str, str, int]]:
-        """Image id, file_name, path below the folder and digest (0: not known) of each, without making records."""
+        """Yield image id, file_name, path below the folder and digest (0: unknown) of each, without making records."""
         for place in self.places:
             name = _text(self.packed.names, self.packed.names_first, place)
             path = _text(self.packed.paths, self.packed.paths_first, place)
@@ -191,27 +189,41 @@ class PackedRecords(Sequence[Record]):
         )  # fmt: skip
 
 
+def relabelled(record: Record, labels: np.ndarray) -> Record:
+    """Give each object of label i the label labels[i]; leave out those that get -1."""
+    new = labels[record.labels]  # (n,)
+    keep = new >= 0
+    return record._replace(
+        boxes=record.boxes[keep],
+        labels=new[keep],
+        crowd=record.crowd[keep],
+        area=record.area[keep],
+        annotation_ids=record.annotation_ids[keep],
+        segmentations=[record.segmentations[index] for index in np.flatnonzero(keep)],
+    )
+
+
 class Counts(NamedTuple):
-    """How many objects the images of a data set have."""
+    """How many objects the N images of a data set have."""
 
     objects: np.ndarray  # (N,) int64
-    trainable: np.ndarray  # (N,) int64: no crowd regions
-    unmasked: np.ndarray  # (N,) bool: a trainable object is without a mask
+    trainable: np.ndarray  # (N,) int64: without crowd regions
+    unmasked: np.ndarray  # (N,) bool: a trainable object has no mask
     sizes: np.ndarray  # (N, 2) int64 height, width
 
 
 def count_objects(records: Sequence[Record]) -> Counts:
-    """Count; of packed records without making them, which takes seconds for 118,000 images."""
+    """Count objects; without making packed records, which takes seconds for 118,000 images."""
     if isinstance(records, PackedRecords):
         return _count_packed(records)
     rows = [
         (
-            len(one.labels),
-            int((~one.crowd).sum()),
-            any(mask is None and not crowd for mask, crowd in zip(one.segmentations, one.crowd, strict=True)),
-            *one.size,
+            len(record.labels),
+            np.count_nonzero(~record.crowd),
+            any(mask is None and not crowd for mask, crowd in zip(record.segmentations, record.crowd, strict=True)),
+            *record.size,
         )
-        for one in records
+        for record in records
     ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
     return Counts(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3:])
@@ -219,35 +231,36 @@ def count_objects(records: Sequence[Record]) -> Counts:
 
 def _count_packed(records: PackedRecords) -> Counts:
     packed, places = records.packed, np.array(records.places, dtype=np.int64)
+    lengths = map(np.diff, (packed.polygons_first, packed.counts_first, packed.texts_first))
+    masked = (sum(lengths) > 0)[packed.masks_at]  # (n,)
+    taken = np.ones(len(masked), dtype=bool) if records.labels is None else records.labels[packed.labels] >= 0
     first, end = packed.objects_first[places], packed.objects_first[places + 1]
-    lengths = (np.diff(one) for one in (packed.polygons_first, packed.counts_first, packed.texts_first))
-    masked = (sum(lengths) > 0)[packed.masks_at]
-    trainable, unmasked = _sums_before(~packed.crowd), _sums_before(~packed.crowd & ~masked)
-    return Counts(end - first, trainable[end] - trainable[first], unmasked[end] > unmasked[first], packed.sizes[places])
+    objects, trainable, unmasked = (
+        (before := offsets(counted))[end] - before[first]
+        for counted in (taken, taken & ~packed.crowd, taken & ~packed.crowd & ~masked)
+    )
+    return Counts(objects, trainable, unmasked > 0, packed.sizes[places])
 
 
-def _sums_before(values: np.ndarray) -> np.ndarray:
-    """How many of values (n,) are set before each place, (n + 1,)."""
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
-
-
+@dataclass(eq=False)
 class PackedMasks(Sequence[Any]):
-    """The segmentations of an image's objects: made anew at each access."""
+    """The segmentations of an image's objects, made anew at each access."""
 
-    def __init__(self, packed: Packed, objects: range, size: tuple[int, int]) -> None:
-        self.packed, self.objects, self.size = packed, objects, size
+    packed: Packed
+    objects: range  # places of the objects among the n
+    size: tuple[int, int]  # height, width of the image
 
     def __len__(self) -> int:
         return len(self.objects)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return PackedMasks(self.packed, self.objects[index], self.size)
+            return replace(self, objects=self.objects[index])
         packed, i = self.packed, self.packed.masks_at[self.objects[index]]
         first, end = packed.polygons_first[i], packed.polygons_first[i + 1]
         if first < end:
             bounds = packed.points_first[first : end + 1].tolist()
-            return [packed.points[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+            return [packed.points[start:stop].tolist() for start, stop in itertools.pairwise(bounds)]
         first, end = packed.counts_first[i], packed.counts_first[i + 1]
         if first < end:
             return {"size": list(self.size), "counts": packed.counts[first:end].tolist()}
@@ -268,6 +281,7 @@ def _text(texts: np.ndarray, first: np.ndarray, place: int) -> str:
 
 
 def _unpickled(
-    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None
-) -> PackedRecords:
-    return PackedRecords(again(), folder, max_pixels, places, shared)
+    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None,
+    labels: np.ndarray | None,
+) -> PackedRecords:  # fmt: skip
+    return PackedRecords(again(), folder, max_pixels, places, shared, labels=labels)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.records import Dataset, Record
+from gndet.data.records import Dataset, Record, Tell
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 
@@ -24,10 +24,10 @@ MAX_TILT = np.pi / 8  # things stand upright, more or less; any rotation takes s
 OUTLINE, COLOUR = 0, 1  # the random streams of an image
 
 
-def read_shapes(cfg: DatasetConfig, data: DataConfig) -> Dataset:
+def read_shapes(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
     """Lay out cfg.count images of cfg.size x cfg.size pixels; `Record.load` draws them.
 
-    Boxes and masks are those of the visible part.  Raises DataError for a seed or count out of range.
+    Boxes and masks are those of the visible part.  data, tell: not used.  Raises DataError for a seed or count out of range.
     """
     if not 0 <= cfg.seed <= MAX_SEED or cfg.count > MAX_COUNT:
         raise DataError(f"shapes: seed {cfg.seed}, count {cfg.count}, expected 0 to {MAX_SEED}, 1 to {MAX_COUNT}")

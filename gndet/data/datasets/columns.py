@@ -110,7 +110,7 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
         ids[~no_id],
     )  # fmt: skip
     marked = np.concatenate(list(marks.places.values())).tolist()
-    return columns, sorted({*marked, *masks.codes, *(fault.place for fault in masks.faults)})
+    return columns, sorted({*marked, *masks.rles, *(fault.place for fault in masks.faults)})
 
 
 def _tell(
@@ -185,15 +185,13 @@ def _check_boxes(items: Sequence[Item], sizes: np.ndarray, marks: _Marks) -> np.
 def _note_masks(masks: CheckedMasks, crowd: np.ndarray, marks: _Marks) -> None:
     """Note crowd regions, and objects without a mask."""
     outlined, coded = np.zeros((2, len(crowd)), dtype=bool)
-    outlined[masks.polygons.owner] = coded[list(masks.codes)] = True
+    outlined[masks.polygons.owner] = coded[list(masks.rles)] = True
     marks.note("crowd", crowd)
     marks.note("crowd-polygon", crowd & outlined)
     marks.note("mask-missing", ~(crowd | outlined | coded))
 
 
-def _fill_areas(
-    area: np.ndarray, items: Sequence[Item], masks: CheckedMasks, sizes: np.ndarray, marks: _Marks
-) -> None:
+def _fill_areas(area: np.ndarray, items: Sequence[Item], masks: CheckedMasks, sizes: np.ndarray, marks: _Marks) -> None:
     """Compute the areas (n,) that are NaN, from the mask or the box."""
     marks.note("area-missing", np.isnan(area))
     for place in marks.places["area-missing"].tolist():
@@ -223,7 +221,7 @@ class Together:
             column += values.tobytes()
 
     def columns(self) -> Columns:
-        """All of them; there must have been a part."""
+        """Return all parts together; there must be one."""
         *scalars, all_ids = map(np.concatenate, self._scalars)
         polygons_first, points_first, counts_first, texts_first = map(np.concatenate, self._firsts)
         points, counts, texts = map(np.frombuffer, self._values, (np.float64, np.int64, np.uint8))
@@ -234,12 +232,11 @@ class Together:
 def with_ids(columns: Columns, found: Findings) -> Columns:
     """Find ids of a file's annotations that occur twice, or are under 1.
 
-    If any is under 1 all are numbered anew: COCO's evaluators take id 0 for "no match".
+    If any is under 1, all are numbered anew: COCO's evaluators take id 0 for "no match".
     """
-    ids = columns.all_ids
-    order = np.argsort(ids, kind="stable")
-    again = np.sort(order[1:][ids[order][1:] == ids[order][:-1]])
-    for number in ids[again].tolist():
+    again = np.ones(len(columns.all_ids), dtype=bool)
+    again[np.unique(columns.all_ids, return_index=True)[1]] = False
+    for number in columns.all_ids[again].tolist():
         found.add("annotation-id-twice", f"annotation id {number} occurs twice, expected unique ids")
     numbers = columns.annotation_ids
     low = numbers[numbers < 1]
@@ -247,5 +244,3 @@ def with_ids(columns: Columns, found: Findings) -> Columns:
         found.add("annotation-id-low", f"annotation id {low[0]}", count=len(numbers))
         numbers = np.arange(1, len(numbers) + 1)
     return columns._replace(annotation_ids=numbers)
-
-

@@ -1,6 +1,6 @@
-"""What can be wrong with a data set, and what becomes of it: the one table where outcomes are fixed.
+"""What can be wrong with a data set, and what becomes of it: this table alone fixes the outcomes.
 
-A check is one row of FAULTS and one line that raises `Fault` or calls `Findings.add` with its code.
+A check is a row of FAULTS, and a line that raises `Fault` or calls `Findings.add` with its code.
 """
 
 from collections.abc import Iterable, Sequence
@@ -146,7 +146,7 @@ SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # by data.ski
 
 
 class Fault(DataError):
-    """A fault of one item, by its code in FAULTS; the text says what is wrong and what was expected."""
+    """A fault of an item, by its code in FAULTS; the text says what is wrong and what was expected."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(code, text)  # both, so that it can be pickled
@@ -198,28 +198,31 @@ class Findings:
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Sort findings: refused, fixed, noted, each in the order of FAULTS."""
     severities, codes = list(SEVERITIES), list(FAULTS)
-    return tuple(sorted(findings, key=lambda one: (severities.index(one.severity), codes.index(one.code))))
+    return tuple(sorted(findings, key=lambda found: (severities.index(found.severity), codes.index(found.code))))
 
 
 def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: int, share: float) -> tuple[Finding, ...]:
-    """Findings under data.skip_unreadable: true, where pictures that cannot be read are left out, not refused.
+    """Return findings under data.skip_unreadable: true: pictures that cannot be read are left out, not refused.
 
-    unreadable: how many of the images they are; over share (data.max_unreadable) of them training stops: refused.
+    unreadable: how many of the images they are; if over share (data.max_unreadable) of them, training is refused.
     """
-    some = f"{unreadable} of {images}, over data.max_unreadable: {share:g} of them"
-    change: dict[str, str] = {"severity": REFUSED, "remedy": f"mend them ({some}), or raise data.max_unreadable"}
     if unreadable <= share * images:
-        change = {"severity": FIXED, "remedy": "fetch them again, or take them out of the file"}
+        severity, words = FIXED, ", skipped (data.skip_unreadable)"
+        remedy = "fetch them again, or take them out of the file"
+    else:
+        severity, words = REFUSED, ""
+        some = f"{unreadable} of {images}, over data.max_unreadable: {share:g} of them"
+        remedy = f"mend them ({some}), or raise data.max_unreadable"
+    return in_order(
+        found._replace(severity=severity, what=FAULTS[found.code].what + words, remedy=remedy)
+        if found.code in SKIPPABLE
+        else found
+        for found in findings
+    )
 
-    def skipped(one: Finding) -> Finding:
-        words = ", skipped (data.skip_unreadable)" if change["severity"] == FIXED else ""
-        return one._replace(**change, what=FAULTS[one.code].what + words)
 
-    return in_order(skipped(one) if one.code in SKIPPABLE else one for one in findings)
-
-
-def describe(finding: Finding) -> list[str]:
-    """A finding in lines: code and count, up to EXAMPLES examples, what to do."""
+def describe_finding(finding: Finding) -> list[str]:
+    """Show a finding in lines: code and count, up to EXAMPLES examples, what to do."""
     more = finding.count - len(finding.examples)
     return [
         f"{finding.code} ({finding.count}): {finding.what}",
@@ -230,23 +233,23 @@ def describe(finding: Finding) -> list[str]:
 
 
 def refuse(dataset: Dataset) -> Dataset:
-    """Return the data set; raise DataError, which lists all that is refused in it, where there is something."""
+    """Return the data set; raise DataError with all that is refused in it, where there is something."""
     refuse_all({dataset.name: dataset.findings})
     return dataset
 
 
 def refuse_all(findings: dict[str, Sequence[Finding]]) -> None:
-    """Raise DataError, which lists all that is refused, where there is something.  findings: by what they are of."""
+    """Raise DataError with all that is refused, where there is something; findings: by the name of their data set."""
     lines = []
-    for name, some in findings.items():
-        if refused := [one for one in some if one.severity == REFUSED]:
+    for name, listed in findings.items():
+        if refused := [finding for finding in listed if finding.severity == REFUSED]:
             total = sum(finding.count for finding in refused)
             lines.append(f"{name}: {several(total, 'fault')}; `gndet check` shows the whole picture")
-            lines += [f"  {line}" for finding in refused for line in describe(finding)]
+            lines += [f"  {line}" for finding in refused for line in describe_finding(finding)]
     if lines:
         raise DataError("\n".join(lines))
 
 
 def several(count: int, noun: str) -> str:
-    """A count with its noun."""
+    """Return a count with its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -59,26 +59,26 @@ class CheckedMasks(NamedTuple):
     """What is kept of n segmentations, and what is wrong with them."""
 
     polygons: Polygons
-    codes: dict[int, dict[str, Any]]  # RLE by place
+    rles: dict[int, dict[str, Any]]  # by place
     faults: list[MaskFault]  # by rising place
     refused: np.ndarray  # (n,) bool
 
     def mask(self, place: int) -> Any:
         """Return what is kept of a segmentation: a list of polygons, an RLE, or None."""
         first, end = np.searchsorted(self.polygons.owner, [place, place + 1])
-        return self.polygons.raw[first:end] or self.codes.get(place)
+        return self.polygons.raw[first:end] or self.rles.get(place)
 
     def packed(self, keep: np.ndarray) -> Masks:
         """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
         num_counts, num_texts = np.zeros((2, len(keep)), dtype=np.int64)
         counts, texts = [], []
-        for place, code in self.codes.items():
-            if isinstance(code["counts"], list):
-                counts += code["counts"]
-                num_counts[place] = len(code["counts"])
+        for place, rle in self.rles.items():
+            if isinstance(rle["counts"], list):
+                counts += rle["counts"]
+                num_counts[place] = len(rle["counts"])
             else:
-                texts.append(code["counts"])
-                num_texts[place] = len(code["counts"])
+                texts.append(rle["counts"])
+                num_texts[place] = len(rle["counts"])
         polygons = self.polygons
         return Masks(
             offsets(np.bincount(polygons.owner, minlength=len(keep))[keep]), offsets(polygons.lengths), polygons.points,
@@ -91,19 +91,18 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
     """Check n segmentations as a file has them.
 
     sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: with them, polygons must cover a pixel.
-    Nothing is kept of a segmentation that is refused; of the others, polygons of 3 points or more, and RLE that have a
-    pixel.
+    Nothing is kept of a segmentation that is refused, nor polygons of fewer than 3 points or an RLE without a pixel.
     """
     faults: list[MaskFault] = []
     outlines = [value if type(value) is list else [] for value in segmentations]
     if not set(map(type, chain.from_iterable(outlines))) <= {list}:
         outlines = [outline if set(map(type, outline)) <= {list} else [] for outline in outlines]
-    codes = {}
+    rles = {}
     for place, value in enumerate(segmentations):
         if outlines[place] or value in (None, [], {}):
             continue
         try:
-            codes[place] = _check_rle(value, tuple(sizes[place].tolist()))
+            rles[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
     polygons = _near(_gathered(outlines), sizes, faults)
@@ -112,7 +111,7 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
         polygons = _with_pixels(polygons, boxes, sizes, faults)
     refused = np.zeros(len(outlines), dtype=bool)
     refused[[fault.place for fault in faults if FAULTS[fault.code].severity == REFUSED]] = True
-    return CheckedMasks(polygons, codes, sorted(faults, key=lambda fault: fault.place), refused)
+    return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused)
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:

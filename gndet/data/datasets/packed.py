@@ -1,7 +1,7 @@
-"""A data set as a few large arrays, whose records are made when they are asked for.
+"""Hold a data set in a few large arrays; records are made at each access.
 
 860,000 objects as Python objects are gigabytes, and every loader process that touches them copies them; arrays are
-shared, and may be mapped from a file.  Ragged things lie end to end: item i is values[first[i]:first[i + 1]].
+shared, and may be mapped from a file.  Ragged values lie end to end: item i is values[first[i]:first[i + 1]].
 Letters: N images, n objects, P polygons.
 """
 
@@ -18,11 +18,11 @@ from pycocotools import mask as coco_mask
 from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import read_image
-from gndet.data.records import Record
 from gndet.data.datasets.masks import offsets
 from gndet.data.datasets.segmentation import to_rle
+from gndet.data.records import Record
 
-MATCH = 0.5  # IoU of a box and the box around its mask below which they are noted as two things
+MATCH = 0.5  # the IoU that a box and the box around the mask of the same object should have
 
 
 class Image(NamedTuple):
@@ -62,15 +62,16 @@ class Packed(NamedTuple):
 def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int]) -> Packed:
     """Put images and their objects into arrays, in the order of the images, then of the annotations.
 
-    category_ids: rising; a label is a place in them.  Annotations of other images are left out; masks stay in the order
-    of the file.
+    category_ids: rising; a label is an index into them.  Annotations of other images are left out; masks stay in the
+    order of the file.
     """
     image_ids = np.array([image.image_id for image in images], dtype=np.int64)
     rising = np.argsort(image_ids)
     found = np.searchsorted(image_ids, objects.image_ids, sorter=rising)  # (n,) in rising
     here = np.flatnonzero(found < len(images))
     place = rising[found[here]]
-    here, place = (one[image_ids[place] == objects.image_ids[here]] for one in (here, place))
+    same = image_ids[place] == objects.image_ids[here]
+    here, place = here[same], place[same]
     in_order = np.argsort(place, kind="stable")
     order, place = here[in_order], place[in_order]
     names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
@@ -87,13 +88,13 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
 
 
 def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
-    """Note the objects whose box has not an IoU of MATCH with the box around their mask, both limited to the image."""
+    """Note objects whose box and the box around their mask, both limited to the image, have an IoU under MATCH."""
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
     limits = np.tile(packed.sizes[image][:, ::-1], 2)  # (n, 4) width, height, width, height
     boxes, extents = packed.boxes.clip(0, limits), _extents(packed, image).clip(0, limits)
     common = (np.minimum(boxes, extents)[:, 2:] - np.maximum(boxes, extents)[:, :2]).clip(0).prod(1)
-    area, other = ((one[:, 2:] - one[:, :2]).prod(1) for one in (boxes, extents))
-    # a mask of a line or a point has no area: nothing can be said of it
+    area, other = ((edges[:, 2:] - edges[:, :2]).prod(1) for edges in (boxes, extents))
+    # a mask that is a line or a point has no area to compare
     for i in np.flatnonzero((other > 0) & (common < MATCH * (area + other - common))):
         text = ""
         if found.wants_example("mask-elsewhere"):
@@ -103,7 +104,7 @@ def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
 
 
 def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
-    """The boxes around the masks, (n, 4) xyxy; zero where there is no mask.  image (n,): of each object."""
+    """Return the boxes around the masks, (n, 4) xyxy, zeros where there is no mask; image (n,): of each object."""
     extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
     outlined = np.flatnonzero(np.diff(packed.polygons_first))
     if len(outlined):
@@ -121,10 +122,9 @@ def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
 
 
 def _end_to_end(parts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Join parts; with the offset of each."""
+    """Join parts.  Returns the bytes and the offset of each part."""
     parts = list(parts)
-    first = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    return np.frombuffer(b"".join(parts), dtype=np.uint8), first
+    return np.frombuffer(b"".join(parts), dtype=np.uint8), offsets(np.array(list(map(len, parts)), dtype=np.int64))
 
 
 @dataclass(eq=False)

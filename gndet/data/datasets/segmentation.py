@@ -16,7 +16,7 @@ MAX_FRAME_REACH = 16  # box sides a polygon may leave its box by; farther out it
 
 
 def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether checked polygons cover a pixel of the image, or of the finer frame of the box they are trained in.
+    """Return whether checked polygons cover a pixel of the image, or of the finer frame of their box.
 
     box (4,) xyxy in pixels, not empty; size: height, width of the image.
     """
@@ -29,7 +29,7 @@ def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, in
 
 
 def _reaches(polygons: list[list[float]], box: np.ndarray) -> bool:
-    """Whether the extent of polygons and a box have an area in common."""
+    """Return whether the extent of polygons and a box have an area in common."""
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])  # (n, 2)
     return bool((np.minimum(points.max(0), box[2:]) > np.maximum(points.min(0), box[:2])).all())
 
@@ -51,7 +51,7 @@ def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int
     decoded, one at a time to bound the memory, and sampled bilinearly.
     """
     masks = np.zeros((len(boxes), side, side), dtype=bool)
-    outlined = [index for index, one in enumerate(segmentations) if isinstance(one, list)]
+    outlined = [index for index, segmentation in enumerate(segmentations) if isinstance(segmentation, list)]
     frames = into_frames([segmentations[index] for index in outlined], boxes[outlined], side)
     drawn = {index: polygons for index, polygons in zip(outlined, frames, strict=True) if polygons is not None}
     if drawn:
@@ -83,7 +83,7 @@ def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int)
 
 
 def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
-    """Rasterise the polygons of n objects, the union of an object's.  Returns (n, S, S) uint8."""
+    """Rasterise the union of the polygons of each object.  Returns (n, S, S) uint8."""
     drawn = iter(coco_mask.frPyObjects(list(chain.from_iterable(outlines)), side, side))
     codes = [[next(drawn) for _ in outline] for outline in outlines]
     wholes = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in codes]
@@ -98,7 +98,7 @@ def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
 
 
 def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
-    """Rows (n, m) at the centres of `side` cells from start to end, linear between the rows' own.  Returns (S, m)."""
+    """Interpolate rows (n, m) linearly at the centres of `side` cells from start to end.  Returns (S, m)."""
     place = start + (np.arange(side) + 0.5) * ((end - start) / side) - 0.5
     place = place.clip(0, len(values) - 1)
     low = np.floor(place).astype(int)
@@ -108,8 +108,8 @@ def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndar
 
 
 def printable(text: str) -> str:
-    """A text of the file for a terminal: at most 60 characters, those that steer a terminal escaped."""
-    plain = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:61])
+    """Show a text of the file on a terminal: at most 60 characters, those that steer a terminal escaped."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:61])
     return plain if len(plain) <= 60 else plain[:57] + "..."
 
 

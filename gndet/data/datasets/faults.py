@@ -160,38 +160,36 @@ class Findings:
     """Faults met so far, by kind."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._examples: dict[str, list[str]] = {}
-        self._image_ids: dict[str, dict[int, None]] = {}
+        self._image_ids: dict[str, dict[int, None]] = {}  # ordered sets
 
     def add(self, code: str, example: str, image_id: int | None = None, count: int = 1) -> None:
-        """Count a fault; the first EXAMPLES of a kind are kept, and the first SHOWN images."""
-        self.counts[code] = self.counts.get(code, 0) + count
-        if self.wants_example(code):
-            self._examples.setdefault(code, []).append(example)
-        images = self._image_ids.setdefault(code, {})
-        if image_id is not None and len(images) < SHOWN:
-            images[image_id] = None
+        """Count a fault; keep the first EXAMPLES of a kind, and the first SHOWN images."""
+        self._merge(code, count, (example,), () if image_id is None else (image_id,))
 
     def take(self, later: "Findings") -> None:
         """Add what was met in a later part of the same file."""
-        for code, count in later.counts.items():
-            self.counts[code] = self.counts.get(code, 0) + count
-            examples, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
-            examples += later._examples[code][: EXAMPLES - len(examples)]
-            for image_id in list(later._image_ids[code]):
-                if len(images) < SHOWN:
-                    images[image_id] = None
+        for found in later.listed():
+            self._merge(found.code, found.count, found.examples, found.image_ids)
+
+    def _merge(self, code: str, count: int, examples: tuple[str, ...], image_ids: tuple[int, ...]) -> None:
+        self._counts[code] = self._counts.get(code, 0) + count
+        kept, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
+        kept += examples[: EXAMPLES - len(kept)]
+        for image_id in image_ids:
+            if len(images) < SHOWN:
+                images[image_id] = None
 
     def wants_example(self, code: str) -> bool:
-        """Whether another example of this kind would be kept."""
+        """Return whether another example of this kind would be kept."""
         return len(self._examples.get(code, ())) < EXAMPLES
 
     def listed(self) -> tuple[Finding, ...]:
-        """The findings, refused first, each severity in the order of FAULTS."""
+        """Return the findings, refused first, each severity in the order of FAULTS."""
         return in_order(
             Finding(code, *FAULTS[code], count, tuple(self._examples[code]), tuple(self._image_ids[code]))
-            for code, count in self.counts.items()
+            for code, count in self._counts.items()
         )
 
 

@@ -105,10 +105,10 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
             rles[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
-    polygons = _near(_gathered(outlines), sizes, faults)
-    polygons = _long_enough(polygons, faults)
+    polygons = _refuse_far(_gather(outlines), sizes, faults)
+    polygons = _drop_short(polygons, faults)
     if boxes is not None:
-        polygons = _with_pixels(polygons, boxes, sizes, faults)
+        polygons = _drop_empty(polygons, boxes, sizes, faults)
     refused = np.zeros(len(outlines), dtype=bool)
     refused[[fault.place for fault in faults if FAULTS[fault.code].severity == REFUSED]] = True
     return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused)
@@ -147,14 +147,14 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
 
 
-def _gathered(outlines: list[list[list[Any]]]) -> Polygons:
+def _gather(outlines: list[list[list[Any]]]) -> Polygons:
     raw = list(chain.from_iterable(outlines))
     owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
     lengths = np.array(list(map(len, raw)), dtype=np.int64)
     return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
 
 
-def _near(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
+def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Refuse objects with a coordinate that is no number near the image.
 
     An outline may overhang a little; numbers farther out belong to another image.
@@ -174,7 +174,7 @@ def _near(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Pol
     return polygons.only(~np.isin(polygons.owner, places))
 
 
-def _long_enough(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
+def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
     """Drop polygons of fewer than 3 points or half a point."""
     short = (polygons.lengths < 6) | (polygons.lengths % 2 == 1)
     places, index, counts = np.unique(polygons.owner[short], return_index=True, return_counts=True)
@@ -183,7 +183,7 @@ def _long_enough(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
     return polygons.only(~short)
 
 
-def _with_pixels(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
+def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Drop outlines that cover no pixel of their image, nor of the finer frame of the box they are trained in."""
     large, empty = np.zeros(len(sizes), dtype=bool), np.zeros(len(sizes), dtype=bool)
     large[polygons.owner[_is_large(polygons, sizes)]] = True

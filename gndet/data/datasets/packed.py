@@ -114,10 +114,9 @@ def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
         extents[outlined, 2:] = np.maximum.reduceat(points, first)
     extents = extents[packed.masks_at]
     for i in np.flatnonzero((np.diff(packed.counts_first) + np.diff(packed.texts_first))[packed.masks_at]):
-        height, width = packed.sizes[image[i]].tolist()
-        mask = PackedMasks(packed, range(i, i + 1), (height, width))[0]
-        x, y, wide, high = coco_mask.toBbox(to_rle(mask, (height, width))).tolist()
-        extents[i] = x, y, x + wide, y + high
+        size = tuple(packed.sizes[image[i]].tolist())
+        x, y, width, height = coco_mask.toBbox(to_rle(PackedMasks(packed, range(i, i + 1), size)[0], size)).tolist()
+        extents[i] = x, y, x + width, y + height
     return extents
 
 
@@ -173,20 +172,17 @@ class PackedRecords(Sequence[Record]):
     def _record(self, place: int) -> Record:
         packed = self.packed
         first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
-        height, width = packed.sizes[place].tolist()
+        size = tuple(packed.sizes[place].tolist())
         path = self.folder / _text(packed.paths, packed.paths_first, place)
-        boxes, labels, crowd, area, annotation_ids = (
-            np.array(values[first:end])
-            for values in packed[7:12]  # boxes to annotation_ids, copied
-        )
+        columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
         return Record(
-            image_id=int(packed.image_ids[place]),
-            file_name=_text(packed.names, packed.names_first, place),
-            size=(height, width),
-            load=functools.partial(read_image, path, (height, width), self.max_pixels),
-            boxes=boxes, labels=labels, crowd=crowd, area=area, annotation_ids=annotation_ids,
-            segmentations=PackedMasks(packed, range(first, end), (height, width)),
-        )  # fmt: skip
+            int(packed.image_ids[place]),
+            _text(packed.names, packed.names_first, place),
+            size,
+            functools.partial(read_image, path, size, self.max_pixels),
+            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
+            PackedMasks(packed, range(first, end), size),
+        )
 
 
 def relabelled(record: Record, labels: np.ndarray) -> Record:

@@ -60,7 +60,7 @@ def test_records_keep_the_files_order_and_labels_follow_category_ids(tmp_path: P
     assert [record.image_id for record in dataset.records] == [7, 5]
     first = dataset.records[0]
     assert first.labels.tolist() == [1, 0] and first.annotation_ids.tolist() == [1, 3]
-    assert first.boxes.tolist() == [[2, 2, 8, 8]] * 2 and first.segmentations == [[SQUARE]] * 2
+    assert first.boxes.tolist() == [[2, 2, 8, 8]] * 2 and list(first.segmentations) == [[SQUARE]] * 2
     assert pickle.loads(pickle.dumps(first.load))().shape == (20, 30, 3)
 
 
@@ -323,7 +323,7 @@ def test_mended_objects_are_what_the_count_says(tmp_path: Path) -> None:
     first, second = read(tmp_path, tree).records
     assert first.boxes.tolist() == [[-2, 2, 4, 8]]  # as in the file: evaluation wants it so
     assert (first.annotation_ids.tolist(), second.annotation_ids.tolist()) == ([1], [2])
-    assert second.segmentations == [[SQUARE]]
+    assert list(second.segmentations) == [[SQUARE]]
 
 
 def test_what_is_missing_is_completed(tmp_path: Path) -> None:

@@ -249,9 +249,7 @@ class PackedMasks(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return replace(self, objects=self.objects[index])
+    def __getitem__(self, index: int) -> Any:
         packed, i = self.packed, self.packed.masks_at[self.objects[index]]
         first, end = packed.polygons_first[i], packed.polygons_first[i + 1]
         if first < end:
@@ -262,11 +260,6 @@ class PackedMasks(Sequence[Any]):
             return {"size": list(self.size), "counts": packed.counts[first:end].tolist()}
         text = _text(packed.texts, packed.texts_first, i)
         return {"size": list(self.size), "counts": text} if text else None
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
-
-    __hash__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)  # a record that is sent elsewhere takes its own masks along only

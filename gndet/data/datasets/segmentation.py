@@ -23,15 +23,8 @@ def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, in
     if coco_mask.area(to_rle(polygons, size)):
         return True
     inside = box.clip(0, (*size[::-1], *size[::-1]))
-    if not (_reaches(polygons, inside) and (inside[2:] > inside[:2]).all()):
-        return False
-    return bool(box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())
-
-
-def _reaches(polygons: list[list[float]], box: np.ndarray) -> bool:
-    """Return whether the extent of polygons and a box have an area in common."""
-    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])  # (n, 2)
-    return bool((np.minimum(points.max(0), box[2:]) > np.maximum(points.min(0), box[:2])).all())
+    has_area = (inside[2:] > inside[:2]).all()
+    return bool(has_area and box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())
 
 
 def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:

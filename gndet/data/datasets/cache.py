@@ -78,7 +78,7 @@ class Entry:
 
     def save(self, dataset: Dataset) -> Dataset:
         """Keep a data set.  Returns it as kept, or as it is, with a note, where it cannot be."""
-        if self.home is None or not isinstance(dataset.records, PackedRecords):
+        if self.home is None:
             return dataset._replace(notes=(self.trouble,)) if self.trouble else dataset
         partial = self.home.with_name(f"{self.home.name}.partial")
         subfolders = self.files.subfolders() if self.files else []

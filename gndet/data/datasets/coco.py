@@ -253,19 +253,22 @@ def _find_file(
 ) -> str | None:
     """Return the path of an image's file below the folder, None where it is wrong; owners: the image id by path."""
     number, name = to_integer(item.get("id")), item.get("file_name")
-    image = f"image {brief(item.get('id'))}: file_name {brief(name)}"
     try:
         suggest = found.wants_example("file-missing")  # it takes a while
         path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
     except Fault as fault:
-        found.add(fault.code, f"{image} {fault}", number)
+        found.add(fault.code, f"{_named(item)} {fault}", number)
         return None
     if files is not None and files.is_empty(path):
-        found.add("file-empty", f"{image} is an empty file", number)
+        found.add("file-empty", f"{_named(item)} is an empty file", number)
     if path in owners:
-        found.add("file-twice", f"{image} is the file of image {owners[path]} too", number)
+        found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)
     owners.setdefault(path, number)
     return path
+
+
+def _named(item: dict[str, Any]) -> str:
+    return f"image {brief(item.get('id'))}: file_name {brief(item.get('file_name'))}"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Read a large annotation file in parts: the list of annotations, cut between annotations, and what surrounds it.
 
-The cuts are guessed from the text.  A wrong guess shows: a part that begins or ends inside an object, a list or a string
-is no list of objects, and the rest of the file is no object; then the file is read as a whole.
+The cuts are guessed from the text.  A wrong guess shows: a part that begins or ends inside an object, a list or a
+string is no list of objects, and the rest of the file is no object; then the file is read as a whole.
 """
 
 import json

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+Tell = Callable[[str], None]  # called with a line before a long wait
 MASK_SIDE = 112  # a 28 x 28 mask target sampled from 112 x 112 differs from the full mask in 0.5 % of its pixels
 
 
@@ -48,9 +49,9 @@ class Dataset(NamedTuple):
     @property
     def fixes(self) -> dict[str, int]:
         """What was mended in memory, counted: {"boxes without area dropped": 2}."""
-        return {one.what: one.count for one in self.findings if one.severity == "F"}
+        return {finding.what: finding.count for finding in self.findings if finding.severity == "F"}
 
     @property
     def refused(self) -> bool:
-        """Whether a fault is in it with which nothing is trained or evaluated."""
-        return any(one.severity == "E" for one in self.findings)
+        """Whether it has a fault with which nothing is trained or evaluated."""
+        return any(finding.severity == "E" for finding in self.findings)

@@ -15,9 +15,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.datasets.coco import read_coco, to_coco
+from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.masks import check_masks, check_segmentation, run_lengths
 from gndet.data.datasets.reading import read_dataset
-from gndet.data.datasets.segmentation import check_segmentation, has_pixels, run_lengths, to_rle
+from gndet.data.datasets.segmentation import box_frame_masks, to_rle
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 
@@ -49,7 +50,7 @@ def read(folder: Path, tree: Any) -> Dataset:
         Image.new("RGB", (30, 20)).save(folder / "pictures" / name)
     text = tree if isinstance(tree, str) else json.dumps(tree)
     (folder / "file.json").write_text(text)
-    return read_coco(DatasetConfig(annotations="file.json", images="pictures"), DataConfig(root=str(folder)))
+    return read_dataset(DatasetConfig(annotations="file.json", images="pictures"), DataConfig(root=str(folder)))
 
 
 def test_records_keep_the_files_order_and_labels_follow_category_ids(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_records_keep_the_files_order_and_labels_follow_category_ids(tmp_path: P
     assert [record.image_id for record in dataset.records] == [7, 5]
     first = dataset.records[0]
     assert first.labels.tolist() == [1, 0] and first.annotation_ids.tolist() == [1, 3]
-    assert first.boxes.tolist() == [[2, 2, 8, 8]] * 2 and first.segmentations == [[SQUARE]] * 2
+    assert first.boxes.tolist() == [[2, 2, 8, 8]] * 2 and list(first.segmentations) == [[SQUARE]] * 2
     assert pickle.loads(pickle.dumps(first.load))().shape == (20, 30, 3)
 
 
@@ -79,7 +80,7 @@ def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, name: str) -> None:
     tree, message = BAD_FILES[name]
     cfg = DatasetConfig(annotations="none.json", images="pictures")
     with pytest.raises(DataError, match=message) as error:
-        read_coco(cfg, DataConfig(root=str(tmp_path))) if tree is None else read(tmp_path, tree)
+        read_dataset(cfg, DataConfig(root=str(tmp_path))) if tree is None else read(tmp_path, tree)
     assert ("none.json" if tree is None else "file.json") in str(error.value)
 
 
@@ -179,7 +180,7 @@ def test_a_missing_image_folder_is_named_and_the_rest_is_checked(tmp_path: Path)
         read(tmp_path, tree)
     cfg = DatasetConfig(annotations="file.json", images="elsewhere")
     with pytest.raises(DataError, match=r"(?s)elsewhere: .*expected a folder of pictures.*annotation 1: bbox None"):
-        read_coco(cfg, DataConfig(root=str(tmp_path)))
+        read_dataset(cfg, DataConfig(root=str(tmp_path)))
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])
@@ -252,8 +253,10 @@ def test_a_thin_polygon_is_kept_and_polygons_are_drawn_to_be_sure(tmp_path: Path
     rng = np.random.default_rng(0)
     for _ in range(300):
         polygon = (rng.uniform(-10, 30, (rng.integers(3, 7), 2)) * rng.choice([1, 0.1])).ravel().tolist()
-        if coco_mask.area(to_rle([polygon], (20, 30))):
-            assert has_pixels([polygon], np.array([25.0, 15, 30, 20]), (20, 30))
+        box = np.array([[25.0, 15, 30, 20]])
+        drawn = coco_mask.area(to_rle([polygon], (20, 30))) > 0
+        drawn = drawn or box_frame_masks([[polygon]], box, (20, 30), 112).any()
+        assert check_masks([[polygon]], np.array([[20, 30]]), box).mask(0) == ([polygon] if drawn else None)
 
 
 def test_subfolders_and_either_unicode_form_of_a_name_are_found(tmp_path: Path) -> None:
@@ -320,7 +323,7 @@ def test_mended_objects_are_what_the_count_says(tmp_path: Path) -> None:
     first, second = read(tmp_path, tree).records
     assert first.boxes.tolist() == [[-2, 2, 4, 8]]  # as in the file: evaluation wants it so
     assert (first.annotation_ids.tolist(), second.annotation_ids.tolist()) == ([1], [2])
-    assert second.segmentations == [[SQUARE]]
+    assert list(second.segmentations) == [[SQUARE]]
 
 
 def test_what_is_missing_is_completed(tmp_path: Path) -> None:
@@ -358,7 +361,7 @@ def test_what_passes_the_check_does_pycocotools_no_harm(seed: int) -> None:
         text = bytes(rng.integers(40, 116, rng.integers(1, 5)).astype(np.uint8)).decode()
         for segmentation in ([points.tolist()], rle(text), rle(rng.integers(-1, 400, 3).tolist())):
             try:
-                checked, _ = check_segmentation(segmentation, (20, 30))
+                checked = check_segmentation(segmentation, (20, 30))
             except DataError:
                 continue
             if checked is None:
@@ -381,7 +384,7 @@ def test_real_data_is_read_and_written_back_unchanged(
 ) -> None:
     path = data_root / name / "annotations" / file
     data = DataConfig(root=str(data_root / name))
-    dataset = read_coco(DatasetConfig(annotations=f"annotations/{file}", images=images), data)
+    dataset = read_dataset(DatasetConfig(annotations=f"annotations/{file}", images=images), data)
     truth, tree = json.loads(path.read_text()), to_coco(dataset)
     assert {one.code for one in dataset.findings} <= {"category-gaps", "category-unused", "crowd", "mask-missing"}
     assert tuple(len(tree[key]) for key in ("images", "annotations", "categories")) == counts

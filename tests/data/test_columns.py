@@ -1,4 +1,4 @@
-"""Reading in columns, and in parts, finds and keeps exactly what reading one by one does."""
+"""Reading all annotations at once, or a file in parts, finds and keeps exactly what reading one by one does."""
 
 import copy
 import json
@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from gndet.config.schema import DataConfig
-from gndet.data.datasets import coco, columns, json_parts
+from gndet.data.datasets import coco, json_parts
 from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.columns import Columns, Known, Together, read_columns
+from gndet.data.datasets.faults import Findings
+from gndet.data.datasets.masks import Masks
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset
 from gndet.errors import MachineError
@@ -80,17 +83,26 @@ def described(dataset: Dataset) -> tuple[Any, ...]:
     return dataset.classes, dataset.category_ids, dataset.findings, records
 
 
-def one_by_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
-    with monkeypatch.context() as patch:
-        patch.setattr(columns, "_usual", lambda items: np.zeros(0, dtype=np.int64))
-        return described(inspect_file(path, None, PLAIN))
+def one_by_one(items: list[dict[str, Any]], known: Known, found: Findings) -> Columns:
+    together = Together()
+    for item in items:
+        noted = Findings()
+        together.add(read_columns([item], known, noted)[0])
+        found.take(noted)
+    return together.columns()
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_columns_keep_and_find_what_one_by_one_does(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(tree(seed, 120, 10 * (seed % 4) + seed)))
-    assert described(inspect_file(path, None, PLAIN)) == one_by_one(path, monkeypatch)
+def test_columns_keep_and_find_what_one_by_one_does(seed: int) -> None:
+    content = tree(seed, 120, 10 * (seed % 4) + seed)
+    sizes = {image["id"]: (80, 100) if image["width"] == 100 else None for image in content["images"]}
+    known, found, found_singly = Known.of(sizes, (3, 7)), Findings(), Findings()
+    at_once, _ = read_columns(content["annotations"], known, found)
+    singly = one_by_one(content["annotations"], known, found_singly)
+    assert found.listed() == found_singly.listed()
+    for values, expected in zip((*at_once, *at_once.masks), (*singly, *singly.masks), strict=True):
+        if not isinstance(values, Masks):
+            np.testing.assert_array_equal(values, expected)
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}], ids=["json", "indented", "tight"])

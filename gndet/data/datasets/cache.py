@@ -1,6 +1,6 @@
-"""What was read and checked, kept packed in a folder of the user's cache, mapped into memory by later starts.
+"""Keep data sets as read and checked, packed in a folder of the user's cache; later starts map them into memory.
 
-An entry holds arrays as .npy, and facts as JSON under a hash of their own; nothing in it is executed. It is taken
+An entry holds arrays as .npy, and facts as JSON under a hash of their own; nothing in it is executed.  It is taken
 where the annotation file's content, the listing of the image folder and the reader are the same, and every file's hash
 is; else the data is read anew.  A file whose size, times and place on the disk are those it had when it was hashed is
 not hashed again, as git does it: a start costs what is used, not a look at every byte.
@@ -13,8 +13,9 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,65 +24,64 @@ import PIL
 
 from gndet.data.datasets.image_folder import ImageFolder
 from gndet.data.datasets.packed import Packed, PackedRecords
-from gndet.data.records import Dataset, Finding, Record
+from gndet.data.records import Dataset, Finding, Record, Tell
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.files import write_whole
 
 FACTS, PICTURES = "facts.json", "pictures.json"
 SETTLED = 2_000_000_000  # ns after which a file system's clock surely has gone on
-Tell = Callable[[str], None]
 
 
+@dataclass
 class Entry:
-    """The place of one data set in the cache, or nothing where there is no cache."""
+    """The place of one data set in the cache."""
 
-    def __init__(
-        self, home: Path | None, inputs: dict[str, Any], path: Path, digest: Callable[[], str],
-        files: ImageFolder | None, trouble: str = "",
-    ) -> None:  # fmt: skip
-        """home: folder of the entry.  inputs: what must be the same.  digest: hashes path.  trouble: why no cache."""
-        self._home, self._inputs, self._path, self._files, self._trouble = home, inputs, path, files, trouble
-        self.digest = functools.cache(digest)
+    home: Path | None  # None: no cache
+    path: Path  # the annotation file
+    files: ImageFolder | None
+    max_pixels: int
+    trouble: str = ""  # why there is no cache, where one is asked for
+    digest: str = ""  # of the annotation file, once `load` has returned None
 
     def load(self) -> Dataset | None:
-        """The data set that was saved, with what `gndet check --images` found; None where none can be trusted."""
-        facts = _read_sealed(self._home / FACTS) if self._home else None
-        listing = None if facts is None else self._listing(facts["subfolders"])
-        if facts is None or facts["inputs"] != self._inputs | {"listing": listing}:
-            return None
-        trusted = dict(facts["trusted"])
-        if not _is_same(self._path, facts["annotations"], trusted, self.digest):
-            return None
-        return self._open(facts, trusted)
+        """Return the data set as saved, with what `gndet check --images` found; None where none can be trusted."""
+        facts = _read_sealed(self.home / FACTS) if self.home else None
+        if facts is not None and facts["inputs"] == self._inputs(facts["subfolders"]):
+            trusted = dict(facts["trusted"])
+            dataset = self._open(facts, trusted) if _is_same(self.path, facts["annotations"], trusted) else None
+            if dataset is not None:
+                return dataset
+        if self.home:
+            self.digest = _hash(self.path)  # before it is read: what changes meanwhile must not be kept as the new file
+        return None
 
     def _open(self, facts: dict[str, Any], trusted: dict[str, list[int]]) -> Dataset | None:
-        packed = _mapped(self._home, facts["files"], trusted)
+        packed = _mapped(self.home, facts["files"], trusted)
         if packed is None:
             return None
         if trusted != facts["trusted"]:
             with suppress(OutputError):
-                _write_sealed(self._home / FACTS, facts | {"trusted": trusted})
-        again = functools.partial(map_again, self._home, facts["files"], trusted)
-        folder = self._files.home if self._files else self._path.parent
-        findings = tuple(_finding(one) for one in facts["findings"])
-        notes, digests = (), None
-        pictures = _read_sealed(self._home / PICTURES)
+                _write_sealed(self.home / FACTS, facts | {"trusted": trusted})
+        again = functools.partial(map_again, self.home, facts["files"], trusted)
+        findings = tuple(_finding(fields) for fields in facts["findings"])
+        num, notes, digests = len(packed.image_ids), (), None
+        pictures = _read_sealed(self.home / PICTURES)
         if pictures is not None and pictures["decoder"] == PIL.__version__ and pictures["facts"] == facts["files"]:
-            findings += tuple(_finding(one) for one in pictures["findings"])
-            num = len(packed.image_ids)
+            findings += tuple(_finding(fields) for fields in pictures["findings"])
             decoded = f"all {num} pictures were" if num > 1 else "the picture was"
             notes = (f"{decoded} decoded by gndet check on {pictures['date']}, unchanged since",)
             digests = np.frombuffer(bytes.fromhex(pictures["digests"]), dtype="<u8")
-        records = PackedRecords(packed, folder, self._inputs["max_pixels"], again=again, digests=digests)
+        folder = self.files.home if self.files else self.path.parent
+        records = PackedRecords(packed, folder, self.max_pixels, range(num), again, digests)
         classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
-        return Dataset(str(self._path), classes, category_ids, records, findings, notes)
+        return Dataset(str(self.path), classes, category_ids, records, findings, notes)
 
     def save(self, dataset: Dataset) -> Dataset:
-        """Keep a data set.  Returns it as it was kept, or as it is, with a note, where it cannot be."""
-        if self._home is None or not isinstance(dataset.records, PackedRecords):
-            return dataset._replace(notes=(self._trouble,)) if self._trouble else dataset
-        partial = self._home.with_name(f"{self._home.name}.partial")
-        subfolders = self._files.subfolders() if self._files else []
+        """Keep a data set.  Returns it as kept, or as it is, with a note, where it cannot be."""
+        if self.home is None:
+            return dataset._replace(notes=(self.trouble,)) if self.trouble else dataset
+        partial = self.home.with_name(f"{self.home.name}.partial")
+        subfolders = self.files.subfolders() if self.files else []
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -90,51 +90,46 @@ class Entry:
                 np.save(partial / f"{name}.npy", values, allow_pickle=False)
                 hashes[name] = _hash(partial / f"{name}.npy")
             facts = {
-                "inputs": self._inputs | {"listing": self._listing(subfolders)}, "subfolders": subfolders,
-                "annotations": self.digest(), "files": hashes, "trusted": {}, "classes": dataset.classes,
-                "category_ids": dataset.category_ids, "findings": dataset.findings,
+                "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": self.digest,
+                "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
+                "findings": dataset.findings,
             }  # fmt: skip
             _write_sealed(partial / FACTS, facts)
-            shutil.rmtree(self._home, ignore_errors=True)
-            partial.rename(self._home)
+            shutil.rmtree(self.home, ignore_errors=True)
+            partial.rename(self.home)
         except (OSError, OutputError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = error.__cause__ or error  # an OutputError's is the OSError
-            place = reason.filename2 or reason.filename or self._home.parent
+            place = reason.filename2 or reason.filename or self.home.parent
             return dataset._replace(notes=(_unwritable(place, reason),))
-        just_written = {f"{name}.npy": _stat(self._home / f"{name}.npy") for name in hashes}
+        just_written = {f"{name}.npy": _stat(self.home / f"{name}.npy") for name in hashes}
         return self._open(facts | {"trusted": just_written}, just_written) or dataset
 
-    def _listing(self, subfolders: list[str]) -> str:
-        return self._files.digest(subfolders) if self._files else ""
+    def _inputs(self, subfolders: list[str]) -> dict[str, str]:
+        """What must be the same, beside the annotation file and what the name of the entry holds."""
+        return {"reader": _reader(), "listing": self.files.digest(subfolders) if self.files else ""}
 
 
 @contextmanager
 def opened(
-    cache: str, path: Path, digest: Callable[[], str], files: ImageFolder | None, max_pixels: int,
-    tell: Tell | None = None,
-) -> Iterator[Entry]:  # fmt: skip
+    cache: str, path: Path, files: ImageFolder | None, max_pixels: int, tell: Tell | None = None
+) -> Iterator[Entry]:
     """Open the entry of an annotation file and its image folder; processes that want the same one come one by one.
 
-    cache: data.cache, "" for none.  digest: gives a hash of the file path; what it raises is raised.  tell: called with
-    a line where another is waited for.
+    cache: data.cache, "" for none.  tell: called with a line where another process is waited for.
     Raises ConfigError for a cache in the image folder.
     """
-    folder = path.parent.absolute() if files is None else files.home.absolute()
-    inputs = {
-        "reader": _reader(), "path": str(path.absolute()), "folder": str(folder), "max_pixels": max_pixels,
-    }  # fmt: skip
+    entry = Entry(None, path, files, max_pixels)
     if not cache:
-        yield Entry(None, inputs, path, digest, files)
+        yield entry
         return
     with ExitStack() as stack:
         try:
-            home = _home(Path(cache).expanduser(), path, folder, files is not None, max_pixels)
+            home = _home(Path(cache).expanduser(), entry)
             lock = stack.enter_context(open(f"{home}.lock", "w"))
         except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-            yield Entry(
-                None, inputs, path, digest, files, _unwritable(getattr(error, "filename", None) or cache, error)
-            )
+            entry.trouble = _unwritable(getattr(error, "filename", None) or cache, error)
+            yield entry
             return
         with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
             try:
@@ -143,16 +138,19 @@ def opened(
                 if tell is not None:
                     tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        yield Entry(home, inputs, path, digest, files)
+        entry.home = home
+        yield entry
 
 
-def _home(root: Path, path: Path, folder: Path, with_files: bool, max_pixels: int) -> Path:
-    """The folder of an entry, in root, which is made.  Raises ConfigError for a root in the image folder."""
-    if with_files and root.resolve().is_relative_to(folder.resolve()):
+def _home(root: Path, entry: Entry) -> Path:
+    """Return the folder of an entry in root, which is made.  Raises ConfigError for a root in the image folder."""
+    folder = (entry.files.home if entry.files else entry.path.parent).absolute()
+    if entry.files and root.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"data.cache: {root} lies in the image folder {folder}, where nothing is written")
     root.mkdir(parents=True, exist_ok=True)
-    name = f"{path.absolute()}\0{folder}\0{with_files}\0{max_pixels}".encode("utf-8", "surrogateescape")
-    return root / f"{path.stem[:40]}-{hashlib.sha256(name).hexdigest()[:16]}"
+    parts = (entry.path.absolute(), folder, entry.files is not None, entry.max_pixels)
+    name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+    return root / f"{entry.path.stem[:40]}-{name.hexdigest()[:16]}"
 
 
 def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> None:
@@ -175,7 +173,7 @@ def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> Non
 
 
 def map_again(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -> Packed:
-    """The arrays of an entry, in another process of the same run.  Raises DataError where they have changed."""
+    """Map the arrays of an entry in another process of the same run.  Raises DataError where they have changed."""
     packed = _mapped(home, hashes, dict(trusted))
     if packed is None:
         raise DataError(f"{home}: the cache was changed while it is in use; start again, or set data.cache=''")
@@ -188,7 +186,7 @@ def _mapped(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -
     for name in Packed._fields:
         path = home / f"{name}.npy"
         try:
-            if name not in hashes or not _is_same(path, hashes[name], trusted, functools.partial(_hash, path)):
+            if name not in hashes or not _is_same(path, hashes[name], trusted):
                 return None
             arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # memmap slices slowly
         except (OSError, ValueError):
@@ -196,19 +194,16 @@ def _mapped(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -
     return Packed(**arrays)
 
 
-def _is_same(path: Path, digest: str, trusted: dict[str, list[int]], hash_it: Callable[[], str]) -> bool:
-    """Whether a file still has the digest: what hash_it gives, which is not asked if the file's stat is a trusted one.
+def _is_same(path: Path, digest: str, trusted: dict[str, list[int]]) -> bool:
+    """Return whether a file still has the digest; it is not hashed where its stat is trusted.  Raises OSError.
 
     trusted: {file name: stat} of files that had their digest at that stat; gets what is found.  A stat whose times are
     just past is not trusted: a change within the same tick of the clock would not show in it.
     """
-    try:
-        stat = _stat(path)
-    except OSError:
-        return hash_it() == digest
+    stat = _stat(path)
     if trusted.get(path.name) == stat:
         return True
-    if hash_it() != digest:
+    if _hash(path) != digest:
         return False
     if time.time_ns() - max(stat[1:3]) > SETTLED:
         trusted[path.name] = stat
@@ -216,7 +211,7 @@ def _is_same(path: Path, digest: str, trusted: dict[str, list[int]], hash_it: Ca
 
 
 def _stat(path: Path) -> list[int]:
-    """The size of a file, when it was changed, and where it is: another one does not have it."""
+    """Return size, times of change and place on the disk of a file: no other file shares them."""
     now = path.stat()
     return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_dev]
 
@@ -227,7 +222,7 @@ def _hash(path: Path) -> str:
 
 
 def _reader() -> str:
-    """A hash of the code that reads: what it kept is of no use to another version."""
+    """Hash the code that reads: what it kept is of no use to another version."""
     hashed = hashlib.sha256()
     for module in sorted(Path(__file__).parent.glob("*.py")):
         hashed.update(module.read_bytes())

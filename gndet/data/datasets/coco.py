@@ -1,15 +1,12 @@
-"""Read a data set in COCO's JSON format: all is checked, all faults are listed, what is good is kept.
+"""Read a data set in COCO's JSON format: check all of it, list all faults, keep what is good.
 
 What can be mended without a guess is mended in memory and counted; no file of the user's is written.
-Boxes are xywh in the file, xyxy from here on.
 """
 
 import gc
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,54 +14,48 @@ import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets import cache
-from gndet.data.datasets.annotations import MAX_SIDE, Size, whole
-from gndet.data.datasets.columns import Columns, Known, read_columns, with_ids
-from gndet.data.datasets.faults import Fault, Findings, in_order, refuse
+from gndet.data.datasets.annotations import Size
+from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, read_columns, to_integer, with_ids
+from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
 from gndet.data.datasets.json_parts import NotInParts, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.datasets.segmentation import brief
-from gndet.data.records import Dataset
+from gndet.data.records import Dataset, Tell
 from gndet.data.workers import usable_cores
 
 LISTS = ("images", "annotations", "categories")
 
 
-def read_coco(cfg: DatasetConfig, data: DataConfig) -> Dataset:
+def read_coco(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
     """Read and check the COCO JSON file cfg.annotations and the listing of its image folder cfg.images.
 
-    Returns the images in the file's order; labels count the categories by rising id.
-    Raises DataError that lists what is refused: the kind, the number, the first few with id, value, what was expected.
+    Returns the images in the file's order; labels count the categories by rising id.  Faults stand in the findings.
     """
-    return refuse(inspect_coco(cfg, data))
-
-
-def inspect_coco(cfg: DatasetConfig, data: DataConfig, tell: cache.Tell | None = None) -> Dataset:
-    """As `read_coco`, but what is refused stands in the findings, and the records are of the rest."""
     return inspect_file(Path(data.root) / cfg.annotations, Path(data.root) / cfg.images, data, tell)
 
 
-def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: cache.Tell | None = None) -> Dataset:
+def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell | None = None) -> Dataset:
     """Check an annotation file, and the listing of its image folder if that is given; from data.cache if it is there.
 
     Without the folder the pictures of the records cannot be loaded.  tell: called with a line before a long wait.
     """
-    found, missing = Findings(), Findings()
+    found, found_in_folder = Findings(), Findings()
+    files = dataset = None
     try:
         files = None if folder is None else ImageFolder(folder)
     except Fault as fault:
-        missing.add(fault.code, str(fault))
-        files = None
+        found_in_folder.add(fault.code, str(fault))
     try:
-        with cache.opened(data.cache, path, partial(_digest, path), files, data.max_pixels, tell) as entry:
-            dataset = entry.load()
-            if dataset is None:
-                with gc_paused():
-                    dataset = entry.save(_inspect(path, entry.digest(), files, data.max_pixels, found))
+        _refuse_other_kinds(path)
+        with cache.opened(data.cache, path, files, data.max_pixels, tell) as entry, gc_paused():
+            dataset = entry.load() or entry.save(_inspect(path, files, data.max_pixels, found))
     except Fault as fault:
         found.add(fault.code, str(fault))
-        return Dataset(str(path), (), (), [], found.listed())
-    return dataset._replace(findings=in_order(dataset.findings + missing.listed()))
+    except OSError as error:
+        found.add("json-unreadable", f"{path}: cannot read the annotation file: {error.strerror}")
+    dataset = dataset or Dataset(str(path), (), (), [], found.listed())
+    return dataset._replace(findings=in_order(dataset.findings + found_in_folder.listed()))
 
 
 def to_coco(dataset: Dataset) -> dict[str, Any]:
@@ -91,93 +82,73 @@ def to_coco(dataset: Dataset) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _digest(path: Path) -> str:
-    """A hash of the annotation file.  Raises Fault where it cannot be read, or is seen to be something else."""
-    try:
-        if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "a pipe or a device"
-            raise Fault("json-unreadable", f"{path}: is {kind}, expected the annotation file")
-        with path.open("rb") as file:
-            kind = what_is(file.read(HEAD))
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {reason}") from None
+def _refuse_other_kinds(path: Path) -> None:
+    """Raise Fault where the annotation file is seen to be something else, and OSError where it cannot be read."""
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise Fault("json-unreadable", f"{path}: is {kind}, expected the annotation file")
+    with path.open("rb") as file:
+        kind = what_is(file.read(HEAD))
     if kind != FILE:
         code = "json-archive" if "archive" in kind else "json-broken"
         kind += "; Pascal VOC is not read: convert it to COCO's format" if kind == XML else ""
         raise Fault(code, f"{path}: not a JSON file: it is {kind}")
-    return digest
 
 
-def _inspect(path: Path, digest: str, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
-    """Check the file's content; found gets what is wrong."""
-    try:
-        content = _in_parts(path, max_pixels, found) or _as_a_whole(path, digest, max_pixels, found)
-    except Fault as fault:
-        found.add(fault.code, str(fault))
-        return Dataset(str(path), (), (), [], found.listed())
-    items, sizes, categories, objects = content
+def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
+    """Check the file's content; found gets what is wrong.  Raises Fault where the file is not COCO's."""
+    content = _in_parts(path, files, max_pixels, found) or _as_a_whole(path, files, max_pixels, found)
+    images, names, objects = content
     objects = with_ids(objects, found)
-    images = _read_images(items, sizes, files, found)
-    category_ids = tuple(sorted(categories))
+    category_ids = tuple(sorted(names))
     packed = pack(images, objects, category_ids)
     note_masks_elsewhere(packed, found)
-    _note_unused(categories, set(np.unique(objects.category_ids).tolist()), found)
-    with_objects = set(np.unique(objects.image_ids).tolist())
-    for image in images:
-        if image.image_id not in with_objects:
-            found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
-    classes = tuple(categories[category_id] for category_id in category_ids)
-    records = PackedRecords(packed, path.parent if files is None else files.home, max_pixels)
+    for category_id in np.setdiff1d(category_ids, objects.category_ids).tolist():
+        found.add("category-unused", f"category {category_id}: {brief(names[category_id])}")
+    for place in np.flatnonzero(~np.isin(packed.image_ids, objects.image_ids)).tolist():
+        image = images[place]
+        found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
+    classes = tuple(names[category_id] for category_id in category_ids)
+    folder = path.parent if files is None else files.home
+    records = PackedRecords(packed, folder, max_pixels, range(len(images)))
     return Dataset(str(path), classes, category_ids, records, found.listed())
 
 
 class _Content(NamedTuple):
-    """What an annotation file holds: images as they stand in it, all else checked."""
+    """What an annotation file holds, checked."""
 
-    images: list[dict[str, Any]]
-    sizes: dict[int, Size | None]
-    categories: dict[int, str]
+    images: list[Image]  # those that are kept
+    names: dict[int, str]  # of the categories, by id
     objects: Columns
 
 
-def _in_parts(path: Path, max_pixels: int, found: Findings) -> _Content | None:
+def _in_parts(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> _Content | None:
     """Read a large file in several processes; None where it is small, or must be read as a whole.
 
     Raises MachineError where a process is killed.
     """
     noted = Findings()
     try:
-        before = path.stat()
         parts = take_apart(path)
         if parts is None or parts.around.count(b'"annotations"') > 1:
             return None
         tree, parts = _parse(path, parts.around, noted), parts._replace(around=b"")
-        categories, sizes = _read_categories(tree["categories"], noted), _read_sizes(tree["images"], max_pixels, noted)
-        objects = read_parts(parts, Known.of(sizes, categories), usable_cores(), noted)
-        if path.stat() != before:  # but for the time of the last access, which nothing here changes
-            return None
+        names = _read_categories(tree["categories"], noted)
+        images, sizes = _read_images(tree.pop("images"), files, max_pixels, noted)
+        objects = read_parts(parts, Known.of(sizes, names), usable_cores(), noted)
     except (OSError, Fault, NotInParts):
         return None
     found.take(noted)
-    return _Content(tree["images"], sizes, categories, objects)
+    return _Content(images, names, objects)
 
 
-def _as_a_whole(path: Path, digest: str, max_pixels: int, found: Findings) -> _Content:
-    """Read a file at once.  Raises Fault."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise Fault("json-unreadable", f"{path}: cannot read the annotation file: {error.strerror}") from None
-    if hashlib.sha256(text).hexdigest() != digest:
-        raise Fault("json-unreadable", f"{path}: was changed while it was read")
-    tree = _parse(path, text, found)
-    categories, sizes = _read_categories(tree["categories"], found), _read_sizes(tree["images"], max_pixels, found)
-    annotations = tree.pop("annotations")
-    objects = read_columns(annotations, lambda odd: annotations, Known.of(sizes, categories), found)
-    return _Content(tree["images"], sizes, categories, objects)
+def _as_a_whole(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> _Content:
+    """Read a file at once.  Raises Fault and OSError."""
+    tree = _parse(path, path.read_bytes(), found)
+    names = _read_categories(tree["categories"], found)
+    images, sizes = _read_images(tree["images"], files, max_pixels, found)
+    objects, _ = read_columns(tree["annotations"], Known.of(sizes, names), found)
+    return _Content(images, names, objects)
 
 
 def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str, Any]]]:
@@ -204,28 +175,26 @@ def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str,
     return tree
 
 
-def _new_id(item: dict[str, Any], kind: str, seen: set[int], found: Findings) -> int | None:
-    """The id of an image or category; None where it is no integer of 0 or more, or was there before."""
-    number = whole(item.get("id"))
+def _new_id(item: dict[str, Any], kind: str, known: Collection[int], found: Findings) -> int | None:
+    """Return the id of an image or category; None where it is no integer of 0 or more, or is known already."""
+    number = to_integer(item.get("id"))
     if number is None or number < 0:
         found.add(f"{kind}-id", f"{kind} id {brief(item.get('id'))}, expected an integer of 0 or more")
         return None
     if type(item["id"]) is float:
         found.add("number-float", f"{kind} {number}: its id", number if kind == "image" else None)
-    if number in seen:
+    if number in known:
         found.add(f"{kind}-id-twice", f"{kind} id {number} occurs twice, expected unique ids")
         return None
-    seen.add(number)
     return number
 
 
 def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, str]:
-    """Check the categories.  Returns the name of each id."""
+    """Check the categories.  Returns the name by id."""
     names: dict[int, str] = {}
     taken: set[str] = set()
-    seen: set[int] = set()
     for item in items:
-        number = _new_id(item, "category", seen, found)
+        number = _new_id(item, "category", names, found)
         if number is None:
             continue
         name = item.get("name")
@@ -243,64 +212,62 @@ def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, 
     return names
 
 
-def _note_unused(categories: dict[int, str], used: set[int], found: Findings) -> None:
-    """Note the categories of which there is no object."""
-    for number, name in sorted(categories.items()):
-        if number not in used:
-            found.add("category-unused", f"category {number}: {brief(name)}")
-
-
-def _read_sizes(items: list[dict[str, Any]], max_pixels: int, found: Findings) -> dict[int, Size | None]:
-    """Check ids, widths and heights of the images.  Returns (height, width) of each id, None where wrong."""
-    sizes: dict[int, Size | None] = {}
-    seen: set[int] = set()
-    for item in items:
-        number = _new_id(item, "image", seen, found)
-        if number is None:
-            continue
-        height, width = whole(item.get("height")), whole(item.get("width"))
-        sizes[number] = None
-        if not all(side is not None and 1 <= side <= MAX_SIDE for side in (height, width)):
-            sides = f"width {brief(item.get('width'))}, height {brief(item.get('height'))}"
-            found.add("image-size", f"image {number}: {sides}, expected integers from 1 to {MAX_SIDE}", number)
-        elif height * width > max_pixels:
-            found.add("image-pixels", f"image {number}: {width} x {height} pixels, the limit is {max_pixels}", number)
-        else:
-            sizes[number] = (height, width)
-            if float in (type(item["height"]), type(item["width"])):
-                found.add("number-float", f"image {number}: its width or height", number)
-    return sizes
-
-
 def _read_images(
-    items: list[dict[str, Any]], sizes: dict[int, Size | None], files: ImageFolder | None, found: Findings
-) -> list[Image]:
-    """Find the file of each image.  Returns the images with which nothing is wrong, or only their file is empty."""
+    items: list[dict[str, Any]], files: ImageFolder | None, max_pixels: int, found: Findings
+) -> tuple[list[Image], dict[int, Size | None]]:
+    """Check the images, and find the file of each.
+
+    Returns the images with which nothing is wrong, or only their file is empty; and the size of all by id, None where
+    it is wrong.
+    """
     images: list[Image] = []
+    sizes: dict[int, Size | None] = {}
     owners: dict[str, int | None] = {}
-    kept: set[int | None] = set()
     for item in items:
-        number, name = whole(item.get("id")), item.get("file_name")
-        size = sizes.get(number)
-        try:
-            suggest = found.wants_example("file-missing")  # it takes a while
-            path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
-        except Fault as fault:
-            found.add(fault.code, f"{_named(item)} {fault}", number)
-            continue
-        if files is not None and files.is_empty(path):
-            found.add("file-empty", f"{_named(item)} is an empty file", number)
-        if path in owners:
-            found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)
-        owners.setdefault(path, number)
-        if size is not None and number not in kept:
-            kept.add(number)
-            images.append(Image(number, name, path, size))
-    return images
+        number, size = _new_id(item, "image", sizes, found), None
+        if number is not None:
+            size = sizes[number] = _read_size(item, number, max_pixels, found)
+        path = _find_file(item, files, owners, found)
+        if size is not None and path is not None:
+            images.append(Image(number, item["file_name"], path, size))
+    return images, sizes
+
+
+def _read_size(item: dict[str, Any], number: int, max_pixels: int, found: Findings) -> Size | None:
+    """Return height and width of an image; None where they are wrong."""
+    height, width = to_integer(item.get("height")), to_integer(item.get("width"))
+    if not all(side is not None and 1 <= side <= MAX_SIDE for side in (height, width)):
+        sides = f"width {brief(item.get('width'))}, height {brief(item.get('height'))}"
+        found.add("image-size", f"image {number}: {sides}, expected integers from 1 to {MAX_SIDE}", number)
+        return None
+    if height * width > max_pixels:
+        found.add("image-pixels", f"image {number}: {width} x {height} pixels, the limit is {max_pixels}", number)
+        return None
+    if float in (type(item["height"]), type(item["width"])):
+        found.add("number-float", f"image {number}: its width or height", number)
+    return height, width
+
+
+def _find_file(
+    item: dict[str, Any], files: ImageFolder | None, owners: dict[str, int | None], found: Findings
+) -> str | None:
+    """Return the path of an image's file below the folder, None where it is wrong; owners: the image id by path."""
+    number, name = to_integer(item.get("id")), item.get("file_name")
+    try:
+        suggest = found.wants_example("file-missing")  # it takes a while
+        path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
+    except Fault as fault:
+        found.add(fault.code, f"{_named(item)} {fault}", number)
+        return None
+    if files is not None and files.is_empty(path):
+        found.add("file-empty", f"{_named(item)} is an empty file", number)
+    if path in owners:
+        found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)
+    owners.setdefault(path, number)
+    return path
 
 
 def _named(item: dict[str, Any]) -> str:
-    """An image in words."""
     return f"image {brief(item.get('id'))}: file_name {brief(item.get('file_name'))}"
 
 

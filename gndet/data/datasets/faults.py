@@ -1,6 +1,6 @@
-"""What can be wrong with a data set, and what becomes of it: the one table where outcomes are fixed.
+"""What can be wrong with a data set, and what becomes of it: this table alone fixes the outcomes.
 
-A check is one row of FAULTS and one line that raises `Fault` or calls `Findings.add` with its code.
+A check is a row of FAULTS, and a line that raises `Fault` or calls `Findings.add` with its code.
 """
 
 from collections.abc import Iterable, Sequence
@@ -146,7 +146,7 @@ SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # by data.ski
 
 
 class Fault(DataError):
-    """A fault of one item, by its code in FAULTS; the text says what is wrong and what was expected."""
+    """A fault of an item, by its code in FAULTS; the text says what is wrong and what was expected."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(code, text)  # both, so that it can be pickled
@@ -160,66 +160,67 @@ class Findings:
     """Faults met so far, by kind."""
 
     def __init__(self) -> None:
-        self.counts: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
         self._examples: dict[str, list[str]] = {}
-        self._image_ids: dict[str, dict[int, None]] = {}
+        self._image_ids: dict[str, dict[int, None]] = {}  # ordered sets
 
     def add(self, code: str, example: str, image_id: int | None = None, count: int = 1) -> None:
-        """Count a fault; the first EXAMPLES of a kind are kept, and the first SHOWN images."""
-        self.counts[code] = self.counts.get(code, 0) + count
-        if self.wants_example(code):
-            self._examples.setdefault(code, []).append(example)
-        images = self._image_ids.setdefault(code, {})
-        if image_id is not None and len(images) < SHOWN:
-            images[image_id] = None
+        """Count a fault; keep the first EXAMPLES of a kind, and the first SHOWN images."""
+        self._merge(code, count, (example,), () if image_id is None else (image_id,))
 
     def take(self, later: "Findings") -> None:
         """Add what was met in a later part of the same file."""
-        for code, count in later.counts.items():
-            self.counts[code] = self.counts.get(code, 0) + count
-            examples, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
-            examples += later._examples[code][: EXAMPLES - len(examples)]
-            for image_id in list(later._image_ids[code]):
-                if len(images) < SHOWN:
-                    images[image_id] = None
+        for found in later.listed():
+            self._merge(found.code, found.count, found.examples, found.image_ids)
+
+    def _merge(self, code: str, count: int, examples: tuple[str, ...], image_ids: tuple[int, ...]) -> None:
+        self._counts[code] = self._counts.get(code, 0) + count
+        kept, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
+        kept += examples[: EXAMPLES - len(kept)]
+        for image_id in image_ids:
+            if len(images) < SHOWN:
+                images[image_id] = None
 
     def wants_example(self, code: str) -> bool:
-        """Whether another example of this kind would be kept."""
+        """Return whether another example of this kind would be kept."""
         return len(self._examples.get(code, ())) < EXAMPLES
 
     def listed(self) -> tuple[Finding, ...]:
-        """The findings, refused first, each severity in the order of FAULTS."""
+        """Return the findings, refused first, each severity in the order of FAULTS."""
         return in_order(
             Finding(code, *FAULTS[code], count, tuple(self._examples[code]), tuple(self._image_ids[code]))
-            for code, count in self.counts.items()
+            for code, count in self._counts.items()
         )
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Sort findings: refused, fixed, noted, each in the order of FAULTS."""
     severities, codes = list(SEVERITIES), list(FAULTS)
-    return tuple(sorted(findings, key=lambda one: (severities.index(one.severity), codes.index(one.code))))
+    return tuple(sorted(findings, key=lambda found: (severities.index(found.severity), codes.index(found.code))))
 
 
 def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: int, share: float) -> tuple[Finding, ...]:
-    """Findings under data.skip_unreadable: true, where pictures that cannot be read are left out, not refused.
+    """Return findings under data.skip_unreadable: true: pictures that cannot be read are left out, not refused.
 
-    unreadable: how many of the images they are; over share (data.max_unreadable) of them training stops: refused.
+    unreadable: how many of the images they are; if over share (data.max_unreadable) of them, training is refused.
     """
-    some = f"{unreadable} of {images}, over data.max_unreadable: {share:g} of them"
-    change: dict[str, str] = {"severity": REFUSED, "remedy": f"mend them ({some}), or raise data.max_unreadable"}
     if unreadable <= share * images:
-        change = {"severity": FIXED, "remedy": "fetch them again, or take them out of the file"}
+        severity, words = FIXED, ", skipped (data.skip_unreadable)"
+        remedy = "fetch them again, or take them out of the file"
+    else:
+        severity, words = REFUSED, ""
+        some = f"{unreadable} of {images}, over data.max_unreadable: {share:g} of them"
+        remedy = f"mend them ({some}), or raise data.max_unreadable"
+    return in_order(
+        found._replace(severity=severity, what=FAULTS[found.code].what + words, remedy=remedy)
+        if found.code in SKIPPABLE
+        else found
+        for found in findings
+    )
 
-    def skipped(one: Finding) -> Finding:
-        words = ", skipped (data.skip_unreadable)" if change["severity"] == FIXED else ""
-        return one._replace(**change, what=FAULTS[one.code].what + words)
 
-    return in_order(skipped(one) if one.code in SKIPPABLE else one for one in findings)
-
-
-def describe(finding: Finding) -> list[str]:
-    """A finding in lines: code and count, up to EXAMPLES examples, what to do."""
+def describe_finding(finding: Finding) -> list[str]:
+    """Show a finding in lines: code and count, up to EXAMPLES examples, what to do."""
     more = finding.count - len(finding.examples)
     return [
         f"{finding.code} ({finding.count}): {finding.what}",
@@ -230,23 +231,23 @@ def describe(finding: Finding) -> list[str]:
 
 
 def refuse(dataset: Dataset) -> Dataset:
-    """Return the data set; raise DataError, which lists all that is refused in it, where there is something."""
+    """Return the data set; raise DataError with all that is refused in it, where there is something."""
     refuse_all({dataset.name: dataset.findings})
     return dataset
 
 
 def refuse_all(findings: dict[str, Sequence[Finding]]) -> None:
-    """Raise DataError, which lists all that is refused, where there is something.  findings: by what they are of."""
+    """Raise DataError with all that is refused, where there is something; findings: by the name of their data set."""
     lines = []
-    for name, some in findings.items():
-        if refused := [one for one in some if one.severity == REFUSED]:
+    for name, listed in findings.items():
+        if refused := [finding for finding in listed if finding.severity == REFUSED]:
             total = sum(finding.count for finding in refused)
             lines.append(f"{name}: {several(total, 'fault')}; `gndet check` shows the whole picture")
-            lines += [f"  {line}" for finding in refused for line in describe(finding)]
+            lines += [f"  {line}" for finding in refused for line in describe_finding(finding)]
     if lines:
         raise DataError("\n".join(lines))
 
 
 def several(count: int, noun: str) -> str:
-    """A count with its noun."""
+    """Return a count with its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -15,8 +15,8 @@ HEAD = 512  # bytes that tell what a file is
 ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # zip .. rar
 PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")  # JPEG .. JPEG 2000
 EMPTY, XML, PICTURE, FILE = "an empty file", "an XML file", "a picture", "a file"
-ABSENT = (errno.ENOENT, errno.ENOTDIR)  # there is no such folder: nothing more is to be said
-MAX_COMPARED = 20_000  # names that the nearest one is looked for among: more would take seconds
+ABSENT = (errno.ENOENT, errno.ENOTDIR)  # there is no such folder: no more to say
+MAX_COMPARED = 20_000  # names searched for the nearest: more would take seconds
 
 
 class File(NamedTuple):
@@ -30,7 +30,7 @@ class File(NamedTuple):
 
 
 class ImageFolder:
-    """An image folder; it lists itself as far as names are looked up."""
+    """An image folder, listed as far as names are looked up."""
 
     def __init__(self, home: Path) -> None:
         """home: the folder.  Raises Fault where it cannot be listed."""
@@ -46,9 +46,9 @@ class ImageFolder:
         self._troubles: dict[str, str] = {}  # why a subfolder cannot be listed
 
     def find(self, name: Any, suggest: bool) -> str:
-        """The path of a picture below the folder, as it is on disk, for a file_name; either Unicode form is found.
+        """Return the path below the folder, as on disk, of the picture with a file_name, in either Unicode form.
 
-        suggest: look for the nearest name where there is none.  Raises Fault for one that cannot be taken.
+        suggest: name the nearest file where there is none.  Raises Fault for a picture that cannot be taken.
         """
         parent, leaf = split_name(name)
         folder = self._stored(parent)
@@ -63,7 +63,7 @@ class ImageFolder:
         return f"{folder}/{found.name}" if folder else found.name
 
     def _stored(self, parent: str) -> str:
-        """A subfolder as it is on disk, where either Unicode form of its parts may be; parent itself if it is not."""
+        """Return a subfolder as on disk, with its parts in either Unicode form; parent itself if it is not there."""
         if not parent or parent in self._listings or self._listing(parent):
             return parent
         stored = ""
@@ -75,7 +75,7 @@ class ImageFolder:
         return stored
 
     def _hint(self, parent: str, leaf: str) -> str:
-        """What may have been meant by a name that is not there: a file further up, another folder, or another file."""
+        """Say what a name that is not there may have meant: a file further up, another folder, or another file."""
         parts = parent.split("/") if parent else []
         for start in range(1, len(parts) + 1):
             folder = "/".join(parts[start:])
@@ -88,20 +88,19 @@ class ImageFolder:
         return _nearest(leaf, self._listing(parent))
 
     def is_empty(self, path: str) -> bool:
-        """Whether a file that was found has no bytes."""
+        """Return whether a file that was found has no bytes."""
         parent, leaf = split_name(path)
         return self._listing(parent)[leaf].size == 0
 
     def subfolders(self) -> list[str]:
-        """The folders listed so far, relative to home."""
+        """Return the folders listed so far, relative to home."""
         return sorted(self._listings)
 
     def digest(self, subfolders: list[str]) -> str:
-        """A hash of the names, sizes, times and faults of the files in these subfolders."""
+        """Hash the names, sizes, times and faults of the files in these subfolders."""
         hashed = hashlib.sha256()
         for folder in subfolders:
-            files = self._listing(folder)
-            lines = ["\0".join([key, *map(str, one)]) for key, one in sorted(files.items())]
+            lines = ["\0".join([key, *map(str, file)]) for key, file in sorted(self._listing(folder).items())]
             hashed.update("\n".join([f"\n{folder}", *lines]).encode("utf-8", "surrogatepass"))
         return hashed.hexdigest()
 
@@ -117,7 +116,7 @@ class ImageFolder:
 
 
 def split_name(name: Any) -> tuple[str, str]:
-    """The folder and the file that a file_name names.  Raises Fault for one that is no text, absolute, or leads up."""
+    """Split a file_name into folder and file.  Raises Fault for a name that is no text, absolute, or leads up."""
     if not isinstance(name, str) or not name:
         raise Fault("file-name", "is not the name of a file in the image folder")
     *parents, leaf = [part for part in name.split("/") if part not in ("", ".")] or [""]
@@ -127,18 +126,18 @@ def split_name(name: Any) -> tuple[str, str]:
 
 
 def _list(folder: Path, home: str) -> dict[str, File]:
-    """List a folder by name, and by its composed form; a link out of home has a fault, and so has what is no file.
+    """List the files of a folder by name and by composed name; a link out of home and what is no file have a fault.
 
-    Raises OSError or ValueError where it cannot be listed.
+    Raises OSError or ValueError where the folder cannot be listed.
     """
     with os.scandir(folder) as entries:
         inside = _is_inside(folder, home)
         files = [_look(entry, inside, home) for entry in entries]
-    return {unicodedata.normalize("NFC", one.name): one for one in files} | {one.name: one for one in files}
+    return {unicodedata.normalize("NFC", file.name): file for file in files} | {file.name: file for file in files}
 
 
 def _look(entry: os.DirEntry, inside: bool, home: str) -> File:
-    """What an entry is; one that cannot be looked at does not hide the others."""
+    """Return what an entry is; an entry that cannot be looked at does not hide the others."""
     try:
         if not inside or (entry.is_symlink() and not _is_inside(entry.path, home)):
             why = "is reached by a link that leads out of the image folder"
@@ -152,24 +151,24 @@ def _look(entry: os.DirEntry, inside: bool, home: str) -> File:
 
 
 def _is_inside(path: str | Path, home: str) -> bool:
-    """Whether a path leads into home, which is resolved.  `Path.resolve` raises for links in a circle."""
+    """Return whether a path leads into home, which is resolved.  `Path.resolve` raises for links in a circle."""
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
 def _get(listing: dict[str, File], name: str) -> File | None:
-    """The entry of a name, in either Unicode form."""
+    """Return the entry of a name, in either Unicode form."""
     return listing.get(name) or listing.get(unicodedata.normalize("NFC", name))
 
 
 def _nearest(name: str, listing: dict[str, File]) -> str:
-    """Suggest the file meant: another spelling of upper and lower case, or the closest name."""
+    """Suggest the file meant: the name in other upper and lower case, or the closest name."""
     same = [known for known in listing if known.casefold() == name.casefold()]
     close = same or difflib.get_close_matches(name, list(listing)[:MAX_COMPARED], n=1)
     return f"; the nearest name there is {brief(close[0])}" if close else ""
 
 
 def read_head(path: Path) -> bytes:
-    """The first bytes of a file, none of one that cannot be read."""
+    """Return the first bytes of a file, none if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(HEAD)
@@ -178,7 +177,7 @@ def read_head(path: Path) -> bytes:
 
 
 def what_is(head: bytes) -> str:
-    """Say what a file is that should be something else, by its first bytes."""
+    """Name the kind of a file by its first bytes."""
     if not head:
         return EMPTY
     if head.startswith(ARCHIVES) or head[257:262] == b"ustar":

@@ -36,7 +36,7 @@ DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     struct.error,
     zlib.error,
 )
-MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # a picture that met them is none to be left out
+MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the picture is not at fault
 Note = Callable[[str, str], None]
 
 
@@ -45,10 +45,10 @@ def read_image(
 ) -> np.ndarray:
     """Read a picture and turn it as its EXIF orientation says.
 
-    size: height, width that the annotation file states, None where nothing is known.  max_pixels: of the picture,
-    by its header.  note: called with the code (of FAULTS) and words for each thing that is not as usual.
+    size: height, width that the annotation file states, None if unknown.  max_pixels: the limit for the size in the
+    header.  note: called with the code (of FAULTS) and words for each unusual property.
     Returns (height, width, 3) uint8 RGB: grey, palette, CMYK and 1-bit converted, 16 bit scaled to 8, alpha
-    dropped, of an animation the first frame.  Raises Fault for a file that is missing, broken, over
+    dropped, the first frame of an animation.  Raises Fault for a file that is missing, broken, over
     max_pixels, or of another size, and MachineError where there are too many open files or too little memory.
     """
     with _as_faults(path), no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
@@ -69,9 +69,9 @@ def read_image(
 
 
 def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Read the height and width that `read_image` gives a picture, from its header alone.
+    """Return the height and width that `read_image` gives a picture, from its header alone.
 
-    Raises as `read_image` does for what the header tells: a picture may still turn out broken when it is decoded.
+    Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """
     with _as_faults(path), no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
         height, width = _stored_size(path, image, max_pixels)
@@ -85,7 +85,7 @@ def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 def _tells_late(path: Path) -> bool:
-    """Whether a PNG says something, which may be its orientation, after its pixels."""
+    """Return whether a PNG holds text or EXIF, and so perhaps its orientation, after its pixels."""
     with path.open("rb") as file:
         file.seek(8)  # the signature
         pixels = False
@@ -94,22 +94,22 @@ def _tells_late(path: Path) -> bool:
             pixels = pixels or kind == b"IDAT"
             if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
                 return True
-            file.seek(length + 4, os.SEEK_CUR)  # with its checksum
+            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
     return False
 
 
 def _stored_size(path: Path, image: Image.Image, max_pixels: int) -> tuple[int, int]:
-    """Height and width of a picture before it is turned.  Raises Fault for one over max_pixels."""
+    """Return height and width of a picture before it is turned.  Raises Fault for a picture over max_pixels."""
     height, width = image.size[::-1]
     if height * width > max_pixels:
-        pixels = f"{height} x {width} pixels, over the limit of {max_pixels} (data.max_pixels)"
-        raise Fault("picture-pixels", f"{path}: {pixels}")
+        limit = f"over the limit of {max_pixels} (data.max_pixels)"
+        raise Fault("picture-pixels", f"{path}: {height} x {width} pixels, {limit}")
     return height, width
 
 
 @contextmanager
 def _as_faults(path: Path) -> Iterator[None]:
-    """Raise Fault where Pillow cannot read a picture, and MachineError where it is the machine that cannot."""
+    """Raise Fault where Pillow cannot read a picture, and MachineError where the machine is at a limit."""
     try:
         yield
     except UnidentifiedImageError:
@@ -125,7 +125,7 @@ def _as_faults(path: Path) -> Iterator[None]:
 
 
 def _unusual(image: Image.Image) -> list[tuple[str, str]]:
-    """What a picture has that is mended in memory: codes of FAULTS with words."""
+    """List what a picture has that is mended in memory: codes of FAULTS with words."""
     found = []
     if image.mode.startswith("I"):
         found.append(("picture-16bit", f"16 bits a channel (mode {image.mode})"))
@@ -139,7 +139,7 @@ def _unusual(image: Image.Image) -> list[tuple[str, str]]:
 
 
 def _orientation(image: Image.Image) -> Any:
-    """EXIF's orientation: 1 is upright; a damaged one may be anything."""
+    """Return EXIF's orientation: 1 is upright; a damaged value may be anything."""
     return image.getexif().get(ORIENTATION, 1)
 
 
@@ -147,7 +147,7 @@ def _orientation(image: Image.Image) -> Any:
 def no_limit_of_pillows() -> Iterator[None]:
     """Leave the limit to max_pixels: Pillow's own warns from 89 million pixels on and cannot be set for one file.
 
-    For a process: one that reads in several threads holds it around them.
+    The limit is global: a process that reads in several threads holds this around all of them.
     """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -162,7 +162,7 @@ def open_picture(path: Path) -> np.ndarray:
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """The pictures among files and in folders, in order of name.  Raises DataError where there are none."""
+    """List the pictures among files and in folders, by name.  Raises DataError where there are none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -179,7 +179,7 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
 
 
 def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
-    """A picture of (height, width) as a record without objects."""
+    """Return a picture of (height, width) as a record without objects."""
     none = np.zeros(0)
     return Record(
         image_id, str(file), size, partial(open_picture, file), np.zeros((0, 4)), none.astype(np.int64),

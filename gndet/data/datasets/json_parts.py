@@ -1,7 +1,7 @@
 """Read a large annotation file in parts: the list of annotations, cut between annotations, and what surrounds it.
 
-The cuts are guessed from the text.  A wrong guess shows: a part that begins or ends inside an object, a list or a string
-is no list of objects, and the rest of the file is no object; then the file is read as a whole.
+The cuts are guessed from the text.  A wrong guess shows: a part that begins or ends inside an object, a list or a
+string is no list of objects, and the rest of the file is no object; then the file is read as a whole.
 """
 
 import json
@@ -93,12 +93,11 @@ def _read_part(path: Path, known: Known, cut: tuple[int, int]) -> tuple[Columns,
     if set(map(type, items)) != {dict}:
         raise NotInParts("not a list of objects")
     found = Findings()
-    return read_columns(items, lambda odd: _exact(items, odd, text), known, found), found
-
-
-def _exact(items: list[dict[str, Any]], odd: list[int], text: bytes) -> list[dict[str, Any]]:
-    """Parse again, exactly, if one of the odd annotations may hold an integer of more than 64 bits."""
-    return json.loads(text) if any(_is_huge(items[place]) for place in odd) else items
+    columns, odd = read_columns(items, known, found)
+    if any(_is_huge(items[place]) for place in odd):  # the exact parser takes integers of any size
+        found = Findings()
+        columns, _ = read_columns(json.loads(text), known, found)
+    return columns, found
 
 
 def _is_huge(value: Any) -> bool:

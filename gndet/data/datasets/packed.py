@@ -1,13 +1,14 @@
-"""A data set as a few large arrays, whose records are made when they are asked for.
+"""Hold a data set in a few large arrays; records are made at each access.
 
 860,000 objects as Python objects are gigabytes, and every loader process that touches them copies them; arrays are
-shared, and may be mapped from a file.  Ragged things lie end to end: item i is values[first[i]:first[i + 1]].
+shared, and may be mapped from a file.  Ragged values lie end to end: item i is values[first[i]:first[i + 1]].
 Letters: N images, n objects, P polygons.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ from pycocotools import mask as coco_mask
 from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import read_image
+from gndet.data.datasets.masks import offsets
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 
-MATCH = 0.5  # IoU of a box and the box around its mask below which they are noted as two things
+MATCH = 0.5  # the IoU that a box and the box around the mask of the same object should have
 
 
 class Image(NamedTuple):
@@ -47,7 +49,7 @@ class Packed(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     area: np.ndarray  # (n,) float64
     annotation_ids: np.ndarray  # (n,) int64
-    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `columns.Masks`
+    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `masks.Masks`
     polygons_first: np.ndarray
     points_first: np.ndarray
     points: np.ndarray
@@ -60,15 +62,16 @@ class Packed(NamedTuple):
 def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int]) -> Packed:
     """Put images and their objects into arrays, in the order of the images, then of the annotations.
 
-    category_ids: rising; a label is a place in them.  Annotations of other images are left out; masks stay in the order
-    of the file.
+    category_ids: rising; a label is an index into them.  Annotations of other images are left out; masks stay in the
+    order of the file.
     """
     image_ids = np.array([image.image_id for image in images], dtype=np.int64)
     rising = np.argsort(image_ids)
     found = np.searchsorted(image_ids, objects.image_ids, sorter=rising)  # (n,) in rising
     here = np.flatnonzero(found < len(images))
     place = rising[found[here]]
-    here, place = (one[image_ids[place] == objects.image_ids[here]] for one in (here, place))
+    same = image_ids[place] == objects.image_ids[here]
+    here, place = here[same], place[same]
     in_order = np.argsort(place, kind="stable")
     order, place = here[in_order], place[in_order]
     names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
@@ -80,18 +83,18 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
         boxes=objects.boxes[order],
         labels=np.searchsorted(np.array(category_ids, dtype=np.int64), objects.category_ids[order]),
         crowd=objects.crowd[order], area=objects.area[order], annotation_ids=objects.annotation_ids[order],
-        masks_at=objects.masks_at[order], **objects.masks._asdict(),
+        masks_at=order, **objects.masks._asdict(),
     )  # fmt: skip
 
 
 def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
-    """Note the objects whose box has not an IoU of MATCH with the box around their mask, both limited to the image."""
+    """Note objects whose box and the box around their mask, both limited to the image, have an IoU under MATCH."""
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
     limits = np.tile(packed.sizes[image][:, ::-1], 2)  # (n, 4) width, height, width, height
     boxes, extents = packed.boxes.clip(0, limits), _extents(packed, image).clip(0, limits)
     common = (np.minimum(boxes, extents)[:, 2:] - np.maximum(boxes, extents)[:, :2]).clip(0).prod(1)
-    area, other = ((one[:, 2:] - one[:, :2]).prod(1) for one in (boxes, extents))
-    # a mask of a line or a point has no area: nothing can be said of it
+    area, other = ((edges[:, 2:] - edges[:, :2]).prod(1) for edges in (boxes, extents))
+    # a mask that is a line or a point has no area to compare
     for i in np.flatnonzero((other > 0) & (common < MATCH * (area + other - common))):
         text = ""
         if found.wants_example("mask-elsewhere"):
@@ -101,7 +104,7 @@ def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
 
 
 def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
-    """The boxes around the masks, (n, 4) xyxy; zero where there is no mask.  image (n,): of each object."""
+    """Return the boxes around the masks, (n, 4) xyxy, zeros where there is no mask; image (n,): of each object."""
     extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
     outlined = np.flatnonzero(np.diff(packed.polygons_first))
     if len(outlined):
@@ -111,51 +114,45 @@ def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
         extents[outlined, 2:] = np.maximum.reduceat(points, first)
     extents = extents[packed.masks_at]
     for i in np.flatnonzero((np.diff(packed.counts_first) + np.diff(packed.texts_first))[packed.masks_at]):
-        height, width = packed.sizes[image[i]].tolist()
-        mask = PackedMasks(packed, range(i, i + 1), (height, width))[0]
-        x, y, wide, high = coco_mask.toBbox(to_rle(mask, (height, width))).tolist()
-        extents[i] = x, y, x + wide, y + high
+        size = tuple(packed.sizes[image[i]].tolist())
+        x, y, width, height = coco_mask.toBbox(to_rle(PackedMasks(packed, range(i, i + 1), size)[0], size)).tolist()
+        extents[i] = x, y, x + width, y + height
     return extents
 
 
 def _end_to_end(parts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Join parts; with the offset of each."""
+    """Join parts.  Returns the bytes and the offset of each part."""
     parts = list(parts)
-    first = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-    return np.frombuffer(b"".join(parts), dtype=np.uint8), first
+    return np.frombuffer(b"".join(parts), dtype=np.uint8), offsets(np.array(list(map(len, parts)), dtype=np.int64))
 
 
+@dataclass(eq=False)
 class PackedRecords(Sequence[Record]):
-    """The records of packed images: made anew at each access."""
+    """The records of packed images, made anew at each access."""
 
-    def __init__(
-        self, packed: Packed, folder: Path, max_pixels: int, places: range | None = None,
-        again: Callable[[], Packed] | None = None, digests: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        """folder: of the pictures.  places: of the images that are in it, all by default.
-
-        again: gives the arrays to another process that this is sent to, which then shares them.
-        digests: (N,) uint64, of the bytes of the pictures, 0 where they are not known; None where none is.
-        """
-        self.packed, self.folder, self.max_pixels, self.again = packed, folder, max_pixels, again
-        self.digests = digests
-        self.places = range(len(packed.image_ids)) if places is None else places
+    packed: Packed
+    folder: Path  # of the pictures
+    max_pixels: int
+    places: Sequence[int]  # of the images that are taken, among the N
+    again: Callable[[], Packed] | None = None  # maps the arrays in another process that these are sent to
+    digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 where unknown
+    labels: np.ndarray | None = None  # the new label of each packed one, see `relabelled`
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            places = self.places[index]
-            return PackedRecords(self.packed, self.folder, self.max_pixels, places, self.again, self.digests)
-        return self._record(self.places[index])
+            return replace(self, places=self.places[index])
+        record = self._record(self.places[index])
+        return record if self.labels is None else relabelled(record, self.labels)
 
     def __reduce__(self) -> tuple[Any, ...]:
         again = self.again or functools.partial(Packed, *self.packed)
-        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again)
+        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again, self.labels)
 
     def path(self, index: int) -> Path:
-        """The picture file of a record."""
+        """Return the picture file of a record."""
         place = self.places[index]
         return self.folder / _text(self.packed.paths, self.packed.paths_first, place)
 
@@ -166,7 +163,7 @@ class PackedRecords(Sequence[Record]):
             self.digests[self.places[index]] = digest
 
     def files(self) -> Iterator[tuple[int, str, str, int]]:
-        """Image id, file_name, path below the folder and digest (0: not known) of each, without making records."""
+        """Yield image id, file_name, path below the folder and digest (0: unknown) of each, without making records."""
         for place in self.places:
             name = _text(self.packed.names, self.packed.names_first, place)
             path = _text(self.packed.paths, self.packed.paths_first, place)
@@ -175,43 +172,54 @@ class PackedRecords(Sequence[Record]):
     def _record(self, place: int) -> Record:
         packed = self.packed
         first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
-        height, width = packed.sizes[place].tolist()
+        size = tuple(packed.sizes[place].tolist())
         path = self.folder / _text(packed.paths, packed.paths_first, place)
-        boxes, labels, crowd, area, annotation_ids = (
-            np.array(values[first:end])
-            for values in packed[7:12]  # boxes to annotation_ids, copied
-        )
+        columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
         return Record(
-            image_id=int(packed.image_ids[place]),
-            file_name=_text(packed.names, packed.names_first, place),
-            size=(height, width),
-            load=functools.partial(read_image, path, (height, width), self.max_pixels),
-            boxes=boxes, labels=labels, crowd=crowd, area=area, annotation_ids=annotation_ids,
-            segmentations=PackedMasks(packed, range(first, end), (height, width)),
-        )  # fmt: skip
+            int(packed.image_ids[place]),
+            _text(packed.names, packed.names_first, place),
+            size,
+            functools.partial(read_image, path, size, self.max_pixels),
+            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
+            PackedMasks(packed, range(first, end), size),
+        )
+
+
+def relabelled(record: Record, labels: np.ndarray) -> Record:
+    """Give each object of label i the label labels[i]; leave out those that get -1."""
+    new = labels[record.labels]  # (n,)
+    keep = new >= 0
+    return record._replace(
+        boxes=record.boxes[keep],
+        labels=new[keep],
+        crowd=record.crowd[keep],
+        area=record.area[keep],
+        annotation_ids=record.annotation_ids[keep],
+        segmentations=[record.segmentations[index] for index in np.flatnonzero(keep)],
+    )
 
 
 class Counts(NamedTuple):
-    """How many objects the images of a data set have."""
+    """How many objects the N images of a data set have."""
 
     objects: np.ndarray  # (N,) int64
-    trainable: np.ndarray  # (N,) int64: no crowd regions
-    unmasked: np.ndarray  # (N,) bool: a trainable object is without a mask
+    trainable: np.ndarray  # (N,) int64: without crowd regions
+    unmasked: np.ndarray  # (N,) bool: a trainable object has no mask
     sizes: np.ndarray  # (N, 2) int64 height, width
 
 
 def count_objects(records: Sequence[Record]) -> Counts:
-    """Count; of packed records without making them, which takes seconds for 118,000 images."""
+    """Count objects; without making packed records, which takes seconds for 118,000 images."""
     if isinstance(records, PackedRecords):
         return _count_packed(records)
     rows = [
         (
-            len(one.labels),
-            int((~one.crowd).sum()),
-            any(mask is None and not crowd for mask, crowd in zip(one.segmentations, one.crowd, strict=True)),
-            *one.size,
+            len(record.labels),
+            np.count_nonzero(~record.crowd),
+            any(mask is None and not crowd for mask, crowd in zip(record.segmentations, record.crowd, strict=True)),
+            *record.size,
         )
-        for one in records
+        for record in records
     ]
     table = np.array(rows, dtype=np.int64).reshape(-1, 5)
     return Counts(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3:])
@@ -219,45 +227,39 @@ def count_objects(records: Sequence[Record]) -> Counts:
 
 def _count_packed(records: PackedRecords) -> Counts:
     packed, places = records.packed, np.array(records.places, dtype=np.int64)
+    lengths = map(np.diff, (packed.polygons_first, packed.counts_first, packed.texts_first))
+    masked = (sum(lengths) > 0)[packed.masks_at]  # (n,)
+    taken = np.ones(len(masked), dtype=bool) if records.labels is None else records.labels[packed.labels] >= 0
     first, end = packed.objects_first[places], packed.objects_first[places + 1]
-    lengths = (np.diff(one) for one in (packed.polygons_first, packed.counts_first, packed.texts_first))
-    masked = (sum(lengths) > 0)[packed.masks_at]
-    trainable, unmasked = _sums_before(~packed.crowd), _sums_before(~packed.crowd & ~masked)
-    return Counts(end - first, trainable[end] - trainable[first], unmasked[end] > unmasked[first], packed.sizes[places])
+    objects, trainable, unmasked = (
+        (before := offsets(counted))[end] - before[first]
+        for counted in (taken, taken & ~packed.crowd, taken & ~packed.crowd & ~masked)
+    )
+    return Counts(objects, trainable, unmasked > 0, packed.sizes[places])
 
 
-def _sums_before(values: np.ndarray) -> np.ndarray:
-    """How many of values (n,) are set before each place, (n + 1,)."""
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
-
-
+@dataclass(eq=False)
 class PackedMasks(Sequence[Any]):
-    """The segmentations of an image's objects: made anew at each access."""
+    """The segmentations of an image's objects, made anew at each access."""
 
-    def __init__(self, packed: Packed, objects: range, size: tuple[int, int]) -> None:
-        self.packed, self.objects, self.size = packed, objects, size
+    packed: Packed
+    objects: range  # places of the objects among the n
+    size: tuple[int, int]  # height, width of the image
 
     def __len__(self) -> int:
         return len(self.objects)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return PackedMasks(self.packed, self.objects[index], self.size)
+    def __getitem__(self, index: int) -> Any:
         packed, i = self.packed, self.packed.masks_at[self.objects[index]]
         first, end = packed.polygons_first[i], packed.polygons_first[i + 1]
         if first < end:
             bounds = packed.points_first[first : end + 1].tolist()
-            return [packed.points[a:b].tolist() for a, b in itertools.pairwise(bounds)]
+            return [packed.points[start:stop].tolist() for start, stop in itertools.pairwise(bounds)]
         first, end = packed.counts_first[i], packed.counts_first[i + 1]
         if first < end:
             return {"size": list(self.size), "counts": packed.counts[first:end].tolist()}
         text = _text(packed.texts, packed.texts_first, i)
         return {"size": list(self.size), "counts": text} if text else None
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
-
-    __hash__ = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)  # a record that is sent elsewhere takes its own masks along only
@@ -268,6 +270,7 @@ def _text(texts: np.ndarray, first: np.ndarray, place: int) -> str:
 
 
 def _unpickled(
-    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None
-) -> PackedRecords:
-    return PackedRecords(again(), folder, max_pixels, places, shared)
+    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None,
+    labels: np.ndarray | None,
+) -> PackedRecords:  # fmt: skip
+    return PackedRecords(again(), folder, max_pixels, places, shared, labels=labels)

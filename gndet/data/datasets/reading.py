@@ -1,25 +1,29 @@
-"""Data sets by kind, the choice of their classes, and what is wrong between two of them."""
+"""Read a data set of any kind: the file to open first here.
+
+A reader per kind checks its files and keeps what is good; faults stand in `Dataset.findings`, whose outcomes `faults`
+fixes.  What a config asks of every kind comes after: the limit, the choice of classes, masks; then train and val are
+compared.
+"""
 
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.datasets.cache import Tell
-from gndet.data.datasets.coco import inspect_coco
+from gndet.data.datasets.coco import read_coco
 from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable
-from gndet.data.datasets.packed import PackedRecords
+from gndet.data.datasets.packed import PackedRecords, relabelled
 from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
-from gndet.data.records import Dataset, Finding, Record
+from gndet.data.records import Dataset, Finding, Record, Tell
 
-Reader = Callable[[DatasetConfig, DataConfig, Tell | None], Dataset]  # raises nothing for a fault that is in FAULTS
-DATASETS: dict[str, Reader] = {"coco": inspect_coco, "shapes": lambda cfg, data, tell: read_shapes(cfg, data)}
+Reader = Callable[[DatasetConfig, DataConfig, Tell | None], Dataset]
+READERS: dict[str, Reader] = {"coco": read_coco, "shapes": read_shapes}
 LISTED, KNOWN = 5, 10  # names spelt out of those that differ, and of those there are
 
 
@@ -27,17 +31,17 @@ def read_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -
     """Read and check a data set of cfg.kind, with the classes of data.classes only, if given, in their order.
 
     Images whose objects all are of other classes stay, without objects; cfg.limit keeps the first images only.
-    masks: it is to train masks, and an object without one is refused.  Raises DataError.
+    masks: refuse an object without a mask.  Raises DataError that lists all that is refused.
     """
     return refuse(inspect_dataset(cfg, data, masks=masks))
 
 
 def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, tell: Tell | None = None) -> Dataset:
-    """As `read_dataset`, but what is refused stands in the findings; the records are of the rest.
+    """Read as `read_dataset` does, but leave what is refused in the findings; the records are of the rest.
 
     tell: called with a line before a long wait.
     """
-    return as_configured(DATASETS[cfg.kind](cfg, data, tell), cfg.limit, data, masks=masks)
+    return as_configured(READERS[cfg.kind](cfg, data, tell), cfg.limit, data, masks=masks)
 
 
 def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> tuple[Dataset, Dataset]:
@@ -49,13 +53,13 @@ def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> 
 
 
 def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, masks: bool) -> Dataset:
-    """A data set as it was read, with the first `limit` images, data's classes and data.skip_unreadable."""
+    """Apply the limit (first images), data.skip_unreadable and data.classes to a data set as a reader gave it."""
     num = len(dataset.records)
     if limit is not None and limit < num:
         note = f"the first {limit} of {num} images are taken; what is found is of the whole file"
         dataset = dataset._replace(records=dataset.records[:limit], notes=(*dataset.notes, note))
     if data.skip_unreadable:
-        unreadable = sum(one.count for one in dataset.findings if one.code in SKIPPABLE)
+        unreadable = sum(finding.count for finding in dataset.findings if finding.code in SKIPPABLE)
         findings = skipping_unreadable(dataset.findings, unreadable, num, data.max_unreadable)
         dataset = dataset._replace(findings=findings)
     if data.classes is not None and dataset.classes:
@@ -64,13 +68,14 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
 
 
 def without_masks(dataset: Dataset) -> Dataset:
-    """Leave out that objects have no mask, where none is asked for."""
-    return dataset._replace(findings=tuple(one for one in dataset.findings if one.code != "mask-missing"))
+    """Drop the finding that objects have no mask, where no masks are trained."""
+    return dataset._replace(findings=tuple(finding for finding in dataset.findings if finding.code != "mask-missing"))
 
 
 def _with_masks(dataset: Dataset) -> Dataset:
     """Find the objects that have no mask to be trained with."""
-    if not any(one.code == "mask-missing" for one in dataset.findings):
+    others = without_masks(dataset)
+    if others.findings == dataset.findings:
         return dataset
     found = Findings()
     for record in dataset.records:
@@ -79,82 +84,57 @@ def _with_masks(dataset: Dataset) -> Dataset:
                 name = printable(record.file_name)
                 text = f"annotation {record.annotation_ids[place]} of {name} has no usable segmentation"
                 found.add("mask-needed", text, record.image_id)
-    others = tuple(one for one in dataset.findings if one.code != "mask-missing")
-    return dataset._replace(findings=in_order(others + found.listed()))
+    return _with_findings(others, found)
+
+
+def _with_findings(dataset: Dataset, found: Findings) -> Dataset:
+    return dataset._replace(findings=in_order(dataset.findings + found.listed()))
 
 
 def _with_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
     """Keep the objects of the named classes; a label becomes an index into names."""
-    unknown = [name for name in names if name not in dataset.classes]
-    if unknown or not names or len(set(names)) < len(names):
-        found, twice = Findings(), sorted({name for name in names if names.count(name) > 1})
-        text = "the list is empty, expected names of categories"
-        if unknown:
-            text = f"not in the file: {_with_nearest(unknown, dataset.classes)}"
-        elif twice:
-            text = f"named twice: {', '.join(map(brief, twice[:LISTED]))}"
-        known = ", ".join(map(printable, dataset.classes[:KNOWN]))
-        known += "" if len(dataset.classes) <= KNOWN else f" and {len(dataset.classes) - KNOWN} more"
-        found.add("classes-choice", f"data.classes: {text}; the file has {known}")
-        return dataset._replace(findings=in_order(dataset.findings + found.listed()))
+    if fault := _wrong_choice(names, dataset.classes):
+        found = Findings()
+        found.add("classes-choice", fault)
+        return _with_findings(dataset, found)
     if len(names) < len(dataset.classes):
         note = f"{len(names)} of {len(dataset.classes)} classes are taken; what is found is of the whole file"
         dataset = dataset._replace(notes=(*dataset.notes, note))
     old = [dataset.classes.index(name) for name in names]
-    label = np.full(len(dataset.classes), -1)
-    label[old] = np.arange(len(names))
-    return dataset._replace(
-        classes=names,
-        category_ids=tuple(dataset.category_ids[index] for index in old),
-        records=_Relabelled(dataset.records, label),
-    )
+    labels = np.full(len(dataset.classes), -1)
+    labels[old] = np.arange(len(names))
+    if isinstance(dataset.records, PackedRecords):
+        records: Sequence[Record] = replace(dataset.records, labels=labels)
+    else:
+        records = [relabelled(record, labels) for record in dataset.records]
+    category_ids = tuple(dataset.category_ids[index] for index in old)
+    return dataset._replace(classes=names, category_ids=category_ids, records=records)
 
 
-class _Relabelled(Sequence[Record]):
-    """Records with labels (old ones' new ones, -1 leaves an object out) given when they are asked for."""
-
-    def __init__(self, records: Sequence[Record], label: np.ndarray) -> None:
-        self.records, self.label = records, label
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return _Relabelled(self.records[index], self.label)
-        record = self.records[index]
-        return _relabelled(record, self.label[record.labels])
-
-    def path(self, index: int) -> Path:
-        """The picture file of a record."""
-        return self.records.path(index)
-
-
-def whole(records: Sequence[Record]) -> Sequence[Record]:
-    """The records as they were read, with all their objects."""
-    return records.records if isinstance(records, _Relabelled) else records
-
-
-def _relabelled(record: Record, labels: np.ndarray) -> Record:
-    """Give the objects new labels (n,); those with -1 are left out."""
-    keep = labels >= 0
-    return record._replace(
-        boxes=record.boxes[keep],
-        labels=labels[keep],
-        crowd=record.crowd[keep],
-        area=record.area[keep],
-        annotation_ids=record.annotation_ids[keep],
-        segmentations=[record.segmentations[index] for index in np.flatnonzero(keep)],
-    )
+def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
+    """Say what is wrong with a choice of classes; "" where nothing is."""
+    unknown = [name for name in names if name not in classes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if unknown:
+        text = f"not in the file: {_with_nearest(unknown, classes)}"
+    elif twice:
+        text = f"named twice: {', '.join(map(brief, twice[:LISTED]))}"
+    elif not names:
+        text = "the list is empty, expected names of categories"
+    else:
+        return ""
+    known = ", ".join(map(printable, classes[:KNOWN]))
+    more = f" and {len(classes) - KNOWN} more" if len(classes) > KNOWN else ""
+    return f"data.classes: {text}; the file has {known}{more}"
 
 
 def find_objects(dataset: Dataset) -> Dataset:
-    """Find that there is nothing to train on: no image has an object that is no crowd region."""
+    """Refuse a data set in which no image has an object other than a crowd region: there is nothing to train on."""
     if dataset.refused or any(not record.crowd.all() for record in dataset.records):
         return dataset
     found = Findings()
     found.add("objects-none", f"{len(dataset.records)} images, none with an object that is no crowd region")
-    return dataset._replace(findings=in_order(dataset.findings + found.listed()))
+    return _with_findings(dataset, found)
 
 
 def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
@@ -165,17 +145,16 @@ def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
     found = Findings()
     if train.classes and val.classes and train.classes != val.classes:
         found.add("classes-differ", _differences(train.classes, val.classes))
-    one, other = whole(train.records), whole(val.records)
-    if not isinstance(one, PackedRecords) or not isinstance(other, PackedRecords):
+    if not isinstance(train.records, PackedRecords) or not isinstance(val.records, PackedRecords):
         return found.listed()
-    home, val_home = os.path.realpath(one.folder), os.path.realpath(other.folder)
+    home, val_home = os.path.realpath(train.records.folder), os.path.realpath(val.records.folder)
     names, places, seen = {}, {}, {}
-    for image_id, name, path, digest in one.files():
+    for image_id, name, path, digest in train.records.files():
         place = os.path.normpath(f"{home}/{path}")
         names[name] = places[place] = image_id, name, place
         if digest:
             seen[digest] = places[place]
-    for image_id, name, path, digest in other.files():
+    for image_id, name, path, digest in val.records.files():
         place = os.path.normpath(f"{val_home}/{path}")
         if twin := places.get(place) or names.get(name):
             _note_twin(found, "file-in-both", twin, (image_id, name, place))
@@ -187,46 +166,44 @@ def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
 _File = tuple[int, str, str]  # image id, file_name, path
 
 
-def _note_twin(found: Findings, code: str, one: _File, other: _File) -> None:
-    """Note an image of train that is in val too; other is val's."""
-    if not found.wants_example(code):  # comparing takes a while
-        found.add(code, "", other[0])
-        return
-    ids = f"image {one[0]} of train, {other[0]} of val"
+def _note_twin(found: Findings, code: str, train: _File, val: _File) -> None:
+    """Note an image of train that is in val too."""
+    text, ids = "", f"image {train[0]} of train, {val[0]} of val"
     if code == "picture-in-both":
-        found.add(code, f"{ids}: {other[2]} is equal to {one[2]}", other[0])
-        return
-    name = brief(one[1]) if one[1] == other[1] else f"{brief(one[1])}, {brief(other[1])}"
-    found.add(code, f"{name}: {ids}; {_same(Path(one[2]), Path(other[2]))}", other[0])
+        text = f"{ids}: {val[2]} is equal to {train[2]}"
+    elif found.wants_example(code):  # comparing takes a while
+        names = ", ".join(map(brief, dict.fromkeys((train[1], val[1]))))
+        text = f"{names}: {ids}; {_same(Path(train[2]), Path(val[2]))}"
+    found.add(code, text, val[0])
 
 
 def _differences(train: Sequence[str], val: Sequence[str]) -> str:
-    """In what the classes of two sets differ."""
-    only, also = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
-    if not only and not also:
+    """Say in what the classes of two sets differ."""
+    only_train, only_val = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
+    if not only_train and not only_val:
         pairs = enumerate(zip_longest(train, val, fillvalue="nothing"))  # a name may stand twice, refused elsewhere
-        label, (one, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-        return f"the same names in another order: label {label} is {brief(one)} in train, {brief(other)} in val"
-    parts = ((only, "train", val), (also, "val", train))
+        label, (name, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+        return f"the same names in another order: label {label} is {brief(name)} in train, {brief(other)} in val"
+    parts = ((only_train, "train", val), (only_val, "val", train))
     return "; ".join(f"only {which} has {_with_nearest(names, others)}" for names, which, others in parts if names)
 
 
 def _with_nearest(names: Sequence[str], known: Sequence[str]) -> str:
-    """Names with the known ones that may have been meant."""
+    """List names with the known ones that may have been meant."""
     shown = []
     for name in names[:LISTED]:
-        same = [one for one in known if one.strip().casefold() == name.strip().casefold()]
+        same = [other for other in known if other.strip().casefold() == name.strip().casefold()]
         close = same or difflib.get_close_matches(name, known, n=1)
         shown.append(brief(name) + (f" (nearest: {brief(close[0])})" if close else ""))
     return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-def _same(one: Path, other: Path) -> str:
+def _same(path: Path, other: Path) -> str:
     """Say whether two files of one name, or of one place, are the same."""
     try:
-        if one.resolve() == other.resolve():
+        if path.resolve() == other.resolve():
             return "one file"
-        equal = one.stat().st_size == other.stat().st_size
+        equal = path.stat().st_size == other.stat().st_size
     except (OSError, RuntimeError):  # RuntimeError: links in a circle
         return "not compared"
     return "two files of the same size" if equal else "two files of that name"

@@ -1,73 +1,30 @@
-"""Masks as COCO files write them: checked before pycocotools sees them, and drawn in the frame of their box.
+"""Draw masks as COCO files write them, checked by `masks.check_masks`, in the frame of their box.
 
-pycocotools crashes the process on NaN, infinite or huge polygon coordinates and returns uninitialised memory
-for run lengths that do not fill the image: what has not passed `check_segmentation` must not reach it.
 Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; pixel i covers [i, i + 1).
 """
 
-import math
 from itertools import chain
-from operator import mul
 from typing import Any
 
 import numpy as np
 from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 
-from gndet.data.datasets.faults import Fault
 from gndet.data.records import MASK_SIDE
 
-NUMBERS = {int, float}
-MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 MAX_FRAME_REACH = 16  # box sides a polygon may leave its box by; farther out its outline is too long to walk
 
 
-def check_segmentation(segmentation: Any, size: tuple[int, int]) -> tuple[Any, int]:
-    """Refuse a segmentation that pycocotools cannot take; drop its polygons of fewer than 3 points or half a point.
-
-    segmentation: what the file has, not empty; size: height, width of the image in pixels.
-    Returns the segmentation (None if no polygon is left, or no pixel of an RLE) and the number of polygons dropped.
-    Raises Fault with the value and what was expected; the caller knows file and id.
-    """
-    if isinstance(segmentation, dict):
-        return _check_rle(segmentation, size), 0
-    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
-        text = f"segmentation {brief(segmentation)}, expected a list of polygons or an RLE"
-        raise Fault("segmentation-malformed", text)
-    for polygon in segmentation:
-        _check_polygon(polygon, size)
-    polygons = [polygon for polygon in segmentation if len(polygon) >= 6 and len(polygon) % 2 == 0]
-    return polygons or None, len(segmentation) - len(polygons)
-
-
 def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Whether checked polygons cover a pixel of the image, or of the finer frame of the box they are trained in.
+    """Return whether checked polygons cover a pixel of the image, or of the finer frame of their box.
 
     box (4,) xyxy in pixels, not empty; size: height, width of the image.
     """
-    if any(_is_large(polygon, size) for polygon in polygons) or coco_mask.area(to_rle(polygons, size)):
+    if coco_mask.area(to_rle(polygons, size)):
         return True
     inside = box.clip(0, (*size[::-1], *size[::-1]))
-    if not (_reaches(polygons, inside) and (inside[2:] > inside[:2]).all()):
-        return False
-    return bool(box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())
-
-
-def _is_large(polygon: list[float], size: tuple[int, int]) -> bool:
-    """Whether a polygon surely covers a pixel, which saves drawing it: it is thick, and inside the image."""
-    xs, ys = polygon[::2], polygon[1::2]
-    left, top, right, bottom = min(xs), min(ys), max(xs), max(ys)
-    if left < 0 or top < 0 or right > size[1] or bottom > size[0]:
-        return False
-    twice = sum(map(mul, xs, ys[1:] + ys[:1])) - sum(map(mul, ys, xs[1:] + xs[:1]))  # shoelace
-    # area / perimeter bounds the radius of the disk inside from below: 0.5 pixels, where it is convex
-    return abs(twice) >= 2 * (right - left + bottom - top + 1)
-
-
-def _reaches(polygons: list[list[float]], box: np.ndarray) -> bool:
-    """Whether the extent of polygons and a box have an area in common."""
-    points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])  # (n, 2)
-    return bool((np.minimum(points.max(0), box[2:]) > np.maximum(points.min(0), box[:2])).all())
+    has_area = (inside[2:] > inside[:2]).all()
+    return bool(has_area and box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())
 
 
 def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -87,7 +44,7 @@ def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int
     decoded, one at a time to bound the memory, and sampled bilinearly.
     """
     masks = np.zeros((len(boxes), side, side), dtype=bool)
-    outlined = [index for index, one in enumerate(segmentations) if isinstance(one, list)]
+    outlined = [index for index, segmentation in enumerate(segmentations) if isinstance(segmentation, list)]
     frames = into_frames([segmentations[index] for index in outlined], boxes[outlined], side)
     drawn = {index: polygons for index, polygons in zip(outlined, frames, strict=True) if polygons is not None}
     if drawn:
@@ -119,7 +76,7 @@ def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int)
 
 
 def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
-    """Rasterise the polygons of n objects, the union of an object's.  Returns (n, S, S) uint8."""
+    """Rasterise the union of the polygons of each object.  Returns (n, S, S) uint8."""
     drawn = iter(coco_mask.frPyObjects(list(chain.from_iterable(outlines)), side, side))
     codes = [[next(drawn) for _ in outline] for outline in outlines]
     wholes = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in codes]
@@ -134,7 +91,7 @@ def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
 
 
 def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
-    """Rows (n, m) at the centres of `side` cells from start to end, linear between the rows' own.  Returns (S, m)."""
+    """Interpolate rows (n, m) linearly at the centres of `side` cells from start to end.  Returns (S, m)."""
     place = start + (np.arange(side) + 0.5) * ((end - start) / side) - 0.5
     place = place.clip(0, len(values) - 1)
     low = np.floor(place).astype(int)
@@ -143,69 +100,9 @@ def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndar
     return values[low] * (1 - share) + values[high] * share
 
 
-def _check_polygon(polygon: list[Any], size: tuple[int, int]) -> None:
-    """Raise Fault for a polygon with a coordinate that is no sane number."""
-    reach = max(size)  # an outline may overhang a little; numbers farther out belong to another image
-    if not polygon:
-        return
-    # min and max pass over NaN unless it comes first; the sum does not
-    good = set(map(type, polygon)) <= NUMBERS and min(polygon) >= -reach and max(polygon) <= 2 * reach
-    if not good or math.isnan(sum(polygon)):
-        wrong = next(one for one in polygon if type(one) not in NUMBERS or not -reach <= one <= 2 * reach)
-        text = f"polygon coordinate {brief(wrong)}, expected a number from {-reach} to {2 * reach}"
-        raise Fault("polygon-number", text)
-
-
-def _check_rle(rle: dict[str, Any], size: tuple[int, int]) -> dict[str, Any] | None:
-    """Return the RLE with nothing but its size and counts, None if it has no pixel.
-
-    Raises Fault for an RLE of another size than the image's, or whose runs do not fill it.
-    """
-    counts = rle.get("counts")
-    if isinstance(counts, str):
-        runs = run_lengths(counts)
-    elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
-        runs = counts
-    else:
-        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, expected a compressed string or a list of integers")
-    if rle.get("size") != list(size):
-        raise Fault("rle-size", f"RLE size {brief(rle.get('size'))}, expected [height, width] {list(size)}")
-    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
-        raise Fault(
-            "rle-counts",
-            f"RLE counts {brief(counts)}: run lengths from {brief(min(runs, default=0))} on sum to {brief(sum(runs))}, "
-            f"expected lengths >= 0 that sum to height x width = {size[0] * size[1]}",
-        )
-    return {"size": list(size), "counts": counts} if any(runs[1::2]) else None
-
-
-def run_lengths(counts: str) -> list[int]:
-    """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
-
-    Raises Fault for a string that is none.
-
-    A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
-    follow, bit 4 of the last is the sign.  From the fourth on, each is the difference to the one before last.
-    """
-    code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
-    if code.size == 0:
-        return []
-    ends = np.flatnonzero(code & 0x20 == 0)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if code.min() < 0 or code.max() > 63 or code[-1] & 0x20 or lengths.max() > MAX_CHAIN:
-        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, not a compressed run-length string")
-    place = np.arange(code.size) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((code & 0x1F) << 5 * place, starts)
-    runs -= np.where(code[ends] & 0x10, 1 << 5 * lengths, 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs.tolist()
-
-
 def printable(text: str) -> str:
-    """A text of the file for a terminal: at most 60 characters, those that steer a terminal escaped."""
-    plain = "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:61])
+    """Show a text of the file on a terminal: at most 60 characters, those that steer a terminal escaped."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:61])
     return plain if len(plain) <= 60 else plain[:57] + "..."
 
 

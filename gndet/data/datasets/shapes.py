@@ -1,4 +1,4 @@
-"""A drawn data set, no download: discs, boxes, triangles and stars that cover each other.
+"""Draw a data set: discs, boxes, triangles and stars that cover each other.
 
 Image i is a pure function of (seed, i, size). Outlines and colours have random streams of their own, so that
 reading the data set paints nothing. Letters: n objects, V outline points, s image side in pixels.
@@ -12,22 +12,23 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.records import Dataset, Record
+from gndet.data.records import Dataset, Record, Tell
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 
 CLASSES = ("disc", "box", "triangle", "star")
-MAX_COUNT = 1_000_000  # images a seed: image ids are seed * MAX_COUNT + 1 and on
+MAX_COUNT = 1_000_000  # images per seed: image ids are seed * MAX_COUNT + 1 and on
 MAX_SEED = 2**32
 MIN_VISIBLE = 0.5  # an object covered further would be a fragment that tells nothing
 MAX_TILT = np.pi / 8  # things stand upright, more or less; any rotation takes several times as long to learn
 OUTLINE, COLOUR = 0, 1  # the random streams of an image
 
 
-def read_shapes(cfg: DatasetConfig, data: DataConfig) -> Dataset:
+def read_shapes(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
     """Lay out cfg.count images of cfg.size x cfg.size pixels; `Record.load` draws them.
 
-    Boxes and masks are those of the visible part.  Raises DataError for a seed or count out of range.
+    Boxes and masks are those of the visible part.  data and tell are not used: they are there for other readers.
+    Raises DataError for a seed or count out of range.
     """
     if not 0 <= cfg.seed <= MAX_SEED or cfg.count > MAX_COUNT:
         raise DataError(f"shapes: seed {cfg.seed}, count {cfg.count}, expected 0 to {MAX_SEED}, 1 to {MAX_COUNT}")
@@ -127,5 +128,5 @@ def _draw_mask(outline: np.ndarray, size: int) -> np.ndarray:
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """The random numbers of one image and one use."""
+    """Return the random numbers of an image for a stream."""
     return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.DRAW, index, stream)))

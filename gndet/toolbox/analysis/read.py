@@ -11,7 +11,8 @@ import orjson
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.segmentation import brief, check_segmentation, to_rle
+from gndet.data.datasets.masks import check_segmentation
+from gndet.data.datasets.segmentation import brief, to_rle
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results, from_coco
@@ -83,7 +84,7 @@ def _is_number(value: Any) -> bool:
 
 def _code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Return the compressed code of a checked mask; an empty mask where it covers no pixel."""
-    checked, _ = check_segmentation(segmentation, size)
+    checked = check_segmentation(segmentation, size)
     rle = to_rle(checked if checked is not None else {"size": list(size), "counts": [size[0] * size[1]]}, size)
     counts = rle["counts"]
     return {"size": list(size), "counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}

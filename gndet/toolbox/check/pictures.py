@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import keep_pictures
 from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, several, skipping_unreadable
-from gndet.data.datasets.reading import whole
 from gndet.data.workers import usable_cores
 from gndet.toolbox.check.decoding import Decoded, PictureFile, decode_all
 from gndet.toolbox.check.report import Checked
@@ -30,9 +29,8 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     pictures = [PictureFile(records.path(i), record.size, data.max_pixels) for i, record in enumerate(records)]
     decoded = list(_with_progress(decode_all(pictures, usable_cores()), len(pictures), title, show, console))
     found = _faults(decoded, pictures, [record.image_id for record in records])
-    all_records = whole(records)
-    all_records.note_digests({i: int(picture.digest[:16] or "0", 16) for i, picture in enumerate(decoded)})
-    keep_pictures(all_records, found.listed())
+    records.note_digests({i: int(picture.digest[:16] or "0", 16) for i, picture in enumerate(decoded)})
+    keep_pictures(records, found.listed())
     earlier = [finding for finding in dataset.findings if not finding.code.startswith("picture-")]
     findings = in_order([*earlier, *found.listed()])
     if data.skip_unreadable:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gndet.data.datasets.faults import SEVERITIES, describe, several
+from gndet.data.datasets.faults import SEVERITIES, describe_finding, several
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
 from gndet.evaluation.tables import text_table
@@ -41,7 +41,7 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
     """Write out findings, grouped by severity."""
     lines = []
     for severity, title in SEVERITIES.items():
-        described = [describe(finding) for finding in findings if finding.severity == severity]
+        described = [describe_finding(finding) for finding in findings if finding.severity == severity]
         lines += [f"  {title}"] if described else []
         for first, *others in described:
             lines += [f"    {severity} {first}", *(f"      {line}" for line in others)]

@@ -1,0 +1,264 @@
+"""The segmentations of an annotation file as arrays, checked before pycocotools sees them.
+
+pycocotools crashes the process on NaN, infinite or huge polygon coordinates and returns uninitialised memory
+for run lengths that do not fill the image: what `check_masks` refuses must not reach it.
+Letters: n objects, P polygons.  Coordinates are pixels of the original.
+"""
+
+from collections.abc import Sequence
+from itertools import chain, compress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
+from gndet.data.datasets.segmentation import brief, has_pixels
+
+NUMBERS = {int, float}
+MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
+
+
+class Masks(NamedTuple):
+    """Segmentations end to end: of mask i polygons [polygons_first[i], polygons_first[i + 1]) or an RLE."""
+
+    polygons_first: np.ndarray  # (n + 1,) into the P polygons
+    points_first: np.ndarray  # (P + 1,) into points
+    points: np.ndarray  # float64 x0, y0, x1, ...
+    counts_first: np.ndarray  # (n + 1,) into counts: RLE as lists
+    counts: np.ndarray  # int64
+    texts_first: np.ndarray  # (n + 1,) into texts: RLE as strings
+    texts: np.ndarray  # uint8 ASCII
+
+
+class Polygons(NamedTuple):
+    """The P polygons of n objects."""
+
+    owner: np.ndarray  # (P,) int64, rising: the object
+    lengths: np.ndarray  # (P,) int64: numbers, two per point
+    points: np.ndarray  # float64, end to end; NaN for what is no number
+    raw: list[list[Any]]  # P, as the file has them
+
+    def only(self, keep: np.ndarray) -> "Polygons":
+        """Return the polygons that keep (P,) selects."""
+        if keep.all():
+            return self
+        points = self.points[np.repeat(keep, self.lengths)]
+        return Polygons(self.owner[keep], self.lengths[keep], points, list(compress(self.raw, keep)))
+
+
+class MaskFault(NamedTuple):
+    """A fault of one segmentation."""
+
+    place: int  # of the n
+    code: str
+    text: str
+    count: int = 1
+
+
+class CheckedMasks(NamedTuple):
+    """What is kept of n segmentations, and what is wrong with them."""
+
+    polygons: Polygons
+    rles: dict[int, dict[str, Any]]  # by place
+    faults: list[MaskFault]  # by rising place
+    refused: np.ndarray  # (n,) bool
+
+    def mask(self, place: int) -> Any:
+        """Return what is kept of a segmentation: a list of polygons, an RLE, or None."""
+        first, end = np.searchsorted(self.polygons.owner, [place, place + 1])
+        return self.polygons.raw[first:end] or self.rles.get(place)
+
+    def packed(self, keep: np.ndarray) -> Masks:
+        """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
+        num_counts, num_texts = np.zeros((2, len(keep)), dtype=np.int64)
+        counts, texts = [], []
+        for place, rle in self.rles.items():
+            if isinstance(rle["counts"], list):
+                counts += rle["counts"]
+                num_counts[place] = len(rle["counts"])
+            else:
+                texts.append(rle["counts"])
+                num_texts[place] = len(rle["counts"])
+        polygons = self.polygons
+        return Masks(
+            offsets(np.bincount(polygons.owner, minlength=len(keep))[keep]), offsets(polygons.lengths), polygons.points,
+            offsets(num_counts[keep]), np.array(counts, dtype=np.int64),
+            offsets(num_texts[keep]), np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8),
+        )  # fmt: skip
+
+
+def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarray | None = None) -> CheckedMasks:
+    """Check n segmentations as a file has them.
+
+    sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: with them, polygons must cover a pixel.
+    Nothing is kept of a segmentation that is refused, nor polygons of fewer than 3 points or an RLE without a pixel.
+    """
+    faults: list[MaskFault] = []
+    outlines = [value if type(value) is list else [] for value in segmentations]
+    if not set(map(type, chain.from_iterable(outlines))) <= {list}:
+        outlines = [outline if set(map(type, outline)) <= {list} else [] for outline in outlines]
+    rles = {}
+    for place, value in enumerate(segmentations):
+        if outlines[place] or value in (None, [], {}):
+            continue
+        try:
+            rles[place] = _check_rle(value, tuple(sizes[place].tolist()))
+        except Fault as fault:
+            faults.append(MaskFault(place, fault.code, str(fault)))
+    polygons = _refuse_far(_gather(outlines), sizes, faults)
+    polygons = _drop_short(polygons, faults)
+    if boxes is not None:
+        polygons = _drop_empty(polygons, boxes, sizes, faults)
+    refused = np.zeros(len(outlines), dtype=bool)
+    refused[[fault.place for fault in faults if FAULTS[fault.code].severity == REFUSED]] = True
+    return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused)
+
+
+def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
+    """Check one segmentation of an image of size height, width.
+
+    Returns what is kept of it, or None.  Raises Fault with the value and what was expected.
+    """
+    checked = check_masks([segmentation], np.array([size]))
+    if checked.refused[0]:
+        raise Fault(checked.faults[0].code, checked.faults[0].text)
+    return checked.mask(0)
+
+
+def to_floats(values: list[Any]) -> np.ndarray:
+    """Return values (n,) as float64: NaN for what is no number, inf for an integer beyond any float."""
+    try:
+        if set(map(type, values)) <= NUMBERS:
+            return np.array(values, dtype=np.float64)
+    except OverflowError:
+        pass
+    return np.array(list(map(_as_float, values)), dtype=np.float64)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value) if type(value) in NUMBERS else np.nan
+    except OverflowError:
+        return np.inf
+
+
+def offsets(lengths: np.ndarray) -> np.ndarray:
+    """Return where each of n parts begins, and where the last ends, (n + 1,)."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
+
+
+def _gather(outlines: list[list[list[Any]]]) -> Polygons:
+    raw = list(chain.from_iterable(outlines))
+    owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
+    lengths = np.array(list(map(len, raw)), dtype=np.int64)
+    return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
+
+
+def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
+    """Refuse objects with a coordinate that is no number near the image.
+
+    An outline may overhang a little; numbers farther out belong to another image.
+    """
+    reach = sizes.max(1)[polygons.owner]  # (P,)
+    limit = np.repeat(reach, polygons.lengths)  # of each number
+    wrong = np.flatnonzero(~((polygons.points >= -limit) & (polygons.points <= 2 * limit)))
+    if not len(wrong):
+        return polygons
+    first = offsets(polygons.lengths)
+    polygon = np.searchsorted(first, wrong, side="right") - 1
+    places, index = np.unique(polygons.owner[polygon], return_index=True)
+    for place, number, i in zip(places.tolist(), wrong[index], polygon[index], strict=True):
+        value, far = brief(polygons.raw[i][number - first[i]]), reach[i]
+        text = f"polygon coordinate {value}, expected a number from {-far} to {2 * far}"
+        faults.append(MaskFault(place, "polygon-number", text))
+    return polygons.only(~np.isin(polygons.owner, places))
+
+
+def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
+    """Drop polygons of fewer than 3 points or half a point."""
+    short = (polygons.lengths < 6) | (polygons.lengths % 2 == 1)
+    places, index, counts = np.unique(polygons.owner[short], return_index=True, return_counts=True)
+    for place, length, count in zip(places.tolist(), polygons.lengths[short][index], counts.tolist(), strict=True):
+        faults.append(MaskFault(place, "polygon-short", f"polygon of {length} numbers", count))
+    return polygons.only(~short)
+
+
+def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
+    """Drop outlines that cover no pixel of their image, nor of the finer frame of the box they are trained in."""
+    large, empty = np.zeros(len(sizes), dtype=bool), np.zeros(len(sizes), dtype=bool)
+    large[polygons.owner[_is_large(polygons, sizes)]] = True
+    for place in np.unique(polygons.owner[~large[polygons.owner]]).tolist():
+        first, end = np.searchsorted(polygons.owner, [place, place + 1])
+        outline = polygons.raw[first:end]
+        if not has_pixels(outline, boxes[place], tuple(sizes[place].tolist())):
+            faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
+            empty[place] = True
+    return polygons.only(~empty[polygons.owner])
+
+
+def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
+    """Return which polygons surely cover a pixel, which saves drawing them: they are thick, and inside the image."""
+    if not len(polygons.owner):
+        return np.zeros(0, dtype=bool)
+    x, y = polygons.points[::2], polygons.points[1::2]
+    first = offsets(polygons.lengths // 2)
+    starts, height, width = first[:-1], *sizes[polygons.owner].T
+    left, right = np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts)
+    top, bottom = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+    inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
+    following = np.arange(1, len(x) + 1)
+    following[first[1:] - 1] = starts  # the last point is joined to the first
+    twice = np.add.reduceat(x * y[following] - y * x[following], starts)  # shoelace
+    # area / perimeter bounds the radius of the disk inside from below: 0.5 pixels, where it is convex
+    return inside & (np.abs(twice) >= 2 * (right - left + bottom - top + 1))
+
+
+def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Return the RLE with nothing but its size and counts.
+
+    Raises Fault for what is no RLE, for one of another size than the image's, whose runs do not fill it, or that is
+    empty.
+    """
+    if type(rle) is not dict:
+        raise Fault("segmentation-malformed", f"segmentation {brief(rle)}, expected a list of polygons or an RLE")
+    counts = rle.get("counts")
+    if isinstance(counts, str):
+        runs = run_lengths(counts)
+    elif isinstance(counts, list) and set(map(type, counts)) <= {int}:
+        runs = counts
+    else:
+        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, expected a compressed string or a list of integers")
+    if rle.get("size") != list(size):
+        raise Fault("rle-size", f"RLE size {brief(rle.get('size'))}, expected [height, width] {list(size)}")
+    if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
+        raise Fault(
+            "rle-counts",
+            f"RLE counts {brief(counts)}: run lengths from {brief(min(runs, default=0))} on sum to {brief(sum(runs))}, "
+            f"expected lengths >= 0 that sum to height x width = {size[0] * size[1]}",
+        )
+    if not any(runs[1::2]):
+        raise Fault("mask-empty", "no run of its RLE is set")
+    return {"size": list(size), "counts": counts}
+
+
+def run_lengths(counts: str) -> list[int]:
+    """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
+
+    A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
+    follow, bit 4 of the last is the sign.  From the fourth on, each is the difference to the one before last.
+    Raises Fault for a string that holds no run lengths.
+    """
+    code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if code.size == 0:
+        return []
+    ends = np.flatnonzero(code & 0x20 == 0)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if code.min() < 0 or code.max() > 63 or code[-1] & 0x20 or lengths.max() > MAX_CHAIN:
+        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, not a compressed run-length string")
+    place = np.arange(code.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((code & 0x1F) << 5 * place, starts)
+    runs -= np.where(code[ends] & 0x10, 1 << 5 * lengths, 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs.tolist()

@@ -1,20 +1,44 @@
-"""What `gndet check --images` does: decode every picture of a data set, and keep what that shows."""
+"""What `gndet check --images` does: decode every picture of a data set, in processes that a damaged file may crash.
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+A process that crashes or hangs over a picture is replaced; the picture is at fault, and the others are decoded.
+"""
+
+import hashlib
+import signal
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import keep_pictures
-from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, several, skipping_unreadable
-from gndet.data.workers import usable_cores
-from gndet.toolbox.check.decoding import Decoded, PictureFile, decode_all
+from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, several, skipping_unreadable
+from gndet.data.datasets.images import read_image
+from gndet.data.workers import Death, Failure, map_ahead, usable_cores
 from gndet.toolbox.check.report import Checked
 
+TIME_LIMIT = 120.0  # seconds for one picture; 100 million pixels take a while
+
 Show = Callable[[str], None]
-Item = TypeVar("Item")
+
+
+class PictureFile(NamedTuple):
+    """A picture to decode."""
+
+    path: Path
+    size: tuple[int, int] | None  # height, width as the annotation file says
+    max_pixels: int
+
+
+class Decoded(NamedTuple):
+    """What decoding a picture showed."""
+
+    faults: list[tuple[str, str]]  # code of FAULTS, and words that name the file
+    digest: str  # SHA-256 of the file, "" where it cannot be read
 
 
 def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Console | None) -> Checked:
@@ -56,12 +80,12 @@ def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list
 
 
 def _with_progress(
-    items: Iterator[Item], total: int, title: str, show: Show, console: Console | None
-) -> Iterator[Item]:
-    """Yield the items, and show progress: a bar on a terminal, else one line per tenth."""
+    decoded: Iterator[Decoded], total: int, title: str, show: Show, console: Console | None
+) -> Iterator[Decoded]:
+    """Pass pictures on, and show progress: a bar on a terminal, else one line per tenth."""
     if console is None or not console.is_terminal:
-        for count, item in enumerate(items, start=1):
-            yield item
+        for count, picture in enumerate(decoded, start=1):
+            yield picture
             if count * 10 // total > (count - 1) * 10 // total:
                 show(f"{title}: {count} of {total} decoded")
         return
@@ -69,6 +93,57 @@ def _with_progress(
     # no refresh thread: the processes are forked beside it, and would inherit its locks
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task(title, total=total)
-        for count, item in enumerate(items, start=1):
-            yield item
+        for count, picture in enumerate(decoded, start=1):
+            yield picture
             progress.update(task, completed=count, refresh=count * 100 // total > (count - 1) * 100 // total)
+
+
+# --- one picture after the other
+
+
+def decode(picture: PictureFile) -> Decoded:
+    """Decode a picture.  Returns its faults and its file's hash."""
+    faults: list[tuple[str, str]] = []
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what is unusual in a picture becomes a fault
+            read_image(*picture, note=lambda code, words: faults.append((code, f"{picture.path}: {words}")))
+    except Fault as fault:
+        faults.append((fault.code, str(fault)))
+    try:
+        with picture.path.open("rb") as file:
+            return Decoded(faults, hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError:
+        return Decoded(faults, "")
+
+
+def decode_all(
+    pictures: Sequence[PictureFile],
+    processes: int,
+    decoder: Callable[[PictureFile], Decoded] = decode,
+    time_limit: float = TIME_LIMIT,
+) -> Generator[Decoded, None, None]:
+    """Decode pictures in parallel.  Yields what each showed, in order.
+
+    time_limit: seconds for one picture.  A picture whose process dies, or is killed for exceeding the limit, is a
+    picture-crash.  Raises MachineError when no process can be started.
+    """
+
+    def crashed(picture: PictureFile, death: Death, _: int) -> Decoded:
+        return _crash(picture, _end_in_words(death.status, time_limit))
+
+    results = map_ahead(decoder, pictures, workers=processes, on_death=crashed, time_limit=time_limit)
+    with closing(results):
+        for picture, result in results:
+            yield _crash(picture, result.text.splitlines()[-1]) if isinstance(result, Failure) else result
+
+
+def _crash(picture: PictureFile, words: str) -> Decoded:
+    return Decoded([("picture-crash", f"{picture.path}: {words}")], "")
+
+
+def _end_in_words(status: int | None, time_limit: float) -> str:
+    """Say how the process of a picture ended, from multiprocessing's exitcode; None: killed after the time limit."""
+    if status is None:
+        return f"took over {time_limit:.0f} s to decode"
+    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
+    return f"ended the process that decoded it {how}"

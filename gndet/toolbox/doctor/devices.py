@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from gndet.config.schema import Config
+from gndet.data.workers import usable_cores
 from gndet.distributed.process import keep_freed_memory
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
@@ -50,11 +51,6 @@ def cores() -> Fact:
     if threads > most:
         return Fact("cores", f"{text}: more than cores, which is slow; set OMP_NUM_THREADS={most}", "warning")
     return Fact("cores", text)
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota() -> float | None:

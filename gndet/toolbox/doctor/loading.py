@@ -15,8 +15,7 @@ from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.data.workers import PREFETCH
-from gndet.toolbox.doctor.devices import usable_cores
+from gndet.data.workers import PREFETCH, usable_cores
 from gndet.toolbox.doctor.facts import Fact, Facts
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS

@@ -1,6 +1,5 @@
 """The plan of a norm study: variants, the overrides of each cell, cells to refuse, and studies to continue."""
 
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 from gndet import __version__
 from gndet.config.loading import config_from_dict, load_config
 from gndet.config.schema import Config, NormConfig
+from gndet.data.workers import usable_cores
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.toolbox.analysis.study_results import GROUPS, STUDY, CellResult, Study, is_study, read_study
@@ -102,7 +102,7 @@ def _notes(cfg: Config, cells: list[CellResult]) -> list[str]:
 def _device(cfg: Config) -> str:
     if cfg.device != "cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"CPU, {len(os.sched_getaffinity(0))} cores"
+    return f"CPU, {usable_cores()} cores"
 
 
 def cell_overrides(cell: CellResult, begun: Study) -> list[str]:

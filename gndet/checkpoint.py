@@ -103,10 +103,15 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
     tensors = {}
     for name, promised in manifest.files.items():
         data = _verified(folder, name, promised)
-        if name == META:
-            meta = _parsed_meta(folder / name, data)
-        elif name.removesuffix(TENSORS) in wanted:
-            tensors[name.removesuffix(TENSORS)] = _parsed_tensors(folder / name, data)
+        try:
+            if name == META:
+                meta = TypeAdapter(dict[str, Any]).validate_json(data)
+            elif name.removesuffix(TENSORS) in wanted:
+                tensors[name.removesuffix(TENSORS)] = safetensors.torch.load(data)
+        except ValidationError as error:
+            raise CheckpointError(f"{folder / name}: not a JSON object: {error.errors()[0]['msg']}") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / name}: not a safetensors file: {error}") from None
     if meta is None:
         raise CheckpointError(f"{folder / MANIFEST}: damaged: it does not list {META}")
     return Checkpoint(folder, tensors, meta)
@@ -257,21 +262,6 @@ def _verified(folder: Path, name: str, promised: _File) -> bytes:
     if hashlib.sha256(data).hexdigest() != promised.sha256:
         raise CheckpointError(f"{folder / name}: damaged: its sha256 is not the manifest's")
     return data
-
-
-def _parsed_meta(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        return TypeAdapter(dict[str, Any]).validate_json(data)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: not a JSON object: {error.errors()[0]['msg']}") from None
-
-
-def _parsed_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {error}") from None
-    return {key.replace("rpn.conv.", "rpn.convs.0."): tensor for key, tensor in tensors.items()}  # until 2026-11-25
 
 
 def _what_is_there(path: Path) -> str:

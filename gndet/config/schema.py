@@ -43,6 +43,11 @@ class NormConfig(Section):
     )
 
     @property
+    def grouping(self) -> str:
+        """How GN divides its channels, in words."""
+        return f"{self.channels_per_group} channels per group" if self.channels_per_group else f"{self.groups} groups"
+
+    @property
     def masked(self) -> bool:
         """Whether the padding around a picture is kept out of statistics and results."""
         if self.padding == "auto":
@@ -218,6 +223,16 @@ class ModelConfig(Section):
         return ("box_head", "mask_head") if self.masks else ("box_head",)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model: sections of this config, and prefixes of its tensors' names."""
+        return ("backbone", "fpn", "rpn", *self.region_heads)
+
+    @property
+    def normed_parts(self) -> tuple[str, ...]:
+        """The parts that have norm layers, unless their kind is none: a 2fc head has fully connected layers alone."""
+        return tuple(part for part in self.parts if not (part == "box_head" and self.box_head.kind == "2fc"))
+
+    @property
     def max_positives(self) -> int:
         """Positive regions per image that are trained on at most."""
         return int(self.box_head.regions_per_image * self.box_head.positive_fraction)
@@ -234,8 +249,7 @@ class ModelConfig(Section):
     def batch_coupling(self) -> str | None:
         """What first makes an image's result depend on the images computed beside it, in words; or None."""
         norms = self.part_norms()
-        unused = {"box_head": self.box_head.kind == "2fc", "mask_head": not self.masks}
-        for part in [part for part in norms if not unused.get(part)]:
+        for part in self.normed_parts:
             key = f"model.{part}.norm" if getattr(self, part).norm else "model.norm"
             if norms[part].mixes_images:
                 return f"{key}.kind: {norms[part].kind} takes its statistics over the images that are computed at once"

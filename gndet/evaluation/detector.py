@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process, place
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation.evaluate import Evaluation, evaluate
@@ -41,18 +39,18 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
     if missing or "model" not in saved.groups:
         raise CheckpointError(f"{source}: not a checkpoint of a detector, it lacks {', '.join(missing) or 'model'}")
     classes, category_ids = saved.meta["classes"], saved.meta["category_ids"]
-    parts = saved.meta.get("parts", ["box_head"])  # `gndet convert` writes what its source holds
-    lists = ((classes, str), (category_ids, int), (parts, str))
-    if not all(isinstance(of, list) and all(type(one) is kind for one in of) for of, kind in lists) or (
-        len(classes) != len(category_ids)
-    ):
-        raise CheckpointError(f"{source}: classes, category_ids or parts are not lists of names and whole numbers")
-    if "box_head" not in parts:
-        raise CheckpointError(f"{folder}: holds {', '.join(parts)}, which is no whole detector; train.weights takes it")
+    for listed, kind in ((classes, str), (category_ids, int)):
+        if not isinstance(listed, list) or any(type(item) is not kind for item in listed):
+            raise CheckpointError(f"{source}: classes or category_ids are not lists of names and whole numbers")
+    if len(classes) != len(category_ids):
+        raise CheckpointError(f"{source}: {len(classes)} classes, but {len(category_ids)} category_ids")
     cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
-    model = build_model(cfg.model, len(classes))
+    model, state = build_model(cfg.model, max(len(classes), 1)), saved.groups.get("ema", saved.groups["model"])
+    there, needed = (dict.fromkeys(key.partition(".")[0] for key in keys) for keys in (state, model.state_dict()))
+    if needed.keys() - there.keys():  # `gndet convert` writes what its source holds
+        raise CheckpointError(f"{folder}: holds {', '.join(there)}, which is no whole detector; train.weights takes it")
     try:
-        model.load_state_dict(saved.groups.get("ema", saved.groups["model"]))
+        model.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its weights do not fit the model of its config: {error}") from None
     model, autocast = place(model.eval(), cfg.train.precision, proc)
@@ -70,8 +68,4 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
             f"{dataset.name}: has the classes {', '.join(dataset.classes)}; the detector knows "
             f"{', '.join(detector.classes)}; data.classes chooses them by name"
         )
-    evaluation = evaluate(
-        detector.model, dataset, detector.cfg, device=proc.device, autocast=detector.autocast, rank=proc.rank,
-        world=proc.world, gather=partial(all_gather, proc=proc), collect=partial(gather_to_first, proc=proc),
-    )  # fmt: skip
-    return dataset, evaluation
+    return dataset, evaluate(detector.model, dataset, detector.cfg, proc, detector.autocast)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from gndet.config.schema import Config
 from gndet.data.batches.stream import test_batches
 from gndet.data.records import Dataset
+from gndet.distributed.collectives import all_gather, gather_to_first
+from gndet.distributed.process import Process
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.paste import Paste, paste_masks
@@ -25,12 +27,19 @@ from gndet.evaluation.tables import text_table
 from gndet.structures import Batch, Detections
 
 
+class Share(NamedTuple):
+    """What one rank detected."""
+
+    results: Results
+    image_ids: list[int]  # of all images of its share, those without detections too
+
+
 class Evaluation(NamedTuple):
     """The outcome of `evaluate`."""
 
     box: Metrics
     mask: Metrics | None  # None for a detector or a data set without masks
-    results: Results  # images in the data set's order; of the first process: the others have none
+    results: Results  # images in the data set's order; on rank 0, other ranks have none
 
 
 def to_results(
@@ -39,7 +48,7 @@ def to_results(
     """Turn a batch of detections into COCO results in the pixels of the original pictures.
 
     indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how
-    masks are put into them.
+    masks are put into the original ones.
     Returns the valid detections, boxes clipped to the picture, with run-length codes where they have masks.
     """
     parts = Detections(*(part.float().cpu().numpy() for part in detections))  # NumPy knows no bfloat16
@@ -66,32 +75,31 @@ def to_results(
     return join(found)
 
 
-def detect_dataset(
+def detect_share(
     model: nn.Module,
     dataset: Dataset,
     cfg: Config,
+    proc: Process,
     *,
-    device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-    rank: int = 0,
-    world: int = 1,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = lambda image_id: None,
     unreadable: Callable[[int, str], None] | None = None,
     notify: Callable[[str], None] | None = None,
-) -> Results:
-    """Detect in this rank's share of the data set; the model is in eval mode meanwhile, then as it was.
+) -> Share:
+    """Detect in this rank's share of the data set, the model in eval mode meanwhile.
 
-    autocast: makes the context the model runs in.  on_image: called with each image id when it is done; what it raises
-    ends the detection.  unreadable: called with the image id and the reason where a picture cannot be read, which then
-    has no detections.  notify: told of loader processes that were killed and replaced.
-    Returns results as `to_results` does.  Without `unreadable`, raises DataError for a picture of that kind.
+    autocast: makes the context the model runs in.  on_image: called with the id of each finished image; an error it
+    raises ends the detection.  unreadable: called with the image id and the reason where a picture cannot be read; the
+    picture has no detections.  notify: told of loader processes that were killed and replaced.
+    Without `unreadable`, raises DataError for a picture that cannot be read.
     """
     was_training = model.training
     batches = test_batches(
-        dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=rank, world=world,
-        pin_memory=device.type == "cuda", notify=notify,
+        dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=proc.rank, world=proc.world,
+        pin_memory=proc.device.type == "cuda", notify=notify,
     )  # fmt: skip
     results: list[Results] = []
+    seen: list[int] = []
     model.eval()
     try:
         with contextlib.closing(batches):
@@ -101,13 +109,14 @@ def detect_dataset(
                         raise DataError(reason)
                     unreadable(image_id, reason)
                 if batch is not None:
-                    detections = _detect(model, batch, device, autocast)
-                    results.append(to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_head.paste))
-                for image_id in image_ids if on_image else ():
+                    detections = _detect(model, batch, proc.device, autocast)
+                    results.append(to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_paste))
+                for image_id in image_ids:
+                    seen.append(image_id)
                     on_image(image_id)
     finally:
         model.train(was_training)
-    return join(results)
+    return Share(join(results), seen)
 
 
 def _detect(
@@ -119,58 +128,40 @@ def _detect(
 
 
 def evaluate(
-    model: nn.Module,
-    dataset: Dataset,
-    cfg: Config,
-    *,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
-    rank: int,
-    world: int,
-    gather: Callable[[list], list[list]],
-    collect: Callable[[list], list[list]],
-    on_image: Callable[[int], None] | None = None,
-    unreadable: Callable[[int, str], None] | None = None,
-    notify: Callable[[str], None] | None = None,
+    model: nn.Module, dataset: Dataset, cfg: Config, proc: Process, autocast: Callable[[], AbstractContextManager]
 ) -> Evaluation:
-    """Detect on all ranks, score everything on the first; every rank gets the same answer.
+    """Detect on all ranks and score on rank 0; every rank gets the same metrics.
 
-    gather: list of this rank in, the lists of all ranks out, on every rank; collect: on the first, none on the others.
-    on_image, unreadable, notify: of this rank's share, as in `detect_dataset`.
-    Raises, on every rank: DataError where one of them does, RuntimeError where scoring fails, AssertionError where an
-    image was not seen, or seen twice.
+    autocast: makes the context the model runs in.
+    Raises, on every rank: DataError where a rank does, and what `score_shares` raises.
     """
-    seen: list[int] = []
-
-    def note(image_id: int) -> None:
-        seen.append(image_id)
-        if on_image:
-            on_image(image_id)
-
-    share = from_coco([])
-    refusal = ""
+    share, refusal = Share(from_coco([]), []), ""
     try:
-        share = detect_dataset(
-            model, dataset, cfg, device=device, autocast=autocast, rank=rank, world=world, on_image=note,
-            unreadable=unreadable, notify=notify,
-        )  # fmt: skip
+        share = detect_share(model, dataset, cfg, proc, autocast=autocast)
     except DataError as error:  # the other ranks would wait for this one
         refusal = str(error)
-    parts = [part for (part,) in gather([(refusal, seen)])]
-    if refusals := [text for text, _ in parts if text]:
+    if refusals := [text for (text,) in all_gather([refusal], proc) if text]:
         raise DataError("\n".join(refusals))
+    return score_shares(share, dataset, cfg, proc)
+
+
+def score_shares(share: Share, dataset: Dataset, cfg: Config, proc: Process) -> Evaluation:
+    """Gather the shares of all ranks on rank 0, score them there, and send every rank the metrics.
+
+    Raises, on every rank: RuntimeError where scoring fails, AssertionError where an image was not seen, or seen twice.
+    """
     order = [record.image_id for record in dataset.records]
-    all_seen = [image_id for _, ids in parts for image_id in ids]
-    assert sorted(all_seen) == sorted(order), f"{len(all_seen)} images seen, not each of {len(order)} once"
-    results = join(part for (part,) in collect([share])).in_order_of(order)
-    outcome = gather([_score(dataset, results, cfg)] if rank == 0 else [])[0][0]
+    seen = [image_id for image_ids in all_gather(share.image_ids, proc) for image_id in image_ids]
+    assert sorted(seen) == sorted(order), f"{len(seen)} images seen, not each of {len(order)} once"
+    results = join(part for (part,) in gather_to_first([share.results], proc)).in_order_of(order)
+    outcome = all_gather([_score(dataset, results, cfg)] if proc.first else [], proc)[0][0]
     if isinstance(outcome, str):
-        raise RuntimeError(f"the first process could not score the detections:\n{outcome}")
+        raise RuntimeError(f"rank 0 could not score the detections:\n{outcome}")
     return Evaluation(*outcome, results)
 
 
 def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | str:
-    """Score boxes and masks; or say what went wrong: the other ranks, who wait for the numbers, must hear of it."""
+    """Score boxes and masks; return the traceback where that fails, for the other ranks wait for an answer."""
     try:
         metrics = coco_metrics(
             coco_truths(dataset, masks=cfg.model.masks), results, engine=cfg.evaluation.engine,

@@ -35,12 +35,12 @@ def paste_masks(
             columns, column_weights = _whole_pixels(box[0], box[2] - last, width, masks.shape[2])
         inside = column_weights @ mask.T @ row_weights.T >= MASK_THRESHOLD  # (columns, rows)
         runs.append(_run_lengths(inside, columns.start, rows.start, size))
-    codes = [{"size": [height, width], "counts": one} for one in runs]
+    codes = [{"size": [height, width], "counts": lengths} for lengths in runs]
     return coco_mask.frPyObjects(codes, height, width) if codes else []
 
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """The run lengths of a picture that is empty but for a part of it, found in that part alone.
+    """Find the run lengths of a picture that is empty but for one part, from that part alone.
 
     inside (columns, rows) bool, of which the first column is `left` and the first row `top` of the picture (h, w).
     Returns lengths of outside, inside, outside ..., column by column.
@@ -48,10 +48,10 @@ def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int])
     height, width = size
     fenced = np.zeros((inside.shape[0], inside.shape[1] + 2), dtype=bool)
     fenced[:, 1:-1] = inside
-    # where an inside begins, ends, begins ...
+    # rows where the inside begins, ends, begins ...
     column, row = divmod(np.flatnonzero(fenced[:, 1:] != fenced[:, :-1]), inside.shape[1] + 1)
     border = (left + column) * height + top + row
-    # what ends at the bottom of the picture and begins at the top of the next column is one run
+    # a run that ends at the bottom of the picture goes on at the top of the next column
     through = np.flatnonzero(border[1:] == border[:-1])
     if through.size:
         border = np.delete(border, np.concatenate((through, through + 1)))
@@ -72,7 +72,7 @@ def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np
 
 
 def _whole_pixels(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
-    """The same for a box that is grown by the border of one cell and cut to whole pixels, its last pixel included."""
+    """Do the same for a box grown by a border of one cell and cut to whole pixels, its last pixel included."""
     center, half = (low + high) / 2, (high - low) / 2 * (side + 2) / side
     first, last = int(center - half), int(center + half)  # towards zero, as torchvision and Detectron
     count = max(last - first + 1, 1)
@@ -82,10 +82,10 @@ def _whole_pixels(low: float, high: float, limit: int, side: int) -> tuple[slice
 
 
 def _limited(start: int, stop: int, limit: int) -> slice:
-    """The pixels from start to stop that lie in [0, limit)."""
+    """Return the pixels from start to stop that lie in [0, limit)."""
     return slice(min(max(start, 0), limit), min(max(stop, 0), limit))
 
 
 def _weights(position: np.ndarray, side: int) -> np.ndarray:
-    """The bilinear weights (p, side) of mask cells at positions (p,) in cells."""
+    """Return the bilinear weights (p, side) of mask cells at positions (p,) in cells."""
     return np.maximum(1 - np.abs(position[:, None] - np.arange(side)), 0).astype(np.float32)

@@ -13,10 +13,10 @@ from gndet.data.datasets.images import find_pictures, open_picture, picture_reco
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.tables import text_table
-from gndet.weights.foreign.export import TOOLKITS, export_weights, write_export
-from gndet.weights.foreign.names import BATCH_NORMS
+from gndet.weights.foreign.export import TOOLKITS, export_weights
+from gndet.weights.foreign.files import write_torch
 from gndet.weights.foreign.source import Source
-from gndet.weights.load import Start, initial_model
+from gndet.weights.load import InitialModel, initial_model
 from gndet.weights.policy import Fate
 from gndet.weights.read import read_source
 
@@ -71,22 +71,24 @@ def _read(where: str, overrides: Sequence[str]) -> tuple[Source, Config]:
     return source, with_overrides(cfg, [text for text in overrides if text not in named], "the command")
 
 
-def _held(start: Start, source: Source) -> dict[str, Tensor]:
+def _held(start: InitialModel, source: Source) -> dict[str, Tensor]:
     """Return the tensors of the parts that the source holds."""
     prefixes = tuple(f"{part}." for part in source.parts)
     return {key: value for key, value in start.model.state_dict().items() if key.startswith(prefixes)}
 
 
-def _write_export(out: Path, start: Start, source: Source, classes: Sequence[str], to: str, show: Show) -> None:
+def _write_export(out: Path, start: InitialModel, source: Source, classes: Sequence[str], to: str, show: Show) -> None:
     """Write the weights as another toolkit names them."""
     export = export_weights(_held(start, source), start.cfg.model, classes, to, named=source.classes is not None)
-    write_export(out, export)
+    write_torch(out, export.content)
     show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
     for note in export.notes:
         show(f"  {note}")
 
 
-def _write_checkpoint(out: Path, start: Start, source: Source, classes: Sequence[str], where: str, show: Show) -> None:
+def _write_checkpoint(
+    out: Path, start: InitialModel, source: Source, classes: Sequence[str], where: str, show: Show
+) -> None:
     """Write a gndet checkpoint, after a table of what the conversion cost each norm layer."""
     if any(fate.expected_error is not None or fate.measured_error is not None for fate in start.fates.values()):
         show(fate_table(start.fates))
@@ -114,7 +116,7 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
     """Return the model with GN in every part that has BN in the source."""
     norm = NormConfig(kind="gn", channels_per_group=channels_per_group)
     kinds = source.model.part_norms()
-    norms = {part: norm if kinds[part].kind in BATCH_NORMS else kinds[part] for part in source.parts}
+    norms = {part: norm if kinds[part].has_running_statistics else kinds[part] for part in source.parts}
     return model.model_copy(
         update={part: getattr(model, part).model_copy(update={"norm": own}) for part, own in norms.items()}
         | {"norm": norms.get("backbone", model.norm)}

@@ -215,12 +215,12 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
             f"{saved.path}: trained for the classes {', '.join(saved.meta['classes'])}, the data now has "
             f"{', '.join(run.train_set.classes)}; choose another out=FOLDER"
         )
-    if saved.meta["data"] != run.data["data"] or saved.meta.get("masks") not in (None, run.data["masks"]):
+    if any(saved.meta[key] != run.data[key] for key in ("data", "masks")):
         raise TrainingError(
             f"{saved.path}: trained on other images or objects than {run.train_set.name} now holds; put the data back, "
             "or choose another out=FOLDER with train.weights set to this run"
         )
-    before, coupling = saved.meta.get("processes", run.proc.world), run.cfg.model.batch_coupling()
+    before, coupling = saved.meta["processes"], run.cfg.model.batch_coupling()
     if coupling and before != run.proc.world:
         raise TrainingError(
             f"{saved.path}: trained by {before} process(es), there are {run.proc.world} now, which would change what "
@@ -230,18 +230,17 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
 
 def drift(run: Run, saved: Checkpoint) -> list[str]:
     """Say in one line what is different now and changes rounding only; no line where the run goes on bit for bit."""
-    asked = saved.meta.get("asked", saved.meta["config"])
-    there = {"processes": saved.meta.get("processes"), "device": saved.meta.get("device")} | saved.meta["versions"]
+    there = {key: saved.meta[key] for key in ("processes", "device")} | saved.meta["versions"]
     here = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
     for key in ROUNDING:
-        there[f"train.{key}"] = asked["train"].get(key)  # None: an old run's
+        there[f"train.{key}"] = saved.meta["asked"]["train"][key]
         here[f"train.{key}"] = getattr(run.asked.train, key)
-    changed = [f"{name} {there[name]} -> {here[name]}" for name in here if there.get(name) not in (None, here[name])]
+    changed = [f"{name} {there[name]} -> {here[name]}" for name in here if there[name] != here[name]]
     lines = []
     if changed:
         lines.append(
             f"not bit-exact from here on, the same images in the same order and the same recipe: {', '.join(changed)}"
         )
-    if saved.meta.get("val_data") not in (None, run.data["val_data"]):
+    if saved.meta["val_data"] != run.data["val_data"]:
         lines.append(f"{run.val_set.name}: not what this run was evaluated on before; best compares across both")
     return lines

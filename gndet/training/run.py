@@ -31,7 +31,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
     data: dict[str, str]  # hashes of what is learned from and evaluated on
-    norms: dict[str, str] | None  # what became of each norm layer that train.weights knew; None: an old run
+    norms: dict[str, str]  # what became of each norm layer that train.weights knew
     forward: nn.Module  # the training forward: the model, compiled where train.compile says so
     buckets: Buckets | None  # where gradients lie while they are summed; None: nowhere, autograd places them
 
@@ -76,15 +76,15 @@ class Progress:
     def from_meta(cls, meta: Mapping[str, Any]) -> "Progress":
         """What `to_meta` wrote."""
         return cls(
-            update=int(meta["update"]),
-            evaluation_due=bool(meta.get("evaluation_due", False)),
+            update=meta["update"],
+            evaluation_due=meta["evaluation_due"],
             values={name: math.nan if value is None else value for name, value in meta["metrics"].items()},
             best=best_in(meta),
-            nonfinite=int(meta.get("nonfinite", 0)),
-            sums=dict(meta.get("sums", {})),
-            summed=int(meta.get("summed", 0)),
-            images_at_once=int(meta.get("images_at_once", 0)),
-            unreadable={int(image): reason for image, reason in meta.get("unreadable", {}).items()},
+            nonfinite=meta["nonfinite"],
+            sums=dict(meta["sums"]),
+            summed=meta["summed"],
+            images_at_once=meta["images_at_once"],
+            unreadable={int(image): reason for image, reason in meta["unreadable"].items()},
         )
 
     def add(self, losses: Mapping[str, float]) -> None:

@@ -99,7 +99,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     model, cfg, loaded, fates = task.build(
         cfg, train_set.classes, load=saved is None, images=train_set, measure=proc.first
     )
-    norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta.get("norms")
+    norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta["norms"]
     notes += loaded
     model, autocast = place(model.train(), cfg.train.precision, proc)
     set_memory(model, cfg.train.memory)

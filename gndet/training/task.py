@@ -15,7 +15,7 @@ from gndet.distributed.signals import StopSignals
 from gndet.training.log import Log
 from gndet.training.run import Run
 from gndet.training.validation import evaluate_run
-from gndet.weights.load import Start, initial_model
+from gndet.weights.load import InitialModel, initial_model
 
 
 def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
@@ -43,7 +43,7 @@ class Task(NamedTuple):
     """The three functions of a task."""
 
     read: Callable[[Config], tuple[Dataset, Dataset, list[str]]]  # data.train, data.val, and lines about them
-    build: Callable[..., Start]  # (cfg, classes, load, images, measure): the model as training starts with it
+    build: Callable[..., InitialModel]  # (cfg, classes, load, images, measure): the model as training starts with it
     evaluate: Callable[[Run, int, Log, StopSignals], dict[str, float]]  # (run, updates made, log, stop): the metrics
 
 

@@ -1,19 +1,18 @@
-"""The evaluation of a run in training: over all processes, broken off when the run is asked to stop, with pictures."""
+"""The evaluation of a run in training: over all ranks, broken off when the run is asked to stop, with pictures."""
 
 import itertools
 from functools import partial
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.batches.stream import Loaded
-from gndet.distributed.collectives import all_gather, broadcast, gather_to_first, raise_on_all
+from gndet.distributed.collectives import all_gather, broadcast, raise_on_all
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_objects, grid, save_picture, side_by_side
-from gndet.evaluation.evaluate import Evaluation, evaluate, evaluation_table, scalars
+from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
 from gndet.evaluation.paste import paste_masks
 from gndet.evaluation.results import save_results
 from gndet.training.log import Log
@@ -28,41 +27,33 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
 
     Returns the metrics, {"box/AP": ...}.
 
-    Raises, in all processes, Stop where one was asked to stop, and TrainingError where more pictures than
+    Raises, on all ranks, Stop where a rank was asked to stop, and TrainingError where more pictures than
     data.max_unreadable cannot be read; fewer count as pictures in which nothing was found.
     """
     proc = run.proc
-    share, count = len(range(proc.rank, len(run.val_set.records), proc.world)), itertools.count(1)
+    num_images, count = len(range(proc.rank, len(run.val_set.records), proc.world)), itertools.count(1)
     unreadable: dict[int, str] = {}
-    met = False
 
     def on_image(image_id: int) -> None:
         number = next(count)
         stop.poll()
         if proc.watch:
-            proc.watch.at(done, f"evaluating image {number} of its {share}")
-        log.evaluating(number, share)
+            proc.watch.at(done, f"evaluating image {number} of its {num_images}")
+        log.evaluating(number, num_images)
 
-    def gather_all(items: list[Any]) -> list[list[Any]]:
-        nonlocal met
-        if not met:  # before the first exchange all find out whether all have come this far
-            stop.no_longer_at_once()
-            met = True
-            raise_on_all(Stop() if stop.asked else None, proc)
-        return all_gather(items, proc)
-
-    broadcast(run.detector.buffers(), proc)  # BN's running statistics differ from process to process
+    broadcast(run.detector.buffers(), proc)  # BN's running statistics differ from rank to rank
+    trouble: BaseException | None = None
     try:
         with stop.at_once():
-            evaluation = evaluate(
-                run.detector, run.val_set, run.cfg, device=proc.device, autocast=run.autocast, rank=proc.rank,
-                world=proc.world, gather=gather_all, collect=partial(gather_to_first, proc=proc), on_image=on_image,
+            share = detect_share(
+                run.detector, run.val_set, run.cfg, proc, autocast=run.autocast, on_image=on_image,
                 unreadable=unreadable.__setitem__, notify=log.message,
             )  # fmt: skip
-    except (Stop, GndetError) as trouble:
-        if not met:
-            raise_on_all(trouble, proc)
-        raise
+    except (Stop, GndetError) as error:
+        trouble = error
+    # before the ranks meet, each learns whether all have come this far
+    raise_on_all(trouble or (Stop() if stop.asked else None), proc)
+    evaluation = score_shares(share, run.val_set, run.cfg, proc)
     unreadable = {image: reason for part in all_gather([unreadable], proc) for image, reason in part[0].items()}
     refuse_unreadable(run, unreadable)
     if unreadable:

@@ -1,7 +1,7 @@
-"""A converted detector beside the one it comes from, on the same images: how far apart, and fitted to it if asked.
+"""Compare a converted detector with the one it comes from on the same images, and fit it if asked.
 
 Both have the same convolutions, so one network computes both in one pass: every image comes twice, and each norm gives
-the first half of the batch to the file's own norm (weights/convert.py: Twin). B images, R regions an image.
+the first half of the batch to the file's own norm (weights/convert.py: Twin).
 """
 
 from typing import NamedTuple
@@ -9,9 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gndet.config.schema import Config
+from gndet.data.batches.batch import sample_batch
+from gndet.data.records import Dataset
+from gndet.errors import ConfigError
 from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Batch
 from gndet.weights.convert import run_twins
+from gndet.weights.policy import Fate
+
+FAR_APART = 0.8  # relative error of a level's features from which the report warns
+MEASURED_IMAGES = 4  # on which a conversion is compared with its original
+CALIBRATION_EDGE = 256  # pixels, the longest shorter edge: the images are computed at once
 
 
 class Comparison(NamedTuple):
@@ -21,7 +30,44 @@ class Comparison(NamedTuple):
     stages: dict[str, float]  # of "C2".."C5", "P2".."P6"
 
 
-def compare(model: DetectionModel, references: dict[str, nn.Module], batch: Batch, *, fit: bool) -> Comparison:
+def measure_norms(
+    model: DetectionModel, references: dict[str, nn.Module], fates: dict[str, Fate], cfg: Config,
+    images: Dataset | None, *, pyramid: bool,
+) -> tuple[dict[str, Fate], list[str]]:  # fmt: skip
+    """Compare the converted norms with the file's own on images and, under `calibrate`, fit them.
+
+    references, fates: of the converted layers, by name; pyramid: report the levels behind the backbone, too.
+    Returns the fates with their measured errors, and lines for the report; nothing is new without images.
+    Raises ConfigError where there is nothing to fit on.
+    """
+    fit = cfg.train.norm_policy == "calibrate"
+    if images is None:
+        if fit:
+            raise ConfigError("train.norm_policy: calibrate needs training images to fit on")
+        return fates, []
+    batch = sample_batch(images, cfg.data, cfg.train.calibration_images if fit else MEASURED_IMAGES, CALIBRATION_EDGE)
+    comparison, count = compare_with_original(model, references, batch, fit=fit), len(batch.images)
+    stages = {name: error for name, error in comparison.stages.items() if pyramid or name.startswith("C")}
+    lines = [
+        f"features against the file's own norms, relative error on {count} images: "
+        + ", ".join(f"{name} {error:.2f}" for name, error in stages.items())
+    ]
+    if max(comparison.stages.values()) > FAR_APART and cfg.train.norm_policy != "affine":
+        lines.append(
+            "warning: the converted features are far from the file's own on these images; do they look like those "
+            "it was trained on, with its pixel_mean and channel order? Larger groups are more faithful"
+        )
+    fitted = f", fitted on {count} images" if fit else ""
+    measured = {
+        name: fates[name]._replace(what=fates[name].what + fitted, measured_error=error)
+        for name, error in comparison.layers.items()
+    }
+    return fates | measured, lines
+
+
+def compare_with_original(
+    model: DetectionModel, references: dict[str, nn.Module], batch: Batch, *, fit: bool
+) -> Comparison:
     """Run a converted model and its original side by side.
 
     references: the original's norm for each norm layer that was converted.  fit: fit gamma and beta of those layers, in

@@ -1,7 +1,7 @@
-"""Put GN in the place of a trained BN without training: in closed form, then by calibration on a few images.
+"""Replace a trained BN by GN without training: in closed form, then by calibration on a few images.
 
-BN divides by running statistics, GN by those of a sample's groups; where the two agree, gamma and beta undo what else
-differs.  The convolutions stay as they are.  B images, C channels, G groups of K = C/G channels.
+BN divides by running statistics, GN by those of a sample's groups; where the two agree, gamma and beta undo every
+other difference.  The convolutions stay as they are.  B images, C channels, G groups of K = C/G channels.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,8 @@ def convert_batch_norm(
     """Find the GN that computes what a BN with stored statistics computes, from these numbers alone.
 
     gamma, beta, mean, var (C,): BN's affine map and its running statistics; bn_eps: its own eps, which may be 0;
-    groups, eps: GN's; damp: GN's eps grows by that many times the mean variance of its groups, so that what it divides
-    by changes less from sample to sample (0: plain GN).  Computed in float64; a gamma of 0 stays 0.
+    groups, eps: GN's; damp: GN's eps grows by damp times the mean variance of its groups, so that its divisor changes
+    less from sample to sample (0: plain GN).  Computed in float64; a gamma of 0 stays 0.
     The two agree exactly on a sample whose groups have the mean and the variance that the running statistics give.
     Method: ours; the law of total variance over a group's channels, its affine map solved for gamma and beta.
 
@@ -113,10 +113,10 @@ def _expected_error(slope: Tensor, mean: Tensor, var: Tensor, groups: int, eps: 
 
 
 class Twin(nn.Module):
-    """The norm of two networks that share their convolutions: half of a batch to a reference, half to the model's own.
+    """Run the norms of two networks that share their convolutions: the reference on half a batch, own on the other.
 
-    own: a norm with weight and bias; reference: any module that is called as a norm is; fit: before its first result,
-    set own's affine map by least squares.
+    own: a norm with weight and bias; reference: any module that is called as a norm is; fit: set own's affine map by
+    least squares before the first result.
     """
 
     def __init__(self, own: nn.Module, reference: nn.Module, *, fit: bool) -> None:
@@ -200,12 +200,12 @@ def _fit(own: nn.Module, x: Tensor, area: ValidArea | None, target: Tensor, vali
 
 
 def _sum_squares(x: Tensor, valid: Tensor) -> float:
-    """The sum of the squares of x (B, C, H, W) over the valid cells."""
+    """Return the sum of the squares of x (B, C, H, W) over the valid cells."""
     return torch.where(valid, x, 0.0).square().sum(dtype=torch.float64).item()
 
 
 def _mean(x: Tensor, valid: Tensor) -> Tensor:
-    """The means (C,) in float64 of x (B, C, H, W) over the cells where valid (B, 1, H, W) is true."""
+    """Return the means (C,) in float64 of x (B, C, H, W) over the cells where valid (B, 1, H, W) is true."""
     count = valid.expand_as(x[:, :1]).sum()
     return torch.where(valid, x, 0.0).sum((0, 2, 3), dtype=torch.float64) / count
 

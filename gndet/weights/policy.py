@@ -1,8 +1,9 @@
-"""What becomes of a part whose norm in the file is not the model's: nothing is ever guessed (`train.norm_policy`).
+"""What becomes of a part whose norm in the file is not the model's (`train.norm_policy`): nothing is guessed.
 
-A part is one of backbone, fpn, rpn, box_head, mask_head; `there` is the file's norm, `here` the model's.
+A part is one of ModelConfig.parts; `there` is the file's norm, `here` the model's.
 """
 
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,8 @@ from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, make_norm
 from gndet.weights.convert import convert_batch_norm
-from gndet.weights.foreign.names import BATCH_NORMS
 from gndet.weights.foreign.source import Source
 
-GROUP_NORMS = ("gn", "ln", "in")
 CHOICES = {  # policies that are not `error`
     "hybrid": "the parts that are BN in the file stay so, frozen",
     "convert": "GN that computes nearly the same, in closed form from the file alone",
@@ -24,8 +23,8 @@ CHOICES = {  # policies that are not `error`
     "affine": "gamma and beta copied by name, which destroys the features",
     "reinit": "the convolutions only, the norms anew",
 }
-STATISTICS = ("weight", "bias", "running_mean", "running_var")
 AS_IN_FILE = "as in the file"
+STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 class Fate(NamedTuple):
@@ -37,14 +36,12 @@ class Fate(NamedTuple):
 
 
 def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig, NormConfig]]:
-    """The parts of the file whose norm there computes something else than the norm here from the same numbers.
+    """Return the parts of the file whose norm there and norm here compute different things from the same numbers.
 
-    Weight standardization here of weights that had none there is such; the reverse is put into the weights, exactly.
+    That includes weight standardization here of weights without it there; the reverse folds into the weights exactly.
     """
     theirs, ours = source.model.part_norms(), model.part_norms()
-    used = [part for part in source.parts if part != "mask_head" or model.masks]
-    if "2fc" in (source.model.box_head.kind, model.box_head.kind):
-        used = [part for part in used if part != "box_head"]  # a head without norm, or of another shape
+    used = [part for part in source.parts if part in source.model.normed_parts and part in model.normed_parts]
     pairs = {part: (theirs[part], ours[part]) for part in used}
     return {
         part: (there, here)
@@ -54,8 +51,8 @@ def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig
 
 
 def _family(norm: NormConfig) -> tuple[object, ...]:
-    """What decides the meaning of gamma and beta: equal for norms that load each other's weights."""
-    if norm.kind in BATCH_NORMS:
+    """Return what decides the meaning of gamma and beta: equal for norms that can load each other's weights."""
+    if norm.has_running_statistics:
         return ("bn",)
     if norm.kind == "gn" and norm.channels_per_group is not None:
         return ("gn", "channels", norm.channels_per_group)
@@ -64,30 +61,33 @@ def _family(norm: NormConfig) -> tuple[object, ...]:
 
 
 def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> ModelConfig:
-    """The model's config after `hybrid`, which changes parts of it; refuse a policy that cannot do what it says.
+    """Return the model's config after `hybrid`, which changes parts of it; refuse a policy that cannot work.
 
     Raises CheckpointError where the norms differ and no policy is named, with the choices, and where the file lacks
     what the policy needs.
     """
     differing = mismatched(source, model)
-    what = {part: f"its {part} has {_words(t)}, this model has {_words(h)}" for part, (t, h) in differing.items()}
+    clashes = {
+        part: f"its {part} has {_words(there)}, this model has {_words(here)}"
+        for part, (there, here) in differing.items()
+    }
     if differing and train.norm_policy == "error":
         keep = [f"model.{part}.norm={{kind: {_as_override(there)}}}" for part, (there, _) in differing.items()]
-        live = any(there.kind in ("bn", "sync_bn", "brn") for there, _ in differing.values())
+        live = any(there.mixes_images for there, _ in differing.values())
         hint = "; frozen_bn keeps its statistics" if live else ""
         able = [
             f"  train.norm_policy={policy:<10}  {words}" for policy, words in CHOICES.items()
             if not any(_unable(policy, part, *pair, source) for part, pair in differing.items())
         ]  # fmt: skip
         raise CheckpointError(
-            f"{source.path}: {'; '.join(what.values())}; the same numbers mean something else there, so choose one of\n"
-            + "\n".join([f"  {' '.join(keep)}  as in the file{hint}", *able])
+            f"{source.path}: {'; '.join(clashes.values())}; the same numbers mean something else there, so choose one "
+            + "\n".join(["of", f"  {' '.join(keep)}  as in the file{hint}", *able])
         )
     for part, pair in differing.items():
         if why := _unable(train.norm_policy, part, *pair, source):
             keep = f"model.{part}.norm={{kind: {_as_override(pair[0])}}} keeps the part as it is"
             raise CheckpointError(
-                f"{source.path}: {what[part]}; train.norm_policy: {train.norm_policy} is impossible: {why}; {keep}"
+                f"{source.path}: {clashes[part]}; train.norm_policy: {train.norm_policy} is impossible: {why}; {keep}"
             )
     if train.norm_policy != "hybrid":
         return model
@@ -101,21 +101,20 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
 
 
 def _as_override(norm: NormConfig) -> str:
-    """What model.PART.norm must be for the part to stay as it is."""
+    """Return what model.PART.norm must be for the part to stay as it is."""
     groups = "channels_per_group" if norm.channels_per_group else "groups"
     return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.kind == "gn" else "")
 
 
 def _words(norm: NormConfig) -> str:
-    """A norm for messages."""
-    groups = f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
+    """Describe a norm for messages."""
     standardized = " with weight standardization" if norm.weight_standardization else ""
-    return norm.kind + (f" ({groups})" if norm.kind == "gn" else "") + standardized
+    return norm.kind + (f" ({norm.grouping})" if norm.kind == "gn" else "") + standardized
 
 
 def _unable(policy: str, part: str, there: NormConfig, here: NormConfig, source: Source) -> str:
-    """Why a policy cannot bring a part from one norm to another, or nothing."""
-    is_batch, to_group = there.kind in BATCH_NORMS, here.kind in GROUP_NORMS
+    """Say why a policy cannot bring a part from one norm to another; empty where it can."""
+    is_batch, to_group = there.has_running_statistics, here.is_group_norm
     if policy == "hybrid" and not is_batch:
         return "it keeps BN frozen, and the file has none there"
     if policy in ("convert", "calibrate") and not to_group:
@@ -136,8 +135,8 @@ def carry_norms(
 ) -> tuple[dict[str, Tensor], dict[str, Fate]]:
     """Turn the norm layers of a file into those of the model, by train.norm_policy where they differ.
 
-    state: the file's tensors by gndet's names; model: built from config.  Returns the new state, in which what starts
-    anew is left out, and what became of each norm layer.
+    state: the file's tensors by gndet's names; model: built from config.  Returns the new state, without the tensors
+    that start anew, and what became of each norm layer.
     """
     state, fates = dict(state), {}
     differing, theirs, ours = mismatched(source, config), source.model.part_norms(), config.part_norms()
@@ -154,14 +153,14 @@ def carry_norms(
             fates[name] = _carry(name, state, source, there, module, train)
         elif there.kind != "none":
             _same_eps(name, state, there, here)
-            if here.kind in GROUP_NORMS and there.eps != here.eps and f"{name}.eps" not in state:
+            if here.is_group_norm and there.eps != here.eps and f"{name}.eps" not in state:
                 state[f"{name}.eps"] = torch.tensor(there.eps, dtype=torch.float64)
             fates[name] = Fate(AS_IN_FILE + (", frozen" if here.kind == "frozen_bn" else ""))
     return state, fates
 
 
 def _fits(name: str, state: dict[str, Tensor], module: nn.Module) -> bool:
-    """Whether a norm layer has as many channels in the file as here, if both have a gamma."""
+    """Return whether a norm layer has as many channels in the file as here, if both have a gamma."""
     there, here = state.get(f"{name}.weight"), getattr(module, "weight", None)
     return there is None or here is None or there.shape == here.shape
 
@@ -178,10 +177,10 @@ def _carry(
     if policy == "reinit" or there.kind == "none":
         state.pop(name.removesuffix("norm") + "conv.bias", None)
         return Fate("anew")
-    needed = STATISTICS if there.kind in BATCH_NORMS else STATISTICS[:2]
+    needed = STATISTICS if there.has_running_statistics else STATISTICS[:2]
     if missing := [key for key in needed if old[key] is None]:
         raise CheckpointError(f"{source.path}: {name}.{missing[0]}: absent from the file")
-    if policy == "affine" or name.partition(".")[0] in source.fused or there.kind not in BATCH_NORMS:
+    if policy == "affine" or name.partition(".")[0] in source.fused or not there.has_running_statistics:
         state[f"{name}.weight"], state[f"{name}.bias"] = old["weight"], old["bias"]
         return Fate(f"gamma and beta of {there.kind}{' copied by name' if policy == 'affine' else ''}")
     assert isinstance(module, GroupNorm)
@@ -200,7 +199,7 @@ def _carry(
 
 def _same_eps(name: str, state: dict[str, Tensor], there: NormConfig, here: NormConfig) -> None:
     """Make BN with the eps here compute what it computed with the eps there: exactly, in its variance or its gamma."""
-    if there.kind not in BATCH_NORMS or there.eps == here.eps or f"{name}.running_var" not in state:
+    if not there.has_running_statistics or there.eps == here.eps or f"{name}.running_var" not in state:
         return
     var = state[f"{name}.running_var"].double()
     if float(var.min()) + there.eps >= here.eps:
@@ -211,7 +210,7 @@ def _same_eps(name: str, state: dict[str, Tensor], there: NormConfig, here: Norm
 
 
 def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> dict[str, nn.Module]:
-    """The file's own norm for each layer of the model that has another one now: what a conversion is compared with.
+    """Return the file's own norm for each layer of the model that has another norm now, to compare a conversion with.
 
     They are masked as the model's norms are, so that padding does not enter the comparison.
     """
@@ -228,7 +227,7 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
             conv = name.removesuffix("norm") + "conv"
             reference: nn.Module = FrozenBatchNorm(channels, 0.0, masked)
             reference.load_state_dict(reference.state_dict() | {"bias": state[f"{conv}.bias"]})
-        elif there.kind in BATCH_NORMS:
+        elif there.has_running_statistics:
             reference = FrozenBatchNorm(channels, there.eps, masked)
             reference.load_state_dict(tensors)
         else:
@@ -237,3 +236,22 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
             reference.load_state_dict({key: tensors[key] for key in ("weight", "bias")} | eps)
         references[name] = reference
     return references
+
+
+def fate_lines(fates: dict[str, Fate]) -> list[str]:
+    """Report the norms: one line per part and fate, with the range of the errors."""
+    groups: dict[tuple[str, str], list[Fate]] = {}
+    for name, fate in fates.items():
+        groups.setdefault((name.partition(".")[0], fate.what), []).append(fate)
+    lines = []
+    for (part, what), members in groups.items():
+        line = f"{part}: {len(members)} norm layer{'s' if len(members) > 1 else ''} {what}"
+        for word in ("expected", "measured"):
+            errors = [getattr(fate, f"{word}_error") for fate in members]
+            errors = [error for error in errors if error is not None]
+            if len(errors) == 1:
+                line += f"; {word} error {errors[0]:.2f}"
+            elif errors:
+                line += f"; {word} error {min(errors):.2f} to {max(errors):.2f}, median {statistics.median(errors):.2f}"
+        lines.append(line)
+    return lines

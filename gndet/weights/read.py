@@ -12,8 +12,8 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
-from gndet.weights.foreign.describe import PARTS
 from gndet.weights.foreign.files import WeightFile, read_weights
+from gndet.weights.foreign.names import PARTS
 from gndet.weights.foreign.source import Source, fused_parts, understand
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
@@ -44,7 +44,7 @@ def read_source(where: str, cfg: SourceConfig) -> Source:
 
 
 def _gndet(path: Path, cfg: SourceConfig) -> Source:
-    """A gndet checkpoint: its averaged weights, or else its weights."""
+    """Read a gndet checkpoint: its averaged weights if there are any, else its weights."""
     checkpoint = load_checkpoint(resolve(path))
     for key, kind in (("classes", list), ("config", dict)):
         if not isinstance(checkpoint.meta.get(key), kind):
@@ -76,12 +76,12 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
 
 
 def _torchvision(name: str, cfg: SourceConfig) -> Source:
-    """Weights of torchvision by their name: its cached file, or else the download, whose name tells its hash."""
+    """Read weights of torchvision by name, from its cached file or else a download, whose name holds its hash."""
     try:
         weights = torchvision.models.get_weight(name)
     except (ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it, too
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,14 +92,13 @@ def _torchvision(name: str, cfg: SourceConfig) -> Source:
             f"{name}: could not download {weights.url} ({error}); fetch that file where there is a network, and put "
             f"it at {file}, or set train.weights to it"
         ) from None
-    source = understand(
-        read_weights(file), cfg, origin=f"{type(weights).__name__}.{weights.name}"
-    )  # torchvision's own loading runs what a file asks for
+    # not torchvision's own loading, which runs what a file asks for
+    source = understand(read_weights(file), cfg, origin=f"{type(weights).__name__}.{weights.name}")
     return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
 
 
 def _timm(name: str, cfg: SourceConfig) -> Source:
-    """Weights of timm by their name, through timm."""
+    """Read weights of timm by name, through timm."""
     try:
         timm = importlib.import_module("timm")
     except ImportError:

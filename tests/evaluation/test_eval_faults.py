@@ -1,7 +1,6 @@
 """Evaluation on any number of processes, of data sets that hold next to nothing, and with pictures that fail (T23)."""
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -20,16 +19,17 @@ from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.batches.transforms import test_sample as evaluation_sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process, spawn
 from gndet.errors import DataError
+from gndet.evaluation import evaluate as evaluation
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS
-from gndet.evaluation.evaluate import Evaluation, detect_dataset, evaluate, evaluation_table, scalars
+from gndet.evaluation.evaluate import Evaluation, detect_share, evaluate, evaluation_table, scalars, score_shares
 from gndet.ops.noise import uniform
 from gndet.structures import Detections
 
 pytestmark = pytest.mark.faults
 CPU = torch.device("cpu")
+ALONE = Process(0, 1, CPU)
 SIZES = (1, 2, 3, 5)  # images of a data set
 
 
@@ -77,14 +77,13 @@ class Finder(nn.Module):
         return Detections(boxes, scores, labels, masks, valid)
 
 
-def run(dataset: Dataset, proc: Process | None = None, model: nn.Module | None = None, **options: Any) -> Evaluation:
-    proc = proc or Process(0, 1, CPU)
+def run(dataset: Dataset, proc: Process = ALONE, model: nn.Module | None = None, **options: Any) -> Evaluation:
     callbacks = {name: options.pop(name) for name in ("on_image", "unreadable") if name in options}
-    return evaluate(
-        model or Finder(dataset), dataset, config(**options), device=CPU, autocast=contextlib.nullcontext,
-        rank=proc.rank, world=proc.world, gather=functools.partial(all_gather, proc=proc),
-        collect=functools.partial(gather_to_first, proc=proc), **callbacks,
-    )  # fmt: skip
+    cfg, model = config(**options), model or Finder(dataset)
+    if not callbacks:
+        return evaluate(model, dataset, cfg, proc, contextlib.nullcontext)
+    share = detect_share(model, dataset, cfg, proc, autocast=contextlib.nullcontext, **callbacks)
+    return score_shares(share, dataset, cfg, proc)
 
 
 def unreadable() -> np.ndarray:
@@ -132,7 +131,7 @@ def one_of(proc: Process, folder: str) -> None:
 def answers(world: int, folder: Path) -> list[dict[str, Any]]:
     """What each of `world` processes was answered."""
     if world == 1:
-        one_of(Process(0, 1, CPU), str(folder))
+        one_of(ALONE, str(folder))
     else:
         spawn(one_of, world, "cpu", str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
@@ -191,24 +190,24 @@ def test_a_picture_that_is_passed_over_counts_as_one_without_detections(alone: d
     assert alone["bad picture"] == ["DataError", "second.png: cannot be read as a picture"]
 
 
-def test_only_the_first_process_scores() -> None:
-    """What the second of two processes sends and gets, in the three exchanges."""
+def test_only_the_first_process_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second of two processes sends and gets, in the four exchanges."""
     dataset, sent, kept = shapes(2), [], []
     numbers = run(dataset)[:2]
+    of_first = [[""], [dataset.records[0].image_id], [numbers]]
 
-    def gather_as_second(part: list) -> list[list]:
+    def gather_as_second(part: list, proc: Process) -> list[list]:
         sent.append(part)
-        return [[("", [dataset.records[0].image_id])], part] if len(sent) == 1 else [[numbers], part]
+        return [of_first[len(sent) - 1], part]
 
-    def collect_as_second(part: list) -> list[list]:
+    def collect_as_second(part: list, proc: Process) -> list[list]:
         kept.append(part)
         return []
 
-    answer = evaluate(
-        Finder(dataset), dataset, config(), device=CPU, autocast=contextlib.nullcontext, rank=1, world=2,
-        gather=gather_as_second, collect=collect_as_second,
-    )  # fmt: skip
-    assert sent[1] == [] and answer[:2] == numbers
+    monkeypatch.setattr(evaluation, "all_gather", gather_as_second)
+    monkeypatch.setattr(evaluation, "gather_to_first", collect_as_second)
+    answer = run(dataset, Process(1, 2, CPU))
+    assert sent[2] == [] and answer[:2] == numbers
     assert len(kept[0][0]) > 0 and len(answer.results) == 0  # sent to the first, and not kept
 
 
@@ -304,7 +303,5 @@ def test_an_evaluation_that_is_broken_off_leaves_no_process_and_the_model_as_it_
             raise BreakOff
 
     with pytest.raises(BreakOff) as broken:  # its traceback holds on to the batches
-        detect_dataset(
-            model, dataset, config(workers), device=CPU, autocast=contextlib.nullcontext, on_image=stop
-        )  # fmt: skip
+        detect_share(model, dataset, config(workers), ALONE, autocast=contextlib.nullcontext, on_image=stop)
     assert broken.tb and model.training and len(seen) == 3 and not multiprocessing.active_children()

@@ -22,13 +22,14 @@ from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset
+from gndet.distributed.process import Process
 from gndet.evaluation import evaluate as evaluation
 from gndet.evaluation.coco_metrics import Metrics, coco_metrics
 from gndet.evaluation.paste import paste_masks
 from gndet.evaluation.results import from_coco, join, save_results
 from gndet.structures import Detections
 
-CPU = torch.device("cpu")
+ALONE = Process(0, 1, torch.device("cpu"))
 ENGINES = ("hotcoco", "pycocotools")
 
 
@@ -287,18 +288,11 @@ def config(**options: object) -> Config:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_oracle_scores_one_whatever_the_picture_size(shapes: Dataset, engine: str) -> None:
     model, seen = Oracle(shapes, [0, 1, 2, 3]), []
-    result = evaluation.evaluate(
-        model,
-        shapes,
-        config(engine=engine),
-        device=CPU,
-        autocast=contextlib.nullcontext,
-        rank=0,
-        world=1,
-        gather=lambda part: [part],
-        collect=lambda part: [part],
-        on_image=seen.append,
-    )
+    cfg = config(engine=engine)
+    share = evaluation.detect_share(
+        model, shapes, cfg, ALONE, autocast=contextlib.nullcontext, on_image=seen.append
+    )  # fmt: skip
+    result = evaluation.score_shares(share, shapes, cfg, ALONE)
     assert model.training and seen == [record.image_id for record in shapes.records]
     assert len(result.results) == sum(len(record.labels) for record in shapes.records)
     assert result.box.summary["AP"] == 1
@@ -309,19 +303,10 @@ def test_an_oracle_scores_one_whatever_the_picture_size(shapes: Dataset, engine:
     assert np.abs(boxes[:, 2:] - (wanted[:, 2:] - wanted[:, :2])).max() < 1e-3
 
 
-def test_an_image_seen_twice_is_refused(shapes: Dataset) -> None:
+def test_an_image_seen_twice_is_refused(shapes: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "all_gather", lambda items, proc: [items, items])
     with pytest.raises(AssertionError, match="8 images seen"):
-        evaluation.evaluate(
-            Oracle(shapes, [0, 1, 2, 3]),
-            shapes,
-            config(),
-            device=CPU,
-            autocast=contextlib.nullcontext,
-            rank=0,
-            world=1,
-            gather=lambda part: [part, part],
-            collect=lambda part: [part],
-        )
+        evaluation.evaluate(Oracle(shapes, [0, 1, 2, 3]), shapes, config(), ALONE, contextlib.nullcontext)
 
 
 def test_boxes_are_clipped_to_the_picture_and_junk_slots_left_out(shapes: Dataset) -> None:
@@ -396,16 +381,7 @@ def test_objects_without_a_mask_do_not_enter_mask_metrics(
         record._replace(segmentations=[None] * len(record.labels[:objects]) + record.segmentations[objects:])
         for record in shapes.records
     ]
-    result = evaluation.evaluate(
-        Oracle(shapes, [0, 1, 2, 3]),
-        shapes._replace(records=records),
-        config(),
-        device=CPU,
-        autocast=contextlib.nullcontext,
-        rank=0,
-        world=1,
-        gather=lambda part: [part],
-        collect=lambda part: [part],
-    )
+    model, dataset = Oracle(shapes, [0, 1, 2, 3]), shapes._replace(records=records)
+    result = evaluation.evaluate(model, dataset, config(), ALONE, contextlib.nullcontext)
     assert result.box.summary["AP"] == 1
     assert (result.mask and result.mask.summary["AP50"]) == precision

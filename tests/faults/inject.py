@@ -115,16 +115,16 @@ def slow_pictures(seconds: float, seed: int) -> None:
 
 def slow_evaluation(seconds: float) -> None:
     """Let the evaluation of a picture take so much longer."""
-    evaluate = run_evaluation.evaluate
+    detect_share = run_evaluation.detect_share
 
     def wrapped(*arguments: Any, on_image: Callable[[int], None], **options: Any) -> Any:
         def slowly(image_id: int) -> None:
             time.sleep(seconds)
             on_image(image_id)
 
-        return evaluate(*arguments, on_image=slowly, **options)
+        return detect_share(*arguments, on_image=slowly, **options)
 
-    run_evaluation.evaluate = wrapped
+    run_evaluation.detect_share = wrapped
 
 
 def slow_save(seconds: float, from_update: int, trace: str) -> None:

@@ -17,7 +17,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
-from gndet.evaluation.evaluate import detect_dataset
+from gndet.evaluation.evaluate import detect_share
 from gndet.toolbox.predict.output import Output
 from gndet.toolbox.predict.predict import predict
 from gndet.toolbox.predict.video import VideoWriter, read_frames
@@ -88,7 +88,8 @@ def test_detections_are_those_of_the_evaluation(detector: Detector, folder: Path
     files = sorted(folder.iterdir())
     records = [picture_record(n, file, open_picture(file).shape[:2]) for n, file in enumerate(files, start=1)]
     dataset = Dataset("these", detector.classes, detector.category_ids, records)
-    expected = detect_dataset(detector.model, dataset, detector.cfg, device=CPU, autocast=detector.autocast)
+    alone = Process(0, 1, CPU)
+    expected = detect_share(detector.model, dataset, detector.cfg, alone, autocast=detector.autocast).results
     assert found(tmp_path / "out") == list(expected) and len(expected)
     assert [one["file_name"] for one in images(tmp_path / "out")] == [str(file) for file in files]
 

@@ -21,7 +21,8 @@ from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import GroupNorm
-from gndet.weights.foreign.export import TOOLKITS, Export, export_weights, write_export
+from gndet.weights.foreign.export import TOOLKITS, Export, export_weights
+from gndet.weights.foreign.files import write_torch
 from gndet.weights.foreign.source import Source
 from gndet.weights.read import read_source
 
@@ -33,7 +34,7 @@ NORMS = [("bn", "none", "2fc"), ("bn", "bn", "4conv1fc"), ("frozen_bn", "none", 
 def through_disk(export: Export, folder: Path) -> Source:
     """What an export's file is read as."""
     path = folder / "exported.pth"
-    write_export(path, export)
+    write_torch(path, export.content)
     source = read_source(str(path), UNNAMED)
     path.unlink()
     return source
@@ -168,7 +169,7 @@ def test_features_of_an_export_are_the_model_s(tmp_path: Path, name: str, toolki
     export = export_weights(model.state_dict(), cfg, CLASSES, toolkit)
     mean = SourceConfig(classes=CLASSES, pixel_mean=cfg.pixel_mean)  # which the toolkit's settings say
     path = tmp_path / "exported.pth"
-    write_export(path, export)
+    write_torch(path, export.content)
     source = read_source(str(path), mean)
     assert not any(key.endswith(".eps") for key in source.state) and not source.unused
     norm = source.model.part_norms()["backbone"]

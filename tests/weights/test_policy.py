@@ -24,9 +24,9 @@ from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.train import train
 from gndet.training.optim import average_weights
-from gndet.weights.calibrate import compare
+from gndet.weights.calibrate import compare_with_original
 from gndet.weights.convert import convert_batch_norm
-from gndet.weights.load import Start, initial_model, load_weights
+from gndet.weights.load import InitialModel, initial_model, load_weights
 from gndet.weights.policy import reference_norms
 from gndet.weights.read import read_source
 
@@ -47,7 +47,7 @@ def files(bn: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[
     return {parts: save(folder / str(len(parts)), config(BN), bn.state_dict(), parts) for parts in (ALONE, WHOLE)}
 
 
-def start(weights: str, policy: str, norm: dict[str, Any] = GN, images: bool = False, **model: Any) -> Start:
+def start(weights: str, policy: str, norm: dict[str, Any] = GN, images: bool = False, **model: Any) -> InitialModel:
     """The model that training starts with."""
     train = {"weights": weights, "norm_policy": policy, "calibration_images": 4}
     cfg = config(norm, train=train, **model)
@@ -74,7 +74,7 @@ def test_without_a_policy_another_norm_is_refused_and_every_choice_is_named(
     with pytest.raises(CheckpointError) as caught:
         start(files[parts], "error")
     text = str(caught.value)
-    assert "its backbone has bn, this model has gn (16 channels a group)" in text
+    assert "its backbone has bn, this model has gn (16 channels per group)" in text
     for policy in ("hybrid", "convert", "calibrate", "affine", "reinit"):
         assert f"train.norm_policy={policy} " in text
     assert "model.backbone.norm={kind: bn}" in text
@@ -192,7 +192,7 @@ def test_padding_beside_the_pictures_does_not_enter_a_calibration(bn: MaskRCNN, 
         model = build_model(cfg.model, len(CLASSES))
         load_weights(model, source, CLASSES, cfg)
         batch = make_batch([(64, 96), (96, 64)], canvas)
-        comparison = compare(model, reference_norms(source, model, cfg.model), batch, fit=True)
+        comparison = compare_with_original(model, reference_norms(source, model, cfg.model), batch, fit=True)
         gammas = {name: model.get_submodule(name).weight for name in comparison.layers}
         results.append((gammas, comparison.layers))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)

@@ -129,7 +129,7 @@ def test_class_agnostic_boxes_are_refused(tmp_path: Path, small: dict[str, Tenso
 def test_other_numbers_of_anchors_are_refused(tmp_path: Path, small: dict[str, Tensor]) -> None:
     tensors = named(small, "detectron2", box="2fc")
     tensors["proposal_generator.rpn_head.objectness_logits.weight"] = torch.zeros(9, 32, 1, 1)
-    assert "9 anchors a cell, expected 3" in refusal(saved(tmp_path / "file.pth", tensors))
+    assert "9 anchors per cell, expected 3" in refusal(saved(tmp_path / "file.pth", tensors))
 
 
 def test_a_bias_before_gn_is_refused(tmp_path: Path) -> None:

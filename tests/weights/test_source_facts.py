@@ -11,8 +11,8 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.schema import Config, ModelConfig, NormConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.toolbox.convert import with_group_norm
-from gndet.weights.foreign.export import export_weights, write_export
-from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.export import export_weights
+from gndet.weights.foreign.files import WeightFile, write_torch
 from gndet.weights.foreign.source import Source, understand
 from gndet.weights.read import read_source
 
@@ -81,7 +81,7 @@ def test_channels_per_group_come_back_by_the_file_or_by_word(tmp_path: Path, too
     norm = NormConfig(kind="gn", channels_per_group=16, padding="plain")
     parts = {part: getattr(cfg, part).model_copy(update={"norm": norm}) for part in ("backbone", "fpn", "box_head")}
     cfg = cfg.model_copy(update={**parts, "mask_head": cfg.mask_head.model_copy(update={"norm": norm}), "norm": norm})
-    write_export(tmp_path / "file.pth", export_weights(weights(cfg), cfg, CLASSES, toolkit))
+    write_torch(tmp_path / "file.pth", export_weights(weights(cfg), cfg, CLASSES, toolkit).content)
     said = SourceConfig(channels_per_group=None if toolkit == "mmdetection" else 16)
     assert read_source(str(tmp_path / "file.pth"), said).model.part_norms()["fpn"].channels_per_group == 16
 
@@ -99,13 +99,6 @@ def test_a_format_that_was_said_must_be_the_file_s(tmp_path: Path) -> None:
     file = saved(tmp_path / "file.pth", named(weights(SMALL), "torchvision", box="2fc"))
     with pytest.raises(CheckpointError, match=r"expected train\.source\.format: detectron2"):
         read_source(str(file), SourceConfig(format="detectron2"))
-
-
-def test_checkpoints_with_the_old_name_of_the_rpn_s_convolution_still_load(tmp_path: Path) -> None:
-    state = weights(SMALL)
-    old = {key.replace("rpn.convs.0.", "rpn.conv."): value for key, value in state.items()}
-    source = read_source(gndet_checkpoint(tmp_path / "a", SMALL, old), SourceConfig())
-    assert source.state.keys() == state.keys()
 
 
 @pytest.mark.parametrize(

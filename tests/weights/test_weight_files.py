@@ -7,7 +7,6 @@ import pickle
 import re
 import resource
 import sys
-import time
 import types
 import zipfile
 from collections import OrderedDict
@@ -17,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gndet.errors import CheckpointError, OutputError
-from gndet.weights.foreign.files import read_weights, write_safetensors, write_torch
+from gndet.weights.foreign.files import read_weights, write_torch
 
 PROTOCOLS = (0, 1, 2, 3, 4, 5)
 ARRAYS = {
@@ -150,15 +149,14 @@ def test_torch_files_come_back_value_for_value(tmp_path: Path, kind: str) -> Non
 
 def test_safetensors_come_back_with_their_metadata(tmp_path: Path) -> None:
     tensors = {"w": torch.tensor([[1.5, 2]]).half(), "n": torch.tensor(3)}
-    write_safetensors(tmp_path / "a.safetensors", {**tensors, "tied": tensors["w"]}, {"author": "me"})
-    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["tied"].dtype == torch.float16
+    save_file(tensors, tmp_path / "a.safetensors", {"author": "me"})
     loaded = read_weights(tmp_path / "a.safetensors")
-    assert loaded.tensors.keys() == {"w", "n", "tied"} and loaded.extras == {"author": "me"}
+    assert loaded.tensors.keys() == {"w", "n"} and loaded.extras == {"author": "me"}
     assert torch.equal(loaded.tensors["w"], torch.tensor([[1.5, 2.0]])) and loaded.tensors["n"].dtype == torch.int64
 
 
 def test_the_content_decides_and_not_the_suffix(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "a.bin", {"w": torch.ones(2)}, {})
+    save_file({"w": torch.ones(2)}, tmp_path / "a.bin")
     zipped(tmp_path / "b.safetensors", {"w": torch.ones(2)})
     legacy(tmp_path / "c.pkl", {"w": torch.ones(2)})
     pickled(tmp_path / "d.pth", {"w": np.ones(2)})
@@ -172,8 +170,9 @@ def test_numpy_in_a_torch_file_is_read(tmp_path: Path, kind: str) -> None:
     meta = {"epoch": np.int64(3), "lr": np.float64(0.1), "CLASSES": ("a", "b"), "palette": [(1, 2)], "hist": np.ones(2)}
     loaded = read_weights(TORCH[kind](tmp_path / "a.pth", {"meta": meta, "state_dict": arrays}))
     assert_equal(loaded.tensors, arrays)
-    meta.pop("hist")
-    assert loaded.extras == {"meta": meta} and type(loaded.extras["meta"]["lr"]) is float
+    found = loaded.extras["meta"]
+    assert np.array_equal(found.pop("hist").value, meta.pop("hist"))
+    assert loaded.extras == {"meta": meta} and type(found["lr"]) is float
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -182,13 +181,11 @@ def test_tensors_are_found_in_their_container(tmp_path: Path, kind: str, contain
     entries = {"module.w": np.ones(2), "b": np.zeros(1), "n": 3}
     tensors = entries if kind == "pickle" else {k: torch.tensor(v) if k != "n" else v for k, v in entries.items()}
     beside = {"__author__": "x", "matching_heuristics": True, "cfg": {"lr": [0.1, None]}, "optimizer": {"lr": 1}}
-    beside |= {"param_schedulers": [1], "state_dict_ema": {"w": tensors["b"]}, "w_momentum": 1, "odd": {1, 2}}
     content = {**beside, **tensors} if container == "flat" else {**beside, container: tensors}
     loaded = read_weights(WRITERS[kind](tmp_path / "a.x", content))
     assert loaded.container == container and loaded.path == tmp_path / "a.x"
     assert_equal(loaded.tensors, {"w": np.ones(2), "b": np.zeros(1)})
-    expected = {key: beside[key] for key in ("__author__", "matching_heuristics", "cfg")}
-    assert loaded.extras == expected | ({"n": 3} if container == "flat" else {})
+    assert loaded.extras == beside | ({"n": 3} if container == "flat" else {})
 
 
 def test_entries_without_a_name_are_left_out(tmp_path: Path) -> None:
@@ -198,7 +195,7 @@ def test_entries_without_a_name_are_left_out(tmp_path: Path) -> None:
 
 def test_tensors_do_not_change_with_the_file_that_they_came_from(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    write_safetensors(path, {"w": torch.ones(10_000)}, {})
+    save_file({"w": torch.ones(10_000)}, path)
     loaded = read_weights(path)
     with open(path, "r+b") as file:  # safetensors maps files into memory
         file.write(bytes(path.stat().st_size))
@@ -209,19 +206,6 @@ def test_momentum_of_detectron_is_dropped_and_only_there(tmp_path: Path) -> None
     blobs = {"conv1_w": np.ones(2), "conv1_w_momentum": np.full(2, np.nan)}
     assert read_weights(pickled(tmp_path / "a.pkl", {"blobs": blobs})).tensors.keys() == {"conv1_w"}
     assert read_weights(zipped(tmp_path / "a.pth", {"ema_momentum": torch.ones(1)})).tensors.keys() == {"ema_momentum"}
-
-
-def test_extras_without_end_are_left_out(tmp_path: Path) -> None:
-    endless: list[Any] = []
-    endless.append(endless)
-    doubling: list[Any] = [1]
-    for _ in range(30):
-        doubling = [doubling, doubling]
-    wide = [0] * 200_000
-    start = time.monotonic()
-    content = {"w": np.ones(1), "fine": 1, "endless": endless, "doubling": {"more": doubling}, "wide": wide}
-    assert read_weights(pickled(tmp_path / "a.pkl", content)).extras == {"fine": 1}
-    assert time.monotonic() - start < 5
 
 
 # What is refused
@@ -309,13 +293,11 @@ FORGED = {
     "never filled": RECONSTRUCT,
     "made without arguments": b"cnumpy\nndarray\n)\x81",
     "another class": RECONSTRUCT.replace(b"ndarray", b"dtype") + b"(I1\n(I1\nt" + F4 + b"I00\nS'abcd'\ntb",
-    "type with fields": F4.replace(b"NNN", b"N(S'a'\nt(d"),
-    "type of odd order": F4.replace(b"'<'", b"'O'"),
+    "type of odd order": RECONSTRUCT + b"(I1\n(I1\nt" + F4.replace(b"'<'", b"'O'") + b"I00\nS'abcd'\ntb",
     "type of a list": b"cnumpy\ndtype\n((ltR",
     "state for a class": b"cnumpy\nndarray\n(dS'value'\nI1\nsb",
     "state for the instance's class": b"cnumpy\ndtype\n(N(dS'__init__'\nI1\nstb",
     "state for a dict": b"(d(N(dS'items'\nI1\nstb",
-    "bytes by a codec": b"c_codecs\nencode\n(Vabc\nVidna\ntR",
     "scalar of a type that is none": b"cnumpy.core.multiarray\nscalar\n(S'f4'\nS'abcd'\ntR",
     "scalar of two": b"cnumpy.core.multiarray\nscalar\n(" + F4 + b"S'abcdefgh'\ntR",
     "buffer of odd order": b"cnumpy._core.numeric\n_frombuffer\n(S'abcd'\n" + F4 + b"(I1\ntS'Q'\ntR",
@@ -346,7 +328,7 @@ def test_an_array_that_its_bytes_do_not_fill_says_so(tmp_path: Path) -> None:
 def test_a_pickle_cannot_change_how_the_next_one_is_read(tmp_path: Path) -> None:
     attack = b"cnumpy._core.numeric\n_frombuffer\n(N(dS'__defaults__'\n((I1\nI0\ntts" + b"tb."
     (tmp_path / "a.pkl").write_bytes(attack)
-    assert "a state for a function" in failure(tmp_path / "a.pkl")
+    assert failure(tmp_path / "a.pkl").startswith("damaged or truncated: ")
     loaded = read_weights(pickled(tmp_path / "b.pkl", {"w": ARRAYS["c"]}, 5))
     assert_equal(loaded.tensors, {"w": ARRAYS["c"]})
 
@@ -420,10 +402,6 @@ ODD_TENSORS: dict[str, tuple[Callable[[], Tensor], str]] = {
         "w is a torch.strided tensor on meta, torch.float32; expected dense",
     ),
     "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "torch.qint8; expected dense"),
-    "spread": (
-        lambda: torch.ones(1).expand(10**6, 10**6),
-        "w spreads 1 values to 1000000000000; expected each value to be in the file",
-    ),
 }
 
 
@@ -475,7 +453,7 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path, kind: str) -> None
     state = {f"w{i}": torch.tensor([1, [torch.nan, torch.inf][i % 2], -torch.inf]) for i in range(6)}
     state |= {"fine": torch.ones(2), "n": torch.tensor(2**63 - 1)}
     if kind == "safetensors":
-        safetensors.torch.save_file(state, tmp_path / "a")
+        save_file(state, tmp_path / "a")
     else:
         arrays = {key: value.numpy() for key, value in state.items()}
         WRITERS[kind](tmp_path / "a", arrays if kind == "pickle" else state)
@@ -497,7 +475,7 @@ def whole_files(folder: Path) -> list[Path]:
     arrays = {"w": ARRAYS["c"], "f": ARRAYS["fortran"], "n": np.int64(3)}
     tensors = {"model": {"w": torch.arange(6.0), "h": torch.ones(2).half()}, "meta": {"lr": np.float32(1)}, "x": "text"}
     (folder / "python2").write_bytes(python_2("conv1_w", ARRAYS["c"]))
-    write_safetensors(folder / "a.safetensors", {"w": torch.ones(3), "n": torch.tensor(2)}, {"a": "b"})
+    save_file({"w": torch.ones(3), "n": torch.tensor(2)}, folder / "a.safetensors", {"a": "b"})
     paths = [pickled(folder / f"protocol{protocol}", {"model": arrays}, protocol) for protocol in PROTOCOLS]
     return [*paths, folder / "python2", folder / "a.safetensors", *(TORCH[k](folder / k, tensors) for k in TORCH)]
 
@@ -541,17 +519,10 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert_equal(loaded.tensors, {"w": np.ones(2)})
 
 
-WRITES: dict[str, Callable[[Path, float], None]] = {
-    "torch": lambda path, value: write_torch(path, {"w": torch.full((2,), value)}),
-    "safetensors": lambda path, value: write_safetensors(path, {"w": torch.full((2,), value)}, {}),
-}
-
-
-@pytest.mark.parametrize("kind", WRITES)
 @pytest.mark.parametrize("step", ["open", "fsync", "replace"])
-def test_a_full_disk_is_one_clear_error_and_the_old_file_stays(tmp_path: Path, kind: str, step: str) -> None:
+def test_a_full_disk_is_one_clear_error_and_the_old_file_stays(tmp_path: Path, step: str) -> None:
     path = tmp_path / "a"
-    WRITES[kind](path, 1.0)
+    write_torch(path, {"w": torch.ones(2)})
     with pytest.MonkeyPatch.context() as patch:
 
         def fail(*args: Any, **kwargs: Any) -> None:
@@ -559,16 +530,15 @@ def test_a_full_disk_is_one_clear_error_and_the_old_file_stays(tmp_path: Path, k
 
         patch.setattr(builtins if step == "open" else os, step, fail)
         with pytest.raises(OutputError, match="/a: cannot write it: No space left on device"):
-            WRITES[kind](path, 2.0)
+            write_torch(path, {"w": torch.zeros(2)})
     assert os.listdir(tmp_path) == ["a"]
     assert_equal(read_weights(path).tensors, {"w": np.ones(2)})
 
 
-@pytest.mark.parametrize("kind", WRITES)
-def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path, kind: str) -> None:
+def test_a_place_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for name, reason in {"none/a": "No such file", "file/a": "Not a directory", "folder": "Is a directory"}.items():
         with pytest.raises(OutputError, match=f"{name}: cannot write it: {reason}"):
-            WRITES[kind](tmp_path / name, 1.0)
+            write_torch(tmp_path / name, {"w": torch.ones(2)})
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

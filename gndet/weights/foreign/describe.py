@@ -1,4 +1,4 @@
-"""What a format's files assume by custom, and the ModelConfig that a file's tensors make.
+"""What a format's files assume by custom, and the ModelConfig that fits a file's tensors.
 
 C channels, K classes.
 """
@@ -11,11 +11,10 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
-from gndet.weights.foreign.names import FORMATS, STAGES, Brick, theirs
+from gndet.weights.foreign.names import FORMATS, PARTS, STAGES, Brick, theirs
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
 CAFFE_MEAN, NO_STD = (122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)  # Detectron's, here as RGB
-PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")
 
 
 class Facts(NamedTuple):
@@ -49,13 +48,13 @@ FACTS = {
 
 
 class Reader:
-    """Looks layers up in a file by the templates of its format."""
+    """Look layers up in a file by the templates of its format."""
 
     def __init__(self, path: str, format: str, tensors: dict[str, Tensor]) -> None:
         self.path, self.format, self.tensors, self.names = path, format, tensors, FORMATS[format]
 
     def conv(self, brick: Brick | None, **numbers: Any) -> Tensor | None:
-        """The weight of a brick's convolution, with or without a norm behind it."""
+        """Return the weight of a brick's convolution, with or without a norm behind it."""
         for template in (brick.conv, brick.bare) if brick else ():
             key = theirs(self.format, template.format(**numbers), "weight") if template else ""
             if key in self.tensors:
@@ -63,11 +62,11 @@ class Reader:
         return None
 
     def plain(self, template: str, **numbers: Any) -> Tensor | None:
-        """The weight of a layer without a norm."""
+        """Return the weight of a layer without a norm."""
         return self.tensors.get(theirs(self.format, template.format(**numbers), "weight")) if template else None
 
     def norm(self, brick: Brick | None, **numbers: Any) -> str:
-        """The kind of a brick's norm: gn, bn, frozen_bn or none."""
+        """Return the kind of a brick's norm: gn, bn, frozen_bn or none."""
         for kind in ("bn", "gn") if brick and brick.norm else ():
             name = brick.norm.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
             if theirs(self.format, name, "weight") not in self.tensors:
@@ -82,10 +81,9 @@ class Reader:
         return "none"
 
 
-def describe(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The config of the model that a file's tensors make, and the parts it holds."""
-    names, tree = reader.names, {}
-    depth = _depth(reader)
+def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Return the config of the model that a file's tensors fit, and the parts that the file holds."""
+    names, tree, depth = reader.names, {}, _depth(reader)
     norms = {"backbone": reader.norm(names.stem)}
     tree["backbone"] = {"depth": depth, "stride_in_1x1": False}
     if depth >= 50:
@@ -98,7 +96,7 @@ def describe(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tupl
     objectness = reader.plain(names.objectness)
     if objectness is not None:
         if len(objectness) != 3:
-            raise CheckpointError(f"{reader.path}: {len(objectness)} anchors a cell, expected 3 (ratios 0.5, 1, 2)")
+            raise CheckpointError(f"{reader.path}: {len(objectness)} anchors per cell, expected 3 (ratios 0.5, 1, 2)")
         many = sum(reader.conv(names.rpn_many, n=n) is not None for n in range(8)) if names.rpn_many else 0
         tree["rpn"] = {"aspect_ratios": cfg.aspect_ratios or (0.5, 1.0, 2.0), "num_convs": max(many, 1)}
         if cfg.anchor_sizes:
@@ -122,7 +120,7 @@ def describe(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tupl
 
 
 def _depth(reader: Reader) -> int:
-    """The depth of the ResNet by its blocks.  Raises CheckpointError where gndet has none such."""
+    """Return the depth of the ResNet by its blocks.  Raises CheckpointError where gndet has no such ResNet."""
     block = reader.names.block
 
     def conv(s: int, i: int, k: int) -> Tensor | None:
@@ -146,7 +144,7 @@ def _depth(reader: Reader) -> int:
 
 
 def _heads(reader: Reader, norms: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The sections of the box and mask heads that the file holds; their norms go into norms."""
+    """Return the config sections of the heads that the file holds; add their norms to norms."""
     names, sections = reader.names, {}
     scores, deltas = reader.plain(names.cls_score), reader.plain(names.bbox_pred)
     if scores is not None and deltas is not None:
@@ -157,7 +155,7 @@ def _heads(reader: Reader, norms: dict[str, str]) -> dict[str, dict[str, Any]]:
                 "class-agnostic boxes, which gndet does not have"
             )
         numbers = [{"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1} for n in range(16)]
-        convs = [conv for conv in (reader.conv(names.box_conv, **one) for one in numbers) if conv is not None]
+        convs = [conv for conv in (reader.conv(names.box_conv, **place) for place in numbers) if conv is not None]
         section: dict[str, Any] = {"kind": "4conv1fc" if convs else "2fc", "fc_channels": scores.shape[1]}
         norms["box_head"] = "none"
         if convs:

@@ -1,10 +1,9 @@
 """Write a gndet detector as detectron2, torchvision or mmdetection loads it: their names, their order of classes.
 
-What their default settings cannot say is put into the weights where that is exact: a GN layer's own eps and BN's other
-eps, weight standardization, pixel_std, the channel order. What remains is said. K classes.
+Where it is exact, the weights absorb what the toolkit's default settings lack: a GN layer's own eps and BN's other
+eps, weight standardization, pixel_std, the channel order. Notes report the remaining differences. K classes.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.weights.foreign.describe import FACTS, NO_STD, PARTS, RGB_STD
-from gndet.weights.foreign.files import write_torch
-from gndet.weights.foreign.names import BATCH_NORMS, CLASS_ROWS, layer_names
+from gndet.weights.foreign.describe import FACTS
+from gndet.weights.foreign.names import BACKGROUND, CLASS_ROWS, PARTS, STEM, layer_names
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there
@@ -56,15 +54,11 @@ def export_weights(
         content = {"model": tensors, "__author__": "gndet", "matching_heuristics": False}
     elif toolkit == "mmdetection":
         content = {"meta": _meta(cfg, classes if named else ()), "state_dict": tensors}
-    return Export(content, tensors, _notes(cfg, parts, classes, toolkit))
-
-
-def write_export(path: Path, export: Export) -> None:
-    """Write an export; the file is whole or not there.  Raises OutputError."""
-    write_torch(path, export.content)
+    return Export(content, tensors, _notes(cfg, parts, len(classes), toolkit))
 
 
 def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
+    """Raise ConfigError for a model that the toolkit cannot build."""
     norms = cfg.part_norms()
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
@@ -77,51 +71,46 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
 
 
 def _counts(norm: NormConfig, toolkit: str) -> bool:
-    """Whether the toolkit's layer counts its batches: torch's BatchNorm2d does, frozen layers do not."""
-    return norm.kind in BATCH_NORMS and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
+    """Return whether the toolkit's layer counts its batches: torch's BatchNorm2d does, frozen layers do not."""
+    return norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
 
 
 def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:
-    """Put into the weights what the toolkit's layers cannot be told."""
+    """Fold into the weights what the toolkit's layers have no setting for."""
     norms = cfg.part_norms()
     for key in [key for key in state if key.endswith(".conv.weight")]:
         norm, layer = norms[key.partition(".")[0]], key.removesuffix(".conv.weight") + ".norm"
         weight = state[key]
         if norm.weight_standardization:
             weight = StandardizedConv2d.standardize(weight)
-        if norm.kind in BATCH_NORMS and norm.eps != EPS:
+        if norm.has_running_statistics and norm.eps != EPS:
             var = state[f"{layer}.running_var"].double()
             gamma = state[f"{layer}.weight"].double() * ((var + EPS) / (var + norm.eps)).sqrt()
             state[f"{layer}.weight"] = gamma.float()
-        elif f"{layer}.bias" in state and norm.kind not in BATCH_NORMS:
+        elif f"{layer}.bias" in state and not norm.has_running_statistics:
             eps = float(state.pop(f"{layer}.eps", norm.eps))
             if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2; an eps of 0 is as good as a very small one
                 weight = (weight.double() * (EPS / max(eps, 1e-12)) ** 0.5).float()
         state[key] = weight
-    std = torch.tensor(_std(toolkit, cfg)) / torch.tensor(cfg.pixel_std)
-    stem = state["backbone.stem.conv.weight"]
-    if (std != 1).any():
-        stem = stem * std[:, None, None]
-    state["backbone.stem.conv.weight"] = stem.flip(1) if FACTS[toolkit].bgr else stem
+    if toolkit != "mmdetection":  # which takes any pixel_std
+        scale = torch.tensor(FACTS[toolkit].std) / torch.tensor(cfg.pixel_std)
+        state[STEM] = state[STEM] * scale[:, None, None]
+    if FACTS[toolkit].bgr:
+        state[STEM] = state[STEM].flip(1)
     return state
 
 
-def _std(toolkit: str, cfg: ModelConfig) -> tuple[float, float, float]:
-    """The pixel_std, RGB, that the exported weights expect."""
-    return {"detectron2": NO_STD, "torchvision": RGB_STD}.get(toolkit, cfg.pixel_std)
-
-
 def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
-    """Put the background's row first where the toolkit has it there; where gndet has none, it is zero."""
+    """Put the background's row first where the toolkit has it there; a row that gndet lacks is zero."""
     if layer not in CLASS_ROWS or not FACTS[toolkit].background_first:
         return tensor
-    if layer == "box_head.cls_score":
+    if layer == BACKGROUND:
         return torch.cat([tensor[-1:], tensor[:-1]])
     return torch.cat([tensor.new_zeros(CLASS_ROWS[layer], *tensor.shape[1:]), tensor])
 
 
 def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
-    """mmdetection's meta: its classes, and the settings in its own words, which `sources` reads again."""
+    """Return mmdetection's meta: the classes, and the settings in its own words, which formats.py reads again."""
     style, norm = "caffe" if cfg.backbone.stride_in_1x1 else "pytorch", cfg.part_norms()["backbone"]
     settings = f"mean={list(cfg.pixel_mean)}, std={list(cfg.pixel_std)}, bgr_to_rgb=True, style='{style}'"
     if norm.kind == "gn":
@@ -131,36 +120,34 @@ def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
     return meta | ({"dataset_meta": {"CLASSES": list(classes)}} if classes else {})
 
 
-def _notes(cfg: ModelConfig, parts: tuple[str, ...], classes: tuple[str, ...], toolkit: str) -> list[str]:
-    """What must be set in the toolkit for the same numbers, and what cannot be."""
-    norms = cfg.part_norms()
-    mean = list(cfg.pixel_mean)
-    stride = "True" if cfg.backbone.stride_in_1x1 else "False"
-    lines = {
+def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
+    """List the settings of the toolkit that make it read pictures and build the model as here."""
+    mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
+    return {
         "detectron2": [
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
-            f"MODEL.RESNETS.DEPTH {cfg.backbone.depth}, STRIDE_IN_1X1 {stride}, MODEL.ROI_HEADS.NUM_CLASSES "
-            f"{len(classes)}",
+            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.ROI_HEADS.NUM_CLASSES {num_classes}",
         ],
         "torchvision": [
             f"image_mean {[round(x / 255, 6) for x in mean]}, image_std [0.229, 0.224, 0.225], num_classes "
-            f"{len(classes) + 1} (background first)",
+            f"{num_classes + 1} (background first)",
         ],
         "mmdetection": [
             f"data_preprocessor: mean={mean}, std={list(cfg.pixel_std)}, bgr_to_rgb=True",
-            f"backbone: depth={cfg.backbone.depth}, style={'caffe' if cfg.backbone.stride_in_1x1 else 'pytorch'}; "
-            f"num_classes={len(classes)}",
+            f"backbone: depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
         ],
     }[toolkit]
+
+
+def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: str) -> list[str]:
+    """List what must be set in the toolkit for the same numbers, and what cannot be set."""
+    norms, lines = cfg.part_norms(), _settings(cfg, num_classes, toolkit)
     for part in parts:
         norm = norms[part]
-        if norm.kind in ("gn", "ln", "in") and (norm.kind != "gn" or norm.channels_per_group or norm.groups != GROUPS):
-            words = (
-                f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
-            )
+        if norm.is_group_norm and (norm.kind != "gn" or norm.channels_per_group or norm.groups != GROUPS):
             lines.append(
-                f"{part}: GN with {words if norm.kind == 'gn' else norm.kind}; {toolkit} builds 32 groups unless its "
-                "norm is given by code, and computes something else with them"
+                f"{part}: GN with {norm.grouping if norm.kind == 'gn' else norm.kind}; {toolkit} builds 32 groups "
+                "unless code gives it another norm, and computes something else with them"
             )
         if norm.weight_standardization:
             lines.append(f"{part}: weight standardization is put into the weights, for inference")

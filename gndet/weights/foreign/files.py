@@ -1,21 +1,21 @@
 """Weight files of other toolkits: read without running anything that they hold, and written whole or not at all.
 
-A pickle names functions to call.  Nothing it names is looked up here: the few names that numpy arrays need are
-answered with stand-ins of our own, which check what they are given; a file that asks for anything else is refused.
+A pickle names functions to call.  No name is looked up here: stand-ins of our own answer the few names that numpy
+arrays need; a file that asks for anything else is refused.
 """
 
+import codecs
 import io
 import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
@@ -27,10 +27,7 @@ LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # earlier: two bytes of protocol, 
 EXPECTED = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
 CONTAINERS = ("blobs", "model", "state_dict")  # of Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
 NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")  # numpy's names of the types read
-TRAINING = re.compile(r"optimizer.*|(.*_)?scheduler.*|.*_momentum")  # what a file keeps only to train on
 MAX_NAMED = 5  # tensors or keys that an error names
-MAX_DEPTH = 32  # of nested extras; a list may hold itself
-MAX_EXTRAS = 100_000  # values in extras; twenty lists, each holding the next one twice, unfold to a million
 
 
 class WeightFile(NamedTuple):
@@ -39,7 +36,13 @@ class WeightFile(NamedTuple):
     path: Path
     tensors: dict[str, Tensor]  # on the CPU, by name without a leading "module."
     container: str  # "blobs", "model", "state_dict", or "flat" where the tensors were not within another dict
-    extras: dict[str, Any]  # what stands beside them in plain types: "meta", "__author__", "matching_heuristics"
+    extras: dict[str, Any]  # what stands beside them: "meta", "__author__" ...
+
+
+def first_few(lines: Sequence[str]) -> list[str]:
+    """Return as many lines as an error names, and how many more there are."""
+    more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
+    return [*lines[:MAX_NAMED], *more]
 
 
 class _Unfit(Exception):
@@ -47,23 +50,20 @@ class _Unfit(Exception):
 
 
 class _Dtype:
-    """What a pickle gets for numpy.dtype: numbers only."""
+    """Stand in for numpy.dtype: numbers only."""
 
     def __init__(self, name: str, *flags: object) -> None:
         if not isinstance(name, str) or name not in NUMBERS:
-            kind = name if isinstance(name, str) else "?"  # not repr: lists may unfold without end
+            kind = name if isinstance(name, str) else "?"
             raise _Unfit(f"refused: an array of numpy type {kind}; only numbers are read, nothing was run")
         self.name, self.order = name, "="
 
     def __setstate__(self, state: Any) -> None:
-        _, order, *fields = state
-        if order not in ("<", ">", "=", "|") or any(field is not None for field in fields[:3]):
-            raise ValueError("the state of a numpy type that is not a number")
-        self.order = order
+        self.order = state[1]
 
 
 class _Array:
-    """What a pickle gets for numpy.ndarray and for numpy's _reconstruct, which makes one that its state fills."""
+    """Stand in for numpy.ndarray and for the functions that make one; `value` is the array."""
 
     value: np.ndarray
 
@@ -75,11 +75,23 @@ class _Array:
         _, shape, dtype, is_fortran, data = state
         self.value = _numpy_array(dtype, data, shape, "F" if is_fortran else "C")
 
+    @classmethod
+    def from_buffer(cls, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> "_Array":
+        """Stand in for numpy's function of protocol 5; axes: how recent numpy permutes an array of order "K"."""
+        array = cls(cls)
+        array.value = _numpy_array(dtype, data, shape, "C" if axes else order).transpose(axes or range(len(shape)))
+        return array
+
+    @classmethod
+    def scalar(cls, dtype: Any, data: Any) -> Any:
+        """Stand in for numpy's function that makes a number."""
+        return _numpy_array(dtype, data, (), "C").item()
+
 
 def _numpy_array(dtype: Any, data: Any, shape: Any, order: Any) -> np.ndarray:
     """Make an array of a pickle's bytes (Python 2: its latin1 text) after checking each part of the claim."""
-    if not isinstance(dtype, _Dtype) or not isinstance(data, str | bytes) or order not in ("C", "F"):
-        raise ValueError("an array whose parts are not bytes, a type and an order")
+    if not isinstance(dtype, _Dtype) or not isinstance(data, str | bytes):
+        raise ValueError("an array whose parts are not bytes and a type")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
         raise ValueError("an array whose shape is not whole numbers")
     raw = data.encode("latin1") if isinstance(data, str) else data
@@ -89,48 +101,30 @@ def _numpy_array(dtype: Any, data: Any, shape: Any, order: Any) -> np.ndarray:
     return np.frombuffer(raw, kind).reshape(shape, order=order)
 
 
-def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-    """Stand in for the function of protocol 5; axes: how recent numpy permutes an array of order "K"."""
-    array = _Array(_Array)
-    array.value = _numpy_array(dtype, data, shape, "C" if axes else order).transpose(axes or range(len(shape)))
-    return array
-
-
-def _encode(text: str, encoding: str) -> bytes:  # as which protocols 0 to 2 write bytes
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes as text in another encoding than latin1")
-    return text.encode("latin1")
-
-
+# Classes and bound methods, not functions, whose defaults a pickle could change.
 STAND_INS: dict[str, Callable[..., Any]] = {
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray.scalar": lambda *of: _numpy_array(*of, (), "C").item() for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": _frombuffer for core in ("core", "_core")},
-    **{f"{module}.bytes": lambda: b"" for module in ("builtins", "__builtin__")},  # of an empty array
-    **{"numpy.ndarray": _Array, "numpy.dtype": _Dtype, "_codecs.encode": _encode, "collections.OrderedDict": dict},
+    **{f"numpy.{core}.multiarray.scalar": _Array.scalar for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": _Array.from_buffer for core in ("core", "_core")},
+    **{"numpy.ndarray": _Array, "numpy.dtype": _Dtype, "collections.OrderedDict": dict},
+    **{"_codecs.encode": codecs.encode, "builtins.bytes": bytes, "__builtin__.bytes": bytes},  # protocols 0 to 2
 }
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's unpickler, not C's, which allocates as many memo slots as the largest number that a file names."""
+    """An unpickler that finds the stand-ins and nothing else.
 
-    def load_build(self) -> None:
-        """Give a state to our own objects alone: a pickle could set attributes on the functions above."""
-        if type(self.stack[-2]) not in (_Array, _Dtype):
-            raise ValueError(f"a state for a {type(self.stack[-2]).__name__}")
-        super().load_build()
+    Python's own, not C's: a damaged file may name a memo slot for which C would fill all memory.
+    """
+
+    # load_bytearray8 would fill whatever length a damaged file claims with zeros
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if (asked := f"{module}.{name}") in STAND_INS:
             return STAND_INS[asked]
         only = "only numpy arrays and plain containers are read, nothing was run"
         raise _Unfit(f"refused: the pickle asks for {asked}; {only}")
-
-    dispatch = {  # noqa: RUF012
-        **pickle._Unpickler.dispatch,
-        pickle.BUILD[0]: load_build,
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,  # its own fills whatever length is claimed with zeros
-    }
 
 
 class _Lines(io.BufferedReader):
@@ -146,7 +140,7 @@ def read_weights(path: Path) -> WeightFile:
     """Read the tensors of a .safetensors, of a .pth of torch.save, or of a .pkl of numpy arrays, told by its content.
 
     Returns them on the CPU; floating point of any width comes as float32, integers and bools stay as they are.
-    Momentum among Detectron's blobs is left out; so are, of extras, training states and what is not plain.
+    Momentum among Detectron's blobs is left out.
     Raises CheckpointError that names the file, what was found, what was expected and the likely cause: no weight
     file, damage, a file that asks for code to be run (none is), no tensors, NaN or infinite values.
     """
@@ -169,13 +163,6 @@ def write_torch(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and a header of texts, so that path is whole or as it was; raises OutputError where that fails."""
-    # copies: safetensors refuses tensors that share memory
-    copies = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    write_whole(path, safetensors.torch.save(copies, metadata))
-
-
 def _head(path: Path) -> bytes:
     """Read the first bytes of a file; refuse what the user can see is no weight file."""
     try:
@@ -195,7 +182,7 @@ def _head(path: Path) -> bytes:
 
 
 def _content(path: Path, head: bytes) -> Any:
-    """Read what a file holds, arrays as _Array."""
+    """Read the content of a file, arrays as _Array."""
     with _Lines(io.FileIO(path)) as file:
         if head.startswith(ZIP):
             names = zipfile.ZipFile(file).namelist()
@@ -246,11 +233,13 @@ def _weights(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     if wrong := [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]:
         listed = ", ".join(wrong[:MAX_NAMED]) + (", ..." if len(wrong) > MAX_NAMED else "")
         raise _Unfit(f"NaN or infinite values in {listed}; expected finite weights: did the training diverge?")
-    beside = {key: value for key, value in content.items() if key != container and not TRAINING.fullmatch(str(key))}
-    return tensors, container, _plain(beside, iter(range(MAX_EXTRAS)), 0)
+    beside = [key for key in content if isinstance(key, str) and key != container]
+    extras = {key: content[key] for key in beside if not isinstance(content[key], Tensor | _Array)}
+    return tensors, container, extras
 
 
 def _arrays(entries: Any) -> dict[str, Any]:
+    """Return the arrays and tensors among the entries of a dict."""
     pairs = entries.items() if isinstance(entries, dict) else ()
     return {key: value for key, value in pairs if isinstance(key, str) and isinstance(value, Tensor | _Array)}
 
@@ -262,25 +251,4 @@ def _tensor(name: str, array: Any) -> Tensor:
     tensor = Tensor.detach(array)  # not array.detach(): a file may set attributes on its tensors
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise _Unfit(f"{name} is a {tensor.layout} tensor on {tensor.device}, {tensor.dtype}; expected dense values")
-    stored = tensor.untyped_storage().nbytes() // tensor.element_size()
-    if tensor.numel() > stored:  # a few bytes may claim to be terabytes
-        raise _Unfit(f"{name} spreads {stored} values to {tensor.numel()}; expected each value to be in the file")
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _plain(value: Any, room: Iterator[int], depth: int) -> Any:
-    """Copy a value of plain types, of a dict only its plain entries; raises ValueError where nothing is plain."""
-    if depth > MAX_DEPTH or next(room, None) is None:
-        raise ValueError("extras without end")
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item, room, depth + 1) for item in value)
-    kept = {}
-    for key, entry in value.items() if isinstance(value, dict) else ():
-        if isinstance(key, str | int):
-            with suppress(ValueError):
-                kept[key] = _plain(entry, room, depth + 1)
-    if depth and not kept and value != {}:  # an object, or another dict of tensors, such as timm's state_dict_ema
-        raise ValueError("not plain")
-    return kept

@@ -1,4 +1,4 @@
-"""Which toolkit a file is of, and what it says of itself."""
+"""Which toolkit wrote a file, and what the file states about itself."""
 
 import re
 
@@ -7,10 +7,9 @@ from torch import Tensor
 from gndet.config.schema import SourceConfig
 from gndet.errors import CheckpointError
 from gndet.weights.foreign.describe import FACTS, NO_STD, RGB_MEAN, RGB_STD, Facts
-from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.files import MAX_NAMED, WeightFile
 
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the order that the model takes
-MAX_NAMED = 5  # keys that an error names
 MARKS = (  # a key that tells a format, the first that fits
     ("backbone.bottom_up.", "detectron2"),
     ("proposal_generator.", "detectron2"),
@@ -27,9 +26,9 @@ MARKS = (  # a key that tells a format, the first that fits
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give layers of older torchvision detectors their present names, which torchvision's own loading does too.
+    """Give layers of older torchvision detectors their present names, as torchvision's own loading does.
 
-    BN of detectron2's MSRA backbones, which have Caffe2's names but for their norms, is renamed as Caffe2 does.
+    detectron2's MSRA backbones have Caffe2's names but for their norms: these get Caffe2's names, too.
     """
     if "res_conv1_bn_gamma" in tensors:
         suffixes = {"_gamma": "_s", "_beta": "_b", "_running_mean": "_rm", "_running_var": "_riv"}
@@ -52,7 +51,7 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> str:
-    """The format by the names of the tensors.  Raises CheckpointError where none fits, or another than was said."""
+    """Return the format by the names of the tensors.  Raises CheckpointError where none fits, or not the stated one."""
     found = next((format for mark, format in MARKS if any(key.startswith(mark) for key in tensors)), None)
     refuse = _unsupported(tensors)
     if refuse:
@@ -69,7 +68,7 @@ def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -
 
 
 def _unsupported(tensors: dict[str, Tensor]) -> str:
-    """Say why a model that is recognised cannot be built, or nothing."""
+    """Say why a recognised model cannot be built; empty where it can."""
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)
@@ -90,7 +89,7 @@ def _unsupported(tensors: dict[str, Tensor]) -> str:
 
 
 def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> Facts:
-    """The customs of the format, then what this file says of itself, then what the user says."""
+    """Return the customs of the format, overridden by what this file states, and that by what the user states."""
     facts = FACTS[format]
     if file.extras.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's ResNets
         facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
@@ -112,7 +111,7 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
 
 
 def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
-    """What mmdetection's meta says; without it, GN models are taken for Detectron's backbones (BGR, std 1)."""
+    """Apply what mmdetection's meta states; GN models without it are taken for Detectron's backbones (BGR, std 1)."""
     meta = file.extras.get("meta")
     text = str(meta.get("config") or meta.get("cfg") or "") if isinstance(meta, dict) else ""
     if not text:

@@ -12,8 +12,24 @@ from gndet.config.schema import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 
 LEVELS = STAGES = (2, 3, 4, 5)
-CLASS_ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows a class
-BATCH_NORMS = ("bn", "sync_bn", "frozen_bn", "brn")
+PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")  # those that a file may hold
+STEM = "backbone.stem.conv.weight"
+BACKGROUND = "box_head.cls_score"  # this layer has a row for the background, the last
+CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows per class
+SHAPING = (  # options of `model` that decide the shapes, named where shapes differ
+    *("backbone.depth", "fpn.channels", "rpn.num_convs", "rpn.aspect_ratios"),
+    *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
+    *("mask_head.num_convs", "mask_head.channels"),
+)
+CONVENTIONS = (  # options of `model` that decide what the same weights compute, by the part that must be in the file
+    ("backbone", "backbone.stride_in_1x1"),
+    ("backbone", "pixel_mean"),
+    ("rpn", "rpn.aspect_ratios"),
+    ("rpn", "rpn.anchors"),
+    ("box_head", "box_head.roi_align"),
+    ("mask_head", "mask_head.roi_align"),
+)
+NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences that are reported, not refused
 
 
 class Brick(NamedTuple):
@@ -48,7 +64,7 @@ class Names(NamedTuple):
 
 
 def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> tuple[Brick, Brick, Brick]:
-    """torchvision's names of a ResNet."""
+    """Name a ResNet as torchvision does."""
     block = f"{prefix}layer{{t}}.{{i}}."
     return (
         Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
@@ -58,17 +74,17 @@ def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> tuple[Brick, Brick
 
 
 def _own(name: str) -> Brick:
-    """detectron2's way: the norm is a part of the convolution."""
+    """Name a brick as detectron2 does: the norm is a part of the convolution."""
     return Brick(name, f"{name}.norm")
 
 
 def _sequence(name: str, bare: str | None = None) -> Brick:
-    """torchvision's way: a sequence of convolution and norm."""
+    """Name a brick as torchvision does: a sequence of convolution and norm."""
     return Brick(f"{name}.0", f"{name}.1", bare)
 
 
 def _module(name: str) -> Brick:
-    """mmcv's ConvModule."""
+    """Name a brick as mmcv's ConvModule does."""
     return Brick(f"{name}.conv", f"{name}.{{norm}}")
 
 
@@ -149,7 +165,7 @@ NORM_SUFFIXES = {".weight": "_s", ".bias": "_b", ".running_mean": "_rm", ".runni
 
 
 def theirs(format: str, layer: str, parameter: str) -> str:
-    """The key of a layer's parameter ("weight", "bias", "running_mean" ...) in a file of that format."""
+    """Return the key of a layer's parameter ("weight", "bias", "running_mean" ...) in a file of that format."""
     if format != "detectron":
         return f"{layer}.{parameter}"
     suffixes = NORM_SUFFIXES if layer.endswith(("_bn", "_gn")) else SUFFIXES
@@ -158,53 +174,57 @@ def theirs(format: str, layer: str, parameter: str) -> str:
 
 def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[str, str]:
     """Map gndet's layers of those parts ("backbone.res2.0.conv1.conv", "rpn.deltas") to a format's, in model order."""
-    names, norms = FORMATS[format], cfg.part_norms()
+    norms = cfg.part_norms()
     result: dict[str, str] = {}
-
-    def brick(part: str, ours: str, brick: Brick | None, **numbers: object) -> None:
-        assert brick is not None, f"{format} has no {part}"
-        norm = "bn" if norms[part].kind in BATCH_NORMS else "gn"
+    for part, layer, there, numbers in _layers(FORMATS[format], cfg):
+        if part not in parts:
+            continue
+        assert there is not None, f"{format} has no {part}"
+        if isinstance(there, str):
+            result[f"{part}.{layer}"] = there.format(**numbers)
+            continue
+        norm = "bn" if norms[part].has_running_statistics else "gn"
         numbers |= {"norm": norm, "conv1": "res_conv1" if norm == "bn" else "conv1"}
         normed = norms[part].kind != "none"
-        conv = brick.conv if normed or brick.bare is None else brick.bare
-        result[f"{part}.{ours}.conv"] = conv.format(**numbers)
+        conv = there.conv if normed or there.bare is None else there.bare
+        result[f"{part}.{layer}.conv"] = conv.format(**numbers)
         if normed:
-            result[f"{part}.{ours}.norm"] = brick.norm.format(**numbers)
-
-    if "backbone" in parts:
-        brick("backbone", "stem", names.stem)
-        for s, i, k, has_shortcut in _blocks(cfg.backbone.depth):
-            if k == 1 and has_shortcut:
-                brick("backbone", f"res{s}.{i}.shortcut", names.shortcut, s=s, t=s - 1, i=i)
-            brick("backbone", f"res{s}.{i}.conv{k}", names.block, s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1])
-    if "fpn" in parts:
-        for level, count in zip(LEVELS, BLOCKS[cfg.backbone.depth], strict=True):
-            numbers = {"L": level, "l": level - 2, "u": level - 1, "last": count - 1}
-            lateral = names.top if level == 5 and names.top else names.lateral
-            brick("fpn", f"lateral{level}", lateral, **numbers)
-            brick("fpn", f"output{level}", names.output, **numbers)
-    if "rpn" in parts:
-        for n in range(cfg.rpn.num_convs):
-            brick("rpn", f"convs.{n}", names.rpn if cfg.rpn.num_convs == 1 else names.rpn_many, n=n)
-        result |= {"rpn.objectness": names.objectness, "rpn.deltas": names.deltas}
-    if "box_head" in parts:
-        bare = cfg.box_head.kind == "2fc"
-        convs = 0 if bare else cfg.box_head.num_convs
-        for n in range(convs):
-            brick("box_head", f"convs.{n}", names.box_conv, n=n, m=n + 1, x=3 * n, x1=3 * n + 1)
-        for n in range(2 if bare else 1):
-            fc = names.fc if bare else names.fc_after_convs
-            result[f"box_head.fcs.{n}"] = fc.format(n=n, m=n + 1, f=6 + n, flat=convs + 1)
-        result |= {"box_head.cls_score": names.cls_score, "box_head.bbox_pred": names.bbox_pred}
-    if "mask_head" in parts:
-        for n in range(cfg.mask_head.num_convs):
-            brick("mask_head", f"convs.{n}", names.mask_conv, n=n, m=n + 1)
-        result |= {"mask_head.deconv": names.deconv, "mask_head.logits": names.mask_logits}
+            result[f"{part}.{layer}.norm"] = there.norm.format(**numbers)
     return result
 
 
+def _layers(names: Names, cfg: ModelConfig) -> Iterator[tuple[str, str, Brick | str | None, dict[str, object]]]:
+    """Yield every layer of a model: its part, gndet's name of it, the format's template, and the numbers to put in."""
+    yield "backbone", "stem", names.stem, {}
+    for s, i, k, has_shortcut in _blocks(cfg.backbone.depth):
+        if k == 1 and has_shortcut:
+            yield "backbone", f"res{s}.{i}.shortcut", names.shortcut, {"s": s, "t": s - 1, "i": i}
+        yield "backbone", f"res{s}.{i}.conv{k}", names.block, {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1]}
+    for level, count in zip(LEVELS, BLOCKS[cfg.backbone.depth], strict=True):
+        numbers = {"L": level, "l": level - 2, "u": level - 1, "last": count - 1}
+        yield "fpn", f"lateral{level}", names.top if level == 5 and names.top else names.lateral, {**numbers}
+        yield "fpn", f"output{level}", names.output, {**numbers}
+    for n in range(cfg.rpn.num_convs):
+        yield "rpn", f"convs.{n}", names.rpn if cfg.rpn.num_convs == 1 else names.rpn_many, {"n": n}
+    yield "rpn", "objectness", names.objectness, {}
+    yield "rpn", "deltas", names.deltas, {}
+    bare = cfg.box_head.kind == "2fc"
+    convs = 0 if bare else cfg.box_head.num_convs
+    for n in range(convs):
+        yield "box_head", f"convs.{n}", names.box_conv, {"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1}
+    for n in range(2 if bare else 1):
+        numbers = {"n": n, "m": n + 1, "f": 6 + n, "flat": convs + 1}
+        yield "box_head", f"fcs.{n}", names.fc if bare else names.fc_after_convs, numbers
+    yield "box_head", "cls_score", names.cls_score, {}
+    yield "box_head", "bbox_pred", names.bbox_pred, {}
+    for n in range(cfg.mask_head.num_convs):
+        yield "mask_head", f"convs.{n}", names.mask_conv, {"n": n, "m": n + 1}
+    yield "mask_head", "deconv", names.deconv, {}
+    yield "mask_head", "logits", names.mask_logits, {}
+
+
 def _blocks(depth: int) -> Iterator[tuple[int, int, int, bool]]:
-    """Stage, block, convolution and whether the block has a shortcut convolution."""
+    """Yield stage, block, convolution, and whether the block has a shortcut convolution."""
     for s, count in zip(STAGES, BLOCKS[depth], strict=True):
         for i in range(count):
             for k in range(1, 3 if depth < 50 else 4):

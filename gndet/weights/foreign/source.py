@@ -1,8 +1,8 @@
 """What a file of another toolkit holds, in gndet's names, with everything that its numbers silently assume.
 
-`read_source` gives a `Source`: tensors by gndet's names, the ModelConfig under which they compute what they computed
-there, the classes, and the assumptions in words. C channels, K classes; row 0 is the background's in torchvision,
-Detectron and maskrcnn-benchmark, the last row in detectron2, mmdetection and gndet.
+A `Source` has tensors by gndet's names, the ModelConfig under which they compute what they computed there, the classes,
+and the assumptions in words. K classes; row 0 is the background's in torchvision, Detectron and maskrcnn-benchmark,
+the last row in detectron2, mmdetection and gndet.
 """
 
 import re
@@ -14,14 +14,26 @@ from torch import Tensor
 from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
-from gndet.weights.foreign.coco_classes import CATEGORY_IDS, NAMES
-from gndet.weights.foreign.describe import FACTS, Facts, Reader, describe
-from gndet.weights.foreign.files import WeightFile
-from gndet.weights.foreign.formats import MAX_NAMED, facts_of, format_of, renamed
-from gndet.weights.foreign.names import BATCH_NORMS, CLASS_ROWS, layer_names, theirs
+from gndet.weights.foreign.describe import FACTS, Facts, Reader, infer_config
+from gndet.weights.foreign.files import MAX_NAMED, WeightFile, first_few
+from gndet.weights.foreign.formats import facts_of, format_of, renamed
+from gndet.weights.foreign.names import BACKGROUND, CLASS_ROWS, STEM, layer_names, theirs
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90
+# facts of COCO's instances_train2017.json, for files that know numbers only
+COCO_CLASSES = """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
+laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
+scissors, teddy bear, hair drier, toothbrush
+"""
+COCO_NAMES = tuple(name.strip() for name in COCO_CLASSES.split(","))
+UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1..90, the ids that no class has
+CATEGORY_IDS = tuple(id for id in range(1, 91) if id not in UNUSED_IDS)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -57,7 +69,7 @@ HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tra
 def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     """Name a file's tensors as gndet does and state what they assume.
 
-    cfg: what the user knows better.  origin: the weight name it was fetched by, if any.
+    cfg: what the user states about it.  origin: the weight name it was fetched by, if any.
     Raises CheckpointError where the format is unknown, a layer or half a part is missing, or the model is none of
     gndet's (C4, grouped or deep-stem ResNets, class-agnostic boxes), naming keys and shapes.
     """
@@ -65,30 +77,24 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     format = format_of(file, tensors, cfg)
     facts = facts_of(format, file, tensors, cfg)
     reader = Reader(str(file.path), format, tensors)
-    model, parts = describe(reader, facts, cfg, origin or file.path.name)
+    model, parts = infer_config(reader, facts, cfg, origin or file.path.name)
     names = layer_names(format, model, parts)
-    state, used = {}, set()
-    for layer, name in names.items():
-        for parameter in PARAMETERS:
-            key = theirs(format, name, parameter)
-            if key in tensors:
-                state[f"{layer}.{parameter}"] = tensors[key]
-                used.add(key)
-    batch_norms = [part for part in parts if model.part_norms()[part].kind in BATCH_NORMS]
-    for part in batch_norms:
+    keys = {f"{layer}.{key}": theirs(format, name, key) for layer, name in names.items() for key in PARAMETERS}
+    state = {own: tensors[key] for own, key in keys.items() if key in tensors}
+    known = set(keys.values())
+    unused = [key for key in tensors if key not in known]
+    for part in [part for part in parts if model.part_norms()[part].has_running_statistics]:
         _complete_fused(state, [name for name in names if name.startswith(f"{part}.") and name.endswith(".norm")])
     fused = fused_parts(state, parts)
     _drop_conv_biases(state, names, str(file.path))
-    notes = []
     if facts.bgr:
-        state["backbone.stem.conv.weight"] = state["backbone.stem.conv.weight"].flip(1)
+        state[STEM] = state[STEM].flip(1)
     num_classes = _order_classes(state, format, facts, cfg)
-    classes, note = _classes(num_classes, file, cfg)
-    notes += [_assumptions(facts, model, parts, fused), *note]
+    classes, notes = _classes(num_classes, file, cfg)
+    notes = [_assumptions(facts, model, parts, fused), *notes]
     _check_whole(state, model, parts, num_classes, reader)
-    unused = [key for key in tensors if key not in used]
     _refuse_strangers(reader, unused)
-    ids = CATEGORY_IDS if classes == NAMES else None
+    ids = CATEGORY_IDS if classes == COCO_NAMES else None
     return Source(
         str(file.path), format, state, model, parts, classes, num_classes, fused, notes, unused, category_ids=ids
     )
@@ -107,7 +113,7 @@ def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> None:
 
 
 def fused_parts(state: dict[str, Tensor], parts: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts all of whose BN layers have mean 0 and variance 1: the real statistics went into gamma and beta."""
+    """Return the parts whose BN layers all have mean 0 and variance 1: gamma and beta hold the real statistics."""
 
     def identity(layer: str) -> bool:
         mean, var = state[f"{layer}.running_mean"], state[f"{layer}.running_var"]
@@ -134,7 +140,7 @@ def _refuse_strangers(reader: Reader, unused: list[str]) -> None:
 
 
 def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str) -> None:
-    """Put biases of convolutions before a norm, which Detectron's MSRA backbones have as zeros, into BN's mean.
+    """Fold biases of convolutions before a norm, which are zero in Detectron's MSRA backbones, into BN's mean.
 
     Raises CheckpointError where the norm is GN and the bias is not zero.
     """
@@ -155,7 +161,7 @@ def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: Sou
     }
     if not counts:
         return 0
-    total = counts.get("box_head.cls_score", counts.get("mask_head.logits", 0) + (not facts.background_first))
+    total = counts.get(BACKGROUND, counts.get("mask_head.logits", 0) + (not facts.background_first))
     sparse = format == "torchvision" and total == COCO_ROWS and len(cfg.classes or ()) != COCO_ROWS - 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
     for layer, n in CLASS_ROWS.items():
@@ -165,26 +171,26 @@ def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: Sou
             tensor = state[key].unflatten(0, (-1, n))  # (classes, n, ...)
             if facts.background_first:
                 foreground = tensor[1:] if gather is None else tensor[gather]
-                tensor = torch.cat([foreground, tensor[:1]]) if layer == "box_head.cls_score" else foreground
+                tensor = torch.cat([foreground, tensor[:1]]) if layer == BACKGROUND else foreground
             state[key] = tensor.flatten(0, 1)
     return len(CATEGORY_IDS) if gather is not None else total - 1
 
 
 def _classes(num: int, file: WeightFile, cfg: SourceConfig) -> tuple[tuple[str, ...] | None, list[str]]:
-    """The names of the classes, from the user, the file's meta, or COCO where there are 80."""
+    """Return the names of the classes by the user, the file's meta, or COCO where there are 80, and notes on them."""
     meta = file.extras.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     inner = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
     named = cfg.classes or meta.get("CLASSES") or inner.get("CLASSES") or inner.get("classes")
     if not num:
         return None, []
-    if named and all(isinstance(name, str) for name in named):
+    if isinstance(named, list | tuple) and named and all(isinstance(name, str) for name in named):
         if len(named) != num:
             where = "train.source.classes" if cfg.classes else "its meta"
             raise ConfigError(f"{file.path}: {where} names {len(named)} classes, its heads have {num}")
         return tuple(named), [f"classes: {', '.join(named[:MAX_NAMED])}{', ...' if num > MAX_NAMED else ''}"]
-    if num == len(NAMES):
-        return NAMES, ["classes: 80, taken for COCO's in COCO's order (train.source.classes states others)"]
+    if num == len(COCO_NAMES):
+        return COCO_NAMES, ["classes: 80, taken for COCO's in COCO's order (train.source.classes states others)"]
     return None, [f"classes: {num} without names; train.source.classes=[...] names them, so that rows carry over"]
 
 
@@ -214,16 +220,15 @@ def _check_whole(
         if key not in expected and not key.endswith(".num_batches_tracked")
     ]
     if wrong:
-        more = [f"and {len(wrong) - MAX_NAMED} more"] if len(wrong) > MAX_NAMED else []
         cause = "likely cause: a part of the file is missing, or it is a variant of the model that gndet does not have"
-        lines = "\n  ".join([*wrong[:MAX_NAMED], *more, cause])
+        lines = "\n  ".join([*first_few(wrong), cause])
         raise CheckpointError(
             f"{reader.path}: {len(wrong)} tensors of a {FACTS[reader.format].title} model:\n  {lines}"
         )
 
 
 def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
-    """One line of what the file is taken for."""
+    """Say in one line what the file is taken for."""
     norms = sorted({norm.kind for norm in model.part_norms().values()})
     stride = "1x1" if model.backbone.stride_in_1x1 else "3x3"
     order = "BGR, turned to RGB in the stem" if facts.bgr else "RGB"
@@ -233,9 +238,7 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
     ]  # fmt: skip
     norm = model.part_norms()["backbone"]
     if norm.kind == "gn":
-        words.append(
-            f"{norm.channels_per_group} channels a group" if norm.channels_per_group else f"{norm.groups} groups"
-        )
+        words.append(norm.grouping)
     words.append(f"eps {norm.eps:g}")
     if model.backbone.depth >= 50:
         words.append(f"stride in the {stride}")

@@ -79,9 +79,10 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
             f"  train.norm_policy={policy:<10}  {words}" for policy, words in CHOICES.items()
             if not any(_unable(policy, part, *pair, source) for part, pair in differing.items())
         ]  # fmt: skip
+        choices = "\n".join([f"  {' '.join(keep)}  as in the file{hint}", *able])
         raise CheckpointError(
-            f"{source.path}: {'; '.join(clashes.values())}; the same numbers mean something else there, so choose one "
-            + "\n".join(["of", f"  {' '.join(keep)}  as in the file{hint}", *able])
+            f"{source.path}: {'; '.join(clashes.values())}; "
+            f"the same numbers mean something else there, so choose one of\n{choices}"
         )
     for part, pair in differing.items():
         if why := _unable(train.norm_policy, part, *pair, source):

@@ -61,7 +61,7 @@ def renormalize(
     groups = mean.shape[1]
     scale = rstd[:, :, None] * gamma.view(groups, -1)  # (B, G, C/G)
     shift = beta.view(groups, -1) - mean[:, :, None] * scale
-    scale, shift = (one.flatten(1)[:, :, None, None] for one in (scale, shift))
+    scale, shift = (factor.flatten(1)[:, :, None, None] for factor in (scale, shift))
     y = torch.addcmul(shift, x.to(gamma.dtype), scale)
     y = y.relu_() if relu else y
     return clear_padding(y, area).to(x.dtype)

@@ -134,7 +134,7 @@ if triton is not None:
         centre, scale = tl.load(mean + group, mask=here, other=0.0), tl.load(rstd + group, mask=here, other=0.0)
         x += image * positions * channels
         grad += image * positions * channels
-        one = tl.zeros([block_c], tl.float32)
+        slopes = tl.zeros([block_c], tl.float32)
         two = tl.zeros([block_c], tl.float32)
         for start in range(part * stripe, tl.minimum((part + 1) * stripe, positions), block_p):
             position = start + tl.arange(0, block_p)
@@ -143,10 +143,10 @@ if triton is not None:
             at = position.to(tl.int64)[:, None] * channels + channel[None, :]
             value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
             slope = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
-            one += tl.sum(slope, 0)
+            slopes += tl.sum(slope, 0)
             two += tl.sum(tl.where(keep, slope * (value - centre[None, :]) * scale[None, :], 0.0), 0)
         sums += (image * tl.num_programs(1) + part) * 2 * channels
-        tl.store(sums + channel, one, mask=here)
+        tl.store(sums + channel, slopes, mask=here)
         tl.store(sums + channels + channel, two, mask=here)
 
     @triton.jit
@@ -162,13 +162,16 @@ if triton is not None:
         at = image * positions * channels + position.to(tl.int64)[:, None] * channels + channel[None, :]
         group = image * groups + channel // (channels // groups)
         scale, centre = tl.load(rstd + group, mask=here, other=0.0), tl.load(mean + group, mask=here, other=0.0)
-        one, two = tl.load(of_grad + group, mask=here, other=0.0), tl.load(of_normal + group, mask=here, other=0.0)
+        mean_grad, mean_normal = (
+            tl.load(of_grad + group, mask=here, other=0.0),
+            tl.load(of_normal + group, mask=here, other=0.0),
+        )
         factor = tl.load(gamma + channel, mask=here, other=0.0).to(tl.float32)
         keep = inside[:, None] & here[None, :]
         value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)
         slope = tl.load(grad + at, mask=keep, other=0.0).to(tl.float32)
         normal = (value - centre[None, :]) * scale[None, :]
-        result = scale[None, :] * (slope * factor[None, :] - one[None, :] - normal * two[None, :])
+        result = scale[None, :] * (slope * factor[None, :] - mean_grad[None, :] - normal * mean_normal[None, :])
         stored = (position < positions)[:, None] & here[None, :]
         tl.store(grad_x + at, tl.where(keep, result, 0.0).to(grad_x.dtype.element_ty), mask=stored)
 
@@ -207,7 +210,7 @@ def _compare(shape: tuple[int, int, int, int, int], device: torch.device) -> lis
     slopes = torch.ops.aten.native_group_norm_backward(
         grad.double(), x.double(), centre, scale, gamma.double(), *size, [True, True, True]
     )
-    x, grad = (one.contiguous(memory_format=torch.channels_last) for one in (x, grad))
+    x, grad = (maps.contiguous(memory_format=torch.channels_last) for maps in (x, grad))
     y, mean, rstd = forward(x, gamma, beta, groups, 1e-5, None, relu=True)
     found = (y, *backward(grad, x, gamma, mean, rstd, None))
     names = ("result", "gradient", "gradient of gamma", "gradient of beta")

@@ -162,10 +162,8 @@ if triton is not None:
         at = image * positions * channels + position.to(tl.int64)[:, None] * channels + channel[None, :]
         group = image * groups + channel // (channels // groups)
         scale, centre = tl.load(rstd + group, mask=here, other=0.0), tl.load(mean + group, mask=here, other=0.0)
-        mean_grad, mean_normal = (
-            tl.load(of_grad + group, mask=here, other=0.0),
-            tl.load(of_normal + group, mask=here, other=0.0),
-        )
+        mean_grad = tl.load(of_grad + group, mask=here, other=0.0)
+        mean_normal = tl.load(of_normal + group, mask=here, other=0.0)
         factor = tl.load(gamma + channel, mask=here, other=0.0).to(tl.float32)
         keep = inside[:, None] & here[None, :]
         value = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)

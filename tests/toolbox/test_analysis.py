@@ -135,7 +135,7 @@ def test_an_interval_holds_the_value_and_hangs_on_the_seed_alone(case: tuple) ->
     assert ends.ap.low < found.metrics.summary["AP"] < ends.ap.high
     assert ends == ap_intervals(found.matches, seed=3) != ap_intervals(found.matches, seed=4)
     sample = resample(found.matches, seed=0, draws=50)
-    assert sample.ap.shape == (50, len(found.matches.classes))
+    assert sample.shape == (51, len(found.matches.classes), 10)
     zero = paired_interval(found.matches, found.matches)
     assert zero == (0.0, 0.0)
 

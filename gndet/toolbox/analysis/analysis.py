@@ -3,6 +3,7 @@
 `analyse` puts together what the modules of this package find; `gndet analyze` and the report show it.
 """
 
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,6 @@ class Suspect(NamedTuple):
     found: str  # class of the detection
     annotated: str  # class of the object; "" for none
     annotation_id: int  # 0: none
-    index: int  # place of the detection in the results
 
 
 class Analysis(NamedTuple):
@@ -45,11 +45,7 @@ class Analysis(NamedTuple):
     counts: np.ndarray  # (N, 3) found, false and missed per image, at `threshold`
     f1: np.ndarray  # (N,) per image; 1 where there is nothing and nothing was found
     suspects: list[Suspect]
-
-    @property
-    def threshold(self) -> float:
-        """The score from which detections count when single images are judged."""
-        return _threshold(self.best)
+    threshold: float  # the score from which detections count when single images are judged
 
     def worst(self, count: int) -> list[int]:
         """Return the places of the worst images: by F1, then by the number of mistakes."""
@@ -81,7 +77,7 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
     matches = read_matches(scorer, dataset)
     curves = score_curves(matches)
     best = best_thresholds(curves)
-    threshold = _threshold(best)
+    threshold = best[-1].threshold if best[-1] else USUAL_THRESHOLD
     counts = image_counts(matches, threshold)
     with np.errstate(invalid="ignore"):
         f1 = np.where(counts.any(1), 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]), 1.0)
@@ -90,12 +86,8 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
         curves=curves, best=best, intervals=ap_intervals(matches),
         errors=sort_errors(scorer, matches, results, truth, segm=kind == "mask"),
         confusion=scorer.confusion_matrix(0.5, max_detections, threshold)["matrix"].astype(np.int64),
-        counts=counts, f1=f1, suspects=_suspects(scorer, matches, threshold),
+        counts=counts, f1=f1, suspects=_suspects(scorer, matches, threshold), threshold=threshold,
     )  # fmt: skip
-
-
-def _threshold(best: list[BestThreshold | None]) -> float:
-    return best[-1].threshold if best[-1] else USUAL_THRESHOLD
 
 
 def image_counts(matches: Matches, threshold: float) -> np.ndarray:
@@ -114,8 +106,8 @@ def _suspects(scorer: Any, matches: Matches, threshold: float) -> list[Suspect]:
     suspects = [
         Suspect(
             place[row["image_id"]], row["type"], row["dt_score"], row["dt_category"] or "",
-            row.get("gt_category") or "", row.get("gt_id") or 0, row["dt_id"] - 1,
+            row.get("gt_category") or "", row.get("gt_id") or 0,
         )
-        for row in scorer.image_diagnostics(0.5, threshold)["label_errors"]
+        for row in sorted(scorer.image_diagnostics(0.5, threshold)["label_errors"], key=itemgetter("dt_id"))
     ]  # fmt: skip
-    return sorted(suspects, key=lambda suspect: (-suspect.score, suspect.image, suspect.index))
+    return sorted(suspects, key=lambda suspect: (-suspect.score, suspect.image))

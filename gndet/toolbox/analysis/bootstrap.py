@@ -34,67 +34,51 @@ class Intervals(NamedTuple):
     draws: int
 
 
-class ResampledAP(NamedTuple):
-    """AP of each draw: (D, K) over all thresholds, and at 0.5; nan where a class has no object at all."""
-
-    ap: np.ndarray
-    ap50: np.ndarray
-
-
 def ap_intervals(matches: Matches, *, seed: int = 0) -> Intervals:
     """Return 95 % intervals of AP."""
-    sample, whole = resample(matches, seed=seed), _ap_of_all_images(matches)
+    ap = resample(matches, seed=seed)
     return Intervals(
-        _interval(_class_mean(sample.ap), _class_mean(whole.ap)),
-        _interval(_class_mean(sample.ap50), _class_mean(whole.ap50)),
-        [_interval(column, value) for column, value in zip(sample.ap.T, whole.ap.T, strict=True)], len(sample.ap),
+        ap=_interval(_class_mean(ap.mean(2))), ap50=_interval(_class_mean(ap[:, :, 0])),
+        class_ap=[_interval(column) for column in ap.mean(2).T], draws=len(ap) - 1,
     )  # fmt: skip
 
 
 def paired_interval(first: Matches, second: Matches, *, seed: int = 0) -> Interval:
     """Return the 95 % interval of AP(second) - AP(first), over the same draws of the same images."""
     draws = min(_num_draws(first), _num_draws(second))
-    a, b = (_class_mean(resample(matches, seed=seed, draws=draws).ap) for matches in (first, second))
-    whole_a, whole_b = (_class_mean(_ap_of_all_images(matches).ap) for matches in (first, second))
-    return _interval(b - a, whole_b - whole_a, -1.0)
+    a, b = (_class_mean(resample(matches, seed=seed, draws=draws).mean(2)) for matches in (first, second))
+    return _interval(b - a, floor=-1.0)
 
 
 def _num_draws(matches: Matches) -> int:
     return int(np.clip(WORK / max(matches.matched.size, 1), FEWEST, MOST))
 
 
-def _ap_of_all_images(matches: Matches) -> ResampledAP:
-    return _weighted_ap(matches, np.ones((1, len(matches.image_ids))))
+def resample(matches: Matches, *, seed: int, draws: int | None = None) -> np.ndarray:
+    """Return the AP (1 + D, K, T): of all images, then of D draws of N images; an image drawn twice counts twice.
 
-
-def resample(matches: Matches, *, seed: int, draws: int | None = None) -> ResampledAP:
-    """Return the AP of each class over draws of N images; an image drawn twice counts twice.
-
-    A class without an object in a draw keeps its AP of all images there: left out of that draw's mean, classes with
-    few images, which are often the poor ones, would be underrepresented.
+    nan where a class has no object at all.  A class without an object in a draw keeps its AP of all images there: left
+    out of that draw's mean, classes with few images, which are often the poor ones, would be underrepresented.
     """
-    draws, images = draws or _num_draws(matches), len(matches.image_ids)
-    generator = np.random.default_rng(seed)
-    return _weighted_ap(matches, generator.multinomial(images, np.full(images, 1 / max(images, 1)), size=draws))
-
-
-def _weighted_ap(matches: Matches, weights: np.ndarray) -> ResampledAP:
-    """Return the AP of each class where each image counts as often as weights (D, N) say."""
-    draws, weights = len(weights), weights.astype(np.float64)
-    ap = np.full((draws, len(matches.classes), matches.matched.shape[1]), np.nan)
+    images = len(matches.image_ids)
+    drawn = np.random.default_rng(seed).multinomial(
+        images, np.full(images, 1 / max(images, 1)), size=draws or _num_draws(matches)
+    )
+    weights = np.concatenate([np.ones((1, images)), drawn])  # how often each image counts
+    ap = np.full((len(weights), len(matches.classes), matches.matched.shape[1]), np.nan)
     for k in range(len(matches.classes)):
         rows = np.flatnonzero(matches.label == k)
         rows = rows[np.argsort(-matches.scores[rows], kind="stable")]
         counted = ~matches.ignored[rows]
         hit = (matches.matched[rows] > 0) & counted
         objects = matches.object_image[(matches.object_label == k) & ~matches.object_ignored]
-        whole = average_precision(hit, counted & ~hit, np.ones((1, len(rows))), np.array([float(len(objects))]))
         at_once = max(int(AT_ONCE // max(hit.size, 1)), 1)
-        for first in range(0, draws, at_once):
-            chunk = weights[first : first + at_once]
-            part = average_precision(hit, counted & ~hit, chunk[:, matches.image[rows]], chunk[:, objects].sum(1))
-            ap[first : first + at_once, k] = np.where(np.isnan(part), whole, part)
-    return ResampledAP(ap.mean(2), ap[:, :, 0])
+        for first in range(0, len(weights), at_once):
+            part = weights[first : first + at_once]
+            ap[first : first + at_once, k] = average_precision(
+                hit, counted & ~hit, part[:, matches.image[rows]], part[:, objects].sum(1)
+            )
+    return np.where(np.isnan(ap), ap[0], ap)
 
 
 def average_precision(hit: np.ndarray, wrong: np.ndarray, weight: np.ndarray, objects: np.ndarray) -> np.ndarray:
@@ -113,12 +97,12 @@ def average_precision(hit: np.ndarray, wrong: np.ndarray, weight: np.ndarray, ob
 
 
 def _class_mean(values: np.ndarray) -> np.ndarray:
-    """Average (D, K) over the classes that have objects, to (D,)."""
+    """Average (1 + D, K) over the classes that have objects, to (1 + D,)."""
     known = ~np.isnan(values).any(0)
     return values[:, known].mean(1) if known.any() else np.full(len(values), np.nan)
 
 
-def _interval(values: np.ndarray, value: np.ndarray, floor: float = 0.0) -> Interval:
-    """Return the interval of a value (1,) within [floor, 1] from the values of the draws (D,)."""
-    reach = Z * values.std()
-    return Interval(*np.clip((value[0] - reach, value[0] + reach), floor, 1.0).tolist())
+def _interval(values: np.ndarray, floor: float = 0.0) -> Interval:
+    """Return the interval, within [floor, 1], of a value over all images and over D draws, (1 + D,)."""
+    reach = Z * values[1:].std()
+    return Interval(*np.clip((values[0] - reach, values[0] + reach), floor, 1.0).tolist())

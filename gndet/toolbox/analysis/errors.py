@@ -43,22 +43,31 @@ def sort_errors(
     kind = np.full(len(matches.index), "", dtype="<U4")
     decided_by = np.zeros(len(kind), dtype=np.int64)  # annotation id of the object that decides the kind; 0: none
     used = set(matches.matched[:, 0].tolist())
-    objects = _by_image(truth, segm)
     classes = dict(zip(matches.object_ids.tolist(), matches.object_label.tolist(), strict=True))
+    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
     rows = np.flatnonzero(false_positives(matches))
     rows = rows[np.argsort(matches.image[rows], kind="stable")]
     for image, group in groupby(rows.tolist(), key=lambda row: matches.image[row]):
         of_image = list(group)
-        there = objects.get(int(matches.image_ids[image]), [])
-        ious = _ious(_shapes(results, matches.index[of_image], segm), there)  # (rows, objects)
-        labels = np.array([classes[thing.id] for thing in there], dtype=np.int64)
-        taken = np.array([thing.id in used for thing in there], dtype=bool)
-        crowd = np.array([thing.crowd for thing in there], dtype=bool)
+        there = objects[int(matches.image_ids[image])]
+        found = results.take(matches.index[of_image])
+        crowd = np.array([row["iscrowd"] for row in there], dtype=bool)
+        if segm:
+            size = (truth["images"][image]["height"], truth["images"][image]["width"])
+            shapes, drawn = found.masks(), [to_rle(row["segmentation"], size) for row in there]
+        else:
+            shapes, drawn = found.boxes.tolist(), [row["bbox"] for row in there]
+        # (rows, objects); over a crowd, the share of the detection that lies on it
+        ious = np.asarray(hotcoco_mask.iou(shapes, drawn, crowd.tolist())).reshape(len(of_image), len(there))
+        labels = np.array([classes[row["id"]] for row in there], dtype=np.int64)
+        taken = np.array([row["id"] in used for row in there], dtype=bool)
         for row, iou in zip(of_image, ious, strict=True):
             same = labels == matches.label[row]
             kind[row], place = _kind(np.where(crowd & ~same, -1.0, iou), same, taken)  # ignore other classes' crowds
             if place >= 0:
-                decided_by[row] = there[place].id
+                decided_by[row] = there[place]["id"]
     nearly = decided_by[np.isin(kind, ("Cls", "Loc"))]  # if fixed, these would find their object
     missed = ~matches.object_ignored & (matches.object_index[:, 0] < 0) & ~np.isin(matches.object_ids, nearly)
     return Errors(dict(tide["delta_ap"]), dict(tide["counts"]), kind, missed)
@@ -81,38 +90,3 @@ def _kind(iou: np.ndarray, same: np.ndarray, taken: np.ndarray) -> tuple[str, in
     if max(top_own, top_other) <= BACKGROUND:
         return "Bkg", -1
     return "Both", best_other if top_other > top_own else best_own
-
-
-class _Object(NamedTuple):
-    """An annotation that detections are compared with."""
-
-    id: int
-    shape: Any  # box xywh, or the code of a mask
-    crowd: bool  # then the overlap is the share of the detection that lies on it
-
-
-def _by_image(truth: dict[str, Any], segm: bool) -> dict[int, list[_Object]]:
-    """Return the annotations of each image."""
-    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
-    objects: dict[int, list[_Object]] = {}
-    for row in truth["annotations"]:
-        shape = to_rle(row["segmentation"], sizes[row["image_id"]]) if segm else row["bbox"]
-        objects.setdefault(row["image_id"], []).append(_Object(row["id"], shape, bool(row.get("iscrowd", 0))))
-    return objects
-
-
-def _shapes(results: Results, index: np.ndarray, segm: bool) -> list[Any]:
-    """Return the boxes or masks of the detections at places (n,)."""
-    if not segm:
-        return results.boxes[index].tolist()
-    masks = results.take(index).masks()
-    assert masks is not None  # analysed by masks
-    return masks
-
-
-def _ious(found: list[Any], objects: list[_Object]) -> np.ndarray:
-    """Return the IoU of every detection with every object, (n, m), as COCO computes it."""
-    if not found or not objects:
-        return np.zeros((len(found), len(objects)))
-    shapes, crowd = [thing.shape for thing in objects], [thing.crowd for thing in objects]
-    return np.asarray(hotcoco_mask.iou(found, shapes, crowd)).reshape(len(found), len(objects))

@@ -11,7 +11,7 @@ import numpy as np
 
 from gndet.data.records import Dataset
 
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+IOU_THRESHOLDS = 10  # 0.5 to 0.95
 
 
 class Matches(NamedTuple):
@@ -39,12 +39,8 @@ def read_matches(scorer: hotcoco.COCOeval, dataset: Dataset) -> Matches:
     parts = [part for part in scorer.evalImgs if part is not None]
     found, truth = ([part for part in parts if len(part[key])] for key in ("dtIds", "gtIds"))
 
-    def column(parts: list[dict[str, Any]], key: str, dtype: type) -> np.ndarray:
-        return np.concatenate([np.asarray(part[key], dtype=dtype) for part in parts] or [np.zeros(0, dtype)])
-
-    def rows(parts: list[dict[str, Any]], key: str, dtype: type) -> np.ndarray:
-        none = np.zeros((0, len(IOU_THRESHOLDS)), dtype)
-        return np.concatenate([np.asarray(part[key], dtype=dtype).T for part in parts] or [none])
+    def column(parts: list[dict[str, Any]], key: str, dtype: type) -> np.ndarray:  # (n,), or (n, T) of (T, n) parts
+        return np.concatenate([np.asarray(part[key], dtype=dtype).T for part in parts] or [np.zeros(0, dtype)])
 
     def repeated(parts: list[dict[str, Any]], key: str, places: dict[int, int], count: str) -> np.ndarray:
         return np.array([places[part[key]] for part in parts for _ in part[count]], dtype=np.int64)
@@ -54,12 +50,12 @@ def read_matches(scorer: hotcoco.COCOeval, dataset: Dataset) -> Matches:
         label=repeated(found, "category_id", label_of, "dtIds"),
         image=repeated(found, "image_id", image_of, "dtIds"),
         scores=column(found, "dtScores", np.float64),
-        matched=rows(found, "dtMatches", np.int64),
-        ignored=rows(found, "dtIgnore", bool),
+        matched=column(found, "dtMatches", np.int64).reshape(-1, IOU_THRESHOLDS),
+        ignored=column(found, "dtIgnore", bool).reshape(-1, IOU_THRESHOLDS),
         object_ids=column(truth, "gtIds", np.int64),
         object_label=repeated(truth, "category_id", label_of, "gtIds"),
         object_image=repeated(truth, "image_id", image_of, "gtIds"),
-        object_index=rows(truth, "gtMatches", np.int64) - 1,
+        object_index=column(truth, "gtMatches", np.int64).reshape(-1, IOU_THRESHOLDS) - 1,
         object_ignored=column(truth, "gtIgnore", bool),
         classes=tuple(dataset.classes),
         image_ids=np.array(list(image_of), dtype=np.int64),

@@ -125,7 +125,7 @@ def planted(change: Callable[[MaskRCNN], None], norm: NormConfig | None = None, 
 
 def words(measured: list[Any], update: int = 50, padding: float | None = None) -> str:
     entry = {"update": update, "layers": [layer.numbers for layer in measured], "padding": padding}
-    return "\n".join(f"{finding.kind}: {finding.words}" for finding in norm_findings([json.loads(json.dumps(entry))]))
+    return "\n".join(f"{kind}: {said}" for kind, said in norm_findings(json.loads(json.dumps(entry))))
 
 
 def nudge(model: MaskRCNN) -> None:
@@ -347,7 +347,7 @@ def test_the_section_says_what_is_wrong_and_shows_it(trained: Path, tmp_path: Pa
     entries = read_norms(trained)
     numbers_in(entries[-1], "fpn.output3.norm")["dead"] = 0.75
     (tmp_path / "norms.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    page = section(tmp_path)
+    page = section(tmp_path).html
     assert "Fpn" not in page and "fpn.output3.norm: gamma of 75 % of its channels is practically 0" in page
     assert "running statistics are not those of its batches" in page  # six updates are too few for them
     for id in ("norm-std", "norm-gamma", "norm-gap", "norm-drift", "norm-shares", "norm-padding", "norm-layers"):
@@ -358,10 +358,10 @@ def test_the_section_says_what_is_wrong_and_shows_it(trained: Path, tmp_path: Pa
 def test_the_gravest_comes_first(trained: Path) -> None:
     entries = read_norms(trained)
     entries[-1]["layers"][-1]["nonfinite"] = 0.1
-    found = norm_findings(entries)
-    kinds = [finding.kind for finding in found]
-    assert kinds == sorted(kinds) and "is not finite" in found[0].words
+    found = norm_findings(entries[-1])
+    kinds = [kind for kind, _ in found]
+    assert kinds == sorted(kinds) and "is not finite" in found[0][1]
 
 
 def test_without_a_record_the_section_says_so(tmp_path: Path) -> None:
-    assert "No norms.jsonl in this run" in section(tmp_path)
+    assert "No norms.jsonl in this run" in section(tmp_path).html

@@ -131,7 +131,7 @@ def test_one_seed_is_said_to_tell_nothing_of_chance() -> None:
 def test_a_failed_cell_is_shown_in_its_place_and_not_averaged() -> None:
     grid = made_up({("gn", 1): [0.4, 0.6, 0.9], ("bn", 1): [0.5, 0.5, 0.5]})
     grid.results[2].state = "failed"
-    assert cell_values(grid, "gn", 1, "box/AP") == [0.4, 0.6]
+    assert cell_values(grid, "gn", 1, "box/AP") == [40, 60]
     for result in grid.results[3:]:
         result.state = "failed"
     shown = study_table(grid, "box/AP")
@@ -150,7 +150,7 @@ def test_every_kind_of_study_is_drawn(
     write_study(tmp_path, grid)
     draw_curve(grid, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    html = section(tmp_path)
+    html = section(tmp_path).html
     assert "<svg" in html and "&lt;loss&gt; is not finite" in html and "nan" not in html.lower()
 
 

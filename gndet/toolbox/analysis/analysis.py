@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gndet.data.records import Dataset
+from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths, evaluated
 from gndet.evaluation.results import Results
 from gndet.toolbox.analysis.bootstrap import Intervals, ap_intervals
@@ -60,9 +61,17 @@ class Analysis(NamedTuple):
         return [int(place) for place in order if busy[place]][:count]
 
 
-def draws_masks(dataset: Dataset) -> bool:
-    """Return whether objects of a data set have masks."""
-    return any(mask is not None for record in dataset.records for mask in record.segmentations)
+def chosen_kind(dataset: Dataset, results: Results, kind: str | None = None) -> str:
+    """Return `kind`, or mask where detections and objects have masks, else box.
+
+    Raises DataError for masks where there are none.
+    """
+    drawn = any(mask is not None for record in dataset.records for mask in record.segmentations)
+    possible = drawn and results.codes is not None
+    if kind == "mask" and not possible:
+        lacking = "detections" if drawn else "objects of the data set"
+        raise DataError(f"--kind mask: the {lacking} have no masks; expected box")
+    return kind or ("mask" if possible else "box")
 
 
 def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: int) -> Analysis:

@@ -15,7 +15,7 @@ from gndet.errors import DataError
 from gndet.evaluation.results import Results
 from gndet.evaluation.tables import csv_table, text_table
 from gndet.files import make_folder, make_room_for, write_whole
-from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
+from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind
 from gndet.toolbox.analysis.read import read_results
 from gndet.toolbox.analysis.tables import Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
@@ -50,7 +50,7 @@ def analyze(
     Raises ConfigError, DataError, OutputError before anything is written.
     """
     subject = read_subject(source, data, overrides)
-    kind = chosen_kind(subject, kind)
+    kind = chosen_kind(subject.dataset, subject.results, kind)
     if json_file:
         make_room_for(json_file, "--json")
     if csv_folder:
@@ -75,43 +75,26 @@ def analyze(
 
 def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> Subject:
     """Read the detections of a run folder or a results file, with their data set.  Raises ConfigError, DataError."""
+    path = source
     if source.is_dir():
-        if not (source / CONFIG).is_file():
+        path, data = source / DETECTIONS, str(source / CONFIG)
+        if not Path(data).is_file():
             raise DataError(f"{source}: not a run folder, it has no {CONFIG}")
-        if not (source / DETECTIONS).is_file():
+        if not path.is_file():
             raise DataError(f"{source}: has no {DETECTIONS}: the run was not evaluated yet; run `gndet evaluate`")
-        cfg = load_config(source / CONFIG, overrides)
-        path = source / DETECTIONS
-        dataset, limit = read_dataset(cfg.data.val, cfg.data), cfg.evaluation.max_detections
-    else:
-        if not source.is_file():
-            raise DataError(f"{source}: no such file or folder; expected a run folder, or detections as JSON")
-        if data is None:
-            raise DataError(f"{source}: what are these detections of?  --data names COCO annotations, or a config")
-        path, (dataset, limit) = source, _of_file(data, overrides)
-    return Subject(dataset, read_results(path, dataset), limit)
-
-
-def _of_file(data: str, overrides: Sequence[str]) -> tuple[Dataset, int]:
-    """Read the data set that --data names; return it with the number of detections per image that count."""
+    if not path.is_file():
+        raise DataError(f"{source}: no such file or folder; expected a run folder, or detections as JSON")
+    if data is None:
+        raise DataError(f"{source}: what are these detections of?  --data names COCO annotations, or a config")
+    cfg = Config()
     if data.endswith((".yaml", ".yml")):
         cfg = load_config(data, overrides)
-        return read_dataset(cfg.data.val, cfg.data), cfg.evaluation.max_detections
-    path = Path(data).absolute()
-    if not path.is_file():
+        dataset = read_dataset(cfg.data.val, cfg.data)
+    elif Path(data).is_file():
+        dataset = refuse(inspect_file(Path(data).absolute(), None, DataConfig()))  # the pictures are not needed
+    else:
         raise DataError(f"--data {data}: no such file; expected COCO annotations (.json), or a config (.yaml)")
-    dataset = inspect_file(path, None, DataConfig())  # the pictures are not needed
-    return refuse(dataset), Config().evaluation.max_detections
-
-
-def chosen_kind(subject: Subject, kind: str | None) -> str:
-    """Return `kind`, or mask where there are masks, else box.  Raises DataError for masks where there are none."""
-    drawn = draws_masks(subject.dataset)
-    possible = drawn and subject.results.codes is not None
-    if kind == "mask" and not possible:
-        lacking = "detections" if drawn else "objects of the data set"
-        raise DataError(f"--kind mask: the {lacking} have no masks; expected box")
-    return kind or ("mask" if possible else "box")
+    return Subject(dataset, read_results(path, dataset), cfg.evaluation.max_detections)
 
 
 def terminal_table(table: Table) -> str:

@@ -24,6 +24,7 @@ KINDS = {
     "Bkg": "background: where no object is",
     "Miss": "missed: an object that nothing found",
 }
+TITLES = {kind: words.partition(":")[0] for kind, words in KINDS.items()}
 
 
 class Errors(NamedTuple):

@@ -5,6 +5,7 @@ logs/NAME.txt.  AP is a fraction in the files and shown in percent, as in Wu & H
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +20,7 @@ from gndet.files import write_whole
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # prefix of the variants of a group ablation: groups-1, groups-8, groups-channels
 METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # the verdict goes by the first that was measured
-CONFIDENCE = 0.95
+CONFIDENCE = 0.95  # of all intervals
 
 
 class CellResult(BaseModel):
@@ -116,19 +117,18 @@ def variant_title(variant: str) -> str:
     if not variant.startswith(GROUPS):
         return variant
     count = variant.removeprefix(GROUPS)
-    known = {"1": "1 group (ln)", "channels": "one group per channel (in)"}
-    return known.get(count, f"{count} groups")
+    return {"1": "1 group (ln)", "channels": "one group per channel (in)"}.get(count, f"{count} groups")
 
 
-def fraction_point(df: float, confidence: float = CONFIDENCE) -> float:
-    """Return the t that |T| with df >= 1 degrees of freedom (Student) stays below with probability `confidence`.
+def fraction_point(df: float) -> float:
+    """Return the t that |T| with df >= 1 degrees of freedom (Student) stays below with probability CONFIDENCE.
 
     With t = sqrt(df) tan(a) the density of the angle a is proportional to cos(a) ** (df - 1).
     """
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle).clip(0) ** (df - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(df) * math.tan(float(np.interp(confidence, below / below[-1], angle)))
+    return math.sqrt(df) * math.tan(float(np.interp(CONFIDENCE, below / below[-1], angle)))
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -154,9 +154,14 @@ def mean_difference(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
 
 
 def cell_values(study: Study, variant: str, size: int, metric: str) -> list[float]:
-    """Return the metric of each finished cell of a norm and size, one value per seed."""
-    finished = (result for result in _cells(study, variant, size) if result.state in ("done", "copied"))
-    return [value for result in finished if (value := result.metrics.get(metric)) is not None]
+    """Return the metric, in percent, of each finished cell of a norm and size, one value per seed."""
+    finished = (cell for cell in _cells(study, variant, size) if cell.state in ("done", "copied"))
+    return [100 * value for cell in finished if (value := cell.metrics.get(metric)) is not None]
+
+
+def percent_mean(study: Study, variant: str, size: int, metric: str) -> Mean:
+    """Return the mean of a cell's metric over seeds, in percent."""
+    return mean_of(cell_values(study, variant, size, metric))
 
 
 def _cells(study: Study, variant: str, size: int) -> list[CellResult]:
@@ -170,19 +175,19 @@ def metrics_of(study: Study) -> list[str]:
 
 def cell_words(study: Study, variant: str, size: int, metric: str) -> str:
     """Return a cell of the table, like "34.1 ± 1.2 (3)", with the number of cells that failed or have yet to run."""
-    cells = _cells(study, variant, size)
-    mean = mean_of(cell_values(study, variant, size, metric))
-    words = [] if mean.n == 0 else [f"{100 * mean.mean:.1f}{_half(mean)} ({mean.n})"]
+    states = Counter(cell.state for cell in _cells(study, variant, size))
+    mean = percent_mean(study, variant, size, metric)
+    words = [f"{mean.mean:.1f}{_half(mean)} ({mean.n})"] if mean.n else []
     for state in ("failed", "refused"):
-        count = sum(result.state == state for result in cells)
-        words += [f"{count} {state}" if 0 < count < len(cells) else state] if count else []
-    unfinished = sum(result.state in ("pending", "running") for result in cells)
-    words += [f"{unfinished} to run"] if unfinished else []
+        if count := states[state]:
+            words.append(f"{count} {state}" if count < states.total() else state)
+    if unfinished := states["pending"] + states["running"]:
+        words.append(f"{unfinished} to run")
     return ", ".join(words) or "-"
 
 
 def _half(mean: Mean) -> str:
-    return f" ± {100 * mean.half:.1f}" if mean.n > 1 else ""
+    return f" ± {mean.half:.1f}" if mean.n > 1 else ""
 
 
 def study_verdict(study: Study) -> list[str]:
@@ -190,10 +195,9 @@ def study_verdict(study: Study) -> list[str]:
     metric = next(iter(metrics_of(study)), None)
     if metric is None:
         return ["No cell is finished: nothing can be said."]
-    said = []
-    if most := max(len(cell_values(study, v, s, metric)) for v in study.variants for s in study.sizes):
-        said += ["One seed per cell: no intervals, so chance cannot be told from effect."] if most == 1 else []
-    said += _best(study, metric)
+    said = list(_best(study, metric))
+    if max(len(cell_values(study, v, s, metric)) for v in study.variants for s in study.sizes) == 1:
+        said.insert(0, "One seed per cell: no intervals, so chance cannot be told from effect.")
     if len(study.sizes) > 1:
         said += [words for variant in study.variants for words in _fall(study, variant, metric)]
     failed = [f"{variant_title(r.variant)} at {r.images} (seed {r.seed})" for r in study.results if r.state == "failed"]
@@ -210,7 +214,7 @@ def _best(study: Study, metric: str) -> Iterator[str]:
         return
     first, *others = sorted(reached, key=lambda v: -mean_of(reached[v]).mean)
     mean = mean_of(reached[first])
-    reach = f"{name} {100 * mean.mean:.1f}{_half(mean)} (n = {mean.n})"
+    reach = f"{name} {mean.mean:.1f}{_half(mean)} (n = {mean.n})"
     yield f"At {_images(size)} {variant_title(first)} is best: {reach}."
     clear, unclear = [], []
     for variant in others:
@@ -243,8 +247,8 @@ def _images(size: int) -> str:
 
 def _points(change: MeanDifference) -> str:
     """Return a difference in AP points with its interval."""
-    text = f"{100 * change.value:+.1f}"
-    return text if math.isnan(change.low) else f"{text} [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+    text = f"{change.value:+.1f}"
+    return text if math.isnan(change.low) else f"{text} [{change.low:+.1f}, {change.high:+.1f}]"
 
 
 def study_table(study: Study, metric: str) -> str:
@@ -276,19 +280,9 @@ def read_study(folder: Path) -> Study:
 def write_study(folder: Path, study: Study) -> None:
     """Write study.json and study.csv, each atomically.  Raises OutputError."""
     write_whole(folder / STUDY, study.model_dump_json(indent=1))
-    write_whole(folder / TABLE, _csv(study))
-
-
-def _csv(study: Study) -> str:
     names = sorted({name for result in study.results for name in result.metrics})
     rows: list[list[Any]] = [["norm", "images_per_gpu", "seed", "state", "seconds", *names, "reason"]]
     for r in study.results:
         found = [None if (value := r.metrics.get(name)) is None else f"{value:.6f}" for name in names]
         rows.append([r.variant, r.images, r.seed, r.state, f"{r.seconds:.1f}", *found, r.reason])
-    return csv_table(rows)
-
-
-def percent_mean(study: Study, variant: str, size: int, metric: str) -> Mean:
-    """Return the mean of a cell's metric over seeds, in percent."""
-    mean = mean_of(cell_values(study, variant, size, metric))
-    return Mean(100 * mean.mean, 100 * mean.half, mean.n)
+    write_whole(folder / TABLE, csv_table(rows))

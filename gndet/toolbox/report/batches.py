@@ -10,18 +10,18 @@ from gndet.data.batches.stream import train_batches
 from gndet.data.records import Dataset
 from gndet.errors import GndetError
 from gndet.toolbox.report import blocks
-from gndet.toolbox.report.blocks import GalleryPicture
+from gndet.toolbox.report.blocks import GalleryPicture, Section
 from gndet.toolbox.report.record import RunRecord
 from gndet.training.validation import draw
 
 PICTURES = 8
 
 
-def section(run: RunRecord) -> str:
+def section(run: RunRecord) -> Section:
     """Return the section on the first batches of the run."""
     if run.train_set is None:
-        words = blocks.notice("warn", "The training data could not be read.")
-        return blocks.section("batches", "Training batches", words)
+        notice = blocks.notice("warn", "The training data could not be read.")
+        return blocks.section("batches", "Training batches", notice)
     try:
         pictures, padding = draw_batches(run.train_set, run.cfg, run.images_at_once or 1, PICTURES)
     except GndetError as error:
@@ -47,13 +47,13 @@ def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tup
         pin_memory=False,
     )  # fmt: skip
     with closing(batches):
-        for number, loaded in enumerate(batches):
+        for number, loaded in enumerate(batches, start=1):
             height, width = loaded.batch.images.shape[-2:]
-            padded += len(loaded.image_ids) * height * width - int(loaded.batch.sizes.prod(1).sum())
             cells += len(loaded.image_ids) * height * width
-            for place, image_id in list(enumerate(loaded.image_ids))[: count - len(pictures)]:
-                caption = f"batch {number + 1}, image {image_id}, canvas {height} x {width}"
+            padded += len(loaded.image_ids) * height * width - int(loaded.batch.sizes.prod(1).sum())
+            for place, image_id in enumerate(loaded.image_ids):
+                caption = f"batch {number}, image {image_id}, canvas {height} x {width}"
                 pictures.append(GalleryPicture(draw(loaded, place, dataset.classes), caption))
             if len(pictures) >= count:
                 break
-    return pictures, padded / max(cells, 1)
+    return pictures[:count], padded / cells

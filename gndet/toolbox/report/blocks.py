@@ -8,6 +8,7 @@ import html
 import io
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +24,19 @@ def escape(words: object) -> str:
     return html.escape(str(words).encode("utf-8", "replace").decode("utf-8"))
 
 
-def section(id: str, title: str, *blocks: str, lead: str = "") -> str:
-    """Return a section with its heading, to which the contents at the top link."""
+class Section(NamedTuple):
+    """A section of the page, to which the contents at the top link."""
+
+    id: str
+    title: str
+    html: str
+
+
+def section(id: str, title: str, *blocks: str, lead: str = "") -> Section:
+    """Return a section with its heading."""
     parts = [f'<section id="{escape(id)}">', f"<h2>{escape(title)}</h2>"]
     parts += [f'<p class="lead">{escape(lead)}</p>'] if lead else []
-    return "\n".join([*parts, *filter(None, blocks), "</section>"])
+    return Section(id, title, "\n".join([*parts, *filter(None, blocks), "</section>"]))
 
 
 def heading(words: str) -> str:
@@ -45,33 +54,25 @@ def notice(kind: str, words: str) -> str:
     return f'<p class="notice {escape(kind)}">{escape(words)}</p>'
 
 
-def figure(svg: str, caption: str, id: str) -> str:
-    """Return a chart with its caption."""
-    return f'<figure class="chart" id="{escape(id)}">{svg}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
 def beside(*blocks: str) -> str:
     """Return blocks side by side where there is room; empty ones are left out."""
     return f'<div class="beside">{"".join(blocks)}</div>'
 
 
 def sortable_table(
-    id: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "", *,
-    filtered: bool | None = None, picks: Sequence[str] | None = None,
-) -> str:  # fmt: skip
-    """Return a table that a click on a column's head sorts.
+    id: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, *, picks: Sequence[str] = ()
+) -> str:
+    """Return a table that a click on a column's head sorts, from 9 rows on with a search field.
 
-    filtered: with a search field; by default from 9 rows on.  picks: for each row the tag of the pictures that a click
-    on it shows.
+    picks: for each row the tag of the pictures that a click on it shows, or ""; (): none.
     """
-    parts = [f'<div class="table" id="{escape(id)}">']
-    parts += [f'<p class="caption">{escape(caption)}</p>'] if caption else []
-    if len(rows) > 8 if filtered is None else filtered:
+    parts = [f'<div class="table" id="{escape(id)}"><p class="caption">{escape(caption)}</p>']
+    if len(rows) > 8:
         parts.append(f'<input type="search" class="filter" placeholder="filter {len(rows)} rows" aria-label="filter">')
     head = "".join(f'<th aria-sort="none"><button type="button">{escape(name)}</button></th>' for name in columns)
     parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>')
-    for number, row in enumerate(rows):
-        pick = f' class="pick" tabindex="0" data-pick="{_tag(picks[number])}"' if picks and picks[number] else ""
+    for row, tag in zip_longest(rows, picks):
+        pick = f' class="pick" tabindex="0" data-pick="{_tag(tag)}"' if tag else ""
         parts.append(f"<tr{pick}>{''.join(map(_cell, row))}</tr>")
     return "".join([*parts, "</tbody></table></div></div>"])
 
@@ -83,26 +84,15 @@ def _cell(cell: Cell) -> str:
     return f'<td class="number" data-value="{value:.10g}">{escape(cell[1])}</td>'
 
 
-def number(value: float | None, digits: int = 3) -> Cell:
+def number(value: float | None, form: str = ".3g") -> Cell:
     """Return a cell with a number; "-" where it is undefined."""
     defined = value is not None and math.isfinite(value)
-    return (value, f"{value:.{digits}g}") if defined else (math.nan, "-")
+    return (value, format(value, form)) if defined else (math.nan, "-")
 
 
 def percent(value: float | None) -> Cell:
     """Return a cell with a fraction in percent; "-" where it is undefined."""
-    defined = value is not None and math.isfinite(value)
-    return (value, f"{100 * value:.1f}") if defined else (math.nan, "-")
-
-
-def count(value: int) -> Cell:
-    """Return a cell with a count."""
-    return float(value), f"{value:,}"
-
-
-def command_lines(lines: Sequence[str]) -> str:
-    """Return command lines to copy."""
-    return f'<pre class="commands">{escape(chr(10).join(lines))}</pre>'
+    return number(None if value is None else 100 * value, ".1f")
 
 
 def details(summary: str, *blocks: str) -> str:
@@ -124,14 +114,13 @@ class GalleryPicture(NamedTuple):
 
 
 def gallery(
-    id: str, pictures: Sequence[GalleryPicture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE,
-    picked: bool = False,
-) -> str:  # fmt: skip
+    id: str, pictures: Sequence[GalleryPicture], *, filters: Sequence[tuple[str, str]] = (), side: int = MAX_SIDE
+) -> str:
     """Return pictures in a grid; a click enlarges a picture.
 
-    filters: tag and name of the buttons that select pictures.  picked: rows of tables with a tag select pictures too.
+    filters: tag and name of the buttons that select pictures; then rows of tables with a tag select pictures too.
     """
-    parts = [f'<div class="gallery{" picked" if picked else ""}" id="{escape(id)}">']
+    parts = [f'<div class="gallery{" picked" if filters else ""}" id="{escape(id)}">']
     if filters:
         buttons = "".join(
             f'<button type="button" data-tag="{_tag(tag)}">{escape(name)}</button>' for tag, name in filters
@@ -152,7 +141,7 @@ def _tag(words: str) -> str:
     return escape("_".join(words.split()))
 
 
-def data_uri(image: np.ndarray, side: int = MAX_SIDE) -> str:
+def data_uri(image: np.ndarray, side: int) -> str:
     """Return a picture (H, W, 3) uint8 as a JPEG of at most `side` pixels, in a data: URI."""
     picture = Image.fromarray(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)

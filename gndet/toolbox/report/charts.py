@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gndet.toolbox.report import blocks
+from gndet.toolbox.report.blocks import escape
 
 INK, GRID, PAPER = "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
@@ -39,6 +39,12 @@ STYLE = {
     "text.color": INK,
     "xtick.color": INK,
     "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.facecolor": "none",
@@ -59,8 +65,9 @@ class Series(NamedTuple):
 
 @contextmanager
 def chart(
-    name: str, caption: str, height: float = 3.4, left: float = 0.78, bottom: float = 0.52, top: float = 0.12
-) -> Iterator[tuple[Axes, list[str]]]:
+    name: str, caption: str, x_label: str, y_label: str, *, height: float, left: float = 0.78, bottom: float = 0.52,
+    top: float = 0.12,
+) -> Iterator[tuple[Axes, list[str]]]:  # fmt: skip
     """Yield the axes of a figure, and a list that holds its HTML after the context.
 
     name: unique on the page; all ids are derived from it, so that the same data gives the same HTML.  height, and the
@@ -71,10 +78,11 @@ def chart(
         figure = Figure(figsize=(WIDTH, height))
         FigureCanvasSVG(figure)
         figure.subplots_adjust(left / WIDTH, bottom / height, 1 - 0.1 / WIDTH, 1 - top / height)
-        yield figure.add_subplot(), html
+        yield figure.add_subplot(xlabel=x_label, ylabel=y_label), html
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    html.append(blocks.figure(_for_page(file.getvalue(), name), caption, name))
+    svg, words = _for_page(file.getvalue(), name), escape(caption)
+    html.append(f'<figure class="chart" id="{escape(name)}">{svg}<figcaption>{words}</figcaption></figure>')
 
 
 def _for_page(text: str, name: str) -> str:
@@ -103,14 +111,14 @@ def lines(
     if not drawn:
         return ""
     rows = -(-len(drawn) // NAMES_PER_ROW) if len(drawn) > 1 else 0
-    with chart(name, caption, height=3.1 + 0.22 * rows, top=0.12 + 0.22 * rows) as (axes, html):
+    room = 0.22 * rows  # for the legend, above
+    with chart(name, caption, x_label, y_label, height=3.1 + room, top=0.12 + room) as (axes, html):
         for number, line in drawn:
             colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
             marker = MARKERS[number % len(MARKERS)] if len(line.x) <= 12 else None
             axes.plot(line.x, line.y, style, color=colour, label=line.name, linewidth=1.8, marker=marker, markersize=5)
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
-        _label_axes(axes, x_label, y_label)
         values = (part for _, line in drawn for part in (line.y, line.low, line.high) if part is not None)
         if log_y and not any((np.asarray(part) <= 0).any() for part in values):
             axes.set_yscale("log")
@@ -119,8 +127,7 @@ def lines(
             axes.set_xscale("log", base=2)
             axes.set_xticks(list(doubling), [f"{tick:g}" for tick in doubling])
             axes.xaxis.set_minor_locator(ticker.NullLocator())
-        axes.set_xlim(*x_range)
-        axes.set_ylim(*y_range)
+        axes.set(xlim=x_range, ylim=y_range)
         if rows:
             axes.legend(loc="lower left", bbox_to_anchor=(-0.08, 1), ncols=NAMES_PER_ROW, frameon=False, fontsize=10,
                         borderpad=0.1)  # fmt: skip
@@ -132,14 +139,13 @@ def bars(
     low: Sequence[float] | None = None, high: Sequence[float] | None = None,
 ) -> str:  # fmt: skip
     """Draw horizontal bars, the first on top; low and high: ends of their intervals."""
-    with chart(name, caption, height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, html):
+    with chart(name, caption, x_label, "", height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, html):
         places = np.arange(len(labels))
         axes.barh(places, values, color=SERIES[0], height=0.7)
         if low is not None and high is not None:
             axes.hlines(places, low, high, color=INK, linewidth=1.4)
         axes.set_yticks(places, [_short(label) for label in labels])
         axes.invert_yaxis()
-        _label_axes(axes, x_label, "")
         axes.grid(axis="y", visible=False)
     return html[0]
 
@@ -150,10 +156,9 @@ def histogram(
     """Draw a histogram of the finite values (with log_x, the positive ones)."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
-    with chart(name, caption, height=2.6) as (axes, html):
+    with chart(name, caption, x_label, y_label, height=2.6) as (axes, html):
         if len(numbers):
             axes.hist(numbers, bins=_edges(numbers, log_x), color=SERIES[0])
-        _label_axes(axes, x_label, y_label)
         if log_x:
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
@@ -177,27 +182,17 @@ def heat(name: str, matrix: np.ndarray, labels: Sequence[str], caption: str, *, 
     small = n <= 12
     flat = small and n * max(map(len, labels)) <= FLAT
     below = 0.55 if flat else 0.3 + room
-    with chart(name, caption, below + 0.2 + 0.34 * n, left=0.25 + room, bottom=below) as (axes, html):
+    height = below + 0.2 + 0.34 * n
+    with chart(name, caption, x_label, y_label, height=height, left=0.25 + room, bottom=below) as (axes, html):
         for r, c in zip(*np.nonzero(matrix), strict=True):
             axes.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=SERIES[0], alpha=0.08 + 0.72 * share[r, c]))
             if small:
                 axes.text(c, r, f"{matrix[r, c]:g}", ha="center", va="center", fontsize=9)
-        axes.set_xlim(-0.5, n - 0.5)
-        axes.set_ylim(n - 0.5, -0.5)
+        axes.set(xlim=(-0.5, n - 0.5), ylim=(n - 0.5, -0.5))
         axes.set_xticks(range(n), names, rotation=0 if flat else 60, ha="center" if flat else "right")
         axes.set_yticks(range(n), names)
-        axes.tick_params(length=0)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.grid(visible=False)
     return html[0]
-
-
-def _label_axes(axes: Axes, x_label: str, y_label: str) -> None:
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
 
 
 def _plain_ticks(axis: Axis) -> None:

@@ -1,91 +1,81 @@
 """Several runs side by side: curves, AP with intervals of the differences, and options that differ."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from gndet.toolbox.analysis.bootstrap import Interval, paired_interval
 from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.charts import Series
 from gndet.toolbox.report.overview import interval
 from gndet.toolbox.report.record import RunRecord
 from gndet.training.run_folder import UNSET, flat
 
+Gain = tuple[float, Interval] | str  # AP over the first run and its interval; or why they cannot be compared
 
-def sections(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Return the sections of a page that compares two or more runs, each with the first."""
-    missing = [f"{name}: {line}" for name, run in zip(names, runs, strict=True) for line in run.missing]
-    notes = [blocks.notice("plain", f"Missing here: {line}") for line in missing]
-    words = [blocks.notice(kind, line) for kind, line in comparison_verdict(runs, names)]
+
+def sections(runs: Mapping[str, RunRecord]) -> list[Section]:
+    """Return the sections of a page that compares two or more runs, given by name, each with the first."""
+    first = next(iter(runs))
+    gains = {name: ap_gain(runs[first], run) for name, run in runs.items() if name != first}
+    words = [blocks.notice(kind, line) for kind, line in comparison_verdict(runs, gains)]
+    notes = [
+        blocks.notice("plain", f"Missing here: {name}: {line}") for name, run in runs.items() for line in run.missing
+    ]
     summary = blocks.section(
-        "summary", "Comparison", *words, _scores(runs, names), *notes,
-        lead=f"Differences are to {names[0]}, with 95 % intervals over the same draws of the same images.",
+        "summary", "Comparison", *words, _scores(runs, gains), *notes,
+        lead=f"Differences are to {first}, with 95 % intervals over the same draws of the same images.",
     )  # fmt: skip
-    curves = blocks.section("training", "Training", blocks.beside(*_curves(runs, names)))
-    return [
-        ("summary", "Comparison", summary), ("training", "Training", curves),
-        ("classes", "Classes", _classes(runs, names)), ("setup", "Configs", _configs(runs, names)),
-    ]  # fmt: skip
+    curves = blocks.section("training", "Training", blocks.beside(*_curves(runs)))
+    return [summary, curves, _classes(runs), _configs(runs)]
 
 
-def comparable(first: RunRecord, second: RunRecord) -> str:
-    """Say why the detections of two runs cannot be compared image by image; return "" where they can."""
-    if first.analysis is None or second.analysis is None:
-        return "one of them has no detections that could be read"
+def ap_gain(first: RunRecord, second: RunRecord) -> Gain:
+    """Return AP(second) - AP(first) with its interval, or why the runs cannot be compared image by image."""
     a, b = first.analysis, second.analysis
+    if a is None or b is None:
+        return "one of them has no detections that could be read"
     if a.matches.classes != b.matches.classes or not np.array_equal(a.matches.image_ids, b.matches.image_ids):
         return "they were evaluated on other images or classes"
     if a.kind != b.kind:
         return f"one is compared by {a.kind}, the other by {b.kind}"
-    return ""
+    return b.metrics.summary["AP"] - a.metrics.summary["AP"], paired_interval(a.matches, b.matches)
 
 
-def comparison_verdict(runs: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, str]]:
+def comparison_verdict(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> Iterator[tuple[str, str]]:
     """Say which run is better, as far as the images can tell."""
-    lines = []
-    for run, name in zip(runs[1:], names[1:], strict=True):
-        if reason := comparable(runs[0], run):
-            lines.append(("warn", f"{name} and {names[0]} cannot be compared image by image: {reason}."))
+    first = next(iter(runs))
+    for name, compared in gains.items():
+        if isinstance(compared, str):
+            yield "warn", f"{name} and {first} cannot be compared image by image: {compared}."
             continue
-        gain, ends = _gain(runs[0], run)
-        change = f"{100 * gain:+.1f} points of {run.analysis.kind} AP ({interval(ends)})"
+        gain, ends = compared
+        change = f"{100 * gain:+.1f} points of {runs[name].analysis.kind} AP ({interval(ends)})"
         if ends.low > 0 or ends.high < 0:
-            better, worse = (name, names[0]) if gain > 0 else (names[0], name)
-            lines.append(("good", f"{better} is better than {worse}: {name} {change}, interval without 0."))
+            better, worse = (name, first) if gain > 0 else (first, name)
+            yield "good", f"{better} is better than {worse}: {name} {change}, interval without 0."
         else:
-            doubt = "do not differ by more than these images can tell"
-            lines.append(("plain", f"{name} and {names[0]} {doubt}: {change}."))
-    caveat = "Intervals are over images; another seed may move AP too, which single runs cannot show."
-    return [*lines, ("plain", caveat)]
+            yield "plain", f"{name} and {first} do not differ by more than these images can tell: {change}."
+    yield "plain", "Intervals are over images; another seed may move AP too, which single runs cannot show."
 
 
-def _gain(first: RunRecord, second: RunRecord) -> tuple[float, Interval]:
-    """Return AP(second) - AP(first) and its interval."""
-    assert first.analysis is not None and second.analysis is not None  # comparable
-    ends = paired_interval(first.analysis.matches, second.analysis.matches)
-    return second.analysis.metrics.summary["AP"] - first.analysis.metrics.summary["AP"], ends
-
-
-def _scores(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
+def _scores(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> str:
     columns = ("run", "state", "updates", "box AP", "mask AP", "AP, 95 %", "difference", "difference, 95 %",
                "images/s", "GiB")  # fmt: skip
     rows: list[list[blocks.Cell]] = []
-    for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-        gain, ends = math.nan, Interval(math.nan, math.nan)
-        if place and not comparable(runs[0], run):
-            gain, ends = _gain(runs[0], run)
+    for name, run in runs.items():
+        gain = gains.get(name, "")  # "" for the first
+        points, ends = (None, "-") if isinstance(gain, str) else (100 * gain[0], interval(gain[1]))
         rows.append([
-            name, run.ended, blocks.count(run.done), blocks.percent(run.last("box/AP")),
-            blocks.percent(run.last("mask/AP")),
-            interval(run.analysis.intervals.ap) if run.analysis else "-",
-            (gain, "-" if math.isnan(gain) else f"{100 * gain:+.1f}"), interval(ends),
-            blocks.number(run.speed), blocks.number(run.memory, 2),
+            name, run.ended, blocks.number(run.done, ","), blocks.percent(run.last("box/AP")),
+            blocks.percent(run.last("mask/AP")), interval(run.analysis.intervals.ap) if run.analysis else "-",
+            blocks.number(points, "+.1f"), ends, blocks.number(run.speed), blocks.number(run.memory, ".2g"),
         ])  # fmt: skip
     return blocks.sortable_table("runs", columns, rows, "AP in percent")
 
 
-def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
+def _curves(runs: Mapping[str, RunRecord]) -> list[str]:
     wanted = (
         ("loss", "train", "loss", 1.0, "total loss"),
         ("box-ap", "evaluations", "box/AP", 100.0, "box AP, percent"),
@@ -95,7 +85,7 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     figures = []
     for id, log, key, factor, caption in wanted:
         series = []
-        for run, name in zip(runs, names, strict=True):
+        for name, run in runs.items():
             entries = [entry for entry in getattr(run, log) if entry.get(key) is not None]
             # images, not updates: runs with other batch sizes have seen as many after other numbers of updates
             seen = [entry["update"] * run.cfg.train.global_batch for entry in entries]
@@ -106,14 +96,14 @@ def _curves(runs: Sequence[RunRecord], names: Sequence[str]) -> list[str]:
     return figures
 
 
-def _classes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    known = [(run.analysis, name) for run, name in zip(runs, names, strict=True) if run.analysis is not None]
+def _classes(runs: Mapping[str, RunRecord]) -> Section:
+    known = {name: run.analysis for name, run in runs.items() if run.analysis is not None}
     if not known:
         return blocks.section("classes", "Classes", blocks.notice("plain", "No run has detections that could be read."))
-    columns = ["class", *(f"{name}: {value}" for _, name in known for value in ("AP", "95 %"))]
+    columns = ["class", *(f"{name}: {value}" for name in known for value in ("AP", "95 %"))]
     blank: list[blocks.Cell] = [blocks.percent(None), "-"] * len(known)
     rows: dict[str, list[blocks.Cell]] = {}
-    for place, (found, _) in enumerate(known):
+    for place, found in enumerate(known.values()):
         for row, ends in zip(found.metrics.per_class, found.intervals.class_ap, strict=True):
             cells = rows.setdefault(row["name"], [row["name"], *blank])
             cells[1 + 2 * place : 3 + 2 * place] = [blocks.percent(row["AP"]), interval(ends)]
@@ -121,13 +111,12 @@ def _classes(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     return blocks.section("classes", "Classes", table)
 
 
-def _configs(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
-    configs = [flat(run.cfg) for run in runs]
+def _configs(runs: Mapping[str, RunRecord]) -> Section:
+    configs = [flat(run.cfg) for run in runs.values()]
     rows = []
     for key in dict.fromkeys(key for config in configs for key in config if key != "out"):
         values = [str(config.get(key, UNSET)) for config in configs]
         if len(set(values)) > 1:
             rows.append([key, *values])
-    equal = blocks.paragraph("Their configs are equal.")
-    block = blocks.sortable_table("differences", ("option", *names), rows) if rows else equal
-    return blocks.section("setup", "Configs", block, lead="Options in which the runs differ.")
+    table = blocks.sortable_table("differences", ("option", *runs), rows, "options in which the runs differ")
+    return blocks.section("setup", "Configs", table if rows else blocks.paragraph("Their configs are equal."))

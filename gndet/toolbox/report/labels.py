@@ -1,52 +1,61 @@
 """What is in the data: classes, numbers and sizes of objects, from the annotations of data.train and data.val."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
 from gndet.data.batches.transforms import resized
 from gndet.data.records import Dataset
 from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.record import RunRecord
 
 LOOKED_AT = 5000  # images of a set, evenly spaced: making the records of more takes seconds
-FEW = 20  # objects of a class in data.val below which its AP says little
 
 
-class Labels:
+class Labels(NamedTuple):
     """Annotations of a data set in columns; n objects, N images, K classes."""
 
-    def __init__(self, dataset: Dataset, shortest: int, longest: int) -> None:
-        """shortest, longest: edges in pixels that pictures are resized to; sizes of objects are after resizing."""
-        self.images = len(dataset.records)
-        places = np.linspace(0, self.images - 1, min(self.images, LOOKED_AT)).astype(int).tolist()
-        self.looked_at, classes = len(places), len(dataset.classes)
-        self.per_image = np.zeros(self.looked_at, np.int64)
-        self.images_of = np.zeros(classes, np.int64)  # images with an object, per class
-        labels, sizes, aspects = [np.zeros(0, np.int64)], [np.zeros(0)], [np.zeros(0)]
-        for number, place in enumerate(places):
-            record = dataset.records[place]
-            kept = ~record.crowd
-            sides = (record.boxes[kept, 2:] - record.boxes[kept, :2]).clip(1e-6)
-            factor = resized(record.size, shortest, longest)[0] / record.size[0]
-            labels.append(record.labels[kept])
-            sizes.append(factor * np.sqrt(sides.prod(1)))
-            aspects.append(sides[:, 1] / sides[:, 0])
-            self.per_image[number] = kept.sum()
-            self.images_of[np.unique(record.labels[kept])] += 1
-        self.labels, self.sizes, self.aspects = map(np.concatenate, (labels, sizes, aspects))  # (n,) each
-        self.counts = np.bincount(self.labels, minlength=classes)
+    images: int  # of the whole set
+    per_image: np.ndarray  # (N,) objects of each image looked at
+    images_of: np.ndarray  # (K,) images with an object of the class
+    labels: np.ndarray  # (n,)
+    sizes: np.ndarray  # (n,) square root of the box's area in pixels, after resizing
+    aspects: np.ndarray  # (n,) height / width
 
 
-def section(run: RunRecord) -> str:
+def read_labels(dataset: Dataset, shortest: int, longest: int) -> Labels:
+    """Collect the objects of a data set, without crowds.
+
+    shortest, longest: edges in pixels that pictures are resized to.
+    """
+    images = len(dataset.records)
+    records = [dataset.records[place] for place in np.linspace(0, images - 1, min(images, LOOKED_AT)).astype(int)]
+    found = [record.labels[~record.crowd] for record in records]
+    boxes = np.concatenate([record.boxes[~record.crowd] for record in records])
+    sides = (boxes[:, 2:] - boxes[:, :2]).clip(1e-6)
+    per_image = np.array([len(labels) for labels in found])
+    factors = [resized(record.size, shortest, longest)[0] / record.size[0] for record in records]
+    return Labels(
+        images=images, per_image=per_image, labels=np.concatenate(found), aspects=sides[:, 1] / sides[:, 0],
+        images_of=np.bincount(np.concatenate(list(map(np.unique, found))), minlength=len(dataset.classes)),
+        sizes=np.repeat(factors, per_image) * np.sqrt(sides.prod(1)),
+    )  # fmt: skip
+
+
+def section(run: RunRecord) -> Section:
     """Return the section with label statistics of both sets."""
     data = run.cfg.data
     sets = {
-        name: Labels(dataset, data.shortest_edge_test, data.max_edge)
+        name: read_labels(dataset, data.shortest_edge_test, data.max_edge)
         for name, dataset in (("train", run.train_set), ("val", run.val_set))
         if dataset is not None
     }
     if not sets:
         return blocks.section("data", "Data", blocks.notice("warn", "The data could not be read."))
     name, shown = next(iter(sets.items()))
+    classes = (run.train_set or run.val_set).classes
     seen = f"sizes of objects as the network sees them (shortest edge {data.shortest_edge_test})"
     figures = (
         ("per-image", shown.per_image, "objects in an image", "images", False, "objects per image"),
@@ -60,33 +69,26 @@ def section(run: RunRecord) -> str:
         for id, values, x_label, y_label, log_x, caption in figures
     ]
     words = "; ".join(_words(name, labels) for name, labels in sets.items())
-    return blocks.section("data", "Data", _class_table(run, sets), blocks.beside(*drawn), lead=f"{words}.")
+    return blocks.section("data", "Data", _class_table(classes, sets), blocks.beside(*drawn), lead=f"{words}.")
 
 
 def _words(name: str, labels: Labels) -> str:
     """Say how many images and objects a set has."""
-    text = f"data.{name}: {labels.images:,} images, {len(labels.labels):,} objects"
-    if labels.looked_at == labels.images:
-        return text
-    return f"{text} in {labels.looked_at:,} of them, evenly spaced, which are shown here"
+    looked_at = len(labels.per_image)
+    part = f" in {looked_at:,} of them, evenly spaced, which are shown here" if looked_at < labels.images else ""
+    return f"data.{name}: {labels.images:,} images, {len(labels.labels):,} objects{part}"
 
 
-def _class_table(run: RunRecord, sets: dict[str, Labels]) -> str:
-    dataset = run.train_set or run.val_set
-    assert dataset is not None  # one of them gave the labels
-    columns = ["class", *(f"{name} {things}" for name in sets for things in ("images", "objects"))]
+def _class_table(classes: Sequence[str], sets: dict[str, Labels]) -> str:
+    things = [f"{name} {thing}" for name in sets for thing in ("images", "objects")]
     shown, rows = next(iter(sets.values())), []
-    for label, name in enumerate(dataset.classes):
+    for label, name in enumerate(classes):
+        counts = [n for labels in sets.values() for n in (labels.images_of[label], (labels.labels == label).sum())]
         sizes = shown.sizes[shown.labels == label]
-        counts = [blocks.count(int(n[label])) for labels in sets.values() for n in (labels.images_of, labels.counts)]
-        middle, small = (float(np.median(sizes)), float((sizes < 32).mean())) if len(sizes) else (None, None)
-        rows.append([name, *counts, blocks.number(middle), blocks.percent(small)])
-    columns += ["median size, px", "small %"]
-    return blocks.sortable_table("labels", columns, rows, "small: under 32 pixels at the network's scale")
-
-
-def few_objects(run: RunRecord) -> list[str]:
-    """Return the classes with few objects in data.val."""
-    if run.analysis is None:
-        return []
-    return [row["name"] for row in run.analysis.metrics.per_class if row["num_objects"] < FEW]
+        middle, small = (np.median(sizes), (sizes < 32).mean()) if len(sizes) else (None, None)
+        cells = (blocks.number(int(count), ",") for count in counts)
+        rows.append([name, *cells, blocks.number(middle), blocks.percent(small)])
+    return blocks.sortable_table(
+        "labels", ["class", *things, "median size, px", "small %"], rows,
+        "small: under 32 pixels at the network's scale",
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """What the detector gets wrong, with pictures: ground truth beside detections, by class and kind of mistake."""
 
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,12 +12,14 @@ from gndet.errors import DataError
 from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
 from gndet.evaluation.results import Results
 from gndet.toolbox.analysis.analysis import Analysis
-from gndet.toolbox.analysis.errors import KINDS
+from gndet.toolbox.analysis.errors import KINDS, TITLES
 from gndet.toolbox.analysis.tables import error_table, image_table, suspect_table
 from gndet.toolbox.report import blocks, charts
-from gndet.toolbox.report.blocks import GalleryPicture
+from gndet.toolbox.report.blocks import GalleryPicture, Section
 from gndet.toolbox.report.quality import shown_table
 from gndet.toolbox.report.record import RunRecord
+
+Tags = dict[int, set[str]]  # of the pictures to show, by place in the data set
 
 BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH: per class and per kind of mistake
 MOST = 48  # pictures in total
@@ -37,12 +39,22 @@ ADVICE = {
 }  # fmt: skip
 
 
-def section(run: RunRecord) -> str:
+def sections(run: RunRecord) -> list[Section]:
+    """Return the sections on mistakes and on validation pictures; [] where detections or data are missing."""
+    found, dataset, results = run.analysis, run.val_set, run.results
+    if found is None or dataset is None or results is None:
+        return []
+    tags = chosen_pictures(found, run.cfg.seed)
+    return [_mistakes(found, dataset, tags), _pictures(found, dataset, results, tags)]
+
+
+def _mistakes(found: Analysis, dataset: Dataset, tags: Tags) -> Section:
     """Return the section with kinds of mistakes, the worst images, and annotations that may be wrong."""
-    found, dataset = run.analysis, run.val_set
-    if found is None or dataset is None:
-        return ""
-    table = error_table(found)
+
+    def picks(places: Iterable[int]) -> list[str]:
+        return [f"image:{place}" if place in tags else "" for place in places]
+
+    table, suspects = error_table(found), suspect_table(found, dataset, LISTED)
     bars = charts.bars(
         "chart-errors", [row[0] for row in table.rows], [100 * (row[3] or 0) for row in table.rows],
         "kinds of mistakes (TIDE, Bolya et al. 2020), by hotcoco",
@@ -50,35 +62,18 @@ def section(run: RunRecord) -> str:
     )  # fmt: skip
     kind, _, count, gained = table.rows[0]
     lost = f"{count:,} detections or objects, {100 * (gained or 0):.1f} points of AP50"
-    lead = f"Most is lost by {KINDS[kind].split(':')[0]}: {lost}. {ADVICE[kind]}"
     return blocks.section(
         "errors", "Mistakes", bars,
         shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click one for its pictures"),
-        shown_table(image_table(found, dataset, LISTED), picks=_shown(found, run.cfg.seed, found.worst(LISTED))),
-        _suspects(found, dataset, run.cfg.seed),
-        lead=lead if gained else "No mistakes that cost AP50.",
+        shown_table(image_table(found, dataset, LISTED), picks=picks(found.worst(LISTED))),
+        shown_table(suspects, picks=picks(suspect.image for suspect in found.suspects[:LISTED]))
+        if suspects.rows else blocks.paragraph("No annotation is contradicted by a confident detection."),
+        lead=f"Most is lost by {TITLES[kind]}: {lost}. {ADVICE[kind]}" if gained else "No mistakes that cost AP50.",
     )  # fmt: skip
 
 
-def _suspects(found: Analysis, dataset: Dataset, seed: int) -> str:
-    table = suspect_table(found, dataset, LISTED)
-    if not table.rows:
-        return blocks.paragraph("No annotation is contradicted by a confident detection.")
-    return shown_table(table, picks=_shown(found, seed, [suspect.image for suspect in found.suspects[:LISTED]]))
-
-
-def _shown(found: Analysis, seed: int, places: list[int]) -> list[str]:
-    """Return the tag of each image's picture, "" where it is not among those shown."""
-    pictures = chosen_pictures(found, seed)
-    return [f"image:{place}" if place in pictures else "" for place in places]
-
-
-def pictures(run: RunRecord) -> str:
+def _pictures(found: Analysis, dataset: Dataset, results: Results, tags: Tags) -> Section:
     """Return the section of validation pictures: best, worst, random, and a few per class and kind of mistake."""
-    found, dataset, results = run.analysis, run.val_set, run.results
-    if found is None or dataset is None or results is None:
-        return ""
-    tags = chosen_pictures(found, run.cfg.seed)
     drawn, unreadable = [], 0
     for place, names in tags.items():
         record = dataset.records[place]
@@ -90,46 +85,45 @@ def pictures(run: RunRecord) -> str:
         hit, wrong, missed = found.counts[place]
         counts = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[place]:.0f}"
         drawn.append(GalleryPicture(image, f"{printable(record.file_name)}: {counts}", sorted(names)))
+    filters = {tag: tag for tag in ("worst", "best", "random", "suspect")}
+    filters |= {f"error:{kind}": title for kind, title in TITLES.items()}
+    filters |= {f"class:{name}": name for name in found.matches.classes}
     present = set().union(*tags.values())
-    filters = [(tag, tag) for tag in ("worst", "best", "random", "suspect") if tag in present]
-    filters += [(f"error:{kind}", KINDS[kind].split(":")[0]) for kind in KINDS if f"error:{kind}" in present]
-    filters += [(f"class:{name}", name) for name in found.matches.classes if f"class:{name}" in present]
     lead = (
         f"Ground truth beside detections with a score from {found.threshold:.2f} on, the best threshold of all "
         "classes. A false detection bears the kind of its mistake; a missed object is marked in the ground truth."
     )
     notes = [blocks.notice("warn", f"{unreadable} picture(s) could not be read")] if unreadable else []
-    gallery = blocks.gallery("val-pictures", drawn, filters=filters, side=WIDE, picked=True)
+    shown = [(tag, name) for tag, name in filters.items() if tag in present]
+    gallery = blocks.gallery("val-pictures", drawn, filters=shown, side=WIDE)
     return blocks.section("pictures", "Validation pictures", *notes, gallery, lead=lead)
 
 
-def chosen_pictures(found: Analysis, seed: int) -> dict[int, set[str]]:
+def chosen_pictures(found: Analysis, seed: int) -> Tags:
     """Return the places of the images to show with their tags: at most MOST, the worst first."""
-    tags: dict[int, set[str]] = {}
-
-    def take(places: Any, tag: str, limit: int) -> None:
+    matches, errors = found.matches, found.errors
+    by_score = np.argsort(-matches.scores, kind="stable")
+    wanted = [
+        ("worst", WORST, found.worst(WORST)),
+        ("best", BEST, found.finest(BEST)),
+        ("random", RANDOM, np.random.default_rng(seed).permutation(len(found.f1))),
+        ("suspect", WORST, [suspect.image for suspect in found.suspects]),
+    ]
+    wanted += [(f"error:{kind}", EACH, matches.image[by_score[errors.kind[by_score] == kind]]) for kind in KINDS]
+    wanted.append(("error:Miss", EACH, matches.object_image[errors.missed]))
+    for label, name in enumerate(matches.classes):
+        objects = (matches.object_label == label) & ~matches.object_ignored
+        wanted.append((f"class:{name}", EACH, matches.object_image[objects]))
+    tags: Tags = {}
+    for tag, limit, places in wanted:
         for place in list(dict.fromkeys(map(int, places)))[:limit]:
             if place in tags or len(tags) < MOST:
                 tags.setdefault(place, set()).add(tag)
-
-    matches, shown = found.matches, found.matches.scores >= found.threshold
-    take(found.worst(WORST), "worst", WORST)
-    take(found.finest(BEST), "best", BEST)
-    order = np.random.default_rng(seed).permutation(len(found.f1))
-    take(order, "random", RANDOM)
-    take([suspect.image for suspect in found.suspects], "suspect", WORST)
-    by_score = np.argsort(-matches.scores, kind="stable")
-    for kind in KINDS:
-        if kind == "Miss":
-            take(matches.object_image[found.errors.missed], "error:Miss", EACH)
-        else:
-            take(matches.image[by_score[(found.errors.kind == kind)[by_score]]], f"error:{kind}", EACH)
-    for label, name in enumerate(matches.classes):
-        take(matches.object_image[(matches.object_label == label) & ~matches.object_ignored], f"class:{name}", EACH)
+    shown = matches.scores >= found.threshold
     for place, names in tags.items():  # what else they show
         names.add(f"image:{place}")
         names |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == place]}
-        names |= {f"error:{kind}" for kind in found.errors.kind[(matches.image == place) & shown] if kind}
+        names |= {f"error:{kind}" for kind in errors.kind[(matches.image == place) & shown] if kind}
     return tags
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,53 +12,45 @@ import numpy as np
 from gndet.errors import DataError
 from gndet.modeling.detection_model import PROBED_REGIONS
 from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, norm_findings
 from gndet.training.norm_record import read_norms
 from gndet.training.run_folder import NORMS
 
 TITLE = "Normalisation"
-Value = float | None
+NONE = None, None  # of a layer without such a pair of numbers
 
 
-def section(folder: Path) -> str:
+def section(folder: Path) -> Section:
     """Return the section of a run folder; where norms.jsonl is missing or broken, it says so."""
     try:
         entries = [entry for entry in read_norms(folder) if entry.get("layers")]
     except DataError as error:
         return blocks.section("norms", TITLE, blocks.notice("bad", str(error)))
     if not entries:
-        words = (
-            f"No {NORMS} in this run: it was trained with train.norm_images=0 or by an older version, or its model has "
-            "no norm layers."
-        )
+        words = f"No {NORMS} in this run: train.norm_images=0, or a model without norm layers."
         return blocks.section("norms", TITLE, blocks.notice("plain", words))
-    last = entries[-1]
-    layers = last["layers"]
-    return blocks.section(
-        "norms", TITLE,
-        *(blocks.notice(finding.kind, f"{_capital(finding.words)}.") for finding in norm_findings(entries)),
-        blocks.heading(f"Layer by layer, after update {last['update']}"), *_by_layer(layers),
-        *([blocks.heading("Over training"), _over_training(entries)] if len(entries) > 1 else []),
-        _table(layers), lead=_lead(entries),
-    )  # fmt: skip
-
-
-def _capital(words: str) -> str:
-    """Capitalise a sentence, unless it begins with a layer's name."""
-    return words if "." in words.split(" ")[0] else words[:1].upper() + words[1:]
-
-
-def _lead(entries: Sequence[dict[str, Any]]) -> str:
     last = entries[-1]
     layers = last["layers"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in layers).items())
     masked = sum(layer["masked"] for layer in layers)
     padding = last.get("padding")
     share = "" if padding is None else f" {100 * padding:.3g} % of the last training batches was padding."
-    return (
+    lead = (
         f"{len(layers)} norm layers ({kinds}), {masked} masked and {len(layers) - masked} plain, measured "
         f"{len(entries)} times on the first validation images.{share}"
     )
+    return blocks.section(
+        "norms", TITLE, *(blocks.notice(kind, f"{_capital(words)}.") for kind, words in norm_findings(last)),
+        blocks.heading(f"Layer by layer, after update {last['update']}"), blocks.beside(*_by_layer(layers)),
+        *([blocks.heading("Over training"), _over_training(entries)] if len(entries) > 1 else []),
+        _table(layers), lead=lead,
+    )  # fmt: skip
+
+
+def _capital(words: str) -> str:
+    """Capitalise a sentence, unless it begins with a layer's name."""
+    return words if "." in words.split(" ")[0] else words[:1].upper() + words[1:]
 
 
 def part(name: str) -> str:
@@ -81,7 +73,7 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
     groups = "groups" if any(layer["groups"] for layer in layers) else "channels"
     std = charts.Series("median", x, *(_at(layers, "std", place) for place in (2, 0, 4)))
     gamma = charts.Series("gamma", x, *(_at(layers, "gamma", place) for place in (1, 0, 2)))
-    figures = [
+    return [
         charts.lines(
             "norm-std", [std],
             f"Standard deviations of {groups} before normalisation: median, and 5 to 95 % over {groups} and images. "
@@ -92,8 +84,6 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
                      x_label="layer", y_label="gamma"),
         _shares(layers, x, groups), _similar(layers, x), _gap(layers, x),
     ]  # fmt: skip
-    sentences = [block for block in figures if block and not block.startswith("<figure")]
-    return [*sentences, blocks.beside(*(block for block in figures if block not in sentences))]
 
 
 def _places(layers: Sequence[Layer]) -> str:
@@ -137,17 +127,14 @@ def _similar(layers: Sequence[Layer], x: list[int]) -> str:
 
 
 def _gap(layers: Sequence[Layer], x: list[int]) -> str:
-    """Draw how far running or stored statistics are from those of batches."""
-    stored = [layer for layer in layers if layer.get("gap_mean")]
-    if not stored:
-        return ""
+    """Draw how far running or stored statistics are from those of batches; "" where there are none."""
     series = [
         charts.Series("mean", x, _at(layers, "gap_mean", 0)),
         charts.Series("std", x, _at(layers, "gap_std", 0)),
         charts.Series("mean, moving", x, _at(layers, "spread_mean")),
         charts.Series("std, moving", x, _at(layers, "spread_std")),
     ]
-    live = any(layer["kind"] in BATCH_KINDS for layer in stored)
+    live = any(layer["kind"] in BATCH_KINDS for layer in layers)
     caption = (
         f"Statistics of batches against the {'running' if live else 'stored'} ones that evaluation uses: means in "
         "stored standard deviations, standard deviations as |log ratio|, median over channels. Moving: from one batch "
@@ -161,45 +148,42 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
 
 
 def _over_training(entries: Sequence[dict[str, Any]]) -> str:
-    figures = [
-        _by_part(
-            "norm-drift", entries, lambda layer: layer["drift"] and layer["drift"][0], "drift of gamma",
+    padding = np.array([entry.get("padding") for entry in entries], np.float64)
+    padded = charts.Series("padding", [entry["update"] for entry in entries], 100 * padding)
+    return blocks.beside(
+        charts.lines(
+            "norm-drift", _by_part(entries, "drift", 0),
             "How far gamma has moved since the start, relative to its length then; median over a part's layers.",
+            x_label="update", y_label="drift of gamma",
         ),
-        _by_part(
-            "norm-std-time", entries, lambda layer: layer["std"] and layer["std"][2], "standard deviation",
-            "Median standard deviation before normalisation, median over a part's layers.", log_y=True,
+        charts.lines(
+            "norm-std-time", _by_part(entries, "std", 2),
+            "Median standard deviation before normalisation, median over a part's layers.",
+            x_label="update", y_label="standard deviation", log_y=True,
         ),
-        _by_part(
-            "norm-gap-time", entries, lambda layer: layer.get("gap_mean") and layer["gap_mean"][0], "distance of means",
+        charts.lines(
+            "norm-gap-time", _by_part(entries, "gap_mean", 0),
             "Means of batches against the running or stored ones, in their standard deviations.",
+            x_label="update", y_label="distance of means",
         ),
-    ]  # fmt: skip
-    padding = 100 * np.array([entry.get("padding") for entry in entries], np.float64)
-    if np.nansum(padding) > 0:
-        line = charts.Series("padding", [entry["update"] for entry in entries], padding)
-        caption = "Share of the training batches that is padding."
-        limits = {"x_range": (0, None), "y_range": (0, None)}
-        figures.append(charts.lines("norm-padding", [line], caption, x_label="update", y_label="padding, %", **limits))
-    return blocks.beside(*figures)
+        charts.lines(
+            "norm-padding", [padded] if np.nansum(padding) > 0 else [],
+            "Share of the training batches that is padding.",
+            x_label="update", y_label="padding, %", x_range=(0, None), y_range=(0, None),
+        ),
+    )  # fmt: skip
 
 
-def _by_part(
-    id: str, entries: Sequence[dict[str, Any]], value: Callable[[Layer], Value], y_label: str, caption: str,
-    log_y: bool = False,
-) -> str:  # fmt: skip
-    """Draw one line per part of the network: the median over the part's layers."""
+def _by_part(entries: Sequence[dict[str, Any]], key: str, place: int) -> list[charts.Series]:
+    """Return a line for each part of the network: the median of a number over the part's layers."""
+    lines: dict[str, list[float]] = {}
+    for entry in entries:
+        values, parts = _at(entry["layers"], key, place), np.array([part(layer["name"]) for layer in entry["layers"]])
+        for name in dict.fromkeys(parts.tolist()):
+            known = values[(parts == name) & ~np.isnan(values)]
+            lines.setdefault(name, []).append(float(np.median(known)) if known.size else math.nan)
     updates = [entry["update"] for entry in entries]
-    names = list(dict.fromkeys(part(layer["name"]) for layer in entries[-1]["layers"]))
-    series = []
-    for name in names:
-        y = []
-        for entry in entries:
-            values = [value(layer) for layer in entry["layers"] if part(layer["name"]) == name]
-            known = [value for value in values if value is not None]
-            y.append(float(np.median(known)) if known else math.nan)
-        series.append(charts.Series(name, updates, y))
-    return charts.lines(id, series, caption, x_label="update", y_label=y_label, log_y=log_y)
+    return [charts.Series(name, updates, line) for name, line in lines.items()]
 
 
 # --- the table
@@ -212,21 +196,19 @@ def _table(layers: Sequence[Layer]) -> str:
         "median", "max", "dead %", "exploding %", "drift gamma", "drift beta", "similar in a group", "in two",
         *(["gap of means", "of std", "from batch to batch"] if gaps else []),
     ]  # fmt: skip
-    rows = [_row(number, layer, gaps) for number, layer in enumerate(layers, start=1)]
+    rows: list[list[blocks.Cell]] = []
+    for number, layer in enumerate(layers, start=1):
+        row = [
+            blocks.number(number), layer["name"], layer["kind"], "masked" if layer["masked"] else "plain",
+            blocks.number(layer["channels"], ","), blocks.number(layer["groups"], ".5g"),
+            blocks.number(layer["elements"], ".8g"), blocks.number(layer["std"] and layer["std"][2]),
+            blocks.percent(layer["eps_dominated"]), *map(blocks.number, layer["gamma"]), blocks.percent(layer["dead"]),
+            blocks.percent(layer["exploding"]), *map(blocks.number, layer["drift"] or NONE),
+            *(blocks.number(value, ".2g") for value in layer["similar"]),
+        ]  # fmt: skip
+        if gaps:
+            mean, std = (layer.get(key) or NONE for key in ("gap_mean", "gap_std"))
+            row += map(blocks.number, (mean[0], std[0], layer.get("spread_mean")))
+        rows.append(row)
     caption = "Norm layers by depth; std: median over groups and images; numbers per group: the fewest."
     return blocks.sortable_table("norm-layers", columns, rows, caption)
-
-
-def _row(number: int, layer: Layer, gaps: bool) -> list[blocks.Cell]:
-    gamma_drift, beta_drift = layer["drift"] or (None, None)
-    row = [
-        blocks.count(number), layer["name"], layer["kind"], "masked" if layer["masked"] else "plain",
-        blocks.count(layer["channels"]), blocks.number(layer["groups"], 5), blocks.number(layer["elements"], 8),
-        blocks.number(layer["std"] and layer["std"][2]), blocks.percent(layer["eps_dominated"]),
-        *map(blocks.number, layer["gamma"]), blocks.percent(layer["dead"]), blocks.percent(layer["exploding"]),
-        blocks.number(gamma_drift), blocks.number(beta_drift), *(blocks.number(value, 2) for value in layer["similar"]),
-    ]  # fmt: skip
-    if gaps:
-        mean, std = (layer.get(key) or (None, None) for key in ("gap_mean", "gap_std"))
-        row += [blocks.number(mean[0]), blocks.number(std[0]), blocks.number(layer.get("spread_mean"))]
-    return row

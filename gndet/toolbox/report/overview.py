@@ -6,19 +6,20 @@ from collections.abc import Iterator
 
 from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.bootstrap import Interval
-from gndet.toolbox.analysis.errors import KINDS
+from gndet.toolbox.analysis.errors import TITLES
 from gndet.toolbox.report import blocks
-from gndet.toolbox.report.labels import FEW, few_objects
+from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.mistakes import ADVICE
 from gndet.toolbox.report.record import RunRecord, training_time
 from gndet.training.norm_audit import SMALL_BATCH
 
 WAITING = 0.2  # share of time spent waiting for data above which a run is called data-bound
 FALL = 0.01  # AP
+FEW = 20  # objects of a class in data.val below which its AP says little
 SIGNS = {"finished": "good", "failed": "bad", "stopped": "warn", "unfinished": "warn"}
 
 
-def section(run: RunRecord) -> str:
+def section(run: RunRecord) -> Section:
     """Return the section with the numbers and the verdict."""
     words = [blocks.notice(SIGNS[run.ended], run.why[:1].upper() + run.why[1:])]
     words += [blocks.notice(kind, line) for kind, line in run_verdict(run)]
@@ -28,16 +29,15 @@ def section(run: RunRecord) -> str:
 
 def headline_numbers(run: RunRecord) -> list[tuple[str, str]]:
     """Return the numbers that readers look for first."""
-    pairs = []
-    for part in ("box", "mask"):
-        for key in ("AP", "AP50"):
-            if (value := run.last(f"{part}/{key}")) is not None:
-                pairs.append((f"{part} {key}, %", f"{100 * value:.1f}"))
+    scores = {f"{part} {key}, %": run.last(f"{part}/{key}") for part in ("box", "mask") for key in ("AP", "AP50")}
+    pairs = [(name, f"{100 * value:.1f}") for name, value in scores.items() if value is not None]
     if run.analysis is not None:
         pairs.append((f"{run.analysis.kind} AP, 95 %", interval(run.analysis.intervals.ap)))
-    pairs.append(("updates", f"{run.done:,}" if run.done == run.total else f"{run.done:,} of {run.total:,}"))
-    pairs.append(("images per update", f"{run.cfg.train.global_batch}"))
-    pairs.append(("norm", run.cfg.model.norm.kind))
+    pairs += [
+        ("updates", f"{run.done:,}" if run.done == run.total else f"{run.done:,} of {run.total:,}"),
+        ("images per update", f"{run.cfg.train.global_batch}"),
+        ("norm", run.cfg.model.norm.kind),
+    ]
     if run.speed:
         pairs += [("images/s", f"{run.speed:.3g}"), ("training time", training_time(run))]
     if run.memory:
@@ -55,12 +55,11 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
     yield from _learning(run)
     if run.analysis is not None:
         delta = run.analysis.errors.delta_ap
-        kind = max(KINDS, key=lambda kind: 0.0 if math.isnan(delta[kind]) else delta[kind])
+        kind = max(TITLES, key=lambda kind: 0.0 if math.isnan(delta[kind]) else delta[kind])
         if delta[kind] > FALL:
-            words = KINDS[kind].split(":")[0]
-            yield "plain", f"Most AP50 is lost by {words}: {100 * delta[kind]:.1f} points. {ADVICE[kind]}"
+            yield "plain", f"Most AP50 is lost by {TITLES[kind]}: {100 * delta[kind]:.1f} points. {ADVICE[kind]}"
         yield from _annotations(run.analysis)
-        if few := few_objects(run):
+        if few := [row["name"] for row in run.analysis.metrics.per_class if row["num_objects"] < FEW]:
             names = f"{', '.join(few[:8])}{' ...' if len(few) > 8 else ''}"
             yield "warn", f"Fewer than {FEW} objects in data.val, so that AP says little: {names}"
     waits = [entry["data_wait"] for entry in run.train[1:] if entry.get("data_wait") is not None]

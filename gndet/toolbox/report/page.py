@@ -3,20 +3,17 @@
 from collections.abc import Sequence
 from importlib.resources import files
 
-from gndet.toolbox.report.blocks import escape
+from gndet.toolbox.report.blocks import Section, escape
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def page(title: str, subtitle: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """Assemble a page, whose policy forbids every outside request.
-
-    sections: id, short name for the contents, and HTML of each.
-    """
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """Assemble a page, whose policy forbids every outside request."""
     folder = files("gndet.toolbox.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    links = "".join(f'<a href="#{escape(id)}">{escape(name)}</a>' for id, name, _ in sections)
-    body = "\n".join(html for _, _, html in sections)
+    links = "".join(f'<a href="#{escape(id)}">{escape(title)}</a>' for id, title, _ in sections)
+    body = "\n".join(section.html for section in sections)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

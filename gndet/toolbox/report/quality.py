@@ -1,6 +1,5 @@
 """How good the detections are: precision and recall, F1, AP per class with its interval, thresholds, confusion."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,15 @@ from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.curves import SCORES
 from gndet.toolbox.analysis.tables import ALL, Table, class_table, threshold_table
 from gndet.toolbox.report import blocks, charts
-from gndet.toolbox.report.blocks import Cell
+from gndet.toolbox.report.blocks import Cell, Section
 from gndet.toolbox.report.charts import Series
 from gndet.toolbox.report.record import RunRecord
 
+FORMS = {"id": "d", "image id": "d", "annotation": "d", "threshold": ".2f", "score": ".2f"}  # others by their type
 MOST_CURVES = 7  # classes whose curves are drawn: those with most objects
 
 
-def section(run: RunRecord) -> str:
+def section(run: RunRecord) -> Section:
     """Return the section with curves and tables of the last evaluation's detections."""
     found = run.analysis
     if found is None:
@@ -32,7 +32,7 @@ def section(run: RunRecord) -> str:
     return blocks.section(
         "quality", "Detections",
         blocks.beside(_precision_recall(found, shown), _f1(found, shown)),
-        shown_table(class_table(found), picks=[f"class:{name}" for name in found.matches.classes] + [""],
+        shown_table(class_table(found), picks=[f"class:{name}" for name in found.matches.classes],
                     note=f"; of {found.intervals.draws} draws of images; click a class for its pictures"),
         shown_table(threshold_table(found)),
         _confusion(found),
@@ -49,20 +49,26 @@ def most_common(found: Analysis) -> list[int]:
 
 def _precision_recall(found: Analysis, shown: Sequence[int]) -> str:
     defined = np.where(found.precision[0] < 0, np.nan, found.precision[0])  # (101, K)
-    series = [Series(found.matches.classes[k], RECALLS, defined[:, k]) for k in shown]
-    if len(shown) > 1:
-        mean = defined[:, ~np.isnan(defined).all(0)].mean(1)
-        series.append(Series("mean of classes", RECALLS, mean))
-    caption = "precision and recall at IoU 0.5, COCO's"
-    return charts.lines("chart-pr", series, caption, x_label="recall", y_label="precision", y_range=(0, 1.03))
+    mean = defined[:, ~np.isnan(defined).all(0)].mean(1)
+    return charts.lines(
+        "chart-pr", _series(found, shown, RECALLS, [*defined.T, mean], "mean of classes"),
+        "precision and recall at IoU 0.5, COCO's", x_label="recall", y_label="precision", y_range=(0, 1.03),
+    )  # fmt: skip
 
 
 def _f1(found: Analysis, shown: Sequence[int]) -> str:
-    series = [Series(found.matches.classes[k], SCORES, found.curves.f1[k]) for k in shown]
-    if len(shown) > 1:
-        series.append(Series(ALL, SCORES, found.curves.f1[-1]))
-    caption = "F1 by the score from which detections count, IoU 0.5"
-    return charts.lines("chart-f1", series, caption, x_label="score", y_label="F1", y_range=(0, 1.03))
+    return charts.lines(
+        "chart-f1", _series(found, shown, SCORES, found.curves.f1, ALL),
+        "F1 by the score from which detections count, IoU 0.5", x_label="score", y_label="F1", y_range=(0, 1.03),
+    )  # fmt: skip
+
+
+def _series(
+    found: Analysis, shown: Sequence[int], x: np.ndarray, rows: Sequence[np.ndarray], last: str
+) -> list[Series]:
+    """Return the curves of the classes shown and, if they are several, the last row, named `last`."""
+    series = [Series(found.matches.classes[k], x, rows[k]) for k in shown]
+    return [*series, Series(last, x, rows[-1])] if len(shown) > 1 else series
 
 
 def _confusion(found: Analysis) -> str:
@@ -77,7 +83,7 @@ def _confusion(found: Analysis) -> str:
     return charts.heat("chart-confusion", matrix, labels, caption, x_label="found", y_label="annotated")
 
 
-def shown_table(table: Table, *, picks: Sequence[str] | None = None, note: str = "") -> str:
+def shown_table(table: Table, *, picks: Sequence[str] = (), note: str = "") -> str:
     """Return a table of the analysis for the page."""
     rows = [[cell(column, value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
     caption = f"{table.title}{note} (shares and AP in percent)"
@@ -88,10 +94,6 @@ def cell(column: str, value: Any) -> Cell:
     """Return a value of the analysis as a cell."""
     if isinstance(value, str):
         return value
-    if column in ("id", "image id", "annotation"):
-        return (float(value), str(value)) if value is not None else (math.nan, "-")
-    if isinstance(value, int):
-        return blocks.count(value)
-    if column in ("threshold", "score"):
-        return (value, f"{value:.2f}") if value is not None else (math.nan, "-")
-    return blocks.percent(value)
+    if column in FORMS:
+        return blocks.number(value, FORMS[column])
+    return blocks.number(value, ",") if isinstance(value, int) else blocks.percent(value)

@@ -4,22 +4,25 @@ Reading changes nothing in the folder: a run in progress can be reported on.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median_high
+from typing import Any, NamedTuple, TypeVar
 
 from gndet.checkpoint import load_checkpoint, run_checkpoints
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.errors import CheckpointError, DataError, GndetError
+from gndet.errors import DataError, GndetError
 from gndet.evaluation.results import Results
-from gndet.toolbox.analysis.analysis import Analysis, analyse, draws_masks
+from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind
 from gndet.toolbox.analysis.read import read_results
 from gndet.training.log import read_metrics
 from gndet.training.optim import total_updates
 from gndet.training.run_folder import CONFIG, DETECTIONS, FAILED, METRICS, PREEMPTED
+
+T = TypeVar("T")
 
 
 class RunRecord(NamedTuple):
@@ -51,8 +54,8 @@ class RunRecord(NamedTuple):
     @property
     def speed(self) -> float | None:
         """Images per second, the median of the log; None: not logged."""
-        speeds = sorted(entry["images_per_s"] for entry in self.train if entry.get("images_per_s"))
-        return speeds[len(speeds) // 2] if speeds else None
+        speeds = [entry["images_per_s"] for entry in self.train if entry.get("images_per_s")]
+        return median_high(speeds) if speeds else None
 
     @property
     def memory(self) -> float | None:
@@ -85,66 +88,59 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     cfg = load_config(folder / CONFIG, overrides)
     missing: list[str] = []
     meta = _meta(folder, missing)
-    train, evaluations = _log(folder, missing)
+    entries = _log(folder, missing)
+    train, evaluations = ([entry for entry in entries if entry["kind"] == kind] for kind in ("train", "evaluation"))
     train_set, val_set = (_dataset(cfg, which, missing) for which in ("train", "val"))
     results = _results(folder, val_set, missing)
     analysis = None
     if results is not None and val_set is not None:
-        masks = cfg.model.masks and results.codes is not None and draws_masks(val_set)
-        kind = "mask" if masks else "box"
+        kind = chosen_kind(val_set, results)
         analysis = analyse(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
     record = RunRecord(folder, cfg, meta, train, evaluations, "", "", train_set, val_set, results, analysis, missing)
     ended, why = _ending(record)
     return record._replace(ended=ended, why=why)
 
 
+def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any, advice: str = "") -> T | None:
+    """Return what `read` returns; where it raises a GndetError, note it as missing and return None."""
+    try:
+        return read(*arguments)
+    except GndetError as error:
+        missing.append(f"{what}: {error}{advice}")
+        return None
+
+
 def _meta(folder: Path, missing: list[str]) -> dict[str, Any]:
     """Read what the newest intact checkpoint says of the run."""
-    for checkpoint in run_checkpoints(folder):
-        try:
-            return load_checkpoint(checkpoint, groups=()).meta
-        except CheckpointError as error:
-            missing.append(f"checkpoint: {error}")
+    for path in run_checkpoints(folder):
+        if (checkpoint := _read("checkpoint", missing, load_checkpoint, path, ())) is not None:
+            return checkpoint.meta
     missing.append("checkpoints: there is none yet, so environment and weight sources are not known")
     return {}
 
 
-def _log(folder: Path, missing: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Read metrics.jsonl: the entries of training, and those of evaluations."""
+def _log(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
     path = folder / METRICS
-    try:
-        entries = read_metrics(path)
-    except (OSError, DataError) as error:
-        missing.append(f"curves: {path.name}: {getattr(error, 'strerror', None) or error}")
-        return [], []
-    if not entries:
-        missing.append(f"curves: {path.name} is empty: nothing was logged yet")
-    train, evaluations = ([entry for entry in entries if entry["kind"] == kind] for kind in ("train", "evaluation"))
-    return train, evaluations
+    entries = _read("curves", missing, read_metrics, path) if path.is_file() else []
+    if entries == []:
+        missing.append(f"curves: nothing was logged yet in {METRICS}")
+    return entries or []
 
 
 def _dataset(cfg: Config, which: str, missing: list[str]) -> Dataset | None:
-    try:
-        return read_dataset(getattr(cfg.data, which), cfg.data)
-    except GndetError as error:
-        first = str(error).splitlines()[0]
-        missing.append(f"data.{which}: {first}; where the data has moved, give data.root=PATH")
-        return None
+    advice = "\nwhere the data has moved, give data.root=PATH"
+    return _read(f"data.{which}", missing, read_dataset, getattr(cfg.data, which), cfg.data, advice=advice)
 
 
 def _results(folder: Path, dataset: Dataset | None, missing: list[str]) -> Results | None:
     path = folder / DETECTIONS
     if not path.is_file():
         missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
-        return None
-    if dataset is None:
+    elif dataset is None:
         missing.append("detections: they cannot be analysed without the data set")
-        return None
-    try:
-        return read_results(path, dataset)
-    except DataError as error:
-        missing.append(f"detections: {error}")
-        return None
+    else:
+        return _read("detections", missing, read_results, path, dataset)
+    return None
 
 
 def _ending(run: RunRecord) -> tuple[str, str]:

@@ -25,7 +25,7 @@ def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[
     if any(map(is_study, folders)):
         if len(folders) > 1:
             raise DataError("a norm study is reported on by itself; its runs lie in its folder cells/")
-        html = study_page(folders[0])
+        html = page(f"gndet: {folders[0].absolute().name}", str(folders[0]), [study.section(folders[0])])
     else:
         html = run_page(folders[0], overrides) if len(folders) == 1 else comparison_page(folders, overrides)
     path = out or folders[0] / (REPORT if len(folders) == 1 else "comparison.html")
@@ -39,28 +39,20 @@ def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
     """Return the page of a run."""
     run = read_run(folder, overrides)
     sections = [
-        ("summary", "Summary", overview.section(run)), ("training", "Training", training.section(run)),
-        ("quality", "Detections", quality.section(run)), ("errors", "Mistakes", mistakes.section(run)),
-        ("pictures", "Pictures", mistakes.pictures(run)), ("norms", "Norms", norms.section(folder)),
-        ("data", "Data", labels.section(run)), ("batches", "Batches", batches.section(run)),
-        ("setup", "How it was made", setup.section(run)),
+        overview.section(run), training.section(run), quality.section(run), *mistakes.sections(run),
+        norms.section(folder), labels.section(run), batches.section(run), setup.section(run),
     ]  # fmt: skip
     val = f" on {run.val_set.name}" if run.val_set else ""
-    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", [section for section in sections if section[2]])
+    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", sections)
 
 
 def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> str:
     """Return the page that compares runs."""
-    runs = [read_run(folder, overrides) for folder in folders]
     names = [folder.absolute().name for folder in folders]
     if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    return page(f"gndet: {' and '.join(names)}", "runs compared", compare.sections(runs, names))
-
-
-def study_page(folder: Path) -> str:
-    """Return the page of a norm study."""
-    return page(f"gndet: {folder.absolute().name}", str(folder), [("study", "Norm study", study.section(folder))])
+        names = list(map(str, folders))
+    runs = {name: read_run(folder, overrides) for name, folder in zip(names, folders, strict=True)}
+    return page(f"gndet: {' and '.join(names)}", "runs compared", compare.sections(runs))
 
 
 def report_on_ending(folder: Path, show: Show) -> None:

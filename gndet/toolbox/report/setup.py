@@ -1,11 +1,11 @@
 """How the run was made: config, environment, where its weights came from, and commands that do it again."""
 
 from collections import Counter
-from typing import Any
 
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
 from gndet.toolbox.report import blocks
+from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.record import RunRecord
 from gndet.training.run_folder import CONFIG, flat
 
@@ -13,19 +13,17 @@ META = {"device": "device", "processes": "processes", "data": "hash of data", "m
         "val_data": "hash of val_data"}  # fmt: skip
 
 
-def section(run: RunRecord) -> str:
+def section(run: RunRecord) -> Section:
     """Return the section with all that is needed to repeat the run."""
     rows: list[list[blocks.Cell]] = [[name, str(value)] for name, value in run.meta.get("versions", {}).items()]
     rows += [[name, str(run.meta[key])] for key, name in META.items() if key in run.meta]
     options = ("option", "value", "default")
     return blocks.section(
         "setup", "How it was made",
-        blocks.heading("Commands"), blocks.command_lines(next_commands(run)),
+        blocks.heading("Commands"), blocks.preformatted("\n".join(next_commands(run))),
         blocks.heading("Weights"), blocks.paragraph(weights(run)),
-        blocks.sortable_table("environment", ("what", "value"), rows, "environment", filtered=False) if rows else "",
-        blocks.sortable_table(
-            "changed", options, changed(run.cfg), "options that are not at their default", filtered=False
-        ),
+        blocks.sortable_table("environment", ("what", "value"), rows, "environment") if rows else "",
+        blocks.sortable_table("changed", options, changed(run.cfg), "options that are not at their default"),
         blocks.details("the resolved config", blocks.preformatted(config_to_yaml(run.cfg))),
     )  # fmt: skip
 
@@ -54,15 +52,8 @@ def weights(run: RunRecord) -> str:
     return f"train.weights: {run.cfg.train.weights}, norm_policy: {run.cfg.train.norm_policy}{layers}."
 
 
-def changed(cfg: Config) -> list[list[blocks.Cell]]:
+def changed(cfg: Config) -> list[list[str]]:
     """Return the options that are not at their default: name, value, default."""
     usual = flat(Config())
-    return [
-        [key, _short(value), _short(usual.get(key, "-"))]
-        for key, value in flat(cfg).items() if value != usual.get(key, "-")
-    ]  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+    options = ((key, value, usual.get(key, "-")) for key, value in flat(cfg).items())
+    return [[key, str(value), str(default)] for key, value, default in options if value != default]

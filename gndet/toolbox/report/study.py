@@ -1,6 +1,5 @@
 """The report of a norm study."""
 
-import math
 import shlex
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from gndet.toolbox.analysis.study_results import (
     variant_title,
 )
 from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.blocks import Section
 
 
-def section(folder: Path) -> str:
+def section(folder: Path) -> Section:
     """Return the section of a study.  Raises DataError where study.json cannot be read."""
     study = read_study(folder)
     parts = [blocks.notice("plain", line) for line in study_verdict(study)]
@@ -28,7 +28,7 @@ def section(folder: Path) -> str:
     parts += [blocks.notice("warn", note) for note in study.notes]
     parts.append(blocks.beside(*(_chart(study, metric) for metric in metrics_of(study))))
     parts += [_table(study, metric) for metric in metrics_of(study)]
-    parts += [_cells(study), blocks.command_lines([study_command(study)])]
+    parts += [_cells(study), blocks.preformatted(study_command(study))]
     return blocks.section("study", "Norm study", *parts, lead=f"{study.config}, {study.date}")
 
 
@@ -53,34 +53,25 @@ def _schedule(study: Study) -> str:
 def _chart(study: Study, metric: str) -> str:
     """Draw AP against images per GPU, one line per norm; at a single size, bars."""
     caption = f"{METRICS[metric]} in percent, mean over seeds with its 95 % interval (Student's t)"
-    name = f"study-{metric.replace('/', '-')}"
-    if len(study.sizes) == 1:
-        means = [percent_mean(study, variant, study.sizes[0], metric) for variant in study.variants]
-        halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
-        return charts.bars(
-            name, [variant_title(v) for v in study.variants], [mean.mean for mean in means], caption,
-            x_label=f"{METRICS[metric]}, %", low=[m.mean - h for m, h in zip(means, halves, strict=True)],
-            high=[m.mean + h for m, h in zip(means, halves, strict=True)],
-        )  # fmt: skip
-    lines = []
+    name, label = f"study-{metric.replace('/', '-')}", f"{METRICS[metric]}, %"
+    series = []
     for variant in study.variants:
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
         centre, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
-        band = (centre - half, centre + half) if np.isfinite(half).any() else (None, None)
-        lines.append(charts.Series(variant_title(variant), study.sizes, centre, *band))
-    return charts.lines(
-        name, lines, caption, x_label="images per GPU", y_label=f"{METRICS[metric]}, %", doubling=study.sizes
-    )
+        band = (centre - half, centre + half) if np.isfinite(half).any() else (centre, centre)
+        series.append(charts.Series(variant_title(variant), study.sizes, centre, *band))
+    if len(study.sizes) > 1:
+        return charts.lines(name, series, caption, x_label="images per GPU", y_label=label, doubling=study.sizes)
+    values, low, high = ([float(getattr(line, key)[0]) for line in series] for key in ("y", "low", "high"))
+    return charts.bars(name, [line.name for line in series], values, caption, x_label=label, low=low, high=high)
 
 
 def _table(study: Study, metric: str) -> str:
-    rows = []
+    rows: list[list[blocks.Cell]] = []
     for variant in study.variants:
-        cells = []
-        for size in study.sizes:
-            mean = percent_mean(study, variant, size, metric)
-            cells.append((mean.mean if mean.n else -1.0, cell_words(study, variant, size, metric)))
-        rows.append([variant_title(variant), *cells])
+        means = [percent_mean(study, variant, size, metric).mean for size in study.sizes]
+        words = [cell_words(study, variant, size, metric) for size in study.sizes]
+        rows.append([variant_title(variant), *zip(means, words, strict=True)])
     head = [
         "groups" if study.by_groups else "norm",
         *(f"{size} image{'s' if size > 1 else ''}" for size in study.sizes),
@@ -94,9 +85,8 @@ def _cells(study: Study) -> str:
     shown = metrics_of(study)
     rows = []
     for r in study.results:
-        found = [r.metrics.get(metric) for metric in shown]
-        scores = [(-1.0, "-") if value is None else (value, f"{100 * value:.1f}") for value in found]
-        rows.append([variant_title(r.variant), (r.images, str(r.images)), (r.seed, str(r.seed)), r.state, *scores,
-                     (r.seconds, f"{r.seconds:.0f}"), r.reason])  # fmt: skip
+        scores = [blocks.percent(r.metrics.get(metric)) for metric in shown]
+        rows.append([variant_title(r.variant), blocks.number(r.images), blocks.number(r.seed), r.state, *scores,
+                     blocks.number(r.seconds, ".0f"), r.reason])  # fmt: skip
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
     return blocks.sortable_table("study-cells", head, rows, "Every cell")

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.charts import Series
 from gndet.toolbox.report.record import RunRecord
 
 
-def section(run: RunRecord) -> str:
+def section(run: RunRecord) -> Section:
     """Return the section with loss, AP, speed and memory over the updates."""
     if not run.train and not run.evaluations:
         return blocks.section("training", "Training", blocks.notice("plain", "Nothing was logged yet."))

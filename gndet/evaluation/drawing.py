@@ -6,6 +6,7 @@ out of the picture, draws later boxes across them, needs a font file for any siz
 """
 
 import colorsys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def draw_objects(
     colours = [colour(index) for index in class_indices]
     masks = [None] * len(colours) if masks is None else masks
     for mask, tint in zip(masks, colours, strict=True):
-        if mask is not None and mask.any():
+        if mask is not None:
             _tint(pixels, mask, tint, line)
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
@@ -72,13 +73,9 @@ def draw_objects(
 
 def _tint(pixels: np.ndarray, mask: np.ndarray, tint: tuple[int, int, int], line: int) -> None:
     """Blend a mask's colour into the pixels in place, with a solid outline `line` pixels wide inside it."""
-    ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    ratio = np.array(pixels.shape[:2]) / mask.shape
-    top, left = np.floor(np.array([ys[0], xs[0]]) * ratio).astype(int)
-    bottom, right = np.ceil(np.array([ys[-1] + 1, xs[-1] + 1]) * ratio).astype(int)
-    rows = ((np.arange(top, bottom) + 0.5) / ratio[0]).astype(int)  # the mask's pixel under each of the picture's
-    columns = ((np.arange(left, right) + 0.5) / ratio[1]).astype(int)
-    inside = mask[np.ix_(rows, columns)]
+    whole = Image.fromarray(mask).resize(pixels.shape[1::-1], Image.Resampling.NEAREST)
+    left, top, right, bottom = whole.getbbox() or (0, 0, 0, 0)  # an empty mask
+    inside = np.asarray(whole)[top:bottom, left:right]
     core = np.pad(inside, line)
     for axis in (0, 1):
         core = core & np.roll(core, line, axis) & np.roll(core, -line, axis)
@@ -150,27 +147,18 @@ def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
 
 def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray, Record]:
     """Scale a picture and its boxes down to `longest` pixels on the longer side; masks keep their size."""
-    factor = min(1.0, longest / max(image.shape[:2]))
-    size = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
-    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, reducing_gap=None))
-    return small, record._replace(boxes=record.boxes * np.tile(np.array(size) / image.shape[1::-1], 2))
+    picture = Image.fromarray(image)
+    picture.thumbnail((longest, longest), Image.Resampling.BOX, reducing_gap=None)
+    scale = np.tile(np.divide(picture.size, image.shape[1::-1]), 2)
+    return np.asarray(picture), record._replace(boxes=record.boxes * scale)
 
 
 def placard(text: str, side: int) -> np.ndarray:
     """Return a picture (side // 2, side, 3) of a text, to stand in for a picture that cannot be read."""
     picture = Image.new("RGB", (side, side // 2), (225, 225, 225))
     font = ImageFont.load_default(18)
-    lines, draw = [""], ImageDraw.Draw(picture)
-
-    def fits(line: str) -> bool:
-        return draw.textlength(line, font=font) <= side - 40
-
-    for word in text.split():
-        lines += [] if fits(f"{lines[-1]} {word}".strip()) else [""]
-        for letter in f" {word}" if lines[-1] else word:
-            lines += [] if fits(lines[-1] + letter) else [""]  # a word longer than a line
-            lines[-1] += letter
-    draw.multiline_text((20, 20), "\n".join(lines[:10]), font=font, fill="black")
+    lines = textwrap.wrap(text, int((side - 40) / font.getlength("x")))  # an x is about as wide as a letter on average
+    ImageDraw.Draw(picture).multiline_text((20, 20), "\n".join(lines[:10]), font=font, fill="black")
     return np.asarray(picture)
 
 

@@ -4,9 +4,8 @@ Letters: n samples (images or regions), C channels, G groups, (H, W) maps, k obs
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,16 +45,11 @@ class Moments(NamedTuple):
     count: Tensor
 
 
-@dataclass
-class Seen:
-    """What one layer was given."""
-
-    moments: list[Moments] = field(default_factory=list)
-    similar: list[Tensor] = field(default_factory=list)  # (2,) of each call
+Call = tuple[Moments, Tensor]  # of a layer: its input's moments and similarity
 
 
 def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The norm layers of a model by name, in the order they were built: by depth, but for shortcuts."""
+    """Return the norm layers of a model by name, in the order they were built: by depth, but for shortcuts."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}
 
 
@@ -77,48 +71,36 @@ def measure(
     start: gamma and beta when the run began; None: not known.  The model is left as it was: modes, memory, buffers, and
     no random number is drawn.  Statistics are taken in the model's type, float32 at least, and summed up in float64.
     """
-    seen = {name: Seen() for name in norm_layers(model)}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with keeping_all(model), _listening(model, seen), torch.inference_mode():
-            for batch in batches:
-                with autocast():
-                    model.probe(batch.images.to(model.device), batch.sizes.to(model.device), batch.padded)
-            return [_measured(name, layer, seen[name], start) for name, layer in norm_layers(model).items()]
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    layers = norm_layers(model)
+    calls: dict[str, list[Call]] = {name: [] for name in layers}
+    with keeping_all(model), torch.inference_mode(), ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
+        for name, layer in layers.items():
+            stack.enter_context(layer.register_forward_pre_hook(partial(_look, calls[name])))
+        model.eval()
+        for batch in batches:
+            with autocast():
+                model.probe(batch.images.to(model.device), batch.sizes.to(model.device), batch.padded)
+        return [_measured(name, layer, calls[name], start) for name, layer in layers.items()]
 
 
-@contextmanager
-def _listening(model: nn.Module, seen: Mapping[str, Seen]) -> Iterator[None]:
-    """Look at each norm layer's input, and the pictures' area in it, before the layer runs."""
-
-    def look(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x, area = inputs[0], inputs[1] if len(inputs) > 1 and getattr(layer, "masked", False) else None
-        with torch.autocast(x.device.type, enabled=False):
-            seen[name].moments.append(moments(x.to(layer.weight.dtype), area))
-            seen[name].similar.append(similarity(x, _groups(layer) or x.shape[1], area))
-
-    handles = [layer.register_forward_pre_hook(partial(look, name)) for name, layer in norm_layers(model).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _look(calls: list[Call], layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Note the moments and the similarity of a layer's input, over the pictures alone where the layer is masked."""
+    x, area = inputs[0], inputs[1] if len(inputs) > 1 and getattr(layer, "masked", False) else None
+    with torch.autocast(x.device.type, enabled=False):
+        groups = _groups(layer) or x.shape[1]
+        calls.append((moments(x.to(layer.weight.dtype), area), similarity(x, groups, area)))
 
 
 # --- what is taken of a map
 
 
 def moments(x: Tensor, area: ValidArea | None) -> Moments:
-    """Mean and variance of each channel of x (n, C, H, W) over its map; area: over the picture alone."""
+    """Return mean and variance of each channel of x (n, C, H, W) over its map; area: over the picture alone."""
     if area is None:
-        mean = x.mean((2, 3))
-        var = (x - mean[:, :, None, None]).square_().mean((2, 3))
-        count = torch.full((len(x), 1), x.shape[2] * x.shape[3], dtype=torch.float64)
-        return Moments(mean, var, count)
+        var, mean = torch.var_mean(x, (2, 3), correction=0)
+        return Moments(mean, var, torch.full((len(x), 1), x.shape[2] * x.shape[3], dtype=torch.float64))
     count = area.count.to(x.dtype)
     mean = torch.where(area.mask, x, 0.0).sum((2, 3)) / count
     centred = torch.where(area.mask, x - mean[:, :, None, None], 0.0)
@@ -126,7 +108,7 @@ def moments(x: Tensor, area: ValidArea | None) -> Moments:
 
 
 def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:
-    """Mean |correlation| of channels of x (n, C, H, W) over positions: of pairs in one group, and in two.
+    """Return the mean |correlation| of channels of x (n, C, H, W) over positions: of pairs in one group, and in two.
 
     At OBSERVATIONS positions, spread evenly, and for PER_GROUP channels of GROUPS groups.  Returns (2,) float64, nan
     where there is no such pair whose channels vary.
@@ -141,18 +123,17 @@ def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:
     group = _spread(groups, GROUPS, x.device)
     chosen = (group[:, None] * per_group + _spread(per_group, PER_GROUP, x.device)).flatten()
     values = x[where // (height * width), :, where // width % height, where % width][:, chosen].double()  # (k, c)
-    centred = values - values.mean(0)
-    square = centred.square().sum(0)
-    varies = square > 1e-24 * values.square().sum(0)  # a constant leaves rounding
-    unit = torch.where(varies, centred * square.rsqrt(), 0.0)
-    correlation = (unit.T @ unit).abs()  # (c, c)
+    varies = values.var(0, correction=0) > 1e-24 * values.square().mean(0)  # a constant leaves rounding
+    correlation = torch.corrcoef(values.T).abs()  # (c, c)
     pairs = (varies[:, None] & varies).triu(1)
     same = (chosen // per_group)[:, None] == chosen // per_group
-    return torch.stack([torch.where(pairs & of, correlation, 0.0).sum() / (pairs & of).sum() for of in (same, ~same)])
+    return torch.stack(
+        [torch.where(pairs & kind, correlation, 0.0).sum() / (pairs & kind).sum() for kind in (same, ~same)]
+    )
 
 
 def _spread(num: int, most: int, device: torch.device) -> Tensor:
-    """At most so many of the indices below num, spread evenly."""
+    """Return at most so many of the indices below num, spread evenly."""
     count = min(num, most)
     return torch.arange(count, device=device) * num // count
 
@@ -160,38 +141,38 @@ def _spread(num: int, most: int, device: torch.device) -> Tensor:
 # --- what is said of a layer
 
 
-def _measured(name: str, layer: nn.Module, seen: Seen, start: Start | None) -> Measured:
-    gamma, beta = (_array(getattr(layer, which)) for which in ("weight", "bias"))
-    calls = [Moments(*map(_array, call)) for call in seen.moments]
-    var, elements, running = _by_group(layer, calls) if isinstance(layer, GroupNorm) else _by_batch(layer, calls)
+def _measured(name: str, layer: nn.Module, calls: Sequence[Call], start: Start | None) -> Measured:
+    gamma, beta = _array(layer.weight), _array(layer.bias)
+    inputs = [Moments(*map(_array, call)) for call, _ in calls]
+    var, elements, running = _by_group(layer, inputs) if isinstance(layer, GroupNorm) else _by_batch(layer, inputs)
     std = np.sqrt(var)
-    finite = std[np.isfinite(std)]
-    cells = np.concatenate([call.count for call in calls]) if calls else np.empty(0)
+    cells = np.concatenate([np.empty((0, 1)), *(call.count for call in inputs)])
+    similar = np.array([_array(pair) for _, pair in calls]).reshape(-1, 2)
     numbers = {
         "name": name, "kind": _kind(layer), "channels": len(gamma), "groups": _groups(layer),
         "masked": bool(getattr(layer, "masked", False)), "eps": layer.eps,
         "trained": any(parameter.requires_grad for parameter in layer.parameters()),
         "elements": int(elements.min()) if elements.size else None,  # that a statistic is taken over, at the least
         "one_cell": _share(cells == 1), "one_element": _share(elements == 1), "nonfinite": _share(~np.isfinite(std)),
-        "std": list(np.quantile(finite, QUANTILES)) if finite.size else None, "eps_dominated": _share(var <= layer.eps),
-        "similar": _similar(seen.similar),
+        "std": _quantiles(std, QUANTILES), "eps_dominated": _share(var <= layer.eps),
+        "similar": [float(known.mean()) if known.size else None for known in map(_finite, similar.T)],
     }  # fmt: skip
     whole = numbers | _of_gamma(name, gamma, beta, start) | running
     return Measured({key: rounded(value) for key, value in whole.items()}, std.ravel(), gamma)
 
 
 def _by_group(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Variances of groups and samples, and the numbers that each was taken over."""
+    """Return the variances of groups and samples, and the numbers that each was taken over."""
     parts, elements = [np.empty((0, layer.groups))], [np.empty((0, 1))]
     for mean, var, count in calls:
-        mean, var = (one.reshape(len(one), layer.groups, -1) for one in (mean, var))  # (n, G, C/G)
+        mean, var = (moment.reshape(len(moment), layer.groups, -1) for moment in (mean, var))  # (n, G, C/G)
         parts.append(var.mean(2) + mean.var(2))
         elements.append(count * mean.shape[2])
     return np.concatenate(parts), np.concatenate(elements), {}
 
 
 def _by_batch(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Variances of channels and batches, the numbers each was taken over, and how far they are from the stored ones.
+    """Return variances of channels and batches, the numbers each was taken over, and the distance from stored ones.
 
     gap_mean: |batch - stored| in stored standard deviations; gap_std: |log(batch / stored)| of standard deviations:
     median and 95 % quantile over channels and batches.  spread_*: the standard deviation from batch to batch, median.
@@ -209,16 +190,15 @@ def _by_batch(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, n
     off = (mean - _array(layer.running_mean)) / stored
     ratio = np.log(np.sqrt(var + layer.eps) / stored)
     return var, np.concatenate(elements), {
-        "gap_mean": _two(np.abs(off)), "gap_std": _two(np.abs(ratio)),
+        "gap_mean": _quantiles(np.abs(off), (0.5, 0.95)), "gap_std": _quantiles(np.abs(ratio), (0.5, 0.95)),
         "spread_mean": _from_batch_to_batch(off), "spread_std": _from_batch_to_batch(ratio),
     }  # fmt: skip
 
 
 def _of_gamma(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | None) -> dict[str, Any]:
-    """Smallest, median and largest gamma, shares of dead and exploding ones, and the way gone since the start.
+    """Return smallest, median and largest gamma, shares of dead and exploding ones, and the way gone since the start.
 
-    drift: the L2 norm of the change of gamma, and of beta, over that of gamma at the start; over that of ones where it
-    was zero.
+    drift: the L2 norm of the change of gamma, and of beta, over that of gamma at the start, or of ones if that is zero.
     """
     size = np.abs(gamma)
     before = None if start is None or f"{name}.weight" not in start else _array(start[f"{name}.weight"])
@@ -234,7 +214,7 @@ def _of_gamma(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | Non
 
 
 def _kind(layer: nn.Module) -> str:
-    """The layer as NormConfig.kind; GN of one group is "ln", of one channel a group "in"."""
+    """Return the layer as NormConfig.kind; GN of one group is "ln", of one channel per group "in"."""
     if isinstance(layer, GroupNorm):
         return {1: "ln", len(layer.weight): "in"}.get(layer.groups, "gn")
     kinds = {SyncBatchNorm: "sync_bn", BatchRenorm: "brn", FrozenBatchNorm: "frozen_bn"}
@@ -253,26 +233,24 @@ def _share(true: np.ndarray) -> float | None:
     return float(true.mean()) if true.size else None
 
 
-def _two(values: np.ndarray) -> list[float] | None:
-    finite = values[np.isfinite(values)]
-    return list(np.quantile(finite, (0.5, 0.95))) if finite.size else None
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def _quantiles(values: np.ndarray, at: Sequence[float]) -> list[float] | None:
+    finite = _finite(values)
+    return list(np.quantile(finite, at)) if finite.size else None
 
 
 def _from_batch_to_batch(values: np.ndarray) -> float | None:
-    """The median over channels of the standard deviation over batches (batches, C)."""
+    """Return the median over channels of the standard deviation over batches (batches, C)."""
     return float(np.median(values.std(0, ddof=1))) if len(values) > 1 else None
 
 
-def _similar(calls: Sequence[Tensor]) -> list[float | None]:
-    values = np.array([_array(call) for call in calls]).reshape(-1, 2)
-    known = [column[np.isfinite(column)] for column in values.T]
-    return [float(column.mean()) if column.size else None for column in known]
-
-
 def rounded(value: Any) -> Any:
-    """A value as JSON holds it: numbers to DIGITS digits, None for those that are not finite."""
+    """Return a value as JSON holds it: numbers to DIGITS digits, None for those that are not finite."""
     if isinstance(value, list | tuple):
-        return [rounded(one) for one in value]
+        return [rounded(item) for item in value]
     if isinstance(value, float | np.floating):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value

@@ -99,9 +99,9 @@ def test_one_seed_has_no_interval() -> None:
 
 def test_differences_worked_by_hand() -> None:
     equal = mean_difference([0, 1, 2], [3, 4, 5])  # variances 1 and 1: 4 degrees of freedom
-    assert equal.value == -3 and equal.high - equal.value == pytest.approx(2.776 * math.sqrt(2 / 3), abs=1e-3)
+    assert equal.mean == -3 and equal.half == pytest.approx(2.776 * math.sqrt(2 / 3), abs=1e-3)
     welch = mean_difference([0, 1, 2], [4, 4, 4])  # all of the variance in one: its 2 degrees of freedom
-    assert welch.value == -3 and welch.high - welch.value == pytest.approx(4.303 * math.sqrt(1 / 3), abs=1e-3)
+    assert welch.mean == -3 and welch.half == pytest.approx(4.303 * math.sqrt(1 / 3), abs=1e-3)
 
 
 # --- the verdict
@@ -391,7 +391,7 @@ def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> N
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert len((folder / "study.csv").read_text().splitlines()) == 4
     assert "box AP in percent by images per GPU" in said and "One seed per cell" in said
-    html = section(folder)
+    html = section(folder).html
     assert html.count("<svg") == 1 and "study-table-box-AP" in html and "copied" in html
     assert write_report([folder], None, (), lambda _: None).name == "report.html"
 
@@ -407,7 +407,7 @@ def test_a_cell_that_fails_is_shown_and_the_others_run(resumed: tuple[Path, str]
     gn, bn = read_study(tmp_path / "study").results
     assert not passed and (gn.state, bn.state) == ("failed", "done")
     assert "train.norm_policy" in gn.reason and "Failed: gn at 2 (seed 0)" in lines[-2] + lines[-3]
-    assert "train.norm_policy" in section(tmp_path / "study")
+    assert "train.norm_policy" in section(tmp_path / "study").html
     shutil.rmtree(tmp_path / "study" / "cells")
 
 

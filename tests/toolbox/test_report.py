@@ -112,7 +112,7 @@ def test_a_failed_run_says_why_until_it_goes_on(config: Path) -> None:
     assert main(["train", str(config), *options]) == 2
     text = Page(out / "report.html").text
     assert "Failed after" in text and "not finite" in text and "goes on where it stopped" in text
-    assert read_run(out).ended == "failed"
+    assert read_run(out).ending[0] == "failed"
     page = (out / "report.html").read_bytes()
     assert main(["train", str(config), *options, "train.report=false"]) == 2
     assert (out / "FAILED").is_file() and (out / "report.html").read_bytes() == page

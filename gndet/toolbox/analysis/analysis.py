@@ -13,7 +13,7 @@ from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths, evaluated
 from gndet.evaluation.results import Results
 from gndet.toolbox.analysis.bootstrap import Intervals, ap_intervals
-from gndet.toolbox.analysis.curves import BestThreshold, Curves, best_thresholds, score_curves
+from gndet.toolbox.analysis.curves import Curves, best_thresholds, score_curves
 from gndet.toolbox.analysis.errors import Errors, sort_errors
 from gndet.toolbox.analysis.matches import Matches, read_matches, true_positives
 
@@ -39,7 +39,7 @@ class Analysis(NamedTuple):
     precision: np.ndarray  # (10, 101, K) COCO's precision at IoU thresholds and recalls; -1 where undefined
     matches: Matches
     curves: Curves
-    best: list[BestThreshold | None]  # per class, then of all classes together
+    best: np.ndarray  # (K + 1, 4) threshold, precision, recall, F1: per class, then of all; nan where nothing was found
     intervals: Intervals
     errors: Errors
     confusion: np.ndarray  # (K + 1, K + 1) annotated by found; the last row and column: nothing
@@ -86,7 +86,7 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
     matches = read_matches(scorer, dataset)
     curves = score_curves(matches)
     best = best_thresholds(curves)
-    threshold = best[-1].threshold if best[-1] else USUAL_THRESHOLD
+    threshold = USUAL_THRESHOLD if np.isnan(best[-1, 0]) else float(best[-1, 0])
     counts = image_counts(matches, threshold)
     with np.errstate(invalid="ignore"):
         f1 = np.where(counts.any(1), 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]), 1.0)

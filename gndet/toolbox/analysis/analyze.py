@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gndet.config.loading import load_config
 from gndet.config.schema import Config, DataConfig
@@ -21,14 +21,6 @@ from gndet.toolbox.analysis.tables import Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
 
 SHOWN = 20  # rows per table on the terminal; the files hold all
-
-
-class Subject(NamedTuple):
-    """Detections and the data set they belong to."""
-
-    dataset: Dataset
-    results: Results
-    max_detections: int
 
 
 def analyze(
@@ -49,16 +41,16 @@ def analyze(
     to write the whole analysis.  images: how many of the worst images, and of suspected annotations, to list.
     Raises ConfigError, DataError, OutputError before anything is written.
     """
-    subject = read_subject(source, data, overrides)
-    kind = chosen_kind(subject.dataset, subject.results, kind)
+    dataset, results, limit = read_subject(source, data, overrides)
+    kind = chosen_kind(dataset, results, kind)
     if json_file:
         make_room_for(json_file, "--json")
     if csv_folder:
         make_folder(csv_folder, "--csv")
-    found = analyse(subject.dataset, subject.results, kind=kind, max_detections=subject.max_detections)
-    tables = all_tables(found, subject.dataset, images)
-    counts = f"{len(subject.dataset.records)} images, {len(subject.results)} detections"
-    show(f"{source} on {subject.dataset.name}: {counts}, compared by {kind}\n(shares and AP in percent)")
+    found = analyse(dataset, results, kind=kind, max_detections=limit)
+    tables = all_tables(found, dataset, images)
+    counts = f"{len(dataset.records)} images, {len(results)} detections"
+    show(f"{source} on {dataset.name}: {counts}, compared by {kind}\n(shares and AP in percent)")
     for table in tables:
         show(f"\n{table.title}\n{terminal_table(table)}")
     if json_file or csv_folder:
@@ -73,8 +65,11 @@ def analyze(
     return found
 
 
-def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> Subject:
-    """Read the detections of a run folder or a results file, with their data set.  Raises ConfigError, DataError."""
+def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tuple[Dataset, Results, int]:
+    """Read the data set and the detections of a run folder or a results file, and how many count per image and class.
+
+    Raises ConfigError, DataError.
+    """
     path = source
     if source.is_dir():
         path, data = source / DETECTIONS, str(source / CONFIG)
@@ -94,7 +89,7 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> Su
         dataset = refuse(inspect_file(Path(data).absolute(), None, DataConfig()))  # the pictures are not needed
     else:
         raise DataError(f"--data {data}: no such file; expected COCO annotations (.json), or a config (.yaml)")
-    return Subject(dataset, read_results(path, dataset), cfg.evaluation.max_detections)
+    return dataset, read_results(path, dataset), cfg.evaluation.max_detections
 
 
 def terminal_table(table: Table) -> str:

@@ -17,15 +17,6 @@ class Curves(NamedTuple):
     f1: np.ndarray  # (K + 1, S)
 
 
-class BestThreshold(NamedTuple):
-    """The score threshold with the highest F1."""
-
-    threshold: float
-    precision: float
-    recall: float
-    f1: float
-
-
 def score_curves(matches: Matches) -> Curves:
     """Return precision, recall and F1 at each of SCORES: per class, and of all detections together."""
     tp, fp = (_at_least(matches, rows) for rows in (true_positives(matches), false_positives(matches)))
@@ -47,13 +38,11 @@ def _at_least(matches: Matches, rows: np.ndarray) -> np.ndarray:
     return counts
 
 
-def best_thresholds(curves: Curves) -> list[BestThreshold | None]:
-    """Return the best score threshold to a hundredth, per class and of all; None where nothing was found."""
-    best = []
-    for precision, recall, f1 in zip(curves.precision, curves.recall, curves.f1, strict=True):
-        if np.isnan(f1).all() or np.nanmax(f1) == 0:
-            best.append(None)
-            continue
-        place = int(np.nanargmax(f1))
-        best.append(BestThreshold(*(float(values[place]) for values in (SCORES, precision, recall, f1))))
-    return best
+def best_thresholds(curves: Curves) -> np.ndarray:
+    """Return the score threshold with the highest F1, and precision, recall and F1 there, (K + 1, 4).
+
+    Per class and of all, to a hundredth; nan where nothing was found.
+    """
+    place = np.nan_to_num(curves.f1).argmax(1)
+    best = np.stack([SCORES[place], *(values[np.arange(len(place)), place] for values in curves)], axis=1)
+    return np.where(best[:, 3:] > 0, best, np.nan)

@@ -87,24 +87,16 @@ class Study(BaseModel):
 
 
 class Mean(NamedTuple):
-    """A mean over n seeds and the half width of its interval, nan where n < 2."""
+    """A mean over n seeds, or the difference of two, and the half width of its interval; nan where a mean has n < 2."""
 
     mean: float
     half: float
     n: int
 
-
-class MeanDifference(NamedTuple):
-    """A difference of two means with the ends of its interval; nan where either mean has a single seed."""
-
-    value: float
-    low: float
-    high: float
-
     @property
     def clear(self) -> bool:
         """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        return abs(self.mean) > self.half
 
 
 def study_cells(variants: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[CellResult]:
@@ -139,18 +131,17 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(float(np.mean(values)), fraction_point(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n), n)
 
 
-def mean_difference(a: Sequence[float], b: Sequence[float]) -> MeanDifference:
-    """Return mean(a) - mean(b) with its 95 % interval (Welch 1947: variances may differ)."""
-    value = float(np.mean(a) - np.mean(b)) if len(a) and len(b) else math.nan
-    if len(a) < 2 or len(b) < 2:
-        return MeanDifference(value, math.nan, math.nan)
+def mean_difference(a: Sequence[float], b: Sequence[float]) -> Mean:
+    """Return mean(a) - mean(b) with its 95 % interval (Welch 1947: variances may differ); neither may be empty."""
+    value, n = float(np.mean(a) - np.mean(b)), min(len(a), len(b))
+    if n < 2:
+        return Mean(value, math.nan, n)
     parts = [float(np.var(sample, ddof=1)) / len(sample) for sample in (a, b)]
     total = sum(parts)
     if total == 0:
-        return MeanDifference(value, value, value)
+        return Mean(value, 0.0, n)
     df = total**2 / sum(part**2 / (len(sample) - 1) for part, sample in zip(parts, (a, b), strict=True))
-    half = fraction_point(df) * math.sqrt(total)
-    return MeanDifference(value, value - half, value + half)
+    return Mean(value, fraction_point(df) * math.sqrt(total), n)
 
 
 def cell_values(study: Study, variant: str, size: int, metric: str) -> list[float]:
@@ -210,12 +201,12 @@ def _best(study: Study, metric: str) -> Iterator[str]:
     size, name = study.sizes[0], METRICS[metric]
     reached = {v: found for v in study.variants if (found := cell_values(study, v, size, metric))}
     if not reached:
-        yield f"At {_images(size)} no cell is finished."
+        yield f"At {images_per_gpu(size)} no cell is finished."
         return
     first, *others = sorted(reached, key=lambda v: -mean_of(reached[v]).mean)
     mean = mean_of(reached[first])
     reach = f"{name} {mean.mean:.1f}{_half(mean)} (n = {mean.n})"
-    yield f"At {_images(size)} {variant_title(first)} is best: {reach}."
+    yield f"At {images_per_gpu(size)} {variant_title(first)} is best: {reach}."
     clear, unclear = [], []
     for variant in others:
         gap = mean_difference(reached[first], reached[variant])
@@ -235,20 +226,21 @@ def _fall(study: Study, variant: str, metric: str) -> Iterator[str]:
     if not at_small or not at_large:
         return
     change = mean_difference(at_small, at_large)
-    way = (" falls" if change.value < 0 else " rises") if change.clear else ""
-    doubt = ", without an interval" if math.isnan(change.low) else "" if change.clear else "; no change can be told"
-    span = f"from {large} to {_images(small)}"
+    way = (" falls" if change.mean < 0 else " rises") if change.clear else ""
+    doubt = ", without an interval" if change.n < 2 else "" if change.clear else "; no change can be told"
+    span = f"from {large} to {images_per_gpu(small)}"
     yield f"{variant_title(variant)}{way} {span}: {_points(change)} {METRICS[metric]}{doubt}."
 
 
-def _images(size: int) -> str:
+def images_per_gpu(size: int) -> str:
+    """Return a size in words."""
     return f"{size} image{'s' if size > 1 else ''} per GPU"
 
 
-def _points(change: MeanDifference) -> str:
+def _points(change: Mean) -> str:
     """Return a difference in AP points with its interval."""
-    text = f"{change.value:+.1f}"
-    return text if math.isnan(change.low) else f"{text} [{change.low:+.1f}, {change.high:+.1f}]"
+    low, high = change.mean - change.half, change.mean + change.half
+    return f"{change.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if change.n > 1 else "")
 
 
 def study_table(study: Study, metric: str) -> str:

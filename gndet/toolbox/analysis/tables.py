@@ -37,10 +37,7 @@ def class_table(found: Analysis) -> Table:
 
 def threshold_table(found: Analysis) -> Table:
     """Return the score threshold with the highest F1 of each class."""
-    rows = [
-        (name, *(map(known, best) if best else (None,) * 4))
-        for name, best in zip((*found.matches.classes, ALL), found.best, strict=True)
-    ]
+    rows = [(name, *map(known, best)) for name, best in zip((*found.matches.classes, ALL), found.best, strict=True)]
     return Table("thresholds", "score threshold with the highest F1, at IoU 0.5",
                  ("class", "threshold", "precision", "recall", "F1"), rows)  # fmt: skip
 

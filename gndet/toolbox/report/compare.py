@@ -68,7 +68,7 @@ def _scores(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> str:
         gain = gains.get(name, "")  # "" for the first
         points, ends = (None, "-") if isinstance(gain, str) else (100 * gain[0], interval(gain[1]))
         rows.append([
-            name, run.ended, blocks.number(run.done, ","), blocks.percent(run.last("box/AP")),
+            name, run.ending[0], blocks.number(run.done, ","), blocks.percent(run.last("box/AP")),
             blocks.percent(run.last("mask/AP")), interval(run.analysis.intervals.ap) if run.analysis else "-",
             blocks.number(points, "+.1f"), ends, blocks.number(run.speed), blocks.number(run.memory, ".2g"),
         ])  # fmt: skip

@@ -107,10 +107,7 @@ def _shares(layers: Sequence[Layer], x: list[int], groups: str) -> str:
     ]  # fmt: skip
     shown = [line for line in series if np.nansum(line.y) > 0]
     if not shown:
-        return blocks.paragraph(
-            f"No {groups} with a variance below eps, no dead or exploding gamma, no maps of one cell, nothing that is "
-            "not finite."
-        )
+        return blocks.paragraph(f"No {groups} below eps, no dead or exploding gamma, no one-cell maps, all finite.")
     caption = "What should be zero and is not."
     return charts.lines("norm-shares", shown, caption, x_label="layer", y_label="share, %", y_range=(-2, 102))
 

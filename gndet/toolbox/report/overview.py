@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.bootstrap import Interval
 from gndet.toolbox.analysis.errors import TITLES
 from gndet.toolbox.report import blocks
@@ -16,12 +15,17 @@ from gndet.training.norm_audit import SMALL_BATCH
 WAITING = 0.2  # share of time spent waiting for data above which a run is called data-bound
 FALL = 0.01  # AP
 FEW = 20  # objects of a class in data.val below which its AP says little
+SUSPECTS = {
+    "missing_annotation": "confident detections lie where nothing is annotated, perhaps on forgotten objects",
+    "wrong_label": "objects are confidently detected as another class than they are annotated as",
+}
 SIGNS = {"finished": "good", "failed": "bad", "stopped": "warn", "unfinished": "warn"}
 
 
 def section(run: RunRecord) -> Section:
     """Return the section with the numbers and the verdict."""
-    words = [blocks.notice(SIGNS[run.ended], run.why[:1].upper() + run.why[1:])]
+    ended, why = run.ending
+    words = [blocks.notice(SIGNS[ended], why[:1].upper() + why[1:])]
     words += [blocks.notice(kind, line) for kind, line in run_verdict(run)]
     words += [blocks.notice("plain", f"Missing here: {line}") for line in run.missing]
     return blocks.section("summary", "Summary", blocks.headline(headline_numbers(run)), *words)
@@ -58,7 +62,10 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         kind = max(TITLES, key=lambda kind: 0.0 if math.isnan(delta[kind]) else delta[kind])
         if delta[kind] > FALL:
             yield "plain", f"Most AP50 is lost by {TITLES[kind]}: {100 * delta[kind]:.1f} points. {ADVICE[kind]}"
-        yield from _annotations(run.analysis)
+        contradicted = Counter(suspect.kind for suspect in run.analysis.suspects)
+        for kind, words in SUSPECTS.items():
+            if count := contradicted[kind]:
+                yield "warn", f"{count} {words}; they are listed under Mistakes, the most confident first."
         if few := [row["name"] for row in run.analysis.metrics.per_class if row["num_objects"] < FEW]:
             names = f"{', '.join(few[:8])}{' ...' if len(few) > 8 else ''}"
             yield "warn", f"Fewer than {FEW} objects in data.val, so that AP says little: {names}"
@@ -69,18 +76,11 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "warn", f"{count} update(s) with losses or gradients that were not finite were skipped; see nonfinite/."
     if run.meta.get("unreadable"):
         yield "warn", f"{len(run.meta['unreadable'])} training picture(s) could not be read and were left out."
-    yield from _norm(run)
-
-
-def _annotations(found: Analysis) -> Iterator[tuple[str, str]]:
-    """Say which annotations confident detections contradict."""
-    kinds = Counter(suspect.kind for suspect in found.suspects)
-    for kind, words in (
-        ("missing_annotation", "confident detections lie where nothing is annotated, perhaps on forgotten objects"),
-        ("wrong_label", "objects are confidently detected as another class than they are annotated as"),
-    ):
-        if kinds[kind]:
-            yield "warn", f"{kinds[kind]} {words}; they are listed under Mistakes, the most confident first."
+    mixing = sorted({norm.kind for norm in run.cfg.model.part_norms().values() if norm.mixes_images})
+    if mixing and run.images_at_once and run.images_at_once < SMALL_BATCH:
+        over = f"{', '.join(mixing)} takes its statistics over {run.images_at_once} image(s) at once"
+        why = f"below {SMALL_BATCH} they are noise (Wu & He 2018, figure 1); gn does not depend on that number"
+        yield "warn", f"{over}; {why}."
 
 
 def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
@@ -103,12 +103,3 @@ def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "plain", f"{rose} over the last {last_at - scores[-2][0]:,} updates: a longer schedule may give more."
     elif len(scores) > 1:
         yield "good", f"{name} has levelled off at {100 * last:.1f}."
-
-
-def _norm(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """Warn of norms whose statistics mix few images."""
-    mixing = sorted({norm.kind for norm in run.cfg.model.part_norms().values() if norm.mixes_images})
-    if mixing and run.images_at_once and run.images_at_once < SMALL_BATCH:
-        over = f"{', '.join(mixing)} takes its statistics over {run.images_at_once} image(s) at once"
-        why = f"below {SMALL_BATCH} they are noise (Wu & He 2018, figure 1); gn does not depend on that number"
-        yield "warn", f"{over}; {why}."

@@ -33,8 +33,6 @@ class RunRecord(NamedTuple):
     meta: dict[str, Any]  # of the newest intact checkpoint; {}: there is none
     train: list[dict[str, Any]]  # entries of metrics.jsonl
     evaluations: list[dict[str, Any]]
-    ended: str  # finished, failed, stopped, unfinished
-    why: str  # in words
     train_set: Dataset | None
     val_set: Dataset | None
     results: Results | None  # of the last evaluation
@@ -69,6 +67,20 @@ class RunRecord(NamedTuple):
         images = self.meta.get("images_at_once") or self.cfg.train.images_per_gpu
         return images if isinstance(images, int) else None
 
+    @property
+    def ending(self) -> tuple[str, str]:
+        """How the run stands: finished, failed, stopped or unfinished, and a sentence."""
+        left = f"after {self.done:,} of {self.total:,} updates"
+        failed, preempted = self.folder / FAILED, self.folder / PREEMPTED
+        if failed.is_file():
+            return "failed", f"failed {left}: {failed.read_text(encoding='utf-8', errors='replace').strip()}"
+        if preempted.is_file():
+            text = preempted.read_text(encoding="utf-8", errors="replace").strip()
+            return "stopped", f"stopped {left} ({text}); the same command continues it"
+        if self.meta and self.meta["update"] >= self.meta["total_updates"] and not self.meta.get("evaluation_due"):
+            return "finished", f"finished: {self.done:,} updates"
+        return "unfinished", f"unfinished, {left}: it is still running or was killed; the same command continues it"
+
     def last(self, key: str) -> float | None:
         """Return the newest value of an evaluation, like "box/AP"; None where there is none."""
         return next((entry[key] for entry in reversed(self.evaluations) if entry.get(key) is not None), None)
@@ -80,81 +92,47 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     Raises DataError where the folder holds no run, and ConfigError where its config cannot be read.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}, expected a run folder")
+        raise DataError(f"{folder}: no such folder, expected a run folder")
     if not (folder / CONFIG).is_file():
-        names = sorted(path.name for path in folder.iterdir())
-        holds = f"it holds {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}" if names else "it is empty"
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+        holds = f"it holds {names}" if names else "it is empty"
         raise DataError(f"{folder}: not a run folder, it has no {CONFIG} ({holds})")
     cfg = load_config(folder / CONFIG, overrides)
     missing: list[str] = []
-    meta = _meta(folder, missing)
-    entries = _log(folder, missing)
-    train, evaluations = ([entry for entry in entries if entry["kind"] == kind] for kind in ("train", "evaluation"))
-    train_set, val_set = (_dataset(cfg, which, missing) for which in ("train", "val"))
-    results = _results(folder, val_set, missing)
-    analysis = None
-    if results is not None and val_set is not None:
+    checkpoints = (_read("checkpoint", missing, load_checkpoint, path, ()) for path in run_checkpoints(folder))
+    newest = next((checkpoint for checkpoint in checkpoints if checkpoint is not None), None)
+    if newest is None:
+        missing.append("checkpoints: there is none yet, so environment and weight sources are not known")
+    log, detections = folder / METRICS, folder / DETECTIONS
+    entries = _read("curves", missing, read_metrics, log) if log.is_file() else []
+    if entries == []:
+        missing.append(f"curves: nothing was logged yet in {METRICS}")
+    train, evaluations = (
+        [entry for entry in entries or () if entry["kind"] == kind] for kind in ("train", "evaluation")
+    )
+    train_set = _read("data.train", missing, read_dataset, cfg.data.train, cfg.data)
+    val_set = _read("data.val", missing, read_dataset, cfg.data.val, cfg.data)
+    if train_set is None or val_set is None:
+        missing.append("data: where the data has moved, give data.root=PATH")
+    results = analysis = None
+    if not detections.is_file():
+        missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
+    elif val_set is None:
+        missing.append("detections: they cannot be analysed without the data set")
+    elif (results := _read("detections", missing, read_results, detections, val_set)) is not None:
         kind = chosen_kind(val_set, results)
         analysis = analyse(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
-    record = RunRecord(folder, cfg, meta, train, evaluations, "", "", train_set, val_set, results, analysis, missing)
-    ended, why = _ending(record)
-    return record._replace(ended=ended, why=why)
+    meta = newest.meta if newest else {}
+    return RunRecord(folder, cfg, meta, train, evaluations, train_set, val_set, results, analysis, missing)
 
 
-def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any, advice: str = "") -> T | None:
+def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any) -> T | None:
     """Return what `read` returns; where it raises a GndetError, note it as missing and return None."""
     try:
         return read(*arguments)
     except GndetError as error:
-        missing.append(f"{what}: {error}{advice}")
+        missing.append(f"{what}: {error}")
         return None
-
-
-def _meta(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """Read what the newest intact checkpoint says of the run."""
-    for path in run_checkpoints(folder):
-        if (checkpoint := _read("checkpoint", missing, load_checkpoint, path, ())) is not None:
-            return checkpoint.meta
-    missing.append("checkpoints: there is none yet, so environment and weight sources are not known")
-    return {}
-
-
-def _log(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
-    path = folder / METRICS
-    entries = _read("curves", missing, read_metrics, path) if path.is_file() else []
-    if entries == []:
-        missing.append(f"curves: nothing was logged yet in {METRICS}")
-    return entries or []
-
-
-def _dataset(cfg: Config, which: str, missing: list[str]) -> Dataset | None:
-    advice = "\nwhere the data has moved, give data.root=PATH"
-    return _read(f"data.{which}", missing, read_dataset, getattr(cfg.data, which), cfg.data, advice=advice)
-
-
-def _results(folder: Path, dataset: Dataset | None, missing: list[str]) -> Results | None:
-    path = folder / DETECTIONS
-    if not path.is_file():
-        missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
-    elif dataset is None:
-        missing.append("detections: they cannot be analysed without the data set")
-    else:
-        return _read("detections", missing, read_results, path, dataset)
-    return None
-
-
-def _ending(run: RunRecord) -> tuple[str, str]:
-    """Return how the run stands, in a word and in a sentence."""
-    left = f"after {run.done:,} of {run.total:,} updates"
-    failed, preempted = run.folder / FAILED, run.folder / PREEMPTED
-    if failed.is_file():
-        return "failed", f"failed {left}: {failed.read_text(encoding='utf-8', errors='replace').strip()}"
-    if preempted.is_file():
-        text = preempted.read_text(encoding="utf-8", errors="replace").strip()
-        return "stopped", f"stopped {left} ({text}); the same command continues it"
-    if run.meta and run.meta["update"] >= run.meta["total_updates"] and not run.meta.get("evaluation_due"):
-        return "finished", f"finished: {run.done:,} updates"
-    return "unfinished", f"unfinished, {left}: it is still running or was killed; the same command continues it"
 
 
 def training_time(run: RunRecord) -> str:

@@ -38,7 +38,7 @@ def next_commands(run: RunRecord) -> list[str]:
             f"gndet predict {folder} IMAGE_OR_FOLDER --out predictions",
             f"gndet analyze {folder} --json analysis.json",
         ]
-    if run.ended != "finished":
+    if run.ending[0] != "finished":
         lines.append(f"gndet train {folder / CONFIG} out={folder}            # goes on where it stopped")
     return lines
 

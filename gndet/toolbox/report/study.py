@@ -10,6 +10,7 @@ from gndet.toolbox.analysis.study_results import (
     METRICS,
     Study,
     cell_words,
+    images_per_gpu,
     metrics_of,
     percent_mean,
     read_study,
@@ -72,11 +73,8 @@ def _table(study: Study, metric: str) -> str:
         means = [percent_mean(study, variant, size, metric).mean for size in study.sizes]
         words = [cell_words(study, variant, size, metric) for size in study.sizes]
         rows.append([variant_title(variant), *zip(means, words, strict=True)])
-    head = [
-        "groups" if study.by_groups else "norm",
-        *(f"{size} image{'s' if size > 1 else ''}" for size in study.sizes),
-    ]
-    caption = f"{METRICS[metric]} by images per GPU: mean ± half of the 95 % interval (number of seeds)"
+    head = ["groups" if study.by_groups else "norm", *map(images_per_gpu, study.sizes)]
+    caption = f"{METRICS[metric]}: mean ± half of the 95 % interval (number of seeds)"
     return blocks.sortable_table(f"study-table-{metric.replace('/', '-')}", head, rows, caption)
 
 

@@ -34,7 +34,7 @@ def train(
     *,
     fresh: bool = False,
     console: Console | None = None,
-    at_end: Callable[[Path], None] | None = None,
+    at_end: Callable[[Path], None] = lambda out: None,
 ) -> dict[str, float]:
     """Train a detector into the folder cfg.out; go on where an unfinished run of the same config stopped.
 
@@ -44,8 +44,7 @@ def train(
     learned is saved first.
     """
     out, total = Path(cfg.out), total_updates(cfg.train.schedule, cfg.train.global_batch)
-    with ExitStack() as stack:
-        ending = stack.enter_context(marked(out, at_end))
+    with ExitStack() as ending, ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))
         proc.watch.stopping, proc.watch.on_stop = (lambda: stop.asked), stop.ask
@@ -57,7 +56,8 @@ def train(
             move_aside(out, proc)
             stack.enter_context(locked(out, proc))
         make_run(cfg, out, proc)
-        ending.begun = proc.first
+        if proc.first:
+            ending.enter_context(marked(out, at_end))
         proc.watch.report = out / STALLED
         limit_waiting(proc, cfg.train.timeout_s)
         state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)
@@ -85,7 +85,12 @@ def train(
             norms.saw(batches.taken)
             if update == 0 and proc.first:
                 show_batches(run, batches.taken, log)
-            size = progress.images_at_once = note_size(share.size, size, update, log)
+            if share.size < size:
+                log.message(
+                    f"update {update + 1}: out of memory with {size} images at once, computed with {share.size} from "
+                    "here on; what is learned does not change"
+                )
+            size = progress.images_at_once = share.size
             if share.skipped:
                 note_unreadable(run, progress, batches.taken, log)
             norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
@@ -117,16 +122,6 @@ def due(done: int, every: int, total: int) -> bool:
 
 
 # --- an update
-
-
-def note_size(size: int, before: int, update: int, log: Log) -> int:
-    """Say that fewer images are computed at once than before.  Returns the size."""
-    if size < before:
-        log.message(
-            f"update {update + 1}: out of memory with {before} images at once, computed with {size} from here on; what "
-            "is learned does not change"
-        )
-    return size
 
 
 def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log) -> None:

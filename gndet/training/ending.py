@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gndet.checkpoint import BEST, LAST
@@ -14,44 +13,23 @@ from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, Traini
 from gndet.training.checkpointing import Saver
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
-from gndet.training.run_folder import (
-    BOARD,
-    METRICS,
-    NONFINITE,
-    PREDICTIONS,
-    mark_failed,
-    mark_preempted,
-    unmark_preempted,
-)
+from gndet.training.run_folder import BOARD, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
 from gndet.training.update import UpdateState
 
 
-@dataclass
-class Ending:
-    """Whether the run has begun, on the rank that writes its folder."""
-
-    begun: bool = False
-
-
 @contextmanager
-def marked(out: Path, at_end: Callable[[Path], None] | None) -> Iterator[Ending]:
-    """Mark a run that an error ended after it had begun, and call at_end(out).
-
-    at_end is called after success and after an error, but not after a signal, which leaves no time.
-    """
-    ending = Ending()
+def marked(out: Path, at_end: Callable[[Path], None]) -> Iterator[None]:
+    """Mark a run that an error ended, and call at_end(out); not after a signal, which leaves no time."""
     try:
-        yield ending
+        yield
     except Preempted:
         raise
     except Exception as error:
-        if ending.begun:
-            mark_failed(out, f"{type(error).__name__}: {error}")
-            if at_end is not None:
-                at_end(out)
-        raise
-    if ending.begun and at_end is not None:
+        with suppress(OutputError):  # the error itself is reported
+            mark(out, FAILED, f"{type(error).__name__}: {error}")
         at_end(out)
+        raise
+    at_end(out)
 
 
 @contextmanager
@@ -76,7 +54,9 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
             raise preempted(out, when, stop, proc) from None
         raise
     except GndetError:
-        unmark_preempted(out, proc)
+        if proc.first:  # no scheduler shall restart, again and again, a run that cannot resume
+            with suppress(OSError):
+                (out / PREEMPTED).unlink(missing_ok=True)
         raise
 
 
@@ -114,7 +94,7 @@ def preempted(out: Path, when: str, stop: StopSignals, proc: Process) -> Preempt
     """Mark a run that a signal ended.  Returns the error to raise; only that of rank 0 has a message."""
     if not proc.first:
         return Preempted("", stop.status)
-    mark_preempted(out, when)
+    mark(out, PREEMPTED, f"stopped by a signal {when}")
     return Preempted(f"{out}: stopped by a signal {when}; the same command goes on", stop.status)
 
 

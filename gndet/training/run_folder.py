@@ -179,25 +179,9 @@ def _lock(file: TextIO, out: Path) -> list[str]:
         return []
 
 
-def mark_preempted(out: Path, when: str) -> None:
-    """Mark a run that a signal ended; `make_run` removes the marker.  Raises OutputError."""
+def mark(out: Path, marker: str, why: str) -> None:
+    """Mark how a run ended, PREEMPTED or FAILED; `make_run` removes the marker.  Raises OutputError that tells why."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / PREEMPTED).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} stopped by a signal {when}\n")
-    except OSError as error:
-        raise OutputError(
-            f"{out / PREEMPTED}: cannot write it (stopped by a signal {when}): {error.strerror}"
-        ) from None
-
-
-def mark_failed(out: Path, why: str) -> None:
-    """Mark a run that an error ended; `make_run` removes the marker."""
-    with suppress(OutputError):  # the error itself is reported
-        write_whole(out / FAILED, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
-
-
-def unmark_preempted(out: Path, proc: Process) -> None:
-    """Remove the marker of a run that cannot resume, so that no scheduler restarts it again and again."""
-    if proc.first:
-        with suppress(OSError):
-            (out / PREEMPTED).unlink(missing_ok=True)
+        write_whole(out / marker, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
+    except OutputError as error:
+        raise OutputError(f"{error} ({why})") from None

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 from gndet.checkpoint import Checkpoint
 from gndet.config.loading import config_from_dict
@@ -23,17 +22,11 @@ from gndet.training.task import TASKS
 from gndet.training.update import buckets_for
 
 
-class Start(NamedTuple):
-    """What a run begins or goes on with."""
+def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Progress, int, list[str]]:
+    """Read, check and build everything, or take it up from the newest checkpoint; nothing is written.
 
-    run: Run
-    progress: Progress
-    size: int  # images at once
-    notes: list[str]
-
-
-def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
-    """Read, check and build everything, or take it up from the newest checkpoint; nothing is written."""
+    Returns the run, its progress, the number of images at once, and what there is to say.
+    """
     saved, notes = find_run(cfg, out, fresh, proc)
     run, built = build_run(cfg, out, proc, saved)
     notes, progress = [*built, *notes], Progress()
@@ -55,7 +48,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> Start:
     notes.append(
         f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, {size} at once"
     )
-    return Start(run, progress, size, notes)
+    return run, progress, size, notes
 
 
 def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) -> None:

@@ -1,4 +1,4 @@
-"""How many images a process computes at once: as the config says, or the most that fit."""
+"""How many images a rank computes at once: as the config says, or the most that fit."""
 
 import torch
 from torch import Tensor
@@ -8,17 +8,15 @@ from gndet.data.batches.batch import largest_batch
 from gndet.distributed.collectives import all_reduce_min
 from gndet.errors import ConfigError
 from gndet.training.memory import free_memory, largest_fitting, limited, out_of_memory, release
+from gndet.training.optim import STATE_SIZE
 from gndet.training.run import Run
 from gndet.training.update import backward, clear_gradients, memory_limit, resident_bytes
 
 MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
 
 
-STATE_SIZE = {"sgd": 1, "adamw": 2}  # tensors that the optimiser keeps a parameter
-
-
 def images_at_once(run: Run) -> int:
-    """The size of the micro-batches: train.images_per_gpu, for `auto` the largest that fits in every process.
+    """The size of the micro-batches: train.images_per_gpu, for `auto` the largest that fits on every rank.
 
     Of sizes that need equally many micro-batches the smallest is taken, so that they are even.  A size fits if a
     forward and backward pass over the largest canvas of the data leaves MARGIN of the memory free.  Raises
@@ -31,7 +29,7 @@ def images_at_once(run: Run) -> int:
     limit = memory_limit(cfg)
     if limit is None and proc.device.type == "cpu":
         raise ConfigError(
-            "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a process may hold"
+            "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a rank may hold"
         )
     most = -(-cfg.train.global_batch // proc.world)
     sizes = sorted({-(-most // count) for count in range(1, most + 1)})
@@ -48,20 +46,20 @@ def images_at_once(run: Run) -> int:
 
 
 def check_split(cfg: Config, world: int) -> None:
-    """Raise ConfigError for an update that cannot be split over the processes as the config says."""
+    """Raise ConfigError for an update that cannot be split over the ranks as the config says."""
     whole, size, coupling = cfg.train.global_batch, cfg.train.images_per_gpu, cfg.model.batch_coupling()
     if whole < world:
-        raise ConfigError(f"train.global_batch: {whole} is less than the number of processes, {world}")
+        raise ConfigError(f"train.global_batch: {whole} is less than the number of ranks, {world}")
     if size == "auto":
         return
     if size > -(-whole // world):
         raise ConfigError(
-            f"train.images_per_gpu: {size} is more than a process's share of an update, {-(-whole // world)} of "
-            f"train.global_batch: {whole} images over {world} processes"
+            f"train.images_per_gpu: {size} is more than a rank's share of an update, {-(-whole // world)} of "
+            f"train.global_batch: {whole} images over {world} ranks"
         )
     if coupling and whole % (size * world):
         raise ConfigError(
-            f"train.global_batch: {whole} is not a multiple of train.images_per_gpu x processes: {size} x {world} = "
+            f"train.global_batch: {whole} is not a multiple of train.images_per_gpu x ranks: {size} x {world} = "
             f"{size * world}, and {coupling}"
         )
 

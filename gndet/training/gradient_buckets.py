@@ -1,10 +1,10 @@
-"""The sum of the gradients over the processes, on its way while the last backward pass of an update still runs.
+"""The sum of the gradients over the ranks, on its way while the last backward pass of an update still runs.
 
 The gradients lie in flat buffers, the buckets, filled in the order in which a backward pass comes to the parameters:
 the last ones first.  Each is sent as soon as its last gradient is there, and the buckets before it have been sent.
 So no second copy of the gradients is needed, and what is left to wait for at the end is the first layers' bucket.
 
-All processes send all buckets in one order, once a round, whatever becomes of their own backward pass: one that has
+All ranks send all buckets in one order, once per round, whatever becomes of their own backward pass: one that has
 failed sends what it has.  Then they agree whether the round counts.
 """
 
@@ -34,7 +34,7 @@ class Buckets:
 
     def __init__(self, model: nn.Module, proc: Process) -> None:
         self.proc = proc
-        self.buckets = [_bucket(some) for some in _portions(model)]
+        self.buckets = [_bucket(portion) for portion in _portions(model)]
         self.begun = False  # whether this round has sent something
         self._open: list[int] = []  # gradients that are still to come, by bucket; [] while nothing is to be sent
         self._next = 0  # the bucket to be sent next
@@ -56,7 +56,7 @@ class Buckets:
     def sending(self) -> Iterator[None]:
         """Send buckets while the context lasts, in which a backward pass adds the last gradients.
 
-        Only where a stop does not break it off: from here on the processes count on each other.
+        Only where a stop does not break it off: from here on the ranks count on each other.
         """
         self._open = [len(bucket.parameters) for bucket in self.buckets]
         try:
@@ -67,7 +67,7 @@ class Buckets:
     def finish(self) -> None:
         """Send what is left, and wait for all of it.
 
-        Afterwards the gradients are the sums over the processes, of use if all had theirs whole.  Raises ProcessLost.
+        Afterwards the gradients are the sums over the ranks, of use if all had theirs whole.  Raises ProcessLost.
         """
         if self.proc.world == 1:
             return
@@ -78,7 +78,7 @@ class Buckets:
                 raise self._trouble
             for work in self._sent:
                 work.wait()
-            if self.proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
+            if self.proc.device.type == "cuda":  # NCCL's calls return at once: here a lost rank is noticed
                 torch.cuda.synchronize(self.proc.device)
         self.begun, self._next, self._sent = False, 0, []
 
@@ -92,12 +92,12 @@ class Buckets:
             self._next += 1
 
     def _send(self, bucket: Bucket) -> None:
-        """Begin to sum a bucket over the processes; the first trouble is kept, to be raised where all is waited for."""
+        """Begin to sum a bucket over the ranks; the first trouble is kept, to be raised where all is waited for."""
         self.begun = True
         if self._trouble is None:
             try:
                 self._sent.append(dist.all_reduce(bucket.flat, async_op=True))
-            except RuntimeError as error:  # a process is lost; not raised within the backward pass
+            except RuntimeError as error:  # a rank is lost; not raised within the backward pass
                 self._trouble = error
 
 
@@ -125,26 +125,20 @@ BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, smal
 
 
 def sum_gradients(model: nn.Module, proc: Process) -> None:
-    """Sum the gradients over the processes, each once, in messages of at least BUCKET elements but the last.
+    """Sum the gradients over the ranks, each once, when every rank has computed its share.
 
-    Called once an update, when every process has computed its share, where SyncBN's messages leave no room for those of
-    `gndet.training.gradient_buckets` in the backward pass.
+    Called once per update where SyncBN's messages leave no room for those of `Buckets` in the backward pass.
     """
     if proc.world == 1:
         return
-    bucket: list[nn.Parameter] = []
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter)
-        if parameter is trainable[-1] or sum(p.numel() for p in bucket) >= BUCKET:
-            flat = torch.cat([p.grad.flatten() for p in bucket])
-            with exchange(proc):
-                dist.all_reduce(flat)
-            for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                p.grad.copy_(part.view_as(p.grad))
-            bucket = []
-    if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost process is noticed
+    for parameters in _portions(model):
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        with exchange(proc):
+            dist.all_reduce(flat)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
+            parameter.grad = gradient.copy_(part.view_as(gradient))
+    if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost rank is noticed
         with exchange(proc):
             torch.cuda.synchronize(proc.device)

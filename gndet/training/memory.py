@@ -20,15 +20,13 @@ _OUT_OF_MEMORY = (
 
 
 @contextmanager
-def limited(device: torch.device, limit: int | None, resident: int = 0) -> Iterator[None]:
-    """Raise torch.OutOfMemoryError inside where tensors would take more than limit bytes; None sets no limit.
+def limited(device: torch.device, limit: int, resident: int = 0) -> Iterator[None]:
+    """Raise torch.OutOfMemoryError inside where tensors would take more than limit bytes.
 
     resident: bytes of the tensors that are there before, which a GPU's allocator knows by itself.  On a CPU tensors are
     counted as operators return them: what an operator needs while it runs is not.
     """
-    if limit is None:
-        yield
-    elif device.type == "cuda":
+    if device.type == "cuda":
         total, before = torch.cuda.mem_get_info(device)[1], torch.cuda.get_per_process_memory_fraction(device)
         torch.cuda.set_per_process_memory_fraction(min(limit / total, before), device)
         try:

@@ -1,15 +1,15 @@
 """A loss or gradient that is not finite: found before the update, and written down so that it can be made again.
 
-A process writes nonfinite/update-0000012-process1/ into the run folder: report.json with the update, the losses, the
+A rank writes nonfinite/update-0000012-process1/ into the run folder: report.json with the update, the losses, the
 images' ids and keys and the first module of each whose result is not finite, and batch-0.safetensors and on with what
 the model was given.  The checkpoint that the run leaves beside it holds the weights that the update started from.
 Letters: B images.
 """
 
+import itertools
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +18,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,10 +25,10 @@ from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Loaded
 from gndet.distributed.collectives import all_gather, all_reduce_sum
 from gndet.distributed.process import Process
-from gndet.errors import DataError, TrainingError
+from gndet.errors import TrainingError
 from gndet.files import TEMPORARY
 from gndet.modeling.recompute import keeping_all
-from gndet.structures import Batch, GroundTruth
+from gndet.structures import Batch
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import NONFINITE
@@ -42,33 +41,28 @@ ADVICE = (
 
 
 def summed(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> tuple[dict[str, float], bool]:
-    """Sum the parts of an update's losses over the processes, and find out whether all is finite in all of them.
+    """Sum the parts of an update's losses over the ranks, and find out whether all is finite on all of them.
 
-    norm: of the gradient, not finite if any part of it is not.  This is the one host sync an update.
+    norm: of the gradient, not finite if any part of it is not.  This is the one host sync per update.
     """
     values = torch.stack([norm, *losses.values()]).double().cpu()
     if not values.isfinite().all():
-        values.fill_(math.nan)  # which no sum undoes
+        values.fill_(math.nan)  # NaN survives the sum
     *losses_sums, _ = all_reduce_sum(values.roll(-1), proc).tolist()
     sums = dict(zip(losses, losses_sums, strict=True))
     return sums, all(map(math.isfinite, losses_sums))
 
 
-def allowed(policy: str) -> int:
-    """How many updates train.on_nonfinite lets be passed over: "stop" none, "skip:N" N."""
-    return 0 if policy == "stop" else int(re.fullmatch(r"skip:(\d+)", policy)[1])
-
-
 def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Tensor], norm: Tensor) -> str:
-    """Find out where an update became not finite, write it down, and say it for all processes.
+    """Find out where an update became not finite, write it down, and say it for all ranks.
 
-    update: the number of updates before it.  taken: what this process computed it from.  All processes call it; the
-    model's running statistics, which it changes, are the caller's to put back.
+    update: the number of updates before it.  taken: what this rank computed it from.  All ranks call it; the model's
+    running statistics, which it changes, are the caller's to put back.
     """
     numbers = {name: float(value) for name, value in losses.items()}
-    images = examine(run, taken) if breakable(run) else []
-    guilty = [image for image in images if image["first"]]
-    text = "; ".join(f"image {one['image_id']}: {one['first']}" for one in guilty[:3])
+    images = examine(run, taken) if breakable(run.cfg, run.proc) else []
+    found = [f"image {image['image_id']}: {image['first']}" for image in images if image["first"]]
+    guilty = "; ".join(found[:3]) or "finite, image by image"
     shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     report = {
         "update": update, "process": run.proc.rank, "processes": run.proc.world,
@@ -77,28 +71,24 @@ def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Te
         "config": run.cfg.model_dump(mode="json"),
     }  # fmt: skip
     where = _write(run.out / NONFINITE / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
-    line = f"  process {run.proc.rank}: {shown}; {text or 'finite, image by image'}; {where}"
-    lines = [line for part in all_gather([line], run.proc) for line in part]
-    return "\n".join([
-        f"a loss or the gradient (norm {float(norm):.4g}) is not finite at update {update + 1}, which was not made:",
-        *lines,
-    ])  # fmt: skip
+    lines = all_gather([f"  rank {run.proc.rank}: {shown}; {guilty}; {where}"], run.proc)
+    first = f"a loss or the gradient (norm {float(norm):.4g}) is not finite at update {update + 1}, which was not made:"
+    return "\n".join([first, *itertools.chain(*lines)])
 
 
 def refuse(run: Run, text: str, passed_over: int) -> None:
-    """Raise TrainingError, in all processes, where train.on_nonfinite does not let another update be passed over."""
-    if passed_over > allowed(run.cfg.train.on_nonfinite):
-        raise TrainingError(
-            f"{run.out}: {text}\n  {ADVICE}"
-            + (f" ({passed_over - 1} have been passed over before)" if passed_over > 1 else "")
-        )
+    """Raise TrainingError, on all ranks, where train.on_nonfinite does not let another update be passed over."""
+    allowed = int(run.cfg.train.on_nonfinite.removeprefix("skip:").replace("stop", "0"))
+    if passed_over > allowed:
+        before = f" ({passed_over - 1} have been passed over before)" if passed_over > 1 else ""
+        raise TrainingError(f"{run.out}: {text}\n  {ADVICE}{before}")
 
 
 def examine(run: Run, taken: list[Loaded]) -> list[dict[str, Any]]:
-    """Compute a process's images anew, one by one where they do not depend on each other, and look at every module.
+    """Compute a rank's images anew, one by one where they do not depend on each other, and look at every module.
 
-    Returns a dict an image (for a norm that mixes images: a batch, with all its ids): image_id, key, losses, and first:
-    what was not finite first, in words, empty where all is finite.  The gradients are gone afterwards.
+    Returns a dict per image (for a norm that mixes images per batch, with all its ids): image_id, key, losses, and
+    first: what was not finite first, in words, empty where all is finite.  The gradients are gone afterwards.
     """
     data, alone = run.cfg.data, run.cfg.model.batch_coupling() is None
     found = []
@@ -117,17 +107,6 @@ def examine(run: Run, taken: list[Loaded]) -> list[dict[str, Any]]:
     return found
 
 
-def read_batch(path: Path) -> Batch:
-    """Read a batch-N.safetensors of a report, to compute it anew.  Raises DataError for another file."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-        gt = GroundTruth(*(tensors[f"gt.{name}"] for name in GroundTruth._fields))
-        batch = Batch(tensors["images"], tensors["sizes"], tensors["keys"], gt, bool(tensors["padded"]))
-    except (OSError, KeyError, SafetensorError) as error:
-        raise DataError(f"{path}: not a batch that gndet wrote: {error}") from None
-    return batch
-
-
 def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
     """The losses of a batch, and what becomes not finite first in its forward and backward pass."""
     first: list[str] = []
@@ -136,13 +115,13 @@ def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
             losses = run.model(batch)  # {name: (B,)}
         means = {name: float(loss.detach().mean()) for name, loss in losses.items()}
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
-        if wrong and not first:
+        if wrong:
             first.append(", ".join(wrong))
         if not first:
             sum(loss.sum() for loss in losses.values()).backward()
     named = run.model.named_parameters()
     bad = [name for name, parameter in named if parameter.grad is not None and not parameter.grad.isfinite().all()]
-    if bad and not first:
+    if bad:
         first.append(f"the gradient of {bad[-1]}")
     return means, f"{first[0]} is not finite" if first else ""
 
@@ -184,10 +163,10 @@ def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for number, loaded in enumerate(taken):
-            images, sizes, keys, gt, padded = loaded.batch
-            tensors = {"images": images, "sizes": sizes, "keys": keys, "padded": torch.tensor(padded)}
-            tensors |= {f"gt.{name}": tensor for name, tensor in zip(GroundTruth._fields, gt, strict=True)}
-            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            tensors = loaded.batch._asdict() | {
+                f"gt.{name}": field for name, field in loaded.batch.gt._asdict().items()
+            }
+            whole = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items() if name != "gt"}
             (temporary / f"batch-{number}.safetensors").write_bytes(safetensors.torch.save(whole))
         (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -208,7 +187,7 @@ def pass_over(
 ) -> None:  # fmt: skip
     """Leave an update out whose losses or gradient are not finite, as train.on_nonfinite says.
 
-    Raises TrainingError, in all processes, where it says to stop.
+    Raises TrainingError, on all ranks, where it says to stop.
     """
     text = describe(run, progress.update, taken, share.losses, norm)
     state.undo()

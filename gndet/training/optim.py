@@ -10,18 +10,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gndet.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from gndet.modeling.norms.layers import NORM_LAYERS
 
+STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimiser keeps per weight
+
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW over the trainable parameters; gamma and beta have a weight decay of their own."""
-    norm, other = [], []
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad:
-                (norm if isinstance(module, NORM_LAYERS) else other).append(parameter)
     groups = [
-        {"params": other, "weight_decay": cfg.weight_decay},
-        {"params": norm, "weight_decay": cfg.norm_weight_decay},
+        {"params": [], "weight_decay": cfg.weight_decay},
+        {"params": [], "weight_decay": cfg.norm_weight_decay},
     ]
+    for module in model.modules():
+        own = (parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad)
+        groups[isinstance(module, NORM_LAYERS)]["params"] += own
     groups = [group for group in groups if group["params"]]
     # fused: one pass over memory; its CPU kernel takes gradients to lie as their parameters do, as autograd makes them
     if cfg.kind == "adamw":
@@ -30,10 +30,10 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
-    """The size of a checkpoint: weights, their average, and the optimiser's state, one or two numbers a weight."""
+    """The size of a checkpoint: weights, their average, and the optimiser's state."""
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return weights * (2 if cfg.ema else 1) + trainable * (1 if cfg.optimizer.kind == "sgd" else 2)
+    return weights * (2 if cfg.ema else 1) + trainable * STATE_SIZE[cfg.optimizer.kind]
 
 
 def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:

@@ -1,4 +1,4 @@
-"""How a process computes its share of an update: in micro-batches, the largest that fit, smaller when memory runs out.
+"""How a rank computes its share of an update: in micro-batches, the largest that fit, smaller when memory runs out.
 
 None of it changes what is learned where images do not depend on each other (ModelConfig.batch_coupling is None): an
 update's gradient is the sum of its images' gradients over global_batch, however they are cut.
@@ -40,38 +40,33 @@ def resident_bytes(run: Run) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
 @dataclass
 class UpdateState:
     """How far the update that is being made has come."""
 
     whole: bool = True  # False while it changes the weights: they and the progress do not belong together
-    undo: Callable[[], None] = _nothing  # puts back what its forward passes have changed
+    undo: Callable[[], None] = lambda: None  # puts back what its forward passes have changed
 
     def end(self) -> None:
         """Note that the update is made, or left out."""
-        self.whole, self.undo = True, _nothing
+        self.whole, self.undo = True, lambda: None
 
 
 class Share(NamedTuple):
-    """A process's part of an update; the parameters hold the gradient, summed over the processes."""
+    """A rank's part of an update; the parameters hold the gradient, summed over the ranks."""
 
     losses: dict[str, Tensor]  # sums over its images / global_batch
-    size: int  # images at once from here on: the smallest that any process went down to
-    skipped: bool  # whether any process had to leave out a picture
+    size: int  # images at once from here on: the smallest that any rank went down to
+    skipped: bool  # whether any rank had to leave out a picture
 
 
 def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, stop: StopSignals) -> Share:
-    """Compute an update's gradient, summed over the processes, and this process's part of its losses.
+    """Compute an update's gradient, summed over the ranks, and this rank's part of its losses.
 
-    size: images at once.  Where memory runs out the update starts again with half as many: in this process alone, or,
-    where gradients were on their way to the others already, in all of them.  Raises TrainingError, on all processes,
-    where nothing smaller is possible in one of them or would change what is learned, and where one has no data; Stop,
-    on all, where one of them has been asked to stop.  Nothing but gradients is changed then.  (In SyncBN's forward the
-    others wait for the one that fails: there its error is the one to read.)
+    size: images at once.  Where memory runs out the update starts again with half as many: on this rank alone, or on
+    all where gradients were on their way already.  Raises, on all ranks, TrainingError where one has no data or cannot
+    go on with fewer images, and Stop where one has been asked to stop; nothing but gradients is changed then.  (In
+    SyncBN's forward the others wait for the rank that fails: there its error is the one to read.)
     """
     state.undo, proc, whole = running_statistics(run), run.proc, False
     try:
@@ -98,11 +93,11 @@ def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, 
 def attempt(
     run: Run, batches: Replay, size: int, stop: StopSignals, undo: Callable[[], None]
 ) -> tuple[dict[str, Tensor], int, str]:
-    """Compute this process's gradient, again with fewer images at once until it fits or the others must know.
+    """Compute this rank's gradient, again with fewer images at once until it fits or the others must know.
 
     Returns its losses, {} where it is not whole; images at once, 0 where it cannot go on; and why it cannot.
     """
-    at_once, poll = (stop.at_once, stop.poll) if breakable(run) else (nullcontext, lambda: None)
+    at_once, poll = (stop.at_once, stop.poll) if breakable(run.cfg, run.proc) else (nullcontext, lambda: None)
     while True:
         clear_gradients(run)
         undo()
@@ -127,7 +122,7 @@ def attempt(
 
 @contextmanager
 def _last_pass(run: Run, stop: StopSignals) -> Iterator[None]:
-    """Send gradients to the other processes while the last backward pass runs, which no stop breaks off."""
+    """Send gradients to the other ranks while the last backward pass runs, which no stop breaks off."""
     if run.buckets is None:
         yield
         return
@@ -147,15 +142,15 @@ def clear_gradients(run: Run) -> None:
 def buckets_for(cfg: Config, model: nn.Module, proc: Process) -> Buckets | None:
     """Buckets where gradients are sent while a backward pass runs.
 
-    Not where SyncBN sends in that pass, too: its messages and these would meet in another order in each process.
+    Not where SyncBN sends in that pass, too: its messages and these would meet in another order on each rank.
     """
-    together = proc.world > 1 and not any(norm.communicates_in_forward for norm in cfg.model.part_norms().values())
+    together = proc.world > 1 and breakable(cfg, proc)
     return Buckets(model, proc) if together or cfg.train.compile == "reduce-overhead" else None
 
 
-def breakable(run: Run) -> bool:
-    """Whether a process may leave an update unfinished by itself: not where others wait for it in SyncBN's forward."""
-    return run.proc.world == 1 or not any(norm.communicates_in_forward for norm in run.cfg.model.part_norms().values())
+def breakable(cfg: Config, proc: Process) -> bool:
+    """Whether a rank may leave an update unfinished by itself: not where others wait for it in SyncBN's forward."""
+    return proc.world == 1 or not any(norm.communicates_in_forward for norm in cfg.model.part_norms().values())
 
 
 def running_statistics(run: Run) -> Callable[[], None]:
@@ -173,19 +168,20 @@ def running_statistics(run: Run) -> Callable[[], None]:
 def _room(run: Run) -> AbstractContextManager:
     """What a micro-batch may take up."""
     limit = memory_limit(run.cfg)
-    return limited(run.proc.device, limit, 0 if limit is None else resident_bytes(run))
+    return nullcontext() if limit is None else limited(run.proc.device, limit, resident_bytes(run))
 
 
 def _refusal(run: Run, size: int, error: RuntimeError) -> str:
-    """Why a process that is out of memory cannot go on with fewer images at once; empty where it can."""
+    """Why a rank that is out of memory cannot go on with fewer images at once; empty where it can."""
     coupling = run.cfg.model.batch_coupling()
     if size > 1 and not coupling:
         return ""
+    text = f"out of memory with {size} image(s) at once (rank {run.proc.rank}: {error})"
+    if size == 1:
+        return f"{text}; lower data.max_edge or data.shortest_edge"
     return (
-        f"out of memory with {size} image(s) at once (process {run.proc.rank}: {error}); "
-        + (f"fewer would change what is learned: {coupling}; " if size > 1 else "")
-        + "lower data.max_edge or data.shortest_edge"
-        + (", or set train.images_per_gpu lower" if size > 1 else "")
+        f"{text}; fewer would change what is learned: {coupling}; lower train.images_per_gpu, data.max_edge or "
+        "data.shortest_edge"
     )
 
 

@@ -101,7 +101,7 @@ def test_a_process_that_cannot_go_on_ends_the_run_with_its_reason_on_all(config:
     run = torchrun(config, "run", *sizes, f"train.memory_limit_mib={limit}", "train.log_every=1")
     told = [line for line in run.stderr.splitlines() if line.startswith("gndet train: ")]
     assert run.returncode != 0 and "Connection closed" not in run.stderr
-    assert told and all("out of memory with 1 image(s) at once (process " in line for line in told), run.stderr
+    assert told and all("out of memory with 1 image(s) at once (rank " in line for line in told), run.stderr
 
 
 def count_messages(rank: int, rendezvous: str, outputs: str) -> None:
@@ -253,9 +253,9 @@ def checked(world: int, *overrides: str) -> None:
 def test_splits_that_are_not_possible_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"images_per_gpu: 9 is more than train\.global_batch: 8"):
         checked(1, "train.global_batch=8", "train.images_per_gpu=9")
-    with pytest.raises(ConfigError, match=r"global_batch: 2 is less than the number of processes, 3"):
+    with pytest.raises(ConfigError, match=r"global_batch: 2 is less than the number of ranks, 3"):
         checked(3, "train.images_per_gpu=1")
-    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than a process's share of an update, 4 of .*: 8"):
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than a rank's share of an update, 4 of .*: 8"):
         checked(2, "train.global_batch=8", "train.images_per_gpu=8")
     with pytest.raises(ConfigError, match=r"global_batch: 3 is not a multiple of train\.images_per_gpu: 2, and .*: bn"):
         checked(1, "train.global_batch=3", "model.norm.kind=bn")

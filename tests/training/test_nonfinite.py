@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from faults.tiny import CONFIG
 from run_files import last, load
@@ -18,9 +19,10 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.distributed.process import Process
-from gndet.errors import ConfigError, DataError, TrainingError
+from gndet.errors import ConfigError, TrainingError
+from gndet.structures import Batch, GroundTruth
 from gndet.train import train
-from gndet.training.nonfinite import allowed, describe, examine, read_batch, refuse, summed
+from gndet.training.nonfinite import describe, examine, refuse, summed
 from gndet.training.run import Run
 from gndet.training.setup import build_run
 
@@ -118,6 +120,12 @@ def test_the_first_module_and_the_image_are_named(
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
+def read_batch(path: Path) -> Batch:
+    tensors = safetensors.torch.load_file(path)
+    gt = GroundTruth(*(tensors[f"gt.{name}"] for name in GroundTruth._fields))
+    return Batch(tensors["images"], tensors["sizes"], tensors["keys"], gt, bool(tensors["padded"]))
+
+
 def test_the_batch_that_was_written_gives_the_same_losses(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     taken = first_update(run)
@@ -126,8 +134,6 @@ def test_the_batch_that_was_written_gives_the_same_losses(tmp_path: Path) -> Non
     for number, loaded in enumerate(taken):
         again = run.model(read_batch(folder / f"batch-{number}.safetensors"))
         assert all(torch.equal(loss, again[name]) for name, loss in run.model(loaded.batch).items())
-    with pytest.raises(DataError, match=r"report\.json: not a batch that gndet wrote"):
-        read_batch(folder / "report.json")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,6 @@ def test_a_loss_or_the_gradient_alone_is_enough(losses: tuple[float, ...], norm:
 
 def test_so_many_updates_are_passed_over_and_no_more(tmp_path: Path) -> None:
     run = make_run(tmp_path, on_nonfinite="skip:2")
-    assert allowed("stop") == 0 and allowed("skip:2") == 2
     refuse(run, "text", 2)
     with pytest.raises(TrainingError, match=r"(?s)text.*2 have been passed over before"):
         refuse(run, "text", 3)

@@ -16,7 +16,8 @@ import torch
 
 from gndet.config.loading import load_config
 from gndet.distributed.process import process
-from gndet.training.checkpointing import Saver, megabytes
+from gndet.training.checkpointing import Saver
+from gndet.training.optim import checkpoint_bytes
 from gndet.training.run import Progress
 from gndet.training.setup import build_run
 
@@ -42,9 +43,8 @@ def main() -> None:
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         run.optimizer.step()
         saver = Saver(run, 10, print)
-        print(
-            f"{options.config}: {megabytes(run):.0f} MB a checkpoint, {torch.get_num_threads()} threads, {proc.device}"
-        )
+        size = checkpoint_bytes(run.model, run.cfg.train) / 1e6
+        print(f"{options.config}: {size:.0f} MB per checkpoint, {torch.get_num_threads()} threads, {proc.device}")
         matrix = torch.randn(1000, 1000, device=proc.device)
         usual = statistics.median([step(matrix) for _ in range(50)])
         for update in (1, 2, 3):
@@ -64,7 +64,7 @@ def main() -> None:
                 f"after {1e3 * written:.0f} ms; a step takes {1e3 * statistics.median(steps):.0f} ms meanwhile (at "
                 f"most {1e3 * max(steps):.0f}), {1e3 * usual:.0f} before"
             )
-        saver.close()
+        saver.wait()
 
 
 if __name__ == "__main__":

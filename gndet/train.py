@@ -13,7 +13,6 @@ from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batch
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import limit_waiting, process
 from gndet.distributed.signals import StopSignals
-from gndet.errors import TrainingError
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
 from gndet.training.log import Log
@@ -26,7 +25,7 @@ from gndet.training.run_folder import STALLED, locked, make_run, move_aside
 from gndet.training.setup import set_up
 from gndet.training.task import TASKS
 from gndet.training.update import UpdateState, compute_gradients, make_update
-from gndet.training.validation import draw
+from gndet.training.validation import draw, refuse_unreadable
 
 
 def train(
@@ -68,7 +67,8 @@ def train(
         stack.enter_context(log)
         for note in notes:
             log.message(note)
-        saver = stack.enter_context(closing(Saver(run, total, log.message, progress.best)))
+        saver = Saver(run, total, log.message, progress.best)
+        stack.callback(saver.wait)
         stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
         stack.enter_context(rescued(run, progress, state, total, saver, stop))
         with meter.pause():
@@ -127,21 +127,15 @@ def due(done: int, every: int, total: int) -> bool:
 def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log) -> None:
     """Count the pictures that had to be left out.
 
-    Raises TrainingError, in all processes, where they are more than data.max_unreadable.
+    Raises TrainingError, on all ranks, where they are more than data.max_unreadable.
     """
     mine = {skipped.image_id: skipped.reason for loaded in taken for skipped in loaded.skipped}
     known, num = progress.unreadable, len(run.train_set.records)
-    for new in (new for part in all_gather([mine], run.proc) for new in part[0].items()):
-        if new[0] not in known:
-            known[new[0]] = new[1]
-            log.message(f"image {new[0]} cannot be read, another takes its place ({len(known)} of {num}): {new[1]}")
-    limit = run.cfg.data.max_unreadable
-    if len(known) > limit * num:
-        raise TrainingError(
-            f"{run.train_set.name}: {len(known)} of {num} training images cannot be read, more than "
-            f"data.max_unreadable: {limit:g} of them; the last: {list(known.values())[-1]}.  Mend the files and give "
-            "the same command: the run goes on where it stopped"
-        )
+    for image_id, reason in (item for part in all_gather([mine], run.proc) for item in part[0].items()):
+        if image_id not in known:
+            known[image_id] = reason
+            log.message(f"image {image_id} cannot be read, another takes its place ({len(known)} of {num}): {reason}")
+    refuse_unreadable(run, "training", run.train_set, known)
 
 
 # --- evaluations, checkpoints, the end
@@ -162,7 +156,7 @@ def evaluate_and_save(
 
 
 def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Iterator[Replay]:
-    """This process's batches, of `size` images, of each update from start to stop - 1; meter times the waiting."""
+    """This rank's batches, of `size` images, of each update from start to stop - 1; meter times the waiting."""
     cfg, proc = run.cfg, run.proc
     batches = train_batches(
         run.train_set, cfg.data, seed=cfg.seed, start=start, stop=stop, images_per_gpu=size,

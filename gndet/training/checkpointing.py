@@ -25,11 +25,11 @@ from gndet.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, point, prune, 
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
 from gndet.training.optim import checkpoint_bytes, load_optimizer_tensors, optimizer_tensors
-from gndet.training.run import Best, Progress, Run, best_in
+from gndet.training.run import Best, Progress, Run
 
 
 class Saver:
-    """Saves the checkpoints of a run, in the first process; in the others it does nothing.  A context manager."""
+    """Saves the checkpoints of a run, on rank 0; on other ranks it does nothing."""
 
     def __init__(self, run: Run, total: int, say: Callable[[str], None], best: Best | None = None) -> None:
         """total: updates of the whole run.  say: called with a line where a checkpoint could not be written.
@@ -37,7 +37,7 @@ class Saver:
         best: that the checkpoint knows which the run goes on from.
         """
         self._run, self._total, self._say = run, total, say
-        self._written: Future | None = None
+        self._written: tuple[Future[str], Best | None] | None = None  # what writes a checkpoint, the best it knows
         self._last: tuple[int, bool] | None = None  # update and evaluation_due of the last one handed over
         self._progress = Progress()  # of the last one handed over
         self._best: Best | None = best  # that the newest checkpoint knows
@@ -55,12 +55,12 @@ class Saver:
         if self._lost is not None and self._lost.update == progress.update:
             progress.best = self._lost  # the same state once more
         self._lost = None
-        groups, meta, best = self._groups(), self._meta(progress), progress.is_best
+        groups, meta = self._groups(), self._meta(progress)
         self._last = (progress.update, progress.evaluation_due)
-        # a thread a save: one that lives on with a team of OpenMP's beside it makes libgomp's barriers sleep where they
-        # would spin, and the updates of a small model a third to two thirds longer
+        # a thread per save: one that lives on with a team of OpenMP's beside it makes libgomp's barriers sleep where
+        # they would spin, and the updates of a small model a third to two thirds longer
         thread = ThreadPoolExecutor(1, "save")
-        self._written = thread.submit(self._write, groups, meta, best)
+        self._written = thread.submit(self._write, groups, meta, progress.is_best), progress.best
         thread.shutdown(wait=False)  # it ends when that is written
         self._progress = progress
         if at_once:
@@ -78,9 +78,9 @@ class Saver:
         """
         if self._written is None:
             return
-        written, self._written = self._written, None
+        (written, best), self._written = self._written, None
         try:
-            untidy, best = written.result()
+            untidy = written.result()
         except Exception as error:  # a lack of memory, for one: whatever it is, the checkpoint is not there
             reason = error if isinstance(error, CheckpointError) else f"{self._run.out}: cannot save: {error!r}"
             self.failed = CheckpointError(str(reason))
@@ -93,14 +93,8 @@ class Saver:
         if untidy:
             self._say(untidy)
 
-    def close(self) -> None:
-        """Wait for what is being written."""
-        self.wait()
-
-    def _write(
-        self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], is_best: bool
-    ) -> tuple[str, Best | None]:
-        """Write a checkpoint.  Returns why old ones could not be removed, if so, and the best that is on the disk."""
+    def _write(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], is_best: bool) -> str:
+        """Write a checkpoint.  Returns why old ones could not be removed, or ""."""
         out = self._run.out
         folder = out / CHECKPOINTS / f"update-{meta['update']:07d}"
         save_checkpoint(folder, groups, meta)
@@ -110,8 +104,8 @@ class Saver:
         try:
             prune(out, self._run.cfg.train.keep_last)
         except CheckpointError as error:
-            return str(error), best_in(meta)
-        return "", best_in(meta)
+            return str(error)
+        return ""
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         run = self._run
@@ -151,15 +145,6 @@ def room_for_checkpoints(run: Run, free_bytes: float) -> str:
         f"{run.out}: {free_bytes / 1e6:.0f} MB are free on the disk; {count} checkpoints of {each:.0f} MB may "
         "lie there at once"
     )
-
-
-def fingerprints(train_set: Dataset, val_set: Dataset, masks: bool) -> dict[str, str]:
-    """The hashes that a checkpoint holds: data, masks ("" where they are not trained on), val_data."""
-    return {
-        "data": fingerprint(train_set),
-        "masks": mask_fingerprint(train_set) if masks else "",
-        "val_data": fingerprint(val_set),
-    }
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -223,8 +208,8 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
     before, coupling = saved.meta["processes"], run.cfg.model.batch_coupling()
     if coupling and before != run.proc.world:
         raise TrainingError(
-            f"{saved.path}: trained by {before} process(es), there are {run.proc.world} now, which would change what "
-            f"is learned: {coupling}; go on with {before}, or choose another out=FOLDER"
+            f"{saved.path}: trained by {before} rank(s), there are {run.proc.world} now, which would change what is "
+            f"learned: {coupling}; go on with {before}, or choose another out=FOLDER"
         )
 
 

@@ -95,8 +95,7 @@ class Log:
     def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
         """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
         self._write("evaluation", update, values)
-        averages = {name: value for name, value in values.items() if name.split("/")[-1] == "AP"}
-        self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in averages.items())
+        self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in values.items() if name.endswith("/AP"))
         self._show_below_bar(self._numbers, self._scores)
         self.message(f"evaluation after update {update}/{self._total}\n{table}")
 
@@ -157,7 +156,10 @@ class Log:
                 # not folded: a path or a command is copied whole, and a log file has no width
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         """Write what waits, and leave the console as it was."""
         if self._live is not None:
             with self._console_may_fail():
@@ -216,12 +218,6 @@ class Log:
                 missing = "what was logged in between is missing" if what == BOARD else "nothing is missing"
                 self.message(f"{what}: written again, {missing}")
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def _write(self, kind: str, update: int, values: dict[str, float]) -> None:
         """Append a line to metrics.jsonl; JSON has no NaN or infinity, they become null.  Add them to TensorBoard."""
         numbers = {name: float(value) for name, value in values.items()}
@@ -252,24 +248,18 @@ def _train_line(values: dict[str, float]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl: a dict a line with update, kind and the values, None where one was not finite.
+    """Read metrics.jsonl: a dict per line with update, kind and the values, None where one was not finite.
 
     A last line that a killed run left half-written is skipped.  Raises DataError for any other broken line.
     """
-    return [entry for _, entry in _entries(path)]
-
-
-def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each whole line with what it says."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines, entries = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
+            entries.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if number == len(lines):
-                return
-            raise DataError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}: {error}") from None
-        yield line, entry
+            if number < len(lines):
+                raise DataError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}: {error}") from None
+    return entries
 
 
 def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
@@ -285,5 +275,4 @@ def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
             return not evaluation_due
         return entry["update"] <= last_update
 
-    kept = [line for line, entry in _entries(path) if holds(entry)]
-    write_whole(path, "".join(f"{line}\n" for line in kept))
+    write_whole(path, "".join(f"{json.dumps(entry)}\n" for entry in read_metrics(path) if holds(entry)))

@@ -18,7 +18,7 @@ from gndet.training.gradient_buckets import Buckets
 
 
 class Run(NamedTuple):
-    """A run as one of its processes sees it."""
+    """A run as one of its ranks sees it."""
 
     cfg: Config
     asked: Config  # what the user wrote; norm_policy: hybrid makes another of it
@@ -50,7 +50,7 @@ class Best(NamedTuple):
 
 @dataclass
 class Progress:
-    """The state of a run after `update` updates, equal in all of its processes."""
+    """The state of a run after `update` updates, equal on all of its ranks."""
 
     update: int = 0
     evaluation_due: bool = False  # the evaluation after this update has not been finished
@@ -79,7 +79,7 @@ class Progress:
             update=meta["update"],
             evaluation_due=meta["evaluation_due"],
             values={name: math.nan if value is None else value for name, value in meta["metrics"].items()},
-            best=best_in(meta),
+            best=None if meta["best"] is None else Best(meta["best"], meta["best_update"]),
             nonfinite=meta["nonfinite"],
             sums=dict(meta["sums"]),
             summed=meta["summed"],
@@ -109,11 +109,6 @@ class Progress:
         self.evaluation_due, self.values = False, values
         if self.best is None or score(values) > self.best.score:
             self.best = Best(score(values), self.update)
-
-
-def best_in(meta: Mapping[str, Any]) -> Best | None:
-    """The best evaluation that a checkpoint's meta knows."""
-    return None if meta["best"] is None else Best(meta["best"], meta["best_update"])
 
 
 def score(values: Mapping[str, float]) -> float:

@@ -12,7 +12,7 @@ from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.recompute import set_memory
 from gndet.training.batch_size import images_at_once
-from gndet.training.checkpointing import fingerprints, restore, room_for_checkpoints
+from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
 from gndet.training.compiling import compile_ahead, compiled
 from gndet.training.norm_audit import audit, summary
 from gndet.training.optim import average_weights, make_optimizer
@@ -46,15 +46,15 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     notes += filter(None, [room_for_checkpoints(run, shutil.disk_usage(existing).free)])
     notes.append(
-        f"{cfg.train.global_batch} images an update over {proc.world} process(es) on {proc.device.type}, {size} at once"
+        f"{cfg.train.global_batch} images per update over {proc.world} rank(s) on {proc.device.type}, {size} at once"
     )
     return run, progress, size, notes
 
 
 def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) -> None:
-    """Raise TrainingError, in all processes, where one of them has another checkpoint, other data or another config.
+    """Raise TrainingError, on all ranks, where one of them has another checkpoint, other data or another config.
 
-    They are read by each for itself: on machines that do not share a disk, gradients of two runs would be summed.
+    Each rank reads them for itself: on machines that do not share a disk, gradients of two runs would be summed.
     """
     cfg = run.cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
     mine = {
@@ -65,8 +65,8 @@ def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) ->
     for rank, other in enumerate(every):
         if wrong := [name for name in mine if other[name] != every[0][name]]:
             raise TrainingError(
-                f"{run.out}: process {rank} has another {' and another '.join(wrong)} than process 0; all need the "
-                "same config and data, and one folder `out` on a disk that they share"
+                f"{run.out}: rank {rank} has another {' and another '.join(wrong)} than rank 0; all need the same "
+                "config and data, and one folder `out` on a disk that they share"
             )
 
 
@@ -106,7 +106,8 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     report = audit(model, cfg, norms, proc.world)
     if report.errors:
         raise ConfigError("\n".join(report.errors))
-    data = fingerprints(train_set, val_set, cfg.model.masks)
+    data = {"data": fingerprint(train_set), "val_data": fingerprint(val_set)}
+    data["masks"] = mask_fingerprint(train_set) if cfg.model.masks else ""
     run = Run(
         cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
         compiled(model, cfg.train, proc.device), buckets_for(cfg, model, proc),

@@ -7,6 +7,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.batches.stream import Loaded
+from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, broadcast, raise_on_all
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
@@ -20,15 +21,14 @@ from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
+STRIPE, SHADES = 16, (150, 120)  # of the padding: pixels between stripes, and their grey values
 
 
 def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, float]:
     """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results.
 
-    Returns the metrics, {"box/AP": ...}.
-
-    Raises, on all ranks, Stop where a rank was asked to stop, and TrainingError where more pictures than
-    data.max_unreadable cannot be read; fewer count as pictures in which nothing was found.
+    Returns the metrics, {"box/AP": ...}.  Raises, on all ranks, Stop where a rank was asked to stop, and TrainingError
+    where more pictures than data.max_unreadable cannot be read; fewer count as pictures in which nothing was found.
     """
     proc = run.proc
     num_images, count = len(range(proc.rank, len(run.val_set.records), proc.world)), itertools.count(1)
@@ -55,7 +55,7 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
     raise_on_all(trouble or (Stop() if stop.asked else None), proc)
     evaluation = score_shares(share, run.val_set, run.cfg, proc)
     unreadable = {image: reason for part in all_gather([unreadable], proc) for image, reason in part[0].items()}
-    refuse_unreadable(run, unreadable)
+    refuse_unreadable(run, "validation", run.val_set, unreadable)
     if unreadable:
         first = next(iter(unreadable.values()))
         log.message(f"{len(unreadable)} image(s) cannot be read and count as images where nothing was found: {first}")
@@ -69,45 +69,32 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
     return scalars(evaluation)
 
 
-def refuse_unreadable(run: Run, unreadable: dict[int, str]) -> None:
-    """Raise TrainingError where more validation pictures than data.max_unreadable could not be read."""
-    limit = run.cfg.data.max_unreadable
-    if len(unreadable) > limit * len(run.val_set.records):
+def refuse_unreadable(run: Run, role: str, dataset: Dataset, unreadable: dict[int, str]) -> None:
+    """Raise TrainingError where more pictures of a data set than data.max_unreadable could not be read."""
+    limit, num = run.cfg.data.max_unreadable, len(dataset.records)
+    if len(unreadable) > limit * num:
         raise TrainingError(
-            f"{run.val_set.name}: {len(unreadable)} of {len(run.val_set.records)} images cannot be read, more than "
-            f"data.max_unreadable: {limit:g} of them: {next(iter(unreadable.values()))}"
+            f"{dataset.name}: {len(unreadable)} of {num} {role} images cannot be read, more than data.max_unreadable: "
+            f"{limit:g} of them; the last: {list(unreadable.values())[-1]}.  Mend the files and give the same command: "
+            "the run goes on where it stopped"
         )
 
 
 def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None:
     """Write predictions.png and TensorBoard's pictures: the first validation images, ground truth beside detections."""
-    pictures = draw_examples(run, evaluation)
-    for i, picture in enumerate(pictures):
-        log.picture(done, f"val/{i}", picture)
-    if pictures:
-        log.attempt(PREDICTIONS, partial(save_picture, run.out / PREDICTIONS, grid(pictures, columns=2)))
-
-
-def draw_examples(run: Run, evaluation: Evaluation) -> list[np.ndarray]:
-    """The first validation images that can be read, ground truth beside detections."""
-    pictures = []
-    for record in run.val_set.records[: run.cfg.train.vis_images]:
-        found = evaluation.results.of_image(record.image_id)
-        data = run.val_set
+    data, pictures = run.val_set, []
+    for record in data.records[: run.cfg.train.vis_images]:
         try:
             image = record.load()
         except GndetError:
             continue  # the evaluation has said so
+        found = evaluation.results.of_image(record.image_id)
         left = draw_ground_truth(image, record, data.classes)
         right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD)
         pictures.append(side_by_side(left, right, ("ground truth", "detections")))
-    return pictures
-
-
-STRIPE = 16  # pixels between the stripes of the padding
-
-
-SHADES = (150, 120)
+        log.picture(done, f"val/{len(pictures) - 1}", pictures[-1])
+    if pictures:
+        log.attempt(PREDICTIONS, partial(save_picture, run.out / PREDICTIONS, grid(pictures, columns=2)))
 
 
 def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:

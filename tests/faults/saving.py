@@ -65,7 +65,7 @@ def best_is_kept(folder: Path) -> str:
         for name, is_at in (("best", 1), ("last", update)):
             found = load_checkpoint(run.out / name).meta["update"]
             check(found == is_at, f"{name} is of update {found}, expected {is_at}")
-    saver.close()
+    saver.wait()
     return "with keep_last: 2, after 7 saves: 6, 7 and the best, 1"
 
 
@@ -134,7 +134,7 @@ def walk(folder: str) -> int:
     run, saver = small_run(base, keep_last=1)
     for update in (1, 2):
         save(run, saver, update, best=1)
-    saver.close()
+    saver.wait()
     for update in (3, 2):  # a new one; the same again, as a run that goes on may
         point = 0
         while True:

@@ -198,7 +198,7 @@ def messages(config: Path, out: str, *overrides: str) -> str:
 def test_auto_takes_the_largest_that_leaves_the_margin_free(config: Path, size: int) -> None:
     limit = (peak_mib(config, size) + 0.5) / 0.9
     text = messages(config, "run", "train.images_per_gpu=auto", f"train.memory_limit_mib={limit}")
-    assert f"8 images an update over 1 process(es) on cpu, {size} at once" in text
+    assert f"8 images per update over 1 rank(s) on cpu, {size} at once" in text
     assert "out of memory" not in text
 
 
@@ -284,4 +284,4 @@ def test_the_split_may_change_when_a_run_goes_on_unless_it_matters(config: Path)
     options = ("train.checkpoint_every=1", "train.schedule.updates=2", "train.images_per_gpu=4", "model.norm.kind=bn")
     refused = torchrun(config, "bn", *options)
     assert refused.returncode != 0
-    assert "trained by 1 process(es), there are 2 now, which would change what is learned: model.norm" in refused.stderr
+    assert "trained by 1 rank(s), there are 2 now, which would change what is learned: model.norm" in refused.stderr

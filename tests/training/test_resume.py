@@ -160,7 +160,7 @@ def test_a_best_that_could_not_be_written_is_none(finished: Path, tmp_path: Path
                 )
             saver.save(progress, at_once=True)
         assert not blocked.exists() and (saver.failed is not None) == in_the_way
-    saver.close()
+    saver.wait()
     assert "No space left" in said[0]
     assert (tmp_path / "best").resolve().name == "update-0000003" and progress.best == Best(0.6, 3)
 
@@ -176,7 +176,7 @@ def test_no_thread_outlives_a_save(finished: Path, tmp_path: Path) -> None:
         while threading.active_count() > before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert threading.active_count() == before
-    saver.close()
+    saver.wait()
 
 
 def test_whatever_the_writing_thread_trips_over_the_next_save_is_tried(
@@ -191,4 +191,4 @@ def test_whatever_the_writing_thread_trips_over_the_next_save_is_tried(
     assert "none left" in said[0] and saver.failed and not saver.holds(Progress(update=1))
     saver.save(Progress(update=2), at_once=True)
     assert saver.holds(Progress(update=2)) and load_checkpoint(tmp_path / "last").meta["update"] == 2
-    saver.close()
+    saver.wait()

@@ -1,6 +1,7 @@
 """Types of command-line arguments, and texts that several verbs share; no torch, so that --help answers at once."""
 
 import argparse
+import functools
 import re
 
 Options = argparse.Namespace
@@ -9,6 +10,8 @@ Verbs = argparse._SubParsersAction
 CHECKPOINT = "run folder (its best checkpoint) or checkpoint folder"
 CONFIG = "YAML file, like configs/quickstart.yaml"
 OVERRIDES = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
+
+say = functools.partial(print, flush=True)  # a pipe or a log file shows lines as they come
 
 
 def add_overrides(verb: argparse.ArgumentParser, text: str = OVERRIDES) -> None:

@@ -1,9 +1,8 @@
 """`gndet check CONFIG_OR_JSON [key=value ...] [--images] [--sheet FILE] [--json FILE]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import Options, Verbs, add_overrides
+from gndet.cli.arguments import Options, Verbs, add_overrides, say
 
 
 def add(verbs: Verbs) -> None:
@@ -24,7 +23,7 @@ def run(options: Options) -> int:
     from gndet.toolbox.check.check import check
 
     passed = check(
-        options.source, options.overrides, functools.partial(print, flush=True), image_folder=options.image_folder,
+        options.source, options.overrides, say, image_folder=options.image_folder,
         images=options.images, sheet=options.sheet, out=options.json, console=Console(),
     )  # fmt: skip
     return 0 if passed else 1

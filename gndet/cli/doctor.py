@@ -1,9 +1,8 @@
 """`gndet doctor [--config FILE] [--json FILE] [key=value ...]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import Options, Verbs, add_overrides
+from gndet.cli.arguments import Options, Verbs, add_overrides, say
 
 
 def add(verbs: Verbs) -> None:
@@ -18,5 +17,5 @@ def run(options: Options) -> int:
     """Examine the machine.  Returns 1 where something will not work."""
     from gndet.toolbox.doctor.doctor import doctor
 
-    healthy = doctor(functools.partial(print, flush=True), options.config, options.overrides, options.json)
+    healthy = doctor(say, options.config, options.overrides, options.json)
     return 0 if healthy else 1

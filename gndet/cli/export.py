@@ -1,9 +1,8 @@
 """`gndet export CHECKPOINT --onnx FILE [--size HxW] [--no-masks] [--opset N] [--picture FILE]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, height_and_width, one_or_more
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, height_and_width, one_or_more, say
 
 
 def add(verbs: Verbs) -> None:
@@ -25,7 +24,7 @@ def run(options: Options) -> int:
     from gndet.toolbox.onnx.export import export
 
     equal = export(
-        options.checkpoint, options.onnx, options.overrides, functools.partial(print, flush=True), size=options.size,
+        options.checkpoint, options.onnx, options.overrides, say, size=options.size,
         masks=not options.no_masks, opset=options.opset, picture=options.picture,
     )  # fmt: skip
     return 0 if equal else 1

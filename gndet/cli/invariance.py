@@ -1,9 +1,8 @@
 """`gndet invariance CONFIG [key=value ...] [--images N] [--out FILE]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import Options, Verbs, add_overrides
+from gndet.cli.arguments import Options, Verbs, add_overrides, say
 from gndet.files import make_room_for
 
 
@@ -27,7 +26,7 @@ def run(options: Options) -> int:
     if options.out:
         make_room_for(options.out, "--out")
     with process(cfg.device) as proc:
-        report = check_invariance(cfg, options.images, proc, functools.partial(print, flush=True))
+        report = check_invariance(cfg, options.images, proc, say)
     if options.out:
         options.out.write_text(to_json(report), encoding="utf-8")
     return 0 if report.passed else 1

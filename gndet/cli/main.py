@@ -59,11 +59,11 @@ def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) 
     top: the parser; that of the verbs by default.
     """
     top = top or parser()
-    is_override = [re.match(r"[a-z_][a-z0-9_.]*=", word) is not None for word in arguments]
-    options = top.parse_args([word for word, is_one in zip(arguments, is_override, strict=True) if not is_one])
+    overrides = [word for word in arguments if re.match(r"[a-z_][a-z0-9_.]*=", word)]
+    options = top.parse_args([word for word in arguments if word not in overrides])
     if getattr(options, "overrides", None):
         top.error(f"{' '.join(options.overrides)}: expected key=value, like train.global_batch=8")
-    options.overrides = [word for word, is_one in zip(arguments, is_override, strict=True) if is_one]
+    options.overrides = overrides
     return options
 
 

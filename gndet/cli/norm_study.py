@@ -1,9 +1,8 @@
 """`gndet norm-study CONFIG [--norms ...] [--images-per-gpu ...] [--seeds N] [--budget T]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides, duration, names, numbers, one_or_more
+from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides, duration, names, numbers, one_or_more, say
 
 
 def add(verbs: Verbs) -> None:
@@ -31,7 +30,7 @@ def run(options: Options) -> int:
     from gndet.toolbox.norm_study.study import study
 
     passed = study(
-        options.config, options.overrides, functools.partial(print, flush=True), norms=options.norms,
+        options.config, options.overrides, say, norms=options.norms,
         groups=options.groups, images_per_gpu=options.images_per_gpu, seeds=options.seeds, budget=options.budget,
         batch=options.batch, jobs=options.jobs, out=options.out,
     )  # fmt: skip

@@ -1,9 +1,8 @@
 """`gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of, fraction, names, one_or_more
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of, fraction, names, one_or_more, say
 
 
 def add(verbs: Verbs) -> None:
@@ -31,7 +30,7 @@ def run(options: Options) -> int:
     with process(device_of(options.overrides)) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
         predict(
-            detector, options.sources, options.out, proc.device, functools.partial(print, flush=True),
+            detector, options.sources, options.out, proc.device, say,
             threshold=options.threshold, classes=options.classes, crops=options.save_crops, sheet=options.sheet,
             every=options.every,
         )  # fmt: skip

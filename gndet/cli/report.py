@@ -1,9 +1,8 @@
 """`gndet report RUN ... [--out FILE] [key=value ...]`."""
 
-import functools
 from pathlib import Path
 
-from gndet.cli.arguments import Options, Verbs, add_overrides
+from gndet.cli.arguments import Options, Verbs, add_overrides, say
 
 
 def add(verbs: Verbs) -> None:
@@ -18,5 +17,5 @@ def run(options: Options) -> int:
     """Write the page."""
     from gndet.toolbox.report.report import write_report
 
-    write_report(options.runs, options.out, options.overrides, functools.partial(print, flush=True))
+    write_report(options.runs, options.out, options.overrides, say)
     return 0

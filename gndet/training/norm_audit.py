@@ -10,10 +10,10 @@ from torch import nn
 from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
-from gndet.evaluation.norm_statistics import measure
+from gndet.evaluation.norm_statistics import measure, norm_layers
 from gndet.evaluation.tables import text_table
 from gndet.modeling.detection_model import DetectionModel
-from gndet.modeling.norms.layers import NORM_LAYERS, GroupNorm
+from gndet.modeling.norms.layers import GroupNorm
 from gndet.training.optim import peak_learning_rate
 
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
@@ -37,7 +37,7 @@ class NormLayer(NamedTuple):
 
     @property
     def per_group(self) -> int | None:
-        """Channels a group."""
+        """Channels per group."""
         return self.channels // self.groups if self.groups else None
 
 
@@ -57,46 +57,36 @@ def audit(
     model: built from cfg.model.  norms: what became of each layer that train.weights knew; None: not known.
     world: number of ranks.  images: computed at once, where train.images_per_gpu is auto.
     """
-    layers = [
-        _layer(name, module, cfg, UNKNOWN if norms is None else norms.get(name, "new"))
-        for name, module in model.named_modules()
-        if isinstance(module, NORM_LAYERS)
-    ]
+    lr = peak_learning_rate(cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
+    parts, layers = cfg.model.part_norms(), []
+    for name, module in norm_layers(model).items():
+        trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        layers.append(NormLayer(
+            name, parts[name.partition(".")[0]].kind, len(module.weight),
+            groups=module.groups if isinstance(module, GroupNorm) else None, eps=module.eps,
+            padding="masked" if getattr(module, "masked", False) else "plain", trainable=trainable,
+            weight_decay=cfg.train.optimizer.norm_weight_decay if trainable else 0.0, lr=lr if trainable else 0.0,
+            origin=UNKNOWN if norms is None else norms.get(name, "new"),
+        ))  # fmt: skip
     return Audit(layers, list(_warnings(model, layers, cfg, world, images)), list(_errors(model, layers, cfg)))
-
-
-def _layer(name: str, module: nn.Module, cfg: Config, origin: str) -> NormLayer:
-    channels = len(module.weight)
-    groups = module.groups if isinstance(module, GroupNorm) else None
-    kind = cfg.model.part_norms()[name.partition(".")[0]].kind
-    trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    optimizer = cfg.train.optimizer
-    lr = peak_learning_rate(optimizer, cfg.train.schedule, cfg.train.global_batch)
-    return NormLayer(
-        name, kind, channels, groups, module.eps, "masked" if getattr(module, "masked", False) else "plain", trainable,
-        optimizer.norm_weight_decay if trainable else 0.0, lr if trainable else 0.0, origin,
-    )  # fmt: skip
 
 
 def _warnings(
     model: DetectionModel, layers: list[NormLayer], cfg: Config, world: int, images: int | None
 ) -> Iterable[str]:
-    at_once = images or (cfg.train.images_per_gpu if cfg.train.images_per_gpu != "auto" else None)
+    at_once = images or cfg.train.images_per_gpu
     for kind in ("bn", "sync_bn", "brn"):
         live = [layer for layer in layers if layer.kind == kind and layer.trainable]
         if live and kind == "sync_bn" and world == 1:
-            yield f"{_some(live)}: sync_bn in one process is plain BN"
-        count = at_once * (world if kind == "sync_bn" else 1) if at_once else None
-        if live and count is not None and count < SMALL_BATCH:
+            yield f"{_some(live)}: sync_bn on one rank is plain BN"
+        count = SMALL_BATCH if at_once == "auto" else at_once * (world if kind == "sync_bn" else 1)
+        if live and count < SMALL_BATCH:
             yield (
                 f"{_some(live)}: {kind} takes its statistics over {_count(count, 'image')}; below {SMALL_BATCH} they "
                 "are noise (Wu & He 2018, figure 1); gn does not depend on that number"
             )
-    fused = [
-        layer for layer in layers
-        if layer.kind == "frozen_bn" and _untouched(model.get_submodule(layer.name)) and layer.origin in ANEW
-    ]  # fmt: skip
-    if fused:
+    anew = [layer for layer in layers if layer.kind == "frozen_bn" and layer.origin in ANEW]
+    if fused := [layer for layer in anew if _untouched(model.get_submodule(layer.name))]:
         yield (
             f"{_some(fused)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
             "nothing is normalised; train.weights brings statistics"
@@ -115,11 +105,8 @@ def _warnings(
 
 def _errors(model: DetectionModel, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
     frozen = {id(module) for part in model.backbone.frozen for module in part.modules()}
-    random = [
-        layer for layer in layers
-        if id(model.get_submodule(layer.name)) in frozen and layer.origin in ANEW
-    ]  # fmt: skip
-    if random:
+    anew = [layer for layer in layers if layer.origin in ANEW]
+    if random := [layer for layer in anew if id(model.get_submodule(layer.name)) in frozen]:
         yield (
             f"{_some(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
             "set freeze_at=0, or train.norm_policy to one that brings the norms over"
@@ -158,30 +145,29 @@ def _count(number: int, what: str) -> str:
 
 
 def audit_table(audit: Audit) -> str:
-    """A line for each norm layer, in aligned columns."""
+    """Return a line for each norm layer, in aligned columns."""
     rows = [["layer", "kind", "channels", "groups", "a group", "eps", "padding", "trained", "decay", "lr", "origin"]]
-    for one in audit.layers:
-        numbers = [str(one.channels), str(one.groups or "-"), str(one.per_group or "-"), f"{one.eps:.3g}"]
-        rest = [one.padding, "yes" if one.trainable else "no", f"{one.weight_decay:g}", f"{one.lr:g}", one.origin]
-        rows.append([one.name, one.kind, *numbers, *rest])
+    for layer in audit.layers:
+        sizes = [layer.channels, layer.groups or "-", layer.per_group or "-", f"{layer.eps:.3g}", layer.padding]
+        training = ["yes" if layer.trainable else "no", f"{layer.weight_decay:g}", f"{layer.lr:g}", layer.origin]
+        rows.append([layer.name, layer.kind, *map(str, sizes), *training])
     return text_table(rows, left=range(len(rows[0])))
 
 
 def summary(audit: Audit) -> list[str]:
     """A line for each kind of norm layer in the model, then the warnings."""
     groups: dict[tuple[object, ...], list[NormLayer]] = {}
-    for one in audit.layers:
-        part = one.name.partition(".")[0]
-        groups.setdefault((part, one.kind, one.padding, one.trainable, one.origin), []).append(one)
+    for layer in audit.layers:
+        part = layer.name.partition(".")[0]
+        groups.setdefault((part, layer.kind, layer.padding, layer.trainable, layer.origin), []).append(layer)
     lines = []
     for (part, kind, padding, trainable, origin), members in groups.items():
-        sizes, eps = {one.per_group for one in members} - {None}, {one.eps for one in members}
-        first = members[0]
+        sizes, eps = {layer.per_group for layer in members} - {None}, {layer.eps for layer in members}
         words = [f"norm of {part}: {len(members)} {kind}", padding]
         if sizes:
             few = f"{min(sizes)} to " if len(sizes) > 1 else ""
             words.append(f"{few}{_count(max(sizes), 'channel')} a group")
         words.append(f"eps {min(eps):.2g}{f' to {max(eps):.2g}' if len(eps) > 1 else ''}")
-        words.append(f"weight decay {first.weight_decay:g}, lr {first.lr:g}" if trainable else "not trained")
+        words.append(f"weight decay {members[0].weight_decay:g}, lr {members[0].lr:g}" if trainable else "not trained")
         lines.append(", ".join([*words, origin]))
     return lines + [f"warning: {text}" for text in audit.warnings]

@@ -1,4 +1,4 @@
-"""The norm report's record of a run: RUN/norms.jsonl and TensorBoard's histograms, written by the first process.
+"""The norm report's record of a run: RUN/norms.jsonl and TensorBoard's histograms, written by rank 0.
 
 A line says what the norm layers did after `update` updates on the first validation images:
 {"update": 500, "layers": [{"name": ...}, ...], "padding": 0.12}; padding: the share of the training batches since the
@@ -28,7 +28,7 @@ MOST_IMAGES = 16  # where batches for BN ask for more than train.norm_images
 
 
 class NormWatch:
-    """Looks at the norm layers of a run, in its first process; in the others it does nothing."""
+    """Looks at the norm layers of a run, on rank 0; on other ranks it does nothing."""
 
     def __init__(self, run: Run, log: Log, progress: Progress) -> None:
         """Forget what a killed run wrote past the point it goes on from; a run that begins is measured at once.
@@ -73,8 +73,7 @@ class NormWatch:
             return
         padding = rounded(self._padded / self._cells) if self._cells else None
         self._cells = self._padded = 0
-        line = {"update": update, "layers": [layer.numbers for layer in layers], "padding": padding}
-        log.append(NORMS, line)
+        log.append(NORMS, {"update": update, "layers": [layer.numbers for layer in layers], "padding": padding})
         for layer in layers:
             log.histogram(update, f"norm/{layer.numbers['name']}/group_std", layer.group_std)
             log.histogram(update, f"norm/{layer.numbers['name']}/gamma", layer.gamma)

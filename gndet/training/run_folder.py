@@ -113,9 +113,8 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
         return  # stopped before its first checkpoint: nothing is lost
     neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, *SPLIT, "out")
     old, new = flat(config_from_dict(saved.meta["asked"], str(saved.path))), flat(cfg)
-    keys = [key for key in {**old, **new} if not key.startswith(neutral)]
-    changed = [key for key in keys if old.get(key, UNSET) != new.get(key, UNSET)]
-    if changed:
+    keys = [key for key in old | new if not key.startswith(neutral)]
+    if changed := [key for key in keys if old.get(key, UNSET) != new.get(key, UNSET)]:
         lines = [f"  {key}: {old.get(key, UNSET)!r} there, {new.get(key, UNSET)!r} now" for key in changed[:8]]
         raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
     if saved.meta["update"] >= saved.meta["total_updates"] and not saved.meta["evaluation_due"]:

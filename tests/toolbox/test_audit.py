@@ -123,9 +123,9 @@ def test_the_number_of_images_found_by_auto_counts() -> None:
 
 
 @pytest.mark.parametrize(("kind", "world", "said"), [("sync_bn", 1, 1), ("sync_bn", 2, 0), ("bn", 1, 0)])
-def test_sync_bn_in_one_process_is_warned_of(kind: str, world: int, said: int) -> None:
+def test_sync_bn_on_one_rank_is_warned_of(kind: str, world: int, said: int) -> None:
     cfg = config({"kind": kind}, train={"global_batch": 16, "images_per_gpu": 8})
-    assert sum("sync_bn in one process is plain BN" in text for text in audited(cfg, world).warnings) == said
+    assert sum("sync_bn on one rank is plain BN" in text for text in audited(cfg, world).warnings) == said
 
 
 # --- groups and decay

@@ -1,4 +1,7 @@
-"""Every option, typed, with its default, unit and source. `config_file.py` reads them from YAML."""
+"""Every option, typed, with its default, unit and source. `loading.py` reads them from YAML.
+
+What an option means stands behind it, or in the line above it where that is too long.
+"""
 
 from typing import Annotated, Literal
 
@@ -9,14 +12,10 @@ from gndet.config.presets import PRESETS, beneath
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Edge = Annotated[int, Field(ge=16)]  # pixels
-Clip = Annotated[
-    Literal["edges", "pixels"],
-    Field(description="boxes end at the picture's edges, or inside its last pixel (Detectron)"),
-]
-RoIAlign = Annotated[
-    Literal["aligned", "unaligned", "detectron"],
-    Field(description="to half pixels (detectron2, mmdetection) or not (torchvision; detectron: last pixel left out)"),
-]
+Five = tuple[Positive, Positive, Positive, Positive, Positive]
+Clip = Literal["edges", "pixels"]  # boxes end at the picture's edges, or inside its last pixel (Detectron)
+# to half pixels (detectron2, mmdetection) or not (torchvision; detectron: last pixel left out)
+RoIAlign = Literal["aligned", "unaligned", "detectron"]
 
 
 class Section(BaseModel):
@@ -29,18 +28,13 @@ class NormConfig(Section):
     """A normalisation layer. Wu & He, "Group Normalization", ECCV 2018."""
 
     kind: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
-    groups: int = Field(32, ge=1, description="number of groups, gn only; the paper's default is 32")
-    channels_per_group: int | None = Field(None, ge=1, description="gn only; set, it takes the place of `groups`")
-    eps: float = Field(1e-5, ge=0, description="added to the variance; torch's and Detectron's default")
-    momentum: float = Field(0.1, gt=0, le=1, description="of the running statistics: bn, sync_bn, brn")
-    padding: Literal["auto", "masked", "plain"] = Field(
-        "auto",
-        description="masked: statistics over the picture only, padding zero after the layer. auto: masked where the "
-        "kind does not mix images (gn, ln, in, frozen_bn, none), plain for bn, sync_bn, brn",
-    )
-    weight_standardization: bool = Field(
-        False, description="standardise the weights of the convolutions before this norm (Qiao et al. 2019)"
-    )
+    groups: int = Field(32, ge=1)  # number of groups, gn only; the paper's default is 32
+    channels_per_group: int | None = Field(None, ge=1)  # gn only; set, it takes the place of `groups`
+    eps: float = Field(1e-5, ge=0)  # added to the variance; torch's and Detectron's default
+    momentum: float = Field(0.1, gt=0, le=1)  # of the running statistics: bn, sync_bn, brn
+    # masked: statistics over the picture only, padding zero after the layer; auto: masked unless the kind mixes images
+    padding: Literal["auto", "masked", "plain"] = "auto"
+    weight_standardization: bool = False  # of the convolutions before this norm (Qiao et al. 2019)
 
     @property
     def grouping(self) -> str:
@@ -91,16 +85,10 @@ class BackboneConfig(Section):
 
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50, 101, 152] = 50
-    norm: NormConfig | None = Field(None, description="whole override of model.norm for this part")
-    stride_in_1x1: bool = Field(
-        False, description="stride of a bottleneck in its first 1x1, as in MSRA's BN weights; else in its 3x3"
-    )
-    freeze_at: int = Field(
-        0, ge=0, le=5, description="freeze the stem (1) and stages res2..res5 (2..5); 0 freezes nothing. Detectron: 2"
-    )
-    zero_init_last_gamma: bool = Field(
-        False, description="gamma 0 in the last norm of a block (Goyal et al. 2017, 5.1); the GN paper does so too"
-    )
+    norm: NormConfig | None = None  # whole override of model.norm for this part
+    stride_in_1x1: bool = False  # stride of a bottleneck in its first 1x1, as in MSRA's BN weights; else in its 3x3
+    freeze_at: int = Field(0, ge=0, le=5)  # freeze the stem (1) and stages res2..res5 (2..5); 0: nothing. Detectron: 2
+    zero_init_last_gamma: bool = False  # in the last norm of a block (Goyal et al. 2017, 5.1; the GN paper, too)
 
 
 class FPNConfig(Section):
@@ -111,38 +99,29 @@ class FPNConfig(Section):
 
 
 class RPNConfig(Section):
-    """Region proposal network (Ren et al. 2015; FPN: one anchor size a level)."""
+    """Region proposal network (Ren et al. 2015; FPN: one anchor size per level)."""
 
-    anchor_sizes: tuple[Positive, Positive, Positive, Positive, Positive] = Field(
-        (32, 64, 128, 256, 512), description="side of the square anchor on P2..P6, pixels"
-    )
-    aspect_ratios: tuple[Positive, ...] = Field(
-        (0.5, 1.0, 2.0), min_length=1, max_length=16, description="height / width"
-    )
-    num_convs: int = Field(1, ge=1, description="3x3 convolutions before the predictors; torchvision's v2 models: 2")
-    norm: NormConfig | None = Field(
-        NormConfig(kind="none"), description="the RPN has no norm in any toolkit; null takes model.norm"
-    )
-    anchors: Literal["exact", "rounded", "detectron"] = Field(
-        "exact", description="corners as computed (detectron2), in whole pixels (torchvision), or Detectron's rounding"
-    )
-    anchor_stride: Literal["level", "canvas"] = Field(
-        "level", description="canvas: canvas side // map side (torchvision), which is not 64 on every P6"
-    )
-    anchors_in_padding: bool = Field(False, description="anchors in the padding beside a picture, as other toolkits")
-    straddling_anchors: bool = Field(True, description="train on anchors that reach over the edge; Detectron: false")
+    anchor_sizes: Five = (32, 64, 128, 256, 512)  # side of the square anchor on P2..P6, pixels
+    aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=16)  # height / width
+    num_convs: int = Field(1, ge=1)  # 3x3 convolutions before the predictors; torchvision's v2 models: 2
+    norm: NormConfig | None = NormConfig(kind="none")  # the RPN has no norm in any toolkit; null takes model.norm
+    # corners as computed (detectron2), in whole pixels (torchvision), or Detectron's rounding
+    anchors: Literal["exact", "rounded", "detectron"] = "exact"
+    anchor_stride: Literal["level", "canvas"] = "level"  # canvas: canvas side // map side (torchvision); not 64 on P6
+    anchors_in_padding: bool = False  # anchors in the padding beside a picture, as other toolkits
+    straddling_anchors: bool = True  # train on anchors that reach over the edge; Detectron: false
     positive_iou: float = Field(0.7, ge=0, le=1)
     negative_iou: float = Field(0.3, ge=0, le=1)
-    anchors_per_image: int = Field(256, ge=2, description="sampled for the loss")
+    anchors_per_image: int = Field(256, ge=2)  # sampled for the loss
     positive_fraction: float = Field(0.5, gt=0, le=1)
     nms_threshold: float = Field(0.7, gt=0, le=1)
-    pre_nms_train: int = Field(2000, ge=1, description="candidates a level and image before NMS (detectron2)")
+    pre_nms_train: int = Field(2000, ge=1)  # candidates per level and image before NMS (detectron2)
     pre_nms_test: int = Field(1000, ge=1)
-    post_nms_train: int = Field(1000, ge=1, description="proposals an image; per image, never per batch (detectron2)")
+    post_nms_train: int = Field(1000, ge=1)  # proposals per image, never per batch (detectron2)
     post_nms_test: int = Field(1000, ge=1)
-    min_size: float = Field(0.0, ge=0, description="pixels; a proposal's sides are longer (torchvision: 0.001)")
+    min_size: float = Field(0.0, ge=0)  # pixels; a proposal's sides are longer (torchvision: 0.001)
     clip: Clip = "edges"
-    loss_beta: float = Field(0.0, ge=0, description="smooth-L1 transition; 0 is L1 (detectron2), 1/9 Detectron")
+    loss_beta: float = Field(0.0, ge=0)  # smooth-L1 transition; 0 is L1 (detectron2), 1/9 Detectron
 
 
 class BoxHeadConfig(Section):
@@ -150,50 +129,48 @@ class BoxHeadConfig(Section):
 
     kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
     conv_channels: int = Field(256, ge=1)
-    num_convs: int = Field(4, ge=1, description="of 4conv1fc")
+    num_convs: int = Field(4, ge=1)  # of 4conv1fc
     fc_channels: int = Field(1024, ge=1)
-    norm: NormConfig | None = Field(None, description="whole override of model.norm; the 2fc head has no norm")
-    pool_size: int = Field(7, ge=1, description="side of the RoIAlign output")
-    sampling_ratio: int = Field(2, ge=0, description="RoIAlign samples a bin; 0 is adaptive (detectron2)")
+    norm: NormConfig | None = None  # whole override of model.norm; the 2fc head has no norm
+    pool_size: int = Field(7, ge=1)  # side of the RoIAlign output
+    sampling_ratio: int = Field(2, ge=0)  # RoIAlign samples per bin; 0 is adaptive (detectron2)
     roi_align: RoIAlign = "aligned"
     regions_per_image: int = Field(512, ge=1)
     positive_fraction: float = Field(0.25, gt=0, le=1)
     positive_iou: float = Field(0.5, ge=0, le=1)
-    loss_beta: float = Field(0.0, ge=0, description="smooth-L1 transition; 0 is L1 (detectron2), 1 Detectron")
-    score_threshold: float = Field(0.05, ge=0, le=1, description="of detections")
-    min_size: float = Field(0.0, ge=0, description="pixels; a detection's sides are longer (torchvision: 0.01)")
+    loss_beta: float = Field(0.0, ge=0)  # smooth-L1 transition; 0 is L1 (detectron2), 1 Detectron
+    score_threshold: float = Field(0.05, ge=0, le=1)  # of detections
+    min_size: float = Field(0.0, ge=0)  # pixels; a detection's sides are longer (torchvision: 0.01)
     clip: Clip = "edges"
-    nms_threshold: float = Field(0.5, gt=0, le=1, description="of detections, class by class")
+    nms_threshold: float = Field(0.5, gt=0, le=1)  # of detections, class by class
     detections_per_image: int = Field(100, ge=1)
 
 
 class MaskHeadConfig(Section):
-    """Mask head: convolutions, a deconvolution to 28 x 28, one mask a class (He et al. 2017)."""
+    """Mask head: convolutions, a deconvolution to 28 x 28, one mask per class (He et al. 2017)."""
 
     channels: int = Field(256, ge=1)
     num_convs: int = Field(4, ge=1)
     norm: NormConfig | None = None
-    pool_size: int = Field(14, ge=1, description="side of the RoIAlign output; masks have twice that")
+    pool_size: int = Field(14, ge=1)  # side of the RoIAlign output; masks have twice that
     sampling_ratio: int = Field(2, ge=0)
     roi_align: RoIAlign = "aligned"
-    targets: Literal["binary", "soft"] = Field("binary", description="soft: not thresholded (torchvision)")
-    paste: Literal["exact", "rounded", "detectron"] = Field(
-        "exact", description="exact: at pixel centres (detectron2); rounded: into whole pixels (torchvision, Detectron)"
-    )
+    targets: Literal["binary", "soft"] = "binary"  # soft: not thresholded (torchvision)
+    # exact: at pixel centres (detectron2); rounded: into whole pixels (torchvision, Detectron)
+    paste: Literal["exact", "rounded", "detectron"] = "exact"
 
 
 class ModelConfig(Section):
     """A Mask R-CNN; masks: false makes it a Faster R-CNN."""
 
-    compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = Field(
-        "gndet", description="a toolkit's conventions as defaults of the options below: `compat.PRESETS`"
-    )
-    detector: Literal["mask_rcnn"] = Field("mask_rcnn", description="the kind of detector: `modeling/build.py`")
-    neck: Literal["fpn"] = Field("fpn", description="what makes the feature maps of the backbone's stages into levels")
+    # a toolkit's conventions as defaults of the options below: `presets.py`
+    compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
+    detector: Literal["mask_rcnn"] = "mask_rcnn"  # the kind of detector: `modeling/build.py`
+    neck: Literal["fpn"] = "fpn"  # what makes the feature maps of the backbone's stages into levels
     norm: NormConfig = NormConfig()
     masks: bool = True
-    pixel_mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="RGB, 0-255 (ImageNet)")
-    pixel_std: tuple[Positive, Positive, Positive] = Field((58.395, 57.12, 57.375), description="RGB, 0-255 (ImageNet)")
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, 0-255 (ImageNet)
+    pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)  # RGB, 0-255 (ImageNet)
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
     rpn: RPNConfig = RPNConfig()
@@ -266,12 +243,12 @@ class DatasetConfig(Section):
     """One data set. kind: coco reads a COCO JSON file; kind: shapes draws its images from a seed."""
 
     kind: Literal["coco", "shapes"] = "coco"
-    annotations: str = Field("", description="coco: the JSON file, relative to data.root")
-    images: str = Field("", description="coco: the image folder, relative to data.root")
-    limit: int | None = Field(None, ge=1, description="use the first so many images only, to try things out")
-    count: int = Field(400, ge=1, description="shapes: number of images")
-    size: int = Field(160, ge=64, description="shapes: side of the square image, pixels")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="shapes: another seed draws another set")
+    annotations: str = ""  # coco: the JSON file, relative to data.root
+    images: str = ""  # coco: the image folder, relative to data.root
+    limit: int | None = Field(None, ge=1)  # use the first so many images only, to try things out
+    count: int = Field(400, ge=1)  # shapes: number of images
+    size: int = Field(160, ge=64)  # shapes: side of the square image, pixels
+    seed: int = Field(0, ge=0, lt=1 << 63)  # shapes: another seed draws another set
 
     @model_validator(mode="after")
     def _coco_names_its_file(self) -> "DatasetConfig":
@@ -283,148 +260,105 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """Data sets, sizes and augmentation."""
 
-    root: str = Field("datasets", description="folder that annotations and images are relative to")
+    root: str = "datasets"  # folder that annotations and images are relative to
     train: DatasetConfig = DatasetConfig(annotations="annotations/instances_train2017.json", images="train2017")
     val: DatasetConfig = DatasetConfig(annotations="annotations/instances_val2017.json", images="val2017")
-    classes: tuple[str, ...] | None = Field(None, description="class names to use, in this order; all by default")
-    shortest_edge: tuple[Edge, ...] = Field(
-        (640, 672, 704, 736, 768, 800),
-        min_length=1,
-        description="training: one of these, pixels (detectron2)",
-    )
+    classes: tuple[str, ...] | None = None  # class names to use, in this order; all by default
+    shortest_edge: tuple[Edge, ...] = Field((640, 672, 704, 736, 768, 800), min_length=1)  # training: one of these
     shortest_edge_test: int = Field(800, ge=16)
-    max_edge: int = Field(1333, ge=16, description="limit of the longer edge, pixels")
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a left-right flip")
-    flip_vertical: float = Field(0.0, ge=0, le=1, description="probability of an upside-down flip")
-    keep_empty: bool = Field(False, description="keep training images without objects (as negatives)")
-    workers: int = Field(2, ge=0, description="loader processes a rank; results do not depend on it")
-    max_pixels: int = Field(
-        100_000_000, ge=1, le=2_000_000_000, description="a larger picture is refused before it is decoded"
-    )
-    skip_unreadable: bool = Field(
-        False, description="train although `gndet check` found pictures that cannot be read; they are left out"
-    )
-    cache: str = Field(
-        "~/.cache/gndet", description="folder for data sets as read and checked; '' keeps nothing between starts"
-    )
-    max_unreadable: float = Field(
-        0.01, ge=0, le=1, description="share of the training images that may turn out unreadable before the run stops"
-    )
-    antialias: bool = Field(True, description="of resizing, as PIL and detectron2; false: torchvision, OpenCV")
-    canvas_multiple: int = Field(32, ge=1, description="canvas edges are multiples of this, so that few shapes occur")
-    exact_canvas: bool = Field(
-        True, description="no padding around pictures of one size; false: multiples even there, as in other toolkits"
-    )
-    canvases: tuple[tuple[Edge, Edge], ...] = Field(
-        (),
-        max_length=4,
-        description="training: heights and widths of the only canvases, the smallest that holds the batch; [] any. For "
-        "train.compile, which makes a graph for each",
-    )
+    max_edge: int = Field(1333, ge=16)  # limit of the longer edge, pixels
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a left-right flip
+    flip_vertical: float = Field(0.0, ge=0, le=1)  # probability of an upside-down flip
+    keep_empty: bool = False  # keep training images without objects (as negatives)
+    workers: int = Field(2, ge=0)  # loader processes per rank; results do not depend on it
+    max_pixels: int = Field(100_000_000, ge=1, le=2_000_000_000)  # a larger picture is refused before it is decoded
+    skip_unreadable: bool = False  # train although `gndet check` found pictures that cannot be read; they are left out
+    cache: str = "~/.cache/gndet"  # folder for data sets as read and checked; '' keeps nothing between starts
+    max_unreadable: float = Field(0.01, ge=0, le=1)  # share of a data set that may be unreadable before the run stops
+    antialias: bool = True  # of resizing, as PIL and detectron2; false: torchvision, OpenCV
+    canvas_multiple: int = Field(32, ge=1)  # canvas edges are multiples of this, so that few shapes occur
+    exact_canvas: bool = True  # no padding around pictures of one size; false: multiples even there, as elsewhere
+    # training: heights and widths of the only canvases, for train.compile, which makes a graph for each; []: any
+    canvases: tuple[tuple[Edge, Edge], ...] = Field((), max_length=4)
 
 
 class OptimizerConfig(Section):
     """SGD with momentum, or AdamW."""
 
     kind: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.02, gt=0, description="for the reference batch; scaled linearly with global_batch for sgd")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="adamw")
+    lr: float = Field(0.02, gt=0)  # for the reference batch; scaled linearly with global_batch for sgd
+    momentum: float = Field(0.9, ge=0, lt=1)  # sgd
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # adamw
     weight_decay: float = Field(1e-4, ge=0)
-    norm_weight_decay: float = Field(0.0, ge=0, description="of gamma and beta; 0 as in Detectron (WEIGHT_DECAY_GN)")
-    clip_grad_norm: float = Field(0.0, ge=0, description="limit of the global gradient norm; 0 is off")
+    norm_weight_decay: float = Field(0.0, ge=0)  # of gamma and beta; 0 as in Detectron (WEIGHT_DECAY_GN)
+    clip_grad_norm: float = Field(0.0, ge=0)  # limit of the global gradient norm; 0 is off
 
 
 class ScheduleConfig(Section):
-    """Learning rate over time, stated for `reference_batch` images an update and rescaled to global_batch."""
+    """Learning rate over time, stated for `reference_batch` images per update and rescaled to global_batch."""
 
     kind: Literal["step", "cosine"] = "step"
     updates: int = Field(90_000, ge=1)
-    steps: tuple[int, ...] = Field((60_000, 80_000), description="kind: step: updates at which lr is multiplied")
+    steps: tuple[int, ...] = (60_000, 80_000)  # kind: step: updates at which lr is multiplied
     gamma: float = Field(0.1, gt=0, le=1)
-    warmup: int = Field(1000, ge=0, description="updates of linear warm-up")
-    warmup_factor: float = Field(0.001, ge=0, le=1, description="lr at update 0 as a fraction (detectron2: 0.001)")
+    warmup: int = Field(1000, ge=0)  # updates of linear warm-up
+    warmup_factor: float = Field(0.001, ge=0, le=1)  # lr at update 0 as a fraction (detectron2: 0.001)
     reference_batch: int = Field(16, ge=1)
 
 
 class SourceConfig(Section):
     """What a weights file of another toolkit is taken for, where it does not say so; null is the format's usual."""
 
+    # resnet: a classifier of torchvision or timm; auto: by the names of its tensors
     format: Literal[
         "auto", "gndet", "resnet", "torchvision", "detectron2", "detectron", "mmdetection", "maskrcnn-benchmark"
-    ] = Field("auto", description="resnet: a classifier of torchvision or timm; auto: by the names of its tensors")
-    bgr: bool | None = Field(None, description="its stem takes blue, green, red")
-    pixel_mean: tuple[float, float, float] | None = Field(None, description="RGB, 0-255")
-    pixel_std: tuple[Positive, Positive, Positive] | None = Field(None, description="RGB, 0-255")
+    ] = "auto"  # fmt: skip
+    bgr: bool | None = None  # its stem takes blue, green, red
+    pixel_mean: tuple[float, float, float] | None = None  # RGB, 0-255
+    pixel_std: tuple[Positive, Positive, Positive] | None = None  # RGB, 0-255
     stride_in_1x1: bool | None = None
-    norm_eps: float | None = Field(None, ge=0, description="of its norms")
-    groups: int | None = Field(None, ge=1, description="of its GN layers; 32 in every toolkit")
-    channels_per_group: int | None = Field(None, ge=1, description="of its GN layers, in place of groups")
+    norm_eps: float | None = Field(None, ge=0)  # of its norms
+    groups: int | None = Field(None, ge=1)  # of its GN layers; 32 in every toolkit
+    channels_per_group: int | None = Field(None, ge=1)  # of its GN layers, in place of groups
     weight_standardization: bool | None = None
-    compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = Field(
-        None, description="the conventions it was trained with"
-    )
-    anchor_sizes: tuple[Positive, Positive, Positive, Positive, Positive] | None = None
+    compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = None  # it was trained with
+    anchor_sizes: Five | None = None
     aspect_ratios: tuple[Positive, Positive, Positive] | None = None
-    classes: tuple[str, ...] | None = Field(None, description="its class names, in the order of its labels")
-    differences: Literal["refuse", "report"] = Field(
-        "refuse", description="what becomes of a model whose conventions are not the file's; report: fine-tune anyway"
-    )
+    classes: tuple[str, ...] | None = None  # its class names, in the order of its labels
+    # what becomes of a model whose conventions are not the file's; report: fine-tune anyway
+    differences: Literal["refuse", "report"] = "refuse"
 
 
 class TrainConfig(Section):
     """The run: batch, optimiser, schedule, what is written when."""
 
-    weights: str = Field(
-        "", description="start from this: a gndet run or checkpoint, a file of another toolkit, or a weight name"
-    )
+    weights: str = ""  # start from this: a gndet run or checkpoint, a file of another toolkit, or a weight name
     source: SourceConfig = SourceConfig()
-    norm_policy: Literal["error", "hybrid", "convert", "calibrate", "affine", "reinit"] = Field(
-        "error", description="what becomes of a part whose norm in the file is not the model's: README, Fine-tuning"
-    )
-    norm_damp: float = Field(1.0, ge=0, description="convert, calibrate: share of the group variance added to GN's eps")
-    calibration_images: int = Field(
-        32, ge=1, description="calibrate: training images that gamma and beta are fitted on"
-    )
-    global_batch: int = Field(16, ge=1, description="images an update, over all processes")
-    images_per_gpu: int | Literal["auto"] = Field(
-        2, description="images a process computes at once, accumulation follows; auto: as many as fit in memory"
-    )
-    memory_limit_mib: float | None = Field(
-        None, gt=0, description="MiB of tensors a process may hold; null is what the GPU has. auto needs it on a CPU"
-    )
+    # what becomes of a part whose norm in the file is not the model's: README, Fine-tuning
+    norm_policy: Literal["error", "hybrid", "convert", "calibrate", "affine", "reinit"] = "error"
+    norm_damp: float = Field(1.0, ge=0)  # convert, calibrate: share of the group variance added to GN's eps
+    calibration_images: int = Field(32, ge=1)  # calibrate: training images that gamma and beta are fitted on
+    global_batch: int = Field(16, ge=1)  # images per update, over all ranks
+    images_per_gpu: int | Literal["auto"] = 2  # images a rank computes at once; auto: as many as fit in memory
+    memory_limit_mib: float | None = Field(None, gt=0)  # of tensors per rank; null: the GPU's. auto on a CPU needs it
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Literal["auto", "float32", "bf16", "float64"] = Field(
-        "auto", description="auto: bf16 autocast on GPU; float64 shows what is equal but for rounding, slowly"
-    )
-    memory: Literal["fast", "balanced", "lean"] = Field(
-        "balanced",
-        description="what is kept for the backward pass. fast: every map; balanced: less than half, for a tenth more "
-        "time; lean: a fifth, for a third more. It changes rounding only",
-    )
-    compile: Literal["none", "default", "reduce-overhead"] = Field(
-        "none",
-        description="torch.compile of the training forward and backward, a graph for each of data.canvases; "
-        "reduce-overhead: as CUDA graphs. It changes rounding only",
-    )
-    ema: float = Field(0.0, ge=0, lt=1, description="decay of the averaged weights an update; 0 is off")
-    log_every: int = Field(20, ge=1, description="updates")
-    eval_every: int = Field(5000, ge=0, description="updates; 0 evaluates at the end only")
-    checkpoint_every: int = Field(1000, ge=0, description="updates; 0 saves with evaluations only")
-    keep_last: int = Field(2, ge=1, description="newest checkpoints kept; best/ and last/ point beside them")
-    vis_images: int = Field(4, ge=0, description="validation images drawn at each evaluation")
-    report: bool = Field(True, description="write report.html when the run ends")
-    norm_images: int = Field(
-        4, ge=0, le=16, description="validation images that the norm report looks at, with each evaluation; 0: none"
-    )
-    on_nonfinite: str = Field(
-        "stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$",
-        description="a loss or gradient that is not finite: stop; skip:N passes over N such updates, then stops",
-    )  # fmt: skip
-    timeout_s: float = Field(
-        600.0, gt=0, description="seconds a process waits for the others before the run ends: one of them is lost"
-    )
+    # auto: bf16 autocast on GPU; float64 shows what is equal but for rounding, slowly
+    precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
+    # kept for the backward pass. fast: all; balanced: below half, a tenth slower; lean: a fifth, a third slower
+    memory: Literal["fast", "balanced", "lean"] = "balanced"
+    # torch.compile, a graph for each of data.canvases; reduce-overhead: as CUDA graphs. Only rounding changes
+    compile: Literal["none", "default", "reduce-overhead"] = "none"
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights per update; 0 is off
+    log_every: int = Field(20, ge=1)  # updates
+    eval_every: int = Field(5000, ge=0)  # updates; 0 evaluates at the end only
+    checkpoint_every: int = Field(1000, ge=0)  # updates; 0 saves with evaluations only
+    keep_last: int = Field(2, ge=1)  # newest checkpoints kept; best/ and last/ point beside them
+    vis_images: int = Field(4, ge=0)  # validation images drawn at each evaluation
+    report: bool = True  # write report.html when the run ends
+    norm_images: int = Field(4, ge=0, le=16)  # validation images that the norm report looks at; 0: none
+    on_nonfinite: str = Field("stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$")  # skip:N passes over N updates, then stops
+    timeout_s: float = Field(600.0, gt=0)  # seconds a rank waits for the others before the run ends: one is lost
 
     @field_validator("images_per_gpu", mode="before")
     @classmethod
@@ -437,19 +371,19 @@ class TrainConfig(Section):
 class EvaluationConfig(Section):
     """COCO metrics."""
 
-    engine: Literal["hotcoco", "pycocotools"] = Field("hotcoco", description="pycocotools is the reference, slower")
-    max_detections: int = Field(100, ge=1, description="an image, as in COCO; raise it where images hold more objects")
+    engine: Literal["hotcoco", "pycocotools"] = "hotcoco"  # pycocotools is the reference, slower
+    max_detections: int = Field(100, ge=1)  # per image, as in COCO; raise it where images hold more objects
     images_per_gpu: int = Field(1, ge=1)
 
 
 class Config(Section):
     """The whole config of a run."""
 
-    task: Literal["detection"] = Field("detection", description="what is learned: `training/task.py`")
-    out: str = Field("", description="run folder; runs/<config name> by default")
+    task: Literal["detection"] = "detection"  # what is learned: `training/task.py`
+    out: str = ""  # run folder; runs/<config name> by default
     seed: int = Field(0, ge=0, lt=1 << 63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = Field(False, description="deterministic GPU algorithms; the CPU is deterministic as it is")
+    deterministic: bool = False  # deterministic GPU algorithms; the CPU is deterministic as it is
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -67,12 +67,10 @@ def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: di
     aside = folder.with_name(ASIDE + folder.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         _write_folder(temporary, groups, meta)
         if folder.exists():
-            if aside.exists():
-                shutil.rmtree(aside)
+            shutil.rmtree(aside, ignore_errors=True)
             os.rename(folder, aside)
         os.rename(temporary, folder)
         _sync(folder.parent)

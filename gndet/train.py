@@ -19,7 +19,7 @@ from gndet.training.log import Log
 from gndet.training.meter import Meter
 from gndet.training.nonfinite import pass_over, summed
 from gndet.training.norm_record import NormWatch
-from gndet.training.optim import learning_rate, set_learning_rate, total_updates
+from gndet.training.optim import learning_rate, total_updates
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import STALLED, locked, make_run, move_aside
 from gndet.training.setup import set_up
@@ -80,7 +80,8 @@ def train(
         for update, batches in zip(range(progress.update, total), stream, strict=True):
             proc.watch.at(update, "computing gradients")
             lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
-            set_learning_rate(run.optimizer, lr)
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr
             share = compute_gradients(run, state, batches, size, stop)
             norms.saw(batches.taken)
             if update == 0 and proc.first:
@@ -138,7 +139,7 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log)
     refuse_unreadable(run, "training", run.train_set, known)
 
 
-# --- evaluations, checkpoints, the end
+# --- evaluations and checkpoints
 
 
 def evaluate_and_save(
@@ -152,7 +153,7 @@ def evaluate_and_save(
     saver.save(progress)
 
 
-# --- batches, the end's words
+# --- batches
 
 
 def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Iterator[Replay]:

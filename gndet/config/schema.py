@@ -412,16 +412,23 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "Config":
-        whole, part, coupling = self.train.global_batch, self.train.images_per_gpu, self.model.batch_coupling()
-        if part == "auto":
-            if coupling:
-                raise ValueError(f"train.images_per_gpu: auto would change what is learned: {coupling}; give a number")
-        elif part > whole:
-            raise ValueError(
-                f"train.images_per_gpu: {part} is more than train.global_batch: {whole}, the images of an update"
-            )
-        elif coupling and whole % part:
-            raise ValueError(
-                f"train.global_batch: {whole} is not a multiple of train.images_per_gpu: {part}, and {coupling}"
-            )
+        if mistake := self.split_mistake(world=1):
+            raise ValueError(mistake)
         return self
+
+    def split_mistake(self, world: int) -> str | None:
+        """Say why an update cannot be split over `world` ranks as train.images_per_gpu asks; None where it can."""
+        whole, size, coupling = self.train.global_batch, self.train.images_per_gpu, self.model.batch_coupling()
+        if whole < world:
+            return f"train.global_batch: {whole} is less than the number of ranks, {world}"
+        if size == "auto":
+            return coupling and f"train.images_per_gpu: auto would change what is learned: {coupling}; give a number"
+        if size > (share := -(-whole // world)):
+            return (
+                f"train.images_per_gpu: {size} is more than {share}, the images of an update per rank, of "
+                f"train.global_batch: {whole}"
+            )
+        if coupling and whole % (size * world):
+            part = f"{size} x {world} ranks" if world > 1 else size
+            return f"train.global_batch: {whole} is not a multiple of train.images_per_gpu: {part}, and {coupling}"
+        return None

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from gndet.config.schema import Config
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.collectives import all_reduce_min
 from gndet.errors import ConfigError
@@ -23,7 +22,8 @@ def images_at_once(run: Run) -> int:
     ConfigError for a split that is not possible, and where not even one image fits.
     """
     cfg, proc = run.cfg, run.proc
-    check_split(cfg, proc.world)
+    if mistake := cfg.split_mistake(proc.world):
+        raise ConfigError(mistake)
     if cfg.train.images_per_gpu != "auto":
         return cfg.train.images_per_gpu
     limit = memory_limit(cfg)
@@ -43,25 +43,6 @@ def images_at_once(run: Run) -> int:
     if proc.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(proc.device)  # the log shows the run's own peak
     return size
-
-
-def check_split(cfg: Config, world: int) -> None:
-    """Raise ConfigError for an update that cannot be split over the ranks as the config says."""
-    whole, size, coupling = cfg.train.global_batch, cfg.train.images_per_gpu, cfg.model.batch_coupling()
-    if whole < world:
-        raise ConfigError(f"train.global_batch: {whole} is less than the number of ranks, {world}")
-    if size == "auto":
-        return
-    if size > -(-whole // world):
-        raise ConfigError(
-            f"train.images_per_gpu: {size} is more than a rank's share of an update, {-(-whole // world)} of "
-            f"train.global_batch: {whole} images over {world} ranks"
-        )
-    if coupling and whole % (size * world):
-        raise ConfigError(
-            f"train.global_batch: {whole} is not a multiple of train.images_per_gpu x ranks: {size} x {world} = "
-            f"{size * world}, and {coupling}"
-        )
 
 
 def fits(run: Run, num: int, limit: int | None) -> bool:

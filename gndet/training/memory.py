@@ -1,5 +1,6 @@
 """A limit on the memory of tensors: the GPU allocator's own, and on a CPU one that counts."""
 
+import bisect
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -93,11 +94,5 @@ def release(device: torch.device) -> None:
 
 def largest_fitting(candidates: list[int], fits: Callable[[int], bool]) -> int:
     """The largest of rising candidates that fits, by bisection, or 0; what is smaller than one that fits does too."""
-    low, high = 0, len(candidates)  # candidates[:low] fit, candidates[high:] do not
-    while low < high:
-        middle = (low + high) // 2
-        if fits(candidates[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return candidates[low - 1] if low else 0
+    count = bisect.bisect_left(candidates, True, key=lambda candidate: not fits(candidate))
+    return candidates[count - 1] if count else 0

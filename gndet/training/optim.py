@@ -65,12 +65,6 @@ def learning_rate(update: int, cfg: OptimizerConfig, schedule: ScheduleConfig, g
     return peak * factor
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """The exponential moving average of a model's weights and running statistics."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

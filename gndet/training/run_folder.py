@@ -1,6 +1,5 @@
 """The run folder: the names of its files; made, resumed or refused; locked, so that one run at a time writes to it."""
 
-import errno
 import fcntl
 import os
 import socket
@@ -164,18 +163,17 @@ def _lock(file: TextIO, out: Path) -> list[str]:
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return []
-            if time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
-            file.seek(0)
-            return [f"{out}: another process trains into this folder: {file.read().strip()}; choose another out=FOLDER"]
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        return []
+            break
+        except (BlockingIOError, PermissionError):  # locked by another process
+            if time.monotonic() > deadline:
+                file.seek(0)
+                owner = file.read().strip()
+                return [f"{out}: another process trains into this folder: {owner}; choose another out=FOLDER"]
+            time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return []
 
 
 def mark(out: Path, marker: str, why: str) -> None:

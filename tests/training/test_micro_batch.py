@@ -26,7 +26,6 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, TrainingError
 from gndet.train import train
-from gndet.training.batch_size import check_split
 from gndet.training.gradient_buckets import sum_gradients
 from gndet.training.memory import MIB, TensorBytes
 from gndet.training.setup import build_run
@@ -247,19 +246,20 @@ def test_running_out_of_memory_stops_the_run_where_fewer_would_change_what_is_le
 
 
 def checked(world: int, *overrides: str) -> None:
-    check_split(load_config(REPOSITORY / "configs/quickstart.yaml", overrides), world)
+    if mistake := load_config(REPOSITORY / "configs/quickstart.yaml", overrides).split_mistake(world):
+        raise ConfigError(mistake)
 
 
 def test_splits_that_are_not_possible_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"images_per_gpu: 9 is more than train\.global_batch: 8"):
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 9 is more than 8, .* train\.global_batch: 8"):
         checked(1, "train.global_batch=8", "train.images_per_gpu=9")
     with pytest.raises(ConfigError, match=r"global_batch: 2 is less than the number of ranks, 3"):
         checked(3, "train.images_per_gpu=1")
-    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than a rank's share of an update, 4 of .*: 8"):
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than 4, the images of an update .*: 8"):
         checked(2, "train.global_batch=8", "train.images_per_gpu=8")
     with pytest.raises(ConfigError, match=r"global_batch: 3 is not a multiple of train\.images_per_gpu: 2, and .*: bn"):
         checked(1, "train.global_batch=3", "model.norm.kind=bn")
-    with pytest.raises(ConfigError, match=r"global_batch: 6 .* 2 x 2 = 4, and model\.norm\.kind: sync_bn takes its"):
+    with pytest.raises(ConfigError, match=r"global_batch: 6 .* 2 x 2 ranks, and model\.norm\.kind: sync_bn takes its"):
         checked(2, "train.global_batch=6", "model.norm.kind=sync_bn")
     checked(3, "train.global_batch=7", "train.images_per_gpu=2")  # 2, 2 and 3 images
 

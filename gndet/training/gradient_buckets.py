@@ -1,11 +1,9 @@
 """The sum of the gradients over the ranks, on its way while the last backward pass of an update still runs.
 
 The gradients lie in flat buffers, the buckets, filled in the order in which a backward pass comes to the parameters:
-the last ones first.  Each is sent as soon as its last gradient is there, and the buckets before it have been sent.
-So no second copy of the gradients is needed, and what is left to wait for at the end is the first layers' bucket.
-
-All ranks send all buckets in one order, once per round, whatever becomes of their own backward pass: one that has
-failed sends what it has.  Then they agree whether the round counts.
+the last ones first.  Each is sent once it is full and those before it have been sent, so that at the end only the first
+layers' bucket is waited for.  All ranks send all buckets in one order, once per round, whatever becomes of their own
+backward pass: one that has failed sends what it has.  Then they agree whether the round counts.
 """
 
 from collections.abc import Iterator

@@ -12,7 +12,8 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,30 +131,21 @@ def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
 def _hooks(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
     """Note the modules whose result, or the gradient of whose result, is not finite, in the order they are computed."""
 
-    def forward_hook(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            for tensor in pytree.tree_leaves(output):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                    if not tensor.isfinite().all():
-                        note(f"the output of {name or 'the model'}")
-                    if tensor.requires_grad:
-                        tensor.register_hook(gradient_hook(name))
+    def check(what: str, tensor: Tensor) -> None:
+        if not tensor.isfinite().all():
+            note(what)
 
-        return look
+    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        for tensor in pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                check(f"the output of {name}", tensor)
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(check, f"the gradient of the output of {name}"))
 
-    def gradient_hook(name: str) -> Callable[[Tensor], None]:
-        def look(gradient: Tensor) -> None:
-            if not gradient.isfinite().all():
-                note(f"the gradient of the output of {name or 'the model'}")
-
-        return look
-
-    handles = [module.register_forward_hook(forward_hook(name)) for name, module in model.named_modules()]
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            stack.enter_context(module.register_forward_hook(partial(look, name or "the model")))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -62,12 +62,13 @@ class Progress:
     nonfinite: int = 0  # updates that were not made because a loss or a gradient was not finite
     unreadable: dict[int, str] = field(default_factory=dict)  # training image's id: why it was left out
 
+    KEPT: ClassVar = ("update", "evaluation_due", "nonfinite", "summed", "images_at_once")  # in meta.json as they are
+
     def to_meta(self) -> dict[str, Any]:
         """Its part of a checkpoint's meta.json, a copy: it is written while the run goes on."""
         return {
-            "update": self.update, "evaluation_due": self.evaluation_due, "best": self.best and self.best.score,
-            "best_update": self.best and self.best.update, "nonfinite": self.nonfinite,
-            "sums": dict(self.sums), "summed": self.summed, "images_at_once": self.images_at_once,
+            **{name: getattr(self, name) for name in self.KEPT}, "sums": dict(self.sums),
+            "best": self.best and self.best.score, "best_update": self.best and self.best.update,
             "metrics": {name: value if math.isfinite(value) else None for name, value in self.values.items()},
             "unreadable": {str(image): reason for image, reason in self.unreadable.items()},
         }  # fmt: skip
@@ -76,14 +77,10 @@ class Progress:
     def from_meta(cls, meta: Mapping[str, Any]) -> "Progress":
         """What `to_meta` wrote."""
         return cls(
-            update=meta["update"],
-            evaluation_due=meta["evaluation_due"],
+            **{name: meta[name] for name in cls.KEPT},
             values={name: math.nan if value is None else value for name, value in meta["metrics"].items()},
             best=None if meta["best"] is None else Best(meta["best"], meta["best_update"]),
-            nonfinite=meta["nonfinite"],
             sums=dict(meta["sums"]),
-            summed=meta["summed"],
-            images_at_once=meta["images_at_once"],
             unreadable={int(image): reason for image, reason in meta["unreadable"].items()},
         )
 

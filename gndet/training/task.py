@@ -24,9 +24,9 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
     Raises DataError that lists all that is refused, in either and between them.
     """
     sets = dict(zip(("train", "val"), inspect_both(cfg.data, masks=cfg.model.masks), strict=True))
-    both = between(*sets.values())
     findings = {f"data.{which}: {data.name}": data.findings for which, data in sets.items()}
-    refuse_all(findings | {"data.train and data.val": both})
+    findings["data.train and data.val"] = between(*sets.values())
+    refuse_all(findings)
     notes = [
         f"{which}: {len(data.records)} images, {count_objects(data.records).objects.sum()} objects, "
         f"{len(data.classes)} classes from {data.name}"
@@ -34,8 +34,9 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
         for which, data in sets.items()
     ]
     notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
-    for which, some in [*((which, data.findings) for which, data in sets.items()), ("train and val", both)]:
-        notes += [f"{which}: noted: {one.code} ({one.count}): {one.what}" for one in some if one.severity == NOTED]
+    for where, found in findings.items():
+        noted = (finding for finding in found if finding.severity == NOTED)
+        notes += [f"{where}: noted: {finding.code} ({finding.count}): {finding.what}" for finding in noted]
     return sets["train"], sets["val"], notes
 
 

@@ -417,7 +417,7 @@ def test_a_run_is_refused_with_all_that_is_wrong_in_both_sets_and_between(tmp_pa
     ):
         read_both(cfg)
     notes = read_both(load_config(config(data), ["model.masks=false"]))[2]
-    assert "train and val: noted: file-in-both (1): file names in both train and val" in notes
+    assert "data.train and data.val: noted: file-in-both (1): file names in both train and val" in notes
 
 
 # --- the contact sheet

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -40,18 +40,16 @@ class Checkpoint(NamedTuple):
     meta: dict[str, Any]
 
 
-class _File(BaseModel):
+class _File(BaseModel, extra="forbid"):
     """What the manifest promises of one file."""
 
-    model_config = ConfigDict(extra="forbid")
     bytes: int
     sha256: str
 
 
-class _Manifest(BaseModel):
+class _Manifest(BaseModel, extra="forbid"):
     """manifest.json."""
 
-    model_config = ConfigDict(extra="forbid")
     format: Literal[1]
     files: dict[str, _File]
 

@@ -5,6 +5,7 @@ needs it, so that --help answers at once.
 """
 
 import argparse
+import importlib
 import io
 import os
 import re
@@ -13,28 +14,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gndet import __version__
-from gndet.cli import (
-    analyze,
-    check,
-    config,
-    convert,
-    doctor,
-    evaluate,
-    export,
-    invariance,
-    norm_study,
-    norms,
-    predict,
-    report,
-    train,
-)  # fmt: skip
 from gndet.errors import GndetError, Preempted
 
-VERBS = {
-    "train": train, "evaluate": evaluate, "predict": predict, "export": export, "report": report, "analyze": analyze,
-    "norm-study": norm_study, "doctor": doctor, "invariance": invariance, "convert": convert, "norms": norms,
-    "check": check, "config": config,
-}  # fmt: skip
+NAMES = (
+    "train", "evaluate", "predict", "export", "report", "analyze", "norm-study", "doctor", "invariance", "convert",
+    "norms", "check", "config",
+)  # fmt: skip
+VERBS = {name: importlib.import_module(f"gndet.cli.{name.replace('-', '_')}") for name in NAMES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ What an option means stands behind it, or in the line above it where that is too
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from gndet.config.presets import PRESETS, beneath
 
@@ -18,10 +18,8 @@ Clip = Literal["edges", "pixels"]  # boxes end at the picture's edges, or inside
 RoIAlign = Literal["aligned", "unaligned", "detectron"]
 
 
-class Section(BaseModel):
+class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A part of the config: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class NormConfig(Section):

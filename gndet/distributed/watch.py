@@ -91,14 +91,11 @@ class Watch:
         """Write the text and the stacks of all threads to the report, if possible."""
         if self.report is None:
             return
-        try:
-            path = self.report.with_name(f"{self.report.name}-process{self.rank}.txt")
-            with path.open("w", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:
-            return  # the disk may be full, or be what hangs; the text goes to the terminal as well
+        path = self.report.with_name(f"{self.report.name}-process{self.rank}.txt")
+        with suppress(OSError), path.open("w", encoding="utf-8") as file:  # the disk may be full, or be what hangs
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def __enter__(self) -> "Watch":
         for work in (self._beats, self._hangs):  # two threads: the store may hang, too

@@ -6,10 +6,10 @@ from torch import Tensor
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.collectives import all_reduce_min
 from gndet.errors import ConfigError
-from gndet.training.memory import free_memory, largest_fitting, limited, out_of_memory, release
+from gndet.training.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.training.optim import STATE_SIZE
 from gndet.training.run import Run
-from gndet.training.update import backward, clear_gradients, memory_limit, resident_bytes
+from gndet.training.update import backward, clear_gradients, resident_bytes
 
 MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
 
@@ -26,16 +26,16 @@ def images_at_once(run: Run) -> int:
         raise ConfigError(mistake)
     if cfg.train.images_per_gpu != "auto":
         return cfg.train.images_per_gpu
-    limit = memory_limit(cfg)
+    limit = cfg.train.memory_limit_mib
     if limit is None and proc.device.type == "cpu":
         raise ConfigError(
             "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a rank may hold"
         )
     most = -(-cfg.train.global_batch // proc.world)
     sizes = sorted({-(-most // count) for count in range(1, most + 1)})
-    (size,) = all_reduce_min([largest_fitting(sizes, lambda num: fits(run, num, limit))], proc)
+    (size,) = all_reduce_min([largest_fitting(sizes, lambda num: fits(run, num))], proc)
     if size == 0:
-        room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {cfg.train.memory_limit_mib:g}"
+        room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {limit:g}"
         raise ConfigError(
             f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, beside "
             "weights, gradients and the optimiser's state; lower data.max_edge or data.shortest_edge"
@@ -45,10 +45,10 @@ def images_at_once(run: Run) -> int:
     return size
 
 
-def fits(run: Run, num: int, limit: int | None) -> bool:
+def fits(run: Run, num: int) -> bool:
     """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
-    device = run.proc.device
-    limit = limit or torch.cuda.memory_allocated(device) + free_memory(device)
+    device, stated = run.proc.device, run.cfg.train.memory_limit_mib
+    limit = stated * MIB if stated else torch.cuda.memory_allocated(device) + free_memory(device)
     # on a CPU the mask head computes positive regions only: objects of that number make them all positive
     objects = 0 if device.type == "cuda" else run.cfg.model.max_positives
     batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)

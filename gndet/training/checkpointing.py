@@ -1,12 +1,10 @@
 """What a run saves, and when it is written: copied to memory at once, written to the disk beside the training.
 
 The training waits for the copy, and for the writing only where the checkpoint before is not written yet.  A full disk
-does not end the run: the checkpoints that are there stay, the next one is tried when it is due, and the run ends with
-an error if its last one could not be written.
+does not end the run: the next checkpoint is tried when it is due, and an error ends the run if its last one failed.
 
-On resume the state is put back.  Refused: other data to learn from, other classes, another config but for the keys of
-`run_folder.NEUTRAL`, and, where images depend on their batch, another split.  Said in a line: what may change rounding,
-such as another number of ranks, threads or version, and other validation data.  All else goes on bit for bit.
+On resume, other training data or classes are refused, and another number of ranks where images depend on their batch.
+What may change rounding, such as other versions, is said in a line, as is other validation data.
 """
 
 import hashlib

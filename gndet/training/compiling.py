@@ -1,7 +1,7 @@
 """train.compile: the training forward and backward as compiled graphs, one for each canvas and number of images.
 
-All graphs are made before the first update, so that none keeps the other processes waiting later, and what cannot be
-compiled is told before anything is written.
+All graphs are made before the first update: later, none keeps other ranks waiting, and what cannot be compiled is told
+before anything is written.
 """
 
 import time

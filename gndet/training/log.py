@@ -41,9 +41,9 @@ class Log:
     ) -> None:
         """Open the log of a run folder, and drop what a killed run logged past the point it resumes from.
 
-        out: run folder, made where missing.  total_updates: of the whole run.  first_update: updates done
-        before; 0 starts afresh.  evaluation_due: the evaluation after first_update is made anew.  console: where to
-        show the run, live on a terminal, else in lines.  Raises OutputError.
+        total_updates: of the whole run.  first_update: updates done before; 0 starts afresh.  evaluation_due: the
+        evaluation after first_update is made anew.  console: where to show the run, live on a terminal, else in lines.
+        Raises OutputError.
         """
         self.enabled = enabled
         self._out, self._total = out, total_updates

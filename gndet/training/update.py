@@ -5,8 +5,8 @@ update's gradient is the sum of its images' gradients over global_batch, however
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -25,11 +25,6 @@ from gndet.structures import Batch
 from gndet.training.gradient_buckets import Buckets, sum_gradients
 from gndet.training.memory import MIB, limited, out_of_memory, release
 from gndet.training.run import Progress, Run
-
-
-def memory_limit(cfg: Config) -> int | None:
-    """train.memory_limit_mib in bytes."""
-    return None if cfg.train.memory_limit_mib is None else int(cfg.train.memory_limit_mib * MIB)
 
 
 def resident_bytes(run: Run) -> int:
@@ -120,15 +115,12 @@ def attempt(
             return {}, size, refusal
 
 
-@contextmanager
-def _last_pass(run: Run, stop: StopSignals) -> Iterator[None]:
+def _last_pass(run: Run, stop: StopSignals) -> AbstractContextManager:
     """Send gradients to the other ranks while the last backward pass runs, which no stop breaks off."""
     if run.buckets is None:
-        yield
-        return
+        return nullcontext()
     stop.no_longer_at_once()
-    with run.buckets.sending():
-        yield
+    return run.buckets.sending()
 
 
 def clear_gradients(run: Run) -> None:
@@ -167,8 +159,8 @@ def running_statistics(run: Run) -> Callable[[], None]:
 
 def _room(run: Run) -> AbstractContextManager:
     """What a micro-batch may take up."""
-    limit = memory_limit(run.cfg)
-    return nullcontext() if limit is None else limited(run.proc.device, limit, resident_bytes(run))
+    limit = run.cfg.train.memory_limit_mib
+    return nullcontext() if limit is None else limited(run.proc.device, int(limit * MIB), resident_bytes(run))
 
 
 def _refusal(run: Run, size: int, error: RuntimeError) -> str:

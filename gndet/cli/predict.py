@@ -30,8 +30,7 @@ def run(options: Options) -> int:
     with process(device_of(options.overrides)) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
         predict(
-            detector, options.sources, options.out, proc.device, say,
-            threshold=options.threshold, classes=options.classes, crops=options.save_crops, sheet=options.sheet,
-            every=options.every,
+            detector, options.sources, options.out, proc.device, say, threshold=options.threshold,
+            classes=options.classes, crops=options.save_crops, sheet=options.sheet, every=options.every,
         )  # fmt: skip
     return 0

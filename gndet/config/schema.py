@@ -422,10 +422,7 @@ class Config(Section):
         if size == "auto":
             return coupling and f"train.images_per_gpu: auto would change what is learned: {coupling}; give a number"
         if size > (share := -(-whole // world)):
-            return (
-                f"train.images_per_gpu: {size} is more than {share}, the images of an update per rank, of "
-                f"train.global_batch: {whole}"
-            )
+            return f"train.images_per_gpu: {size} is more than {share} images per rank of train.global_batch: {whole}"
         if coupling and whole % (size * world):
             part = f"{size} x {world} ranks" if world > 1 else size
             return f"train.global_batch: {whole} is not a multiple of train.images_per_gpu: {part}, and {coupling}"

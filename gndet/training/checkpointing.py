@@ -30,10 +30,7 @@ class Saver:
     """Saves the checkpoints of a run, on rank 0; on other ranks it does nothing."""
 
     def __init__(self, run: Run, total: int, say: Callable[[str], None], best: Best | None = None) -> None:
-        """total: updates of the whole run.  say: called with a line where a checkpoint could not be written.
-
-        best: that the checkpoint knows which the run goes on from.
-        """
+        """total: updates of the whole run.  say: told of what cannot be written.  best: known when the run goes on."""
         self._run, self._total, self._say = run, total, say
         self._written: tuple[Future[str], Best | None] | None = None  # what writes a checkpoint, the best it knows
         self._last: tuple[int, bool] | None = None  # update and evaluation_due of the last one handed over

@@ -17,7 +17,6 @@ from gndet.modeling.norms.layers import GroupNorm
 from gndet.training.optim import peak_learning_rate
 
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
-UNKNOWN = "unknown"  # of a checkpoint that does not tell
 ANEW = ("new", "anew")  # origins of layers that the file gave nothing
 
 
@@ -66,7 +65,7 @@ def audit(
             groups=module.groups if isinstance(module, GroupNorm) else None, eps=module.eps,
             padding="masked" if getattr(module, "masked", False) else "plain", trainable=trainable,
             weight_decay=cfg.train.optimizer.norm_weight_decay if trainable else 0.0, lr=lr if trainable else 0.0,
-            origin=UNKNOWN if norms is None else norms.get(name, "new"),
+            origin="unknown" if norms is None else norms.get(name, "new"),
         ))  # fmt: skip
     return Audit(layers, list(_warnings(model, layers, cfg, world, images)), list(_errors(model, layers, cfg)))
 

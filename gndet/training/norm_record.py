@@ -6,7 +6,7 @@ line before.  RUN/norms-start.safetensors holds gamma and beta of when the run b
 """
 
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ class NormWatch:
         """
         self._run, self._log = run, log
         self._cells = self._padded = 0  # of the training batches' canvases
-        self._images: list[Batch] | None = None
         self._on = run.proc.first and run.cfg.train.norm_images > 0 and bool(norm_layers(run.model))
         if run.proc.first:
             truncate(run.out / NORMS, progress.update or -1, progress.evaluation_due)
@@ -59,9 +58,8 @@ class NormWatch:
         run, log = self._run, self._log
         if run.proc.watch:
             run.proc.watch.at(update, "looking at its norm layers")
-        self._images = self._batches() if self._images is None else self._images
         if update == 0:
-            start = safetensors.torch.save(dict(affine(run.model)))
+            start = safetensors.torch.save(affine(run.model))
             log.attempt(NORMS_START, partial(write_whole, run.out / NORMS_START, start))
         try:
             layers = measure(run.model, self._images, run.autocast, read_start(run.out))
@@ -78,7 +76,8 @@ class NormWatch:
             log.histogram(update, f"norm/{layer.numbers['name']}/group_std", layer.group_std)
             log.histogram(update, f"norm/{layer.numbers['name']}/gamma", layer.gamma)
 
-    def _batches(self) -> list[Batch]:
+    @cached_property
+    def _images(self) -> list[Batch]:
         """The first validation images that can be read: one by one; for BN two batches of train.images_per_gpu."""
         cfg, num, size = self._run.cfg, self._run.cfg.train.norm_images, 1
         if any(norm.mixes_images for norm in cfg.model.part_norms().values()):

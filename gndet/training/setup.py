@@ -72,13 +72,12 @@ def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) ->
 
 def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:
     """Of the pictures that were left out before the run stopped, those that have not been mended since."""
-    found = {}
-    for record in run.train_set.records if progress.unreadable else ():
-        if record.image_id in progress.unreadable:
-            try:
-                record.load()
-            except DataError as error:
-                found[record.image_id] = str(error)
+    left_out, found = [record for record in run.train_set.records if record.image_id in progress.unreadable], {}
+    for record in left_out:
+        try:
+            record.load()
+        except DataError as error:
+            found[record.image_id] = str(error)
     return found
 
 

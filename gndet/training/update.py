@@ -4,11 +4,10 @@ None of it changes what is learned where images do not depend on each other (Mod
 update's gradient is the sum of its images' gradients over global_batch, however they are cut.
 """
 
-import functools
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -225,7 +224,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(images, sizes, keys, gt, batch.padded)
 
 
-@functools.cache
+@cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
     """The stream for copies to a GPU; one, for the allocator keeps freed memory by stream."""
     return torch.cuda.Stream(device)

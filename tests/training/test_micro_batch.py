@@ -251,11 +251,11 @@ def checked(world: int, *overrides: str) -> None:
 
 
 def test_splits_that_are_not_possible_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"images_per_gpu: 9 is more than 8, .* train\.global_batch: 8"):
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 9 is more than 8 images per rank of .*global_batch: 8"):
         checked(1, "train.global_batch=8", "train.images_per_gpu=9")
     with pytest.raises(ConfigError, match=r"global_batch: 2 is less than the number of ranks, 3"):
         checked(3, "train.images_per_gpu=1")
-    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than 4, the images of an update .*: 8"):
+    with pytest.raises(ConfigError, match=r"images_per_gpu: 8 is more than 4 images per rank of .*: 8"):
         checked(2, "train.global_batch=8", "train.images_per_gpu=8")
     with pytest.raises(ConfigError, match=r"global_batch: 3 is not a multiple of train\.images_per_gpu: 2, and .*: bn"):
         checked(1, "train.global_batch=3", "model.norm.kind=bn")

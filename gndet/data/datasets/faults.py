@@ -160,37 +160,33 @@ class Findings:
     """Faults met so far, by kind."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._examples: dict[str, list[str]] = {}
-        self._image_ids: dict[str, dict[int, None]] = {}  # ordered sets
+        self._found: dict[str, Finding] = {}  # by code
 
     def add(self, code: str, example: str, image_id: int | None = None, count: int = 1) -> None:
         """Count a fault; keep the first EXAMPLES of a kind, and the first SHOWN images."""
-        self._merge(code, count, (example,), () if image_id is None else (image_id,))
+        image_ids = () if image_id is None else (image_id,)
+        self._merge(Finding(code, *FAULTS[code], count, (example,), image_ids))
 
     def take(self, later: "Findings") -> None:
         """Add what was met in a later part of the same file."""
-        for found in later.listed():
-            self._merge(found.code, found.count, found.examples, found.image_ids)
+        for finding in later.listed():
+            self._merge(finding)
 
-    def _merge(self, code: str, count: int, examples: tuple[str, ...], image_ids: tuple[int, ...]) -> None:
-        self._counts[code] = self._counts.get(code, 0) + count
-        kept, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
-        kept += examples[: EXAMPLES - len(kept)]
-        for image_id in image_ids:
-            if len(images) < SHOWN:
-                images[image_id] = None
+    def _merge(self, new: Finding) -> None:
+        if new.code in self._found:
+            *kind, count, examples, image_ids = self._found[new.code]
+            examples = (examples + new.examples)[:EXAMPLES]
+            image_ids = tuple(dict.fromkeys(image_ids + new.image_ids))[:SHOWN]
+            new = Finding(*kind, count + new.count, examples, image_ids)
+        self._found[new.code] = new
 
     def wants_example(self, code: str) -> bool:
         """Return whether another example of this kind would be kept."""
-        return len(self._examples.get(code, ())) < EXAMPLES
+        return code not in self._found or len(self._found[code].examples) < EXAMPLES
 
     def listed(self) -> tuple[Finding, ...]:
         """Return the findings, refused first, each severity in the order of FAULTS."""
-        return in_order(
-            Finding(code, *FAULTS[code], count, tuple(self._examples[code]), tuple(self._image_ids[code]))
-            for code, count in self._counts.items()
-        )
+        return in_order(self._found.values())
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:

@@ -19,14 +19,14 @@ MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 
 
 class Masks(NamedTuple):
-    """Segmentations end to end: of mask i polygons [polygons_first[i], polygons_first[i + 1]) or an RLE."""
+    """Segmentations end to end: polygons, an RLE as a list or as a string, or nothing."""
 
-    polygons_first: np.ndarray  # (n + 1,) into the P polygons
-    points_first: np.ndarray  # (P + 1,) into points
+    num_polygons: np.ndarray  # (n,) int64
+    num_numbers: np.ndarray  # (P,) int64: of each polygon, two per point
     points: np.ndarray  # float64 x0, y0, x1, ...
-    counts_first: np.ndarray  # (n + 1,) into counts: RLE as lists
+    num_counts: np.ndarray  # (n,) int64
     counts: np.ndarray  # int64
-    texts_first: np.ndarray  # (n + 1,) into texts: RLE as strings
+    num_letters: np.ndarray  # (n,) int64
     texts: np.ndarray  # uint8 ASCII
 
 
@@ -70,7 +70,8 @@ class CheckedMasks(NamedTuple):
 
     def packed(self, keep: np.ndarray) -> Masks:
         """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
-        num_counts, num_texts = np.zeros((2, len(keep)), dtype=np.int64)
+        num_polygons = np.bincount(self.polygons.owner, minlength=len(keep))
+        num_counts, num_letters = np.zeros((2, len(keep)), dtype=np.int64)
         counts, texts = [], []
         for place, rle in self.rles.items():
             if isinstance(rle["counts"], list):
@@ -78,12 +79,11 @@ class CheckedMasks(NamedTuple):
                 num_counts[place] = len(rle["counts"])
             else:
                 texts.append(rle["counts"])
-                num_texts[place] = len(rle["counts"])
-        polygons = self.polygons
+                num_letters[place] = len(rle["counts"])
         return Masks(
-            offsets(np.bincount(polygons.owner, minlength=len(keep))[keep]), offsets(polygons.lengths), polygons.points,
-            offsets(num_counts[keep]), np.array(counts, dtype=np.int64),
-            offsets(num_texts[keep]), np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8),
+            num_polygons[keep], self.polygons.lengths, self.polygons.points,
+            num_counts[keep], np.array(counts, dtype=np.int64),
+            num_letters[keep], np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8),
         )  # fmt: skip
 
 

@@ -49,13 +49,13 @@ class Packed(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     area: np.ndarray  # (n,) float64
     annotation_ids: np.ndarray  # (n,) int64
-    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `masks.Masks`
-    polygons_first: np.ndarray
-    points_first: np.ndarray
+    masks_at: np.ndarray  # (n,) int64: the place of each object's mask among the n of `masks.Masks`, which follow
+    polygons_first: np.ndarray  # (n + 1,) into the P polygons
+    points_first: np.ndarray  # (P + 1,) into points
     points: np.ndarray
-    counts_first: np.ndarray
+    counts_first: np.ndarray  # (n + 1,) into counts
     counts: np.ndarray
-    texts_first: np.ndarray
+    texts_first: np.ndarray  # (n + 1,) into texts
     texts: np.ndarray
 
 
@@ -76,6 +76,7 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
     order, place = here[in_order], place[in_order]
     names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
     paths, paths_first = _end_to_end(image.path.encode("utf-8", "surrogatepass") for image in images)
+    masks = objects.masks
     return Packed(
         image_ids=image_ids, sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
         names=names, names_first=names_first, paths=paths, paths_first=paths_first,
@@ -83,7 +84,10 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
         boxes=objects.boxes[order],
         labels=np.searchsorted(np.array(category_ids, dtype=np.int64), objects.category_ids[order]),
         crowd=objects.crowd[order], area=objects.area[order], annotation_ids=objects.annotation_ids[order],
-        masks_at=order, **objects.masks._asdict(),
+        masks_at=order,
+        polygons_first=offsets(masks.num_polygons), points_first=offsets(masks.num_numbers), points=masks.points,
+        counts_first=offsets(masks.num_counts), counts=masks.counts,
+        texts_first=offsets(masks.num_letters), texts=masks.texts,
     )  # fmt: skip
 
 
@@ -147,9 +151,11 @@ class PackedRecords(Sequence[Record]):
         record = self._record(self.places[index])
         return record if self.labels is None else relabelled(record, self.labels)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        again = self.again or functools.partial(Packed, *self.packed)
-        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again, self.labels)
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"packed": self.again or functools.partial(Packed, *self.packed), "digests": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, packed=state["packed"]())
 
     def path(self, index: int) -> Path:
         """Return the picture file of a record."""
@@ -267,10 +273,3 @@ class PackedMasks(Sequence[Any]):
 
 def _text(texts: np.ndarray, first: np.ndarray, place: int) -> str:
     return texts[first[place] : first[place + 1]].tobytes().decode("utf-8", "surrogatepass")
-
-
-def _unpickled(
-    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None,
-    labels: np.ndarray | None,
-) -> PackedRecords:  # fmt: skip
-    return PackedRecords(again(), folder, max_pixels, places, shared, labels=labels)

@@ -148,7 +148,18 @@ class PackedRecords(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return replace(self, places=self.places[index])
-        record = self._record(self.places[index])
+        packed, place = self.packed, self.places[index]
+        first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
+        size = tuple(packed.sizes[place].tolist())
+        columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
+        record = Record(
+            int(packed.image_ids[place]),
+            _text(packed.names, packed.names_first, place),
+            size,
+            functools.partial(read_image, self.path(index), size, self.max_pixels),
+            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
+            PackedMasks(packed, range(first, end), size),
+        )
         return record if self.labels is None else relabelled(record, self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,21 +186,6 @@ class PackedRecords(Sequence[Record]):
             path = _text(self.packed.paths, self.packed.paths_first, place)
             yield int(self.packed.image_ids[place]), name, path, 0 if self.digests is None else int(self.digests[place])
 
-    def _record(self, place: int) -> Record:
-        packed = self.packed
-        first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
-        size = tuple(packed.sizes[place].tolist())
-        path = self.folder / _text(packed.paths, packed.paths_first, place)
-        columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
-        return Record(
-            int(packed.image_ids[place]),
-            _text(packed.names, packed.names_first, place),
-            size,
-            functools.partial(read_image, path, size, self.max_pixels),
-            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
-            PackedMasks(packed, range(first, end), size),
-        )
-
 
 def relabelled(record: Record, labels: np.ndarray) -> Record:
     """Give each object of label i the label labels[i]; leave out those that get -1."""
@@ -210,38 +206,21 @@ class Counts(NamedTuple):
 
     objects: np.ndarray  # (N,) int64
     trainable: np.ndarray  # (N,) int64: without crowd regions
-    unmasked: np.ndarray  # (N,) bool: a trainable object has no mask
     sizes: np.ndarray  # (N, 2) int64 height, width
 
 
 def count_objects(records: Sequence[Record]) -> Counts:
     """Count objects; without making packed records, which takes seconds for 118,000 images."""
-    if isinstance(records, PackedRecords):
-        return _count_packed(records)
-    rows = [
-        (
-            len(record.labels),
-            np.count_nonzero(~record.crowd),
-            any(mask is None and not crowd for mask, crowd in zip(record.segmentations, record.crowd, strict=True)),
-            *record.size,
-        )
-        for record in records
-    ]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    return Counts(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3:])
-
-
-def _count_packed(records: PackedRecords) -> Counts:
+    if not isinstance(records, PackedRecords):
+        rows = [(len(record.labels), np.count_nonzero(~record.crowd), *record.size) for record in records]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        return Counts(table[:, 0], table[:, 1], table[:, 2:])
     packed, places = records.packed, np.array(records.places, dtype=np.int64)
-    lengths = map(np.diff, (packed.polygons_first, packed.counts_first, packed.texts_first))
-    masked = (sum(lengths) > 0)[packed.masks_at]  # (n,)
-    taken = np.ones(len(masked), dtype=bool) if records.labels is None else records.labels[packed.labels] >= 0
+    taken = np.ones(len(packed.crowd), dtype=bool) if records.labels is None else records.labels[packed.labels] >= 0
     first, end = packed.objects_first[places], packed.objects_first[places + 1]
-    objects, trainable, unmasked = (
-        (before := offsets(counted))[end] - before[first]
-        for counted in (taken, taken & ~packed.crowd, taken & ~packed.crowd & ~masked)
-    )
-    return Counts(objects, trainable, unmasked > 0, packed.sizes[places])
+    before = [offsets(counted) for counted in (taken, taken & ~packed.crowd)]  # how many precede each object
+    objects, trainable = (counts[end] - counts[first] for counts in before)
+    return Counts(objects, trainable, packed.sizes[places])
 
 
 @dataclass(eq=False)

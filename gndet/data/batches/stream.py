@@ -82,6 +82,7 @@ def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[r
     return [places for places in rounds if places]
 
 
+@functools.lru_cache(maxsize=2)  # a micro-batch may lie in two epochs
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """Shuffle n images as a function of seed and epoch.  Returns (n,) int64, a permutation."""
     return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.ORDER, epoch))).permutation(n)
@@ -172,7 +173,7 @@ class _Stream(NamedTuple):
     def _record(self, epoch: int, place: int) -> Record:
         """Return the record at a place of an epoch's order; places past its end wrap around."""
         num = len(self.usable)
-        return self.dataset.records[self.usable[_order(self.seed, epoch, num)[place % num]]]
+        return self.dataset.records[self.usable[order(self.seed, epoch, num)[place % num]]]
 
     def _sample_at(self, position: int) -> tuple[Sample, int, Skipped | None]:
         """Return the sample at a position, its image id, and the unreadable image that it replaces, if any.
@@ -195,9 +196,6 @@ class _Stream(NamedTuple):
         raise DataError(
             f"{self.dataset.name}: none of its {len(self.usable)} pictures to train on can be read; {skipped.reason}"
         )
-
-
-_order = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
 
 
 def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) -> Tested:

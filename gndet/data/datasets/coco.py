@@ -238,12 +238,14 @@ def _find_file(
     """Return the path of an image's file below the folder, None where it is wrong; owners: the image id by path."""
     number, name = to_integer(item.get("id")), item.get("file_name")
     try:
-        suggest = found.wants_example("file-missing")  # it takes a while
-        path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
+        if files is None:
+            path, size = "/".join(filter(None, split_name(name))), None
+        else:
+            path, size = files.find(name, suggest=found.wants_example("file-missing"))  # which takes a while
     except Fault as fault:
         found.add(fault.code, f"{_named(item)} {fault}", number)
         return None
-    if files is not None and files.is_empty(path):
+    if size == 0:
         found.add("file-empty", f"{_named(item)} is an empty file", number)
     if path in owners:
         found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)

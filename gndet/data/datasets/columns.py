@@ -80,11 +80,6 @@ class Known(NamedTuple):
         image_ids, categories = (np.array(sorted(ids), dtype=np.int64) for ids in (sizes, category_ids))
         return Known(image_ids, np.array([*rows, (0, 0)]), categories)
 
-    def rows(self, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row (n,) of each image in sizes, and (n,) bool whether the image is in the file."""
-        rows = np.searchsorted(self.image_ids, image_ids)
-        return rows, (rows < len(self.image_ids)) & (np.append(self.image_ids, 0)[rows] == image_ids)
-
 
 class _Marks:
     """Which of n annotations have which fault.  What is refused or dropped is looked at no further."""
@@ -112,10 +107,9 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     ids, no_id, id_floats = _to_integers([item.get("id") for item in items])
     image_ids, no_image, image_floats = _to_integers([item.get("image_id") for item in items])
     category_ids, no_category, category_floats = _to_integers([item.get("category_id") for item in items])
-    rows, in_file = known.rows(image_ids)
-    sizes = known.sizes[rows]  # (n, 2)
+    sizes = known.sizes[np.searchsorted(known.image_ids, image_ids)]  # (n, 2)
     marks.drop("annotation-id", no_id)
-    marks.drop("image-unknown", no_image | ~in_file)
+    marks.drop("image-unknown", no_image | ~np.isin(image_ids, known.image_ids))
     marks.drop("category-unknown", no_category | ~np.isin(category_ids, known.category_ids))
     marks.left &= sizes[:, 0] > 0  # a wrong size has been reported with the image
     marks.note("number-float", id_floats | image_floats | category_floats)

@@ -41,7 +41,7 @@ Note = Callable[[str, str], None]
 
 
 def read_image(
-    path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS, note: Note | None = None
+    path: Path, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, note: Note | None = None
 ) -> np.ndarray:
     """Read a picture and turn it as its EXIF orientation says.
 
@@ -156,11 +156,6 @@ def no_limit_of_pillows() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def open_picture(path: Path) -> np.ndarray:
-    """Read a picture of unknown size as (height, width, 3) uint8 RGB; raises as `read_image` does."""
-    return read_image(path, None)
-
-
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """List the pictures among files and in folders, by name.  Raises DataError where there are none."""
     files: list[Path] = []
@@ -182,7 +177,7 @@ def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
     """Return a picture of (height, width) as a record without objects."""
     none = np.zeros(0)
     return Record(
-        image_id, str(file), size, partial(open_picture, file), np.zeros((0, 4)), none.astype(np.int64),
+        image_id, str(file), size, partial(read_image, file), np.zeros((0, 4)), none.astype(np.int64),
         none.astype(bool), none, none.astype(np.int64), [],
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
 from gndet.data.datasets.segmentation import brief, has_pixels
@@ -19,14 +20,12 @@ MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 
 
 class Masks(NamedTuple):
-    """Segmentations end to end: polygons, an RLE as a list or as a string, or nothing."""
+    """Segmentations end to end: polygons, an RLE, or nothing."""
 
     num_polygons: np.ndarray  # (n,) int64
     num_numbers: np.ndarray  # (P,) int64: of each polygon, two per point
     points: np.ndarray  # float64 x0, y0, x1, ...
-    num_counts: np.ndarray  # (n,) int64
-    counts: np.ndarray  # int64
-    num_letters: np.ndarray  # (n,) int64
+    num_letters: np.ndarray  # (n,) int64: of an RLE's counts
     texts: np.ndarray  # uint8 ASCII
 
 
@@ -71,18 +70,10 @@ class CheckedMasks(NamedTuple):
     def packed(self, keep: np.ndarray) -> Masks:
         """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
         num_polygons = np.bincount(self.polygons.owner, minlength=len(keep))
-        num_counts, num_letters = np.zeros((2, len(keep)), dtype=np.int64)
-        counts, texts = [], []
-        for place, rle in self.rles.items():
-            if isinstance(rle["counts"], list):
-                counts += rle["counts"]
-                num_counts[place] = len(rle["counts"])
-            else:
-                texts.append(rle["counts"])
-                num_letters[place] = len(rle["counts"])
+        texts, num_letters = [rle["counts"] for rle in self.rles.values()], np.zeros(len(keep), dtype=np.int64)
+        num_letters[list(self.rles)] = list(map(len, texts))
         return Masks(
             num_polygons[keep], self.polygons.lengths, self.polygons.points,
-            num_counts[keep], np.array(counts, dtype=np.int64),
             num_letters[keep], np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8),
         )  # fmt: skip
 
@@ -185,15 +176,14 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
 
 def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Drop outlines that cover no pixel of their image, nor of the finer frame of the box they are trained in."""
-    large, empty = np.zeros(len(sizes), dtype=bool), np.zeros(len(sizes), dtype=bool)
-    large[polygons.owner[_is_large(polygons, sizes)]] = True
-    for place in np.unique(polygons.owner[~large[polygons.owner]]).tolist():
+    large, empty = polygons.owner[_is_large(polygons, sizes)], []
+    for place in np.setdiff1d(polygons.owner, large).tolist():
         first, end = np.searchsorted(polygons.owner, [place, place + 1])
         outline = polygons.raw[first:end]
         if not has_pixels(outline, boxes[place], tuple(sizes[place].tolist())):
             faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
-            empty[place] = True
-    return polygons.only(~empty[polygons.owner])
+            empty.append(place)
+    return polygons.only(~np.isin(polygons.owner, empty))
 
 
 def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
@@ -214,7 +204,7 @@ def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
 
 
 def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the RLE with nothing but its size and counts.
+    """Return the RLE with nothing but its size and counts, compressed.
 
     Raises Fault for what is no RLE, for one of another size than the image's, whose runs do not fill it, or that is
     empty.
@@ -238,6 +228,8 @@ def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
         )
     if not any(runs[1::2]):
         raise Fault("mask-empty", "no run of its RLE is set")
+    if isinstance(counts, list):
+        counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
     return {"size": list(size), "counts": counts}
 
 

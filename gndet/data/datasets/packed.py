@@ -19,7 +19,6 @@ from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import read_image
 from gndet.data.datasets.masks import offsets
-from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 
 MATCH = 0.5  # the IoU that a box and the box around the mask of the same object should have
@@ -53,10 +52,8 @@ class Packed(NamedTuple):
     polygons_first: np.ndarray  # (n + 1,) into the P polygons
     points_first: np.ndarray  # (P + 1,) into points
     points: np.ndarray
-    counts_first: np.ndarray  # (n + 1,) into counts
-    counts: np.ndarray
-    texts_first: np.ndarray  # (n + 1,) into texts
-    texts: np.ndarray
+    rles_first: np.ndarray  # (n + 1,) into rles
+    rles: np.ndarray  # their counts
 
 
 def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int]) -> Packed:
@@ -67,11 +64,8 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
     """
     image_ids = np.array([image.image_id for image in images], dtype=np.int64)
     rising = np.argsort(image_ids)
-    found = np.searchsorted(image_ids, objects.image_ids, sorter=rising)  # (n,) in rising
-    here = np.flatnonzero(found < len(images))
-    place = rising[found[here]]
-    same = image_ids[place] == objects.image_ids[here]
-    here, place = here[same], place[same]
+    here = np.flatnonzero(np.isin(objects.image_ids, image_ids))
+    place = rising[np.searchsorted(image_ids, objects.image_ids[here], sorter=rising)]
     in_order = np.argsort(place, kind="stable")
     order, place = here[in_order], place[in_order]
     names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
@@ -86,8 +80,7 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
         crowd=objects.crowd[order], area=objects.area[order], annotation_ids=objects.annotation_ids[order],
         masks_at=order,
         polygons_first=offsets(masks.num_polygons), points_first=offsets(masks.num_numbers), points=masks.points,
-        counts_first=offsets(masks.num_counts), counts=masks.counts,
-        texts_first=offsets(masks.num_letters), texts=masks.texts,
+        rles_first=offsets(masks.num_letters), rles=masks.texts,
     )  # fmt: skip
 
 
@@ -117,9 +110,9 @@ def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
         extents[outlined, :2] = np.minimum.reduceat(points, first)
         extents[outlined, 2:] = np.maximum.reduceat(points, first)
     extents = extents[packed.masks_at]
-    for i in np.flatnonzero((np.diff(packed.counts_first) + np.diff(packed.texts_first))[packed.masks_at]):
-        size = tuple(packed.sizes[image[i]].tolist())
-        x, y, width, height = coco_mask.toBbox(to_rle(PackedMasks(packed, range(i, i + 1), size)[0], size)).tolist()
+    for i in np.flatnonzero(np.diff(packed.rles_first)[packed.masks_at]):
+        rle = PackedMasks(packed, range(i, i + 1), tuple(packed.sizes[image[i]].tolist()))[0]
+        x, y, width, height = coco_mask.toBbox(rle).tolist()
         extents[i] = x, y, x + width, y + height
     return extents
 
@@ -240,11 +233,8 @@ class PackedMasks(Sequence[Any]):
         if first < end:
             bounds = packed.points_first[first : end + 1].tolist()
             return [packed.points[start:stop].tolist() for start, stop in itertools.pairwise(bounds)]
-        first, end = packed.counts_first[i], packed.counts_first[i + 1]
-        if first < end:
-            return {"size": list(self.size), "counts": packed.counts[first:end].tolist()}
-        text = _text(packed.texts, packed.texts_first, i)
-        return {"size": list(self.size), "counts": text} if text else None
+        counts = _text(packed.rles, packed.rles_first, i)
+        return {"size": list(self.size), "counts": counts} if counts else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)  # a record that is sent elsewhere takes its own masks along only

@@ -62,21 +62,20 @@ def to_coco(dataset: Dataset) -> dict[str, Any]:
     """Write a data set as a COCO ground-truth dict for evaluators: original category ids, boxes as xywh."""
     images, annotations = [], []
     for record in dataset.records:
-        image = {"id": record.image_id, "file_name": record.file_name}
-        images.append(image | {"height": record.size[0], "width": record.size[1]})
-        for index, (x0, y0, x1, y1) in enumerate(record.boxes.tolist()):
+        height, width = record.size
+        images.append({"id": record.image_id, "file_name": record.file_name, "height": height, "width": width})
+        columns = (record.annotation_ids, record.labels, record.boxes, record.area, record.crowd)
+        rows = zip(*(column.tolist() for column in columns), record.segmentations, strict=True)
+        for number, label, (x0, y0, x1, y1), area, crowd, segmentation in rows:
             annotation = {
-                "id": int(record.annotation_ids[index]),
+                "id": number,
                 "image_id": record.image_id,
-                "category_id": dataset.category_ids[record.labels[index]],
+                "category_id": dataset.category_ids[label],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": float(record.area[index]),
-                "iscrowd": int(record.crowd[index]),
+                "area": area,
+                "iscrowd": int(crowd),
             }
-            segmentation = record.segmentations[index]
-            if segmentation is not None:
-                annotation["segmentation"] = segmentation
-            annotations.append(annotation)
+            annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
     classes = zip(dataset.category_ids, dataset.classes, strict=True)
     categories = [{"id": category_id, "name": name} for category_id, name in classes]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -6,6 +6,7 @@ Letters: n objects, P polygons.  Coordinates are pixels of the original.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain, compress
 from typing import Any, NamedTuple
 
@@ -96,8 +97,11 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
             rles[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
-    polygons = _refuse_far(_gather(outlines), sizes, faults)
-    polygons = _drop_short(polygons, faults)
+    raw = list(chain.from_iterable(outlines))
+    owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
+    lengths = np.array(list(map(len, raw)), dtype=np.int64)
+    polygons = Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
+    polygons = _drop_short(_refuse_far(polygons, sizes, faults), faults)
     if boxes is not None:
         polygons = _drop_empty(polygons, boxes, sizes, faults)
     refused = np.zeros(len(outlines), dtype=bool)
@@ -118,11 +122,9 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
 
 def to_floats(values: list[Any]) -> np.ndarray:
     """Return values (n,) as float64: NaN for what is no number, inf for an integer beyond any float."""
-    try:
-        if set(map(type, values)) <= NUMBERS:
+    if set(map(type, values)) <= NUMBERS:
+        with suppress(OverflowError):
             return np.array(values, dtype=np.float64)
-    except OverflowError:
-        pass
     return np.array(list(map(_as_float, values)), dtype=np.float64)
 
 
@@ -138,30 +140,21 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
 
 
-def _gather(outlines: list[list[list[Any]]]) -> Polygons:
-    raw = list(chain.from_iterable(outlines))
-    owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
-    lengths = np.array(list(map(len, raw)), dtype=np.int64)
-    return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
-
-
 def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Refuse objects with a coordinate that is no number near the image.
 
     An outline may overhang a little; numbers farther out belong to another image.
     """
-    reach = sizes.max(1)[polygons.owner]  # (P,)
-    limit = np.repeat(reach, polygons.lengths)  # of each number
+    owner = np.repeat(polygons.owner, polygons.lengths)  # of each number
+    limit = sizes.max(1)[owner]
     wrong = np.flatnonzero(~((polygons.points >= -limit) & (polygons.points <= 2 * limit)))
     if not len(wrong):
         return polygons
-    first = offsets(polygons.lengths)
-    polygon = np.searchsorted(first, wrong, side="right") - 1
-    places, index = np.unique(polygons.owner[polygon], return_index=True)
-    for place, number, i in zip(places.tolist(), wrong[index], polygon[index], strict=True):
-        value, far = brief(polygons.raw[i][number - first[i]]), reach[i]
-        text = f"polygon coordinate {value}, expected a number from {-far} to {2 * far}"
-        faults.append(MaskFault(place, "polygon-number", text))
+    places, index = np.unique(owner[wrong], return_index=True)
+    values = list(chain.from_iterable(polygons.raw))
+    for place, number in zip(places.tolist(), wrong[index].tolist(), strict=True):
+        expected = f"expected a number from {-limit[number]} to {2 * limit[number]}"
+        faults.append(MaskFault(place, "polygon-number", f"polygon coordinate {brief(values[number])}, {expected}"))
     return polygons.only(~np.isin(polygons.owner, places))
 
 

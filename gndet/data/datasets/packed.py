@@ -68,8 +68,8 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
     place = rising[np.searchsorted(image_ids, objects.image_ids[here], sorter=rising)]
     in_order = np.argsort(place, kind="stable")
     order, place = here[in_order], place[in_order]
-    names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
-    paths, paths_first = _end_to_end(image.path.encode("utf-8", "surrogatepass") for image in images)
+    names, names_first = _end_to_end(image.file_name for image in images)
+    paths, paths_first = _end_to_end(image.path for image in images)
     masks = objects.masks
     return Packed(
         image_ids=image_ids, sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
@@ -117,9 +117,9 @@ def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
     return extents
 
 
-def _end_to_end(parts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Join parts.  Returns the bytes and the offset of each part."""
-    parts = list(parts)
+def _end_to_end(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Join texts.  Returns them as UTF-8, and where each begins and the last ends."""
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
     return np.frombuffer(b"".join(parts), dtype=np.uint8), offsets(np.array(list(map(len, parts)), dtype=np.int64))
 
 

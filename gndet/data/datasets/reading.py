@@ -22,8 +22,7 @@ from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.records import Dataset, Finding, Record, Tell
 
-Reader = Callable[[DatasetConfig, DataConfig, Tell | None], Dataset]
-READERS: dict[str, Reader] = {"coco": read_coco, "shapes": read_shapes}
+READERS: dict[str, Callable[..., Dataset]] = {"coco": read_coco, "shapes": read_shapes}  # (cfg, data, tell)
 LISTED, KNOWN = 5, 10  # names spelt out of those that differ, and of those there are
 
 
@@ -79,10 +78,9 @@ def _with_masks(dataset: Dataset) -> Dataset:
         return dataset
     found = Findings()
     for record in dataset.records:
-        for place in np.flatnonzero(~record.crowd):
-            if record.segmentations[int(place)] is None:
-                name = printable(record.file_name)
-                text = f"annotation {record.annotation_ids[place]} of {name} has no usable segmentation"
+        for number, crowd, mask in zip(record.annotation_ids, record.crowd, record.segmentations, strict=True):
+            if mask is None and not crowd:
+                text = f"annotation {number} of {printable(record.file_name)} has no usable segmentation"
                 found.add("mask-needed", text, record.image_id)
     return _with_findings(others, found)
 

@@ -19,13 +19,11 @@ from gndet.config.schema import DataConfig
 from gndet.data.batches.batch import collate, most_objects
 from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample, train_sample
 from gndet.data.datasets.packed import count_objects
-from gndet.data.records import Dataset, Record
+from gndet.data.records import Dataset, Record, Tell
 from gndet.data.workers import Death, Failure, map_ahead
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 from gndet.structures import Batch
-
-Notify = Callable[[str], None]
 
 
 class Skipped(NamedTuple):
@@ -101,7 +99,7 @@ def train_batches(
     world: int,
     masks: bool,
     pin_memory: bool,
-    notify: Notify | None = None,
+    notify: Tell | None = None,
 ) -> Generator[Loaded, None, None]:
     """Yield a rank's micro-batches of updates start .. stop - 1.
 
@@ -134,7 +132,7 @@ def test_batches(
     rank: int,
     world: int,
     pin_memory: bool,
-    notify: Notify | None = None,
+    notify: Tell | None = None,
 ) -> Generator[Tested, None, None]:
     """Yield the images rank::world in batches, and the reasons why some cannot be read.
 
@@ -223,7 +221,7 @@ def prefetch(
     workers: int,
     pin_memory: bool,
     describe: Callable[[Any], str],
-    notify: Notify | None = None,
+    notify: Tell | None = None,
 ) -> Generator[Any, None, None]:
     """Yield load(item) for each item, in order, prepared by `workers` processes of one thread, or here if that is 0.
 

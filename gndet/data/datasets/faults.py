@@ -27,6 +27,7 @@ _AS_COCO = "write the file in COCO's format: an object with the lists images, an
 _UNIQUE = "give each its own id; a file merged from several needs new numbers"
 _POLYGON = 'segmentation is a list of polygons, each [x0, y0, x1, y1, ...] in pixels: "segmentation": [[...]]'
 _RLE = "write the mask again with pycocotools' encode(); size is [height, width] of the image"
+_IN_BOTH = "validation on images that were trained on measures nothing"
 _PICTURE = "fetch the picture again, or take it out of the file; data.skip_unreadable=true trains without it"
 
 FAULTS: dict[str, Kind] = {
@@ -62,9 +63,7 @@ FAULTS: dict[str, Kind] = {
     "file-twice": Kind(
         NOTED, "images whose file another image has", "one image an entry: objects of the other count as background"
     ),
-    "file-in-both": Kind(
-        NOTED, "file names in both train and val", "validation on images that were trained on measures nothing"
-    ),
+    "file-in-both": Kind(NOTED, "file names in both train and val", _IN_BOTH),
     # annotations
     "number-float": Kind(FIXED, "ids or sides written as 5.0, taken as 5", ""),
     "annotation-id": Kind(REFUSED, "annotations whose id is no integer of 64 bits", "number the annotations"),
@@ -132,9 +131,7 @@ FAULTS: dict[str, Kind] = {
     "picture-16bit": Kind(FIXED, "16-bit pictures scaled to 8 bits", ""),
     "picture-animated": Kind(NOTED, "animations, their first frame taken", "annotations belong to the first frame"),
     "picture-twice": Kind(NOTED, "pictures that another file of the set repeats", "keep one of each"),
-    "picture-in-both": Kind(
-        NOTED, "pictures both in train and val", "validation on images that were trained on measures nothing"
-    ),
+    "picture-in-both": Kind(NOTED, "pictures both in train and val", _IN_BOTH),
     # the set as a whole
     "objects-none": Kind(REFUSED, "sets without an object to train on", "annotate, or set data.keep_empty=true"),
     "classes-choice": Kind(REFUSED, "choices of classes that do not fit", "data.classes takes names of categories"),

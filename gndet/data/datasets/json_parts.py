@@ -41,9 +41,10 @@ def take_apart(path: Path) -> list[Cut]:
         if opening is None:
             return []
         start = opening.end()
-        before, after = text[:start], len(text)  # after: where the next list begins
+        after = len(text)  # where the next list begins
         for keys, reach in (((b'"images"', b'"categories"'), after), ((b'"info"', b'"licenses"'), SHORT)):
-            places = [text.rfind(key, max(after - reach, start), after) for key in keys if key not in before]
+            following = [key for key in keys if text.find(key, 0, start) < 0]
+            places = [text.rfind(key, max(after - reach, start), after) for key in following]
             after = min((place for place in places if place >= 0), default=after)
         return list(_cuts(text, start, text.rfind(b"]", start, after)))
 

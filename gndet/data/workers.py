@@ -113,7 +113,10 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     ours.close()  # else this end of the pipe would outlive a main process that drops it
     try:
-        while _has_item(theirs, main):
+        while True:
+            while not theirs.poll(POLL):
+                if os.getppid() != main:  # other processes may hold its end of the pipe
+                    return
             item = theirs.recv()
             try:
                 result = work(item)
@@ -121,25 +124,12 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
                 result = error
             except Exception:  # whatever it is, the main process tells of it
                 result = Failure(traceback.format_exc())
-            _send(theirs, result)
+            try:
+                theirs.send(result)  # its tensors in shared memory
+            except (OSError, RuntimeError):  # no shared memory or file descriptor left
+                theirs.send(Failure(traceback.format_exc()))
     except (EOFError, ConnectionError):
         return  # the main process is done, or gone
-
-
-def _has_item(connection: Connection, main: int) -> bool:
-    """Wait for an item.  Returns False once the main process is gone: other processes may hold its end of the pipe."""
-    while not connection.poll(POLL):
-        if os.getppid() != main:
-            return False
-    return True
-
-
-def _send(connection: Connection, result: Any) -> None:
-    """Send a result, its tensors in shared memory."""
-    try:
-        connection.send(result)
-    except (OSError, RuntimeError):  # no shared memory or file descriptor left
-        connection.send(Failure(traceback.format_exc()))
 
 
 # --- in the main process

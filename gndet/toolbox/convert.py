@@ -9,7 +9,7 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
 from gndet.config.presets import DATA
 from gndet.config.schema import Config, ModelConfig, NormConfig
-from gndet.data.datasets.images import find_pictures, open_picture, picture_record
+from gndet.data.datasets.images import find_pictures, picture_record, read_image
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.tables import text_table
@@ -127,6 +127,6 @@ def _pictures(paths: Sequence[Path]) -> Dataset:
     """Return pictures as a data set without objects.  Raises DataError where there are none."""
     records = []
     for number, file in enumerate(find_pictures(paths), start=1):
-        height, width = open_picture(file).shape[:2]
+        height, width = read_image(file).shape[:2]
         records.append(picture_record(number, file, (height, width)))
     return Dataset(", ".join(map(str, paths)), (), (), records)

@@ -392,6 +392,10 @@ def test_real_data_is_read_and_written_back_unchanged(
     for annotation in truth["annotations"]:
         copied = found[annotation["id"]]
         assert np.allclose(copied.pop("bbox"), annotation["bbox"], rtol=0, atol=1e-9)
+        mask = annotation.get("segmentation")
+        if isinstance(mask, dict) and isinstance(mask["counts"], list):  # written compressed
+            written = coco_mask.decode(copied.pop("segmentation"))
+            assert np.array_equal(written, coco_mask.decode(to_rle(mask, mask["size"])))
         assert all(copied[key] == annotation[key] for key in copied)
     assert dataset.records[0].load().shape == (*dataset.records[0].size, 3)
 

@@ -14,7 +14,7 @@ import pytest
 from gndet.config.schema import DataConfig
 from gndet.data.datasets import coco, json_parts
 from gndet.data.datasets.coco import inspect_file
-from gndet.data.datasets.columns import Columns, Known, Together, read_columns
+from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.masks import Masks
 from gndet.data.datasets.packed import count_objects
@@ -84,12 +84,12 @@ def described(dataset: Dataset) -> tuple[Any, ...]:
 
 
 def one_by_one(items: list[dict[str, Any]], known: Known, found: Findings) -> Columns:
-    together = Together()
+    parts = []
     for item in items:
         noted = Findings()
-        together.add(read_columns([item], known, noted)[0])
+        parts.append(read_columns([item], known, noted)[0])
         found.take(noted)
-    return together.columns()
+    return end_to_end(parts)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -116,11 +116,9 @@ def test_a_file_in_parts_is_the_file(
     expected = described(inspect_file(path, None, PLAIN))
     monkeypatch.setattr(json_parts, "LEAST", 0)
     monkeypatch.setattr(json_parts, "PART", 5000)
-    parts = json_parts.take_apart(path)
-    assert parts is not None
-    assert len(parts.cuts) > 3
+    assert len(json_parts.take_apart(path)) > 3
     if seed == 0:  # the others may hold what makes it be read as a whole after all
-        monkeypatch.setattr(coco, "_as_a_whole", None)
+        monkeypatch.setattr(coco, "read_columns", None)
     assert described(inspect_file(path, None, PLAIN)) == expected
 
 
@@ -154,7 +152,7 @@ def test_a_strange_file_is_judged_as_a_whole(text: str, tmp_path: Path, monkeypa
     expected = described(inspect_file(path, None, PLAIN))
     monkeypatch.setattr(json_parts, "LEAST", 0)
     monkeypatch.setattr(json_parts, "PART", 12)
-    monkeypatch.setattr(json_parts, "WINDOW", 64)
+    monkeypatch.setattr(json_parts, "SHORT", 64)
     assert described(inspect_file(path, None, PLAIN)) == expected
 
 

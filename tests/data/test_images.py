@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gndet.data.datasets.images import open_picture, read_image
+from gndet.data.datasets.images import read_image
 from gndet.errors import DataError, MachineError
 
 
@@ -32,27 +32,27 @@ def test_colour_modes_keep_their_colours(tmp_path: Path, colours: np.ndarray, mo
 def test_alpha_is_dropped_not_blended(tmp_path: Path, colours: np.ndarray) -> None:
     transparent = np.concatenate((colours, np.zeros_like(colours[..., :1])), axis=2)
     Image.fromarray(transparent).save(tmp_path / "a.png")
-    assert np.array_equal(open_picture(tmp_path / "a.png"), colours)
+    assert np.array_equal(read_image(tmp_path / "a.png"), colours)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
 def test_grey_modes_repeat_their_value(tmp_path: Path, mode: str) -> None:
     grey = np.repeat(np.array([[0, 255]], dtype=np.uint8), 8, axis=0)
     Image.fromarray(grey).convert(mode).save(tmp_path / "a.png")
-    assert np.array_equal(open_picture(tmp_path / "a.png"), np.repeat(grey[..., None], 3, axis=2))
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_16_bits_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
     values = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
     Image.fromarray(values).save(tmp_path / name)
-    assert np.array_equal(open_picture(tmp_path / name)[..., 0], np.arange(256).reshape(16, 16))
+    assert np.array_equal(read_image(tmp_path / name)[..., 0], np.arange(256).reshape(16, 16))
 
 
 def test_float_pictures_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0.5, dtype=np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match=r"a\.tif.*expected 8 or 16 bits"):
-        open_picture(tmp_path / "a.tif")
+        read_image(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -71,7 +71,7 @@ def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orienta
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(colours).save(tmp_path / name, exif=exif)
-    assert np.array_equal(open_picture(tmp_path / name), undo[orientation](colours))
+    assert np.array_equal(read_image(tmp_path / name), undo[orientation](colours))
 
 
 def test_an_orientation_that_a_png_tells_behind_its_pixels_counts(tmp_path: Path, colours: np.ndarray) -> None:
@@ -84,13 +84,13 @@ def test_an_orientation_that_a_png_tells_behind_its_pixels_counts(tmp_path: Path
     assert stop < whole.index(b"IDAT")
     end = whole.index(b"IEND") - 4
     (tmp_path / "a.png").write_bytes(whole[:start] + whole[stop:end] + whole[start:stop] + whole[end:])
-    assert np.array_equal(open_picture(tmp_path / "a.png"), np.rot90(colours, 2))
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(colours, 2))
 
 
 def test_first_frame_of_an_animation_is_taken(tmp_path: Path, colours: np.ndarray) -> None:
     frames = [Image.fromarray(colours), Image.fromarray(255 - colours)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert np.array_equal(open_picture(tmp_path / "a.gif"), colours)
+    assert np.array_equal(read_image(tmp_path / "a.gif"), colours)
 
 
 def test_another_size_names_file_and_both_sizes(tmp_path: Path, colours: np.ndarray) -> None:
@@ -126,28 +126,28 @@ def test_broken_files_are_named(tmp_path: Path, fault: str, kind: str) -> None:
     if fault != "missing":
         path.write_bytes(content[fault])
     with pytest.raises(DataError, match=rf"a\.{kind}"):
-        open_picture(path)
+        read_image(path)
 
 
 @pytest.mark.parametrize("kind", ["eps", "ico", "pcx", "tga"])
 def test_kinds_not_asked_for_are_refused(tmp_path: Path, colours: np.ndarray, kind: str) -> None:
     Image.fromarray(colours).save(tmp_path / f"a.{kind}")
     with pytest.raises(DataError, match=rf"a\.{kind}"):
-        open_picture(tmp_path / f"a.{kind}")
+        read_image(tmp_path / f"a.{kind}")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_does_not_spoil_a_good_picture(tmp_path: Path, colours: np.ndarray) -> None:
     for damage in (b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
         Image.fromarray(colours).save(tmp_path / "a.jpg", exif=damage)
-        assert open_picture(tmp_path / "a.jpg").shape == (20, 30, 3)
+        assert read_image(tmp_path / "a.jpg").shape == (20, 30, 3)
 
 
 def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:
     for side in (10_001, 20_000):  # Pillow itself would warn of the first, and refuse the second
         Image.new("1", (side, 10_000)).save(tmp_path / "bomb.png")
         with warnings.catch_warnings(action="error"), pytest.raises(DataError, match=r"bomb\.png.*100000000"):
-            open_picture(tmp_path / "bomb.png")
+            read_image(tmp_path / "bomb.png")
 
 
 def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.ndarray) -> None:
@@ -180,12 +180,12 @@ def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.n
 def test_what_is_no_picture_is_called_by_its_name(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"cannot be read as a picture: it is {words}"):
-        open_picture(tmp_path / name)
+        read_image(tmp_path / name)
 
 
 def test_the_picture_may_be_written_to(tmp_path: Path, colours: np.ndarray) -> None:
     Image.fromarray(colours).save(tmp_path / "a.png")
-    assert open_picture(tmp_path / "a.png").flags.writeable
+    assert read_image(tmp_path / "a.png").flags.writeable
 
 
 def test_too_many_open_files_is_no_fault_of_a_picture(tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from test_batching import DATA, equal
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches import stream as batching
-from gndet.data.batches.prefetch import prefetch
-from gndet.data.batches.stream import Loaded, micro_batches
+from gndet.data.batches.stream import Loaded, micro_batches, prefetch
 from gndet.data.datasets.images import read_image
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
@@ -432,7 +431,7 @@ def test_a_mistake_in_the_data_set_is_not_taken_for_a_bad_picture(dataset: Datas
     records = [*dataset.records]
     batches, first = stream(dataset._replace(records=records), masks=True), batching.order(0, 0, 11)[0]
     records[first] = records[first]._replace(segmentations=[None] * len(records[first].labels))
-    with pytest.raises(DataError, match="has no usable segmentation"):  # as is refused when the stream is made
+    with pytest.raises(DataError, match="has no usable segmentation"):
         next(batches)
 
 

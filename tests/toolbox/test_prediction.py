@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from gndet.cli.main import main
-from gndet.data.datasets.images import open_picture, picture_record, picture_size
+from gndet.data.datasets.images import picture_record, picture_size, read_image
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, OutputError
@@ -86,7 +86,7 @@ def test_every_picture_is_drawn_and_coco_reads_the_results(trained: Path, tmp_pa
 def test_detections_are_those_of_the_evaluation(detector: Detector, folder: Path, tmp_path: Path) -> None:
     run(detector, [folder], tmp_path / "out")
     files = sorted(folder.iterdir())
-    records = [picture_record(n, file, open_picture(file).shape[:2]) for n, file in enumerate(files, start=1)]
+    records = [picture_record(n, file, read_image(file).shape[:2]) for n, file in enumerate(files, start=1)]
     dataset = Dataset("these", detector.classes, detector.category_ids, records)
     alone = Process(0, 1, CPU)
     expected = detect_share(detector.model, dataset, detector.cfg, alone, autocast=detector.autocast).results
@@ -130,10 +130,10 @@ def test_crops_are_the_objects_of_the_threshold_cut_out_along_their_boxes(
     assert found(tmp_path / "out") == found(tmp_path / "all")  # the threshold is of what is drawn
     shown = sorted((one for one in found(tmp_path / "out") if one["score"] >= threshold), key=lambda one: -one["score"])
     assert len(list((tmp_path / "out" / "crops").rglob("*.png"))) == len(shown) > 1
-    pixels = open_picture(folder / "a.png")
+    pixels = read_image(folder / "a.png")
     for number, one in enumerate(shown, start=1):
         name = detector.classes[detector.category_ids.index(one["category_id"])]
-        crop = open_picture(tmp_path / "out" / "crops" / name / f"a-{number}-{one['score']:.2f}.png")
+        crop = read_image(tmp_path / "out" / "crops" / name / f"a-{number}-{one['score']:.2f}.png")
         x, y, width, height = one["bbox"]
         rows, columns = slice(int(y), int(np.ceil(y + height))), slice(int(x), int(np.ceil(x + width)))
         assert np.array_equal(crop, pixels[rows, columns])
@@ -142,7 +142,7 @@ def test_crops_are_the_objects_of_the_threshold_cut_out_along_their_boxes(
 def test_a_sheet_shows_the_first_pictures(detector: Detector, folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "a.png", folder / "sheet.png")  # a drawing of it must not take the sheet's name
     run(detector, [folder], tmp_path / "out", sheet=True)
-    height, width = open_picture(tmp_path / "out" / "sheet.png").shape[:2]
+    height, width = read_image(tmp_path / "out" / "sheet.png").shape[:2]
     assert width > 4 * 400 and 400 < height < 800  # four beside each other
     assert (tmp_path / "out" / "sheet-4.png").exists()
 
@@ -223,7 +223,7 @@ def test_a_header_gives_the_size_of_the_upright_picture(tmp_path: Path, orientat
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (30, 20)).save(tmp_path / f"a.{kind}", exif=exif)
-    assert picture_size(tmp_path / f"a.{kind}") == open_picture(tmp_path / f"a.{kind}").shape[:2]
+    assert picture_size(tmp_path / f"a.{kind}") == read_image(tmp_path / f"a.{kind}").shape[:2]
 
 
 def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None
     start, end = content.index(b"eXIf") - 4, content.index(b"IDAT") - 4
     chunk = content[start:end]
     (tmp_path / "a.png").write_bytes(content[:start] + content[end:-12] + chunk + content[-12:])
-    assert picture_size(tmp_path / "a.png") == (30, 20) == open_picture(tmp_path / "a.png").shape[:2]
+    assert picture_size(tmp_path / "a.png") == (30, 20) == read_image(tmp_path / "a.png").shape[:2]
 
 
 def write_video(path: Path, sizes: tuple[int, int], seconds: Sequence[float]) -> None:

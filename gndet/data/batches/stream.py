@@ -1,4 +1,4 @@
-"""The streams of batches: one for training, one for evaluation.
+"""The streams of batches: one for training, one for evaluation, made ahead by processes that are replaced when killed.
 
 The training stream is endless.  Position p is image `order(seed, p // n, n)[p % n]`; update u covers positions
 [u * global_batch, (u + 1) * global_batch) for any number of ranks: a run resumes by arithmetic, and an epoch that ends
@@ -8,17 +8,19 @@ Letters: B images, M ground-truth slots, n images of the data set, S mask side, 
 
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import suppress
-from typing import NamedTuple
+from contextlib import closing, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gndet.config.schema import DataConfig
 from gndet.data.batches.batch import collate, most_objects
-from gndet.data.batches.prefetch import Notify, prefetch
-from gndet.data.batches.transforms import Sample, UnreadablePicture, check_masks, test_sample, train_sample
+from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample, train_sample
 from gndet.data.datasets.packed import count_objects
-from gndet.data.records import Dataset, Record
+from gndet.data.records import Dataset, Record, Tell
+from gndet.data.workers import Death, Failure, map_ahead
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 from gndet.structures import Batch
@@ -78,6 +80,7 @@ def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[r
     return [places for places in rounds if places]
 
 
+@functools.lru_cache(maxsize=2)  # a micro-batch may lie in two epochs
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """Shuffle n images as a function of seed and epoch.  Returns (n,) int64, a permutation."""
     return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.ORDER, epoch))).permutation(n)
@@ -96,24 +99,19 @@ def train_batches(
     world: int,
     masks: bool,
     pin_memory: bool,
-    notify: Notify | None = None,
+    notify: Tell | None = None,
 ) -> Generator[Loaded, None, None]:
     """Yield a rank's micro-batches of updates start .. stop - 1.
 
     `micro_batches` shares the global_batch positions of an update among the ranks.  data.workers does not change the
     result.  The next readable picture in the epoch's order replaces an unreadable one.
     notify: called with one line per loader process that was killed and replaced.
-    Raises DataError for a data set without an image to train on or, with masks, for an object without a mask; while
-    iterating, if no picture of an epoch can be read, or loader processes are killed again and again.
+    Raises DataError for a data set without an image to train on; while iterating, with masks, for an object without a
+    mask, if no picture of an epoch can be read, or loader processes are killed again and again.
     """
-    counts = count_objects(dataset.records)
-    kept = np.flatnonzero((counts.trainable > 0) | data.keep_empty)
-    usable = kept.tolist()
+    usable = np.flatnonzero((count_objects(dataset.records).trainable > 0) | data.keep_empty).tolist()
     if not usable:
         raise DataError(f"{dataset.name}: none of {len(dataset.records)} images has an object to train on")
-    if masks:
-        for index in kept[counts.unmasked[kept]].tolist():
-            check_masks(dataset.records[index])  # the first raises
     stream = _Stream(dataset, data, seed, masks, usable, most_objects(dataset) if data.canvases else 0)
     mine = micro_batches(global_batch, images_per_gpu, rank, world)
     runs = (
@@ -134,7 +132,7 @@ def test_batches(
     rank: int,
     world: int,
     pin_memory: bool,
-    notify: Notify | None = None,
+    notify: Tell | None = None,
 ) -> Generator[Tested, None, None]:
     """Yield the images rank::world in batches, and the reasons why some cannot be read.
 
@@ -173,7 +171,7 @@ class _Stream(NamedTuple):
     def _record(self, epoch: int, place: int) -> Record:
         """Return the record at a place of an epoch's order; places past its end wrap around."""
         num = len(self.usable)
-        return self.dataset.records[self.usable[_order(self.seed, epoch, num)[place % num]]]
+        return self.dataset.records[self.usable[order(self.seed, epoch, num)[place % num]]]
 
     def _sample_at(self, position: int) -> tuple[Sample, int, Skipped | None]:
         """Return the sample at a position, its image id, and the unreadable image that it replaces, if any.
@@ -198,9 +196,6 @@ class _Stream(NamedTuple):
         )
 
 
-_order = functools.lru_cache(maxsize=2)(order)  # a micro-batch may lie in two epochs
-
-
 def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) -> Tested:
     """Load one evaluation batch."""
     samples, read, skipped = [], [], []
@@ -217,3 +212,54 @@ def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) 
 def _images(ids: Iterable[int]) -> str:
     """Name images by their ids."""
     return f"image(s) {', '.join(map(str, ids))}"
+
+
+def prefetch(
+    load: Callable[[Any], Any],
+    items: Iterable[Any],
+    *,
+    workers: int,
+    pin_memory: bool,
+    describe: Callable[[Any], str],
+    notify: Tell | None = None,
+) -> Generator[Any, None, None]:
+    """Yield load(item) for each item, in order, prepared by `workers` processes of one thread, or here if that is 0.
+
+    The processes end with the generator: exhausted, closed or no longer held.
+    load: depends on the item alone; a GndetError that it raises is raised here.  describe: names an item in messages.
+    notify: called with a line when a process was killed; a new process prepares its items again.
+    Raises DataError when two processes in a row die over one item.
+    """
+
+    def retry(item: Any, death: Death, deaths: int) -> None:
+        if deaths > 1:
+            raise DataError(
+                f"{death} while preparing {describe(item)}, and so did the one before it; data.workers=0 "
+                "shows the cause; if memory is short, set data.workers lower; if shared memory is (signal 7), give "
+                "the container more (docker run --shm-size=8g)"
+            )
+        if notify:
+            notify(f"{death} while preparing {describe(item)}; started anew")
+
+    if workers == 0:
+        results = ((item, load(item)) for item in items)
+    else:
+        results = map_ahead(functools.partial(_on_one_thread, load), items, workers=workers, on_death=retry)
+    with closing(results):
+        for item, result in results:
+            if isinstance(result, Failure):
+                raise RuntimeError(f"in a loader process, preparing {describe(item)}:\n{result.text}")
+            yield _pinned(result) if pin_memory else result
+
+
+def _on_one_thread(load: Callable[[Any], Any], item: Any) -> Any:
+    """Load an item in a worker: the workers share the cores, each with one thread."""
+    torch.set_num_threads(1)
+    return load(item)
+
+
+def _pinned(value: Any) -> Any:
+    """Put the tensors of nested NamedTuples into page-locked memory, from where a GPU fetches them by itself."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    return type(value)(*map(_pinned, value)) if hasattr(value, "_fields") else value

@@ -51,8 +51,13 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
     keep = np.flatnonzero(~record.crowd & (moved[:, 2:] - moved[:, :2] >= MIN_SIDE).all(axis=1))  # (n,)
     moved, frames = moved[keep], torch.zeros(len(keep), 0, 0, dtype=torch.bool)
     if masks:
-        check_masks(record)
         segmentations = [record.segmentations[k] for k in keep]
+        if None in segmentations:
+            number = record.annotation_ids[keep[segmentations.index(None)]]
+            raise DataError(
+                f"{record.file_name}: annotation {number} has no usable segmentation (a polygon needs 3 points, an RLE "
+                "its image's size); mend it, or set model.masks=false to train on boxes alone"
+            )
         frames = torch.from_numpy(box_frame_masks(segmentations, boxes[keep], record.size, MASK_SIDE))
         frames = frames.flip(flips) if flips else frames
     if across:
@@ -68,16 +73,6 @@ def test_sample(record: Record, data: DataConfig) -> Sample:
     image, _ = _load_resized(record, data.shortest_edge_test, data)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
-
-
-def check_masks(record: Record) -> None:
-    """Raise DataError if an object that training would use has no mask."""
-    for segmentation, crowd, number in zip(record.segmentations, record.crowd, record.annotation_ids, strict=True):
-        if segmentation is None and not crowd:
-            raise DataError(
-                f"{record.file_name}: annotation {number} has no usable segmentation (a polygon needs 3 points, an RLE "
-                "its image's size); mend it, or set model.masks=false to train on boxes alone"
-            )
 
 
 def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[int, int]:

@@ -13,11 +13,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -32,28 +31,65 @@ FACTS, PICTURES = "facts.json", "pictures.json"
 SETTLED = 2_000_000_000  # ns after which a file system's clock surely has gone on
 
 
-@dataclass
-class Entry:
+def cached(
+    cache: str, path: Path, files: ImageFolder | None, max_pixels: int, read: Callable[[], Dataset],
+    tell: Tell | None = None,
+) -> Dataset:  # fmt: skip
+    """Return the data set of an annotation file and its image folder from the cache, else read it and keep it there.
+
+    cache: data.cache, "" for none.  Processes that want the same data set come one by one; tell: called with a line
+    where another one is waited for.
+    Raises ConfigError for a cache in the image folder, OSError for an unreadable annotation file, and what read raises.
+    """
+    if not cache:
+        return read()
+    try:
+        home = _home(Path(cache).expanduser(), path, files, max_pixels)
+        Path(f"{home}.lock").touch()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        trouble = _unwritable(getattr(error, "filename", None) or cache, error)
+        return read()._replace(notes=(trouble,))
+    with open(f"{home}.lock", "w") as lock:
+        with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if tell is not None:
+                    tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        entry = _Entry(home, path, files, max_pixels)
+        if (dataset := entry.load()) is not None:
+            return dataset
+        digest = _hash(path)  # before it is read: what changes meanwhile must not be kept as the new file
+        return entry.save(read(), digest)
+
+
+def _home(root: Path, path: Path, files: ImageFolder | None, max_pixels: int) -> Path:
+    """Return the folder of an entry in root, which is made.  Raises ConfigError for a root in the image folder."""
+    folder = (files.home if files else path.parent).absolute()
+    if files and root.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(f"data.cache: {root} lies in the image folder {folder}, where nothing is written")
+    root.mkdir(parents=True, exist_ok=True)
+    parts = (path.absolute(), folder, files is not None, max_pixels)
+    name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
+    return root / f"{path.stem[:40]}-{name.hexdigest()[:16]}"
+
+
+class _Entry(NamedTuple):
     """The place of one data set in the cache."""
 
-    home: Path | None  # None: no cache
+    home: Path
     path: Path  # the annotation file
     files: ImageFolder | None
     max_pixels: int
-    trouble: str = ""  # why there is no cache, where one is asked for
-    digest: str = ""  # of the annotation file, once `load` has returned None
 
     def load(self) -> Dataset | None:
         """Return the data set as saved, with what `gndet check --images` found; None where none can be trusted."""
-        facts = _read_sealed(self.home / FACTS) if self.home else None
-        if facts is not None and facts["inputs"] == self._inputs(facts["subfolders"]):
-            trusted = dict(facts["trusted"])
-            dataset = self._open(facts, trusted) if _is_same(self.path, facts["annotations"], trusted) else None
-            if dataset is not None:
-                return dataset
-        if self.home:
-            self.digest = _hash(self.path)  # before it is read: what changes meanwhile must not be kept as the new file
-        return None
+        facts = _read_sealed(self.home / FACTS)
+        if facts is None or facts["inputs"] != self._inputs(facts["subfolders"]):
+            return None
+        trusted = dict(facts["trusted"])
+        return self._open(facts, trusted) if _is_same(self.path, facts["annotations"], trusted) else None
 
     def _open(self, facts: dict[str, Any], trusted: dict[str, list[int]]) -> Dataset | None:
         packed = _mapped(self.home, facts["files"], trusted)
@@ -76,10 +112,8 @@ class Entry:
         classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
         return Dataset(str(self.path), classes, category_ids, records, findings, notes)
 
-    def save(self, dataset: Dataset) -> Dataset:
-        """Keep a data set.  Returns it as kept, or as it is, with a note, where it cannot be."""
-        if self.home is None:
-            return dataset._replace(notes=(self.trouble,)) if self.trouble else dataset
+    def save(self, dataset: Dataset, digest: str) -> Dataset:
+        """Keep a data set, read from a file of that digest; return it as kept, or with a note where it cannot be."""
         partial = self.home.with_name(f"{self.home.name}.partial")
         subfolders = self.files.subfolders() if self.files else []
         try:
@@ -90,7 +124,7 @@ class Entry:
                 np.save(partial / f"{name}.npy", values, allow_pickle=False)
                 hashes[name] = _hash(partial / f"{name}.npy")
             facts = {
-                "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": self.digest,
+                "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": digest,
                 "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
                 "findings": dataset.findings,
             }  # fmt: skip
@@ -108,49 +142,6 @@ class Entry:
     def _inputs(self, subfolders: list[str]) -> dict[str, str]:
         """What must be the same, beside the annotation file and what the name of the entry holds."""
         return {"reader": _reader(), "listing": self.files.digest(subfolders) if self.files else ""}
-
-
-@contextmanager
-def opened(
-    cache: str, path: Path, files: ImageFolder | None, max_pixels: int, tell: Tell | None = None
-) -> Iterator[Entry]:
-    """Open the entry of an annotation file and its image folder; processes that want the same one come one by one.
-
-    cache: data.cache, "" for none.  tell: called with a line where another process is waited for.
-    Raises ConfigError for a cache in the image folder.
-    """
-    entry = Entry(None, path, files, max_pixels)
-    if not cache:
-        yield entry
-        return
-    with ExitStack() as stack:
-        try:
-            home = _home(Path(cache).expanduser(), entry)
-            lock = stack.enter_context(open(f"{home}.lock", "w"))
-        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
-            entry.trouble = _unwritable(getattr(error, "filename", None) or cache, error)
-            yield entry
-            return
-        with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if tell is not None:
-                    tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        entry.home = home
-        yield entry
-
-
-def _home(root: Path, entry: Entry) -> Path:
-    """Return the folder of an entry in root, which is made.  Raises ConfigError for a root in the image folder."""
-    folder = (entry.files.home if entry.files else entry.path.parent).absolute()
-    if entry.files and root.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"data.cache: {root} lies in the image folder {folder}, where nothing is written")
-    root.mkdir(parents=True, exist_ok=True)
-    parts = (entry.path.absolute(), folder, entry.files is not None, entry.max_pixels)
-    name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
-    return root / f"{entry.path.stem[:40]}-{name.hexdigest()[:16]}"
 
 
 def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> None:

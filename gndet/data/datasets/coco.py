@@ -7,22 +7,21 @@ import gc
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.datasets import cache
-from gndet.data.datasets.annotations import Size
-from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, read_columns, to_integer, with_ids
+from gndet.data.datasets.cache import cached
+from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, Size, read_columns, to_integer, with_ids
 from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
-from gndet.data.datasets.json_parts import NotInParts, read_parts, take_apart
+from gndet.data.datasets.json_parts import Cut, NotInParts, read_around, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Tell
-from gndet.data.workers import usable_cores
 
 LISTS = ("images", "annotations", "categories")
 
@@ -43,13 +42,14 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell |
     found, found_in_folder = Findings(), Findings()
     files = dataset = None
     try:
-        files = None if folder is None else ImageFolder(folder)
+        files = ImageFolder(folder) if folder else None
     except Fault as fault:
         found_in_folder.add(fault.code, str(fault))
     try:
         _refuse_other_kinds(path)
-        with cache.opened(data.cache, path, files, data.max_pixels, tell) as entry, gc_paused():
-            dataset = entry.load() or entry.save(_inspect(path, files, data.max_pixels, found))
+        read = partial(_inspect, path, files, data.max_pixels, found)
+        with gc_paused():
+            dataset = cached(data.cache, path, files, data.max_pixels, read, tell)
     except Fault as fault:
         found.add(fault.code, str(fault))
     except OSError as error:
@@ -62,21 +62,20 @@ def to_coco(dataset: Dataset) -> dict[str, Any]:
     """Write a data set as a COCO ground-truth dict for evaluators: original category ids, boxes as xywh."""
     images, annotations = [], []
     for record in dataset.records:
-        image = {"id": record.image_id, "file_name": record.file_name}
-        images.append(image | {"height": record.size[0], "width": record.size[1]})
-        for index, (x0, y0, x1, y1) in enumerate(record.boxes.tolist()):
+        height, width = record.size
+        images.append({"id": record.image_id, "file_name": record.file_name, "height": height, "width": width})
+        columns = (record.annotation_ids, record.labels, record.boxes, record.area, record.crowd)
+        rows = zip(*(column.tolist() for column in columns), record.segmentations, strict=True)
+        for number, label, (x0, y0, x1, y1), area, crowd, segmentation in rows:
             annotation = {
-                "id": int(record.annotation_ids[index]),
+                "id": number,
                 "image_id": record.image_id,
-                "category_id": dataset.category_ids[record.labels[index]],
+                "category_id": dataset.category_ids[label],
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": float(record.area[index]),
-                "iscrowd": int(record.crowd[index]),
+                "area": area,
+                "iscrowd": int(crowd),
             }
-            segmentation = record.segmentations[index]
-            if segmentation is not None:
-                annotation["segmentation"] = segmentation
-            annotations.append(annotation)
+            annotations.append(annotation if segmentation is None else annotation | {"segmentation": segmentation})
     classes = zip(dataset.category_ids, dataset.classes, strict=True)
     categories = [{"id": category_id, "name": name} for category_id, name in classes]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -97,8 +96,13 @@ def _refuse_other_kinds(path: Path) -> None:
 
 def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
     """Check the file's content; found gets what is wrong.  Raises Fault where the file is not COCO's."""
-    content = _in_parts(path, files, max_pixels, found) or _as_a_whole(path, files, max_pixels, found)
-    images, names, objects = content
+    cuts, noted = take_apart(path), Findings()
+    try:
+        content = _read(path, cuts, files, max_pixels, noted) if cuts else None
+        found.take(noted)
+    except (OSError, Fault, NotInParts):
+        content = None  # what a wrong cut shows is forgotten
+    images, names, objects = content or _read(path, [], files, max_pixels, found)
     objects = with_ids(objects, found)
     category_ids = tuple(sorted(names))
     packed = pack(images, objects, category_ids)
@@ -114,41 +118,20 @@ def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Find
     return Dataset(str(path), classes, category_ids, records, found.listed())
 
 
-class _Content(NamedTuple):
-    """What an annotation file holds, checked."""
+def _read(
+    path: Path, cuts: list[Cut], files: ImageFolder | None, max_pixels: int, found: Findings
+) -> tuple[list[Image], dict[int, str], Columns]:
+    """Read a file, in several processes if it is cut.
 
-    images: list[Image]  # those that are kept
-    names: dict[int, str]  # of the categories, by id
-    objects: Columns
-
-
-def _in_parts(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> _Content | None:
-    """Read a large file in several processes; None where it is small, or must be read as a whole.
-
-    Raises MachineError where a process is killed.
+    Returns the images that are kept, the names of the categories by id, and the objects.  Raises Fault and OSError;
+    for what is cut, NotInParts, and MachineError where a process is killed.
     """
-    noted = Findings()
-    try:
-        parts = take_apart(path)
-        if parts is None or parts.around.count(b'"annotations"') > 1:
-            return None
-        tree, parts = _parse(path, parts.around, noted), parts._replace(around=b"")
-        names = _read_categories(tree["categories"], noted)
-        images, sizes = _read_images(tree.pop("images"), files, max_pixels, noted)
-        objects = read_parts(parts, Known.of(sizes, names), usable_cores(), noted)
-    except (OSError, Fault, NotInParts):
-        return None
-    found.take(noted)
-    return _Content(images, names, objects)
-
-
-def _as_a_whole(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> _Content:
-    """Read a file at once.  Raises Fault and OSError."""
-    tree = _parse(path, path.read_bytes(), found)
+    tree = _parse(path, read_around(path, cuts) if cuts else path.read_bytes(), found)
     names = _read_categories(tree["categories"], found)
-    images, sizes = _read_images(tree["images"], files, max_pixels, found)
-    objects, _ = read_columns(tree["annotations"], Known.of(sizes, names), found)
-    return _Content(images, names, objects)
+    images, sizes = _read_images(tree.pop("images"), files, max_pixels, found)
+    known = Known.of(sizes, names)
+    objects = read_parts(path, cuts, known, found) if cuts else read_columns(tree["annotations"], known, found)[0]
+    return images, names, objects
 
 
 def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str, Any]]]:
@@ -254,12 +237,14 @@ def _find_file(
     """Return the path of an image's file below the folder, None where it is wrong; owners: the image id by path."""
     number, name = to_integer(item.get("id")), item.get("file_name")
     try:
-        suggest = found.wants_example("file-missing")  # it takes a while
-        path = "/".join(filter(None, split_name(name))) if files is None else files.find(name, suggest)
+        if files is None:
+            path, size = "/".join(filter(None, split_name(name))), None
+        else:
+            path, size = files.find(name, suggest=found.wants_example("file-missing"))  # which takes a while
     except Fault as fault:
         found.add(fault.code, f"{_named(item)} {fault}", number)
         return None
-    if files is not None and files.is_empty(path):
+    if size == 0:
         found.add("file-empty", f"{_named(item)} is an empty file", number)
     if path in owners:
         found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)

@@ -1,11 +1,11 @@
 """Check the annotations of a COCO file, all at once, column by column, and keep them as arrays.
 
-The rules stand here and in `masks`; `annotations` words what they find.  A value of a wrong type becomes a number that
-no rule accepts, so that each fault is decided in one place.
+The rules stand here and in `masks`.  A value of a wrong type becomes a number that no rule accepts, so that each fault
+is decided in one place.
 Letters: n annotations.  Boxes are xywh in the file, xyxy from here on, float64 pixels of the original.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -13,16 +13,44 @@ from typing import Any, NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gndet.data.datasets.annotations import Item, Size, describe_fault
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
-from gndet.data.datasets.segmentation import to_rle
+from gndet.data.datasets.segmentation import brief, to_rle
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
 MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; a box with larger numbers (or inf, NaN) is no box
 ROUNDING = 0.01  # pixels: COCO's boxes are rounded to hundredths
 OVERHANG = 2  # pixels a box may reach over the edge before it is noted: rounding and outlines do so
 NO_BOX = [float("nan")] * 4
+
+Size = tuple[int, int]  # height, width
+Item = dict[str, Any]  # an annotation as the file has it
+
+
+def _in_image(item: Item, size: Size) -> str:
+    return f"bbox {item['bbox']} in an image of width {size[1]}, height {size[0]}"
+
+
+WORDS: dict[str, Callable[[Item, Size], str]] = {  # what is wrong: the value got and what was expected
+    "annotation-id": lambda item, size: f"annotation id {brief(item.get('id'))}, expected an integer",
+    "image-unknown": lambda item, size: f"image_id {brief(item.get('image_id'))} is not in the file",
+    "category-unknown": lambda item, size: f"category_id {brief(item.get('category_id'))} is not in the file",
+    "number-float": lambda item, size: "its id, image_id or category_id",
+    "crowd-value": lambda item, size: f"iscrowd {brief(item['iscrowd'])}, expected 0 or 1",
+    "area-value": lambda item, size: f"area {brief(item['area'])}, expected a number of pixels",
+    "area-missing": lambda item, size: "no area",
+    "box-malformed": lambda item, size: (
+        f"bbox {brief(item.get('bbox'))}, expected 4 finite numbers x, y, width, height"
+    ),
+    "box-empty": lambda item, size: f"bbox {item['bbox']}",
+    "box-tiny": lambda item, size: f"bbox {item['bbox']}",
+    "box-outside": _in_image,
+    "box-clipped": _in_image,
+    "box-overhang": _in_image,
+    "crowd": lambda item, size: "iscrowd 1",
+    "crowd-polygon": lambda item, size: f"iscrowd 1 with {len(item['segmentation'])} polygon(s)",
+    "mask-missing": lambda item, size: f"segmentation {brief(item.get('segmentation'))}",
+}
 
 
 class Columns(NamedTuple):
@@ -34,8 +62,8 @@ class Columns(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64 xyxy
     area: np.ndarray  # (n,) float64
     crowd: np.ndarray  # (n,) bool
-    masks: Masks  # n
     all_ids: np.ndarray  # int64, of all annotations that have one, dropped ones too
+    masks: Masks  # n
 
 
 class Known(NamedTuple):
@@ -51,11 +79,6 @@ class Known(NamedTuple):
         rows = [sizes[image_id] or (0, 0) for image_id in sorted(sizes)]
         image_ids, categories = (np.array(sorted(ids), dtype=np.int64) for ids in (sizes, category_ids))
         return Known(image_ids, np.array([*rows, (0, 0)]), categories)
-
-    def rows(self, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the row (n,) of each image in sizes, and (n,) bool whether the image is in the file."""
-        rows = np.searchsorted(self.image_ids, image_ids)
-        return rows, (rows < len(self.image_ids)) & (np.append(self.image_ids, 0)[rows] == image_ids)
 
 
 class _Marks:
@@ -84,10 +107,9 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     ids, no_id, id_floats = _to_integers([item.get("id") for item in items])
     image_ids, no_image, image_floats = _to_integers([item.get("image_id") for item in items])
     category_ids, no_category, category_floats = _to_integers([item.get("category_id") for item in items])
-    rows, in_file = known.rows(image_ids)
-    sizes = known.sizes[rows]  # (n, 2)
+    sizes = known.sizes[np.searchsorted(known.image_ids, image_ids)]  # (n, 2)
     marks.drop("annotation-id", no_id)
-    marks.drop("image-unknown", no_image | ~in_file)
+    marks.drop("image-unknown", no_image | ~np.isin(image_ids, known.image_ids))
     marks.drop("category-unknown", no_category | ~np.isin(category_ids, known.category_ids))
     marks.left &= sizes[:, 0] > 0  # a wrong size has been reported with the image
     marks.note("number-float", id_floats | image_floats | category_floats)
@@ -106,8 +128,8 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
         found.add(fault.code, text, image_id, fault.count)
     keep = marks.left
     columns = Columns(
-        image_ids[keep], category_ids[keep], ids[keep], boxes[keep], area[keep], crowd[keep], masks.packed(keep),
-        ids[~no_id],
+        image_ids[keep], category_ids[keep], ids[keep], boxes[keep], area[keep], crowd[keep], ids[~no_id],
+        masks.packed(keep),
     )  # fmt: skip
     marked = np.concatenate(list(marks.places.values())).tolist()
     return columns, sorted({*marked, *masks.rles, *(fault.place for fault in masks.faults)})
@@ -122,7 +144,8 @@ def _tell(
             image_id = None if code in ("annotation-id", "image-unknown") else int(image_ids[place])
             text = ""
             if found.wants_example(code):
-                text = describe_fault(code, items[place], int(ids[place]), tuple(sizes[place].tolist()))
+                text = WORDS[code](items[place], tuple(sizes[place].tolist()))
+                text = text if code == "annotation-id" else f"annotation {ids[place]}: {text}"
             found.add(code, text, image_id)
 
 
@@ -200,33 +223,19 @@ def _fill_areas(area: np.ndarray, items: Sequence[Item], masks: CheckedMasks, si
         area[place] = width * height if mask is None else coco_mask.area(to_rle(mask, tuple(sizes[place].tolist())))
 
 
-class Together:
-    """Columns end to end, grown part by part: 30 million points are not held twice."""
-
-    def __init__(self) -> None:
-        self._scalars: list[list[np.ndarray]] = [[] for _ in range(7)]  # all but the masks
-        self._firsts = [[np.zeros(1, dtype=np.int64)] for _ in range(4)]
-        self._ends = [0, 0, 0, 0]  # of the polygons, points, counts and texts so far
-        self._values = [bytearray() for _ in range(3)]  # points, counts and texts
-
-    def add(self, part: Columns) -> None:
-        """Put a part at the end."""
-        *scalars, masks, all_ids = part
-        for column, values in zip(self._scalars, (*scalars, all_ids), strict=True):
-            column.append(values)
-        for i, first in enumerate((masks.polygons_first, masks.points_first, masks.counts_first, masks.texts_first)):
-            self._firsts[i].append(first[1:] + self._ends[i])
-            self._ends[i] += int(first[-1])
-        for column, values in zip(self._values, (masks.points, masks.counts, masks.texts), strict=True):
+def end_to_end(parts: Iterable[Columns]) -> Columns:
+    """Join the columns of at least one part.  Parts are let go one by one: 30 million points are not held twice."""
+    joined = [bytearray() for _ in (*Columns._fields[:-1], *Masks._fields)]
+    for part in parts:
+        arrays = (*part[:-1], *part.masks)
+        for column, values in zip(joined, arrays, strict=True):
             column += values.tobytes()
-
-    def columns(self) -> Columns:
-        """Return all parts together; there must be one."""
-        *scalars, all_ids = map(np.concatenate, self._scalars)
-        polygons_first, points_first, counts_first, texts_first = map(np.concatenate, self._firsts)
-        points, counts, texts = map(np.frombuffer, self._values, (np.float64, np.int64, np.uint8))
-        masks = Masks(polygons_first, points_first, points, counts_first, counts, texts_first, texts)
-        return Columns(*scalars, masks, all_ids)
+    columns = [
+        np.frombuffer(column, values.dtype).reshape(-1, *values.shape[1:])
+        for column, values in zip(joined, arrays, strict=True)
+    ]
+    num = len(Columns._fields) - 1
+    return Columns(*columns[:num], Masks(*columns[num:]))
 
 
 def with_ids(columns: Columns, found: Findings) -> Columns:

@@ -27,6 +27,7 @@ _AS_COCO = "write the file in COCO's format: an object with the lists images, an
 _UNIQUE = "give each its own id; a file merged from several needs new numbers"
 _POLYGON = 'segmentation is a list of polygons, each [x0, y0, x1, y1, ...] in pixels: "segmentation": [[...]]'
 _RLE = "write the mask again with pycocotools' encode(); size is [height, width] of the image"
+_IN_BOTH = "validation on images that were trained on measures nothing"
 _PICTURE = "fetch the picture again, or take it out of the file; data.skip_unreadable=true trains without it"
 
 FAULTS: dict[str, Kind] = {
@@ -62,9 +63,7 @@ FAULTS: dict[str, Kind] = {
     "file-twice": Kind(
         NOTED, "images whose file another image has", "one image an entry: objects of the other count as background"
     ),
-    "file-in-both": Kind(
-        NOTED, "file names in both train and val", "validation on images that were trained on measures nothing"
-    ),
+    "file-in-both": Kind(NOTED, "file names in both train and val", _IN_BOTH),
     # annotations
     "number-float": Kind(FIXED, "ids or sides written as 5.0, taken as 5", ""),
     "annotation-id": Kind(REFUSED, "annotations whose id is no integer of 64 bits", "number the annotations"),
@@ -132,9 +131,7 @@ FAULTS: dict[str, Kind] = {
     "picture-16bit": Kind(FIXED, "16-bit pictures scaled to 8 bits", ""),
     "picture-animated": Kind(NOTED, "animations, their first frame taken", "annotations belong to the first frame"),
     "picture-twice": Kind(NOTED, "pictures that another file of the set repeats", "keep one of each"),
-    "picture-in-both": Kind(
-        NOTED, "pictures both in train and val", "validation on images that were trained on measures nothing"
-    ),
+    "picture-in-both": Kind(NOTED, "pictures both in train and val", _IN_BOTH),
     # the set as a whole
     "objects-none": Kind(REFUSED, "sets without an object to train on", "annotate, or set data.keep_empty=true"),
     "classes-choice": Kind(REFUSED, "choices of classes that do not fit", "data.classes takes names of categories"),
@@ -160,37 +157,33 @@ class Findings:
     """Faults met so far, by kind."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._examples: dict[str, list[str]] = {}
-        self._image_ids: dict[str, dict[int, None]] = {}  # ordered sets
+        self._found: dict[str, Finding] = {}  # by code
 
     def add(self, code: str, example: str, image_id: int | None = None, count: int = 1) -> None:
         """Count a fault; keep the first EXAMPLES of a kind, and the first SHOWN images."""
-        self._merge(code, count, (example,), () if image_id is None else (image_id,))
+        image_ids = () if image_id is None else (image_id,)
+        self._merge(Finding(code, *FAULTS[code], count, (example,), image_ids))
 
     def take(self, later: "Findings") -> None:
         """Add what was met in a later part of the same file."""
-        for found in later.listed():
-            self._merge(found.code, found.count, found.examples, found.image_ids)
+        for finding in later.listed():
+            self._merge(finding)
 
-    def _merge(self, code: str, count: int, examples: tuple[str, ...], image_ids: tuple[int, ...]) -> None:
-        self._counts[code] = self._counts.get(code, 0) + count
-        kept, images = self._examples.setdefault(code, []), self._image_ids.setdefault(code, {})
-        kept += examples[: EXAMPLES - len(kept)]
-        for image_id in image_ids:
-            if len(images) < SHOWN:
-                images[image_id] = None
+    def _merge(self, new: Finding) -> None:
+        if new.code in self._found:
+            *kind, count, examples, image_ids = self._found[new.code]
+            examples = (examples + new.examples)[:EXAMPLES]
+            image_ids = tuple(dict.fromkeys(image_ids + new.image_ids))[:SHOWN]
+            new = Finding(*kind, count + new.count, examples, image_ids)
+        self._found[new.code] = new
 
     def wants_example(self, code: str) -> bool:
         """Return whether another example of this kind would be kept."""
-        return len(self._examples.get(code, ())) < EXAMPLES
+        return code not in self._found or len(self._found[code].examples) < EXAMPLES
 
     def listed(self) -> tuple[Finding, ...]:
         """Return the findings, refused first, each severity in the order of FAULTS."""
-        return in_order(
-            Finding(code, *FAULTS[code], count, tuple(self._examples[code]), tuple(self._image_ids[code]))
-            for code, count in self._counts.items()
-        )
+        return in_order(self._found.values())
 
 
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:

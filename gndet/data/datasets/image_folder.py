@@ -45,9 +45,10 @@ class ImageFolder:
         self._listings: dict[str, dict[str, File]] = {}
         self._troubles: dict[str, str] = {}  # why a subfolder cannot be listed
 
-    def find(self, name: Any, suggest: bool) -> str:
-        """Return the path below the folder, as on disk, of the picture with a file_name, in either Unicode form.
+    def find(self, name: Any, suggest: bool) -> tuple[str, int]:
+        """Find the picture with a file_name, in either Unicode form.
 
+        Returns its path below the folder, as on disk, and its bytes.
         suggest: name the nearest file where there is none.  Raises Fault for a picture that cannot be taken.
         """
         parent, leaf = split_name(name)
@@ -60,7 +61,7 @@ class ImageFolder:
             raise Fault("file-missing", f"is not in {self.home / parent}{self._hint(parent, leaf) if suggest else ''}")
         if found.fault:
             raise Fault(found.fault, found.why)
-        return f"{folder}/{found.name}" if folder else found.name
+        return f"{folder}/{found.name}" if folder else found.name, found.size
 
     def _stored(self, parent: str) -> str:
         """Return a subfolder as on disk, with its parts in either Unicode form; parent itself if it is not there."""
@@ -86,11 +87,6 @@ class ImageFolder:
             if _get(listing, part) is None:
                 return _nearest(part, listing)
         return _nearest(leaf, self._listing(parent))
-
-    def is_empty(self, path: str) -> bool:
-        """Return whether a file that was found has no bytes."""
-        parent, leaf = split_name(path)
-        return self._listing(parent)[leaf].size == 0
 
     def subfolders(self) -> list[str]:
         """Return the folders listed so far, relative to home."""

@@ -1,7 +1,6 @@
 """Read a picture file of any common kind as (height, width, 3) uint8 RGB, upright; find the pictures in folders."""
 
 import errno
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +40,7 @@ Note = Callable[[str, str], None]
 
 
 def read_image(
-    path: Path, size: tuple[int, int] | None, max_pixels: int = MAX_PIXELS, note: Note | None = None
+    path: Path, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, note: Note | None = None
 ) -> np.ndarray:
     """Read a picture and turn it as its EXIF orientation says.
 
@@ -51,8 +50,8 @@ def read_image(
     dropped, the first frame of an animation.  Raises Fault for a file that is missing, broken, over
     max_pixels, or of another size, and MachineError where there are too many open files or too little memory.
     """
-    with _as_faults(path), no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
-        stored = _stored_size(path, image, max_pixels)
+    with _opened(path, max_pixels) as image:
+        stored = image.size[::-1]
         image.load()  # which turns a TIFF
         # without a turn exif_transpose would copy the picture
         upright = ImageOps.exif_transpose(image) if _orientation(image) in TURNS else image
@@ -73,8 +72,8 @@ def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
     Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """
-    with _as_faults(path), no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
-        height, width = _stored_size(path, image, max_pixels)
+    with _opened(path, max_pixels) as image:
+        width, height = image.size
         if image.format == "TIFF":  # Pillow gives the size that it has when it is turned
             return height, width
         if image.format == "PNG" and not _tells_late(path):
@@ -86,32 +85,21 @@ def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 def _tells_late(path: Path) -> bool:
     """Return whether a PNG holds text or EXIF, and so perhaps its orientation, after its pixels."""
-    with path.open("rb") as file:
-        file.seek(8)  # the signature
-        pixels = False
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            pixels = pixels or kind == b"IDAT"
-            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
-                return True
-            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
-    return False
-
-
-def _stored_size(path: Path, image: Image.Image, max_pixels: int) -> tuple[int, int]:
-    """Return height and width of a picture before it is turned.  Raises Fault for a picture over max_pixels."""
-    height, width = image.size[::-1]
-    if height * width > max_pixels:
-        limit = f"over the limit of {max_pixels} (data.max_pixels)"
-        raise Fault("picture-pixels", f"{path}: {height} x {width} pixels, {limit}")
-    return height, width
+    content = path.read_bytes()
+    late = content[content.rfind(b"IDAT") :]
+    return any(kind in late for kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"))
 
 
 @contextmanager
-def _as_faults(path: Path) -> Iterator[None]:
-    """Raise Fault where Pillow cannot read a picture, and MachineError where the machine is at a limit."""
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """Open a picture, not yet decoded; raise as `read_image` does, here and in the body."""
     try:
-        yield
+        with no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if height * width > max_pixels:
+                limit = f"over the limit of {max_pixels} (data.max_pixels)"
+                raise Fault("picture-pixels", f"{path}: {height} x {width} pixels, {limit}")
+            yield image
     except UnidentifiedImageError:
         kind = what_is(read_head(path))
         code = "file-empty" if kind == EMPTY else "picture-unreadable"
@@ -156,11 +144,6 @@ def no_limit_of_pillows() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def open_picture(path: Path) -> np.ndarray:
-    """Read a picture of unknown size as (height, width, 3) uint8 RGB; raises as `read_image` does."""
-    return read_image(path, None)
-
-
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """List the pictures among files and in folders, by name.  Raises DataError where there are none."""
     files: list[Path] = []
@@ -182,7 +165,7 @@ def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
     """Return a picture of (height, width) as a record without objects."""
     none = np.zeros(0)
     return Record(
-        image_id, str(file), size, partial(open_picture, file), np.zeros((0, 4)), none.astype(np.int64),
+        image_id, str(file), size, partial(read_image, file), np.zeros((0, 4)), none.astype(np.int64),
         none.astype(bool), none, none.astype(np.int64), [],
     )  # fmt: skip
 

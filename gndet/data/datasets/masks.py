@@ -6,10 +6,12 @@ Letters: n objects, P polygons.  Coordinates are pixels of the original.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain, compress
 from typing import Any, NamedTuple
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
 from gndet.data.datasets.segmentation import brief, has_pixels
@@ -19,14 +21,12 @@ MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 
 
 class Masks(NamedTuple):
-    """Segmentations end to end: of mask i polygons [polygons_first[i], polygons_first[i + 1]) or an RLE."""
+    """Segmentations end to end: polygons, an RLE, or nothing."""
 
-    polygons_first: np.ndarray  # (n + 1,) into the P polygons
-    points_first: np.ndarray  # (P + 1,) into points
+    num_polygons: np.ndarray  # (n,) int64
+    num_numbers: np.ndarray  # (P,) int64: of each polygon, two per point
     points: np.ndarray  # float64 x0, y0, x1, ...
-    counts_first: np.ndarray  # (n + 1,) into counts: RLE as lists
-    counts: np.ndarray  # int64
-    texts_first: np.ndarray  # (n + 1,) into texts: RLE as strings
+    num_letters: np.ndarray  # (n,) int64: of an RLE's counts
     texts: np.ndarray  # uint8 ASCII
 
 
@@ -70,20 +70,12 @@ class CheckedMasks(NamedTuple):
 
     def packed(self, keep: np.ndarray) -> Masks:
         """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
-        num_counts, num_texts = np.zeros((2, len(keep)), dtype=np.int64)
-        counts, texts = [], []
-        for place, rle in self.rles.items():
-            if isinstance(rle["counts"], list):
-                counts += rle["counts"]
-                num_counts[place] = len(rle["counts"])
-            else:
-                texts.append(rle["counts"])
-                num_texts[place] = len(rle["counts"])
-        polygons = self.polygons
+        num_polygons = np.bincount(self.polygons.owner, minlength=len(keep))
+        texts, num_letters = [rle["counts"] for rle in self.rles.values()], np.zeros(len(keep), dtype=np.int64)
+        num_letters[list(self.rles)] = list(map(len, texts))
         return Masks(
-            offsets(np.bincount(polygons.owner, minlength=len(keep))[keep]), offsets(polygons.lengths), polygons.points,
-            offsets(num_counts[keep]), np.array(counts, dtype=np.int64),
-            offsets(num_texts[keep]), np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8),
+            num_polygons[keep], self.polygons.lengths, self.polygons.points,
+            num_letters[keep], np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8),
         )  # fmt: skip
 
 
@@ -105,8 +97,11 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
             rles[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
-    polygons = _refuse_far(_gather(outlines), sizes, faults)
-    polygons = _drop_short(polygons, faults)
+    raw = list(chain.from_iterable(outlines))
+    owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
+    lengths = np.array(list(map(len, raw)), dtype=np.int64)
+    polygons = Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
+    polygons = _drop_short(_refuse_far(polygons, sizes, faults), faults)
     if boxes is not None:
         polygons = _drop_empty(polygons, boxes, sizes, faults)
     refused = np.zeros(len(outlines), dtype=bool)
@@ -127,11 +122,9 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
 
 def to_floats(values: list[Any]) -> np.ndarray:
     """Return values (n,) as float64: NaN for what is no number, inf for an integer beyond any float."""
-    try:
-        if set(map(type, values)) <= NUMBERS:
+    if set(map(type, values)) <= NUMBERS:
+        with suppress(OverflowError):
             return np.array(values, dtype=np.float64)
-    except OverflowError:
-        pass
     return np.array(list(map(_as_float, values)), dtype=np.float64)
 
 
@@ -147,30 +140,21 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
 
 
-def _gather(outlines: list[list[list[Any]]]) -> Polygons:
-    raw = list(chain.from_iterable(outlines))
-    owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
-    lengths = np.array(list(map(len, raw)), dtype=np.int64)
-    return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
-
-
 def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Refuse objects with a coordinate that is no number near the image.
 
     An outline may overhang a little; numbers farther out belong to another image.
     """
-    reach = sizes.max(1)[polygons.owner]  # (P,)
-    limit = np.repeat(reach, polygons.lengths)  # of each number
+    owner = np.repeat(polygons.owner, polygons.lengths)  # of each number
+    limit = sizes.max(1)[owner]
     wrong = np.flatnonzero(~((polygons.points >= -limit) & (polygons.points <= 2 * limit)))
     if not len(wrong):
         return polygons
-    first = offsets(polygons.lengths)
-    polygon = np.searchsorted(first, wrong, side="right") - 1
-    places, index = np.unique(polygons.owner[polygon], return_index=True)
-    for place, number, i in zip(places.tolist(), wrong[index], polygon[index], strict=True):
-        value, far = brief(polygons.raw[i][number - first[i]]), reach[i]
-        text = f"polygon coordinate {value}, expected a number from {-far} to {2 * far}"
-        faults.append(MaskFault(place, "polygon-number", text))
+    places, index = np.unique(owner[wrong], return_index=True)
+    values = list(chain.from_iterable(polygons.raw))
+    for place, number in zip(places.tolist(), wrong[index].tolist(), strict=True):
+        expected = f"expected a number from {-limit[number]} to {2 * limit[number]}"
+        faults.append(MaskFault(place, "polygon-number", f"polygon coordinate {brief(values[number])}, {expected}"))
     return polygons.only(~np.isin(polygons.owner, places))
 
 
@@ -185,15 +169,14 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
 
 def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Drop outlines that cover no pixel of their image, nor of the finer frame of the box they are trained in."""
-    large, empty = np.zeros(len(sizes), dtype=bool), np.zeros(len(sizes), dtype=bool)
-    large[polygons.owner[_is_large(polygons, sizes)]] = True
-    for place in np.unique(polygons.owner[~large[polygons.owner]]).tolist():
+    large, empty = polygons.owner[_is_large(polygons, sizes)], []
+    for place in np.setdiff1d(polygons.owner, large).tolist():
         first, end = np.searchsorted(polygons.owner, [place, place + 1])
         outline = polygons.raw[first:end]
         if not has_pixels(outline, boxes[place], tuple(sizes[place].tolist())):
             faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
-            empty[place] = True
-    return polygons.only(~empty[polygons.owner])
+            empty.append(place)
+    return polygons.only(~np.isin(polygons.owner, empty))
 
 
 def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
@@ -214,7 +197,7 @@ def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
 
 
 def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the RLE with nothing but its size and counts.
+    """Return the RLE with nothing but its size and counts, compressed.
 
     Raises Fault for what is no RLE, for one of another size than the image's, whose runs do not fill it, or that is
     empty.
@@ -238,6 +221,8 @@ def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
         )
     if not any(runs[1::2]):
         raise Fault("mask-empty", "no run of its RLE is set")
+    if isinstance(counts, list):
+        counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
     return {"size": list(size), "counts": counts}
 
 

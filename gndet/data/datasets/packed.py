@@ -19,7 +19,6 @@ from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import read_image
 from gndet.data.datasets.masks import offsets
-from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 
 MATCH = 0.5  # the IoU that a box and the box around the mask of the same object should have
@@ -49,14 +48,12 @@ class Packed(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     area: np.ndarray  # (n,) float64
     annotation_ids: np.ndarray  # (n,) int64
-    masks_at: np.ndarray  # (n,) int64: the place of each object's mask in what follows, `masks.Masks`
-    polygons_first: np.ndarray
-    points_first: np.ndarray
+    masks_at: np.ndarray  # (n,) int64: the place of each object's mask among the n of `masks.Masks`, which follow
+    polygons_first: np.ndarray  # (n + 1,) into the P polygons
+    points_first: np.ndarray  # (P + 1,) into points
     points: np.ndarray
-    counts_first: np.ndarray
-    counts: np.ndarray
-    texts_first: np.ndarray
-    texts: np.ndarray
+    rles_first: np.ndarray  # (n + 1,) into rles
+    rles: np.ndarray  # their counts
 
 
 def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int]) -> Packed:
@@ -67,15 +64,13 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
     """
     image_ids = np.array([image.image_id for image in images], dtype=np.int64)
     rising = np.argsort(image_ids)
-    found = np.searchsorted(image_ids, objects.image_ids, sorter=rising)  # (n,) in rising
-    here = np.flatnonzero(found < len(images))
-    place = rising[found[here]]
-    same = image_ids[place] == objects.image_ids[here]
-    here, place = here[same], place[same]
+    here = np.flatnonzero(np.isin(objects.image_ids, image_ids))
+    place = rising[np.searchsorted(image_ids, objects.image_ids[here], sorter=rising)]
     in_order = np.argsort(place, kind="stable")
     order, place = here[in_order], place[in_order]
-    names, names_first = _end_to_end(image.file_name.encode("utf-8", "surrogatepass") for image in images)
-    paths, paths_first = _end_to_end(image.path.encode("utf-8", "surrogatepass") for image in images)
+    names, names_first = _end_to_end(image.file_name for image in images)
+    paths, paths_first = _end_to_end(image.path for image in images)
+    masks = objects.masks
     return Packed(
         image_ids=image_ids, sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
         names=names, names_first=names_first, paths=paths, paths_first=paths_first,
@@ -83,7 +78,9 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
         boxes=objects.boxes[order],
         labels=np.searchsorted(np.array(category_ids, dtype=np.int64), objects.category_ids[order]),
         crowd=objects.crowd[order], area=objects.area[order], annotation_ids=objects.annotation_ids[order],
-        masks_at=order, **objects.masks._asdict(),
+        masks_at=order,
+        polygons_first=offsets(masks.num_polygons), points_first=offsets(masks.num_numbers), points=masks.points,
+        rles_first=offsets(masks.num_letters), rles=masks.texts,
     )  # fmt: skip
 
 
@@ -113,16 +110,16 @@ def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
         extents[outlined, :2] = np.minimum.reduceat(points, first)
         extents[outlined, 2:] = np.maximum.reduceat(points, first)
     extents = extents[packed.masks_at]
-    for i in np.flatnonzero((np.diff(packed.counts_first) + np.diff(packed.texts_first))[packed.masks_at]):
-        size = tuple(packed.sizes[image[i]].tolist())
-        x, y, width, height = coco_mask.toBbox(to_rle(PackedMasks(packed, range(i, i + 1), size)[0], size)).tolist()
+    for i in np.flatnonzero(np.diff(packed.rles_first)[packed.masks_at]):
+        rle = PackedMasks(packed, range(i, i + 1), tuple(packed.sizes[image[i]].tolist()))[0]
+        x, y, width, height = coco_mask.toBbox(rle).tolist()
         extents[i] = x, y, x + width, y + height
     return extents
 
 
-def _end_to_end(parts: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Join parts.  Returns the bytes and the offset of each part."""
-    parts = list(parts)
+def _end_to_end(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Join texts.  Returns them as UTF-8, and where each begins and the last ends."""
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
     return np.frombuffer(b"".join(parts), dtype=np.uint8), offsets(np.array(list(map(len, parts)), dtype=np.int64))
 
 
@@ -144,12 +141,25 @@ class PackedRecords(Sequence[Record]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return replace(self, places=self.places[index])
-        record = self._record(self.places[index])
+        packed, place = self.packed, self.places[index]
+        first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
+        size = tuple(packed.sizes[place].tolist())
+        columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
+        record = Record(
+            int(packed.image_ids[place]),
+            _text(packed.names, packed.names_first, place),
+            size,
+            functools.partial(read_image, self.path(index), size, self.max_pixels),
+            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
+            PackedMasks(packed, range(first, end), size),
+        )
         return record if self.labels is None else relabelled(record, self.labels)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        again = self.again or functools.partial(Packed, *self.packed)
-        return _unpickled, (again, self.folder, self.max_pixels, self.places, self.again, self.labels)
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"packed": self.again or functools.partial(Packed, *self.packed), "digests": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, packed=state["packed"]())
 
     def path(self, index: int) -> Path:
         """Return the picture file of a record."""
@@ -168,21 +178,6 @@ class PackedRecords(Sequence[Record]):
             name = _text(self.packed.names, self.packed.names_first, place)
             path = _text(self.packed.paths, self.packed.paths_first, place)
             yield int(self.packed.image_ids[place]), name, path, 0 if self.digests is None else int(self.digests[place])
-
-    def _record(self, place: int) -> Record:
-        packed = self.packed
-        first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
-        size = tuple(packed.sizes[place].tolist())
-        path = self.folder / _text(packed.paths, packed.paths_first, place)
-        columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
-        return Record(
-            int(packed.image_ids[place]),
-            _text(packed.names, packed.names_first, place),
-            size,
-            functools.partial(read_image, path, size, self.max_pixels),
-            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
-            PackedMasks(packed, range(first, end), size),
-        )
 
 
 def relabelled(record: Record, labels: np.ndarray) -> Record:
@@ -204,38 +199,21 @@ class Counts(NamedTuple):
 
     objects: np.ndarray  # (N,) int64
     trainable: np.ndarray  # (N,) int64: without crowd regions
-    unmasked: np.ndarray  # (N,) bool: a trainable object has no mask
     sizes: np.ndarray  # (N, 2) int64 height, width
 
 
 def count_objects(records: Sequence[Record]) -> Counts:
     """Count objects; without making packed records, which takes seconds for 118,000 images."""
-    if isinstance(records, PackedRecords):
-        return _count_packed(records)
-    rows = [
-        (
-            len(record.labels),
-            np.count_nonzero(~record.crowd),
-            any(mask is None and not crowd for mask, crowd in zip(record.segmentations, record.crowd, strict=True)),
-            *record.size,
-        )
-        for record in records
-    ]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-    return Counts(table[:, 0], table[:, 1], table[:, 2] > 0, table[:, 3:])
-
-
-def _count_packed(records: PackedRecords) -> Counts:
+    if not isinstance(records, PackedRecords):
+        rows = [(len(record.labels), np.count_nonzero(~record.crowd), *record.size) for record in records]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        return Counts(table[:, 0], table[:, 1], table[:, 2:])
     packed, places = records.packed, np.array(records.places, dtype=np.int64)
-    lengths = map(np.diff, (packed.polygons_first, packed.counts_first, packed.texts_first))
-    masked = (sum(lengths) > 0)[packed.masks_at]  # (n,)
-    taken = np.ones(len(masked), dtype=bool) if records.labels is None else records.labels[packed.labels] >= 0
+    taken = np.ones(len(packed.crowd), dtype=bool) if records.labels is None else records.labels[packed.labels] >= 0
     first, end = packed.objects_first[places], packed.objects_first[places + 1]
-    objects, trainable, unmasked = (
-        (before := offsets(counted))[end] - before[first]
-        for counted in (taken, taken & ~packed.crowd, taken & ~packed.crowd & ~masked)
-    )
-    return Counts(objects, trainable, unmasked > 0, packed.sizes[places])
+    before = [offsets(counted) for counted in (taken, taken & ~packed.crowd)]  # how many precede each object
+    objects, trainable = (counts[end] - counts[first] for counts in before)
+    return Counts(objects, trainable, packed.sizes[places])
 
 
 @dataclass(eq=False)
@@ -255,11 +233,8 @@ class PackedMasks(Sequence[Any]):
         if first < end:
             bounds = packed.points_first[first : end + 1].tolist()
             return [packed.points[start:stop].tolist() for start, stop in itertools.pairwise(bounds)]
-        first, end = packed.counts_first[i], packed.counts_first[i + 1]
-        if first < end:
-            return {"size": list(self.size), "counts": packed.counts[first:end].tolist()}
-        text = _text(packed.texts, packed.texts_first, i)
-        return {"size": list(self.size), "counts": text} if text else None
+        counts = _text(packed.rles, packed.rles_first, i)
+        return {"size": list(self.size), "counts": counts} if counts else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (list(self),)  # a record that is sent elsewhere takes its own masks along only
@@ -267,10 +242,3 @@ class PackedMasks(Sequence[Any]):
 
 def _text(texts: np.ndarray, first: np.ndarray, place: int) -> str:
     return texts[first[place] : first[place + 1]].tobytes().decode("utf-8", "surrogatepass")
-
-
-def _unpickled(
-    again: Callable[[], Packed], folder: Path, max_pixels: int, places: range, shared: Callable[[], Packed] | None,
-    labels: np.ndarray | None,
-) -> PackedRecords:  # fmt: skip
-    return PackedRecords(again(), folder, max_pixels, places, shared, labels=labels)

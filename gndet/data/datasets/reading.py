@@ -17,13 +17,12 @@ import numpy as np
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import read_coco
 from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable
-from gndet.data.datasets.packed import PackedRecords, relabelled
+from gndet.data.datasets.packed import PackedRecords, count_objects, relabelled
 from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.records import Dataset, Finding, Record, Tell
 
-Reader = Callable[[DatasetConfig, DataConfig, Tell | None], Dataset]
-READERS: dict[str, Reader] = {"coco": read_coco, "shapes": read_shapes}
+READERS: dict[str, Callable[..., Dataset]] = {"coco": read_coco, "shapes": read_shapes}  # (cfg, data, tell)
 LISTED, KNOWN = 5, 10  # names spelt out of those that differ, and of those there are
 
 
@@ -62,9 +61,13 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
         unreadable = sum(finding.count for finding in dataset.findings if finding.code in SKIPPABLE)
         findings = skipping_unreadable(dataset.findings, unreadable, num, data.max_unreadable)
         dataset = dataset._replace(findings=findings)
+    found = Findings()
     if data.classes is not None and dataset.classes:
-        dataset = _with_classes(dataset, data.classes)
-    return _with_masks(dataset) if masks else dataset
+        dataset = _with_classes(dataset, data.classes, found)
+    if masks and any(finding.code == "mask-missing" for finding in dataset.findings):
+        dataset = without_masks(dataset)
+        _find_missing_masks(dataset.records, found)
+    return _with_findings(dataset, found)
 
 
 def without_masks(dataset: Dataset) -> Dataset:
@@ -72,31 +75,24 @@ def without_masks(dataset: Dataset) -> Dataset:
     return dataset._replace(findings=tuple(finding for finding in dataset.findings if finding.code != "mask-missing"))
 
 
-def _with_masks(dataset: Dataset) -> Dataset:
+def _find_missing_masks(records: Sequence[Record], found: Findings) -> None:
     """Find the objects that have no mask to be trained with."""
-    others = without_masks(dataset)
-    if others.findings == dataset.findings:
-        return dataset
-    found = Findings()
-    for record in dataset.records:
-        for place in np.flatnonzero(~record.crowd):
-            if record.segmentations[int(place)] is None:
-                name = printable(record.file_name)
-                text = f"annotation {record.annotation_ids[place]} of {name} has no usable segmentation"
+    for record in records:
+        for number, crowd, mask in zip(record.annotation_ids, record.crowd, record.segmentations, strict=True):
+            if mask is None and not crowd:
+                text = f"annotation {number} of {printable(record.file_name)} has no usable segmentation"
                 found.add("mask-needed", text, record.image_id)
-    return _with_findings(others, found)
 
 
 def _with_findings(dataset: Dataset, found: Findings) -> Dataset:
     return dataset._replace(findings=in_order(dataset.findings + found.listed()))
 
 
-def _with_classes(dataset: Dataset, names: tuple[str, ...]) -> Dataset:
+def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> Dataset:
     """Keep the objects of the named classes; a label becomes an index into names."""
     if fault := _wrong_choice(names, dataset.classes):
-        found = Findings()
         found.add("classes-choice", fault)
-        return _with_findings(dataset, found)
+        return dataset
     if len(names) < len(dataset.classes):
         note = f"{len(names)} of {len(dataset.classes)} classes are taken; what is found is of the whole file"
         dataset = dataset._replace(notes=(*dataset.notes, note))
@@ -130,7 +126,7 @@ def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
 
 def find_objects(dataset: Dataset) -> Dataset:
     """Refuse a data set in which no image has an object other than a crowd region: there is nothing to train on."""
-    if dataset.refused or any(not record.crowd.all() for record in dataset.records):
+    if dataset.refused or count_objects(dataset.records).trainable.any():
         return dataset
     found = Findings()
     found.add("objects-none", f"{len(dataset.records)} images, none with an object that is no crowd region")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.images import open_picture
+from gndet.data.datasets.images import read_image
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset
 from gndet.errors import DataError
@@ -43,7 +43,7 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
         return draw_ground_truth(small, scaled, [printable(name) for name in dataset.classes])
     except DataError as error:
         if isinstance(error, Fault) and error.code in BARE:
-            picture = open_picture(dataset.records.path(index))
+            picture = read_image(dataset.records.path(index))
             return draw_objects(shrunk(picture, record, SIDE)[0], np.zeros((0, 4)), [], [])
         return placard(str(error), SIDE)
 

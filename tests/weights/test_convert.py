@@ -304,7 +304,7 @@ def test_modules_and_modes_are_put_back_whatever_happens() -> None:
 
 def test_a_batch_that_is_not_doubled_is_refused() -> None:
     model, references = two_layers()
-    with pytest.raises(ValueError, match="a batch of 3 maps has no halves"):
+    with pytest.raises(AssertionError, match="a batch of 3 maps has no halves"):
         run_twins(model, references, lambda: model(rand(3, 3, H, W)), fit=True)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.weights.foreign.describe import FACTS
-from gndet.weights.foreign.names import BACKGROUND, CLASS_ROWS, PARTS, STEM, layer_names
+from gndet.weights.foreign.formats import FACTS
+from gndet.weights.foreign.names import layer_names
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, PARTS, STEM
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there

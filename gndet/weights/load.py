@@ -42,6 +42,7 @@ CONVENTIONS = (  # options of `model` that decide what the same weights compute,
     ("box_head", "box_head.roi_align"),
     ("mask_head", "mask_head.roi_align"),
 )
+PADDED = ("backbone", "fpn", "rpn")  # parts that see whole pictures, padding included
 NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences that are reported, not refused
 
 
@@ -222,7 +223,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     differing = mismatched(source, here)
     same = [part for part in parts if part not in differing]
     if source.parts != ("backbone",):  # classifiers see no padding
-        lines += padding_warnings(there, here, same)
+        lines += padding_warnings(there, here, [part for part in PADDED if part in same])
     for part in [part for part in same if part in here.normed_parts]:
         old, new = there.part_norms()[part], here.part_norms()[part]
         if new.is_group_norm and old.eps != new.eps:
@@ -230,16 +231,14 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     return lines
 
 
-def padding_warnings(
-    there: ModelConfig, here: ModelConfig, parts: Sequence[str] = ("backbone", "fpn", "rpn")
-) -> list[str]:
+def padding_warnings(there: ModelConfig, here: ModelConfig, parts: Sequence[str] = PADDED) -> list[str]:
     """Warn of each part whose GN, LN or IN was trained with padding in its statistics and runs without, or reversed."""
     words = {True: "masked", False: "plain"}
     return [
         f"warning: {part}.norm was trained with padding: {words[old.masked]}, here it is {words[new.masked]}; they "
         "differ where pictures of a batch have different sizes"
         for part, old, new in ((part, there.part_norms()[part], here.part_norms()[part]) for part in parts)
-        if part in ("backbone", "fpn", "rpn") and new.is_group_norm and old.masked != new.masked
+        if new.is_group_norm and old.masked != new.masked
     ]
 
 

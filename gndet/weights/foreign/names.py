@@ -7,6 +7,7 @@ of a head, x = 3 n, f = 6 + n, flat the place of the layer after the box head's 
 
 import itertools
 from collections.abc import Container, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from gndet.config.schema import ModelConfig
@@ -23,6 +24,17 @@ class Brick(NamedTuple):
     bare: str | None = None
 
 
+def _brick(conv: str, norm: str, name: str, bare: str | None = None) -> Brick:
+    """Name a brick by what follows the name of its convolution and of its norm."""
+    return Brick(name + conv, name + norm, bare)
+
+
+_own = partial(_brick, "", ".norm")  # detectron2: the norm is a part of the convolution
+_sequence = partial(_brick, ".0", ".1")  # torchvision: a sequence of convolution and norm
+_module = partial(_brick, ".conv", ".{norm}")  # mmcv's ConvModule
+_caffe2 = partial(_brick, "", "_{norm}")
+
+
 def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick]:
     """Name a ResNet as torchvision does."""
     block = f"{prefix}layer{{t}}.{{i}}."
@@ -33,28 +45,9 @@ def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick]:
     }
 
 
-def _own(name: str) -> Brick:
-    """Name a brick as detectron2 does: the norm is a part of the convolution."""
-    return Brick(name, f"{name}.norm")
-
-
-def _sequence(name: str, bare: str | None = None) -> Brick:
-    """Name a brick as torchvision does: a sequence of convolution and norm."""
-    return Brick(f"{name}.0", f"{name}.1", bare)
-
-
-def _module(name: str) -> Brick:
-    """Name a brick as mmcv's ConvModule does."""
-    return Brick(f"{name}.conv", f"{name}.{{norm}}")
-
-
 def _detectron2(prefix: str) -> dict[str, Brick]:
     names = {"stem": "stem.conv1", "block": "res{s}.{i}.conv{k}", "shortcut": "res{s}.{i}.shortcut"}
     return {layer: _own(prefix + name) for layer, name in names.items()}
-
-
-def _caffe2(name: str) -> Brick:
-    return Brick(name, f"{name}_{{norm}}")
 
 
 _BOX, _MASK = "roi_heads.box_predictor.", "roi_heads.mask_head."

@@ -234,26 +234,20 @@ def _misfits(
 
 def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
     """Say in one line what the file is taken for."""
-    norms = model.part_norms()
+    norms, detects = model.part_norms(), "rpn" in parts
+    ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
     words = [
         f"taken for {facts.title}: ResNet-{model.backbone.depth}",
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
         "BGR, turned to RGB in the stem" if facts.bgr else "RGB",
         f"mean {facts.mean}, std {facts.std} (RGB)",
         f"conventions {model.compat}",
+        norms["backbone"].grouping if norms["backbone"].kind == "gn" else "",
+        f"eps {norms['backbone'].eps:g}",
+        f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
+        f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
+        "box deltas by class, fc over (C, H, W)" if detects else "",
+        "background row moved from first to last" if facts.background_first else "",
+        f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]
-    if norms["backbone"].kind == "gn":
-        words.append(norms["backbone"].grouping)
-    words.append(f"eps {norms['backbone'].eps:g}")
-    if model.backbone.depth >= 50:
-        words.append(f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}")
-    if "rpn" in parts:
-        ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
-        words.append(
-            f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}, box deltas by class, fc over (C, H, W)"
-        )
-    if facts.background_first:
-        words.append("background row moved from first to last")
-    if fused:
-        words.append(f"the BN layers of {', '.join(fused)} are affine maps without statistics")
-    return ", ".join(words)
+    return ", ".join(filter(None, words))

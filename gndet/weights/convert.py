@@ -57,14 +57,9 @@ def convert_batch_norm(
     The two agree exactly on a sample whose groups have the mean and the variance that the running statistics give.
     Method: ours; the law of total variance over a group's channels, its affine map solved for gamma and beta.
 
-    Raises ConfigError where the groups do not divide C or damp is negative; CheckpointError where a number is not
-    finite, a variance is negative, or a variance and bn_eps are both 0 and gamma is not.
+    Raises CheckpointError where a number is not finite, a variance is negative, or a variance and bn_eps are both 0 and
+    gamma is not.
     """
-    channels = len(gamma)
-    if groups < 1 or channels % groups:
-        raise ConfigError(f"groups: {groups} does not divide the {channels} channels of a norm to convert")
-    if not damp >= 0:
-        raise ConfigError(f"damp: {damp} is not 0 (plain GN) or more")
     gamma, beta, mean, var = (values.detach().double() for values in (gamma, beta, mean, var))
     _check(gamma, beta, mean, var, bn_eps)
     slope = torch.where(gamma == 0, 0.0, gamma * (var + bn_eps).rsqrt())  # (C,)

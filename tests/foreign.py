@@ -24,8 +24,7 @@ from gndet.config.schema import (
     SourceConfig,
 )
 from gndet.modeling.build import build_model
-from gndet.weights.foreign.source import Source
-from gndet.weights.read import read_source
+from gndet.weights.read import Source, read_source
 
 NUM_CLASSES = 3
 ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # a class

@@ -103,8 +103,10 @@ def test_the_rule_itself(here: str, there: str, allowed: bool) -> None:
 def test_no_import_inside_a_function(path: Path) -> None:
     if path.parent == ROOM / "cli":
         return  # --help must answer before torch is imported
+    # an optional extra: only fine-tuning from a file of another toolkit loads the readers of seven of them
+    allowed = {"read_source"} if path == ROOM / "weights" / "read.py" else set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and node.name not in allowed:
             assert not any(isinstance(inner, ast.Import | ast.ImportFrom) for inner in ast.walk(node)), node.name
 
 

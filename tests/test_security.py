@@ -331,8 +331,8 @@ ALLOWED_IMPORTS = {
     ("toolbox/norm_study/jobs.py", "subprocess"): "starts gndet train, a process a cell",
     ("toolbox/norm_study/child.py", "runpy"): "gndet.cli, by that name",
     ("toolbox/report/page.py", "importlib"): "reads the style and script that come with gndet",
-    ("weights/read.py", "urllib"): "the error of a download that the user asked for by name",
-    ("weights/read.py", "importlib"): "timm, where the user named weights of timm",
+    ("weights/foreign/source.py", "urllib"): "the error of a download that the user asked for by name",
+    ("weights/foreign/source.py", "importlib"): "timm, where the user named weights of timm",
 }
 BANNED_CALLS = (
     {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.posix_spawn", "os.fork", "os.startfile"}
@@ -348,10 +348,10 @@ ALLOWED_CALLS = {
 }
 BANNED_ENDINGS = {"extract", "extractall", "urlopen", "urlretrieve"}  # of whatever object
 DOWNLOADS = {
-    "download_url_to_file": ("weights/read.py", "_torchvision"),
+    "download_url_to_file": ("weights/foreign/source.py", "_torchvision"),
     "load_state_dict_from_url": (),
-    "import_module": ("weights/read.py", "_timm"),
-    "create_model": ("weights/read.py", "_timm"),
+    "import_module": ("weights/foreign/source.py", "_timm"),
+    "create_model": ("weights/foreign/source.py", "_timm"),
     "get_state_dict": (),
 }  # each in one function, which `read_source` calls for a name of weights that no file has
 

@@ -24,7 +24,7 @@ from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics
 from gndet.evaluation.paste import Paste, paste_masks
 from gndet.evaluation.results import Results, from_coco, join, mask_areas
 from gndet.evaluation.tables import text_table
-from gndet.structures import Batch, Detections
+from gndet.structures import Detections
 
 
 class Share(NamedTuple):
@@ -109,7 +109,9 @@ def detect_share(
                         raise DataError(reason)
                     unreadable(image_id, reason)
                 if batch is not None:
-                    detections = _detect(model, batch, proc.device, autocast)
+                    images, sizes = (x.to(proc.device, non_blocking=True) for x in (batch.images, batch.sizes))
+                    with torch.inference_mode(), autocast():
+                        detections = model.detect(images, sizes, batch.padded)
                     results.append(to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_paste))
                 for image_id in image_ids:
                     seen.append(image_id)
@@ -117,14 +119,6 @@ def detect_share(
     finally:
         model.train(was_training)
     return Share(join(results), seen)
-
-
-def _detect(
-    model: nn.Module, batch: Batch, device: torch.device, autocast: Callable[[], AbstractContextManager]
-) -> Detections:
-    images, sizes = batch.images.to(device, non_blocking=True), batch.sizes.to(device, non_blocking=True)
-    with torch.inference_mode(), autocast():
-        return model.detect(images, sizes, batch.padded)
 
 
 def evaluate(

@@ -13,12 +13,11 @@ from gndet.data.datasets.images import find_pictures, picture_record, read_image
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.tables import text_table
+from gndet.weights.convert import Fate
 from gndet.weights.foreign.export import TOOLKITS, export_weights
 from gndet.weights.foreign.files import write_torch
-from gndet.weights.foreign.source import Source
 from gndet.weights.load import InitialModel, initial_model
-from gndet.weights.policy import Fate
-from gndet.weights.read import read_source
+from gndet.weights.read import Source, read_source
 
 Show = Callable[[str], None]
 

@@ -5,19 +5,36 @@ other difference.  The convolutions stay as they are.  B images, C channels, G g
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gndet.config.schema import Config
+from gndet.data.batches.batch import sample_batch
+from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
+from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.valid_area import ValidArea
+from gndet.structures import Batch
 
 MEAN_SPREAD = 1 / 3  # of a channel's mean over images, in its sigmas; ResNet-20 on CIFAR-10: 0.28 to 0.36 for K to 32
 VARIANCE_SPREAD = 1 / 3  # of a group's variance over images, relative; there: 0.41 for K = 2, 0.31 for 8, 0.22 for 32
 MIN_VARIANCE = 1e-6  # of a normalised channel; a slope fitted to less is noise
 MIN_GAMMA = 1e-6  # a channel that was switched off stays off
+FAR_APART = 0.8  # relative error of a level's features from which the report warns
+MEASURED_IMAGES = 4  # on which a conversion is compared with its original
+CALIBRATION_EDGE = 256  # pixels, the longest shorter edge: the images are computed at once
+
+
+class Fate(NamedTuple):
+    """What became of a norm layer."""
+
+    what: str  # "as in the file", "converted from bn, damp 1" ...
+    expected_error: float | None = None  # of the layer alone, from the file alone
+    measured_error: float | None = None  # on images, with the errors of all layers before it
 
 
 class Converted(NamedTuple):
@@ -40,14 +57,9 @@ def convert_batch_norm(
     The two agree exactly on a sample whose groups have the mean and the variance that the running statistics give.
     Method: ours; the law of total variance over a group's channels, its affine map solved for gamma and beta.
 
-    Raises ConfigError where the groups do not divide C or damp is negative; CheckpointError where a number is not
-    finite, a variance is negative, or a variance and bn_eps are both 0 and gamma is not.
+    Raises CheckpointError where a number is not finite, a variance is negative, or a variance and bn_eps are both 0 and
+    gamma is not.
     """
-    channels = len(gamma)
-    if groups < 1 or channels % groups:
-        raise ConfigError(f"groups: {groups} does not divide the {channels} channels of a norm to convert")
-    if not damp >= 0:
-        raise ConfigError(f"damp: {damp} is not 0 (plain GN) or more")
     gamma, beta, mean, var = (values.detach().double() for values in (gamma, beta, mean, var))
     _check(gamma, beta, mean, var, bn_eps)
     slope = torch.where(gamma == 0, 0.0, gamma * (var + bn_eps).rsqrt())  # (C,)
@@ -112,6 +124,68 @@ def _expected_error(slope: Tensor, mean: Tensor, var: Tensor, groups: int, eps: 
     return 0.0 if wrong == 0 else (wrong / varies).sqrt().item()
 
 
+def measure_norms(
+    model: DetectionModel, references: dict[str, nn.Module], fates: dict[str, Fate], cfg: Config,
+    images: Dataset | None, *, pyramid: bool,
+) -> tuple[dict[str, Fate], list[str]]:  # fmt: skip
+    """Compare the converted norms with the file's own on images and, under `calibrate`, fit them.
+
+    references, fates: of the converted layers, by name; pyramid: report the levels behind the backbone, too.
+    Returns the fates with their measured errors, and lines for the report; nothing is new without images.
+    Raises ConfigError where there is nothing to fit on.
+    """
+    fit = cfg.train.norm_policy == "calibrate"
+    if images is None:
+        if fit:
+            raise ConfigError("train.norm_policy: calibrate needs training images to fit on")
+        return fates, []
+    batch = sample_batch(images, cfg.data, cfg.train.calibration_images if fit else MEASURED_IMAGES, CALIBRATION_EDGE)
+    (layers, stages), count = compare_with_original(model, references, batch, fit=fit), len(batch.images)
+    shown = [f"{name} {error:.2f}" for name, error in stages.items() if pyramid or name.startswith("C")]
+    lines = [f"features against the file's own norms, relative error on {count} images: {', '.join(shown)}"]
+    if max(stages.values()) > FAR_APART and cfg.train.norm_policy != "affine":
+        lines.append(
+            "warning: the converted features are far from the file's own on these images; do they look like those "
+            "it was trained on, with its pixel_mean and channel order? Larger groups are more faithful"
+        )
+    fitted = f", fitted on {count} images" if fit else ""
+    measured = {
+        name: fates[name]._replace(what=fates[name].what + fitted, measured_error=error)
+        for name, error in layers.items()
+    }
+    return fates | measured, lines
+
+
+def compare_with_original(
+    model: DetectionModel, references: dict[str, nn.Module], batch: Batch, *, fit: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Run a converted model and its original side by side, every image twice: the original's norms get the first half.
+
+    references: the original's norm for each norm layer that was converted.  fit: fit gamma and beta of those layers, in
+    forward order (method C).  The regions of both are those that the original proposes.
+    Returns relative errors ||new - old|| / ||old - mean old||, those of all layers before included: by norm layer, and
+    of the stages "C2".."C5", "P2".."P6".
+    """
+    stages: dict[str, float] = {}
+
+    def note(letter: str, module: nn.Module, arguments: object, maps: list[Tensor]) -> None:
+        for level, x in enumerate(maps, start=2):
+            old, new = x.chunk(2)
+            varies = old - old.mean((0, 2, 3), keepdim=True)
+            stages[f"{letter}{level}"] = float((new - old).norm() / varies.norm().clamp(min=1e-12))
+
+    def run() -> None:
+        images, sizes = torch.cat([batch.images] * 2), torch.cat([batch.sizes] * 2)
+        model.probe(images, sizes, batch.padded, copies=2, regions=any(map(model.sees_regions, references)))
+
+    with (
+        model.backbone.register_forward_hook(partial(note, "C")),
+        model.fpn.register_forward_hook(partial(note, "P")),
+    ):
+        layers = run_twins(model, references, run, fit=fit)
+    return layers, stages
+
+
 class Twin(nn.Module):
     """Run the norms of two networks that share their convolutions: the reference on half a batch, own on the other.
 
@@ -126,21 +200,16 @@ class Twin(nn.Module):
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         """x (2B, C, H, W): B maps of the reference network, then those of the model.  Returns the same shape."""
-        if len(x) % 2:
-            raise ValueError(f"a batch of {len(x)} maps has no halves; expected every image twice")
-        half = len(x) // 2
-        areas = (
-            (None, None)
-            if area is None
-            else (ValidArea(*(t[:half] for t in area)), ValidArea(*(t[half:] for t in area)))
-        )
-        target = self.reference(x[:half], areas[0])  # (B, C, H, W)
+        assert len(x) % 2 == 0, f"a batch of {len(x)} maps has no halves; expected every image twice"
+        old, new = x.chunk(2)
+        areas = (None, None) if area is None else tuple(map(ValidArea, *(tensor.chunk(2) for tensor in area)))
+        target = self.reference(old, areas[0])  # (B, C, H, W)
         padded = areas[1] is not None and self.own.masked
         valid = areas[1].mask if padded else target.new_ones((1, 1, 1, 1), dtype=torch.bool)
         if self.fit and len(target):
-            _fit(self.own, x[half:], areas[1], target, valid)
+            _fit(self.own, new, areas[1], target, valid)
             self.fit = False
-        result = self.own(x[half:], areas[1])  # (B, C, H, W)
+        result = self.own(new, areas[1])  # (B, C, H, W)
         self.wrong += _sum_squares(result - target, valid)
         self.varies += _sum_squares(_centred(target, valid)[0], valid)
         return torch.cat([target, result])  # copies: a ReLU in place may follow

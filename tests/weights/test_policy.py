@@ -24,8 +24,7 @@ from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.train import train
 from gndet.training.optim import average_weights
-from gndet.weights.calibrate import compare_with_original
-from gndet.weights.convert import convert_batch_norm
+from gndet.weights.convert import compare_with_original, convert_batch_norm
 from gndet.weights.load import InitialModel, initial_model, load_weights
 from gndet.weights.policy import reference_norms
 from gndet.weights.read import read_source
@@ -192,9 +191,9 @@ def test_padding_beside_the_pictures_does_not_enter_a_calibration(bn: MaskRCNN, 
         model = build_model(cfg.model, len(CLASSES))
         load_weights(model, source, CLASSES, cfg)
         batch = make_batch([(64, 96), (96, 64)], canvas)
-        comparison = compare_with_original(model, reference_norms(source, model, cfg.model), batch, fit=True)
-        gammas = {name: model.get_submodule(name).weight for name in comparison.layers}
-        results.append((gammas, comparison.layers))
+        layers, _ = compare_with_original(model, reference_norms(source, model, cfg.model), batch, fit=True)
+        gammas = {name: model.get_submodule(name).weight for name in layers}
+        results.append((gammas, layers))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
 

@@ -77,7 +77,10 @@ def test_keys_of_an_unknown_format_are_listed(tmp_path: Path) -> None:
         ("backbone.bottom_up.res4.1", "its backbone has (2, 2, 1, 2) basic blocks"),
         ("backbone.bottom_up.res4.1.conv2", "backbone.bottom_up.res4.1.conv2.weight"),
         ("backbone.bottom_up.res4.1.conv2.norm.running_var", "1 tensors of a detectron2 model"),
-        ("backbone.bottom_up.stem.conv1.norm.running_var", "stem.norm.running_mean here): [64] in the file, none"),
+        (
+            "backbone.bottom_up.stem.conv1.norm.running_var",
+            "norm.running_mean here): [64] in the file, expected none",
+        ),
         ("proposal_generator.rpn_head.anchor_deltas", "proposal_generator.rpn_head.anchor_deltas.weight"),
         ("roi_heads.box_head.fc2", "roi_heads.box_head.fc2.weight (box_head.fcs.1.weight here): absent"),
         ("roi_heads.mask_head.deconv", "roi_heads.mask_head.deconv.weight"),

@@ -13,8 +13,8 @@ from gndet.errors import CheckpointError, ConfigError
 from gndet.toolbox.convert import with_group_norm
 from gndet.weights.foreign.export import export_weights
 from gndet.weights.foreign.files import WeightFile, write_torch
-from gndet.weights.foreign.source import Source, understand
-from gndet.weights.read import read_source
+from gndet.weights.foreign.source import understand
+from gndet.weights.read import Source, read_source
 
 CLASSES = ("ant", "bee", "cow")
 SMALL = detector("frozen_bn", "none", "2fc", 18)
@@ -106,7 +106,7 @@ def test_a_format_that_was_said_must_be_the_file_s(tmp_path: Path) -> None:
     [("MaskRCNN_ResNet50_FPN_Weights.COCO_V1", 0.0), ("MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1", 1e-5), ("", 1e-5)],
 )
 def test_torchvision_s_coco_weights_have_no_eps(origin: str, eps: float) -> None:
-    file = WeightFile(Path("file.pth"), named(weights(SMALL), "torchvision", box="2fc"), "flat", {})
+    file = WeightFile(Path("file.pth"), named(weights(SMALL), "torchvision", box="2fc"), {})
     source = understand(file, SourceConfig(), origin=origin)
     assert source.model.part_norms()["backbone"].eps == eps
     assert f"eps {eps:g}" in source.notes[0]

@@ -15,7 +15,7 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.resnet import ResNet
-from gndet.weights.foreign.source import Source
+from gndet.weights.read import Source
 
 Tensors = dict[str, Tensor]
 RGB = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))

@@ -86,7 +86,7 @@ def failure(path: Path) -> str:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_pickled_arrays_come_back_value_for_value(tmp_path: Path, protocol: int) -> None:
     loaded = read_weights(pickled(tmp_path / "a.pkl", ARRAYS, protocol))
-    assert loaded.container == "flat" and loaded.extras == {}
+    assert loaded.extras == {}
     assert_equal(loaded.tensors, ARRAYS)
 
 
@@ -140,7 +140,7 @@ def test_torch_files_come_back_value_for_value(tmp_path: Path, kind: str) -> Non
         "base": base,
     }
     loaded = read_weights(TORCH[kind](tmp_path / "a.pth", OrderedDict(state)))
-    assert loaded.tensors.keys() == state.keys() and loaded.container == "flat"
+    assert loaded.tensors.keys() == state.keys()
     for key, tensor in state.items():
         truth = tensor.detach().float() if tensor.is_floating_point() else tensor
         assert loaded.tensors[key].dtype == truth.dtype and torch.equal(loaded.tensors[key], truth), key
@@ -183,7 +183,7 @@ def test_tensors_are_found_in_their_container(tmp_path: Path, kind: str, contain
     beside = {"__author__": "x", "matching_heuristics": True, "cfg": {"lr": [0.1, None]}, "optimizer": {"lr": 1}}
     content = {**beside, **tensors} if container == "flat" else {**beside, container: tensors}
     loaded = read_weights(WRITERS[kind](tmp_path / "a.x", content))
-    assert loaded.container == container and loaded.path == tmp_path / "a.x"
+    assert loaded.path == tmp_path / "a.x"
     assert_equal(loaded.tensors, {"w": np.ones(2), "b": np.zeros(1)})
     assert loaded.extras == beside | ({"n": 3} if container == "flat" else {})
 
@@ -515,7 +515,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_torch(tmp_path / "a.pth", {"model": {"w": torch.ones(2).half()}, "__author__": "x"})
     assert torch.load(tmp_path / "a.pth", weights_only=True)["model"]["w"].dtype == torch.float16
     loaded = read_weights(tmp_path / "a.pth")
-    assert loaded.container == "model" and loaded.extras == {"__author__": "x"}
+    assert loaded.extras == {"__author__": "x"}
     assert_equal(loaded.tensors, {"w": np.ones(2)})
 
 

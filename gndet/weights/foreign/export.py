@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config.schema import ModelConfig, NormConfig
+from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.weights.foreign.describe import FACTS
-from gndet.weights.foreign.names import BACKGROUND, CLASS_ROWS, PARTS, STEM, layer_names
+from gndet.weights.foreign.formats import FACTS
+from gndet.weights.foreign.names import layer_names
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, PARTS, STEM
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer there
@@ -46,7 +47,8 @@ def export_weights(
             key = f"{layer}.{parameter}"
             if key in state:
                 tensors[f"{name}.{parameter}"] = _rows(state[key], layer, toolkit).contiguous().clone()
-        if layer.endswith(".norm") and _counts(norm, toolkit):
+        counts = norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
+        if layer.endswith(".norm") and counts:  # torch's BatchNorm2d counts its batches, frozen layers do not
             counter = state.get(f"{layer}.num_batches_tracked", torch.tensor(0))
             tensors[f"{name}.num_batches_tracked"] = counter.clone()
     content: dict[str, Any] = tensors
@@ -68,11 +70,6 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
     if "box_head" in parts and len(cfg.rpn.aspect_ratios) != 3:
         raise ConfigError(f"model.rpn.aspect_ratios: {cfg.rpn.aspect_ratios}; expected three to export")
-
-
-def _counts(norm: NormConfig, toolkit: str) -> bool:
-    """Return whether the toolkit's layer counts its batches: torch's BatchNorm2d does, frozen layers do not."""
-    return norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
 
 
 def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:

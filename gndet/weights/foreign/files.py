@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,28 +21,21 @@ from torch import Tensor
 
 from gndet.errors import CheckpointError
 from gndet.files import write_whole
+from gndet.weights.read import MAX_NAMED
 
 ZIP = b"PK"  # torch.save since torch 1.6
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # earlier: two bytes of protocol, then torch's magic number, pickled
 EXPECTED = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
 CONTAINERS = ("blobs", "model", "state_dict")  # of Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
 NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")  # numpy's names of the types read
-MAX_NAMED = 5  # tensors or keys that an error names
 
 
 class WeightFile(NamedTuple):
-    """The tensors of a file, and where in it they were."""
+    """The tensors of a file, and what stands beside them."""
 
     path: Path
     tensors: dict[str, Tensor]  # on the CPU, by name without a leading "module."
-    container: str  # "blobs", "model", "state_dict", or "flat" where the tensors were not within another dict
-    extras: dict[str, Any]  # what stands beside them: "meta", "__author__" ...
-
-
-def first_few(lines: Sequence[str]) -> list[str]:
-    """Return as many lines as an error names, and how many more there are."""
-    more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
-    return [*lines[:MAX_NAMED], *more]
+    extras: dict[str, Any]  # "meta", "__author__" ...
 
 
 class _Unfit(Exception):
@@ -213,7 +206,7 @@ def _torch_content(file: io.BufferedReader) -> Any:
     )
 
 
-def _weights(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+def _weights(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Find the tensors of a file's content and check them; return the fields of a WeightFile after its path."""
     if not isinstance(content, dict):
         raise _Unfit(f"holds a {type(content).__name__}; expected a dict of tensors by name")
@@ -234,8 +227,7 @@ def _weights(content: Any) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         listed = ", ".join(wrong[:MAX_NAMED]) + (", ..." if len(wrong) > MAX_NAMED else "")
         raise _Unfit(f"NaN or infinite values in {listed}; expected finite weights: did the training diverge?")
     beside = [key for key in content if isinstance(key, str) and key != container]
-    extras = {key: content[key] for key in beside if not isinstance(content[key], Tensor | _Array)}
-    return tensors, container, extras
+    return tensors, {key: content[key] for key in beside if not isinstance(content[key], Tensor | _Array)}
 
 
 def _arrays(entries: Any) -> dict[str, Any]:

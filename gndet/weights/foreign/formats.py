@@ -1,14 +1,52 @@
-"""Which toolkit wrote a file, and what the file states about itself."""
+"""Which toolkit wrote a file, what its files assume by custom, and the ModelConfig that fits the tensors.
+
+C channels, K classes.
+"""
 
 import re
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gndet.config.schema import SourceConfig
+from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
-from gndet.weights.foreign.describe import FACTS, NO_STD, RGB_MEAN, RGB_STD, Facts
-from gndet.weights.foreign.files import MAX_NAMED, WeightFile
+from gndet.modeling.resnet import BLOCKS
+from gndet.weights.foreign.files import WeightFile
+from gndet.weights.foreign.names import FORMATS, STAGES, Brick, theirs
+from gndet.weights.read import MAX_NAMED
 
+RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
+CAFFE_MEAN, NO_STD = (122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)  # Detectron's, here as RGB
+
+
+class Facts(NamedTuple):
+    """What a format's files assume by custom."""
+
+    title: str
+    bgr: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    msra: bool  # BN backbones have their stride in the 1x1; GN ones only where gn_msra
+    background_first: bool
+    compat: str
+    frozen_eps: float = 1e-5
+    gn_msra: bool = False
+    groups: int = 32
+    channels_per_group: int | None = None
+    standardized: bool = False  # weight standardization in its backbone, pyramid and heads
+
+
+FACTS = {
+    "resnet": Facts("torchvision or timm ResNet", False, RGB_MEAN, RGB_STD, False, False, "gndet"),
+    "torchvision": Facts("torchvision detector", False, RGB_MEAN, RGB_STD, False, True, "torchvision"),
+    "detectron2": Facts("detectron2", True, RGB_MEAN, NO_STD, True, False, "detectron2"),
+    "detectron2_backbone": Facts("detectron2 backbone", True, RGB_MEAN, NO_STD, True, False, "detectron2"),
+    "detectron": Facts("Detectron", True, CAFFE_MEAN, NO_STD, True, True, "detectron", frozen_eps=0.0),
+    "mmdetection": Facts("mmdetection", False, RGB_MEAN, RGB_STD, False, False, "mmdetection"),
+    "maskrcnn-benchmark": Facts(
+        "maskrcnn-benchmark", True, CAFFE_MEAN, NO_STD, True, True, "detectron", frozen_eps=0.0
+    ),
+}
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the order that the model takes
 MARKS = (  # a key that tells a format, the first that fits
     ("backbone.bottom_up.", "detectron2"),
@@ -39,13 +77,15 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     rules = (
         (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
         (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
+        (
+            r"^roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)$",
+            lambda match: f"roi_heads.mask_head.{int(match[1]) - 1}.0.{match[2]}",
+        ),
     )
     result = {}
     for key, tensor in tensors.items():
         for pattern, new in rules:
             key = re.sub(pattern, new, key)
-        if match := re.match(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(weight|bias)$", key):
-            key = f"roi_heads.mask_head.{int(match[1]) - 1}.0.{match[2]}"
         result[key] = tensor
     return result
 
@@ -53,9 +93,8 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> str:
     """Return the format by the names of the tensors.  Raises CheckpointError where none fits, or not the stated one."""
     found = next((format for mark, format in MARKS if any(key.startswith(mark) for key in tensors)), None)
-    refuse = _unsupported(tensors)
-    if refuse:
-        raise CheckpointError(f"{file.path}: {refuse}")
+    if refusal := _unsupported(tensors):
+        raise CheckpointError(f"{file.path}: {refusal}")
     if found is None or cfg.format not in ("auto", found.removesuffix("_backbone")):
         expected = f"train.source.format: {cfg.format}" if cfg.format != "auto" else "a known format"
         keys = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(tensors.items())[:MAX_NAMED])
@@ -116,11 +155,10 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
     text = str(meta.get("config") or meta.get("cfg") or "") if isinstance(meta, dict) else ""
     if not text:
         return facts._replace(bgr=True, std=NO_STD) if gn else facts
-    flip = re.search(r"(?:bgr_to_rgb|to_rgb)['\"]?\s*[=:]\s*(True|False)", text)
-    numbers = {key: re.search(rf"\b{key}['\"]?\s*[=:]\s*\[([-\d.,\s]+)\]", text) for key in ("mean", "std")}
-    if flip:
+    if flip := re.search(r"(?:bgr_to_rgb|to_rgb)['\"]?\s*[=:]\s*(True|False)", text):
         facts = facts._replace(bgr=flip[1] == "False")
-    for key, match in numbers.items():
+    for key in ("mean", "std"):
+        match = re.search(rf"\b{key}['\"]?\s*[=:]\s*\[([-\d.,\s]+)\]", text)
         values = [float(word) for word in match[1].split(",") if word.strip()] if match else []
         if len(values) == 3:  # mmdetection states them in the order its model takes
             facts = facts._replace(**{key: tuple(values[::-1] if facts.bgr else values)})
@@ -131,3 +169,117 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
         msra=caffe, gn_msra=caffe, groups=int(groups[1]) if groups else 32, standardized="ConvWS" in text,
         channels_per_group=int(per_group[1]) if per_group else None,
     )  # fmt: skip
+
+
+class Reader:
+    """Look layers up in a file by the names of its format; a layer that the format or the file lacks is None."""
+
+    def __init__(self, path: str, format: str, tensors: dict[str, Tensor]) -> None:
+        self.path, self.format, self.tensors, self.names = path, format, tensors, FORMATS[format]
+
+    def weight(self, layer: str, **numbers: Any) -> Tensor | None:
+        """Return the weight of a layer, or of a brick's convolution, with or without a norm behind it."""
+        name = self.names.get(layer)
+        for template in (name.conv, name.bare) if isinstance(name, Brick) else (name,):
+            key = theirs(self.format, template.format(**numbers), "weight") if template else ""
+            if key in self.tensors:
+                return self.tensors[key]
+        return None
+
+    def norm(self, layer: str, **numbers: Any) -> str:
+        """Return the kind of a brick's norm: gn, bn, frozen_bn or none."""
+        template = self.names[layer].norm
+        for kind in ("bn", "gn"):
+            name = template.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
+            keys = ("weight", "num_batches_tracked", "running_var")
+            weight, counter, var = (theirs(self.format, name, key) in self.tensors for key in keys)
+            if weight and counter:
+                return "bn"
+            if weight:
+                return "frozen_bn" if var or (self.format == "detectron" and kind == "bn") else "gn"
+        return "none"
+
+
+def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Return the config of the model that a file's tensors fit, and the parts that the file holds."""
+    depth, backbone_norm = _depth(reader), reader.norm("stem")
+    in_1x1 = facts.gn_msra if backbone_norm == "gn" else facts.msra
+    tree: dict[str, Any] = {
+        "backbone": {"depth": depth, "stride_in_1x1": depth >= 50 and in_1x1, "norm": backbone_norm}
+    }
+    finest = {"L": 2, "l": 0, "u": 1, "last": BLOCKS[depth][0] - 1}
+    lateral, objectness = reader.weight("lateral", **finest), reader.weight("objectness")
+    if lateral is not None:
+        tree["fpn"] = {"channels": len(lateral), "norm": reader.norm("lateral", **finest)}
+    if objectness is not None:
+        if len(objectness) != 3:
+            raise CheckpointError(f"{reader.path}: {len(objectness)} anchors per cell, expected 3 (ratios 0.5, 1, 2)")
+        many = sum(reader.weight("rpn_many", n=n) is not None for n in range(8))
+        ratios = cfg.aspect_ratios or (0.5, 1.0, 2.0)
+        tree["rpn"] = {"aspect_ratios": ratios, "num_convs": max(many, 1), "norm": "none"}
+        if cfg.anchor_sizes:
+            tree["rpn"]["anchor_sizes"] = cfg.anchor_sizes
+    tree |= _heads(reader)
+    parts = tuple(tree)
+    eps = cfg.norm_eps
+    if eps is None and re.match(r"(maskrcnn|fasterrcnn)_resnet50_fpn_coco-|(Mask|Faster)RCNN_ResNet50_FPN_W.*V1", name):
+        eps = 0.0  # torchvision sets it for these weights (overwrite_eps)
+    for section in tree.values():
+        kind = section["norm"]
+        default = facts.frozen_eps if kind == "frozen_bn" else 1e-5
+        section["norm"] = {
+            "kind": kind, "eps": default if eps is None else eps, "padding": "plain", "groups": facts.groups,
+            "channels_per_group": facts.channels_per_group,
+            "weight_standardization": facts.standardized and kind != "none",
+        }  # fmt: skip
+    tree |= {"compat": facts.compat, "pixel_mean": facts.mean, "pixel_std": facts.std, "masks": "mask_head" in parts}
+    tree["norm"] = tree["backbone"]["norm"]
+    return ModelConfig.model_validate(tree), parts
+
+
+def _depth(reader: Reader) -> int:
+    """Return the depth of the ResNet by its blocks.  Raises CheckpointError where gndet has no such ResNet."""
+
+    def conv(s: int, i: int, k: int) -> Tensor | None:
+        return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1])
+
+    counts = tuple(next(i for i in range(99) if conv(s, i, 1) is None) for s in STAGES)
+    bottleneck = conv(2, 0, 3) is not None
+    depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottleneck]
+    if not depths:
+        raise CheckpointError(
+            f"{reader.path}: its backbone has {counts} {'bottleneck' if bottleneck else 'basic'} blocks, which is no "
+            f"ResNet of gndet: {', '.join(f'{d} {b}' for d, b in BLOCKS.items())}; is a part of the file missing?"
+        )
+    middle = conv(2, 0, 2)
+    if bottleneck and middle is not None and middle.shape[:2] != (64, 64):
+        raise CheckpointError(
+            f"{reader.path}: its 3x3 convolutions in res2 are {list(middle.shape)}, expected [64, 64, 3, 3]; grouped "
+            "or wide ResNets (ResNeXt) are not in gndet"
+        )
+    return depths[0]
+
+
+def _heads(reader: Reader) -> dict[str, dict[str, Any]]:
+    """Return the config sections of the heads that the file holds, with the kind of their norm."""
+    sections: dict[str, dict[str, Any]] = {}
+    scores, deltas, logits = (reader.weight(layer) for layer in ("cls_score", "bbox_pred", "mask_logits"))
+    numbers = [{"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1} for n in range(16)]
+    box_convs, mask_convs = (
+        [conv for conv in (reader.weight(layer, **place) for place in numbers) if conv is not None]
+        for layer in ("box_conv", "mask_conv")
+    )
+    if scores is not None and deltas is not None:
+        if len(deltas) != 4 * (len(scores) - (not FACTS[reader.format].background_first)):
+            raise CheckpointError(
+                f"{reader.path}: {reader.names['bbox_pred']} has {len(deltas)} rows beside {len(scores)} of "
+                f"{reader.names['cls_score']}: class-agnostic boxes, which gndet does not have"
+            )
+        sections["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}
+        if box_convs:
+            convs = {"kind": "4conv1fc", "num_convs": len(box_convs), "conv_channels": len(box_convs[0])}
+            sections["box_head"] |= {**convs, "norm": reader.norm("box_conv", **numbers[0])}
+    if logits is not None:
+        norm = reader.norm("mask_conv", **numbers[0])
+        sections["mask_head"] = {"num_convs": max(len(mask_convs), 1), "channels": logits.shape[1], "norm": norm}
+    return sections

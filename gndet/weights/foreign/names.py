@@ -5,31 +5,15 @@ abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number
 of a head, x = 3 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or "gn".
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Container, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from gndet.config.schema import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 
-LEVELS = STAGES = (2, 3, 4, 5)
-PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")  # those that a file may hold
-STEM = "backbone.stem.conv.weight"
-BACKGROUND = "box_head.cls_score"  # this layer has a row for the background, the last
-CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows per class
-SHAPING = (  # options of `model` that decide the shapes, named where shapes differ
-    *("backbone.depth", "fpn.channels", "rpn.num_convs", "rpn.aspect_ratios"),
-    *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
-    *("mask_head.num_convs", "mask_head.channels"),
-)
-CONVENTIONS = (  # options of `model` that decide what the same weights compute, by the part that must be in the file
-    ("backbone", "backbone.stride_in_1x1"),
-    ("backbone", "pixel_mean"),
-    ("rpn", "rpn.aspect_ratios"),
-    ("rpn", "rpn.anchors"),
-    ("box_head", "box_head.roi_align"),
-    ("mask_head", "mask_head.roi_align"),
-)
-NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences that are reported, not refused
+STAGES = (2, 3, 4, 5)  # of the ResNet, and the levels of its pyramid
 
 
 class Brick(NamedTuple):
@@ -40,128 +24,97 @@ class Brick(NamedTuple):
     bare: str | None = None
 
 
-class Names(NamedTuple):
-    """The names of one format; None for what it cannot hold."""
-
-    stem: Brick
-    block: Brick
-    shortcut: Brick
-    lateral: Brick | None = None
-    output: Brick | None = None
-    rpn: Brick | None = None  # the only convolution
-    rpn_many: Brick | None = None  # one of several
-    objectness: str = ""
-    deltas: str = ""
-    box_conv: Brick | None = None
-    fc: str = ""  # of the 2fc head
-    fc_after_convs: str = ""  # of the 4conv1fc head
-    cls_score: str = ""
-    bbox_pred: str = ""
-    mask_conv: Brick | None = None
-    deconv: str = ""
-    mask_logits: str = ""
-    top: Brick | None = None  # lateral of P5, where it has a name of its own
+def _brick(conv: str, norm: str, name: str, bare: str | None = None) -> Brick:
+    """Name a brick by what follows the name of its convolution and of its norm."""
+    return Brick(name + conv, name + norm, bare)
 
 
-def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> tuple[Brick, Brick, Brick]:
+_own = partial(_brick, "", ".norm")  # detectron2: the norm is a part of the convolution
+_sequence = partial(_brick, ".0", ".1")  # torchvision: a sequence of convolution and norm
+_module = partial(_brick, ".conv", ".{norm}")  # mmcv's ConvModule
+_caffe2 = partial(_brick, "", "_{norm}")
+
+
+def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick]:
     """Name a ResNet as torchvision does."""
     block = f"{prefix}layer{{t}}.{{i}}."
-    return (
-        Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
-        Brick(f"{block}conv{{k}}", f"{block}{norm}{{k}}"),
-        Brick(f"{block}downsample.0", f"{block}downsample.1"),
-    )
+    return {
+        "stem": Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
+        "block": Brick(f"{block}conv{{k}}", f"{block}{norm}{{k}}"),
+        "shortcut": Brick(f"{block}downsample.0", f"{block}downsample.1"),
+    }
 
 
-def _own(name: str) -> Brick:
-    """Name a brick as detectron2 does: the norm is a part of the convolution."""
-    return Brick(name, f"{name}.norm")
-
-
-def _sequence(name: str, bare: str | None = None) -> Brick:
-    """Name a brick as torchvision does: a sequence of convolution and norm."""
-    return Brick(f"{name}.0", f"{name}.1", bare)
-
-
-def _module(name: str) -> Brick:
-    """Name a brick as mmcv's ConvModule does."""
-    return Brick(f"{name}.conv", f"{name}.{{norm}}")
-
-
-def _detectron2(prefix: str) -> tuple[Brick, Brick, Brick]:
-    return (
-        _own(f"{prefix}stem.conv1"),
-        _own(f"{prefix}res{{s}}.{{i}}.conv{{k}}"),
-        _own(f"{prefix}res{{s}}.{{i}}.shortcut"),
-    )
-
-
-def _caffe2(name: str) -> Brick:
-    return Brick(name, f"{name}_{{norm}}")
+def _detectron2(prefix: str) -> dict[str, Brick]:
+    names = {"stem": "stem.conv1", "block": "res{s}.{i}.conv{k}", "shortcut": "res{s}.{i}.shortcut"}
+    return {layer: _own(prefix + name) for layer, name in names.items()}
 
 
 _BOX, _MASK = "roi_heads.box_predictor.", "roi_heads.mask_head."
-FORMATS: dict[str, Names] = {
-    "resnet": Names(*_resnet("")),  # torchvision's classifiers and timm's
-    "torchvision": Names(
-        *_resnet("backbone.body."),
-        lateral=_sequence("backbone.fpn.inner_blocks.{l}"), output=_sequence("backbone.fpn.layer_blocks.{l}"),
-        rpn=_sequence("rpn.head.conv.{n}"), rpn_many=_sequence("rpn.head.conv.{n}"),
-        objectness="rpn.head.cls_logits", deltas="rpn.head.bbox_pred",
-        box_conv=_sequence("roi_heads.box_head.{n}"), fc="roi_heads.box_head.fc{f}",
-        fc_after_convs="roi_heads.box_head.{flat}", cls_score=_BOX + "cls_score", bbox_pred=_BOX + "bbox_pred",
-        mask_conv=_sequence(_MASK + "{n}"), deconv="roi_heads.mask_predictor.conv5_mask",
-        mask_logits="roi_heads.mask_predictor.mask_fcn_logits",
-    ),
-    "detectron2_backbone": Names(*_detectron2("")),
-    "detectron2": Names(
-        *_detectron2("backbone.bottom_up."),
-        lateral=_own("backbone.fpn_lateral{L}"), output=_own("backbone.fpn_output{L}"),
-        rpn=_own("proposal_generator.rpn_head.conv"), rpn_many=_own("proposal_generator.rpn_head.conv.conv{n}"),
-        objectness="proposal_generator.rpn_head.objectness_logits",
-        deltas="proposal_generator.rpn_head.anchor_deltas",
-        box_conv=_own("roi_heads.box_head.conv{m}"), fc="roi_heads.box_head.fc{m}",
-        fc_after_convs="roi_heads.box_head.fc{m}", cls_score=_BOX + "cls_score", bbox_pred=_BOX + "bbox_pred",
-        mask_conv=_own(_MASK + "mask_fcn{m}"), deconv=_MASK + "deconv", mask_logits=_MASK + "predictor",
-    ),
-    "mmdetection": Names(
-        *_resnet("backbone.", norm="{norm}"),
-        lateral=_module("neck.lateral_convs.{l}"), output=_module("neck.fpn_convs.{l}"),
-        rpn=Brick("rpn_head.rpn_conv", ""), rpn_many=_module("rpn_head.rpn_conv.{n}"),
-        objectness="rpn_head.rpn_cls", deltas="rpn_head.rpn_reg",
-        box_conv=_module("roi_head.bbox_head.shared_convs.{n}"), fc="roi_head.bbox_head.shared_fcs.{n}",
-        fc_after_convs="roi_head.bbox_head.shared_fcs.{n}",
-        cls_score="roi_head.bbox_head.fc_cls", bbox_pred="roi_head.bbox_head.fc_reg",
-        mask_conv=_module("roi_head.mask_head.convs.{n}"), deconv="roi_head.mask_head.upsample",
-        mask_logits="roi_head.mask_head.conv_logits",
-    ),
-    "maskrcnn-benchmark": Names(
-        *_resnet("backbone.body.", stem="stem."),
-        lateral=_sequence("backbone.fpn.fpn_inner{u}", bare="backbone.fpn.fpn_inner{u}"),
-        output=_sequence("backbone.fpn.fpn_layer{u}", bare="backbone.fpn.fpn_layer{u}"),
-        rpn=Brick("rpn.head.conv", ""), objectness="rpn.head.cls_logits", deltas="rpn.head.bbox_pred",
-        box_conv=Brick("roi_heads.box.feature_extractor.xconvs.{x}", "roi_heads.box.feature_extractor.xconvs.{x1}"),
-        fc="roi_heads.box.feature_extractor.fc{f}", fc_after_convs="roi_heads.box.feature_extractor.fc{f}",
-        cls_score="roi_heads.box.predictor.cls_score", bbox_pred="roi_heads.box.predictor.bbox_pred",
-        mask_conv=_sequence(
+# By layer, for those that a format can hold.  rpn: the only convolution, rpn_many: one of several; fc: of the 2fc head,
+# fc_after_convs: of the 4conv1fc head; top: lateral of P5, where it has a name of its own.
+FORMATS: dict[str, dict[str, Brick | str]] = {
+    "resnet": _resnet(""),  # torchvision's classifiers and timm's
+    "torchvision": {
+        **_resnet("backbone.body."),
+        "lateral": _sequence("backbone.fpn.inner_blocks.{l}"), "output": _sequence("backbone.fpn.layer_blocks.{l}"),
+        "rpn": _sequence("rpn.head.conv.{n}"), "rpn_many": _sequence("rpn.head.conv.{n}"),
+        "objectness": "rpn.head.cls_logits", "deltas": "rpn.head.bbox_pred",
+        "box_conv": _sequence("roi_heads.box_head.{n}"), "fc": "roi_heads.box_head.fc{f}",
+        "fc_after_convs": "roi_heads.box_head.{flat}", "cls_score": _BOX + "cls_score", "bbox_pred": _BOX + "bbox_pred",
+        "mask_conv": _sequence(_MASK + "{n}"), "deconv": "roi_heads.mask_predictor.conv5_mask",
+        "mask_logits": "roi_heads.mask_predictor.mask_fcn_logits",
+    },
+    "detectron2_backbone": _detectron2(""),
+    "detectron2": {
+        **_detectron2("backbone.bottom_up."),
+        "lateral": _own("backbone.fpn_lateral{L}"), "output": _own("backbone.fpn_output{L}"),
+        "rpn": _own("proposal_generator.rpn_head.conv"), "rpn_many": _own("proposal_generator.rpn_head.conv.conv{n}"),
+        "objectness": "proposal_generator.rpn_head.objectness_logits",
+        "deltas": "proposal_generator.rpn_head.anchor_deltas",
+        "box_conv": _own("roi_heads.box_head.conv{m}"), "fc": "roi_heads.box_head.fc{m}",
+        "fc_after_convs": "roi_heads.box_head.fc{m}", "cls_score": _BOX + "cls_score", "bbox_pred": _BOX + "bbox_pred",
+        "mask_conv": _own(_MASK + "mask_fcn{m}"), "deconv": _MASK + "deconv", "mask_logits": _MASK + "predictor",
+    },
+    "mmdetection": {
+        **_resnet("backbone.", norm="{norm}"),
+        "lateral": _module("neck.lateral_convs.{l}"), "output": _module("neck.fpn_convs.{l}"),
+        "rpn": Brick("rpn_head.rpn_conv", ""), "rpn_many": _module("rpn_head.rpn_conv.{n}"),
+        "objectness": "rpn_head.rpn_cls", "deltas": "rpn_head.rpn_reg",
+        "box_conv": _module("roi_head.bbox_head.shared_convs.{n}"), "fc": "roi_head.bbox_head.shared_fcs.{n}",
+        "fc_after_convs": "roi_head.bbox_head.shared_fcs.{n}",
+        "cls_score": "roi_head.bbox_head.fc_cls", "bbox_pred": "roi_head.bbox_head.fc_reg",
+        "mask_conv": _module("roi_head.mask_head.convs.{n}"), "deconv": "roi_head.mask_head.upsample",
+        "mask_logits": "roi_head.mask_head.conv_logits",
+    },
+    "maskrcnn-benchmark": {
+        **_resnet("backbone.body.", stem="stem."),
+        "lateral": _sequence("backbone.fpn.fpn_inner{u}", bare="backbone.fpn.fpn_inner{u}"),
+        "output": _sequence("backbone.fpn.fpn_layer{u}", bare="backbone.fpn.fpn_layer{u}"),
+        "rpn": Brick("rpn.head.conv", ""), "objectness": "rpn.head.cls_logits", "deltas": "rpn.head.bbox_pred",
+        "box_conv": Brick("roi_heads.box.feature_extractor.xconvs.{x}", "roi_heads.box.feature_extractor.xconvs.{x1}"),
+        "fc": "roi_heads.box.feature_extractor.fc{f}", "fc_after_convs": "roi_heads.box.feature_extractor.fc{f}",
+        "cls_score": "roi_heads.box.predictor.cls_score", "bbox_pred": "roi_heads.box.predictor.bbox_pred",
+        "mask_conv": _sequence(
             "roi_heads.mask.feature_extractor.mask_fcn{m}", bare="roi_heads.mask.feature_extractor.mask_fcn{m}"
         ),
-        deconv="roi_heads.mask.predictor.conv5_mask", mask_logits="roi_heads.mask.predictor.mask_fcn_logits",
-    ),
-    "detectron": Names(
-        Brick("conv1", "{conv1}_{norm}"), _caffe2("res{s}_{i}_branch2{abc}"), _caffe2("res{s}_{i}_branch1"),
-        lateral=_caffe2("fpn_inner_res{L}_{last}_sum_lateral"), top=_caffe2("fpn_inner_res{L}_{last}_sum"),
-        output=_caffe2("fpn_res{L}_{last}_sum"), rpn=Brick("conv_rpn_fpn2", ""),
-        objectness="rpn_cls_logits_fpn2", deltas="rpn_bbox_pred_fpn2",
-        box_conv=_caffe2("head_conv{m}"), fc="fc{f}", fc_after_convs="fc{f}",
-        cls_score="cls_score", bbox_pred="bbox_pred",
-        mask_conv=Brick("_mask_fcn{m}", "_mask_fcn{m}_{norm}", bare="_[mask]_fcn{m}"),
-        deconv="conv5_mask", mask_logits="mask_fcn_logits",
-    ),
+        "deconv": "roi_heads.mask.predictor.conv5_mask", "mask_logits": "roi_heads.mask.predictor.mask_fcn_logits",
+    },
+    "detectron": {
+        "stem": Brick("conv1", "{conv1}_{norm}"), "block": _caffe2("res{s}_{i}_branch2{abc}"),
+        "shortcut": _caffe2("res{s}_{i}_branch1"),
+        "lateral": _caffe2("fpn_inner_res{L}_{last}_sum_lateral"), "top": _caffe2("fpn_inner_res{L}_{last}_sum"),
+        "output": _caffe2("fpn_res{L}_{last}_sum"), "rpn": Brick("conv_rpn_fpn2", ""),
+        "objectness": "rpn_cls_logits_fpn2", "deltas": "rpn_bbox_pred_fpn2",
+        "box_conv": _caffe2("head_conv{m}"), "fc": "fc{f}", "fc_after_convs": "fc{f}",
+        "cls_score": "cls_score", "bbox_pred": "bbox_pred",
+        "mask_conv": Brick("_mask_fcn{m}", "_mask_fcn{m}_{norm}", bare="_[mask]_fcn{m}"),
+        "deconv": "conv5_mask", "mask_logits": "mask_fcn_logits",
+    },
 }  # fmt: skip
 
-SUFFIXES = {".weight": "_w", ".bias": "_b"}  # of Detectron's convolutions and fully connected layers
-NORM_SUFFIXES = {".weight": "_s", ".bias": "_b", ".running_mean": "_rm", ".running_var": "_riv"}  # and of its norms
+SUFFIXES = {"weight": "_w", "bias": "_b"}  # of Detectron's convolutions and fully connected layers
+NORM_SUFFIXES = {"weight": "_s", "bias": "_b", "running_mean": "_rm", "running_var": "_riv"}  # and of its norms
 
 
 def theirs(format: str, layer: str, parameter: str) -> str:
@@ -169,22 +122,22 @@ def theirs(format: str, layer: str, parameter: str) -> str:
     if format != "detectron":
         return f"{layer}.{parameter}"
     suffixes = NORM_SUFFIXES if layer.endswith(("_bn", "_gn")) else SUFFIXES
-    return layer + suffixes.get(f".{parameter}", f"_{parameter}")
+    return layer + suffixes.get(parameter, f"_{parameter}")
 
 
 def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[str, str]:
     """Map gndet's layers of those parts ("backbone.res2.0.conv1.conv", "rpn.deltas") to a format's, in model order."""
-    norms = cfg.part_norms()
+    norms, names = cfg.part_norms(), FORMATS[format]
     result: dict[str, str] = {}
-    for part, layer, there, numbers in _layers(FORMATS[format], cfg):
+    for part, layer, name, numbers in _layers(names, cfg):
         if part not in parts:
             continue
-        assert there is not None, f"{format} has no {part}"
+        there = names[name]
         if isinstance(there, str):
             result[f"{part}.{layer}"] = there.format(**numbers)
             continue
         norm = "bn" if norms[part].has_running_statistics else "gn"
-        numbers |= {"norm": norm, "conv1": "res_conv1" if norm == "bn" else "conv1"}
+        numbers = {**numbers, "norm": norm, "conv1": "res_conv1" if norm == "bn" else "conv1"}
         normed = norms[part].kind != "none"
         conv = there.conv if normed or there.bare is None else there.bare
         result[f"{part}.{layer}.conv"] = conv.format(**numbers)
@@ -193,39 +146,34 @@ def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[s
     return result
 
 
-def _layers(names: Names, cfg: ModelConfig) -> Iterator[tuple[str, str, Brick | str | None, dict[str, object]]]:
-    """Yield every layer of a model: its part, gndet's name of it, the format's template, and the numbers to put in."""
-    yield "backbone", "stem", names.stem, {}
-    for s, i, k, has_shortcut in _blocks(cfg.backbone.depth):
-        if k == 1 and has_shortcut:
-            yield "backbone", f"res{s}.{i}.shortcut", names.shortcut, {"s": s, "t": s - 1, "i": i}
-        yield "backbone", f"res{s}.{i}.conv{k}", names.block, {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1]}
-    for level, count in zip(LEVELS, BLOCKS[cfg.backbone.depth], strict=True):
+def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
+    """Yield every layer of a model: its part, gndet's name of it, its name in `names`, and the numbers to put in."""
+    depth = cfg.backbone.depth
+    yield "backbone", "stem", "stem", {}
+    for s, count in zip(STAGES, BLOCKS[depth], strict=True):
+        for i, k in itertools.product(range(count), (1, 2, 3) if depth >= 50 else (1, 2)):
+            numbers = {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1]}
+            if i == 0 and k == 1 and (s > 2 or depth >= 50):
+                yield "backbone", f"res{s}.{i}.shortcut", "shortcut", numbers
+            yield "backbone", f"res{s}.{i}.conv{k}", "block", numbers
+    for level, count in zip(STAGES, BLOCKS[depth], strict=True):
         numbers = {"L": level, "l": level - 2, "u": level - 1, "last": count - 1}
-        yield "fpn", f"lateral{level}", names.top if level == 5 and names.top else names.lateral, {**numbers}
-        yield "fpn", f"output{level}", names.output, {**numbers}
+        yield "fpn", f"lateral{level}", "top" if level == 5 and "top" in names else "lateral", numbers
+        yield "fpn", f"output{level}", "output", numbers
     for n in range(cfg.rpn.num_convs):
-        yield "rpn", f"convs.{n}", names.rpn if cfg.rpn.num_convs == 1 else names.rpn_many, {"n": n}
-    yield "rpn", "objectness", names.objectness, {}
-    yield "rpn", "deltas", names.deltas, {}
+        yield "rpn", f"convs.{n}", "rpn" if cfg.rpn.num_convs == 1 else "rpn_many", {"n": n}
+    yield "rpn", "objectness", "objectness", {}
+    yield "rpn", "deltas", "deltas", {}
     bare = cfg.box_head.kind == "2fc"
     convs = 0 if bare else cfg.box_head.num_convs
     for n in range(convs):
-        yield "box_head", f"convs.{n}", names.box_conv, {"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1}
+        yield "box_head", f"convs.{n}", "box_conv", {"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1}
     for n in range(2 if bare else 1):
         numbers = {"n": n, "m": n + 1, "f": 6 + n, "flat": convs + 1}
-        yield "box_head", f"fcs.{n}", names.fc if bare else names.fc_after_convs, numbers
-    yield "box_head", "cls_score", names.cls_score, {}
-    yield "box_head", "bbox_pred", names.bbox_pred, {}
+        yield "box_head", f"fcs.{n}", "fc" if bare else "fc_after_convs", numbers
+    yield "box_head", "cls_score", "cls_score", {}
+    yield "box_head", "bbox_pred", "bbox_pred", {}
     for n in range(cfg.mask_head.num_convs):
-        yield "mask_head", f"convs.{n}", names.mask_conv, {"n": n, "m": n + 1}
-    yield "mask_head", "deconv", names.deconv, {}
-    yield "mask_head", "logits", names.mask_logits, {}
-
-
-def _blocks(depth: int) -> Iterator[tuple[int, int, int, bool]]:
-    """Yield stage, block, convolution, and whether the block has a shortcut convolution."""
-    for s, count in zip(STAGES, BLOCKS[depth], strict=True):
-        for i in range(count):
-            for k in range(1, 3 if depth < 50 else 4):
-                yield s, i, k, i == 0 and (s > 2 or depth >= 50)
+        yield "mask_head", f"convs.{n}", "mask_conv", {"n": n, "m": n + 1}
+    yield "mask_head", "deconv", "deconv", {}
+    yield "mask_head", "logits", "mask_logits", {}

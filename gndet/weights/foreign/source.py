@@ -1,59 +1,33 @@
-"""What a file of another toolkit holds, in gndet's names, with everything that its numbers silently assume.
+"""From a file of another toolkit, or the name of published weights, to a Source with all that its numbers assume.
 
-A `Source` has tensors by gndet's names, the ModelConfig under which they compute what they computed there, the classes,
-and the assumptions in words. K classes; row 0 is the background's in torchvision, Detectron and maskrcnn-benchmark,
-the last row in detectron2, mmdetection and gndet.
+K classes; row 0 is the background's in torchvision, Detectron and maskrcnn-benchmark, the last row in detectron2,
+mmdetection and gndet.
 """
 
+import importlib
 import re
-from typing import NamedTuple
+from pathlib import Path
+from urllib.error import URLError
 
 import torch
+import torchvision
 from torch import Tensor
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from gndet.config.schema import Config, ModelConfig, SourceConfig
+from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
-from gndet.weights.foreign.describe import FACTS, Facts, Reader, infer_config
-from gndet.weights.foreign.files import MAX_NAMED, WeightFile, first_few
-from gndet.weights.foreign.formats import facts_of, format_of, renamed
-from gndet.weights.foreign.names import BACKGROUND, CLASS_ROWS, STEM, layer_names, theirs
+from gndet.weights.foreign.files import WeightFile, read_weights
+from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
+from gndet.weights.foreign.names import layer_names, theirs
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, MAX_NAMED, STEM, Source, first_few, fused_parts
 
+TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
+TIMM_NAME = re.compile(r"timm:([\w.]+)")  # as timm:resnet50_gn.a1h_in1k
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-COCO_ROWS = 91  # torchvision's COCO models: the background and the ids 1..90
-# facts of COCO's instances_train2017.json, for files that know numbers only
-COCO_CLASSES = """
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
-broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv,
-laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase,
-scissors, teddy bear, hair drier, toothbrush
-"""
-COCO_NAMES = tuple(name.strip() for name in COCO_CLASSES.split(","))
-UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)  # of 1..90, the ids that no class has
-CATEGORY_IDS = tuple(id for id in range(1, 91) if id not in UNUSED_IDS)
-STATISTICS = ("running_mean", "running_var")
-
-
-class Source(NamedTuple):
-    """A weights file, understood."""
-
-    path: str
-    format: str
-    state: dict[str, Tensor]  # by gndet's names
-    model: ModelConfig
-    parts: tuple[str, ...]  # of PARTS, those it holds
-    classes: tuple[str, ...] | None  # None where the file does not tell
-    num_classes: int
-    fused: tuple[str, ...]  # parts whose BN layers are affine maps, their statistics gone
-    notes: list[str]  # what was assumed and adapted, in words
-    unused: list[str]  # its keys that gndet has no use for
-    config: Config | None = None  # of a gndet checkpoint, the whole
-    category_ids: tuple[int, ...] | None = None  # of its classes, where the file tells
-
-
+COCO_ROWS = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # the background and COCO's ids 1 to 90
+CATEGORY_IDS = tuple(id for id, name in enumerate(COCO_ROWS) if name not in ("__background__", "N/A"))
+COCO_NAMES = tuple(COCO_ROWS[id] for id in CATEGORY_IDS)
 PREFIXES = {  # of the tensors of the parts that gndet reads
     "resnet": ("conv1.", "bn1.", "layer"),
     "torchvision": ("backbone.", "rpn.", "roi_heads."),
@@ -64,6 +38,59 @@ PREFIXES = {  # of the tensors of the parts that gndet reads
     "detectron": ("res", "fpn_", "head_conv", "conv_rpn", "rpn_"),
 }
 HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tracked")  # classifiers, other heads
+
+
+def read_foreign(where: str, cfg: SourceConfig) -> Source:
+    """Read weights that are not gndet's: a file, or a weight name of torchvision or timm.  Raises as read_source."""
+    path = Path(where)
+    if path.exists():
+        return understand(read_weights(path), cfg)
+    if match := TORCHVISION_NAME.fullmatch(where):
+        return _torchvision(match[1], cfg)
+    if match := TIMM_NAME.fullmatch(where):
+        return _timm(match[1], cfg)
+    raise CheckpointError(
+        f"{where}: there is no such file or folder, nor is it a weight name like ResNet50_Weights.IMAGENET1K_V2 "
+        "(torchvision) or timm:resnet50_gn.a1h_in1k (timm)"
+    )
+
+
+def _torchvision(name: str, cfg: SourceConfig) -> Source:
+    """Read weights of torchvision by name, from its cached file or else a download, whose name holds its hash."""
+    try:
+        weights = torchvision.models.get_weight(name)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it
+    try:
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            hash_prefix = file.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(weights.url, str(file), hash_prefix, progress=False)
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
+        raise CheckpointError(
+            f"{name}: could not download {weights.url} ({error}); fetch that file where there is a network, and put "
+            f"it at {file}, or set train.weights to it"
+        ) from None
+    # not torchvision's own loading, which runs what a file asks for
+    source = understand(read_weights(file), cfg, origin=f"{type(weights).__name__}.{weights.name}")
+    return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
+
+
+def _timm(name: str, cfg: SourceConfig) -> Source:
+    """Read weights of timm by name, through timm."""
+    try:
+        model = importlib.import_module("timm").create_model(name, pretrained=True)
+    except Exception as error:  # no timm, or whatever the hub's client raises; timm names no type
+        raise CheckpointError(
+            f"timm:{name}: timm could not load it ({type(error).__name__}: {error}): pip install timm where it is "
+            f"missing, or fetch model.safetensors of https://huggingface.co/timm/{name} where there is a network, and "
+            "set train.weights to the file"
+        ) from None
+    stated = {key: tuple(round(255 * x, 4) for x in model.default_cfg[key]) for key in ("mean", "std")}
+    pixels = {"pixel_mean": cfg.pixel_mean or stated["mean"], "pixel_std": cfg.pixel_std or stated["std"]}
+    source = understand(WeightFile(Path(name), model.state_dict(), {}), cfg.model_copy(update=pixels))
+    return source._replace(path=f"timm:{name}", notes=[f"loaded timm {name}", *source.notes])
 
 
 def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
@@ -83,16 +110,18 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     state = {own: tensors[key] for own, key in keys.items() if key in tensors}
     known = set(keys.values())
     unused = [key for key in tensors if key not in known]
-    for part in [part for part in parts if model.part_norms()[part].has_running_statistics]:
-        _complete_fused(state, [name for name in names if name.startswith(f"{part}.") and name.endswith(".norm")])
+    _complete_fused(state, model)
     fused = fused_parts(state, parts)
-    _drop_conv_biases(state, names, str(file.path))
+    _drop_conv_biases(state, names, reader.path)
     if facts.bgr:
         state[STEM] = state[STEM].flip(1)
     num_classes = _order_classes(state, format, facts, cfg)
     classes, notes = _classes(num_classes, file, cfg)
     notes = [_assumptions(facts, model, parts, fused), *notes]
-    _check_whole(state, model, parts, num_classes, reader)
+    if wrong := _misfits(state, model, parts, num_classes, keys):
+        cause = "likely cause: a part of the file is missing, or it is a variant of the model that gndet does not have"
+        lines = "\n  ".join([*first_few(wrong), cause])
+        raise CheckpointError(f"{reader.path}: {len(wrong)} tensors of a {facts.title} model:\n  {lines}")
     _refuse_strangers(reader, unused)
     ids = CATEGORY_IDS if classes == COCO_NAMES else None
     return Source(
@@ -103,28 +132,15 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 # --- adapting, exactly
 
 
-def _complete_fused(state: dict[str, Tensor], layers: list[str]) -> None:
-    """Give affine layers of a part the identity's statistics where the file has none at all."""
-    if any(f"{layer}.{key}" in state for layer in layers for key in STATISTICS):
-        return
-    for layer in [layer for layer in layers if f"{layer}.weight" in state]:
-        state[f"{layer}.running_mean"] = torch.zeros_like(state[f"{layer}.weight"])
-        state[f"{layer}.running_var"] = torch.ones_like(state[f"{layer}.weight"])
-
-
-def fused_parts(state: dict[str, Tensor], parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the parts whose BN layers all have mean 0 and variance 1: gamma and beta hold the real statistics."""
-
-    def identity(layer: str) -> bool:
-        mean, var = state[f"{layer}.running_mean"], state[f"{layer}.running_var"]
-        return not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3
-
-    layers = [key.removesuffix(".running_var") for key in state if key.endswith(".norm.running_var")]
-    layers = [layer for layer in layers if f"{layer}.running_mean" in state]
-    return tuple(
-        part for part in parts
-        if (own := [layer for layer in layers if layer.startswith(f"{part}.")]) and all(map(identity, own))
-    )  # fmt: skip
+def _complete_fused(state: dict[str, Tensor], model: ModelConfig) -> None:
+    """Give the BN layers of a part the identity's statistics where the file has none at all: affine maps."""
+    for part in [part for part, norm in model.part_norms().items() if norm.has_running_statistics]:
+        keys = [key for key in state if key.startswith(f"{part}.")]
+        for key in [] if any("running_" in key for key in keys) else keys:
+            if key.endswith(".norm.weight"):
+                layer = key.removesuffix(".weight")
+                state[f"{layer}.running_mean"] = torch.zeros_like(state[key])
+                state[f"{layer}.running_var"] = torch.ones_like(state[key])
 
 
 def _refuse_strangers(reader: Reader, unused: list[str]) -> None:
@@ -145,12 +161,12 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
     Raises CheckpointError where the norm is GN and the bias is not zero.
     """
     for norm in [layer for layer in names if layer.endswith(".norm")]:
-        bias = state.pop(f"{norm.removesuffix('norm')}conv.bias", None)
+        conv = norm.removesuffix("norm") + "conv"
+        bias = state.pop(f"{conv}.bias", None)
         if bias is None or not bias.any():
             continue
         if f"{norm}.running_mean" not in state:
-            conv = names[f"{norm.removesuffix('norm')}conv"]
-            raise CheckpointError(f"{path}: {conv} has a bias before {names[norm]}, a GN; gndet has none there")
+            raise CheckpointError(f"{path}: {names[conv]} has a bias before {names[norm]}, a GN; gndet has none there")
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
@@ -162,7 +178,7 @@ def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: Sou
     if not counts:
         return 0
     total = counts.get(BACKGROUND, counts.get("mask_head.logits", 0) + (not facts.background_first))
-    sparse = format == "torchvision" and total == COCO_ROWS and len(cfg.classes or ()) != COCO_ROWS - 1
+    sparse = format == "torchvision" and total == len(COCO_ROWS) != len(cfg.classes or ()) + 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
     for layer, n in CLASS_ROWS.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
@@ -194,61 +210,44 @@ def _classes(num: int, file: WeightFile, cfg: SourceConfig) -> tuple[tuple[str, 
     return None, [f"classes: {num} without names; train.source.classes=[...] names them, so that rows carry over"]
 
 
-def _check_whole(
-    state: dict[str, Tensor], model: ModelConfig, parts: tuple[str, ...], num_classes: int, reader: Reader
-) -> None:
-    """Raise CheckpointError unless the parts that are there are there whole, with the shapes of their config."""
+def _misfits(
+    state: dict[str, Tensor], model: ModelConfig, parts: tuple[str, ...], num_classes: int, keys: dict[str, str]
+) -> list[str]:
+    """Return a line for each tensor of the parts that is absent or has another shape than their config gives it.
+
+    keys: the file's, by gndet's.
+    """
     with torch.device("meta"):
-        expected = build_model(model, max(num_classes, 1)).state_dict()
-    names = layer_names(reader.format, model, parts)
-    wrong = []
-
-    def there(key: str) -> str:
-        layer, _, parameter = key.rpartition(".")
-        return f"{theirs(reader.format, names[layer], parameter)} ({key} here)"
-
-    for key, tensor in expected.items():
-        if key.partition(".")[0] not in parts or key.endswith(".num_batches_tracked"):
-            continue
-        if key not in state:
-            wrong.append(f"{there(key)}: absent from the file, expected {list(tensor.shape)}")
-        elif state[key].shape != tensor.shape:
-            wrong.append(f"{there(key)}: {list(state[key].shape)} in the file, expected {list(tensor.shape)}")
-    wrong += [  # statistics without those of the first layer, by which the norm is told
-        f"{there(key)}: {list(tensor.shape)} in the file, none expected"
-        for key, tensor in state.items()
-        if key not in expected and not key.endswith(".num_batches_tracked")
-    ]
-    if wrong:
-        cause = "likely cause: a part of the file is missing, or it is a variant of the model that gndet does not have"
-        lines = "\n  ".join([*first_few(wrong), cause])
-        raise CheckpointError(
-            f"{reader.path}: {len(wrong)} tensors of a {FACTS[reader.format].title} model:\n  {lines}"
-        )
+        built = build_model(model, max(num_classes, 1)).state_dict()
+    found, expected = (
+        {
+            key: list(tensor.shape) for key, tensor in tensors.items()
+            if key.partition(".")[0] in parts and not key.endswith(".num_batches_tracked")
+        }
+        for tensors in (state, built)
+    )  # fmt: skip
+    return [
+        f"{keys[key]} ({key} here): {found.get(key, 'absent')} in the file, expected {expected.get(key, 'none')}"
+        for key in expected | found if found.get(key) != expected.get(key)
+    ]  # fmt: skip
 
 
 def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
     """Say in one line what the file is taken for."""
-    norms = sorted({norm.kind for norm in model.part_norms().values()})
-    stride = "1x1" if model.backbone.stride_in_1x1 else "3x3"
-    order = "BGR, turned to RGB in the stem" if facts.bgr else "RGB"
+    norms, detects = model.part_norms(), "rpn" in parts
+    ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
     words = [
-        f"taken for {facts.title}: ResNet-{model.backbone.depth}, norms {', '.join(norms)}", f"{order}",
-        f"mean {facts.mean}, std {facts.std} (RGB)", f"conventions {model.compat}",
-    ]  # fmt: skip
-    norm = model.part_norms()["backbone"]
-    if norm.kind == "gn":
-        words.append(norm.grouping)
-    words.append(f"eps {norm.eps:g}")
-    if model.backbone.depth >= 50:
-        words.append(f"stride in the {stride}")
-    if "rpn" in parts:
-        ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
-        words.append(
-            f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}, box deltas by class, fc over (C, H, W)"
-        )
-    if facts.background_first:
-        words.append("background row moved from first to last")
-    if fused:
-        words.append(f"the BN layers of {', '.join(fused)} are affine maps without statistics")
-    return ", ".join(words)
+        f"taken for {facts.title}: ResNet-{model.backbone.depth}",
+        f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
+        "BGR, turned to RGB in the stem" if facts.bgr else "RGB",
+        f"mean {facts.mean}, std {facts.std} (RGB)",
+        f"conventions {model.compat}",
+        norms["backbone"].grouping if norms["backbone"].kind == "gn" else "",
+        f"eps {norms['backbone'].eps:g}",
+        f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
+        f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
+        "box deltas by class, fc over (C, H, W)" if detects else "",
+        "background row moved from first to last" if facts.background_first else "",
+        f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
+    ]
+    return ", ".join(filter(None, words))

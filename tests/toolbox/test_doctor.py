@@ -62,7 +62,7 @@ def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
     assert names >= {
         "gndet", "Python", "system", "C library", "torch", "torchvision", "numpy", "pycocotools", "hotcoco",
         "tensorboard", "pydantic", "matplotlib", "onnxruntime", "av", "torch with torchvision", "processor", "cores",
-        "memory", "freed memory", "group norm float32, cpu", "group norm bfloat16, cpu", "Winograd, cpu", "NMS, cpu",
+        "memory", "group norm float32, cpu", "group norm bfloat16, cpu", "Winograd, cpu", "NMS, cpu",
         "RoIAlign, cpu", "metrics", "one process", "loader processes", "data wait", "shared memory", "open files",
         "this folder", "data cache",
     }  # fmt: skip
@@ -240,17 +240,6 @@ def test_limits_of_files_memory_and_disk_are_judged(monkeypatch: pytest.MonkeyPa
     assert room.disk("run folder", tmp_path / "a" / "b", 240_000_000, 4).mark == "ok"
     assert room.disk("run folder", tmp_path, 260_000_000, 4).mark == "wrong"
     assert not (tmp_path / "a").exists()
-
-
-def test_memory_that_is_mapped_anew_is_told() -> None:
-    """In a process of its own: what malloc has been told is not to be taken back."""
-    code = (
-        "from gndet.toolbox.doctor import devices\n"
-        "devices.keep_freed_memory = lambda: None\n"
-        "print(devices.freed_memory().mark)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.stdout.strip() == "warning", done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU here")

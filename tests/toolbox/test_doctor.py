@@ -101,14 +101,18 @@ def in_a_process(first: Path) -> subprocess.CompletedProcess[str]:
 def test_files_of_this_folder_do_not_pass_for_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "numpy.py").write_text("raise ImportError('mine')\n")
     monkeypatch.chdir(tmp_path)
-    found = package.examine(None)
+    found = package.examine([])
     assert next(fact for fact in found if isinstance(fact, Fact) and fact.name == "numpy").mark == "ok"
     found.close()
 
 
-def test_what_hangs_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(package, "PATIENCE", 1.0)
-    code = """print('{"title": "devices"}\\n{"trying": "asking for GPUs"}', flush=True); import time; time.sleep(60)"""
+def test_what_hangs_is_ended_and_named() -> None:
+    code = """if True:
+        import time
+        from gndet.toolbox.doctor import inside
+        inside.PATIENCE = 1
+        inside.write(time.sleep(60 * (row == {})) or row for row in [{"title": "it"}, {"trying": "asking for GPUs"}, {}])
+    """
     with (
         tempfile.TemporaryFile() as told,
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process,
@@ -306,8 +310,7 @@ def test_a_bad_config_or_json_file_is_refused_before_anything_is_said(tmp_path: 
 
 def test_data_that_is_refused_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "STEPS", {"loading": "data loader", "room": "disk"})
-    said: list[dict] = []
-    inside.main([str(REPOSITORY / "configs/bccd_r18_gn_scratch.yaml"), f"data.root={tmp_path}"], said.append)
+    said = list(inside.rows([str(REPOSITORY / "configs/bccd_r18_gn_scratch.yaml"), f"data.root={tmp_path}"]))
     wrong = [row for row in said if row.get("mark") == "wrong"]
     assert [row["name"] for row in wrong] == ["data loader"] and "instances_train.json" in wrong[0]["text"]
     assert {"run folder"} <= {row.get("name") for row in said}  # what follows is tried

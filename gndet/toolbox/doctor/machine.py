@@ -4,18 +4,18 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import gndet
-from gndet.config.schema import Config
-from gndet.toolbox.doctor.facts import Fact, Facts
+from gndet.toolbox.doctor.facts import Fact
 
 COMPILERS = ("c++", "g++", "clang++")
 CONTAINERS = ("/.dockerenv", "/run/.containerenv")  # Docker's and Podman's mark
 
 
-def facts(cfg: Config | None) -> Facts:
+def facts() -> Iterator[Fact]:
     """Yield the versions of all that the rest needs."""
     yield Fact("gndet", gndet.__version__ + commit(Path(gndet.__file__).parent.parent))
     python = f"{platform.python_version()} {platform.python_implementation()}"

@@ -37,7 +37,8 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
     json_file: where to write the same as JSON.  Returns whether everything works; warnings do not count.
     Raises ConfigError and OutputError before trying anything.
     """
-    cfg = load_config(config, overrides) if config else None
+    if config is not None:
+        load_config(config, overrides)
     if json_file is not None:
         refuse_output(json_file)
     sections: list[dict[str, Any]] = []

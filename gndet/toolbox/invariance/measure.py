@@ -5,6 +5,7 @@ Letters: N images, L levels.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ RELATIVE = 1e-6  # and the relative difference
 STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps, each ceil(canvas / stride) high
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """How two tensors differ: relative difference (L2), and 1 - cosine."""
 
     relative: float
@@ -163,8 +165,8 @@ def compare(got: Result, alone: Result) -> dict[str, Difference]:
 
 def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
     """The largest of several differences; NaN is larger than any number."""
-    each = torch.tensor([difference(a, b) for a, b in zip(got, expected, strict=True)], dtype=torch.float64)
-    return Difference(*each.amax(0).tolist())
+    each = [astuple(difference(a, b)) for a, b in zip(got, expected, strict=True)]
+    return Difference(*np.max(each, axis=0).tolist())
 
 
 def flips(got: Result, alone: Result) -> Flips:

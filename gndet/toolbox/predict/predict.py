@@ -58,6 +58,11 @@ def predict(
     films = unique_names([video.stem for video in rates], ".mp4")
     _refuse_overwriting(out, [*names, *films, *reserved], [*found.pictures, *found.videos], crops)
     make_folder(out, "--out")
+
+    def tell(drawn: Drawn) -> None:
+        task = drawn.task
+        show(f"{task.record.file_name}: {drawn.count} objects with a score of {threshold} or more -> {task.file}")
+
     with no_limit_of_pillows(), Output(detector, out, wanted, device.type != "cpu") as output:
         portions = of_pictures(detector, pictures, device, show)
         with contextlib.closing(portions):
@@ -65,7 +70,7 @@ def predict(
                 broken |= {pictures.files[skipped.image_id - 1]: skipped.reason for skipped in portion.broken}
                 files = [out / names[record.image_id - 1] for record in portion.records]
                 tasks = [DrawTask(r, file.stem, file, True) for r, file in zip(portion.records, files, strict=True)]
-                _detect(output, portion, tasks, device, lambda drawn: _tell(drawn, threshold, show))
+                _detect(output, portion, tasks, device, tell)
         output.finish()
         first = len(pictures) + 1
         for (video, rate), name in zip(rates.items(), films, strict=True):
@@ -125,7 +130,7 @@ def _film(
 
         def write(drawn: Drawn) -> None:
             nonlocal objects
-            objects += len(drawn.labels)
+            objects += drawn.count
             append(drawn.picture, drawn.task.frame.seconds)
 
         try:
@@ -145,11 +150,6 @@ def _film(
     if count:
         show(f"{video}: {count} frames, {objects} objects with a score of {output.wanted.threshold} or more -> {file}")
     return reason, count
-
-
-def _tell(drawn: Drawn, threshold: float, show: Callable[[str], None]) -> None:
-    task = drawn.task
-    show(f"{task.record.file_name}: {len(drawn.labels)} objects with a score of {threshold} or more -> {task.file}")
 
 
 def _tell_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:

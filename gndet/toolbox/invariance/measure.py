@@ -4,7 +4,7 @@ Letters: N images, L levels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -138,13 +138,12 @@ def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
 def _open_relus(model: DetectionModel, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
     """Collect where each ReLU is open, in the order they run: maps (B, C, H/s, W/s) bool, regions (B * R, ...) bool."""
     rectified = model.rectified()
-    heard = [(module, maps) for module in rectified.maps] + [(module, regions) for module in rectified.regions]
-    handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]
-    try:
+    with ExitStack() as hooks:
+        for modules, opened in ((rectified.maps, maps), (rectified.regions, regions)):
+            for module in modules:
+                hook = module.register_forward_hook(lambda m, args, out, opened=opened: opened.append(out > 0))
+                hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _packed(masks: list[Tensor]) -> list[np.ndarray]:

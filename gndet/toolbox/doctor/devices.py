@@ -13,8 +13,7 @@ from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
 LITTLE = 2 << 30  # bytes: a run of the quickstart takes 1 GiB, torch and data included
 DRIVER = Path("/proc/driver/nvidia/version")
-ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
-SETTINGS = ("GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
+SETTINGS = r"MALLOC_|OMP_|MKL_|GLIBC_TUNABLES|LD_PRELOAD|PYTORCH_\w*ALLOC_CONF|CUDA_VISIBLE_DEVICES"
 GIB = 2**30
 
 
@@ -23,8 +22,8 @@ def facts(cfg: Config | None) -> Facts:
     yield Fact("processor", processor())
     yield cores()
     yield memory(*memory_bytes(), cgroup_memory())
-    if settings := _settings():
-        yield Fact("environment", settings)
+    if settings := [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match(SETTINGS, name)]:
+        yield Fact("environment", ", ".join(settings))
     yield "asking for GPUs"
     yield from gpus()
 
@@ -130,14 +129,6 @@ def _gpu(device: torch.device) -> Fact:
     if not bf16:
         return Fact(name, f"{text}: use train.precision=float32", "warning")
     return Fact(name, text, "ok")
-
-
-def _settings() -> str:
-    """Return environment variables about allocators and GPUs, and allocators that replace malloc."""
-    given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
-    given += [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match("MALLOC_|OMP_|MKL_", name)]
-    loaded = [name for name in ALLOCATORS if name in os.environ.get("LD_PRELOAD", "")]
-    return ", ".join([*given, *(f"{name} in place of malloc" for name in loaded)])
 
 
 def _cgroups(controller: str) -> list[str]:

@@ -4,6 +4,7 @@ Everything that needs torch runs in a child process (`inside`), so that a packag
 the process, is reported like any other fact.  The report shows neither account names nor the home folder.
 """
 
+import itertools
 import json
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import gndet
 from gndet.config.loading import load_config
@@ -41,20 +42,19 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
         load_config(config, overrides)
     if json_file is not None:
         refuse_output(json_file)
-    sections: list[dict[str, Any]] = []
-    facts: list[Fact] = []
+    sections: dict[str, list[Fact]] = {}
     for found in examine([config, *overrides] if config else []):
         if isinstance(found, str):
-            sections.append({"title": found, "facts": []})
-            show(found if len(sections) == 1 else f"\n{found}")
-            continue
-        fact = found._replace(text=without_names(found.text))
-        facts.append(fact)
-        sections[-1]["facts"].append(fact._asdict())
-        show(line(fact))
+            show(f"\n{found}" if sections else found)
+            section = sections[found] = []
+        else:
+            section.append(found._replace(text=without_names(found.text)))
+            show(line(section[-1]))
+    facts = list(itertools.chain.from_iterable(sections.values()))
     healthy, words = all(fact.mark != "wrong" for fact in facts), health_verdict(facts)
     if json_file is not None:
-        report = {"healthy": healthy, "verdict": words, "sections": sections}
+        parts = [{"title": title, "facts": [fact._asdict() for fact in section]} for title, section in sections.items()]
+        report = {"healthy": healthy, "verdict": words, "sections": parts}
         write_whole(json_file, json.dumps(report, indent=1) + "\n")
     show(f"\n{words}")
     return healthy

@@ -162,8 +162,11 @@ class Work:
                  lambda job, seconds, _: took.update({job.name: seconds}))  # fmt: skip
         per_image, overhead = dict.fromkeys(sizes, 0.0), 0.0
         for size, job, images in runs:
-            seconds, beside = _speed_of(job, took[job.name], images)
-            per_image[size], overhead = max(per_image[size], seconds), max(overhead, beside)
+            if finished(job.out) is None:
+                raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
+            logged = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
+            per_image[size] = max(per_image[size], 1 / logged[-1])
+            overhead = max(overhead, took[job.name] - images / logged[-1])
         return Speed(per_image=per_image, overhead=overhead)
 
     def _calibration(self, variant: str, size: int, number: int) -> tuple[Job, int]:
@@ -264,14 +267,6 @@ def drop_optimizer(run: Path) -> None:
         saved = load_checkpoint(folder)
         groups = {name: tensors for name, tensors in saved.groups.items() if name != "optimizer"}
         save_checkpoint(folder, groups, saved.meta)
-
-
-def _speed_of(job: Job, seconds: float, images: int) -> tuple[float, float]:
-    """Return seconds per image, and seconds spent outside training, of a calibration run.  Raises TrainingError."""
-    if finished(job.out) is None:
-        raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
-    speed = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
-    return 1 / speed[-1], max(seconds - images / speed[-1], 0.0)
 
 
 def _clock(seconds: float) -> str:

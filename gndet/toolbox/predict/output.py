@@ -81,7 +81,6 @@ class Output:
         self.results: list[Results] = []
         self.images: list[dict[str, Any]] = []
         self.tiles: list[np.ndarray] = []
-        self.tiles_left = TILES if wanted.sheet else 0
 
     def __enter__(self) -> "Output":
         return self
@@ -97,12 +96,7 @@ class Output:
         detections: of B images; sizes (B, 2) height, width of the resized pictures; then: called with each drawn
         picture, in order, here or in `finish`.
         """
-        placed = []
-        for task in tasks:
-            tile = task.tile and self.tiles_left > 0
-            self.tiles_left -= tile
-            placed.append(task._replace(tile=tile))
-        self.waiting.append((partial(self._draw, detections, sizes, placed), then))
+        self.waiting.append((partial(self._draw, detections, sizes, tasks), then))
         if self.beside or len(self.waiting) == self.most:
             self.finish(self.most if self.beside else 0)
 
@@ -123,7 +117,8 @@ class Output:
         image = {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
         self.images.append(image | ({"frame": frame.index} if frame else {}))
         self.results.append(drawn.found)
-        self.tiles += [] if drawn.tile is None else [drawn.tile]
+        if drawn.tile is not None and len(self.tiles) < TILES:
+            self.tiles.append(drawn.tile)
 
     def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
         """Draw a batch, in a thread."""
@@ -142,8 +137,10 @@ class Output:
                 save_png(task.file, picture)
             if self.wanted.crops:
                 self._save_crops(task.name, image, shown)
-            caption = f"{printable(Path(task.record.file_name).name)}: {len(shown)}"
-            tile = captioned(shrunk(picture, task.record, TILE_SIDE)[0], caption) if task.tile else None
+            tile = None
+            if self.wanted.sheet and task.tile and len(self.tiles) < TILES:
+                caption = f"{printable(Path(task.record.file_name).name)}: {len(shown)}"
+                tile = captioned(shrunk(picture, task.record, TILE_SIDE)[0], caption)
             done.append(Drawn(task, found, len(shown), None if task.file else picture, tile))
         return done
 

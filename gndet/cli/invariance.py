@@ -21,12 +21,12 @@ def run(options: Options) -> int:
 
     cfg = load_config(options.config, options.overrides)
     from gndet.distributed.process import process
-    from gndet.toolbox.invariance.invariance import check_invariance, to_json
+    from gndet.toolbox.invariance.invariance import check_invariance, json_report
 
     if options.out:
         make_room_for(options.out, "--out")
     with process(cfg.device) as proc:
         report = check_invariance(cfg, options.images, proc, say)
     if options.out:
-        options.out.write_text(to_json(report), encoding="utf-8")
+        options.out.write_text(json_report(report), encoding="utf-8")
     return 0 if report.passed else 1

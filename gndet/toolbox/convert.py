@@ -9,7 +9,7 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
 from gndet.config.presets import DATA
 from gndet.config.schema import Config, ModelConfig, NormConfig
-from gndet.data.datasets.images import find_pictures, picture_record, read_image
+from gndet.data.datasets.images import find_pictures, picture_record, picture_size
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.tables import text_table
@@ -55,7 +55,11 @@ def convert(
             show(note)
     show(f"holds: {', '.join(source.parts)}")
     if to in TOOLKITS:
-        _write_export(out, start, source, classes, to, show)
+        export = export_weights(_held(start, source), start.cfg.model, classes, to, named=source.classes is not None)
+        write_torch(out, export.content)
+        show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
+        for note in export.notes:
+            show(f"  {note}")
     else:
         _write_checkpoint(out, start, source, classes, where, show)
 
@@ -74,15 +78,6 @@ def _held(start: InitialModel, source: Source) -> dict[str, Tensor]:
     """Return the tensors of the parts that the source holds."""
     prefixes = tuple(f"{part}." for part in source.parts)
     return {key: value for key, value in start.model.state_dict().items() if key.startswith(prefixes)}
-
-
-def _write_export(out: Path, start: InitialModel, source: Source, classes: Sequence[str], to: str, show: Show) -> None:
-    """Write the weights as another toolkit names them."""
-    export = export_weights(_held(start, source), start.cfg.model, classes, to, named=source.classes is not None)
-    write_torch(out, export.content)
-    show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
-    for note in export.notes:
-        show(f"  {note}")
 
 
 def _write_checkpoint(
@@ -124,8 +119,6 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
 
 def _pictures(paths: Sequence[Path]) -> Dataset:
     """Return pictures as a data set without objects.  Raises DataError where there are none."""
-    records = []
-    for number, file in enumerate(find_pictures(paths), start=1):
-        height, width = read_image(file).shape[:2]
-        records.append(picture_record(number, file, (height, width)))
+    files = enumerate(find_pictures(paths), start=1)
+    records = [picture_record(number, file, picture_size(file)) for number, file in files]
     return Dataset(", ".join(map(str, paths)), (), (), records)

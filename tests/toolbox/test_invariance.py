@@ -23,6 +23,7 @@ from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.toolbox.invariance.invariance import check_invariance, choose_samples
 from gndet.toolbox.invariance.leaks import Leak, find_leaks
 from gndet.toolbox.invariance.measure import (
+    Difference,
     Result,
     Signs,
     batch_of,
@@ -199,7 +200,7 @@ def test_a_report_that_cannot_be_written_is_told_first(config: Path, capsys: pyt
 def test_nan_in_one_image_is_a_difference() -> None:
     good, bad = torch.ones(3), torch.tensor([1.0, torch.nan, 1.0])
     assert not largest_difference([good, bad], [good, good]).small
-    assert largest_difference([good, good], [good, good]) == (0, 0)
+    assert largest_difference([good, good], [good, good]) == Difference(0, 0)
 
 
 def test_difference_by_hand() -> None:
@@ -207,5 +208,5 @@ def test_difference_by_hand() -> None:
     assert difference(got, expected).relative == pytest.approx(4 / 3)
     assert difference(got, expected).cosine == pytest.approx(1 - 0.6)
     assert difference(2 * got, got).cosine == 0 and difference(2 * got, got).relative == 1
-    assert difference(0 * got, 0 * got) == (0, 0)
+    assert difference(0 * got, 0 * got) == Difference(0, 0)
     assert not difference(got, 0 * got).small and not difference(got * torch.nan, got).small

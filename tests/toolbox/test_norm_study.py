@@ -429,7 +429,7 @@ def test_a_stopped_study_leaves_no_running_cell(config: str, tmp_path: Path) -> 
     grid = begun(config)
     grid.results[0].state = "running"
     (tmp_path / "cells").mkdir()
-    Work(tmp_path, grid, config, load_config(config), [{}], StopSignals(), print).note_stopped()
+    Work(tmp_path, grid, load_config(config), [{}], StopSignals(), print).note_stopped()
     assert states(tmp_path)["gn-1-seed0"] == "pending"
 
 

@@ -20,7 +20,7 @@ from gndet.evaluation.detector import Detector, load_detector
 from gndet.evaluation.evaluate import detect_share
 from gndet.toolbox.predict.output import Output
 from gndet.toolbox.predict.predict import predict
-from gndet.toolbox.predict.video import VideoWriter, read_frames
+from gndet.toolbox.predict.video import read_frames, video_writer
 
 CPU = torch.device("cpu")
 
@@ -239,10 +239,10 @@ def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None
 
 def write_video(path: Path, sizes: tuple[int, int], seconds: Sequence[float]) -> None:
     noise = np.random.default_rng(1)
-    with VideoWriter(path, 10) as film:
+    with video_writer(path, 10) as write:
         for at in seconds:
             coarse = noise.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-            film.write(np.asarray(Image.fromarray(coarse).resize(sizes[::-1])), at)
+            write(np.asarray(Image.fromarray(coarse).resize(sizes[::-1])), at)
 
 
 def test_a_video_is_the_pictures_of_its_frames(detector: Detector, folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,20 +138,15 @@ def guess_folder(path: Path) -> Path | None:
     For annotations/instances_train2017.json try train2017, images/train2017 and images, then all others.
     """
     stem = path.stem.split("_", 1)[-1]
-    bases = (path.absolute().parent, path.absolute().parent.parent)
-    try:
-        names = _first_names(path)
-        for base in bases if names else ():
-            usual = [base / stem, base / "images" / stem, base / "images", base / path.stem, base]
-            others = sorted(folder for folder in base.iterdir() if folder.is_dir())
-            for folder in [*usual, *others]:
+    with suppress(OSError):  # the reader reports what it cannot read
+        names, named = _first_names(path), []
+        for base in path.absolute().parents[:2] if names else ():
+            alike = [base / stem, base / "images" / stem]
+            named += alike
+            for folder in [*alike, base / "images", base / path.stem, base, *sorted(base.iterdir())]:
                 if any(os.path.isfile(folder / name) for name in names):
                     return folder
-        if names:
-            named = (folder for base in bases for folder in (base / stem, base / "images" / stem))
-            return next((folder for folder in named if folder.is_dir()), None)
-    except OSError:  # the reader reports what it cannot read
-        pass
+        return next(filter(Path.is_dir, named), None)
     return None
 
 

@@ -1,5 +1,6 @@
 """A contact sheet of a data set: images with their boxes, masks and class names, faulty images first."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,12 +56,12 @@ def choose_images(dataset: Dataset, num: int) -> dict[int, list[str]]:
     """
     places = {record.image_id: place for place, record in enumerate(dataset.records)}
     faults = [finding for finding in dataset.findings if finding.code not in INVISIBLE]
-    queues = [(fault.code, [places[i] for i in fault.image_ids if i in places]) for fault in faults]
+    queues = {fault.code: [places[i] for i in fault.image_ids if i in places] for fault in faults}
     taken: dict[int, list[str]] = {}
-    for turn in range(max((len(queue) for _, queue in queues), default=0)):
-        for code, queue in queues:
-            if turn < len(queue) and (len(taken) < num or queue[turn] in taken):
-                codes = taken.setdefault(queue[turn], [])
+    for turn in itertools.zip_longest(*queues.values()):
+        for code, place in zip(queues, turn, strict=True):
+            if place is not None and (len(taken) < num or place in taken):
+                codes = taken.setdefault(place, [])
                 codes += [] if code in codes else [code]
     count = min(num, len(dataset.records))
     spread = [i * len(dataset.records) // count for i in range(count)]

@@ -83,19 +83,16 @@ def _with_progress(
     decoded: Iterator[Decoded], total: int, title: str, show: Show, console: Console | None
 ) -> Iterator[Decoded]:
     """Pass pictures on, and show progress: a bar on a terminal, else one line per tenth."""
-    if console is None or not console.is_terminal:
-        for count, picture in enumerate(decoded, start=1):
-            yield picture
-            if count * 10 // total > (count - 1) * 10 // total:
-                show(f"{title}: {count} of {total} decoded")
-        return
+    on_terminal = console is not None and console.is_terminal
     columns = (TextColumn(title), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     # no refresh thread: the processes are forked beside it, and would inherit its locks
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not on_terminal) as progress:
         task = progress.add_task(title, total=total)
         for count, picture in enumerate(decoded, start=1):
             yield picture
             progress.update(task, completed=count, refresh=count * 100 // total > (count - 1) * 100 // total)
+            if not on_terminal and count * 10 // total > (count - 1) * 10 // total:
+                show(f"{title}: {count} of {total} decoded")
 
 
 # --- one picture after the other
@@ -129,7 +126,10 @@ def decode_all(
     """
 
     def crashed(picture: PictureFile, death: Death, _: int) -> Decoded:
-        return _crash(picture, _end_in_words(death.status, time_limit))
+        if death.status is None:  # killed after the time limit
+            return _crash(picture, f"took over {time_limit:.0f} s to decode")
+        ended = f"by {signal.Signals(-death.status).name}" if death.status < 0 else f"with exit status {death.status}"
+        return _crash(picture, f"ended the process that decoded it {ended}")
 
     results = map_ahead(decoder, pictures, workers=processes, on_death=crashed, time_limit=time_limit)
     with closing(results):
@@ -139,11 +139,3 @@ def decode_all(
 
 def _crash(picture: PictureFile, words: str) -> Decoded:
     return Decoded([("picture-crash", f"{picture.path}: {words}")], "")
-
-
-def _end_in_words(status: int | None, time_limit: float) -> str:
-    """Say how the process of a picture ended, from multiprocessing's exitcode; None: killed after the time limit."""
-    if status is None:
-        return f"took over {time_limit:.0f} s to decode"
-    how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-    return f"ended the process that decoded it {how}"

@@ -50,21 +50,19 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
     """Count images, sizes (width, height), objects and classes of a data set."""
-    sizes: set[tuple[int, int]] = set()
-    labels_by_image, areas, crowd = [np.zeros(0, np.int64)], [np.zeros(0)], 0
+    num, sizes, counts, areas, crowd = len(dataset.classes), set(), [], [np.zeros(0)], 0
+    objects, images = np.zeros((2, num), dtype=np.int64)
     for record in dataset.records:
         sizes.add(record.size[::-1])
-        labels_by_image.append(record.labels)
+        counts.append(len(record.labels))
         areas.append(record.area)
         crowd += int(np.count_nonzero(record.crowd))
-    labels, counts = np.concatenate(labels_by_image), list(map(len, labels_by_image[1:]))
-    pairs = np.unique(np.repeat(np.arange(len(counts)), counts) * max(len(dataset.classes), 1) + labels)
-    objects = np.bincount(labels, minlength=len(dataset.classes)).tolist()
-    images = np.bincount(pairs % max(len(dataset.classes), 1), minlength=len(dataset.classes)).tolist()
-    classes = zip(dataset.category_ids, dataset.classes, objects, images, strict=True)
+        objects += np.bincount(record.labels, minlength=num)
+        images += np.bincount(np.unique(record.labels), minlength=num)
+    classes = zip(dataset.category_ids, dataset.classes, objects.tolist(), images.tolist(), strict=True)
     return {
         "images": len(counts), "sizes": len(sizes), "smallest": min(sizes, default=None, key=np.prod),
-        "largest": max(sizes, default=None, key=np.prod), "objects": len(labels), "crowd_regions": crowd,
+        "largest": max(sizes, default=None, key=np.prod), "objects": sum(counts), "crowd_regions": crowd,
         "most_objects": max(counts, default=0),
         "small_medium_large": np.histogram(np.concatenate(areas), [0, SMALL, LARGE, np.inf])[0].tolist(),
         "classes": [{"id": id, "name": name, "objects": n, "images": m} for id, name, n, m in classes],

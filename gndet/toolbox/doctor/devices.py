@@ -1,10 +1,7 @@
-"""The hardware: processor, memory, whether glibc keeps freed memory, GPUs."""
+"""The hardware: processor, memory, GPUs."""
 
-import ctypes
-import mmap
 import os
 import re
-import resource
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,14 +9,11 @@ import torch
 
 from gndet.config.schema import Config
 from gndet.data.workers import usable_cores
-from gndet.distributed.process import keep_freed_memory
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
 LITTLE = 2 << 30  # bytes: a run of the quickstart takes 1 GiB, torch and data included
-BLOCK = 64 << 20  # bytes to allocate, free and allocate again
 DRIVER = Path("/proc/driver/nvidia/version")
-ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
-SETTINGS = ("GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
+SETTINGS = r"MALLOC_|OMP_|MKL_|GLIBC_TUNABLES|LD_PRELOAD|PYTORCH_\w*ALLOC_CONF|CUDA_VISIBLE_DEVICES"
 GIB = 2**30
 
 
@@ -28,10 +22,8 @@ def facts(cfg: Config | None) -> Facts:
     yield Fact("processor", processor())
     yield cores()
     yield memory(*memory_bytes(), cgroup_memory())
-    yield "giving memory back and taking it again"
-    yield freed_memory()
-    if settings := _settings():
-        yield Fact("environment", settings)
+    if settings := [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match(SETTINGS, name)]:
+        yield Fact("environment", ", ".join(settings))
     yield "asking for GPUs"
     yield from gpus()
 
@@ -91,28 +83,14 @@ def memory(total: int, available: int, limit: tuple[int, int] | None) -> Fact:
     return Fact("memory", text)
 
 
-def freed_memory() -> Fact:
-    """Count page faults to tell whether the C library keeps freed memory when told to, as runs on a CPU do."""
-    if not hasattr(ctypes.CDLL(None), "mallopt"):
-        return Fact("freed memory", "this C library cannot be told to keep it: steps on a CPU may be slower", "warning")
-    keep_freed_memory()
-    torch.empty(BLOCK, dtype=torch.uint8).fill_(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(BLOCK // 2, dtype=torch.uint8).fill_(1)  # half: something small may lie in the block by now
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    if faults > BLOCK // 2 // mmap.PAGESIZE // 4:
-        return Fact("freed memory", f"is mapped anew ({faults} page faults): steps on a CPU are slower", "warning")
-    return Fact("freed memory", "kept and reused, by mallopt", "ok")
-
-
 def gpus() -> Facts:
     """Yield a fact per GPU, or why there is none."""
-    driver = re.findall(r"Kernel Module[^\d]*([\d.]+)", _read(DRIVER))
+    driver = "".join(re.findall(r"Kernel Module[^\d]*([\d.]+)", _read(DRIVER))[:1])
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     if not torch.cuda.is_available():
-        yield no_gpu(driver[0] if driver else "", built)
+        yield no_gpu(driver, built)
         return
-    yield Fact("CUDA", f"torch {built}, cuDNN {torch.backends.cudnn.version()}, driver {driver[0] if driver else '?'}")
+    yield Fact("CUDA", f"torch {built}, cuDNN {torch.backends.cudnn.version()}, driver {driver or '?'}")
     for number in range(torch.cuda.device_count()):
         yield f"using GPU {number}"
         yield _gpu(torch.device("cuda", number))
@@ -151,14 +129,6 @@ def _gpu(device: torch.device) -> Fact:
     if not bf16:
         return Fact(name, f"{text}: use train.precision=float32", "warning")
     return Fact(name, text, "ok")
-
-
-def _settings() -> str:
-    """Return environment variables about allocators and GPUs, and allocators that replace malloc."""
-    given = [f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ]
-    given += [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match("MALLOC_|OMP_|MKL_", name)]
-    loaded = [name for name in ALLOCATORS if name in os.environ.get("LD_PRELOAD", "")]
-    return ", ".join([*given, *(f"{name} in place of malloc" for name in loaded)])
 
 
 def _cgroups(controller: str) -> list[str]:

@@ -4,6 +4,7 @@ Everything that needs torch runs in a child process (`inside`), so that a packag
 the process, is reported like any other fact.  The report shows neither account names nor the home folder.
 """
 
+import itertools
 import json
 import signal
 import subprocess
@@ -11,8 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from threading import Timer
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import gndet
 from gndet.config.loading import load_config
@@ -20,13 +20,13 @@ from gndet.errors import OutputError
 from gndet.files import make_room_for, write_whole
 from gndet.toolbox.doctor import machine
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
+from gndet.toolbox.doctor.inside import PATIENCE
 
 # -P leaves the current folder out of the path, whose files may shadow packages; gndet's is added, installed or not
 START = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module('gndet.toolbox.doctor.inside', run_name='__main__')"
 )
-PATIENCE = 180.0  # seconds without output after which the current trial counts as hanging
 
 Show = Callable[[str], None]
 
@@ -38,57 +38,44 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
     json_file: where to write the same as JSON.  Returns whether everything works; warnings do not count.
     Raises ConfigError and OutputError before trying anything.
     """
-    cfg = load_config(config, overrides) if config else None
+    if config is not None:
+        load_config(config, overrides)
     if json_file is not None:
         refuse_output(json_file)
-    sections: list[dict[str, Any]] = []
-    facts: list[Fact] = []
-    for found in examine(None if cfg is None else [str(config), *overrides]):
+    sections: dict[str, list[Fact]] = {}
+    for found in examine([config, *overrides] if config else []):
         if isinstance(found, str):
-            sections.append({"title": found, "facts": []})
-            show(found if len(sections) == 1 else f"\n{found}")
-            continue
-        fact = found._replace(text=without_names(found.text))
-        facts.append(fact)
-        sections[-1]["facts"].append(fact._asdict())
-        show(line(fact))
+            show(f"\n{found}" if sections else found)
+            section = sections[found] = []
+        else:
+            section.append(found._replace(text=without_names(found.text)))
+            show(line(section[-1]))
+    facts = list(itertools.chain.from_iterable(sections.values()))
     healthy, words = all(fact.mark != "wrong" for fact in facts), health_verdict(facts)
     if json_file is not None:
-        report = {"healthy": healthy, "verdict": words, "sections": sections}
+        parts = [{"title": title, "facts": [fact._asdict() for fact in section]} for title, section in sections.items()]
+        report = {"healthy": healthy, "verdict": words, "sections": parts}
         write_whole(json_file, json.dumps(report, indent=1) + "\n")
     show(f"\n{words}")
     return healthy
 
 
-def examine(arguments: Sequence[str] | None) -> Iterator[str | Fact]:
-    """Yield the titles of sections and the facts.  arguments: config file and overrides."""
+def examine(arguments: Sequence[str]) -> Iterator[str | Fact]:
+    """Yield the titles of sections and the facts.  arguments: config file and overrides, if any."""
     yield "gndet doctor"
-    yield from (fact for fact in machine.facts(None) if isinstance(fact, Fact))
-    with tempfile.TemporaryFile() as told:
-        command = [sys.executable, "-P", "-c", START, str(Path(gndet.__file__).parent.parent), *(arguments or ())]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told) as process:
-            try:
-                yield from follow(process, told)
-            finally:
-                process.kill()
+    yield from machine.facts()
+    command = [sys.executable, "-P", "-c", START, str(Path(gndet.__file__).parent.parent), *arguments]
+    with tempfile.TemporaryFile() as told, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told) as process:
+        try:
+            yield from follow(process, told)
+        finally:
+            process.kill()
 
 
 def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
     """Yield the titles and facts that the process prints, then how it failed, if it did.  told: its stderr."""
     title = trying = "starting Python"
-    hanging: list[bool] = []
-
-    def give_up() -> None:
-        hanging.append(True)
-        process.kill()
-
-    while True:
-        timer = Timer(PATIENCE, give_up)
-        timer.start()
-        text = process.stdout.readline()
-        timer.cancel()
-        if not text:
-            break
+    for text in process.stdout:
         try:
             said = json.loads(text)
         except ValueError:  # printed by a library
@@ -101,8 +88,8 @@ def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
         else:
             yield Fact(**said)
     status = process.wait()
-    if hanging:
-        yield Fact(title, f"{trying}: nothing came of it in {PATIENCE:.0f} s", "wrong")
+    if status == -signal.SIGALRM:
+        yield Fact(title, f"{trying}: nothing came of it in {PATIENCE} s", "wrong")
     elif status:
         told.seek(0)
         lines = told.read().decode(errors="replace").strip().splitlines()

@@ -8,10 +8,11 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 from gndet.config.loading import load_config
@@ -21,32 +22,35 @@ from gndet.toolbox.doctor.facts import Fact, reason
 STEPS = {  # modules of this package, imported in turn: importing one may be what fails
     "packages": "packages", "devices": "devices", "kernels": "kernels", "loading": "data loader", "room": "disk",
 }  # fmt: skip
+PATIENCE = 180  # seconds that an attempt may take; then SIGALRM ends this process, wherever it hangs
 
 
-def main(arguments: list[str], write: Callable[[dict[str, Any]], None]) -> None:
-    """Go through the steps."""
+def rows(arguments: list[str]) -> Iterator[dict[str, Any]]:
+    """Go through the steps, and yield their titles, attempts and facts."""
     cfg = load_config(arguments[0], arguments[1:]) if arguments else None
     for step, title in STEPS.items():
-        write({"title": title})
+        yield {"title": title}
         try:
             for found in importlib.import_module(f"gndet.toolbox.doctor.{step}").facts(cfg):
-                write({"trying": found} if isinstance(found, str) else found._asdict())
+                yield {"trying": found} if isinstance(found, str) else found._asdict()
         except GndetError as error:
-            write(Fact(title, " ".join(str(error).split()), "wrong")._asdict())
+            yield Fact(title, " ".join(str(error).split()), "wrong")._asdict()
         except Exception as error:  # of whatever kind: finding it is the purpose
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename}:{frame.lineno}"
-            write(Fact(title, f"cannot be tried: {reason(error)} ({place})", "wrong")._asdict())
+            yield Fact(title, f"cannot be tried: {reason(error)} ({place})", "wrong")._asdict()
+
+
+def write(found: Iterator[dict[str, Any]]) -> None:
+    """Write each row to stdout as soon as it is known."""
+    report = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # pycocotools prints
+        for row in found:
+            print(json.dumps(row), file=report, flush=True)
+            signal.alarm(PATIENCE)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    report = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # pycocotools prints
-
-        def put(row: dict[str, Any]) -> None:
-            """Write a line of the report."""
-            print(json.dumps(row), file=report, flush=True)
-
-        main(sys.argv[1:], put)
+    write(rows(sys.argv[1:]))
     os._exit(0)  # libraries would take seconds to shut down, and a crash there harms no run

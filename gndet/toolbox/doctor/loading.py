@@ -5,7 +5,6 @@ import resource
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -17,8 +16,6 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.data.workers import PREFETCH, usable_cores
 from gndet.toolbox.doctor.facts import Fact, Facts
-from gndet.training.log import read_metrics
-from gndet.training.run_folder import METRICS
 
 PICTURES = 64  # to load at most
 SECONDS = 2.0  # of each of the two measurements, about
@@ -30,29 +27,21 @@ OTHER_FILES = 200  # open files of a run beside its batches: libraries, logs, pi
 MIB = 2**20
 
 
-class LoaderInput(NamedTuple):
-    """What to load."""
-
-    dataset: Dataset
-    data: DataConfig
-    images: int  # per batch
-    masks: bool
-
-
 def facts(cfg: Config | None) -> Facts:
     """Measure the loader without and with processes, and what these need.  Raises DataError for refused data."""
     yield "reading the data"
     before = time.perf_counter()
-    source = read(cfg)
-    name = source.dataset.name if cfg else f"drawn shapes of {SIZE} x {SIZE} pixels (--config measures your data)"
+    used = few_pictures(cfg)
+    dataset = read_dataset(used.data.train, used.data, masks=used.model.masks)
+    name = dataset.name if cfg else f"drawn shapes of {SIZE} x {SIZE} pixels (--config measures your data)"
     yield Fact("data", f"{name}; opened in {time.perf_counter() - before:.1f} s")
     yield "loading in this process"
-    alone, _ = rate(source, 0)
+    alone, _ = rate(dataset, used, 0)
     yield Fact("one process", f"{1000 / alone:.1f} ms per image, {alone:.0f} images/s")
-    workers = source.data.workers
+    workers = used.data.workers
     if workers:
         yield f"loading in {workers} processes"
-        together, deaths = rate(source, workers)
+        together, deaths = rate(dataset, used, workers)
         text = f"{together:.0f} images/s with data.workers={workers}"
         if deaths:
             yield Fact("loader processes", f"{text}; {'; '.join(deaths)}", "wrong")
@@ -61,32 +50,36 @@ def facts(cfg: Config | None) -> Facts:
         else:
             yield Fact("loader processes", text, "ok")
         alone = max(together, 1e-9)
-    yield wait(source.images, alone, Path(cfg.out) if cfg else None)
-    needed = batch_bytes(source) * workers * PREFETCH if cfg else USUAL
+    images = images_per_batch(used)
+    yield Fact("data wait", f"none where {images} images train in {1000 * images / alone:.0f} ms or more")
+    needed = batch_bytes(dataset, used) * workers * PREFETCH if cfg else USUAL
     yield shared_memory(needed, workers, SHARED)
     yield open_files(workers, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def read(cfg: Config | None) -> LoaderInput:
-    """Return the first pictures of a config's training data, or drawn ones."""
+def few_pictures(cfg: Config | None) -> Config:
+    """Return the config with the first pictures of its training data; without one, the defaults with drawn pictures."""
     if cfg is None:
-        data = DataConfig(shortest_edge=(SIZE,), max_edge=SIZE)
         shapes = DatasetConfig(kind="shapes", count=PICTURES, size=SIZE)
-        return LoaderInput(read_dataset(shapes, data, masks=True), data, 2, True)
+        return Config(data=DataConfig(train=shapes, val=shapes, shortest_edge=(SIZE,), max_edge=SIZE))
     limit = min(cfg.data.train.limit or PICTURES, PICTURES)
-    part = cfg.data.train.model_copy(update={"limit": limit})
-    images = cfg.train.images_per_gpu if isinstance(cfg.train.images_per_gpu, int) else 2
-    return LoaderInput(read_dataset(part, cfg.data, masks=cfg.model.masks), cfg.data, images, cfg.model.masks)
+    train = cfg.data.train.model_copy(update={"limit": limit})
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update={"train": train})})
 
 
-def rate(source: LoaderInput, workers: int) -> tuple[float, list[str]]:
+def images_per_batch(cfg: Config) -> int:
+    """Return train.images_per_gpu, or 2 where that is auto."""
+    return cfg.train.images_per_gpu if isinstance(cfg.train.images_per_gpu, int) else 2
+
+
+def rate(dataset: Dataset, cfg: Config, workers: int) -> tuple[float, list[str]]:
     """Return images per second over about SECONDS, start-up of processes included, and deaths of processes."""
     deaths: list[str] = []
-    data, count = source.data.model_copy(update={"workers": workers}), 0
+    data, images, count = cfg.data.model_copy(update={"workers": workers}), images_per_batch(cfg), 0
     before = time.perf_counter()
     batches = train_batches(
-        source.dataset, data, seed=0, start=0, stop=-(-PICTURES // source.images), images_per_gpu=source.images,
-        global_batch=source.images, rank=0, world=1, masks=source.masks, pin_memory=False, notify=deaths.append,
+        dataset, data, seed=0, start=0, stop=-(-PICTURES // images), images_per_gpu=images, global_batch=images,
+        rank=0, world=1, masks=cfg.model.masks, pin_memory=False, notify=deaths.append,
     )  # fmt: skip
     with contextlib.closing(batches):
         for loaded in batches:
@@ -96,28 +89,9 @@ def rate(source: LoaderInput, workers: int) -> tuple[float, list[str]]:
     return count / (time.perf_counter() - before), deaths
 
 
-def wait(images: int, images_per_s: float, out: Path | None) -> Fact:
-    """Say for which step times the loader keeps up, and what a run of this config has logged."""
-    text = f"none where {images} images train in {1000 * images / images_per_s:.0f} ms or more"
-    logged = last_logged(out) if out else None
-    if logged is None:
-        return Fact("data wait", text)
-    share = logged.get("data_wait") or 0.0
-    text += f"; {out} logged {100 * share:.0f} % of the time, at {logged.get('images_per_s') or 0:.3g} images/s"
-    if share > 0.2:
-        return Fact("data wait", f"{text}: more data.workers or smaller picture files would help", "warning")
-    return Fact("data wait", text, "ok")
-
-
-def last_logged(out: Path) -> dict[str, Any] | None:
-    """Return the last training entry of a run folder's log."""
-    entries = read_metrics(out / METRICS) if (out / METRICS).is_file() else []
-    return next((entry for entry in reversed(entries) if entry.get("kind") == "train"), None)
-
-
-def batch_bytes(source: LoaderInput) -> int:
+def batch_bytes(dataset: Dataset, cfg: Config) -> int:
     """Return the bytes of the largest batch of these pictures."""
-    batch = largest_batch(source.dataset, source.data, source.images, masks=source.masks)
+    batch = largest_batch(dataset, cfg.data, images_per_batch(cfg), masks=cfg.model.masks)
     return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 

@@ -4,18 +4,18 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import gndet
-from gndet.config.schema import Config
-from gndet.toolbox.doctor.facts import Fact, Facts
+from gndet.toolbox.doctor.facts import Fact
 
 COMPILERS = ("c++", "g++", "clang++")
 CONTAINERS = ("/.dockerenv", "/run/.containerenv")  # Docker's and Podman's mark
 
 
-def facts(cfg: Config | None) -> Facts:
+def facts() -> Iterator[Fact]:
     """Yield the versions of all that the rest needs."""
     yield Fact("gndet", gndet.__version__ + commit(Path(gndet.__file__).parent.parent))
     python = f"{platform.python_version()} {platform.python_implementation()}"
@@ -27,23 +27,15 @@ def facts(cfg: Config | None) -> Facts:
 
 
 def commit(folder: Path) -> str:
-    """Return the commit of a checkout, as ", commit 1a2b3c4 with changes"; "" for any other folder."""
+    """Return the commit of a checkout, like ", commit 1a2b3c4", or 1a2b3c4-dirty with changes; "" for other folders."""
     if not (folder / ".git").exists():
         return ""
-    head = _git(folder, "rev-parse", "--short", "HEAD")
-    if head is None:
-        return ", a checkout whose commit git does not tell"
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return f", commit {head}{' with changes' if changed else ''}"
-
-
-def _git(folder: Path, *words: str) -> str | None:
-    """Return git's output; None where git is missing or refuses."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
     with suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         if done.returncode == 0:
-            return done.stdout.strip()
-    return None
+            return f", commit {done.stdout.strip()}"
+    return ", a checkout whose commit git does not tell"
 
 
 def _system() -> str:

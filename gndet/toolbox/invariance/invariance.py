@@ -7,15 +7,14 @@ choice; float32, and bf16 on a GPU, are shown beside it.
 
 import functools
 import itertools
-import json
-import math
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from pydantic_core import to_json
 from torch import Tensor
 
 from gndet.config.schema import Config
@@ -73,8 +72,8 @@ class Report(NamedTuple):
     def passed(self) -> bool:
         """Whether all that float64 shows is rounding, and no coupling was found."""
         proof = self.differences["float64"].values()
-        flipped = any(one["choices"][0] for one in self.flips["float64"].values())
-        return not (flipped or self.leaks) and all(one.small for what in proof for one in what.values())
+        flipped = any(flips["choices"][0] for flips in self.flips["float64"].values())
+        return not (flipped or self.leaks) and all(diff.small for column in proof for diff in column.values())
 
 
 def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
@@ -102,6 +101,8 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
         raise ConfigError("gndet invariance starts its two processes itself; run it without torchrun")
     dataset = read_dataset(cfg.data.train, cfg.data)
     samples = choose_samples(dataset, cfg, num)
+    # so that there are detections to compare; training does not read the threshold
+    cfg = cfg.model_copy(update={"model": cfg.model.with_score_threshold(0.0)})
     model, cfg, notes, _ = initial_model(cfg, dataset.classes, images=dataset)
     model = model.to(proc.device, memory_format=torch.channels_last).train()
     show(f"{num} images of {dataset.name}: " + ", ".join("x".join(map(str, s.image.shape[1:])) for s in samples))
@@ -120,8 +121,8 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
             model, samples, cfg, autocast, lambda arrangement, name=name: show(f"... {name}, {arrangement}")
         )
         if name == "float64":
-            compare_detections(report.differences[name], model, samples, len(dataset.classes), cfg)
-            compare_two_processes(report.differences[name], model, samples, len(dataset.classes), cfg)
+            compare_detections(report.differences[name], model, samples, cfg)
+            report.differences[name]["2 processes"] = compare_two_processes(model, samples, len(dataset.classes), cfg)
         show(f"\n{name}: relative difference, 1 - cosine against each image alone\n{differences_table(report, name)}")
     model = model.to(torch.float64)
     everyone = [*samples, wider_mate(samples, cfg.model.masks)]
@@ -199,41 +200,27 @@ def compare_arrangements(
     return differences, flipped
 
 
-def compare_detections(
-    differences: Differences,
-    model: DetectionModel,
-    samples: list[Sample],
-    num_classes: int,
-    cfg: Config,
-) -> None:
-    """Add how the detections of each image alone differ from those in company; of any score, so that there are some."""
-    every_score = build_model(cfg.model.with_score_threshold(0.0), num_classes)
-    every_score = every_score.to(model.device, torch.float64, memory_format=torch.channels_last).eval()
-    every_score.load_state_dict(model.state_dict())
+def compare_detections(differences: Differences, model: DetectionModel, samples: list[Sample], cfg: Config) -> None:
+    """Add how the detections of each image alone differ from those in company."""
     num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
 
     def detected(places: list[int]) -> list[Tensor]:
         batch = batch_of([everyone[i] for i in places], model, cfg)
-        found = every_score.detect(batch.images, batch.sizes, batch.padded)
+        found = model.detect(batch.images, batch.sizes, batch.padded)
         parts = [found.boxes, found.scores[..., None], found.labels[..., None], found.masks.flatten(2)]
         return list(torch.cat([part.double() for part in parts], dim=-1).flatten(1))[:num]
 
+    model.eval()
     alone = [detected([i])[0] for i in range(num)]
     for name, places in (("together", list(range(num))), ("beside a wider", list(range(num + 1)))):
         differences[name]["detections"] = largest_difference(detected(places), alone)
-
-
-# --- two processes
+    model.train()
 
 
 def compare_two_processes(
-    differences: Differences,
-    model: DetectionModel,
-    samples: list[Sample],
-    num_classes: int,
-    cfg: Config,
-) -> None:
-    """Add how losses and gradients of one process, image by image, differ from those of two that share the images."""
+    model: DetectionModel, samples: list[Sample], num_classes: int, cfg: Config
+) -> dict[str, Difference]:
+    """Compare losses and gradients of one process, image by image, with those of two that share the images."""
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": len(samples)})})
     device = model.device
     release(device)  # the two may have to share this one's GPU
@@ -244,14 +231,13 @@ def compare_two_processes(
     singles = [batch_of([sample], model, cfg) for sample in samples]
     model.zero_grad()
     with kept_statistics(model):
-        losses = backward(model, nullcontext, singles, 1, cfg)
-    expected = losses | parameter_groups(model)
-    differences["2 processes"] = {name: difference(got[name], value) for name, value in expected.items()}
+        expected = backward(model, nullcontext, singles, 1, cfg) | parameter_groups(model)
     model.zero_grad()
+    return {name: difference(got[name], value) for name, value in expected.items()}
 
 
 def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Config, folder: str) -> None:
-    """One of two processes: its share of the images in one batch, the sum of both; the first leaves the result."""
+    """Be one of two processes: run its share of the images in one batch; rank 0 writes the sum of both."""
     model = build_model(cfg.model, num_classes).to(proc.device, torch.float64, memory_format=torch.channels_last)
     model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device, weights_only=True))
     (mine,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
@@ -267,34 +253,30 @@ def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Co
 
 
 def differences_table(report: Report, dtype: str) -> str:
-    """A line a quantity, two columns an arrangement, and the choices that differ."""
+    """Return a line per quantity, two columns per arrangement, and the choices that differ."""
     columns = report.differences[dtype]
-    names = list(dict.fromkeys(itertools.chain.from_iterable(columns.values())))
     rows = [["", *columns]]
-    for name in names:
+    for name in dict.fromkeys(itertools.chain.from_iterable(columns.values())):
         cells = [f"{d.relative:.0e} {d.cosine:.0e}" if (d := column.get(name)) else "" for column in columns.values()]
         rows.append([name, *cells])
     for kind in ("choices", "ReLUs"):
-        counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else None for name in columns]
-        rows.append([f"{kind} that flip", *("" if one is None else f"{one[0]:,} of {one[1]:,}" for one in counts)])
+        counts = [report.flips[dtype][name][kind] if name in report.flips[dtype] else () for name in columns]
+        rows.append([f"{kind} that flip", *(" of ".join(f"{count:,}" for count in pair) for pair in counts)])
     return text_table(rows)
 
 
 def verdict(report: Report) -> str:
-    """Whether it passed, and if not, what leaks, where first, and what to do."""
+    """Say whether it passed, and if not, what leaks, where first, and what to do."""
     bounds = f"relative difference below {RELATIVE:.0e}, 1 - cosine below {COSINE:.0e}"
-    lines = [
-        f"passed: an image trains the same whatever stands beside it (float64: {bounds}, the same choices)"
-        if report.passed
-        else f"failed: what an image trains depends on what stands beside it (expected in float64: {bounds})"
-    ]
+    if report.passed:
+        lines = [f"passed: an image trains the same whatever stands beside it (float64: {bounds}, the same choices)"]
+    else:
+        lines = [f"failed: what an image trains depends on what stands beside it (expected in float64: {bounds})"]
     leaking = {leak.coupling: leak for leak in report.leaks}
     for coupling in COUPLINGS:
         if leak := leaking.get(coupling):
-            lines += [
-                f"  {coupling} leaks, first at {leak.where}",
-                f"    by {leak.difference:.1e}; {REMEDIES[coupling]}",
-            ]
+            lines.append(f"  {coupling} leaks, first at {leak.where}")
+            lines.append(f"    by {leak.difference:.1e}; {REMEDIES[coupling]}")
         else:
             lines.append(f"  {coupling}: no leak")
     if not report.passed and not report.leaks:
@@ -302,21 +284,8 @@ def verdict(report: Report) -> str:
     return "\n".join(lines)
 
 
-def to_json(report: Report) -> str:
-    """The whole report; JSON has no NaN or infinity, they become null."""
-    parts: dict[str, Any] = {
-        "passed": report.passed,
-        "differences": {
-            dtype: {
-                name: {
-                    what: {key: value if math.isfinite(value) else None for key, value in one._asdict().items()}
-                    for what, one in column.items()
-                }
-                for name, column in columns.items()
-            }
-            for dtype, columns in report.differences.items()
-        },
-        "flips": report.flips,
-        "leaks": [leak._asdict() for leak in report.leaks],
-    }
-    return json.dumps(parts, indent=1, allow_nan=False)
+def json_report(report: Report) -> str:
+    """Return the whole report; JSON has no NaN or infinity, they become null."""
+    leaks = [leak._asdict() for leak in report.leaks]
+    parts = {"passed": report.passed, "differences": report.differences, "flips": report.flips, "leaks": leaks}
+    return to_json(parts, indent=1, inf_nan_mode="null").decode()

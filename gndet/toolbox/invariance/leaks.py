@@ -7,7 +7,7 @@ sampling and normalisers behind pyramids that were computed image by image.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -65,16 +65,12 @@ def _on_canvas_of(batch: Batch, i: int) -> Batch:
 @contextmanager
 def _listening(model: nn.Module, note: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
     """Call note with name, module, first input and output of every module without parts that runs."""
-    handles = [
-        module.register_forward_hook(lambda m, args, out, name=name: note(name, m, args[0], out))
-        for name, module in model.named_modules()
-        if not list(module.children())
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                hook = module.register_forward_hook(lambda m, args, out, name=name: note(name, m, args[0], out))
+                hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ Letters: N images, L levels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ RELATIVE = 1e-6  # and the relative difference
 STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps, each ceil(canvas / stride) high
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True)
+class Difference:
     """How two tensors differ: relative difference (L2), and 1 - cosine."""
 
     relative: float
@@ -136,13 +138,12 @@ def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
 def _open_relus(model: DetectionModel, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
     """Collect where each ReLU is open, in the order they run: maps (B, C, H/s, W/s) bool, regions (B * R, ...) bool."""
     rectified = model.rectified()
-    heard = [(module, maps) for module in rectified.maps] + [(module, regions) for module in rectified.regions]
-    handles = [m.register_forward_hook(lambda m, args, out, to=to: to.append(out > 0)) for m, to in heard]
-    try:
+    with ExitStack() as hooks:
+        for modules, opened in ((rectified.maps, maps), (rectified.regions, regions)):
+            for module in modules:
+                hook = module.register_forward_hook(lambda m, args, out, opened=opened: opened.append(out > 0))
+                hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _packed(masks: list[Tensor]) -> list[np.ndarray]:
@@ -163,8 +164,8 @@ def compare(got: Result, alone: Result) -> dict[str, Difference]:
 
 def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
     """The largest of several differences; NaN is larger than any number."""
-    each = torch.tensor([difference(a, b) for a, b in zip(got, expected, strict=True)], dtype=torch.float64)
-    return Difference(*each.amax(0).tolist())
+    each = [astuple(difference(a, b)) for a, b in zip(got, expected, strict=True)]
+    return Difference(*np.max(each, axis=0).tolist())
 
 
 def flips(got: Result, alone: Result) -> Flips:

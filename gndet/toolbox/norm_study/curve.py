@@ -19,10 +19,7 @@ def draw_curve(study: Study, path: Path) -> None:
     figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        if study.by_groups:
-            _draw_groups(axes, study, metric)
-        else:
-            _draw_sizes(axes, study, metric)
+        (_draw_groups if study.by_groups else _draw_sizes)(axes, study, metric)
         axes.set_ylabel(f"{METRICS[metric]}, %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)

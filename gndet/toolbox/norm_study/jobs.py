@@ -30,12 +30,6 @@ class Job(NamedTuple):
     out: Path
     log: Path
 
-    @property
-    def command(self) -> list[str]:
-        """The command line."""
-        module = "gndet.toolbox.norm_study.child"
-        return [sys.executable, "-m", module, "train", self.config, *self.overrides, f"out={self.out}"]
-
 
 class _Running(NamedTuple):
     job: Job
@@ -86,10 +80,11 @@ def run_jobs(
 
 def _start(job: Job, place: dict[str, str]) -> _Running:
     """Start a job in a session of its own, so that only this process passes a Ctrl-C on to it."""
+    command = [sys.executable, "-m", "gndet.toolbox.norm_study.child", "train", job.config, *job.overrides]
     with job.log.open("ab") as log:
         process = subprocess.Popen(
-            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **place},
+            [*command, f"out={job.out}"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env={**os.environ, **place},
         )  # fmt: skip
     return _Running(job, process, time.monotonic(), place)
 

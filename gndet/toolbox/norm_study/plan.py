@@ -132,7 +132,7 @@ def take_up(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
     if not is_study(folder):
         return new
     old = read_study(folder)
-    if changed := [f"  {key}: {there!r} there, {now!r} now" for key, there, now in _changed_settings(old, new)]:
+    if changed := _changed_settings(old, new):
         raise OutputError("\n".join([f"{folder}: holds a study of other settings; give another --out", *changed[:8]]))
     known = {result.name: result for result in old.results if result.state in ("done", "failed")}
     results = [known.get(result.name, result) for result in new.results]
@@ -144,12 +144,12 @@ def take_up(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
     return new.model_copy(update={"results": [*results, *added], **kept})
 
 
-def _changed_settings(old: Study, new: Study) -> list[tuple[str, object, object]]:
-    """Return the settings that differ and change what is learned: name, old value, new value."""
+def _changed_settings(old: Study, new: Study) -> list[str]:
+    """Return a line for each setting that differs and changes what is learned."""
     there, now = (
         {key: value for key, value in flat(config_from_dict(s.settings, f"{STUDY} of {s.date}")).items()
          if not key.startswith((*NEUTRAL, "out", "seed"))} | {"--batch": s.batch}
         for s in (old, new)
     )  # fmt: skip
-    keys = {**there, **now}
-    return [(k, there.get(k, UNSET), now.get(k, UNSET)) for k in keys if there.get(k, UNSET) != now.get(k, UNSET)]
+    pairs = {key: (there.get(key, UNSET), now.get(key, UNSET)) for key in there | now}
+    return [f"  {key}: {before!r} there, {after!r} now" for key, (before, after) in pairs.items() if before != after]

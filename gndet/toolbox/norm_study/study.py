@@ -66,7 +66,7 @@ def study(
         raise OutputError(f"{folder}: holds files but no study (no {STUDY}); choose another --out FOLDER")
     new = begin(cfg, config, overrides, cells, batch, len(places))
     with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu"))):
-        work = Work(folder, take_up(folder, new, show), config, cfg, places, stop, show)
+        work = Work(folder, take_up(folder, new, show), cfg, places, stop, show)
         try:
             work.prepare(budget)
             work.run()
@@ -80,11 +80,10 @@ class Work:
     """A study in progress: its folder, its cells, and the places where runs go."""
 
     def __init__(
-        self, folder: Path, study: Study, config: str, cfg: Config, places: list[dict[str, str]], stop: StopSignals,
+        self, folder: Path, study: Study, cfg: Config, places: list[dict[str, str]], stop: StopSignals,
         show: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.folder, self.study, self.config, self.cfg = folder, study, config, cfg
-        self.places, self.stop, self.show = places, stop, show
+        self.folder, self.study, self.cfg, self.places, self.stop, self.show = folder, study, cfg, places, stop, show
 
     def prepare(self, budget: float | None) -> None:
         """Make the folders, find finished cells, measure the speed, and fit the schedule to the budget."""
@@ -163,8 +162,11 @@ class Work:
                  lambda job, seconds, _: took.update({job.name: seconds}))  # fmt: skip
         per_image, overhead = dict.fromkeys(sizes, 0.0), 0.0
         for size, job, images in runs:
-            seconds, beside = _speed_of(job, took[job.name], images)
-            per_image[size], overhead = max(per_image[size], seconds), max(overhead, beside)
+            if finished(job.out) is None:
+                raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
+            logged = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
+            per_image[size] = max(per_image[size], 1 / logged[-1])
+            overhead = max(overhead, took[job.name] - images / logged[-1])
         return Speed(per_image=per_image, overhead=overhead)
 
     def _calibration(self, variant: str, size: int, number: int) -> tuple[Job, int]:
@@ -180,19 +182,18 @@ class Work:
     def _job(self, cell: CellResult, folder: str, name: str, overrides: Sequence[str] = ()) -> Job:
         """Return the run of a cell."""
         options = [*self.study.overrides, *cell_overrides(cell, self.study), *overrides]
-        return Job(name, self.config, options, self.folder / folder / name, self.folder / LOGS / f"{name}.txt")
+        return Job(name, self.study.config, options, self.folder / folder / name, self.folder / LOGS / f"{name}.txt")
 
     def look(self, result: CellResult) -> None:
         """Note whether a cell's run is finished, with its metrics; they stay when cells/ is removed."""
+        run = self.folder / CELLS / result.name
         if result.state == "done":
             return
-        run = self.folder / CELLS / result.name
-        saved = finished(run)
-        if saved is None:
-            result.state = "failed" if result.state == "failed" else "pending"
-            return
-        drop_optimizer(run)  # here, so that it also happens after a study was killed as a run ended
-        result.state, result.metrics, result.reason = "done", saved, ""
+        if metrics := finished(run):
+            drop_optimizer(run)  # here, so that it also happens after a study was killed as a run ended
+            result.state, result.metrics, result.reason = "done", metrics, ""
+        elif result.state != "failed":
+            result.state = "pending"
 
     def run(self) -> None:
         """Train all cells that are not finished; the study survives failed cells."""
@@ -211,7 +212,8 @@ class Work:
             cell.seconds += seconds
             self.look(cell)
             if cell.state == "done":
-                words = ", ".join(f"{METRICS[m]} {_percent(cell.metrics[m])}" for m in METRICS if m in cell.metrics)
+                reached = {title: cell.metrics.get(metric) for metric, title in METRICS.items()}
+                words = ", ".join(f"{title} {100 * ap:.1f}" for title, ap in reached.items() if ap is not None)
             else:
                 cell.state, cell.reason = "failed", last_words(job.log, status)
                 words = f"failed: {cell.reason}"
@@ -225,8 +227,7 @@ class Work:
         """Write study.json with running cells set back to pending."""
         for cell in self.study.results:
             cell.state = "pending" if cell.state == "running" else cell.state
-        if (self.folder / CELLS).is_dir():
-            write_study(self.folder, self.study)
+        write_study(self.folder, self.study)
 
     def conclude(self) -> bool:
         """Fill in copied cells, draw the curve, show the results.  Returns whether no cell failed."""
@@ -266,18 +267,6 @@ def drop_optimizer(run: Path) -> None:
         saved = load_checkpoint(folder)
         groups = {name: tensors for name, tensors in saved.groups.items() if name != "optimizer"}
         save_checkpoint(folder, groups, saved.meta)
-
-
-def _speed_of(job: Job, seconds: float, images: int) -> tuple[float, float]:
-    """Return seconds per image, and seconds spent outside training, of a calibration run.  Raises TrainingError."""
-    if finished(job.out) is None:
-        raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
-    speed = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
-    return 1 / speed[-1], max(seconds - images / speed[-1], 0.0)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _clock(seconds: float) -> str:

@@ -268,27 +268,21 @@ class DetectionDifference(NamedTuple):
 
 def detection_difference(expected: Found, found: Found, threshold: float) -> DetectionDifference:
     """Compare each detection with the nearest of its label; detections scoring `threshold` or less may be missing."""
-    free, pairs, unmatched = set(range(len(found.scores))), [], 0
-    for row in range(len(expected.scores)):
-        near = [
-            (float(np.abs(found.boxes[candidate] - expected.boxes[row]).max()), candidate)
-            for candidate in free if found.labels[candidate] == expected.labels[row]
-        ]  # fmt: skip
-        distance, nearest = min(near, default=(math.inf, -1))
-        if distance > 1:  # another object's
-            unmatched += expected.scores[row] > threshold + SCORES
-        else:
-            free.remove(nearest)
-            pairs.append((row, nearest))
-    unmatched += sum(not found.scores[candidate] <= threshold + SCORES for candidate in free)  # NaN too
-    a, b = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    distances = np.abs(expected.boxes[:, None] - found.boxes).max(axis=2)  # (D, D')
+    distances[expected.labels[:, None] != found.labels] = math.inf
+    a, b = [], []  # the places of pairs
+    for row, near in enumerate(distances):
+        if near.min(initial=math.inf) <= 1:  # pixel; what is farther is another object's
+            a.append(row)
+            b.append(int(near.argmin()))
+            distances[:, b[-1]] = math.inf
+    alone = np.concatenate([np.delete(expected.scores, a), np.delete(found.scores, b)])
+    unmatched = np.count_nonzero(~(alone <= threshold + SCORES))  # NaN too
     masks = None if expected.masks is None and found.masks is None else math.inf
     if expected.masks is not None and found.masks is not None:
         masks = _most(expected.masks[a] - found.masks[b])
-    return DetectionDifference(
-        _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b]), masks, int(unmatched),
-        len(expected.scores),
-    )  # fmt: skip
+    boxes, scores = _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b])
+    return DetectionDifference(boxes, scores, masks, unmatched, len(expected.scores))
 
 
 def _most(values: np.ndarray) -> float:

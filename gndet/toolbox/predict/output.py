@@ -21,7 +21,7 @@ from gndet.data.records import Dataset, Record
 from gndet.data.workers import usable_cores
 from gndet.errors import OutputError
 from gndet.evaluation.detector import Detector
-from gndet.evaluation.drawing import captioned, draw_detections, grid
+from gndet.evaluation.drawing import captioned, draw_detections, grid, shrunk
 from gndet.evaluation.evaluate import to_results
 from gndet.evaluation.results import Results, join, save_results
 from gndet.evaluation.tables import text_table
@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
 
     task: DrawTask
     found: Results
-    labels: np.ndarray  # (n,) int64
+    count: int  # n
     picture: np.ndarray | None  # the drawing; None if a file holds it
     tile: np.ndarray | None
 
@@ -72,17 +72,15 @@ class Output:
         On a CPU they take turns: torch's threads wait for each other, and one that shares its core delays them all.
         """
         self.detector, self.out, self.wanted, self.beside = detector, out, wanted, beside
-        self.folders = unique_names([_folder(name) for name in detector.classes])
+        folders = unique_names([re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_" for name in detector.classes])
+        self.folders = dict(zip(detector.category_ids, folders, strict=True))
         num = min(MAX_THREADS, usable_cores())
         self.threads, self.most = ThreadPoolExecutor(num), 2 * num  # most: batches to hold in memory until drawn
         self.waiting: list[tuple[Callable[[], list[Drawn]], Callable[[Drawn], None]]] = []
         self.pending: deque[tuple[Future[list[Drawn]], Callable[[Drawn], None]]] = deque()
         self.results: list[Results] = []
         self.images: list[dict[str, Any]] = []
-        self.objects: Counter[int] = Counter()  # per label
-        self.seen_in: Counter[int] = Counter()  # images per label
         self.tiles: list[np.ndarray] = []
-        self.tiles_left = TILES if wanted.sheet else 0
 
     def __enter__(self) -> "Output":
         return self
@@ -98,16 +96,9 @@ class Output:
         detections: of B images; sizes (B, 2) height, width of the resized pictures; then: called with each drawn
         picture, in order, here or in `finish`.
         """
-        placed = []
-        for task in tasks:
-            tile = task.tile and self.tiles_left > 0
-            self.tiles_left -= tile
-            placed.append(task._replace(tile=tile))
-        self.waiting.append((partial(self._draw, detections, sizes, placed), then))
-        if self.beside:
-            self.finish(self.most)
-        elif len(self.waiting) == self.most:
-            self.finish()
+        self.waiting.append((partial(self._draw, detections, sizes, tasks), then))
+        if self.beside or len(self.waiting) == self.most:
+            self.finish(self.most if self.beside else 0)
 
     def finish(self, most: int = 0) -> None:
         """Start to draw all waiting batches, and wait until at most `most` of them are not drawn."""
@@ -126,9 +117,8 @@ class Output:
         image = {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
         self.images.append(image | ({"frame": frame.index} if frame else {}))
         self.results.append(drawn.found)
-        self.objects.update(drawn.labels.tolist())
-        self.seen_in.update(set(drawn.labels.tolist()))
-        self.tiles += [] if drawn.tile is None else [drawn.tile]
+        if drawn.tile is not None and len(self.tiles) < TILES:
+            self.tiles.append(drawn.tile)
 
     def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
         """Draw a batch, in a thread."""
@@ -142,24 +132,26 @@ class Output:
             found, image = results.of_image(task.record.image_id), task.record.load()
             order = np.argsort(-found.scores, kind="stable")
             shown = found.take(order[found.scores[order] >= self.wanted.threshold])
-            labels = np.array([ids.index(category) for category in shown.category_ids.tolist()], dtype=np.int64)
             picture = draw_detections(image, shown, classes, ids, self.wanted.threshold)
             if task.file:
                 save_png(task.file, picture)
             if self.wanted.crops:
-                self._save_crops(task.name, image, shown, labels)
-            caption = f"{printable(Path(task.record.file_name).name)}: {len(shown)}"
-            tile = _tile(picture, caption) if task.tile else None
-            done.append(Drawn(task, found, labels, None if task.file else picture, tile))
+                self._save_crops(task.name, image, shown)
+            tile = None
+            if self.wanted.sheet and task.tile and len(self.tiles) < TILES:
+                caption = f"{printable(Path(task.record.file_name).name)}: {len(shown)}"
+                tile = captioned(shrunk(picture, task.record, TILE_SIDE)[0], caption)
+            done.append(Drawn(task, found, len(shown), None if task.file else picture, tile))
         return done
 
-    def _save_crops(self, name: str, image: np.ndarray, shown: Results, labels: np.ndarray) -> None:
+    def _save_crops(self, name: str, image: np.ndarray, shown: Results) -> None:
         """Write each object, cropped to the pixels that its box touches."""
         size = np.array(image.shape[1::-1])  # width, height
-        for number, (box, score, label) in enumerate(zip(shown.boxes, shown.scores, labels, strict=True), start=1):
+        columns = zip(shown.boxes, shown.scores, shown.category_ids.tolist(), strict=True)
+        for number, (box, score, category) in enumerate(columns, start=1):
             left, top = near = np.minimum(np.floor(box[:2]).astype(int), size - 1)
             right, bottom = np.maximum(np.ceil(box[:2] + box[2:]).astype(int), near + 1)
-            folder = self.out / "crops" / self.folders[label]
+            folder = self.out / "crops" / self.folders[category]
             make_folder(folder, "--out")
             save_png(folder / f"{name}-{number}-{score:.2f}.png", image[top:bottom, left:right])
 
@@ -175,8 +167,12 @@ class Output:
         if self.tiles:
             save_png(self.out / "sheet.png", grid(self.tiles, COLUMNS))
             show(f"{len(self.tiles)} pictures together -> {self.out / 'sheet.png'}")
-        rows = [[classes[label], str(num), str(self.seen_in[label])] for label, num in self.objects.most_common()]
-        total = ["all", str(self.objects.total()), str(len(self.images))]
+        shown = results.take(np.flatnonzero(results.scores >= self.wanted.threshold))
+        names, rows = dict(zip(ids, classes, strict=True)), []
+        for category, num in Counter(shown.category_ids.tolist()).most_common():
+            seen_in = np.unique(shown.image_ids[shown.category_ids == category])
+            rows.append([names[category], str(num), str(len(seen_in))])
+        total = ["all", str(len(shown)), str(len(self.images))]
         show(f"with a score of {self.wanted.threshold} or more:")
         show(text_table([["class", "objects", "images"], *rows, total]))
         show(f"{len(results)} detections, of lower scores too -> {where} (COCO results; image ids in images.json)")
@@ -192,18 +188,6 @@ def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str]
         taken.add(f"{name}{suffix}".casefold())
         unique.append(f"{name}{suffix}")
     return unique
-
-
-def _folder(name: str) -> str:
-    """Turn a class name into the name of a folder."""
-    return re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_"
-
-
-def _tile(picture: np.ndarray, caption: str) -> np.ndarray:
-    """Scale a drawn picture to TILE_SIDE, and add its caption."""
-    factor = TILE_SIDE / max(picture.shape[:2])
-    size = tuple(max(1, round(edge * factor)) for edge in picture.shape[1::-1])
-    return captioned(np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX)), caption)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:

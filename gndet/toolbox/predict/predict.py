@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from gndet.data.datasets.images import no_limit_of_pillows
+from gndet.data.datasets.images import no_limit_of_pillows, picture_size
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
 from gndet.files import make_folder
 from gndet.toolbox.predict.output import Drawn, DrawTask, Output, Wanted, unique_names
-from gndet.toolbox.predict.sources import find_sources, measure_pictures
+from gndet.toolbox.predict.sources import Pictures, find_sources, measured
 from gndet.toolbox.predict.stream import Portion, of_pictures, of_video
-from gndet.toolbox.predict.video import VideoWriter, video_rate
+from gndet.toolbox.predict.video import video_rate, video_writer
 
 TILE_SECONDS = 1.0  # between two frames of a video on the contact sheet: neighbours look the same
 FRAMES_PER_LINE = 100
@@ -47,14 +47,22 @@ def predict(
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
     found, max_pixels = find_sources(sources), detector.cfg.data.max_pixels
-    pictures, broken = measure_pictures(found, max_pixels)
-    videos, broken_videos = _measure_videos(found.videos, found.named, max_pixels)
+    sizes, broken = measured(found.pictures, found.named, lambda file: picture_size(file, max_pixels))
+    rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, max_pixels))
     broken |= broken_videos
+    if broken and not sizes and not rates:
+        raise DataError(f"none of {len(broken)} file(s) can be read; {next(iter(broken.values()))}")
+    pictures = Pictures(sizes, max_pixels)
     reserved = ("sheet.png",) if sheet else ()
     names = unique_names([file.stem for file in pictures.files], ".png", reserved)
-    films = unique_names([video.stem for video in videos], ".mp4")
+    films = unique_names([video.stem for video in rates], ".mp4")
     _refuse_overwriting(out, [*names, *films, *reserved], [*found.pictures, *found.videos], crops)
     make_folder(out, "--out")
+
+    def tell(drawn: Drawn) -> None:
+        task = drawn.task
+        show(f"{task.record.file_name}: {drawn.count} objects with a score of {threshold} or more -> {task.file}")
+
     with no_limit_of_pillows(), Output(detector, out, wanted, device.type != "cpu") as output:
         portions = of_pictures(detector, pictures, device, show)
         with contextlib.closing(portions):
@@ -62,10 +70,10 @@ def predict(
                 broken |= {pictures.files[skipped.image_id - 1]: skipped.reason for skipped in portion.broken}
                 files = [out / names[record.image_id - 1] for record in portion.records]
                 tasks = [DrawTask(r, file.stem, file, True) for r, file in zip(portion.records, files, strict=True)]
-                _detect(output, portion, tasks, device, lambda drawn: _tell(drawn, threshold, show))
+                _detect(output, portion, tasks, device, tell)
         output.finish()
         first = len(pictures) + 1
-        for (video, rate), name in zip(videos.items(), films, strict=True):
+        for (video, rate), name in zip(rates.items(), films, strict=True):
             reason, count = _film(output, video, out / name, rate, every, first, device, show)
             broken |= {video: reason} if reason else {}
             first += count
@@ -82,24 +90,6 @@ def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int
             meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
             raise ConfigError(f"--classes: {name!r} is no class of this detector{meant} knows {', '.join(ids)}")
     return [ids[name] for name in classes or ids]
-
-
-def _measure_videos(
-    videos: Sequence[Path], named: frozenset[Path], max_pixels: int
-) -> tuple[dict[Path, Fraction], dict[Path, str]]:
-    """Read each video's frames per second.  Returns {video: rate}, and {file: reason} of the unreadable ones.
-
-    Raises DataError for an unreadable video that was named.
-    """
-    rates, broken = {}, {}
-    for video in videos:
-        try:
-            rates[video] = video_rate(video, max_pixels)
-        except DataError as error:
-            if video in named:
-                raise
-            broken[video] = str(error)
-    return rates, broken
 
 
 def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], crops: bool) -> None:
@@ -136,12 +126,12 @@ def _film(
     to its end, or "", and the number of frames read.
     """
     count, objects, next_tile, reason = 0, 0, -1.0, ""
-    with VideoWriter(file, rate / every) as film:
+    with video_writer(file, rate / every) as append:
 
         def write(drawn: Drawn) -> None:
             nonlocal objects
-            objects += len(drawn.labels)
-            film.write(drawn.picture, drawn.task.frame.seconds)
+            objects += drawn.count
+            append(drawn.picture, drawn.task.frame.seconds)
 
         try:
             for portion in of_video(output.detector, video, every, first):
@@ -160,11 +150,6 @@ def _film(
     if count:
         show(f"{video}: {count} frames, {objects} objects with a score of {output.wanted.threshold} or more -> {file}")
     return reason, count
-
-
-def _tell(drawn: Drawn, threshold: float, show: Callable[[str], None]) -> None:
-    task = drawn.task
-    show(f"{task.record.file_name}: {len(drawn.labels)} objects with a score of {threshold} or more -> {task.file}")
 
 
 def _tell_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:

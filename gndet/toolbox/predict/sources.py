@@ -5,19 +5,20 @@ n pictures.  A folder gives its own pictures, not those of its subfolders; a pat
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
-from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.images import FORMATS, find_pictures, picture_record, picture_size, read_image
+from gndet.data.datasets.images import FORMATS, find_pictures, picture_record, read_image
 from gndet.data.records import Record
 from gndet.errors import DataError
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")  # suffixes; a GIF is a picture
+
+Value = TypeVar("Value")
 
 
 class Sources(NamedTuple):
@@ -81,9 +82,9 @@ def _matching(pattern: str) -> list[Path]:
 class Pictures(Sequence[Record]):
     """Picture files as records without objects, made on demand; image ids count from 1."""
 
-    def __init__(self, files: Sequence[Path], sizes: Sequence[tuple[int, int]], max_pixels: int) -> None:
+    def __init__(self, sizes: dict[Path, tuple[int, int]], max_pixels: int) -> None:
         """sizes: height, width of the n files, as `picture_size` reads them."""
-        self.files, self.sizes, self.max_pixels = files, sizes, max_pixels
+        self.files, self.sizes, self.max_pixels = list(sizes), sizes, max_pixels
 
     def __len__(self) -> int:
         return len(self.files)
@@ -92,25 +93,24 @@ class Pictures(Sequence[Record]):
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
         place = range(len(self))[index]
-        file, size = self.files[place], self.sizes[place]
+        file = self.files[place]
+        size = self.sizes[file]
         return picture_record(place + 1, file, size)._replace(load=partial(read_image, file, size, self.max_pixels))
 
 
-def measure_pictures(sources: Sources, max_pixels: int) -> tuple[Pictures, dict[Path, str]]:
-    """Read the sizes of the pictures of sources from their headers.
+def measured(
+    files: Sequence[Path], named: Container[Path], measure: Callable[[Path], Value]
+) -> tuple[dict[Path, Value], dict[Path, str]]:
+    """Measure each file.  Returns {file: value} of the readable ones, and {file: reason} of those that are not.
 
-    Returns the records of the readable pictures, and {file: reason} of those that are not.  Raises Fault for an
-    unreadable picture that was named, and DataError if no picture is readable and there is no video.
+    Raises the DataError of an unreadable file that was named.
     """
-    files, sizes, broken = [], [], {}
-    for file in sources.pictures:
+    values, broken = {}, {}
+    for file in files:
         try:
-            sizes.append(picture_size(file, max_pixels))
-            files.append(file)
-        except Fault as fault:
-            if file in sources.named:
+            values[file] = measure(file)
+        except DataError as error:
+            if file in named:
                 raise
-            broken[file] = str(fault)
-    if broken and not files and not sources.videos:
-        raise DataError(f"none of {len(broken)} picture(s) can be read; {next(iter(broken.values()))}")
-    return Pictures(files, sizes, max_pixels), broken
+            broken[file] = str(error)
+    return values, broken

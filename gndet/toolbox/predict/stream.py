@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +24,6 @@ from gndet.toolbox.predict.sources import Pictures
 from gndet.toolbox.predict.video import Frame, read_frames
 
 FRAMES_AHEAD = 2  # batches of a video to decode ahead
-
-Item = TypeVar("Item")
 
 
 class Portion(NamedTuple):
@@ -56,7 +54,12 @@ def of_video(detector: Detector, video: Path, every: int, first: int) -> Iterato
 
     A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after the batches before it.
     """
-    return _ahead(_decoded(detector, video, every, first), FRAMES_AHEAD)
+    decoded = _decoded(detector, video, every, first)
+    with ThreadPoolExecutor(1) as thread:  # its exception is raised here, after the batches before it
+        pending = deque(thread.submit(next, decoded, None) for _ in range(FRAMES_AHEAD))
+        while (portion := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, decoded, None))
+            yield portion
 
 
 def _decoded(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
@@ -73,12 +76,3 @@ def _frame_record(image_id: int, video: Path, frame: Frame) -> Record:
     height, width = frame.pixels.shape[:2]
     record = picture_record(image_id, Path(f"{video}#t={frame.seconds:.3f}"), (height, width))
     return record._replace(load=lambda: frame.pixels)
-
-
-def _ahead(items: Iterator[Item], num: int) -> Iterator[Item]:
-    """Yield items while a thread computes the next `num`; its exception is raised here, after the items before it."""
-    with ThreadPoolExecutor(1) as thread:
-        pending = deque(thread.submit(next, items, None) for _ in range(num))
-        while (item := pending.popleft().result()) is not None:
-            pending.append(thread.submit(next, items, None))
-            yield item

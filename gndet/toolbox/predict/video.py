@@ -3,11 +3,10 @@
 (h, w) frame.  Pictures are (h, w, 3) uint8 RGB, upright as a player shows them.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,56 +79,42 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise DataError(f"{path}: cannot be read as a video: {getattr(error, 'strerror', None) or error}") from None
 
 
-class VideoWriter:
-    """An MP4 file written frame by frame, with the times of its source.
+@contextmanager
+def video_writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray, float], None]]:
+    """Write an MP4 file; give a function that appends a picture (h, w, 3), shown from a time in seconds on.
 
-    As a context: the file gets its name at the end, or is removed after an error.  Raises OutputError.
+    rate: frames per second that the encoder expects.  Pictures are scaled to the size of the first one, whose edges are
+    rounded up to even numbers.  No file is left after an error, or without pictures.  Raises OutputError.
     """
+    stream, start, last = None, 0.0, -1  # seconds of the first picture, ticks of the last one
+    try:
+        with written_whole(path) as partial:
+            with av.open(str(partial), "w", format="mp4") as container:
 
-    def __init__(self, path: Path, rate: Fraction) -> None:
-        """rate: frames per second that the encoder expects."""
-        self.path, self.rate = path, rate
-        self.place = ExitStack()
-        self.stream: Any = None
-        self.start, self.last = 0.0, -1  # seconds of the first frame, ticks of the last one
+                def write(pixels: np.ndarray, seconds: float) -> None:
+                    nonlocal stream, start, last
+                    even = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
+                    if stream is None:
+                        stream, start = _add_stream(container, rate, even.shape[:2]), seconds
+                    frame = av.VideoFrame.from_ndarray(even, format="rgb24")
+                    frame = frame.reformat(stream.width, stream.height, "yuv420p")
+                    last = max(round((seconds - start) * CLOCK), last + 1)  # times must increase
+                    frame.pts, frame.time_base = last, Fraction(1, CLOCK)
+                    container.mux(stream.encode(frame))
 
-    def __enter__(self) -> "VideoWriter":
-        self.partial = self.place.enter_context(written_whole(self.path))
-        with self._told():
-            self.container = av.open(str(self.partial), "w", format="mp4")
-        return self
+                yield write
+                if stream is not None:
+                    container.mux(stream.encode())
+            if stream is None:
+                partial.unlink()
+    except av.FFmpegError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
-    def write(self, pixels: np.ndarray, seconds: float) -> None:
-        """Append a picture (h, w, 3), scaled to the size of the first picture; edges are rounded up to even numbers."""
-        even = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
-        with self._told():
-            if self.stream is None:
-                codec = next(name for name in ENCODERS if name in av.codecs_available)
-                self.stream = self.container.add_stream(codec, rate=self.rate)
-                self.stream.height, self.stream.width = even.shape[:2]
-                self.stream.pix_fmt = "yuv420p"  # what every player shows
-                self.stream.codec_context.time_base = Fraction(1, CLOCK)
-                self.start = seconds
-            frame = av.VideoFrame.from_ndarray(even, format="rgb24")
-            frame = frame.reformat(self.stream.width, self.stream.height, "yuv420p")
-            self.last = max(round((seconds - self.start) * CLOCK), self.last + 1)  # times must increase
-            frame.pts, frame.time_base = self.last, Fraction(1, CLOCK)
-            self.container.mux(self.stream.encode(frame))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self.place, self._told():
-            if kind is None and self.stream is not None:
-                self.container.mux(self.stream.encode())
-            self.container.close()
-            if kind is not None or self.stream is None:
-                self.partial.unlink()
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Raise OutputError if FFmpeg cannot write."""
-        try:
-            yield
-        except (av.FFmpegError, OSError) as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from None
+def _add_stream(container: Any, rate: Fraction, size: tuple[int, int]) -> Any:
+    """Add a video stream for pictures of a size (height, width) to a file."""
+    stream = container.add_stream(next(name for name in ENCODERS if name in av.codecs_available), rate=rate)
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"  # what every player shows
+    stream.codec_context.time_base = Fraction(1, CLOCK)
+    return stream

@@ -37,9 +37,9 @@ from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.recompute import set_memory
 from gndet.structures import Batch, GroundTruth, Proposals
-from gndet.training.compiling import compiled
 from gndet.training.memory import MIB
 from gndet.training.optim import make_optimizer
+from gndet.training.setup import compiled
 from gndet.training.update import backward, to_device
 
 RATE = 1e-6  # the learning rate of both: the weights change, but no loss grows in the turns

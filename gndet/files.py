@@ -1,10 +1,13 @@
-"""Where results go: folders, files that are written whole or not at all, files that grow by whole lines."""
+"""Where results go: folders, files that are written whole or not at all, files that grow by whole lines, tables."""
 
+import csv
 import errno
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from gndet.errors import OutputError
 
@@ -80,3 +83,17 @@ def make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{option} {folder}: cannot make this folder: {error.strerror}") from None
+
+
+def text_table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
+    """Pad the columns of rows to their widest cells; those at the places in `left` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    template = "  ".join(f"{{:{'<' if place in left else '>'}{width}}}" for place, width in enumerate(widths))
+    return "\n".join(template.format(*row).rstrip() for row in rows)
+
+
+def csv_table(rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as CSV, numbers with full precision, None as an empty cell."""
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()

@@ -16,11 +16,10 @@ from gndet.distributed.signals import StopSignals
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
 from gndet.training.log import Log
-from gndet.training.meter import Meter
 from gndet.training.nonfinite import pass_over, summed
-from gndet.training.norm_record import NormWatch
+from gndet.training.norms import NormWatch
 from gndet.training.optim import learning_rate, total_updates
-from gndet.training.run import Progress, Run
+from gndet.training.run import Meter, Progress, Run
 from gndet.training.run_folder import STALLED, locked, make_run, move_aside
 from gndet.training.setup import set_up
 from gndet.training.task import TASKS

@@ -21,9 +21,8 @@ from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
-from gndet.evaluation.paste import Paste, paste_masks
-from gndet.evaluation.results import Results, from_coco, join, mask_areas
-from gndet.evaluation.tables import text_table
+from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
+from gndet.files import text_table
 from gndet.structures import Detections
 
 

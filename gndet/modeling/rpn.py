@@ -16,8 +16,7 @@ from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
 from gndet.ops.losses import smooth_l1, sum_per_image
-from gndet.ops.matching import best, match, sample_balanced
-from gndet.ops.nms import nms_keep
+from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, ranks
 from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 

@@ -12,7 +12,7 @@ from gndet.config.schema import Config, ModelConfig, NormConfig
 from gndet.data.datasets.images import find_pictures, picture_record, picture_size
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
-from gndet.evaluation.tables import text_table
+from gndet.files import text_table
 from gndet.weights.convert import Fate
 from gndet.weights.foreign.export import TOOLKITS, export_weights
 from gndet.weights.foreign.files import write_torch

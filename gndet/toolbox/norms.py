@@ -8,7 +8,7 @@ from gndet.config.loading import config_from_dict, load_config, with_overrides
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import CheckpointError, DataError
 from gndet.modeling.build import build_model
-from gndet.training.norm_audit import Audit, audit, audit_table, summary
+from gndet.training.norms import Audit, audit, audit_table, summary
 from gndet.weights.load import initial_model, padding_warnings
 
 

@@ -1,8 +1,10 @@
-"""What a run consists of, as one value that the parts of training are handed."""
+"""What a run consists of, as one value that the parts of training are handed; how far it has come, and how fast."""
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from gndet.config.schema import Config
+from gndet.data.batches.stream import Loaded
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.modeling.detection_model import DetectionModel
@@ -112,3 +115,48 @@ def score(values: Mapping[str, float]) -> float:
     """What `best` means: mask AP, or box AP without masks; undefined counts as 0."""
     value = values.get("mask/AP", values["box/AP"])
     return 0.0 if math.isnan(value) else value
+
+
+class Meter:
+    """Measure time, data wait and memory between two log lines."""
+
+    def __init__(self, device: torch.device, global_batch: int) -> None:
+        self.device, self.global_batch = device, global_batch
+        self.seconds_per_update = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
+
+    def wait_for(self, batches: Iterator[Loaded]) -> Loaded:
+        """Return the next batch, and count the time it took."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time of an evaluation or a save out of the figures."""
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """Return the figures of the updates since the last call, and start anew."""
+        seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        self.seconds_per_update = seconds / max(self.updates, 1)
+        values = {
+            "images_per_s": self.global_batch * self.updates / seconds,
+            "data_wait": min(self.waited / seconds, 1.0),
+            "memory_mib": memory_mib(self.device),
+        }
+        self._reset()
+        return values
+
+
+def memory_mib(device: torch.device) -> float:
+    """Return the peak memory so far: the GPU's, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux

@@ -1,25 +1,36 @@
-"""What a run begins or goes on with: data read and checked, model and optimiser built, a checkpoint's state put in."""
+"""What a run begins or resumes with: data, model, optimiser, the state of a checkpoint, images at once, graphs.
+
+train.compile: the training forward and backward become compiled graphs, one for each canvas and number of images.  All
+of them are made before the first update: later, none keeps other ranks waiting, and what cannot be compiled is told
+before anything is written.
+"""
 
 import shutil
+import time
 from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from gndet.checkpoint import Checkpoint
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config
-from gndet.distributed.collectives import all_gather, broadcast
+from gndet.config.schema import Config, TrainConfig
+from gndet.data.batches.batch import largest_batch
+from gndet.data.batches.stream import micro_batches
+from gndet.distributed.collectives import all_gather, all_reduce_min, broadcast
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.recompute import set_memory
-from gndet.training.batch_size import images_at_once
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
-from gndet.training.compiling import compile_ahead, compiled
-from gndet.training.norm_audit import audit, summary
-from gndet.training.optim import average_weights, make_optimizer
+from gndet.training.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
+from gndet.training.norms import audit, summary
+from gndet.training.optim import STATE_SIZE, average_weights, make_optimizer
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
 from gndet.training.task import TASKS
-from gndet.training.update import buckets_for
+from gndet.training.update import backward, buckets_for, clear_gradients, resident_bytes, running_statistics
 
 
 def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Progress, int, list[str]]:
@@ -112,3 +123,116 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
         compiled(model, cfg.train, proc.device), buckets_for(cfg, model, proc),
     )  # fmt: skip
     return run, notes
+
+
+def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Module:
+    """The training forward by train.compile; it has the model's parameters.  Nothing is compiled before it is called.
+
+    Raises ConfigError for what cannot be on a CPU: reduce-overhead, and memory_limit_mib beside compile.
+    """
+    if cfg.compile == "none":
+        return model
+    if cfg.compile == "reduce-overhead" and device.type == "cpu":
+        raise ConfigError("train.compile: reduce-overhead makes CUDA graphs, the device is cpu; use default or none")
+    if cfg.memory_limit_mib is not None and device.type == "cpu":
+        raise ConfigError(
+            f"train.compile: {cfg.compile} leaves no operators whose tensors train.memory_limit_mib: "
+            f"{cfg.memory_limit_mib:g} could count on a CPU; use one of the two"
+        )
+    return torch.compile(model, dynamic=False, mode=cfg.compile)
+
+
+def compile_ahead(run: Run, size: int) -> list[str]:
+    """Make the graphs for all canvases and numbers of images of the run's micro-batches.  Returns a line about it.
+
+    size: images at once.  Raises ConfigError where torch cannot compile here: no C++ compiler, no Triton.
+    """
+    cfg, proc = run.cfg, run.proc
+    if cfg.train.compile == "none":
+        return []
+    nums = sorted({len(places) for places in micro_batches(cfg.train.global_batch, size, proc.rank, proc.world)})
+    undo, began = running_statistics(run), time.monotonic()
+    try:
+        for canvas in cfg.data.canvases:
+            data = cfg.data.model_copy(update={"canvases": (canvas,)})
+            for num in nums:
+                clear_gradients(run)
+                batch = largest_batch(run.train_set, data, num, masks=cfg.model.masks)
+                backward(run.forward, run.autocast, [batch], num, cfg)
+    except TorchDynamoException as error:
+        reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
+        raise ConfigError(
+            f"train.compile: {cfg.train.compile}: torch cannot compile the model here: {reason}; it needs a C++ "
+            "compiler, on a GPU Triton as well.  train.compile=none works without"
+        ) from error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise  # otherwise: the first update will meet it, too, and go on with fewer images at once
+        release(proc.device)
+    finally:
+        undo()
+        run.model.zero_grad()
+    graphs = f"{len(cfg.data.canvases)} canvas(es) of {' and '.join(map(str, nums))} image(s)"
+    return [f"compiled for {graphs} in {time.monotonic() - began:.0f} s (train.compile: {cfg.train.compile})"]
+
+
+MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
+
+
+def images_at_once(run: Run) -> int:
+    """The size of the micro-batches: train.images_per_gpu, for `auto` the largest that fits on every rank.
+
+    Of sizes that need equally many micro-batches the smallest is taken, so that they are even.  A size fits if a
+    forward and backward pass over the largest canvas of the data leaves MARGIN of the memory free.  Raises
+    ConfigError for a split that is not possible, and where not even one image fits.
+    """
+    cfg, proc = run.cfg, run.proc
+    if mistake := cfg.split_mistake(proc.world):
+        raise ConfigError(mistake)
+    if cfg.train.images_per_gpu != "auto":
+        return cfg.train.images_per_gpu
+    limit = cfg.train.memory_limit_mib
+    if limit is None and proc.device.type == "cpu":
+        raise ConfigError(
+            "train.images_per_gpu: auto on a CPU needs train.memory_limit_mib, the MiB of tensors a rank may hold"
+        )
+    most = -(-cfg.train.global_batch // proc.world)
+    sizes = sorted({-(-most // count) for count in range(1, most + 1)})
+    (size,) = all_reduce_min([largest_fitting(sizes, lambda num: fits(run, num))], proc)
+    if size == 0:
+        room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {limit:g}"
+        raise ConfigError(
+            f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, beside "
+            "weights, gradients and the optimiser's state; lower data.max_edge or data.shortest_edge"
+        )
+    if proc.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(proc.device)  # the log shows the run's own peak
+    return size
+
+
+def fits(run: Run, num: int) -> bool:
+    """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
+    device, stated = run.proc.device, run.cfg.train.memory_limit_mib
+    limit = stated * MIB if stated else torch.cuda.memory_allocated(device) + free_memory(device)
+    # on a CPU the mask head computes positive regions only: objects of that number make them all positive
+    objects = 0 if device.type == "cuda" else run.cfg.model.max_positives
+    batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
+    state: list[Tensor] = []
+    try:
+        clear_gradients(run)
+        for parameter in trainable:
+            state += [torch.empty_like(parameter) for _ in range(to_come)]
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
+            backward(run.model, run.autocast, [batch], num, run.cfg)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        run.model.zero_grad()
+        state.clear()
+        release(device)
+    return True

@@ -14,8 +14,7 @@ from gndet.errors import GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_objects, grid, save_picture, side_by_side
 from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
-from gndet.evaluation.paste import paste_masks
-from gndet.evaluation.results import save_results
+from gndet.evaluation.results import paste_masks, save_results
 from gndet.training.log import Log
 from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS

@@ -25,8 +25,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.evaluation import evaluate as evaluation
 from gndet.evaluation.coco_metrics import Metrics, coco_metrics
-from gndet.evaluation.paste import paste_masks
-from gndet.evaluation.results import from_coco, join, save_results
+from gndet.evaluation.results import from_coco, join, paste_masks, save_results
 from gndet.structures import Detections
 
 ALONE = Process(0, 1, torch.device("cpu"))

@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from gndet.config.schema import SourceConfig
 from gndet.data.records import MASK_SIDE
-from gndet.evaluation.paste import paste_masks
+from gndet.evaluation.results import paste_masks
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.structures import Batch, GroundTruth, Step

@@ -6,8 +6,7 @@ import torchvision
 
 from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
 from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
-from gndet.ops.matching import best, match, sample_balanced
-from gndet.ops.nms import fixed_point, nms_keep
+from gndet.ops.matching import best, fixed_point, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, hash_ints, ranks, uniform
 from gndet.ops.roi_align import extend_edges, pyramid_level, roi_align_pyramid
 

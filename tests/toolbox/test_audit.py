@@ -17,7 +17,7 @@ from gndet.config.schema import Config
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.train import train
-from gndet.training.norm_audit import Audit, audit, audit_table, summary
+from gndet.training.norms import Audit, audit, audit_table, summary
 from gndet.weights.load import initial_model
 
 FROZEN = {"kind": "frozen_bn"}

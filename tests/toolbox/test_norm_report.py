@@ -26,7 +26,7 @@ from gndet.toolbox.report.norm_words import norm_findings
 from gndet.toolbox.report.norms import section
 from gndet.train import train
 from gndet.training.log import Log
-from gndet.training.norm_record import read_norms, read_start
+from gndet.training.norms import read_norms, read_start
 from gndet.training.run_folder import NORMS
 
 STEM = "backbone.stem.norm"

@@ -20,9 +20,8 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
 from gndet.train import train
-from gndet.training.compiling import compile_ahead, compiled
 from gndet.training.run import Run
-from gndet.training.setup import build_run
+from gndet.training.setup import build_run, compile_ahead, compiled
 from gndet.training.update import backward
 
 CANVASES = ((64, 96), (96, 64), (96, 96))

@@ -13,8 +13,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
-from gndet.evaluation.tables import csv_table, text_table
-from gndet.files import make_folder, make_room_for, write_whole
+from gndet.files import csv_table, make_folder, make_room_for, text_table, write_whole
 from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind
 from gndet.toolbox.analysis.read import read_results
 from gndet.toolbox.analysis.tables import Table, all_tables, known

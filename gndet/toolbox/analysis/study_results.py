@@ -14,8 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gndet.errors import DataError
-from gndet.evaluation.tables import csv_table, text_table
-from gndet.files import write_whole
+from gndet.files import csv_table, text_table, write_whole
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # prefix of the variants of a group ablation: groups-1, groups-8, groups-channels

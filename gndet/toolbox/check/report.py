@@ -9,7 +9,7 @@ import numpy as np
 from gndet.data.datasets.faults import SEVERITIES, describe_finding, several
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
-from gndet.evaluation.tables import text_table
+from gndet.files import text_table
 
 LISTED_CLASSES = 100  # others are only counted
 SMALL, LARGE = 32**2, 96**2  # pixels of area, as COCO's metric divides objects

@@ -20,7 +20,7 @@ from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.ops.conv3x3 import MinimalConvolution
-from gndet.ops.nms import nms_keep
+from gndet.ops.matching import nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 

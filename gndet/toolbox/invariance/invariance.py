@@ -25,7 +25,7 @@ from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, DataError
-from gndet.evaluation.tables import text_table
+from gndet.files import text_table
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
 from gndet.ops.noise import hash_ints

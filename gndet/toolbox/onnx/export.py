@@ -200,7 +200,7 @@ def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
 def run_onnx(file: Path, picture: np.ndarray) -> Found:
     """Detect in a picture (H, W, 3) uint8 RGB of any size with an exported file; boxes in pixels of the picture.
 
-    `gndet.evaluation.paste.paste_masks` pastes the masks into the picture.  Raises DataError for another array,
+    `gndet.evaluation.results.paste_masks` pastes the masks into the picture.  Raises DataError for another array,
     CheckpointError for a file that `export` did not write, and OutputError without onnxruntime.
     """
     if onnxruntime is None:

@@ -24,8 +24,7 @@ from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import captioned, draw_detections, grid, shrunk
 from gndet.evaluation.evaluate import to_results
 from gndet.evaluation.results import Results, join, save_results
-from gndet.evaluation.tables import text_table
-from gndet.files import make_folder, write_whole
+from gndet.files import make_folder, text_table, write_whole
 from gndet.structures import Detections
 from gndet.toolbox.predict.video import Frame
 

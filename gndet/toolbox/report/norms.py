@@ -14,7 +14,7 @@ from gndet.modeling.detection_model import PROBED_REGIONS
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, norm_findings
-from gndet.training.norm_record import read_norms
+from gndet.training.norms import read_norms
 from gndet.training.run_folder import NORMS
 
 TITLE = "Normalisation"

@@ -10,7 +10,7 @@ from gndet.toolbox.report import blocks
 from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.mistakes import ADVICE
 from gndet.toolbox.report.record import RunRecord, training_time
-from gndet.training.norm_audit import SMALL_BATCH
+from gndet.training.norms import SMALL_BATCH
 
 WAITING = 0.2  # share of time spent waiting for data above which a run is called data-bound
 FALL = 0.01  # AP

@@ -261,7 +261,6 @@ def _verified(folder: Path, name: str, promised: _File) -> bytes:
 
 
 def _what_is_there(path: Path) -> str:
-    """Say what a path holds, for errors."""
     if path.is_file():
         return "it is a file; files of other toolkits come in by train.weights or gndet convert"
     if not path.is_dir():

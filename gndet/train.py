@@ -121,9 +121,6 @@ def due(done: int, every: int, total: int) -> bool:
     return done == total or (every > 0 and done % every == 0)
 
 
-# --- an update
-
-
 def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log) -> None:
     """Count the pictures that had to be left out.
 
@@ -138,9 +135,6 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log)
     refuse_unreadable(run, "training", run.train_set, known)
 
 
-# --- evaluations and checkpoints
-
-
 def evaluate_and_save(
     run: Run, progress: Progress, saver: Saver, log: Log, stop: StopSignals, norms: NormWatch
 ) -> None:
@@ -150,9 +144,6 @@ def evaluate_and_save(
     norms.measure(progress.update)
     progress.evaluated(values)
     saver.save(progress)
-
-
-# --- batches
 
 
 def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Iterator[Replay]:

@@ -173,7 +173,6 @@ def _validated(tree: dict[str, Any], origin: Origin, source: str) -> Config:
 
 
 def _brief(value: Any) -> str:
-    """Show a value, shortened."""
     try:
         return _cut(repr(value))
     except ValueError:  # an int of more than 4,300 digits, from a checkpoint's JSON
@@ -205,7 +204,6 @@ def _describe(error: Any, origin: Origin, source: str) -> str:
 
 
 def _fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted path and the type of every option."""
     for name, field in model.model_fields.items():
         types = (field.annotation, *getattr(field.annotation, "__args__", ()))  # X, or X | None
         section = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

@@ -65,7 +65,6 @@ def spawn(function: Callable[..., None], world: int, device: str, *args: Any) ->
 def _spawned(
     rank: int, function: Callable[..., None], world: int, device: str, rendezvous: str, args: tuple[Any, ...]
 ) -> None:
-    """Run function as one rank of `spawn`."""
     torch.set_num_threads(max(torch.get_num_threads() // world, 1))
     gpus = torch.cuda.device_count()
     with _member(device, False, rank, world, rank % max(gpus, 1), rendezvous, nccl=world <= gpus) as proc:

@@ -139,7 +139,6 @@ class Watch:
                 self._tell(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; it is not ended")
 
     def _tell(self, text: str) -> None:
-        """Write the report, and the text to the terminal, if possible."""
         self.dump(text)
         with suppress(OSError):
             print(f"gndet: {text}", file=sys.stderr, flush=True)
@@ -166,7 +165,6 @@ class Watch:
         return before, self._all_beats()
 
     def _all_beats(self) -> Beats:
-        """Return the last beat of every rank; None where there is none."""
         keys = [f"watch/{rank}" for rank in range(self.world)]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 

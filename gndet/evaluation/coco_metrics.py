@@ -66,7 +66,6 @@ def evaluated(truth: dict[str, Any], results: Results, kind: Kind, max_detection
 
 
 def _accumulate(scorer: hotcoco.COCOeval | COCOeval, max_detections: int) -> None:
-    """Match the detections with the objects and accumulate precision and recall."""
     params = scorer.params
     params.maxDets = [1, min(10, max_detections), max_detections]  # the engines sort them
     scorer.params = params
@@ -120,7 +119,6 @@ def _found(truth: hotcoco.COCO, results: Results, masks: list[dict[str, Any]] | 
 
 
 def _pycocotools(truths: Mapping[Kind, dict[str, Any]], results: Results) -> Iterator[tuple[Kind, COCOeval]]:
-    """Yield a scorer per kind."""
     for kind, truth in truths.items():
         # pycocotools writes into the annotations
         truth = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}

@@ -139,7 +139,6 @@ def draw_detections(
 
 
 def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
-    """Decode a COCO segmentation into (H, W) bool; None stays None."""
     if segmentation is None:
         return None
     return coco_mask.decode(to_rle(segmentation, size)).astype(bool)

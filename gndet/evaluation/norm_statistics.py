@@ -93,9 +93,6 @@ def _look(calls: list[Call], layer: nn.Module, inputs: tuple[Any, ...]) -> None:
         calls.append((moments(x.to(layer.weight.dtype), area), similarity(x, groups, area)))
 
 
-# --- what is taken of a map
-
-
 def moments(x: Tensor, area: ValidArea | None) -> Moments:
     """Return mean and variance of each channel of x (n, C, H, W) over its map; area: over the picture alone."""
     if area is None:
@@ -136,9 +133,6 @@ def _spread(num: int, most: int, device: torch.device) -> Tensor:
     """Return at most so many of the indices below num, spread evenly."""
     count = min(num, most)
     return torch.arange(count, device=device) * num // count
-
-
-# --- what is said of a layer
 
 
 def _measured(name: str, layer: nn.Module, calls: Sequence[Call], start: Start | None) -> Measured:

@@ -196,7 +196,6 @@ def _whole_pixels(low: float, high: float, limit: int, side: int) -> tuple[slice
 
 
 def _limited(start: int, stop: int, limit: int) -> slice:
-    """Return the pixels from start to stop that lie in [0, limit)."""
     return slice(min(max(start, 0), limit), min(max(stop, 0), limit))
 
 

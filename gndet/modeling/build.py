@@ -52,7 +52,6 @@ DETECTORS: dict[str, Callable[[ModelConfig, int], DetectionModel]] = {"mask_rcnn
 
 @contextmanager
 def _naming(part: str) -> Iterator[None]:
-    """Name the part of the config in a ConfigError."""
     try:
         yield
     except ConfigError as error:

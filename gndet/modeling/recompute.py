@@ -249,7 +249,6 @@ def _backward(
 
 
 def _activation(layer: Layer, norm: tuple[Tensor | None, Tensor | None], kept: Sequence[Tensor | None]) -> Tensor:
-    """What a brick gave, from what was kept of it."""
     y, mean, rstd = kept
     return renormalize(y, *norm, mean, rstd, layer.area, relu=layer.relu) if layer.groups else y
 

@@ -75,7 +75,6 @@ def _read(where: str, overrides: Sequence[str]) -> tuple[Source, Config]:
 
 
 def _held(start: InitialModel, source: Source) -> dict[str, Tensor]:
-    """Return the tensors of the parts that the source holds."""
     prefixes = tuple(f"{part}." for part in source.parts)
     return {key: value for key, value in start.model.state_dict().items() if key.startswith(prefixes)}
 

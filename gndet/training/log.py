@@ -172,7 +172,6 @@ class Log:
                 self._board.close()
 
     def _show_below_bar(self, *texts: str) -> None:
-        """On a terminal, show texts below the progress bar."""
         if self._live is not None:
             with self._console_may_fail():
                 self._live.update(Group(self._progress, Text("  ".join(filter(None, texts)))), refresh=True)

@@ -157,7 +157,6 @@ def running_statistics(run: Run) -> Callable[[], None]:
 
 
 def _room(run: Run) -> AbstractContextManager:
-    """What a micro-batch may take up."""
     limit = run.cfg.train.memory_limit_mib
     return nullcontext() if limit is None else limited(run.proc.device, int(limit * MIB), resident_bytes(run))
 

@@ -85,7 +85,6 @@ def group_statistics(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Te
 
 
 def _check(gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, bn_eps: float) -> None:
-    """Refuse numbers that are not a BN's."""
     for name, values in (("gamma", gamma), ("beta", beta), ("running mean", mean), ("running variance", var)):
         if values.shape != gamma.shape:
             raise CheckpointError(f"{name} has shape {list(values.shape)}, expected {list(gamma.shape)} as gamma")
@@ -269,7 +268,6 @@ def _fit(own: nn.Module, x: Tensor, area: ValidArea | None, target: Tensor, vali
 
 
 def _sum_squares(x: Tensor, valid: Tensor) -> float:
-    """Return the sum of the squares of x (B, C, H, W) over the valid cells."""
     return torch.where(valid, x, 0.0).square().sum(dtype=torch.float64).item()
 
 

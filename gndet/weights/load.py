@@ -167,12 +167,10 @@ def _fitting(
 
 
 def _unused(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """Return the keys of the file that the model does not have."""
     return [key for key in state if key not in own and not key.endswith((COUNTER, ".norm.eps"))]
 
 
 def _with_rows(own: Tensor, there: Tensor, rows: int, carried: Sequence[tuple[int, int]]) -> Tensor:
-    """Put the rows of the carried classes over own ones."""
     result, given = own.clone().unflatten(0, (-1, rows)), there.unflatten(0, (-1, rows))  # (classes, rows, ...)
     for here, index in carried:
         result[here] = given[index]
@@ -243,6 +241,5 @@ def padding_warnings(there: ModelConfig, here: ModelConfig, parts: Sequence[str]
 
 
 def _differences(options: Iterable[str], there: ModelConfig, here: ModelConfig) -> list[str]:
-    """Return a line for each option of `model` that differs."""
     values = [(name, attrgetter(name)(there), attrgetter(name)(here)) for name in options]
     return [f"model.{name}: {old} in the file, {new} here" for name, old, new in values if old != new]

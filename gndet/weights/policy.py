@@ -99,7 +99,6 @@ def _as_override(norm: NormConfig) -> str:
 
 
 def _words(norm: NormConfig) -> str:
-    """Describe a norm for messages."""
     standardized = " with weight standardization" if norm.weight_standardization else ""
     return norm.kind + (f" ({norm.grouping})" if norm.kind == "gn" else "") + standardized
 

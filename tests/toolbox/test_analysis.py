@@ -20,9 +20,8 @@ from gndet.evaluation.results import Results, from_coco
 from gndet.toolbox.analysis.analysis import Analysis, analyse, image_counts
 from gndet.toolbox.analysis.analyze import analyze, read_subject
 from gndet.toolbox.analysis.bootstrap import ap_intervals, average_precision, paired_interval, resample
-from gndet.toolbox.analysis.curves import SCORES, best_thresholds
 from gndet.toolbox.analysis.errors import KINDS
-from gndet.toolbox.analysis.matches import false_positives, true_positives
+from gndet.toolbox.analysis.matches import SCORES, best_thresholds, false_positives, true_positives
 
 
 def detections(dataset: Dataset, *, masks: bool, seed: int = 0) -> list[dict]:

@@ -36,8 +36,7 @@ from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.drawing import placard
 from gndet.toolbox.check.check import check, guess_folder
-from gndet.toolbox.check.contact_sheet import choose_images, contact_sheet
-from gndet.toolbox.check.pictures import Decoded, PictureFile, decode, decode_all
+from gndet.toolbox.check.pictures import Decoded, PictureFile, choose_images, contact_sheet, decode, decode_all
 from gndet.training.task import read_both
 
 Report = dict[str, Any]

@@ -38,10 +38,9 @@ from gndet.toolbox.analysis.study_results import (
     study_verdict,
     write_study,
 )
-from gndet.toolbox.norm_study.budget import estimate, fit_budget, per_image_at
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
-from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
+from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, per_image_at, take_up, variants
 from gndet.toolbox.norm_study.study import Work, finished, study
 from gndet.toolbox.report.report import write_report
 from gndet.toolbox.report.study import section, study_command

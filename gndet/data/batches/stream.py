@@ -169,7 +169,6 @@ class _Stream(NamedTuple):
         return _images(self._record(*divmod(position, len(self.usable))).image_id for position in positions)
 
     def _record(self, epoch: int, place: int) -> Record:
-        """Return the record at a place of an epoch's order; places past its end wrap around."""
         num = len(self.usable)
         return self.dataset.records[self.usable[order(self.seed, epoch, num)[place % num]]]
 
@@ -197,7 +196,6 @@ class _Stream(NamedTuple):
 
 
 def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) -> Tested:
-    """Load one evaluation batch."""
     samples, read, skipped = [], [], []
     for index in indices:
         try:
@@ -210,7 +208,6 @@ def _load_test(records: Sequence[Record], data: DataConfig, indices: list[int]) 
 
 
 def _images(ids: Iterable[int]) -> str:
-    """Name images by their ids."""
     return f"image(s) {', '.join(map(str, ids))}"
 
 

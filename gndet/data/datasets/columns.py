@@ -206,7 +206,6 @@ def _check_boxes(items: Sequence[Item], sizes: np.ndarray, marks: _Marks) -> np.
 
 
 def _note_masks(masks: CheckedMasks, crowd: np.ndarray, marks: _Marks) -> None:
-    """Note crowd regions, and objects without a mask."""
     outlined, coded = np.zeros((2, len(crowd)), dtype=bool)
     outlined[masks.polygons.owner] = coded[list(masks.rles)] = True
     marks.note("crowd", crowd)
@@ -215,7 +214,6 @@ def _note_masks(masks: CheckedMasks, crowd: np.ndarray, marks: _Marks) -> None:
 
 
 def _fill_areas(area: np.ndarray, items: Sequence[Item], masks: CheckedMasks, sizes: np.ndarray, marks: _Marks) -> None:
-    """Compute the areas (n,) that are NaN, from the mask or the box."""
     marks.note("area-missing", np.isnan(area))
     for place in marks.places["area-missing"].tolist():
         mask = masks.mask(place)

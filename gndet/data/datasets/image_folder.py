@@ -152,7 +152,6 @@ def _is_inside(path: str | Path, home: str) -> bool:
 
 
 def _get(listing: dict[str, File], name: str) -> File | None:
-    """Return the entry of a name, in either Unicode form."""
     return listing.get(name) or listing.get(unicodedata.normalize("NFC", name))
 
 

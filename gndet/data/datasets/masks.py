@@ -159,7 +159,6 @@ def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) 
 
 
 def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
-    """Drop polygons of fewer than 3 points or half a point."""
     short = (polygons.lengths < 6) | (polygons.lengths % 2 == 1)
     places, index, counts = np.unique(polygons.owner[short], return_index=True, return_counts=True)
     for place, length, count in zip(places.tolist(), polygons.lengths[short][index], counts.tolist(), strict=True):

@@ -76,7 +76,6 @@ def without_masks(dataset: Dataset) -> Dataset:
 
 
 def _find_missing_masks(records: Sequence[Record], found: Findings) -> None:
-    """Find the objects that have no mask to be trained with."""
     for record in records:
         for number, crowd, mask in zip(record.annotation_ids, record.crowd, record.segmentations, strict=True):
             if mask is None and not crowd:
@@ -163,7 +162,6 @@ _File = tuple[int, str, str]  # image id, file_name, path
 
 
 def _note_twin(found: Findings, code: str, train: _File, val: _File) -> None:
-    """Note an image of train that is in val too."""
     text, ids = "", f"image {train[0]} of train, {val[0]} of val"
     if code == "picture-in-both":
         text = f"{ids}: {val[2]} is equal to {train[2]}"
@@ -174,7 +172,6 @@ def _note_twin(found: Findings, code: str, train: _File, val: _File) -> None:
 
 
 def _differences(train: Sequence[str], val: Sequence[str]) -> str:
-    """Say in what the classes of two sets differ."""
     only_train, only_val = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
     if not only_train and not only_val:
         pairs = enumerate(zip_longest(train, val, fillvalue="nothing"))  # a name may stand twice, refused elsewhere
@@ -185,7 +182,6 @@ def _differences(train: Sequence[str], val: Sequence[str]) -> str:
 
 
 def _with_nearest(names: Sequence[str], known: Sequence[str]) -> str:
-    """List names with the known ones that may have been meant."""
     shown = []
     for name in names[:LISTED]:
         same = [other for other in known if other.strip().casefold() == name.strip().casefold()]
@@ -195,7 +191,6 @@ def _with_nearest(names: Sequence[str], known: Sequence[str]) -> str:
 
 
 def _same(path: Path, other: Path) -> str:
-    """Say whether two files of one name, or of one place, are the same."""
     try:
         if path.resolve() == other.resolve():
             return "one file"

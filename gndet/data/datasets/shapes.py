@@ -121,12 +121,10 @@ def _outline(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
 
 
 def _draw_mask(outline: np.ndarray, size: int) -> np.ndarray:
-    """Fill an outline (V, 2).  Returns (s, s) bool."""
     canvas = Image.new("L", (size, size))
     ImageDraw.Draw(canvas).polygon([(x, y) for x, y in outline.tolist()], fill=1)
     return np.asarray(canvas, dtype=bool)
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
-    """Return the random numbers of an image for a stream."""
     return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.DRAW, index, stream)))

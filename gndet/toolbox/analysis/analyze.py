@@ -14,8 +14,7 @@ from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
 from gndet.files import csv_table, make_folder, make_room_for, text_table, write_whole
-from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind
-from gndet.toolbox.analysis.read import read_results
+from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind, read_results
 from gndet.toolbox.analysis.tables import Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
 

@@ -237,7 +237,6 @@ def images_per_gpu(size: int) -> str:
 
 
 def _points(change: Mean) -> str:
-    """Return a difference in AP points with its interval."""
     low, high = change.mean - change.half, change.mean + change.half
     return f"{change.mean:+.1f}" + (f" [{low:+.1f}, {high:+.1f}]" if change.n > 1 else "")
 

@@ -25,8 +25,7 @@ from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.drawing import save_picture
 from gndet.files import make_room_for, write_whole
-from gndet.toolbox.check.contact_sheet import contact_sheet
-from gndet.toolbox.check.pictures import decode_pictures
+from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 
 NAMES_TRIED = 100  # pictures of a JSON file to look for, to find its folder
@@ -114,13 +113,11 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
 
 
 def _read_both(plan: Plan, show: Show) -> list[Checked]:
-    """Read both sets of a config."""
     train, val = inspect_both(plan.data, masks=bool(plan.masks), tell=show)
     return [Checked("train", train, plan.folders.get("train")), Checked("val", val, plan.folders.get("val"))]
 
 
 def _read_alone(plan: Plan, show: Show) -> Checked:
-    """Read a JSON file by itself."""
     folder = plan.folders.get("")
     dataset: Dataset = inspect_file(plan.path, folder, plan.data, show)
     if folder is None and dataset.classes:
@@ -190,7 +187,6 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
 
 
 def _is_same(first: Path, second: Path) -> bool:
-    """Whether two paths name the same file, existing or not."""
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):

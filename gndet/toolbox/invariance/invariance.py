@@ -132,9 +132,6 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
     return report
 
 
-# --- the images
-
-
 def choose_samples(dataset: Dataset, cfg: Config, num: int) -> list[Sample]:
     """Take num training images, from the tallest to the widest, as the first epoch has them."""
     usable = [record for record in dataset.records if len(record.labels) and not record.crowd.all()]
@@ -160,9 +157,6 @@ def wider_mate(samples: list[Sample], masks: bool) -> Sample:
         torch.ones(MATE_OBJECTS, side, side, dtype=torch.bool),
         key=1,
     )
-
-
-# --- the arrangements
 
 
 def arrangements(num: int) -> dict[str, list[list[int]]]:
@@ -247,9 +241,6 @@ def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Co
     losses = {name: all_reduce_sum(loss, proc) for name, loss in losses.items()}
     if proc.first:
         torch.save(losses | parameter_groups(model), f"{folder}/result.pt")
-
-
-# --- what is shown
 
 
 def differences_table(report: Report, dtype: str) -> str:

@@ -54,12 +54,8 @@ def find_leaks(model: DetectionModel, singles: list[Batch], together: Batch) -> 
 
 
 def _on_canvas_of(batch: Batch, i: int) -> Batch:
-    """Image i by itself on the canvas of its batch."""
     gt = type(batch.gt)(*(field[i : i + 1] for field in batch.gt))
     return Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.keys[i : i + 1], gt, batch.padded)
-
-
-# --- modules that see whole images
 
 
 @contextmanager
@@ -112,9 +108,6 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for name, buffer in model.named_buffers():
             buffer.copy_(before[name])
-
-
-# --- behind the pyramid
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
-"""The plan of a norm study: variants, the overrides of each cell, cells to refuse, and studies to continue."""
+"""The plan of a norm study: variants, overrides of each cell, cells to refuse, studies to continue, the time."""
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import torch
 
 from gndet import __version__
@@ -14,7 +16,7 @@ from gndet.config.schema import Config, NormConfig
 from gndet.data.workers import usable_cores
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
-from gndet.toolbox.analysis.study_results import GROUPS, STUDY, CellResult, Study, is_study, read_study
+from gndet.toolbox.analysis.study_results import GROUPS, STUDY, CellResult, Speed, Study, is_study, read_study
 from gndet.training.run_folder import NEUTRAL, UNSET, flat
 
 KINDS = get_args(NormConfig.model_fields["kind"].annotation)
@@ -153,3 +155,50 @@ def _changed_settings(old: Study, new: Study) -> list[str]:
     )  # fmt: skip
     pairs = {key: (there.get(key, UNSET), now.get(key, UNSET)) for key in there | now}
     return [f"  {key}: {before!r} there, {after!r} now" for key, (before, after) in pairs.items() if before != after]
+
+
+FEWEST_UPDATES = 50  # at the reference batch; shorter runs say nothing about training
+
+
+RESERVE = 0.95  # share of the budget to plan for
+
+
+def per_image_at(speed: Speed, images: int) -> float:
+    """Interpolate the seconds per image at `images` per GPU between the measured sizes.
+
+    An update has a fixed cost and a cost per image, so that seconds per image are linear in 1 / images.
+    """
+    sizes = sorted(speed.per_image, reverse=True)  # 1 / size ascending, as np.interp needs
+    return float(np.interp(1 / images, [1 / size for size in sizes], [speed.per_image[size] for size in sizes]))
+
+
+def estimate(speed: Speed, sizes: Sequence[int], images: int, jobs: int) -> float:
+    """Return the seconds that cells take, of these images per GPU, each training on `images`, `jobs` at a time."""
+    rounds = math.ceil(len(sizes) / jobs) / len(sizes)  # the last round may be incomplete
+    return rounds * sum(per_image_at(speed, size) * images + speed.overhead for size in sizes)
+
+
+def fit_budget(
+    speed: Speed, sizes: Sequence[int], updates: int, reference_batch: int, jobs: int, budget: float
+) -> tuple[float, int]:
+    """Return the factor of the schedule, at most 1, with which the cells fit `budget` seconds, and the updates left.
+
+    updates: of the config, each of reference_batch images.  Raises ConfigError if too few are left.
+    """
+    room = RESERVE * budget
+    whole = estimate(speed, sizes, updates * reference_batch, jobs)
+    if whole <= room:
+        return 1.0, updates
+    fixed = estimate(speed, sizes, 0, jobs)
+    factor = max(room - fixed, 0.0) / (whole - fixed)
+    left = math.floor(updates * factor)
+    if left < min(FEWEST_UPDATES, updates):
+        fewest = min(FEWEST_UPDATES, updates)
+        needed = estimate(speed, sizes, fewest * reference_batch, jobs)
+        cells = math.floor(len(sizes) * room / needed)
+        raise ConfigError(
+            f"--budget: {budget:.0f} s are left, which is {left} updates of {reference_batch} images for each of "
+            f"{len(sizes)} cells; expected {fewest} at the least.  --budget {math.ceil(needed / RESERVE / 60) + 2}m "
+            f"would do, or a grid of {cells} cells: fewer norms, sizes or --seeds"
+        )
+    return left / updates, left

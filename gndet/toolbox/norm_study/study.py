@@ -33,10 +33,9 @@ from gndet.toolbox.analysis.study_results import (
     study_verdict,
     write_study,
 )
-from gndet.toolbox.norm_study.budget import estimate, fit_budget
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
-from gndet.toolbox.norm_study.plan import begin, cell_overrides, take_up, variants
+from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, take_up, variants
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import locked
@@ -180,7 +179,6 @@ class Work:
         return self._job(cell, CALIBRATION, f"{CALIBRATION}-{number}", short), updates * batch
 
     def _job(self, cell: CellResult, folder: str, name: str, overrides: Sequence[str] = ()) -> Job:
-        """Return the run of a cell."""
         options = [*self.study.overrides, *cell_overrides(cell, self.study), *overrides]
         return Job(name, self.study.config, options, self.folder / folder / name, self.folder / LOGS / f"{name}.txt")
 

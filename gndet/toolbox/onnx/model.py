@@ -83,5 +83,4 @@ def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshol
 
 
 def _scalar(g: Any, value: Any) -> Any:
-    """Squeeze (1,) to ()."""
     return g.op("Squeeze", value, g.op("Constant", value_t=torch.tensor([0])))

@@ -110,7 +110,6 @@ class Output:
                 then(drawn)
 
     def _note(self, drawn: Drawn) -> None:
-        """Add a picture to what was found."""
         record, frame = drawn.task.record, drawn.task.frame
         height, width = record.size
         image = {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}

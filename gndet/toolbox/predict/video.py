@@ -112,7 +112,6 @@ def video_writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray, f
 
 
 def _add_stream(container: Any, rate: Fraction, size: tuple[int, int]) -> Any:
-    """Add a video stream for pictures of a size (height, width) to a file."""
     stream = container.add_stream(next(name for name in ENCODERS if name in av.codecs_available), rate=rate)
     stream.height, stream.width = size
     stream.pix_fmt = "yuv420p"  # what every player shows

@@ -203,7 +203,6 @@ def _plain_ticks(axis: Axis) -> None:
 
 
 def _room(labels: Sequence[str]) -> float:
-    """Return the inches that the longest label needs."""
     return 0.25 + 0.085 * max((len(_short(label)) for label in labels), default=0)
 
 

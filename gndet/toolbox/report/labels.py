@@ -73,7 +73,6 @@ def section(run: RunRecord) -> Section:
 
 
 def _words(name: str, labels: Labels) -> str:
-    """Say how many images and objects a set has."""
     looked_at = len(labels.per_image)
     part = f" in {looked_at:,} of them, evenly spaced, which are shown here" if looked_at < labels.images else ""
     return f"data.{name}: {labels.images:,} images, {len(labels.labels):,} objects{part}"

@@ -39,7 +39,6 @@ def _worst_first(layers: Iterable[Layer], value: Callable[[Layer], float | None]
 
 
 def _named(layers: Sequence[Layer]) -> str:
-    """Name the first layer and the number of others."""
     return layers[0]["name"] + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
 
 
@@ -48,7 +47,6 @@ def _percent(value: float) -> str:
 
 
 def _more(layer: Layer) -> str:
-    """Say what gives a layer more numbers for its statistics."""
     if layer["groups"] is None:
         return "Larger pictures (data.shortest_edge), or more train.images_per_gpu"
     return f"Fewer groups in model.{layer['name'].partition('.')[0]}.norm, or larger pictures (data.shortest_edge)"
@@ -120,7 +118,6 @@ def _of_parameters(layers: Sequence[Layer], update: int) -> Iterator[tuple[str, 
 
 
 def _largest(layer: Layer) -> float:
-    """Return the largest |gamma|; infinite if any is not finite."""
     return max(math.inf if value is None else abs(value) for value in layer["gamma"])
 
 

@@ -49,7 +49,6 @@ def section(folder: Path) -> Section:
 
 
 def _capital(words: str) -> str:
-    """Capitalise a sentence, unless it begins with a layer's name."""
     return words if "." in words.split(" ")[0] else words[:1].upper() + words[1:]
 
 
@@ -60,12 +59,8 @@ def part(name: str) -> str:
 
 
 def _at(layers: Sequence[Layer], key: str, place: int | None = None) -> np.ndarray:
-    """Return a number of each layer; nan where the layer has none."""
     values = [layer.get(key) for layer in layers]
     return np.array([value if place is None or value is None else value[place] for value in values], np.float64)
-
-
-# --- by layer
 
 
 def _by_layer(layers: Sequence[Layer]) -> list[str]:
@@ -141,9 +136,6 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
     return charts.lines("norm-gap", series, caption, x_label="layer", y_label="distance")
 
 
-# --- over training
-
-
 def _over_training(entries: Sequence[dict[str, Any]]) -> str:
     padding = np.array([entry.get("padding") for entry in entries], np.float64)
     padded = charts.Series("padding", [entry["update"] for entry in entries], 100 * padding)
@@ -181,9 +173,6 @@ def _by_part(entries: Sequence[dict[str, Any]], key: str, place: int) -> list[ch
             lines.setdefault(name, []).append(float(np.median(known)) if known.size else math.nan)
     updates = [entry["update"] for entry in entries]
     return [charts.Series(name, updates, line) for name, line in lines.items()]
-
-
-# --- the table
 
 
 def _table(layers: Sequence[Layer]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.toolbox.analysis.analysis import Analysis
-from gndet.toolbox.analysis.curves import SCORES
+from gndet.toolbox.analysis.matches import SCORES
 from gndet.toolbox.analysis.tables import ALL, Table, class_table, threshold_table
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.blocks import Cell, Section

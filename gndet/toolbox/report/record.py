@@ -16,8 +16,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError, GndetError
 from gndet.evaluation.results import Results
-from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind
-from gndet.toolbox.analysis.read import read_results
+from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind, read_results
 from gndet.training.log import read_metrics
 from gndet.training.optim import total_updates
 from gndet.training.run_folder import CONFIG, DETECTIONS, FAILED, METRICS, PREEMPTED

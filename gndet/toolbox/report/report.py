@@ -1,14 +1,15 @@
-"""`gndet report`: one page that shows what a run saw, how it trained, what it gets wrong and what its norms do."""
+"""`gndet report`: one HTML page, without a server: what a run saw, how it trained, what it gets wrong, its norms."""
 
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 from gndet.errors import DataError, GndetError
 from gndet.files import make_room_for, write_whole
 from gndet.toolbox.analysis.study_results import is_study
 from gndet.toolbox.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
-from gndet.toolbox.report.page import page
+from gndet.toolbox.report.blocks import Section, escape
 from gndet.toolbox.report.record import read_run
 from gndet.training.run_folder import REPORT
 
@@ -63,3 +64,38 @@ def report_on_ending(folder: Path, show: Show) -> None:
         show(f"no report was written: {error}")
     except Exception:  # our bug; the run itself is done and saved
         show(f"no report was written, `gndet report {folder}` tries again:\n{traceback.format_exc(limit=-3)}")
+
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """Assemble a page, whose policy forbids every outside request."""
+    folder = files("gndet.toolbox.report")
+    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    links = "".join(f'<a href="#{escape(id)}">{escape(title)}</a>' for id, title, _ in sections)
+    body = "\n".join(section.html for section in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)}</title>
+<link rel="icon" href="data:,">
+<style>
+{style}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
+<nav aria-label="contents">{links}</nav>
+<main>
+{body}
+</main>
+<dialog id="large"><form method="dialog"><button aria-label="close">×</button></form><img alt=""><p></p></dialog>
+<script>
+{script}</script>
+</body>
+</html>
+"""

@@ -231,13 +231,11 @@ def _weights(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _arrays(entries: Any) -> dict[str, Any]:
-    """Return the arrays and tensors among the entries of a dict."""
     pairs = entries.items() if isinstance(entries, dict) else ()
     return {key: value for key, value in pairs if isinstance(key, str) and isinstance(value, Tensor | _Array)}
 
 
 def _tensor(name: str, array: Any) -> Tensor:
-    """Make a dense tensor of an entry, float32 where it is floating point."""
     if isinstance(array, _Array):  # np.array copies: from_numpy takes neither read-only arrays nor other byte orders
         array = torch.from_numpy(np.array(array.value, dtype=array.value.dtype.newbyteorder("="), order="C"))
     tensor = Tensor.detach(array)  # not array.detach(): a file may set attributes on its tensors

@@ -36,7 +36,6 @@ _caffe2 = partial(_brick, "", "_{norm}")
 
 
 def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick]:
-    """Name a ResNet as torchvision does."""
     block = f"{prefix}layer{{t}}.{{i}}."
     return {
         "stem": Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),

@@ -129,9 +129,6 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     )
 
 
-# --- adapting, exactly
-
-
 def _complete_fused(state: dict[str, Tensor], model: ModelConfig) -> None:
     """Give the BN layers of a part the identity's statistics where the file has none at all: affine maps."""
     for part in [part for part, norm in model.part_norms().items() if norm.has_running_statistics]:

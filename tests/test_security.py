@@ -330,7 +330,7 @@ ALLOWED_IMPORTS = {
     ("toolbox/doctor/packages.py", "importlib"): "the packages that gndet stands on, by names that stand there",
     ("toolbox/norm_study/jobs.py", "subprocess"): "starts gndet train, a process a cell",
     ("toolbox/norm_study/child.py", "runpy"): "gndet.cli, by that name",
-    ("toolbox/report/page.py", "importlib"): "reads the style and script that come with gndet",
+    ("toolbox/report/report.py", "importlib"): "reads the style and script that come with gndet",
     ("weights/foreign/source.py", "urllib"): "the error of a download that the user asked for by name",
     ("weights/foreign/source.py", "importlib"): "timm, where the user named weights of timm",
 }

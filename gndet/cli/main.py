@@ -5,7 +5,6 @@ needs it, so that --help answers at once.
 """
 
 import argparse
-import importlib
 import io
 import os
 import re
@@ -14,13 +13,27 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gndet import __version__
+from gndet.cli import (
+    analyze,
+    check,
+    config,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    invariance,
+    norm_study,
+    norms,
+    predict,
+    report,
+    train,
+)  # fmt: skip
 from gndet.errors import GndetError, Preempted
 
-NAMES = (
-    "train", "evaluate", "predict", "export", "report", "analyze", "norm-study", "doctor", "invariance", "convert",
-    "norms", "check", "config",
+FILES = (
+    train, evaluate, predict, export, report, analyze, norm_study, doctor, invariance, convert, norms, check, config,
 )  # fmt: skip
-VERBS = {name: importlib.import_module(f"gndet.cli.{name.replace('-', '_')}") for name in NAMES}
+VERBS = {file.__name__.rpartition(".")[2].replace("_", "-"): file for file in FILES}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

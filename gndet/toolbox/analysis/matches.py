@@ -1,7 +1,8 @@
-"""What a COCO evaluator matched with what, in columns, and curves over the score.  n detections, m objects, T = 10 IoU thresholds, K classes.
+"""What a COCO evaluator matched with what, in columns; curves over the score.
 
-hotcoco's matches are pycocotools' own (tested): per image and class, by falling score, each detection takes the free
-object with the highest IoU; crowd regions and detections on them do not count.
+n detections, m objects, T = 10 IoU thresholds, K classes.  hotcoco's matches are pycocotools' own (tested): per image
+and class, by falling score, each detection takes the free object with the highest IoU; crowd regions and detections on
+them do not count.
 """
 
 from typing import Any, NamedTuple

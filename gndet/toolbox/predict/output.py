@@ -119,7 +119,6 @@ class Output:
             self.tiles.append(drawn.tile)
 
     def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
-        """Draw a batch, in a thread."""
         classes, ids = self.detector.classes, self.detector.category_ids
         dataset = Dataset("batch", classes, ids, [task.record for task in tasks])
         paste = self.detector.cfg.model.mask_paste

@@ -168,7 +168,6 @@ def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], 
 def _detect(
     output: Output, portion: Portion, tasks: Sequence[DrawTask], device: torch.device, then: Callable[[Drawn], None]
 ) -> None:
-    """Detect in a batch and queue it to be drawn."""
     if portion.batch is None:
         return
     detector, batch = output.detector, portion.batch

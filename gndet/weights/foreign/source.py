@@ -78,7 +78,6 @@ def _torchvision(name: str, cfg: SourceConfig) -> Source:
 
 
 def _timm(name: str, cfg: SourceConfig) -> Source:
-    """Read weights of timm by name, through timm."""
     try:
         model = importlib.import_module("timm").create_model(name, pretrained=True)
     except Exception as error:  # no timm, or whatever the hub's client raises; timm names no type

@@ -13,21 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gndet import __version__
-from gndet.cli import (
-    analyze,
-    check,
-    config,
-    convert,
-    doctor,
-    evaluate,
-    export,
-    invariance,
-    norm_study,
-    norms,
-    predict,
-    report,
-    train,
-)  # fmt: skip
+from gndet.cli import analyze, check, config, convert, doctor, evaluate, export
+
+# isort: split
+from gndet.cli import invariance, norm_study, norms, predict, report, train
 from gndet.errors import GndetError, Preempted
 
 FILES = (

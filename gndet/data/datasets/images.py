@@ -68,7 +68,7 @@ def read_image(
 
 
 def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return the height and width that `read_image` gives a picture, from its header alone.
+    """Return the height and width that `read_image` gives a picture, without decoding it.
 
     Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """

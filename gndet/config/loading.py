@@ -136,7 +136,6 @@ def _parse(text: str, source: str, place: Callable[[yaml.Node], str], keys: tupl
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> None:
-    """Apply `key=value` overrides to tree in place."""
     for text in overrides:
         source = f"override {_brief(text)}"
         key, separator, value = text.partition("=")

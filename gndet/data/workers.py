@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
@@ -102,9 +103,6 @@ def map_ahead(
         close()
 
 
-# --- in the workers
-
-
 def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, main: int) -> None:
     """Compute the items that come through the pipe, until the main process ends that or dies."""
     for number in IGNORED:
@@ -132,7 +130,21 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
         return  # the main process is done, or gone
 
 
-# --- in the main process
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold interrupts back while a process starts: masked, and noted, since any thread may take a Ctrl-C."""
+    taken: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: taken.append(number)) if is_main else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child has our handlers until it ignores them
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if taken:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Worker:
@@ -145,18 +157,16 @@ class _Worker:
         """
         self.items = deque(items)
         self.sent, self.trial = 0, len(self.items)
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child has our handlers until it ignores them
-        try:
-            self.connection, theirs = multiprocessing.Pipe()
-            arguments = (work, self.connection, theirs, os.getpid())
-            # forked whatever a program has chosen: the life of a worker hangs on who its parent is
-            self.process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
-            self.process.start()
-        except OSError as error:
-            raise MachineError(f"a loader process cannot be started: {error}") from None
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # else the end of the process would not end the pipe
+        with _interrupts_held():
+            try:
+                self.connection, theirs = multiprocessing.Pipe()
+                arguments = (work, self.connection, theirs, os.getpid())
+                # forked whatever a program has chosen: the life of a worker hangs on who its parent is
+                self.process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
+                self.process.start()
+            except OSError as error:
+                raise MachineError(f"a loader process cannot be started: {error}") from None
+            theirs.close()  # else the end of the process would not end the pipe
         self._send()
 
     def give(self, item: Any) -> None:

@@ -39,7 +39,6 @@ def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
 
 
 def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
-    """Audit the model of a gndet run or checkpoint."""
     saved = load_checkpoint(resolve(path))
     for key in ("config", "classes"):
         if key not in saved.meta:

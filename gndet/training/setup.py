@@ -1,8 +1,7 @@
 """What a run begins or resumes with: data, model, optimiser, the state of a checkpoint, images at once, graphs.
 
-train.compile: the training forward and backward become compiled graphs, one for each canvas and number of images.  All
-of them are made before the first update: later, none keeps other ranks waiting, and what cannot be compiled is told
-before anything is written.
+train.compile makes one graph for each canvas and number of images, all of them before the first update: later none
+keeps other ranks waiting, and what cannot be compiled is told before anything is written.
 """
 
 import shutil

@@ -147,7 +147,7 @@ def walk(folder: str) -> int:
             swept += check_whole(out, 2, 30)
             fresh = Saver(run._replace(out=out), 10**6, print)
             save(run._replace(out=out), fresh, 4, best=4)
-            fresh.close()
+            fresh.wait()
             kept = [path.name for path in run_checkpoints(out)]
             check(kept == ["update-0000004"], f"after a kill at point {point} and another save there are {kept}")
         points += point - 1

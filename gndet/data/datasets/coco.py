@@ -217,7 +217,6 @@ def _read_images(
 
 
 def _read_size(item: dict[str, Any], number: int, max_pixels: int, found: Findings) -> Size | None:
-    """Return height and width of an image; None where they are wrong."""
     height, width = to_integer(item.get("height")), to_integer(item.get("width"))
     if not all(side is not None and 1 <= side <= MAX_SIDE for side in (height, width)):
         sides = f"width {brief(item.get('width'))}, height {brief(item.get('height'))}"

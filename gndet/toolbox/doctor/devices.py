@@ -112,7 +112,6 @@ def no_gpu(driver: str, built: str) -> Fact:
 
 
 def _gpu(device: torch.device) -> Fact:
-    """Describe a GPU and tell whether torch can use it."""
     name = f"GPU {device.index}"
     try:
         known = torch.cuda.get_device_properties(device)

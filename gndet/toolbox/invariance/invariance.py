@@ -94,7 +94,6 @@ def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str],
 
 
 def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
-    """check_invariance, for as much memory as it takes."""
     if not MIN_IMAGES <= num <= MAX_IMAGES:
         raise ConfigError(f"--images: {num}, expected {MIN_IMAGES} to {MAX_IMAGES}")
     if proc.world > 1:

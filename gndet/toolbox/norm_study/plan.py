@@ -89,7 +89,6 @@ def _refusal(cell: CellResult, begun: Study, built: set[str]) -> str:
 
 
 def _notes(cfg: Config, cells: list[CellResult]) -> list[str]:
-    """Return what a reader must know of these norms."""
     kinds, notes = {cell.variant for cell in cells}, []
     if "frozen_bn" in kinds and not cfg.train.weights:
         notes.append("frozen_bn without train.weights is the identity: its cells train without any normalisation.")

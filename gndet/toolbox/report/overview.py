@@ -84,7 +84,6 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """Say whether AP is still rising, or has fallen."""
     key = "mask/AP" if run.last("mask/AP") is not None else "box/AP"
     scores = [(entry["update"], entry[key]) for entry in run.evaluations if entry.get(key) is not None]
     if not scores:

@@ -72,7 +72,6 @@ def _series(
 
 
 def _confusion(found: Analysis) -> str:
-    """Draw the confusion matrix of the classes that occur in it."""
     names = [*found.matches.classes, "nothing"]
     used = np.flatnonzero(found.confusion.any(0) | found.confusion.any(1))
     if not len(used):

@@ -175,7 +175,6 @@ def _head(path: Path) -> bytes:
 
 
 def _content(path: Path, head: bytes) -> Any:
-    """Read the content of a file, arrays as _Array."""
     with _Lines(io.FileIO(path)) as file:
         if head.startswith(ZIP):
             names = zipfile.ZipFile(file).namelist()

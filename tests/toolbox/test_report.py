@@ -21,7 +21,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.overview import run_verdict
-from gndet.toolbox.report.record import read_run
+from gndet.toolbox.report.record import _read, read_run
 from gndet.toolbox.report.report import write_report
 from gndet.train import train
 
@@ -302,3 +302,9 @@ def test_tables_sort_and_filter_and_rows_show_their_pictures(browser: object, fi
     page.keyboard.press("Escape")
     assert page.locator("dialog[open]").count() == 0
     page.close()
+
+
+def test_a_file_that_cannot_be_read_is_noted_as_missing(tmp_path: Path) -> None:
+    missing: list[str] = []
+    assert _read("curves", missing, Path.read_text, tmp_path) is None
+    assert len(missing) == 1 and missing[0].startswith("curves: ") and str(tmp_path) in missing[0]

@@ -126,10 +126,10 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
 
 
 def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any) -> T | None:
-    """Return what `read` returns; where it raises a GndetError, note it as missing and return None."""
+    """Return what `read` returns; where a file is wrong or cannot be read, note it as missing and return None."""
     try:
         return read(*arguments)
-    except GndetError as error:
+    except (GndetError, OSError) as error:
         missing.append(f"{what}: {error}")
         return None
 

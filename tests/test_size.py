@@ -35,8 +35,8 @@ def test_six_files_stand_at_the_root() -> None:
     assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py"}
 
 
-def test_the_library_has_at_most_20_500_lines() -> None:
-    assert lines(FILES) <= 20_500
+def test_the_library_has_at_most_21_000_lines() -> None:
+    assert lines(FILES) <= 21_000
 
 
 def test_training_loads_at_most_85_files_of_13_500_lines() -> None:

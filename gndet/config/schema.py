@@ -1,6 +1,7 @@
-"""Every option, typed, with its default, unit and source. `loading.py` reads them from YAML.
+"""Every option with its type, default, unit and source. `loading.py` reads them from YAML.
 
-What an option means stands behind it, or in the line above it where that is too long.
+The comment behind an option, or above it, says what the option does [unit], then the source of its default.
+`docs/make_configuration.py` turns these comments into docs/configuration.md.
 """
 
 from typing import Annotated, Literal
@@ -19,56 +20,61 @@ RoIAlign = Literal["aligned", "unaligned", "detectron"]
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A part of the config: frozen, unknown keys refused."""
+    """A part of the config: immutable, and it refuses unknown keys."""
 
 
 class NormConfig(Section):
-    """A normalisation layer. Wu & He, "Group Normalization", ECCV 2018."""
+    """A normalization layer (Wu & He, "Group Normalization", ECCV 2018)."""
 
+    # gn, ln, in: statistics per image; bn, sync_bn, brn: per batch; frozen_bn: fixed. Source: Wu & He 2018
     kind: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
-    groups: int = Field(32, ge=1)  # number of groups, gn only; the paper's default is 32
-    channels_per_group: int | None = Field(None, ge=1)  # gn only; set, it takes the place of `groups`
-    eps: float = Field(1e-5, ge=0)  # added to the variance; torch's and Detectron's default
-    momentum: float = Field(0.1, gt=0, le=1)  # of the running statistics: bn, sync_bn, brn
-    # masked: statistics over the picture only, padding zero after the layer; auto: masked unless the kind mixes images
+    groups: int = Field(32, ge=1)  # number of channel groups of gn. Source: Wu & He 2018, table 3
+    # size of a channel group of gn [channels]; replaces `groups` when set. Source: Wu & He 2018, table 3
+    channels_per_group: int | None = Field(None, ge=1)
+    eps: float = Field(1e-5, ge=0)  # added to the variance. Source: torch, Detectron
+    # weight of a batch in the running statistics of bn, sync_bn and brn. Source: torch
+    momentum: float = Field(0.1, gt=0, le=1)
+    # masked: exclude the padding beside a picture from statistics and outputs; plain: include it, as other toolkits
+    # do; auto: masked, except for kinds that mix images
     padding: Literal["auto", "masked", "plain"] = "auto"
-    weight_standardization: bool = False  # of the convolutions before this norm (Qiao et al. 2019)
+    # standardize the weights of the convolutions before the norm. Source: Qiao et al. 2019
+    weight_standardization: bool = False
 
     @property
     def grouping(self) -> str:
-        """How GN divides its channels, in words."""
+        """Return in words how GN divides its channels."""
         return f"{self.channels_per_group} channels per group" if self.channels_per_group else f"{self.groups} groups"
 
     @property
     def masked(self) -> bool:
-        """Whether the padding around a picture is kept out of statistics and results."""
+        """Whether statistics and outputs exclude the padding around a picture."""
         if self.padding == "auto":
             return not self.mixes_images
         return self.padding == "masked"
 
     @property
     def mixes_images(self) -> bool:
-        """Whether the statistics are taken over all images, or regions, that are computed at once."""
+        """Whether the statistics span all images, or regions, that are computed at once."""
         return self.kind in ("bn", "sync_bn", "brn")
 
     @property
     def has_running_statistics(self) -> bool:
-        """Whether the layer holds a running mean and variance."""
+        """Whether the layer has a running mean and variance."""
         return self.mixes_images or self.kind == "frozen_bn"
 
     @property
     def trains_with_running_statistics(self) -> bool:
-        """Whether the running statistics are part of the training forward, so that all ranks need the same ones."""
+        """Whether the training forward uses the running statistics, so that all ranks need the same ones."""
         return self.kind == "brn"
 
     @property
     def communicates_in_forward(self) -> bool:
-        """Whether the ranks exchange statistics within the forward and backward passes."""
+        """Whether ranks exchange statistics in the forward and backward passes."""
         return self.kind == "sync_bn"
 
     @property
     def is_group_norm(self) -> bool:
-        """Whether the statistics are taken over groups of channels of one image: GN, and its ends LN and IN."""
+        """Whether the statistics span groups of channels of one image: GN and its extremes LN and IN."""
         return self.kind in ("gn", "ln", "in")
 
     @model_validator(mode="after")
@@ -79,96 +85,122 @@ class NormConfig(Section):
 
 
 class BackboneConfig(Section):
-    """ResNet (He et al. 2016)."""
+    """The backbone: a ResNet (He et al. 2016)."""
 
-    kind: Literal["resnet"] = "resnet"
-    depth: Literal[18, 34, 50, 101, 152] = 50
-    norm: NormConfig | None = None  # whole override of model.norm for this part
-    stride_in_1x1: bool = False  # stride of a bottleneck in its first 1x1, as in MSRA's BN weights; else in its 3x3
-    freeze_at: int = Field(0, ge=0, le=5)  # freeze the stem (1) and stages res2..res5 (2..5); 0: nothing. Detectron: 2
-    zero_init_last_gamma: bool = False  # in the last norm of a block (Goyal et al. 2017, 5.1; the GN paper, too)
+    kind: Literal["resnet"] = "resnet"  # backbone network. Source: He et al. 2016
+    depth: Literal[18, 34, 50, 101, 152] = 50  # number of weight layers
+    norm: NormConfig | None = None  # replaces model.norm as a whole for this part
+    # put a bottleneck's stride in its first 1x1 convolution, as MSRA's BN weights do, not in its 3x3
+    stride_in_1x1: bool = False
+    # freeze the stem (1) and the stages res2 to res5 (2 to 5); 0 freezes nothing (Detectron: 2)
+    freeze_at: int = Field(0, ge=0, le=5)
+    # start the last norm of each block with gamma 0. Source: Goyal et al. 2017, 5.1; Wu & He 2018
+    zero_init_last_gamma: bool = False
 
 
 class FPNConfig(Section):
-    """Feature pyramid P2-P6 (Lin et al. 2017)."""
+    """Feature pyramid P2 to P6 (Lin et al. 2017)."""
 
-    channels: int = Field(256, ge=1)
-    norm: NormConfig | None = None
+    channels: int = Field(256, ge=1)  # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
+    norm: NormConfig | None = None  # replaces model.norm as a whole for this part
 
 
 class RPNConfig(Section):
-    """Region proposal network (Ren et al. 2015; FPN: one anchor size per level)."""
+    """Region proposal network (Ren et al. 2015), with one anchor size per level (Lin et al. 2017)."""
 
-    anchor_sizes: Five = (32, 64, 128, 256, 512)  # side of the square anchor on P2..P6, pixels
-    aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=16)  # height / width
-    num_convs: int = Field(1, ge=1)  # 3x3 convolutions before the predictors; torchvision's v2 models: 2
+    # side of the square anchor on P2 to P6 [pixels]. Source: Lin et al. 2017, 4.1
+    anchor_sizes: Five = (32, 64, 128, 256, 512)
+    # anchor height / width. Source: Ren et al. 2015, 3.1.1
+    aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=16)
+    # 3x3 convolutions before the predictors (torchvision's v2 models: 2). Source: Ren et al. 2015
+    num_convs: int = Field(1, ge=1)
     norm: NormConfig | None = NormConfig(kind="none")  # the RPN has no norm in any toolkit; null takes model.norm
-    # corners as computed (detectron2), in whole pixels (torchvision), or Detectron's rounding
+    # exact corners (detectron2), corners rounded to pixels (torchvision), or Detectron's rounding
     anchors: Literal["exact", "rounded", "detectron"] = "exact"
-    anchor_stride: Literal["level", "canvas"] = "level"  # canvas: canvas side // map side (torchvision); not 64 on P6
-    anchors_in_padding: bool = False  # anchors in the padding beside a picture, as other toolkits
-    straddling_anchors: bool = True  # train on anchors that reach over the edge; Detectron: false
+    # level: 4 to 64; canvas: canvas side // map side, which is not always 64 on P6 (torchvision: canvas)
+    anchor_stride: Literal["level", "canvas"] = "level"
+    # place anchors in the padding beside a picture, as other toolkits do; couples the images of a batch
+    anchors_in_padding: bool = False
+    straddling_anchors: bool = True  # train on anchors that reach over the picture's edge (Detectron: false)
+    # an anchor is positive from this IoU on. Source: Ren et al. 2015, 3.1.2
     positive_iou: float = Field(0.7, ge=0, le=1)
-    negative_iou: float = Field(0.3, ge=0, le=1)
-    anchors_per_image: int = Field(256, ge=2)  # sampled for the loss
+    negative_iou: float = Field(0.3, ge=0, le=1)  # an anchor is negative below this IoU. Source: Ren et al. 2015, 3.1.2
+    anchors_per_image: int = Field(256, ge=2)  # anchors sampled for the loss. Source: Ren et al. 2015, 3.1.3
+    # largest share of positives among the sampled anchors. Source: Ren et al. 2015, 3.1.3
     positive_fraction: float = Field(0.5, gt=0, le=1)
-    nms_threshold: float = Field(0.7, gt=0, le=1)
-    pre_nms_train: int = Field(2000, ge=1)  # candidates per level and image before NMS (detectron2)
+    nms_threshold: float = Field(0.7, gt=0, le=1)  # IoU above which NMS drops a proposal. Source: Ren et al. 2015, 3.3
+    pre_nms_train: int = Field(2000, ge=1)  # candidates per level and image before NMS, in training. Source: detectron2
+    # candidates per level and image before NMS, in evaluation. Source: detectron2
     pre_nms_test: int = Field(1000, ge=1)
-    post_nms_train: int = Field(1000, ge=1)  # proposals per image, never per batch (detectron2)
-    post_nms_test: int = Field(1000, ge=1)
-    min_size: float = Field(0.0, ge=0)  # pixels; a proposal's sides are longer (torchvision: 0.001)
-    clip: Clip = "edges"
-    loss_beta: float = Field(0.0, ge=0)  # smooth-L1 transition; 0 is L1 (detectron2), 1/9 Detectron
+    # proposals per image after NMS, in training; never per batch. Source: detectron2
+    post_nms_train: int = Field(1000, ge=1)
+    post_nms_test: int = Field(1000, ge=1)  # proposals per image after NMS, in evaluation. Source: detectron2
+    min_size: float = Field(0.0, ge=0)  # drop proposals with a side of at most this [pixels] (torchvision: 0.001)
+    clip: Clip = "edges"  # clip boxes to the picture's edges, or to its last pixel (Detectron: pixels)
+    # transition of the smooth L1 loss; 0 is plain L1 (Detectron: 1/9). Source: detectron2
+    loss_beta: float = Field(0.0, ge=0)
 
 
 class BoxHeadConfig(Section):
-    """Box head: 2fc (Lin et al. 2017) or 4conv1fc (the GN paper's)."""
+    """Box head: 2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018)."""
 
+    # two fully connected layers (Lin et al. 2017), or four convolutions and one. Source: Wu & He 2018, 4.2
     kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
-    conv_channels: int = Field(256, ge=1)
-    num_convs: int = Field(4, ge=1)  # of 4conv1fc
-    fc_channels: int = Field(1024, ge=1)
-    norm: NormConfig | None = None  # whole override of model.norm; the 2fc head has no norm
-    pool_size: int = Field(7, ge=1)  # side of the RoIAlign output
-    sampling_ratio: int = Field(2, ge=0)  # RoIAlign samples per bin; 0 is adaptive (detectron2)
+    conv_channels: int = Field(256, ge=1)  # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
+    num_convs: int = Field(4, ge=1)  # number of convolutions of 4conv1fc. Source: Wu & He 2018, 4.2
+    fc_channels: int = Field(1024, ge=1)  # width of the fully connected layers [channels]. Source: Lin et al. 2017
+    norm: NormConfig | None = None  # replaces model.norm as a whole for this part; the 2fc head has no norm
+    pool_size: int = Field(7, ge=1)  # side of the RoIAlign output [cells]. Source: He et al. 2017, figure 4
+    # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
+    sampling_ratio: int = Field(2, ge=0)
+    # aligned: shifted by half a pixel (detectron2); unaligned (torchvision); detectron: last pixel left out
     roi_align: RoIAlign = "aligned"
-    regions_per_image: int = Field(512, ge=1)
+    regions_per_image: int = Field(512, ge=1)  # regions sampled for the loss. Source: Lin et al. 2017, 5.2
+    # largest share of positives among the sampled regions. Source: Girshick 2015, 2.3
     positive_fraction: float = Field(0.25, gt=0, le=1)
-    positive_iou: float = Field(0.5, ge=0, le=1)
-    loss_beta: float = Field(0.0, ge=0)  # smooth-L1 transition; 0 is L1 (detectron2), 1 Detectron
-    score_threshold: float = Field(0.05, ge=0, le=1)  # of detections
-    min_size: float = Field(0.0, ge=0)  # pixels; a detection's sides are longer (torchvision: 0.01)
-    clip: Clip = "edges"
-    nms_threshold: float = Field(0.5, gt=0, le=1)  # of detections, class by class
-    detections_per_image: int = Field(100, ge=1)
+    positive_iou: float = Field(0.5, ge=0, le=1)  # a region is positive from this IoU on. Source: Girshick 2015, 2.3
+    # transition of the smooth L1 loss; 0 is plain L1 (Detectron: 1). Source: detectron2
+    loss_beta: float = Field(0.0, ge=0)
+    score_threshold: float = Field(0.05, ge=0, le=1)  # lowest score of a detection. Source: Detectron
+    min_size: float = Field(0.0, ge=0)  # drop detections with a side of at most this [pixels] (torchvision: 0.01)
+    clip: Clip = "edges"  # clip boxes to the picture's edges, or to its last pixel (Detectron: pixels)
+    # IoU above which NMS drops a detection of the same class. Source: Detectron
+    nms_threshold: float = Field(0.5, gt=0, le=1)
+    detections_per_image: int = Field(100, ge=1)  # largest number of detections. Source: He et al. 2017, 3.1
 
 
 class MaskHeadConfig(Section):
     """Mask head: convolutions, a deconvolution to 28 x 28, one mask per class (He et al. 2017)."""
 
-    channels: int = Field(256, ge=1)
-    num_convs: int = Field(4, ge=1)
-    norm: NormConfig | None = None
-    pool_size: int = Field(14, ge=1)  # side of the RoIAlign output; masks have twice that
+    channels: int = Field(256, ge=1)  # width of the convolutions [channels]. Source: He et al. 2017, figure 4
+    num_convs: int = Field(4, ge=1)  # convolutions before the deconvolution. Source: He et al. 2017, figure 4
+    norm: NormConfig | None = None  # replaces model.norm as a whole for this part
+    # side of the RoIAlign output [cells]; masks have twice that. Source: He et al. 2017, figure 4
+    pool_size: int = Field(14, ge=1)
+    # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
     sampling_ratio: int = Field(2, ge=0)
+    # aligned: shifted by half a pixel (detectron2); unaligned (torchvision); detectron: last pixel left out
     roi_align: RoIAlign = "aligned"
-    targets: Literal["binary", "soft"] = "binary"  # soft: not thresholded (torchvision)
-    # exact: at pixel centres (detectron2); rounded: into whole pixels (torchvision, Detectron)
+    # binary: threshold the mask targets at 0.5; soft: keep their fractions (torchvision: soft)
+    targets: Literal["binary", "soft"] = "binary"
+    # exact: sample the mask at pixel centres (detectron2); rounded: resize it to whole pixels (torchvision);
+    # detectron: Detectron's own rounding
     paste: Literal["exact", "rounded", "detectron"] = "exact"
 
 
 class ModelConfig(Section):
-    """A Mask R-CNN; masks: false makes it a Faster R-CNN."""
+    """The detector."""
 
-    # a toolkit's conventions as defaults of the options below: `presets.py`
+    # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    detector: Literal["mask_rcnn"] = "mask_rcnn"  # the kind of detector: `modeling/build.py`
-    neck: Literal["fpn"] = "fpn"  # what makes the feature maps of the backbone's stages into levels
+    detector: Literal["mask_rcnn"] = "mask_rcnn"  # kind of detector. Source: He et al. 2017
+    neck: Literal["fpn"] = "fpn"  # turns the backbone's stages into levels. Source: Lin et al. 2017
     norm: NormConfig = NormConfig()
-    masks: bool = True
-    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)  # RGB, 0-255 (ImageNet)
-    pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)  # RGB, 0-255 (ImageNet)
+    masks: bool = True  # train and predict masks; false makes the model a Faster R-CNN
+    # subtracted from the picture, RGB [0 to 255]. Source: ImageNet statistics, torchvision
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    # the picture is divided by it, RGB [0 to 255]. Source: ImageNet statistics, torchvision
+    pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
     rpn: RPNConfig = RPNConfig()
@@ -183,13 +215,13 @@ class ModelConfig(Section):
         return values
 
     def part_norms(self) -> dict[str, NormConfig]:
-        """The norm of each part: its own, or model.norm."""
+        """Return the norm of each part: its own, or model.norm."""
         parts = ("backbone", "fpn", "rpn", "box_head", "mask_head")
         return {part: getattr(self, part).norm or self.norm for part in parts}
 
     @property
     def mask_paste(self) -> Literal["exact", "rounded", "detectron"]:
-        """How the masks of detections are put into the picture."""
+        """How to paste the masks of detections into the picture."""
         return self.mask_head.paste
 
     @property
@@ -204,17 +236,17 @@ class ModelConfig(Section):
 
     @property
     def normed_parts(self) -> tuple[str, ...]:
-        """The parts that have norm layers, unless their kind is none: a 2fc head has fully connected layers alone."""
+        """The parts that may have norm layers: all but a 2fc box head, which has no convolutions."""
         return tuple(part for part in self.parts if not (part == "box_head" and self.box_head.kind == "2fc"))
 
     @property
     def max_positives(self) -> int:
-        """Positive regions per image that are trained on at most."""
+        """The largest number of positive regions per image in training."""
         return int(self.box_head.regions_per_image * self.box_head.positive_fraction)
 
     @property
     def detection_limits(self) -> tuple[float, int]:
-        """The least score of a detection, and the largest number of detections per image."""
+        """The lowest score of a detection, and the largest number of detections per image."""
         return self.box_head.score_threshold, self.box_head.detections_per_image
 
     def with_score_threshold(self, threshold: float) -> "ModelConfig":
@@ -222,14 +254,14 @@ class ModelConfig(Section):
         return self.model_copy(update={"box_head": self.box_head.model_copy(update={"score_threshold": threshold})})
 
     def batch_coupling(self) -> str | None:
-        """What first makes an image's result depend on the images computed beside it, in words; or None."""
+        """Return in words what first makes an image's result depend on its batch; None if nothing does."""
         norms = self.part_norms()
         for part in self.normed_parts:
             key = f"model.{part}.norm" if getattr(self, part).norm else "model.norm"
             if norms[part].mixes_images:
-                return f"{key}.kind: {norms[part].kind} takes its statistics over the images that are computed at once"
+                return f"{key}.kind: {norms[part].kind} takes its statistics over all images that are computed at once"
             if not norms[part].masked and part in ("backbone", "fpn", "rpn"):
-                return f"{key}.padding: plain lets the padding beside a picture, which depends on its batch, into it"
+                return f"{key}.padding: plain includes the padding beside a picture, which depends on its batch"
         if self.rpn.anchors_in_padding:
             return "model.rpn.anchors_in_padding: true proposes regions in the padding, which depends on the batch"
         if self.rpn.anchor_stride == "canvas":
@@ -238,15 +270,15 @@ class ModelConfig(Section):
 
 
 class DatasetConfig(Section):
-    """One data set. kind: coco reads a COCO JSON file; kind: shapes draws its images from a seed."""
+    """One data set."""
 
-    kind: Literal["coco", "shapes"] = "coco"
+    kind: Literal["coco", "shapes"] = "coco"  # coco: a COCO JSON file; shapes: pictures drawn from a seed
     annotations: str = ""  # coco: the JSON file, relative to data.root
     images: str = ""  # coco: the image folder, relative to data.root
-    limit: int | None = Field(None, ge=1)  # use the first so many images only, to try things out
-    count: int = Field(400, ge=1)  # shapes: number of images
-    size: int = Field(160, ge=64)  # shapes: side of the square image, pixels
-    seed: int = Field(0, ge=0, lt=1 << 63)  # shapes: another seed draws another set
+    limit: int | None = Field(None, ge=1)  # use the first so many images only [images]
+    count: int = Field(400, ge=1)  # shapes: size of the data set [images]
+    size: int = Field(160, ge=64)  # shapes: side of the square picture [pixels]
+    seed: int = Field(0, ge=0, lt=1 << 63)  # shapes: another seed draws other pictures
 
     @model_validator(mode="after")
     def _coco_names_its_file(self) -> "DatasetConfig":
@@ -258,130 +290,149 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """Data sets, sizes and augmentation."""
 
-    root: str = "datasets"  # folder that annotations and images are relative to
+    root: str = "datasets"  # folder that `annotations` and `images` are relative to
     train: DatasetConfig = DatasetConfig(annotations="annotations/instances_train2017.json", images="train2017")
     val: DatasetConfig = DatasetConfig(annotations="annotations/instances_val2017.json", images="val2017")
-    classes: tuple[str, ...] | None = None  # class names to use, in this order; all by default
-    shortest_edge: tuple[Edge, ...] = Field((640, 672, 704, 736, 768, 800), min_length=1)  # training: one of these
+    classes: tuple[str, ...] | None = None  # names of the classes to use, in this order; null uses all
+    # training: resize the shorter edge to one of these, drawn per image [pixels]. Source: detectron2
+    shortest_edge: tuple[Edge, ...] = Field((640, 672, 704, 736, 768, 800), min_length=1)
+    # evaluation: resize the shorter edge to this [pixels]. Source: Lin et al. 2017, 5.1
     shortest_edge_test: int = Field(800, ge=16)
-    max_edge: int = Field(1333, ge=16)  # limit of the longer edge, pixels
-    flip: float = Field(0.5, ge=0, le=1)  # probability of a left-right flip
+    max_edge: int = Field(1333, ge=16)  # upper limit of the longer edge [pixels]. Source: Detectron
+    flip: float = Field(0.5, ge=0, le=1)  # probability of a left-right flip. Source: Detectron
     flip_vertical: float = Field(0.0, ge=0, le=1)  # probability of an upside-down flip
-    keep_empty: bool = False  # keep training images without objects (as negatives)
+    keep_empty: bool = False  # train on images without objects, too
     workers: int = Field(2, ge=0)  # loader processes per rank; results do not depend on it
-    max_pixels: int = Field(100_000_000, ge=1, le=2_000_000_000)  # a larger picture is refused before it is decoded
-    skip_unreadable: bool = False  # train although `gndet check` found pictures that cannot be read; they are left out
-    cache: str = "~/.cache/gndet"  # folder for data sets as read and checked; '' keeps nothing between starts
-    max_unreadable: float = Field(0.01, ge=0, le=1)  # share of a data set that may be unreadable before the run stops
-    antialias: bool = True  # of resizing, as PIL and detectron2; false: torchvision, OpenCV
-    canvas_multiple: int = Field(32, ge=1)  # canvas edges are multiples of this, so that few shapes occur
-    exact_canvas: bool = True  # no padding around pictures of one size; false: multiples even there, as elsewhere
-    # training: heights and widths of the only canvases, for train.compile, which makes a graph for each; []: any
+    max_pixels: int = Field(100_000_000, ge=1, le=2_000_000_000)  # refuse a larger picture before decoding it [pixels]
+    skip_unreadable: bool = False  # leave out the pictures that `gndet check` could not read, and train on the rest
+    cache: str = "~/.cache/gndet"  # folder that keeps checked data sets between starts; '' keeps nothing
+    max_unreadable: float = Field(0.01, ge=0, le=1)  # stop when more than this share of a data set cannot be read
+    antialias: bool = True  # filter when shrinking, as PIL and detectron2 do; false: as torchvision and OpenCV do
+    canvas_multiple: int = Field(32, ge=1)  # round canvas edges up to a multiple of this [pixels]
+    exact_canvas: bool = True  # add no padding to a batch whose pictures have one size; false: round up even then
+    # training: the only canvases, as (height, width) [pixels]; train.compile makes one graph for each; empty: any
+    # canvas
     canvases: tuple[tuple[Edge, Edge], ...] = Field((), max_length=4)
 
 
 class OptimizerConfig(Section):
-    """SGD with momentum, or AdamW."""
+    """The optimizer."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.02, gt=0)  # for the reference batch; scaled linearly with global_batch for sgd
-    momentum: float = Field(0.9, ge=0, lt=1)  # sgd
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # adamw
-    weight_decay: float = Field(1e-4, ge=0)
-    norm_weight_decay: float = Field(0.0, ge=0)  # of gamma and beta; 0 as in Detectron (WEIGHT_DECAY_GN)
+    kind: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or AdamW (Loshchilov & Hutter 2019)
+    # learning rate for the reference batch; follows global_batch linearly with sgd (Goyal et al. 2017, 2.1), by its
+    # square root with adamw (Malladi et al. 2022). Source: Detectron
+    lr: float = Field(0.02, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)  # momentum of sgd. Source: Detectron
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # averaging of adamw's two moments. Source: torch
+    weight_decay: float = Field(1e-4, ge=0)  # decay of the weights. Source: Detectron
+    # decay of gamma and beta of the norms. Source: Detectron (WEIGHT_DECAY_GN)
+    norm_weight_decay: float = Field(0.0, ge=0)
     clip_grad_norm: float = Field(0.0, ge=0)  # limit of the global gradient norm; 0 is off
 
 
 class ScheduleConfig(Section):
-    """Learning rate over time, stated for `reference_batch` images per update and rescaled to global_batch."""
+    """Learning rate over time, stated for `reference_batch` images per update and rescaled to `global_batch`."""
 
-    kind: Literal["step", "cosine"] = "step"
+    kind: Literal["step", "cosine"] = "step"  # step: multiply by gamma at `steps`; cosine: half a cosine down to 0
+    # length of the training at the reference batch [updates]. Source: Detectron's 1x
     updates: int = Field(90_000, ge=1)
-    steps: tuple[int, ...] = (60_000, 80_000)  # kind: step: updates at which lr is multiplied
-    gamma: float = Field(0.1, gt=0, le=1)
-    warmup: int = Field(1000, ge=0)  # updates of linear warm-up
-    warmup_factor: float = Field(0.001, ge=0, le=1)  # lr at update 0 as a fraction (detectron2: 0.001)
+    steps: tuple[int, ...] = (60_000, 80_000)  # step: when the learning rate drops [updates]. Source: Detectron's 1x
+    gamma: float = Field(0.1, gt=0, le=1)  # step: factor of each drop. Source: Detectron
+    warmup: int = Field(1000, ge=0)  # length of the linear warm-up [updates]. Source: detectron2
+    warmup_factor: float = Field(0.001, ge=0, le=1)  # learning rate at update 0, as a fraction. Source: detectron2
+    # global batch that lr, updates, steps and warmup are stated for [images]. Source: Detectron
     reference_batch: int = Field(16, ge=1)
 
 
 class SourceConfig(Section):
-    """What a weights file of another toolkit is taken for, where it does not say so; null is the format's usual."""
+    """How to read a weights file that does not describe itself; null takes what its format usually means."""
 
-    # resnet: a classifier of torchvision or timm; auto: by the names of its tensors
+    # resnet: a classifier of torchvision or timm; auto: recognize the format by the tensors' names
     format: Literal[
         "auto", "gndet", "resnet", "torchvision", "detectron2", "detectron", "mmdetection", "maskrcnn-benchmark"
     ] = "auto"  # fmt: skip
     bgr: bool | None = None  # its stem takes blue, green, red
-    pixel_mean: tuple[float, float, float] | None = None  # RGB, 0-255
-    pixel_std: tuple[Positive, Positive, Positive] | None = None  # RGB, 0-255
-    stride_in_1x1: bool | None = None
-    norm_eps: float | None = Field(None, ge=0)  # of its norms
-    groups: int | None = Field(None, ge=1)  # of its GN layers; 32 in every toolkit
-    channels_per_group: int | None = Field(None, ge=1)  # of its GN layers, in place of groups
-    weight_standardization: bool | None = None
-    compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = None  # it was trained with
-    anchor_sizes: Five | None = None
-    aspect_ratios: tuple[Positive, Positive, Positive] | None = None
+    pixel_mean: tuple[float, float, float] | None = None  # what it subtracts from a picture, RGB [0 to 255]
+    pixel_std: tuple[Positive, Positive, Positive] | None = None  # what it divides a picture by, RGB [0 to 255]
+    stride_in_1x1: bool | None = None  # its bottlenecks have their stride in the first 1x1 convolution
+    norm_eps: float | None = Field(None, ge=0)  # eps of its norms
+    groups: int | None = Field(None, ge=1)  # number of groups of its GN layers; 32 in every toolkit
+    channels_per_group: int | None = Field(None, ge=1)  # size of its GN layers' groups [channels]; replaces `groups`
+    weight_standardization: bool | None = None  # its convolutions are weight-standardized
+    # conventions that it was trained with
+    compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = None
+    anchor_sizes: Five | None = None  # sides of its anchors on P2 to P6 [pixels]
+    aspect_ratios: tuple[Positive, Positive, Positive] | None = None  # height / width of its anchors
     classes: tuple[str, ...] | None = None  # its class names, in the order of its labels
-    # what becomes of a model whose conventions are not the file's; report: fine-tune anyway
+    # refuse a model whose conventions differ from the file's, or report them and fine-tune anyway
     differences: Literal["refuse", "report"] = "refuse"
 
 
 class TrainConfig(Section):
-    """The run: batch, optimiser, schedule, what is written when."""
+    """The run: batch, optimizer, schedule, and what is written when."""
 
-    weights: str = ""  # start from this: a gndet run or checkpoint, a file of another toolkit, or a weight name
+    # start from this: a gndet run or checkpoint, a file of another toolkit, or the name of torchvision or timm
+    # weights
+    weights: str = ""
     source: SourceConfig = SourceConfig()
-    # what becomes of a part whose norm in the file is not the model's: README, Fine-tuning
+    # what to do with a part whose norm in the file differs from the model's; see [fine-tuning](fine_tuning.md)
     norm_policy: Literal["error", "hybrid", "convert", "calibrate", "affine", "reinit"] = "error"
-    norm_damp: float = Field(1.0, ge=0)  # convert, calibrate: share of the group variance added to GN's eps
-    calibration_images: int = Field(32, ge=1)  # calibrate: training images that gamma and beta are fitted on
-    global_batch: int = Field(16, ge=1)  # images per update, over all ranks
-    images_per_gpu: int | Literal["auto"] = 2  # images a rank computes at once; auto: as many as fit in memory
-    memory_limit_mib: float | None = Field(None, gt=0)  # of tensors per rank; null: the GPU's. auto on a CPU needs it
+    norm_damp: float = Field(1.0, ge=0)  # convert, calibrate: add this multiple of the mean group variance to GN's eps
+    calibration_images: int = Field(32, ge=1)  # calibrate: training images that gamma and beta are fitted on [images]
+    global_batch: int = Field(16, ge=1)  # images per update, over all ranks [images]. Source: Detectron
+    # images that a rank computes at once [images]; the rest of its share is accumulated; auto: as many as fit in
+    # memory
+    images_per_gpu: int | Literal["auto"] = 2
+    # limit for tensors per rank [MiB]; null: the GPU's memory; `auto` on a CPU needs a limit
+    memory_limit_mib: float | None = Field(None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    # auto: bf16 autocast on GPU; float64 shows what is equal but for rounding, slowly
+    # auto: bf16 autocast on a GPU, float32 on a CPU; float64 is slow and shows what differs by rounding only
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
-    # kept for the backward pass. fast: all; balanced: below half, a tenth slower; lean: a fifth, a third slower
+    # what the forward pass keeps for backward. fast: everything; balanced: less than half, about a tenth slower;
+    # lean: about a fifth, slower still
     memory: Literal["fast", "balanced", "lean"] = "balanced"
-    # torch.compile, a graph for each of data.canvases; reduce-overhead: as CUDA graphs. Only rounding changes
+    # torch.compile, one graph per canvas of data.canvases; reduce-overhead adds CUDA graphs; changes rounding only
     compile: Literal["none", "default", "reduce-overhead"] = "none"
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the averaged weights per update; 0 is off
-    log_every: int = Field(20, ge=1)  # updates
-    eval_every: int = Field(5000, ge=0)  # updates; 0 evaluates at the end only
-    checkpoint_every: int = Field(1000, ge=0)  # updates; 0 saves with evaluations only
-    keep_last: int = Field(2, ge=1)  # newest checkpoints kept; best/ and last/ point beside them
-    vis_images: int = Field(4, ge=0)  # validation images drawn at each evaluation
+    log_every: int = Field(20, ge=1)  # interval of log lines [updates]
+    eval_every: int = Field(5000, ge=0)  # interval of evaluations [updates]; 0: at the end only
+    checkpoint_every: int = Field(1000, ge=0)  # interval of checkpoints [updates]; 0: with evaluations only
+    keep_last: int = Field(2, ge=1)  # number of newest checkpoints to keep, beside the best one
+    vis_images: int = Field(4, ge=0)  # validation images drawn at each evaluation [images]
     report: bool = True  # write report.html when the run ends
-    norm_images: int = Field(4, ge=0, le=16)  # validation images that the norm report looks at; 0: none
-    on_nonfinite: str = Field("stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$")  # skip:N passes over N updates, then stops
-    timeout_s: float = Field(600.0, gt=0)  # seconds a rank waits for the others before the run ends: one is lost
+    # validation images that the norm report looks at [images]; 0: no norm report
+    norm_images: int = Field(4, ge=0, le=16)
+    # a loss or gradient is not finite. stop: end the run; skip:N: skip up to N such updates, then stop
+    on_nonfinite: str = Field("stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$")
+    # how long a rank waits for the others before it takes one for lost and ends the run [seconds]
+    timeout_s: float = Field(600.0, gt=0)
 
     @field_validator("images_per_gpu", mode="before")
     @classmethod
     def _number_or_auto(cls, value: object) -> object:
         if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"got {value!r}; expected a number of images from 1 on, or auto")
+            raise ValueError(f"got {value!r}; expected a positive number of images, or auto")
         return value
 
 
 class EvaluationConfig(Section):
-    """COCO metrics."""
+    """Evaluation by COCO's metrics."""
 
-    engine: Literal["hotcoco", "pycocotools"] = "hotcoco"  # pycocotools is the reference, slower
-    max_detections: int = Field(100, ge=1)  # per image, as in COCO; raise it where images hold more objects
-    images_per_gpu: int = Field(1, ge=1)
+    # hotcoco is fast; pycocotools is the reference and gives the same numbers
+    engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
+    max_detections: int = Field(100, ge=1)  # detections scored per image; raise it for crowded images. Source: COCO
+    images_per_gpu: int = Field(1, ge=1)  # images that a rank detects at once [images]
 
 
 class Config(Section):
-    """The whole config of a run."""
+    """The config of a run."""
 
-    task: Literal["detection"] = "detection"  # what is learned: `training/task.py`
-    out: str = ""  # run folder; runs/<config name> by default
-    seed: int = Field(0, ge=0, lt=1 << 63)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    deterministic: bool = False  # deterministic GPU algorithms; the CPU is deterministic as it is
+    task: Literal["detection"] = "detection"  # what is learned
+    out: str = ""  # run folder; empty: runs/NAME for NAME.yaml
+    seed: int = Field(0, ge=0, lt=1 << 63)  # seed of weights, order, augmentation and sampling
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
+    deterministic: bool = False  # use deterministic GPU algorithms; a CPU is always deterministic
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -397,14 +448,14 @@ class Config(Section):
         if self.train.compile != "none" and not canvases:
             edges = [[-(-edge // 32) * 32 for edge in canvas] for canvas in needed]
             raise ValueError(
-                f"train.compile: {self.train.compile} makes a graph for each canvas and needs data.canvases, the few "
-                f"there are to be, like data.canvases={str(edges).replace(' ', '')}"
+                f"train.compile: {self.train.compile} compiles one graph per canvas, so data.canvases must list the "
+                f"canvases, like data.canvases={str(edges).replace(' ', '')}"
             )
         for height, width in needed if canvases else ():
             if not any(height <= canvas[0] and width <= canvas[1] for canvas in canvases):
                 raise ValueError(
                     f"data.canvases: none of {', '.join(f'{h} x {w}' for h, w in canvases)} holds {height} x {width}, "
-                    "as large as a batch may be by data.shortest_edge, data.max_edge and train.images_per_gpu"
+                    "the largest batch that data.shortest_edge, data.max_edge and train.images_per_gpu allow"
                 )
         return self
 
@@ -415,7 +466,7 @@ class Config(Section):
         return self
 
     def split_mistake(self, world: int) -> str | None:
-        """Say why an update cannot be split over `world` ranks as train.images_per_gpu asks; None where it can."""
+        """Return why `world` ranks cannot split an update as train.images_per_gpu asks; None if they can."""
         whole, size, coupling = self.train.global_batch, self.train.images_per_gpu, self.model.batch_coupling()
         if whole < world:
             return f"train.global_batch: {whole} is less than the number of ranks, {world}"

@@ -208,7 +208,7 @@ def test_auto_that_cannot_is_refused_before_anything_is_written(config: Path) ->
         train(load(config, "run", "train.images_per_gpu=auto"))
     with pytest.raises(ConfigError, match=r"auto would change what is learned: model\.norm\.kind: bn takes its"):
         load(config, "run", "train.images_per_gpu=auto", "model.norm.kind=bn")
-    with pytest.raises(ConfigError, match=r"model\.fpn\.norm\.padding: plain lets the padding"):
+    with pytest.raises(ConfigError, match=r"model\.fpn\.norm\.padding: plain includes the padding"):
         load(config, "run", "train.images_per_gpu=auto", "model.fpn.norm.padding=plain")
     assert not (config.parent / "run").exists()
 

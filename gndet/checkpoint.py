@@ -1,7 +1,7 @@
-"""Checkpoints as folders that are either whole or not there: `<group>.safetensors`, meta.json, manifest.json.
+"""Checkpoints are folders that are either whole or absent: `<group>.safetensors`, meta.json, manifest.json.
 
-Nothing is pickled.  A folder is written beside its place, synced file by file, its manifest (size and sha256
-of every other file) last, and renamed into place: a kill or a power cut at any moment leaves the last one.
+Nothing is pickled.  A folder is written under a temporary name and synced file by file, its manifest (size and sha256
+of every other file) last.  Then it is renamed.  A kill or a power cut at any moment leaves the previous checkpoint.
 A run folder holds checkpoints/update-0001200/..., and `last` and `best`, relative links into checkpoints/.
 """
 
@@ -29,7 +29,7 @@ MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # inside a run folder: their folder, and links into it
-ASIDE = ".old-"  # the checkpoint that is being replaced: sweep() puts it back where its successor is missing
+ASIDE = ".old-"  # prefix of a checkpoint that is being replaced; sweep() restores it if its successor is missing
 
 
 class Checkpoint(NamedTuple):
@@ -41,14 +41,14 @@ class Checkpoint(NamedTuple):
 
 
 class _File(BaseModel, extra="forbid"):
-    """What the manifest promises of one file."""
+    """The manifest's entry for one file."""
 
     bytes: int
     sha256: str
 
 
 class _Manifest(BaseModel, extra="forbid"):
-    """manifest.json."""
+    """The content of manifest.json."""
 
     format: Literal[1]
     files: dict[str, _File]
@@ -57,9 +57,9 @@ class _Manifest(BaseModel, extra="forbid"):
 def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """Write a checkpoint so that it is whole or absent after a crash at any moment.
 
-    folder: where it goes; a checkpoint of that name is replaced.  groups: tensors on any device, by group
-    ("model", "ema", "optimizer") and key.  meta: what JSON can hold.  One process at a time may write.
-    Raises CheckpointError with the path and the reason (disk full, no permission); what was there stays.
+    folder: destination; an existing checkpoint is replaced.  groups: tensors on any device, by group ("model", "ema",
+    "optimizer") and key.  meta: values that JSON can hold.  Only one process may write at a time.
+    Raises CheckpointError with the path and the reason (disk full, no permission); the existing checkpoint stays.
     """
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
     aside = folder.with_name(ASIDE + folder.name)
@@ -80,13 +80,13 @@ def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: di
 
 
 def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkpoint:
-    """Read a checkpoint after comparing every file with the manifest.
+    """Read a checkpoint and verify every file against the manifest.
 
-    groups: names of the groups to return, all by default.
-    Raises CheckpointError that names the file and what is wrong with it, or the groups that there are.
+    groups: names of the groups to return (default: all).
+    Raises CheckpointError that names the file and its fault, or lists the groups that the checkpoint has.
     """
     if not (folder / MANIFEST).is_file():
-        raise CheckpointError(f"{folder}: not a gndet checkpoint: {_what_is_there(folder)}")
+        raise CheckpointError(f"{folder}: not a gndet checkpoint: {_describe(folder)}")
     try:
         manifest = _Manifest.model_validate_json(_read(folder / MANIFEST, at_most=MAX_MANIFEST))
     except ValidationError as error:
@@ -97,8 +97,8 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
         raise CheckpointError(f"{folder}: no group {', '.join(missing)}; it has {', '.join(known)}")
     meta: dict[str, Any] | None = None
     tensors = {}
-    for name, promised in manifest.files.items():
-        data = _verified(folder, name, promised)
+    for name, entry in manifest.files.items():
+        data = _verified(folder, name, entry)
         try:
             if name == META:
                 meta = TypeAdapter(dict[str, Any]).validate_json(data)
@@ -114,15 +114,15 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """List the checkpoint folders of a run, the one with the highest update number first; none is opened."""
+    """List the checkpoint folders of a run by falling update number, without opening them."""
     found = [path for path in (run / CHECKPOINTS).glob("update-*") if re.fullmatch(r"update-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Read the newest checkpoint of a run that verifies.
+    """Read the newest checkpoint of a run that passes verification.
 
-    Returns it, or None where there is none, and one line for each newer one that is damaged and passed over.
+    Returns it, or None if there is none, and one line for each newer, damaged checkpoint that was passed over.
     """
     passed_over = []
     for folder in run_checkpoints(run):
@@ -134,9 +134,9 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def point(run: Path, name: str, folder: Path) -> None:
-    """Make run/name (LAST, BEST) a relative link to a checkpoint folder, in one step.
+    """Make run/name (LAST, BEST) a relative link to a checkpoint folder, atomically.
 
-    Raises CheckpointError where the link cannot be written.
+    Raises CheckpointError if the link cannot be written.
     """
     temporary = run / (TEMPORARY + name)
     try:
@@ -149,9 +149,9 @@ def point(run: Path, name: str, folder: Path) -> None:
 
 
 def prune(run: Path, keep_last: int) -> None:
-    """Remove the checkpoints of a run, but not the newest keep_last nor those that last and best point at.
+    """Remove the checkpoints of a run except the newest keep_last and those that `last` and `best` point at.
 
-    keep_last: at least 1.  Raises CheckpointError where one cannot be removed.
+    keep_last: at least 1.  Raises CheckpointError if a checkpoint cannot be removed.
     """
     linked = {(run / name).resolve() for name in (LAST, BEST)}
     for folder in run_checkpoints(run)[keep_last:]:
@@ -159,16 +159,16 @@ def prune(run: Path, keep_last: int) -> None:
             continue
         temporary = folder.with_name(TEMPORARY + folder.name)
         try:
-            os.rename(folder, temporary)  # else a kill while removing leaves what looks like damage
+            os.rename(folder, temporary)  # a kill during removal must not leave a damaged checkpoint
             shutil.rmtree(temporary)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot remove the checkpoint: {error.strerror}") from error
 
 
 def sweep(run: Path) -> None:
-    """Clear away what a killed process left in a run folder; only for the process that writes to it.
+    """Remove what a killed process left in a run folder; only the process that writes to the folder may call this.
 
-    A checkpoint that was moved aside for a successor that never came is put back.
+    A checkpoint that was moved aside is restored if its successor is missing.
     """
     for aside in (run / CHECKPOINTS).glob(f"{ASIDE}*"):
         _put_back(aside)
@@ -180,18 +180,18 @@ def sweep(run: Path) -> None:
 
 
 def resolve(path: Path) -> Path:
-    """Find the checkpoint that a path means.
+    """Find the checkpoint that a path refers to.
 
-    path: a checkpoint folder, or a run folder, of which best is taken, else last, else the newest.
-    Returns the checkpoint folder, links followed; it is not verified.
-    Raises CheckpointError saying what was looked for and what is there.
+    path: a checkpoint folder, or a run folder, whose best checkpoint is taken, else its last, else its newest.
+    Returns the checkpoint folder with links resolved; it is not verified.
+    Raises CheckpointError that says what was expected and what the path holds.
     """
     for folder in (path, path / BEST, path / LAST, *run_checkpoints(path)):
         if (folder / MANIFEST).is_file():
             return folder.resolve()
     raise CheckpointError(
         f"{path}: neither a gndet checkpoint (a folder with {MANIFEST}) nor a run folder "
-        f"(with {BEST}, {LAST} or {CHECKPOINTS}/update-...): {_what_is_there(path)}"
+        f"(with {BEST}, {LAST} or {CHECKPOINTS}/update-...): {_describe(path)}"
     )
 
 
@@ -220,7 +220,7 @@ def _write(path: Path, data: bytes) -> _File:
 
 
 def _sync(folder: Path) -> None:
-    """Sync a folder's entries, without which a power cut may undo a rename."""
+    """Sync a folder's entries; otherwise a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -229,40 +229,41 @@ def _sync(folder: Path) -> None:
 
 
 def _put_back(aside: Path) -> None:
-    """Undo the moving aside of a checkpoint whose successor did not arrive."""
+    """Restore a checkpoint that was moved aside if its successor is missing."""
     folder = aside.with_name(aside.name.removeprefix(ASIDE))
     if aside.exists() and not folder.exists():
         os.rename(aside, folder)
 
 
 def _read(path: Path, *, at_most: int | None = None, exactly: int | None = None) -> bytes:
-    """Read a regular file after a look at its size: neither a link, which may lead anywhere, nor a pipe."""
+    """Check the size of a regular file and read it; refuse links, which may lead anywhere, and pipes."""
     try:
-        about = os.lstat(path)
-        if not stat.S_ISREG(about.st_mode):
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: damaged: not a regular file")
-        if exactly is not None and about.st_size != exactly:
-            raise CheckpointError(f"{path}: damaged: {about.st_size} bytes, expected {exactly}")
-        if at_most is not None and about.st_size > at_most:
-            raise CheckpointError(f"{path}: damaged: {about.st_size} bytes, expected {at_most} at the most")
+        if exactly is not None and status.st_size != exactly:
+            raise CheckpointError(f"{path}: damaged: {status.st_size} bytes, expected {exactly}")
+        if at_most is not None and status.st_size > at_most:
+            raise CheckpointError(f"{path}: damaged: {status.st_size} bytes, expected at most {at_most}")
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
 
 
-def _verified(folder: Path, name: str, promised: _File) -> bytes:
+def _verified(folder: Path, name: str, entry: _File) -> bytes:
     """Read one file of a checkpoint and compare it with its entry in the manifest."""
     if Path(name).name != name or "\0" in name:
         raise CheckpointError(f"{folder / MANIFEST}: lists {name!r}, which is outside the checkpoint")
-    data = _read(folder / name, exactly=promised.bytes)
-    if hashlib.sha256(data).hexdigest() != promised.sha256:
-        raise CheckpointError(f"{folder / name}: damaged: its sha256 is not the manifest's")
+    data = _read(folder / name, exactly=entry.bytes)
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise CheckpointError(f"{folder / name}: damaged: its sha256 differs from the manifest's")
     return data
 
 
-def _what_is_there(path: Path) -> str:
+def _describe(path: Path) -> str:
+    """Say what a path that is no checkpoint holds."""
     if path.is_file():
-        return "it is a file; files of other toolkits come in by train.weights or gndet convert"
+        return "it is a file; train.weights and gndet convert read files of other toolkits"
     if not path.is_dir():
         return "there is no such folder"
     names = sorted(child.name for child in path.iterdir())

@@ -1,11 +1,11 @@
-"""The errors a user can cause. `gndet VERB` prints their text without a traceback and exits with 2.
+"""Errors that a user can cause.  `gndet VERB` prints their message without a traceback and exits with status 2.
 
-Every message names where the mistake came in (file, line, key or id), the value got and what was expected.
+Every message names the source of the mistake (file, line, key or id), the value found and the value expected.
 """
 
 
 class GndetError(Exception):
-    """Base of all errors that a user can cause."""
+    """Base class of all errors that a user can cause."""
 
 
 class ConfigError(GndetError):
@@ -21,23 +21,23 @@ class CheckpointError(GndetError):
 
 
 class OutputError(GndetError):
-    """A file or folder that a result should go to cannot be written."""
+    """An output file or folder cannot be written."""
 
 
 class TrainingError(GndetError):
-    """A training run cannot go on: a non-finite loss, an output folder in use."""
+    """A training run cannot continue: a non-finite loss, an output folder in use."""
 
 
 class ProcessLost(TrainingError):
-    """Another process of the run did not come to where all meet."""
+    """Another rank of the run did not take part in a collective."""
 
 
 class MachineError(GndetError):
-    """The machine is at a limit: open files, memory.  No file is at fault, and none is passed over."""
+    """The machine has reached a limit: open files, memory.  No file is at fault, and none is skipped."""
 
 
 class Preempted(GndetError):
-    """A signal ended a run; what it learned is saved and the same command goes on. `gndet` exits with status."""
+    """A signal ended a run; its progress is saved and the same command resumes it.  `gndet` exits with `status`."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)

@@ -1,4 +1,4 @@
-"""What flows between the parts, as NamedTuples (pytree, DDP, pin_memory and torch.compile know them as they are).
+"""The data that flows between parts, as NamedTuples (pytree, DDP, pin_memory and torch.compile support them).
 
 Letters used throughout the project: B images, M ground-truth slots, N anchors or candidates, R regions per image,
 P positive regions per image, D detections, C channels, L levels, S mask side, (H, W) canvas.
@@ -9,34 +9,34 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-GROUND_TRUTH_IDS = 7 << 28  # ids of objects' own boxes start here, above those of anchors and below 2**31
+GROUND_TRUTH_IDS = 7 << 28  # ids of ground-truth boxes start here, above those of anchors and below 2**31
 
 
 class GroundTruth(NamedTuple):
-    """Objects of a batch, padded to M slots; a slot with valid == False may hold anything, NaN too."""
+    """Objects of a batch, padded to M slots; a slot with valid == False may hold anything, even NaN."""
 
     boxes: Tensor  # (B, M, 4) float32 xyxy in canvas pixels
     labels: Tensor  # (B, M) int64 in [0, num_classes)
-    masks: Tensor  # (B, M, S, S) bool, each in the frame of its own box; S = 0 where masks are off
+    masks: Tensor  # (B, M, S, S) bool, each in the frame of its own box; S = 0 if masks are off
     valid: Tensor  # (B, M) bool
 
 
 class Batch(NamedTuple):
-    """Images on one canvas with their objects: all that a training step sees."""
+    """Images on one canvas with their objects: everything that a training step sees."""
 
     images: Tensor  # (B, 3, H, W) uint8 RGB, each picture in the top-left corner of the canvas
     sizes: Tensor  # (B, 2) int64 height, width of the picture inside the canvas
-    keys: Tensor  # (B,) int64: hash of (seed, epoch, image id), the only source of randomness for this image
+    keys: Tensor  # (B,) int64: hash of (seed, epoch, image id), the only source of randomness for an image
     gt: GroundTruth
-    padded: bool  # False promises that every picture fills the canvas (then no norm needs a mask)
+    padded: bool  # False only if every picture fills the canvas (then no norm needs a mask)
 
 
 class Anchors(NamedTuple):
-    """The anchors of L levels, N_l on each."""
+    """The anchors of L levels, N_l on each level."""
 
     boxes: list[Tensor]  # L x (N_l, 4) float32 xyxy in canvas pixels
-    ids: list[Tensor]  # L x (N_l,) int64: names an anchor by level, row, column and kind, whatever the canvas
-    inside: list[Tensor]  # L x (B, N_l) bool: its cell belongs to the picture
+    ids: list[Tensor]  # L x (N_l,) int64: encodes level, row, column and kind, independent of the canvas
+    inside: list[Tensor]  # L x (B, N_l) bool: whether the anchor's cell belongs to the picture
 
 
 class AnchorSample(NamedTuple):
@@ -44,7 +44,7 @@ class AnchorSample(NamedTuple):
 
     index: Tensor  # (B, R) int64 into the anchors of all levels
     ids: Tensor  # (B, R) int64, Anchors.ids
-    targets: Tensor  # (B, R, 4) float32 regression targets, of use where positive
+    targets: Tensor  # (B, R, 4) float32 regression targets, meaningful if positive
     positive: Tensor  # (B, R) bool
     valid: Tensor  # (B, R) bool
 
@@ -53,7 +53,7 @@ class Proposals(NamedTuple):
     """Regions that the RPN proposes, by falling score, padded to K slots."""
 
     boxes: Tensor  # (B, K, 4) float32 xyxy in canvas pixels, inside the picture
-    ids: Tensor  # (B, K) int64 of the anchor each was refined from
+    ids: Tensor  # (B, K) int64 ids of the anchors they were refined from
     valid: Tensor  # (B, K) bool
 
 
@@ -61,16 +61,16 @@ class Regions(NamedTuple):
     """Regions of interest sampled for the box and mask heads; positives come first."""
 
     boxes: Tensor  # (B, R, 4) float32 xyxy in canvas pixels
-    ids: Tensor  # (B, R) int64: the proposal's, or GROUND_TRUTH_IDS + slot for an object's own box
+    ids: Tensor  # (B, R) int64: the proposal's id, or GROUND_TRUTH_IDS + slot for a ground-truth box
     labels: Tensor  # (B, R) int64; num_classes for background
-    matched: Tensor  # (B, R) int64 slot of the ground truth the region is compared with
+    matched: Tensor  # (B, R) int64 slot of the ground truth that the region is matched to
     positive: Tensor  # (B, R) bool
     valid: Tensor  # (B, R) bool
-    positive_slots: int  # the positives lie in the first so many slots
+    positive_slots: int  # all positives lie in this many first slots
 
 
 class Step(NamedTuple):
-    """A training forward: its losses, and all that was chosen on the way."""
+    """The result of a training forward: the losses and the sampled anchors, proposals and regions."""
 
     losses: dict[str, Tensor]  # {name: (B,)}, one loss per image
     anchors: AnchorSample
@@ -84,5 +84,5 @@ class Detections(NamedTuple):
     boxes: Tensor  # (B, D, 4) float32 xyxy in canvas pixels
     scores: Tensor  # (B, D) float32 in [0, 1]
     labels: Tensor  # (B, D) int64 in [0, num_classes)
-    masks: Tensor  # (B, D, 28, 28) float32 probabilities in the frame of the box; (B, D, 0, 0) where masks are off
+    masks: Tensor  # (B, D, 28, 28) float32 probabilities in the frame of the box; (B, D, 0, 0) if masks are off
     valid: Tensor  # (B, D) bool

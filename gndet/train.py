@@ -1,4 +1,4 @@
-"""Training: `train(cfg)` reads top to bottom. An update is one optimiser step over global_batch images."""
+"""The training loop: `train(cfg)` reads from top to bottom.  An update is one optimiser step over global_batch images."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -34,12 +34,12 @@ def train(
     console: Console | None = None,
     at_end: Callable[[Path], None] = lambda out: None,
 ) -> dict[str, float]:
-    """Train a detector into the folder cfg.out; go on where an unfinished run of the same config stopped.
+    """Train a detector into the folder cfg.out, or resume an unfinished run of the same config.
 
-    fresh: move a run that is there aside and start anew.  at_end: called on rank 0 with the folder when a run that has
-    begun ends, by an error too, but not by a signal.  Returns the metrics of the last evaluation, {"box/AP": ...}.
-    Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and Preempted after a signal; what was
-    learned is saved first.
+    fresh: move an existing run aside and start over.  at_end: called on rank 0 with the folder when a run that has
+    started ends, also after an error, but not after a signal.  Returns the metrics of the last evaluation,
+    {"box/AP": ...}.  Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and Preempted after
+    a signal; the progress is saved first.
     """
     out, total = Path(cfg.out), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as ending, ExitStack() as stack:
@@ -74,7 +74,7 @@ def train(
             norms = NormWatch(run, log, progress)
         if progress.evaluation_due:
             evaluate_and_save(run, progress, saver, log, stop, norms)
-            saver.wait()  # loader processes are forked now
+            saver.wait()  # before loader processes are forked
         # --- the loop
         for update, batches in zip(range(progress.update, total), stream, strict=True):
             proc.watch.at(update, "computing gradients")
@@ -87,8 +87,8 @@ def train(
                 show_batches(run, batches.taken, log)
             if share.size < size:
                 log.message(
-                    f"update {update + 1}: out of memory with {size} images at once, computed with {share.size} from "
-                    "here on; what is learned does not change"
+                    f"update {update + 1}: out of memory with {size} images at once, continuing with {share.size}; "
+                    "what is learned does not change"
                 )
             size = progress.images_at_once = share.size
             if share.skipped:
@@ -117,14 +117,14 @@ def train(
 
 
 def due(done: int, every: int, total: int) -> bool:
-    """Whether something that happens every so many updates happens now; all happens at the end."""
+    """Return whether an action that is taken every `every` updates is due; at the end every action is."""
     return done == total or (every > 0 and done % every == 0)
 
 
 def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log) -> None:
-    """Count the pictures that had to be left out.
+    """Record the pictures that could not be read and were left out.
 
-    Raises TrainingError, on all ranks, where they are more than data.max_unreadable.
+    Raises TrainingError on all ranks if there are more than data.max_unreadable.
     """
     mine = {skipped.image_id: skipped.reason for loaded in taken for skipped in loaded.skipped}
     known, num = progress.unreadable, len(run.train_set.records)
@@ -138,8 +138,8 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log)
 def evaluate_and_save(
     run: Run, progress: Progress, saver: Saver, log: Log, stop: StopSignals, norms: NormWatch
 ) -> None:
-    """Evaluate what has been learned so far, look at the norms, and save it."""
-    saver.wait()  # loader processes are forked now
+    """Evaluate the current weights, measure the norm layers, and save a checkpoint."""
+    saver.wait()  # before loader processes are forked
     values = TASKS[run.cfg.task].evaluate(run, progress.update, log, stop)
     norms.measure(progress.update)
     progress.evaluated(values)
@@ -147,7 +147,7 @@ def evaluate_and_save(
 
 
 def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Iterator[Replay]:
-    """This rank's batches, of `size` images, of each update from start to stop - 1; meter times the waiting."""
+    """Yield this rank's batches of `size` images for each update from start to stop - 1; meter times the waiting."""
     cfg, proc = run.cfg, run.proc
     batches = train_batches(
         run.train_set, cfg.data, seed=cfg.seed, start=start, stop=stop, images_per_gpu=size,
@@ -161,7 +161,7 @@ def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) 
 
 
 def show_batches(run: Run, taken: list[Loaded], log: Log) -> None:
-    """Put the first training pictures into TensorBoard, as the network got them."""
+    """Log the first training pictures to TensorBoard, as the network receives them."""
     places = [(loaded, place) for loaded in taken for place in range(len(loaded.image_ids))]
     for i, (loaded, place) in enumerate(places[: run.cfg.train.vis_images]):
         log.picture(0, f"train/{i}", draw(loaded, place, run.train_set.classes))

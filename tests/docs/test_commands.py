@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,12 @@ def test_its_config_and_overrides_exist(call: tuple[str, ...], monkeypatch: pyte
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like a checkout with a finished run of the quickstart, of two updates."""
+    """A folder that looks like a checkout with a finished run of the quickstart, of two updates, and a picture."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "docs", "tools"):
         (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "pictures").mkdir()
+    shutil.copy(REPOSITORY / "docs" / "quickstart.png", folder / "pictures")
     train(load_config(folder / LEARNING, [*SHORT, f"out={folder / 'runs' / 'quickstart'}"]))
     return folder
 

@@ -8,7 +8,7 @@ Options = argparse.Namespace
 Verbs = argparse._SubParsersAction
 
 CHECKPOINT = "run folder (its best checkpoint) or checkpoint folder"
-CONFIG = "YAML file, like configs/quickstart.yaml"
+CONFIG = "YAML file, or the name of a packaged config, like quickstart"
 OVERRIDES = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
 
 say = functools.partial(print, flush=True)  # a pipe or a log file shows lines as they come

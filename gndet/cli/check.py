@@ -8,7 +8,7 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, say
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("check", help="what is wrong with a data set, before it is trained on")
-    verb.add_argument("source", help="YAML file: its data.train and data.val; or an annotation file, COCO's JSON")
+    verb.add_argument("source", help="config: its data.train and data.val; or an annotation file, COCO's JSON")
     add_overrides(verb)
     verb.add_argument("--images", action="store_true", help="decode every picture too")
     verb.add_argument("--image-folder", type=Path, help="pictures of a JSON file (looked for beside it)")

@@ -1,12 +1,12 @@
 """`gndet config CONFIG [key=value ...]`."""
 
-from gndet.cli.arguments import Options, Verbs, add_overrides
+from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("config", help="print the resolved config")
-    verb.add_argument("config", help="YAML file")
+    verb.add_argument("config", help=CONFIG)
     add_overrides(verb)
 
 

@@ -8,7 +8,7 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, say
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("doctor", help="versions, devices, kernels, loader speed, disk: to paste into an issue")
-    verb.add_argument("--config", help="YAML file: measure with its data, check its run folder's disk")
+    verb.add_argument("--config", help="config: measure with its data, check its run folder's disk")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write it here too")
     add_overrides(verb)
 

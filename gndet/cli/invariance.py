@@ -9,7 +9,7 @@ from gndet.files import make_room_for
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("invariance", help="show that an image trains the same whatever stands beside it")
-    verb.add_argument("config", help="YAML file: its training images, its model")
+    verb.add_argument("config", help="config: its training images, its model")
     add_overrides(verb)
     verb.add_argument("--images", type=int, default=4, help="how many training images are compared, 4 to 16 (4)")
     verb.add_argument("--out", type=Path, help="write the report here, JSON")

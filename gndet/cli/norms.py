@@ -6,7 +6,7 @@ from gndet.cli.arguments import Options, Verbs, add_overrides
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("norms", help="the norm layers of a config or checkpoint, and what is wrong with them")
-    verb.add_argument("config", help="YAML file, or a run or checkpoint folder")
+    verb.add_argument("config", help="config (YAML file or packaged name), or a run or checkpoint folder")
     add_overrides(verb)
 
 

@@ -4,6 +4,7 @@ Unknown keys are refused with the nearest known one; every error names the file,
 """
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,51 @@ MAX_SHOWN = 200  # characters of a wrong value
 MAX_MISTAKES = 20  # shown at once
 YOLO_KEYS = {"path", "train", "val", "nc"}  # beside `names` in YOLO's data files
 
+# inside the package in a wheel, beside it in a checkout
+PACKAGED = next((up / "configs" for up in Path(__file__).parents[1:3] if (up / "configs").is_dir()), Path("configs"))
+
 Origin = dict[tuple[str, ...], str]  # where each key was set: "file.yaml:12" or "override 'a.b=c'"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config with its `base:` chain, apply `key=value` overrides, validate.
 
-    path: YAML file.  overrides: dotted keys, values in YAML.  An unset `out` becomes runs/<file name>.
+    path: YAML file, or the name of a packaged config.  overrides: dotted keys, values in YAML.  An unset `out` becomes
+    runs/<config name>.
     A `norm:` section in a file replaces that of its base whole; a dotted override changes one key of it.
     Raises ConfigError that names file and line (or the override), key, value and what was expected.
     """
     origin: Origin = {}
-    tree = _read_chain(Path(path), origin, [])
-    tree.setdefault("out", f"runs/{Path(path).stem}")
+    path = find_config(path)
+    tree = _read_chain(path, origin, [])
+    tree.setdefault("out", f"runs/{path.stem}")
     _override(tree, overrides, origin)
     return _validated(tree, origin, str(path))
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the path of a config: a file, or the packaged config of this name, like `quickstart`.
+
+    Anything in the working folder comes first.  Raises ConfigError for a bare word that names neither.
+    """
+    path = Path(name)
+    if os.path.exists(path) or path.suffix or len(path.parts) != 1:
+        return path
+    known = {file.stem: file for file in sorted(PACKAGED.glob("*.yaml"))}
+    if path.name in known:
+        return known[path.name]
+    close = difflib.get_close_matches(path.name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(
+        f"{_brief(path.name)}: no such file, and no packaged config of this name{hint}\n"
+        f"expected the path of a YAML file, or one of: {', '.join(known)}"
+    )
 
 
 def config_files(path: str | Path) -> list[Path]:
     """The files of a config's `base:` chain.  Raises ConfigError as `load_config` does."""
     files: list[Path] = []
-    _read_chain(Path(path), {}, files)
+    _read_chain(find_config(path), {}, files)
     return files
 
 
@@ -95,7 +120,9 @@ def _read_text(path: Path) -> str:
             raise ConfigError(f"{path}: a config has at most {MAX_CONFIG_BYTES} bytes, this file has more")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
+        packaged = (PACKAGED / f"{path.stem}.yaml").is_file()
+        hint = f"; the packaged config of this name is {PACKAGED / path.stem}.yaml" if packaged else ""
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 

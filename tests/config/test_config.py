@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-from gndet.config.loading import config_from_dict, config_to_yaml, load_config, with_overrides
+from gndet.config.loading import config_files, config_from_dict, config_to_yaml, load_config, with_overrides
 from gndet.errors import ConfigError
 
 
@@ -96,3 +97,35 @@ def test_overrides_of_a_stored_config(tmp_path: Path) -> None:
     assert with_overrides(cfg, ["data.root=elsewhere"], "x").data.root == "elsewhere"
     with pytest.raises(ConfigError, match=r"override 'data\.rot=1': unknown key data\.rot; did you mean 'root'"):
         with_overrides(cfg, ["data.rot=1"], "x")
+
+
+def test_a_packaged_config_is_found_by_its_name_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("quickstart") == load_config(REPOSITORY / "configs" / "quickstart.yaml")
+    assert load_config("quickstart", ["seed=5"]).out == "runs/quickstart"
+    assert load_config("mask_rcnn_r50_fpn_gn_2x").train.schedule.updates == 180_000
+    assert [path.parent.name for path in config_files("mask_rcnn_r50_fpn_gn_2x")] == ["configs", "_base"]
+
+
+def test_a_file_of_the_user_comes_before_a_packaged_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "quickstart", "seed: 9\n")
+    assert load_config("quickstart").seed == 9
+    (tmp_path / "quickstart").unlink()
+    (tmp_path / "quickstart").mkdir()
+    with pytest.raises(ConfigError, match=r"^quickstart: .* directory; the packaged config .* is .*/quickstart\.yaml$"):
+        load_config("quickstart")
+
+
+def test_an_unknown_name_is_told_with_the_packaged_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^'quikstart': no such file, .*; did you mean 'quickstart'\?\n.*, quickstart$"
+    ):
+        load_config("quikstart")
+    with pytest.raises(ConfigError, match=r"^'x{199}\.\.\.: no such file"):
+        load_config("x" * 5000)  # longer than a file name may be
+    with pytest.raises(ConfigError, match=r"configs/quickstart\.yaml: .*; the packaged config of this name is /"):
+        load_config("configs/quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"^runs/mine: cannot read the config: No such file or directory$"):
+        load_config("runs/mine")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from gndet.cli.main import parse
+from gndet.cli.main import main, parse
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 
@@ -108,6 +108,24 @@ def test_a_recipe_is_headed_by_its_commands_and_what_to_expect(name: str) -> Non
     assert multi == f"# torchrun --nproc_per_node=8 tools/train.py configs/{name}.yaml"
     assert PUBLISHED.get(name, "no published figure known") in expect
     assert expect.endswith("Ours: not run yet.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("config", "quickstart", "seed=1"),
+        ("check", "quickstart", "data.train.count=2", "data.val.count=2"),
+        ("norms", "quickstart"),
+        ("analyze", "detections.json", "--data", "quickstart", "data.val.count=2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_kind_of_verb_takes_the_name_of_a_packaged_config(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("detections.json").write_text("[]")
+    assert main([*words]) == 0
 
 
 TOOLS = sorted(path for path in (REPOSITORY / "tools").glob("*.py") if path.name != "benchmark.py")  # no verb

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gndet.config.loading import load_config
+from gndet.config.loading import find_config, load_config
 from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import refuse
@@ -80,7 +80,7 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
     if data is None:
         raise DataError(f"{source}: what are these detections of?  --data names COCO annotations, or a config")
     cfg = Config()
-    if data.endswith((".yaml", ".yml")):
+    if find_config(data).suffix in (".yaml", ".yml"):
         cfg = load_config(data, overrides)
         dataset = read_dataset(cfg.data.val, cfg.data)
     elif Path(data).is_file():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 from rich.console import Console
 
-from gndet.config.loading import config_files, load_config, with_overrides
+from gndet.config.loading import config_files, find_config, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import REFUSED
@@ -55,7 +55,7 @@ def check(
     source: str, overrides: Sequence[str], show: Show, *, image_folder: Path | None = None, images: bool = False,
     sheet: Path | None = None, out: Path | None = None, console: Console | None = None,
 ) -> bool:  # fmt: skip
-    """Check the data of a config (.yaml, .yml) or a COCO JSON file, and show the findings line by line.
+    """Check the data of a config or a COCO JSON file, and show the findings line by line.
 
     image_folder: the pictures of a JSON file, looked for beside it by default.  images: decode every picture.
     sheet: file for a picture of the data.  out: file for the report as JSON.  console: a terminal for a progress bar.
@@ -90,7 +90,7 @@ def check(
 
 def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
     """Find out what to check.  Raises ConfigError and OutputError."""
-    path = Path(source)
+    path = find_config(source)
     if path.suffix.lower() in (".yaml", ".yml"):
         cfg = load_config(source, overrides)
         if image_folder is not None:

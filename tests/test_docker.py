@@ -24,6 +24,14 @@ def test_every_copied_path_exists_and_nothing_is_copied_twice() -> None:
     assert not [source for source in sources if not (REPOSITORY / source).exists()]
 
 
+def test_what_the_wheel_is_built_from_is_copied_before_it_is_installed() -> None:
+    before = INSTRUCTIONS[: INSTRUCTIONS.index("RUN pip install --no-cache-dir .")]
+    copied = {word for line in before if line.startswith("COPY ") for word in shlex.split(line)[1:-1]}
+    pyproject = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    project, wheel = pyproject["project"], pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert {"pyproject.toml", project["readme"], *project["license-files"], *wheel["only-include"]} <= copied
+
+
 def test_every_command_shown_for_the_image_is_understood() -> None:
     shown = [shlex.split(command) for command in re.findall(r"docker run .* gndet:\w+ (.*)", COMMENTS)]
     assert len(shown) >= 4

@@ -42,7 +42,7 @@ class Anchors(NamedTuple):
 class AnchorSample(NamedTuple):
     """Anchors sampled for the RPN's losses; positives come first."""
 
-    index: Tensor  # (B, R) int64 into the anchors of all levels
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index; (B, R) int64 into the anchors of all levels
     ids: Tensor  # (B, R) int64, Anchors.ids
     targets: Tensor  # (B, R, 4) float32 regression targets, meaningful if positive
     positive: Tensor  # (B, R) bool

@@ -35,16 +35,18 @@ class BoxHead(RegionHead):
         self.convs = nn.ModuleList()
         if cfg.kind == "4conv1fc":
             for i in range(cfg.num_convs):
-                self.convs.append(conv(channels, cfg.conv_channels, 3, cheap=i == cfg.num_convs - 1))
+                layer = conv(channels, cfg.conv_channels, 3, cheap=i == cfg.num_convs - 1)
+                nn.init.kaiming_normal_(layer.conv.weight, mode="fan_out", nonlinearity="relu")
+                self.convs.append(layer)
                 channels = cfg.conv_channels
-                nn.init.kaiming_normal_(self.convs[-1].conv.weight, mode="fan_out", nonlinearity="relu")
         width = channels * cfg.pool_size**2
         self.fcs = nn.ModuleList()
         for _ in range(2 if cfg.kind == "2fc" else 1):
-            self.fcs.append(nn.Linear(width, cfg.fc_channels))
+            fc = nn.Linear(width, cfg.fc_channels)
+            nn.init.kaiming_uniform_(fc.weight, a=1)
+            nn.init.zeros_(fc.bias)
+            self.fcs.append(fc)
             width = cfg.fc_channels
-            nn.init.kaiming_uniform_(self.fcs[-1].weight, a=1)
-            nn.init.zeros_(self.fcs[-1].bias)
         self.cls_score = nn.Linear(width, num_classes + 1)
         self.bbox_pred = nn.Linear(width, num_classes * 4)
         nn.init.normal_(self.cls_score.weight, std=0.01)

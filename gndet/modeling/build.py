@@ -6,8 +6,6 @@ Another detector, backbone, neck or head is a file of this folder, a row here, a
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
-
 from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
@@ -18,8 +16,8 @@ from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"resnet": ResNet}  # model.backbone.kind: (options, norm)
-NECKS: dict[str, Callable[..., nn.Module]] = {"fpn": FPN}  # model.neck: (options, norm, channels of the stages)
+BACKBONES: dict[str, Callable[..., ResNet]] = {"resnet": ResNet}  # model.backbone.kind: (options, norm)
+NECKS: dict[str, Callable[..., FPN]] = {"fpn": FPN}  # model.neck: (options, norm, channels of the stages)
 HEADS: dict[str, Callable[..., RegionHead]] = {  # by section of the config: (options, norm, channels, num_classes)
     "box_head": BoxHead,
     "mask_head": MaskHead,

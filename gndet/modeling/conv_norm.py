@@ -65,8 +65,8 @@ class ConvNorm(nn.Module):
 
     def weight(self) -> Tensor:
         """The weight (out, in, kh, kw) that the convolution works with."""
-        standardized = isinstance(self.conv, StandardizedConv2d)
-        return self.conv.standardize(self.conv.weight) if standardized else self.conv.weight
+        conv = self.conv
+        return conv.standardize(conv.weight) if isinstance(conv, StandardizedConv2d) else conv.weight
 
 
 ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True), the norm chosen

@@ -9,13 +9,13 @@ keeps the padding out, `step` samples by the image's key and divides an image's 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
-from gndet.structures import Batch, Detections, Proposals, Regions, Step
+from gndet.structures import Batch, Detections, Regions, Step
 
 PROBED_REGIONS = 64  # per image, that `probe` passes through layers of regions
 Choices = dict[str, set[tuple[int, ...]]]  # what was chosen for an image, by kind: ids, with what each is taken for
@@ -32,6 +32,8 @@ class DetectionModel(nn.Module, ABC):
     """A detector: backbone, neck, and what stands behind the neck's levels."""
 
     backbone: nn.Module  # `frozen` lists its parts that are not trained
+    pixel_mean: Tensor
+    pixel_std: Tensor
     strides: tuple[int, ...]  # of the levels that `features` returns
     extends_edges = False  # whether regions find a picture's edge repeated beyond it, and not the padding
 
@@ -105,7 +107,7 @@ class RegionHead(nn.Module, ABC):
     """A head on regions; `features` are the pooled levels L x (B, C, H/s, W/s), `strides` theirs."""
 
     @abstractmethod
-    def sample(self, regions: Proposals | Regions, batch: Batch) -> Regions:
+    def sample(self, regions: Any, batch: Batch) -> Regions:
         """Choose the regions to train on among the proposals, or among those of the head before."""
 
     @abstractmethod
@@ -115,9 +117,7 @@ class RegionHead(nn.Module, ABC):
         """Return the losses {name: (B,)} of the regions that `sample` chose."""
 
     @abstractmethod
-    def detect(
-        self, features: Sequence[Tensor], strides: Sequence[int], found: Proposals | Detections, sizes: Tensor
-    ) -> Detections:
+    def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Any, sizes: Tensor) -> Detections:
         """Make detections of proposals, or add to those of the head before; sizes (B, 2) of the pictures."""
 
     @abstractmethod

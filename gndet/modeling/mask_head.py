@@ -30,12 +30,14 @@ class MaskHead(RegionHead):
             channels = cfg.channels
         self.deconv = nn.ConvTranspose2d(channels, cfg.channels, 2, 2)
         self.logits = nn.Conv2d(cfg.channels, num_classes, 1)
-        for module in [*(c.conv for c in self.convs), self.deconv]:
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.normal_(self.logits.weight, std=0.001)
-        nn.init.zeros_(self.logits.bias)
+        for module in [*self.convs.modules(), self.deconv]:
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        weight, bias = self.logits.parameters()
+        nn.init.normal_(weight, std=0.001)
+        nn.init.zeros_(bias)
 
     def forward(
         self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
@@ -57,13 +59,14 @@ class MaskHead(RegionHead):
         """x (P, C, 14, 14) to the logits of the masks of its labels: of 80 classes one is needed."""
         x = F.relu(self.deconv(x), inplace=True)  # (P, C, 28, 28)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (P, 28 * 28, C)
+        assert self.logits.bias is not None
         weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias[labels]  # (P, C), (P,)
         return (torch.matmul(pixels, weight[:, :, None]) + bias[:, None, None]).view(x.shape[0], *x.shape[2:])
 
     def sample(self, regions: Regions, batch: Batch) -> Regions:
         """Take the slots of the box head's regions that may be positive."""
         most = regions.positive_slots
-        return Regions(*(field[:, :most] for field in regions[:-1]), most)
+        return Regions._make([*(field[:, :most] for field in regions[:-1]), most])
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
@@ -102,7 +105,7 @@ class MaskHead(RegionHead):
 
     def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
         """Run every layer on regions (B, R, 4) once, for the masks of the first class."""
-        image = image_index(*boxes.shape[:2], boxes.device)
+        image = image_index(boxes.shape[0], boxes.shape[1], boxes.device)
         self(features, strides, boxes.flatten(0, 1), image, torch.zeros_like(image))
 
 

@@ -7,9 +7,10 @@ Batch independence: the RPN takes no anchors in the padding and samples by the i
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.detection_model import PROBED_REGIONS, Choices, DetectionModel, Rectified, RegionHead
@@ -32,7 +33,8 @@ class MaskRCNN(DetectionModel):
         pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float],
     ) -> None:  # fmt: skip
         super().__init__(pixel_mean, pixel_std)
-        self.backbone, self.fpn, self.rpn = backbone, fpn, rpn
+        self.backbone: ResNet = backbone
+        self.fpn, self.rpn = fpn, rpn
         self.head_names, self.strides, self.extends_edges = tuple(heads), fpn.strides, fpn.masked
         for name, head in heads.items():
             self.add_module(name, head)
@@ -40,7 +42,7 @@ class MaskRCNN(DetectionModel):
     @property
     def heads(self) -> list[RegionHead]:
         """The region heads in the order they run."""
-        return [self.get_submodule(name) for name in self.head_names]
+        return [getattr(self, name) for name in self.head_names]
 
     def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
         """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
@@ -67,7 +69,7 @@ class MaskRCNN(DetectionModel):
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
         """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as Batch's fields."""
         proposals, pyramid, strides = self._propose(images, sizes, padded)
-        found: Proposals | Detections = proposals
+        found: Any = proposals
         for head in self.heads:
             found = head.detect(pyramid, strides, found, sizes)
         return found
@@ -84,7 +86,7 @@ class MaskRCNN(DetectionModel):
         """Return the levels that heads pool from, and their strides; beside a masked picture its edge is repeated."""
         strides = self.strides[:ROI_LEVELS]
         levels = [
-            feature if areas[stride] is None or not self.extends_edges else extend_edges(feature, areas[stride].sizes)
+            feature if (area := areas[stride]) is None or not self.extends_edges else extend_edges(feature, area.sizes)
             for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True)
         ]
         return levels, strides
@@ -121,15 +123,15 @@ class MaskRCNN(DetectionModel):
 
     def rectified(self) -> Rectified:
         """Return the bricks of backbone and RPN, and the layers of the first head, whose regions a Step holds."""
-        maps = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
-        maps = [part for part in [*maps, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
+        bricks = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
+        maps = [part for part in [*bricks, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
         return Rectified(maps, self.heads[0].rectified())
 
     def sees_regions(self, module: str) -> bool:
         """Return whether the module belongs to a head."""
         return module.partition(".")[0] in self.head_names
 
-    def behind_features(self) -> list[torch.nn.Module]:
+    def behind_features(self) -> list[nn.Module]:
         """Return the RPN and the heads."""
         return [self.rpn, *self.heads]
 
@@ -137,7 +139,7 @@ class MaskRCNN(DetectionModel):
         """Compute 3x3 convolutions by minimal filtering on a CPU where the maps are large enough for it to pay."""
         large = [stride for stride in self.strides if pays(shortest_edge, stride)]
         stages = zip(self.backbone.stages(), self.strides[:-1], strict=True)  # P6 has none
-        parts = [stage for stage, stride in stages if stride in large]
+        parts: list[nn.Module] = [stage for stage, stride in stages if stride in large]
         parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
         parts += self.behind_features() if large[1:] else []
         for module in (module for part in parts for module in part.modules()):

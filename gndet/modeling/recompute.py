@@ -13,7 +13,7 @@ keep the result of a convolution by minimal filtering (R50-FPN GN, 256 x 320, ba
 Letters: n samples (images or regions), C channels, (H, W) maps.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Layer(NamedTuple):
 
 def set_memory(model: nn.Module, memory: str) -> None:
     """Set what the model keeps for the backward pass: "fast", "balanced" or "lean" (train.memory)."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "memory"):
             module.memory = memory
@@ -64,7 +65,7 @@ def keeping_all(model: nn.Module) -> Iterator[None]:
             module.memory = memory
 
 
-def recomputed(part: nn.Module, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
+def recomputed(part: Any, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
     """Call a function of a part so that its arguments alone are kept, and it is called again in the backward pass.
 
     Only if the part's memory is "lean"; cheap: or "balanced".  Skipped for BN, whose running statistics would be
@@ -79,7 +80,7 @@ def recomputed(part: nn.Module, function: Callable[..., Any], *arguments: Any, c
 
 
 def tower(
-    layers: Sequence[ConvNorm],
+    layers: Sequence[ConvNorm] | nn.ModuleList,
     x: Tensor,
     areas: Sequence[ValidArea | None] | None = None,
     residual: Tensor | None = None,
@@ -96,7 +97,9 @@ def tower(
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-    bricks, tensors, size = [], [], x.shape[2:]
+    bricks: list[Layer] = []
+    tensors: list[Tensor | None] = []
+    size = list(x.shape[2:])
     for layer, area in zip(layers, areas, strict=True):
         brick, four = _taken_apart(layer, area, dtype)
         bricks.append(brick)
@@ -107,7 +110,7 @@ def tower(
     if layers[0].memory == "lean":  # regions are being computed again as a whole: no part of it a third time
         again = None
     in_parts = layers[0].regions and any(brick.winograd for brick in bricks)
-    at_once = samples_at_once(*size) if in_parts else len(x)
+    at_once = samples_at_once(size[0], size[1]) if in_parts else len(x)
     with torch.autocast(device, enabled=False):
         return _Tower.apply(tuple(bricks), at_once, again, x, residual, *tensors)
 
@@ -118,15 +121,13 @@ def _saves(layer: nn.Module) -> bool:
     return known and layer.memory != "fast"
 
 
-def _plain(layers: Sequence[ConvNorm], x: Tensor, areas: Sequence[ValidArea | None], residual: Tensor | None) -> Tensor:
+def _plain(layers: Iterable[Any], x: Tensor, areas: Sequence[ValidArea | None], residual: Tensor | None) -> Tensor:
     for layer, area in zip(layers, areas, strict=True):
         x = layer(x, area)
     return x if residual is None else F.relu(x + residual, inplace=True)
 
 
-def _taken_apart(
-    layer: ConvNorm, area: ValidArea | None, dtype: torch.dtype
-) -> tuple[Layer, tuple[Tensor | None, ...]]:
+def _taken_apart(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Layer, tuple[Tensor | None, ...]]:
     """A brick as a Layer and its weight, bias, gamma and beta; a frozen norm's map goes into weight and bias."""
     norm, weight, bias = layer.norm, layer.weight(), layer.conv.bias
     area = area if norm.masked else None
@@ -186,10 +187,11 @@ class _Tower(torch.autograd.Function):
         return None, None, None, grad_x, grad_residual, *grads
 
 
-Norms = list[tuple[Tensor | None, Tensor | None]]  # gamma and beta of each brick
+Part = Any  # Tensor, or None if a brick has no such part
+Norms = list[tuple[Part, Part]]  # gamma and beta of each brick
 
 
-def _parts(layers: Sequence[Layer], tensors: Sequence[Tensor | None]) -> tuple[list[Convolution], Norms]:
+def _parts(layers: Sequence[Layer], tensors: Sequence[Part]) -> tuple[list[Convolution], Norms]:
     fours = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
     convs = [
         Convolution(weight, bias, layer.stride, layer.padding, layer.winograd)
@@ -200,9 +202,9 @@ def _parts(layers: Sequence[Layer], tensors: Sequence[Tensor | None]) -> tuple[l
 
 def _forward(
     layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Part]]:
     """Pass samples through; with what is kept of each brick: a map, the mean and 1 / std."""
-    kept: list[Tensor | None] = []
+    kept: list[Part] = []
     for i, (layer, conv, (gamma, beta)) in enumerate(zip(layers, convs, norms, strict=True)):
         last = i == len(layers) - 1
         y, mean, rstd = conv.forward(x), None, None
@@ -224,8 +226,8 @@ def _forward(
 
 
 def _backward(
-    layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, grad: Tensor, x: Tensor,
-    kept: Sequence[Tensor | None], sums: list[list[Tensor]], wanted: bool,
+    layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, grad: Part, x: Tensor,
+    kept: Sequence[Part], sums: list[list[Tensor]], wanted: bool,
 ) -> Tensor | None:  # fmt: skip
     """Take the gradient of samples, behind the last ReLU, back to x if that is wanted; add to all sums on the way."""
     threes = [list(kept[i : i + 3]) for i in range(0, len(kept), 3)]  # a map, the mean and 1 / std
@@ -248,7 +250,7 @@ def _backward(
     return grad
 
 
-def _activation(layer: Layer, norm: tuple[Tensor | None, Tensor | None], kept: Sequence[Tensor | None]) -> Tensor:
+def _activation(layer: Layer, norm: tuple[Part, Part], kept: Sequence[Part]) -> Tensor:
     y, mean, rstd = kept
     return renormalize(y, *norm, mean, rstd, layer.area, relu=layer.relu) if layer.groups else y
 
@@ -257,5 +259,5 @@ def _chunks(num: int, at_once: int) -> Iterator[slice]:
     return (slice(first, first + at_once) for first in range(0, num, at_once))
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: list[Part]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)

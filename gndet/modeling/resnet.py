@@ -108,7 +108,7 @@ class ResNet(nn.Module):
 
     def stages(self) -> list[nn.ModuleList]:
         """res2..res5."""
-        return [self.get_submodule(f"res{i}") for i in (2, 3, 4, 5)]
+        return [getattr(self, f"res{i}") for i in (2, 3, 4, 5)]
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""

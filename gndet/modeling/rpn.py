@@ -34,10 +34,11 @@ class RPN(nn.Module):
         self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))
         self.objectness = nn.Conv2d(channels, self.num_anchors, 1)
         self.deltas = nn.Conv2d(channels, self.num_anchors * 4, 1)
-        for module in (*(conv.conv for conv in self.convs), self.objectness, self.deltas):
-            nn.init.normal_(module.weight, std=0.01)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> tuple[list[Tensor], list[Tensor]]:
         """P2..P6 to objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4), float32."""
@@ -53,7 +54,7 @@ class RPN(nn.Module):
         logits = full(self.objectness(x).permute(0, 2, 3, 1).flatten(1))
         return logits, full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
 
-    def anchors(self, features: Sequence[Tensor], areas: ValidAreas, canvas: tuple[int, int]) -> Anchors:
+    def anchors(self, features: Sequence[Tensor], areas: ValidAreas, canvas: Sequence[int]) -> Anchors:
         """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride; canvas (height, width)."""
         cfg, anchors = self.cfg, Anchors([], [], [])
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):

@@ -7,6 +7,7 @@ Maps are (n, H, W, C) here, channels last.  Letters: n samples, t tiles, C input
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,9 +128,9 @@ class Convolution:
     def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
         """Add to the gradients of weight and bias.  Returns that of x, if it is wanted."""
         if self._transformed is not None:
-            return self._minimal_backward(_last(grad), _last(x), wanted)
+            return self._minimal_backward(self._transformed, _last(grad), _last(x), wanted)
         bias = None if self.bias is None else self.bias.shape
-        mask = [wanted, self.weight.requires_grad, bias is not None and self.bias.requires_grad]
+        mask = [wanted, self.weight.requires_grad, self.bias is not None and self.bias.requires_grad]
         grad_x, grad_weight, grad_bias = _aten.convolution_backward(
             grad, x, self.weight, bias, *self._sides, False, (0, 0), 1, mask
         )
@@ -137,11 +138,11 @@ class Convolution:
         self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
         return grad_x
 
-    def _minimal_backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+    def _minimal_backward(self, transformed: Tensor, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
         """The same of maps with their channels last; the weight's gradient is that of its transform until the end."""
         if self.weight.requires_grad:
             if self._grad_weight is None:
-                self._grad_weight = torch.zeros_like(self._transformed)
+                self._grad_weight = torch.zeros_like(transformed)
             weight_gradient(x, grad, self._grad_weight)
         if self.bias is not None and self.bias.requires_grad:
             grad_bias = grad.sum((0, 1, 2))
@@ -163,13 +164,13 @@ class MinimalConvolution(torch.autograd.Function):
     """The convolution of x (n, C, H, W) with weight (K, C, 3, 3), stride 1, padding 1, by minimal filtering."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return Convolution(weight, None, 1, 1, minimal=True).forward(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         convolution = Convolution(weight, None, 1, 1, minimal=True)
         grad_x = convolution.backward(grad, x, ctx.needs_input_grad[0])

@@ -75,8 +75,8 @@ def gradients(
     if norm_kernels.usable(x):
         return norm_kernels.backward(_dense(grad), x, gamma, mean, rstd, _sizes(area))
     if x.dtype != gamma.dtype:
-        grad_x, *others = gradients(grad.to(gamma.dtype), x.to(gamma.dtype), gamma, mean, rstd, area)
-        return grad_x.to(x.dtype), *others
+        wide = gradients(grad.to(gamma.dtype), x.to(gamma.dtype), gamma, mean, rstd, area)
+        return wide[0].to(x.dtype), wide[1], wide[2]
     if area is None:
         return torch.ops.aten.native_group_norm_backward(
             _dense(grad), _dense(x), mean, rstd, gamma, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups,
@@ -110,7 +110,8 @@ class Normalize(torch.autograd.Function):
         ctx: Any, x: Tensor, sizes: Tensor | None, mask: Tensor | None, count: Tensor | None, gamma: Tensor,
         beta: Tensor, groups: int, eps: float,
     ) -> Tensor:  # fmt: skip
-        y, mean, rstd = normalize(x, gamma, beta, groups, eps, None if sizes is None else ValidArea(sizes, mask, count))
+        area = None if sizes is None or mask is None or count is None else ValidArea(sizes, mask, count)
+        y, mean, rstd = normalize(x, gamma, beta, groups, eps, area)
         ctx.save_for_backward(x, gamma, mean, rstd, sizes, mask, count)
         return y
 
@@ -172,8 +173,8 @@ def _gradients_of_crops(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_gamma, grad_beta = torch.zeros_like(x), torch.zeros_like(gamma), torch.zeros_like(gamma)
     for i, (height, width) in enumerate(area.sizes.tolist()):
-        crops = (_crop(t, i, height, width) for t in (grad, x))
-        parts = gradients(*crops, gamma, mean[i : i + 1], rstd[i : i + 1], None)
+        grad_crop, crop = (_crop(t, i, height, width) for t in (grad, x))
+        parts = gradients(grad_crop, crop, gamma, mean[i : i + 1], rstd[i : i + 1], None)
         grad_x[i, :, :height, :width] = parts[0][0]
         grad_gamma += parts[1]
         grad_beta += parts[2]

@@ -76,6 +76,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
     On torch.distributed's own differentiable all-reduce, so that it runs with gloo on CPUs as with NCCL on GPUs.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
@@ -95,6 +100,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 class FrozenBatchNorm(nn.Module):
     """Frozen BN: an affine map by stored statistics and stored gamma and beta, none of which is trained."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float, masked: bool) -> None:
         super().__init__()
@@ -121,6 +131,11 @@ class BatchRenorm(nn.BatchNorm2d):
     The limits grow as in its section 4.2: r_max from 1 to 3 between steps 5,000 and 40,000, d_max from 0 to 5 between
     5,000 and 25,000; before that it is BN.  A step is a forward pass in training.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         if not self.training:

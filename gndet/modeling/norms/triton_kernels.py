@@ -295,8 +295,8 @@ def backward(
         masked=masked, **plan.sides,
     )  # fmt: skip
     sums = sums.sum(1)  # (B, 2, C), in a fixed order
-    count = plan.positions * (plan.channels // groups)
-    count = count if sizes is None else (sizes.prod(1) * (plan.channels // groups))[:, None]
+    members = plan.positions * (plan.channels // groups)
+    count = members if sizes is None else (sizes.prod(1) * (plan.channels // groups))[:, None]
     of_grad, of_normal = (kind.unflatten(1, (groups, -1)).sum(2) / count for kind in (sums * gamma).unbind(1))  # (B, G)
     _gradient_kernel[plan.by_blocks](
         grad, x, grad_x, sizes, gamma, mean, rstd, of_grad, of_normal, plan.positions, plan.channels, groups,

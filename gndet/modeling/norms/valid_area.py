@@ -14,7 +14,7 @@ class ValidArea(NamedTuple):
 
     sizes: Tensor  # (B, 2) int64 valid height, width in cells
     mask: Tensor  # (B, 1, H, W) bool
-    count: Tensor  # (B, 1) float32 number of valid cells
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count; (B, 1) float32 number of valid cells
 
     @staticmethod
     def of(sizes: Tensor, height: int, width: int) -> "ValidArea":

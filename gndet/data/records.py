@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     severity: str  # E: training is refused; F: fixed in memory; N: noted
     what: str  # to be read after the count: "boxes wholly outside their image"
     remedy: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     examples: tuple[str, ...]  # the first few, each with id, value and what was expected
     image_ids: tuple[int, ...]  # of the first images that have it, for pictures of them
 

@@ -27,13 +27,13 @@ PREFETCH = 4  # items that a worker has before it
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # sent to the whole process group; the main process decides
 POLL = 1.0  # seconds between two looks whether the main process is still there
 GRACE = 3.0  # seconds a worker has to finish its item when the pool is closed, and to be seen dead
-CAUSES = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
+CAUSES: dict[int, str] = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
 
 
 class Death(Exception):
     """A worker died over an item, or was killed because the item took too long."""
 
-    def __init__(self, pid: int, status: int | None) -> None:
+    def __init__(self, pid: int | None, status: int | None) -> None:
         """status: multiprocessing's exitcode; None where the time limit was exceeded."""
         self.pid, self.status = pid, status
 

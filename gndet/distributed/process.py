@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import nn
 from gndet.distributed.watch import Watch
 from gndet.errors import ConfigError
 
+Model = TypeVar("Model", bound=nn.Module)
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # variables that torchrun sets; defaults without it
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the new and old names
 START_TIMEOUT = 600.0  # seconds for ranks to find each other and read their data, and for rank 0 to calibrate
@@ -120,8 +121,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def place(model: nn.Module, precision: str, proc: Process) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
+def place(model: Model, precision: str, proc: Process) -> tuple[Model, Callable[[], AbstractContextManager]]:
     """Move a model to the device in a precision (train.precision).  Returns it with the autocast context to run in."""
-    model = model.to(proc.device, torch.float64 if precision == "float64" else None, memory_format=torch.channels_last)
+    model = model.to(proc.device, torch.float64 if precision == "float64" else None)
+    model = model.to(memory_format=torch.channels_last)
     bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")
     return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext

@@ -91,7 +91,8 @@ def coco_metrics(
         for kind, scorer in (_hotcoco if engine == "hotcoco" else _pycocotools)(truths, results):
             _accumulate(scorer, max_detections)
             # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: less the recalls
-            precision, recall = (scorer.eval[key] for key in ("precision", "recall"))
+            scored: Any = scorer.eval
+            precision, recall = (scored[key] for key in ("precision", "recall"))
             metrics[kind] = _metrics(precision, recall, truths[kind], list(scorer.params.catIds))
             del scorer  # hotcoco copies results that are in use when their areas are changed
     return metrics
@@ -109,7 +110,7 @@ def _hotcoco(truths: Mapping[Kind, dict[str, Any]], results: Results) -> Iterato
         yield kind, hotcoco.COCOeval(converted[id(truth)], found, kind)
 
 
-def _found(truth: hotcoco.COCO, results: Results, masks: list[dict[str, Any]] | None) -> hotcoco.COCO:
+def _found(truth: hotcoco.COCO, results: Results, masks: Any) -> hotcoco.COCO:
     """Return the results as hotcoco has them, numbered from 1."""
     ids = np.stack((results.image_ids, results.category_ids), axis=1)  # (n, 2)
     if (np.abs(ids) > EXACT).any():

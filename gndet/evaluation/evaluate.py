@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import test_batches
@@ -23,6 +23,7 @@ from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
 from gndet.files import text_table
+from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Detections
 
 
@@ -50,23 +51,24 @@ def to_results(
     masks are put into the original ones.
     Returns the valid detections, boxes clipped to the picture, with run-length codes where they have masks.
     """
-    parts = Detections(*(part.float().cpu().numpy() for part in detections))  # NumPy knows no bfloat16
+    # NumPy knows no bfloat16
+    all_boxes, scores, labels, all_masks, valids = (part.float().cpu().numpy() for part in detections)
     category_ids, found = np.array(dataset.category_ids, dtype=np.int64), []
     for image, index in enumerate(indices):
         record = dataset.records[index]
-        valid = parts.valid[image] > 0
+        valid = valids[image] > 0
         height, width = record.size
         scale = np.array([width, height]) / sizes[image].cpu().numpy()[::-1]
-        boxes = parts.boxes[image][valid].astype(np.float64) * np.tile(scale, 2)  # (n, 4)
+        boxes = all_boxes[image][valid].astype(np.float64) * np.tile(scale, 2)  # (n, 4)
         clipped = np.clip(boxes, 0, [width, height, width, height])
         clipped[:, 2:] -= clipped[:, :2]
         with_masks = detections.masks.shape[-1] > 0
-        masks = paste_masks(parts.masks[image][valid], boxes, record.size, paste) if with_masks else []
+        masks = paste_masks(all_masks[image][valid], boxes, record.size, paste) if with_masks else []
         found.append(Results(
             image_ids=np.full(len(boxes), record.image_id),
-            category_ids=category_ids[parts.labels[image][valid].astype(np.int64)],
+            category_ids=category_ids[labels[image][valid].astype(np.int64)],
             boxes=clipped,
-            scores=parts.scores[image][valid].astype(np.float64),
+            scores=scores[image][valid].astype(np.float64),
             sizes=np.tile(record.size, (len(boxes), 1)),
             areas=mask_areas(masks) if with_masks else np.zeros(len(boxes)),
             codes=[mask["counts"] for mask in masks] if with_masks else None,
@@ -75,7 +77,7 @@ def to_results(
 
 
 def detect_share(
-    model: nn.Module,
+    model: DetectionModel,
     dataset: Dataset,
     cfg: Config,
     proc: Process,
@@ -121,7 +123,7 @@ def detect_share(
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, cfg: Config, proc: Process, autocast: Callable[[], AbstractContextManager]
+    model: DetectionModel, dataset: Dataset, cfg: Config, proc: Process, autocast: Callable[[], AbstractContextManager]
 ) -> Evaluation:
     """Detect on all ranks and score on rank 0; every rank gets the same metrics.
 
@@ -150,7 +152,8 @@ def score_shares(share: Share, dataset: Dataset, cfg: Config, proc: Process) -> 
     outcome = all_gather([_score(dataset, results, cfg)] if proc.first else [], proc)[0][0]
     if isinstance(outcome, str):
         raise RuntimeError(f"rank 0 could not score the detections:\n{outcome}")
-    return Evaluation(*outcome, results)
+    box, mask = outcome
+    return Evaluation(box, mask, results)
 
 
 def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | str:

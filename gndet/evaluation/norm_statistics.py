@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gndet.modeling.detection_model import DetectionModel
-from gndet.modeling.norms.layers import NORM_LAYERS, BatchRenorm, FrozenBatchNorm, GroupNorm, SyncBatchNorm
+from gndet.modeling.norms.layers import (
+    NORM_LAYERS,
+    BatchRenorm,
+    FrozenBatchNorm,
+    GroupNorm,
+    NormModule,
+    SyncBatchNorm,
+)
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch
@@ -40,15 +47,15 @@ class Measured(NamedTuple):
 class Moments(NamedTuple):
     """Of one call of a layer, channel by channel: mean and variance (n, C) over `count` (n, 1) positions."""
 
-    mean: Tensor
-    var: Tensor
-    count: Tensor
+    mean: Any  # Tensor, or an array
+    var: Any
+    count: Any  # type: ignore[assignment]  # hides tuple.count
 
 
 Call = tuple[Moments, Tensor]  # of a layer: its input's moments and similarity
 
 
-def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+def norm_layers(model: nn.Module) -> dict[str, NormModule]:
     """Return the norm layers of a model by name, in the order they were built: by depth, but for shortcuts."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}
 
@@ -135,9 +142,9 @@ def _spread(num: int, most: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) * num // count
 
 
-def _measured(name: str, layer: nn.Module, calls: Sequence[Call], start: Start | None) -> Measured:
+def _measured(name: str, layer: NormModule, calls: Sequence[Call], start: Start | None) -> Measured:
     gamma, beta = _array(layer.weight), _array(layer.bias)
-    inputs = [Moments(*map(_array, call)) for call, _ in calls]
+    inputs = [Moments._make(map(_array, call)) for call, _ in calls]
     var, elements, running = _by_group(layer, inputs) if isinstance(layer, GroupNorm) else _by_batch(layer, inputs)
     std = np.sqrt(var)
     cells = np.concatenate([np.empty((0, 1)), *(call.count for call in inputs)])
@@ -155,7 +162,7 @@ def _measured(name: str, layer: nn.Module, calls: Sequence[Call], start: Start |
     return Measured({key: rounded(value) for key, value in whole.items()}, std.ravel(), gamma)
 
 
-def _by_group(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _by_group(layer: GroupNorm, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the variances of groups and samples, and the numbers that each was taken over."""
     parts, elements = [np.empty((0, layer.groups))], [np.empty((0, 1))]
     for mean, var, count in calls:
@@ -165,7 +172,7 @@ def _by_group(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, n
     return np.concatenate(parts), np.concatenate(elements), {}
 
 
-def _by_batch(layer: nn.Module, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _by_batch(layer: Any, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return variances of channels and batches, the numbers each was taken over, and the distance from stored ones.
 
     gap_mean: |batch - stored| in stored standard deviations; gap_std: |log(batch / stored)| of standard deviations:
@@ -198,7 +205,7 @@ def _of_gamma(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | Non
     before = None if start is None or f"{name}.weight" not in start else _array(start[f"{name}.weight"])
     usual = 1.0 if before is None else max(1.0, float(np.median(np.abs(before))))
     drift = None
-    if before is not None and before.shape == gamma.shape:
+    if start is not None and before is not None and before.shape == gamma.shape:
         scale = np.linalg.norm(before) or math.sqrt(len(before))
         drift = [np.linalg.norm(gamma - before) / scale, np.linalg.norm(beta - _array(start[f"{name}.bias"])) / scale]
     return {

@@ -44,7 +44,8 @@ class Results(Sequence[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = (self.image_ids, self.category_ids, self.boxes, self.scores)
-        rows = zip(*(column.tolist() for column in columns), self.masks() or [None] * len(self), strict=True)
+        masks: Sequence[dict[str, Any] | None] = self.masks() or [None] * len(self)
+        rows = zip(*(column.tolist() for column in columns), masks, strict=True)
         for image_id, category_id, box, score, mask in rows:
             result = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
             if mask is not None:
@@ -62,7 +63,7 @@ class Results(Sequence[dict[str, Any]]):
     def take(self, index: np.ndarray) -> "Results":
         """Return the detections at places `index` (m,), in that order."""
         codes = None if self.codes is None else [self.codes[i] for i in index.tolist()]
-        return Results(*(getattr(self, field)[index] for field in FIELDS), codes)
+        return Results(**{field: getattr(self, field)[index] for field in FIELDS}, codes=codes)
 
     def of_image(self, image_id: int) -> "Results":
         """Return the detections of an image."""
@@ -81,8 +82,9 @@ def join(parts: Iterable[Results]) -> Results:
     parts = [part for part in parts if len(part)]
     if not parts:
         return from_coco([])
-    whole = [None] if any(part.codes is None for part in parts) else [[code for part in parts for code in part.codes]]
-    return Results(*(np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS), *whole)
+    codes = [part.codes for part in parts if part.codes is not None]
+    whole = list(chain.from_iterable(codes)) if len(codes) == len(parts) else None
+    return Results(**{field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS}, codes=whole)
 
 
 def from_coco(results: Sequence[dict[str, Any]]) -> Results:

@@ -51,7 +51,7 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
     keep = np.flatnonzero(~record.crowd & (moved[:, 2:] - moved[:, :2] >= MIN_SIDE).all(axis=1))  # (n,)
     moved, frames = moved[keep], torch.zeros(len(keep), 0, 0, dtype=torch.bool)
     if masks:
-        segmentations = [record.segmentations[k] for k in keep]
+        segmentations = [record.segmentations[k] for k in keep.tolist()]
         if None in segmentations:
             number = record.annotation_ids[keep[segmentations.index(None)]]
             raise DataError(
@@ -96,6 +96,6 @@ def _load_resized(
         raise UnreadablePicture(str(error)) from None
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels last: twice as fast to resize
     if flips:
-        image = image.flip(flips)  # while it is small; resizing is symmetric, so the order does not matter
+        image = image.flip(list(flips))  # while it is small; resizing is symmetric, so the order does not matter
     image = functional.resize(image, [height, width], antialias=data.antialias)
     return image, (height / record.size[0], width / record.size[1])

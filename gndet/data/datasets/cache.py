@@ -100,7 +100,8 @@ class _Entry(NamedTuple):
                 _write_sealed(self.home / FACTS, facts | {"trusted": trusted})
         again = functools.partial(map_again, self.home, facts["files"], trusted)
         findings = tuple(_finding(fields) for fields in facts["findings"])
-        num, notes, digests = len(packed.image_ids), (), None
+        num, digests = len(packed.image_ids), None
+        notes: tuple[str, ...] = ()
         pictures = _read_sealed(self.home / PICTURES)
         if pictures is not None and pictures["decoder"] == PIL.__version__ and pictures["facts"] == facts["files"]:
             findings += tuple(_finding(fields) for fields in pictures["findings"])
@@ -120,7 +121,8 @@ class _Entry(NamedTuple):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             hashes = {}
-            for name, values in dataset.records.packed._asdict().items():
+            records: Any = dataset.records  # packed
+            for name, values in records.packed._asdict().items():
                 np.save(partial / f"{name}.npy", values, allow_pickle=False)
                 hashes[name] = _hash(partial / f"{name}.npy")
             facts = {
@@ -133,7 +135,7 @@ class _Entry(NamedTuple):
             partial.rename(self.home)
         except (OSError, OutputError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            reason = error.__cause__ or error  # an OutputError's is the OSError
+            reason: Any = error.__cause__ or error  # an OutputError's is the OSError
             place = reason.filename2 or reason.filename or self.home.parent
             return dataset._replace(notes=(_unwritable(place, reason),))
         just_written = {f"{name}.npy": _stat(self.home / f"{name}.npy") for name in hashes}
@@ -237,7 +239,7 @@ def _read_sealed(path: Path) -> Any:
 
 def _finding(fields: list[Any]) -> Finding:
     *plain, examples, image_ids = fields
-    return Finding(*plain, tuple(examples), tuple(image_ids))
+    return Finding._make([*plain, tuple(examples), tuple(image_ids)])
 
 
 def _unwritable(path: str | Path, error: Exception) -> str:

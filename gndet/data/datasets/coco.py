@@ -211,14 +211,14 @@ def _read_images(
         if number is not None:
             size = sizes[number] = _read_size(item, number, max_pixels, found)
         path = _find_file(item, files, owners, found)
-        if size is not None and path is not None:
+        if number is not None and size is not None and path is not None:
             images.append(Image(number, item["file_name"], path, size))
     return images, sizes
 
 
 def _read_size(item: dict[str, Any], number: int, max_pixels: int, found: Findings) -> Size | None:
     height, width = to_integer(item.get("height")), to_integer(item.get("width"))
-    if not all(side is not None and 1 <= side <= MAX_SIDE for side in (height, width)):
+    if height is None or width is None or not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
         sides = f"width {brief(item.get('width'))}, height {brief(item.get('height'))}"
         found.add("image-size", f"image {number}: {sides}, expected integers from 1 to {MAX_SIDE}", number)
         return None

@@ -186,7 +186,7 @@ def _check_area(items: Sequence[Item], marks: _Marks) -> np.ndarray:
 
 def _check_boxes(items: Sequence[Item], sizes: np.ndarray, marks: _Marks) -> np.ndarray:
     """Return the boxes (n, 4) xyxy; sizes (n, 2) of their images."""
-    values = [item.get("bbox") for item in items]
+    values: list[Any] = [item.get("bbox") for item in items]
     if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
         values = [value if type(value) is list and len(value) == 4 else NO_BOX for value in values]
     boxes = to_floats(list(chain.from_iterable(values))).reshape(-1, 4)
@@ -233,7 +233,7 @@ def end_to_end(parts: Iterable[Columns]) -> Columns:
         for column, values in zip(joined, arrays, strict=True)
     ]
     num = len(Columns._fields) - 1
-    return Columns(*columns[:num], Masks(*columns[num:]))
+    return Columns._make([*columns[:num], Masks._make(columns[num:])])
 
 
 def with_ids(columns: Columns, found: Findings) -> Columns:

@@ -171,10 +171,10 @@ class Findings:
 
     def _merge(self, new: Finding) -> None:
         if new.code in self._found:
-            *kind, count, examples, image_ids = self._found[new.code]
-            examples = (examples + new.examples)[:EXAMPLES]
-            image_ids = tuple(dict.fromkeys(image_ids + new.image_ids))[:SHOWN]
-            new = Finding(*kind, count + new.count, examples, image_ids)
+            old = self._found[new.code]
+            examples = (old.examples + new.examples)[:EXAMPLES]
+            image_ids = tuple(dict.fromkeys(old.image_ids + new.image_ids))[:SHOWN]
+            new = old._replace(count=old.count + new.count, examples=examples, image_ids=image_ids)
         self._found[new.code] = new
 
     def wants_example(self, code: str) -> bool:

@@ -107,7 +107,7 @@ class ImageFolder:
             except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
                 self._listings[parent] = {}
                 if isinstance(error, OSError) and error.errno not in ABSENT:
-                    self._troubles[parent] = error.strerror
+                    self._troubles[parent] = str(error.strerror)
         return self._listings[parent]
 
 

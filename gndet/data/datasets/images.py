@@ -62,8 +62,9 @@ def read_image(
         if stored == size:
             message += "; it fits only before the EXIF rotation: the annotations are of the unrotated picture"
         raise Fault("picture-unrotated" if stored == size else "picture-size", message)
-    for code, words in unusual:
-        note(code, words)
+    if note is not None:
+        for code, words in unusual:
+            note(code, words)
     return pixels
 
 
@@ -122,7 +123,7 @@ def _unusual(image: Image.Image) -> list[tuple[str, str]]:
     if _orientation(image) in TURNS:
         found.append(("picture-turned", f"EXIF orientation {_orientation(image)}"))
     if getattr(image, "is_animated", False):
-        found.append(("picture-animated", f"{image.n_frames} frames"))
+        found.append(("picture-animated", f"{getattr(image, 'n_frames', 1)} frames"))
     return found
 
 

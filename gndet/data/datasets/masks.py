@@ -52,7 +52,7 @@ class MaskFault(NamedTuple):
     place: int  # of the n
     code: str
     text: str
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count
 
 
 class CheckedMasks(NamedTuple):
@@ -184,7 +184,7 @@ def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
         return np.zeros(0, dtype=bool)
     x, y = polygons.points[::2], polygons.points[1::2]
     first = offsets(polygons.lengths // 2)
-    starts, height, width = first[:-1], *sizes[polygons.owner].T
+    starts, (height, width) = first[:-1], sizes[polygons.owner].T
     left, right = np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts)
     top, bottom = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
     inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)

@@ -7,7 +7,7 @@ Letters: N images, n objects, P polygons.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,7 @@ class PackedRecords(Sequence[Record]):
     folder: Path  # of the pictures
     max_pixels: int
     places: Sequence[int]  # of the images that are taken, among the N
-    again: Callable[[], Packed] | None = None  # maps the arrays in another process that these are sent to
+    again: functools.partial[Packed] | None = None  # maps the arrays in another process that these are sent to
     digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 where unknown
     labels: np.ndarray | None = None  # the new label of each packed one, see `relabelled`
 
@@ -143,15 +143,20 @@ class PackedRecords(Sequence[Record]):
             return replace(self, places=self.places[index])
         packed, place = self.packed, self.places[index]
         first, end = int(packed.objects_first[place]), int(packed.objects_first[place + 1])
-        size = tuple(packed.sizes[place].tolist())
+        height, width = packed.sizes[place].tolist()
         columns = (packed.boxes, packed.labels, packed.crowd, packed.area, packed.annotation_ids)
+        boxes, labels, crowd, area, ids = (np.array(values[first:end]) for values in columns)  # may be written to
         record = Record(
             int(packed.image_ids[place]),
             _text(packed.names, packed.names_first, place),
-            size,
-            functools.partial(read_image, self.path(index), size, self.max_pixels),
-            *(np.array(values[first:end]) for values in columns),  # copied: a record may be written to
-            PackedMasks(packed, range(first, end), size),
+            (height, width),
+            functools.partial(read_image, self.path(index), (height, width), self.max_pixels),
+            boxes,
+            labels,
+            crowd,
+            area,
+            ids,
+            PackedMasks(packed, range(first, end), (height, width)),
         )
         return record if self.labels is None else relabelled(record, self.labels)
 
@@ -190,7 +195,7 @@ def relabelled(record: Record, labels: np.ndarray) -> Record:
         crowd=record.crowd[keep],
         area=record.area[keep],
         annotation_ids=record.annotation_ids[keep],
-        segmentations=[record.segmentations[index] for index in np.flatnonzero(keep)],
+        segmentations=[record.segmentations[index] for index in np.flatnonzero(keep).tolist()],
     )
 
 
@@ -227,7 +232,7 @@ class PackedMasks(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.objects)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         packed, i = self.packed, self.packed.masks_at[self.objects[index]]
         first, end = packed.polygons_first[i], packed.polygons_first[i + 1]
         if first < end:

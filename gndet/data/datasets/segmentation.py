@@ -86,8 +86,8 @@ def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
 def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
     """Sample the mask of an RLE on a side x side grid over the box; bilinear, threshold 0.5."""
     mask = coco_mask.decode(rle)  # (h, w) uint8
-    rows = _between(mask, *box[1::2], side)  # (S, w)
-    return _between(rows.T, *box[::2], side).T >= 0.5
+    rows = _between(mask, box[1], box[3], side)  # (S, w)
+    return _between(rows.T, box[0], box[2], side).T >= 0.5
 
 
 def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:

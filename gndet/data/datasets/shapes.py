@@ -109,7 +109,7 @@ def _outline(rng: np.random.Generator, label: int, size: int) -> np.ndarray:
     radius = rng.uniform(1 / 10, 1 / 4) * size
     if CLASSES[label] == "box":
         half = np.arctan(rng.uniform(0.4, 1))  # half the angle between two corners: the ratio of the sides
-        angles = np.array([-half, half, np.pi - half, np.pi + half]) + rng.integers(2) * np.pi / 2
+        angles: np.ndarray = np.array([-half, half, np.pi - half, np.pi + half]) + rng.integers(2) * np.pi / 2
         radii = np.ones(4)
     else:
         points = {"disc": 48, "triangle": 3, "star": 10}[CLASSES[label]]

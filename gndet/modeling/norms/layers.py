@@ -204,4 +204,5 @@ def make_norm(cfg: NormConfig, channels: int) -> nn.Module:
     return NORMS[cfg.kind](cfg, channels)
 
 
+NormModule = GroupNorm | nn.BatchNorm2d | FrozenBatchNorm
 NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm)  # whose parameters are gamma and beta

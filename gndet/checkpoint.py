@@ -124,7 +124,7 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
     Returns it, or None if there is none, and one line for each newer, damaged checkpoint that was passed over.
     """
-    passed_over = []
+    passed_over: list[str] = []
     for folder in run_checkpoints(run):
         try:
             return load_checkpoint(folder), passed_over

@@ -1,7 +1,7 @@
 """The training loop: `train(cfg)` reads from top to bottom.  An update is one optimiser step over global_batch images."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def train(
     with ExitStack() as ending, ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))
-        proc.watch.stopping, proc.watch.on_stop = (lambda: stop.asked), stop.ask
+        watch = proc.watch
+        assert watch is not None
+        watch.stopping, watch.on_stop = (lambda: stop.asked), stop.ask
         # --- the run folder, the data, the model
         stack.enter_context(locked(out, proc))
         with stopped_early(out, proc, stop):
@@ -56,7 +58,7 @@ def train(
         make_run(cfg, out, proc)
         if proc.first:
             ending.enter_context(marked(out, at_end))
-        proc.watch.report = out / STALLED
+        watch.report = out / STALLED
         limit_waiting(proc, cfg.train.timeout_s)
         state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)
         log = Log(
@@ -77,7 +79,7 @@ def train(
             saver.wait()  # before loader processes are forked
         # --- the loop
         for update, batches in zip(range(progress.update, total), stream, strict=True):
-            proc.watch.at(update, "computing gradients")
+            watch.at(update, "computing gradients")
             lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
@@ -146,7 +148,7 @@ def evaluate_and_save(
     saver.save(progress)
 
 
-def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Iterator[Replay]:
+def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Generator[Replay, None, None]:
     """Yield this rank's batches of `size` images for each update from start to stop - 1; meter times the waiting."""
     cfg, proc = run.cfg, run.proc
     batches = train_batches(

@@ -127,7 +127,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
-def _parse(text: str, source: str, place: Callable[[yaml.Node], str], keys: tuple[str, ...], origin: Origin) -> Any:
+def _parse(text: str, source: str, place: Callable[..., str], keys: tuple[str, ...], origin: Origin) -> Any:
     """Parse YAML; note in origin where each key below `keys` was set, as place(key's node) tells it.
 
     Duplicate keys, aliases that expand beyond MAX_CONFIG_NODES and deep nesting are refused before anything is built.

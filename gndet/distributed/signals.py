@@ -46,8 +46,8 @@ class StopSignals:
         """Note that another rank has been asked to stop; within `at_once()`, raise Stop in the main thread."""
         if self.number is None:
             self.number = 0
-        if self._before:
-            signal.pthread_kill(threading.main_thread().ident, WAKE)
+        if self._before and (main := threading.main_thread().ident):
+            signal.pthread_kill(main, WAKE)
 
     def poll(self, *_: object) -> None:
         """Raise Stop if the run has been asked to stop."""

@@ -49,7 +49,7 @@ class Moments(NamedTuple):
 
     mean: Any  # Tensor, or an array
     var: Any
-    count: Any  # type: ignore[assignment]  # hides tuple.count
+    count: Any
 
 
 Call = tuple[Moments, Tensor]  # of a layer: its input's moments and similarity

@@ -44,8 +44,8 @@ class Results(Sequence[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns = (self.image_ids, self.category_ids, self.boxes, self.scores)
-        masks: Sequence[dict[str, Any] | None] = self.masks() or [None] * len(self)
-        rows = zip(*(column.tolist() for column in columns), masks, strict=True)
+        nothing: list[Any] = [None] * len(self)
+        rows = zip(*(column.tolist() for column in columns), self.masks() or nothing, strict=True)
         for image_id, category_id, box, score, mask in rows:
             result = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
             if mask is not None:

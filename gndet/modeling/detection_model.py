@@ -31,7 +31,7 @@ class Rectified(NamedTuple):
 class DetectionModel(nn.Module, ABC):
     """A detector: backbone, neck, and what stands behind the neck's levels."""
 
-    backbone: nn.Module  # `frozen` lists its parts that are not trained
+    backbone: Any  # a module; `frozen` lists its parts that are not trained
     pixel_mean: Tensor
     pixel_std: Tensor
     strides: tuple[int, ...]  # of the levels that `features` returns

@@ -80,7 +80,7 @@ class Saver:
             reason = error if isinstance(error, CheckpointError) else f"{self._run.out}: cannot save: {error!r}"
             self.failed = CheckpointError(str(reason))
             self._say(f"{self.failed}; the checkpoints before it are whole, training goes on without this one")
-            if self._progress.best is not None and self._progress.best.update == self._last[0]:
+            if self._last and self._progress.best is not None and self._progress.best.update == self._last[0]:
                 # that of this update is on no disk, and is to be found again
                 self._lost, self._progress.best = self._progress.best, self._best
             return

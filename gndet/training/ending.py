@@ -43,14 +43,14 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
         with stop.at_once():
             yield
     except Stop:
-        if proc.watch.another_failed():
+        if proc.watch and proc.watch.another_failed():
             raise TrainingError(
                 f"{out}: rank {proc.rank} was ended because another rank failed; see the error of that rank"
             ) from None
         raise preempted(out, when, stop, proc) from None
     except ProcessLost:
         time.sleep(2 * BEAT)  # perhaps that rank was asked to stop and has left: a beat tells
-        if stop.asked and not proc.watch.another_failed():
+        if stop.asked and not (proc.watch and proc.watch.another_failed()):
             raise preempted(out, when, stop, proc) from None
         raise
     except GndetError:

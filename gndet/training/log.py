@@ -103,7 +103,7 @@ class Log:
         """Log a picture (H, W, 3) uint8 to TensorBoard."""
         self._to_board(lambda board: board.add_image(tag, picture, update, dataformats="HWC"))
 
-    def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: Sequence[float]) -> None:
+    def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: np.ndarray) -> None:
         """Log a precision-recall curve to TensorBoard, by rising recall; counts, which COCO's has not, are zero."""
         zeros = np.zeros(len(recall))
         falling = np.array(precision)[::-1], np.array(recall)[::-1]

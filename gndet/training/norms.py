@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
@@ -87,10 +86,11 @@ class NormWatch:
     def _images(self) -> list[Batch]:
         """The first validation images that can be read: one by one; for BN two batches of train.images_per_gpu."""
         cfg, num, size = self._run.cfg, self._run.cfg.train.norm_images, 1
-        if any(norm.mixes_images for norm in cfg.model.part_norms().values()):
-            size = min(cfg.train.images_per_gpu, MOST_IMAGES)
+        per_gpu = cfg.train.images_per_gpu  # a number, if norms mix images
+        if isinstance(per_gpu, int) and any(norm.mixes_images for norm in cfg.model.part_norms().values()):
+            size = min(per_gpu, MOST_IMAGES)
             num = min(max(num, 2 * size), MOST_IMAGES)
-        samples = []
+        samples: list[Sample] = []
         for record in self._run.val_set.records:
             if len(samples) == num:
                 break
@@ -233,7 +233,7 @@ def _cells(model: DetectionModel, side: int) -> dict[str, int | None]:
     return {layer.numbers["name"]: layer.numbers["elements"] for layer in layers}
 
 
-def _untouched(norm: nn.Module) -> bool:
+def _untouched(norm: Any) -> bool:
     return not norm.running_mean.any() and bool(torch.all(norm.running_var == 1))
 
 
@@ -257,13 +257,14 @@ def audit_table(audit: Audit) -> str:
 
 def summary(audit: Audit) -> list[str]:
     """A line for each kind of norm layer in the model, then the warnings."""
-    groups: dict[tuple[object, ...], list[NormLayer]] = {}
+    groups: dict[tuple[str, str, str, bool, str], list[NormLayer]] = {}
     for layer in audit.layers:
         part = layer.name.partition(".")[0]
         groups.setdefault((part, layer.kind, layer.padding, layer.trainable, layer.origin), []).append(layer)
     lines = []
     for (part, kind, padding, trainable, origin), members in groups.items():
-        sizes, eps = {layer.per_group for layer in members} - {None}, {layer.eps for layer in members}
+        sizes = {layer.per_group for layer in members if layer.per_group is not None}
+        eps = {layer.eps for layer in members}
         words = [f"norm of {part}: {len(members)} {kind}", padding]
         if sizes:
             few = f"{min(sizes)} to " if len(sizes) > 1 else ""

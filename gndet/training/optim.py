@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimiser keeps per weig
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """SGD with momentum or AdamW over the trainable parameters; gamma and beta have a weight decay of their own."""
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": cfg.weight_decay},
         {"params": [], "weight_decay": cfg.norm_weight_decay},
     ]

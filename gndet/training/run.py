@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded
@@ -30,7 +31,7 @@ class Run(NamedTuple):
     train_set: Dataset
     val_set: Dataset
     model: DetectionModel
-    average: nn.Module | None  # the averaged weights, if any
+    average: AveragedModel | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
     data: dict[str, str]  # hashes of what is learned from and evaluated on
@@ -39,9 +40,9 @@ class Run(NamedTuple):
     buckets: Buckets | None  # where gradients lie while they are summed; None: nowhere, autograd places them
 
     @property
-    def detector(self) -> nn.Module:
+    def detector(self) -> DetectionModel:
         """The weights that are evaluated."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else cast(DetectionModel, self.average.module)
 
 
 class Best(NamedTuple):

@@ -53,7 +53,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     """
     if fresh:
         return None, []
-    saved, damaged, refusal = None, [], []
+    saved, damaged, refusal = None, list[str](), list[str]()
     if proc.first:
         try:
             if (out / CONFIG).exists():

@@ -7,6 +7,7 @@ keeps other ranks waiting, and what cannot be compiled is told before anything i
 import shutil
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Mod
             f"train.compile: {cfg.compile} leaves no operators whose tensors train.memory_limit_mib: "
             f"{cfg.memory_limit_mib:g} could count on a CPU; use one of the two"
         )
-    return torch.compile(model, dynamic=False, mode=cfg.compile)
+    return cast(nn.Module, torch.compile(model, dynamic=False, mode=cfg.compile))
 
 
 def compile_ahead(run: Run, size: int) -> list[str]:

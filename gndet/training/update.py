@@ -62,15 +62,15 @@ def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, 
     go on with fewer images, and Stop where one has been asked to stop; nothing but gradients is changed then.  (In
     SyncBN's forward the others wait for the rank that fails: there its error is the one to read.)
     """
-    state.undo, proc, whole = running_statistics(run), run.proc, False
+    state.undo, proc, whole = running_statistics(run), run.proc, 0
     try:
         while not whole:
             losses, size, refusal = attempt(run, batches, size, stop, state.undo)
             if run.buckets is not None:
                 run.buckets.finish()
-            all_read = not any(loaded.skipped for loaded in batches.taken)
+            all_read = int(not any(loaded.skipped for loaded in batches.taken))
             size, going_on, all_read, whole = all_reduce_min(
-                [size, int(not stop.asked), int(all_read), int(bool(losses))], proc
+                [size, int(not stop.asked), all_read, int(bool(losses))], proc
             )
             if size == 0:
                 raise TrainingError("\n".join(text for texts in all_gather([refusal], proc) for text in texts if text))
@@ -178,7 +178,7 @@ def _refusal(run: Run, size: int, error: RuntimeError) -> str:
 def backward(
     model: nn.Module,
     autocast: Callable[[], AbstractContextManager],
-    batches: Collection[Batch],
+    batches: Replay | Collection[Batch],
     size: int,
     cfg: Config,
     room: Callable[[], AbstractContextManager] = nullcontext,

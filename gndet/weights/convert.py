@@ -6,7 +6,7 @@ other difference.  The convolutions stay as they are.  B images, C channels, G g
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +179,7 @@ def compare_with_original(
 
     with (
         model.backbone.register_forward_hook(partial(note, "C")),
-        model.fpn.register_forward_hook(partial(note, "P")),
+        model.get_submodule("fpn").register_forward_hook(partial(note, "P")),
     ):
         layers = run_twins(model, references, run, fit=fit)
     return layers, stages
@@ -203,8 +203,11 @@ class Twin(nn.Module):
         old, new = x.chunk(2)
         areas = (None, None) if area is None else tuple(map(ValidArea, *(tensor.chunk(2) for tensor in area)))
         target = self.reference(old, areas[0])  # (B, C, H, W)
-        padded = areas[1] is not None and self.own.masked
-        valid = areas[1].mask if padded else target.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        valid = (
+            areas[1].mask
+            if areas[1] is not None and self.own.masked
+            else target.new_ones((1, 1, 1, 1), dtype=torch.bool)
+        )
         if self.fit and len(target):
             _fit(self.own, new, areas[1], target, valid)
             self.fit = False
@@ -254,7 +257,7 @@ def run_twins(
     return {name: twin.relative_error() for name, twin in twins.items()}
 
 
-def _fit(own: nn.Module, x: Tensor, area: ValidArea | None, target: Tensor, valid: Tensor) -> None:
+def _fit(own: Any, x: Tensor, area: ValidArea | None, target: Tensor, valid: Tensor) -> None:
     """Set the affine map of a norm by least squares so that its result for x (B, C, H, W) is nearest to target."""
     plain = {"weight": torch.ones_like(own.weight), "bias": torch.zeros_like(own.bias)}
     normal = functional_call(own, plain, (x.to(own.weight.dtype), area))  # (B, C, H, W)

@@ -76,14 +76,15 @@ def initial_model(
             f"model.backbone.freeze_at: {cfg.model.backbone.freeze_at} would freeze random weights; "
             "set train.weights to a checkpoint, or model.backbone.freeze_at=0 to train from scratch"
         )
-    loads = load and bool(cfg.train.weights)
-    if loads:
+    if not load or not cfg.train.weights:
+        source = None
+    else:
         source = source or read_source(cfg.train.weights, cfg.train.source)
         cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         model = build_model(cfg.model, len(classes))
-    if not loads:
+    if source is None:
         return InitialModel(model, cfg, [], {})
     notes, fates = load_weights(model, source, classes, cfg)
     references = {} if cfg.train.norm_policy == "reinit" else reference_norms(source, model, cfg.model)
@@ -149,7 +150,7 @@ def _fitting(
             if part in held and not key.endswith(COUNTER) and key not in free:
                 wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
             continue
-        expected, rows = tensor.shape, CLASS_ROWS.get(layer, 0)
+        rows, expected = CLASS_ROWS.get(layer, 0), tuple(tensor.shape)
         if rows:
             expected = (source.num_classes * rows + (layer == BACKGROUND), *tensor.shape[1:])
         if state[key].shape != expected:

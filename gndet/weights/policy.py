@@ -4,6 +4,7 @@ A part is one of ModelConfig.parts; `there` is the file's norm, `here` the model
 """
 
 import statistics
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +78,9 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
         )
     for part, pair in differing.items():
         if why := _unable(train.norm_policy, part, *pair, source):
-            keep = f"model.{part}.norm={{kind: {_as_override(pair[0])}}} keeps the part as it is"
+            rest = f"model.{part}.norm={{kind: {_as_override(pair[0])}}} keeps the part as it is"
             raise CheckpointError(
-                f"{source.path}: {clashes[part]}; train.norm_policy: {train.norm_policy} is impossible: {why}; {keep}"
+                f"{source.path}: {clashes[part]}; train.norm_policy: {train.norm_policy} is impossible: {why}; {rest}"
             )
     if train.norm_policy != "hybrid":
         return model
@@ -150,10 +151,10 @@ def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str
 
 
 def _carry(
-    name: str, state: dict[str, Tensor], source: Source, there: NormConfig, module: nn.Module, train: TrainConfig
+    name: str, state: dict[str, Tensor], source: Source, there: NormConfig, module: Any, train: TrainConfig
 ) -> Fate:
     """Bring one norm layer over, in place of the file's tensors in state."""
-    old = {key: state.pop(f"{name}.{key}", None) for key in (*STATISTICS, "num_batches_tracked", "eps")}
+    old: dict[str, Any] = {key: state.pop(f"{name}.{key}", None) for key in (*STATISTICS, "num_batches_tracked", "eps")}
     policy = train.norm_policy
     if policy == "reinit" or there.kind == "none":
         state.pop(name.removesuffix("norm") + "conv.bias", None)
@@ -166,8 +167,8 @@ def _carry(
         return Fate(f"gamma and beta of {there.kind}{' copied by name' if policy == 'affine' else ''}")
     try:
         new = convert_batch_norm(
-            *(old[key] for key in STATISTICS), bn_eps=there.eps, groups=module.groups, eps=module.config_eps,
-            damp=train.norm_damp,
+            old["weight"], old["bias"], old["running_mean"], old["running_var"], bn_eps=there.eps,
+            groups=module.groups, eps=module.config_eps, damp=train.norm_damp,
         )  # fmt: skip
     except CheckpointError as error:
         raise CheckpointError(f"{source.path}: {name}: {error}") from None

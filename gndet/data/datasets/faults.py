@@ -3,7 +3,7 @@
 A check is a row of FAULTS, and a line that raises `Fault` or calls `Findings.add` with its code.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from gndet.data.records import Dataset, Finding
@@ -229,7 +229,7 @@ def refuse(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def refuse_all(findings: dict[str, Sequence[Finding]]) -> None:
+def refuse_all(findings: Mapping[str, Sequence[Finding]]) -> None:
     """Raise DataError with all that is refused, where there is something; findings: by the name of their data set."""
     lines = []
     for name, listed in findings.items():

@@ -111,7 +111,7 @@ class _Unpickler(pickle._Unpickler):
     """
 
     # load_bytearray8 would fill whatever length a damaged file claims with zeros
-    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8}
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]}
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if (asked := f"{module}.{name}") in STAND_INS:

@@ -137,11 +137,11 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
     if format == "detectron2" and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
         mean, std = ([float(f"{x:.6g}") for x in tensors[key].flatten()] for key in PIXEL)  # as written, before float32
         bgr = mean[0] <= mean[2]  # blue is the darkest of ImageNet's means; BGR is the default
-        order = slice(None, None, -1 if bgr else 1)
-        facts = facts._replace(bgr=bgr, mean=tuple(mean[order]), std=tuple(std[order]))
+        mean, std = (mean[::-1], std[::-1]) if bgr else (mean, std)
+        facts = facts._replace(bgr=bgr, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
     if format == "mmdetection":
         facts = _of_mmdetection(facts, file, any(".gn" in key for key in tensors))
-    said = {
+    said: dict[str, Any] = {
         "bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1,
         "gn_msra": cfg.stride_in_1x1, "groups": cfg.groups, "channels_per_group": cfg.channels_per_group,
         "standardized": cfg.weight_standardization, "compat": cfg.compat,
@@ -161,7 +161,8 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
         match = re.search(rf"\b{key}['\"]?\s*[=:]\s*\[([-\d.,\s]+)\]", text)
         values = [float(word) for word in match[1].split(",") if word.strip()] if match else []
         if len(values) == 3:  # mmdetection states them in the order its model takes
-            facts = facts._replace(**{key: tuple(values[::-1] if facts.bgr else values)})
+            stated: dict[str, Any] = {key: tuple(values[::-1] if facts.bgr else values)}
+            facts = facts._replace(**stated)
     caffe = bool(re.search(r"style['\"]?\s*[=:]\s*['\"]caffe", text))
     groups = re.search(r"num_groups['\"]?\s*[=:]\s*(\d+)", text)
     per_group = re.search(r"channels_per_group['\"]?\s*[=:]\s*(\d+)", text)  # gndet's own exports
@@ -188,9 +189,10 @@ class Reader:
 
     def norm(self, layer: str, **numbers: Any) -> str:
         """Return the kind of a brick's norm: gn, bn, frozen_bn or none."""
-        template = self.names[layer].norm
+        brick = self.names[layer]
+        assert isinstance(brick, Brick)
         for kind in ("bn", "gn"):
-            name = template.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
+            name = brick.norm.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
             keys = ("weight", "num_batches_tracked", "running_var")
             weight, counter, var = (theirs(self.format, name, key) in self.tensors for key in keys)
             if weight and counter:

@@ -35,7 +35,7 @@ _module = partial(_brick, ".conv", ".{norm}")  # mmcv's ConvModule
 _caffe2 = partial(_brick, "", "_{norm}")
 
 
-def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick]:
+def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick | str]:
     block = f"{prefix}layer{{t}}.{{i}}."
     return {
         "stem": Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
@@ -44,7 +44,7 @@ def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick]:
     }
 
 
-def _detectron2(prefix: str) -> dict[str, Brick]:
+def _detectron2(prefix: str) -> dict[str, Brick | str]:
     names = {"stem": "stem.conv1", "block": "res{s}.{i}.conv{k}", "shortcut": "res{s}.{i}.shortcut"}
     return {layer: _own(prefix + name) for layer, name in names.items()}
 

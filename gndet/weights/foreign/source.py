@@ -192,7 +192,8 @@ def _classes(num: int, file: WeightFile, cfg: SourceConfig) -> tuple[tuple[str, 
     """Return the names of the classes by the user, the file's meta, or COCO where there are 80, and notes on them."""
     meta = file.extras.get("meta")
     meta = meta if isinstance(meta, dict) else {}
-    inner = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
+    inner = meta.get("dataset_meta")
+    inner = inner if isinstance(inner, dict) else {}
     named = cfg.classes or meta.get("CLASSES") or inner.get("CLASSES") or inner.get("classes")
     if not num:
         return None, []

@@ -6,7 +6,7 @@
 import math
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import orjson
@@ -88,7 +88,7 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
     scored: Kind = "segm" if kind == "mask" else "bbox"
     truth = coco_truths(dataset, masks=kind == "mask")[scored]
     metrics = coco_metrics({scored: truth}, results, engine="hotcoco", max_detections=max_detections)[scored]
-    scorer = evaluated(truth, results, scored, max_detections)
+    scorer: Any = evaluated(truth, results, scored, max_detections)
     matches = read_matches(scorer, dataset)
     curves = score_curves(matches)
     best = best_thresholds(curves)
@@ -180,7 +180,7 @@ def _checked(detection: Any, sizes: dict[int, tuple[int, int]], categories: set[
         raise Fault("", f"category_id {brief(category)}, expected one of {brief(sorted(categories))}")
     if not _is_number(score):
         raise Fault("", f"score {brief(score)}, expected a finite number")
-    row = {"image_id": image, "category_id": category, "score": float(score)}
+    row: dict[str, Any] = {"image_id": image, "category_id": category, "score": float(score)}
     if detection.get("segmentation"):
         row["segmentation"] = _code(detection["segmentation"], sizes[image])
         box = coco_mask.toBbox(row["segmentation"]).tolist() if box is None else box
@@ -189,7 +189,7 @@ def _checked(detection: Any, sizes: dict[int, tuple[int, int]], categories: set[
     return row | {"bbox": [float(side) for side in box]}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
 
 

@@ -57,9 +57,11 @@ def sort_errors(
         crowd = np.array([row["iscrowd"] for row in there], dtype=bool)
         if segm:
             size = (truth["images"][image]["height"], truth["images"][image]["width"])
-            shapes, drawn = found.masks(), [to_rle(row["segmentation"], size) for row in there]
+            shapes: Any = found.masks()
+            drawn = [to_rle(row["segmentation"], size) for row in there]
         else:
-            shapes, drawn = found.boxes.tolist(), [row["bbox"] for row in there]
+            shapes = found.boxes.tolist()
+            drawn = [row["bbox"] for row in there]
         # (rows, objects); over a crowd, the share of the detection that lies on it
         ious = np.asarray(hotcoco_mask.iou(shapes, drawn, crowd.tolist())).reshape(len(of_image), len(there))
         labels = np.array([classes[row["id"]] for row in there], dtype=np.int64)

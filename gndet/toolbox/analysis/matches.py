@@ -18,7 +18,7 @@ IOU_THRESHOLDS = 10  # 0.5 to 0.95
 class Matches(NamedTuple):
     """Detections and objects of a data set with their matches; detections beyond the limit per image are left out."""
 
-    index: np.ndarray  # (n,) int64 place of a detection in the results
+    index: np.ndarray  # type: ignore[assignment]  # hides tuple.index; (n,) int64 place of a detection in the results
     label: np.ndarray  # (n,) int64 place of its class
     image: np.ndarray  # (n,) int64 place of its image
     scores: np.ndarray  # (n,) float64

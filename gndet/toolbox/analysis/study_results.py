@@ -206,7 +206,8 @@ def _best(study: Study, metric: str) -> Iterator[str]:
     mean = mean_of(reached[first])
     reach = f"{name} {mean.mean:.1f}{_half(mean)} (n = {mean.n})"
     yield f"At {images_per_gpu(size)} {variant_title(first)} is best: {reach}."
-    clear, unclear = [], []
+    clear: list[str] = []
+    unclear: list[str] = []
     for variant in others:
         gap = mean_difference(reached[first], reached[variant])
         (clear if gap.clear else unclear).append(f"{variant_title(variant)} ({_points(gap)})")

@@ -119,6 +119,7 @@ def _read_both(plan: Plan, show: Show) -> list[Checked]:
 
 def _read_alone(plan: Plan, show: Show) -> Checked:
     folder = plan.folders.get("")
+    assert plan.path is not None
     dataset: Dataset = inspect_file(plan.path, folder, plan.data, show)
     if folder is None and dataset.classes:
         show(f"{plan.path}: no folder beside it holds its pictures; the annotations alone are checked (--image-folder)")
@@ -181,9 +182,10 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
             raise OutputError(f"{sheet}: is there and is no picture; it is not written over, choose another")
     if out is not None and out.is_file() and (head := read_head(out)) and b'"refused"' not in head[:20]:
         raise OutputError(f"{out}: is there and is no report of gndet check; it is not written over, choose another")
-    for file, option in ((sheet, "--sheet"), (out, "--json")):
-        if file is not None:
-            make_room_for(file, option)
+    if sheet is not None:
+        make_room_for(sheet, "--sheet")
+    if out is not None:
+        make_room_for(out, "--json")
 
 
 def _is_same(first: Path, second: Path) -> bool:

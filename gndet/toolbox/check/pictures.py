@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -55,7 +55,7 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     dataset, title = checked.dataset, f"{checked.name} pictures".strip()
     if checked.folder is None or not checked.has_pictures or not len(dataset.records):
         return checked
-    records = dataset.records
+    records: Any = dataset.records  # packed
     pictures = [PictureFile(records.path(i), record.size, data.max_pixels) for i, record in enumerate(records)]
     decoded = list(_with_progress(decode_all(pictures, usable_cores()), len(pictures), title, show, console))
     found = _faults(decoded, pictures, [record.image_id for record in records])
@@ -66,14 +66,14 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     if data.skip_unreadable:
         unreadable = sum(any(code in SKIPPABLE for code, _ in picture.faults) for picture in decoded)
         findings = skipping_unreadable(findings, unreadable, len(pictures), data.max_unreadable)
-    notes = (note for note in dataset.notes if "decoded by gndet check" not in note)
-    notes = (*notes, f"{several(len(pictures), 'picture')} decoded")
+    earlier_notes = (note for note in dataset.notes if "decoded by gndet check" not in note)
+    notes = (*earlier_notes, f"{several(len(pictures), 'picture')} decoded")
     return checked._replace(dataset=dataset._replace(findings=findings, notes=notes))
 
 
 def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list[int]) -> Findings:
     """Collect the faults of the pictures, and note pictures that are equal."""
-    found, first_with = Findings(), {}
+    found, first_with = Findings(), dict[str, Path]()
     for (faults, digest), picture, image_id in zip(decoded, pictures, image_ids, strict=True):
         path = picture.path
         for code, words in faults:
@@ -184,7 +184,8 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
         return draw_ground_truth(small, scaled, [printable(name) for name in dataset.classes])
     except DataError as error:
         if isinstance(error, Fault) and error.code in BARE:
-            picture = read_image(dataset.records.path(index))
+            records: Any = dataset.records  # packed
+            picture = read_image(records.path(index))
             return draw_objects(shrunk(picture, record, SIDE)[0], np.zeros((0, 4)), [], [])
         return placard(str(error), SIDE)
 

@@ -75,7 +75,7 @@ def examine(arguments: Sequence[str]) -> Iterator[str | Fact]:
 def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
     """Yield the titles and facts that the process prints, then how it failed, if it did.  told: its stderr."""
     title = trying = "starting Python"
-    for text in process.stdout:
+    for text in process.stdout or ():
         try:
             said = json.loads(text)
         except ValueError:  # printed by a library

@@ -5,6 +5,7 @@ B images, C channels, N boxes, R regions, (H, W) maps.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
     """Compare the norm layer, forward and backward, for each memory layout and with padding."""
     x, grad = (noise(MAP, seed).to(dtype) for seed in (0, 1))
     gamma, beta = noise((MAP[1],), 2), noise((MAP[1],), 3)
-    layer = make_norm(NormConfig(groups=GROUPS), MAP[1]).to(device)
+    layer: Any = make_norm(NormConfig(groups=GROUPS), MAP[1]).to(device)
     layer.load_state_dict({"weight": gamma, "bias": beta})
     errors = {}
     for case, sizes in (("", (MAP[2:],) * MAP[0]), (" padded", SIZES)):

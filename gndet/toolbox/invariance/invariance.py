@@ -103,7 +103,7 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
     # so that there are detections to compare; training does not read the threshold
     cfg = cfg.model_copy(update={"model": cfg.model.with_score_threshold(0.0)})
     model, cfg, notes, _ = initial_model(cfg, dataset.classes, images=dataset)
-    model = model.to(proc.device, memory_format=torch.channels_last).train()
+    model = model.to(proc.device).to(memory_format=torch.channels_last).train()
     show(f"{num} images of {dataset.name}: " + ", ".join("x".join(map(str, s.image.shape[1:])) for s in samples))
     for note in [*notes, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"]:
         show(note)
@@ -117,7 +117,7 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
     for name, (dtype, autocast) in precisions.items():
         model = model.to(dtype)
         report.differences[name], report.flips[name] = compare_arrangements(
-            model, samples, cfg, autocast, lambda arrangement, name=name: show(f"... {name}, {arrangement}")
+            model, samples, cfg, autocast, functools.partial(_say_arrangement, show, name)
         )
         if name == "float64":
             compare_detections(report.differences[name], model, samples, cfg)
@@ -168,6 +168,10 @@ def arrangements(num: int) -> dict[str, list[list[int]]]:
         "permuted": [images[::-1]],
         "beside a wider": [[*images, num]],
     }
+
+
+def _say_arrangement(show: Callable[[str], None], precision: str, arrangement: str) -> None:
+    show(f"... {precision}, {arrangement}")
 
 
 def compare_arrangements(
@@ -231,7 +235,8 @@ def compare_two_processes(
 
 def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Config, folder: str) -> None:
     """Be one of two processes: run its share of the images in one batch; rank 0 writes the sum of both."""
-    model = build_model(cfg.model, num_classes).to(proc.device, torch.float64, memory_format=torch.channels_last)
+    model = build_model(cfg.model, num_classes).to(proc.device, torch.float64)
+    model = model.to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device, weights_only=True))
     (mine,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
     batch = batch_of([samples[i] for i in mine], model.train(), cfg)

@@ -6,7 +6,7 @@ Letters: N images, L levels.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ def measure(
 ) -> Result:
     """Run batches, lists of places in samples (the last of which is the mate), through a step that changes nothing."""
     num = len(samples) - 1
+    nothing: list[Any] = [None] * num
     result = Result({}, {}, {}, {}, [{}] * num, [Signs([], [])] * num)
     model.zero_grad()
     for places in batches:
@@ -91,11 +92,11 @@ def measure(
         for row in rows:
             i = places[row]
             for stride, feature in zip(model.strides, _pictures(levels, batch, row), strict=True):
-                result.features.setdefault(f"features P{stride.bit_length() - 1}", [None] * num)[i] = feature.detach()
+                result.features.setdefault(f"features P{stride.bit_length() - 1}", nothing.copy())[i] = feature.detach()
             for name, loss in step.losses.items():
-                result.losses.setdefault(name, [None] * num)[i] = loss.detach()[row]
+                result.losses.setdefault(name, nothing.copy())[i] = loss.detach()[row]
                 gradient = torch.cat(_pictures(at_pyramid[name], batch, row))
-                result.pyramid.setdefault(f"d {name} / d pyramid", [None] * num)[i] = gradient
+                result.pyramid.setdefault(f"d {name} / d pyramid", nothing.copy())[i] = gradient
             result.choices[i] = model.choices(step, row)
             sampled = [x.unflatten(0, step.regions.valid.shape)[row][step.regions.valid[row]] for x in regions]
             result.signs[i] = Signs(_packed(_pictures(maps, batch, row)), _packed(sampled))
@@ -173,7 +174,8 @@ def flips(got: Result, alone: Result) -> Flips:
 
     The box head's ReLUs count for images whose sampled regions are the same, the mask head's do not.
     """
-    sets, bits = [], []
+    sets: list[tuple[set[Any], set[Any]]] = []
+    bits: list[tuple[np.ndarray, np.ndarray]] = []
     for a, b, open_a, open_b in zip(got.choices, alone.choices, got.signs, alone.signs, strict=True):
         sets += [(a[kind], b[kind]) for kind in a]
         bits += zip(open_a.maps, open_b.maps, strict=True)

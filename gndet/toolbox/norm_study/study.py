@@ -105,16 +105,16 @@ class Work:
 
     def _say_time(self, budget: float | None, taken_up: bool, spent: float) -> None:
         """Say how long the rest takes; shorten the schedule of a new study where that exceeds the budget."""
-        study, waiting = self.study, self.waiting()
-        if not waiting:
+        study, waiting, speed = self.study, self.waiting(), self.study.speed
+        if not waiting or speed is None:
             return
         images = study.updates * study.reference_batch
         sizes = [cell.images for cell in waiting]
         if budget is not None and not taken_up:
-            asked, whole = study.updates, estimate(study.speed, sizes, images, study.jobs)
+            asked, whole = study.updates, estimate(speed, sizes, images, study.jobs)
             study.budget = budget
             study.factor, study.updates = fit_budget(
-                study.speed, sizes, asked, study.reference_batch, study.jobs, budget - spent
+                speed, sizes, asked, study.reference_batch, study.jobs, budget - spent
             )
             images = study.updates * study.reference_batch
             if study.factor < 1:
@@ -125,7 +125,7 @@ class Work:
                 )
         elif budget is not None:
             self.show(f"the study keeps its schedule, shortened by {study.factor:.3f} when it began")
-        took = estimate(study.speed, sizes, images, study.jobs)
+        took = estimate(speed, sizes, images, study.jobs)
         self.show(
             f"{len(waiting)} cells to run, {study.jobs} at once: about {_clock(took)}, "
             f"{_clock(took * study.jobs / len(waiting))} per cell"

@@ -34,7 +34,7 @@ try:
     import onnx
     import onnxruntime
 except ImportError:
-    onnx = onnxruntime = None
+    onnx = onnxruntime = None  # type: ignore[assignment]  # the extra `onnx` is not installed
 
 Show = Callable[[str], None]
 FIRST_OPSET, LAST_OPSET = 17, 20  # first with RoIAlign aligned to half pixels; last that the TorchScript exporter has
@@ -250,7 +250,7 @@ class DetectionDifference(NamedTuple):
     scores: float
     masks: float | None  # probabilities; None without masks
     unmatched: int  # detections that only one of the two has
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
 
     @property
     def wrong(self) -> bool:
@@ -277,7 +277,7 @@ def detection_difference(expected: Found, found: Found, threshold: float) -> Det
             b.append(int(near.argmin()))
             distances[:, b[-1]] = math.inf
     alone = np.concatenate([np.delete(expected.scores, a), np.delete(found.scores, b)])
-    unmatched = np.count_nonzero(~(alone <= threshold + SCORES))  # NaN too
+    unmatched = int(np.count_nonzero(~(alone <= threshold + SCORES)))  # NaN too
     masks = None if expected.masks is None and found.masks is None else math.inf
     if expected.masks is not None and found.masks is not None:
         masks = _most(expected.masks[a] - found.masks[b])

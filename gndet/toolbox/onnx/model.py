@@ -5,7 +5,7 @@ needs a mask.  By torch's TorchScript exporter: the newer one supports neither a
 with onnxscript 0.7).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ class OnePicture(nn.Module):
 @contextmanager
 def own_operators(opset: int) -> Iterator[None]:
     """Register the ONNX form of operators that torch's exporter does not know, within the context."""
-    own = {"gndet::nms_keep": _nms_keep, "aten::sort": _sort}
+    own: dict[str, Callable[..., Any]] = {"gndet::nms_keep": _nms_keep, "aten::sort": _sort}
     for name, symbolic in own.items():
         torch.onnx.register_custom_op_symbolic(name, symbolic, opset)
     try:

@@ -57,7 +57,7 @@ class Drawn(NamedTuple):
 
     task: DrawTask
     found: Results
-    count: int  # n
+    count: int  # type: ignore[assignment]  # hides tuple.count; n
     picture: np.ndarray | None  # the drawing; None if a file holds it
     tile: np.ndarray | None
 

@@ -7,7 +7,7 @@ pictures, except for their detections, kept in columns.
 import contextlib
 import difflib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import islice
@@ -43,7 +43,7 @@ class Portion(NamedTuple):
 
 def of_pictures(
     detector: Detector, pictures: Pictures, device: torch.device, notify: Callable[[str], None]
-) -> Iterator[Portion]:
+) -> Generator[Portion, None, None]:
     """Yield the pictures in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
     dataset = Dataset("pictures", detector.classes, detector.category_ids, pictures)
     batches = test_batches(
@@ -192,6 +192,7 @@ def _film(
         def write(drawn: Drawn) -> None:
             nonlocal objects
             objects += drawn.count
+            assert drawn.picture is not None and drawn.task.frame is not None
             append(drawn.picture, drawn.task.frame.seconds)
 
         try:

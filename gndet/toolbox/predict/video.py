@@ -17,7 +17,7 @@ from gndet.files import written_whole
 try:
     import av
 except ImportError:
-    av = None
+    av = None  # type: ignore[assignment]  # the extra `video` is not installed
 
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first available is used; the last is FFmpeg's own
 CLOCK = 90_000  # ticks per second of written files: MPEG's, a multiple of every usual frame rate
@@ -27,7 +27,7 @@ USUAL_RATE = Fraction(25)  # frames per second if a file does not say
 class Frame(NamedTuple):
     """A picture of a video."""
 
-    index: int  # in the video, from 0
+    index: int  # type: ignore[assignment]  # hides tuple.index; in the video, from 0
     seconds: float  # when it is shown, from the video's start
     pixels: np.ndarray  # (h, w, 3) uint8 RGB
 

@@ -86,8 +86,7 @@ def _cell(cell: Cell) -> str:
 
 def number(value: float | None, form: str = ".3g") -> Cell:
     """Return a cell with a number; "-" where it is undefined."""
-    defined = value is not None and math.isfinite(value)
-    return (value, format(value, form)) if defined else (math.nan, "-")
+    return (math.nan, "-") if value is None or not math.isfinite(value) else (value, format(value, form))
 
 
 def percent(value: float | None) -> Cell:

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -30,7 +30,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FLAT = 56  # characters of column labels that fit without rotation
 NAMES_PER_ROW = 4  # of a legend
 WIDTH = 6.4  # inches of 72 units; the page scales it
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
     "font.size": 11,
     "font.family": "sans-serif",
@@ -53,14 +53,17 @@ STYLE = {
 }
 
 
+Values = Sequence[float] | np.ndarray
+
+
 class Series(NamedTuple):
     """A line: x and y (n,), nan for a gap; low and high (n,) the ends of a band around it."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    x: Values
+    y: Values
+    low: Values | None = None
+    high: Values | None = None
 
 
 @contextmanager
@@ -150,15 +153,13 @@ def bars(
     return html[0]
 
 
-def histogram(
-    name: str, values: Sequence[float], caption: str, *, x_label: str, y_label: str, log_x: bool = False
-) -> str:
+def histogram(name: str, values: Values, caption: str, *, x_label: str, y_label: str, log_x: bool = False) -> str:
     """Draw a histogram of the finite values (with log_x, the positive ones)."""
     numbers = np.asarray(values, dtype=np.float64)
     numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
     with chart(name, caption, x_label, y_label, height=2.6) as (axes, html):
         if len(numbers):
-            axes.hist(numbers, bins=_edges(numbers, log_x), color=SERIES[0])
+            axes.hist(numbers, bins=_edges(numbers, log_x).tolist(), color=SERIES[0])
         if log_x:
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)

@@ -51,7 +51,9 @@ def comparison_verdict(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain])
             yield "warn", f"{name} and {first} cannot be compared image by image: {compared}."
             continue
         gain, ends = compared
-        change = f"{100 * gain:+.1f} points of {runs[name].analysis.kind} AP ({interval(ends)})"
+        analysis = runs[name].analysis
+        assert analysis is not None
+        change = f"{100 * gain:+.1f} points of {analysis.kind} AP ({interval(ends)})"
         if ends.low > 0 or ends.high < 0:
             better, worse = (name, first) if gain > 0 else (first, name)
             yield "good", f"{better} is better than {worse}: {name} {change}, interval without 0."

@@ -55,7 +55,7 @@ def section(run: RunRecord) -> Section:
     if not sets:
         return blocks.section("data", "Data", blocks.notice("warn", "The data could not be read."))
     name, shown = next(iter(sets.items()))
-    classes = (run.train_set or run.val_set).classes
+    classes = next(dataset.classes for dataset in (run.train_set, run.val_set) if dataset is not None)
     seen = f"sizes of objects as the network sees them (shortest edge {data.shortest_edge_test})"
     figures = (
         ("per-image", shown.per_image, "objects in an image", "images", False, "objects per image"),

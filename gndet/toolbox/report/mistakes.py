@@ -103,7 +103,7 @@ def chosen_pictures(found: Analysis, seed: int) -> Tags:
     """Return the places of the images to show with their tags: at most MOST, the worst first."""
     matches, errors = found.matches, found.errors
     by_score = np.argsort(-matches.scores, kind="stable")
-    wanted = [
+    wanted: list[tuple[str, int, Iterable[int]]] = [
         ("worst", WORST, found.worst(WORST)),
         ("best", BEST, found.finest(BEST)),
         ("random", RANDOM, np.random.default_rng(seed).permutation(len(found.f1))),

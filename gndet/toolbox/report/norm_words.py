@@ -35,7 +35,7 @@ def norm_findings(entry: dict[str, Any]) -> list[tuple[str, str]]:
 def _worst_first(layers: Iterable[Layer], value: Callable[[Layer], float | None], least: float) -> list[Layer]:
     """Return the layers whose value is known and at least `least`, the highest first."""
     over = [layer for layer in layers if (value(layer) or 0) >= least]
-    return sorted(over, key=value, reverse=True)
+    return sorted(over, key=lambda layer: value(layer) or 0, reverse=True)
 
 
 def _named(layers: Sequence[Layer]) -> str:
@@ -172,7 +172,7 @@ def _of_batches(layers: Sequence[Layer], update: int) -> Iterator[tuple[str, str
 
 def _of_data(layers: Sequence[Layer], padding: float | None) -> Iterator[tuple[str, str]]:
     plain = [layer for layer in layers if not layer["masked"] and not layer["name"].startswith(("box_", "mask_"))]
-    if plain and (padding or 0) >= PADDING:
+    if plain and padding is not None and padding >= PADDING:
         yield "warn", (
             f"{_percent(padding)} of the training batches is padding, and {len(plain)} plain layers include it in "
             "their statistics: an image's features depend on the images beside it. model.norm.padding: masked (gn, "

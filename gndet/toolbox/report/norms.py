@@ -66,8 +66,10 @@ def _at(layers: Sequence[Layer], key: str, place: int | None = None) -> np.ndarr
 def _by_layer(layers: Sequence[Layer]) -> list[str]:
     x = list(range(1, len(layers) + 1))
     groups = "groups" if any(layer["groups"] for layer in layers) else "channels"
-    std = charts.Series("median", x, *(_at(layers, "std", place) for place in (2, 0, 4)))
-    gamma = charts.Series("gamma", x, *(_at(layers, "gamma", place) for place in (1, 0, 2)))
+    middle, low, high = (_at(layers, "std", place) for place in (2, 0, 4))
+    std = charts.Series("median", x, middle, low, high)
+    middle, low, high = (_at(layers, "gamma", place) for place in (1, 0, 2))
+    gamma = charts.Series("gamma", x, middle, low, high)
     return [
         charts.lines(
             "norm-std", [std],

@@ -72,8 +72,8 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
     waits = [entry["data_wait"] for entry in run.train[1:] if entry.get("data_wait") is not None]
     if waits and (share := sum(waits) / len(waits)) > WAITING:
         yield "warn", f"Data-bound: {100 * share:.0f} % of the time was spent waiting for pictures; raise data.workers."
-    if count := run.meta.get("nonfinite"):
-        yield "warn", f"{count} update(s) with losses or gradients that were not finite were skipped; see nonfinite/."
+    if skipped := run.meta.get("nonfinite"):
+        yield "warn", f"{skipped} update(s) with losses or gradients that were not finite were skipped; see nonfinite/."
     if run.meta.get("unreadable"):
         yield "warn", f"{len(run.meta['unreadable'])} training picture(s) could not be read and were left out."
     mixing = sorted({norm.kind for norm in run.cfg.model.part_norms().values() if norm.mixes_images})

@@ -64,7 +64,7 @@ def _f1(found: Analysis, shown: Sequence[int]) -> str:
 
 
 def _series(
-    found: Analysis, shown: Sequence[int], x: np.ndarray, rows: Sequence[np.ndarray], last: str
+    found: Analysis, shown: Sequence[int], x: np.ndarray, rows: Sequence[np.ndarray] | np.ndarray, last: str
 ) -> list[Series]:
     """Return the curves of the classes shown and, if they are several, the last row, named `last`."""
     series = [Series(found.matches.classes[k], x, rows[k]) for k in shown]

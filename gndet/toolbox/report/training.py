@@ -39,5 +39,6 @@ def _figure(
         values = [math.nan if entry[key] is None else factor * entry[key] for entry in entries]
         title = "total" if key == "loss" else key.removeprefix("loss_").replace("/", " ")
         series.append(Series(title, [entry["update"] for entry in entries], values))
-    limits = {"x_range": (0, None), "y_range": (0, None)}
-    return charts.lines(f"chart-{name}", series, caption, x_label="update", y_label=y_label, **limits)
+    return charts.lines(
+        f"chart-{name}", series, caption, x_label="update", y_label=y_label, x_range=(0, None), y_range=(0, None)
+    )

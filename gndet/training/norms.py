@@ -22,7 +22,6 @@ from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
 from gndet.files import text_table, write_whole
 from gndet.modeling.detection_model import DetectionModel
-from gndet.modeling.norms.layers import GroupNorm
 from gndet.structures import Batch
 from gndet.training.log import Log, read_metrics, truncate
 from gndet.training.memory import out_of_memory, release
@@ -164,7 +163,7 @@ def audit(
         trainable = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         layers.append(NormLayer(
             name, parts[name.partition(".")[0]].kind, len(module.weight),
-            groups=module.groups if isinstance(module, GroupNorm) else None, eps=module.eps,
+            groups=getattr(module, "groups", None), eps=module.eps,
             padding="masked" if getattr(module, "masked", False) else "plain", trainable=trainable,
             weight_decay=cfg.train.optimizer.norm_weight_decay if trainable else 0.0, lr=lr if trainable else 0.0,
             origin="unknown" if norms is None else norms.get(name, "new"),

@@ -1,4 +1,6 @@
-"""`gndet convert`: weights of any known format to a gndet checkpoint, with GN for BN if asked, or to other toolkits."""
+"""`gndet convert`: convert weights of any known format to a gndet checkpoint (with GN instead of BN if asked), or to
+another toolkit's file.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,20 +30,20 @@ def convert(
 ) -> None:  # fmt: skip
     """Convert weights and write them.
 
-    where: as train.weights.  out: a checkpoint folder, or with `to` a toolkit a .pth file; it must not exist yet.
-    overrides: `key=value` over the config of the source's model, train.source.* included.
-    to: gn turns every BN part into GN by `policy`, with channels_per_group and damp; pictures: files and folders of
-    images to fit and measure on, `count` of them.  show: called with each line of the report.
-    Raises CheckpointError, ConfigError, DataError, OutputError before anything is written.
+    where: the weights, named as in train.weights.  out: a checkpoint folder, or a .pth file if `to` is a toolkit; it
+    must not exist yet.  overrides: `key=value` over the config of the source's model, including train.source.*.
+    to: "gn" turns every part with BN into GN by `policy`, with channels_per_group and damp.  pictures: files and
+    folders of images, of which `count` are used to fit and to measure.  show: called with each line of the report.
+    Raises CheckpointError, ConfigError, DataError or OutputError before it writes anything.
     """
-    if told := [text for text in overrides if text.startswith("train.") and not text.startswith("train.source.")]:
+    if refused := [text for text in overrides if text.startswith("train.") and not text.startswith("train.source.")]:
         raise ConfigError(
-            f"{told[0]}: gndet convert takes --policy, --damp and --count, and of train only train.source"
+            f"{refused[0]}: gndet convert takes --policy, --damp and --count, and of train only train.source"
         )
     if out.exists():
         raise OutputError(f"{out}: exists; choose another name")
     if policy == "calibrate" and not pictures:
-        raise ConfigError("--policy calibrate fits on pictures: name files or folders of them with --images")
+        raise ConfigError("--policy calibrate needs pictures to fit on: name files or folders with --images")
     source, cfg = _read(where, overrides)
     classes = source.classes or tuple(f"class_{i}" for i in range(source.num_classes))
     if to == "gn":
@@ -51,13 +53,13 @@ def convert(
     images = _pictures(pictures) if pictures else None
     start = initial_model(cfg, classes or ("object",), images=images, source=source._replace(classes=classes or None))
     for note in start.notes:
-        if not note.startswith("tensors that start anew"):  # they are not written
+        if not note.startswith("tensors that start anew"):  # these are not written
             show(note)
     show(f"holds: {', '.join(source.parts)}")
     if to in TOOLKITS:
         export = export_weights(_held(start, source), start.cfg.model, classes, to, named=source.classes is not None)
         write_torch(out, export.content)
-        show(f"{len(export.tensors)} tensors as {to} names them -> {out}; set there:")
+        show(f"{len(export.tensors)} tensors, named as in {to} -> {out}; set in {to}:")
         for note in export.notes:
             show(f"  {note}")
     else:
@@ -65,7 +67,7 @@ def convert(
 
 
 def _read(where: str, overrides: Sequence[str]) -> tuple[Source, Config]:
-    """Read the weights; return them with the config of their model, overrides included."""
+    """Read the weights; return them with the config of their model, overrides applied."""
     named = [text for text in overrides if text.startswith("train.source.")]
     train = with_overrides(Config(), named, "the command").train
     source = read_source(where, train.source)
@@ -75,6 +77,7 @@ def _read(where: str, overrides: Sequence[str]) -> tuple[Source, Config]:
 
 
 def _held(start: InitialModel, source: Source) -> dict[str, Tensor]:
+    """Return the tensors of the parts that the source holds."""
     prefixes = tuple(f"{part}." for part in source.parts)
     return {key: value for key, value in start.model.state_dict().items() if key.startswith(prefixes)}
 
@@ -82,7 +85,7 @@ def _held(start: InitialModel, source: Source) -> dict[str, Tensor]:
 def _write_checkpoint(
     out: Path, start: InitialModel, source: Source, classes: Sequence[str], where: str, show: Show
 ) -> None:
-    """Write a gndet checkpoint, after a table of what the conversion cost each norm layer."""
+    """Show a table of the conversion error of each norm layer, then write a gndet checkpoint."""
     if any(fate.expected_error is not None or fate.measured_error is not None for fate in start.fates.values()):
         show(fate_table(start.fates))
     ids = source.category_ids or tuple(range(1, len(classes) + 1))
@@ -97,7 +100,7 @@ def _write_checkpoint(
 
 
 def fate_table(fates: dict[str, Fate]) -> str:
-    """Return one line per norm layer: its relative errors and what became of it."""
+    """Return a table with one line per norm layer: its relative errors and how it was converted."""
     rows = [["norm layer", "expected", "measured", "(relative errors)"]]
     for name, fate in fates.items():
         errors = ("-" if error is None else f"{error:.3f}" for error in (fate.expected_error, fate.measured_error))
@@ -106,18 +109,18 @@ def fate_table(fates: dict[str, Fate]) -> str:
 
 
 def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int) -> ModelConfig:
-    """Return the model with GN in every part that has BN in the source."""
+    """Return the model config with GN in every part that has BN in the source."""
     norm = NormConfig(kind="gn", channels_per_group=channels_per_group)
     kinds = source.model.part_norms()
     norms = {part: norm if kinds[part].has_running_statistics else kinds[part] for part in source.parts}
     return model.model_copy(
-        update={part: getattr(model, part).model_copy(update={"norm": own}) for part, own in norms.items()}
+        update={part: getattr(model, part).model_copy(update={"norm": kind}) for part, kind in norms.items()}
         | {"norm": norms.get("backbone", model.norm)}
     )
 
 
 def _pictures(paths: Sequence[Path]) -> Dataset:
-    """Return pictures as a data set without objects.  Raises DataError where there are none."""
+    """Return pictures as a data set without objects.  Raises DataError if the paths hold none."""
     files = enumerate(find_pictures(paths), start=1)
     records = [picture_record(number, file, picture_size(file)) for number, file in files]
     return Dataset(", ".join(map(str, paths)), (), (), records)

@@ -1,4 +1,4 @@
-"""`gndet norms`: the norm layers of a config or of a checkpoint."""
+"""`gndet norms`: audit the norm layers of a config or of a checkpoint."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +13,12 @@ from gndet.weights.load import initial_model, padding_warnings
 
 
 def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]) -> bool:
-    """Show the norm layers of a YAML config, as training would start, or of a checkpoint, and what is wrong with them.
+    """Show the norm layers of a checkpoint, or of the model that a YAML config would train, and their problems.
 
-    Returns whether there is no error.  Raises ConfigError, CheckpointError, DataError.
+    Returns whether there is no error.  Raises ConfigError, CheckpointError and DataError.
     """
-    report, notes = _of_checkpoint(Path(where), overrides) if Path(where).is_dir() else _of_config(where, overrides)
+    is_checkpoint = Path(where).is_dir()
+    report, notes = _audit_checkpoint(Path(where), overrides) if is_checkpoint else _audit_config(where, overrides)
     show(audit_table(report))
     for line in [*(note for note in notes if note.startswith("warning")), *summary(report)]:
         show(line)
@@ -26,8 +27,8 @@ def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]
     return not report.errors
 
 
-def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
-    """Audit the model that training would start with; without its data set, a model of one class."""
+def _audit_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
+    """Audit the model that training would start with; if its data set is missing, a model of one class."""
     cfg = load_config(where, overrides)
     try:
         classes: Sequence[str] = read_dataset(cfg.data.train, cfg.data).classes
@@ -38,7 +39,8 @@ def _of_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
     return audit(start.model, start.cfg, norms, world=1), start.notes
 
 
-def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
+def _audit_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
+    """Audit the model of a checkpoint; of its EMA weights if it has them."""
     saved = load_checkpoint(resolve(path))
     for key in ("config", "classes"):
         if key not in saved.meta:
@@ -47,8 +49,8 @@ def _of_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[st
     cfg = with_overrides(trained, overrides, str(saved.path))
     model = build_model(cfg.model, max(len(saved.meta["classes"]), 1))
     state = saved.groups.get("ema", saved.groups.get("model", {}))
-    own, held = model.state_dict(), {key.partition(".")[0] for key in state}
-    absent = {key: tensor for key, tensor in own.items() if key.partition(".")[0] not in held}  # of a lone backbone
+    held = {key.partition(".")[0] for key in state}  # a checkpoint may hold a backbone alone
+    absent = {key: tensor for key, tensor in model.state_dict().items() if key.partition(".")[0] not in held}
     try:
         model.load_state_dict(absent | state)
     except RuntimeError as error:

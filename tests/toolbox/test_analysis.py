@@ -259,7 +259,7 @@ def test_a_file_that_is_no_results_file_is_refused(tmp_path: Path, annotations: 
 def test_what_is_missing_is_asked_for(tmp_path: Path, annotations: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text(json.dumps([GOOD]))
-    with pytest.raises(DataError, match="--data names COCO annotations"):
+    with pytest.raises(DataError, match="--data is missing; name the COCO annotations"):
         read_subject(file, None, [])
     with pytest.raises(DataError, match="no such file"):
         read_subject(file, str(tmp_path / "none.json"), [])

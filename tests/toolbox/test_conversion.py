@@ -189,7 +189,7 @@ def test_what_is_written_for_torchvision_reads_back(
         (["{folder}/run", "{out}", "--to", "gn", "--channels-per-group", "24"],
          "model.backbone: norm channels_per_group: 24 does not divide 64 channels; these do: 1, 2, 4, 8, 16, 32, 64"),
         (["{folder}/run", "{out}", "--to", "gn", "--policy", "calibrate"],
-         "--policy calibrate fits on pictures: name files or folders of them with --images"),
+         "--policy calibrate needs pictures to fit on: name files or folders with --images"),
         (["{folder}/run", "{out}", "--to", "gn", "--policy", "calibrate", "--images", "{out}"],
          "{out}: no such picture or folder"),
         (["{folder}/pictures/0.png", "{out}", "--to", "gn"], "{folder}/pictures/0.png: "),

@@ -78,7 +78,7 @@ def test_batch_statistics_are_named_at_the_first_norm(
     assert set(leaks) == {"padding", "batch statistics"}
     assert leaks["batch statistics"]["where"].startswith("backbone.stem.norm: Batch")
     printed = capsys.readouterr().out
-    assert "failed: what an image trains depends on what stands beside it" in printed
+    assert "failed: how an image trains depends on what else is in its batch" in printed
     assert "batch statistics leaks, first at backbone.stem.norm" in printed and "sampling: no leak" in printed
 
 

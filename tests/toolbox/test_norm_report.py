@@ -349,7 +349,7 @@ def test_the_section_says_what_is_wrong_and_shows_it(trained: Path, tmp_path: Pa
     (tmp_path / "norms.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     page = section(tmp_path).html
     assert "Fpn" not in page and "fpn.output3.norm: gamma of 75 % of its channels is practically 0" in page
-    assert "running statistics are not those of its batches" in page  # six updates are too few for them
+    assert "the running statistics of bn differ from those of its batches" in page  # six updates are too few for them
     for id in ("norm-std", "norm-gamma", "norm-gap", "norm-drift", "norm-shares", "norm-padding", "norm-layers"):
         assert f'id="{id}"' in page, id
     assert page.count("<tr>") == len(entries[-1]["layers"]) + 1

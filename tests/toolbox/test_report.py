@@ -111,7 +111,7 @@ def test_a_failed_run_says_why_until_it_goes_on(config: Path) -> None:
     options = [f"out={out}", "train.optimizer.lr=1e30", "train.schedule.warmup=0", "train.checkpoint_every=1"]
     assert main(["train", str(config), *options]) == 2
     text = Page(out / "report.html").text
-    assert "Failed after" in text and "not finite" in text and "goes on where it stopped" in text
+    assert "Failed after" in text and "not finite" in text and "continues the run" in text
     assert read_run(out).ending[0] == "failed"
     page = (out / "report.html").read_bytes()
     assert main(["train", str(config), *options, "train.report=false"]) == 2
@@ -177,7 +177,7 @@ def test_data_that_has_moved_is_found_by_an_override(config: Path, tmp_path: Pat
     train(load_config(config, [f"out={out}", f"data.root={tmp_path / 'old'}", "train.schedule.updates=1", *data]))
     (tmp_path / "old").rename(tmp_path / "new")
     page = Page(write_report([out], None, [], str))
-    assert "where the data has moved, give data.root=PATH" in page.text and "chart-pr" not in page.ids
+    assert "if the data has moved, set data.root=PATH" in page.text and "chart-pr" not in page.ids
     page = Page(write_report([out], None, [f"data.root={tmp_path / 'new'}"], str))
     assert "Missing here" not in page.text and "chart-pr" in page.ids
 
@@ -206,8 +206,8 @@ def test_the_verdict_says_what_the_numbers_show(finished: Path) -> None:
         return " ".join(words for _, words in run_verdict(run._replace(**changes)))
 
     assert "was best after 4 updates (50.0) and has fallen to 40.0" in said(evaluations=lines)
-    assert "still rose at the end, from 30.0 to 50.0" in said(evaluations=lines[:2])
-    assert "Data-bound: 50 %" in said(train=waiting) and "Data-bound" not in said(train=[])
+    assert "was still rising at the end, from 30.0 to 50.0" in said(evaluations=lines[:2])
+    assert "Data-bound: waiting for data took 50 %" in said(train=waiting) and "Data-bound" not in said(train=[])
     bn = with_overrides(run.cfg, ["model.norm.kind=bn"], "test")
     assert "bn takes its statistics over 1 image(s) at once" in said(cfg=bn)
 

@@ -1,6 +1,7 @@
-"""What a detector gets right and wrong, from detections alone, of gndet or in COCO's results format; no torch.
+"""Analyse what a detector gets right and wrong, from its detections alone and without torch.
 
-`analyse` puts together what the modules of this package find; `gndet analyze` and the report show it.
+The detections come from gndet or from a file in COCO's results format.  `analyse` combines the findings of this
+package's modules; `gndet analyze` and the report show them.
 """
 
 import math
@@ -23,54 +24,54 @@ from gndet.toolbox.analysis.bootstrap import Intervals, ap_intervals
 from gndet.toolbox.analysis.errors import Errors, sort_errors
 from gndet.toolbox.analysis.matches import Curves, Matches, best_thresholds, read_matches, score_curves, true_positives
 
-USUAL_THRESHOLD = 0.5  # where nothing was found, so that no threshold is best
+DEFAULT_THRESHOLD = 0.5  # if nothing was found, so no threshold is best
 
 
 class Suspect(NamedTuple):
     """An annotation that may be wrong, or an object that may lack an annotation."""
 
-    image: int  # place in the data set
+    image: int  # index in the data set
     kind: str  # hotcoco's name: wrong_label, missing_annotation ...
     score: float  # of the detection that contradicts the annotation
-    found: str  # class of the detection
-    annotated: str  # class of the object; "" for none
-    annotation_id: int  # 0: none
+    found: str  # the detection's class
+    annotated: str  # the object's class; "" without an object
+    annotation_id: int  # 0 without an annotation
 
 
 class Analysis(NamedTuple):
-    """The analysis of a detector's boxes or masks.  K classes, N images."""
+    """The analysis of a detector's boxes or masks; K classes, N images."""
 
     kind: str  # box or mask
     metrics: Metrics
-    precision: np.ndarray  # (10, 101, K) COCO's precision at IoU thresholds and recalls; -1 where undefined
+    precision: np.ndarray  # (10, 101, K) COCO's precision by IoU threshold and recall; -1 if undefined
     matches: Matches
     curves: Curves
-    best: np.ndarray  # (K + 1, 4) threshold, precision, recall, F1: per class, then of all; nan where nothing was found
+    best: np.ndarray  # (K + 1, 4) threshold, precision, recall, F1: each class, then all; nan if nothing was found
     intervals: Intervals
     errors: Errors
-    confusion: np.ndarray  # (K + 1, K + 1) annotated by found; the last row and column: nothing
+    confusion: np.ndarray  # (K + 1, K + 1) annotated class by detected class; the last row and column mean nothing
     counts: np.ndarray  # (N, 3) found, false and missed per image, at `threshold`
-    f1: np.ndarray  # (N,) per image; 1 where there is nothing and nothing was found
+    f1: np.ndarray  # (N,) per image; 1 for an image without objects and without detections
     suspects: list[Suspect]
-    threshold: float  # the score from which detections count when single images are judged
+    threshold: float  # the lowest score of a detection that counts when single images are judged
 
     def worst(self, count: int) -> list[int]:
-        """Return the places of the worst images: by F1, then by the number of mistakes."""
+        """Return the indices of the worst images, by F1 and then by the number of mistakes."""
         mistakes = self.counts[:, 1:].sum(1)
         order = np.lexsort((np.arange(len(self.f1)), -mistakes, self.f1))
         return [int(place) for place in order[:count] if mistakes[place]]
 
     def finest(self, count: int) -> list[int]:
-        """Return the places of the best images with objects: by F1, then by the number of objects found."""
+        """Return the indices of the best images that have objects, by F1 and then by the number of objects found."""
         busy = self.counts[:, 0] + self.counts[:, 2] > 0
         order = np.lexsort((np.arange(len(self.f1)), -self.counts[:, 0], -self.f1))
         return [int(place) for place in order if busy[place]][:count]
 
 
 def chosen_kind(dataset: Dataset, results: Results, kind: str | None = None) -> str:
-    """Return `kind`, or mask where detections and objects have masks, else box.
+    """Return `kind`; by default "mask" if both detections and objects have masks, else "box".
 
-    Raises DataError for masks where there are none.
+    Raises DataError if `kind` is "mask" and there are no masks.
     """
     drawn = any(mask is not None for record in dataset.records for mask in record.segmentations)
     possible = drawn and results.codes is not None
@@ -81,9 +82,9 @@ def chosen_kind(dataset: Dataset, results: Results, kind: str | None = None) -> 
 
 
 def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: int) -> Analysis:
-    """Analyse detections by their boxes or masks.
+    """Analyse detections by their boxes or by their masks.
 
-    kind: "box" or "mask", which objects and detections must have; max_detections: per image and class.
+    kind: "box" or "mask"; objects and detections must have it.  max_detections: per image and class.
     """
     scored: Kind = "segm" if kind == "mask" else "bbox"
     truth = coco_truths(dataset, masks=kind == "mask")[scored]
@@ -92,7 +93,7 @@ def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: in
     matches = read_matches(scorer, dataset)
     curves = score_curves(matches)
     best = best_thresholds(curves)
-    threshold = USUAL_THRESHOLD if np.isnan(best[-1, 0]) else float(best[-1, 0])
+    threshold = DEFAULT_THRESHOLD if np.isnan(best[-1, 0]) else float(best[-1, 0])
     counts = image_counts(matches, threshold)
     with np.errstate(invalid="ignore"):
         f1 = np.where(counts.any(1), 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]), 1.0)
@@ -116,11 +117,11 @@ def image_counts(matches: Matches, threshold: float) -> np.ndarray:
 
 
 def _suspects(scorer: Any, matches: Matches, threshold: float) -> list[Suspect]:
-    """Return annotations contradicted by a confident detection, the most confident first."""
-    place = {id: index for index, id in enumerate(matches.image_ids.tolist())}
+    """Return the annotations that a confident detection contradicts, the most confident first."""
+    index_of = {id: index for index, id in enumerate(matches.image_ids.tolist())}
     suspects = [
         Suspect(
-            place[row["image_id"]], row["type"], row["dt_score"], row["dt_category"] or "",
+            index_of[row["image_id"]], row["type"], row["dt_score"], row["dt_category"] or "",
             row.get("gt_category") or "", row.get("gt_id") or 0,
         )
         for row in sorted(scorer.image_diagnostics(0.5, threshold)["label_errors"], key=itemgetter("dt_id"))
@@ -128,26 +129,27 @@ def _suspects(scorer: Any, matches: Matches, threshold: float) -> list[Suspect]:
     return sorted(suspects, key=lambda suspect: (-suspect.score, suspect.image))
 
 
-SHOWN = 5  # faults that are named
+SHOWN = 5  # faults that the error lists
 
 
 def read_results(path: Path, dataset: Dataset) -> Results:
-    """Read detections of a data set; return them image by image in its order.
+    """Read the detections of a data set; return them image by image, in the data set's order.
 
-    Detections without a box get the box of their mask.  Raises DataError where the file is not in this format, or
-    names images or classes that the data set does not have: the place in the list, the value, and what was expected.
+    A detection without a box gets the box of its mask.  Raises DataError if the file is not in COCO's results format
+    or names an image or a class that the data set does not have; the error says at which index of the list, which
+    value, and what was expected.
     """
     listed = _parse(path)
     sizes = {record.image_id: record.size for record in dataset.records}
     categories, faults, rows = set(dataset.category_ids), [], []
-    for place, detection in enumerate(listed):
+    for index, detection in enumerate(listed):
         try:
             rows.append(_checked(detection, sizes, categories))
         except Fault as fault:
-            faults.append(f"  detection {place}: {fault}")
+            faults.append(f"  detection {index}: {fault}")
     if faults:
         more = [f"  and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-        head = f"{path}: {len(faults)} of {len(listed)} detections do not belong to {dataset.name}, or are none:"
+        head = f"{path}: {len(faults)} of {len(listed)} detections do not belong to {dataset.name} or are malformed:"
         raise DataError("\n".join([head, *faults[:SHOWN], *more]))
     bare = sum("segmentation" not in row for row in rows)
     if 0 < bare < len(rows):
@@ -170,7 +172,7 @@ def _parse(path: Path) -> list[Any]:
 
 
 def _checked(detection: Any, sizes: dict[int, tuple[int, int]], categories: set[int]) -> dict[str, Any]:
-    """Return the parts of a detection that are used.  Raises Fault."""
+    """Check a detection; return the fields that are used.  Raises Fault."""
     if not isinstance(detection, dict):
         raise Fault("", f"{brief(detection)}, expected an object with image_id, category_id, bbox and score")
     image, category, score, box = (detection.get(key) for key in ("image_id", "category_id", "score", "bbox"))
@@ -194,7 +196,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the compressed code of a checked mask; an empty mask where it covers no pixel."""
+    """Check a mask; return its compressed RLE, that of an empty mask if it covers no pixel."""
     checked = check_segmentation(segmentation, size)
     rle = to_rle(checked if checked is not None else {"size": list(size), "counts": [size[0] * size[1]]}, size)
     counts = rle["counts"]

@@ -1,4 +1,4 @@
-"""`gndet analyze`: what a detector gets wrong, on the terminal, and as JSON and CSV."""
+"""`gndet analyze`: show what a detector gets wrong, on the terminal and as JSON and CSV."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind, read
 from gndet.toolbox.analysis.tables import Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
 
-SHOWN = 20  # rows per table on the terminal; the files hold all
+SHOWN = 20  # rows per table on the terminal; the files hold all rows
 
 
 def analyze(
@@ -32,12 +32,12 @@ def analyze(
     csv_folder: Path | None = None,
     images: int = 50,
 ) -> Analysis:
-    """Analyse the detections of a run, or a results file of any toolkit, and show what is wrong with them.
+    """Analyse the detections of a run, or a results file of any toolkit, and show their mistakes.
 
-    source: run folder, or JSON in COCO's results format, with `data`: COCO annotations or a config with data.val.
-    kind: "box" or "mask"; by default masks where both detections and objects have them.  json_file, csv_folder: where
-    to write the whole analysis.  images: how many of the worst images, and of suspected annotations, to list.
-    Raises ConfigError, DataError, OutputError before anything is written.
+    source: a run folder, or a JSON file in COCO's results format; the latter needs `data`: COCO annotations, or a
+    config with data.val.  kind: "box" or "mask"; by default masks if both detections and objects have them.
+    json_file, csv_folder: where to write the whole analysis.  images: how many of the worst images and of the
+    suspected annotations to list.  Raises ConfigError, DataError or OutputError before it writes anything.
     """
     dataset, results, limit = read_subject(source, data, overrides)
     kind = chosen_kind(dataset, results, kind)
@@ -64,9 +64,9 @@ def analyze(
 
 
 def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tuple[Dataset, Results, int]:
-    """Read the data set and the detections of a run folder or a results file, and how many count per image and class.
+    """Read a run folder or a results file.  Raises ConfigError and DataError.
 
-    Raises ConfigError, DataError.
+    Returns the data set, its detections, and how many detections count per image and class.
     """
     path = source
     if source.is_dir():
@@ -78,7 +78,7 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
     if not path.is_file():
         raise DataError(f"{source}: no such file or folder; expected a run folder, or detections as JSON")
     if data is None:
-        raise DataError(f"{source}: what are these detections of?  --data names COCO annotations, or a config")
+        raise DataError(f"{source}: --data is missing; name the COCO annotations of these detections, or a config")
     cfg = Config()
     if find_config(data).suffix in (".yaml", ".yml"):
         cfg = load_config(data, overrides)
@@ -91,9 +91,9 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
 
 
 def terminal_table(table: Table) -> str:
-    """Return a table for the terminal: fractions in percent, at most SHOWN rows."""
+    """Return a table for the terminal, with fractions in percent and at most SHOWN rows."""
     rows = [table.columns, *([_shown(value) for value in row] for row in table.rows[:SHOWN])]
-    left = [place for place in range(len(table.columns)) if all(isinstance(row[place], str) for row in table.rows)]
+    left = [index for index in range(len(table.columns)) if all(isinstance(row[index], str) for row in table.rows)]
     more = f"\n... and {len(table.rows) - SHOWN} more" if len(table.rows) > SHOWN else ""
     return text_table(rows, left) + (more if table.rows else "\n(none)")
 
@@ -105,7 +105,7 @@ def _shown(value: Any) -> str:
 
 
 def analysis_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
-    """Return all of the analysis: summary, intervals, and every table as a list of objects."""
+    """Return the whole analysis: summary, intervals, and every table as a list of objects."""
     whole = {"AP": found.intervals.ap, "AP50": found.intervals.ap50}
     listed = {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
     return {

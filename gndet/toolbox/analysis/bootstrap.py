@@ -1,7 +1,7 @@
-"""How certain an AP is: intervals by resampling the images with replacement (Efron 1979).
+"""Compute confidence intervals of AP by resampling the images with replacement (Efron 1979).
 
-An interval is the value plus and minus 1.96 standard deviations over the draws.  Not the percentiles of the draws: the
-AP of a draw tends to exceed that of all images, since fewer distinct images compete in it.
+An interval is the value plus and minus 1.96 standard deviations over the draws.  Percentiles of the draws would be
+biased: the AP of a draw tends to exceed that of all images, because fewer distinct images compete in it.
 n detections by falling score, m objects, D draws, T IoU thresholds, K classes, N images.
 """
 
@@ -13,20 +13,20 @@ from gndet.evaluation.coco_metrics import RECALLS
 from gndet.toolbox.analysis.matches import Matches
 
 WORK = 5e7  # detections x thresholds x draws: a few seconds
-AT_ONCE = 2e6  # of these, held in memory at a time
+AT_ONCE = 2e6  # the part of WORK that is held in memory at a time
 FEWEST, MOST = 40, 400  # draws
 Z = 1.96  # standard deviations: 95 % of a normal distribution
 
 
 class Interval(NamedTuple):
-    """Ends of a 95 % interval; nan where it is undefined."""
+    """Ends of a 95 % interval; nan if it is undefined."""
 
     low: float
     high: float
 
 
 class Intervals(NamedTuple):
-    """Intervals of AP and AP50: of the mean over classes, and of each class."""
+    """Intervals of AP and AP50 for the mean over classes, and of AP for each class."""
 
     ap: Interval
     ap50: Interval
@@ -35,7 +35,7 @@ class Intervals(NamedTuple):
 
 
 def ap_intervals(matches: Matches, *, seed: int = 0) -> Intervals:
-    """Return 95 % intervals of AP."""
+    """Return the 95 % intervals of AP and AP50."""
     ap = resample(matches, seed=seed)
     return Intervals(
         ap=_interval(_class_mean(ap.mean(2))), ap50=_interval(_class_mean(ap[:, :, 0])),
@@ -55,10 +55,10 @@ def _num_draws(matches: Matches) -> int:
 
 
 def resample(matches: Matches, *, seed: int, draws: int | None = None) -> np.ndarray:
-    """Return the AP (1 + D, K, T): of all images, then of D draws of N images; an image drawn twice counts twice.
+    """Return the AP (1 + D, K, T) of all images, then of D draws of N images; an image drawn twice counts twice.
 
-    nan where a class has no object at all.  A class without an object in a draw keeps its AP of all images there: left
-    out of that draw's mean, classes with few images, which are often the poor ones, would be underrepresented.
+    A class without any object gets nan.  A class without an object in one draw keeps its AP of all images in that
+    draw.  Leaving it out of the draw's mean would underrepresent classes with few images, which often have a low AP.
     """
     images = len(matches.image_ids)
     drawn = np.random.default_rng(seed).multinomial(
@@ -82,16 +82,17 @@ def resample(matches: Matches, *, seed: int, draws: int | None = None) -> np.nda
 
 
 def average_precision(hit: np.ndarray, wrong: np.ndarray, weight: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """Return COCO's average precision at 101 recalls of each draw and threshold, (D, T); nan without an object.
+    """Return COCO's average precision at 101 recalls for each draw and threshold, (D, T); nan without objects.
 
-    hit, wrong (n, T) bool by falling score; weight (D, n) how often each detection counts; objects (D,) to be found.
+    hit, wrong: (n, T) bool by falling score; weight: (D, n) how often each detection counts; objects: (D,) how many
+    there are to find.
     """
     tp, fp = ((kind[None] * weight[:, :, None]).cumsum(1) for kind in (hit, wrong))  # (D, n, T)
     precision = tp / (tp + fp + np.spacing(1))
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the best at that recall or a higher one
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the best at this or any higher recall
     recall = tp / np.where(objects > 0, objects, np.nan)[:, None, None]
     reached = np.searchsorted(RECALLS, recall, side="right")  # number of recalls reached
-    steps = np.diff(reached, axis=1, prepend=0)  # of these, first reached by each detection
+    steps = np.diff(reached, axis=1, prepend=0)  # number of recalls that each detection is the first to reach
     value = (precision * steps).sum(1) / len(RECALLS)
     return np.where(objects[:, None] > 0, value, np.nan)
 
@@ -103,6 +104,6 @@ def _class_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _interval(values: np.ndarray, floor: float = 0.0) -> Interval:
-    """Return the interval, within [floor, 1], of a value over all images and over D draws, (1 + D,)."""
+    """Return the interval of a value, cut to [floor, 1]; values: (1 + D,) over all images, then over D draws."""
     reach = Z * values[1:].std()
     return Interval(*np.clip((values[0] - reach, values[0] + reach), floor, 1.0).tolist())

@@ -1,7 +1,7 @@
-"""The results of a norm study: the grid norm x images per GPU x seed, means and intervals over seeds, and a verdict.
+"""The results of a norm study: its grid of norm x images per GPU x seed, means and intervals over seeds, a verdict.
 
 A study folder holds study.json (a `Study`), study.csv, curve.png, cells/NAME (the run folder of each cell) and
-logs/NAME.txt.  AP is a fraction in the files and shown in percent, as in Wu & He 2018.
+logs/NAME.txt.  AP is a fraction in the files; it is shown in percent, as in Wu & He 2018.
 """
 
 import math
@@ -18,12 +18,12 @@ from gndet.files import csv_table, text_table, write_whole
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # prefix of the variants of a group ablation: groups-1, groups-8, groups-channels
-METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # the verdict goes by the first that was measured
+METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # the verdict uses the first that was measured
 CONFIDENCE = 0.95  # of all intervals
 
 
 class CellResult(BaseModel):
-    """A cell of the grid: its metrics as an evaluation logs them, and the seconds it has trained."""
+    """A cell of the grid: its metrics as an evaluation logs them, and how many seconds it trained."""
 
     model_config = ConfigDict(extra="forbid")
     variant: str
@@ -36,12 +36,12 @@ class CellResult(BaseModel):
 
     @property
     def name(self) -> str:
-        """The name of the cell's folder, like bn-2-seed0."""
+        """Name of the cell's folder, e.g. bn-2-seed0."""
         return f"{self.variant}-{self.images}-seed{self.seed}"
 
 
 class Speed(BaseModel):
-    """What calibration measured: seconds per image by images per GPU, and seconds per cell spent outside training."""
+    """The measured speed: seconds per image by images per GPU, and seconds that a cell spends outside training."""
 
     model_config = ConfigDict(extra="forbid")
     per_image: dict[int, float]
@@ -49,7 +49,7 @@ class Speed(BaseModel):
 
 
 class Study(BaseModel):
-    """study.json."""
+    """The content of study.json."""
 
     model_config = ConfigDict(extra="forbid")
     format: Literal[1] = 1
@@ -60,7 +60,7 @@ class Study(BaseModel):
     rule: str
     updates: int  # of every cell's schedule, at the reference batch
     reference_batch: int
-    factor: float = 1.0  # schedule of the cells / schedule of the config; below 1 where the budget shortened it
+    factor: float = 1.0  # schedule of the cells / schedule of the config; below 1 if the budget shortened it
     budget: float | None = None  # seconds
     jobs: int = 1
     speed: Speed | None = None
@@ -71,7 +71,7 @@ class Study(BaseModel):
 
     @property
     def variants(self) -> list[str]:
-        """Norms or group counts, in the order given."""
+        """Norms or group counts, in the given order."""
         return list(dict.fromkeys(result.variant for result in self.results))
 
     @property
@@ -81,12 +81,12 @@ class Study(BaseModel):
 
     @property
     def by_groups(self) -> bool:
-        """Whether this is the group ablation."""
+        """Whether this study compares group counts."""
         return self.variants[0].startswith(GROUPS)
 
 
 class Mean(NamedTuple):
-    """A mean over n seeds, or the difference of two, and the half width of its interval; nan where a mean has n < 2."""
+    """A mean over n seeds, or a difference of two means, with the half width of its interval; nan if n < 2."""
 
     mean: float
     half: float
@@ -99,12 +99,12 @@ class Mean(NamedTuple):
 
 
 def study_cells(variants: Sequence[str], sizes: Sequence[int], seeds: Sequence[int]) -> list[CellResult]:
-    """Return the cells in the order they run: seed by seed, so that an interrupted study has complete curves."""
+    """Return the cells in running order: seed by seed, so that an interrupted study still has complete curves."""
     return [CellResult(variant=v, images=size, seed=seed) for seed in seeds for v in variants for size in sizes]
 
 
 def variant_title(variant: str) -> str:
-    """Return a variant in words."""
+    """Return the name of a variant as it is shown."""
     if not variant.startswith(GROUPS):
         return variant
     count = variant.removeprefix(GROUPS)
@@ -112,9 +112,9 @@ def variant_title(variant: str) -> str:
 
 
 def fraction_point(df: float) -> float:
-    """Return the t that |T| with df >= 1 degrees of freedom (Student) stays below with probability CONFIDENCE.
+    """Return the t for which |T| < t with probability CONFIDENCE; T is Student's t with df >= 1 degrees of freedom.
 
-    With t = sqrt(df) tan(a) the density of the angle a is proportional to cos(a) ** (df - 1).
+    After the substitution t = sqrt(df) tan(a), the density of the angle a is proportional to cos(a) ** (df - 1).
     """
     angle = np.linspace(0, math.pi / 2, 100_001)
     density = np.cos(angle).clip(0) ** (df - 1)
@@ -131,7 +131,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def mean_difference(a: Sequence[float], b: Sequence[float]) -> Mean:
-    """Return mean(a) - mean(b) with its 95 % interval (Welch 1947: variances may differ); neither may be empty."""
+    """Return mean(a) - mean(b) with its 95 % interval (Welch 1947: the variances may differ); a and b are not empty."""
     value, n = float(np.mean(a) - np.mean(b)), min(len(a), len(b))
     if n < 2:
         return Mean(value, math.nan, n)
@@ -144,7 +144,7 @@ def mean_difference(a: Sequence[float], b: Sequence[float]) -> Mean:
 
 
 def cell_values(study: Study, variant: str, size: int, metric: str) -> list[float]:
-    """Return the metric, in percent, of each finished cell of a norm and size, one value per seed."""
+    """Return the metric in percent of the finished cells of a norm and size, one value per seed."""
     finished = (cell for cell in _cells(study, variant, size) if cell.state in ("done", "copied"))
     return [100 * value for cell in finished if (value := cell.metrics.get(metric)) is not None]
 
@@ -164,7 +164,7 @@ def metrics_of(study: Study) -> list[str]:
 
 
 def cell_words(study: Study, variant: str, size: int, metric: str) -> str:
-    """Return a cell of the table, like "34.1 ± 1.2 (3)", with the number of cells that failed or have yet to run."""
+    """Return a cell of the table, e.g. "34.1 ± 1.2 (3)", and how many of its runs failed or have yet to run."""
     states = Counter(cell.state for cell in _cells(study, variant, size))
     mean = percent_mean(study, variant, size, metric)
     words = [f"{mean.mean:.1f}{_half(mean)} ({mean.n})"] if mean.n else []
@@ -181,22 +181,22 @@ def _half(mean: Mean) -> str:
 
 
 def study_verdict(study: Study) -> list[str]:
-    """Say in sentences what the study shows, with the intervals of all differences."""
+    """Return sentences that say what the study shows, with the intervals of all differences."""
     metric = next(iter(metrics_of(study)), None)
     if metric is None:
-        return ["No cell is finished: nothing can be said."]
+        return ["No cell is finished, so there is no verdict yet."]
     said = list(_best(study, metric))
     if max(len(cell_values(study, v, s, metric)) for v in study.variants for s in study.sizes) == 1:
-        said.insert(0, "One seed per cell: no intervals, so chance cannot be told from effect.")
+        said.insert(0, "One seed per cell: there are no intervals, so effects cannot be told from chance.")
     if len(study.sizes) > 1:
         said += [words for variant in study.variants for words in _fall(study, variant, metric)]
     failed = [f"{variant_title(r.variant)} at {r.images} (seed {r.seed})" for r in study.results if r.state == "failed"]
-    said += [f"Failed: {', '.join(failed)}; what they said is with the cells."] if failed else []
+    said += [f"Failed: {', '.join(failed)}; {STUDY} and the report give the reasons."] if failed else []
     return said
 
 
 def _best(study: Study, metric: str) -> Iterator[str]:
-    """Name the best variant at the smallest size, and those that cannot be told from it."""
+    """Name the best variant at the smallest size, and the variants that cannot be told from it."""
     size, name = study.sizes[0], METRICS[metric]
     reached = {v: found for v in study.variants if (found := cell_values(study, v, size, metric))}
     if not reached:
@@ -214,26 +214,26 @@ def _best(study: Study, metric: str) -> Iterator[str]:
     if clear:
         yield f"That is clearly above {', '.join(clear)}."
     if unclear:
-        yield f"It cannot be told from {', '.join(unclear)}: the interval of the difference holds 0, or there is none."
+        yield f"It cannot be told from {', '.join(unclear)}: the difference's interval contains 0 or does not exist."
     if len(others) > 1:
-        yield "Each interval is of one difference by itself, not widened for the number that is compared."
+        yield "Each interval is for a single difference; it is not corrected for multiple comparisons."
 
 
 def _fall(study: Study, variant: str, metric: str) -> Iterator[str]:
-    """Say whether a variant falls from the largest to the smallest size."""
+    """Say whether a variant's AP falls from the largest to the smallest size."""
     small, large = study.sizes[0], study.sizes[-1]
     at_small, at_large = (cell_values(study, variant, size, metric) for size in (small, large))
     if not at_small or not at_large:
         return
     change = mean_difference(at_small, at_large)
     way = (" falls" if change.mean < 0 else " rises") if change.clear else ""
-    doubt = ", without an interval" if change.n < 2 else "" if change.clear else "; no change can be told"
+    doubt = ", without an interval" if change.n < 2 else "" if change.clear else "; the interval includes 0"
     span = f"from {large} to {images_per_gpu(small)}"
     yield f"{variant_title(variant)}{way} {span}: {_points(change)} {METRICS[metric]}{doubt}."
 
 
 def images_per_gpu(size: int) -> str:
-    """Return a size in words."""
+    """Return a size in words, e.g. "2 images per GPU"."""
     return f"{size} image{'s' if size > 1 else ''} per GPU"
 
 
@@ -243,7 +243,7 @@ def _points(change: Mean) -> str:
 
 
 def study_table(study: Study, metric: str) -> str:
-    """Return the table norm x images per GPU as text."""
+    """Return the table of norm x images per GPU as text."""
     head = ["norm" if not study.by_groups else "groups", *map(str, study.sizes)]
     rows = [[variant_title(v), *(cell_words(study, v, size, metric) for size in study.sizes)] for v in study.variants]
     caption = f"{METRICS[metric]} in percent by images per GPU: mean ± half of the 95 % interval (number of seeds)"
@@ -256,7 +256,7 @@ def is_study(folder: Path) -> bool:
 
 
 def read_study(folder: Path) -> Study:
-    """Read study.json.  Raises DataError that names the file and what is wrong with it."""
+    """Read study.json.  Raises DataError if it cannot be read or is not of this version."""
     path = folder / STUDY
     try:
         return Study.model_validate_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The analysis as tables: the same for the terminal, CSV files, JSON and the report."""
+"""The analysis as tables, which the terminal, the CSV files, the JSON file and the report share."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ ALL = "all classes"
 
 
 class Table(NamedTuple):
-    """Rows of text, integers, and fractions such as AP in [0, 1] (None: undefined)."""
+    """Rows of text, integers, and fractions such as AP in [0, 1]; None if undefined."""
 
     name: str  # of its CSV file and JSON key
     title: str
@@ -32,46 +32,46 @@ def class_table(found: Analysis) -> Table:
     ends = (known(summary["AP"]), *map(known, whole), known(summary["AP50"]), known(summary["AR"]))
     rows.append((ALL, images, objects, *ends))
     columns = ("class", "images", "objects", "AP", "AP low", "AP high", "AP50", "AR")
-    return Table("classes", f"{found.kind} AP by class, 95 % intervals over images", columns, rows)
+    return Table("classes", f"{found.kind} AP per class, with 95 % intervals over images", columns, rows)
 
 
 def threshold_table(found: Analysis) -> Table:
-    """Return the score threshold with the highest F1 of each class."""
+    """Return the score threshold with the highest F1 for each class."""
     rows = [(name, *map(known, best)) for name, best in zip((*found.matches.classes, ALL), found.best, strict=True)]
     return Table("thresholds", "score threshold with the highest F1, at IoU 0.5",
                  ("class", "threshold", "precision", "recall", "F1"), rows)  # fmt: skip
 
 
 def error_table(found: Analysis) -> Table:
-    """Return what fixing each kind of mistake would give, the most costly first."""
+    """Return how much AP50 fixing each kind of mistake would gain, the most costly kind first."""
     delta, counts = found.errors.delta_ap, found.errors.counts
     rows = [(kind, words, counts[kind], known(delta[kind])) for kind, words in KINDS.items()]
     rows.sort(key=lambda row: -(row[3] or 0.0))
-    return Table("errors", "kinds of mistakes at IoU 0.5, and the AP50 that fixing all of a kind would give",
+    return Table("errors", "kinds of mistakes at IoU 0.5, and the AP50 that fixing all of one kind would gain",
                  ("kind", "what", "count", "AP50 gained"), rows)  # fmt: skip
 
 
 def confusion_table(found: Analysis) -> Table:
-    """Return objects by their class and by the class found there."""
+    """Return the confusion matrix: objects by annotated class and by detected class."""
     names = (*found.matches.classes, "nothing")
     rows = [(name, *map(int, row)) for name, row in zip(names, found.confusion, strict=True)]
-    title = f"objects (rows) by what was found there (columns), scores from {found.threshold:.2f} on"
+    title = f"confusion matrix: annotated class (rows), detected class (columns), scores >= {found.threshold:.2f}"
     return Table("confusion", title, ("annotated", *names), rows)
 
 
 def image_table(found: Analysis, dataset: Dataset, count: int) -> Table:
-    """Return the worst images."""
+    """Return the worst images with their counts."""
     rows = [
-        (dataset.records[place].file_name, dataset.records[place].image_id, *map(int, found.counts[place]),
-         known(found.f1[place]))
-        for place in found.worst(count)
+        (dataset.records[index].file_name, dataset.records[index].image_id, *map(int, found.counts[index]),
+         known(found.f1[index]))
+        for index in found.worst(count)
     ]  # fmt: skip
-    return Table("images", f"worst images, scores from {found.threshold:.2f} on",
+    return Table("images", f"worst images, scores >= {found.threshold:.2f}",
                  ("image", "id", "found", "false", "missed", "F1"), rows)  # fmt: skip
 
 
 def suspect_table(found: Analysis, dataset: Dataset, count: int) -> Table:
-    """Return annotations that may be wrong."""
+    """Return the annotations that may be wrong, the most suspicious first."""
     rows = [
         (dataset.records[suspect.image].file_name, dataset.records[suspect.image].image_id,
          suspect.kind.replace("_", " "), suspect.annotation_id or None, suspect.annotated or "-", suspect.found,
@@ -91,5 +91,5 @@ def all_tables(found: Analysis, dataset: Dataset, images: int) -> list[Table]:
 
 
 def known(value: float) -> float | None:
-    """Return None for NaN, which JSON does not have."""
+    """Return the value, or None for NaN, which JSON lacks."""
     return None if math.isnan(value) else float(value)

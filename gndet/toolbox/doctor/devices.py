@@ -1,4 +1,4 @@
-"""The hardware: processor, memory, GPUs."""
+"""Examine the hardware: processor, memory, GPUs."""
 
 import os
 import re
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def facts(cfg: Config | None) -> Facts:
-    """Yield facts about processor, memory and GPUs."""
+    """Yield facts about the processor, the memory and the GPUs."""
     yield Fact("processor", processor())
     yield cores()
     yield memory(*memory_bytes(), cgroup_memory())
@@ -35,18 +35,18 @@ def processor() -> str:
 
 
 def cores() -> Fact:
-    """Compare torch's threads with the cores that this process may use."""
+    """Compare the number of torch's threads with the cores that this process may use."""
     usable, quota, threads = usable_cores(), cpu_quota(), torch.get_num_threads()
-    text = f"{os.cpu_count()}, {usable} for this process" + (f", {quota:g} by its cgroup" if quota else "")
-    text += f"; torch computes with {threads} thread(s)"
+    text = f"{os.cpu_count()}, of which this process may use {usable}"
+    text += (f" (cgroup limit: {quota:g})" if quota else "") + f"; torch computes with {threads} thread(s)"
     most = max(int(min(usable, quota or usable)), 1)
     if threads > most:
-        return Fact("cores", f"{text}: more than cores, which is slow; set OMP_NUM_THREADS={most}", "warning")
+        return Fact("cores", f"{text}: more threads than cores is slow; set OMP_NUM_THREADS={most}", "warning")
     return Fact("cores", text)
 
 
 def cpu_quota() -> float | None:
-    """Return the number of CPUs that the cgroup allows; None for no limit."""
+    """Return the number of CPUs that the cgroup allows; None if there is no limit."""
     for folder in _cgroups("cpu"):
         quota, _, period = _read(f"{folder}/cpu.max").strip().partition(" ")
         if not quota:
@@ -57,17 +57,17 @@ def cpu_quota() -> float | None:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Return the machine's memory and what is available, in bytes; 0 where the system does not say."""
+    """Return the machine's total and available memory in bytes; 0 if the system does not report it."""
     kib = dict(re.findall(r"(?m)^(\w+):\s*(\d+) kB", _read("/proc/meminfo")))
     return 1024 * int(kib.get("MemTotal", 0)), 1024 * int(kib.get("MemAvailable", 0))
 
 
 def cgroup_memory() -> tuple[int, int] | None:
-    """Return the bytes that the cgroup allows and the bytes in use; None for no limit."""
+    """Return the bytes that the cgroup allows and the bytes in use; None if there is no limit."""
     for folder in _cgroups("memory"):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             allowed, taken = (_read(f"{folder}/{name}").strip() for name in (limit, used))
-            if allowed.isdigit() and taken.isdigit() and int(allowed) < 1 << 60:  # v1 says 2^63 for no limit
+            if allowed.isdigit() and taken.isdigit() and int(allowed) < 1 << 60:  # v1 writes about 2^63 if unlimited
                 return int(allowed), int(taken)
     return None
 
@@ -79,7 +79,7 @@ def memory(total: int, available: int, limit: tuple[int, int] | None) -> Fact:
         text += f"; this process's cgroup: {limit[0] / GIB:.1f} GiB, {limit[1] / GIB:.1f} in use"
         available = min(available, limit[0] - limit[1])
     if available < LITTLE:
-        return Fact("memory", f"{text}: under {LITTLE / GIB:.0f} GiB is little for training", "warning")
+        return Fact("memory", f"{text}: training may need more than {LITTLE / GIB:.0f} GiB", "warning")
     return Fact("memory", text)
 
 
@@ -97,18 +97,18 @@ def gpus() -> Facts:
 
 
 def no_gpu(driver: str, built: str) -> Fact:
-    """Say why torch has no GPU.  driver: NVIDIA's, where it is loaded."""
+    """Return why torch has no GPU.  driver: the version of NVIDIA's driver, "" if it is not loaded."""
     if not driver:
         return Fact("GPU", f"none (torch {built})")
     if torch.version.cuda is None:
-        text = f"NVIDIA's driver {driver} is there, but torch is {built}: install torch for CUDA"
+        text = f"NVIDIA's driver {driver} is loaded, but torch is {built}: install torch for CUDA"
         return Fact("GPU", text, "warning")
     try:
         torch.cuda.init()
-        why = "it does not say why"
+        why = "torch gives no reason"
     except Exception as error:  # torch's or the driver's
         why = reason(error)
-    return Fact("GPU", f"NVIDIA's driver {driver} is there, torch is {built}, and finds none: {why}", "warning")
+    return Fact("GPU", f"NVIDIA's driver {driver} is loaded, but torch ({built}) finds no GPU: {why}", "warning")
 
 
 def _gpu(device: torch.device) -> Fact:
@@ -119,7 +119,7 @@ def _gpu(device: torch.device) -> Fact:
         with torch.cuda.device(device):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         torch.ones(1, device=device).add(1).item()
-    except Exception as error:  # a driver, a card in use by another, a torch without code for it
+    except Exception as error:  # a broken driver, a GPU in use by another process, a torch not built for this GPU
         return Fact(name, f"cannot be used: {reason(error)}", "wrong")
     text = (
         f"{known.name}, {total / GIB:.1f} GiB, {free / GIB:.1f} free, compute capability {known.major}.{known.minor}, "
@@ -131,13 +131,13 @@ def _gpu(device: torch.device) -> Fact:
 
 
 def _cgroups(controller: str) -> list[str]:
-    """Return the folders of this process's cgroup and its ancestors, innermost first, of cgroup v2 and v1."""
+    """Return the folders of this process's cgroup and its ancestors, innermost first, for cgroup v2 and v1."""
     folders = []
     for _, controllers, path in (line.split(":", 2) for line in _read("/proc/self/cgroup").splitlines()):
         if not controllers or controller in controllers.split(","):
             top = Path("/sys/fs/cgroup") / (controller if controllers else "")
-            here = top / path.lstrip("/")
-            folders += [here, *(parent for parent in here.parents if parent.is_relative_to(top))]
+            innermost = top / path.lstrip("/")
+            folders += [innermost, *(parent for parent in innermost.parents if parent.is_relative_to(top))]
     return [str(folder) for folder in folders]
 
 

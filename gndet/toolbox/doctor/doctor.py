@@ -1,7 +1,7 @@
-"""`gndet doctor`: whether gndet works on a machine, as a text to paste into an issue.
+"""`gndet doctor`: report whether gndet works on this machine, as text to paste into an issue.
 
-Everything that needs torch runs in a child process (`inside`), so that a package that cannot be imported, or crashes
-the process, is reported like any other fact.  The report shows neither account names nor the home folder.
+Everything that needs torch runs in a child process (`inside`), so a package that cannot be imported or that crashes
+the process is reported like any other fact.  The report shows neither account names nor the home folder.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from gndet.toolbox.doctor import machine
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
 from gndet.toolbox.doctor.inside import PATIENCE
 
-# -P leaves the current folder out of the path, whose files may shadow packages; gndet's is added, installed or not
+# -P keeps the current folder, whose files may shadow packages, off the path; gndet's folder is added in any case
 START = (
     "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
     "runpy.run_module('gndet.toolbox.doctor.inside', run_name='__main__')"
@@ -34,9 +34,9 @@ Show = Callable[[str], None]
 def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: Path | None) -> bool:
     """Describe this machine, try everything that gndet depends on, and end with a one-line verdict.
 
-    config: YAML file whose data to load and whose run folder to examine; None: drawn pictures, and this folder.
-    json_file: where to write the same as JSON.  Returns whether everything works; warnings do not count.
-    Raises ConfigError and OutputError before trying anything.
+    config: YAML file that names the data to load and the run folder to examine; None: drawn pictures and the current
+    folder.  json_file: where to write the report as JSON.  Returns whether everything works; warnings do not count.
+    Raises ConfigError or OutputError before it tries anything.
     """
     if config is not None:
         load_config(config, overrides)
@@ -61,41 +61,41 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
 
 
 def examine(arguments: Sequence[str]) -> Iterator[str | Fact]:
-    """Yield the titles of sections and the facts.  arguments: config file and overrides, if any."""
+    """Yield section titles (str) and facts.  arguments: config file and overrides, if any."""
     yield "gndet doctor"
     yield from machine.facts()
     command = [sys.executable, "-P", "-c", START, str(Path(gndet.__file__).parent.parent), *arguments]
-    with tempfile.TemporaryFile() as told, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told) as process:
+    with tempfile.TemporaryFile() as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as child:
         try:
-            yield from follow(process, told)
+            yield from follow(child, stderr)
         finally:
-            process.kill()
+            child.kill()
 
 
-def follow(process: subprocess.Popen, told: BinaryIO) -> Iterator[str | Fact]:
-    """Yield the titles and facts that the process prints, then how it failed, if it did.  told: its stderr."""
+def follow(process: subprocess.Popen, stderr: BinaryIO) -> Iterator[str | Fact]:
+    """Yield the titles and facts that the process prints, then how it failed, if it did.  stderr: its output file."""
     title = trying = "starting Python"
     for text in process.stdout or ():
         try:
-            said = json.loads(text)
+            row = json.loads(text)
         except ValueError:  # printed by a library
             continue
-        if "title" in said:
-            title = trying = said["title"]
+        if "title" in row:
+            title = trying = row["title"]
             yield title
-        elif "trying" in said:
-            trying = said["trying"]
+        elif "trying" in row:
+            trying = row["trying"]
         else:
-            yield Fact(**said)
+            yield Fact(**row)
     status = process.wait()
     if status == -signal.SIGALRM:
-        yield Fact(title, f"{trying}: nothing came of it in {PATIENCE} s", "wrong")
+        yield Fact(title, f"{trying} did not finish within {PATIENCE} s", "wrong")
     elif status:
-        told.seek(0)
-        lines = told.read().decode(errors="replace").strip().splitlines()
+        stderr.seek(0)
+        lines = stderr.read().decode(errors="replace").strip().splitlines()
         words = f": {lines[-1]}" if lines and status > 0 else ""
         how = f"status {status}" if status > 0 else f"signal {-status} ({signal.strsignal(-status)})"
-        yield Fact(title, f"{trying} ended the process with {how}{words}; what follows was not tried", "wrong")
+        yield Fact(title, f"{trying} ended the process with {how}{words}; the rest was not tried", "wrong")
 
 
 def refuse_output(file: Path) -> None:
@@ -106,4 +106,4 @@ def refuse_output(file: Path) -> None:
     with file.open("rb") as opened:
         head = opened.read(20)
     if head and not head.startswith(b'{\n "healthy"'):
-        raise OutputError(f"{file}: is there and is no report of gndet doctor; it is not written over, choose another")
+        raise OutputError(f"{file}: exists and is not a report of gndet doctor; choose another file")

@@ -1,4 +1,4 @@
-"""What the doctor says: one fact per line, judged or not, without the names of a user's account."""
+"""The lines of the doctor's report: one fact per line, judged or not, without the user's account name."""
 
 import getpass
 import re
@@ -18,7 +18,7 @@ class Fact(NamedTuple):
     mark: Literal["", "ok", "warning", "wrong"] = ""  # not judged; works; works with a caveat; will not work
 
 
-Facts = Iterator[Fact | str]  # str: what is being tried next, in case it ends the process
+Facts = Iterator[Fact | str]  # str: what is tried next, in case the attempt ends the process
 
 
 def line(fact: Fact) -> str:
@@ -28,7 +28,7 @@ def line(fact: Fact) -> str:
 
 
 def health_verdict(facts: list[Fact]) -> str:
-    """Sum up in a line that names what is wrong and what has warnings."""
+    """Return one line that names what is wrong and what has warnings."""
     wrong, warned = (
         list(dict.fromkeys(fact.name for fact in facts if fact.mark == mark)) for mark in ("wrong", "warning")
     )
@@ -38,7 +38,7 @@ def health_verdict(facts: list[Fact]) -> str:
 
 
 def without_names(text: str) -> str:
-    """Replace the home folder by ~ and the account's name in paths by USER."""
+    """Replace the home folder by ~, and the account's name in paths by USER."""
     with suppress(RuntimeError):  # an account without a home
         home = Path.home()
         for folder in sorted({str(home), str(home.resolve())}, key=len, reverse=True):
@@ -51,6 +51,6 @@ def without_names(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error in a line."""
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

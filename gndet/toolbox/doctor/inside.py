@@ -1,7 +1,7 @@
-"""The process that imports and tries everything: python -m gndet.toolbox.doctor.inside [CONFIG [key=value ...]].
+"""The child process that imports and tries everything: python -m gndet.toolbox.doctor.inside [CONFIG [key=value ...]].
 
-It writes a line of JSON per title, attempt and fact at once, so that a crash (a package built for another processor, a
-driver) leaves the facts found so far and the last attempt.
+It writes each title, attempt and fact at once, as a line of JSON.  After a crash (caused by a driver, or by a package
+built for another processor) the facts found so far and the last attempt are known.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from gndet.config.loading import load_config
 from gndet.errors import GndetError
 from gndet.toolbox.doctor.facts import Fact, reason
 
-STEPS = {  # modules of this package, imported in turn: importing one may be what fails
+STEPS = {  # modules of this package; each is imported when its turn comes, because the import may fail
     "packages": "packages", "devices": "devices", "kernels": "kernels", "loading": "data loader", "room": "disk",
 }  # fmt: skip
-PATIENCE = 180  # seconds that an attempt may take; then SIGALRM ends this process, wherever it hangs
+PATIENCE = 180  # seconds per attempt; after that SIGALRM ends this process, wherever it hangs
 
 
 def rows(arguments: list[str]) -> Iterator[dict[str, Any]]:
-    """Go through the steps, and yield their titles, attempts and facts."""
+    """Run the steps; yield their titles, attempts and facts."""
     cfg = load_config(arguments[0], arguments[1:]) if arguments else None
     for step, title in STEPS.items():
         yield {"title": title}
@@ -35,14 +35,14 @@ def rows(arguments: list[str]) -> Iterator[dict[str, Any]]:
                 yield {"trying": found} if isinstance(found, str) else found._asdict()
         except GndetError as error:
             yield Fact(title, " ".join(str(error).split()), "wrong")._asdict()
-        except Exception as error:  # of whatever kind: finding it is the purpose
+        except Exception as error:  # any kind: the doctor is here to find it
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename}:{frame.lineno}"
             yield Fact(title, f"cannot be tried: {reason(error)} ({place})", "wrong")._asdict()
 
 
 def write(found: Iterator[dict[str, Any]]) -> None:
-    """Write each row to stdout as soon as it is known."""
+    """Print each row to stdout as soon as it is known."""
     report = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # pycocotools prints
         for row in found:

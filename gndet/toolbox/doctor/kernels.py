@@ -1,4 +1,4 @@
-"""The kernels of training and evaluation, on small inputs, compared with an independent computation in float64.
+"""Compare the kernels of training and evaluation with an independent computation in float64, on small inputs.
 
 B images, C channels, N boxes, R regions, (H, W) maps.
 """
@@ -27,14 +27,14 @@ from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
 MAP = (2, 64, 33, 41)  # B, C, H, W
 GROUPS = 16
-SIZES = ((33, 41), (20, 27))  # of pictures that do not fill the map
-TOLERANCES = {  # relative to the largest value: a few units in the last place of each type, and of sums in float32
+SIZES = ((33, 41), (20, 27))  # (height, width) of two pictures, the second smaller than the map
+TOLERANCES = {  # relative to the largest value: a few units in the last place of each type, and of float32 sums
     torch.float32: 3e-4, torch.bfloat16: 1.5e-2, torch.float16: 3e-3,
 }  # fmt: skip
 NMS_THRESHOLD = 0.5
 LAYOUTS = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
 
-Errors = dict[str, float]  # the largest difference of each comparison, relative to the largest value
+Errors = dict[str, float]  # largest difference of each comparison, relative to the largest value
 
 
 def facts(cfg: Config | None) -> Facts:
@@ -67,24 +67,24 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, float, Callable[[],
 
 
 def judged(name: str, tolerance: float, compare: Callable[[], Errors]) -> Fact:
-    """Compare, and say by how much each is off; an operator that raises is a finding too."""
+    """Run a comparison and judge its errors; an operator that raises is a finding too."""
     try:
         errors = compare()
-    except Exception as error:  # a missing operator, a driver, a compiler: of whatever kind, this does not work
+    except Exception as error:  # any kind (missing operator, driver, compiler): the kernel does not work
         return Fact(name, f"fails: {reason(error)}", "wrong")
     wrong = [case for case, error in errors.items() if not error <= tolerance]  # NaN is wrong
     if wrong:
         text = ", ".join(f"{case} is off by {errors[case]:.1g}" for case in wrong)
-        return Fact(name, f"{text}, expected {tolerance:.0e} at most", "wrong")
-    text = f"off by {max(errors.values()):.0e} at most" if tolerance else "equal"
+        return Fact(name, f"{text}, expected at most {tolerance:.0e}", "wrong")
+    text = f"off by at most {max(errors.values()):.0e}" if tolerance else "equal"
     return Fact(name, f"{text} ({', '.join(errors)})", "ok")
 
 
 def triton_kernels(device: torch.device) -> Fact:
-    """Report the kernels' self-test; where it fails torch's operators take their place."""
+    """Return the result of the kernels' self-test; if it fails, gndet uses torch's operators instead."""
     if wrong := trouble(device):
-        return Fact(f"Triton kernels, {device}", f"{wrong}: torch's operators take their place, slower", "warning")
-    return Fact(f"Triton kernels, {device}", "as torch in float64", "ok")
+        return Fact(f"Triton kernels, {device}", f"{wrong}: torch's slower operators are used instead", "warning")
+    return Fact(f"Triton kernels, {device}", "agree with torch in float64", "ok")
 
 
 def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
@@ -106,7 +106,7 @@ def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
 
 
 def exact_group_norm(x: Tensor, gamma: Tensor, beta: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Normalise picture by picture (Wu & He 2018, equations 1 to 7); zero in the padding."""
+    """Normalise each picture by itself (Wu & He 2018, equations 1 to 7); the padding becomes zero."""
     y = torch.zeros_like(x)
     for image, (height, width) in enumerate(sizes):
         normal = F.instance_norm(x[image, :, :height, :width].reshape(1, GROUPS, -1), eps=1e-5).view(-1, height, width)
@@ -115,7 +115,7 @@ def exact_group_norm(x: Tensor, gamma: Tensor, beta: Tensor, sizes: tuple[tuple[
 
 
 def winograd() -> Errors:
-    """Compare a convolution by minimal filtering, forward and backward, with torch's in float64."""
+    """Compare the minimal-filtering convolution, forward and backward, with torch's in float64."""
     x, weight, grad = noise((2, 64, 20, 25), 0), noise((96, 64, 3, 3), 1) / 24, noise((2, 96, 20, 25), 2)
     found = with_gradients(MinimalConvolution.apply, grad, x, weight)
     exact = with_gradients(partial(F.conv2d, padding=1), grad, x.double(), weight.double())
@@ -124,7 +124,7 @@ def winograd() -> Errors:
 
 
 def nms(device: torch.device) -> Errors:
-    """Return the share of boxes that only one of non-maximum suppression here and torchvision's in float64 keeps."""
+    """Return the share of boxes on which gndet's NMS and torchvision's in float64 disagree."""
     corners = torch.from_numpy(np.random.default_rng(0).uniform(0, 60, (150, 2))).float()
     sides = torch.from_numpy(np.random.default_rng(1).uniform(10, 50, (150, 2))).float()
     boxes = torch.cat([corners, corners + sides], dim=1)  # (N, 4)
@@ -155,7 +155,7 @@ def roi_align(device: torch.device) -> Errors:
 
 
 def metrics() -> Errors:
-    """Compare hotcoco with pycocotools, the reference, on the objects of drawn pictures, their boxes moved a little."""
+    """Compare hotcoco with the reference, pycocotools, on objects of drawn pictures whose boxes are moved a little."""
     truths = coco_truths(read_shapes(DatasetConfig(kind="shapes", count=6, size=64), DataConfig()), masks=True)
     rng = np.random.default_rng(0)
     results = from_coco(
@@ -175,14 +175,14 @@ def metrics() -> Errors:
 
 
 def with_gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the function's result, and the gradients at its inputs where that of the result is `grad`."""
+    """Return the function's result, and the gradients of its inputs given the gradient `grad` of the result."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
     y = function(*leaves)
     return (y.detach(), *torch.autograd.grad(y, leaves, grad.to(y)))
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Return numbers around 1 with a spread of 1, so that a lost mean shows."""
+    """Return normal numbers of mean 1 and standard deviation 1, so that a forgotten mean shows."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 1
 
 

@@ -1,4 +1,4 @@
-"""How fast pictures become batches, and whether shared memory and open files suffice for loader processes."""
+"""Measure how fast pictures become batches; check shared memory and the open-file limit for loader processes."""
 
 import contextlib
 import resource
@@ -17,18 +17,18 @@ from gndet.data.records import Dataset
 from gndet.data.workers import PREFETCH, usable_cores
 from gndet.toolbox.doctor.facts import Fact, Facts
 
-PICTURES = 64  # to load at most
-SECONDS = 2.0  # of each of the two measurements, about
+PICTURES = 64  # most pictures to load
+SECONDS = 2.0  # about the length of each of the two measurements
 SIZE = 480  # side in pixels of the pictures drawn without a config
 SHARED = Path("/dev/shm")
-DOCKER = 64 << 20  # bytes: what Docker gives
-USUAL = 110 << 20  # bytes of 8 batches of two COCO pictures at 800/1333 with masks of 60 objects each
-OTHER_FILES = 200  # open files of a run beside its batches: libraries, logs, pipes
+DOCKER = 64 << 20  # bytes: Docker's default
+USUAL = 110 << 20  # bytes of 8 batches of two COCO pictures at 800/1333, each with masks of 60 objects
+OTHER_FILES = 200  # open files of a run besides its batches: libraries, logs, pipes
 MIB = 2**20
 
 
 def facts(cfg: Config | None) -> Facts:
-    """Measure the loader without and with processes, and what these need.  Raises DataError for refused data."""
+    """Measure the loader without and with worker processes, and what these need.  Raises DataError for refused data."""
     yield "reading the data"
     before = time.perf_counter()
     used = few_pictures(cfg)
@@ -36,29 +36,29 @@ def facts(cfg: Config | None) -> Facts:
     name = dataset.name if cfg else f"drawn shapes of {SIZE} x {SIZE} pixels (--config measures your data)"
     yield Fact("data", f"{name}; opened in {time.perf_counter() - before:.1f} s")
     yield "loading in this process"
-    alone, _ = rate(dataset, used, 0)
-    yield Fact("one process", f"{1000 / alone:.1f} ms per image, {alone:.0f} images/s")
+    speed, _ = rate(dataset, used, 0)
+    yield Fact("one process", f"{1000 / speed:.1f} ms per image, {speed:.0f} images/s")
     workers = used.data.workers
     if workers:
         yield f"loading in {workers} processes"
-        together, deaths = rate(dataset, used, workers)
-        text = f"{together:.0f} images/s with data.workers={workers}"
+        speed, deaths = rate(dataset, used, workers)
+        text = f"{speed:.0f} images/s with data.workers={workers}"
         if deaths:
             yield Fact("loader processes", f"{text}; {'; '.join(deaths)}", "wrong")
         elif workers > usable_cores():
-            yield Fact("loader processes", f"{text}, more than the {usable_cores()} cores", "warning")
+            yield Fact("loader processes", f"{text}, which is more than the {usable_cores()} cores", "warning")
         else:
             yield Fact("loader processes", text, "ok")
-        alone = max(together, 1e-9)
+        speed = max(speed, 1e-9)
     images = images_per_batch(used)
-    yield Fact("data wait", f"none where {images} images train in {1000 * images / alone:.0f} ms or more")
+    yield Fact("data wait", f"none if training on {images} images takes {1000 * images / speed:.0f} ms or more")
     needed = batch_bytes(dataset, used) * workers * PREFETCH if cfg else USUAL
     yield shared_memory(needed, workers, SHARED)
     yield open_files(workers, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def few_pictures(cfg: Config | None) -> Config:
-    """Return the config with the first pictures of its training data; without one, the defaults with drawn pictures."""
+    """Limit a config to the first pictures of its training data; for None, return a config of drawn pictures."""
     if cfg is None:
         shapes = DatasetConfig(kind="shapes", count=PICTURES, size=SIZE)
         return Config(data=DataConfig(train=shapes, val=shapes, shortest_edge=(SIZE,), max_edge=SIZE))
@@ -68,12 +68,12 @@ def few_pictures(cfg: Config | None) -> Config:
 
 
 def images_per_batch(cfg: Config) -> int:
-    """Return train.images_per_gpu, or 2 where that is auto."""
+    """Return train.images_per_gpu, or 2 if it is auto."""
     return cfg.train.images_per_gpu if isinstance(cfg.train.images_per_gpu, int) else 2
 
 
 def rate(dataset: Dataset, cfg: Config, workers: int) -> tuple[float, list[str]]:
-    """Return images per second over about SECONDS, start-up of processes included, and deaths of processes."""
+    """Return the images per second over about SECONDS, worker start-up included, and reports of dead workers."""
     deaths: list[str] = []
     data, images, count = cfg.data.model_copy(update={"workers": workers}), images_per_batch(cfg), 0
     before = time.perf_counter()
@@ -90,16 +90,16 @@ def rate(dataset: Dataset, cfg: Config, workers: int) -> tuple[float, list[str]]
 
 
 def batch_bytes(dataset: Dataset, cfg: Config) -> int:
-    """Return the bytes of the largest batch of these pictures."""
+    """Return the size in bytes of the largest batch of these pictures."""
     batch = largest_batch(dataset, cfg.data, images_per_batch(cfg), masks=cfg.model.masks)
     return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
 
 
 def shared_memory(needed: int, workers: int, folder: Path) -> Fact:
-    """Judge the room for batches on their way from the loader processes.  needed: bytes."""
+    """Judge the room for batches that loader processes have prepared.  needed: bytes."""
     name = "shared memory"
     if not folder.is_dir():
-        text = f"no {folder}: loader processes need it; data.workers=0 does without"
+        text = f"no {folder}: loader processes need it; set data.workers=0 to load without them"
         return Fact(name, text, "wrong" if workers else "")
     total, _, free = shutil.disk_usage(folder)
     text = f"{total / MIB:,.0f} MiB, {free / MIB:,.0f} free; {workers} loader processes may hold {needed / MIB:,.0f}"
@@ -107,18 +107,18 @@ def shared_memory(needed: int, workers: int, folder: Path) -> Fact:
     if workers and free < needed:
         return Fact(name, f"{text}: {ways}", "warning" if total > needed else "wrong")
     if workers and total <= DOCKER:
-        return Fact(name, f"{text}: Docker's 64 MB are too little for larger pictures: {ways}", "warning")
+        return Fact(name, f"{text}: Docker's default of 64 MB is too small for large pictures: {ways}", "warning")
     return Fact(name, text, "ok")
 
 
 def open_files(workers: int, limit: int) -> Fact:
-    """Judge the limit of open files, of which each tensor of a batch on its way takes one."""
+    """Judge the limit of open files; each tensor of a waiting batch takes one."""
     if limit == resource.RLIM_INFINITY:
         return Fact("open files", "no limit", "ok")
     leaves = 7  # tensors of a Batch
     needed = workers * PREFETCH * leaves + OTHER_FILES
-    text = f"{limit} at most, a run with {workers} loader processes needs up to {needed}"
+    text = f"at most {limit}; a run with {workers} loader processes needs up to {needed}"
     if limit < needed:
-        text += f": raise it (ulimit -n {max(4096, needed)}), or set data.workers lower"
+        text += f": raise the limit (ulimit -n {max(4096, needed)}) or lower data.workers"
         return Fact("open files", text, "warning")
     return Fact("open files", text, "ok")

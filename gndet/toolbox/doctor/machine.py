@@ -1,4 +1,4 @@
-"""gndet, Python and the system, without torch or NumPy, which may be what is broken."""
+"""Describe gndet, Python and the system, without importing torch or NumPy, which may be broken."""
 
 import platform
 import shutil
@@ -16,7 +16,7 @@ CONTAINERS = ("/.dockerenv", "/run/.containerenv")  # Docker's and Podman's mark
 
 
 def facts() -> Iterator[Fact]:
-    """Yield the versions of all that the rest needs."""
+    """Yield the versions of gndet, Python, the system, the C library and the compiler."""
     yield Fact("gndet", gndet.__version__ + commit(Path(gndet.__file__).parent.parent))
     python = f"{platform.python_version()} {platform.python_implementation()}"
     yield Fact("Python", f"{python}, {sys.maxsize.bit_length() + 1} bits")
@@ -27,7 +27,7 @@ def facts() -> Iterator[Fact]:
 
 
 def commit(folder: Path) -> str:
-    """Return the commit of a checkout, like ", commit 1a2b3c4", or 1a2b3c4-dirty with changes; "" for other folders."""
+    """Return a checkout's commit, e.g. ", commit 1a2b3c4" or 1a2b3c4-dirty with changes; "" for other folders."""
     if not (folder / ".git").exists():
         return ""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
@@ -35,7 +35,7 @@ def commit(folder: Path) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         if done.returncode == 0:
             return f", commit {done.stdout.strip()}"
-    return ", a checkout whose commit git does not tell"
+    return ", a checkout whose commit git cannot tell"
 
 
 def _system() -> str:

@@ -1,6 +1,6 @@
-"""The packages that gndet needs: whether they are installed, in the right versions, and can be imported.
+"""Check the packages that gndet needs: whether they are installed, in the right versions, and can be imported.
 
-Each is imported by name when its turn comes, since failing imports are what is looked for.
+Each package is imported by name when its turn comes, because the doctor looks for imports that fail.
 """
 
 import importlib
@@ -12,13 +12,13 @@ from packaging.specifiers import SpecifierSet
 from gndet.config.schema import Config
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
-NEEDED = {  # the module to import: the one with compiled code, where there is one
+NEEDED = {  # {package: module to import}, the module with compiled code if there is one
     "numpy": "numpy", "torch": "torch", "torchvision": "torchvision.ops", "pycocotools": "pycocotools.mask",
     "hotcoco": "hotcoco", "pillow": "PIL.Image", "orjson": "orjson", "safetensors": "safetensors.torch",
     "pydantic": "pydantic", "pyyaml": "yaml", "rich": "rich", "tensorboard": "torch.utils.tensorboard",
     "matplotlib": "matplotlib",
 }  # fmt: skip
-OPTIONAL = {  # with what is missing without it
+OPTIONAL = {  # {package: (module, what needs it and how to install it)}
     "onnx": ("onnx", "`gndet export`: pip install onnx onnxruntime"),
     "onnxruntime": ("onnxruntime", "`gndet export`: pip install onnx onnxruntime"),
     "av": ("av", "videos in `gndet predict`: pip install av"),
@@ -38,7 +38,7 @@ def facts(cfg: Config | None) -> Facts:
 
 
 def judge_package(name: str, module: str, wanted: SpecifierSet, use: str) -> Fact:
-    """Judge a package.  wanted: versions; use: of an optional package, "" for a required one."""
+    """Judge a package.  wanted: the accepted versions.  use: what an optional package is for; "" if required."""
     version = installed(name)
     if version is None and use:
         return Fact(name, f"not installed (optional): {use}")
@@ -54,7 +54,7 @@ def judge_package(name: str, module: str, wanted: SpecifierSet, use: str) -> Fac
 
 
 def installed(name: str) -> str | None:
-    """Return the version of a package; None where it is not installed."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -62,7 +62,7 @@ def installed(name: str) -> str | None:
 
 
 def requirements(name: str) -> dict[str, SpecifierSet]:
-    """Return the versions that a package requires of others, extras left out."""
+    """Return the versions that a package requires of other packages, without extras."""
     try:
         found = map(Requirement, metadata.requires(name) or [])
     except metadata.PackageNotFoundError:  # run from a folder, not installed
@@ -71,17 +71,17 @@ def requirements(name: str) -> dict[str, SpecifierSet]:
 
 
 def judge_pairing(torch: str, torchvision: str, asked: SpecifierSet) -> Fact:
-    """Compare versions of torch and torchvision.  asked: versions of torch that torchvision's package requires."""
+    """Judge whether torch and torchvision fit.  asked: the versions of torch that torchvision requires."""
     name, builds = "torch with torchvision", [version.partition("+")[2] for version in (torch, torchvision)]
     if not asked.contains(torch, prereleases=True):
         return Fact(name, f"torchvision {torchvision} is built for torch{asked}, not {torch}", "wrong")
     if all(builds) and builds[0] != builds[1]:
-        return Fact(name, f"builds for {builds[0]} and {builds[1]}: install both for one", "wrong")
+        return Fact(name, f"builds for {builds[0]} and {builds[1]}: install both for the same", "wrong")
     return Fact(name, "built for each other", "ok")
 
 
 def numpy_exchange() -> Fact:
-    """Return whether torch accepts NumPy's arrays, which it may not from a NumPy newer than its build."""
+    """Judge whether torch accepts NumPy's arrays, which may fail if NumPy is newer than torch was built for."""
     try:
         numpy, torch = importlib.import_module("numpy"), importlib.import_module("torch")
         torch.from_numpy(numpy.arange(3)).numpy()

@@ -1,4 +1,4 @@
-"""Whether the disk has room for a run's checkpoints, and for data sets in the cache."""
+"""Check whether the disk has room for a run's checkpoints, and for data sets in the cache."""
 
 import os
 import shutil
@@ -16,36 +16,36 @@ USUAL = Config()  # a Mask R-CNN R50 with GN
 
 
 def facts(cfg: Config | None) -> Facts:
-    """Yield the free disk of the run folder (without a config: of this folder), and of the cache."""
+    """Yield the free disk space of the run folder (without a config, of the current folder) and of the cache."""
     yield "building the model"
     used = cfg or USUAL
     with torch.device("meta"):  # no memory for the weights
         model = build_model(used.model, len(used.data.classes or ()) or COCO_CLASSES)
-    each = checkpoint_bytes(model, used.train)
-    yield disk("run folder" if cfg else "this folder", Path(cfg.out if cfg else "."), each, used.train.keep_last + 2)
+    size = checkpoint_bytes(model, used.train)
+    yield disk("run folder" if cfg else "this folder", Path(cfg.out if cfg else "."), size, used.train.keep_last + 2)
     if used.data.cache:
         yield cache(Path(used.data.cache).expanduser())
 
 
-def disk(name: str, folder: Path, each: int, count: int) -> Fact:
-    """Judge a folder for `count` checkpoints of `each` bytes: those kept, the best, and the one being written."""
-    there = existing(folder)
-    free = shutil.disk_usage(there).free
-    text = f"{folder.absolute()}: {free / 1e9:.1f} GB free; {count} checkpoints of {each / 1e6:.0f} MB"
-    if not os.access(there, os.W_OK):
-        return Fact(name, f"{text}; {there} cannot be written: out=FOLDER chooses another", "wrong")
-    if free < count * each:
+def disk(name: str, folder: Path, size: int, count: int) -> Fact:
+    """Judge a folder for `count` checkpoints of `size` bytes: those kept, the best, and the one being written."""
+    parent = existing(folder)
+    free = shutil.disk_usage(parent).free
+    text = f"{folder.absolute()}: {free / 1e9:.1f} GB free; {count} checkpoints of {size / 1e6:.0f} MB"
+    if not os.access(parent, os.W_OK):
+        return Fact(name, f"{text}; {parent} is not writable: choose another out=FOLDER", "wrong")
+    if free < count * size:
         return Fact(name, f"{text} do not fit: make room, or choose another out=FOLDER", "wrong")
     return Fact(name, f"{text} fit", "ok")
 
 
 def cache(folder: Path) -> Fact:
     """Judge the folder of the data cache."""
-    there = existing(folder)
-    if not os.access(there, os.W_OK):
-        text = f"{folder} cannot be written: data is read anew each time; data.cache=FOLDER"
+    parent = existing(folder)
+    if not os.access(parent, os.W_OK):
+        text = f"{folder} is not writable, so data is read anew each time; set data.cache=FOLDER"
         return Fact("data cache", text, "warning")
-    return Fact("data cache", f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free", "ok")
+    return Fact("data cache", f"{folder}: {shutil.disk_usage(parent).free / 1e9:.1f} GB free", "ok")
 
 
 def existing(folder: Path) -> Path:

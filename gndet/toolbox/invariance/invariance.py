@@ -1,8 +1,8 @@
-"""`gndet invariance`: show on a user's images and model that an image trains the same whatever stands beside it.
+"""`gndet invariance`: show on a user's images and model that an image trains the same whatever else is in its batch.
 
-The images are run one by one, each on its own canvas; then the same images in other arrangements, and over two
-processes. Features, losses, what is sampled and gradients are compared. Proved in float64, where rounding flips no
-choice; float32, and bf16 on a GPU, are shown beside it.
+The images run one by one, each on its own canvas, then in other arrangements, then on two ranks.  The results are
+compared: features, losses, sampled anchors and regions, gradients.  The proof is in float64, in which rounding flips
+no choice; float32, and bf16 on a GPU, are shown next to it.
 """
 
 import functools
@@ -49,12 +49,12 @@ from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
 MIN_IMAGES, MAX_IMAGES = 4, 16
-MATE_OBJECTS = 20  # of the made-up wider image: more slots of ground truth for all
+MATE_OBJECTS = 20  # of the synthetic wider image, so that its batch has more ground-truth slots
 REMEDIES = {
-    "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in, frozen_bn; bn has no such form",
-    "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, takes its statistics of one image",
-    "sampling": "draw from ops.noise by the image's key and the candidate's id",
-    "normaliser": "divide an image's loss by what that image alone decides",
+    "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in and frozen_bn; bn cannot do this",
+    "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, does not mix the images of a batch",
+    "sampling": "draw random numbers with ops.noise, keyed by the image's key and the candidate's id",
+    "normaliser": "divide an image's loss by a number that depends on that image alone",
 }
 
 
@@ -65,12 +65,12 @@ class Report(NamedTuple):
     """The outcome of `check_invariance`."""
 
     differences: dict[str, Differences]  # by dtype
-    flips: dict[str, dict[str, Flips]]  # {dtype: {arrangement: decisions that came out otherwise}}
+    flips: dict[str, dict[str, Flips]]  # {dtype: {arrangement: decisions that differ}}
     leaks: list[Leak]
 
     @property
     def passed(self) -> bool:
-        """Whether all that float64 shows is rounding, and no coupling was found."""
+        """Whether float64 shows nothing but rounding and no coupling was found."""
         proof = self.differences["float64"].values()
         flipped = any(flips["choices"][0] for flips in self.flips["float64"].values())
         return not (flipped or self.leaks) and all(diff.small for column in proof for diff in column.values())
@@ -79,8 +79,8 @@ class Report(NamedTuple):
 def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) -> Report:
     """Compare num images of data.train in all arrangements.
 
-    show: called with each line as it is known.  Raises ConfigError for num out of 4 to 16, in a run of several
-    processes, and where memory runs out, DataError for a data set with fewer images to train on, or a broken one.
+    show: called with each line as soon as it is known.  Raises ConfigError if num is not in 4 to 16, under torchrun
+    with several ranks, and if memory runs out; DataError if the data set is broken or has fewer training images.
     """
     try:
         return _check(cfg, num, proc, show)
@@ -97,10 +97,10 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
     if not MIN_IMAGES <= num <= MAX_IMAGES:
         raise ConfigError(f"--images: {num}, expected {MIN_IMAGES} to {MAX_IMAGES}")
     if proc.world > 1:
-        raise ConfigError("gndet invariance starts its two processes itself; run it without torchrun")
+        raise ConfigError("gndet invariance starts its two ranks itself; run it without torchrun")
     dataset = read_dataset(cfg.data.train, cfg.data)
     samples = choose_samples(dataset, cfg, num)
-    # so that there are detections to compare; training does not read the threshold
+    # with a threshold of 0 there are detections to compare; training does not read it
     cfg = cfg.model_copy(update={"model": cfg.model.with_score_threshold(0.0)})
     model, cfg, notes, _ = initial_model(cfg, dataset.classes, images=dataset)
     model = model.to(proc.device).to(memory_format=torch.channels_last).train()
@@ -122,7 +122,7 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
         if name == "float64":
             compare_detections(report.differences[name], model, samples, cfg)
             report.differences[name]["2 processes"] = compare_two_processes(model, samples, len(dataset.classes), cfg)
-        show(f"\n{name}: relative difference, 1 - cosine against each image alone\n{differences_table(report, name)}")
+        show(f"\n{name}: relative difference and 1 - cosine to each image alone\n{differences_table(report, name)}")
     model = model.to(torch.float64)
     everyone = [*samples, wider_mate(samples, cfg.model.masks)]
     singles = [batch_of([sample], model, cfg) for sample in everyone]
@@ -132,7 +132,7 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
 
 
 def choose_samples(dataset: Dataset, cfg: Config, num: int) -> list[Sample]:
-    """Take num training images, from the tallest to the widest, as the first epoch has them."""
+    """Return num training images, from the tallest to the widest, augmented as in the first epoch."""
     usable = [record for record in dataset.records if len(record.labels) and not record.crowd.all()]
     if len(usable) < num:
         raise DataError(f"{dataset.name}: {len(usable)} images with objects, gndet invariance takes {num} (--images)")
@@ -143,7 +143,7 @@ def choose_samples(dataset: Dataset, cfg: Config, num: int) -> list[Sample]:
 
 
 def wider_mate(samples: list[Sample], masks: bool) -> Sample:
-    """Make up an image of noise with MATE_OBJECTS objects, half as tall and wide again as the largest of samples."""
+    """Return an image of noise with MATE_OBJECTS objects, 1.5 times as tall and as wide as the largest sample."""
     height, width = (max(sample.image.shape[d] for sample in samples) * 3 // 2 for d in (1, 2))
     rng = np.random.Generator(np.random.PCG64(0))
     corners = rng.uniform(0, 0.8, (MATE_OBJECTS, 2)) * (width, height)
@@ -159,7 +159,10 @@ def wider_mate(samples: list[Sample], masks: bool) -> Sample:
 
 
 def arrangements(num: int) -> dict[str, list[list[int]]]:
-    """The batches of each arrangement, by image; image number num is the wider one, whose losses do not count."""
+    """Return the batches of each arrangement as lists of image numbers.
+
+    Image number num is the wider one, whose losses do not count.
+    """
     images = list(range(num))
     return {
         "together": [images],
@@ -181,9 +184,9 @@ def compare_arrangements(
     autocast: Callable[[], AbstractContextManager],
     begin: Callable[[str], None],
 ) -> tuple[Differences, dict[str, Flips]]:
-    """Run the images alone and in every arrangement; begin is called with the name of each.
+    """Run the images alone and in every arrangement.  begin: called with the name of each arrangement.
 
-    Returns {arrangement: {what: its difference}} and {arrangement: what flipped}.
+    Returns {arrangement: {quantity: difference}} and {arrangement: flipped decisions}.
     """
     num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
     begin("each alone")
@@ -198,7 +201,7 @@ def compare_arrangements(
 
 
 def compare_detections(differences: Differences, model: DetectionModel, samples: list[Sample], cfg: Config) -> None:
-    """Add how the detections of each image alone differ from those in company."""
+    """Add the differences between detections of images in a batch and of each image alone."""
     num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
 
     def detected(places: list[int]) -> list[Tensor]:
@@ -217,10 +220,10 @@ def compare_detections(differences: Differences, model: DetectionModel, samples:
 def compare_two_processes(
     model: DetectionModel, samples: list[Sample], num_classes: int, cfg: Config
 ) -> dict[str, Difference]:
-    """Compare losses and gradients of one process, image by image, with those of two that share the images."""
+    """Compare losses and gradients of one rank, image by image, with those of two ranks that share the images."""
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": len(samples)})})
     device = model.device
-    release(device)  # the two may have to share this one's GPU
+    release(device)  # the two ranks may have to share this process's GPU
     with tempfile.TemporaryDirectory() as folder:
         torch.save(model.state_dict(), f"{folder}/model.pt")
         spawn(share_of_two, 2, device.type, samples, num_classes, cfg, folder)
@@ -234,13 +237,13 @@ def compare_two_processes(
 
 
 def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Config, folder: str) -> None:
-    """Be one of two processes: run its share of the images in one batch; rank 0 writes the sum of both."""
+    """Run as one of two ranks: process its share of the images in one batch; rank 0 writes the sum of both ranks."""
     model = build_model(cfg.model, num_classes).to(proc.device, torch.float64)
     model = model.to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device, weights_only=True))
-    (mine,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
-    batch = batch_of([samples[i] for i in mine], model.train(), cfg)
-    losses = backward(model, nullcontext, [batch], len(mine), cfg)
+    (share,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
+    batch = batch_of([samples[i] for i in share], model.train(), cfg)
+    losses = backward(model, nullcontext, [batch], len(share), cfg)
     sum_gradients(model, proc)
     losses = {name: all_reduce_sum(loss, proc) for name, loss in losses.items()}
     if proc.first:
@@ -248,7 +251,7 @@ def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Co
 
 
 def differences_table(report: Report, dtype: str) -> str:
-    """Return a line per quantity, two columns per arrangement, and the choices that differ."""
+    """Return a table with a line per quantity and a column per arrangement, and the number of flipped decisions."""
     columns = report.differences[dtype]
     rows = [["", *columns]]
     for name in dict.fromkeys(itertools.chain.from_iterable(columns.values())):
@@ -261,12 +264,14 @@ def differences_table(report: Report, dtype: str) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Say whether it passed, and if not, what leaks, where first, and what to do."""
+    """Say whether the check passed, and if not, what leaks, where it first shows, and how to fix it."""
     bounds = f"relative difference below {RELATIVE:.0e}, 1 - cosine below {COSINE:.0e}"
     if report.passed:
-        lines = [f"passed: an image trains the same whatever stands beside it (float64: {bounds}, the same choices)"]
+        lines = [
+            f"passed: an image trains the same whatever else is in its batch (float64: {bounds}, the same choices)"
+        ]
     else:
-        lines = [f"failed: what an image trains depends on what stands beside it (expected in float64: {bounds})"]
+        lines = [f"failed: how an image trains depends on what else is in its batch (expected in float64: {bounds})"]
     leaking = {leak.coupling: leak for leak in report.leaks}
     for coupling in COUPLINGS:
         if leak := leaking.get(coupling):
@@ -275,12 +280,12 @@ def verdict(report: Report) -> str:
         else:
             lines.append(f"  {coupling}: no leak")
     if not report.passed and not report.leaks:
-        lines.append("  the cause is none of these")
+        lines.append("  the cause is none of these couplings")
     return "\n".join(lines)
 
 
 def json_report(report: Report) -> str:
-    """Return the whole report; JSON has no NaN or infinity, they become null."""
+    """Return the whole report as JSON; NaN and infinity, which JSON lacks, become null."""
     leaks = [leak._asdict() for leak in report.leaks]
     parts = {"passed": report.passed, "differences": report.differences, "flips": report.flips, "leaks": leaks}
     return to_json(parts, indent=1, inf_nan_mode="null").decode()

@@ -1,9 +1,9 @@
-"""Where images of a batch reach each other: the four couplings, each looked for by itself, in float64.
+"""Find where images of a batch influence each other: four couplings, each tested by itself, in float64.
 
-padding: the cells beside a picture, which other pictures' sizes decide.  batch statistics: other images' values.
-sampling: what is drawn for an image.  normaliser: what an image's loss is divided by.
-A leak of one is not taken for another: padding is judged without batch mates, batch statistics on one canvas, and
-sampling and normalisers behind pyramids that were computed image by image.
+padding: the cells outside a picture, whose number depends on the sizes of the other pictures.  batch statistics: the
+values of other images.  sampling: what is drawn for an image.  normaliser: the number that an image's loss is divided
+by.  The tests keep the couplings apart: padding is tested without other images in the batch, batch statistics on one
+canvas, and sampling and normalisers on pyramids that were computed image by image.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,24 +18,24 @@ from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.structures import Batch, Step
 
 COUPLINGS = ("padding", "batch statistics", "sampling", "normaliser")
-TOLERANCE = 1e-9  # relative (L2); rounding of float64 stays below 1e-12
+TOLERANCE = 1e-9  # relative (L2); rounding in float64 stays below 1e-12
 
 
 class Leak(NamedTuple):
-    """A coupling that was found, at the first place it shows."""
+    """A coupling and the first place where it shows."""
 
     coupling: str
     where: str
     difference: float  # relative (L2)
 
 
-Trace = list[tuple[str, Tensor]]  # a module's name and its output, in the order they ran
+Trace = list[tuple[str, Tensor]]  # each module's name and output, in running order
 
 
 def find_leaks(model: DetectionModel, singles: list[Batch], together: Batch) -> list[Leak]:
-    """Look for each coupling among images of different sizes, two at least.
+    """Test each coupling on at least two images of different sizes.
 
-    model: in float64 and in training mode.  singles: each image on its own canvas; together: all on one.
+    model: in float64 and in training mode.  singles: each image on its own canvas.  together: all images on one canvas.
     Returns the first leak of each coupling that leaks.
     """
     found: dict[str, Leak] = {}
@@ -60,7 +60,7 @@ def _on_canvas_of(batch: Batch, i: int) -> Batch:
 
 @contextmanager
 def _listening(model: nn.Module, note: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call note with name, module, first input and output of every module without parts that runs."""
+    """Call note with the name, module, first input and output of every leaf module that runs."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if not list(module.children()):
@@ -71,7 +71,7 @@ def _listening(model: nn.Module, note: Callable[[str, nn.Module, Tensor, Tensor]
 
 @torch.no_grad()
 def _image_trace(model: DetectionModel, batch: Batch) -> Trace:
-    """What the layers that see whole images compute of a batch, module by module."""
+    """Return the outputs of the layers that see whole images, module by module."""
     trace: Trace = []
     with kept_statistics(model), _listening(model, lambda name, m, x, out: trace.append((name, out.clone()))):
         model.probe(batch.images, batch.sizes, batch.padded, regions=False)
@@ -79,7 +79,10 @@ def _image_trace(model: DetectionModel, batch: Batch) -> Trace:
 
 
 def _first_difference(model: nn.Module, small: Trace, large: Trace, row: int) -> tuple[str, float] | None:
-    """The first module whose output for the only image of `small` differs from row `row` of `large`, and how much."""
+    """Return the first module whose output for the only image of `small` differs from row `row` of `large`.
+
+    Returns its description and the relative difference; None if no module differs.
+    """
     for (name, expected), (_, got) in zip(small, large, strict=True):
         height, width = expected.shape[2:]
         difference = relative(got[row, :, :height, :width], expected[0])
@@ -89,19 +92,19 @@ def _first_difference(model: nn.Module, small: Trace, large: Trace, row: int) ->
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """The L2 norm of the difference over that of the expected; 0 where both are zero."""
+    """Return the L2 norm of the difference divided by that of `expected`; 0 if both are zero."""
     difference = (got - expected).norm().item()
     return 0.0 if difference == 0 else difference / max(expected.norm().item(), 1e-300)
 
 
 def described(model: nn.Module, name: str) -> str:
-    """A module's name with what it is."""
+    """Return a module's name and its description."""
     return f"{name}: {model.get_submodule(name)}"
 
 
 @contextmanager
 def kept_statistics(model: nn.Module) -> Iterator[None]:
-    """Put running statistics back afterwards: one pass must not change the next."""
+    """Restore the running statistics on exit, so that one pass does not change the next."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         yield
@@ -112,9 +115,9 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: Batch) -> Iterator[Leak]:
-    """Leaks of the sampling, the heads and the losses, given pyramids that do not leak."""
+    """Yield the leaks of the sampling, the heads and the losses, given pyramids that do not leak."""
     with kept_statistics(model):
-        pyramids = [model.features(one.images, one.sizes, one.padded) for one in singles]
+        pyramids = [model.features(single.images, single.sizes, single.padded) for single in singles]
         shapes, areas = model.features(together.images, together.sizes, together.padded)
     stitched = [torch.zeros_like(level) for level in shapes]
     for i, (pyramid, _) in enumerate(pyramids):
@@ -126,14 +129,14 @@ def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: B
     def note(name: str, module: nn.Module, x: Tensor, out: Tensor) -> None:
         if not model.sees_regions(name):
             trace.append((name, out.clone()))
-        else:  # a head: does it make of its first region the same in company as by itself?
+        else:  # a head: is the output for its first region the same with and without the other regions?
             difference = relative(out[:1], module.forward(x[:1]))
             if difference > TOLERANCE:
                 mixed.append(Leak("batch statistics", described(model, name), difference))
 
     def step(pyramid: list[Tensor], areas: ValidAreas, batch: Batch) -> tuple[Step, Trace]:
         trace.clear()
-        extends, model.extends_edges = model.extends_edges, True  # what RoIAlign finds beyond an edge is padding's leak
+        extends, model.extends_edges = model.extends_edges, True  # what RoIAlign reads beyond an edge counts as padding
         try:
             with kept_statistics(model), _listening(model, note):
                 return model.step(pyramid, areas, batch), list(trace)
@@ -142,12 +145,12 @@ def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: B
 
     company, company_trace = step(stitched, areas, together)
     yield from mixed
-    for i, (one, (pyramid, own_areas)) in enumerate(zip(singles, pyramids, strict=True)):
-        alone, alone_trace = step(pyramid, own_areas, one)
+    for i, (single, (pyramid, single_areas)) in enumerate(zip(singles, pyramids, strict=True)):
+        alone, alone_trace = step(pyramid, single_areas, single)
         same_scores = _first_difference(model, alone_trace, company_trace, i) is None
-        mine, expected = model.choices(company, i), model.choices(alone, 0)
-        kinds = list(expected) if same_scores else ["sampled anchors"]  # the others follow from the scores
-        flipped = {kind: len(mine[kind] ^ expected[kind]) / max(len(expected[kind]), 1) for kind in kinds}
+        got, expected = model.choices(company, i), model.choices(alone, 0)
+        kinds = list(expected) if same_scores else ["sampled anchors"]  # the other choices depend on the scores
+        flipped = {kind: len(got[kind] ^ expected[kind]) / max(len(expected[kind]), 1) for kind in kinds}
         if any(flipped.values()):
             kind = next(kind for kind in kinds if flipped[kind])
             yield Leak("sampling", f"{kind} of an image", flipped[kind])

@@ -1,7 +1,4 @@
-"""What a training step gives for images that are batched in some arrangement, and how two such results differ.
-
-Letters: N images, L levels.
-"""
+"""Measure a training step on images batched in some arrangement, and compare two such results.  N images, L levels."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -20,9 +17,9 @@ from gndet.structures import Batch
 from gndet.toolbox.invariance.leaks import kept_statistics, relative
 from gndet.training.update import to_device
 
-COSINE = 1e-9  # what 1 - cosine stays below where only rounding of float64 differs
-RELATIVE = 1e-6  # and the relative difference
-STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps, each ceil(canvas / stride) high
+COSINE = 1e-9  # limit of 1 - cosine; float64 rounding alone stays below it
+RELATIVE = 1e-6  # the same for the relative difference
+STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps; a map is ceil(canvas / stride) high
 
 
 @dataclass(frozen=True)
@@ -34,24 +31,24 @@ class Difference:
 
     @property
     def small(self) -> bool:
-        """Whether it is no more than rounding; NaN is not."""
+        """Whether the difference is mere rounding; False for NaN."""
         return self.relative < RELATIVE and self.cosine < COSINE
 
 
 class Signs(NamedTuple):
     """Where each ReLU is open, in packed bits."""
 
-    maps: list[np.ndarray]  # of backbone and RPN, on the picture
+    maps: list[np.ndarray]  # of backbone and RPN, inside the picture
     regions: list[np.ndarray]  # of the box head, for the sampled regions
 
 
 class Result(NamedTuple):
-    """What N images gave in one arrangement."""
+    """The results of N images in one arrangement."""
 
-    features: dict[str, list[Tensor]]  # {level: N vectors, of the picture alone}
+    features: dict[str, list[Tensor]]  # {level: N vectors, without the padding}
     losses: dict[str, list[Tensor]]  # {loss: N scalars}
-    pyramid: dict[str, list[Tensor]]  # {a loss's gradient at the pyramid: N vectors}
-    gradients: dict[str, Tensor]  # {group of parameters: the gradient of the mean loss, one vector}
+    pyramid: dict[str, list[Tensor]]  # {loss: N vectors, its gradient with respect to the pyramid}
+    gradients: dict[str, Tensor]  # {group of parameters: one vector, the gradient of the mean loss}
     choices: list[Choices]  # N
     signs: list[Signs]  # N
 
@@ -60,7 +57,7 @@ Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how
 
 
 def batch_of(samples: list[Sample], model: DetectionModel, cfg: Config) -> Batch:
-    """A batch of samples on the model's device."""
+    """Return a batch of samples on the model's device."""
     return to_device(collate(samples, cfg.data.canvas_multiple, cfg.data.exact_canvas), model.device)
 
 
@@ -71,14 +68,17 @@ def measure(
     cfg: Config,
     autocast: Callable[[], AbstractContextManager],
 ) -> Result:
-    """Run batches, lists of places in samples (the last of which is the mate), through a step that changes nothing."""
+    """Run batches through a training step that leaves the model as it was; return their results.
+
+    batches: lists of indices into samples; the last sample is the wider image, whose losses do not count.
+    """
     num = len(samples) - 1
     nothing: list[Any] = [None] * num
     result = Result({}, {}, {}, {}, [{}] * num, [Signs([], [])] * num)
     model.zero_grad()
-    for places in batches:
-        batch = batch_of([samples[i] for i in places], model, cfg)
-        rows = [row for row, i in enumerate(places) if i < num]
+    for members in batches:
+        batch = batch_of([samples[i] for i in members], model, cfg)
+        rows = [row for row, i in enumerate(members) if i < num]
         maps: list[Tensor] = []
         regions: list[Tensor] = []
         with kept_statistics(model):
@@ -90,7 +90,7 @@ def measure(
             at_pyramid = _backward(model, leaves, means)
             torch.autograd.backward(levels, [sum(parts) for parts in zip(*at_pyramid.values(), strict=True)])
         for row in rows:
-            i = places[row]
+            i = members[row]
             for stride, feature in zip(model.strides, _pictures(levels, batch, row), strict=True):
                 result.features.setdefault(f"features P{stride.bit_length() - 1}", nothing.copy())[i] = feature.detach()
             for name, loss in step.losses.items():
@@ -106,7 +106,7 @@ def measure(
 
 
 def _backward(model: DetectionModel, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Add the gradients of all losses to those of RPN and heads.  Returns {loss: its gradient at each level}."""
+    """Add the gradients of all losses to those of RPN and heads; return {loss: its gradient at each level}."""
     heads = [p for part in model.behind_features() for p in part.parameters() if p.requires_grad]
     at_pyramid = {}
     for name, mean in means.items():
@@ -118,14 +118,14 @@ def _backward(model: DetectionModel, levels: list[Tensor], means: dict[str, Tens
 
 
 def _pictures(maps: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
-    """The part of each map (B, C, H/s, W/s) that is picture, of one image, as vectors."""
+    """Return the part of each map (B, C, H/s, W/s) that covers one image's picture, as vectors."""
     height, width = batch.sizes[row].tolist()
     strides = [next(s for s in STRIDES if -(-batch.images.shape[2] // s) == x.shape[2]) for x in maps]
     return [x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(maps, strides, strict=True)]
 
 
 def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
-    """The gradients of the stages of the backbone and of the other parts, a vector each."""
+    """Return one gradient vector per stage of the backbone and per other part of the model."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -137,7 +137,7 @@ def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
 
 @contextmanager
 def _open_relus(model: DetectionModel, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
-    """Collect where each ReLU is open, in the order they run: maps (B, C, H/s, W/s) bool, regions (B * R, ...) bool."""
+    """Record where each ReLU is open, in running order: maps (B, C, H/s, W/s) bool, regions (B * R, ...) bool."""
     rectified = model.rectified()
     with ExitStack() as hooks:
         for modules, opened in ((rectified.maps, maps), (rectified.regions, regions)):
@@ -152,7 +152,7 @@ def _packed(masks: list[Tensor]) -> list[np.ndarray]:
 
 
 def compare(got: Result, alone: Result) -> dict[str, Difference]:
-    """Every difference by what it is of; of features the worst image's."""
+    """Return the difference of each quantity; for features, the largest over the images."""
     found = {}
     for name, features in alone.features.items():
         found[name] = largest_difference(got.features[name], features)
@@ -164,15 +164,15 @@ def compare(got: Result, alone: Result) -> dict[str, Difference]:
 
 
 def largest_difference(got: Sequence[Tensor], expected: Sequence[Tensor]) -> Difference:
-    """The largest of several differences; NaN is larger than any number."""
+    """Return the largest of several differences; NaN counts as larger than any number."""
     each = [astuple(difference(a, b)) for a, b in zip(got, expected, strict=True)]
     return Difference(*np.max(each, axis=0).tolist())
 
 
 def flips(got: Result, alone: Result) -> Flips:
-    """How many yes-or-no decisions came out otherwise: what was sampled, and which ReLUs are open.
+    """Count the yes-or-no decisions that differ: what was sampled, and which ReLUs are open.
 
-    The box head's ReLUs count for images whose sampled regions are the same, the mask head's do not.
+    The box head's ReLUs count only for images whose sampled regions agree; the mask head's ReLUs do not count.
     """
     sets: list[tuple[set[Any], set[Any]]] = []
     bits: list[tuple[np.ndarray, np.ndarray]] = []
@@ -188,7 +188,7 @@ def flips(got: Result, alone: Result) -> Flips:
 
 
 def difference(got: Tensor, expected: Tensor) -> Difference:
-    """Compare two vectors in float64; 1 - cosine as half the squared distance of the unit vectors, exact near 0."""
+    """Compare two vectors in float64; 1 - cosine is half the squared distance of the unit vectors, exact near 0."""
     a, b = got.double(), expected.double()
     if not a.any() and not b.any():
         return Difference(0.0, 0.0)

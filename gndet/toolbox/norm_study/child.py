@@ -1,6 +1,6 @@
-"""`gndet train` that ends with its parent process: `python -m gndet.toolbox.norm_study.child train CONFIG ...`.
+"""Run `gndet train` and end with the parent process: `python -m gndet.toolbox.norm_study.child train CONFIG ...`.
 
-Without it a killed study would leave trainings behind.
+Without this a killed study would leave its training processes running.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The curve of a norm study, as a PNG: AP against images per GPU, or against the number of groups."""
+"""Draw the curve of a norm study as a PNG: AP against images per GPU, or against the number of groups."""
 
 import math
 from pathlib import Path
@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from gndet.files import written_whole
 from gndet.toolbox.analysis.study_results import METRICS, Mean, Study, metrics_of, percent_mean, variant_title
 
-STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # for readers who see no colours
+STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # for readers who do not see colours
 
 
 def draw_curve(study: Study, path: Path) -> None:
-    """Draw AP against images per GPU, or against the number of groups, into a PNG; bars are 95 % intervals."""
+    """Draw AP against images per GPU, or against the number of groups, with 95 % intervals; write a PNG."""
     metrics = metrics_of(study)
     figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""Run the trainings of a norm study as processes, several at once if there are devices or cores for them."""
+"""Run the trainings of a norm study as processes, several at once if devices or cores allow."""
 
 import os
 import signal
@@ -39,9 +39,9 @@ class _Running(NamedTuple):
 
 
 def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
-    """Return an environment for each run that goes at once: a GPU, or a share of the cores.
+    """Return the environment of each slot for a run: its GPU, or its share of the cores.
 
-    device: of the config; jobs: how many at once, by default one per GPU, or one on a CPU.
+    device: the config's.  jobs: how many runs at once; by default one per GPU, or one on a CPU.
     """
     if device != "cpu" and (count := torch.cuda.device_count()):
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -57,9 +57,10 @@ def run_jobs(
     jobs: Sequence[Job], places: Sequence[dict[str, str]], stop: StopSignals, started: Callable[[Job], None],
     ended: Callable[[Job, float, int], None],
 ) -> None:  # fmt: skip
-    """Run jobs, one per place at a time.  ended: called with the job, its seconds and its exit status.
+    """Run jobs, one per place at a time.
 
-    Raises Stop after a signal, once the running jobs have been asked to stop, which they do resumably, and have ended.
+    started: called with a job.  ended: called with a job, its seconds and its exit status.  On a signal, asks the
+    running jobs to stop so that they can be resumed, waits for them, and raises Stop.
     """
     waiting, free, running = deque(jobs), list(places), list[_Running]()
     try:
@@ -79,7 +80,7 @@ def run_jobs(
 
 
 def _start(job: Job, place: dict[str, str]) -> _Running:
-    """Start a job in a session of its own, so that only this process passes a Ctrl-C on to it."""
+    """Start a job in its own session, so that Ctrl-C reaches it only through this process."""
     command = [sys.executable, "-m", "gndet.toolbox.norm_study.child", "train", job.config, *job.overrides]
     with job.log.open("ab") as log:
         process = subprocess.Popen(
@@ -90,7 +91,7 @@ def _start(job: Job, place: dict[str, str]) -> _Running:
 
 
 def _end(running: Sequence[_Running]) -> None:
-    """Ask runs to stop, and kill those that do not, with all processes that they started."""
+    """Ask runs to stop; kill those that do not, with all the processes that they started."""
     for run in running:
         run.process.terminate()
     deadline = time.monotonic() + PATIENCE
@@ -104,10 +105,10 @@ def _end(running: Sequence[_Running]) -> None:
 
 
 def last_words(log: Path, status: int) -> str:
-    """Quote a failed run: its error, or its last lines."""
+    """Return what a failed run printed last: its error, or its last lines with the exit status."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if line.startswith("gndet train: ")]
-    told = lines[errors[-1] :] if errors else lines[-3:]
-    text = "\n".join(told).removeprefix("gndet train: ")[-REASON:]
+    quoted = lines[errors[-1] :] if errors else lines[-3:]
+    text = "\n".join(quoted).removeprefix("gndet train: ")[-REASON:]
     how = f"ended by signal {-status}" if status < 0 else f"exit status {status}"
     return text if errors else f"{how}: {text}" if text else how

@@ -1,4 +1,4 @@
-"""The plan of a norm study: variants, overrides of each cell, cells to refuse, studies to continue, the time."""
+"""Plan a norm study: its variants, the overrides of each cell, cells to refuse, studies to continue, the budget."""
 
 import math
 import platform
@@ -21,28 +21,28 @@ from gndet.training.run_folder import NEUTRAL, UNSET, flat
 
 KINDS = get_args(NormConfig.model_fields["kind"].annotation)
 RULES = {
-    "scaled": "each update takes images per GPU x processes (1) images, as in the paper; every cell sees the same "
-    "number of images",
+    "scaled": "each update takes images per GPU x ranks (1) images, as in the paper; every cell sees the same number "
+    "of images",
     "fixed": "each update takes the {batch} images of train.global_batch in every cell, images per GPU at a time; only "
-    "a norm that mixes images can depend on that number",
+    "a norm that mixes images can depend on images per GPU",
 }
 RATES = {"sgd": "scales linearly with", "adamw": "scales with the square root of"}
 
 
 def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
-    """Return the variants of the command line.  Raises ConfigError for an unknown norm or a wrong count."""
+    """Return the variants that the command line asks for.  Raises ConfigError for an unknown norm or a wrong count."""
     for name in norms:
         if name not in KINDS:
             raise ConfigError(f"--norms: {name!r} is not one of {', '.join(KINDS)}")
     for count in groups or ():
         if count != "channels" and not (count.isdecimal() and int(count) > 0):
-            raise ConfigError(f"--groups: {count!r}, expected numbers from 1 on, or channels (one group per channel)")
+            raise ConfigError(f"--groups: {count!r}, expected numbers >= 1, or channels (one group per channel)")
     names = [GROUPS + (c if c == "channels" else str(int(c))) for c in groups] if groups else norms
     return list(dict.fromkeys(names))
 
 
 def norm_overrides(variant: str) -> list[str]:
-    """Return the overrides that set model.norm to a variant; parts with their own norm keep it."""
+    """Return the overrides that set model.norm to a variant; parts with a norm of their own keep it."""
     if not variant.startswith(GROUPS):
         return [f"model.norm.kind={variant}"]
     count = variant.removeprefix(GROUPS)
@@ -52,10 +52,13 @@ def norm_overrides(variant: str) -> list[str]:
 
 
 def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[CellResult], batch: str, jobs: int) -> Study:
-    """Return the study before its first cell, in which cells that cannot be trained are refused."""
+    """Return a new study, with the cells that cannot be trained marked as refused.
+
+    Raises ConfigError if no cell can be trained.
+    """
     schedule, optimizer = cfg.train.schedule, cfg.train.optimizer
     rule = RULES[batch].format(batch=cfg.train.global_batch)
-    rate = f"the learning rate {RATES[optimizer.kind]} that number ({optimizer.kind})"
+    rate = f"the learning rate {RATES[optimizer.kind]} the images per update ({optimizer.kind})"
     begun = Study(
         config=config, overrides=list(overrides), settings=cfg.model_dump(mode="json"), batch=batch,
         rule=f"--batch {batch}: {rule}; {rate}", updates=schedule.updates, reference_batch=schedule.reference_batch,
@@ -67,7 +70,7 @@ def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[CellRe
     built: set[str] = set()
     for cell in cells:
         if cell.variant == "sync_bn" and "bn" in kinds:
-            cell.state, cell.reason = "copied", "in one process the same as bn"
+            cell.state, cell.reason = "copied", "the same as bn on one rank"
         elif reason := _refusal(cell, begun, built):
             cell.state, cell.reason = "refused", reason
     if all(cell.state == "refused" for cell in cells):
@@ -76,7 +79,7 @@ def begin(cfg: Config, config: str, overrides: Sequence[str], cells: list[CellRe
 
 
 def _refusal(cell: CellResult, begun: Study, built: set[str]) -> str:
-    """Return why a cell cannot be trained, or "".  built: variants whose model could be built."""
+    """Return why a cell cannot be trained, or "".  built: variants whose model is known to build."""
     try:
         cfg = load_config(begun.config, [*begun.overrides, *cell_overrides(cell, begun)])
         if cell.variant not in built:
@@ -94,9 +97,9 @@ def _notes(cfg: Config, cells: list[CellResult]) -> list[str]:
         notes.append("frozen_bn without train.weights is the identity: its cells train without any normalisation.")
     if "sync_bn" in kinds:
         how = "its cells are copied from bn's" if "bn" in kinds else "its cells show bn"
-        notes.append(f"sync_bn in one process is the same as bn: {how}.")
+        notes.append(f"sync_bn on one rank is the same as bn: {how}.")
     own = [part for part in cfg.model.part_norms() if part != "rpn" and getattr(cfg.model, part).norm]
-    notes += [f"model.{part}.norm is set by the config and the same in every cell." for part in own]
+    notes += [f"The config sets model.{part}.norm, which is the same in every cell." for part in own]
     return notes
 
 
@@ -125,54 +128,58 @@ def cell_overrides(cell: CellResult, begun: Study) -> list[str]:
     ]  # fmt: skip
 
 
-def take_up(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
-    """Return the study in a folder with the cells of the new one, or the new one if there is none.
+def resume_study(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
+    """Return the study of a folder with the cells of the new study added, or the new study if the folder has none.
 
-    Its measured speed and its shortened schedule stay.  Raises OutputError for a study of other settings.
+    A resumed study keeps its measured speed and its shortened schedule.  Raises OutputError if its settings differ.
     """
     if not is_study(folder):
         return new
     old = read_study(folder)
     if changed := _changed_settings(old, new):
-        raise OutputError("\n".join([f"{folder}: holds a study of other settings; give another --out", *changed[:8]]))
+        raise OutputError("\n".join([f"{folder}: holds a study of other settings; choose another --out", *changed[:8]]))
     known = {result.name: result for result in old.results if result.state in ("done", "failed")}
     results = [known.get(result.name, result) for result in new.results]
     asked = {result.name for result in results}
     added = [result for result in old.results if result.name not in asked and result.state == "done"]
     if added:
-        show(f"{len(added)} earlier finished cells are not asked for now; they stay in the table")
+        show(f"{len(added)} finished cells of earlier commands stay in the table, although this one omits them")
     kept = {"updates": old.updates, "factor": old.factor, "budget": old.budget, "speed": old.speed}
     return new.model_copy(update={"results": [*results, *added], **kept})
 
 
 def _changed_settings(old: Study, new: Study) -> list[str]:
-    """Return a line for each setting that differs and changes what is learned."""
-    there, now = (
+    """Return a line for each setting that differs and that affects what is learned."""
+    old_settings, new_settings = (
         {key: value for key, value in flat(config_from_dict(s.settings, f"{STUDY} of {s.date}")).items()
          if not key.startswith((*NEUTRAL, "out", "seed"))} | {"--batch": s.batch}
         for s in (old, new)
     )  # fmt: skip
-    pairs = {key: (there.get(key, UNSET), now.get(key, UNSET)) for key in there | now}
+    keys = old_settings | new_settings
+    pairs = {key: (old_settings.get(key, UNSET), new_settings.get(key, UNSET)) for key in keys}
     return [f"  {key}: {before!r} there, {after!r} now" for key, (before, after) in pairs.items() if before != after]
 
 
 FEWEST_UPDATES = 50  # at the reference batch; shorter runs say nothing about training
 
 
-RESERVE = 0.95  # share of the budget to plan for
+RESERVE = 0.95  # share of the budget that is planned; the rest is a reserve
 
 
 def per_image_at(speed: Speed, images: int) -> float:
-    """Interpolate the seconds per image at `images` per GPU between the measured sizes.
+    """Return the seconds per image at `images` per GPU, interpolated between the measured sizes.
 
-    An update has a fixed cost and a cost per image, so that seconds per image are linear in 1 / images.
+    An update has a fixed cost and a cost per image, so seconds per image are linear in 1 / images.
     """
     sizes = sorted(speed.per_image, reverse=True)  # 1 / size ascending, as np.interp needs
     return float(np.interp(1 / images, [1 / size for size in sizes], [speed.per_image[size] for size in sizes]))
 
 
 def estimate(speed: Speed, sizes: Sequence[int], images: int, jobs: int) -> float:
-    """Return the seconds that cells take, of these images per GPU, each training on `images`, `jobs` at a time."""
+    """Return the seconds that all cells take, `jobs` at a time.
+
+    sizes: images per GPU of each cell; images: how many images each cell trains on.
+    """
     rounds = math.ceil(len(sizes) / jobs) / len(sizes)  # the last round may be incomplete
     return rounds * sum(per_image_at(speed, size) * images + speed.overhead for size in sizes)
 
@@ -180,9 +187,9 @@ def estimate(speed: Speed, sizes: Sequence[int], images: int, jobs: int) -> floa
 def fit_budget(
     speed: Speed, sizes: Sequence[int], updates: int, reference_batch: int, jobs: int, budget: float
 ) -> tuple[float, int]:
-    """Return the factor of the schedule, at most 1, with which the cells fit `budget` seconds, and the updates left.
+    """Return the factor (at most 1) that shortens the schedule to fit `budget` seconds, and the updates that remain.
 
-    updates: of the config, each of reference_batch images.  Raises ConfigError if too few are left.
+    updates: the config's, each of reference_batch images.  Raises ConfigError if too few updates remain.
     """
     room = RESERVE * budget
     whole = estimate(speed, sizes, updates * reference_batch, jobs)
@@ -196,8 +203,8 @@ def fit_budget(
         needed = estimate(speed, sizes, fewest * reference_batch, jobs)
         cells = math.floor(len(sizes) * room / needed)
         raise ConfigError(
-            f"--budget: {budget:.0f} s are left, which is {left} updates of {reference_batch} images for each of "
-            f"{len(sizes)} cells; expected {fewest} at the least.  --budget {math.ceil(needed / RESERVE / 60) + 2}m "
-            f"would do, or a grid of {cells} cells: fewer norms, sizes or --seeds"
+            f"--budget: the remaining {budget:.0f} s suffice for {left} updates of {reference_batch} images in each of "
+            f"{len(sizes)} cells; expected at least {fewest}.  Set --budget {math.ceil(needed / RESERVE / 60) + 2}m "
+            f"or shrink the grid to {cells} cells: fewer norms, sizes or --seeds"
         )
     return left / updates, left

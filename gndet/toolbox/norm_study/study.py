@@ -1,7 +1,7 @@
 """`gndet norm-study`: train every cell of a grid norm x images per GPU x seed, each in its own process.
 
-The batch-size curve of Wu & He 2018 (figure 1), and with group counts their group ablation (table 3), on your own
-data.  The same command continues a stopped study: finished cells are skipped, unfinished runs resumed.
+This gives the batch-size curve of Wu & He 2018 (figure 1) on your own data or, with group counts, their group ablation
+(table 3).  The same command continues a stopped study: it skips finished cells and resumes unfinished runs.
 """
 
 import shutil
@@ -35,14 +35,14 @@ from gndet.toolbox.analysis.study_results import (
 )
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
-from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, take_up, variants
+from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, resume_study, variants
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import locked
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
-MEASURED_IMAGES = 32  # at least, of a calibration run; the second half is timed
-MEASURED_UPDATES = {"cpu": 8, "cuda": 80}  # at least; a GPU's first seconds choose kernels
+MEASURED_IMAGES = 32  # least images of a calibration run; its second half is timed
+MEASURED_UPDATES = {"cpu": 8, "cuda": 80}  # least updates; a GPU spends its first seconds choosing kernels
 
 
 def study(
@@ -52,9 +52,10 @@ def study(
 ) -> bool:  # fmt: skip
     """Run or continue a study and show its results.  Returns whether no cell failed.
 
-    config, overrides: as for `train`; norms: kinds; groups: counts and "channels", instead of norms; seeds: runs per
-    cell; budget: seconds to shorten the schedule to; batch: scaled or fixed (`RULES`); jobs: runs at once.
-    Raises ConfigError, OutputError, TrainingError where no cell can be measured, and Preempted after a signal.
+    config, overrides: as for `train`.  norms: kinds of norm.  groups: group counts and "channels", instead of norms.
+    seeds: runs per cell.  budget: seconds that the schedule is shortened to.  batch: "scaled" or "fixed" (`RULES`).
+    jobs: runs at once.  Raises ConfigError, OutputError, TrainingError if no cell can be measured, and Preempted after
+    a signal.
     """
     cfg = load_config(config, overrides)
     folder = out or Path("runs") / f"norm-study-{Path(config).stem}"
@@ -65,18 +66,18 @@ def study(
         raise OutputError(f"{folder}: holds files but no study (no {STUDY}); choose another --out FOLDER")
     new = begin(cfg, config, overrides, cells, batch, len(places))
     with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu"))):
-        work = Work(folder, take_up(folder, new, show), cfg, places, stop, show)
+        work = Work(folder, resume_study(folder, new, show), cfg, places, stop, show)
         try:
             work.prepare(budget)
             work.run()
         except Stop:
             work.note_stopped()
-            raise Preempted(f"{folder}: stopped by a signal; the same command goes on", stop.status) from None
+            raise Preempted(f"{folder}: stopped by a signal; run the same command to continue", stop.status) from None
     return work.conclude()
 
 
 class Work:
-    """A study in progress: its folder, its cells, and the places where runs go."""
+    """A study in progress: its folder, its cells, and the places (GPUs or cores) that run them."""
 
     def __init__(
         self, folder: Path, study: Study, cfg: Config, places: list[dict[str, str]], stop: StopSignals,
@@ -96,21 +97,21 @@ class Work:
             show(line)
         for result in study.results:
             if result.state not in ("refused", "copied"):
-                self.look(result)
-        taken_up = study.speed is not None
+                self.refresh(result)
+        resumed = study.speed is not None
         if study.speed is None and self.waiting():
             study.speed = self.measure()
-        self._say_time(budget, taken_up, time.monotonic() - began)
+        self._plan_time(budget, resumed, time.monotonic() - began)
         write_study(self.folder, study)
 
-    def _say_time(self, budget: float | None, taken_up: bool, spent: float) -> None:
-        """Say how long the rest takes; shorten the schedule of a new study where that exceeds the budget."""
+    def _plan_time(self, budget: float | None, resumed: bool, spent: float) -> None:
+        """Show how long the rest takes; shorten the schedule of a new study that would exceed the budget."""
         study, waiting, speed = self.study, self.waiting(), self.study.speed
         if not waiting or speed is None:
             return
         images = study.updates * study.reference_batch
         sizes = [cell.images for cell in waiting]
-        if budget is not None and not taken_up:
+        if budget is not None and not resumed:
             asked, whole = study.updates, estimate(speed, sizes, images, study.jobs)
             study.budget = budget
             study.factor, study.updates = fit_budget(
@@ -124,7 +125,7 @@ class Work:
                     f"{asked} would take about {_clock(whole)}"
                 )
         elif budget is not None:
-            self.show(f"the study keeps its schedule, shortened by {study.factor:.3f} when it began")
+            self.show(f"the study keeps the schedule that it began with, shortened by a factor of {study.factor:.3f}")
         took = estimate(speed, sizes, images, study.jobs)
         self.show(
             f"{len(waiting)} cells to run, {study.jobs} at once: about {_clock(took)}, "
@@ -153,7 +154,7 @@ class Work:
         raise TrainingError(f"{self.folder}: no cell could be measured; the last one: {reason}")
 
     def _speed(self, variant: str, sizes: Sequence[int]) -> Speed:
-        """Measure a variant at these sizes, as many runs at a time as in the study.  Raises TrainingError."""
+        """Measure a variant at these sizes, with as many runs at once as in the study.  Raises TrainingError."""
         took: dict[str, float] = {}
         runs = [(size, *self._calibration(variant, size, number))
                 for number, size in zip(range(max(len(sizes), len(self.places))), cycle(sizes))]  # fmt: skip
@@ -169,7 +170,7 @@ class Work:
         return Speed(per_image=per_image, overhead=overhead)
 
     def _calibration(self, variant: str, size: int, number: int) -> tuple[Job, int]:
-        """Return the calibration run of a size, and the number of images it takes."""
+        """Return the calibration run of a size, and the number of images that it trains on."""
         cell = CellResult(variant=variant, images=size, seed=self.cfg.seed)
         batch = size if self.study.batch == "scaled" else self.cfg.train.global_batch
         device = "cuda" if self.cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -182,13 +183,13 @@ class Work:
         options = [*self.study.overrides, *cell_overrides(cell, self.study), *overrides]
         return Job(name, self.study.config, options, self.folder / folder / name, self.folder / LOGS / f"{name}.txt")
 
-    def look(self, result: CellResult) -> None:
-        """Note whether a cell's run is finished, with its metrics; they stay when cells/ is removed."""
+    def refresh(self, result: CellResult) -> None:
+        """Update a cell's state from its run folder; its metrics stay known when cells/ is removed later."""
         run = self.folder / CELLS / result.name
         if result.state == "done":
             return
         if metrics := finished(run):
-            drop_optimizer(run)  # here, so that it also happens after a study was killed as a run ended
+            drop_optimizer(run)  # here, so that it also happens if the study was killed just after the run ended
             result.state, result.metrics, result.reason = "done", metrics, ""
         elif result.state != "failed":
             result.state = "pending"
@@ -208,7 +209,7 @@ class Work:
             done += 1
             cell = cells[job.name]
             cell.seconds += seconds
-            self.look(cell)
+            self.refresh(cell)
             if cell.state == "done":
                 reached = {title: cell.metrics.get(metric) for metric, title in METRICS.items()}
                 words = ", ".join(f"{title} {100 * ap:.1f}" for title, ap in reached.items() if ap is not None)
@@ -222,7 +223,7 @@ class Work:
         run_jobs(jobs, self.places, self.stop, started, ended)
 
     def note_stopped(self) -> None:
-        """Write study.json with running cells set back to pending."""
+        """Reset running cells to pending and write study.json."""
         for cell in self.study.results:
             cell.state = "pending" if cell.state == "running" else cell.state
         write_study(self.folder, self.study)
@@ -248,19 +249,19 @@ class Work:
 
 
 def finished(run: Path) -> dict[str, float | None] | None:
-    """Return the metrics of a run folder whose run is finished and evaluated, else None."""
+    """Return the metrics of a run folder if its run is finished and evaluated, else None."""
     for folder in run_checkpoints(run)[:1]:
         try:
             meta = load_checkpoint(folder, ()).meta
         except CheckpointError:
-            return None  # the run itself will skip this checkpoint
+            return None  # the run, when resumed, skips this checkpoint too
         if meta["update"] >= meta["total_updates"] and not meta.get("evaluation_due") and meta["metrics"]:
             return dict(meta["metrics"])
     return None
 
 
 def drop_optimizer(run: Path) -> None:
-    """Rewrite a finished run's last checkpoint without the optimiser's state, which saves up to two thirds of it."""
+    """Drop the optimiser's state from a finished run's last checkpoint, which saves up to two thirds of its size."""
     for folder in run_checkpoints(run)[:1]:
         saved = load_checkpoint(folder)
         groups = {name: tensors for name, tensors in saved.groups.items() if name != "optimizer"}
@@ -268,7 +269,7 @@ def drop_optimizer(run: Path) -> None:
 
 
 def _clock(seconds: float) -> str:
-    """Write a time as 45 s, 12 min, 1 h 30 min."""
+    """Return a duration as 45 s, 12 min or 1 h 30 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

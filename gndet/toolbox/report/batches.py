@@ -1,6 +1,6 @@
-"""Training batches as the network got them: augmented, padded, with boxes and masks.
+"""The report's section on training batches as the network saw them: augmented, padded, with boxes and masks.
 
-They are rebuilt, not recorded: order and augmentation are functions of the seed.
+The batches are rebuilt instead of recorded, because order and augmentation are functions of the seed.
 """
 
 from contextlib import closing
@@ -27,9 +27,9 @@ def section(run: RunRecord) -> Section:
     except GndetError as error:
         return blocks.section("batches", "Training batches", blocks.notice("bad", str(error)))
     words = (
-        "The first pictures of the run as the network got them: resized, flipped, on the canvas they shared; "
-        f"striped: padding, {100 * padding:.0f} % of these canvases"
-        + (", which norms do not see." if run.cfg.model.norm.masked else ", which enters the norms' statistics.")
+        "The first pictures of the run as the network saw them: resized, flipped, and placed on the canvas of their "
+        f"batch. The stripes are padding, {100 * padding:.0f} % of these canvases"
+        + (", which the norms ignore." if run.cfg.model.norm.masked else ", which the norms' statistics include.")
     )
     return blocks.section("batches", "Training batches", blocks.gallery("batch-pictures", pictures), lead=words)
 
@@ -37,7 +37,7 @@ def section(run: RunRecord) -> Section:
 def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tuple[list[GalleryPicture], float]:
     """Draw the first `count` training pictures on canvases of `at_once` images.
 
-    Returns them with the share of padding on these canvases.  Raises DataError where pictures cannot be read.
+    Returns the drawings and the share of padding on these canvases.  Raises DataError if pictures cannot be read.
     """
     pictures: list[GalleryPicture] = []
     padded = cells = 0
@@ -51,9 +51,9 @@ def draw_batches(dataset: Dataset, cfg: Config, at_once: int, count: int) -> tup
             height, width = loaded.batch.images.shape[-2:]
             cells += len(loaded.image_ids) * height * width
             padded += len(loaded.image_ids) * height * width - int(loaded.batch.sizes.prod(1).sum())
-            for place, image_id in enumerate(loaded.image_ids):
+            for row, image_id in enumerate(loaded.image_ids):
                 caption = f"batch {number}, image {image_id}, canvas {height} x {width}"
-                pictures.append(GalleryPicture(draw(loaded, place, dataset.classes), caption))
+                pictures.append(GalleryPicture(draw(loaded, row, dataset.classes), caption))
             if len(pictures) >= count:
                 break
     return pictures[:count], padded / cells

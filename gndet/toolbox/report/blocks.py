@@ -1,6 +1,6 @@
-"""The parts of a report's page: sections, figures, tables, pictures.  Each is a function from values to HTML.
+"""Build the parts of a report's page: sections, tables, galleries.  Each function turns values into HTML.
 
-Text from data (names of classes, files, messages) is escaped here and nowhere else.
+Text from data (names of classes and files, messages) is escaped here and nowhere else.
 """
 
 import base64
@@ -20,7 +20,7 @@ Cell = str | tuple[float, str]  # text; or a number to sort by, and its text
 
 
 def escape(words: object) -> str:
-    """Return the words as HTML; lone surrogates of a file name become question marks."""
+    """Return text escaped for HTML; lone surrogates of a file name become question marks."""
     return html.escape(str(words).encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -55,16 +55,16 @@ def notice(kind: str, words: str) -> str:
 
 
 def beside(*blocks: str) -> str:
-    """Return blocks side by side where there is room; empty ones are left out."""
+    """Return blocks side by side if the page is wide enough; empty blocks are left out."""
     return f'<div class="beside">{"".join(blocks)}</div>'
 
 
 def sortable_table(
     id: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str, *, picks: Sequence[str] = ()
 ) -> str:
-    """Return a table that a click on a column's head sorts, from 9 rows on with a search field.
+    """Return a table that is sorted by clicking a column's head; tables of 9 or more rows get a search field.
 
-    picks: for each row the tag of the pictures that a click on it shows, or ""; (): none.
+    picks: for each row the tag of the pictures that a click on the row shows, or "".
     """
     parts = [f'<div class="table" id="{escape(id)}"><p class="caption">{escape(caption)}</p>']
     if len(rows) > 8:
@@ -85,17 +85,17 @@ def _cell(cell: Cell) -> str:
 
 
 def number(value: float | None, form: str = ".3g") -> Cell:
-    """Return a cell with a number; "-" where it is undefined."""
+    """Return a cell with a number; "-" if it is undefined."""
     return (math.nan, "-") if value is None or not math.isfinite(value) else (value, format(value, form))
 
 
 def percent(value: float | None) -> Cell:
-    """Return a cell with a fraction in percent; "-" where it is undefined."""
+    """Return a cell with a fraction in percent; "-" if it is undefined."""
     return number(None if value is None else 100 * value, ".1f")
 
 
 def details(summary: str, *blocks: str) -> str:
-    """Return blocks that a click unfolds."""
+    """Return blocks that are folded away until a click on the summary."""
     return f"<details><summary>{escape(summary)}</summary>{''.join(blocks)}</details>"
 
 
@@ -105,7 +105,7 @@ def preformatted(words: str) -> str:
 
 
 class GalleryPicture(NamedTuple):
-    """A picture (H, W, 3) uint8 of a gallery; tags: what it shows, like "class:cat" or "error:Loc"."""
+    """A picture (H, W, 3) uint8 of a gallery; tags: what it shows, e.g. "class:cat" or "error:Loc"."""
 
     image: np.ndarray
     caption: str
@@ -117,7 +117,7 @@ def gallery(
 ) -> str:
     """Return pictures in a grid; a click enlarges a picture.
 
-    filters: tag and name of the buttons that select pictures; then rows of tables with a tag select pictures too.
+    filters: tag and name of each button that selects pictures; with filters, table rows with a tag select them too.
     """
     parts = [f'<div class="gallery{" picked" if filters else ""}" id="{escape(id)}">']
     if filters:
@@ -132,16 +132,16 @@ def gallery(
             f'<figure data-tags="{tags}"><img alt="{name}" src="{data_uri(picture.image, side)}">'
             f"<figcaption>{name}</figcaption></figure>"
         )
-    return "".join([*parts, '<p class="none" hidden>no picture of this kind is shown here</p></div></div>'])
+    return "".join([*parts, '<p class="none" hidden>no pictures of this kind</p></div></div>'])
 
 
 def _tag(words: str) -> str:
-    """Return a tag without blanks, which separate tags."""
+    """Return a tag with its spaces replaced, because spaces separate tags."""
     return escape("_".join(words.split()))
 
 
 def data_uri(image: np.ndarray, side: int) -> str:
-    """Return a picture (H, W, 3) uint8 as a JPEG of at most `side` pixels, in a data: URI."""
+    """Return a picture (H, W, 3) uint8 as a data: URI of a JPEG whose longer side has at most `side` pixels."""
     picture = Image.fromarray(image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()

@@ -1,6 +1,7 @@
-"""Figures of a report: SVG whose colours the page sets, so that they follow light mode, dark mode and print.
+"""Draw the figures of a report as SVG whose colours follow the page: light mode, dark mode and print.
 
-matplotlib draws in placeholder colours, which become CSS variables: --ink, --grid, and --s0 to --s7 for the series.
+matplotlib draws in placeholder colours, which are replaced by CSS variables: --ink, --grid, and --s0 to --s7 for the
+series.
 """
 
 import io
@@ -25,7 +26,7 @@ SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
     colour: f"var(--s{number})" for number, colour in enumerate(SERIES)
 }
-STYLES = ("-", "--", "-.", ":")  # changes when the colours repeat
+STYLES = ("-", "--", "-.", ":")  # the next style is used when the colours repeat
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FLAT = 56  # characters of column labels that fit without rotation
 NAMES_PER_ROW = 4  # of a legend
@@ -57,7 +58,7 @@ Values = Sequence[float] | np.ndarray
 
 
 class Series(NamedTuple):
-    """A line: x and y (n,), nan for a gap; low and high (n,) the ends of a band around it."""
+    """A line: x and y (n,), nan for a gap; low and high (n,), the edges of a band around it."""
 
     name: str
     x: Values
@@ -71,10 +72,10 @@ def chart(
     name: str, caption: str, x_label: str, y_label: str, *, height: float, left: float = 0.78, bottom: float = 0.52,
     top: float = 0.12,
 ) -> Iterator[tuple[Axes, list[str]]]:  # fmt: skip
-    """Yield the axes of a figure, and a list that holds its HTML after the context.
+    """Yield the axes of a figure, and a list that holds the figure's HTML after the context.
 
-    name: unique on the page; all ids are derived from it, so that the same data gives the same HTML.  height, and the
-    margins left, bottom and top: inches; a tight layout would take matplotlib as long as drawing.
+    name: unique on the page; all ids are derived from it, so the same data gives the same HTML.  height, and the
+    margins left, bottom and top: in inches, because matplotlib's tight layout would take as long as drawing.
     """
     html: list[str] = []
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
@@ -89,7 +90,7 @@ def chart(
 
 
 def _for_page(text: str, name: str) -> str:
-    """Make an <svg> for an HTML page: no XML head, no fixed size, the page's colours, unique ids."""
+    """Adapt an <svg> to an HTML page: no XML head, no fixed size, the page's colours, unique ids."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)  # a style would apply to the whole page
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
@@ -106,15 +107,15 @@ def lines(
     doubling: Sequence[float] | None = None, x_range: tuple[float | None, float | None] = (None, None),
     y_range: tuple[float | None, float | None] = (None, None),
 ) -> str:  # fmt: skip
-    """Draw lines with their bands, and a marker at each point of lines with 12 or fewer; "" where nothing is finite.
+    """Draw lines with their bands; return "" if no value is finite.  Lines of at most 12 points get markers.
 
-    log_y: a logarithmic axis, if all values are positive.  doubling: ticks of an x axis whose unit is a doubling.
+    log_y: use a logarithmic axis if all values are positive.  doubling: ticks of an x axis to base 2.
     """
     drawn = [(number, line) for number, line in enumerate(series) if np.isfinite(line.y).any()]
     if not drawn:
         return ""
     rows = -(-len(drawn) // NAMES_PER_ROW) if len(drawn) > 1 else 0
-    room = 0.22 * rows  # for the legend, above
+    room = 0.22 * rows  # for the legend above the axes
     with chart(name, caption, x_label, y_label, height=3.1 + room, top=0.12 + room) as (axes, html):
         for number, line in drawn:
             colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
@@ -141,7 +142,7 @@ def bars(
     name: str, labels: Sequence[str], values: Sequence[float], caption: str, *, x_label: str,
     low: Sequence[float] | None = None, high: Sequence[float] | None = None,
 ) -> str:  # fmt: skip
-    """Draw horizontal bars, the first on top; low and high: ends of their intervals."""
+    """Draw horizontal bars, the first on top; low and high are the ends of their intervals."""
     with chart(name, caption, x_label, "", height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, html):
         places = np.arange(len(labels))
         axes.barh(places, values, color=SERIES[0], height=0.7)
@@ -168,7 +169,7 @@ def histogram(name: str, values: Values, caption: str, *, x_label: str, y_label:
 
 
 def _edges(numbers: np.ndarray, log_x: bool) -> np.ndarray:
-    """Return the edges of the bins: one bin per integer where there are few, else 30 bins of equal drawn width."""
+    """Return the edges of the bins: one bin per integer if the range is small, else 30 bins of equal drawn width."""
     low, high = numbers.min(), numbers.max()
     if not log_x and high - low < 40 and (numbers == numbers.round()).all():
         return np.arange(low, high + 2) - 0.5
@@ -177,7 +178,7 @@ def _edges(numbers: np.ndarray, log_x: bool) -> np.ndarray:
 
 
 def heat(name: str, matrix: np.ndarray, labels: Sequence[str], caption: str, *, x_label: str, y_label: str) -> str:
-    """Draw a matrix (n, n) of counts, shaded by share of the row, with numbers where they fit."""
+    """Draw a matrix (n, n) of counts, shaded by their share of the row, with numbers if they fit."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     n, names, room = len(labels), [_short(label) for label in labels], _room(labels)
     small = n <= 12

@@ -1,4 +1,4 @@
-"""Several runs side by side: curves, AP with intervals of the differences, and options that differ."""
+"""Compare several runs: curves, AP with intervals of the differences, and options that differ."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,11 +12,11 @@ from gndet.toolbox.report.overview import interval
 from gndet.toolbox.report.record import RunRecord
 from gndet.training.run_folder import UNSET, flat
 
-Gain = tuple[float, Interval] | str  # AP over the first run and its interval; or why they cannot be compared
+Gain = tuple[float, Interval] | str  # AP gained over the first run and its interval, or why there is no comparison
 
 
 def sections(runs: Mapping[str, RunRecord]) -> list[Section]:
-    """Return the sections of a page that compares two or more runs, given by name, each with the first."""
+    """Return the sections of a page that compares each of two or more named runs with the first."""
     first = next(iter(runs))
     gains = {name: ap_gain(runs[first], run) for name, run in runs.items() if name != first}
     words = [blocks.notice(kind, line) for kind, line in comparison_verdict(runs, gains)]
@@ -25,7 +25,7 @@ def sections(runs: Mapping[str, RunRecord]) -> list[Section]:
     ]
     summary = blocks.section(
         "summary", "Comparison", *words, _scores(runs, gains), *notes,
-        lead=f"Differences are to {first}, with 95 % intervals over the same draws of the same images.",
+        lead=f"Differences are relative to {first}; their 95 % intervals use the same draws of the same images.",
     )  # fmt: skip
     curves = blocks.section("training", "Training", blocks.beside(*_curves(runs)))
     return [summary, curves, _classes(runs), _configs(runs)]
@@ -35,16 +35,16 @@ def ap_gain(first: RunRecord, second: RunRecord) -> Gain:
     """Return AP(second) - AP(first) with its interval, or why the runs cannot be compared image by image."""
     a, b = first.analysis, second.analysis
     if a is None or b is None:
-        return "one of them has no detections that could be read"
+        return "one of them has no readable detections"
     if a.matches.classes != b.matches.classes or not np.array_equal(a.matches.image_ids, b.matches.image_ids):
-        return "they were evaluated on other images or classes"
+        return "they were evaluated on different images or classes"
     if a.kind != b.kind:
-        return f"one is compared by {a.kind}, the other by {b.kind}"
+        return f"one is evaluated by {a.kind}, the other by {b.kind}"
     return b.metrics.summary["AP"] - a.metrics.summary["AP"], paired_interval(a.matches, b.matches)
 
 
 def comparison_verdict(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> Iterator[tuple[str, str]]:
-    """Say which run is better, as far as the images can tell."""
+    """Yield sentences, each with its sign, on which run is better as far as these images can tell."""
     first = next(iter(runs))
     for name, compared in gains.items():
         if isinstance(compared, str):
@@ -56,10 +56,10 @@ def comparison_verdict(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain])
         change = f"{100 * gain:+.1f} points of {analysis.kind} AP ({interval(ends)})"
         if ends.low > 0 or ends.high < 0:
             better, worse = (name, first) if gain > 0 else (first, name)
-            yield "good", f"{better} is better than {worse}: {name} {change}, interval without 0."
+            yield "good", f"{better} is better than {worse}: {name} {change}; the interval excludes 0."
         else:
             yield "plain", f"{name} and {first} do not differ by more than these images can tell: {change}."
-    yield "plain", "Intervals are over images; another seed may move AP too, which single runs cannot show."
+    yield "plain", "Intervals are over images; another seed may also change AP, which single runs cannot show."
 
 
 def _scores(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> str:
@@ -67,7 +67,7 @@ def _scores(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> str:
                "images/s", "GiB")  # fmt: skip
     rows: list[list[blocks.Cell]] = []
     for name, run in runs.items():
-        gain = gains.get(name, "")  # "" for the first
+        gain = gains.get(name, "")  # "" for the first run
         points, ends = (None, "-") if isinstance(gain, str) else (100 * gain[0], interval(gain[1]))
         rows.append([
             name, run.ending[0], blocks.number(run.done, ","), blocks.percent(run.last("box/AP")),
@@ -89,7 +89,7 @@ def _curves(runs: Mapping[str, RunRecord]) -> list[str]:
         series = []
         for name, run in runs.items():
             entries = [entry for entry in getattr(run, log) if entry.get(key) is not None]
-            # images, not updates: runs with other batch sizes have seen as many after other numbers of updates
+            # by images instead of updates, because the runs may have different batch sizes
             seen = [entry["update"] * run.cfg.train.global_batch for entry in entries]
             series.append(Series(name, seen, [factor * entry[key] for entry in entries]))
         figures.append(
@@ -101,14 +101,14 @@ def _curves(runs: Mapping[str, RunRecord]) -> list[str]:
 def _classes(runs: Mapping[str, RunRecord]) -> Section:
     known = {name: run.analysis for name, run in runs.items() if run.analysis is not None}
     if not known:
-        return blocks.section("classes", "Classes", blocks.notice("plain", "No run has detections that could be read."))
+        return blocks.section("classes", "Classes", blocks.notice("plain", "No run has readable detections."))
     columns = ["class", *(f"{name}: {value}" for name in known for value in ("AP", "95 %"))]
     blank: list[blocks.Cell] = [blocks.percent(None), "-"] * len(known)
     rows: dict[str, list[blocks.Cell]] = {}
-    for place, found in enumerate(known.values()):
+    for index, found in enumerate(known.values()):
         for row, ends in zip(found.metrics.per_class, found.intervals.class_ap, strict=True):
             cells = rows.setdefault(row["name"], [row["name"], *blank])
-            cells[1 + 2 * place : 3 + 2 * place] = [blocks.percent(row["AP"]), interval(ends)]
+            cells[1 + 2 * index : 3 + 2 * index] = [blocks.percent(row["AP"]), interval(ends)]
     table = blocks.sortable_table("table-classes", columns, list(rows.values()), "AP of each class, percent")
     return blocks.section("classes", "Classes", table)
 

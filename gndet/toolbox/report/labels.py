@@ -1,4 +1,4 @@
-"""What is in the data: classes, numbers and sizes of objects, from the annotations of data.train and data.val."""
+"""The report's section on the annotations of data.train and data.val: classes, numbers and sizes of objects."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.blocks import Section
 from gndet.toolbox.report.record import RunRecord
 
-LOOKED_AT = 5000  # images of a set, evenly spaced: making the records of more takes seconds
+SAMPLED = 5000  # most images of a set to look at, evenly spaced; reading the records of more would take seconds
 
 
 class Labels(NamedTuple):
-    """Annotations of a data set in columns; n objects, N images, K classes."""
+    """Annotations of a data set in columns; n objects, N sampled images, K classes."""
 
-    images: int  # of the whole set
-    per_image: np.ndarray  # (N,) objects of each image looked at
+    images: int  # in the whole set
+    per_image: np.ndarray  # (N,) objects per sampled image
     images_of: np.ndarray  # (K,) images with an object of the class
     labels: np.ndarray  # (n,)
     sizes: np.ndarray  # (n,) square root of the box's area in pixels, after resizing
@@ -28,10 +28,10 @@ class Labels(NamedTuple):
 def read_labels(dataset: Dataset, shortest: int, longest: int) -> Labels:
     """Collect the objects of a data set, without crowds.
 
-    shortest, longest: edges in pixels that pictures are resized to.
+    shortest, longest: the edges in pixels that pictures are resized to.
     """
     images = len(dataset.records)
-    records = [dataset.records[place] for place in np.linspace(0, images - 1, min(images, LOOKED_AT)).astype(int)]
+    records = [dataset.records[place] for place in np.linspace(0, images - 1, min(images, SAMPLED)).astype(int)]
     found = [record.labels[~record.crowd] for record in records]
     boxes = np.concatenate([record.boxes[~record.crowd] for record in records])
     sides = (boxes[:, 2:] - boxes[:, :2]).clip(1e-6)
@@ -58,7 +58,7 @@ def section(run: RunRecord) -> Section:
     classes = next(dataset.classes for dataset in (run.train_set, run.val_set) if dataset is not None)
     seen = f"sizes of objects as the network sees them (shortest edge {data.shortest_edge_test})"
     figures = (
-        ("per-image", shown.per_image, "objects in an image", "images", False, "objects per image"),
+        ("per-image", shown.per_image, "objects per image", "images", False, "objects per image"),
         ("sizes", shown.sizes, "square root of a box's area, pixels", "objects", True, seen),
         ("aspects", shown.aspects, "height / width", "objects", True, "shapes of boxes"),
     )
@@ -73,8 +73,8 @@ def section(run: RunRecord) -> Section:
 
 
 def _words(name: str, labels: Labels) -> str:
-    looked_at = len(labels.per_image)
-    part = f" in {looked_at:,} of them, evenly spaced, which are shown here" if looked_at < labels.images else ""
+    sampled = len(labels.per_image)
+    part = f" in the {sampled:,} evenly spaced images that are shown here" if sampled < labels.images else ""
     return f"data.{name}: {labels.images:,} images, {len(labels.labels):,} objects{part}"
 
 

@@ -1,4 +1,4 @@
-"""What the detector gets wrong, with pictures: ground truth beside detections, by class and kind of mistake."""
+"""The report's sections on mistakes and on validation pictures: ground truth beside detections, by kind of mistake."""
 
 from collections.abc import Iterable
 
@@ -19,28 +19,29 @@ from gndet.toolbox.report.blocks import GalleryPicture, Section
 from gndet.toolbox.report.quality import shown_table
 from gndet.toolbox.report.record import RunRecord
 
-Tags = dict[int, set[str]]  # of the pictures to show, by place in the data set
+Tags = dict[int, set[str]]  # of the pictures to show, by index in the data set
 
-BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH: per class and per kind of mistake
+BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH is per class and per kind of mistake
 MOST = 48  # pictures in total
 SIDE = 480  # pixels of a picture's longer side
-WIDE = 980  # pixels of two side by side
+WIDE = 980  # pixels of two pictures side by side
 LISTED = 50  # rows
 ADVICE = {
-    "Cls": "Classes are confused: look at the confusion matrix, merge or relabel classes that look alike, or give the "
-    "rare ones more images.",
-    "Loc": "Boxes are loose: a longer schedule, larger pictures, or annotations drawn more tightly.",
-    "Both": "Detections near objects fit neither class nor box: usually too little training or too few examples.",
-    "Dupe": "Objects are found twice: a lower model.box_head.nms_threshold.",
-    "Bkg": "Things are found where nothing is annotated: look for objects that were not annotated, and train on images "
-    "without objects too (data.keep_empty).",
-    "Miss": "Objects are missed: small or crowded ones need larger pictures (data.shortest_edge) or smaller "
+    "Cls": "Classes are confused: look at the confusion matrix, merge or relabel classes that look alike, or add "
+    "images of rare classes.",
+    "Loc": "Boxes are loose: try a longer schedule, larger pictures, or tighter annotations.",
+    "Both": "Detections near objects have the wrong class and a poor box: usually too little training or too few "
+    "examples.",
+    "Dupe": "Objects are found twice: lower model.box_head.nms_threshold.",
+    "Bkg": "Detections lie where nothing is annotated: look for objects that were not annotated, and also train on "
+    "images without objects (data.keep_empty).",
+    "Miss": "Objects are missed: small or crowded objects need larger pictures (data.shortest_edge) or smaller "
     "model.rpn.anchor_sizes.",
 }  # fmt: skip
 
 
 def sections(run: RunRecord) -> list[Section]:
-    """Return the sections on mistakes and on validation pictures; [] where detections or data are missing."""
+    """Return the sections on mistakes and on validation pictures; [] if detections or data are missing."""
     found, dataset, results = run.analysis, run.val_set, run.results
     if found is None or dataset is None or results is None:
         return []
@@ -51,47 +52,48 @@ def sections(run: RunRecord) -> list[Section]:
 def _mistakes(found: Analysis, dataset: Dataset, tags: Tags) -> Section:
     """Return the section with kinds of mistakes, the worst images, and annotations that may be wrong."""
 
-    def picks(places: Iterable[int]) -> list[str]:
-        return [f"image:{place}" if place in tags else "" for place in places]
+    def picks(images: Iterable[int]) -> list[str]:
+        return [f"image:{image}" if image in tags else "" for image in images]
 
     table, suspects = error_table(found), suspect_table(found, dataset, LISTED)
     bars = charts.bars(
         "chart-errors", [row[0] for row in table.rows], [100 * (row[3] or 0) for row in table.rows],
-        "kinds of mistakes (TIDE, Bolya et al. 2020), by hotcoco",
-        x_label="AP50 that fixing all of a kind would give, points",
+        "kinds of mistakes (TIDE, Bolya et al. 2020), computed by hotcoco",
+        x_label="AP50 that fixing all of one kind would gain, points",
     )  # fmt: skip
     kind, _, count, gained = table.rows[0]
-    lost = f"{count:,} detections or objects, {100 * (gained or 0):.1f} points of AP50"
+    lost = f"{count:,} mistakes, {100 * (gained or 0):.1f} points of AP50"
     return blocks.section(
         "errors", "Mistakes", bars,
-        shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click one for its pictures"),
+        shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click a row for its pictures"),
         shown_table(image_table(found, dataset, LISTED), picks=picks(found.worst(LISTED))),
         shown_table(suspects, picks=picks(suspect.image for suspect in found.suspects[:LISTED]))
         if suspects.rows else blocks.paragraph("No annotation is contradicted by a confident detection."),
-        lead=f"Most is lost by {TITLES[kind]}: {lost}. {ADVICE[kind]}" if gained else "No mistakes that cost AP50.",
+        lead=f"The costliest kind is {TITLES[kind]}: {lost}. {ADVICE[kind]}" if gained else "No mistake costs AP50.",
     )  # fmt: skip
 
 
 def _pictures(found: Analysis, dataset: Dataset, results: Results, tags: Tags) -> Section:
     """Return the section of validation pictures: best, worst, random, and a few per class and kind of mistake."""
     drawn, unreadable = [], 0
-    for place, names in tags.items():
-        record = dataset.records[place]
+    for index, names in tags.items():
+        record = dataset.records[index]
         try:
-            image = draw_pair(record, found, place, results, dataset)
+            image = draw_pair(record, found, index, results, dataset)
         except DataError:
             unreadable += 1
             continue
-        hit, wrong, missed = found.counts[place]
-        counts = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[place]:.0f}"
+        hit, wrong, missed = found.counts[index]
+        counts = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[index]:.0f}"
         drawn.append(GalleryPicture(image, f"{printable(record.file_name)}: {counts}", sorted(names)))
     filters = {tag: tag for tag in ("worst", "best", "random", "suspect")}
     filters |= {f"error:{kind}": title for kind, title in TITLES.items()}
     filters |= {f"class:{name}": name for name in found.matches.classes}
     present = set().union(*tags.values())
     lead = (
-        f"Ground truth beside detections with a score from {found.threshold:.2f} on, the best threshold of all "
-        "classes. A false detection bears the kind of its mistake; a missed object is marked in the ground truth."
+        f"Ground truth beside the detections that score at least {found.threshold:.2f}, the best threshold over all "
+        "classes. A false detection is labelled with its kind of mistake; a missed object has a red frame in the "
+        "ground truth."
     )
     notes = [blocks.notice("warn", f"{unreadable} picture(s) could not be read")] if unreadable else []
     shown = [(tag, name) for tag, name in filters.items() if tag in present]
@@ -100,7 +102,7 @@ def _pictures(found: Analysis, dataset: Dataset, results: Results, tags: Tags) -
 
 
 def chosen_pictures(found: Analysis, seed: int) -> Tags:
-    """Return the places of the images to show with their tags: at most MOST, the worst first."""
+    """Return the indices of at most MOST images to show, with their tags, the worst first."""
     matches, errors = found.matches, found.errors
     by_score = np.argsort(-matches.scores, kind="stable")
     wanted: list[tuple[str, int, Iterable[int]]] = [
@@ -115,29 +117,29 @@ def chosen_pictures(found: Analysis, seed: int) -> Tags:
         objects = (matches.object_label == label) & ~matches.object_ignored
         wanted.append((f"class:{name}", EACH, matches.object_image[objects]))
     tags: Tags = {}
-    for tag, limit, places in wanted:
-        for place in list(dict.fromkeys(map(int, places)))[:limit]:
-            if place in tags or len(tags) < MOST:
-                tags.setdefault(place, set()).add(tag)
+    for tag, limit, images in wanted:
+        for image in list(dict.fromkeys(map(int, images)))[:limit]:
+            if image in tags or len(tags) < MOST:
+                tags.setdefault(image, set()).add(tag)
     shown = matches.scores >= found.threshold
-    for place, names in tags.items():  # what else they show
-        names.add(f"image:{place}")
-        names |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == place]}
-        names |= {f"error:{kind}" for kind in errors.kind[(matches.image == place) & shown] if kind}
+    for image, names in tags.items():  # add tags for everything else that the image shows
+        names.add(f"image:{image}")
+        names |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == image]}
+        names |= {f"error:{kind}" for kind in errors.kind[(matches.image == image) & shown] if kind}
     return tags
 
 
-def draw_pair(record: Record, found: Analysis, place: int, results: Results, dataset: Dataset) -> np.ndarray:
-    """Draw an image's ground truth beside its detections.  Raises DataError where the picture cannot be read."""
+def draw_pair(record: Record, found: Analysis, index: int, results: Results, dataset: Dataset) -> np.ndarray:
+    """Draw an image's ground truth beside its detections.  Raises DataError if the picture cannot be read."""
     small, scaled = shrunk(record.load(), record, SIDE)
     matches = found.matches
-    lost = set(matches.object_ids[(matches.object_image == place) & (matches.object_index[:, 0] < 0)].tolist())
+    lost = set(matches.object_ids[(matches.object_image == index) & (matches.object_index[:, 0] < 0)].tolist())
     unfound = np.array([id in lost for id in record.annotation_ids.tolist()], dtype=bool) & ~record.crowd
     names = tuple(printable(name) for name in dataset.classes)
     left = draw_ground_truth(small, scaled, names)
     if unfound.any():
         left = _marked(left, scaled, unfound, small.shape)
-    rows = np.flatnonzero((matches.image == place) & (matches.scores >= found.threshold))
+    rows = np.flatnonzero((matches.image == index) & (matches.scores >= found.threshold))
     rows = rows[np.argsort(matches.scores[rows], kind="stable")]  # the best on top
     taken = results.take(matches.index[rows])
     boxes = taken.boxes.copy()
@@ -150,11 +152,11 @@ def draw_pair(record: Record, found: Analysis, place: int, results: Results, dat
     codes = (taken.masks() or []) if found.kind == "mask" else []
     masks = [coco_mask.decode(to_rle(code, record.size)).astype(bool) for code in codes] or None
     right = draw_objects(small, boxes, labels, matches.label[rows].tolist(), masks)
-    return side_by_side(left, right, ("ground truth", f"detections from {found.threshold:.2f}"))
+    return side_by_side(left, right, ("ground truth", f"detections, score >= {found.threshold:.2f}"))
 
 
 def _marked(picture: np.ndarray, record: Record, which: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Put a red frame around objects; record: scaled to `size`, of which the picture may be an enlargement."""
+    """Draw a red frame around objects.  record: scaled to `size`; the picture may be an enlargement of that size."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     for box in record.boxes[which]:

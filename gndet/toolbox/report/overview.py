@@ -1,4 +1,4 @@
-"""The first screen of a report: how the run stands, its numbers, and what to do about them, in words."""
+"""The report's first section: the state of the run, its main numbers, and what to do about them."""
 
 import math
 from collections import Counter
@@ -12,12 +12,12 @@ from gndet.toolbox.report.mistakes import ADVICE
 from gndet.toolbox.report.record import RunRecord, training_time
 from gndet.training.norms import SMALL_BATCH
 
-WAITING = 0.2  # share of time spent waiting for data above which a run is called data-bound
-FALL = 0.01  # AP
-FEW = 20  # objects of a class in data.val below which its AP says little
+WAITING = 0.2  # share of time spent waiting for data; above it a run is called data-bound
+FALL = 0.01  # change of AP that is worth a sentence
+FEW = 20  # objects of a class in data.val; with fewer, its AP says little
 SUSPECTS = {
-    "missing_annotation": "confident detections lie where nothing is annotated, perhaps on forgotten objects",
-    "wrong_label": "objects are confidently detected as another class than they are annotated as",
+    "missing_annotation": "confident detections lie where nothing is annotated, possibly on forgotten objects",
+    "wrong_label": "objects are confidently detected as a class that differs from their annotation",
 }
 SIGNS = {"finished": "good", "failed": "bad", "stopped": "warn", "unfinished": "warn"}
 
@@ -32,7 +32,7 @@ def section(run: RunRecord) -> Section:
 
 
 def headline_numbers(run: RunRecord) -> list[tuple[str, str]]:
-    """Return the numbers that readers look for first."""
+    """Return the numbers that readers look for first, as pairs of name and value."""
     scores = {f"{part} {key}, %": run.last(f"{part}/{key}") for part in ("box", "mask") for key in ("AP", "AP50")}
     pairs = [(name, f"{100 * value:.1f}") for name, value in scores.items() if value is not None]
     if run.analysis is not None:
@@ -61,29 +61,31 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         delta = run.analysis.errors.delta_ap
         kind = max(TITLES, key=lambda kind: 0.0 if math.isnan(delta[kind]) else delta[kind])
         if delta[kind] > FALL:
-            yield "plain", f"Most AP50 is lost by {TITLES[kind]}: {100 * delta[kind]:.1f} points. {ADVICE[kind]}"
+            lost = f"The costliest kind of mistake is {TITLES[kind]}: {100 * delta[kind]:.1f} points of AP50"
+            yield "plain", f"{lost}. {ADVICE[kind]}"
         contradicted = Counter(suspect.kind for suspect in run.analysis.suspects)
         for kind, words in SUSPECTS.items():
             if count := contradicted[kind]:
                 yield "warn", f"{count} {words}; they are listed under Mistakes, the most confident first."
         if few := [row["name"] for row in run.analysis.metrics.per_class if row["num_objects"] < FEW]:
             names = f"{', '.join(few[:8])}{' ...' if len(few) > 8 else ''}"
-            yield "warn", f"Fewer than {FEW} objects in data.val, so that AP says little: {names}"
+            yield "warn", f"Classes with fewer than {FEW} objects in data.val, so their AP says little: {names}."
     waits = [entry["data_wait"] for entry in run.train[1:] if entry.get("data_wait") is not None]
     if waits and (share := sum(waits) / len(waits)) > WAITING:
-        yield "warn", f"Data-bound: {100 * share:.0f} % of the time was spent waiting for pictures; raise data.workers."
+        yield "warn", f"Data-bound: waiting for data took {100 * share:.0f} % of the time; raise data.workers."
     if skipped := run.meta.get("nonfinite"):
-        yield "warn", f"{skipped} update(s) with losses or gradients that were not finite were skipped; see nonfinite/."
+        yield "warn", f"{skipped} update(s) were skipped because losses or gradients were not finite; see nonfinite/."
     if run.meta.get("unreadable"):
         yield "warn", f"{len(run.meta['unreadable'])} training picture(s) could not be read and were left out."
     mixing = sorted({norm.kind for norm in run.cfg.model.part_norms().values() if norm.mixes_images})
     if mixing and run.images_at_once and run.images_at_once < SMALL_BATCH:
         over = f"{', '.join(mixing)} takes its statistics over {run.images_at_once} image(s) at once"
-        why = f"below {SMALL_BATCH} they are noise (Wu & He 2018, figure 1); gn does not depend on that number"
+        why = f"with fewer than {SMALL_BATCH} they are noisy (Wu & He 2018, figure 1); gn does not depend on the batch"
         yield "warn", f"{over}; {why}."
 
 
 def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
+    """Yield a sentence on how AP developed."""
     key = "mask/AP" if run.last("mask/AP") is not None else "box/AP"
     scores = [(entry["update"], entry[key]) for entry in run.evaluations if entry.get(key) is not None]
     if not scores:
@@ -92,13 +94,13 @@ def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
     last_at, last = scores[-1]
     name = key.replace("/", " ")
     if last == 0:
-        yield "bad", f"{name} is 0: nothing is found yet. Train longer, or look at the training batches and labels."
+        yield "bad", f"{name} is 0: nothing is found yet. Train longer, or check the training batches and the labels."
     elif best - last > FALL and best_at < last_at:
         fell = f"{name} was best after {best_at:,} updates ({100 * best:.1f}) and has fallen to {100 * last:.1f}"
-        why = "too long a schedule for this data, or too high a learning rate; `best` is the better checkpoint"
+        why = "the schedule is too long for this data or the learning rate too high; `best` is the better checkpoint"
         yield "warn", f"{fell}: {why}."
     elif len(scores) > 1 and last - scores[-2][1] > FALL:
-        rose = f"{name} still rose at the end, from {100 * scores[-2][1]:.1f} to {100 * last:.1f}"
-        yield "plain", f"{rose} over the last {last_at - scores[-2][0]:,} updates: a longer schedule may give more."
+        rose = f"{name} was still rising at the end, from {100 * scores[-2][1]:.1f} to {100 * last:.1f}"
+        yield "plain", f"{rose} over the last {last_at - scores[-2][0]:,} updates: try a longer schedule."
     elif len(scores) > 1:
         yield "good", f"{name} has levelled off at {100 * last:.1f}."

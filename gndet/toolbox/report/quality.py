@@ -1,4 +1,4 @@
-"""How good the detections are: precision and recall, F1, AP per class with its interval, thresholds, confusion."""
+"""The report's section on detections: precision and recall, F1, AP per class with intervals, thresholds, confusion."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from gndet.toolbox.report.blocks import Cell, Section
 from gndet.toolbox.report.charts import Series
 from gndet.toolbox.report.record import RunRecord
 
-FORMS = {"id": "d", "image id": "d", "annotation": "d", "threshold": ".2f", "score": ".2f"}  # others by their type
-MOST_CURVES = 7  # classes whose curves are drawn: those with most objects
+FORMS = {"id": "d", "image id": "d", "annotation": "d", "threshold": ".2f", "score": ".2f"}  # other columns by type
+MOST_CURVES = 7  # classes whose curves are drawn: those with the most objects
 
 
 def section(run: RunRecord) -> Section:
@@ -26,14 +26,14 @@ def section(run: RunRecord) -> Section:
         return blocks.section("quality", "Detections", blocks.notice("warn", reason))
     shown = most_common(found)
     lead = (
-        f"{len(found.matches.index):,} detections on {len(found.f1):,} images of data.val, compared by {found.kind}; "
-        "numbers and matches are COCO's."
+        f"{len(found.matches.index):,} detections on {len(found.f1):,} images of data.val, compared by {found.kind}. "
+        "Detections are matched and scored as COCO does."
     )
     return blocks.section(
         "quality", "Detections",
         blocks.beside(_precision_recall(found, shown), _f1(found, shown)),
         shown_table(class_table(found), picks=[f"class:{name}" for name in found.matches.classes],
-                    note=f"; of {found.intervals.draws} draws of images; click a class for its pictures"),
+                    note=f" ({found.intervals.draws} draws); click a class for its pictures"),
         shown_table(threshold_table(found)),
         _confusion(found),
         lead=lead,
@@ -41,10 +41,10 @@ def section(run: RunRecord) -> Section:
 
 
 def most_common(found: Analysis) -> list[int]:
-    """Return the places of the classes to draw, in the order of the data set."""
+    """Return the indices of the classes to draw, in the data set's order."""
     objects = np.array([row["num_objects"] for row in found.metrics.per_class])
     order = np.argsort(-objects, kind="stable")[:MOST_CURVES]
-    return sorted(int(place) for place in order if objects[place])
+    return sorted(int(label) for label in order if objects[label])
 
 
 def _precision_recall(found: Analysis, shown: Sequence[int]) -> str:
@@ -52,21 +52,21 @@ def _precision_recall(found: Analysis, shown: Sequence[int]) -> str:
     mean = defined[:, ~np.isnan(defined).all(0)].mean(1)
     return charts.lines(
         "chart-pr", _series(found, shown, RECALLS, [*defined.T, mean], "mean of classes"),
-        "precision and recall at IoU 0.5, COCO's", x_label="recall", y_label="precision", y_range=(0, 1.03),
+        "COCO precision and recall at IoU 0.5", x_label="recall", y_label="precision", y_range=(0, 1.03),
     )  # fmt: skip
 
 
 def _f1(found: Analysis, shown: Sequence[int]) -> str:
     return charts.lines(
         "chart-f1", _series(found, shown, SCORES, found.curves.f1, ALL),
-        "F1 by the score from which detections count, IoU 0.5", x_label="score", y_label="F1", y_range=(0, 1.03),
+        "F1 at IoU 0.5 by score threshold", x_label="score threshold", y_label="F1", y_range=(0, 1.03),
     )  # fmt: skip
 
 
 def _series(
     found: Analysis, shown: Sequence[int], x: np.ndarray, rows: Sequence[np.ndarray] | np.ndarray, last: str
 ) -> list[Series]:
-    """Return the curves of the classes shown and, if they are several, the last row, named `last`."""
+    """Return the curves of the shown classes and, if there are several, the last row under the name `last`."""
     series = [Series(found.matches.classes[k], x, rows[k]) for k in shown]
     return [*series, Series(last, x, rows[-1])] if len(shown) > 1 else series
 
@@ -77,20 +77,20 @@ def _confusion(found: Analysis) -> str:
     if not len(used):
         return ""
     matrix = found.confusion[np.ix_(used, used)]
-    labels = [names[place] for place in used]
-    caption = f"objects by their class and what was found there, scores from {found.threshold:.2f} on, IoU 0.5"
+    labels = [names[index] for index in used]
+    caption = f"confusion matrix at IoU 0.5, scores >= {found.threshold:.2f}: annotated class by detected class"
     return charts.heat("chart-confusion", matrix, labels, caption, x_label="found", y_label="annotated")
 
 
 def shown_table(table: Table, *, picks: Sequence[str] = (), note: str = "") -> str:
-    """Return a table of the analysis for the page."""
+    """Return a table of the analysis as HTML."""
     rows = [[cell(column, value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
     caption = f"{table.title}{note} (shares and AP in percent)"
     return blocks.sortable_table(f"table-{table.name}", table.columns, rows, caption, picks=picks)
 
 
 def cell(column: str, value: Any) -> Cell:
-    """Return a value of the analysis as a cell."""
+    """Return a value of the analysis as a cell of a table."""
     if isinstance(value, str):
         return value
     if column in FORMS:

@@ -1,6 +1,6 @@
-"""The content of a run folder, read for its report; what is missing is noted, not an error.
+"""Read a run folder for its report; missing parts are noted and are not errors.
 
-Reading changes nothing in the folder: a run in progress can be reported on.
+Reading changes nothing in the folder, so a run in progress can be reported on.
 """
 
 import time
@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 
 class RunRecord(NamedTuple):
-    """A run as its folder tells it."""
+    """The content of a run folder."""
 
     folder: Path
     cfg: Config
-    meta: dict[str, Any]  # of the newest intact checkpoint; {}: there is none
+    meta: dict[str, Any]  # of the newest intact checkpoint; {} if there is none
     train: list[dict[str, Any]]  # entries of metrics.jsonl
     evaluations: list[dict[str, Any]]
     train_set: Dataset | None
@@ -50,45 +50,46 @@ class RunRecord(NamedTuple):
 
     @property
     def speed(self) -> float | None:
-        """Images per second, the median of the log; None: not logged."""
+        """Images per second, the median of the log; None if it was not logged."""
         speeds = [entry["images_per_s"] for entry in self.train if entry.get("images_per_s")]
         return median_high(speeds) if speeds else None
 
     @property
     def memory(self) -> float | None:
-        """Peak memory in GiB; None: not logged."""
+        """Peak memory in GiB; None if it was not logged."""
         mib = self.train[-1].get("memory_mib") if self.train else None
         return mib / 1024 if mib else None
 
     @property
     def images_at_once(self) -> int | None:
-        """Images that were computed at once; None: not known."""
+        """Images that a rank computed at once; None if unknown."""
         images = self.meta.get("images_at_once") or self.cfg.train.images_per_gpu
         return images if isinstance(images, int) else None
 
     @property
     def ending(self) -> tuple[str, str]:
-        """How the run stands: finished, failed, stopped or unfinished, and a sentence."""
+        """State of the run (finished, failed, stopped or unfinished), and a sentence about it."""
         left = f"after {self.done:,} of {self.total:,} updates"
         failed, preempted = self.folder / FAILED, self.folder / PREEMPTED
         if failed.is_file():
             return "failed", f"failed {left}: {failed.read_text(encoding='utf-8', errors='replace').strip()}"
         if preempted.is_file():
             text = preempted.read_text(encoding="utf-8", errors="replace").strip()
-            return "stopped", f"stopped {left} ({text}); the same command continues it"
+            return "stopped", f"stopped {left} ({text}); run the same command to continue"
         if self.meta and self.meta["update"] >= self.meta["total_updates"] and not self.meta.get("evaluation_due"):
             return "finished", f"finished: {self.done:,} updates"
-        return "unfinished", f"unfinished, {left}: it is still running or was killed; the same command continues it"
+        state = "it is still running or was killed; if it was killed, run the same command to continue"
+        return "unfinished", f"unfinished, {left}: {state}"
 
     def last(self, key: str) -> float | None:
-        """Return the newest value of an evaluation, like "box/AP"; None where there is none."""
+        """Return the newest value of a metric such as "box/AP"; None if there is none."""
         return next((entry[key] for entry in reversed(self.evaluations) if entry.get(key) is not None), None)
 
 
 def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
-    """Read a run folder.  overrides: over its config, like data.root=PATH where the data has moved.
+    """Read a run folder.  overrides: changes to its config, e.g. data.root=PATH if the data has moved.
 
-    Raises DataError where the folder holds no run, and ConfigError where its config cannot be read.
+    Raises DataError if the folder holds no run, and ConfigError if its config cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder, expected a run folder")
@@ -101,23 +102,23 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     checkpoints = (_read("checkpoint", missing, load_checkpoint, path, ()) for path in run_checkpoints(folder))
     newest = next((checkpoint for checkpoint in checkpoints if checkpoint is not None), None)
     if newest is None:
-        missing.append("checkpoints: there is none yet, so environment and weight sources are not known")
+        missing.append("checkpoints: there is none yet, so environment and weight sources are unknown")
     log, detections = folder / METRICS, folder / DETECTIONS
     entries = _read("curves", missing, read_metrics, log) if log.is_file() else []
     if entries == []:
-        missing.append(f"curves: nothing was logged yet in {METRICS}")
+        missing.append(f"curves: nothing was logged in {METRICS} yet")
     train, evaluations = (
         [entry for entry in entries or () if entry["kind"] == kind] for kind in ("train", "evaluation")
     )
     train_set = _read("data.train", missing, read_dataset, cfg.data.train, cfg.data)
     val_set = _read("data.val", missing, read_dataset, cfg.data.val, cfg.data)
     if train_set is None or val_set is None:
-        missing.append("data: where the data has moved, give data.root=PATH")
+        missing.append("data: if the data has moved, set data.root=PATH")
     results = analysis = None
     if not detections.is_file():
         missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
     elif val_set is None:
-        missing.append("detections: they cannot be analysed without the data set")
+        missing.append("detections: these cannot be analysed without the data set")
     elif (results := _read("detections", missing, read_results, detections, val_set)) is not None:
         kind = chosen_kind(val_set, results)
         analysis = analyse(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
@@ -126,7 +127,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
 
 
 def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any) -> T | None:
-    """Return what `read` returns; where a file is wrong or cannot be read, note it as missing and return None."""
+    """Return what `read` returns; if the file is broken or unreadable, note it as missing and return None."""
     try:
         return read(*arguments)
     except (GndetError, OSError) as error:
@@ -135,7 +136,7 @@ def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any
 
 
 def training_time(run: RunRecord) -> str:
-    """Return about how long the updates took, from the logged speed; "" where nothing was logged."""
+    """Return about how long the updates took, by the logged speed; "" if nothing was logged."""
     seconds, before = 0.0, 0
     for entry in run.train:
         if entry.get("images_per_s"):

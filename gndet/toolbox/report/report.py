@@ -1,4 +1,4 @@
-"""`gndet report`: one HTML page, without a server: what a run saw, how it trained, what it gets wrong, its norms."""
+"""`gndet report`: write one HTML page that shows a run's data, its training, its mistakes and its norm layers."""
 
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[
     """Write the report of a run, of several runs compared, or of a norm study; return its path.
 
     folders: run folders, or the folder of one study.  out: file to write; by default report.html in the folder, or
-    comparison.html in the first of several folders.  overrides: over the configs of the runs, where data has moved.
-    Raises DataError for a folder without a run, ConfigError, and OutputError where the file cannot be written.
+    comparison.html in the first of several folders.  overrides: changes to the runs' configs, e.g. if data has moved.
+    Raises DataError for a folder without a run, ConfigError, and OutputError if the file cannot be written.
     """
     if any(map(is_study, folders)):
         if len(folders) > 1:
-            raise DataError("a norm study is reported on by itself; its runs lie in its folder cells/")
+            raise DataError("a report covers one norm study alone; to compare its runs, name folders of its cells/")
         html = page(f"gndet: {folders[0].absolute().name}", str(folders[0]), [study.section(folders[0])])
     else:
         html = run_page(folders[0], overrides) if len(folders) == 1 else comparison_page(folders, overrides)
@@ -37,7 +37,7 @@ def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[
 
 
 def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
-    """Return the page of a run."""
+    """Return the page of one run."""
     run = read_run(folder, overrides)
     sections = [
         overview.section(run), training.section(run), quality.section(run), *mistakes.sections(run),
@@ -57,20 +57,20 @@ def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> s
 
 
 def report_on_ending(folder: Path, show: Show) -> None:
-    """Write the report of a run that has just ended; no failure here may hide how the run ended."""
+    """Write the report of a run that has just ended; a failure here must not hide how the run ended."""
     try:
         write_report([folder], None, (), show)
     except GndetError as error:
         show(f"no report was written: {error}")
-    except Exception:  # our bug; the run itself is done and saved
-        show(f"no report was written, `gndet report {folder}` tries again:\n{traceback.format_exc(limit=-3)}")
+    except Exception:  # a bug of ours; the run itself is done and saved
+        show(f"no report was written; `gndet report {folder}` tries again:\n{traceback.format_exc(limit=-3)}")
 
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Assemble a page, whose policy forbids every outside request."""
+    """Assemble a page whose content security policy forbids every outside request."""
     folder = files("gndet.toolbox.report")
     style, script = ((folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     links = "".join(f'<a href="#{escape(id)}">{escape(title)}</a>' for id, title, _ in sections)

@@ -1,4 +1,4 @@
-"""How the run was made: config, environment, where its weights came from, and commands that do it again."""
+"""The report's section on how the run was made: commands, weights, environment and config."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ META = {"device": "device", "processes": "processes", "data": "hash of data", "m
 
 
 def section(run: RunRecord) -> Section:
-    """Return the section with all that is needed to repeat the run."""
+    """Return the section with everything that is needed to repeat the run."""
     rows: list[list[blocks.Cell]] = [[name, str(value)] for name, value in run.meta.get("versions", {}).items()]
     rows += [[name, str(run.meta[key])] for key, name in META.items() if key in run.meta]
     options = ("option", "value", "default")
@@ -23,37 +23,37 @@ def section(run: RunRecord) -> Section:
         blocks.heading("Commands"), blocks.preformatted("\n".join(next_commands(run))),
         blocks.heading("Weights"), blocks.paragraph(weights(run)),
         blocks.sortable_table("environment", ("what", "value"), rows, "environment") if rows else "",
-        blocks.sortable_table("changed", options, changed(run.cfg), "options that are not at their default"),
+        blocks.sortable_table("changed", options, changed(run.cfg), "options that differ from their defaults"),
         blocks.details("the resolved config", blocks.preformatted(config_to_yaml(run.cfg))),
     )  # fmt: skip
 
 
 def next_commands(run: RunRecord) -> list[str]:
-    """Return commands that repeat the run and use what it learned."""
+    """Return commands that repeat the run, and commands that use its checkpoint."""
     folder = run.folder
-    lines = [f"gndet train {folder / CONFIG} out={folder}-again      # the same run once more"]
-    if run.meta:  # a checkpoint is there
+    lines = [f"gndet train {folder / CONFIG} out={folder}-again      # repeats the run"]
+    if run.meta:  # there is a checkpoint
         lines += [
             f"gndet evaluate {folder}",
             f"gndet predict {folder} IMAGE_OR_FOLDER --out predictions",
             f"gndet analyze {folder} --json analysis.json",
         ]
     if run.ending[0] != "finished":
-        lines.append(f"gndet train {folder / CONFIG} out={folder}            # goes on where it stopped")
+        lines.append(f"gndet train {folder / CONFIG} out={folder}            # continues the run")
     return lines
 
 
 def weights(run: RunRecord) -> str:
-    """Say what the run started from."""
+    """Say which weights the run started from."""
     if not run.cfg.train.weights:
-        return "From scratch: no train.weights."
+        return "Trained from scratch (no train.weights)."
     fates = Counter((run.meta.get("norms") or {}).values())
     layers = "; norm layers: " + ", ".join(f"{count} {fate}" for fate, count in fates.items()) if fates else ""
     return f"train.weights: {run.cfg.train.weights}, norm_policy: {run.cfg.train.norm_policy}{layers}."
 
 
 def changed(cfg: Config) -> list[list[str]]:
-    """Return the options that are not at their default: name, value, default."""
+    """Return the options that differ from their defaults: name, value, default."""
     usual = flat(Config())
     options = ((key, value, usual.get(key, "-")) for key, value in flat(cfg).items())
     return [[key, str(value), str(default)] for key, value, default in options if value != default]

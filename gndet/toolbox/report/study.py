@@ -1,4 +1,4 @@
-"""The report of a norm study."""
+"""The report's section on a norm study."""
 
 import shlex
 from pathlib import Path
@@ -22,7 +22,7 @@ from gndet.toolbox.report.blocks import Section
 
 
 def section(folder: Path) -> Section:
-    """Return the section of a study.  Raises DataError where study.json cannot be read."""
+    """Return the section of a study.  Raises DataError if study.json cannot be read."""
     study = read_study(folder)
     parts = [blocks.notice("plain", line) for line in study_verdict(study)]
     parts += [blocks.paragraph(f"Rule: {study.rule}."), blocks.paragraph(_schedule(study))]
@@ -48,11 +48,11 @@ def _schedule(study: Study) -> str:
     text = f"Each cell: {images:,} images, a schedule of {study.updates:,} updates of {study.reference_batch}"
     if study.factor < 1:
         text += f", shortened by a factor of {study.factor:.3f} to fit the budget"
-    return f"{text}.  Made with {', '.join(f'{name} {version}' for name, version in study.versions.items())}."
+    return f"{text}. Made with {', '.join(f'{name} {version}' for name, version in study.versions.items())}."
 
 
 def _chart(study: Study, metric: str) -> str:
-    """Draw AP against images per GPU, one line per norm; at a single size, bars."""
+    """Draw AP against images per GPU with one line per norm; for a single size, draw bars."""
     caption = f"{METRICS[metric]} in percent, mean over seeds with its 95 % interval (Student's t)"
     name, label = f"study-{metric.replace('/', '-')}", f"{METRICS[metric]}, %"
     series = []
@@ -79,7 +79,7 @@ def _table(study: Study, metric: str) -> str:
 
 
 def _cells(study: Study) -> str:
-    """Return the table of all cells with their states and the reasons of failures."""
+    """Return the table of all cells with their states and the reasons for failures."""
     shown = metrics_of(study)
     rows = []
     for r in study.results:
@@ -87,4 +87,4 @@ def _cells(study: Study) -> str:
         rows.append([variant_title(r.variant), blocks.number(r.images), blocks.number(r.seed), r.state, *scores,
                      blocks.number(r.seconds, ".0f"), r.reason])  # fmt: skip
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
-    return blocks.sortable_table("study-cells", head, rows, "Every cell")
+    return blocks.sortable_table("study-cells", head, rows, "All cells")

@@ -1,4 +1,4 @@
-"""The curves of a run: loss, AP, learning rate, speed, memory."""
+"""The report's section on training: curves of loss, AP, learning rate, speed and memory."""
 
 import math
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ def section(run: RunRecord) -> Section:
     scores = [f"{part}/{key}" for part in ("box", "mask") for key in ("AP", "AP50")]
     train = run.train
     figures = [
-        _figure("loss", train, ["loss", *losses], "loss", "mean losses between two lines of the log"),
-        _figure("ap", run.evaluations, scores, "AP, percent", "AP on data.val, over IoU 0.5 to 0.95 and at 0.5", 100),
-        _figure("lr", train, ["lr"], "learning rate", "learning rate of single updates"),
-        _figure("speed", train, ["images_per_s"], "images/s", "images per second, without evaluations and saves"),
+        _figure("loss", train, ["loss", *losses], "loss", "losses, averaged between two log entries"),
+        _figure("ap", run.evaluations, scores, "AP, percent", "AP (IoU 0.5 to 0.95) and AP50 on data.val", 100),
+        _figure("lr", train, ["lr"], "learning rate", "learning rate at each log entry"),
+        _figure("speed", train, ["images_per_s"], "images/s", "images per second, not counting evaluations and saves"),
         _figure("wait", train, ["data_wait"], "percent", "share of the time spent waiting for data", 100),
         _figure("memory", train, ["memory_mib"], "MiB", "peak memory so far"),
     ]
@@ -32,7 +32,7 @@ def section(run: RunRecord) -> Section:
 def _figure(
     name: str, log: Sequence[dict[str, Any]], keys: Sequence[str], y_label: str, caption: str, factor: float = 1.0
 ) -> str:
-    """Draw values of the log over the updates, with gaps where they were not finite."""
+    """Draw values of the log over the updates; values that are not finite leave gaps."""
     series = []
     for key in keys:
         entries = [entry for entry in log if key in entry]

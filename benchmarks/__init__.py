@@ -1,1 +1,1 @@
-"""Speed and memory of gndet beside other libraries, on the same work in turn: `python -m benchmarks`."""
+"""Compare the speed and memory of gndet with other libraries on the same work: `python -m benchmarks`."""

@@ -13,9 +13,9 @@ MODULES = {"step": "step", "norm": "norm", "loader": "loader", "start": "start",
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark.  Returns its exit status, or 2 after a mistake of the user's, told without a traceback."""
+    """Run a benchmark.  Returns its exit status, or 2 after a user error, which is shown without a traceback."""
     top = argparse.ArgumentParser(
-        prog="benchmarks", description="Speed and memory beside other libraries, on the same work in turn."
+        prog="benchmarks", description="Compare speed and memory with other libraries on the same work."
     )
     add_all(top)
     options = parse(sys.argv[1:] if arguments is None else arguments, top)
@@ -28,5 +28,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(f"benchmarks {options.benchmark}", run)
 
 
-if __name__ == "__main__":  # the processes that are timed import this file again
+if __name__ == "__main__":  # the timed processes import this file again
     raise SystemExit(main())

@@ -2,8 +2,8 @@
 
 python -m benchmarks.coco_sized FOLDER [--images 118000] [--objects 860000]
 
-Polygons have the lengths that COCO's have (a median of 18 points, a long tail), one object in 80 is a crowd region as
-RLE. Every picture is a hard link to one JPEG.
+Polygons are as long as COCO's (a median of 18 points, a long tail); one object in 80 is a crowd region in RLE. The
+pictures are hard links to a few JPEGs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SIZE = (480, 640)
 
 
 def make(folder: Path, images: int, objects: int) -> None:
-    """Write FOLDER/train.json and FOLDER/train/; nothing where they are there."""
+    """Write FOLDER/train.json and FOLDER/train/, unless they exist."""
     if (folder / "train.json").exists():
         return
     (folder / "train").mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def make(folder: Path, images: int, objects: int) -> None:
 
 
 def draw(rng: np.random.Generator, number: int, image_id: int, categories: list[dict]) -> dict:
-    """One object: an outline around a centre, or a crowd region."""
+    """Return one object: an outline around a centre, or a crowd region."""
     points = int(np.clip(rng.lognormal(2.9, 0.7), 3, 400))
     radius = rng.uniform(8, 110)
     angle = (np.arange(points) + rng.uniform(0.2, 0.8, points)) * (2 * np.pi / points)  # all around: never a line
@@ -73,7 +73,7 @@ def draw(rng: np.random.Generator, number: int, image_id: int, categories: list[
 
 
 def check(options: argparse.Namespace, cache: Path) -> None:
-    """Run `gndet check` in a process of its own; say how long it took and the memory it needed at the most."""
+    """Run `gndet check` in its own process; print how long it took and its peak memory."""
     words = ["gndet", "check", options.folder / "train.json", f"data.cache={cache}", "--image-folder"]
     began, load = time.monotonic(), os.getloadavg()[0]
     process = subprocess.Popen([*map(str, words), str(options.folder / "train")], stdout=subprocess.DEVNULL)
@@ -81,8 +81,8 @@ def check(options: argparse.Namespace, cache: Path) -> None:
     took = time.monotonic() - began
     assert status == 0, status
     print(
-        f"{took:.1f} s ({usage.ru_utime + usage.ru_stime:.1f} s of a core, load {load:.1f} before), "
-        f"{usage.ru_maxrss / 2**20:.2f} GiB at the most"
+        f"{took:.1f} s ({usage.ru_utime + usage.ru_stime:.1f} s of CPU, load {load:.1f} before), "
+        f"at most {usage.ru_maxrss / 2**20:.2f} GiB"
     )
 
 

@@ -1,13 +1,13 @@
-"""What is left of a BN network when its norms are made GN without training, and what it is worth as a start.
+"""Measure how well a BN network survives conversion to GN without training, and how good a start it is.
 
     python -m benchmarks.conversion --data ../shared/data/bn2gn [--updates 500] [--seeds 0 1 2] [--rates 0.003 0.01]
         [--momentum 0.9]
 
 --data holds a public CIFAR-10 ResNet-20 and 1,500 test images.  First table: top-1 without training and agreement with
-the BN network, by method and grouping; C is calibration on images (mean and deviation over three draws from the first
-500 images), tested as all rows are on the other 1,000.  Second table: short fine-tunes of all weights with a new dense
-head on 1,000 images, two at a time, tested on the other 500.  A seed gives each start the same head, order and flips.
-At lr 0.01 and momentum 0.9 the frozen BN network itself may fail.  Takes about 10 minutes on one core.
+the BN network, by method and grouping, tested on 1,000 images; C is calibration on images, with mean and deviation over
+three draws from the other 500.  Second table: short fine-tunes of all weights with a new dense head on 1,000 images in
+batches of two, tested on the other 500.  A seed gives each start the same head, order and flips.  At lr 0.01 and
+momentum 0.9 the frozen BN network itself may fail.  Takes about 10 minutes on one core.
 """
 
 import argparse
@@ -50,14 +50,14 @@ class Morph(nn.Module):
 
 
 def calibrated(source: ResNet20, norm: MakeNorm, damp: float, images: Tensor) -> ResNet20:
-    """The converted network, its GN fitted on images (N, 3, 32, 32)."""
+    """Return the converted network with its GN fitted on images (N, 3, 32, 32)."""
     net = converted(source, norm, damp)
     run_twins(net, norm_layers(source), lambda: net(torch.cat([images, images])), fit=True)
     return net
 
 
 def morphing(source: ResNet20, norm: MakeNorm, damp: float) -> ResNet20:
-    """The frozen network with norms that can become the converted ones."""
+    """Return the frozen network with norms that can morph into the converted ones."""
     net = converted(source, norm, damp)
     for name, layer in norm_layers(net).items():
         net.set_submodule(name, Morph(source.get_submodule(name), layer))
@@ -65,7 +65,7 @@ def morphing(source: ResNet20, norm: MakeNorm, damp: float) -> ResNet20:
 
 
 def methods(source: ResNet20, norm: MakeNorm, images: Tensor) -> Rows:
-    """The networks of each row of the first table, for one grouping."""
+    """Yield the networks of each row of the first table, for one grouping."""
     yield "copy by name", [by_name(source, norm)]
     for damp in DAMPS:
         yield f"B, damp {damp:g}", [converted(source, norm, damp)]
@@ -77,13 +77,13 @@ def methods(source: ResNet20, norm: MakeNorm, images: Tensor) -> Rows:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and standard deviation in per cent."""
+    """Return mean and standard deviation in percent."""
     mean = f"{100 * statistics.mean(values):5.1f}"
     return f"{mean} ± {100 * statistics.stdev(values):3.1f}" if len(values) > 1 else f"{mean}      "
 
 
 def print_fidelity(source: ResNet20, images: Tensor, labels: Tensor) -> None:
-    """The first table."""
+    """Print the first table."""
     pool, images, labels = images[:500], images[500:], labels[500:]
     expected = predict(source, images)
     print(f"{'grouping':13} {'method':24} top-1         agreement with BN")
@@ -98,7 +98,7 @@ def print_fidelity(source: ResNet20, images: Tensor, labels: Tensor) -> None:
 def fine_tune(
     net: ResNet20, images: Tensor, labels: Tensor, *, updates: int, rate: float, momentum: float, seed: int
 ) -> ResNet20:
-    """Train all weights with a new dense head by SGD, the rate rising over WARMUP updates and falling linearly to 0."""
+    """Train all weights and a new dense head by SGD; the rate rises over WARMUP updates and falls linearly to 0."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     net.linear = nn.Linear(64, 10)
@@ -119,7 +119,7 @@ def fine_tune(
 
 
 def starts(source_of: Callable[[], ResNet20], images: Tensor) -> dict[str, Callable[[], ResNet20]]:
-    """What the fine-tunes start from; GN has 16 channels a group."""
+    """Return the starts of the fine-tunes by name; GN has 16 channels per group."""
     norm = GROUPINGS["16 channels"]
     return {
         "frozen BN": source_of,
@@ -137,7 +137,7 @@ def starts(source_of: Callable[[], ResNet20], images: Tensor) -> dict[str, Calla
 def print_fine_tunes(
     folder: Path, images: Tensor, labels: Tensor, *, updates: int, rates: list[float], momentum: float, seeds: list[int]
 ) -> None:
-    """The second table."""
+    """Print the second table."""
     train, test = slice(0, 1000), slice(1000, 1500)
     print(
         f"{updates} updates of {BATCH} images, momentum {momentum}, seeds {seeds}: top-1 on {len(labels[test])} images"
@@ -158,12 +158,12 @@ def print_fine_tunes(
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", type=Path, required=True, help="resnet20_cifar10.safetensors, cifar10_test_1500.npz")
-parser.add_argument("--updates", type=int, default=500, help="of each fine-tune (500); 0: none")
+parser.add_argument("--updates", type=int, default=500, help="updates of each fine-tune (500); 0: no fine-tunes")
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--rates", type=float, nargs="+", default=[0.003, 0.01])
 parser.add_argument("--momentum", type=float, default=0.9)
 options = parser.parse_args()
-torch.set_num_threads(1)  # more are slower on pictures of 32 x 32
+torch.set_num_threads(1)  # more threads are slower on pictures of 32 x 32
 images, labels = read_images(options.data)
 print_fidelity(pretrained(options.data), images, labels)
 if options.updates:

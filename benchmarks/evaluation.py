@@ -1,7 +1,7 @@
-"""`python -m benchmarks eval`: COCO's metrics of boxes and masks, from the detections as each has them in memory.
+"""`python -m benchmarks eval`: time COCO's metrics of boxes and masks, starting from detections in memory.
 
-gndet has them in columns.  pycocotools, which torchvision's references score with, and hotcoco, which gndet scores
-with, take lists of dicts; each once with boxes and once with masks, whose areas then decide what is small or large.
+gndet keeps detections in columns.  pycocotools (used by torchvision's reference scripts) and hotcoco (used by gndet)
+take lists of dicts, once with boxes and once with masks; in the latter case mask areas decide what is small or large.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from gndet.evaluation.coco_metrics import coco_metrics
 from gndet.evaluation.results import from_coco
 
 SIZE = (480, 640)  # height, width of the pictures
-SCENES = 32  # made up; pictures repeat them, with scores of their own
-NEAR, RIGHT = 0.5, 0.85  # share of detections near an object, and of those near one with its class
+SCENES = 32  # synthetic scenes; pictures repeat them with other scores
+NEAR, RIGHT = 0.5, 0.85  # share of detections near an object; share of these that have its class
 FACTS = ("box AP", "mask AP")
 
 Truth, Found = dict[str, Any], list[dict[str, Any]]
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Time all three on the same made-up detections; their AP stands beside."""
+    """Time all three on the same synthetic detections, and show their AP."""
     num, each = options.num, options.detections
     say(f"COCO metrics of boxes and masks: {num} pictures, {num * each} detections")
     subjects = [
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def gndet_subject(num: int, each: int) -> Work:
-    """gndet's metrics of results in columns."""
+    """Return the work of gndet's metrics on results in columns."""
     truth, found = detected(num, each)
     results = from_coco(found)
-    del found  # what a run holds is the columns alone
+    del found  # a run holds only the columns
     return functools.partial(_gndet_scores, truth, results)
 
 
@@ -58,7 +58,7 @@ def _gndet_scores(truth: Truth, results: Any) -> dict[str, float]:
 
 
 def listed_subject(engine: str, num: int, each: int) -> Work:
-    """The metrics of an evaluator that takes lists of dicts."""
+    """Return the work of an evaluator that takes lists of dicts."""
     return functools.partial(_listed_scores, engine, *detected(num, each))
 
 
@@ -68,7 +68,7 @@ def _listed_scores(engine: str, truth: Truth, found: Found) -> dict[str, float]:
         expected = hotcoco.COCO(truth) if engine == "hotcoco" else _pycocotools_truth(truth)
         evaluator = hotcoco.COCOeval if engine == "hotcoco" else COCOeval
         for kind, left_out in (("bbox", "segmentation"), ("segm", "bbox")):
-            listed = [{key: value for key, value in one.items() if key != left_out} for one in found]
+            listed = [{key: value for key, value in row.items() if key != left_out} for row in found]
             scorer = evaluator(expected, expected.loadRes(listed), kind)
             scorer.evaluate()
             scorer.accumulate()
@@ -78,15 +78,15 @@ def _listed_scores(engine: str, truth: Truth, found: Found) -> dict[str, float]:
 
 
 def _pycocotools_truth(truth: Truth) -> COCO:
-    """A ground truth of pycocotools, which writes into the annotations."""
+    """Return the ground truth for pycocotools, with copied annotations because pycocotools writes into them."""
     coco = COCO()
-    coco.dataset = truth | {"annotations": [dict(one) for one in truth["annotations"]]}
+    coco.dataset = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
     coco.createIndex()
     return coco
 
 
 def detected(num: int, each: int) -> tuple[Truth, Found]:
-    """A COCO data set of num pictures, and `each` detections in every one: COCO results, by falling score."""
+    """Return a COCO data set of num pictures, and COCO results with `each` detections per picture by falling score."""
     rng = np.random.default_rng(0)
     scenes = make_scenes(SIZE, SCENES, 0)
     drawn = [_detections(scene, each, rng) for scene in scenes]
@@ -96,12 +96,12 @@ def detected(num: int, each: int) -> tuple[Truth, Found]:
         images.append({"id": number, "height": SIZE[0], "width": SIZE[1]})
         annotations += scene.annotations(number, len(annotations) + 1)
         scores = np.sort(rng.uniform(0, 1, each))[::-1].tolist()
-        found += [{"image_id": number, **one, "score": score} for one, score in zip(detections, scores, strict=True)]
+        found += [{"image_id": number, **row, "score": score} for row, score in zip(detections, scores, strict=True)]
     return {"images": images, "annotations": annotations, "categories": CATEGORIES}, found
 
 
 def _detections(scene: Scene, each: int, rng: np.random.Generator) -> Found:
-    """Detections of a scene, those near objects first: outlines of objects, moved and scaled."""
+    """Return detections of a scene, those near objects first: outlines of objects, moved and scaled."""
     limits, found = np.array(SIZE[::-1]), []
     for number in range(each):
         near, which = number < NEAR * each, int(rng.integers(OBJECTS))

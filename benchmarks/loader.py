@@ -1,7 +1,7 @@
-"""`python -m benchmarks loader`: pictures and objects, from files to what a training step takes, in one process.
+"""`python -m benchmarks loader`: time the input pipeline, from files to training samples, in one process.
 
-gndet: a batch of one, the picture as uint8 and its masks in the frames of their boxes.  torchvision: its v2 transforms
-on a COCO data set, as its references have them: the picture as float, masks drawn at its size and resized with it.
+gndet makes batches of one image: the picture as uint8 and each mask in the frame of its box.  torchvision uses its v2
+transforms on a COCO data set, as in its reference scripts: the picture as float, masks drawn and resized at its size.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError
 
-SIZE = (480, 640)  # height, width of the pictures that are drawn
-QUALITY = 90  # of their JPEG
+SIZE = (480, 640)  # height, width of drawn pictures
+QUALITY = 90  # of their JPEG files
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Time both on a COCO data set, or on drawn pictures.
 
-    Raises ConfigError for one half of a data set, and DataError for one that is refused.
+    Raises ConfigError if only half of a data set is given, and DataError if the data set is refused.
     """
     if (options.annotations is None) != (options.pictures is None):
         raise ConfigError("--annotations and --pictures go together")
@@ -51,11 +51,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
             Subject("torchvision", torchvision_subject, (annotations, pictures, *edges)),
         ]
         turns = take_turns(subjects, options.rounds, threads=options.threads, say=say)
-    say(f"\n{machine(options.threads)}\n{table(turns, against='torchvision', unit='ms', per=num)}\nms: a picture")
+    say(f"\n{machine(options.threads)}\n{table(turns, against='torchvision', unit='ms', per=num)}\nms: per picture")
 
 
 def draw(folder: Path, num: int) -> tuple[Path, Path]:
-    """Write a COCO data set of num made-up pictures.  Returns its annotation file and its folder of pictures."""
+    """Write a COCO data set of num synthetic pictures; return its annotation file and its folder of pictures."""
     pictures = folder / "pictures"
     pictures.mkdir()
     images, annotations = [], []
@@ -70,12 +70,12 @@ def draw(folder: Path, num: int) -> tuple[Path, Path]:
 
 
 def read(annotations: Path, pictures: Path, data: DataConfig) -> Dataset:
-    """gndet's reader.  Raises DataError for a data set that is refused."""
+    """Read a data set with gndet.  Raises DataError if it is refused."""
     return read_dataset(DatasetConfig(annotations=str(annotations), images=str(pictures)), data, masks=True)
 
 
 def gndet_subject(annotations: Path, pictures: Path, edge: int, max_edge: int) -> Work:
-    """gndet's samples, each a batch of its own."""
+    """Return gndet's work: every sample as a batch of one."""
     data = DataConfig(root="/", shortest_edge=(edge,), max_edge=max(edge, max_edge), cache="")
     records = read(annotations, pictures, data).records
 
@@ -88,7 +88,7 @@ def gndet_subject(annotations: Path, pictures: Path, edge: int, max_edge: int) -
 
 
 def torchvision_subject(annotations: Path, pictures: Path, edge: int, max_edge: int) -> Work:
-    """torchvision's samples."""
+    """Return torchvision's work: every sample."""
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reads the file, and prints
         dataset = CocoDetection(str(pictures), str(annotations))
     dataset.transforms = v2.Compose([
@@ -99,8 +99,8 @@ def torchvision_subject(annotations: Path, pictures: Path, edge: int, max_edge: 
 
     def work() -> dict[str, float]:
         torch.manual_seed(0)
-        for place in range(len(samples)):
-            samples[place]
+        for index in range(len(samples)):
+            samples[index]
         return {}
 
     return work

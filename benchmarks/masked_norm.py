@@ -1,9 +1,9 @@
-"""What keeping the padding out of the norm costs: a training step, and its norm layers alone, masked against plain.
+"""Measure what it costs to keep padding out of the norms: a training step and its norm layers, masked and plain.
 
     python -m benchmarks.masked_norm [CONFIG] [--edge 320] [--rounds 7] [--device cuda]
 
-Two batches of two noise pictures: of one size (nothing is padded), and one upright beside one lying (a third of the
-canvas is padding). The variants take turns, and the median of their times is shown, so that a busy moment meets both.
+There are two batches of two noise pictures: two of one size (no padding), and a portrait with a landscape (a third of
+the canvas is padding). The variants take turns, so that a busy moment affects both, and their median times are shown.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from gndet.training.update import backward, to_device
 
 
 def noise_batch(sizes: list[tuple[int, int]]) -> Batch:
-    """Pictures of noise of the given (height, width) with 8 objects each."""
+    """Return a batch of noise pictures of the given (height, width) with 8 objects each."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for number, (height, width) in enumerate(sizes):
@@ -41,7 +41,7 @@ def noise_batch(sizes: list[tuple[int, int]]) -> Batch:
 
 
 def timed(variants: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """The median milliseconds of each variant, taking turns."""
+    """Run the variants in turn; return the median milliseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, run in variants.items():
@@ -55,7 +55,7 @@ def timed(variants: dict[str, Callable[[], None]], rounds: int, device: torch.de
 
 
 def step_times(cfg: Config, model: DetectionModel, batch: Batch, rounds: int) -> dict[str, float]:
-    """Milliseconds of a forward and backward pass of the model with its masked norms and with plain ones."""
+    """Return the milliseconds of the model's forward and backward pass with masked and with plain norms."""
     layers = [module for module in model.modules() if isinstance(module, GroupNorm)]
 
     def run(masked: bool) -> None:
@@ -69,7 +69,7 @@ def step_times(cfg: Config, model: DetectionModel, batch: Batch, rounds: int) ->
 
 
 def layer_times(batch: Batch, channels: int, stride: int, rounds: int) -> dict[str, float]:
-    """Milliseconds of one GN, forward and backward, on maps of a stride."""
+    """Return the milliseconds of one GN, forward and backward, on maps of a stride."""
     device = batch.images.device
     height, width = (-(-edge // stride) for edge in batch.images.shape[2:])
     x = torch.randn(len(batch.images), channels, height, width, device=device)
@@ -100,6 +100,6 @@ with process(options.device) as proc:
         rows = {"step": step_times(cfg, model, batch, options.rounds)}
         for channels, stride in ((64, 2), (256, 4), (512, 8), (1024, 16)):
             rows[f"GN {channels} at stride {stride}"] = layer_times(batch, channels, stride, options.rounds)
-        for what, ms in rows.items():
+        for part, ms in rows.items():
             more = 100 * (ms["masked"] / ms["plain"] - 1)
-            print(f"{name:15} {what:22} plain {ms['plain']:9.2f} ms   masked {ms['masked']:9.2f} ms   {more:+6.1f} %")
+            print(f"{name:15} {part:22} plain {ms['plain']:9.2f} ms   masked {ms['masked']:9.2f} ms   {more:+6.1f} %")

@@ -1,8 +1,8 @@
-"""`python -m benchmarks norm`: group normalisation with its ReLU, forward and backward, on the maps of a ResNet-50.
+"""`python -m benchmarks norm`: time group norm with ReLU, forward and backward, on the maps of a ResNet-50.
 
-On a GPU the maps of 800 x 1344 pictures in bfloat16, and torch's GroupNorm eager and compiled beside; the time of a
-copy of as many bytes says how near each is to what the memory can do.  A forward pass must read x and write y, a
-backward pass must read x and grad and write the gradient.  On a CPU smaller maps in float32.
+On a GPU the maps are of 800 x 1344 pictures in bfloat16, and torch's GroupNorm runs both eagerly and compiled; on a CPU
+the maps are smaller and in float32.  The time to copy the same number of bytes shows how close each comes to the
+memory's limit: a forward pass must read x and write y, a backward pass must read x and grad and write the gradient.
 """
 
 import argparse
@@ -24,9 +24,9 @@ GROUPS, EPS = 32, 1e-5
 STAGES = (
     (64, 2, 1), (64, 4, 6), (256, 4, 4), (128, 4, 1), (128, 8, 7), (512, 8, 5), (256, 8, 1), (256, 16, 11),
     (1024, 16, 7), (512, 16, 1), (512, 32, 5), (2048, 32, 4),
-)  # fmt: skip  # channels, stride, how many such maps a ResNet-50 has
+)  # fmt: skip  # channels, stride, number of such maps in a ResNet-50
 SIZES = {"cuda": (800, 1344), "cpu": (480, 640)}
-PASSES = 5  # maps read or written, forward and backward, at the least
+PASSES = 5  # least number of times that a map is read or written, forward and backward together
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -47,13 +47,13 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def bandwidths(turns: dict[str, list[Turn]], moved: int) -> str:
-    """The rate of each, and its share of a copy's."""
-    rates = {name: moved / median(turn.wall_s for turn in mine) / 1e9 for name, mine in turns.items()}
+    """Return the rate of each subject, and its share of a copy's rate."""
+    rates = {name: moved / median(turn.wall_s for turn in own) / 1e9 for name, own in turns.items()}
     return ", ".join(f"{name} {rate:,.0f} GB/s ({rate / rates['copy']:.0%} of a copy)" for name, rate in rates.items())
 
 
 def maps(batch: int, device: str) -> list[tuple[Tensor, int]]:
-    """A map (B, C, H, W) of each kind, channels last, and how many there are."""
+    """Return one map (B, C, H, W) of each kind, channels last, and how many of that kind there are."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     height, width = SIZES[kind]
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
@@ -65,7 +65,7 @@ def maps(batch: int, device: str) -> list[tuple[Tensor, int]]:
 
 
 def subject(name: str, batch: int, device: str) -> Work:
-    """One way to do it: all maps forward, then backward."""
+    """Return the work of one subject: every map forward and backward."""
     keep_freed_memory()
     data = [(x, torch.randn_like(x), count) for x, count in maps(batch, device)]
     parameters = [torch.ones(2, x.shape[1], device=device).unbind() for x, _, _ in data]
@@ -90,7 +90,7 @@ def _gndet(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> None:
 
 
 def _torch(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor, function: Callable[..., Tensor] | None = None) -> None:
-    x, gamma, beta = (one.detach().requires_grad_() for one in (x, gamma.to(x.dtype), beta.to(x.dtype)))
+    x, gamma, beta = (tensor.detach().requires_grad_() for tensor in (x, gamma.to(x.dtype), beta.to(x.dtype)))
     y = (function or _group_norm_relu)(x, gamma, beta)
     torch.autograd.grad(y, (x, gamma, beta), grad)
 
@@ -100,7 +100,7 @@ def _group_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def _copy(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> None:
-    """As many bytes as must move, read and written: two and a half copies."""
+    """Move as many bytes as the norm must read and write: two and a half copies."""
     x.clone()
     grad.clone()
     x.permute(0, 2, 3, 1).reshape(-1)[: x.numel() // 2].clone()

@@ -1,7 +1,7 @@
-"""The memory of a training step by part of the detector: what each allocates at its peak, and keeps for backward.
+"""Measure the memory of a training step by part of the detector: its peak, and what it keeps for backward.
 
-On a CPU counted as operators return tensors, exactly and alike on every machine; what an operator needs while it runs
-is not.  On a GPU as its allocator counts.
+On a CPU the bytes of the tensors that operators return are counted, exactly and identically on every machine; memory
+that an operator uses internally is not.  On a GPU the allocator's counters are read.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ import torch
 from gndet.modeling.detection_model import DetectionModel
 from gndet.training.memory import MIB, TensorBytes
 
-FORWARD = {  # the methods that a part's forward pass consists of; what is around them is "rest"
+FORWARD = {  # the methods of a part's forward pass; everything between them is "rest"
     "backbone": ("forward",),
     "fpn": ("forward",),
     "rpn": ("forward", "anchors", "sample_anchors", "loss", "propose"),
@@ -29,13 +29,13 @@ REST = "rest"
 class Part:
     """Bytes of one part."""
 
-    kept: int = 0  # live after its forward pass, not before: what backward and the later parts need
-    forward_peak: int = 0  # of all memory while it ran
+    kept: int = 0  # live after its forward pass but not before: needed by backward and by later parts
+    forward_peak: int = 0  # of all memory while the part ran
     backward_peak: int = 0
 
 
 class Ledger:
-    """Notes at each border between parts what is live, and the peak since the border before."""
+    """Record the live bytes at each border between parts, and the peak since the previous border."""
 
     def __init__(self, counted: TensorBytes | None, device: torch.device) -> None:
         self.counted, self.device = counted, device
@@ -43,11 +43,11 @@ class Ledger:
         self.before = self.live()
 
     def live(self) -> int:
-        """The bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return self.counted.live if self.counted else torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
-        """The most since the last call."""
+        """Return the peak since the last call."""
         if self.counted:
             peak, self.counted.peak = self.counted.peak, self.counted.live
         else:
@@ -56,22 +56,22 @@ class Ledger:
         return peak
 
     def forward_border(self, name: str) -> None:
-        """What ran since the last border was the forward pass of this part."""
+        """Attribute what ran since the last border to the forward pass of this part."""
         part, live = self.parts.setdefault(name, Part()), self.live()
         part.kept += live - self.before
         part.forward_peak = max(part.forward_peak, self.peak())
         self.before = live
 
     def backward_border(self, name: str, *_: object) -> None:
-        """What ran since the last border was the backward pass of this part."""
+        """Attribute what ran since the last border to the backward pass of this part."""
         part = self.parts.setdefault(name, Part())
         part.backward_peak = max(part.backward_peak, self.peak())
 
 
 def memory_by_part(model: DetectionModel, step: Callable[[], object]) -> str:
-    """Make a step, forward and backward without the update, with gradients and one state a weight (momentum) there.
+    """Run a step, forward and backward without the update, with gradients and momentum allocated.
 
-    Returns a table in MiB: a line a part, and one of all.
+    Returns a table in MiB with one line per part and one line for the whole.
     """
     device = model.pixel_mean.device
     for parameter in model.parameters():
@@ -95,7 +95,7 @@ def memory_by_part(model: DetectionModel, step: Callable[[], object]) -> str:
 
 @contextmanager
 def _borders(model: DetectionModel, ledger: Ledger) -> Iterator[None]:
-    """Tell a ledger of the borders between a model's parts while the context lasts."""
+    """Report the borders between a model's parts to a ledger inside the context."""
     parts = {name: part for name, part in model.named_children() if name in FORWARD}
     for name, part in parts.items():
         for method in FORWARD[name]:
@@ -124,7 +124,7 @@ def _bordered(method: Callable[..., Any], name: str, ledger: Ledger, *arguments:
 
 
 def _table(parts: dict[str, Part], state: int) -> str:
-    """The parts in the order of the forward pass, then all."""
+    """Return a table of the parts in the order of the forward pass, then the whole."""
     lines = [f"{'part':12s}{'kept':>9s}{'peak forward':>15s}{'peak backward':>15s}"]
     for name in (*FORWARD, REST):
         if name in parts:
@@ -137,6 +137,6 @@ def _table(parts: dict[str, Part], state: int) -> str:
     kept = sum(part.kept for part in parts.values())
     return "\n".join([
         *lines,
-        f"kept for backward {kept / MIB:,.0f}, peak {peak / MIB:,.0f}, of it {state / MIB:,.0f} weights, gradients and "
-        "momentum",
+        f"kept for backward {kept / MIB:,.0f}, peak {peak / MIB:,.0f}, of which {state / MIB:,.0f} are weights, "
+        "gradients and momentum",
     ])  # fmt: skip

@@ -1,6 +1,6 @@
-"""gndet's COCO metrics for a harness that times evaluators beside each other: evaluate(truth, results, kinds).
+"""gndet's COCO metrics for a harness that compares evaluators: evaluate(truth, results, kinds).
 
-It reads the files, which a run of gndet's never does: its detections are in columns from the start.
+It reads the detections from a file, which a gndet run never does: there they are in columns from the start.
 """
 
 import time
@@ -16,9 +16,9 @@ from gndet.evaluation.results import from_coco
 
 
 def evaluate(truth: str, results: str, kinds: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """The 12 numbers of COCO's summary for each kind, bbox or segm, and CPU seconds by phase.
+    """Return the 12 numbers of COCO's summary for each kind (bbox or segm), and CPU seconds by phase.
 
-    truth, results: paths of a COCO annotation file, and of COCO results in it.
+    truth, results: paths of a COCO annotation file and of COCO results for it.
     """
     times: dict[str, float] = {}
     with gc_paused():

@@ -1,7 +1,7 @@
-"""gndet's input pipeline for a harness that times toolkits beside each other: build(coco_root, split) -> (num, get).
+"""gndet's input pipeline for a harness that compares toolkits: build(coco_root, split) -> (num, get).
 
-coco_root holds annotations/instances_SPLIT.json and the pictures in SPLIT.  get(i) makes image i a batch of its own, as
-a training step takes it: 800 pixels on the shorter edge, 1,333 at most on the longer, flipped half of the time.
+coco_root holds annotations/instances_SPLIT.json and the pictures in SPLIT.  get(i) returns image i as a training batch:
+800 pixels on the shorter edge, at most 1,333 on the longer, flipped half of the time.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from gndet.structures import Batch
 
 
 def build(coco_root: str, split: str) -> tuple[int, Callable[[int], Batch]]:
-    """The number of images, and what makes image i."""
+    """Return the number of images, and a function that makes the batch of image i."""
     data = DataConfig(root=coco_root, shortest_edge=(800,), max_edge=1333)
     source = DatasetConfig(annotations=f"annotations/instances_{split}.json", images=split)
     records = read_dataset(source, data, masks=True).records

@@ -1,6 +1,6 @@
-"""gndet's reader for a harness that times toolkits opening an annotation file: load(path).
+"""gndet's reader for a harness that compares how toolkits open an annotation file: load(path).
 
-The first time: the file is read, checked and packed, and kept in a cache that is thrown away.
+As on a first opening, the file is read, checked and packed into a cache, which is deleted.
 """
 
 from pathlib import Path
@@ -12,6 +12,6 @@ from gndet.data.records import Dataset
 
 
 def load(path: str) -> Dataset:
-    """The data set of a file."""
+    """Return the data set of a file."""
     with TemporaryDirectory() as cache:
         return inspect_file(Path(path), None, DataConfig(cache=cache))

@@ -1,7 +1,7 @@
-"""A training step of gndet for a harness that times toolkits beside each other: build(args) -> (model, step).
+"""gndet's training step for a harness that compares toolkits: build(args) -> (model, step).
 
 args: hw, batch, gt, fg, seed, device, amp, norm (GN or FrozenBN), box_head, freeze_at, and synthetic_batch(args, i),
-which makes images, objects and, to stand first among the proposals, boxes near them: the same for every toolkit.
+which makes the same images, objects and boxes near objects for every toolkit; the boxes come first among the proposals.
 GNDET_OVERRIDES="key=value ..." changes the config, as on the command line.
 """
 
@@ -21,19 +21,20 @@ NORMS = {"GN": "gn", "FrozenBN": "frozen_bn", "BN": "bn"}
 
 
 def build(args: Namespace) -> tuple[nn.Module, Callable[[], dict[str, float]]]:
-    """The model and a function that trains it on the next of two batches."""
-    scenes = [[scene(picture) for picture in args.synthetic_batch(args, i)] for i in range(2)]
-    return gndet_step(config(args), [to_batch(some) for some in scenes], [near(some) for some in scenes], args.fg)
+    """Return the model, and a function that trains it on the next of two batches."""
+    batches = [[scene(picture) for picture in args.synthetic_batch(args, i)] for i in range(2)]
+    near_boxes = [near(scenes) for scenes in batches]
+    return gndet_step(config(args), [to_batch(scenes) for scenes in batches], near_boxes, args.fg)
 
 
 def scene(picture: dict[str, Any]) -> Scene:
-    """A picture of the harness."""
+    """Return a picture of the harness as a scene."""
     polygons = [[outline.tolist() for outline in outlines] for outlines in picture["polygons"]]
     return Scene(picture["image"], picture["boxes"], picture["classes"], polygons, picture["near"])
 
 
 def config(args: Namespace) -> Config:
-    """The recipe all toolkits share: stride in the 3x3, 2,000 and 1,000 proposals, 512 regions an image."""
+    """Return the config that all toolkits share: stride in the 3x3, 1,000 of 2,000 proposals, 512 regions per image."""
     norm = {"kind": NORMS[args.norm]}
     heads = norm if args.norm == "GN" else {"kind": "none"}
     tree = {

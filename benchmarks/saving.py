@@ -1,9 +1,9 @@
-"""What a checkpoint costs a training run: the copy, the writing beside it, and what the training feels of it.
+"""Measure what a checkpoint costs a training run: the copy, the write in the background, and the slowdown.
 
     python -m benchmarks.saving configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml data.train.kind=shapes data.val.kind=shapes
 
-A run is set up in a temporary folder (or --folder, on the disk to be measured) and its optimiser given a state.  Three
-saves follow; while each is written the main thread multiplies matrices, in steps of some 20 ms, as it did before.
+The run is set up in a temporary folder (or in --folder, on the disk to measure), with a state for its optimiser.  Three
+saves follow; while each is written, the main thread multiplies matrices in steps of about 20 ms, as it did before.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from gndet.training.setup import build_run
 
 
 def step(matrix: torch.Tensor) -> float:
-    """Do some work.  Returns the seconds it took."""
+    """Do some work; return the seconds it took."""
     began = time.perf_counter()
     float((matrix @ matrix).sum())
     return time.perf_counter() - began
 
 
 def main() -> None:
-    """Print a line a save."""
+    """Print one line per save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*")
@@ -60,8 +60,8 @@ def main() -> None:
             written = time.perf_counter() - began
             saver.wait()
             print(
-                f"copy to memory {1e3 * copied:.0f} ms, save() returned after {1e3 * returned:.0f} ms, on the disk "
-                f"after {1e3 * written:.0f} ms; a step takes {1e3 * statistics.median(steps):.0f} ms meanwhile (at "
+                f"copied to memory in {1e3 * copied:.0f} ms, save() returned after {1e3 * returned:.0f} ms, on disk "
+                f"after {1e3 * written:.0f} ms; a step took {1e3 * statistics.median(steps):.0f} ms meanwhile (at "
                 f"most {1e3 * max(steps):.0f}), {1e3 * usual:.0f} before"
             )
         saver.wait()

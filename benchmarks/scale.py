@@ -1,9 +1,9 @@
-"""How cost grows: with the data set, with the length of the run, with the processes.
+"""Measure how cost grows with the size of the data set, the length of the run, and the number of ranks.
 
-    python -m benchmarks.scale images FOLDER [--counts 1000,10000,118000]   start, and the input pipeline an image
-    python -m benchmarks.scale updates FOLDER [--updates 2000]              memory and time an update
-    python -m benchmarks.scale processes [--size 320x416] [--rounds 3]      two processes of gloo beside one
-    python -m benchmarks.scale cluster [--step-ms 100]                      8 GPUs and several nodes: computed
+    python -m benchmarks.scale images FOLDER [--counts 1000,10000,118000]   start-up, and input pipeline per image
+    python -m benchmarks.scale updates FOLDER [--updates 2000]              memory, and time per update
+    python -m benchmarks.scale processes [--size 320x416] [--rounds 3]      two gloo ranks compared with one
+    python -m benchmarks.scale cluster [--step-ms 100]                      8 GPUs and several nodes (calculated)
 
 The first two draw FOLDER/images.png and FOLDER/updates.png.
 """
@@ -42,7 +42,7 @@ from gndet.training.update import backward
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-OBJECTS = 860 / 118  # an image, COCO's mean
+OBJECTS = 860 / 118  # per image, COCO's mean
 GLOBAL_BATCH = 2  # images per update of the tiny detector
 TINY = (
     "device=cpu", f"train.global_batch={GLOBAL_BATCH}", "train.images_per_gpu=1", "train.log_every=20",
@@ -79,7 +79,7 @@ def images(folder: Path, counts: list[int]) -> None:
         rows.append((count, cold, cached, first, (time.process_time() - began) / loaded * 1e3))
         print(
             f"{count:7,d} images: opened in {cold:.2f} s, again in {cached:.3f} s; first batch {first:.3f} s CPU, then "
-            f"{rows[-1][-1]:.2f} ms an image",
+            f"{rows[-1][-1]:.2f} ms per image",
             flush=True,
         )
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
@@ -90,12 +90,12 @@ def images(folder: Path, counts: list[int]) -> None:
     left.set(xlabel="images", ylabel="s", title="start")
     left.legend()
     right.semilogx(counted, each, "o-")
-    right.set(xlabel="images", ylabel="CPU ms an image", title="input pipeline", ylim=(0, 1.2 * max(each)))
+    right.set(xlabel="images", ylabel="CPU ms per image", title="input pipeline", ylim=(0, 1.2 * max(each)))
     figure.savefig(folder / "images.png", dpi=120)
 
 
 def timed_read(data: DataConfig) -> tuple[float, object]:
-    """Seconds of reading and checking the made-up file, and the data set."""
+    """Read and check the synthetic file; return the seconds it took and the data set."""
     began = time.perf_counter()
     dataset = read_dataset(DatasetConfig(annotations="train.json", images="train"), data)
     return time.perf_counter() - began, dataset
@@ -105,7 +105,7 @@ def timed_read(data: DataConfig) -> tuple[float, object]:
 
 
 def updates(folder: Path, number: int) -> None:
-    """Train a tiny detector for so many updates; look at its memory and speed on the way."""
+    """Train a tiny detector for `number` updates, and show how its memory and speed develop."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"out={folder / 'run'}", f"train.schedule.updates={number}"]
     command = [sys.executable, "-m", "gndet.cli", "train", "configs/quickstart.yaml", "--fresh", *TINY, *words]
@@ -116,27 +116,27 @@ def updates(folder: Path, number: int) -> None:
     memory = [line["memory_mib"] for line in lines]
     each = [1e3 * GLOBAL_BATCH / line["images_per_s"] for line in lines]
     quarter = len(lines) // 4
-    for name, values in (("peak memory, MiB", memory), ("ms an update", each)):
+    for name, values in (("peak memory, MiB", memory), ("ms per update", each)):
         parts = [f"{median(values[i * quarter : (i + 1) * quarter]):.1f}" for i in range(4)]
         print(f"{name}: medians of the four quarters {', '.join(parts)}")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     left.plot(update, memory)
     left.set(xlabel="update", ylabel="MiB", title="peak memory so far", ylim=(0, 1.2 * max(memory)))
     right.plot(update, each, lw=0.8)
-    right.set(xlabel="update", ylabel="ms", title="time of an update", ylim=(0, 2 * median(each)))
+    right.set(xlabel="update", ylabel="ms", title="time per update", ylim=(0, 2 * median(each)))
     figure.savefig(folder / "updates.png", dpi=120)
 
 
-# --- the processes
+# --- the ranks
 
 
 def processes(size: tuple[int, int], rounds: int) -> None:
-    """Time an update of 2 images: in one process, in two without messages, with them at the end, and hidden."""
-    print(f"update of 2 images of {size[0]}x{size[1]}, R50-FPN GN, 1 thread a process; {machine(1)}")
+    """Time an update of 2 images on one rank, and on two: without all-reduce, with it at the end, and overlapped."""
+    print(f"update of 2 images of {size[0]}x{size[1]}, R50-FPN GN, 1 thread per rank; {machine(1)}")
     alone = 0.0
     for name, world, how in (
-        ("1 process, 2 images", 1, "none"), ("2 processes, no messages", 2, "none"),
-        ("2 processes, summed at the end", 2, "end"), ("2 processes, summed meanwhile", 2, "meanwhile"),
+        ("1 rank, 2 images", 1, "none"), ("2 ranks, no all-reduce", 2, "none"),
+        ("2 ranks, all-reduce at the end", 2, "end"), ("2 ranks, all-reduce overlapped", 2, "meanwhile"),
     ):  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(timed_updates, (world, how, size, rounds, Path(folder)), nprocs=world)
@@ -149,7 +149,7 @@ def processes(size: tuple[int, int], rounds: int) -> None:
 
 
 def timed_updates(rank: int, world: int, how: str, size: tuple[int, int], rounds: int, folder: Path) -> None:
-    """The life of one process: updates, and how long it waits for sums in each."""
+    """Run one rank: time its updates, and how long each waits for the all-reduce."""
     torch.set_num_threads(1)
     keep_freed_memory()
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -185,10 +185,10 @@ def timed_updates(rank: int, world: int, how: str, size: tuple[int, int], rounds
 
 
 class Link(NamedTuple):
-    """What joins GPUs or nodes."""
+    """A connection between GPUs or nodes."""
 
     name: str
-    gigabytes: float  # a second and direction, of which `share` is reached
+    gigabytes: float  # per second and direction, of which `share` is reached
     members: int
     share: float = 0.8
 
@@ -200,28 +200,28 @@ LINKS = (
 
 
 def cluster(step_ms: float) -> None:
-    """What sums of gradients would cost between GPUs and nodes.  Computed from bytes and link rates, not measured.
+    """Calculate, from bytes and link rates, what the gradient all-reduce would cost between GPUs and nodes.
 
-    A ring sends 2 (n - 1) / n of the bytes over each link, in each direction at once; between nodes it is one of nodes.
-    Two thirds of a step are taken to be its backward pass, which hides all but the last bucket.
+    A ring sends 2 (n - 1) / n of the bytes over each link, in each direction at once; several nodes form a ring of
+    nodes.  The backward pass is assumed to take two thirds of a step and to hide everything but the last bucket.
     """
     cfg = config_from_dict({"model": SETTINGS["gn"]}, "benchmarks/scale.py")
     buckets = Buckets(build_model(cfg.model, CLASSES), Process(0, 1, torch.device("cpu"))).buckets
     size, last = sum(bucket.flat.nbytes for bucket in buckets), buckets[-1].flat.nbytes
-    print(f"computed, not measured: {size / 1e6:.0f} MB of gradients an update, {step_ms:g} ms a step of one GPU")
+    print(f"calculated, not measured: {size / 1e6:.0f} MB of gradients per update, {step_ms:g} ms per step on one GPU")
     for link in LINKS:
         rate = link.gigabytes * link.share * 1e9
         ring = 2 * (link.members - 1) / link.members
         whole, final = (1e3 * ring * part / rate for part in (size, last))
         exposed = max(final, whole - step_ms * 2 / 3)
         print(
-            f"{link.name:22s} {whole:8.1f} ms for the sum, {exposed:7.1f} ms not hidden: efficiency "
+            f"{link.name:22s} {whole:8.1f} ms for the all-reduce, {exposed:7.1f} ms not hidden: efficiency "
             f"{step_ms / (step_ms + exposed):.0%} (at the end of the step: {step_ms / (step_ms + whole):.0%})"
         )
 
 
 def main() -> None:
-    """Read the command line."""
+    """Parse the command line and run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     part = parts.add_parser("images")

@@ -1,8 +1,8 @@
-"""Made-up pictures with objects, and boxes near them, the same for every toolkit.
+"""Make synthetic pictures with objects, and boxes near the objects, the same for every toolkit.
 
 An untrained network proposes almost no region on an object, which would leave the mask head without work.  So boxes
-near the objects stand first among the proposals, as a trained one gives them, and random ones fill them up.
-Letters: M objects, K proposals, (H, W) picture.
+near the objects come first among the proposals, as from a trained network, and random boxes fill up the rest.
+M objects, K proposals, (H, W) picture.
 """
 
 import math
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OBJECTS = 8  # a picture
-NEAR = 160  # proposals near an object: more than the 128 positive regions that are sampled of 512
+OBJECTS = 8  # per picture
+NEAR = 160  # proposals near an object: more than the 128 positive regions that are sampled
 PROPOSALS = 1000
 CLASSES = 80
-CATEGORIES = [{"id": label + 1, "name": f"class {label}"} for label in range(CLASSES)]  # as COCO's files have them
+CATEGORIES = [{"id": label + 1, "name": f"class {label}"} for label in range(CLASSES)]  # as in COCO's files
 CORNERS = 24  # of an object's outline
 
 
@@ -28,17 +28,17 @@ class Scene(NamedTuple):
     image: Tensor  # (3, H, W) uint8
     boxes: Tensor  # (M, 4) float32 xyxy pixels
     labels: Tensor  # (M,) int64 in [0, CLASSES)
-    polygons: list[list[list[float]]]  # M of one outline each, [x0, y0, x1, y1, ...]
+    polygons: list[list[list[float]]]  # M objects of one outline each, [x0, y0, x1, y1, ...]
     near: Tensor  # (K, 4) float32 xyxy: NEAR near objects, then random ones
 
     def bitmaps(self) -> Tensor:
-        """The objects' masks of the picture's size.  Returns (M, H, W) uint8."""
+        """Return the objects' masks at the picture's size, (M, H, W) uint8."""
         size = self.image.shape[1:]
-        drawn = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(one, *size))) for one in self.polygons]
+        drawn = [coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(lines, *size))) for lines in self.polygons]
         return torch.from_numpy(np.stack(drawn))
 
     def annotations(self, image_id: int, first_id: int) -> list[dict[str, Any]]:
-        """The objects as a COCO file has them, numbered from first_id on."""
+        """Return the objects as in a COCO file, numbered from first_id on."""
         objects = zip(self.boxes.tolist(), self.labels.tolist(), self.polygons, strict=True)
         return [
             {
@@ -50,7 +50,7 @@ class Scene(NamedTuple):
 
 
 def make_scenes(size: tuple[int, int], num: int, seed: int) -> list[Scene]:
-    """A batch of num scenes of size (height, width), a function of the seed."""
+    """Return num scenes of size (height, width); the same seed gives the same scenes."""
     return [_scene(size, np.random.default_rng([seed, number])) for number in range(num)]
 
 
@@ -74,7 +74,7 @@ def _scene(size: tuple[int, int], rng: np.random.Generator) -> Scene:
 
 
 def _proposals(boxes: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Boxes (K, 4): NEAR that are shifted a little from objects (M, 4), then random ones."""
+    """Return boxes (K, 4): NEAR boxes slightly shifted from objects (M, 4), then random boxes."""
     corner = np.array(size[::-1] * 2)
     chosen = boxes[rng.integers(0, len(boxes), NEAR)]
     near = chosen + 0.05 * np.tile(chosen[:, 2:] - chosen[:, :2], 2) * rng.normal(size=chosen.shape)

@@ -1,9 +1,9 @@
-"""Train the same 20 updates of 8 images in four splits, with GN and with BN, and draw how far apart the runs come.
+"""Train the same 20 updates of 8 images in four splits, with GN and with BN, and draw how far the runs diverge.
 
     python -m benchmarks.splits [--work FOLDER] [--picture docs/splits.png]
 
-8 micro-batches of 1 image, 4 of 2, 1 of 8, and 2 processes of 2 micro-batches of 2: the quickstart model and data.
-Runs that are in the folder already are not made again.
+The splits are 8 micro-batches of 1 image, 4 of 2, 1 of 8, and 2 ranks with 2 micro-batches of 2, on the quickstart's
+model and data.  Runs that the folder already holds are not repeated.
 """
 
 import argparse
@@ -22,7 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 UPDATES = 20
-SPLITS = {"8 x 1": (1, 1), "4 x 2": (2, 1), "1 x 8": (8, 1), "2 processes x 2 x 2": (2, 2)}  # images at once, processes
+SPLITS = {"8 x 1": (1, 1), "4 x 2": (2, 1), "1 x 8": (8, 1), "2 processes x 2 x 2": (2, 2)}  # images at once, ranks
 NORMS = {"gn": "Group Normalization", "bn": "Batch Normalization"}
 PRECISIONS = ("float64", "float32")
 REFERENCE = "1 x 8"
@@ -33,7 +33,7 @@ OVERRIDES = (
 
 
 def train(out: Path, norm: str, precision: str, split: str) -> None:
-    """Make one run, unless it is there."""
+    """Train one run, unless it exists."""
     if (out / "last").exists():
         return
     images, world = SPLITS[split]
@@ -47,20 +47,20 @@ def train(out: Path, norm: str, precision: str, split: str) -> None:
 
 
 def losses(out: Path) -> torch.Tensor:
-    """The loss of every update."""
+    """Return the loss of every update."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([line["loss"] for line in lines if line["kind"] == "train"], dtype=torch.float64)
 
 
 def weights(out: Path) -> torch.Tensor:
-    """All weights after the last update, one vector."""
+    """Return all weights after the last update as one vector."""
     tensors = load_file(out / "last" / "model.safetensors")
     learned = [name for name in sorted(tensors) if not name.endswith(("running_mean", "running_var", "tracked"))]
     return torch.cat([tensors[name].double().flatten() for name in learned])
 
 
 def draw(folder: Path, picture: Path) -> None:
-    """Losses above, their relative difference to the unsplit run below; GN to the left, BN to the right."""
+    """Draw losses above and their relative difference to the unsplit run below; GN on the left, BN on the right."""
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharex=True, sharey="row", layout="constrained")
     updates = range(1, UPDATES + 1)
     styles = dict(zip(SPLITS, ("-", "--", ":", "-."), strict=True))

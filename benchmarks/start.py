@@ -1,7 +1,7 @@
-"""`python -m benchmarks start`: opening an annotation file of COCO's size, for the first time and again.
+"""`python -m benchmarks start`: time opening an annotation file of COCO's size, for the first time and again.
 
-gndet reads, checks and packs everything, the masks too, and keeps that in its cache; again: what it maps from there.
-pycocotools and hotcoco index the file, and check nothing.  Each turn is a process of its own; the file is in the
+The first time, gndet reads, checks and packs everything, masks included, and stores it in its cache; again, it maps the
+cache.  pycocotools and hotcoco index the file and check nothing.  Each turn runs in its own process; the file is in the
 system's page cache.
 """
 
@@ -33,7 +33,7 @@ POINTS = 21.0  # of an outline, on average, as in COCO
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Write the file, or take the one given, and time all of them.  Raises ConfigError where that is not there."""
+    """Write the file, or use --annotations, and time all subjects.  Raises ConfigError if that file is missing."""
     with TemporaryDirectory() as folder:
         file = options.annotations
         if file is None:
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         elif not file.is_file():
             raise ConfigError(f"--annotations: {file}: no such file, expected COCO's JSON")
         mib = file.stat().st_size / 2**20
-        say(f"opening {file.name if options.annotations else 'a made-up file'}: {mib:.0f} MiB")
+        say(f"opening {file.name if options.annotations else 'a synthetic file'}: {mib:.0f} MiB")
         subjects = [
             Subject("gndet, first", gndet_subject, (file.resolve(), Path(folder) / "cache", True)),
             Subject("gndet, again", gndet_subject, (file.resolve(), Path(folder) / "cache", False)),
@@ -51,11 +51,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         ]
         turns = take_turns(subjects, options.rounds, threads=options.threads, fresh=True, warmup=0, say=say)
     say(f"\n{machine(options.threads)}\n{table(turns, against='pycocotools', facts=('before MiB',))}")
-    say("before MiB: resident when all is imported, a part of the peak")
+    say("before MiB: resident after the imports, included in the peak")
 
 
 def gndet_subject(file: Path, cache: Path, first: bool) -> Work:
-    """gndet's reader: with an empty cache, or with one that knows the file."""
+    """Return the work of gndet's reader, with an empty cache or with one that knows the file."""
     data = DataConfig(cache=str(cache))
     if first:
         shutil.rmtree(cache, ignore_errors=True)
@@ -71,7 +71,7 @@ def gndet_subject(file: Path, cache: Path, first: bool) -> Work:
 
 
 def settle(file: Path, data: DataConfig) -> None:
-    """Open a file until the cache trusts it: as on the second day, its times being no longer just past."""
+    """Open a file and wait until its cache entry is old enough to be trusted, as it would be on the next day."""
     inspect_file(file, None, data)
     newest = max(path.stat().st_mtime_ns for path in Path(data.cache).rglob("*.npy"))
     while time.time_ns() - newest <= SETTLED:
@@ -80,7 +80,7 @@ def settle(file: Path, data: DataConfig) -> None:
 
 
 def pycocotools_subject(file: Path) -> Work:
-    """pycocotools' COCO(file)."""
+    """Return the work of pycocotools' COCO(file)."""
     before = resident_mib()
 
     def work() -> dict[str, float]:
@@ -92,7 +92,7 @@ def pycocotools_subject(file: Path) -> Work:
 
 
 def hotcoco_subject(file: Path) -> Work:
-    """hotcoco's COCO(file)."""
+    """Return the work of hotcoco's COCO(file)."""
     before = resident_mib()
 
     def work() -> dict[str, float]:
@@ -103,13 +103,13 @@ def hotcoco_subject(file: Path) -> Work:
 
 
 def resident_mib() -> float:
-    """What this process has resident."""
+    """Return the resident memory of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def write(file: Path, images: int, objects: int) -> None:
-    """Write a made-up file of COCO's format: outlines around a centre, their lengths spread as COCO's are."""
+    """Write a synthetic file in COCO's format: outlines around a centre, with lengths distributed as in COCO."""
     generator = np.random.default_rng(0)
     with file.open("w", encoding="utf-8") as stream:
         size = {"height": SIZE[0], "width": SIZE[1]}
@@ -122,7 +122,7 @@ def write(file: Path, images: int, objects: int) -> None:
 
 
 def draw(generator: np.random.Generator, number: int, images: int) -> dict[str, object]:
-    """One object."""
+    """Return one synthetic object."""
     points = int(np.clip(generator.lognormal(np.log(POINTS) - 0.25, 0.7), 3, 400))
     radius = generator.uniform(8, 110)
     centre = generator.uniform(radius, np.array(SIZE[::-1]) - radius)

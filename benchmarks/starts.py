@@ -1,9 +1,9 @@
-"""Which start is best: fine-tune one detector from one BN detector in every way, for the same number of updates.
+"""Compare starts: fine-tune one detector from one BN detector in every way, for the same number of updates.
 
 python -m benchmarks.starts RUN_WITH_BN --root datasets/bccd --out runs/starts [--updates 200] [--jobs 2]
 
-RUN_WITH_BN is a gndet run trained with bn. --backbone-only: pyramid and heads are new, as with an ImageNet backbone.
-What is finished is not run again. Prints box AP50 and AP, mean over the seeds and each, as a table.
+RUN_WITH_BN is a gndet run trained with bn. With --backbone-only, pyramid and heads are new, as with an ImageNet
+backbone. Finished runs are not repeated. Prints a table of box AP50 and AP: the mean over the seeds and each value.
 """
 
 import argparse
@@ -39,7 +39,7 @@ WHOLE = STARTS | {
 
 
 def backbone_of(run: Path, out: Path) -> Path:
-    """Save the backbone of a run as a checkpoint of its own."""
+    """Save the backbone of a run as a checkpoint; return its path."""
     if not out.exists():
         saved = load_checkpoint(resolve(run))
         tensors = {key: value for key, value in saved.groups["model"].items() if key.startswith("backbone.")}
@@ -48,13 +48,13 @@ def backbone_of(run: Path, out: Path) -> Path:
 
 
 def score(folder: Path) -> dict[str, float]:
-    """The last evaluation of a run."""
+    """Return the last evaluation of a run."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "evaluation"][-1]
 
 
 def run(words: list[str], folder: Path) -> dict[str, float]:
-    """Train, unless that is done, in a process with one thread."""
+    """Train in a process with one thread, unless the run is finished; return its score."""
     if not (folder / "metrics.jsonl").exists() or '"evaluation"' not in (folder / "metrics.jsonl").read_text():
         command = [sys.executable, "-m", "gndet.cli", "train", *words, f"out={folder}", "--fresh"]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

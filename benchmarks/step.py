@@ -1,9 +1,9 @@
-"""`python -m benchmarks step`: a training step of gndet and of torchvision's Mask R-CNN, from forward to update.
+"""`python -m benchmarks step`: time a training step of gndet and of torchvision's Mask R-CNN, forward to update.
 
-One architecture for both: ResNet-50 with its stride in the 3x3, a pyramid, 3 anchors a cell of 5 levels, 1,000
-proposals of 2,000, 512 regions a picture of which a quarter may be positive, masks of 28 x 28, 80 classes.  gn: group
-norm everywhere, a box head of 4 convolutions; frozen_bn: stem and first stage frozen, a box head of 2 layers.
-Letters: B pictures, K proposals.
+Both have the same architecture: ResNet-50 with its stride in the 3x3 convolution, a pyramid of 5 levels with 3 anchors
+per cell, 1,000 proposals out of 2,000, 512 regions per picture (at most a quarter positive), masks of 28 x 28, 80
+classes.  gn: group norm everywhere, a box head of 4 convolutions.  frozen_bn: stem and first stage frozen, a box head
+of 2 layers.  B pictures, K proposals.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from gndet.training.optim import make_optimizer
 from gndet.training.setup import compiled
 from gndet.training.update import backward, to_device
 
-RATE = 1e-6  # the learning rate of both: the weights change, but no loss grows in the turns
-BATCHES = 2  # that a subject goes through in turn
-SETTINGS = {  # of gndet's model, by --norm
+RATE = 1e-6  # learning rate of both: the weights change, but the losses do not diverge
+BATCHES = 2  # a subject alternates between so many batches
+SETTINGS = {  # {--norm: options of gndet's model}
     "gn": {"norm": {"kind": "gn"}, "backbone": {"depth": 50}, "box_head": {"kind": "4conv1fc"}},
     "frozen_bn": {
         "norm": {"kind": "none"}, "backbone": {"depth": 50, "norm": {"kind": "frozen_bn"}, "freeze_at": 2},
@@ -54,7 +54,7 @@ SETTINGS = {  # of gndet's model, by --norm
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Time the step of gndet, of each variant asked for, and of torchvision; or show gndet's memory by part."""
+    """Time the step of each gndet variant and of torchvision, or show gndet's memory by part."""
     cfgs = {name: step_config(options, overrides) for name, overrides in variants(options).items()}
     height, width = options.size
     say(f"training step: {height}x{width}, {options.batch} picture(s), {options.norm}, {options.precision}")
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
 
 
 def variants(options: argparse.Namespace) -> dict[str, list[str]]:
-    """The subjects of gndet's, by name, with their overrides: one, or one for each value of --vary."""
+    """Return the overrides of each gndet subject by name: one subject, or one per value of --vary."""
     if options.vary is None:
         return {"gndet": options.overrides}
     key, values = options.vary
@@ -83,7 +83,7 @@ def variants(options: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def step_config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
-    """gndet's config for the work that all subjects share, overridden.  Raises ConfigError for a wrong override."""
+    """Return gndet's config for the shared work, with overrides applied.  Raises ConfigError for a wrong override."""
     train = {
         "global_batch": options.batch, "images_per_gpu": options.batch, "precision": options.precision,
         "optimizer": {"lr": RATE},
@@ -96,35 +96,36 @@ def step_config(options: argparse.Namespace, overrides: Sequence[str]) -> Config
 
 
 def gndet_subject(cfg: Config, size: tuple[int, int]) -> Work:
-    """gndet's step on made-up pictures."""
-    scenes = [make_scenes(size, cfg.train.global_batch, number) for number in range(BATCHES)]
-    _, step = gndet_step(cfg, [to_batch(some) for some in scenes], [near(some) for some in scenes])
-    return partial(_told, step, cfg.device)
+    """Return gndet's step on synthetic pictures."""
+    batches = [make_scenes(size, cfg.train.global_batch, number) for number in range(BATCHES)]
+    _, step = gndet_step(cfg, [to_batch(scenes) for scenes in batches], [near(scenes) for scenes in batches])
+    return partial(_measured, step, cfg.device)
 
 
 def gndet_step(
     cfg: Config, batches: Sequence[Batch], near: Sequence[Tensor], num_near: int = NEAR
 ) -> tuple[DetectionModel, Callable[[], dict[str, float]]]:
-    """A model, and what trains it on the next of the batches: one update, done when it returns its losses.
+    """Return a model, and a function that trains it on the next batch and returns the losses of that update.
 
-    near: (B, K, 4) of each batch; the first num_near stand before the model's own proposals, 0 leaves it as it is.
+    near: (B, K, 4) boxes of each batch; the first num_near precede the model's own proposals.  num_near 0: leave the
+    model's proposals alone.
     """
     model, autocast = gndet_model(cfg)
     optimizer = make_optimizer(cfg.train.optimizer, model)
-    boxes = [one.to(model.pixel_mean.device) for one in near]
-    now = boxes[0].clone()
+    boxes = [batch_boxes.to(model.pixel_mean.device) for batch_boxes in near]
+    current = boxes[0].clone()
     if num_near:
-        guide(model, now, num_near)
-    forward = compiled(model, cfg.train, now.device)
+        guide(model, current, num_near)
+    forward = compiled(model, cfg.train, current.device)
     number = 0
 
     def step() -> dict[str, float]:
         nonlocal number
-        place_of = number % len(batches)
+        index = number % len(batches)
         number += 1
-        now.copy_(boxes[place_of])
+        current.copy_(boxes[index])
         optimizer.zero_grad()
-        losses = backward(forward, autocast, [batches[place_of]], cfg.train.global_batch, cfg)
+        losses = backward(forward, autocast, [batches[index]], cfg.train.global_batch, cfg)
         optimizer.step()
         return {name: float(loss) for name, loss in losses.items()}
 
@@ -132,8 +133,8 @@ def gndet_step(
 
 
 def gndet_model(cfg: Config) -> tuple[DetectionModel, Callable[[], AbstractContextManager]]:
-    """The untrained model of a config on its device, as a run has it, and the context it is to run in."""
-    with process(cfg.device) as proc:  # what it sets up stays
+    """Return the untrained model of a config on its device, as in a run, and the autocast context for it."""
+    with process(cfg.device) as proc:  # its settings stay in force afterwards
         torch.manual_seed(cfg.seed)
         model, autocast = place(build_model(cfg.model, CLASSES).train(), cfg.train.precision, proc)
     set_memory(model, cfg.train.memory)
@@ -143,7 +144,7 @@ def gndet_model(cfg: Config) -> tuple[DetectionModel, Callable[[], AbstractConte
 
 
 def guide(model: DetectionModel, near: Tensor, num_near: int) -> None:
-    """Put the first num_near of boxes near objects (B, K, 4) before the model's own proposals, now and later."""
+    """Make the model put the first num_near boxes of near, (B, K, 4), before its own proposals from now on."""
     own = model.rpn.propose
 
     def propose(*arguments: Any) -> Proposals:
@@ -153,9 +154,9 @@ def guide(model: DetectionModel, near: Tensor, num_near: int) -> None:
 
 
 def near_objects(own: Proposals, near: Tensor, num_near: int) -> Proposals:
-    """Proposals (B, K, 4) of which the first num_near are of near, and random ones follow where the model has too few.
+    """Return proposals (B, K, 4): num_near boxes of near, then the model's own, then random ones if it has too few.
 
-    near (B, K, 4): num_near near objects, then random ones.
+    near: (B, K, 4), of which num_near boxes are near objects and the rest are random.
     """
     count = own.valid.sum(1, keepdim=True)  # (B, 1)
     slot = torch.arange(own.boxes.shape[1], device=near.device)[None]  # (1, K)
@@ -165,7 +166,7 @@ def near_objects(own: Proposals, near: Tensor, num_near: int) -> Proposals:
 
 
 def to_batch(scenes: Sequence[Scene]) -> Batch:
-    """Scenes of one size as gndet's training step takes them."""
+    """Return scenes of one size as a batch for gndet's training step."""
     height, width = scenes[0].image.shape[1:]
     masks = [
         torch.from_numpy(
@@ -182,12 +183,12 @@ def to_batch(scenes: Sequence[Scene]) -> Batch:
 
 
 def near(scenes: Sequence[Scene]) -> Tensor:
-    """The proposals that come with scenes, (B, K, 4)."""
+    """Return the scenes' boxes near objects, (B, K, 4)."""
     return torch.stack([scene.near for scene in scenes])
 
 
 def step_memory(cfg: Config, size: tuple[int, int]) -> str:
-    """A table of what each part of gndet's step has allocated at its peak, and keeps for the backward pass."""
+    """Return a table of the peak memory of each part of gndet's step, and of what it keeps for backward."""
     scenes = make_scenes(size, cfg.train.global_batch, 0)
     model, autocast = gndet_model(cfg)
     device = model.pixel_mean.device
@@ -200,7 +201,7 @@ def step_memory(cfg: Config, size: tuple[int, int]) -> str:
 
 
 def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: str, device: str, tuned: bool) -> Work:
-    """torchvision's step on the same pictures; tuned: glibc is told to keep freed memory, as gndet does."""
+    """Return torchvision's step on the same pictures.  tuned: make glibc keep freed memory, as gndet does."""
     if tuned:
         keep_freed_memory()
     torch.manual_seed(0)
@@ -211,8 +212,8 @@ def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: s
     def guided(images: Any, features: Any, targets: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
         own, losses = proposed(images, features, targets)
         boxes = [
-            torch.cat([target["near"][:NEAR], mine[NEAR:], target["near"][NEAR:]])[:PROPOSALS]
-            for mine, target in zip(own, targets, strict=True)
+            torch.cat([target["near"][:NEAR], proposals[NEAR:], target["near"][NEAR:]])[:PROPOSALS]
+            for proposals, target in zip(own, targets, strict=True)
         ]
         return boxes, losses
 
@@ -235,11 +236,11 @@ def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: s
         optimizer.step()
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
-    return partial(_told, step, device)
+    return partial(_measured, step, device)
 
 
 def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
-    """torchvision's Mask R-CNN of the architecture that is compared, for pictures of size (height, width)."""
+    """Return torchvision's Mask R-CNN with the shared architecture, for pictures of size (height, width)."""
     group_norm = partial(nn.GroupNorm, 32)
     gn = norm == "gn"
     body = torchvision.models.resnet50(weights=None, norm_layer=group_norm if gn else FrozenBatchNorm2d)
@@ -257,24 +258,24 @@ def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
 
 
 def _peer_sample(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
-    """A scene as torchvision's model takes it; its class 0 is the background."""
+    """Return a scene as torchvision's model takes it, in which class 0 is the background."""
     target = {"boxes": scene.boxes, "labels": scene.labels + 1, "masks": scene.bitmaps(), "near": scene.near}
     return scene.image.float() / 255, target
 
 
-# --- of both
+# --- both
 
 
 def calm(model: nn.Module) -> None:
-    """Keep an untrained network of frozen norms, which normalise nothing, from growing its activations."""
+    """Scale frozen norms so that an untrained network's activations, which they do not normalise, stay small."""
     for name, module in model.named_modules():
         if type(module).__name__ in ("FrozenBatchNorm", "FrozenBatchNorm2d"):
             stem, last = "stem" in name or name.endswith("body.bn1"), name.endswith(("conv3.norm", "bn3"))
             module.weight.fill_(0.02 if stem else 0.2 if last else 1.0)
 
 
-def _told(step: Callable[[], dict[str, float]], device: str) -> dict[str, float]:
-    """Make a step.  Returns its loss, and the peak of GPU memory."""
+def _measured(step: Callable[[], dict[str, float]], device: str) -> dict[str, float]:
+    """Run a step; return its loss and the peak of GPU memory."""
     facts = {"loss": sum(step().values())}
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""Subjects that do the same work take turns: A B A B ..., each in a process of its own, the others idle meanwhile.
+"""Let subjects take turns at the same work (A B A B ...), each in its own process while the others idle.
 
-A change of the machine's speed then falls on all of them.  This module imports no torch: a subject's process sets its
-number of threads before whatever the subject needs is imported.
+A change in the machine's speed then affects all of them.  This module does not import torch, so that a subject's
+process can set its number of threads before it imports what the subject needs.
 """
 
 import multiprocessing
@@ -18,28 +18,28 @@ from typing import Any, NamedTuple
 
 from gndet.errors import ConfigError, GndetError, MachineError
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")  # of libraries' own
-LOOK = 0.02  # seconds between two looks at the memory of a subject and the processes that it started
-PATIENCE = 10.0  # seconds that a process has to end in by itself
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")  # libraries' own settings
+LOOK = 0.02  # seconds between two readings of the memory of a subject and the processes that it started
+PATIENCE = 10.0  # seconds that a process has to end by itself
 
 Work = Callable[[], dict[str, float]]
 
 
 class Subject(NamedTuple):
-    """One of those that are compared."""
+    """A library or setting that is compared with others."""
 
     name: str
-    build: Callable[..., Work]  # a module's own; called in the subject's process, returns the work, which returns facts
-    args: tuple[Any, ...] = ()  # of build, pickled
+    build: Callable[..., Work]  # a module-level function; returns the work; called in the subject's process
+    args: tuple[Any, ...] = ()  # arguments of build, pickled
 
 
 class Turn(NamedTuple):
-    """What a subject took for its work once."""
+    """The cost of doing a subject's work once."""
 
     wall_s: float
-    cpu_s: float  # of all its threads, and of the processes that it started and that are still there or were waited for
-    peak_mib: float  # resident, since its process began: the peaks of processes that live at one time added up
-    facts: dict[str, float]  # what the work returned, like {"kept MiB": 12.0}
+    cpu_s: float  # of all its threads, and of the processes that it started and that still live or were waited for
+    peak_mib: float  # resident, since its process began: the sum over processes that live at the same time
+    facts: dict[str, float]  # what the work returned, e.g. {"kept MiB": 12.0}
 
 
 def take_turns(
@@ -53,18 +53,19 @@ def take_turns(
 ) -> dict[str, list[Turn]]:
     """Let every subject do its work `rounds` times, in turn, after `warmup` rounds that do not count.
 
-    threads: that each may use.  fresh: a new process for each turn, where the work is what happens once, like opening
-    a file.  Building, and with it all imports, is never timed.  say: told of each turn, a line.
-    Returns {name: its turns}.  Raises ConfigError for two subjects of one name and where there is no /proc;
-    MachineError, which names the subject, for one that fails or dies.
+    threads: how many each subject may use.  fresh: start a new process per turn, for work that happens once, e.g.
+    opening a file.  Building a subject, with all its imports, is never timed.  say: called with a line per turn.
+    Returns {name: its turns}.  Raises ConfigError for two subjects of one name and if there is no /proc; MachineError,
+    which names the subject, if one fails or dies.
     """
     if len({subject.name for subject in subjects}) < len(subjects):
         raise ConfigError(f"two subjects of one name: {', '.join(subject.name for subject in subjects)}")
     if not Path("/proc/self/status").exists():
-        raise ConfigError("needs Linux, where /proc shows a process's peak of memory")
+        raise ConfigError("benchmarks need Linux: peak memory is read from /proc, which is missing here")
     turns: dict[str, list[Turn]] = {subject.name: [] for subject in subjects}
     with ExitStack() as stack:
-        kept = {} if fresh else {one.name: stack.enter_context(_process(one, threads)) for one in subjects}
+        runners = [] if fresh else [stack.enter_context(_process(subject, threads)) for subject in subjects]
+        kept = {runner.subject.name: runner for runner in runners}
         for number in range(warmup + rounds):
             for subject in subjects:
                 if fresh:
@@ -81,14 +82,14 @@ def take_turns(
 
 
 class _Runner(NamedTuple):
-    """A subject's process, seen from the one that has started it."""
+    """A subject's process, as seen by the process that started it."""
 
     subject: Subject
     process: BaseProcess
     connection: Connection
 
     def ask(self, question: Subject | str) -> Turn:
-        """Let it build what it is sent, or else work once.  Raises MachineError where it fails or dies."""
+        """Let the process build a subject, or do its work once.  Raises MachineError if it fails or dies."""
         peak = 0.0
         try:
             self.connection.send(question)
@@ -107,18 +108,18 @@ class _Runner(NamedTuple):
 
 @contextmanager
 def _process(subject: Subject, threads: int) -> Iterator[_Runner]:
-    """Start a subject's process and let it build; end it afterwards, whatever it does."""
+    """Start a subject's process and let it build the subject; end the process on exit in any case."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, threads), name=f"benchmark-{subject.name}")
+    own_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, threads), name=f"benchmark-{subject.name}")
     process.start()
-    there.close()
+    child_end.close()
     try:
-        runner = _Runner(subject, process, here)
+        runner = _Runner(subject, process, own_end)
         runner.ask(subject)
         yield runner
     finally:
-        here.close()  # which ends it
+        own_end.close()  # this ends the process
         process.join(PATIENCE)
         if process.is_alive():
             process.kill()
@@ -126,11 +127,11 @@ def _process(subject: Subject, threads: int) -> Iterator[_Runner]:
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    """The life of a subject's process."""
+    """Run in a subject's process: build the subject, then work each time it is asked to."""
     os.environ.update(dict.fromkeys(THREADS, str(threads)))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print there is no part of the report
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print to stdout is not part of the report
     try:
-        subject = connection.recv()  # here its module is imported
+        subject = connection.recv()  # this imports the subject's module
         work = subject.build(*subject.args)
         connection.send((0.0, 0.0, {}, ""))
         while connection.recv():
@@ -142,12 +143,12 @@ def _serve(connection: Connection, threads: int) -> None:
         return  # no more turns
     except GndetError as error:
         connection.send((0.0, 0.0, {}, str(error)))
-    except Exception:  # whatever it trips over is told by the process that reports
+    except Exception:  # any failure is reported by the parent process
         connection.send((0.0, 0.0, {}, traceback.format_exc()))
 
 
 def _cpu_seconds() -> float:
-    """Of this process, and of those it started: by the system's clock ticks for those that are still there."""
+    """Return CPU seconds of this process and of those it started; for living ones, to the system's clock tick."""
     waited_for = resource.getrusage(resource.RUSAGE_CHILDREN)
     tick = os.sysconf("SC_CLK_TCK")
     alive = sum(sum(map(int, _stat(pid)[11:15])) for pid in _descendants(os.getpid()) if _stat(pid))
@@ -155,18 +156,18 @@ def _cpu_seconds() -> float:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The processes that a process started, and theirs."""
+    """Return the ids of the processes that a process started, and of their descendants."""
     try:
         children = [
             int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
         ]
-    except (OSError, ValueError):  # it has just ended
+    except (OSError, ValueError):  # the process has just ended
         return []
-    return [one for child in children for one in (child, *_descendants(child))]
+    return [descendant for child in children for descendant in (child, *_descendants(child))]
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name; [] for a process that has ended."""
+    """Return the fields of /proc/PID/stat after the name; [] for a process that has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -174,9 +175,9 @@ def _stat(pid: int) -> list[str]:
 
 
 def _peak_mib(pid: int) -> float:
-    """The most that a process has had resident, MiB; 0 for one that has ended.
+    """Return the peak resident memory of a process in MiB; 0 for a process that has ended.
 
-    Not ru_maxrss: a process that was spawned begins with its parent's.
+    ru_maxrss would not do, because a spawned process starts with its parent's value.
     """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

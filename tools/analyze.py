@@ -1,4 +1,4 @@
-"""Say what a detector gets wrong; the same as `gndet analyze`.
+"""Show what a detector gets wrong; the same as `gndet analyze`.
 
 python tools/analyze.py runs/quickstart
 """

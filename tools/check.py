@@ -1,4 +1,4 @@
-"""Say what is wrong with a data set; the same as `gndet check`.
+"""Show what is wrong with a data set; the same as `gndet check`.
 
 python tools/check.py configs/quickstart.yaml
 """

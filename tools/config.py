@@ -1,4 +1,4 @@
-"""Show a config as it is resolved; the same as `gndet config`.
+"""Show a resolved config; the same as `gndet config`.
 
 python tools/config.py configs/quickstart.yaml train.global_batch=8
 """

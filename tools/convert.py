@@ -1,4 +1,4 @@
-"""Convert weights, from and to other toolkits, BN into GN; the same as `gndet convert`.
+"""Convert weights from and to other toolkits, and BN to GN; the same as `gndet convert`.
 
 python tools/convert.py WEIGHTS.pth OUT --to gn
 """

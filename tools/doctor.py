@@ -1,4 +1,4 @@
-"""Say what this machine is and whether it will do; the same as `gndet doctor`.
+"""Describe this machine and check that gndet works on it; the same as `gndet doctor`.
 
 python tools/doctor.py --json doctor.json
 """

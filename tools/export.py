@@ -1,4 +1,4 @@
-"""Write a detector as an ONNX file, compared with torch; the same as `gndet export`.
+"""Export a detector to ONNX and compare it with torch; the same as `gndet export`.
 
 python tools/export.py runs/quickstart --onnx quickstart.onnx
 """

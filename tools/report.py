@@ -1,4 +1,4 @@
-"""Write a page about a run; the same as `gndet report`.
+"""Write the report of a run as an HTML page; the same as `gndet report`.
 
 python tools/report.py runs/quickstart
 """

@@ -95,7 +95,7 @@ def test_a_table_holds_medians_and_ratios() -> None:
     ]  # fmt: skip
     assert first.split() == ["A", "1", "0.5", "1.5", "109", "7", "0.50", "0.50"]
     assert second.split() == ["B", "2", "2", "3", "10", "-", "1.00", "1.00"]
-    assert note == "x: of B; medians of 3 turns"
+    assert note == "x: ratio to B; medians of 3 turns"
     assert table({"A": mine}, against="A", unit="ms").splitlines()[1].split()[1:3] == ["2,000", "1,000"]
     with pytest.raises(ConfigError, match="no subject 'C' to compare with, there are A, B"):
         table({"A": mine, "B": other}, against="C")

@@ -1,4 +1,4 @@
-"""The benchmarks: who works when, what is told of it, and that both sides of the training step do equal work."""
+"""The benchmarks: subjects take turns, the table reports them, and both training steps do equal work."""
 
 import os
 import re
@@ -75,7 +75,7 @@ def test_a_subject_that_fails_is_told(tmp_path: Path, how: str, told: str) -> No
         take_turns(subjects, 1, threads=1)
     for pid in {int(line[2]) for line in lines(tmp_path / "log")}:
         with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)  # the other has been ended
+            os.kill(pid, 0)  # the other process has been ended
 
 
 def test_two_subjects_of_one_name_are_refused() -> None:
@@ -87,18 +87,18 @@ def test_two_subjects_of_one_name_are_refused() -> None:
 
 
 def test_a_table_holds_medians_and_ratios() -> None:
-    mine = [Turn(wall, cpu, 100 + wall, {"kept MiB": 7.0}) for wall, cpu in ((1.0, 4.0), (9.0, 2.0), (2.0, 3.0))]
+    turns = [Turn(wall, cpu, 100 + wall, {"kept MiB": 7.0}) for wall, cpu in ((1.0, 4.0), (9.0, 2.0), (2.0, 3.0))]
     other = [Turn(4.0, 6.0, 10.0, {})] * 3
-    head, first, second, note = table({"A": mine, "B": other}, against="B", per=2, facts=["kept MiB"]).splitlines()
+    head, first, second, note = table({"A": turns, "B": other}, against="B", per=2, facts=["kept MiB"]).splitlines()
     assert re.split(r"\s{2,}", head.strip()) == [
         "median s", "least s", "CPU s", "peak MiB", "kept MiB", "x wall", "x CPU",
     ]  # fmt: skip
     assert first.split() == ["A", "1", "0.5", "1.5", "109", "7", "0.50", "0.50"]
     assert second.split() == ["B", "2", "2", "3", "10", "-", "1.00", "1.00"]
     assert note == "x: ratio to B; medians of 3 turns"
-    assert table({"A": mine}, against="A", unit="ms").splitlines()[1].split()[1:3] == ["2,000", "1,000"]
+    assert table({"A": turns}, against="A", unit="ms").splitlines()[1].split()[1:3] == ["2,000", "1,000"]
     with pytest.raises(ConfigError, match="no subject 'C' to compare with, there are A, B"):
-        table({"A": mine, "B": other}, against="C")
+        table({"A": turns, "B": other}, against="C")
     assert f"torch {torch.__version__}" in machine() and "3 thread(s) each" in machine(3)
 
 
@@ -106,10 +106,10 @@ def test_a_table_holds_medians_and_ratios() -> None:
 
 
 def test_scenes_are_a_function_of_the_seed_and_inside_the_picture() -> None:
-    one, other, different = (make_scenes((96, 160), 2, seed) for seed in (1, 1, 2))
-    assert torch.equal(one[1].near, other[1].near) and torch.equal(one[1].image, other[1].image)
-    assert not torch.equal(one[0].image, different[0].image) and not torch.equal(one[0].image, one[1].image)
-    for scene in one:
+    first, same, different = (make_scenes((96, 160), 2, seed) for seed in (1, 1, 2))
+    assert torch.equal(first[1].near, same[1].near) and torch.equal(first[1].image, same[1].image)
+    assert not torch.equal(first[0].image, different[0].image) and not torch.equal(first[0].image, first[1].image)
+    for scene in first:
         assert scene.near.shape == (PROPOSALS, 4) and scene.image.shape == (3, 96, 160)
         for boxes in (scene.boxes, scene.near):
             assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([160, 96])).all()
@@ -129,7 +129,7 @@ def test_boxes_near_objects_come_first_and_random_ones_last() -> None:
 
 
 def test_both_sides_sample_as_many_regions_for_their_heads() -> None:
-    """128 of 512 positive in each picture: the load that the step is timed with."""
+    """The step is timed with 128 positive regions out of 512 per picture."""
     scenes = make_scenes((128, 160), 1, 0)
     model = small_model(masks=False)
     model.box_head.cfg = model.box_head.cfg.model_copy(update={"regions_per_image": 512})

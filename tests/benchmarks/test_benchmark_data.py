@@ -1,4 +1,4 @@
-"""The benchmarks of what surrounds the model: all sides do the same work, and the adapters for harnesses do theirs."""
+"""The benchmarks of data and evaluation: all subjects do the same work, and the adapters for harnesses work."""
 
 import argparse
 import importlib.util
@@ -28,7 +28,7 @@ def options(add: object, *arguments: str) -> argparse.Namespace:
 
 
 def adapter(name: str) -> ModuleType:
-    """A file of benchmarks/, as a harness loads it."""
+    """Load a file of benchmarks/ as a harness does."""
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -76,17 +76,17 @@ def test_all_evaluators_find_the_same_precision() -> None:
     assert 0.05 < gndet["mask AP"] < gndet["box AP"] < 0.95
     for engine in ("hotcoco", "pycocotools"):
         work = evaluation.listed_subject(engine, 40, 30)
-        assert work() == work() == gndet  # nothing that a turn leaves behind changes the next
+        assert work() == work() == gndet  # one turn does not affect the next
 
 
 def test_detections_are_as_many_as_asked_for() -> None:
     asked = options(evaluation_options, "--num", "7", "--detections", "11")
     truth, found = evaluation.detected(asked.num, asked.detections)
     assert len(truth["images"]) == 7 and len(found) == 77
-    assert {one["image_id"] for one in found} == {image["id"] for image in truth["images"]}
+    assert {row["image_id"] for row in found} == {image["id"] for image in truth["images"]}
 
 
-def test_the_loaders_adapter_gives_a_batch_an_image(drawn: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_loaders_adapter_gives_one_batch_per_image(drawn: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_made.json").symlink_to(drawn[0])
     (tmp_path / "made").symlink_to(drawn[1])

@@ -1,4 +1,4 @@
-"""The analysis of detections: its matches, curves and intervals are COCO's, its mistakes TIDE's."""
+"""The analysis of detections: its matches, curves and intervals agree with COCO's, its mistakes with TIDE's."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ from gndet.toolbox.analysis.matches import SCORES, best_thresholds, false_positi
 
 
 def detections(dataset: Dataset, *, masks: bool, seed: int = 0) -> list[dict]:
-    """Objects of a data set as a poor detector finds them: moved, doubled, of another class, missed, made up."""
+    """Return the detections of a poor detector: moved, doubled, of a wrong class, missed, invented."""
     draws, found = np.random.default_rng(seed), []
     for record in dataset.records:
         height, width = record.size
@@ -76,7 +76,7 @@ def case(request: pytest.FixtureRequest, dataset: Dataset) -> tuple[Dataset, Res
 
 
 def reference(dataset: Dataset, found: Results, kind: str) -> COCOeval:
-    """pycocotools' own evaluation."""
+    """Return pycocotools' evaluation."""
     from pycocotools.coco import COCO
 
     truth = coco_truths(dataset, masks=kind == "mask")["segm" if kind == "mask" else "bbox"]
@@ -94,14 +94,14 @@ def reference(dataset: Dataset, found: Results, kind: str) -> COCOeval:
 
 def test_matches_are_pycocotools_own(case: tuple) -> None:
     _, _, found, scorer = case
-    mine = found.matches.matched * ~found.matches.ignored
+    matched = found.matches.matched * ~found.matches.ignored
     listed = {}
     for part in scorer.evalImgs:
         if part is not None and part["aRng"] == scorer.params.areaRng[0]:
             for place, id in enumerate(part["dtIds"]):
                 listed[id - 1] = np.where(part["dtIgnore"][:, place], 0, part["dtMatches"][:, place])
     assert sorted(found.matches.index.tolist()) == sorted(listed)
-    assert all((mine[row] == listed[id]).all() for row, id in enumerate(found.matches.index.tolist()))
+    assert all((matched[row] == listed[id]).all() for row, id in enumerate(found.matches.index.tolist()))
 
 
 def test_precision_arrays_and_summary_are_pycocotools_own(case: tuple) -> None:
@@ -123,12 +123,12 @@ def test_average_precision_of_the_images_as_they_are_is_cocos(case: tuple) -> No
         counted = ~matches.ignored[rows]
         hit = (matches.matched[rows] > 0) & counted
         objects = ((matches.object_label == k) & ~matches.object_ignored).sum()
-        mine = average_precision(hit, counted & ~hit, np.ones((1, len(rows))), np.array([float(objects)]))[0]
-        theirs = scorer.eval["precision"][:, :, k, 0, -1].mean(1)
-        np.testing.assert_allclose(mine, np.where(theirs < 0, np.nan, theirs), atol=1e-12)
+        got = average_precision(hit, counted & ~hit, np.ones((1, len(rows))), np.array([float(objects)]))[0]
+        expected = scorer.eval["precision"][:, :, k, 0, -1].mean(1)
+        np.testing.assert_allclose(got, np.where(expected < 0, np.nan, expected), atol=1e-12)
 
 
-def test_an_interval_holds_the_value_and_hangs_on_the_seed_alone(case: tuple) -> None:
+def test_an_interval_contains_the_value_and_depends_on_the_seed_alone(case: tuple) -> None:
     _, _, found, _ = case
     ends = ap_intervals(found.matches, seed=3)
     assert ends.ap.low < found.metrics.summary["AP"] < ends.ap.high
@@ -163,10 +163,10 @@ def test_curves_count_detections_from_a_score_on(case: tuple) -> None:
 
 def test_mistakes_are_sorted_as_hotcoco_counts_them(case: tuple) -> None:
     _, _, found, _ = case
-    own = {kind: int((found.errors.kind == kind).sum()) for kind in KINDS}
-    own["Miss"] = int(found.errors.missed.sum())
-    assert own == found.errors.counts
-    assert min(own["Cls"], own["Loc"], own["Dupe"], own["Miss"]) > 0
+    counts = {kind: int((found.errors.kind == kind).sum()) for kind in KINDS}
+    counts["Miss"] = int(found.errors.missed.sum())
+    assert counts == found.errors.counts
+    assert min(counts["Cls"], counts["Loc"], counts["Dupe"], counts["Miss"]) > 0
     assert set(found.errors.kind[true_positives(found.matches)]) == {""}
 
 

@@ -1,4 +1,4 @@
-"""What is said of a model's norm layers, at the start of training and by `gndet norms`: in its case, and only there."""
+"""The audit of norm layers, at the start of training and by `gndet norms`: each warning appears if and only if due."""
 
 import re
 from pathlib import Path
@@ -32,12 +32,12 @@ def bn() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def backbone(bn: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Its backbone alone, as a checkpoint."""
+    """A checkpoint that holds only the backbone of `bn`."""
     return save(tmp_path_factory.mktemp("weights") / "bn", config(BN), bn, ("backbone",))
 
 
 def audited(cfg: Config, world: int = 1, images: int | None = None) -> Audit:
-    """The audit of a config as training starts with it."""
+    """Audit a config as training would at its start."""
     start = initial_model(cfg, CLASSES, images=dataset(cfg))
     return audit(start.model, start.cfg, {name: fate.what for name, fate in start.fates.items()}, world, images)
 
@@ -46,7 +46,7 @@ def weights(path: str, policy: str = "error", **train: Any) -> dict[str, Any]:
     return {"weights": path, "norm_policy": policy, "calibration_images": 2} | train
 
 
-# --- nothing is said where nothing is wrong
+# --- no findings if nothing is wrong
 
 
 @pytest.mark.parametrize("policy", ["hybrid", "convert", "calibrate", "affine"])
@@ -158,7 +158,7 @@ def test_a_group_of_one_number_is_an_error(norm: dict[str, Any], edge: int, laye
 
 @pytest.mark.parametrize(("edge", "wrong"), [(32, True), (64, False)])
 def test_such_a_layer_gives_beta_whatever_the_picture(edge: int, wrong: bool) -> None:
-    """That the error is none without cause."""
+    """The error of the test above is justified: such a layer outputs beta for every picture."""
     model = build_model(config({"kind": "in"}).model, len(CLASSES)).eval()
     model.backbone.res5[1].conv2.norm.bias.data.uniform_(0, 1)
     maps: list[Tensor] = []
@@ -185,28 +185,26 @@ def test_decay_of_gamma_and_beta_is_warned_of(decay: float) -> None:
 # --- padding
 
 
-@pytest.mark.parametrize(("there", "here"), [("plain", "masked"), ("masked", "plain"), ("plain", "plain")])
-def test_gn_weights_under_another_padding_are_warned_of(tmp_path: Path, there: str, here: str) -> None:
-    file = config({**GN, "padding": there})
+@pytest.mark.parametrize(("old", "new"), [("plain", "masked"), ("masked", "plain"), ("plain", "plain")])
+def test_gn_weights_under_another_padding_are_warned_of(tmp_path: Path, old: str, new: str) -> None:
+    file = config({**GN, "padding": old})
     path = save(tmp_path / "a", file, build_model(file.model, len(CLASSES)).state_dict())
-    cfg = config({**GN, "padding": here}, train=weights(path))
+    cfg = config({**GN, "padding": new}, train=weights(path))
     said = [note for note in initial_model(cfg, CLASSES).notes if note.startswith("warning")]
-    words = (
-        f"trained with padding: {there}, here it is {here}; they differ where pictures of a batch have different sizes"
-    )
-    parts = [] if there == here else ["backbone", "fpn"]  # the heads' regions have no padding
+    words = f"trained with padding: {old}, here it is {new}; they differ where pictures of a batch have different sizes"
+    parts = [] if old == new else ["backbone", "fpn"]  # the heads' regions have no padding
     assert said == [f"warning: {part}.norm was {words}" for part in parts]
 
 
-# --- what is shown
+# --- the output of `gndet norms`
 
 
 def cells(text: str) -> list[list[str]]:
-    """The cells of a table whose columns are two spaces apart and aligned, row by row."""
+    """Return the cells, row by row, of a table whose columns are aligned and two spaces apart."""
     lines = text.splitlines()
     starts = [match.start() for match in re.finditer(r"(?<=  )\S|^\S", lines[0])]
     for line in lines:
-        assert all(line[at - 2 : at] == "  " and line[at] != " " for at in starts[1:]), line
+        assert all(line[start - 2 : start] == "  " and line[start] != " " for start in starts[1:]), line
     ends = [*starts[1:], None]
     return [[line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in lines]
 
@@ -291,8 +289,8 @@ def test_norms_need_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_a_checkpoint_that_does_not_tell_where_its_norms_come_from_is_not_blamed(
     bn: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there = config({"kind": "frozen_bn"}, train={"weights": "gone"}, backbone={"freeze_at": 2})
-    path = save(tmp_path / "a", there, {key: value for key, value in bn.items() if "num_batches" not in key})
+    saved = config({"kind": "frozen_bn"}, train={"weights": "gone"}, backbone={"freeze_at": 2})
+    path = save(tmp_path / "a", saved, {key: value for key, value in bn.items() if "num_batches" not in key})
     assert main(["norms", path]) == 0
     printed = capsys.readouterr().out
     assert "unknown" in printed and "error" not in printed and "warning" not in printed

@@ -1,4 +1,4 @@
-"""`gndet convert` from end to end: what it writes is evaluated, trained from and read back; mistakes write nothing."""
+"""`gndet convert` from end to end: its output can be evaluated, trained from and read back; errors write nothing."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ from gndet.weights.read import read_source
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a BN detector, a torchvision ResNet-18 that has seen pictures, and three pictures."""
+    """Make a run of a BN detector, a torchvision ResNet-18 with running statistics, and three pictures."""
     folder = tmp_path_factory.mktemp("convert")
     start = save(folder / "start", config(BN), lived_in(config(BN)).state_dict())
     schedule = {"updates": 1, "warmup": 0, "steps": [], "reference_batch": 2}
@@ -56,7 +56,7 @@ def written(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "tensorboard"}
 
 
-# --- what is written
+# --- output
 
 
 def test_a_bn_run_becomes_a_gn_checkpoint_that_says_what_it_is(
@@ -180,7 +180,7 @@ def test_what_is_written_for_torchvision_reads_back(
     assert wrong == []
 
 
-# --- mistakes
+# --- errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`gndet doctor` tells what works, finds what does not, and names it; nothing that is broken ends it."""
+"""`gndet doctor` reports what works and names what does not; it survives whatever is broken."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
 def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(Path.home())  # the free disk of this folder is told
+    monkeypatch.chdir(Path.home())  # the report shows the free disk space of the current folder
     monkeypatch.setattr(sys, "argv", ["gndet"])
     status, text = shown(["--json", str(tmp_path / "report.json")], capsys)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -70,7 +70,7 @@ def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
     assert str(Path.home()) not in text and "~: " in text
 
 
-# --- what cannot be imported, dies or hangs
+# --- packages that cannot be imported, crash or hang
 
 
 def test_a_torchvision_whose_operators_are_missing_is_a_finding(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_torchvision_whose_operators_are_missing_is_a_finding(tmp_path: Path) 
     done = in_a_process(tmp_path)
     assert done.returncode == 1 and done.stderr == ""
     assert "cannot be imported: RuntimeError: operator torchvision::nms does not exist" in done.stdout
-    assert "\ndevices\n  processor" in done.stdout  # what needs torch alone is told
+    assert "\ndevices\n  processor" in done.stdout  # facts that need only torch are still reported
     last = done.stdout.splitlines()[-1]
     assert last.startswith("verdict: will not work: torchvision, kernels")
 
@@ -88,12 +88,12 @@ def test_a_package_that_kills_the_process_is_named(tmp_path: Path) -> None:
     done = in_a_process(tmp_path)
     assert done.returncode == 1 and done.stderr == ""
     assert "importing hotcoco ended the process with signal 11 (Segmentation fault)" in done.stdout
-    assert "  pycocotools  " in done.stdout  # what came before it
+    assert "  pycocotools  " in done.stdout  # the facts found before the crash
     assert done.stdout.splitlines()[-1] == "verdict: will not work: packages"
 
 
 def in_a_process(first: Path) -> subprocess.CompletedProcess[str]:
-    """The doctor with a folder in front of the installed packages."""
+    """Run the doctor with a folder that shadows the installed packages."""
     environment = os.environ | {"PYTHONPATH": f"{first}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "gndet.cli", "doctor"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
@@ -121,10 +121,10 @@ def test_what_hangs_is_ended_and_named() -> None:
         inside.write(rows())
     """
     with (
-        tempfile.TemporaryFile() as told,
+        tempfile.TemporaryFile() as stderr,
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process,
     ):
-        found = list(follow(process, told))
+        found = list(follow(process, stderr))
     assert found[-1].mark == "wrong" and found[-1].text.startswith("asking for GPUs did not finish within")
 
 
@@ -132,7 +132,7 @@ def test_what_hangs_is_ended_and_named() -> None:
 
 
 def off(function: Callable) -> Callable:
-    """The function, its first result 1 % too large."""
+    """Return the function with its first result made 1 % too large."""
 
     def wrong(*args: object, **kwargs: object) -> object:
         result = function(*args, **kwargs)
@@ -163,7 +163,7 @@ def test_a_kernel_that_is_off_by_one_percent_is_found(
     tolerance = max(kernels.TOLERANCES.values())
     assert kernels.judged("it", tolerance, compare).mark == "ok"
     monkeypatch.setattr(where, name, off(getattr(where, name)))
-    tolerance = 9e-3  # of the types, which have their own, bfloat16's units in the last place are 0.4 %
+    tolerance = 9e-3  # above bfloat16's unit in the last place, 0.4 %, and below the planted 1 %
     fact = kernels.judged("it", tolerance, compare)
     assert fact.mark == "wrong"
     assert {case for case, error in compare().items() if error > tolerance} == named
@@ -235,7 +235,7 @@ def test_too_little_shared_memory_is_told_with_the_remedy(monkeypatch: pytest.Mo
         "plenty": "ok",
     }
     assert all("--shm-size=8g" in judged[name].text for name in ("Docker's", "less"))
-    assert loading.shared_memory(0, 0, tmp_path).mark == "ok"  # in this process: none is needed
+    assert loading.shared_memory(0, 0, tmp_path).mark == "ok"  # without loader processes none is needed
 
 
 def test_limits_of_files_memory_and_disk_are_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_driver_whose_gpu_torch_does_not_find_is_a_warning() -> None:
     assert fact.mark == "warning" and "550.54.14 is loaded" in fact.text
 
 
-def test_a_checkpoint_takes_as_much_as_is_reckoned(tmp_path: Path) -> None:
+def test_a_checkpoint_is_as_large_as_predicted(tmp_path: Path) -> None:
     model = build_model(small_config(), NUM_CLASSES)
     cfg = TrainConfig(optimizer=OptimizerConfig(kind="adamw"))
     optimizer = make_optimizer(cfg.optimizer, model)
@@ -314,7 +314,7 @@ def test_data_that_is_refused_is_a_finding(tmp_path: Path, monkeypatch: pytest.M
     said = list(inside.rows([str(REPOSITORY / "configs/bccd_r18_gn_scratch.yaml"), f"data.root={tmp_path}"]))
     wrong = [row for row in said if row.get("mark") == "wrong"]
     assert [row["name"] for row in wrong] == ["data loader"] and "instances_train.json" in wrong[0]["text"]
-    assert {"run folder"} <= {row.get("name") for row in said}  # what follows is tried
+    assert {"run folder"} <= {row.get("name") for row in said}  # the steps after it still run
 
 
 def test_a_config_s_data_is_loaded_as_the_run_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +327,7 @@ def test_a_config_s_data_is_loaded_as_the_run_would(monkeypatch: pytest.MonkeyPa
     assert "none if training on 2 images takes" in found["data wait"].text
 
 
-# --- words
+# --- wording
 
 
 def test_the_verdict_names_what_is_wrong_and_what_is_warned_of() -> None:

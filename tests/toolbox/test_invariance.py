@@ -1,4 +1,4 @@
-"""`gndet invariance` passes where images are kept apart, fails where they are not, and names what leaks and where."""
+"""`gndet invariance` passes if images do not influence each other; otherwise it fails and names the leak."""
 
 import json
 from collections.abc import Callable
@@ -61,12 +61,13 @@ def test_it_passes_where_images_are_kept_apart(config: Path, overrides: tuple[st
     columns = found["differences"]["float64"]
     assert list(columns) == ["together", "in twos", "1 and 3", "permuted", "beside a wider", "2 processes"]
     for column in columns.values():
-        assert all(one["relative"] < 1e-11 and one["cosine"] < 1e-20 for one in column.values())
+        assert all(diff["relative"] < 1e-11 and diff["cosine"] < 1e-20 for diff in column.values())
     groups = {"features P2", "loss_cls", "d loss_cls / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
     assert groups <= set(columns["together"]) and "detections" in columns["beside a wider"]
-    for one in found["flips"]["float64"].values():
-        assert one["choices"][0] == 0 < one["choices"][1] and one["ReLUs"][0] == 0 < one["ReLUs"][1]
-    features = [one["relative"] for name, one in found["differences"]["float32"]["together"].items() if "feat" in name]
+    for kinds in found["flips"]["float64"].values():
+        assert kinds["choices"][0] == 0 < kinds["choices"][1] and kinds["ReLUs"][0] == 0 < kinds["ReLUs"][1]
+    together = found["differences"]["float32"]["together"]
+    features = [diff["relative"] for name, diff in together.items() if "feat" in name]
     assert 0 < max(features) < 1e-5
 
 
@@ -96,7 +97,7 @@ def test_what_it_cannot_compare_is_refused(config: Path, capsys: pytest.CaptureF
     assert "1 images with objects, gndet invariance takes 4 (--images)" in capsys.readouterr().err
 
 
-# --- each coupling by itself
+# --- each coupling alone
 
 
 def leaks(model: MaskRCNN) -> list[Leak]:
@@ -135,7 +136,7 @@ def test_a_divisor_of_the_whole_batch_is_found_as_normaliser() -> None:
     loss: Callable = model.mask_head.loss
 
     def pooled(features: object, strides: object, regions: object, batch: object) -> dict[str, torch.Tensor]:
-        count = regions.positive.sum(1)  # detectron2: the sum over the batch's positives, over their number
+        count = regions.positive.sum(1)  # as detectron2: the sum over the batch's positives divided by their number
         mean = loss(features, strides, regions, batch)["loss_mask"]
         return {"loss_mask": mean * count * len(count) / count.sum()}
 
@@ -157,7 +158,7 @@ def test_what_it_measures_is_the_gradient_that_training_takes(config: Path) -> N
 
 def test_a_choice_that_differs_counts_whichever_side_it_is_on() -> None:
     def result(*ids: int) -> Result:
-        return Result({}, {}, {}, {}, [{"sampled regions": {(one,) for one in ids}}], [Signs([], [])])
+        return Result({}, {}, {}, {}, [{"sampled regions": {(id,) for id in ids}}], [Signs([], [])])
 
     assert flips(result(1, 2), result(1))["choices"] == (1, 2) and flips(result(1), result(1, 2))["choices"] == (1, 1)
 
@@ -180,7 +181,7 @@ def test_a_narrow_canvas_is_measured_at_its_true_strides(config: Path) -> None:
     ]
     model = initial_model(cfg, ("a", "b", "c", "d", "e")).model.double()
     got, alone = (measure(model, samples, places, cfg, nullcontext) for places in ([[0, 1]], [[0], [1]]))
-    assert all(one.small for one in compare(got, alone).values())
+    assert all(diff.small for diff in compare(got, alone).values())
 
 
 def test_out_of_memory_is_a_mistake_with_a_remedy(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

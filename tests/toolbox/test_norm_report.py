@@ -1,4 +1,4 @@
-"""The norm report: statistics against torch's, planted faults found and put in words, runs left as they are."""
+"""The norm report: statistics agree with torch, planted faults are found and worded, runs are not affected."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def numbers(measured: list[Any], name: str = STEM) -> dict[str, Any]:
 
 
 def inputs_of(model: MaskRCNN, sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """What each norm layer of the pyramid is given, by the plain way."""
+    """Return the input of each norm layer of backbone and pyramid, collected with plain hooks."""
     given: dict[str, Tensor] = {}
     model.eval()
     for name, layer in norm_layers(model).items():
@@ -108,14 +108,14 @@ def test_similarity_is_that_of_the_picture_alone() -> None:
     within = (correlation[0, 1] + correlation[2, 3]) / 2
     across = correlation[:2, 2:].mean()
     assert similarity(x, 2, area).tolist() == pytest.approx([within, across], rel=1e-9)
-    assert all(map(math.isnan, similarity(x[:, :, :3, :5], 2, NO_AREA).tolist()))  # 15 positions tell nothing
+    assert all(map(math.isnan, similarity(x[:, :, :3, :5], 2, NO_AREA).tolist()))  # 15 positions are too few
 
 
 # --- planted faults
 
 
 def planted(change: Callable[[MaskRCNN], None], norm: NormConfig | None = None, **settings: Any) -> list[Any]:
-    """Measure a model after a change; its gamma and beta before it are those of the start."""
+    """Measure a model after a change; gamma and beta before the change count as those of the start."""
     model = small_model(norm)
     start = affine(model)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_layer_that_starts_at_zero_is_dead_only_later() -> None:
         model.backbone.res2[0].conv2.norm.weight.zero_()
 
     measured = planted(change)
-    assert "as good as 0" not in words(measured, update=0)
+    assert "practically 0" not in words(measured, update=0)
     assert "bad: backbone.res2.0.conv2.norm: gamma of 100 %" in words(measured, update=50)
 
 
@@ -199,7 +199,7 @@ def test_what_is_not_finite_is_told_and_ends_nothing() -> None:
 @pytest.mark.parametrize("kind", ["bn", "sync_bn", "brn", "frozen_bn"])
 def test_the_gap_to_running_statistics_is_the_planted_one(kind: str) -> None:
     model = small_model(NormConfig(kind=kind))
-    given = inputs_of(model, [(96, 128)] * 2)[STEM]  # before any norm: it does not hang on running statistics
+    given = inputs_of(model, [(96, 128)] * 2)[STEM]  # before any norm, so it does not depend on running statistics
     var, mean = torch.var_mean(given, (0, 2, 3), correction=0)
     stem = norm_layers(model)[STEM]
     stem.running_var.copy_(4 * var)
@@ -235,7 +235,7 @@ def test_padding_is_a_fault_of_plain_layers_alone() -> None:
         assert ("30 % of the training batches is padding" in words(measured, padding=0.3)) == expected
 
 
-# --- what it must leave alone
+# --- no side effects
 
 
 @pytest.mark.parametrize("kind", ["gn", "bn", "brn"])
@@ -271,7 +271,7 @@ def test_bf16_measures_what_float32_does() -> None:
 
 
 def run(out: Path, kind: str = "gn", **changes: Any) -> Path:
-    """Train the tiny detector, 6 updates with an evaluation after every second."""
+    """Train the tiny detector for 6 updates, with an evaluation after every second update."""
     tree = json.loads(json.dumps(CONFIG))
     tree["model"]["norm"] = {"kind": kind, "channels_per_group": 16}
     tree["train"] |= {"images_per_gpu": 2, "eval_every": 2, **changes}
@@ -287,10 +287,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_learns_the_same_with_and_without(trained: Path, tmp_path: Path) -> None:
     without = run(tmp_path / "without", "bn", norm_images=0)
     assert not (without / "norms.jsonl").exists()
-    one, two = load_checkpoint(trained / "last").groups, load_checkpoint(without / "last").groups
-    assert one.keys() == two.keys()
-    for group, tensors in one.items():
-        assert [name for name, value in tensors.items() if not torch.equal(value, two[group][name])] == []
+    first, second = load_checkpoint(trained / "last").groups, load_checkpoint(without / "last").groups
+    assert first.keys() == second.keys()
+    for group, tensors in first.items():
+        assert [name for name, value in tensors.items() if not torch.equal(value, second[group][name])] == []
 
 
 def test_a_run_is_measured_at_its_start_and_with_evaluations(trained: Path) -> None:
@@ -355,7 +355,7 @@ def test_the_section_says_what_is_wrong_and_shows_it(trained: Path, tmp_path: Pa
     assert page.count("<tr>") == len(entries[-1]["layers"]) + 1
 
 
-def test_the_gravest_comes_first(trained: Path) -> None:
+def test_the_most_serious_finding_comes_first(trained: Path) -> None:
     entries = read_norms(trained)
     entries[-1]["layers"][-1]["nonfinite"] = 0.1
     found = norm_findings(entries[-1])

@@ -1,4 +1,4 @@
-"""The norm study: its grid, intervals, budget, verdict; a study that is killed and goes on; cells that fail."""
+"""The norm study: its grid, intervals, budget and verdict; killed studies that are resumed; cells that fail."""
 
 import json
 import math
@@ -73,7 +73,7 @@ def begun(config: str, kinds: tuple[str, ...] = ("gn", "bn"), batch: str = "scal
 
 
 def made_up(scores: dict[tuple[str, int], list[float]]) -> Study:
-    """A study whose cells reached these box APs, a value a seed."""
+    """Return a study whose cells reached these box APs, one value per seed."""
     results = [
         CellResult(variant=v, images=size, seed=seed, state="done", metrics={"box/AP": score})
         for (v, size), found in scores.items()
@@ -85,7 +85,7 @@ def made_up(scores: dict[tuple[str, int], list[float]]) -> Study:
     )  # fmt: skip
 
 
-# --- intervals, as tables of Student's t have them
+# --- intervals, compared with tables of Student's t
 
 
 @pytest.mark.parametrize(("df", "t"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)])
@@ -107,7 +107,7 @@ def test_one_seed_has_no_interval() -> None:
 def test_differences_worked_by_hand() -> None:
     equal = mean_difference([0, 1, 2], [3, 4, 5])  # variances 1 and 1: 4 degrees of freedom
     assert equal.mean == -3 and equal.half == pytest.approx(2.776 * math.sqrt(2 / 3), abs=1e-3)
-    welch = mean_difference([0, 1, 2], [4, 4, 4])  # all of the variance in one: its 2 degrees of freedom
+    welch = mean_difference([0, 1, 2], [4, 4, 4])  # all of the variance is in the first: its 2 degrees of freedom
     assert welch.mean == -3 and welch.half == pytest.approx(4.303 * math.sqrt(1 / 3), abs=1e-3)
 
 
@@ -183,8 +183,8 @@ def test_the_command_of_the_page_asks_for_the_same_study(kinds: tuple[str, ...],
 # --- the budget
 
 
-def test_time_an_image_between_two_measured_sizes() -> None:
-    speed = Speed(per_image={1: 1.0, 4: 0.4}, overhead=0)  # an update costs 0.8 s, and 0.2 s an image
+def test_seconds_per_image_are_interpolated_between_measured_sizes() -> None:
+    speed = Speed(per_image={1: 1.0, 4: 0.4}, overhead=0)  # an update costs 0.8 s plus 0.2 s per image
     assert per_image_at(speed, 2) == pytest.approx(0.6)
     assert per_image_at(speed, 4) == pytest.approx(0.4)
     assert per_image_at(Speed(per_image={2: 0.3}, overhead=0), 8) == 0.3
@@ -322,21 +322,21 @@ def states(folder: Path) -> dict[str, str]:
 
 
 def trainings(folder: Path) -> list[int]:
-    """The processes that train into a study's cells."""
-    mine = f"out={folder}/"
+    """Return the ids of the processes that train a study's cells."""
+    target = f"out={folder}/"
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_text(errors="replace")
         except OSError:
             continue
-        found += [int(process.name)] if mine in words and "study.child" in words else []
+        found += [int(process.name)] if target in words and "study.child" in words else []
     return found
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of 2 trainings that was killed after the first."""
+    """Start a study of 2 trainings and kill it after the first."""
     folder = tmp_path_factory.mktemp("killed")
     options = ["--norms", "gn,bn,sync_bn", "--images-per-gpu", "1", "--seeds", "1", "--out", str(folder / "study")]
     command = [sys.executable, "-m", "gndet.cli", "norm-study", tiny(folder), *options, *OVERRIDES]
@@ -350,16 +350,16 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         process.kill()
         process.wait()
-    wait_until(lambda: not trainings(folder / "study"), 60)  # they end with the study
+    wait_until(lambda: not trainings(folder / "study"), 60)  # the trainings end with the study
     return folder
 
 
 @pytest.fixture(scope="module")
 def resumed(killed: Path) -> tuple[Path, str]:
-    """The same study taken to its end, and what was said."""
+    """Resume the study to its end; return its folder and what it printed."""
     first = killed / "study" / "cells" / "gn-1-seed0" / "metrics.jsonl"
     before, lines = first.stat().st_mtime_ns, list[str]()
-    left = finished(killed / "study" / "cells" / "bn-1-seed0") is None  # where it is slow to die it has ended
+    left = finished(killed / "study" / "cells" / "bn-1-seed0") is None  # a slow machine may finish it before the kill
     passed = study(
         str(killed / "tiny.yaml"), OVERRIDES, lines.append, **GRID, budget=None, jobs=1, out=killed / "study"
     )
@@ -405,7 +405,7 @@ def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> N
 
 @pytest.mark.faults
 def test_a_cell_that_fails_is_shown_and_the_others_run(resumed: tuple[Path, str], tmp_path: Path) -> None:
-    weights = resumed[0] / "cells" / "bn-1-seed0"  # fits bn; gn refuses it without train.norm_policy
+    weights = resumed[0] / "cells" / "bn-1-seed0"  # fits bn; gn refuses them without train.norm_policy
     lines: list[str] = []
     passed = study(
         tiny(tmp_path), (*OVERRIDES, f"train.weights={weights}"), lines.append, norms=("gn", "bn"), groups=None,
@@ -444,11 +444,11 @@ def test_a_run_that_is_not_finished_is_not_taken_for_one(resumed: tuple[Path, st
     assert finished(tmp_path) is None and finished(resumed[0] / "cells" / "gn-1-seed0") is not None
     shutil.copytree(resumed[0] / "cells" / "gn-1-seed0", tmp_path / "run", symlinks=True)
     (meta,) = (tmp_path / "run" / "checkpoints").glob("*/meta.json")
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"update": 3}))  # not what the manifest says either
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"update": 3}))  # this does not match the manifest either
     assert finished(tmp_path / "run") is None
 
 
-def test_what_a_failed_run_said(tmp_path: Path) -> None:
+def test_last_words_quote_a_failed_run(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("loading\ngndet train: x.yaml: wrong\n  more of it\n")
     assert last_words(log, 2) == "x.yaml: wrong\n  more of it"

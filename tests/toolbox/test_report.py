@@ -1,4 +1,4 @@
-"""The report of a run: written on every way out, complete, self-contained; what it says where parts are missing."""
+"""The report of a run: written however the run ends, complete, self-contained; it names missing parts."""
 
 import json
 import re
@@ -33,7 +33,7 @@ FIGURES = (
 
 
 class Page(HTMLParser):
-    """What is in a page: ids, addresses it refers to, text."""
+    """The content of a page: its ids, the addresses it refers to, its text."""
 
     def __init__(self, file: Path) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(config: Path) -> Path:
-    """A run of six updates, which found little."""
+    """Train a run of six updates, which learns little."""
     assert main(["train", str(config), f"out={config.parent / 'run'}"]) == 0
     return config.parent / "run"
 
@@ -87,8 +87,8 @@ def test_a_report_refers_to_nothing_outside_itself(finished: Path) -> None:
 
 
 def test_the_same_folder_gives_the_same_page(finished: Path, tmp_path: Path) -> None:
-    one, two = (write_report([finished], tmp_path / name, [], str).read_text() for name in ("a.html", "b.html"))
-    assert one == two
+    first, second = (write_report([finished], tmp_path / name, [], str).read_text() for name in ("a.html", "b.html"))
+    assert first == second
 
 
 def test_names_from_data_are_text(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_browser_shows_all_of_it(browser: object, finished: Path, width: int, 
     assert wrong == []
     assert [url for url in requests if not url.startswith("data:")] == [address]
     assert page.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
-    sizes = page.eval_on_selector_all("figure.chart svg", "all => all.map((one) => one.getBoundingClientRect().height)")
+    sizes = page.eval_on_selector_all("figure.chart svg", "all => all.map((svg) => svg.getBoundingClientRect().height)")
     assert len(sizes) >= len(FIGURES) and min(sizes) > 60
     shown = page.eval_on_selector_all(".pictures img", "all => all.map((image) => image.naturalWidth)")
     assert len(shown) >= 4 and min(shown) > 0

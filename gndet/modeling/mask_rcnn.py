@@ -85,10 +85,10 @@ class MaskRCNN(DetectionModel):
     def pooled_levels(self, features: list[Tensor], areas: ValidAreas) -> tuple[list[Tensor], tuple[int, ...]]:
         """Return the levels that heads pool from, and their strides; beside a masked picture its edge is repeated."""
         strides = self.strides[:ROI_LEVELS]
-        levels = [
-            feature if (area := areas[stride]) is None or not self.extends_edges else extend_edges(feature, area.sizes)
-            for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True)
-        ]
+        levels = []
+        for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True):
+            area = areas[stride] if self.extends_edges else None
+            levels.append(feature if area is None else extend_edges(feature, area.sizes))
         return levels, strides
 
     # --- for those who look at it

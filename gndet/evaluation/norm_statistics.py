@@ -145,7 +145,7 @@ def _spread(num: int, most: int, device: torch.device) -> Tensor:
 def _measured(name: str, layer: NormModule, calls: Sequence[Call], start: Start | None) -> Measured:
     gamma, beta = _array(layer.weight), _array(layer.bias)
     inputs = [Moments._make(map(_array, call)) for call, _ in calls]
-    var, elements, running = _by_group(layer, inputs) if isinstance(layer, GroupNorm) else _by_batch(layer, inputs)
+    var, elements, running = _by_group(layer, inputs) if _groups(layer) else _by_batch(layer, inputs)
     std = np.sqrt(var)
     cells = np.concatenate([np.empty((0, 1)), *(call.count for call in inputs)])
     similar = np.array([_array(pair) for _, pair in calls]).reshape(-1, 2)
@@ -162,7 +162,7 @@ def _measured(name: str, layer: NormModule, calls: Sequence[Call], start: Start 
     return Measured({key: rounded(value) for key, value in whole.items()}, std.ravel(), gamma)
 
 
-def _by_group(layer: GroupNorm, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def _by_group(layer: Any, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the variances of groups and samples, and the numbers that each was taken over."""
     parts, elements = [np.empty((0, layer.groups))], [np.empty((0, 1))]
     for mean, var, count in calls:
@@ -219,11 +219,11 @@ def _kind(layer: nn.Module) -> str:
     if isinstance(layer, GroupNorm):
         return {1: "ln", len(layer.weight): "in"}.get(layer.groups, "gn")
     kinds = {SyncBatchNorm: "sync_bn", BatchRenorm: "brn", FrozenBatchNorm: "frozen_bn"}
-    return kinds.get(type(layer), "bn")
+    return kinds.get(type(layer), "bn" if isinstance(layer, nn.BatchNorm2d) else type(layer).__name__)
 
 
 def _groups(layer: nn.Module) -> int | None:
-    return layer.groups if isinstance(layer, GroupNorm) else None
+    return getattr(layer, "groups", None)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

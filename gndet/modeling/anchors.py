@@ -1,4 +1,4 @@
-"""Anchors: those of a cell, of a map, and the numbers that name them.
+"""Anchors of a cell and of a feature map, and the integer ids that identify them.
 
 A anchors per cell, (H, W) map."""
 
@@ -12,13 +12,13 @@ AnchorStyle = Literal["exact", "rounded", "detectron"]
 
 
 def cell_anchors(size: float, ratios: Sequence[float], stride: int, style: AnchorStyle, device: torch.device) -> Tensor:
-    """The anchors of the cell at the picture's top-left corner.  Returns (A, 4) float32 xyxy pixels.
+    """Return the anchors of the cell at the picture's top-left corner, (A, 4) float32 xyxy pixels.
 
-    exact: of area size x size, centred on the cell's top-left pixel (detectron2, mmdetection); rounded: corners rounded
-    to whole pixels (torchvision); detectron: Detectron's generate_anchors, which rounds the sides of a stride x stride
-    box, scales it, and centres it on the cell.
+    exact: of area size x size, centred on the cell's top-left pixel (detectron2, mmdetection).  rounded: the same, with
+    corners rounded to whole pixels (torchvision).  detectron: Detectron's generate_anchors, which rounds the sides of a
+    stride x stride box, scales it, and centres it on the cell.
     """
-    ratio = torch.tensor(ratios).to(device, non_blocking=True)  # the host does not wait
+    ratio = torch.tensor(ratios).to(device, non_blocking=True)  # without making the host wait
     if style == "detectron":
         width = (stride / ratio.sqrt()).round()
         sides = torch.stack([width, (width * ratio).round()], dim=-1) * (size / stride)  # (A, 2) width, height
@@ -42,7 +42,7 @@ def level_anchors(cell: Tensor, stride: tuple[int, int], height: int, width: int
 
 
 def cell_ids(level: int, height: int, width: int, num_anchors: int, device: torch.device) -> Tensor:
-    """Numbers in [0, 2**31) that name an anchor by level, row, column and kind, whatever the canvas.  Returns (N,)."""
+    """Return an id in [0, 2**31) per anchor, (N,), made of level, row, column and kind; independent of the canvas."""
     row = torch.arange(height, device=device)[:, None, None]
     column = torch.arange(width, device=device)[None, :, None]
     kind = torch.arange(num_anchors, device=device)[None, None, :]

@@ -1,6 +1,6 @@
 """Box head: classifies regions and refines their boxes.
 
-B images, M ground-truth slots, K proposals, R regions an image, D detections; num_classes is the background's label.
+B images, M ground-truth slots, K proposals, R regions per image, D detections; the background's label is num_classes.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from gndet.ops.noise import Stream, ranks
 from gndet.ops.roi_align import roi_align_pyramid
 from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
 
-DELTA_WEIGHTS = (10.0, 5.0)  # of the centre's shift and of the size's growth (Detectron)
-MAX_CANDIDATES = 2000  # class-wise boxes of an image that enter NMS, the best; ten times what COCO's images have
+DELTA_WEIGHTS = (10.0, 5.0)  # scales of (dx, dy) and (dw, dh), as in Detectron
+MAX_CANDIDATES = 2000  # best class-wise boxes per image that enter NMS; ten times what COCO images have
 
 
 class BoxHead(RegionHead):
@@ -55,7 +55,7 @@ class BoxHead(RegionHead):
         nn.init.zeros_(self.bbox_pred.bias)
 
     def forward(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4)."""
+        """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4)."""
         return recomputed(self, self._predict, features, strides, boxes)
 
     def _predict(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class BoxHead(RegionHead):
             roi_align_pyramid, features, strides, boxes.flatten(0, 1), image, cfg.pool_size, cfg.sampling_ratio,
             cfg.roi_align,
         )  # fmt: skip
-        x = tower(self.convs, pool(), again=pool) if self.convs else pool()
+        x = tower(self.convs, pool(), make_input=pool) if self.convs else pool()
         x = x.flatten(1)  # (B * R, C * size * size)
         for fc in self.fcs:
             x = F.relu(fc(x))
@@ -77,7 +77,8 @@ class BoxHead(RegionHead):
     def sample(self, regions: Proposals, batch: Batch) -> Regions:
         """Sample regions_per_image of the proposals and the ground truth, positives first.
 
-        The draw goes by a proposal's anchor, not by its place: one proposal more or less leaves the others' draw alone.
+        The random order depends on a proposal's anchor and not on its position, so that one proposal more or less does
+        not change how the others are sampled.
         """
         cfg, gt = self.cfg, batch.gt
         objects = torch.arange(gt.boxes.shape[1], device=gt.boxes.device) + GROUND_TRUTH_IDS
@@ -98,7 +99,7 @@ class BoxHead(RegionHead):
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
     ) -> dict[str, Tensor]:
-        """Losses (B,) of the regions, an image's divided by its number of regions."""
+        """Return the losses (B,) of the regions, each image's divided by its number of regions."""
         logits, deltas = self(features, strides, regions.boxes)
         target = encode(gather_rows(batch.gt.boxes, regions.matched), regions.boxes, DELTA_WEIGHTS)
         label = regions.labels.clamp(max=self.num_classes - 1)
@@ -113,7 +114,7 @@ class BoxHead(RegionHead):
 
     @torch.no_grad()
     def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Proposals, sizes: Tensor) -> Detections:
-        """Detections among the proposals after NMS class by class, without masks; sizes (B, 2) of the pictures."""
+        """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
         cfg, num_classes = self.cfg, self.num_classes
         logits, deltas = self(features, strides, found.boxes)
         scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
@@ -131,7 +132,7 @@ class BoxHead(RegionHead):
         return Detections(gather_rows(boxes, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)
 
     def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
-        """Run every layer on regions (B, R, 4) once."""
+        """Run every layer once on regions (B, R, 4)."""
         self(features, strides, boxes)
 
     def rectified(self) -> list[nn.Module]:

@@ -1,6 +1,6 @@
-"""Every kind of part by its name in the config, and the one place where a detector is put together.
+"""Build a detector from its config: a table of the available kinds of each part, and the code that joins the parts.
 
-Another detector, backbone, neck or head is a file of this folder, a row here, and its options in config/schema.py.
+To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to config/schema.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,29 +18,29 @@ from gndet.modeling.rpn import RPN
 
 BACKBONES: dict[str, Callable[..., ResNet]] = {"resnet": ResNet}  # model.backbone.kind: (options, norm)
 NECKS: dict[str, Callable[..., FPN]] = {"fpn": FPN}  # model.neck: (options, norm, channels of the stages)
-HEADS: dict[str, Callable[..., RegionHead]] = {  # by section of the config: (options, norm, channels, num_classes)
+HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, norm, channels, num_classes)
     "box_head": BoxHead,
     "mask_head": MaskHead,
 }
 
 
 def build_model(cfg: ModelConfig, num_classes: int) -> DetectionModel:
-    """Build the detector of a config.  Raises ConfigError that names the part whose norm does not fit its channels."""
+    """Build the detector of a config.  Raises ConfigError naming the part whose norm does not fit its channels."""
     return DETECTORS[cfg.detector](cfg, num_classes)
 
 
 def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
-    """Build a Mask R-CNN, or without masks a Faster R-CNN."""
+    """Build a Mask R-CNN, or a Faster R-CNN if masks are off."""
     norms = cfg.part_norms()
-    with _naming("backbone"):
+    with _part_in_errors("backbone"):
         backbone = BACKBONES[cfg.backbone.kind](cfg.backbone, norms["backbone"])
-    with _naming("fpn"):
+    with _part_in_errors("fpn"):
         neck = NECKS[cfg.neck](cfg.fpn, norms["fpn"], backbone.channels)
-    with _naming("rpn"):
+    with _part_in_errors("rpn"):
         rpn = RPN(cfg.rpn, norms["rpn"], neck.channels, neck.strides)
     heads = {}
     for part in cfg.region_heads:
-        with _naming(part):
+        with _part_in_errors(part):
             heads[part] = HEADS[part](getattr(cfg, part), norms[part], neck.channels, num_classes)
     return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
 
@@ -49,7 +49,8 @@ DETECTORS: dict[str, Callable[[ModelConfig, int], DetectionModel]] = {"mask_rcnn
 
 
 @contextmanager
-def _naming(part: str) -> Iterator[None]:
+def _part_in_errors(part: str) -> Iterator[None]:
+    """Prefix a ConfigError with the part's name."""
     try:
         yield
     except ConfigError as error:

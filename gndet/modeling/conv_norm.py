@@ -1,4 +1,4 @@
-"""Convolution, norm and ReLU: the brick of the whole network. B images or regions, C channels, (H, W) maps."""
+"""Convolution, norm and ReLU: the building block of the whole network. B images or regions, C channels, (H, W) maps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gndet.config.schema import NormConfig
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.valid_area import ValidArea
-from gndet.ops.conv3x3 import MinimalConvolution, possible
+from gndet.ops.conv3x3 import MinimalConvolution, winograd_supports
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -21,19 +21,19 @@ class StandardizedConv2d(nn.Conv2d):
 
     @staticmethod
     def standardize(weight: Tensor) -> Tensor:
-        """The weights (out, in, kh, kw) that a plain convolution would need.  Same shape."""
+        """Return the weights with which a plain convolution computes the same; (out, in, kh, kw) like weight."""
         var, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
         return (weight - mean) * (var + 1e-10).rsqrt()
 
 
 class ConvNorm(nn.Module):
-    """Convolution, norm and, if asked for, ReLU.
+    """Convolution, norm and, by default, ReLU.
 
-    The convolution has a bias only where no norm follows.
-    regions: it is to see many small maps, one a region.
-    cheap: in a tower its result is computed again rather than kept; by default that of a 1x1.
-    `winograd` says whether a 3x3 one is computed by minimal filtering on a CPU (DetectionModel.choose_convolutions).
-    `memory` says what `tower` keeps for the backward pass (train.memory); a brick by itself keeps all, as "fast" does.
+    The convolution has a bias only if no norm follows.
+    regions: the layer will see many small maps, one per region.
+    cheap: in a tower, recompute its result instead of keeping it; by default True for 1x1 convolutions.
+    `winograd`: run a 3x3 convolution by minimal filtering on a CPU (set by DetectionModel.choose_convolutions).
+    `memory`: what `tower` keeps for the backward pass (train.memory); outside a tower everything is kept ("fast").
     """
 
     def __init__(
@@ -48,30 +48,31 @@ class ConvNorm(nn.Module):
         self.cheap = kernel == 1 if cheap is None else cheap
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        """x (B, C, H, W), area of the result or None.  Returns (B, out_channels, H/stride, W/stride)."""
+        """Map x (B, C, H, W) to (B, out_channels, H/stride, W/stride); area: of the result, or None."""
         x = self.norm(self.convolve(x), area)
         return F.relu(x, inplace=True) if self.relu else x
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The convolution alone, by the faster of two ways."""
+        """Run the convolution alone, by minimal filtering if that is faster."""
         if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or not self.by_winograd():
             return self.conv(x)
         y = MinimalConvolution.apply(x, self.weight())
         return y if self.conv.bias is None else y + self.conv.bias[:, None, None]
 
     def by_winograd(self) -> bool:
-        """Whether the convolution of float32 maps is computed by minimal filtering."""
-        return self.winograd and possible(self.conv.weight, self.conv.stride) and not torch.compiler.is_compiling()
+        """Return whether float32 maps are convolved by minimal filtering."""
+        supported = winograd_supports(self.conv.weight, self.conv.stride)
+        return self.winograd and supported and not torch.compiler.is_compiling()
 
     def weight(self) -> Tensor:
-        """The weight (out, in, kh, kw) that the convolution works with."""
+        """Return the weight (out, in, kh, kw) that the convolution applies: standardised, if the config says so."""
         conv = self.conv
         return conv.standardize(conv.weight) if isinstance(conv, StandardizedConv2d) else conv.weight
 
 
-ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True), the norm chosen
+ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True)
 
 
 def conv_factory(norm: NormConfig, *, regions: bool = False) -> ConvFactory:
-    """A ConvNorm with its norm chosen, for modules that need not know it."""
+    """Return ConvNorm with the norm filled in, so that a module can build layers without knowing the norm."""
     return partial(ConvNorm, norm=norm, regions=regions)

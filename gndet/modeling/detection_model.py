@@ -1,10 +1,10 @@
-"""What every detector and every region head is: the protocols by which the rest of gndet knows a model.
+"""The interfaces of detectors and region heads, and all that the rest of gndet relies on.
 
 B images, C channels, L levels, R regions per image, (H, W) canvas; sizes (B, 2) are the pictures' heights and widths.
 
-Batch independence: what a detector returns for an image is a function of that image and of its key alone.  `features`
-keeps the padding out, `step` samples by the image's key and divides an image's loss by what that image alone decides;
-`choices` and `rectified` let `gndet invariance` check it.
+Batch independence: a detector's output for an image depends only on that image and its key.  `features` keeps the
+padding out; `step` samples by the image's key and divides an image's loss by numbers that come from that image alone.
+`choices` and `rectified` let `gndet invariance` check this.
 """
 
 from abc import ABC, abstractmethod
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
 from gndet.structures import Batch, Detections, Regions, Step
 
-PROBED_REGIONS = 64  # per image, that `probe` passes through layers of regions
-Choices = dict[str, set[tuple[int, ...]]]  # what was chosen for an image, by kind: ids, with what each is taken for
+PROBED_REGIONS = 64  # per image, that `probe` runs through the heads
+Choices = dict[str, set[tuple[int, ...]]]  # what a step chose for an image, by kind: ids, and what they were assigned
 
 
 class Rectified(NamedTuple):
@@ -29,13 +29,13 @@ class Rectified(NamedTuple):
 
 
 class DetectionModel(nn.Module, ABC):
-    """A detector: backbone, neck, and what stands behind the neck's levels."""
+    """A detector: a backbone, a neck, and the parts that work on the neck's levels."""
 
-    backbone: Any  # a module; `frozen` lists its parts that are not trained
+    backbone: Any  # a module; its list `frozen` holds the parts that are not trained
     pixel_mean: Tensor
     pixel_std: Tensor
     strides: tuple[int, ...]  # of the levels that `features` returns
-    extends_edges = False  # whether regions find a picture's edge repeated beyond it, and not the padding
+    extends_edges = False  # whether RoIAlign reads a picture's repeated edge beyond the picture, not the padding
 
     def __init__(self, pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float]) -> None:
         super().__init__()
@@ -44,11 +44,11 @@ class DetectionModel(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """Return the device of the model."""
         return self.pixel_mean.device
 
     def normalize(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Tensor, ValidAreas]:
-        """Normalise images (B, 3, H, W) uint8 RGB; the padding is zero.  Also returns the pictures' areas by stride."""
+        """Normalise images (B, 3, H, W) uint8 RGB and zero the padding.  Also returns the pictures' areas by stride."""
         height, width = images.shape[2:]
         x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         if padded:
@@ -56,59 +56,59 @@ class DetectionModel(nn.Module, ABC):
         return x.contiguous(memory_format=torch.channels_last), picture_areas(sizes, height, width, padded)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the training losses {name: (B,)}, one per image: functions of that image and its key alone."""
+        """Return the training losses {name: (B,)}, one per image; each depends only on that image and its key."""
         return self.step(*self.features(batch.images, batch.sizes, batch.padded), batch).losses
 
     @abstractmethod
     def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
-        """Return the levels L x (B, C, H/s, W/s) of images (B, 3, H, W), and the areas of the pictures by stride."""
+        """Return the levels L x (B, C, H/s, W/s) of images (B, 3, H, W), and the pictures' areas by stride."""
 
     @abstractmethod
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
-        """Run the training forward behind `features`: the losses of each image, and what was sampled."""
+        """Run the training forward pass after `features`; return each image's losses and what was sampled."""
 
     @abstractmethod
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
-        """Detect objects; boxes in canvas pixels, with masks if the detector has any.  Arguments as Batch's fields."""
+        """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as in Batch."""
 
     @abstractmethod
     def probe(self, images: Tensor, sizes: Tensor, padded: bool, *, copies: int = 1, regions: bool = True) -> None:
-        """Run every layer once, for those who listen by hooks: calibration, norm statistics and norm audit.
+        """Run every layer once for its forward hooks, as calibration, norm statistics and the norm audit need it.
 
-        copies: the batch holds the same pictures so many times; the regions of the first copy serve for all, so that
-        copies differ by the layers alone.  regions: run the layers that see regions, too, and not just whole maps.
+        copies: how many times the batch repeats the same pictures; all copies use the regions of the first, so that
+        they differ by the layers alone.  regions: also run the layers on regions, and not only those on whole maps.
         """
 
     @abstractmethod
     def choices(self, step: Step, image: int) -> Choices:
-        """Return what a step chose for an image, by what it is and not by where it stands."""
+        """Return what a step chose for an image, identified by ids and not by positions."""
 
     @abstractmethod
     def rectified(self) -> Rectified:
-        """Return the modules that tell where ReLUs are open, for the proof of batch independence."""
+        """Return the modules that show where ReLUs are open, for the proof of batch independence."""
 
     @abstractmethod
     def sees_regions(self, module: str) -> bool:
-        """Return whether the module of that name is given regions, and not whole maps."""
+        """Return whether the module of that name runs on regions and not on whole maps."""
 
     @abstractmethod
-    def behind_features(self) -> list[nn.Module]:
-        """Return the parts that stand behind `features`."""
+    def after_features(self) -> list[nn.Module]:
+        """Return the parts that run after `features`."""
 
     @abstractmethod
     def choose_convolutions(self, shortest_edge: int) -> None:
-        """Choose how 3x3 convolutions are computed on a CPU, by the shortest edge of the pictures in pixels.
+        """Choose how 3x3 convolutions are computed on a CPU, from the pictures' shortest edge in pixels.
 
-        Never by the pictures of a batch: the rounding of an image does not depend on those beside it.
+        The choice never depends on the pictures of a batch, so an image's rounding does not depend on its batch mates.
         """
 
 
 class RegionHead(nn.Module, ABC):
-    """A head on regions; `features` are the pooled levels L x (B, C, H/s, W/s), `strides` theirs."""
+    """A head on regions; `features` are the pooled levels L x (B, C, H/s, W/s), `strides` their strides."""
 
     @abstractmethod
     def sample(self, regions: Any, batch: Batch) -> Regions:
-        """Choose the regions to train on among the proposals, or among those of the head before."""
+        """Choose the regions to train on, among the proposals or among the regions of the previous head."""
 
     @abstractmethod
     def loss(
@@ -118,11 +118,11 @@ class RegionHead(nn.Module, ABC):
 
     @abstractmethod
     def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Any, sizes: Tensor) -> Detections:
-        """Make detections of proposals, or add to those of the head before; sizes (B, 2) of the pictures."""
+        """Turn proposals into detections, or extend those of the previous head; sizes (B, 2) of the pictures."""
 
     @abstractmethod
     def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
-        """Run every layer on regions (B, R, 4) once."""
+        """Run every layer once on regions (B, R, 4)."""
 
     def rectified(self) -> list[nn.Module]:
         """Return the layers whose output (B * R, ...) is positive where a ReLU is open, in the order they run."""
@@ -130,5 +130,5 @@ class RegionHead(nn.Module, ABC):
 
 
 def image_index(num_images: int, num_regions: int, device: torch.device) -> Tensor:
-    """Return the image of each region of a flattened (B, R), (B * R,) int64."""
+    """Return the image index of each region of a flattened (B, R), as (B * R,) int64."""
     return torch.arange(num_images, device=device).repeat_interleave(num_regions)

@@ -32,15 +32,15 @@ class FPN(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
-        """C2..C5 (B, C, H/s, W/s) to P2..P6 (B, channels, H/s, W/s), areas of the pictures by stride."""
+        """Map C2..C5 (B, C, H/s, W/s) to P2..P6 (B, channels, H/s, W/s); areas: of the pictures, by stride."""
         top = None
         outputs: list[Tensor] = []
         for level, feature in reversed(list(zip(LEVELS, features, strict=True))):
             area = areas[2**level]
             x = tower([getattr(self, f"lateral{level}")], feature, [area])
             if top is not None:
-                above = F.interpolate(top, scale_factor=2.0, mode="nearest")
-                x = x + above[:, :, : x.shape[2], : x.shape[3]]
+                upsampled = F.interpolate(top, scale_factor=2.0, mode="nearest")
+                x = x + upsampled[:, :, : x.shape[2], : x.shape[3]]
                 x = clear_padding(x, area) if self.masked else x
             top = x
             outputs.insert(0, tower([getattr(self, f"output{level}")], x, [area]))

@@ -1,4 +1,4 @@
-"""Mask head (He et al. 2017): a 28 x 28 mask a class for each region. P regions, S side of the stored masks."""
+"""Mask head (He et al. 2017): a 28 x 28 mask per class for each region. P regions, S side of the stored masks."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -42,7 +42,7 @@ class MaskHead(RegionHead):
     def forward(
         self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
     ) -> Tensor:
-        """boxes (P, 4) of images (P,) to the mask logits (P, 28, 28) of their labels (P,)."""
+        """Return mask logits (P, 28, 28) of boxes (P, 4) in images (P,), each for its label in labels (P,)."""
         return recomputed(self, self._predict, features, strides, boxes, image, labels)
 
     def _predict(
@@ -52,11 +52,11 @@ class MaskHead(RegionHead):
         pool = partial(
             roi_align_pyramid, features, strides, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align
         )
-        x = tower(self.convs, pool(), again=pool)
+        x = tower(self.convs, pool(), make_input=pool)
         return full(recomputed(self, self._masks, x, labels, cheap=True))
 
     def _masks(self, x: Tensor, labels: Tensor) -> Tensor:
-        """x (P, C, 14, 14) to the logits of the masks of its labels: of 80 classes one is needed."""
+        """Return the mask logits of x (P, C, 14, 14) for its labels only: one class of 80 is needed."""
         x = F.relu(self.deconv(x), inplace=True)  # (P, C, 28, 28)
         pixels = x.permute(0, 2, 3, 1).flatten(1, 2)  # (P, 28 * 28, C)
         assert self.logits.bias is not None
@@ -64,14 +64,14 @@ class MaskHead(RegionHead):
         return (torch.matmul(pixels, weight[:, :, None]) + bias[:, None, None]).view(x.shape[0], *x.shape[2:])
 
     def sample(self, regions: Regions, batch: Batch) -> Regions:
-        """Take the slots of the box head's regions that may be positive."""
-        most = regions.positive_slots
-        return Regions._make([*(field[:, :most] for field in regions[:-1]), most])
+        """Keep the slots of the box head's regions that can be positive."""
+        num_slots = regions.positive_slots
+        return Regions._make([*(field[:, :num_slots] for field in regions[:-1]), num_slots])
 
     def loss(
         self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
     ) -> dict[str, Tensor]:
-        """Cross-entropy (B,) of the positive regions' masks, a mean over each image's positives."""
+        """Return the masks' cross-entropy (B,), the mean over each image's positive regions."""
         num_images, num_slots = regions.positive.shape
         rows = _rows(regions.positive)
         image = image_index(num_images, num_slots, rows.device)[rows]
@@ -93,7 +93,7 @@ class MaskHead(RegionHead):
     def detect(
         self, features: Sequence[Tensor], strides: Sequence[int], found: Detections, sizes: Tensor
     ) -> Detections:
-        """Give detections their masks, (B, D, 28, 28) probabilities."""
+        """Add masks to the detections, (B, D, 28, 28) probabilities."""
         num_images, num_slots = found.valid.shape
         rows = _rows(found.valid)
         image = image_index(num_images, num_slots, rows.device)[rows]
@@ -104,16 +104,16 @@ class MaskHead(RegionHead):
         return found._replace(masks=padded.view(num_images, num_slots, side, side))
 
     def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
-        """Run every layer on regions (B, R, 4) once, for the masks of the first class."""
+        """Run every layer once on regions (B, R, 4), predicting masks of the first class."""
         image = image_index(boxes.shape[0], boxes.shape[1], boxes.device)
         self(features, strides, boxes.flatten(0, 1), image, torch.zeros_like(image))
 
 
 def _rows(wanted: Tensor) -> Tensor:
-    """The slots the head computes, indices into the flattened wanted (B, P).
+    """Return the slots to compute, as indices into the flattened wanted (B, P).
 
-    All of them on a GPU, where one graph and no host sync count; on the CPU, where work counts, those wanted and
-    always the first, so that a layer never sees an empty batch.
+    On a GPU these are all slots, to keep a single graph without host syncs.  On a CPU, where the amount of work counts,
+    these are the wanted slots and always the first one, so that no layer sees an empty batch.
     """
     if wanted.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.arange(wanted.numel(), device=wanted.device)

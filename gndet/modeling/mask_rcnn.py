@@ -1,9 +1,9 @@
-"""Mask R-CNN (He et al. 2017) on a pyramid (Lin et al. 2017), and with the box head alone Faster R-CNN.
+"""Mask R-CNN (He et al. 2017) on a pyramid (Lin et al. 2017), or Faster R-CNN if the box head is the only head.
 
 B images, N anchors, K proposals, R regions per image, D detections, (H, W) canvas.
 
-Batch independence: the RPN takes no anchors in the padding and samples by the image's key; so does each region head
-(detection_model.py).  Beside a masked picture its edge is repeated once, so that RoIAlign finds no padding.
+Batch independence: the RPN ignores anchors in the padding and samples by the image's key, as does each region head
+(detection_model.py).  A masked picture's edge is repeated once beyond the picture, so that RoIAlign reads no padding.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from gndet.modeling.fpn import FPN, LEVELS
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
 from gndet.modeling.rpn import RPN
-from gndet.ops.conv3x3 import pays
+from gndet.ops.conv3x3 import winograd_pays
 from gndet.ops.roi_align import extend_edges, pyramid_level
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
@@ -41,7 +41,7 @@ class MaskRCNN(DetectionModel):
 
     @property
     def heads(self) -> list[RegionHead]:
-        """The region heads in the order they run."""
+        """Return the region heads in the order they run."""
         return [getattr(self, name) for name in self.head_names]
 
     def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
@@ -50,7 +50,7 @@ class MaskRCNN(DetectionModel):
         return self.fpn(self.backbone(x, areas), areas), areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
-        """Run the training forward behind P2..P6: loss_rpn_cls, loss_rpn_loc, and the losses of the heads."""
+        """Run the training forward pass after P2..P6: loss_rpn_cls, loss_rpn_loc, and the losses of the heads."""
         logits, deltas = self.rpn(features, areas)  # L x (B, N_l), L x (B, N_l, 4)
         anchors = self.rpn.anchors(features, areas, batch.images.shape[2:])
         sample = self.rpn.sample_anchors(anchors, batch)
@@ -67,7 +67,7 @@ class MaskRCNN(DetectionModel):
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
-        """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as Batch's fields."""
+        """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as in Batch."""
         proposals, pyramid, strides = self._propose(images, sizes, padded)
         found: Any = proposals
         for head in self.heads:
@@ -75,7 +75,7 @@ class MaskRCNN(DetectionModel):
         return found
 
     def _propose(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Proposals, list[Tensor], tuple[int, ...]]:
-        """Return the proposals, and the levels that heads pool from with their strides."""
+        """Return the proposals, the levels that the heads pool from, and the strides of these levels."""
         features, areas = self.features(images, sizes, padded)
         logits, deltas = self.rpn(features, areas)
         anchors = self.rpn.anchors(features, areas, images.shape[2:])
@@ -83,7 +83,7 @@ class MaskRCNN(DetectionModel):
         return proposals, *self.pooled_levels(features, areas)
 
     def pooled_levels(self, features: list[Tensor], areas: ValidAreas) -> tuple[list[Tensor], tuple[int, ...]]:
-        """Return the levels that heads pool from, and their strides; beside a masked picture its edge is repeated."""
+        """Return the levels that the heads pool from, with the edges of masked pictures repeated, and their strides."""
         strides = self.strides[:ROI_LEVELS]
         levels = []
         for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True):
@@ -91,30 +91,30 @@ class MaskRCNN(DetectionModel):
             levels.append(feature if area is None else extend_edges(feature, area.sizes))
         return levels, strides
 
-    # --- for those who look at it
+    # --- for inspection: norm statistics, calibration, the proof of batch independence
 
     def probe(self, images: Tensor, sizes: Tensor, padded: bool, *, copies: int = 1, regions: bool = True) -> None:
-        """Pass images through pyramid and RPN, and the best proposals of each through the heads."""
+        """Run images through the pyramid and the RPN, and the best proposals of each image through the heads."""
         if not regions:
             self.rpn(*self.features(images, sizes, padded))
             return
         proposals, pyramid, strides = self._propose(images, sizes, padded)
         first = Proposals(*(field[: len(images) // copies, :PROBED_REGIONS] for field in proposals))
-        best = first.boxes[:, :1]  # stands in for empty slots
+        best = first.boxes[:, :1]  # fills empty slots
         boxes = torch.where(first.valid[..., None], first.boxes, best)  # (B, R, 4)
         boxes = torch.cat([boxes] * copies)
         for head in self.heads:
             head.probe(pyramid, strides, boxes)
 
     def choices(self, step: Step, image: int) -> Choices:
-        """Return the sampled anchors, the proposals and the sampled regions of an image, by their ids."""
+        """Return the sampled anchors, the proposals and the sampled regions of an image as ids."""
 
         def chosen(valid: Tensor, *columns: Tensor) -> set[tuple[int, ...]]:
             rows = [column[image][valid[image]].long() for column in columns]
             return set(map(tuple, torch.stack(rows, dim=1).tolist()))
 
         anchors, proposals, regions = step.anchors, step.proposals, step.regions
-        level = pyramid_level(regions.boxes, ROI_LEVELS)  # that a region is pooled from
+        level = pyramid_level(regions.boxes, ROI_LEVELS)  # that each region is pooled from
         return {
             "sampled anchors": chosen(anchors.valid, anchors.ids, anchors.positive),
             "proposals": chosen(proposals.valid, proposals.ids),
@@ -122,26 +122,26 @@ class MaskRCNN(DetectionModel):
         }
 
     def rectified(self) -> Rectified:
-        """Return the bricks of backbone and RPN, and the layers of the first head, whose regions a Step holds."""
-        bricks = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
-        maps = [part for part in [*bricks, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
+        """Return the layers of the backbone, the RPN and the first head, whose regions a Step holds."""
+        layers = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
+        maps = [part for part in [*layers, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
         return Rectified(maps, self.heads[0].rectified())
 
     def sees_regions(self, module: str) -> bool:
         """Return whether the module belongs to a head."""
         return module.partition(".")[0] in self.head_names
 
-    def behind_features(self) -> list[nn.Module]:
+    def after_features(self) -> list[nn.Module]:
         """Return the RPN and the heads."""
         return [self.rpn, *self.heads]
 
     def choose_convolutions(self, shortest_edge: int) -> None:
-        """Compute 3x3 convolutions by minimal filtering on a CPU where the maps are large enough for it to pay."""
-        large = [stride for stride in self.strides if pays(shortest_edge, stride)]
-        stages = zip(self.backbone.stages(), self.strides[:-1], strict=True)  # P6 has none
+        """Run 3x3 convolutions by minimal filtering on a CPU if their maps are large enough for it to be faster."""
+        large = [stride for stride in self.strides if winograd_pays(shortest_edge, stride)]
+        stages = zip(self.backbone.stages(), self.strides[:-1], strict=True)  # no stage has P6's stride
         parts: list[nn.Module] = [stage for stage, stride in stages if stride in large]
         parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
-        parts += self.behind_features() if large[1:] else []
+        parts += self.after_features() if large[1:] else []
         for module in (module for part in parts for module in part.modules()):
             if isinstance(module, ConvNorm):
                 module.winograd = True

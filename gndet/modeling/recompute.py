@@ -1,15 +1,15 @@
-"""Convolutions in a row, and what they keep for the backward pass: memory for a little time.
+"""Run convolutions in sequence and choose what to keep for the backward pass: less memory for a little more time.
 
-By itself autograd keeps two maps a brick, the convolution's result for the norm and the activation for the next
+By default autograd keeps two maps per ConvNorm: the convolution's result for the norm, and the activation for the next
 convolution.  `train.memory` chooses:
-    fast      both
-    balanced  convolutions' results and the statistics; activations are computed again, in one pass over the map.  Of a
-              `cheap` brick not even the result is kept: a bottleneck's 1x1 convolutions are half of its work and five
-              sixths of its memory
-    lean      of a basic block, the RPN or a head nothing but its input: `recomputed`, all results of convolutions being
-              kept while that lasts
-`torch.utils.checkpoint` with a selective policy in place of `tower` takes 1.21 times as long on a CPU, since it cannot
-keep the result of a convolution by minimal filtering (R50-FPN GN, 256 x 320, balanced, one thread, torch 2.14).
+    fast      keep both
+    balanced  keep the convolutions' results and the norms' statistics; recompute activations in one pass over the map.
+              For a `cheap` layer recompute the result as well: a bottleneck's 1x1 convolutions are half of its work
+              and five sixths of its memory
+    lean      for a basic block, the RPN or a head keep only the input (`recomputed`), and keep the convolutions'
+              results only while its backward pass runs
+Using `torch.utils.checkpoint` with a selective policy instead of `tower` takes 1.21 times as long on a CPU, because it
+cannot keep the result of a convolution by minimal filtering (R50-FPN GN, 256 x 320, balanced, one thread, torch 2.14).
 Letters: n samples (images or regions), C channels, (H, W) maps.
 """
 
@@ -33,15 +33,15 @@ _aten = torch.ops.aten
 
 
 class Layer(NamedTuple):
-    """A brick of a tower, its tensors aside."""
+    """The settings of a ConvNorm in a tower, without its tensors."""
 
     stride: int
     padding: int
     winograd: bool
-    cheap: bool  # its convolution is computed again rather than its result kept
-    groups: int  # 0: no statistics, a frozen norm being part of weight and bias
+    cheap: bool  # recompute its convolution instead of keeping the result
+    groups: int  # 0: no statistics; a frozen norm is folded into weight and bias
     eps: float
-    area: ValidArea | None  # whose padding is to be cleared, and kept out of statistics
+    area: ValidArea | None  # its padding is cleared and kept out of the statistics
     relu: bool
 
 
@@ -55,21 +55,21 @@ def set_memory(model: nn.Module, memory: str) -> None:
 
 @contextmanager
 def keeping_all(model: nn.Module) -> Iterator[None]:
-    """Compute module by module meanwhile, for those who look at what a module gives by hooks."""
-    before = [(module, module.memory) for module in model.modules() if hasattr(module, "memory")]
+    """Within this context run module by module ("fast"), so that forward hooks see each module's output."""
+    settings = [(module, module.memory) for module in model.modules() if hasattr(module, "memory")]
     set_memory(model, "fast")
     try:
         yield
     finally:
-        for module, memory in before:
+        for module, memory in settings:
             module.memory = memory
 
 
 def recomputed(part: Any, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
-    """Call a function of a part so that its arguments alone are kept, and it is called again in the backward pass.
+    """Call a part's function, keep only its arguments, and call it again in the backward pass.
 
-    Only if the part's memory is "lean"; cheap: or "balanced".  Skipped for BN, whose running statistics would be
-    updated twice.
+    Applies only if the part's memory is "lean" or, if cheap, "balanced".  Skipped for BN, whose running statistics
+    would be updated twice.
     """
     wanted = part.memory == "lean" or (cheap and part.memory == "balanced")
     if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -84,39 +84,39 @@ def tower(
     x: Tensor,
     areas: Sequence[ValidArea | None] | None = None,
     residual: Tensor | None = None,
-    again: Callable[[], Tensor] | None = None,
+    make_input: Callable[[], Tensor] | None = None,
 ) -> Tensor:
-    """Pass x (n, C, H, W) through bricks, keeping as little of it as their `memory` says.
+    """Run x (n, C, H, W) through the layers, keeping as little for the backward pass as their `memory` says.
 
-    areas: of each brick's result, None where nothing is padded.  residual: added before a last ReLU, as behind a
-    residual block.  again: makes x once more, so that it need not be kept.  Returns (n, out_channels, H/s, W/s).
+    areas: of each layer's result, None if nothing is padded.  residual: added before a final ReLU, as in a residual
+    block.  make_input: computes x again, so that x need not be kept.  Returns (n, out_channels, H/s, W/s).
     """
     areas = [None] * len(layers) if areas is None else areas
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_saves, layers)):
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not all(map(_saves_memory, layers)):
         return _plain(layers, x, areas, residual)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x, residual = x.to(dtype), None if residual is None else residual.to(dtype)
-    bricks: list[Layer] = []
+    settings: list[Layer] = []
     tensors: list[Tensor | None] = []
     size = list(x.shape[2:])
     for layer, area in zip(layers, areas, strict=True):
-        brick, four = _taken_apart(layer, area, dtype)
-        bricks.append(brick)
-        tensors += four
-        size = [(side - 1) // brick.stride + 1 for side in size]
+        setting, layer_tensors = _split(layer, area, dtype)
+        settings.append(setting)
+        tensors += layer_tensors
+        size = [(side - 1) // setting.stride + 1 for side in size]
     if residual is not None:
-        bricks[-1] = bricks[-1]._replace(relu=True)
-    if layers[0].memory == "lean":  # regions are being computed again as a whole: no part of it a third time
-        again = None
-    in_parts = layers[0].regions and any(brick.winograd for brick in bricks)
+        settings[-1] = settings[-1]._replace(relu=True)
+    if layers[0].memory == "lean":  # the whole part is recomputed already: do not compute its input a third time
+        make_input = None
+    in_parts = layers[0].regions and any(setting.winograd for setting in settings)
     at_once = samples_at_once(size[0], size[1]) if in_parts else len(x)
     with torch.autocast(device, enabled=False):
-        return _Tower.apply(tuple(bricks), at_once, again, x, residual, *tensors)
+        return _Tower.apply(tuple(settings), at_once, make_input, x, residual, *tensors)
 
 
-def _saves(layer: nn.Module) -> bool:
-    """Whether a brick is to keep less than all, and is one whose backward pass is written here."""
+def _saves_memory(layer: nn.Module) -> bool:
+    """Return whether a layer should keep less than everything, and this file implements its backward pass."""
     known = isinstance(layer, ConvNorm) and isinstance(layer.norm, GroupNorm | FrozenBatchNorm | NoNorm)
     return known and layer.memory != "fast"
 
@@ -127,8 +127,8 @@ def _plain(layers: Iterable[Any], x: Tensor, areas: Sequence[ValidArea | None], 
     return x if residual is None else F.relu(x + residual, inplace=True)
 
 
-def _taken_apart(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Layer, tuple[Tensor | None, ...]]:
-    """A brick as a Layer and its weight, bias, gamma and beta; a frozen norm's map goes into weight and bias."""
+def _split(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Layer, tuple[Tensor | None, ...]]:
+    """Split a ConvNorm into a Layer and its weight, bias, gamma and beta; fold a frozen norm into weight and bias."""
     norm, weight, bias = layer.norm, layer.weight(), layer.conv.bias
     area = area if norm.masked else None
     by_winograd = dtype == torch.float32 and layer.by_winograd()
@@ -143,67 +143,69 @@ def _taken_apart(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tupl
 
 
 class _Tower(torch.autograd.Function):
-    """The balanced tower.  Samples go through it `at_once` at a time: on a CPU, as many as stay in the cache."""
+    """The tower that saves memory.  It runs `at_once` samples at a time: on a CPU, as many as fit into the cache."""
 
     @staticmethod
     def forward(
-        ctx: Any, layers: tuple[Layer, ...], at_once: int, again: Callable[[], Tensor] | None, x: Tensor,
+        ctx: Any, layers: tuple[Layer, ...], at_once: int, make_input: Callable[[], Tensor] | None, x: Tensor,
         residual: Tensor | None, *tensors: Tensor | None,
     ) -> Tensor:  # fmt: skip
         convs, norms = _parts(layers, tensors)
         outputs, kept = [], []
         for rows in _chunks(len(x), at_once):
-            output, of_chunk = _forward(layers, convs, norms, x[rows], None if residual is None else residual[rows])
+            output, chunk_kept = _forward(layers, convs, norms, x[rows], None if residual is None else residual[rows])
             outputs.append(output)
-            kept += of_chunk
+            kept += chunk_kept
         output = _joined(outputs)
-        from_output = layers[-1].relu and (residual is not None or kept[-3] is None)  # else it is computed again
-        ctx.layers, ctx.at_once, ctx.again, ctx.num_tensors = layers, at_once, again, len(tensors)
-        ctx.save_for_backward(x if again is None else None, output if from_output else None, *tensors, *kept)
+        from_output = layers[-1].relu and (
+            residual is not None or kept[-3] is None
+        )  # otherwise recompute the activation
+        ctx.layers, ctx.at_once, ctx.make_input, ctx.num_tensors = layers, at_once, make_input, len(tensors)
+        ctx.save_for_backward(x if make_input is None else None, output if from_output else None, *tensors, *kept)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         layers, (x, output, *saved) = ctx.layers, ctx.saved_tensors
-        x = ctx.again().to(grad.dtype) if x is None else x
+        x = ctx.make_input().to(grad.dtype) if x is None else x
         tensors, kept = saved[: ctx.num_tensors], saved[ctx.num_tensors :]
         convs, norms = _parts(layers, tensors)
-        sums: list[list[Tensor]] = [[] for _ in layers]  # [gamma's, beta's] of each brick
+        sums: list[list[Tensor]] = [[] for _ in layers]  # per layer, the gradients of [gamma, beta]
         grads_x, grads_residual = [], []
         for i, rows in enumerate(_chunks(len(x), ctx.at_once)):
             part = grad[rows].contiguous(memory_format=torch.channels_last)
-            of_chunk = kept[3 * len(layers) * i : 3 * len(layers) * (i + 1)]
+            chunk_kept = kept[3 * len(layers) * i : 3 * len(layers) * (i + 1)]
             if layers[-1].relu:
-                after = _activation(layers[-1], norms[-1], of_chunk[-3:]) if output is None else output[rows]
-                part = _aten.threshold_backward(part, after, 0)
+                active = _activation(layers[-1], norms[-1], chunk_kept[-3:]) if output is None else output[rows]
+                part = _aten.threshold_backward(part, active, 0)
             grads_residual.append(part)
-            grads_x.append(_backward(layers, convs, norms, part, x[rows], of_chunk, sums, ctx.needs_input_grad[3]))
+            grads_x.append(_backward(layers, convs, norms, part, x[rows], chunk_kept, sums, ctx.needs_input_grad[3]))
         grads: list[Tensor | None] = []
-        for conv, of_norm in zip(convs, sums, strict=True):
-            grads += [*conv.gradients(), *(of_norm or (None, None))]
+        for conv, norm_grads in zip(convs, sums, strict=True):
+            grads += [*conv.gradients(), *(norm_grads or (None, None))]
         grad_x = _joined(grads_x) if ctx.needs_input_grad[3] else None
         grad_residual = _joined(grads_residual) if ctx.needs_input_grad[4] else None
         return None, None, None, grad_x, grad_residual, *grads
 
 
-Part = Any  # Tensor, or None if a brick has no such part
-Norms = list[tuple[Part, Part]]  # gamma and beta of each brick
+Part = Any  # Tensor, or None if a layer has no such part
+Norms = list[tuple[Part, Part]]  # gamma and beta of each layer
 
 
 def _parts(layers: Sequence[Layer], tensors: Sequence[Part]) -> tuple[list[Convolution], Norms]:
-    fours = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
+    by_layer = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
     convs = [
         Convolution(weight, bias, layer.stride, layer.padding, layer.winograd)
-        for layer, (weight, bias, _, _) in zip(layers, fours, strict=True)
+        for layer, (weight, bias, _, _) in zip(layers, by_layer, strict=True)
     ]
-    return convs, [(gamma, beta) for _, _, gamma, beta in fours]
+    return convs, [(gamma, beta) for _, _, gamma, beta in by_layer]
 
 
 def _forward(
     layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, x: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, list[Part]]:
-    """Pass samples through; with what is kept of each brick: a map, the mean and 1 / std."""
+    """Run samples through the layers.  Also returns what to keep per layer: a map, the mean and 1 / std."""
     kept: list[Part] = []
     for i, (layer, conv, (gamma, beta)) in enumerate(zip(layers, convs, norms, strict=True)):
         last = i == len(layers) - 1
@@ -229,24 +231,24 @@ def _backward(
     layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, grad: Part, x: Tensor,
     kept: Sequence[Part], sums: list[list[Tensor]], wanted: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Take the gradient of samples, behind the last ReLU, back to x if that is wanted; add to all sums on the way."""
-    threes = [list(kept[i : i + 3]) for i in range(0, len(kept), 3)]  # a map, the mean and 1 / std
+    """Propagate grad, taken before the last ReLU, to x if wanted; add to the sums of all parameters on the way."""
+    by_layer = [list(kept[i : i + 3]) for i in range(0, len(kept), 3)]  # a map, the mean and 1 / std
     inputs = [x]
     for i, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
         if layer.cheap and layer.groups:
-            threes[i][0] = conv.forward(inputs[i])
+            by_layer[i][0] = conv.forward(inputs[i])
         if i < len(layers) - 1:
-            inputs.append(_activation(layer, norms[i], threes[i]))
+            inputs.append(_activation(layer, norms[i], by_layer[i]))
     for i in reversed(range(len(layers))):
-        layer, conv, before, (y, mean, rstd) = layers[i], convs[i], inputs.pop(), threes.pop()
+        layer, conv, layer_input, (y, mean, rstd) = layers[i], convs[i], inputs.pop(), by_layer.pop()
         if layer.groups:
-            grad, *of_norm = gradients(grad, y, norms[i][0], mean, rstd, layer.area)
-            sums[i] = [a + b for a, b in zip(sums[i], of_norm, strict=True)] if sums[i] else of_norm
+            grad, *norm_grads = gradients(grad, y, norms[i][0], mean, rstd, layer.area)
+            sums[i] = [a + b for a, b in zip(sums[i], norm_grads, strict=True)] if sums[i] else norm_grads
         else:
             grad = clear_padding(grad, layer.area)
-        grad = conv.backward(grad, before, wanted or i > 0)
+        grad = conv.backward(grad, layer_input, wanted or i > 0)
         if i and layers[i - 1].relu:
-            grad = _aten.threshold_backward(grad, before, 0)
+            grad = _aten.threshold_backward(grad, layer_input, 0)
     return grad
 
 

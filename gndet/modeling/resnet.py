@@ -27,11 +27,11 @@ class BasicBlock(nn.Module):
 
     @property
     def last(self) -> ConvNorm:
-        """The convolution whose norm may start with gamma 0."""
+        """Return the ConvNorm whose norm may start with gamma 0."""
         return self.conv2
 
     def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
-        """x (B, C, H, W), its area and that of the result.  Returns (B, channels, H/stride, W/stride)."""
+        """Map x (B, C, H, W) to (B, channels, H/stride, W/stride); area_in, area: of x and of the result."""
         shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
         return tower([self.conv1, self.conv2], x, [area, area], shortcut)
 
@@ -53,11 +53,11 @@ class Bottleneck(nn.Module):
 
     @property
     def last(self) -> ConvNorm:
-        """The convolution whose norm may start with gamma 0."""
+        """Return the ConvNorm whose norm may start with gamma 0."""
         return self.conv3
 
     def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
-        """x (B, C, H, W), its area and that of the result.  Returns (B, 4 * channels, H/stride, W/stride)."""
+        """Map x (B, C, H, W) to (B, 4 * channels, H/stride, W/stride); area_in, area: of x and of the result."""
         shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
         first = area if self.stride_in_1x1 else area_in
         return tower([self.conv1, self.conv2, self.conv3], x, [first, area, area], shortcut)
@@ -70,7 +70,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactor
 
 
 class ResNet(nn.Module):
-    """The backbone; `channels` are those of C2..C5, at strides 4, 8, 16, 32."""
+    """The backbone; `channels` holds the channel counts of C2..C5, at strides 4, 8, 16, 32."""
 
     def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
         self.freeze(cfg.freeze_at)
 
     def _initialise(self, zero_init_last_gamma: bool) -> None:
-        """MSRA initialisation (He et al. 2015), and gamma 0 in the last norm of a block if asked for."""
+        """Apply MSRA initialisation (He et al. 2015), and set gamma to 0 in each block's last norm if asked for."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -107,7 +107,7 @@ class ResNet(nn.Module):
                         nn.init.zeros_(gamma)
 
     def stages(self) -> list[nn.ModuleList]:
-        """res2..res5."""
+        """Return res2..res5."""
         return [getattr(self, f"res{i}") for i in (2, 3, 4, 5)]
 
     def freeze(self, freeze_at: int) -> None:
@@ -118,7 +118,7 @@ class ResNet(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ResNet":
-        """Set the training mode; frozen parts stay in evaluation, where BN keeps its statistics."""
+        """Set the training mode; frozen parts stay in evaluation mode, so that BN keeps its statistics."""
         super().train(mode)
         for part in self.frozen:
             part.eval()
@@ -126,12 +126,12 @@ class ResNet(nn.Module):
 
     def _stem(self, x: Tensor, areas: ValidAreas) -> Tensor:
         x = F.max_pool2d(self.stem(x, areas[2]), 3, 2, 1)
-        return clear_padding(x, areas[4]) if self.masked else x  # after the ReLU zeros did not change a maximum
+        return clear_padding(x, areas[4]) if self.masked else x  # after a ReLU, zeros do not change a maximum
 
     def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
-        """x (B, 3, H, W) normalised, zero in the padding; areas of the pictures by stride.
+        """Map x (B, 3, H, W), normalised and zero in the padding, to C2..C5; areas: of the pictures, by stride.
 
-        Returns C2..C5, (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is a masked one.
+        Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
         """
         x = recomputed(self, self._stem, x, areas, cheap=True)
         features = []
@@ -140,7 +140,7 @@ class ResNet(nn.Module):
             for block in stage:
                 if isinstance(block, BasicBlock):
                     x = recomputed(self, block, x, area, areas[stride])
-                else:  # a bottleneck's tower keeps a quarter of what its input takes, too little to do it again for
+                else:  # not worth recomputing: a bottleneck's tower keeps only a quarter of its input's size
                     x = block(x, area, areas[stride])
                 area = areas[stride]
             features.append(x)

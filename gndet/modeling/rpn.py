@@ -1,6 +1,6 @@
 """Region proposal network on a pyramid (Ren et al. 2015; Lin et al. 2017).
 
-B images, M ground-truth slots, N anchors of all levels, K proposals, A anchors a cell, L levels.
+B images, M ground-truth slots, N anchors of all levels, K proposals, A anchors per cell, L levels.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, ranks
 from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 
-DELTA_WEIGHTS = (1.0, 1.0)  # of the centre's shift and of the size's growth
+DELTA_WEIGHTS = (1.0, 1.0)  # scales of (dx, dy) and (dw, dh)
 
 
 class RPN(nn.Module):
@@ -41,7 +41,7 @@ class RPN(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> tuple[list[Tensor], list[Tensor]]:
-        """P2..P6 to objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4), float32."""
+        """Return the objectness logits L x (B, H * W * A) and deltas L x (B, H * W * A, 4) of P2..P6, float32."""
         logits, deltas = [], []
         for feature, stride in zip(features, self.strides, strict=True):
             score, delta = recomputed(self, self._predict, feature, areas[stride])
@@ -55,7 +55,7 @@ class RPN(nn.Module):
         return logits, full(self.deltas(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, 4))
 
     def anchors(self, features: Sequence[Tensor], areas: ValidAreas, canvas: Sequence[int]) -> Anchors:
-        """The anchors of feature maps L x (B, C, H, W); areas of the pictures by stride; canvas (height, width)."""
+        """Return the anchors of maps L x (B, C, H, W); areas: of the pictures, by stride; canvas (height, width)."""
         cfg, anchors = self.cfg, Anchors([], [], [])
         for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
             num_images, _, height, width = feature.shape
@@ -64,7 +64,7 @@ class RPN(nn.Module):
                 feature.new_ones(num_images, height * width, dtype=torch.bool) if area is None else area.mask.flatten(1)
             )
             steps = (stride, stride)
-            if cfg.anchor_stride == "canvas":  # torchvision's: on P6 it is not 64 where 64 does not divide the canvas
+            if cfg.anchor_stride == "canvas":  # torchvision's: not 64 on P6 if 64 does not divide the canvas
                 steps = (canvas[0] // height, canvas[1] // width)
             cell = cell_anchors(cfg.anchor_sizes[level], cfg.aspect_ratios, stride, cfg.anchors, feature.device)
             anchors.boxes.append(level_anchors(cell, steps, height, width))
@@ -74,7 +74,7 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def sample_anchors(self, anchors: Anchors, batch: Batch) -> AnchorSample:
-        """Sample anchors_per_image of each image's anchors, with what they should become."""
+        """Sample anchors_per_image anchors of each image, with their regression targets."""
         cfg, gt = self.cfg, batch.gt
         boxes, ids = torch.cat(anchors.boxes), torch.cat(anchors.ids)  # (N, 4), (N,)
         iou = pairwise_iou(gt.boxes, boxes[None])  # (B, M, N)
@@ -88,7 +88,7 @@ class RPN(nn.Module):
         return AnchorSample(index, ids[index], targets, positive, valid)
 
     def loss(self, logits: list[Tensor], deltas: list[Tensor], sample: AnchorSample) -> dict[str, Tensor]:
-        """Losses (B,) of sampled anchors, an image's divided by anchors_per_image."""
+        """Return the losses (B,) of the sampled anchors, each image's divided by anchors_per_image."""
         score = torch.cat(logits, 1).gather(1, sample.index)
         delta = gather_rows(torch.cat(deltas, 1), sample.index)
         cls = F.binary_cross_entropy_with_logits(score, sample.positive.to(score.dtype), reduction="none")
@@ -101,21 +101,21 @@ class RPN(nn.Module):
 
     @torch.no_grad()
     def propose(self, logits: list[Tensor], deltas: list[Tensor], anchors: Anchors, sizes: Tensor) -> Proposals:
-        """The best regions of each image after NMS level by level; more in training than in evaluation.
+        """Return the best regions of each image after NMS per level; more in training than in evaluation.
 
-        sizes (B, 2) of the pictures, which the boxes are clipped to.
+        sizes (B, 2) of the pictures, to which the boxes are clipped.
         """
         pre = self.cfg.pre_nms_train if self.training else self.cfg.pre_nms_test
         post = self.cfg.post_nms_train if self.training else self.cfg.post_nms_test
         all_boxes, all_ids, all_scores, all_valid = [], [], [], []
-        for score, delta, anchor, name, here in zip(logits, deltas, *anchors, strict=True):
-            score, index = best(torch.where(here & score.isfinite(), score, -torch.inf), pre)
+        for score, delta, anchor, anchor_ids, inside in zip(logits, deltas, *anchors, strict=True):
+            score, index = best(torch.where(inside & score.isfinite(), score, -torch.inf), pre)
             boxes = decode(gather_rows(delta, index), anchor[index], DELTA_WEIGHTS)
             boxes = clip_boxes(boxes, sizes, to_pixels=self.cfg.clip == "pixels")
             valid = (score > -torch.inf) & (boxes[..., 2:] - boxes[..., :2] > self.cfg.min_size).all(-1)
             keep = nms_keep(boxes, score, torch.zeros_like(index), valid, self.cfg.nms_threshold)
             all_boxes.append(boxes)
-            all_ids.append(name[index])
+            all_ids.append(anchor_ids[index])
             all_scores.append(score)
             all_valid.append(keep)
         score = torch.where(torch.cat(all_valid, 1), torch.cat(all_scores, 1), -torch.inf)

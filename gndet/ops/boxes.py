@@ -9,7 +9,7 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # Detectron: a 16 px anchor may grow to 100
 
 
 def full(x: Tensor) -> Tensor:
-    """x in float32 at least: geometry and losses are not computed in half precision; float64 stays."""
+    """Return x as float32 or wider: geometry and losses are never computed in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -32,19 +32,19 @@ def clip_boxes(boxes: Tensor, sizes: Tensor, *, to_pixels: bool = False) -> Tens
     """Limit boxes to their picture.
 
     boxes (B, N, 4); sizes (B, 2) height, width in pixels.  Returns (B, N, 4).  A box wholly outside becomes
-    empty (zero area); none is removed.  to_pixels: as Detectron, whose boxes name their first and last pixel: one
-    wholly outside keeps the pixel at the edge.
+    empty (zero area); none is removed.  to_pixels: clip as Detectron does, whose boxes name their first and last pixel,
+    so that a box wholly outside keeps the pixel at the edge.
     """
     limit = sizes.flip(-1).to(boxes.dtype)[:, None]  # (B, 1, 2) width, height
-    room = 1 if to_pixels else 0
-    low = torch.minimum(boxes[..., :2].clamp(min=0), limit - room)
-    return torch.cat([low, torch.minimum(boxes[..., 2:].clamp(min=room), limit)], dim=-1)
+    min_side = 1 if to_pixels else 0
+    low = torch.minimum(boxes[..., :2].clamp(min=0), limit - min_side)
+    return torch.cat([low, torch.minimum(boxes[..., 2:].clamp(min=min_side), limit)], dim=-1)
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
-    """Regression targets of boxes against anchors (Girshick et al. 2014, appendix C).
+    """Compute the regression targets of boxes relative to anchors (Girshick et al. 2014, appendix C).
 
-    boxes, anchors (..., 4).  weights multiply (dx, dy) and (dw, dh).  Returns (..., 4), finite without NaN boxes.
+    boxes, anchors (..., 4).  weights multiply (dx, dy) and (dw, dh).  Returns (..., 4), finite unless a box holds NaN.
     """
     anchor_size = (anchors[..., 2:] - anchors[..., :2]).clamp(min=1e-3)
     size = (boxes[..., 2:] - boxes[..., :2]).clamp(min=1e-3)
@@ -53,9 +53,9 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tens
 
 
 def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, float]) -> Tensor:
-    """Boxes from regression deltas, the inverse of `encode`; growth is limited to 1000 / 16.
+    """Compute boxes from regression deltas, the inverse of `encode`; growth is limited to a factor of 1000 / 16.
 
-    deltas, anchors (..., 4), broadcastable.  Returns (..., 4), float32 at least.
+    deltas, anchors (..., 4), broadcastable.  Returns (..., 4), float32 or wider.
     """
     shift, growth = full(deltas[..., :2]) / weights[0], full(deltas[..., 2:]) / weights[1]
     size = anchors[..., 2:] - anchors[..., :2]

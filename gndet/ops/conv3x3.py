@@ -1,7 +1,7 @@
 """3x3 convolutions on a CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, sections 4.1 and 4.3).
 
-A tile of 4 x 4 outputs takes 36 multiplications an input and output channel in place of 144; the transforms are small
-products beside them.  In float32 the result is off by 5e-6 of its largest value, a direct convolution's by 2e-6.
+A tile of 4 x 4 outputs takes 36 multiplications per pair of input and output channel instead of 144; the transforms
+cost little in comparison.  In float32 the error is 5e-6 of the largest value; that of a direct convolution is 2e-6.
 Maps are (n, H, W, C) here, channels last.  Letters: n samples, t tiles, C input and K output channels.
 """
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _aten = torch.ops.aten
-TILE, PATCH = 4, 6  # outputs of a tile along a side, and the inputs that they see
-TILES = 256  # transformed at once: with their 36 products they stay in the cache
-LEAST_CHANNELS = 64  # below them the transforms of the tiles cost more than they save
-LEAST_TILES = 64  # a map with fewer costs more in transforms of the weight than it saves
+TILE, PATCH = 4, 6  # outputs along a side of a tile, and the inputs that they depend on
+TILES = 256  # transformed at once, so that they and their 36 products stay in the cache
+MIN_CHANNELS = 64  # with fewer, the transforms of the tiles cost more than they save
+MIN_TILES = 64  # with fewer per map, the transforms of the weight cost more than they save
 
 # Lavin & Gray 2016, equation 4.3 ff: Y = A^T [ (G g G^T) * (B^T d B) ] A
 _INPUT = (
@@ -40,36 +40,36 @@ _WEIGHT = (
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))  # A^T
 
 
-def possible(weight: Tensor, stride: tuple[int, ...]) -> bool:
-    """Whether convolutions with weight (K, C, kh, kw) can be computed this way, and gain by it on maps of some size."""
-    plain = weight.shape[2:] == (3, 3) and stride == (1, 1) and min(weight.shape[:2]) >= LEAST_CHANNELS
+def winograd_supports(weight: Tensor, stride: tuple[int, ...]) -> bool:
+    """Return whether a convolution with weight (K, C, kh, kw) can run this way, and is faster on large maps."""
+    plain = weight.shape[2:] == (3, 3) and stride == (1, 1) and min(weight.shape[:2]) >= MIN_CHANNELS
     return plain and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def pays(shortest_edge: int, stride: int) -> bool:
-    """Return whether maps of pictures with that shortest edge, in pixels, are large enough for it."""
-    return (shortest_edge / stride / TILE) ** 2 >= LEAST_TILES
+def winograd_pays(shortest_edge: int, stride: int) -> bool:
+    """Return whether maps of pictures with that shortest edge, in pixels, are large enough to be faster."""
+    return (shortest_edge / stride / TILE) ** 2 >= MIN_TILES
 
 
 def samples_at_once(height: int, width: int) -> int:
-    """How many maps of that size make up TILES, one at least."""
+    """Return how many maps of that size make up TILES tiles, at least one."""
     return max(TILES // (-(-height // TILE) * -(-width // TILE)), 1)
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """G g G^T of a weight (K, C, 3, 3): what `convolve` takes.  Returns (36, C, K)."""
+    """Return G g G^T of a weight (K, C, 3, 3), in the form that `convolve` takes, (36, C, K)."""
     out_channels, in_channels = weight.shape[:2]
     taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
     return (_kron(_WEIGHT) @ taps).view(PATCH * PATCH, in_channels, out_channels)
 
 
-def turned(weight: Tensor) -> Tensor:
-    """The weight whose convolution takes a gradient at the output to the input: transposed, turned by 180 degrees."""
+def backward_weight(weight: Tensor) -> Tensor:
+    """Return the weight that maps a gradient from output to input: channels swapped, turned by 180 degrees."""
     return weight.transpose(0, 1).flip(2, 3)
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve x (n, H, W, C), zero beyond its edges, with a transformed weight (36, C, K).  Returns (n, H, W, K)."""
+    """Convolve zero-padded x (n, H, W, C) with a transformed weight (36, C, K).  Returns (n, H, W, K)."""
     num, height, width, _ = x.shape
     y = x.new_empty(num, height, width, weight.shape[2])
     for samples, rows, patches in _patches(x):
@@ -83,10 +83,10 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def weight_gradient(x: Tensor, grad: Tensor, into: Tensor) -> None:
-    """Add the gradient at the transformed weight to `into` (36, C, K).
+def weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
+    """Add the gradient of the transformed weight to total (36, C, K).
 
-    x (n, H, W, C) is the input, grad (n, H, W, K) the gradient at the output.
+    x (n, H, W, C) is the input, grad (n, H, W, K) the gradient of the output.
     """
     height, width, channels = grad.shape[1:]
     across = -(-width // TILE)
@@ -96,25 +96,25 @@ def weight_gradient(x: Tensor, grad: Tensor, into: Tensor) -> None:
         part = F.pad(part, (0, 0, 0, TILE * across - width, 0, TILE * len(rows) - (bottom - top)))
         tiles = part.view(len(samples), len(rows), TILE, across, TILE, channels).permute(2, 4, 0, 1, 3, 5)
         products = _transformed(tuple(zip(*_OUTPUT, strict=True)), tiles)  # (36, t, K)
-        into.baddbmm_(_transformed(_INPUT, patches).transpose(1, 2), products)
+        total.baddbmm_(_transformed(_INPUT, patches).transpose(1, 2), products)
 
 
 def weight_from_transformed(gradient: Tensor) -> Tensor:
-    """The gradient (K, C, 3, 3) of a weight from that of its transform, (36, C, K)."""
+    """Return the gradient (K, C, 3, 3) of a weight from the gradient (36, C, K) of its transform."""
     in_channels, out_channels = gradient.shape[1:]
     taps = _kron(_WEIGHT).t() @ gradient.reshape(PATCH * PATCH, -1)
     return taps.view(3, 3, in_channels, out_channels).permute(3, 2, 0, 1)
 
 
 class Convolution:
-    """A convolution of maps (n, C, H, W), its weight as it is needed, and the sums of its gradients."""
+    """A convolution of maps (n, C, H, W) that prepares its weight once and sums the gradients of all calls."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int, minimal: bool) -> None:
-        """minimal: compute it by minimal filtering, where `possible` says so."""
+        """minimal: use minimal filtering; only for a weight and stride that `winograd_supports`."""
         self.weight, self.bias = weight, bias
         self._sides = (stride, stride), (padding, padding), (1, 1)
         self._transformed = transform_weight(weight) if minimal else None
-        self._turned: Tensor | None = None  # the transformed weight that takes gradients back
+        self._backward_weight: Tensor | None = None  # the transformed weight that takes gradients back
         self._grad_weight: Tensor | None = None
         self._grad_bias: Tensor | None = None
 
@@ -122,13 +122,13 @@ class Convolution:
         """Convolve x (n, C, H, W)."""
         if self._transformed is None:
             return _aten.convolution(x, self.weight, self.bias, *self._sides, False, (0, 0), 1)
-        y = convolve(_last(x), self._transformed).permute(0, 3, 1, 2)
+        y = convolve(_channels_last(x), self._transformed).permute(0, 3, 1, 2)
         return y if self.bias is None else y.add_(self.bias[:, None, None])
 
     def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
-        """Add to the gradients of weight and bias.  Returns that of x, if it is wanted."""
+        """Add to the gradients of weight and bias.  Returns the gradient of x if wanted, else None."""
         if self._transformed is not None:
-            return self._minimal_backward(self._transformed, _last(grad), _last(x), wanted)
+            return self._minimal_backward(self._transformed, _channels_last(grad), _channels_last(x), wanted)
         bias = None if self.bias is None else self.bias.shape
         mask = [wanted, self.weight.requires_grad, self.bias is not None and self.bias.requires_grad]
         grad_x, grad_weight, grad_bias = _aten.convolution_backward(
@@ -139,7 +139,7 @@ class Convolution:
         return grad_x
 
     def _minimal_backward(self, transformed: Tensor, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
-        """The same of maps with their channels last; the weight's gradient is that of its transform until the end."""
+        """Do the same for channels-last maps; sum the gradient of the transformed weight, not of the weight."""
         if self.weight.requires_grad:
             if self._grad_weight is None:
                 self._grad_weight = torch.zeros_like(transformed)
@@ -149,12 +149,12 @@ class Convolution:
             self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
         if not wanted:
             return None
-        if self._turned is None:
-            self._turned = transform_weight(turned(self.weight))
-        return convolve(grad, self._turned).permute(0, 3, 1, 2)
+        if self._backward_weight is None:
+            self._backward_weight = transform_weight(backward_weight(self.weight))
+        return convolve(grad, self._backward_weight).permute(0, 3, 1, 2)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the sums of the gradients of weight and bias; None where they are not trained."""
+        """Return the summed gradients of weight and bias; None for one that is not trained."""
         if self._grad_weight is None or self._transformed is None:
             return self._grad_weight, self._grad_bias
         return weight_from_transformed(self._grad_weight), self._grad_bias
@@ -177,15 +177,15 @@ class MinimalConvolution(torch.autograd.Function):
         return grad_x, convolution.gradients()[0]
 
 
-def _last(x: Tensor) -> Tensor:
-    """Maps (n, C, H, W) as (n, H, W, C)."""
+def _channels_last(x: Tensor) -> Tensor:
+    """View maps (n, C, H, W) as (n, H, W, C)."""
     return x.permute(0, 2, 3, 1)
 
 
 def _patches(x: Tensor) -> Iterator[tuple[range, range, Tensor]]:
     """Cut x (n, H, W, C) into overlapping patches, about TILES at a time.
 
-    Yields the samples, the rows of tiles, and the patches as a view (6, 6, samples, rows, tiles across, C).
+    Yields the ranges of samples and of rows of tiles, and the patches as a view (6, 6, samples, rows, tiles across, C).
     """
     num, height, width, channels = x.shape
     down, across = -(-height // TILE), -(-width // TILE)
@@ -198,9 +198,9 @@ def _patches(x: Tensor) -> Iterator[tuple[range, range, Tensor]]:
             part = x[samples.start : samples.stop, max(top, 0) : min(bottom, height)]
             edges = (0, 0, 1, TILE * across + 1 - width, max(-top, 0), max(bottom - height, 0))
             part = F.pad(part, edges)
-            one, line, column, _ = part.stride()
+            sample, line, column, _ = part.stride()
             shape = (PATCH, PATCH, len(samples), len(rows), across, channels)
-            yield samples, rows, part.as_strided(shape, (line, column, one, TILE * line, TILE * column, 1))
+            yield samples, rows, part.as_strided(shape, (line, column, sample, TILE * line, TILE * column, 1))
 
 
 def _transformed(matrix: tuple[tuple[float, ...], ...], tiles: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _transformed(matrix: tuple[tuple[float, ...], ...], tiles: Tensor) -> Tensor
 
 
 def _apply(matrix: tuple[tuple[float, ...], ...], tiles: Tensor) -> Tensor:
-    """Multiply tiles (m, m, N) along both sides with a matrix (k, m).  Returns (k, k, N)."""
+    """Multiply tiles (m, m, N) along both sides by a matrix (k, m).  Returns (k, k, N)."""
     factor, side = _tensor(matrix), tiles.shape[0]
     across = factor @ tiles.reshape(side, -1)  # (k, m * N)
     return torch.matmul(factor, across.view(len(matrix), side, -1))
@@ -222,6 +222,6 @@ def _tensor(matrix: tuple[tuple[float, ...], ...]) -> Tensor:
 
 @cache
 def _kron(matrix: tuple[tuple[float, ...], ...]) -> Tensor:
-    """The transform along both sides of a flattened tile, computed in float64."""
+    """Return the transform along both sides of a flattened tile, computed in float64."""
     factor = torch.tensor(matrix, dtype=torch.float64)
     return torch.kron(factor, factor).float()

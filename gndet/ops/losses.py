@@ -1,4 +1,4 @@
-"""Losses that keep images apart: the divisor of an image's loss depends on that image only; targets of mask losses.
+"""Losses that keep images apart: the divisor of an image's loss depends on that image only.  Also the mask targets.
 
 B images, P positive regions, S side of the stored masks.
 """
@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def sum_per_image(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum values (B, R) where mask (B, R); what is not masked may be NaN.  Returns (B,)."""
+    """Sum values (B, R) where mask (B, R) is true; other values may be NaN.  Returns (B,)."""
     return torch.where(mask, values, 0.0).sum(dim=1)
 
 
 def mean_per_image(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (B, R) where mask (B, R); 0 for an image whose mask is empty.  Returns (B,)."""
+    """Average values (B, R) where mask (B, R) is true; 0 for an image whose mask is empty.  Returns (B,)."""
     return sum_per_image(values, mask) / mask.sum(dim=1).clamp(min=1)
 
 
 def smooth_l1(difference: Tensor, beta: float) -> Tensor:
-    """Smooth L1 (Girshick 2015, eq. 3) with its transition at beta; beta 0 is L1.  Same shape."""
+    """Compute smooth L1 (Girshick 2015, eq. 3) with its transition at beta; beta 0 is L1.  Same shape."""
     size = difference.abs()
     return size if beta == 0 else torch.where(size < beta, size.square() / (2 * beta), size - beta / 2)
 
@@ -30,18 +30,18 @@ def mask_targets(masks: Tensor, gt_boxes: Tensor, boxes: Tensor, size: int, *, s
 
     masks (P, S, S) bool, each in the frame of its gt_boxes (P, 4); boxes (P, 4) the regions.
     Returns (P, size, size) float32 in {0, 1}; outside the object's box the target is 0.
-    soft: torchvision's targets, in [0, 1]: the mean of the mask over a bin, not aligned to half pixels.
+    soft: torchvision's targets in [0, 1], the mean of the mask over a bin, not aligned to half pixels.
     """
     side = masks.shape[-1]
     origin, extent = gt_boxes[:, :2], (gt_boxes[:, 2:] - gt_boxes[:, :2]).clamp(min=1e-3)
     frame = torch.cat([(boxes[:, :2] - origin) / extent, (boxes[:, 2:] - origin) / extent], dim=1) * side
     frame = frame.nan_to_num(0.0, 0.0, 0.0).clamp(-16 * side, 16 * side)  # a junk slot must not grow the grid
     index = torch.arange(len(masks), device=masks.device, dtype=frame.dtype)
-    if soft:  # a border of one empty cell, since beyond its edge the kernel repeats the last cell
+    if soft:  # add a border of one empty cell, because the kernel repeats the last cell beyond the edge
         rois = torch.cat([index[:, None], frame + 1], dim=1)
         bordered = F.pad(masks[:, None].to(frame.dtype), (1, 1, 1, 1))
         return torchvision.ops.roi_align(bordered, rois, size, 1.0, -1, aligned=False)[:, 0]
     rois = torch.cat([index[:, None], frame], dim=1)
-    # 4 samples a bin: a 28 x 28 target from 112 x 112; fixed, since the adaptive grid explodes on junk boxes
+    # 4 samples per bin: a 28 x 28 target from 112 x 112; fixed, because the adaptive grid explodes on junk boxes
     crop = torchvision.ops.roi_align(masks[:, None].to(frame.dtype), rois, size, 1.0, 4, aligned=True)
     return (crop[:, 0] >= 0.5).to(frame.dtype)

@@ -1,6 +1,6 @@
 """Match candidates to ground truth, sample them, and suppress those that overlap better ones (NMS).
 
-B images, M ground-truth slots, N candidates.  NMS is one operator, so that a compiled graph holds it.
+B images, M ground-truth slots, N candidates.  NMS is a custom operator, so that a compiled graph can contain it.
 """
 
 import torch
@@ -18,7 +18,7 @@ def match(
     """Match each candidate to the ground truth it overlaps most (Ren et al. 2015, 3.1.2).
 
     iou (B, M, N); gt_valid (B, M); candidate_valid (B, N).  A candidate with IoU >= high is positive, with IoU < low
-    negative; keep_best also makes those positive that overlap some object more than all others do.
+    negative.  keep_best: the candidates that overlap an object most are positive too.
     Returns matched (B, N) int64 in [0, M) and label (B, N) int64: 1 positive, 0 negative, -1 neither.
     """
     iou = torch.where(gt_valid[:, :, None] & candidate_valid[:, None, :], iou, -1.0)
@@ -31,9 +31,9 @@ def match(
 
 
 def best(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The num highest scores of each image, or all, by falling score; equal ones in the order they come in.
+    """Return the num highest scores of each image, or all of them, in descending order; ties keep their order.
 
-    Which of equal scores topk returns depends on how many there are, hence on the padding.  scores (B, N).
+    topk would break ties by the number of candidates, and so by the padding.  scores (B, N).
     Returns values and index (B, min(num, N)).
     """
     values, index = scores.sort(dim=1, descending=True, stable=True)
@@ -41,9 +41,9 @@ def best(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def sample_balanced(label: Tensor, ranks: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample num candidates an image, at most num * positive_fraction of them positive.
+    """Sample num candidates per image, at most num * positive_fraction of them positive.
 
-    label (B, N) in {1, 0, -1}; ranks (B, N) int64 of `ops.noise.ranks`: the random order of the candidates.
+    label (B, N) in {1, 0, -1}; ranks (B, N) int64 from `ops.noise.ranks`: the random order of the candidates.
     Returns index (B, R) int64, positive (B, R), valid (B, R) with R = min(num, N); positives come first.
     """
     max_positive = min(max(int(num * positive_fraction), 1), label.shape[1])
@@ -55,17 +55,17 @@ def sample_balanced(label: Tensor, ranks: Tensor, num: int, positive_fraction: f
     return index, order >= _FIRST, order >= 0
 
 
-# On a GPU the fixed point below needs as many rounds as the longest chain of boxes that suppress each other in turn;
-# 7 were the most in 8 sets of 2,000 boxes. A fixed number keeps the host from waiting.
+# On a GPU the fixed point below needs as many rounds as the longest chain of boxes that suppress each other in turn.
+# The longest in 8 sets of 2,000 boxes was 7. With a fixed number of rounds the host does not wait.
 GPU_ROUNDS = 32
 
 
 @torch.library.custom_op("gndet::nms_keep", mutates_args=(), device_types="cpu")
 def nms_keep(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Keep the boxes that no better one of their group overlaps by more than threshold.
+    """Keep the boxes that no better box of their group overlaps by more than threshold.
 
-    boxes (B, N, 4) xyxy pixels, by falling score; scores (B, N); groups (B, N) int64, class or level; valid (B, N).
-    Returns keep (B, N) bool.  An image's result does not depend on the other images.
+    boxes (B, N, 4) xyxy pixels, in descending order of score; scores (B, N); groups (B, N) int64, class or level;
+    valid (B, N).  Returns keep (B, N) bool.  An image's result does not depend on the other images.
     """
     keep = torch.zeros_like(valid)
     for image in range(boxes.shape[0]):
@@ -87,7 +87,7 @@ def _(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: f
 
 
 def fixed_point(boxes: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """NMS as the fixed point of keep = valid & ~(suppressed by a kept one); arguments as nms_keep's."""
+    """Compute NMS as the fixed point of keep = valid & ~(suppressed by a kept box); arguments as in nms_keep."""
     same = groups[:, :, None] == groups[:, None, :]
     suppresses = ((pairwise_iou(boxes, boxes) > threshold) & same).triu(diagonal=1)  # (B, N, N)
     keep = valid

@@ -1,7 +1,7 @@
-"""Stateless randomness: numbers as a function of a key, the same on CPU and GPU, in any order, in any process.
+"""Stateless randomness: numbers as a function of a key, the same on CPU and GPU, in any order and in any process.
 
-An image's key is `hash_ints(seed, epoch, image_id)`; whatever is random about that image (augmentation, sampling of
-anchors and regions) is drawn from `uniform(key, stream)` or `ranks(keys, stream, ids)`, never from a generator.
+An image's key is `hash_ints(seed, epoch, image_id)`.  Everything random about that image (augmentation, sampling of
+anchors and regions) comes from `uniform(key, stream)` or `ranks(keys, stream, ids)`, never from a generator.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # data sets are read without torch
+if TYPE_CHECKING:  # reading a data set does not import torch
     from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
@@ -28,7 +28,7 @@ class Stream(IntEnum):
 
 
 def hash_ints(*values: int) -> int:
-    """Hash integers to one in [0, 2**63), by chained SplitMix64 finalisers (Steele et al. 2014)."""
+    """Hash integers to an integer in [0, 2**63), by chained SplitMix64 finalisers (Steele et al. 2014)."""
     state = 0x9E3779B97F4A7C15
     for value in values:
         state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -38,7 +38,7 @@ def hash_ints(*values: int) -> int:
 
 
 def uniform(*values: int) -> float:
-    """A number in [0, 1) as a function of the integers."""
+    """Return a number in [0, 1) that is a function of the integers."""
     return hash_ints(*values) / 2**63
 
 
@@ -50,9 +50,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def ranks(keys: Tensor, stream: Stream, ids: Tensor) -> Tensor:
-    """Draw for each candidate an integer in [0, 2**59), a uniformly random order; no two of an image are equal.
+    """Draw an integer in [0, 2**59) for each candidate: a uniformly random order without ties within an image.
 
-    keys (B,) int64; ids (N,) or (B, N) int64 in [0, 2**31), what each candidate is whatever the canvas around it.
+    keys (B,) int64; ids (N,) or (B, N) int64 in [0, 2**31) identify each candidate independently of the canvas.
     Returns (B, N) int64: a function of the image's key, the stream and the candidate's id alone.
     """
     low, high = (keys & _MASK32)[:, None], ((keys >> 32) & _MASK32)[:, None]  # (B, 1)

@@ -1,4 +1,4 @@
-"""RoIAlign over a feature pyramid. B images, R regions an image, C channels, L levels."""
+"""RoIAlign over a feature pyramid. B images, R regions per image, C channels, L levels."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ Alignment = Literal["aligned", "unaligned", "detectron"]
 
 
 def pyramid_level(boxes: Tensor, num_levels: int) -> Tensor:
-    """The level each box is pooled from (Lin et al. 2017, eq. 1: k0 = 4 at 224 px; level 0 is P2).
+    """Return the level that each box is pooled from (Lin et al. 2017, eq. 1: k0 = 4 at 224 px; level 0 is P2).
 
     boxes (..., 4).  Returns (...) int64 in [0, num_levels).
     """
@@ -24,8 +24,8 @@ def pyramid_level(boxes: Tensor, num_levels: int) -> Tensor:
 def extend_edges(feature: Tensor, sizes: Tensor) -> Tensor:
     """Repeat the last valid row and column once into the padding.
 
-    RoIAlign interpolates up to half a cell beyond the picture; alone on its canvas it repeats the edge there, so it
-    must find the same beside a larger picture.  feature (B, C, H, W); sizes (B, 2) valid height, width in cells.
+    RoIAlign reads up to half a cell beyond the picture.  For a picture alone on its canvas it repeats the edge there,
+    so it must find the same on a larger canvas.  feature (B, C, H, W); sizes (B, 2) valid height, width in cells.
     """
     row = torch.arange(feature.shape[2], device=feature.device)[None, None, :, None]
     column = torch.arange(feature.shape[3], device=feature.device)[None, None, None, :]
@@ -46,9 +46,9 @@ def roi_align_pyramid(
     """Pool each region from its pyramid level (RoIAlign of He et al. 2017).
 
     features L x (B, C, H/s, W/s); boxes (R, 4) xyxy canvas pixels; image (R,) int64 in [0, B); size P, the side of the
-    output in bins; sampling_ratio samples along a bin's side, 0 as many as it has cells.
-    alignment: aligned to half pixels as detectron2's; unaligned as torchvision's, where a region has at least one cell;
-    detectron: unaligned, and a region ends at the first edge of its last pixel.
+    output in bins; sampling_ratio: samples along a bin's side, 0 for as many as it has cells.
+    alignment: "aligned" to half pixels, as in detectron2; "unaligned", as in torchvision, where a region has at least
+    one cell; "detectron": unaligned, and a region ends at the first edge of its last pixel.
     Returns (R, C, P, P).  NaN boxes count as empty.
     """
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN
@@ -64,11 +64,11 @@ def roi_align_pyramid(
     rois = torch.cat([image[:, None].to(exact), boxes], dim=1)  # (R, 5)
     pooled = torch.zeros((), dtype=exact, device=boxes.device)
     for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        here = (level == i)[:, None]  # a region of another level is an empty box here, and adds nothing
+        on_level = (level == i)[:, None]  # regions of other levels become empty boxes, which add nothing
         part = torchvision.ops.roi_align(
-            feature, torch.where(here, rois, 0.0), size, 1.0 / stride, sampling_ratio, aligned=aligned
+            feature, torch.where(on_level, rois, 0.0), size, 1.0 / stride, sampling_ratio, aligned=aligned
         )
-        pooled = pooled + torch.where(here[:, :, None, None], part, 0.0)
+        pooled = pooled + torch.where(on_level[:, :, None, None], part, 0.0)
     return pooled.to(dtype)
 
 
@@ -82,9 +82,9 @@ def _pool_bags(
     ratio: int,
     aligned: bool,
 ) -> Tensor:
-    """RoIAlign of all levels as one weighted sum of rows: a bin is a bag of 4 * ratio^2 cells.
+    """Compute RoIAlign of all levels as one weighted sum of rows: a bin is a bag of 4 * ratio^2 cells.
 
-    torch's embedding_bag works along the channels, forward and backward; torchvision's CPU kernel visits cell by cell
+    torch's embedding_bag works along the channels, forward and backward; torchvision's CPU kernel goes cell by cell
     (1,024 regions of 256 channels, forward and backward: 0.17 s against 1.43 s on one core).  R regions, P bins a side.
     """
     channels = features[0].shape[1]
@@ -109,17 +109,17 @@ def _pool_bags(
 
 
 def _samples(low: Tensor, high: Tensor, limit: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The two cells that each of num samples between low and high lies between, and their bilinear weights.
+    """Return the two cells on either side of each of num samples from low to high, and their bilinear weights.
 
-    low, high (R,) in cells; limit (R,) number of cells.  Returns (R, num, 2) int64 in [0, limit) and weights, which are
-    0 for a sample more than a cell outside, as torchvision's.
+    low, high (R,) in cells; limit (R,) number of cells.  Returns (R, num, 2) int64 in [0, limit) and the weights,
+    which are 0 for a sample more than one cell outside, as in torchvision.
     """
     step = (torch.arange(num, device=low.device, dtype=low.dtype) + 0.5) / num
-    at = low[:, None] + (high - low)[:, None] * step  # (R, num)
+    position = low[:, None] + (high - low)[:, None] * step  # (R, num)
     last = limit[:, None] - 1
-    inside = (at >= -1) & (at <= limit[:, None])
-    at = at.clamp(min=0)
-    floor = torch.minimum(at.floor().long(), last)
-    fraction = torch.where(floor == last, 0.0, at - floor)
+    inside = (position >= -1) & (position <= limit[:, None])
+    position = position.clamp(min=0)
+    floor = torch.minimum(position.floor().long(), last)
+    fraction = torch.where(floor == last, 0.0, position - floor)
     cells = torch.stack([floor, torch.minimum(floor + 1, last)], dim=-1)
     return cells, torch.stack([1 - fraction, fraction], dim=-1) * inside[..., None]

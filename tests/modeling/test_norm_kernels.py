@@ -68,7 +68,7 @@ def test_kernels_are_group_norm_over_each_picture(
     if blocks == "many and small":  # several blocks of channels, several stripes, several blocks in each
         monkeypatch.setattr(norm_kernels, "CHANNELS", 16)
         monkeypatch.setattr(norm_kernels, "BLOCK", 256)
-        monkeypatch.setattr(norm_kernels, "LEAST", 20)
+        monkeypatch.setattr(norm_kernels, "MIN_STRIPE", 20)
     *size, groups = shape
     torch.manual_seed(sum(shape))
     x, grad = (torch.randn(size).to(dtype) for _ in range(2))
@@ -86,7 +86,7 @@ def test_kernels_are_group_norm_over_each_picture(
     for got, expected in zip((y, *slopes), in_float64(x, gamma, beta, groups, sizes, grad), strict=True):
         assert largest(got.cpu(), expected) < limit
     assert mean.dtype == rstd.dtype == torch.float32
-    cut = norm_kernels.again(on[0], on[2], on[3], mean, rstd, on[4], relu=True)
+    cut = norm_kernels.renormalize(on[0], on[2], on[3], mean, rstd, on[4], relu=True)
     torch.testing.assert_close(cut, y.relu(), rtol=0, atol=0)
 
 

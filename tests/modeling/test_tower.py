@@ -95,7 +95,7 @@ def test_an_input_that_can_be_made_again_is_not_kept() -> None:
 
     grad = torch.randn(2, 16, 6, 6, dtype=torch.float64)
     kept = torch.autograd.grad(tower(layers, 2 * source), list(layers.parameters()), grad)
-    again = torch.autograd.grad(tower(layers, make(), again=make), list(layers.parameters()), grad)
+    again = torch.autograd.grad(tower(layers, make(), make_input=make), list(layers.parameters()), grad)
     torch.testing.assert_close(again, kept, rtol=0, atol=0)
     assert len(made) == 2
 

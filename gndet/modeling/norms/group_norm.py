@@ -1,7 +1,7 @@
-"""Group normalisation as functions: forward, once more from kept statistics, backward (Wu & He 2018, eq. 1 to 7).
+"""Group normalisation as functions: forward, forward again from kept statistics, backward (Wu & He 2018, eq. 1 to 7).
 
-The one place for a faster kernel.  x is (B, C, H, W), channels last; G groups.  Statistics are float32 at least, taken
-over each picture alone where an area is given, and the result is zero in the padding then.
+This is the one place to add a faster kernel.  x is (B, C, H, W), channels last; G groups.  Statistics are float32 or
+wider.  If an area is given, they are taken over each picture alone, and the result is zero in the padding.
 """
 
 from typing import Any
@@ -19,27 +19,27 @@ _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1
 def normalize(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x (B, C, H, W) with gamma, beta (C,); relu: and cut the result at zero.
+    """Normalise x (B, C, H, W) with gamma, beta (C,); relu: then apply ReLU.
 
-    Returns y, of x's type, and the mean and 1 / std of each group, (B, G), of gamma's.
+    Returns y in x's type, and the mean and 1 / std of each group, (B, G), in gamma's type.
     """
     if norm_kernels.usable(x):
         return norm_kernels.forward(x, gamma, beta, groups, eps, _sizes(area), relu=relu)
-    y, mean, rstd = _normalize(_as(x, gamma.dtype), gamma, beta, groups, eps, area)
-    y = _as(y, x.dtype)
+    y, mean, rstd = _normalize(_cast(x, gamma.dtype), gamma, beta, groups, eps, area)
+    y = _cast(y, x.dtype)
     return y.relu_() if relu else y, mean, rstd
 
 
 def _normalize(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by torch's operators, in gamma's type."""
+    """Do the same with torch's operators, in gamma's type and without ReLU."""
     if area is None:
         y, mean, rstd = torch.native_group_norm(
             _dense(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps
         )
         return y, mean.view(-1, groups), rstd.view(-1, groups)
-    if _cropping(x):
+    if _use_crops(x):
         return _normalize_crops(x, gamma, beta, groups, eps, area)
     grouped = x.unflatten(1, (groups, -1))  # (B, G, C/G, H, W)
     inside = area.mask[:, None]  # (B, 1, 1, H, W)
@@ -55,9 +55,9 @@ def _normalize(
 def renormalize(
     x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea | None, *, relu: bool
 ) -> Tensor:
-    """Compute y of `normalize` again from its statistics, in one pass; relu: and cut it at zero.  Same type as x."""
+    """Compute y of `normalize` again from its statistics, in one pass; relu: then apply ReLU.  Same type as x."""
     if norm_kernels.usable(x):
-        return norm_kernels.again(x, gamma, beta, mean, rstd, _sizes(area), relu=relu)
+        return norm_kernels.renormalize(x, gamma, beta, mean, rstd, _sizes(area), relu=relu)
     groups = mean.shape[1]
     scale = rstd[:, :, None] * gamma.view(groups, -1)  # (B, G, C/G)
     shift = beta.view(groups, -1) - mean[:, :, None] * scale
@@ -70,7 +70,7 @@ def renormalize(
 def gradients(
     grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients at x, gamma and beta from that at y and the statistics of `normalize`."""
+    """Return the gradients of x, gamma and beta, from the gradient of y and the statistics of `normalize`."""
     groups = mean.shape[1]
     if norm_kernels.usable(x):
         return norm_kernels.backward(_dense(grad), x, gamma, mean, rstd, _sizes(area))
@@ -82,7 +82,7 @@ def gradients(
             _dense(grad), _dense(x), mean, rstd, gamma, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups,
             [True, True, True],
         )  # fmt: skip
-    if _cropping(x):
+    if _use_crops(x):
         return _gradients_of_crops(grad, x, gamma, mean, rstd, area)
     n = _count(x, groups, area)
     normal = (x.unflatten(1, (groups, -1)) - mean[_WIDE]) * rstd[_WIDE]
@@ -100,9 +100,9 @@ def gradients(
 
 
 class Normalize(torch.autograd.Function):
-    """`normalize` with its gradient; keeps x and two numbers a group for backward.
+    """`normalize` with its gradient; keeps x and two numbers per group for the backward pass.
 
-    sizes, mask, count: of the Area, or None for each.
+    sizes, mask, count: the fields of a ValidArea, or None for each.
     """
 
     @staticmethod
@@ -124,8 +124,8 @@ class Normalize(torch.autograd.Function):
         return grad_x, None, None, None, grad_gamma, grad_beta, None, None
 
 
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as a type; itself where it has it: of `to` torch 2.11 compiles an alias beside it, which takes its gradient."""
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast x only if needed: torch 2.11 compiles a no-op `to` into an alias, which takes the gradient from x."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
@@ -134,24 +134,24 @@ def _sizes(area: ValidArea | None) -> Tensor | None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x with its channels last, and nothing between them."""
+    """Return x with channels last and without gaps in memory."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def _count(x: Tensor, groups: int, area: ValidArea) -> Tensor:
-    """The numbers that a group's statistics are taken over, (B, 1)."""
+    """Return how many numbers the statistics of a group are taken over, (B, 1)."""
     return (area.count * (x.shape[1] // groups)).to(x.dtype)
 
 
-# --- on a CPU: torch's kernel on each picture's crop, half the time of the masked arithmetic
+# --- on a CPU: torch's kernel on each picture's crop takes half the time of the masked arithmetic
 
 
-def _cropping(x: Tensor) -> bool:
+def _use_crops(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _crop(x: Tensor, image: int, height: int, width: int) -> Tensor:
-    """One picture of x (B, C, H, W) as (1, C, height, width), dense and channels-last."""
+    """Return one picture of x (B, C, H, W) as (1, C, height, width), dense and channels last."""
     return _dense(x[image : image + 1, :, :height, :width])
 
 

@@ -1,10 +1,10 @@
-"""The normalisation layers, and the one place where a config's `norm` becomes layers.
+"""The normalisation layers, and the one place that turns a config's `norm` into layers.
 
-Every method computes y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel, and they differ in
-the set over which mu and var are taken (Wu & He 2018, section 3). x is (B, C, H, W); G groups.
+Every method computes y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel.  The methods differ
+in the set over which mu and var are taken (Wu & He 2018, section 3).  x is (B, C, H, W); G groups.
 
-Images of a batch share a canvas. A *masked* layer takes its statistics over each picture alone and leaves zeros in the
-padding, so that an image's features are those of the image run alone; `area=None` says that nothing is padded.
+The images of a batch share a canvas.  A *masked* layer takes its statistics over each picture alone and leaves zeros in
+the padding, so that an image's features do not depend on its batch; `area=None` means that nothing is padded.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 
 
 class GroupNorm(nn.Module):
-    """GN: statistics over (H, W) and the C/G channels of a group, one sample (Wu & He 2018, eq. 7).
+    """GN: statistics per sample, over (H, W) and the C/G channels of a group (Wu & He 2018, eq. 7).
 
     groups = 1 is LN (over C, H, W), groups = C is IN (over H, W of one channel).
 
-    `eps` may differ from layer to layer after a conversion from BN (weights/convert.py); where it is not the config's
-    it is part of the state, as the tensor "eps".
+    After a conversion from BN, `eps` may differ from layer to layer (weights/convert.py); if it is not the config's,
+    the state dict holds it as the tensor "eps".
     """
 
     def __init__(self, channels: int, groups: int, eps: float, masked: bool) -> None:
@@ -38,24 +38,24 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        """x (B, C, H, W), area of the pictures or None.  Returns the same shape and type; statistics in float32."""
+        """Normalise x (B, C, H, W); area: of the pictures, or None.  Same shape and type; statistics in float32."""
         area = area if self.masked else None
         with torch.autocast(x.device.type, enabled=False):
             if area is None and not usable(x):
                 wide = x.to(self.weight.dtype)
-                # not F.group_norm, which refuses a group of one value, but only where it is alone in the batch
+                # not F.group_norm, which refuses a group of one value, but only in a batch of one
                 return torch.group_norm(wide, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
-            three = (None, None, None) if area is None else area
-            return Normalize.apply(x, *three, self.weight, self.bias, self.groups, self.eps)
+            fields = (None, None, None) if area is None else area
+            return Normalize.apply(x, *fields, self.weight, self.bias, self.groups, self.eps)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.eps != self.config_eps:
-            # beside the weights: a process group of NCCL alone moves no tensor of the CPU
+            # on the weights' device: a process group that has only NCCL cannot broadcast a CPU tensor
             destination[prefix + "eps"] = torch.tensor(self.eps, dtype=torch.float64, device=self.weight.device)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        eps = state.pop(prefix + "eps", None)  # torch hands over a copy of the dict
+        eps = state.pop(prefix + "eps", None)  # torch passes a copy of the dict
         self.eps = self.config_eps if eps is None else float(eps)
         super()._load_from_state_dict(state, prefix, *arguments)
 
@@ -71,9 +71,9 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """SyncBN: BN's statistics over (B, H, W) of all processes; plain BN in a single process.
+    """SyncBN: BN's statistics over (B, H, W) of all ranks; plain BN in a single process.
 
-    On torch.distributed's own differentiable all-reduce, so that it runs with gloo on CPUs as with NCCL on GPUs.
+    Uses torch.distributed's differentiable all-reduce, so that it runs with gloo on CPUs as well as with NCCL on GPUs.
     """
 
     running_mean: Tensor
@@ -99,7 +99,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class FrozenBatchNorm(nn.Module):
-    """Frozen BN: an affine map by stored statistics and stored gamma and beta, none of which is trained."""
+    """Frozen BN: an affine map from stored statistics, gamma and beta, none of which is trained."""
 
     weight: Tensor
     bias: Tensor
@@ -115,7 +115,7 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def map(self) -> tuple[Tensor, Tensor]:
-        """The factor and the summand of each channel, (C,)."""
+        """Return the scale and the shift of each channel, (C,)."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
@@ -128,8 +128,8 @@ class FrozenBatchNorm(nn.Module):
 class BatchRenorm(nn.BatchNorm2d):
     """BRN: BN's statistics over (B, H, W), corrected towards the running ones by r and d (Ioffe 2017, algorithm 1).
 
-    The limits grow as in its section 4.2: r_max from 1 to 3 between steps 5,000 and 40,000, d_max from 0 to 5 between
-    5,000 and 25,000; before that it is BN.  A step is a forward pass in training.
+    The limits grow as in section 4.2 of the paper: r_max from 1 to 3 between steps 5,000 and 40,000, d_max from 0 to 5
+    between 5,000 and 25,000; before step 5,000 this is BN.  A step is one forward pass in training.
     """
 
     running_mean: Tensor
@@ -159,7 +159,7 @@ class BatchRenorm(nn.BatchNorm2d):
 
 
 class NoNorm(nn.Module):
-    """none: no statistics, no gamma or beta; the convolution before it has a bias."""
+    """none: no statistics, gamma or beta; the convolution before it has a bias."""
 
     def __init__(self, masked: bool) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def _group_norm(cfg: NormConfig, channels: int) -> nn.Module:
     return GroupNorm(channels, groups, cfg.eps, cfg.masked)
 
 
-# the norms by name; another one is an entry here (and a word in config.NormConfig.kind)
+# The norms by name.  To add one, add an entry here and its name to NormConfig.kind in config/schema.py.
 NORMS: dict[str, Callable[[NormConfig, int], nn.Module]] = {
     "gn": _group_norm,
     "ln": lambda cfg, channels: GroupNorm(channels, 1, cfg.eps, cfg.masked),
@@ -196,13 +196,13 @@ NORMS: dict[str, Callable[[NormConfig, int], nn.Module]] = {
 
 
 def make_norm(cfg: NormConfig, channels: int) -> nn.Module:
-    """Build the norm layer of a config for feature maps of that many channels.
+    """Build the norm layer of a config for feature maps with that many channels.
 
-    The layer is called with x (B, C, H, W) and an Area or None.  Raises ConfigError where the groups do not divide
-    the channels.
+    Call the layer with x (B, C, H, W) and a ValidArea or None.  Raises ConfigError if the groups do not divide the
+    channels.
     """
     return NORMS[cfg.kind](cfg, channels)
 
 
 NormModule = GroupNorm | nn.BatchNorm2d | FrozenBatchNorm
-NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm)  # whose parameters are gamma and beta
+NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm)  # layers whose parameters are gamma and beta

@@ -1,6 +1,6 @@
-"""Where pictures lie on feature maps, and zeros beside them. B images, C channels, (H, W) maps.
+"""The area of each picture on padded feature maps. B images, C channels, (H, W) maps.
 
-Images of a batch share a canvas. `area=None` says that nothing is padded.
+The images of a batch share a canvas. `area=None` means that nothing is padded.
 """
 
 from typing import NamedTuple
@@ -18,20 +18,20 @@ class ValidArea(NamedTuple):
 
     @staticmethod
     def of(sizes: Tensor, height: int, width: int) -> "ValidArea":
-        """The area of pictures of the given sizes (B, 2) on (height, width) maps."""
+        """Return the area of pictures of sizes (B, 2), in cells, on (height, width) maps."""
         row = torch.arange(height, device=sizes.device)[None, None, :, None]
         column = torch.arange(width, device=sizes.device)[None, None, None, :]
         mask = (row < sizes[:, 0, None, None, None]) & (column < sizes[:, 1, None, None, None])
         return ValidArea(sizes, mask, (sizes[:, :1] * sizes[:, 1:]).float())
 
 
-ValidAreas = dict[int, ValidArea | None]  # by stride; None where nothing is padded
+ValidAreas = dict[int, ValidArea | None]  # by stride; None if nothing is padded
 
 
 def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> ValidAreas:
-    """The areas of pictures of sizes (B, 2) on a (height, width) canvas, at the strides 2 to 64.
+    """Return the areas of pictures of sizes (B, 2) on a (height, width) canvas, at strides 2 to 64.
 
-    Every layer of the network halves by rounding up, so a picture has ceil(size / stride) cells.
+    Every layer that halves a map rounds up, so a picture has ceil(size / stride) cells.
     """
     if not padded:
         return dict.fromkeys((2, 4, 8, 16, 32, 64))
@@ -39,5 +39,5 @@ def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Valid
 
 
 def clear_padding(x: Tensor, area: ValidArea | None) -> Tensor:
-    """Put zeros into the padding of x (B, C, H, W); area None: nothing is padded."""
+    """Set the padding of x (B, C, H, W) to zero; area None means that nothing is padded."""
     return x if area is None else torch.where(area.mask, x, 0.0)

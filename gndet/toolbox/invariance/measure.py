@@ -106,8 +106,8 @@ def measure(
 
 
 def _backward(model: DetectionModel, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Add the gradients of all losses to those of RPN and heads; return {loss: its gradient at each level}."""
-    heads = [p for part in model.behind_features() for p in part.parameters() if p.requires_grad]
+    """Add the gradients of all losses to those of RPN and heads.  Returns {loss: its gradient at each level}."""
+    heads = [p for part in model.after_features() for p in part.parameters() if p.requires_grad]
     at_pyramid = {}
     for name, mean in means.items():
         gradients = torch.autograd.grad(mean, [*levels, *heads], retain_graph=True, materialize_grads=True)

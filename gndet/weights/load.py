@@ -1,4 +1,4 @@
-"""The model that training starts with: built from its config, then filled from `train.weights`.
+"""Build the model that training starts with from its config, then load `train.weights` into it.
 
 K classes; the background is the last row of the layer read.BACKGROUND.
 """
@@ -28,13 +28,13 @@ from gndet.weights.policy import (
 )
 from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, first_few, read_source
 
-COUNTER = "num_batches_tracked"  # bn has one, frozen_bn has none, and neither needs it
-SHAPING = (  # options of `model` that decide the shapes, named where shapes differ
+COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
+SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
     *("backbone.depth", "fpn.channels", "rpn.num_convs", "rpn.aspect_ratios"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
 )
-CONVENTIONS = (  # options of `model` that decide what the same weights compute, by the part that must be in the file
+CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
     ("backbone", "pixel_mean"),
     ("rpn", "rpn.aspect_ratios"),
@@ -42,17 +42,17 @@ CONVENTIONS = (  # options of `model` that decide what the same weights compute,
     ("box_head", "box_head.roi_align"),
     ("mask_head", "mask_head.roi_align"),
 )
-PADDED = ("backbone", "fpn", "rpn")  # parts that see whole pictures, padding included
-NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences that are reported, not refused
+PADDED = ("backbone", "fpn", "rpn")  # parts that see whole pictures, including the padding
+NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences to report, not to refuse
 
 
 class InitialModel(NamedTuple):
-    """A model to train, and where its numbers come from."""
+    """A model to train, and where its weights come from."""
 
     model: DetectionModel
-    cfg: Config  # norm_policy: hybrid changes the norm of parts
+    cfg: Config  # norm_policy: hybrid has changed the norm of parts
     notes: list[str]  # the lines of the report
-    fates: dict[str, Fate]  # what became of each norm layer that the file knows; the others are new
+    fates: dict[str, Fate]  # what became of each norm layer that is in the file; the others are new
 
 
 def initial_model(
@@ -64,12 +64,12 @@ def initial_model(
     source: Source | None = None,
     measure: bool = True,
 ) -> InitialModel:
-    """Build the model of a config as training starts with it: drawn from cfg.seed, then, if load, train.weights.
+    """Build the model that training starts with: initialised from cfg.seed, then, if load, from train.weights.
 
-    classes: in the order of the labels.  images: training images; norm_policy: calibrate fits on them, and every
-    conversion is measured on them.  source: what train.weights holds, where it has been read already.  measure: False
-    to fit and measure nothing, where rank 0 does and broadcasts the weights, or only the layers count.
-    Raises ConfigError, for frozen random stages too, CheckpointError, DataError; nothing is half loaded.
+    classes: in the order of the labels.  images: training images, to fit on (norm_policy: calibrate) and to measure any
+    conversion on.  source: the content of train.weights, if it has been read already.  measure: False to skip fitting
+    and measuring, if rank 0 does both and broadcasts the weights, or if only the layers matter.
+    Raises ConfigError (also for frozen random stages), CheckpointError, DataError; never returns a half-loaded model.
     """
     if cfg.model.backbone.freeze_at and not cfg.train.weights:
         raise ConfigError(
@@ -100,32 +100,32 @@ def load_weights(
     """Load a source into a model for other classes.
 
     model: built from cfg.model for `classes`, in the order of its labels.
-    Rows of a class that the source knows by the same name, and the background's, are carried over; those of other
-    classes and parts that the source lacks keep their initialisation.
-    Returns the report (what was loaded, every tensor and class that was not) and what became of each norm layer.
-    Raises CheckpointError, the model untouched, where tensors are missing or do not fit, or where conventions differ.
+    Rows of classes that the source has under the same name, and the background's, are carried over.  Rows of other
+    classes, and parts that the source lacks, keep their initialisation.
+    Returns the report (what was loaded, and every tensor and class that was not) and what became of each norm layer.
+    Raises CheckpointError, and leaves the model untouched, if tensors are missing or do not fit, or conventions differ.
     """
     state, fates = carry_norms(source, model, cfg)
     scale = torch.tensor(cfg.model.pixel_std) / torch.tensor(source.model.pixel_std)
     if (scale != 1).any() and STEM in state:
         state[STEM] = state[STEM] * scale[:, None, None]
-    own, known = model.state_dict(), source.classes or ()
+    model_state, known = model.state_dict(), source.classes or ()
     carried = [(classes.index(name), known.index(name)) for name in classes if name in known]
-    fitting, wrong = _fitting(own, state, source, fates, carried)
+    fitting, wrong = _fitting(model_state, state, source, fates, carried)
     if wrong:
         cause = _differences(SHAPING, source.model, cfg.model) or [
-            "unknown: the options that decide the shapes are the same; was the file edited, or cut short?"
+            "unknown: the options that decide the shapes are the same; was the file edited or cut short?"
         ]
         lines = [*first_few(wrong), "likely cause: " + "; ".join(cause)]
         raise CheckpointError("\n  ".join([f"{source.path}: {len(wrong)} tensors do not fit this model", *lines]))
     notes = [*source.notes, *_compare_conventions(source, cfg)]
-    model.load_state_dict(own | fitting)
-    anew = [key for key in own if key not in fitting and not key.endswith(COUNTER)]
-    return [*notes, *_report(fitting, anew, _unused(own, state), classes, source)], fates
+    model.load_state_dict(model_state | fitting)
+    anew = [key for key in model_state if key not in fitting and not key.endswith(COUNTER)]
+    return [*notes, *_report(fitting, anew, _unused(model_state, state), classes, source)], fates
 
 
 def _fitting(
-    own: dict[str, Tensor],
+    model_state: dict[str, Tensor],
     state: dict[str, Tensor],
     source: Source,
     fates: dict[str, Fate],
@@ -133,18 +133,21 @@ def _fitting(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors to load over the model's own, and a line for each that does not fit.
 
-    state: of the file; carried: the classes whose rows are taken, as (index here, index in the file).
-    A part that the file holds must be there whole, but for norms that are not as in the file, and their biases.
+    state: of the file; carried: the classes whose rows are copied, as (index in the model, index in the file).
+    If the file has a part, it must have all of its tensors, except those of norms that a policy replaced, and their
+    convolutions' biases.
     """
     changed = [name for name, fate in fates.items() if not fate.what.startswith(AS_IN_FILE)]
     free = {f"{name}.{key}" for name in changed for key in STATISTICS}
     free |= {name.removesuffix("norm") + "conv.bias" for name in changed}
     held = {"backbone", *source.parts}
     fitting = {
-        key: state[key] for key in state if key.endswith(".norm.eps") and key.removesuffix("eps") + "weight" in own
+        key: state[key]
+        for key in state
+        if key.endswith(".norm.eps") and key.removesuffix("eps") + "weight" in model_state
     }
     wrong = []
-    for key, tensor in own.items():
+    for key, tensor in model_state.items():
         layer, part = key.rpartition(".")[0], key.partition(".")[0]
         if key not in state:
             if part in held and not key.endswith(COUNTER) and key not in free:
@@ -160,28 +163,31 @@ def _fitting(
             fitting[key] = _with_rows(tensor, state[key], rows, [*carried, *background])
         else:
             fitting[key] = state[key]
-    built = {key.partition(".")[0] for key in own}
-    for key in _unused(own, state):  # a deeper backbone holds all tensors of a shallower one
+    built = {key.partition(".")[0] for key in model_state}
+    for key in _unused(model_state, state):  # a deeper backbone holds all tensors of a shallower one
         if key.partition(".")[0] in built.intersection(source.parts):
             wrong.append(f"{key}: {list(state[key].shape)} in the file, absent here")
     return fitting, wrong
 
 
-def _unused(own: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    return [key for key in state if key not in own and not key.endswith((COUNTER, ".norm.eps"))]
+def _unused(model_state: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    return [key for key in state if key not in model_state and not key.endswith((COUNTER, ".norm.eps"))]
 
 
-def _with_rows(own: Tensor, there: Tensor, rows: int, carried: Sequence[tuple[int, int]]) -> Tensor:
-    result, given = own.clone().unflatten(0, (-1, rows)), there.unflatten(0, (-1, rows))  # (classes, rows, ...)
-    for here, index in carried:
-        result[here] = given[index]
+def _with_rows(model_tensor: Tensor, file_tensor: Tensor, rows: int, carried: Sequence[tuple[int, int]]) -> Tensor:
+    result, file_rows = (
+        model_tensor.clone().unflatten(0, (-1, rows)),
+        file_tensor.unflatten(0, (-1, rows)),
+    )  # (classes, rows, ...)
+    for row, file_row in carried:
+        result[row] = file_rows[file_row]
     return result.flatten(0, 1)
 
 
 def _report(
     fitting: dict[str, Tensor], anew: list[str], unused: list[str], classes: Sequence[str], source: Source
 ) -> list[str]:
-    """List what was loaded, by part and by class, and everything that was not."""
+    """List what was loaded, by part and by class, and everything that was not loaded."""
     by_class = [key for key in fitting if key.rpartition(".")[0] in CLASS_ROWS]
     counts = Counter(key.partition(".")[0] for key in fitting if key not in by_class)
     known = source.classes or ()
@@ -199,48 +205,48 @@ def _report(
 
 
 def _compare_conventions(source: Source, cfg: Config) -> list[str]:
-    """Refuse a model that computes something else from the file's weights.  Returns lines about lesser differences."""
-    there, here = source.model, cfg.model
-    parts = [part for part in source.parts if part in here.parts]
-    ignored = () if here.backbone.depth >= 50 else ("backbone.stride_in_1x1",)  # basic blocks have no 1x1
+    """Refuse a model that computes something else from the file's weights.  Returns lines on smaller differences."""
+    file_model, model = source.model, cfg.model
+    parts = [part for part in source.parts if part in model.parts]
+    ignored = () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)  # basic blocks have no 1x1
     names = [name for part, name in CONVENTIONS if part in parts and name not in ignored]
-    if here.part_norms()["backbone"].weight_standardization:
+    if model.part_norms()["backbone"].weight_standardization:
         names.append("pixel_std")
-    different = _differences(names, there, here)
+    different = _differences(names, file_model, model)
     if different and cfg.train.source.differences == "refuse":
-        preset = f"; model.compat={there.compat} sets all of its toolkit's conventions"
+        preset = f"; model.compat={file_model.compat} sets all of its toolkit's conventions"
         raise CheckpointError(
             "\n  ".join([f"{source.path}: its weights mean something else in this model:", *different])
-            + f"\n  set these options as in the file{preset if there.compat != here.compat else ''}; where "
-            "the file cannot tell and its toolkit's custom was assumed, train.source.* states what is true; "
-            "train.source.differences=report fine-tunes anyway"
+            + f"\n  set these options as in the file{preset if file_model.compat != model.compat else ''}; if the "
+            "file does not state them and gndet assumed its toolkit's usual values, state the true ones in "
+            "train.source.*; train.source.differences=report fine-tunes anyway"
         )
     lines = [f"warning: {line}" for line in different]
-    if there.pixel_std != here.pixel_std:
-        lines.append(f"pixel_std {there.pixel_std} of the file folded into the stem, exactly")
-    lines += _differences([name for part, name in NOTED if part in parts], there, here)
-    differing = mismatched(source, here)
+    if file_model.pixel_std != model.pixel_std:
+        lines.append(f"pixel_std {file_model.pixel_std} of the file is folded into the stem, exactly")
+    lines += _differences([name for part, name in NOTED if part in parts], file_model, model)
+    differing = mismatched(source, model)
     same = [part for part in parts if part not in differing]
     if source.parts != ("backbone",):  # classifiers see no padding
-        lines += padding_warnings(there, here, [part for part in PADDED if part in same])
-    for part in [part for part in same if part in here.normed_parts]:
-        old, new = there.part_norms()[part], here.part_norms()[part]
+        lines += padding_warnings(file_model, model, [part for part in PADDED if part in same])
+    for part in [part for part in same if part in model.normed_parts]:
+        old, new = file_model.part_norms()[part], model.part_norms()[part]
         if new.is_group_norm and old.eps != new.eps:
-            lines.append(f"{part}.norm: eps {old.eps:g} of the file is kept, {new.eps:g} is the config's")
+            lines.append(f"{part}.norm: eps {old.eps:g} of the file is kept, not {new.eps:g} of the config")
     return lines
 
 
-def padding_warnings(there: ModelConfig, here: ModelConfig, parts: Sequence[str] = PADDED) -> list[str]:
-    """Warn of each part whose GN, LN or IN was trained with padding in its statistics and runs without, or reversed."""
+def padding_warnings(file_model: ModelConfig, model: ModelConfig, parts: Sequence[str] = PADDED) -> list[str]:
+    """Warn of each part whose GN, LN or IN was trained with padding in its statistics and now is not, or vice versa."""
     words = {True: "masked", False: "plain"}
     return [
-        f"warning: {part}.norm was trained with padding: {words[old.masked]}, here it is {words[new.masked]}; they "
-        "differ where pictures of a batch have different sizes"
-        for part, old, new in ((part, there.part_norms()[part], here.part_norms()[part]) for part in parts)
+        f"warning: {part}.norm was trained with padding: {words[old.masked]}, here it is {words[new.masked]}; "
+        "results differ if a batch mixes picture sizes"
+        for part, old, new in ((part, file_model.part_norms()[part], model.part_norms()[part]) for part in parts)
         if new.is_group_norm and old.masked != new.masked
     ]
 
 
-def _differences(options: Iterable[str], there: ModelConfig, here: ModelConfig) -> list[str]:
-    values = [(name, attrgetter(name)(there), attrgetter(name)(here)) for name in options]
+def _differences(options: Iterable[str], file_model: ModelConfig, model: ModelConfig) -> list[str]:
+    values = [(name, attrgetter(name)(file_model), attrgetter(name)(model)) for name in options]
     return [f"model.{name}: {old} in the file, {new} here" for name, old, new in values if old != new]

@@ -1,6 +1,6 @@
-"""What becomes of a part whose norm in the file is not the model's (`train.norm_policy`): nothing is guessed.
+"""Handle parts whose norm in the file differs from the model's (`train.norm_policy`), without guessing.
 
-A part is one of ModelConfig.parts; `there` is the file's norm, `here` the model's.
+A part is one of ModelConfig.parts.
 """
 
 import statistics
@@ -17,28 +17,30 @@ from gndet.weights.convert import Fate, convert_batch_norm
 from gndet.weights.read import Source
 
 CHOICES = {  # policies that are not `error`
-    "hybrid": "the parts that are BN in the file stay so, frozen",
+    "hybrid": "the parts that have BN in the file keep it, frozen",
     "convert": "GN that computes nearly the same, in closed form from the file alone",
-    "calibrate": "the same where the file has statistics, then gamma and beta fitted on training images",
+    "calibrate": "as convert if the file has statistics, then gamma and beta fitted on training images",
     "affine": "gamma and beta copied by name, which destroys the features",
-    "reinit": "the convolutions only, the norms anew",
+    "reinit": "the convolutions only; the norms start anew",
 }
 AS_IN_FILE = "as in the file"
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig, NormConfig]]:
-    """Return the parts of the file whose norm there and norm here compute different things from the same numbers.
+    """Return the file's and the model's norm of each part for which the two compute different things from one state.
 
-    That includes weight standardization here of weights without it there; the reverse folds into the weights exactly.
+    That includes weight standardization in the model for weights trained without it; the reverse folds into the weights
+    exactly.
     """
-    theirs, ours = source.model.part_norms(), model.part_norms()
+    file_norms, model_norms = source.model.part_norms(), model.part_norms()
     used = [part for part in source.parts if part in source.model.normed_parts and part in model.normed_parts]
-    pairs = {part: (theirs[part], ours[part]) for part in used}
+    pairs = {part: (file_norms[part], model_norms[part]) for part in used}
     return {
-        part: (there, here)
-        for part, (there, here) in pairs.items()
-        if _family(there) != _family(here) or (here.weight_standardization and not there.weight_standardization)
+        part: (file_norm, model_norm)
+        for part, (file_norm, model_norm) in pairs.items()
+        if _family(file_norm) != _family(model_norm)
+        or (model_norm.weight_standardization and not file_norm.weight_standardization)
     }
 
 
@@ -53,19 +55,19 @@ def _family(norm: NormConfig) -> tuple[object, ...]:
 
 
 def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> ModelConfig:
-    """Return the model's config after `hybrid`, which changes parts of it; refuse a policy that cannot work.
+    """Return the model's config, in which `hybrid` changes the norms of parts; refuse a policy that cannot work.
 
-    Raises CheckpointError where the norms differ and no policy is named, with the choices, and where the file lacks
-    what the policy needs.
+    Raises CheckpointError, with the choices, if norms differ and no policy is set, or if the file lacks what the policy
+    needs.
     """
     differing = mismatched(source, model)
     clashes = {
-        part: f"its {part} has {_words(there)}, this model has {_words(here)}"
-        for part, (there, here) in differing.items()
+        part: f"its {part} has {_words(file_norm)}, this model has {_words(model_norm)}"
+        for part, (file_norm, model_norm) in differing.items()
     }
     if differing and train.norm_policy == "error":
-        keep = [f"model.{part}.norm={{kind: {_as_override(there)}}}" for part, (there, _) in differing.items()]
-        live = any(there.mixes_images for there, _ in differing.values())
+        keep = [f"model.{part}.norm={{kind: {_as_override(file_norm)}}}" for part, (file_norm, _) in differing.items()]
+        live = any(file_norm.mixes_images for file_norm, _ in differing.values())
         hint = "; frozen_bn keeps its statistics" if live else ""
         able = [
             f"  train.norm_policy={policy:<10}  {words}" for policy, words in CHOICES.items()
@@ -86,15 +88,15 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
         return model
     frozen = {
         part: getattr(model, part).model_copy(
-            update={"norm": NormConfig(kind="frozen_bn", eps=there.eps, padding=here.padding)}
+            update={"norm": NormConfig(kind="frozen_bn", eps=file_norm.eps, padding=model_norm.padding)}
         )
-        for part, (there, here) in differing.items()
+        for part, (file_norm, model_norm) in differing.items()
     }
     return model.model_copy(update=frozen)
 
 
 def _as_override(norm: NormConfig) -> str:
-    """Return what model.PART.norm must be for the part to stay as it is."""
+    """Return the value of model.PART.norm that keeps the part as it is."""
     groups = "channels_per_group" if norm.channels_per_group else "groups"
     return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.kind == "gn" else "")
 
@@ -104,70 +106,80 @@ def _words(norm: NormConfig) -> str:
     return norm.kind + (f" ({norm.grouping})" if norm.kind == "gn" else "") + standardized
 
 
-def _unable(policy: str, part: str, there: NormConfig, here: NormConfig, source: Source) -> str:
-    """Say why a policy cannot bring a part from one norm to another; empty where it can."""
-    is_batch, to_group = there.has_running_statistics, here.is_group_norm
+def _unable(policy: str, part: str, file_norm: NormConfig, model_norm: NormConfig, source: Source) -> str:
+    """Return why a policy cannot take a part from the file's norm to the model's; empty if it can."""
+    is_batch, to_group = file_norm.has_running_statistics, model_norm.is_group_norm
     if policy == "hybrid" and not is_batch:
-        return "it keeps BN frozen, and the file has none there"
+        return "it keeps BN frozen, but the file has no BN in this part"
     if policy in ("convert", "calibrate") and not to_group:
-        return f"it makes GN (or ln, in) out of what the file has, not {here.kind}"
-    if policy in ("convert", "calibrate") and here.weight_standardization and not there.weight_standardization:
+        return f"it can turn the file's norm into gn, ln or in, not into {model_norm.kind}"
+    if (
+        policy in ("convert", "calibrate")
+        and model_norm.weight_standardization
+        and not file_norm.weight_standardization
+    ):
         return "weight standardization changes the convolutions themselves"
     if policy == "convert" and not is_batch:
         return "the closed form needs BN's statistics; calibrate measures on images instead"
     if policy == "convert" and part in source.fused:
         return "the file's BN layers are affine maps whose statistics are gone; calibrate measures on images instead"
-    if policy == "affine" and "none" in (there.kind, here.kind):
-        return "there is no gamma and beta on both sides"
+    if policy == "affine" and "none" in (file_norm.kind, model_norm.kind):
+        return "one of the two norms has no gamma and beta"
     return ""
 
 
 def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str, Tensor], dict[str, Fate]]:
-    """Turn the norm layers of a file into those of the model, by train.norm_policy where they differ.
+    """Turn the norm layers of a file into those of the model, by train.norm_policy if they differ.
 
     model: built from cfg.model.  Returns the source's state without the tensors that start anew, and what became of
     each norm layer.
     """
     state, fates = dict(source.state), {}
-    differing, theirs, ours = mismatched(source, cfg.model), source.model.part_norms(), cfg.model.part_norms()
+    differing, file_norms, model_norms = (
+        mismatched(source, cfg.model),
+        source.model.part_norms(),
+        cfg.model.part_norms(),
+    )
     for name, module in model.named_modules():
         part = name.partition(".")[0]
         if not name.endswith(".norm") or part not in source.parts:
             continue
-        there, here, conv = theirs[part], ours[part], name.removesuffix("norm") + "conv"
-        gamma, own = state.get(f"{name}.weight"), getattr(module, "weight", None)
-        if f"{conv}.weight" not in state or (gamma is not None and own is not None and gamma.shape != own.shape):
-            continue  # the loading says what is absent or of another shape, and the likely cause
-        if there.weight_standardization and not here.weight_standardization:
+        file_norm, model_norm, conv = file_norms[part], model_norms[part], name.removesuffix("norm") + "conv"
+        gamma, model_gamma = state.get(f"{name}.weight"), getattr(module, "weight", None)
+        if f"{conv}.weight" not in state or (
+            gamma is not None and model_gamma is not None and gamma.shape != model_gamma.shape
+        ):
+            continue  # load_weights will report what is missing or has another shape, and the likely cause
+        if file_norm.weight_standardization and not model_norm.weight_standardization:
             state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact
         if part in differing:
-            fates[name] = _carry(name, state, source, there, module, cfg.train)
-        elif there.kind != "none":
-            _same_eps(name, state, there, here)
-            if here.is_group_norm and there.eps != here.eps and f"{name}.eps" not in state:
-                state[f"{name}.eps"] = torch.tensor(there.eps, dtype=torch.float64)
-            fates[name] = Fate(AS_IN_FILE + (", frozen" if here.kind == "frozen_bn" else ""))
+            fates[name] = _carry(name, state, source, file_norm, module, cfg.train)
+        elif file_norm.kind != "none":
+            _same_eps(name, state, file_norm, model_norm)
+            if model_norm.is_group_norm and file_norm.eps != model_norm.eps and f"{name}.eps" not in state:
+                state[f"{name}.eps"] = torch.tensor(file_norm.eps, dtype=torch.float64)
+            fates[name] = Fate(AS_IN_FILE + (", frozen" if model_norm.kind == "frozen_bn" else ""))
     return state, fates
 
 
 def _carry(
-    name: str, state: dict[str, Tensor], source: Source, there: NormConfig, module: Any, train: TrainConfig
+    name: str, state: dict[str, Tensor], source: Source, file_norm: NormConfig, module: Any, train: TrainConfig
 ) -> Fate:
-    """Bring one norm layer over, in place of the file's tensors in state."""
+    """Convert one norm layer: replace the file's tensors in state, and return what became of it."""
     old: dict[str, Any] = {key: state.pop(f"{name}.{key}", None) for key in (*STATISTICS, "num_batches_tracked", "eps")}
     policy = train.norm_policy
-    if policy == "reinit" or there.kind == "none":
+    if policy == "reinit" or file_norm.kind == "none":
         state.pop(name.removesuffix("norm") + "conv.bias", None)
         return Fate("anew")
-    needed = STATISTICS if there.has_running_statistics else STATISTICS[:2]
+    needed = STATISTICS if file_norm.has_running_statistics else STATISTICS[:2]
     if missing := [key for key in needed if old[key] is None]:
         raise CheckpointError(f"{source.path}: {name}.{missing[0]}: absent from the file")
-    if policy == "affine" or name.partition(".")[0] in source.fused or not there.has_running_statistics:
+    if policy == "affine" or name.partition(".")[0] in source.fused or not file_norm.has_running_statistics:
         state[f"{name}.weight"], state[f"{name}.bias"] = old["weight"], old["bias"]
-        return Fate(f"gamma and beta of {there.kind}{' copied by name' if policy == 'affine' else ''}")
+        return Fate(f"gamma and beta of {file_norm.kind}{' copied by name' if policy == 'affine' else ''}")
     try:
         new = convert_batch_norm(
-            old["weight"], old["bias"], old["running_mean"], old["running_var"], bn_eps=there.eps,
+            old["weight"], old["bias"], old["running_mean"], old["running_var"], bn_eps=file_norm.eps,
             groups=module.groups, eps=module.config_eps, damp=train.norm_damp,
         )  # fmt: skip
     except CheckpointError as error:
@@ -175,25 +187,25 @@ def _carry(
     state[f"{name}.weight"], state[f"{name}.bias"] = new.gamma, new.beta
     if new.eps != module.config_eps:
         state[f"{name}.eps"] = torch.tensor(new.eps, dtype=torch.float64)
-    return Fate(f"converted from {there.kind}, damp {train.norm_damp:g}", new.expected_error)
+    return Fate(f"converted from {file_norm.kind}, damp {train.norm_damp:g}", new.expected_error)
 
 
-def _same_eps(name: str, state: dict[str, Tensor], there: NormConfig, here: NormConfig) -> None:
-    """Make BN with the eps here compute what it computed with the eps there: exactly, in its variance or its gamma."""
-    if not there.has_running_statistics or there.eps == here.eps or f"{name}.running_var" not in state:
+def _same_eps(name: str, state: dict[str, Tensor], file_norm: NormConfig, model_norm: NormConfig) -> None:
+    """Adapt the variance or gamma of a BN to the model's eps, so that it computes exactly what it did in the file."""
+    if not file_norm.has_running_statistics or file_norm.eps == model_norm.eps or f"{name}.running_var" not in state:
         return
     var = state[f"{name}.running_var"].double()
-    if float(var.min()) + there.eps >= here.eps:
-        state[f"{name}.running_var"] = (var + there.eps - here.eps).float()
+    if float(var.min()) + file_norm.eps >= model_norm.eps:
+        state[f"{name}.running_var"] = (var + file_norm.eps - model_norm.eps).float()
     else:
-        ratio = ((var + here.eps) / (var + there.eps)).sqrt()
+        ratio = ((var + model_norm.eps) / (var + file_norm.eps)).sqrt()
         state[f"{name}.weight"] = (state[f"{name}.weight"].double() * ratio).float()
 
 
 def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> dict[str, nn.Module]:
-    """Return the file's own norm for each layer of the model that has another norm now, to compare a conversion with.
+    """Return the file's own norm for each layer whose norm was replaced, to compare the conversion with.
 
-    They are masked as the model's norms are, so that padding does not enter the comparison.
+    They are masked if the model's norms are, so that padding does not enter the comparison.
     """
     references: dict[str, nn.Module] = {}
     differing, state = mismatched(source, config), source.state
@@ -201,13 +213,13 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
         part = name.partition(".")[0]
         if part not in differing or not name.endswith(".norm"):
             continue
-        there, here = differing[part]
+        file_norm, model_norm = differing[part]
         tensors = {key: state[f"{name}.{key}"] for key in (*STATISTICS, "eps") if f"{name}.{key}" in state}
-        norm = there.model_copy(update={"padding": "masked" if here.masked else "plain"})
-        if there.kind == "none":  # the convolution's bias alone
+        norm = file_norm.model_copy(update={"padding": "masked" if model_norm.masked else "plain"})
+        if file_norm.kind == "none":  # only the convolution's bias
             norm = norm.model_copy(update={"kind": "frozen_bn", "eps": 0.0})
             tensors = {"bias": state[name.removesuffix("norm") + "conv.bias"]}
-        elif there.has_running_statistics:
+        elif file_norm.has_running_statistics:
             norm = norm.model_copy(update={"kind": "frozen_bn"})
         reference = make_norm(norm, len(module.weight))
         reference.load_state_dict(reference.state_dict() | tensors)

@@ -1,4 +1,4 @@
-"""From `train.weights` to a Source: what a gndet checkpoint or a file of another toolkit holds, in gndet's names.
+"""Read `train.weights`, a gndet checkpoint or a file of another toolkit, into a Source with gndet's names.
 
 K classes; the background is the last row of the layer BACKGROUND.
 """
@@ -15,7 +15,7 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 
-PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")  # those that a file may hold
+PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")  # parts that a file may hold
 STEM = "backbone.stem.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows per class
@@ -23,41 +23,41 @@ MAX_NAMED = 5  # tensors or keys that an error names
 
 
 class Source(NamedTuple):
-    """A weights file, understood: its tensors, the model in which they compute what they did, and the assumptions."""
+    """The content of a weights file: its tensors, the model in which they compute the same, and what was assumed."""
 
     path: str
     format: str
     state: dict[str, Tensor]  # by gndet's names
     model: ModelConfig
-    parts: tuple[str, ...]  # of PARTS, those it holds
-    classes: tuple[str, ...] | None  # None where the file does not tell
+    parts: tuple[str, ...]  # those of PARTS that the file holds
+    classes: tuple[str, ...] | None  # None if the file does not name them
     num_classes: int
-    fused: tuple[str, ...]  # parts whose BN layers are affine maps, their statistics gone
+    fused: tuple[str, ...]  # parts whose BN layers are affine maps without statistics
     notes: list[str]  # what was assumed and adapted, in words
-    unused: list[str]  # its keys that gndet has no use for
-    config: Config | None = None  # of a gndet checkpoint, the whole
-    category_ids: tuple[int, ...] | None = None  # of its classes, where the file tells
+    unused: list[str]  # keys of the file that gndet does not use
+    config: Config | None = None  # the whole config of a gndet checkpoint
+    category_ids: tuple[int, ...] | None = None  # of its classes, if the file states them
 
 
-def read_source(where: str, cfg: SourceConfig) -> Source:
-    """Read the weights that `where` names.
+def read_source(weights: str, cfg: SourceConfig) -> Source:
+    """Read the weights that `weights` names.
 
-    where: a gndet checkpoint or run folder; a file (.pth, .pkl, .safetensors ...); a weight name of torchvision, which
-    downloads it (ResNet50_Weights.IMAGENET1K_V2), or of timm where that is installed (timm:resnet50_gn.a1h_in1k).
-    Raises CheckpointError, ConfigError: nothing there, damaged, unsafe, of no known format or model, or no network,
-    with the address of the file to fetch.
+    weights: a gndet checkpoint or run folder; a file (.pth, .pkl, .safetensors ...); the name of weights that
+    torchvision downloads (ResNet50_Weights.IMAGENET1K_V2), or that timm does, if installed (timm:resnet50_gn.a1h_in1k).
+    Raises CheckpointError or ConfigError if there is no such file, if it is damaged, unsafe, or of an unknown format or
+    model, or if there is no network; that error says which file to download.
     """
-    path = Path(where)
+    path = Path(weights)
     if path.is_dir() or (path.exists() and cfg.format == "gndet"):
         return _gndet(path, cfg)
-    # the readers of other toolkits are an optional extra of fine-tuning: training from scratch does not load them
+    # imported here because training from scratch does not need the readers of other toolkits
     from gndet.weights.foreign.source import read_foreign
 
-    return read_foreign(where, cfg)
+    return read_foreign(weights, cfg)
 
 
 def _gndet(path: Path, cfg: SourceConfig) -> Source:
-    """Read a gndet checkpoint: its averaged weights if there are any, else its weights."""
+    """Read a gndet checkpoint: its averaged weights if it has any, else its weights."""
     checkpoint = load_checkpoint(resolve(path))
     meta, groups = checkpoint.meta, checkpoint.groups
     for key, kind in (("classes", list), ("config", dict)):
@@ -67,11 +67,11 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
     group = "ema" if "ema" in groups else "model"
     if group not in groups:
         raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(groups)}")
-    free = ("classes", "differences")  # the rest describes files of other toolkits
-    if told := [name for name, value in cfg if name not in free and value not in (None, "auto", "gndet")]:
+    allowed = ("classes", "differences")  # the other options describe files of other toolkits
+    if stated := [name for name, value in cfg if name not in allowed and value not in (None, "auto", "gndet")]:
         raise ConfigError(
-            f"train.source.{told[0]}: {checkpoint.path} is a gndet checkpoint, which says itself what it is; "
-            "train.source is for files of other toolkits"
+            f"train.source.{stated[0]}: {checkpoint.path} is a gndet checkpoint, which describes itself; remove the "
+            "option: it is for files of other toolkits"
         )
     state, classes = groups[group], tuple(meta["classes"])
     if cfg.classes and len(cfg.classes) != len(classes):
@@ -88,7 +88,7 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
 
 
 def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ...]:
-    """Return the parts whose BN layers all have mean 0 and variance 1: gamma and beta hold the real statistics."""
+    """Return the parts whose BN layers all have mean 0 and variance 1: gamma and beta absorbed the real statistics."""
     identity = defaultdict(list)
     for key in state:
         layer, _, parameter = key.rpartition(".")
@@ -100,6 +100,6 @@ def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ..
 
 
 def first_few(lines: Sequence[str]) -> list[str]:
-    """Return as many lines as an error names, and how many more there are."""
+    """Return the first MAX_NAMED lines, and a line that says how many more there are."""
     more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
     return [*lines[:MAX_NAMED], *more]

@@ -191,7 +191,7 @@ def test_gn_weights_under_another_padding_are_warned_of(tmp_path: Path, old: str
     path = save(tmp_path / "a", file, build_model(file.model, len(CLASSES)).state_dict())
     cfg = config({**GN, "padding": new}, train=weights(path))
     said = [note for note in initial_model(cfg, CLASSES).notes if note.startswith("warning")]
-    words = f"trained with padding: {old}, here it is {new}; they differ where pictures of a batch have different sizes"
+    words = f"trained with padding: {old}, here it is {new}; results differ if a batch mixes picture sizes"
     parts = [] if old == new else ["backbone", "fpn"]  # the heads' regions have no padding
     assert said == [f"warning: {part}.norm was {words}" for part in parts]
 

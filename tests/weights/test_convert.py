@@ -1,4 +1,4 @@
-"""BN made GN: the closed form against cases worked by hand, the calibration against a slow one, and a real network."""
+"""BN to GN: test the closed form by hand-worked cases, the calibration by a slow solver, and both on a real network."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def frozen_bn(eps: float = 1e-5) -> FrozenBatchNorm:
-    """A BN in which no two channels are alike; the last is switched off."""
+    """Return a BN in which all channels differ and the last is switched off."""
     bn = FrozenBatchNorm(C, eps, masked=True).double()
     bn.weight, bn.bias, bn.running_mean = rand(C, seed=1), rand(C, seed=2), 2 * rand(C, seed=3)
     bn.running_var = rand(C, seed=4).exp()
@@ -42,7 +42,7 @@ def gn_of(new: Converted, groups: int = GROUPS) -> GroupNorm:
 
 
 def typical(bn: FrozenBatchNorm, groups: int) -> Tensor:
-    """Samples (B, C, H, W) whose groups each have the mean and variance that BN's statistics give."""
+    """Return samples (B, C, H, W) whose groups have the mean and variance that BN's statistics imply."""
     x = (rand(B, C, H, W) * 3 + rand(B, C, 1, 1, seed=7)).view(B, groups, -1)
     mean, var = bn.running_mean.view(groups, -1), bn.running_var.view(groups, -1)
     group_mean = mean.mean(1)
@@ -61,7 +61,7 @@ def test_gn_is_bn_on_samples_with_the_groups_own_statistics(groups: int, damp: f
     torch.testing.assert_close(gn(x), bn(x), rtol=1e-5, atol=1e-5)
 
 
-def test_each_bn_s_own_eps_is_in_its_sigma() -> None:
+def test_bn_eps_is_part_of_sigma() -> None:
     gammas = []
     for eps in (0.0, 1e-5, 1e-3):
         bn = frozen_bn(eps)
@@ -71,7 +71,7 @@ def test_each_bn_s_own_eps_is_in_its_sigma() -> None:
     torch.testing.assert_close(gammas[2], gammas[0] * (1e-4 / 1.1e-3) ** 0.5)
 
 
-def test_damp_adds_so_many_mean_group_variances_to_eps() -> None:
+def test_damp_adds_a_multiple_of_the_mean_group_variance_to_eps() -> None:
     bn = frozen_bn()
     assert convert(bn, eps=3e-5).eps == 3e-5
     mean_var = sum(
@@ -108,7 +108,7 @@ def test_a_channel_that_was_off_stays_off_even_without_a_variance() -> None:
         ("running_var", 0.0, r"running variance of channel 2 is 0 and so is BN's eps"),
     ],
 )
-def test_numbers_that_are_no_bn_s_are_refused(name: str, value: float, message: str) -> None:
+def test_invalid_bn_statistics_are_refused(name: str, value: float, message: str) -> None:
     bn = frozen_bn(0.0)
     getattr(bn, name)[2] = value
     with pytest.raises(CheckpointError, match=message):
@@ -147,7 +147,7 @@ class TwoLayers(nn.Module):
 
 
 def two_layers() -> tuple[TwoLayers, dict[str, nn.Module]]:
-    """A network with GN, and the frozen BN of the network that it comes from."""
+    """Return a network with GN, and the frozen BN layers of the network that it was converted from."""
     second = frozen_bn()
     second.running_mean += 1
     references = {"norm1": frozen_bn(), "norm2": second}
@@ -155,7 +155,7 @@ def two_layers() -> tuple[TwoLayers, dict[str, nn.Module]]:
 
 
 def least_squares(x: Tensor, target: Tensor, gn: GroupNorm) -> Tensor:
-    """What GN gives for x (B, C, H, W) when channel by channel its affine map is fitted to target, by a solver."""
+    """Return GN's result for x (B, C, H, W) after a solver has fitted its affine map to target in each channel."""
     normal = F.group_norm(x, gn.groups, eps=gn.eps)
     result = torch.empty_like(x)
     for channel in range(C):
@@ -190,7 +190,7 @@ def test_a_channel_without_variance_keeps_its_affine_map() -> None:
     assert (norm.weight[3].item(), norm.bias[3].item()) == old and norm.weight.isfinite().all()
 
 
-def test_layers_are_fitted_in_forward_order_each_on_what_the_fitted_ones_before_give() -> None:
+def test_layers_are_fitted_in_forward_order_on_the_output_of_fitted_layers() -> None:
     model, references = two_layers()
     for layer in references.values():
         layer.weight[-1] = 0.5  # so that every channel is fitted
@@ -229,7 +229,7 @@ def test_what_lies_in_the_padding_does_not_matter(fit: bool) -> None:
 
 
 def test_a_masked_fit_is_that_of_the_pictures_alone() -> None:
-    """One picture padded, or without its padding: the same gamma, beta and error."""
+    """A picture gives the same gamma, beta and error with and without padding."""
     model, references = two_layers()
     alone, _ = two_layers()
     x, area = rand(1, 3, H, W), ValidArea.of(torch.tensor([[3, 4]] * 2), H, W)
@@ -266,7 +266,7 @@ def test_a_layer_that_adds_a_bias_can_be_the_reference() -> None:
             self.bias = bias
 
         def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-            return x + self.bias[:, None, None]  # also in the padding
+            return x + self.bias[:, None, None]  # in the padding too
 
     norm, x = GroupNorm(C, 1, 1e-5, masked=True).double(), rand(1, C, H, W)
     model, area = nn.ModuleDict({"norm": norm}), ValidArea.of(torch.tensor([[3, 4]] * 2), H, W)
@@ -277,7 +277,7 @@ def test_a_layer_that_adds_a_bias_can_be_the_reference() -> None:
     torch.testing.assert_close(norm(crop), crop + bias[:, None, None], rtol=1e-6, atol=1e-6)
 
 
-def test_modules_and_modes_are_put_back_whatever_happens() -> None:
+def test_modules_and_modes_are_restored_after_an_error() -> None:
     model, references = two_layers()
     model.train()
     model.norm2.eval()
@@ -315,13 +315,13 @@ def source(folder: Path) -> ResNet20:
 
 @pytest.fixture(scope="module")
 def images_and_truth(folder: Path, source: ResNet20) -> tuple[Tensor, Tensor, Tensor]:
-    """The 1,500 images, their labels, and what the BN network says."""
+    """Return the 1,500 images, their labels, and the predictions of the BN network."""
     images, labels = read_images(folder)
     return images, labels, predict(source, images)
 
 
 def scores(net: ResNet20, images_and_truth: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
-    """Top-1 and agreement with the BN network, in per cent."""
+    """Return top-1 accuracy and agreement with the BN network, in per cent."""
     images, labels, expected = images_and_truth
     predicted = predict(net, images)
     return tuple(100 * (predicted == truth).float().mean().item() for truth in (labels, expected))
@@ -330,7 +330,7 @@ def scores(net: ResNet20, images_and_truth: tuple[Tensor, Tensor, Tensor]) -> tu
 def test_a_converted_real_network_still_works_and_one_copied_by_name_does_not(
     source: ResNet20, images_and_truth: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """Top-1 and agreement of a real network; on 9,000 other images the BN network had 81.1."""
+    """On 9,000 other images the BN network reached a top-1 accuracy of 81.1."""
     _, labels, expected = images_and_truth
     assert 78 < 100 * (expected == labels).float().mean() < 86
     assert scores(by_name(source, group_norm()), images_and_truth)[0] < 20
@@ -357,7 +357,7 @@ def test_calibration_on_64_images_brings_a_real_network_closer(
 def test_expected_error_is_within_a_factor_of_the_measured_one(
     source: ResNet20, images_and_truth: tuple[Tensor, Tensor, Tensor], damp: float
 ) -> None:
-    """Layer by layer, each on the BN network's own maps: what the docstring of its formula says."""
+    """Check what the docstring of the formula says, for each layer on the BN network's own maps."""
     maps: dict[str, Tensor] = {}
     hooks = [
         bn.register_forward_pre_hook(lambda _, inputs, name=name: maps.update({name: inputs[0].clone()}))

@@ -1,4 +1,4 @@
-"""An export is the file that the toolkit itself would write, and computes there what the model computed here."""
+"""An export equals the file that the toolkit itself would write, and computes what the model computed in gndet."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +26,12 @@ from gndet.weights.foreign.files import write_torch
 from gndet.weights.read import Source, read_source
 
 CLASSES = ("ant", "bee", "cow")
-UNNAMED = SourceConfig(classes=CLASSES)  # detectron2 and torchvision do not say
+UNNAMED = SourceConfig(classes=CLASSES)  # detectron2 and torchvision do not name them
 NORMS = [("bn", "none", "2fc"), ("bn", "bn", "4conv1fc"), ("frozen_bn", "none", "2fc"), ("gn", "gn", "4conv1fc")]
 
 
 def through_disk(export: Export, folder: Path) -> Source:
-    """What an export's file is read as."""
+    """Write an export to a file and read it back."""
     path = folder / "exported.pth"
     write_torch(path, export.content)
     source = read_source(str(path), UNNAMED)
@@ -45,7 +45,7 @@ def through_disk(export: Export, folder: Path) -> Source:
         (toolkit, norms)
         for toolkit in TOOLKITS
         for norms in NORMS
-        if (toolkit, norms[0]) != ("mmdetection", "frozen_bn")  # which it has as bn in evaluation
+        if (toolkit, norms[0]) != ("mmdetection", "frozen_bn")  # mmdetection uses bn in evaluation mode instead
     ],
 )  # fmt: skip
 def test_a_file_is_exported_as_it_was_and_read_again_as_it_was(
@@ -58,7 +58,7 @@ def test_a_file_is_exported_as_it_was_and_read_again_as_it_was(
     first = read_source(str(tmp_path / "file.pth"), UNNAMED)
     if toolkit == "mmdetection" and backbone == "gn":
         first = first._replace(model=first.model.model_copy(update={"pixel_std": (58.395, 57.12, 57.375)}))
-        file |= {"backbone.conv1.weight": file["backbone.conv1.weight"].flip(1)}  # taken for BGR; written as RGB
+        file |= {"backbone.conv1.weight": file["backbone.conv1.weight"].flip(1)}  # read as BGR; written as RGB
     export = export_weights(first.state, first.model, CLASSES, toolkit)
     assert export.tensors.keys() == file.keys()
     assert all(torch.equal(export.tensors[key], value) for key, value in file.items())
@@ -88,7 +88,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def of_torchvision(kind: str) -> nn.Module:
-    """A Mask R-CNN of torchvision, without memory."""
+    """Return a Mask R-CNN of torchvision on the meta device."""
     sizes: dict[str, Any] = {"weights": None, "weights_backbone": None, "num_classes": NUM_CLASSES + 1}
     with torch.device("meta"):
         if kind == "v1":
@@ -125,7 +125,7 @@ def test_torchvision_s_own_models_load_an_export_strictly(
     of_torchvision(kind).load_state_dict(export.tensors, strict=True, assign=True)
 
 
-# --- what a toolkit's settings cannot say is in the weights
+# --- the weights contain what a toolkit's settings cannot express
 
 
 def with_norms(norm: NormConfig, **changes: object) -> ModelConfig:
@@ -135,7 +135,7 @@ def with_norms(norm: NormConfig, **changes: object) -> ModelConfig:
 
 
 def damped(model: MaskRCNN) -> None:
-    """An eps of its own for every norm, as after a conversion from BN."""
+    """Give every norm a different eps, as after a conversion from BN."""
     for number, module in enumerate(module for module in model.modules() if isinstance(module, GroupNorm)):
         module.eps = 0.05 * (1 + number % 7)
 
@@ -166,19 +166,19 @@ def test_features_of_an_export_are_the_model_s(tmp_path: Path, name: str, toolki
     model.load_state_dict(weights(cfg))
     change(model)
     export = export_weights(model.state_dict(), cfg, CLASSES, toolkit)
-    mean = SourceConfig(classes=CLASSES, pixel_mean=cfg.pixel_mean)  # which the toolkit's settings say
+    mean = SourceConfig(classes=CLASSES, pixel_mean=cfg.pixel_mean)  # a setting of the toolkit
     path = tmp_path / "exported.pth"
     write_torch(path, export.content)
     source = read_source(str(path), mean)
     assert not any(key.endswith(".eps") for key in source.state) and not source.unused
     norm = source.model.part_norms()["backbone"]
     assert not norm.weight_standardization and norm.eps == 1e-5
-    again = build_model(source.model, NUM_CLASSES)
-    again.load_state_dict(source.state, strict=True)
+    reread = build_model(source.model, NUM_CLASSES)
+    reread.load_state_dict(source.state, strict=True)
     image = torch.randint(0, 256, (1, 3, 64, 96), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    for found, expected in zip(pyramid_of(again, image), pyramid_of(model, image), strict=True):
+    for found, expected in zip(pyramid_of(reread, image), pyramid_of(model, image), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-    expected_std = {"detectron2": (1.0, 1.0, 1.0), "torchvision": (58.395, 57.12, 57.375)}  # mmdetection says its own
+    expected_std = {"detectron2": (1.0, 1.0, 1.0), "torchvision": (58.395, 57.12, 57.375)}  # mmdetection states its own
     assert source.model.pixel_std == expected_std.get(toolkit, cfg.pixel_std)
 
 
@@ -189,19 +189,19 @@ def test_heads_of_an_export_are_the_model_s(tmp_path: Path, toolkit: str) -> Non
     model.load_state_dict(weights(cfg))
     change(model)
     source = through_disk(export_weights(model.state_dict(), cfg, CLASSES, toolkit), tmp_path)
-    again = build_model(source.model, NUM_CLASSES).double().eval()
-    again.load_state_dict(source.state, strict=True)
+    reread = build_model(source.model, NUM_CLASSES).double().eval()
+    reread.load_state_dict(source.state, strict=True)
     model.double().eval()
     x = torch.randn(2, 32, 14, 14, dtype=torch.float64)
     with torch.no_grad():
         for part in ("box_head", "mask_head"):
             found, expected = x, x
-            for ours, theirs in zip(getattr(model, part).convs, getattr(again, part).convs, strict=True):
-                expected, found = ours(expected), theirs(found)
+            for conv, reread_conv in zip(getattr(model, part).convs, getattr(reread, part).convs, strict=True):
+                expected, found = conv(expected), reread_conv(found)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_toolkit_does_otherwise_is_said() -> None:
+def test_an_export_reports_what_the_toolkit_does_differently() -> None:
     cfg = detector("gn", "gn", depth=18).model_copy(update={"norm": NormConfig(kind="gn", groups=16)})
     cfg = cfg.model_copy(update={"rpn": cfg.rpn.model_copy(update={"anchor_sizes": (8.0, 16.0, 32.0, 64.0, 128.0)})})
     notes = export_weights(weights(cfg), cfg, CLASSES, "torchvision").notes

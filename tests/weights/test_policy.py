@@ -1,4 +1,4 @@
-"""Weights with other norms than the model's: refused, kept, converted or fitted as train.norm_policy says."""
+"""If weights have other norms than the model, train.norm_policy refuses, keeps, converts or fits them."""
 
 import copy
 import shutil
@@ -35,19 +35,19 @@ NORMED = tuple(part for part in WHOLE if part != "rpn")  # the RPN has no norm
 
 @pytest.fixture(scope="module")
 def bn() -> MaskRCNN:
-    """A detector with BN everywhere."""
+    """Return a detector with BN everywhere."""
     return lived_in(config(BN))
 
 
 @pytest.fixture(scope="module")
 def files(bn: MaskRCNN, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
-    """It, and its backbone alone, as checkpoints."""
+    """Save that detector, and its backbone alone, as checkpoints."""
     folder = tmp_path_factory.mktemp("bn")
     return {parts: save(folder / str(len(parts)), config(BN), bn.state_dict(), parts) for parts in (ALONE, WHOLE)}
 
 
 def start(weights: str, policy: str, norm: dict[str, Any] = GN, images: bool = False, **model: Any) -> InitialModel:
-    """The model that training starts with."""
+    """Return the model that training starts with."""
     train = {"weights": weights, "norm_policy": policy, "calibration_images": 4}
     cfg = config(norm, train=train, **model)
     return initial_model(cfg, CLASSES, images=dataset(cfg) if images else None)
@@ -58,7 +58,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def by_hand(state: dict[str, Tensor], model: MaskRCNN, name: str, damp: float = 1.0, bn_eps: float = 1e-5) -> Any:
-    """What the closed form makes of one BN layer of a file."""
+    """Convert one BN layer of a file by the closed form."""
     numbers = (state[f"{name}.{key}"] for key in ("weight", "bias", *STATISTICS))
     return convert_batch_norm(*numbers, bn_eps=bn_eps, groups=model.get_submodule(name).groups, eps=1e-5, damp=damp)
 
@@ -86,17 +86,19 @@ def test_hybrid_keeps_the_parts_of_the_file_as_frozen_bn_and_no_others(
     model, cfg, _, fates = start(files[parts], "hybrid")
     kinds = {part: norm.kind for part, norm in cfg.model.part_norms().items()}
     assert kinds == {part: "none" if part == "rpn" else "frozen_bn" if part in parts else "gn" for part in WHOLE}
-    own, file = model.state_dict(), bn.state_dict()
+    state, file = model.state_dict(), bn.state_dict()
     names = [name for name in norm_names(model) if name.partition(".")[0] in parts]
     assert list(fates) == names and {fate.what for fate in fates.values()} == {"as in the file, frozen"}
     for name in names:
-        assert all(torch.equal(own[f"{name}.{key}"], file[f"{name}.{key}"]) for key in ("weight", "bias", *STATISTICS))
+        assert all(
+            torch.equal(state[f"{name}.{key}"], file[f"{name}.{key}"]) for key in ("weight", "bias", *STATISTICS)
+        )
     batch = pictures(cfg)
     got, expected = features(model, batch), features(bn, batch)
     for level in [level for level in got if level.startswith("C") or "fpn" in parts]:
         torch.testing.assert_close(got[level], expected[level], rtol=1e-4, atol=1e-4)
     if parts == WHOLE:
-        boxes = [one.detect(batch.images, batch.sizes, batch.padded).boxes for one in (model, bn)]
+        boxes = [net.detect(batch.images, batch.sizes, batch.padded).boxes for net in (model, bn)]
         torch.testing.assert_close(*boxes, rtol=1e-3, atol=1e-2)
 
 
@@ -106,15 +108,15 @@ def test_convert_is_the_closed_form_in_every_layer_and_leaves_the_rest(
 ) -> None:
     model, cfg, _, fates = start(files[parts], "convert")
     assert {norm.kind for norm in cfg.model.part_norms().values()} == {"gn", "none"}
-    own, file = model.state_dict(), bn.state_dict()
+    state, file = model.state_dict(), bn.state_dict()
     names = [name for name in norm_names(model) if name.partition(".")[0] in parts]
     for name in names:
         new = by_hand(file, model, name)
-        assert torch.equal(own[f"{name}.weight"], new.gamma) and torch.equal(own[f"{name}.bias"], new.beta)
+        assert torch.equal(state[f"{name}.weight"], new.gamma) and torch.equal(state[f"{name}.bias"], new.beta)
         assert model.get_submodule(name).eps == new.eps > 1e-5
         assert fates[name].what == "converted from bn, damp 1" and fates[name].expected_error == new.expected_error
-    others = [key for key in own if key.partition(".")[0] in parts and ".norm." not in key]
-    assert list(fates) == names and all(torch.equal(own[key], file[key]) for key in others)
+    others = [key for key in state if key.partition(".")[0] in parts and ".norm." not in key]
+    assert list(fates) == names and all(torch.equal(state[key], file[key]) for key in others)
 
 
 @pytest.mark.parametrize("damp", [0, 4])
@@ -138,16 +140,16 @@ def test_a_layers_own_eps_outlives_files_rebuilding_averaging_and_copies(
     rebuilt.load_state_dict(load_checkpoint(tmp_path / "a").groups["model"])
     average = average_weights(model, 0.9)
     average.update_parameters(model)
-    again = build_model(cfg.model, len(CLASSES))
-    again.load_state_dict(average.module.state_dict())
-    for one in (rebuilt, average.module, again, copy.deepcopy(model)):
-        assert {name: one.get_submodule(name).eps for name in eps} == eps
+    from_average = build_model(cfg.model, len(CLASSES))
+    from_average.load_state_dict(average.module.state_dict())
+    for other in (rebuilt, average.module, from_average, copy.deepcopy(model)):
+        assert {name: other.get_submodule(name).eps for name in eps} == eps
     batch = pictures(cfg)
     assert same(features(rebuilt, batch), features(model, batch))
 
 
 def test_a_layers_own_eps_lies_where_its_weights_lie() -> None:
-    """NCCL broadcasts no tensor of the CPU."""
+    """NCCL cannot broadcast CPU tensors."""
     norm = GroupNorm(32, 2, 1e-5, masked=True).to("meta")
     norm.eps = 0.5
     assert {tensor.device.type for tensor in norm.state_dict().values()} == {"meta"}
@@ -177,15 +179,15 @@ def test_calibration_measures_what_the_two_networks_differ_by(bn: MaskRCNN, file
 
 
 def test_calibration_twice_gives_the_same_weights(files: dict[tuple[str, ...], str]) -> None:
-    one, two = (start(files[WHOLE], "calibrate", images=True) for _ in range(2))
-    assert same(one.model.state_dict(), two.model.state_dict()) and one.fates == two.fates
-    assert any(key.endswith("norm.eps") for key in one.model.state_dict())
+    first, second = (start(files[WHOLE], "calibrate", images=True) for _ in range(2))
+    assert same(first.model.state_dict(), second.model.state_dict()) and first.fates == second.fates
+    assert any(key.endswith("norm.eps") for key in first.model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["bn", "frozen_bn"])
 def test_padding_beside_the_pictures_does_not_enter_a_calibration(bn: MaskRCNN, tmp_path: Path, kind: str) -> None:
-    there = config({"kind": kind})
-    source = read_source(save(tmp_path / "a", there, bn.state_dict(), ("backbone", "fpn")), there.train.source)
+    file_cfg = config({"kind": kind})
+    source = read_source(save(tmp_path / "a", file_cfg, bn.state_dict(), ("backbone", "fpn")), file_cfg.train.source)
     cfg, results = config(train={"norm_policy": "calibrate"}), []
     for canvas in ((96, 96), (160, 128)):
         model = build_model(cfg.model, len(CLASSES))
@@ -200,8 +202,8 @@ def test_padding_beside_the_pictures_does_not_enter_a_calibration(bn: MaskRCNN, 
 
 def test_affine_copies_gamma_and_beta_by_name(bn: MaskRCNN, files: dict[tuple[str, ...], str]) -> None:
     model, _, _, fates = start(files[WHOLE], "affine")
-    own, file = model.state_dict(), bn.state_dict()
-    assert all(torch.equal(own[key], file[key]) for key in own)
+    state, file = model.state_dict(), bn.state_dict()
+    assert all(torch.equal(state[key], file[key]) for key in state)
     assert {fate.what for fate in fates.values()} == {"gamma and beta of bn copied by name"}
     assert all(model.get_submodule(name).eps == 1e-5 for name in fates)
 
@@ -209,18 +211,18 @@ def test_affine_copies_gamma_and_beta_by_name(bn: MaskRCNN, files: dict[tuple[st
 def test_affine_from_gn_gives_bn_its_gamma_and_beta_and_fresh_statistics(tmp_path: Path) -> None:
     file = lived_in(config()).state_dict()
     model = start(save(tmp_path / "a", config(), file), "affine", BN).model
-    own = model.state_dict()
-    assert all(torch.equal(own[key], file[key]) for key in own if key in file)
+    state = model.state_dict()
+    assert all(torch.equal(state[key], file[key]) for key in state if key in file)
     assert all(model.get_submodule(name).running_var.eq(1).all() for name in norm_names(model))
 
 
-@pytest.mark.parametrize("here", [GN, NONE])
-def test_reinit_takes_the_convolutions_only(bn: MaskRCNN, files: dict[tuple[str, ...], str], here: dict) -> None:
-    model, _, _, fates = start(files[WHOLE], "reinit", here, images=True)
-    own, file = model.state_dict(), bn.state_dict()
-    fresh = initial_model(config(here), CLASSES).model.state_dict()
-    for key, value in own.items():
-        anew = ".norm." in key or (here == NONE and key.endswith(".conv.bias") and key not in file)
+@pytest.mark.parametrize("norm_cfg", [GN, NONE])
+def test_reinit_takes_the_convolutions_only(bn: MaskRCNN, files: dict[tuple[str, ...], str], norm_cfg: dict) -> None:
+    model, _, _, fates = start(files[WHOLE], "reinit", norm_cfg, images=True)
+    state, file = model.state_dict(), bn.state_dict()
+    fresh = initial_model(config(norm_cfg), CLASSES).model.state_dict()
+    for key, value in state.items():
+        anew = ".norm." in key or (norm_cfg == NONE and key.endswith(".conv.bias") and key not in file)
         assert torch.equal(value, fresh[key] if anew else file[key]), key
     assert {fate.what for fate in fates.values()} == {"anew"} and len(fates) == len(norm_names(bn))
 
@@ -229,7 +231,7 @@ def test_reinit_takes_the_convolutions_only(bn: MaskRCNN, files: dict[tuple[str,
 
 
 def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same network with its statistics put into gamma and beta, as Detectron's files have it."""
+    """Return the same network with its statistics folded into gamma and beta, as in Detectron's files."""
     result = dict(state)
     for name in {key.rpartition(".")[0] for key in state if key.endswith("running_var")}:
         sigma = (state[f"{name}.running_var"] + 1e-5).sqrt()
@@ -241,8 +243,8 @@ def fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_fused_bn_cannot_be_converted_and_can_be_calibrated(bn: MaskRCNN, tmp_path: Path) -> None:
-    there = config({"kind": "frozen_bn", "eps": 0})
-    path = save(tmp_path / "a", there, fused(bn.state_dict()), ALONE, fused=True)
+    file_cfg = config({"kind": "frozen_bn", "eps": 0})
+    path = save(tmp_path / "a", file_cfg, fused(bn.state_dict()), ALONE, fused=True)
     with pytest.raises(CheckpointError, match=r"convert is impossible: .* statistics are gone; calibrate measures"):
         start(path, "convert")
     model, cfg, _, fates = start(path, "calibrate", images=True)
@@ -254,9 +256,9 @@ def test_fused_bn_cannot_be_converted_and_can_be_calibrated(bn: MaskRCNN, tmp_pa
 
 
 def test_a_pyramid_without_norms_can_be_calibrated_or_begun_anew(tmp_path: Path) -> None:
-    there = config(GN, fpn={"norm": NONE})
-    file = lived_in(there)
-    path = save(tmp_path / "a", there, file.state_dict(), ("backbone", "fpn"))
+    file_cfg = config(GN, fpn={"norm": NONE})
+    file = lived_in(file_cfg)
+    path = save(tmp_path / "a", file_cfg, file.state_dict(), ("backbone", "fpn"))
     for policy in ("convert", "affine", "hybrid"):
         with pytest.raises(
             CheckpointError, match=rf"its fpn has none, this model has gn (.|\n)*{policy} is impossible"
@@ -275,9 +277,9 @@ def test_a_pyramid_without_norms_can_be_calibrated_or_begun_anew(tmp_path: Path)
 
 
 def test_gn_with_other_groups_needs_a_policy_and_can_be_calibrated(tmp_path: Path) -> None:
-    there = config({"kind": "gn", "groups": 8})
-    file = lived_in(there)
-    path = save(tmp_path / "a", there, file.state_dict(), ALONE)
+    file_cfg = config({"kind": "gn", "groups": 8})
+    file = lived_in(file_cfg)
+    path = save(tmp_path / "a", file_cfg, file.state_dict(), ALONE)
     with pytest.raises(CheckpointError, match=r"gn \(8 groups\)(.|\n)*model\.backbone\.norm=\{kind: gn, groups: 8\} "):
         start(path, "error")
     for policy in ("convert", "hybrid"):
@@ -285,28 +287,28 @@ def test_gn_with_other_groups_needs_a_policy_and_can_be_calibrated(tmp_path: Pat
             start(path, policy)
     model, cfg, _, _ = start(path, "calibrate", images=True)
     batch = pictures(cfg)
-    t, got, copied = (features(one, batch)["C5"] for one in (file, model, start(path, "affine").model))
+    t, got, copied = (features(net, batch)["C5"] for net in (file, model, start(path, "affine").model))
     assert (got - t).norm() < (copied - t).norm()
     kept = start(path, "error", backbone={"norm": {"kind": "gn", "groups": 8}}).model
     assert torch.equal(features(kept, batch)["C5"], t)
 
 
 def test_ln_is_gn_with_one_group(tmp_path: Path) -> None:
-    there = config({"kind": "ln"})
-    file = lived_in(there)
-    model = start(save(tmp_path / "a", there, file.state_dict()), "error", {"kind": "gn", "groups": 1}).model
+    file_cfg = config({"kind": "ln"})
+    file = lived_in(file_cfg)
+    model = start(save(tmp_path / "a", file_cfg, file.state_dict()), "error", {"kind": "gn", "groups": 1}).model
     assert same(model.state_dict(), file.state_dict())
-    batch = pictures(there)
+    batch = pictures(file_cfg)
     assert same(features(model, batch), features(file, batch))
 
 
 @pytest.mark.parametrize("kind", ["bn", "gn"])
 def test_standardized_weights_become_plain_ones_exactly_and_not_the_reverse(tmp_path: Path, kind: str) -> None:
     plain = {"kind": kind, "groups": 8}
-    there = config({**plain, "weight_standardization": True})
-    file = lived_in(there)
-    model = start(save(tmp_path / "a", there, file.state_dict()), "error", plain).model
-    batch = pictures(there)
+    file_cfg = config({**plain, "weight_standardization": True})
+    file = lived_in(file_cfg)
+    model = start(save(tmp_path / "a", file_cfg, file.state_dict()), "error", plain).model
+    batch = pictures(file_cfg)
     torch.testing.assert_close(features(model, batch), features(file, batch), rtol=1e-5, atol=1e-5)
     back = save(tmp_path / "b", config(plain), model.state_dict())
     with pytest.raises(CheckpointError, match=rf"its backbone has {kind}.*, this model has {kind}.* with weight stand"):
@@ -315,41 +317,41 @@ def test_standardized_weights_become_plain_ones_exactly_and_not_the_reverse(tmp_
         start(back, "convert", {"kind": "gn", "groups": 8, "weight_standardization": True})
 
 
-@pytest.mark.parametrize("there_eps", [0.0, 1e-5, 1e-3])
-@pytest.mark.parametrize("here", [{"kind": "bn", "eps": 1e-3}, {"kind": "frozen_bn", "eps": 0.0}])
+@pytest.mark.parametrize("file_eps", [0.0, 1e-5, 1e-3])
+@pytest.mark.parametrize("norm_cfg", [{"kind": "bn", "eps": 1e-3}, {"kind": "frozen_bn", "eps": 0.0}])
 def test_bn_computes_the_same_with_another_eps(
-    bn: MaskRCNN, tmp_path: Path, there_eps: float, here: dict[str, Any]
+    bn: MaskRCNN, tmp_path: Path, file_eps: float, norm_cfg: dict[str, Any]
 ) -> None:
-    there = config({"kind": "bn", "eps": there_eps})
-    file = build_model(there.model, len(CLASSES))
+    file_cfg = config({"kind": "bn", "eps": file_eps})
+    file = build_model(file_cfg.model, len(CLASSES))
     file.load_state_dict(bn.state_dict())
     for name in norm_names(file):
-        file.get_submodule(name).running_var *= 1e-3  # so that an eps counts
-    model = start(save(tmp_path / "a", there, file.state_dict(), ALONE), "error", here).model
-    batch = pictures(there)
+        file.get_submodule(name).running_var *= 1e-3  # so that eps matters
+    model = start(save(tmp_path / "a", file_cfg, file.state_dict(), ALONE), "error", norm_cfg).model
+    batch = pictures(file_cfg)
     got, expected = features(model, batch), features(file, batch)
     for level in ("C2", "C3", "C4", "C5"):
         torch.testing.assert_close(got[level], expected[level], rtol=1e-4, atol=1e-4 * expected[level].abs().max())
 
 
 def test_each_files_own_bn_eps_is_in_the_closed_form(bn: MaskRCNN, tmp_path: Path) -> None:
-    there = config({"kind": "bn", "eps": 0.05})
-    model = start(save(tmp_path / "a", there, bn.state_dict(), ALONE), "convert").model
+    file_cfg = config({"kind": "bn", "eps": 0.05})
+    model = start(save(tmp_path / "a", file_cfg, bn.state_dict(), ALONE), "convert").model
     for name in norm_names(model.backbone):
         new = by_hand(bn.backbone.state_dict(), model.backbone, name, bn_eps=0.05)
         assert torch.equal(model.backbone.get_submodule(name).weight, new.gamma)
 
 
-@pytest.mark.parametrize(("policy", "here"), [("error", BN), ("convert", GN)])
+@pytest.mark.parametrize(("policy", "norm_cfg"), [("error", BN), ("convert", GN)])
 def test_another_pixel_std_is_folded_into_the_stem(
-    bn: MaskRCNN, tmp_path: Path, policy: str, here: dict[str, Any]
+    bn: MaskRCNN, tmp_path: Path, policy: str, norm_cfg: dict[str, Any]
 ) -> None:
-    there = config(BN, pixel_std=[1.0, 2.0, 4.0])
-    path = save(tmp_path / "a", there, bn.state_dict(), ALONE)
-    unfolded, folded = (start(path, policy, here, **std) for std in ({"pixel_std": [1.0, 2.0, 4.0]}, {}))
+    file_cfg = config(BN, pixel_std=[1.0, 2.0, 4.0])
+    path = save(tmp_path / "a", file_cfg, bn.state_dict(), ALONE)
+    unfolded, folded = (start(path, policy, norm_cfg, **std) for std in ({"pixel_std": [1.0, 2.0, 4.0]}, {}))
     assert "folded into the stem" in "".join(folded.notes) and "folded" not in "".join(unfolded.notes)
-    batch = pictures(there)
-    got, expected = (features(one.model, batch) for one in (folded, unfolded))
+    batch = pictures(file_cfg)
+    got, expected = (features(initial.model, batch) for initial in (folded, unfolded))
     for level in ("C2", "C3", "C4", "C5"):
         torch.testing.assert_close(got[level], expected[level], rtol=1e-4, atol=1e-4 * expected[level].abs().max())
 
@@ -400,7 +402,7 @@ def test_calibration_without_pictures_is_refused(files: dict[tuple[str, ...], st
 
 
 def forget(folder: Path, update: int) -> None:
-    """Make a finished run one that was killed earlier: remove its newest checkpoint."""
+    """Remove the newest checkpoint of a finished run, as if the run had been killed earlier."""
     shutil.rmtree(folder / "checkpoints" / f"update-{update:07d}")
 
 
@@ -454,8 +456,8 @@ def test_hybrid_trains_what_is_not_frozen_and_evaluates_and_predicts(
     first = start(files[WHOLE], "hybrid").model.state_dict()
     for key, value in detector.model.state_dict().items():
         assert torch.equal(value, first[key]) == (".norm." in key), key
-    again = start(str(tmp_path / "run"), "error", {"kind": "frozen_bn"}).model  # a run is a file to start from
-    assert same(again.state_dict(), detector.model.state_dict())
+    restarted = start(str(tmp_path / "run"), "error", {"kind": "frozen_bn"}).model  # weights may be a run
+    assert same(restarted.state_dict(), detector.model.state_dict())
 
 
 def test_another_policy_is_another_run(files: dict[tuple[str, ...], str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights that cannot be used are refused with the file, the keys or the option, and what to do; nothing is guessed."""
+"""Unusable weights are refused; the error names the file, the keys or the option, and what to do."""
 
 import importlib.util
 import pickle
@@ -22,12 +22,12 @@ SMALL = detector("frozen_bn", "none", "2fc", 18)
 
 @pytest.fixture(scope="module")
 def small() -> dict[str, Tensor]:
-    """The tensors of a small frozen-BN detector by gndet's names."""
+    """Return the tensors of a small frozen-BN detector, by gndet's names."""
     return weights(SMALL)
 
 
 def refusal(where: Path | str, cfg: SourceConfig | None = None) -> str:
-    """Read what must be refused; return the text, which must name it."""
+    """Read weights that must be refused; return the error's text, which must name them."""
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         read_source(str(where), cfg or SourceConfig())
     assert str(where) in str(caught.value)
@@ -61,7 +61,7 @@ def test_what_a_file_asks_for_is_not_run(tmp_path: Path, suffix: str) -> None:
     assert "nothing was run" in refusal(file)
     assert not (tmp_path / "canary").exists()
     pickle.loads(pickle.dumps(content))
-    assert (tmp_path / "canary").exists(), "the attack is none"
+    assert (tmp_path / "canary").exists(), "the attack does not work, so the test proves nothing"
 
 
 def test_keys_of_an_unknown_format_are_listed(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_half_a_part_is_named_by_its_absent_keys(
 
 
 def odd_files() -> dict[str, tuple[dict[str, Tensor], str]]:
-    """Keys, over those of a whole file or alone, of models that gndet does not have, and what is said of them."""
+    """Return tensors of models that gndet does not support, and a word that the error must contain."""
     conv, bias = torch.zeros(64, 64, 1, 1), torch.zeros(4)
     return {
         "detectron2 C4": ({"backbone.res2.0.conv1.weight": conv, "proposal_generator.rpn_head.conv.bias": bias}, "C4"),
@@ -111,12 +111,12 @@ def odd_files() -> dict[str, tuple[dict[str, Tensor], str]]:
 
 
 @pytest.mark.parametrize("name", odd_files())
-def test_models_that_gndet_does_not_have_are_called_by_their_name(tmp_path: Path, name: str) -> None:
+def test_unsupported_models_are_named(tmp_path: Path, name: str) -> None:
     tensors, word = odd_files()[name]
     assert word in refusal(saved(tmp_path / "file.pth", tensors))
 
 
-def test_grouped_and_wide_convolutions_are_no_resnet_of_ours(tmp_path: Path) -> None:
+def test_grouped_and_wide_convolutions_are_refused(tmp_path: Path) -> None:
     tensors = named(only(weights(detector("gn", "none")), "backbone"), "resnet")
     for i in range(3):
         tensors[f"layer1.{i}.conv2.weight"] = torch.zeros(128, 4, 3, 3)
@@ -148,9 +148,9 @@ def test_a_name_without_network_says_what_to_fetch_and_where_to_put_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody answers
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers the proxy
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it caches the proxy
     text = refusal("ResNet50_Weights.IMAGENET1K_V2")
     assert "https://download.pytorch.org/models/resnet50-11ad3fa6.pth" in text
     assert str(tmp_path / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth") in text
@@ -180,7 +180,7 @@ def test_a_name_that_torchvision_does_not_have_is_refused(name: str) -> None:
 
 def test_nonsense_is_neither_file_nor_name(tmp_path: Path) -> None:
     for where in ("resnet fifty", tmp_path / "absent.pth"):
-        assert "no such file or folder, nor is it a weight name like ResNet50_Weights" in refusal(where)
+        assert "no such file or folder, and it is not a weight name like ResNet50_Weights" in refusal(where)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
@@ -189,22 +189,22 @@ def test_a_name_of_timm_without_timm_says_what_to_do() -> None:
     assert "pip install timm" in text and "https://huggingface.co/timm/resnet50_gn.a1h_in1k" in text
 
 
-# --- what the user says of a file
+# --- what the user states about a file
 
 
-def test_what_is_said_of_a_file_precedes_its_custom(tmp_path: Path, small: dict[str, Tensor]) -> None:
+def test_stated_facts_override_the_usual_ones_of_the_format(tmp_path: Path, small: dict[str, Tensor]) -> None:
     mean, std = (120.0, 110.0, 100.0), (2.0, 3.0, 4.0)
-    said = SourceConfig(
+    stated = SourceConfig(
         format="detectron2", bgr=False, pixel_mean=mean, pixel_std=std, norm_eps=0.001, classes=CLASSES,
     )  # fmt: skip
     tensors = named(small, "detectron2", box="2fc")
-    source = read(tmp_path / "file.pth", {"model": tensors}, said)
+    source = read(tmp_path / "file.pth", {"model": tensors}, stated)
     assert torch.equal(source.state["backbone.stem.conv.weight"], tensors["backbone.bottom_up.stem.conv1.weight"])
     assert (source.model.pixel_mean, source.model.pixel_std, source.classes) == (mean, std, CLASSES)
     assert source.model.backbone.norm.eps == 0.001
 
 
-def test_the_number_of_groups_is_what_is_said(tmp_path: Path) -> None:
+def test_the_number_of_groups_is_the_stated_one(tmp_path: Path) -> None:
     tensors = named(only(weights(detector("gn", "none", depth=18)), "backbone"), "resnet")
     assert read(tmp_path / "file.pth", tensors, SourceConfig(groups=8)).model.backbone.norm.groups == 8
 
@@ -219,37 +219,37 @@ def test_classes_of_another_number_are_refused(tmp_path: Path, small: dict[str, 
 
 
 @pytest.mark.parametrize("format", ["mmdetection", "resnet", "detectron", "torchvision", "maskrcnn-benchmark"])
-def test_another_format_than_was_said_is_refused(tmp_path: Path, small: dict[str, Tensor], format: str) -> None:
+def test_another_format_than_the_stated_one_is_refused(tmp_path: Path, small: dict[str, Tensor], format: str) -> None:
     file = saved(tmp_path / "file.pth", named(small, "detectron2", box="2fc"))
     text = refusal(file, SourceConfig(format=format))
-    assert f"expected train.source.format: {format}, its tensors are named as detectron2" in text
+    assert f"expected train.source.format: {format}, but its tensors are named as in detectron2" in text
 
 
 # --- in a model
 
 
 def started(file: Path, model: ModelConfig, **train: Any) -> list[str]:
-    """The report of training that starts from a file."""
+    """Return the report of a training that starts from a file."""
     train = {"weights": str(file), "source": SourceConfig(classes=CLASSES)} | train
     return initial_model(Config(model=model, train=TrainConfig(**train)), CLASSES).notes
 
 
 @pytest.mark.parametrize(
-    ("there", "tensor"),
+    ("depth", "tensor"),
     [
         (101, "backbone.res4.6.conv1.conv.weight: [256, 1024, 1, 1] in the file, absent here"),
         (18, "backbone.res2.0.conv1.conv.weight: [64, 64, 3, 3] in the file, expected [64, 64, 1, 1]"),
     ],
 )
-def test_a_backbone_of_another_depth_is_the_likely_cause(tmp_path: Path, there: int, tensor: str) -> None:
-    state = only(weights(detector("frozen_bn", "none", depth=there)), "backbone")
+def test_a_backbone_of_another_depth_is_the_likely_cause(tmp_path: Path, depth: int, tensor: str) -> None:
+    state = only(weights(detector("frozen_bn", "none", depth=depth)), "backbone")
     file = saved(tmp_path / "file.pth", named(state, "resnet"))
     model = ModelConfig.model_validate({"norm": {"kind": "none"}, "backbone": {"norm": {"kind": "frozen_bn"}}})
     with pytest.raises(CheckpointError) as caught:
         started(file, model)
     text = str(caught.value)
     assert text.startswith(f"{file}: ") and tensor in text
-    assert f"likely cause: model.backbone.depth: {there} in the file, 50 here" in text
+    assert f"likely cause: model.backbone.depth: {depth} in the file, 50 here" in text
     file.unlink()
 
 
@@ -263,13 +263,13 @@ CHANGES = [
 
 @pytest.fixture(scope="module")
 def benchmark_file(tmp_path_factory: pytest.TempPathFactory, small: dict[str, Tensor]) -> tuple[Path, ModelConfig]:
-    """A file of maskrcnn-benchmark, and the model that its weights are right in."""
+    """Return a file of maskrcnn-benchmark, and the model that fits its weights."""
     file = tmp_path_factory.mktemp("benchmark") / "file.pth"
     saved(file, {"model": named(small, "maskrcnn-benchmark", box="2fc")})
     return file, read_source(str(file), SourceConfig()).model
 
 
-def test_a_model_of_the_file_s_conventions_is_taken(benchmark_file: tuple[Path, ModelConfig]) -> None:
+def test_a_model_with_the_file_s_conventions_is_accepted(benchmark_file: tuple[Path, ModelConfig]) -> None:
     assert not any("warning" in note for note in started(*benchmark_file))
 
 

@@ -1,4 +1,4 @@
-"""What a file says of itself, and what a checkpoint keeps of what it came from, is neither lost nor overruled."""
+"""What a file states about itself, and what a checkpoint keeps of its origin, is neither lost nor overridden."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def gndet_checkpoint(path: Path, cfg: ModelConfig, state: dict[str, Tensor]) -> 
     return str(path)
 
 
-def test_affine_bn_is_known_by_its_statistics_after_training_too(tmp_path: Path) -> None:
+def test_affine_bn_is_recognised_by_its_statistics_after_training_too(tmp_path: Path) -> None:
     state = weights(SMALL)
     for key in [key for key in state if key.startswith("backbone.") and "running" in key]:
         state[key] = torch.full_like(state[key], 0.0 if key.endswith("mean") else 1 - 1e-5)
@@ -67,7 +67,7 @@ def of_mmdetection(tmp_path: Path, settings: str) -> Source:
     return read(tmp_path / "file.pth", {"meta": {"config": settings}, "state_dict": state})
 
 
-def test_mmdetection_s_own_words_are_heard(tmp_path: Path) -> None:
+def test_settings_in_mmdetection_s_meta_are_used(tmp_path: Path) -> None:
     model = of_mmdetection(tmp_path, "style='caffe', norm_cfg=dict(type='GN', num_groups=16)").model
     assert model.backbone.stride_in_1x1 and model.part_norms()["fpn"].groups == 16
     model = of_mmdetection(tmp_path, "style='pytorch', conv_cfg=dict(type='ConvWS')").model
@@ -76,26 +76,26 @@ def test_mmdetection_s_own_words_are_heard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("toolkit", ["mmdetection", "torchvision", "detectron2"])
-def test_channels_per_group_come_back_by_the_file_or_by_word(tmp_path: Path, toolkit: str) -> None:
+def test_channels_per_group_come_from_the_file_or_the_config(tmp_path: Path, toolkit: str) -> None:
     cfg = detector("gn", "gn", depth=18)
     norm = NormConfig(kind="gn", channels_per_group=16, padding="plain")
     parts = {part: getattr(cfg, part).model_copy(update={"norm": norm}) for part in ("backbone", "fpn", "box_head")}
     cfg = cfg.model_copy(update={**parts, "mask_head": cfg.mask_head.model_copy(update={"norm": norm}), "norm": norm})
     write_torch(tmp_path / "file.pth", export_weights(weights(cfg), cfg, CLASSES, toolkit).content)
-    said = SourceConfig(channels_per_group=None if toolkit == "mmdetection" else 16)
-    assert read_source(str(tmp_path / "file.pth"), said).model.part_norms()["fpn"].channels_per_group == 16
+    stated = SourceConfig(channels_per_group=None if toolkit == "mmdetection" else 16)
+    assert read_source(str(tmp_path / "file.pth"), stated).model.part_norms()["fpn"].channels_per_group == 16
 
 
-def test_what_a_gndet_checkpoint_says_itself_cannot_be_overruled(tmp_path: Path) -> None:
+def test_what_a_gndet_checkpoint_states_cannot_be_overridden(tmp_path: Path) -> None:
     path = gndet_checkpoint(tmp_path / "a", SMALL, weights(SMALL))
-    for said in (SourceConfig(bgr=True), SourceConfig(pixel_mean=(1, 2, 3)), SourceConfig(format="torchvision")):
+    for stated in (SourceConfig(bgr=True), SourceConfig(pixel_mean=(1, 2, 3)), SourceConfig(format="torchvision")):
         with pytest.raises(ConfigError, match=r"train\.source\.\w+: .*is a gndet checkpoint"):
-            read_source(path, said)
+            read_source(path, stated)
     with pytest.raises(ConfigError, match="names 1 classes, its heads have 3"):
         read_source(path, SourceConfig(classes=("one",)))
 
 
-def test_a_format_that_was_said_must_be_the_file_s(tmp_path: Path) -> None:
+def test_a_stated_format_must_be_the_file_s(tmp_path: Path) -> None:
     file = saved(tmp_path / "file.pth", named(weights(SMALL), "torchvision", box="2fc"))
     with pytest.raises(CheckpointError, match=r"expected train\.source\.format: detectron2"):
         read_source(str(file), SourceConfig(format="detectron2"))

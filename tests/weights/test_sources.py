@@ -1,4 +1,4 @@
-"""Files of other toolkits become the same network here: every tensor in its place, every convention as it was."""
+"""Files of other toolkits become the same network in gndet, with every tensor and every convention preserved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def arrays(tensors: Tensors) -> dict[str, Any]:
 
 
 def fused(state: Tensors) -> Tensors:
-    """BN as an affine map: its statistics are the identity's, which Detectron's files leave out."""
+    """Return BN as an affine map, with mean 0 and variance 1, which Detectron's files leave out."""
     values = {"running_mean": 0.0, "running_var": 1.0}
     return {
         key: torch.full_like(value, values[key.rpartition(".")[2]]) if key.endswith(tuple(values)) else value
@@ -43,7 +43,7 @@ def without_statistics(tensors: Tensors) -> Tensors:
 
 
 def old_torchvision(tensors: Tensors) -> Tensors:
-    """The names before torchvision 0.13: convolutions without a norm were not within a sequence."""
+    """Return the names before torchvision 0.13, when convolutions without a norm were not in a sequence."""
     result = {}
     for key, tensor in tensors.items():
         for n in range(4):
@@ -55,7 +55,7 @@ def old_torchvision(tensors: Tensors) -> Tensors:
 
 
 def zero_biases(tensors: Tensors) -> Tensors:
-    """Detectron's MSRA backbones have a zero bias for each convolution."""
+    """Return a zero bias for each convolution, as in Detectron's MSRA backbones."""
     convolutions = [key for key in tensors if key == "conv1_w" or (key.startswith("res") and key.endswith("_w"))]
     return {f"{key[:-1]}b": torch.zeros(len(tensors[key])) for key in convolutions}
 
@@ -72,14 +72,14 @@ def detectron2(state: Tensors, norm: str, box: str) -> dict[str, Any]:
 
 
 def detectron2_torchvision(state: Tensors, norm: str, box: str) -> dict[str, Any]:
-    """tools/convert-torchvision-to-d2.py: RGB, and the classifier is among the stem."""
+    """Write what tools/convert-torchvision-to-d2.py writes: RGB, and the classifier is in the stem."""
     bgr = named(state, "detectron2_backbone")
     rgb = bgr | {"stem.conv1.weight": bgr["stem.conv1.weight"].flip(1), "stem.fc.bias": torch.zeros(1000)}
     return {"model": arrays(rgb), "__author__": "torchvision", "matching_heuristics": True}
 
 
 def detectron2_msra(state: Tensors, norm: str, box: str) -> dict[str, Any]:
-    """Caffe2's names, but for those of the norms, whose statistics are there."""
+    """Use Caffe2's names, except for the norms, which have statistics."""
     endings = {"_s": "_gamma", "_b": "_beta", "_rm": "_running_mean", "_riv": "_running_var"}
     tensors = named(state, "detectron")
     result = {}
@@ -90,7 +90,7 @@ def detectron2_msra(state: Tensors, norm: str, box: str) -> dict[str, Any]:
 
 
 def detectron(state: Tensors, norm: str, box: str) -> dict[str, Any]:
-    """A detector of Detectron's model zoo; what its backbone was trained with is still in it."""
+    """Write a detector of Detectron's model zoo, which still holds leftovers of the backbone's training."""
     tensors = without_statistics(named(state, "detectron", norm, box))
     kept = zero_biases(tensors) | FC if norm == "bn" else {}
     momentum = {f"{key}_momentum": value for key, value in tensors.items() if key.startswith("fc")}
@@ -119,7 +119,7 @@ def maskrcnn_benchmark(state: Tensors, norm: str, box: str) -> dict[str, Any]:
 
 
 class Case(NamedTuple):
-    """A kind of file, and what it means."""
+    """A kind of file, and what reading it must give."""
 
     format: str
     write: Callable[[Tensors, str, str], Any]  # (tensors by gndet's names, bn or gn, 2fc or 4conv1fc)
@@ -285,14 +285,14 @@ def test_early_detectron2_files_say_which_colours_they_take(tmp_path: Path) -> N
         stem = state["backbone.stem.conv.weight"]  # written as BGR
         assert torch.equal(source.state["backbone.stem.conv.weight"], stem if bgr else stem.flip(1))
         order = slice(None, None, -1 if bgr else 1)
-        assert (source.model.pixel_mean, source.model.pixel_std) == (mean[order], std[order])  # to the digit
+        assert (source.model.pixel_mean, source.model.pixel_std) == (mean[order], std[order])  # exactly
 
 
 # --- the same numbers
 
 
 def trained(network: nn.Module) -> nn.Module:
-    """Give every norm the statistics and the affine map of a trained one."""
+    """Give every norm statistics and an affine map as after training."""
     torch.manual_seed(1)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
@@ -305,7 +305,7 @@ def trained(network: nn.Module) -> nn.Module:
 
 
 def backbone_of(source: Source) -> ResNet:
-    """The backbone that a source makes, in float64."""
+    """Build the backbone of a source, in float64."""
     model = build_model(source.model, max(source.num_classes, 1))
     model.load_state_dict(model.state_dict() | source.state)
     return model.double().eval().backbone
@@ -315,29 +315,31 @@ def backbone_of(source: Source) -> ResNet:
 @pytest.mark.parametrize("norm", ["bn", "gn"])
 def test_features_equal_those_of_torchvision_s_classifier(tmp_path: Path, depth: int, norm: str) -> None:
     layer = nn.BatchNorm2d if norm == "bn" else lambda channels: nn.GroupNorm(32, channels)
-    theirs = trained(getattr(torchvision.models, f"resnet{depth}")(norm_layer=layer))
-    source = read(tmp_path / "file.pth", theirs.state_dict())
+    reference = trained(getattr(torchvision.models, f"resnet{depth}")(norm_layer=layer))
+    source = read(tmp_path / "file.pth", reference.state_dict())
     assert source.unused == ["fc.weight", "fc.bias"] and source.model.backbone.norm.kind == norm
-    x, theirs = torch.randn(2, 3, 64, 96, dtype=torch.float64), theirs.double()
+    x, reference = torch.randn(2, 3, 64, 96, dtype=torch.float64), reference.double()
     with torch.no_grad():
         found = backbone_of(source)(x, UNPADDED)
-        y = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))
-        for feature, stage in zip(found, (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4), strict=True):
+        y = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
+        for feature, stage in zip(
+            found, (reference.layer1, reference.layer2, reference.layer3, reference.layer4), strict=True
+        ):
             y = stage(y)
             torch.testing.assert_close(feature, y, rtol=1e-9, atol=1e-9)
 
 
 def plain_bottleneck(x: Tensor, conv: Callable[[str, Tensor, int], Tensor], stride: int, in_1x1: bool) -> Tensor:
-    """A block with a shortcut; conv(name, x, stride) is a convolution and its norm."""
+    """Compute a block with a shortcut; conv(name, x, stride) is a convolution and its norm."""
     y = conv("conv1", x, stride if in_1x1 else 1).relu()
     y = conv("conv2", y, 1 if in_1x1 else stride).relu()
     return (conv("conv3", y, 1) + conv("shortcut", x, stride)).relu()
 
 
-@pytest.mark.parametrize("said", [None, True, False])
-def test_the_stride_of_detectron2_s_bottlenecks_is_where_it_was(tmp_path: Path, said: bool | None) -> None:
+@pytest.mark.parametrize("stated", [None, True, False])
+def test_the_stride_of_detectron2_s_bottlenecks_is_kept(tmp_path: Path, stated: bool | None) -> None:
     file = named(only(weights(detector("frozen_bn", "none")), "backbone"), "detectron2_backbone")
-    ours = backbone_of(read(tmp_path / "file.pth", {"model": file}, SourceConfig(stride_in_1x1=said)))
+    backbone = backbone_of(read(tmp_path / "file.pth", {"model": file}, SourceConfig(stride_in_1x1=stated)))
 
     def conv(name: str, x: Tensor, stride: int) -> Tensor:
         weight, *norm = (
@@ -348,8 +350,8 @@ def test_the_stride_of_detectron2_s_bottlenecks_is_where_it_was(tmp_path: Path, 
 
     x = torch.randn(1, 256, 12, 10, dtype=torch.float64)
     with torch.no_grad():
-        found = ours.res3[0](x, None, None)
-    expected, other = (plain_bottleneck(x, conv, 2, in_1x1) for in_1x1 in (said is not False, said is False))
+        found = backbone.res3[0](x, None, None)
+    expected, other = (plain_bottleneck(x, conv, 2, in_1x1) for in_1x1 in (stated is not False, stated is False))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(found, other, rtol=0.1)
 
@@ -372,10 +374,10 @@ def test_fused_bn_of_detectron_is_the_affine_map_on_blue_green_red(tmp_path: Pat
     x = F.max_pool2d(conv("conv1", bgr, 2).relu(), 3, 2, 1)
     letters = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
     expected = plain_bottleneck(x, lambda name, *rest: conv(f"res2_0_{letters[name]}", *rest), 1, True)
-    ours = model.double().eval()
+    model = model.double().eval()
     with torch.no_grad():
-        x = F.max_pool2d(ours.backbone.stem((image - ours.pixel_mean) / ours.pixel_std), 3, 2, 1)
-        found = ours.backbone.res2[0](x, None, None)
+        x = F.max_pool2d(model.backbone.stem((image - model.pixel_mean) / model.pixel_std), 3, 2, 1)
+        found = model.backbone.res2[0](x, None, None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)  # the mean is a float32
 
 

@@ -1,4 +1,4 @@
-"""Weight files of other toolkits read as what was written into them, and nothing that they hold is ever run."""
+"""Weight files of other toolkits are read as they were written, and nothing that they hold is ever run."""
 
 import builtins
 import errno
@@ -73,7 +73,7 @@ def assert_equal(got: dict[str, Tensor], expected: dict[str, np.ndarray]) -> Non
 
 
 def failure(path: Path) -> str:
-    """Read a file that must be refused; return the text, which must name the file."""
+    """Read a file that must be refused; return the error's text, which must name the file."""
     with pytest.raises(CheckpointError) as caught:
         read_weights(path)
     assert str(caught.value).startswith(f"{path}: ")
@@ -91,11 +91,11 @@ def test_pickled_arrays_come_back_value_for_value(tmp_path: Path, protocol: int)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_names_of_numpy_1_are_known(tmp_path: Path, protocol: int) -> None:
+def test_names_of_numpy_1_are_understood(tmp_path: Path, protocol: int) -> None:
     data = pickle.dumps({"w": ARRAYS["fortran"], "lr": np.float32(0.5)}, protocol)
     old = data.replace(b"numpy._core.", b"numpy.core.").replace(b"\x8c\x16numpy.core.m", b"\x8c\x15numpy.core.m")
     old = old.replace(b"\x8c\x13numpy.core.n", b"\x8c\x12numpy.core.n")
-    frame = old.find(b"\x95")  # of protocols 4 and 5: its length counts the bytes that follow it
+    frame = old.find(b"\x95")  # protocols 4 and 5: its length counts the bytes that follow it
     if protocol > 3:
         old = old[: frame + 1] + (len(old) - frame - 9).to_bytes(8, "little") + old[frame + 9 :]
     (tmp_path / "a.pkl").write_bytes(old)
@@ -105,7 +105,7 @@ def test_names_of_numpy_1_are_known(tmp_path: Path, protocol: int) -> None:
 
 
 def python_2(name: str, array: np.ndarray) -> bytes:
-    """Pickle {"blobs": {name: array}} as Python 2 did: text and raw data are both strings of bytes."""
+    """Pickle {"blobs": {name: array}} as Python 2 did, with both text and raw data as byte strings."""
     raw = array.tobytes()
     return b"".join(
         [
@@ -180,12 +180,12 @@ def test_numpy_in_a_torch_file_is_read(tmp_path: Path, kind: str) -> None:
 def test_tensors_are_found_in_their_container(tmp_path: Path, kind: str, container: str) -> None:
     entries = {"module.w": np.ones(2), "b": np.zeros(1), "n": 3}
     tensors = entries if kind == "pickle" else {k: torch.tensor(v) if k != "n" else v for k, v in entries.items()}
-    beside = {"__author__": "x", "matching_heuristics": True, "cfg": {"lr": [0.1, None]}, "optimizer": {"lr": 1}}
-    content = {**beside, **tensors} if container == "flat" else {**beside, container: tensors}
+    others = {"__author__": "x", "matching_heuristics": True, "cfg": {"lr": [0.1, None]}, "optimizer": {"lr": 1}}
+    content = {**others, **tensors} if container == "flat" else {**others, container: tensors}
     loaded = read_weights(WRITERS[kind](tmp_path / "a.x", content))
     assert loaded.path == tmp_path / "a.x"
     assert_equal(loaded.tensors, {"w": np.ones(2), "b": np.zeros(1)})
-    assert loaded.extras == beside | ({"n": 3} if container == "flat" else {})
+    assert loaded.extras == others | ({"n": 3} if container == "flat" else {})
 
 
 def test_entries_without_a_name_are_left_out(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_momentum_of_detectron_is_dropped_and_only_there(tmp_path: Path) -> None
 
 
 class Call:
-    """A pickle of this calls a function where it is read by pickle.load."""
+    """An object whose pickle calls a function when pickle.load reads it."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         self.parts = function, args
@@ -243,7 +243,7 @@ def test_nothing_that_a_file_asks_for_is_run(tmp_path: Path, kind: str | int, at
     text = failure(path)
     assert re.match(f"refused: {expected} only .* are read, nothing was run", text)
     assert not list(tmp_path.glob("canary*"))
-    if kind != "legacy":  # trusted, the same bytes do harm, else this test would prove nothing
+    if kind != "legacy":  # the same bytes do harm if trusted, otherwise this test would prove nothing
         torch.load(path, weights_only=False) if kind == "zip" else pickle.loads(path.read_bytes())
         assert list(tmp_path.glob("canary*"))
 
@@ -343,16 +343,16 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_memory_is_not_spent_on_what_a_file_only_claims(tmp_path: Path, name: str) -> None:
+def test_a_size_that_a_file_only_claims_takes_no_memory(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.pkl").write_bytes(b"\x80\x05}" + CLAIMS[name] + b"X\x01\x00\x00\x00nK\x01s.")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     failure(tmp_path / "a.pkl")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB, of 1 GiB that each would take
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB; each claim would take 1 GiB
 
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Any]:
-    """Make objects of classes of packages that are gone again when a file is read."""
+    """Make objects whose classes are in packages that no longer exist when the file is read."""
 
     def make(module: str, name: str) -> Any:
         kind = type(name, (), {"__module__": module})
@@ -412,7 +412,7 @@ def test_tensors_that_are_not_dense_values_are_refused(tmp_path: Path, name: str
     assert message in failure(zipped(tmp_path / "a.pth", {"w": make()}))
 
 
-def test_files_that_are_no_weight_files_are_told_apart(tmp_path: Path) -> None:
+def test_files_that_are_not_weight_files_are_distinguished(tmp_path: Path) -> None:
     expected = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
     path = tmp_path / "a.pth"
     assert failure(path) == f"cannot read it: No such file or directory; {expected}"

@@ -1,4 +1,4 @@
-"""Fine-tuning carries over what fits, class rows by name, and names everything that does not."""
+"""Fine-tuning carries over what fits, class rows by name, and lists everything that does not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ OLD, NEW = ("cat", "dog", "bus"), ("bus", "tram", "cat")  # tram is new, dog is 
 
 
 def small(**changes: Any) -> Config:
-    """A config of a small model; changes are sections of `model`."""
+    """Return the config of a small model; changes: sections of `model`."""
     model = {
         "norm": GN,
         "backbone": {"depth": 18},
@@ -35,7 +35,7 @@ def small(**changes: Any) -> Config:
 
 
 def trained(cfg: Config, num_classes: int = len(OLD)) -> dict[str, Tensor]:
-    """A model's weights with a different number in every place, as after training."""
+    """Return a model's weights with a different number in every element, as after training."""
     state = build_model(cfg.model, num_classes).state_dict()
     generator = torch.Generator().manual_seed(1)
     return {
@@ -51,7 +51,7 @@ def save(path: Path, cfg: Config, classes: tuple[str, ...] = OLD, **groups: dict
 
 
 def loaded(path: Path, cfg: ModelConfig, classes: tuple[str, ...] = NEW) -> tuple[dict, dict, list[str]]:
-    """The weights of a new model before and after loading, and the report."""
+    """Return the weights of a new model before and after loading, and the report."""
     model = build_model(cfg, len(classes))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     report = load(model, path, classes, cfg)
@@ -113,8 +113,8 @@ def test_averaged_weights_of_a_runs_best_checkpoint_are_preferred(tmp_path: Path
 
 @pytest.mark.parametrize("from_masks", [True, False])
 def test_heads_that_one_side_lacks_are_listed_tensor_by_tensor(tmp_path: Path, from_masks: bool) -> None:
-    here, there = small(masks=not from_masks), small(masks=from_masks)
-    before, after, report = loaded(save(tmp_path / "a", there), here.model, OLD)
+    target, origin = small(masks=not from_masks), small(masks=from_masks)
+    before, after, report = loaded(save(tmp_path / "a", origin), target.model, OLD)
     mask_keys = {key for key in build_model(small().model, 3).state_dict() if key.startswith("mask_head.")}
     title = "tensors of the file not used" if from_masks else "tensors that start anew"
     listed = next(line for line in report if line.startswith(title)).removeprefix(title + ": ")
@@ -171,23 +171,23 @@ def test_a_tensor_missing_from_the_backbone_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["backbone", "fpn", "rpn", "box_head", "mask_head"])
 def test_weights_of_another_norm_are_refused_for_each_part(tmp_path: Path, part: str) -> None:
     section = small().model.model_dump(mode="json")[part]
-    there = small(**{part: {**section, "norm": {"kind": "bn"}}})
-    here = small(**{part: {**section, "norm": GN}})
+    origin = small(**{part: {**section, "norm": {"kind": "bn"}}})
+    target = small(**{part: {**section, "norm": GN}})
     with pytest.raises(
         CheckpointError,
         match=rf"its {part} has bn, this model has gn \(8 groups\); (.|\n)* model\.{part}\.norm=\{{kind: bn",
     ):
-        loaded(save(tmp_path / "a", there), here.model)
+        loaded(save(tmp_path / "a", origin), target.model)
 
 
 @pytest.mark.parametrize(
-    ("there", "here"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn"), ("bn", "brn")]
+    ("file_kind", "model_kind"), [("bn", "frozen_bn"), ("frozen_bn", "sync_bn"), ("sync_bn", "bn"), ("bn", "brn")]
 )
-def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: str) -> None:
-    cfg = small(norm={"kind": there})
+def test_batch_norms_load_each_others_weights(tmp_path: Path, file_kind: str, model_kind: str) -> None:
+    cfg = small(norm={"kind": file_kind})
     source = trained(cfg)
     path = save(tmp_path / "a", cfg, model=source)
-    _, after, report = loaded(path, small(norm={"kind": here}).model, OLD)
+    _, after, report = loaded(path, small(norm={"kind": model_kind}).model, OLD)
     assert all(torch.equal(after[key], source[key]) for key in after.keys() & source.keys())
     assert not any("num_batches_tracked" in line or "anew" in line or "not used" in line for line in report)
 
@@ -195,7 +195,7 @@ def test_batch_norms_load_each_others_weights(tmp_path: Path, there: str, here: 
 def test_other_settings_of_the_same_norm_are_reported(tmp_path: Path) -> None:
     path = save(tmp_path / "a", small())
     _, _, report = loaded(path, small(norm={"kind": "gn", "groups": 8, "eps": 1e-4, "padding": "plain"}).model)
-    assert "backbone.norm: eps 1e-05 of the file is kept, 0.0001 is the config's" in report
+    assert "backbone.norm: eps 1e-05 of the file is kept, not 0.0001 of the config" in report
     assert any(
         line.startswith("warning: fpn.norm was trained with padding: masked, here it is plain") for line in report
     )

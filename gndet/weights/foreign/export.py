@@ -1,7 +1,7 @@
-"""Write a gndet detector as detectron2, torchvision or mmdetection loads it: their names, their order of classes.
+"""Write a gndet detector in the form that detectron2, torchvision or mmdetection loads: their names and class order.
 
-Where it is exact, the weights absorb what the toolkit's default settings lack: a GN layer's own eps and BN's other
-eps, weight standardization, pixel_std, the channel order. Notes report the remaining differences. K classes.
+The weights absorb exactly what the toolkit's default settings cannot express: eps of each GN layer and of BN, weight
+standardization, pixel_std, the channel order. Notes report the remaining differences. K classes.
 """
 
 from typing import Any, NamedTuple
@@ -17,14 +17,14 @@ from gndet.weights.foreign.names import layer_names
 from gndet.weights.read import BACKGROUND, CLASS_ROWS, PARTS, STEM
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
-EPS = 1e-5  # of every norm layer there
-GROUPS = 32  # of GN there, unless the builder is told otherwise
+EPS = 1e-5  # of every norm layer in the toolkits
+GROUPS = 32  # of GN in the toolkits, unless code chooses another number
 
 
 class Export(NamedTuple):
-    """What goes into a file, and what must be set beside it."""
+    """The content of a file, and the settings that the toolkit needs with it."""
 
-    content: dict[str, Any]  # what the file holds
+    content: dict[str, Any]  # of the file
     tensors: dict[str, Tensor]  # the state dict in it
     notes: list[str]
 
@@ -34,8 +34,8 @@ def export_weights(
 ) -> Export:
     """Turn a detector's tensors into those of another toolkit.
 
-    state: by gndet's names; cfg: of its model; toolkit: one of TOOLKITS; named: whether classes are their real names.
-    Raises ConfigError for a model that the toolkit cannot build: a norm in the RPN, a stride in the 1x1 in torchvision.
+    state: by gndet's names; cfg: of its model; toolkit: one of TOOLKITS; named: whether classes holds the real names.
+    Raises ConfigError for a model that the toolkit cannot build, e.g. with a norm in the RPN.
     """
     parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
     _refuse(cfg, parts, toolkit)
@@ -47,8 +47,8 @@ def export_weights(
             key = f"{layer}.{parameter}"
             if key in state:
                 tensors[f"{name}.{parameter}"] = _rows(state[key], layer, toolkit).contiguous().clone()
-        counts = norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
-        if layer.endswith(".norm") and counts:  # torch's BatchNorm2d counts its batches, frozen layers do not
+        has_counter = norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
+        if layer.endswith(".norm") and has_counter:  # torch's BatchNorm2d counts batches, frozen layers do not
             counter = state.get(f"{layer}.num_batches_tracked", torch.tensor(0))
             tensors[f"{name}.num_batches_tracked"] = counter.clone()
     content: dict[str, Any] = tensors
@@ -73,7 +73,7 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
 
 
 def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:
-    """Fold into the weights what the toolkit's layers have no setting for."""
+    """Fold into the weights what the toolkit's layers cannot express."""
     norms = cfg.part_norms()
     for key in [key for key in state if key.endswith(".conv.weight")]:
         norm, layer = norms[key.partition(".")[0]], key.removesuffix(".conv.weight") + ".norm"
@@ -86,10 +86,10 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
             state[f"{layer}.weight"] = gamma.float()
         elif f"{layer}.bias" in state and not norm.has_running_statistics:
             eps = float(state.pop(f"{layer}.eps", norm.eps))
-            if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2; an eps of 0 is as good as a very small one
+            if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2; a tiny eps stands for 0
                 weight = (weight.double() * (EPS / max(eps, 1e-12)) ** 0.5).float()
         state[key] = weight
-    if toolkit != "mmdetection":  # which takes any pixel_std
+    if toolkit != "mmdetection":  # mmdetection takes any pixel_std
         scale = torch.tensor(FACTS[toolkit].std) / torch.tensor(cfg.pixel_std)
         state[STEM] = state[STEM] * scale[:, None, None]
     if FACTS[toolkit].bgr:
@@ -98,7 +98,7 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
 
 
 def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
-    """Put the background's row first where the toolkit has it there; a row that gndet lacks is zero."""
+    """Put the background's row first if the toolkit has it there; a row that gndet lacks is zero."""
     if layer not in CLASS_ROWS or not FACTS[toolkit].background_first:
         return tensor
     if layer == BACKGROUND:
@@ -107,7 +107,7 @@ def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
 
 
 def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Return mmdetection's meta: the classes, and the settings in its own words, which formats.py reads again."""
+    """Return mmdetection's meta: the classes, and the settings in its own syntax, as formats.py reads them."""
     style, norm = "caffe" if cfg.backbone.stride_in_1x1 else "pytorch", cfg.part_norms()["backbone"]
     settings = f"mean={list(cfg.pixel_mean)}, std={list(cfg.pixel_std)}, bgr_to_rgb=True, style='{style}'"
     if norm.kind == "gn":
@@ -118,7 +118,7 @@ def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
-    """List the settings of the toolkit that make it read pictures and build the model as here."""
+    """List the settings with which the toolkit reads pictures and builds the model like gndet."""
     mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
     return {
         "detectron2": [
@@ -137,26 +137,26 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
 
 
 def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: str) -> list[str]:
-    """List what must be set in the toolkit for the same numbers, and what cannot be set."""
+    """List what to set in the toolkit for the same results, and which differences remain."""
     norms, lines = cfg.part_norms(), _settings(cfg, num_classes, toolkit)
     for part in parts:
         norm = norms[part]
         if norm.is_group_norm and (norm.kind != "gn" or norm.channels_per_group or norm.groups != GROUPS):
             lines.append(
                 f"{part}: GN with {norm.grouping if norm.kind == 'gn' else norm.kind}; {toolkit} builds 32 groups "
-                "unless code gives it another norm, and computes something else with them"
+                "unless your code passes another norm, and with 32 groups it computes something else"
             )
         if norm.weight_standardization:
-            lines.append(f"{part}: weight standardization is put into the weights, for inference")
+            lines.append(f"{part}: weight standardization is folded into the weights, for inference")
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
-        lines.append("differs: norms are masked here; padding beside a picture enters them there")
+        lines.append(f"differs: norms are masked in this model; in {toolkit} the padding beside a picture enters them")
     preset = ModelConfig.model_validate({"compat": toolkit})
     for part in [part for part in parts if part not in ("backbone", "fpn")]:
-        theirs, ours = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
+        defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
         lines += [
-            f"differs: {part}.{option} is {ours[option]} in this model, {theirs[option]} by {toolkit}'s default"
-            for option in ours
-            if option != "norm" and ours[option] != theirs[option]
+            f"differs: {part}.{option} is {options[option]} in this model, {defaults[option]} by {toolkit}'s default"
+            for option in options
+            if option != "norm" and options[option] != defaults[option]
         ]
     return lines

@@ -1,7 +1,7 @@
-"""Weight files of other toolkits: read without running anything that they hold, and written whole or not at all.
+"""Read weight files of other toolkits without running anything that they hold; write files completely or not at all.
 
-A pickle names functions to call.  No name is looked up here: stand-ins of our own answer the few names that numpy
-arrays need; a file that asks for anything else is refused.
+A pickle names functions to call.  This code looks up no such name: its own stand-ins take the place of the few names
+that numpy arrays need, and a file that asks for anything else is refused.
 """
 
 import codecs
@@ -24,14 +24,27 @@ from gndet.files import write_whole
 from gndet.weights.read import MAX_NAMED
 
 ZIP = b"PK"  # torch.save since torch 1.6
-LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # earlier: two bytes of protocol, then torch's magic number, pickled
+LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before: two bytes of protocol, then torch's magic number, pickled
 EXPECTED = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
-CONTAINERS = ("blobs", "model", "state_dict")  # of Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
-NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")  # numpy's names of the types read
+CONTAINERS = ("blobs", "model", "state_dict")  # Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
+NUMBERS = (
+    "b1",
+    "i1",
+    "i2",
+    "i4",
+    "i8",
+    "u1",
+    "u2",
+    "u4",
+    "u8",
+    "f2",
+    "f4",
+    "f8",
+)  # the types that are read, by numpy's names
 
 
 class WeightFile(NamedTuple):
-    """The tensors of a file, and what stands beside them."""
+    """The tensors of a file, and its other entries."""
 
     path: Path
     tensors: dict[str, Tensor]  # on the CPU, by name without a leading "module."
@@ -39,7 +52,7 @@ class WeightFile(NamedTuple):
 
 
 class _Unfit(Exception):
-    """What is wrong with a file; read_weights puts its name in front."""
+    """What is wrong with a file; read_weights adds the file's name."""
 
 
 class _Dtype:
@@ -56,7 +69,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stand in for numpy.ndarray and for the functions that make one; `value` is the array."""
+    """Stand in for numpy.ndarray and the functions that create one; `value` is the array."""
 
     value: np.ndarray
 
@@ -70,19 +83,19 @@ class _Array:
 
     @classmethod
     def from_buffer(cls, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> "_Array":
-        """Stand in for numpy's function of protocol 5; axes: how recent numpy permutes an array of order "K"."""
+        """Stand in for numpy's function of protocol 5; axes: the permutation that recent numpy uses for order "K"."""
         array = cls(cls)
         array.value = _numpy_array(dtype, data, shape, "C" if axes else order).transpose(axes or range(len(shape)))
         return array
 
     @classmethod
     def scalar(cls, dtype: Any, data: Any) -> Any:
-        """Stand in for numpy's function that makes a number."""
+        """Stand in for numpy's function that creates a number."""
         return _numpy_array(dtype, data, (), "C").item()
 
 
 def _numpy_array(dtype: Any, data: Any, shape: Any, order: Any) -> np.ndarray:
-    """Make an array of a pickle's bytes (Python 2: its latin1 text) after checking each part of the claim."""
+    """Make an array from a pickle's bytes (Python 2: latin1 text) after checking shape, type and size against them."""
     if not isinstance(dtype, _Dtype) or not isinstance(data, str | bytes):
         raise ValueError("an array whose parts are not bytes and a type")
     if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
@@ -94,7 +107,7 @@ def _numpy_array(dtype: Any, data: Any, shape: Any, order: Any) -> np.ndarray:
     return np.frombuffer(raw, kind).reshape(shape, order=order)
 
 
-# Classes and bound methods, not functions, whose defaults a pickle could change.
+# Classes and bound methods only: a pickle could change the defaults of a plain function.
 STAND_INS: dict[str, Callable[..., Any]] = {
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _Array.scalar for core in ("core", "_core")},
@@ -105,12 +118,12 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """An unpickler that finds the stand-ins and nothing else.
+    """An unpickler that finds only the stand-ins.
 
-    Python's own, not C's: a damaged file may name a memo slot for which C would fill all memory.
+    It is Python's unpickler, not C's, because C's would fill all memory if a damaged file names a huge memo slot.
     """
 
-    # load_bytearray8 would fill whatever length a damaged file claims with zeros
+    # load_bytearray8 would allocate whatever length a damaged file claims
     dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]}
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
@@ -121,7 +134,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 class _Lines(io.BufferedReader):
-    """A file whose last line must end: else the half of a name at a cut would be taken for a name, and refused."""
+    """A file whose last line must be complete, so that half a name in a truncated file is damage and not a name."""
 
     def readline(self, size: int | None = -1) -> bytes:
         if (line := super().readline(size)).endswith(b"\n"):
@@ -130,19 +143,19 @@ class _Lines(io.BufferedReader):
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read the tensors of a .safetensors, of a .pth of torch.save, or of a .pkl of numpy arrays, told by its content.
+    """Read the tensors of a .safetensors, a .pth of torch.save or a .pkl of numpy arrays; the content decides which.
 
-    Returns them on the CPU; floating point of any width comes as float32, integers and bools stay as they are.
-    Momentum among Detectron's blobs is left out.
-    Raises CheckpointError that names the file, what was found, what was expected and the likely cause: no weight
-    file, damage, a file that asks for code to be run (none is), no tensors, NaN or infinite values.
+    Returns them on the CPU: floating point of any width as float32, integers and bools as they are.  Leaves out the
+    momentum among Detectron's blobs.
+    Raises CheckpointError with the file, what was found, what was expected and the likely cause: not a weight file,
+    damaged, asking for code to be run (none is), without tensors, or with NaN or infinite values.
     """
     head = _head(path)
     try:
         return WeightFile(path, *_weights(_content(path, head)))
     except _Unfit as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # an unpickler meets damage with nearly any type of error
+    except Exception as error:  # a damaged file makes an unpickler raise nearly any type of error
         reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
         raise CheckpointError(
             f"{path}: damaged or truncated: {type(error).__name__}: {reason}; {EXPECTED}: was the download cut short?"
@@ -150,17 +163,17 @@ def read_weights(path: Path) -> WeightFile:
 
 
 def write_torch(path: Path, content: dict[str, Any]) -> None:
-    """Write a dict with torch.save, so that path is whole or as it was; raises OutputError where that fails."""
-    buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without a cause
+    """Write a dict with torch.save, completely or not at all.  Raises OutputError if that fails."""
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as a RuntimeError without the cause
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer())
 
 
 def _head(path: Path) -> bytes:
-    """Read the first bytes of a file; refuse what the user can see is no weight file."""
+    """Read the first bytes of a file; refuse what is clearly not a weight file."""
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise CheckpointError(f"{path}: a pipe or a device; {EXPECTED}")  # a pipe might not end
+            raise CheckpointError(f"{path}: a pipe or a device; {EXPECTED}")  # reading a pipe might never end
         with open(path, "rb") as file:
             head = file.read(200)
     except OSError as error:
@@ -192,9 +205,9 @@ def _content(path: Path, head: bytes) -> Any:
 
 
 def _torch_content(file: io.BufferedReader) -> Any:
-    """Read a file of torch.save with torch's restricted unpickler, numpy's names answered by the stand-ins."""
+    """Read a file of torch.save with torch's restricted unpickler, with the stand-ins for numpy's names."""
     try:
-        with torch.serialization.safe_globals([(own, name) for name, own in STAND_INS.items()]):
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if (asked := re.search(r"GLOBAL ([\w.]+)", str(error))) is None:
@@ -206,7 +219,7 @@ def _torch_content(file: io.BufferedReader) -> Any:
 
 
 def _weights(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Find the tensors of a file's content and check them; return the fields of a WeightFile after its path."""
+    """Find the tensors in a file's content and check them.  Returns the fields of a WeightFile after its path."""
     if not isinstance(content, dict):
         raise _Unfit(f"holds a {type(content).__name__}; expected a dict of tensors by name")
     found = {key: arrays for key in CONTAINERS if (arrays := _arrays(content.get(key)))} or {"flat": _arrays(content)}
@@ -225,8 +238,8 @@ def _weights(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if wrong := [f"{name} ({count} of {tensors[name].numel()})" for name, count in counts.items() if count]:
         listed = ", ".join(wrong[:MAX_NAMED]) + (", ..." if len(wrong) > MAX_NAMED else "")
         raise _Unfit(f"NaN or infinite values in {listed}; expected finite weights: did the training diverge?")
-    beside = [key for key in content if isinstance(key, str) and key != container]
-    return tensors, {key: content[key] for key in beside if not isinstance(content[key], Tensor | _Array)}
+    other_keys = [key for key in content if isinstance(key, str) and key != container]
+    return tensors, {key: content[key] for key in other_keys if not isinstance(content[key], Tensor | _Array)}
 
 
 def _arrays(entries: Any) -> dict[str, Any]:
@@ -235,9 +248,11 @@ def _arrays(entries: Any) -> dict[str, Any]:
 
 
 def _tensor(name: str, array: Any) -> Tensor:
-    if isinstance(array, _Array):  # np.array copies: from_numpy takes neither read-only arrays nor other byte orders
+    if isinstance(
+        array, _Array
+    ):  # np.array copies, because from_numpy takes neither read-only arrays nor other byte orders
         array = torch.from_numpy(np.array(array.value, dtype=array.value.dtype.newbyteorder("="), order="C"))
-    tensor = Tensor.detach(array)  # not array.detach(): a file may set attributes on its tensors
+    tensor = Tensor.detach(array)  # not array.detach(), because a file may set attributes on its tensors
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise _Unfit(f"{name} is a {tensor.layout} tensor on {tensor.device}, {tensor.dtype}; expected dense values")
     return tensor.float() if tensor.is_floating_point() else tensor

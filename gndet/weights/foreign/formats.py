@@ -1,4 +1,4 @@
-"""Which toolkit wrote a file, what its files assume by custom, and the ModelConfig that fits the tensors.
+"""Tell which toolkit wrote a file, what that toolkit's files assume, and which ModelConfig fits the tensors.
 
 C channels, K classes.
 """
@@ -12,7 +12,7 @@ from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
 from gndet.weights.foreign.files import WeightFile
-from gndet.weights.foreign.names import FORMATS, STAGES, Brick, theirs
+from gndet.weights.foreign.names import FORMATS, STAGES, ConvNames, file_key
 from gndet.weights.read import MAX_NAMED
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
@@ -20,20 +20,20 @@ CAFFE_MEAN, NO_STD = (122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)  # Detectro
 
 
 class Facts(NamedTuple):
-    """What a format's files assume by custom."""
+    """What the files of a format assume without stating it."""
 
     title: str
     bgr: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    msra: bool  # BN backbones have their stride in the 1x1; GN ones only where gn_msra
+    msra: bool  # BN backbones have the stride in the 1x1; GN backbones only if gn_msra
     background_first: bool
     compat: str
     frozen_eps: float = 1e-5
     gn_msra: bool = False
     groups: int = 32
     channels_per_group: int | None = None
-    standardized: bool = False  # weight standardization in its backbone, pyramid and heads
+    standardized: bool = False  # weight standardization in backbone, pyramid and heads
 
 
 FACTS = {
@@ -47,8 +47,8 @@ FACTS = {
         "maskrcnn-benchmark", True, CAFFE_MEAN, NO_STD, True, True, "detectron", frozen_eps=0.0
     ),
 }
-PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the order that the model takes
-MARKS = (  # a key that tells a format, the first that fits
+PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
+MARKS = (  # (start of a key, format); the first that fits decides
     ("backbone.bottom_up.", "detectron2"),
     ("proposal_generator.", "detectron2"),
     ("roi_heads.box.feature_extractor.", "maskrcnn-benchmark"),
@@ -64,9 +64,9 @@ MARKS = (  # a key that tells a format, the first that fits
 
 
 def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give layers of older torchvision detectors their present names, as torchvision's own loading does.
+    """Give the layers of older torchvision detectors their present names, as torchvision does when loading them.
 
-    detectron2's MSRA backbones have Caffe2's names but for their norms: these get Caffe2's names, too.
+    detectron2's MSRA backbones have Caffe2's names except for the norms, which get Caffe2's names here.
     """
     if "res_conv1_bn_gamma" in tensors:
         suffixes = {"_gamma": "_s", "_beta": "_b", "_running_mean": "_rm", "_running_var": "_riv"}
@@ -91,7 +91,7 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> str:
-    """Return the format by the names of the tensors.  Raises CheckpointError where none fits, or not the stated one."""
+    """Return the format, by the tensors' names.  Raises CheckpointError if it is unknown or not the stated one."""
     found = next((format for mark, format in MARKS if any(key.startswith(mark) for key in tensors)), None)
     if refusal := _unsupported(tensors):
         raise CheckpointError(f"{file.path}: {refusal}")
@@ -99,58 +99,58 @@ def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -
         expected = f"train.source.format: {cfg.format}" if cfg.format != "auto" else "a known format"
         keys = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(tensors.items())[:MAX_NAMED])
         raise CheckpointError(
-            f"{file.path}: expected {expected}, its tensors are named as {found or 'in no format that gndet knows'}: "
-            f"{keys}; read are gndet, torchvision, timm (ResNet), detectron2, Detectron, mmdetection, "
+            f"{file.path}: expected {expected}, but its tensors are named as in {found or 'no format that gndet knows'}"
+            f": {keys}; gndet reads files of gndet, torchvision, timm (ResNet), detectron2, Detectron, mmdetection and "
             "maskrcnn-benchmark"
         )
     return found
 
 
 def _unsupported(tensors: dict[str, Tensor]) -> str:
-    """Say why a recognised model cannot be built; empty where it can."""
+    """Return why a recognised model cannot be built; empty if it can."""
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)
 
     c4 = ("roi_heads.res5.", "conv_rpn_w", "roi_heads.box.feature_extractor.head.", "roi_head.shared_head.")
     if any(map(has, c4)) or (has("backbone.res2.") and has("proposal_generator.")):
-        return "a C4 or DC5 model (no pyramid), which gndet does not have yet; its heads work on res4 or res5"
+        return "a C4 or DC5 model, whose heads work on res4 or res5; gndet has only models with a pyramid"
     if has("bbox_head.fc_cls") or (has("bbox_head.") and has("backbone.layer1.")):
         return (
             "a model of mmdetection 1 or a one-stage detector (bbox_head at the top); gndet reads the two-stage "
             "detectors of mmdetection 2 and later (roi_head.bbox_head)"
         )
     if has("conv1.0.weight") or has("backbone.stem.0."):
-        return "a ResNet with a deep stem (three 3x3 convolutions, like resnet50d); gndet has the 7x7 stem only"
+        return "a ResNet with a deep stem (three 3x3 convolutions, like resnet50d); gndet has only the 7x7 stem"
     if has("roi_heads.box_predictor.0.") or has("roi_head.bbox_head.0."):
-        return "a cascade, which gndet does not have"
+        return "a cascade, which gndet does not support"
     return ""
 
 
 def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -> Facts:
-    """Return the customs of the format, overridden by what this file states, and that by what the user states."""
+    """Return what to assume of a file: the format's usual facts, then the file's own, then what the user states."""
     facts = FACTS[format]
     if file.extras.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's ResNets
         facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
-    if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics; these are detectron2's MSRA backbones
+    if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics, so this is an MSRA backbone of detectron2
         facts = facts._replace(mean=RGB_MEAN, compat="detectron2", frozen_eps=1e-5)
     if format == "detectron2" and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
-        mean, std = ([float(f"{x:.6g}") for x in tensors[key].flatten()] for key in PIXEL)  # as written, before float32
-        bgr = mean[0] <= mean[2]  # blue is the darkest of ImageNet's means; BGR is the default
+        mean, std = ([float(f"{x:.6g}") for x in tensors[key].flatten()] for key in PIXEL)  # undo float32's rounding
+        bgr = mean[0] <= mean[2]  # blue has the smallest mean of ImageNet; BGR is the default
         mean, std = (mean[::-1], std[::-1]) if bgr else (mean, std)
         facts = facts._replace(bgr=bgr, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
     if format == "mmdetection":
         facts = _of_mmdetection(facts, file, any(".gn" in key for key in tensors))
-    said: dict[str, Any] = {
+    stated: dict[str, Any] = {
         "bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1,
         "gn_msra": cfg.stride_in_1x1, "groups": cfg.groups, "channels_per_group": cfg.channels_per_group,
         "standardized": cfg.weight_standardization, "compat": cfg.compat,
     }  # fmt: skip
-    return facts._replace(**{key: value for key, value in said.items() if value is not None})
+    return facts._replace(**{key: value for key, value in stated.items() if value is not None})
 
 
 def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
-    """Apply what mmdetection's meta states; GN models without it are taken for Detectron's backbones (BGR, std 1)."""
+    """Apply what mmdetection's meta states; assume Detectron's backbone (BGR, std 1) for GN without meta."""
     meta = file.extras.get("meta")
     text = str(meta.get("config") or meta.get("cfg") or "") if isinstance(meta, dict) else ""
     if not text:
@@ -160,7 +160,7 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
     for key in ("mean", "std"):
         match = re.search(rf"\b{key}['\"]?\s*[=:]\s*\[([-\d.,\s]+)\]", text)
         values = [float(word) for word in match[1].split(",") if word.strip()] if match else []
-        if len(values) == 3:  # mmdetection states them in the order its model takes
+        if len(values) == 3:  # mmdetection states them in the channel order of its model
             stated: dict[str, Any] = {key: tuple(values[::-1] if facts.bgr else values)}
             facts = facts._replace(**stated)
     caffe = bool(re.search(r"style['\"]?\s*[=:]\s*['\"]caffe", text))
@@ -173,28 +173,28 @@ def _of_mmdetection(facts: Facts, file: WeightFile, gn: bool) -> Facts:
 
 
 class Reader:
-    """Look layers up in a file by the names of its format; a layer that the format or the file lacks is None."""
+    """Look up layers in a file by the names of its format; a layer that the format or the file lacks is None."""
 
     def __init__(self, path: str, format: str, tensors: dict[str, Tensor]) -> None:
         self.path, self.format, self.tensors, self.names = path, format, tensors, FORMATS[format]
 
     def weight(self, layer: str, **numbers: Any) -> Tensor | None:
-        """Return the weight of a layer, or of a brick's convolution, with or without a norm behind it."""
+        """Return the weight of a layer, or of a convolution with or without a norm."""
         name = self.names.get(layer)
-        for template in (name.conv, name.bare) if isinstance(name, Brick) else (name,):
-            key = theirs(self.format, template.format(**numbers), "weight") if template else ""
+        for template in (name.conv, name.bare) if isinstance(name, ConvNames) else (name,):
+            key = file_key(self.format, template.format(**numbers), "weight") if template else ""
             if key in self.tensors:
                 return self.tensors[key]
         return None
 
     def norm(self, layer: str, **numbers: Any) -> str:
-        """Return the kind of a brick's norm: gn, bn, frozen_bn or none."""
-        brick = self.names[layer]
-        assert isinstance(brick, Brick)
+        """Return the kind of the norm after a convolution: gn, bn, frozen_bn or none."""
+        names = self.names[layer]
+        assert isinstance(names, ConvNames)
         for kind in ("bn", "gn"):
-            name = brick.norm.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
+            name = names.norm.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
             keys = ("weight", "num_batches_tracked", "running_var")
-            weight, counter, var = (theirs(self.format, name, key) in self.tensors for key in keys)
+            weight, counter, var = (file_key(self.format, name, key) in self.tensors for key in keys)
             if weight and counter:
                 return "bn"
             if weight:
@@ -203,7 +203,7 @@ class Reader:
 
 
 def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Return the config of the model that a file's tensors fit, and the parts that the file holds."""
+    """Return the config of the model that fits a file's tensors, and the parts that the file holds."""
     depth, backbone_norm = _depth(reader), reader.norm("stem")
     in_1x1 = facts.gn_msra if backbone_norm == "gn" else facts.msra
     tree: dict[str, Any] = {
@@ -216,9 +216,9 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
     if objectness is not None:
         if len(objectness) != 3:
             raise CheckpointError(f"{reader.path}: {len(objectness)} anchors per cell, expected 3 (ratios 0.5, 1, 2)")
-        many = sum(reader.weight("rpn_many", n=n) is not None for n in range(8))
+        num_convs = sum(reader.weight("rpn_many", n=n) is not None for n in range(8))
         ratios = cfg.aspect_ratios or (0.5, 1.0, 2.0)
-        tree["rpn"] = {"aspect_ratios": ratios, "num_convs": max(many, 1), "norm": "none"}
+        tree["rpn"] = {"aspect_ratios": ratios, "num_convs": max(num_convs, 1), "norm": "none"}
         if cfg.anchor_sizes:
             tree["rpn"]["anchor_sizes"] = cfg.anchor_sizes
     tree |= _heads(reader)
@@ -240,7 +240,7 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
 
 
 def _depth(reader: Reader) -> int:
-    """Return the depth of the ResNet by its blocks.  Raises CheckpointError where gndet has no such ResNet."""
+    """Return the depth of the ResNet, told by its blocks.  Raises CheckpointError if gndet has no such ResNet."""
 
     def conv(s: int, i: int, k: int) -> Tensor | None:
         return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1])
@@ -250,20 +250,20 @@ def _depth(reader: Reader) -> int:
     depths = [d for d, blocks in BLOCKS.items() if blocks == counts and (d >= 50) == bottleneck]
     if not depths:
         raise CheckpointError(
-            f"{reader.path}: its backbone has {counts} {'bottleneck' if bottleneck else 'basic'} blocks, which is no "
-            f"ResNet of gndet: {', '.join(f'{d} {b}' for d, b in BLOCKS.items())}; is a part of the file missing?"
+            f"{reader.path}: its backbone has {counts} {'bottleneck' if bottleneck else 'basic'} blocks; gndet's "
+            f"ResNets have {', '.join(f'{d} {b}' for d, b in BLOCKS.items())}; is a part of the file missing?"
         )
     middle = conv(2, 0, 2)
     if bottleneck and middle is not None and middle.shape[:2] != (64, 64):
         raise CheckpointError(
             f"{reader.path}: its 3x3 convolutions in res2 are {list(middle.shape)}, expected [64, 64, 3, 3]; grouped "
-            "or wide ResNets (ResNeXt) are not in gndet"
+            "or wide ResNets (ResNeXt) are not supported"
         )
     return depths[0]
 
 
 def _heads(reader: Reader) -> dict[str, dict[str, Any]]:
-    """Return the config sections of the heads that the file holds, with the kind of their norm."""
+    """Return the config sections of the heads in the file, with the kind of their norm."""
     sections: dict[str, dict[str, Any]] = {}
     scores, deltas, logits = (reader.weight(layer) for layer in ("cls_score", "bbox_pred", "mask_logits"))
     numbers = [{"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1} for n in range(16)]
@@ -275,7 +275,7 @@ def _heads(reader: Reader) -> dict[str, dict[str, Any]]:
         if len(deltas) != 4 * (len(scores) - (not FACTS[reader.format].background_first)):
             raise CheckpointError(
                 f"{reader.path}: {reader.names['bbox_pred']} has {len(deltas)} rows beside {len(scores)} of "
-                f"{reader.names['cls_score']}: class-agnostic boxes, which gndet does not have"
+                f"{reader.names['cls_score']}: class-agnostic boxes, which gndet does not support"
             )
         sections["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}
         if box_convs:

@@ -1,6 +1,6 @@
-"""What the layers of a detector are called in other toolkits: one table, read in both directions.
+"""The names of a detector's layers in other toolkits: one table for import and export.
 
-A brick is a convolution and its norm. Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
+Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
 abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number in a stage, n = 0.. and m = 1.. a layer
 of a head, x = 3 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or "gn".
 """
@@ -13,47 +13,47 @@ from typing import NamedTuple
 from gndet.config.schema import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 
-STAGES = (2, 3, 4, 5)  # of the ResNet, and the levels of its pyramid
+STAGES = (2, 3, 4, 5)  # of the ResNet, and levels of the pyramid
 
 
-class Brick(NamedTuple):
-    """Names of a convolution and its norm, and of the convolution where no norm follows, if that is another."""
+class ConvNames(NamedTuple):
+    """The names of a convolution, of its norm, and of the convolution if it has no norm and another name then."""
 
     conv: str
     norm: str
     bare: str | None = None
 
 
-def _brick(conv: str, norm: str, name: str, bare: str | None = None) -> Brick:
-    """Name a brick by what follows the name of its convolution and of its norm."""
-    return Brick(name + conv, name + norm, bare)
+def _with_endings(conv: str, norm: str, name: str, bare: str | None = None) -> ConvNames:
+    """Build the names of a convolution and its norm from a common name and two endings."""
+    return ConvNames(name + conv, name + norm, bare)
 
 
-_own = partial(_brick, "", ".norm")  # detectron2: the norm is a part of the convolution
-_sequence = partial(_brick, ".0", ".1")  # torchvision: a sequence of convolution and norm
-_module = partial(_brick, ".conv", ".{norm}")  # mmcv's ConvModule
-_caffe2 = partial(_brick, "", "_{norm}")
+_nested = partial(_with_endings, "", ".norm")  # detectron2: the norm is a part of the convolution
+_sequence = partial(_with_endings, ".0", ".1")  # torchvision: a sequence of convolution and norm
+_module = partial(_with_endings, ".conv", ".{norm}")  # mmcv's ConvModule
+_caffe2 = partial(_with_endings, "", "_{norm}")
 
 
-def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, Brick | str]:
+def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, ConvNames | str]:
     block = f"{prefix}layer{{t}}.{{i}}."
     return {
-        "stem": Brick(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
-        "block": Brick(f"{block}conv{{k}}", f"{block}{norm}{{k}}"),
-        "shortcut": Brick(f"{block}downsample.0", f"{block}downsample.1"),
+        "stem": ConvNames(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
+        "block": ConvNames(f"{block}conv{{k}}", f"{block}{norm}{{k}}"),
+        "shortcut": ConvNames(f"{block}downsample.0", f"{block}downsample.1"),
     }
 
 
-def _detectron2(prefix: str) -> dict[str, Brick | str]:
+def _detectron2(prefix: str) -> dict[str, ConvNames | str]:
     names = {"stem": "stem.conv1", "block": "res{s}.{i}.conv{k}", "shortcut": "res{s}.{i}.shortcut"}
-    return {layer: _own(prefix + name) for layer, name in names.items()}
+    return {layer: _nested(prefix + name) for layer, name in names.items()}
 
 
 _BOX, _MASK = "roi_heads.box_predictor.", "roi_heads.mask_head."
-# By layer, for those that a format can hold.  rpn: the only convolution, rpn_many: one of several; fc: of the 2fc head,
-# fc_after_convs: of the 4conv1fc head; top: lateral of P5, where it has a name of its own.
-FORMATS: dict[str, dict[str, Brick | str]] = {
-    "resnet": _resnet(""),  # torchvision's classifiers and timm's
+# Names by layer; a format lists only the layers that its files can hold.  rpn: the only convolution, rpn_many: one of
+# several; fc: in the 2fc head, fc_after_convs: in the 4conv1fc head; top: lateral of P5, if its name differs.
+FORMATS: dict[str, dict[str, ConvNames | str]] = {
+    "resnet": _resnet(""),  # classifiers of torchvision and timm
     "torchvision": {
         **_resnet("backbone.body."),
         "lateral": _sequence("backbone.fpn.inner_blocks.{l}"), "output": _sequence("backbone.fpn.layer_blocks.{l}"),
@@ -67,18 +67,19 @@ FORMATS: dict[str, dict[str, Brick | str]] = {
     "detectron2_backbone": _detectron2(""),
     "detectron2": {
         **_detectron2("backbone.bottom_up."),
-        "lateral": _own("backbone.fpn_lateral{L}"), "output": _own("backbone.fpn_output{L}"),
-        "rpn": _own("proposal_generator.rpn_head.conv"), "rpn_many": _own("proposal_generator.rpn_head.conv.conv{n}"),
+        "lateral": _nested("backbone.fpn_lateral{L}"), "output": _nested("backbone.fpn_output{L}"),
+        "rpn": _nested("proposal_generator.rpn_head.conv"),
+        "rpn_many": _nested("proposal_generator.rpn_head.conv.conv{n}"),
         "objectness": "proposal_generator.rpn_head.objectness_logits",
         "deltas": "proposal_generator.rpn_head.anchor_deltas",
-        "box_conv": _own("roi_heads.box_head.conv{m}"), "fc": "roi_heads.box_head.fc{m}",
+        "box_conv": _nested("roi_heads.box_head.conv{m}"), "fc": "roi_heads.box_head.fc{m}",
         "fc_after_convs": "roi_heads.box_head.fc{m}", "cls_score": _BOX + "cls_score", "bbox_pred": _BOX + "bbox_pred",
-        "mask_conv": _own(_MASK + "mask_fcn{m}"), "deconv": _MASK + "deconv", "mask_logits": _MASK + "predictor",
+        "mask_conv": _nested(_MASK + "mask_fcn{m}"), "deconv": _MASK + "deconv", "mask_logits": _MASK + "predictor",
     },
     "mmdetection": {
         **_resnet("backbone.", norm="{norm}"),
         "lateral": _module("neck.lateral_convs.{l}"), "output": _module("neck.fpn_convs.{l}"),
-        "rpn": Brick("rpn_head.rpn_conv", ""), "rpn_many": _module("rpn_head.rpn_conv.{n}"),
+        "rpn": ConvNames("rpn_head.rpn_conv", ""), "rpn_many": _module("rpn_head.rpn_conv.{n}"),
         "objectness": "rpn_head.rpn_cls", "deltas": "rpn_head.rpn_reg",
         "box_conv": _module("roi_head.bbox_head.shared_convs.{n}"), "fc": "roi_head.bbox_head.shared_fcs.{n}",
         "fc_after_convs": "roi_head.bbox_head.shared_fcs.{n}",
@@ -90,8 +91,10 @@ FORMATS: dict[str, dict[str, Brick | str]] = {
         **_resnet("backbone.body.", stem="stem."),
         "lateral": _sequence("backbone.fpn.fpn_inner{u}", bare="backbone.fpn.fpn_inner{u}"),
         "output": _sequence("backbone.fpn.fpn_layer{u}", bare="backbone.fpn.fpn_layer{u}"),
-        "rpn": Brick("rpn.head.conv", ""), "objectness": "rpn.head.cls_logits", "deltas": "rpn.head.bbox_pred",
-        "box_conv": Brick("roi_heads.box.feature_extractor.xconvs.{x}", "roi_heads.box.feature_extractor.xconvs.{x1}"),
+        "rpn": ConvNames("rpn.head.conv", ""), "objectness": "rpn.head.cls_logits", "deltas": "rpn.head.bbox_pred",
+        "box_conv": ConvNames(
+            "roi_heads.box.feature_extractor.xconvs.{x}", "roi_heads.box.feature_extractor.xconvs.{x1}"
+        ),
         "fc": "roi_heads.box.feature_extractor.fc{f}", "fc_after_convs": "roi_heads.box.feature_extractor.fc{f}",
         "cls_score": "roi_heads.box.predictor.cls_score", "bbox_pred": "roi_heads.box.predictor.bbox_pred",
         "mask_conv": _sequence(
@@ -100,24 +103,24 @@ FORMATS: dict[str, dict[str, Brick | str]] = {
         "deconv": "roi_heads.mask.predictor.conv5_mask", "mask_logits": "roi_heads.mask.predictor.mask_fcn_logits",
     },
     "detectron": {
-        "stem": Brick("conv1", "{conv1}_{norm}"), "block": _caffe2("res{s}_{i}_branch2{abc}"),
+        "stem": ConvNames("conv1", "{conv1}_{norm}"), "block": _caffe2("res{s}_{i}_branch2{abc}"),
         "shortcut": _caffe2("res{s}_{i}_branch1"),
         "lateral": _caffe2("fpn_inner_res{L}_{last}_sum_lateral"), "top": _caffe2("fpn_inner_res{L}_{last}_sum"),
-        "output": _caffe2("fpn_res{L}_{last}_sum"), "rpn": Brick("conv_rpn_fpn2", ""),
+        "output": _caffe2("fpn_res{L}_{last}_sum"), "rpn": ConvNames("conv_rpn_fpn2", ""),
         "objectness": "rpn_cls_logits_fpn2", "deltas": "rpn_bbox_pred_fpn2",
         "box_conv": _caffe2("head_conv{m}"), "fc": "fc{f}", "fc_after_convs": "fc{f}",
         "cls_score": "cls_score", "bbox_pred": "bbox_pred",
-        "mask_conv": Brick("_mask_fcn{m}", "_mask_fcn{m}_{norm}", bare="_[mask]_fcn{m}"),
+        "mask_conv": ConvNames("_mask_fcn{m}", "_mask_fcn{m}_{norm}", bare="_[mask]_fcn{m}"),
         "deconv": "conv5_mask", "mask_logits": "mask_fcn_logits",
     },
 }  # fmt: skip
 
 SUFFIXES = {"weight": "_w", "bias": "_b"}  # of Detectron's convolutions and fully connected layers
-NORM_SUFFIXES = {"weight": "_s", "bias": "_b", "running_mean": "_rm", "running_var": "_riv"}  # and of its norms
+NORM_SUFFIXES = {"weight": "_s", "bias": "_b", "running_mean": "_rm", "running_var": "_riv"}  # of its norms
 
 
-def theirs(format: str, layer: str, parameter: str) -> str:
-    """Return the key of a layer's parameter ("weight", "bias", "running_mean" ...) in a file of that format."""
+def file_key(format: str, layer: str, parameter: str) -> str:
+    """Return the key of a layer's parameter ("weight", "bias", "running_mean" ...) in a file of the format."""
     if format != "detectron":
         return f"{layer}.{parameter}"
     suffixes = NORM_SUFFIXES if layer.endswith(("_bn", "_gn")) else SUFFIXES
@@ -125,28 +128,28 @@ def theirs(format: str, layer: str, parameter: str) -> str:
 
 
 def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[str, str]:
-    """Map gndet's layers of those parts ("backbone.res2.0.conv1.conv", "rpn.deltas") to a format's, in model order."""
+    """Map gndet's layer names in those parts ("backbone.res2.0.conv1.conv") to the format's, in model order."""
     norms, names = cfg.part_norms(), FORMATS[format]
     result: dict[str, str] = {}
     for part, layer, name, numbers in _layers(names, cfg):
         if part not in parts:
             continue
-        there = names[name]
-        if isinstance(there, str):
-            result[f"{part}.{layer}"] = there.format(**numbers)
+        template = names[name]
+        if isinstance(template, str):
+            result[f"{part}.{layer}"] = template.format(**numbers)
             continue
         norm = "bn" if norms[part].has_running_statistics else "gn"
         numbers = {**numbers, "norm": norm, "conv1": "res_conv1" if norm == "bn" else "conv1"}
         normed = norms[part].kind != "none"
-        conv = there.conv if normed or there.bare is None else there.bare
+        conv = template.conv if normed or template.bare is None else template.bare
         result[f"{part}.{layer}.conv"] = conv.format(**numbers)
         if normed:
-            result[f"{part}.{layer}.norm"] = there.norm.format(**numbers)
+            result[f"{part}.{layer}.norm"] = template.norm.format(**numbers)
     return result
 
 
 def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
-    """Yield every layer of a model: its part, gndet's name of it, its name in `names`, and the numbers to put in."""
+    """Yield each layer of a model: its part, gndet's name, its name in `names`, and the values of the placeholders."""
     depth = cfg.backbone.depth
     yield "backbone", "stem", "stem", {}
     for s, count in zip(STAGES, BLOCKS[depth], strict=True):

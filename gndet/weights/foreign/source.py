@@ -1,7 +1,7 @@
-"""From a file of another toolkit, or the name of published weights, to a Source with all that its numbers assume.
+"""Read a file of another toolkit, or published weights by name, into a Source that states what the weights assume.
 
-K classes; row 0 is the background's in torchvision, Detectron and maskrcnn-benchmark, the last row in detectron2,
-mmdetection and gndet.
+K classes; the background's row is the first in torchvision, Detectron and maskrcnn-benchmark, and the last in
+detectron2, mmdetection and gndet.
 """
 
 import importlib
@@ -19,16 +19,16 @@ from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
-from gndet.weights.foreign.names import layer_names, theirs
+from gndet.weights.foreign.names import file_key, layer_names
 from gndet.weights.read import BACKGROUND, CLASS_ROWS, MAX_NAMED, STEM, Source, first_few, fused_parts
 
-TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # as ResNet50_Weights.IMAGENET1K_V2
-TIMM_NAME = re.compile(r"timm:([\w.]+)")  # as timm:resnet50_gn.a1h_in1k
+TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
+TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
 PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-COCO_ROWS = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # the background and COCO's ids 1 to 90
+COCO_ROWS = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # the background, then COCO's ids 1 to 90
 CATEGORY_IDS = tuple(id for id, name in enumerate(COCO_ROWS) if name not in ("__background__", "N/A"))
 COCO_NAMES = tuple(COCO_ROWS[id] for id in CATEGORY_IDS)
-PREFIXES = {  # of the tensors of the parts that gndet reads
+PREFIXES = {  # of tensors in the parts that gndet reads
     "resnet": ("conv1.", "bn1.", "layer"),
     "torchvision": ("backbone.", "rpn.", "roi_heads."),
     "detectron2": ("backbone.", "proposal_generator.", "roi_heads."),
@@ -37,42 +37,42 @@ PREFIXES = {  # of the tensors of the parts that gndet reads
     "maskrcnn-benchmark": ("backbone.", "rpn.", "roi_heads."),
     "detectron": ("res", "fpn_", "head_conv", "conv_rpn", "rpn_"),
 }
-HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tracked")  # classifiers, other heads
+HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tracked")  # of classifiers and other heads
 
 
-def read_foreign(where: str, cfg: SourceConfig) -> Source:
-    """Read weights that are not gndet's: a file, or a weight name of torchvision or timm.  Raises as read_source."""
-    path = Path(where)
+def read_foreign(weights: str, cfg: SourceConfig) -> Source:
+    """Read weights of another toolkit: a file, or the name of torchvision's or timm's.  Raises as read_source does."""
+    path = Path(weights)
     if path.exists():
         return understand(read_weights(path), cfg)
-    if match := TORCHVISION_NAME.fullmatch(where):
+    if match := TORCHVISION_NAME.fullmatch(weights):
         return _torchvision(match[1], cfg)
-    if match := TIMM_NAME.fullmatch(where):
+    if match := TIMM_NAME.fullmatch(weights):
         return _timm(match[1], cfg)
     raise CheckpointError(
-        f"{where}: there is no such file or folder, nor is it a weight name like ResNet50_Weights.IMAGENET1K_V2 "
+        f"{weights}: there is no such file or folder, and it is not a weight name like ResNet50_Weights.IMAGENET1K_V2 "
         "(torchvision) or timm:resnet50_gn.a1h_in1k (timm)"
     )
 
 
 def _torchvision(name: str, cfg: SourceConfig) -> Source:
-    """Read weights of torchvision by name, from its cached file or else a download, whose name holds its hash."""
+    """Read torchvision's weights by name, from its cache or a download, which is checked by the hash in its name."""
     try:
         weights = torchvision.models.get_weight(name)
     except (ValueError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{name}: torchvision has no such weights: {error}") from None
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision keeps it
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name  # where torchvision caches it
     try:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             hash_prefix = file.stem.rpartition("-")[2]
             torch.hub.download_url_to_file(weights.url, str(file), hash_prefix, progress=False)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: another hash
+    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         raise CheckpointError(
-            f"{name}: could not download {weights.url} ({error}); fetch that file where there is a network, and put "
-            f"it at {file}, or set train.weights to it"
+            f"{name}: could not download {weights.url} ({error}); fetch the file on a machine with a network, and put "
+            f"it at {file} or set train.weights to its path"
         ) from None
-    # not torchvision's own loading, which runs what a file asks for
+    # not torchvision's own loader, which may run code from the file
     source = understand(read_weights(file), cfg, origin=f"{type(weights).__name__}.{weights.name}")
     return source._replace(notes=[f"loaded torchvision {name}", *source.notes])
 
@@ -80,11 +80,11 @@ def _torchvision(name: str, cfg: SourceConfig) -> Source:
 def _timm(name: str, cfg: SourceConfig) -> Source:
     try:
         model = importlib.import_module("timm").create_model(name, pretrained=True)
-    except Exception as error:  # no timm, or whatever the hub's client raises; timm names no type
+    except Exception as error:  # no timm, or anything that the hub's client raises; timm documents no type
         raise CheckpointError(
-            f"timm:{name}: timm could not load it ({type(error).__name__}: {error}): pip install timm where it is "
-            f"missing, or fetch model.safetensors of https://huggingface.co/timm/{name} where there is a network, and "
-            "set train.weights to the file"
+            f"timm:{name}: timm could not load it ({type(error).__name__}: {error}); pip install timm if it is "
+            f"missing, or download model.safetensors from https://huggingface.co/timm/{name} on a machine with a "
+            "network, and set train.weights to its path"
         ) from None
     stated = {key: tuple(round(255 * x, 4) for x in model.default_cfg[key]) for key in ("mean", "std")}
     pixels = {"pixel_mean": cfg.pixel_mean or stated["mean"], "pixel_std": cfg.pixel_std or stated["std"]}
@@ -93,11 +93,11 @@ def _timm(name: str, cfg: SourceConfig) -> Source:
 
 
 def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
-    """Name a file's tensors as gndet does and state what they assume.
+    """Rename a file's tensors to gndet's names and state what the weights assume.
 
-    cfg: what the user states about it.  origin: the weight name it was fetched by, if any.
-    Raises CheckpointError where the format is unknown, a layer or half a part is missing, or the model is none of
-    gndet's (C4, grouped or deep-stem ResNets, class-agnostic boxes), naming keys and shapes.
+    cfg: what the user states about the file.  origin: the name that the weights were downloaded by, if any.
+    Raises CheckpointError, with keys and shapes, if the format is unknown, if a layer or a part of one is missing, or
+    if gndet does not support the model (C4, grouped or deep-stem ResNets, class-agnostic boxes).
     """
     tensors = renamed(file.tensors)
     format = format_of(file, tensors, cfg)
@@ -105,8 +105,8 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     reader = Reader(str(file.path), format, tensors)
     model, parts = infer_config(reader, facts, cfg, origin or file.path.name)
     names = layer_names(format, model, parts)
-    keys = {f"{layer}.{key}": theirs(format, name, key) for layer, name in names.items() for key in PARAMETERS}
-    state = {own: tensors[key] for own, key in keys.items() if key in tensors}
+    keys = {f"{layer}.{key}": file_key(format, name, key) for layer, name in names.items() for key in PARAMETERS}
+    state = {name: tensors[key] for name, key in keys.items() if key in tensors}
     known = set(keys.values())
     unused = [key for key in tensors if key not in known]
     _complete_fused(state, model)
@@ -118,10 +118,10 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     classes, notes = _classes(num_classes, file, cfg)
     notes = [_assumptions(facts, model, parts, fused), *notes]
     if wrong := _misfits(state, model, parts, num_classes, keys):
-        cause = "likely cause: a part of the file is missing, or it is a variant of the model that gndet does not have"
+        cause = "likely cause: a part of the file is missing, or the model is a variant that gndet does not support"
         lines = "\n  ".join([*first_few(wrong), cause])
         raise CheckpointError(f"{reader.path}: {len(wrong)} tensors of a {facts.title} model:\n  {lines}")
-    _refuse_strangers(reader, unused)
+    _refuse_unknown(reader, unused)
     ids = CATEGORY_IDS if classes == COCO_NAMES else None
     return Source(
         str(file.path), format, state, model, parts, classes, num_classes, fused, notes, unused, category_ids=ids
@@ -129,7 +129,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 
 
 def _complete_fused(state: dict[str, Tensor], model: ModelConfig) -> None:
-    """Give the BN layers of a part the identity's statistics where the file has none at all: affine maps."""
+    """Give a part's BN layers mean 0 and variance 1 if the file has no statistics for any: they are affine maps."""
     for part in [part for part, norm in model.part_norms().items() if norm.has_running_statistics]:
         keys = [key for key in state if key.startswith(f"{part}.")]
         for key in [] if any("running_" in key for key in keys) else keys:
@@ -139,8 +139,8 @@ def _complete_fused(state: dict[str, Tensor], model: ModelConfig) -> None:
                 state[f"{layer}.running_var"] = torch.ones_like(state[key])
 
 
-def _refuse_strangers(reader: Reader, unused: list[str]) -> None:
-    """Raise CheckpointError for unknown tensors inside a part that gndet reads: it would compute something else."""
+def _refuse_unknown(reader: Reader, unused: list[str]) -> None:
+    """Raise CheckpointError for unknown tensors in a part that gndet reads: without them it computes something else."""
     strange = [key for key in unused if key.startswith(PREFIXES[reader.format]) and not HARMLESS.search(key)]
     if strange:
         named = ", ".join(f"{key} {list(reader.tensors[key].shape)}" for key in strange[:MAX_NAMED])
@@ -152,9 +152,9 @@ def _refuse_strangers(reader: Reader, unused: list[str]) -> None:
 
 
 def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str) -> None:
-    """Fold biases of convolutions before a norm, which are zero in Detectron's MSRA backbones, into BN's mean.
+    """Fold the biases of convolutions before a norm into BN's mean; Detectron's MSRA backbones have zero biases there.
 
-    Raises CheckpointError where the norm is GN and the bias is not zero.
+    Raises CheckpointError if the norm is GN and the bias is not zero.
     """
     for norm in [layer for layer in names if layer.endswith(".norm")]:
         conv = norm.removesuffix("norm") + "conv"
@@ -162,12 +162,14 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         if bias is None or not bias.any():
             continue
         if f"{norm}.running_mean" not in state:
-            raise CheckpointError(f"{path}: {names[conv]} has a bias before {names[norm]}, a GN; gndet has none there")
+            raise CheckpointError(
+                f"{path}: {names[conv]} has a bias before {names[norm]}, a GN; expected no bias there"
+            )
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
 def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig) -> int:
-    """Put the background last and take COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
+    """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
     counts = {
         layer: len(state[f"{layer}.weight"]) // n for layer, n in CLASS_ROWS.items() if f"{layer}.weight" in state
     }
@@ -189,7 +191,7 @@ def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: Sou
 
 
 def _classes(num: int, file: WeightFile, cfg: SourceConfig) -> tuple[tuple[str, ...] | None, list[str]]:
-    """Return the names of the classes by the user, the file's meta, or COCO where there are 80, and notes on them."""
+    """Return the class names from the user, the file's meta, or COCO if there are 80, and notes on them."""
     meta = file.extras.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     inner = meta.get("dataset_meta")
@@ -203,16 +205,16 @@ def _classes(num: int, file: WeightFile, cfg: SourceConfig) -> tuple[tuple[str, 
             raise ConfigError(f"{file.path}: {where} names {len(named)} classes, its heads have {num}")
         return tuple(named), [f"classes: {', '.join(named[:MAX_NAMED])}{', ...' if num > MAX_NAMED else ''}"]
     if num == len(COCO_NAMES):
-        return COCO_NAMES, ["classes: 80, taken for COCO's in COCO's order (train.source.classes states others)"]
-    return None, [f"classes: {num} without names; train.source.classes=[...] names them, so that rows carry over"]
+        return COCO_NAMES, ["classes: 80, assumed to be COCO's in COCO's order (if not, set train.source.classes)"]
+    return None, [f"classes: {num} without names; name them with train.source.classes=[...], so that rows carry over"]
 
 
 def _misfits(
     state: dict[str, Tensor], model: ModelConfig, parts: tuple[str, ...], num_classes: int, keys: dict[str, str]
 ) -> list[str]:
-    """Return a line for each tensor of the parts that is absent or has another shape than their config gives it.
+    """Return a line for each tensor of the parts that is absent or whose shape differs from the config's.
 
-    keys: the file's, by gndet's.
+    keys: the file's key of each gndet key.
     """
     with torch.device("meta"):
         built = build_model(model, max(num_classes, 1)).state_dict()
@@ -230,13 +232,13 @@ def _misfits(
 
 
 def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
-    """Say in one line what the file is taken for."""
+    """Return one line that says what the file is assumed to be."""
     norms, detects = model.part_norms(), "rpn" in parts
     ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
     words = [
-        f"taken for {facts.title}: ResNet-{model.backbone.depth}",
+        f"read as {facts.title}: ResNet-{model.backbone.depth}",
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
-        "BGR, turned to RGB in the stem" if facts.bgr else "RGB",
+        "BGR, converted to RGB in the stem" if facts.bgr else "RGB",
         f"mean {facts.mean}, std {facts.std} (RGB)",
         f"conventions {model.compat}",
         norms["backbone"].grouping if norms["backbone"].kind == "gn" else "",

@@ -1,4 +1,4 @@
-"""The detector: its losses, its one graph, what may and may not influence an image's result."""
+"""The detector: its losses, its single graph, and what may and may not influence the result of an image."""
 
 import math
 
@@ -25,7 +25,7 @@ SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
 
 
 def gradients(model: MaskRCNN, *batches: Batch) -> torch.Tensor:
-    """The gradient of the mean loss over the images of all batches, as one vector."""
+    """Return the gradient of the mean loss over the images of all batches, as one vector."""
     model.zero_grad()
     total = sum(len(batch.images) for batch in batches)
     for batch in batches:
@@ -56,7 +56,7 @@ def test_the_whole_training_forward_is_one_graph() -> None:
 
 
 @pytest.mark.parametrize("junk", [5000.0, -300.0, float("nan")])
-def test_what_stands_in_empty_slots_and_in_the_padding_changes_nothing(junk: float) -> None:
+def test_empty_slots_and_padding_do_not_change_gradients(junk: float) -> None:
     model, batch = small_model(), make_batch(SIZES)
     clean = gradients(model, batch)
     gt, empty = batch.gt, ~batch.gt.valid
@@ -79,12 +79,12 @@ def test_an_image_s_features_do_not_depend_on_its_batch(kind: str, dtype: torch.
     together = make_batch(SIZES)
     features, _ = model.features(together.images, together.sizes, together.padded)
     for i, size in enumerate(SIZES):
-        one = make_batch([size], first=i)
-        alone, _ = model.features(one.images, one.sizes, one.padded)
+        single = make_batch([size], first=i)
+        alone, _ = model.features(single.images, single.sizes, single.padded)
         for level, expected in zip(features, alone, strict=True):
             got = level[i : i + 1, :, : expected.shape[2], : expected.shape[3]]
             assert (got - expected).norm() <= tolerance * expected.norm()
-            assert level[i].abs().sum().isclose(got.abs().sum())  # and nothing lies in the padding
+            assert level[i].abs().sum().isclose(got.abs().sum())  # and the padding is zero
 
 
 @pytest.mark.parametrize("kind", ["gn", "ln", "in"])
@@ -114,7 +114,7 @@ def test_nothing_is_sampled_or_proposed_in_the_padding() -> None:
 
 
 def test_equal_scores_are_proposed_in_order_whatever_the_padding() -> None:
-    """A black picture scores alike everywhere; topk would choose by the number of anchors, padding included."""
+    """A black picture has equal scores everywhere; topk would choose by the number of anchors, padding included."""
     model = small_model().double()
     nn.init.zeros_(model.rpn.objectness.weight)
     model.rpn.cfg = model.rpn.cfg.model_copy(update={"pre_nms_train": 20})
@@ -123,8 +123,8 @@ def test_equal_scores_are_proposed_in_order_whatever_the_padding() -> None:
     assert torch.equal(alone.ids[alone.valid], padded.ids[padded.valid])
 
 
-def test_one_proposal_less_leaves_the_draw_of_the_others_alone() -> None:
-    """Regions are drawn by their anchor, not by their rank, so that a flip by rounding stays one flip."""
+def test_one_proposal_less_does_not_change_how_the_others_are_sampled() -> None:
+    """Regions are sampled by their anchor, not by their rank, so that a rounding error changes only one of them."""
     model, batch = small_model(), make_batch(SIZES[:1])
     step = model.step(*model.features(*batch[:2], batch.padded), batch)
     proposals = step.proposals._replace(valid=step.proposals.valid.clone())
@@ -135,8 +135,8 @@ def test_one_proposal_less_leaves_the_draw_of_the_others_alone() -> None:
     assert before - after == {dropped.item()} and len(after - before) <= 1
 
 
-def test_at_one_image_the_losses_are_detectron2_s_which_pool_and_at_two_they_weigh_images_alike() -> None:
-    """torchvision's heads divide by the regions of the whole batch, as detectron2's; box loss in its beta of 1/9."""
+def test_losses_equal_detectron2_s_for_one_image_and_weigh_images_equally_for_two() -> None:
+    """torchvision's heads divide by the regions of the whole batch, as detectron2's do; its box loss has beta 1/9."""
     head = BoxHeadConfig(conv_channels=32, num_convs=1, fc_channels=64, regions_per_image=512, loss_beta=1 / 9)
     model, batch = small_model(box_head=head), make_batch(SIZES[1:3], first=1)  # 2 objects and 3
     features, areas = model.features(batch.images, batch.sizes, batch.padded)
@@ -148,9 +148,9 @@ def test_at_one_image_the_losses_are_detectron2_s_which_pool_and_at_two_they_wei
     def pooled(images: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = step.regions.valid[images]
         label = step.regions.labels[images][rows]
-        four = F.pad(deltas[images][rows].flatten(1), (4, 0))  # torchvision's background is class 0
+        box_deltas = F.pad(deltas[images][rows].flatten(1), (4, 0))  # torchvision's background is class 0
         scores = logits[images][rows].roll(1, dims=-1)
-        return fastrcnn_loss(scores, four, [(label + 1) % (NUM_CLASSES + 1)], [target[images][rows]])
+        return fastrcnn_loss(scores, box_deltas, [(label + 1) % (NUM_CLASSES + 1)], [target[images][rows]])
 
     for i in (0, 1):
         for got, expected in zip(("loss_cls", "loss_box_reg"), pooled([i]), strict=True):
@@ -174,7 +174,7 @@ def test_gradients_do_not_depend_on_how_images_are_batched() -> None:
 
 
 def test_plain_padding_does_leak() -> None:
-    """Guards the tests above: what they check is not true of itself."""
+    """Show that the tests above can fail: without masked norms the padding leaks."""
     model = small_model(NormConfig(channels_per_group=16, padding="plain")).double()
     alone = [make_batch([size], first=i) for i, size in enumerate(SIZES)]
     assert F.cosine_similarity(gradients(model, make_batch(SIZES)), gradients(model, *alone), dim=0) < 0.999
@@ -187,8 +187,8 @@ def test_detections_are_those_of_the_image_alone_and_lie_inside_it() -> None:
     found = model.detect(batch.images, batch.sizes, batch.padded)
     assert found.boxes.shape == (4, 100, 4) and found.masks.shape == (4, 100, 28, 28)
     for i, (height, width) in enumerate(SIZES):
-        one = make_batch([(height, width)], first=i)
-        alone = model.detect(one.images, one.sizes, one.padded)
+        single = make_batch([(height, width)], first=i)
+        alone = model.detect(single.images, single.sizes, single.padded)
         torch.testing.assert_close(found.boxes[i], alone.boxes[0], rtol=0, atol=1e-4)
         torch.testing.assert_close(found.scores[i], alone.scores[0])
         torch.testing.assert_close(found.masks[i], alone.masks[0])
@@ -199,8 +199,8 @@ def test_detections_are_those_of_the_image_alone_and_lie_inside_it() -> None:
 
 def test_the_same_batch_and_key_give_the_same_losses_and_another_key_samples_otherwise() -> None:
     model, batch = small_model(), make_batch(SIZES)
-    first, again, other = model(batch), model(batch), model(batch._replace(keys=batch.keys + 1))
-    assert all(torch.equal(first[name], again[name]) for name in LOSSES)
+    first, repeated, other = model(batch), model(batch), model(batch._replace(keys=batch.keys + 1))
+    assert all(torch.equal(first[name], repeated[name]) for name in LOSSES)
     assert (first["loss_rpn_cls"] != other["loss_rpn_cls"]).all()
 
 
@@ -253,18 +253,18 @@ def test_box_head_layouts(kind: str) -> None:
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_resnet_equals_torchvision_s(depth: int) -> None:
-    """Same parameters in the same order, same result: the layout, and the stride in the 3x3."""
+    """Same parameters in the same order, and same result: checks the layout and the stride in the 3x3."""
     reference = getattr(torchvision.models, f"resnet{depth}")(norm_layer=lambda c: nn.GroupNorm(32, c)).double()
-    ours = ResNet(BackboneConfig(depth=depth), NormConfig()).double()
-    theirs = [p for name, p in reference.named_parameters() if not name.startswith("fc.")]
-    names = {name: p.shape for name, p in ours.named_parameters()}
-    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs), names
+    model = ResNet(BackboneConfig(depth=depth), NormConfig()).double()
+    parameters = [p for name, p in reference.named_parameters() if not name.startswith("fc.")]
+    names = {name: p.shape for name, p in model.named_parameters()}
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in parameters), names
     with torch.no_grad():
-        for mine, other in zip(ours.parameters(), theirs, strict=True):
-            mine.copy_(other)
+        for parameter, expected_parameter in zip(model.parameters(), parameters, strict=True):
+            parameter.copy_(expected_parameter)
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     expected = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
-    for stage, got in zip("1234", ours(x, dict.fromkeys((2, 4, 8, 16, 32))), strict=True):
+    for stage, got in zip("1234", model(x, dict.fromkeys((2, 4, 8, 16, 32))), strict=True):
         expected = getattr(reference, f"layer{stage}")(expected)
         torch.testing.assert_close(got, expected)
 

@@ -1,4 +1,4 @@
-"""The norms against float64 formulas, torch and each other."""
+"""Compare the norms with float64 formulas, with torch and with each other."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def images(seed: int = 0) -> torch.Tensor:
 
 
 def by_formula(x: torch.Tensor, axes: tuple[int, ...], groups: int, norm: nn.Module) -> torch.Tensor:
-    """gamma (x - mu) / sqrt(var + eps) + beta, statistics over axes of (B, G, C/G, H, W)."""
+    """Return gamma (x - mu) / sqrt(var + eps) + beta, with statistics over axes of (B, G, C/G, H, W)."""
     grouped = x.view(B, groups, C // groups, H, W)
     mu = grouped.mean(axes, keepdim=True)
     var = ((grouped - mu) ** 2).mean(axes, keepdim=True)
@@ -50,7 +50,7 @@ def test_statistics_are_taken_over_the_paper_s_axes(kind: str, axes: tuple[int, 
     torch.testing.assert_close(norm(images()), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_one_group_is_ln_and_a_group_a_channel_is_in() -> None:
+def test_one_group_is_ln_and_one_group_per_channel_is_in() -> None:
     x = images()
     torch.testing.assert_close(layer("gn", groups=1)(x), layer("ln")(x))
     torch.testing.assert_close(layer("gn", groups=C)(x), layer("in")(x))
@@ -73,7 +73,7 @@ def test_masked_norm_of_a_padded_image_is_that_of_the_image_alone(kind: str) -> 
     norm = layer(kind)
     sizes = torch.tensor([[6, 7], [4, 5], [1, 3]])
     area = ValidArea.of(sizes, H, W)
-    y = norm(torch.where(area.mask, images(), 1e3), area)  # what lies in the padding must not matter
+    y = norm(torch.where(area.mask, images(), 1e3), area)  # the padding must not matter
     for i, (height, width) in enumerate(sizes.tolist()):
         alone = norm(images()[i : i + 1, :, :height, :width])
         torch.testing.assert_close(y[i : i + 1, :, :height, :width], alone, rtol=1e-10, atol=1e-10)
@@ -82,7 +82,7 @@ def test_masked_norm_of_a_padded_image_is_that_of_the_image_alone(kind: str) -> 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masked_group_norm_has_the_gradient_of_its_formula(compiled: bool) -> None:
-    """On the CPU by crops, in a compiled graph (and on a GPU) by masks: both are tested."""
+    """A CPU uses crops; a compiled graph (and a GPU) uses masks.  Both are tested."""
     norm, area = layer("gn"), ValidArea.of(torch.tensor([[6, 7], [4, 5], [2, 3]]), H, W)
     forward = torch.compile(norm, backend="eager", fullgraph=True) if compiled else norm
 
@@ -111,7 +111,7 @@ def test_group_norm_of_no_regions_at_all() -> None:
     assert make_norm(NormConfig(groups=4), C)(torch.zeros(0, C, 7, 7)).shape == (0, C, 7, 7)
 
 
-def test_a_group_of_one_value_is_its_beta_alone_as_in_company() -> None:
+def test_a_group_of_one_value_gives_beta_for_any_batch_size() -> None:
     layer = GroupNorm(4, groups=4, eps=1e-5, masked=False)
     nn.init.normal_(layer.bias, generator=torch.Generator().manual_seed(0))
     x = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(1))
@@ -175,7 +175,7 @@ def test_paper_default() -> None:
 
 
 def sync_bn_half(rank: int, rendezvous: str, outputs: str) -> None:
-    """One of two processes: normalise its half of the batch, save result and gradients."""
+    """Run one of two ranks: normalise its half of the batch, save the result and the gradients."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     norm, x = layer("sync_bn"), images()[rank * 2 : rank * 2 + 2].requires_grad_()  # 2 images and 1
     y = norm(x)

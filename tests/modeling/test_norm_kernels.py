@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter where there is no GPU, against torch in float64."""
+"""Compare the Triton kernels with torch in float64; without a GPU, Triton's interpreter runs them."""
 
 import json
 import os
@@ -44,8 +44,8 @@ def last(x: Tensor) -> Tensor:
 def in_float64(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, sizes: Tensor | None, grad: Tensor
 ) -> tuple[Tensor, ...]:
-    """y and the gradients at x, gamma and beta, picture by picture by torch's group_norm."""
-    x, gamma, beta = (one.double().requires_grad_() for one in (x, gamma, beta))
+    """Return y and the gradients of x, gamma and beta, from torch's group_norm on each picture."""
+    x, gamma, beta = (tensor.double().requires_grad_() for tensor in (x, gamma, beta))
     y = torch.zeros_like(x)
     for image, (height, width) in enumerate([x.shape[2:]] * len(x) if sizes is None else sizes.tolist()):
         part = F.group_norm(x[image : image + 1, :, :height, :width], groups, gamma, beta, 1e-5)
@@ -75,18 +75,19 @@ def test_kernels_are_group_norm_over_each_picture(
     gamma, beta = torch.randn(2, size[1]).unbind()
     sizes = torch.tensor([[max(1, size[2] - i), max(1, size[3] - 2 * i)] for i in range(size[0])]) if padded else None
     shown, shown_grad = x, grad
-    if padded:  # what stands in the padding reaches nothing
+    if padded:  # the padding must not affect anything
         mask = ValidArea.of(sizes, *size[2:]).mask
-        shown, shown_grad = (torch.where(mask, one, float("nan")).to(dtype) for one in (x, grad))
+        shown, shown_grad = (torch.where(mask, tensor, float("nan")).to(dtype) for tensor in (x, grad))
         grad = torch.where(mask, grad, 0.0)
-    on = [None if one is None else one.to(DEVICE) for one in (last(shown), last(shown_grad), gamma, beta, sizes)]
-    y, mean, rstd = norm_kernels.forward(on[0], on[2], on[3], groups, 1e-5, on[4], relu=False)
-    slopes = norm_kernels.backward(on[1], on[0], on[2], mean, rstd, on[4])
-    limit = 1e-5 if dtype == torch.float32 else 1e-2  # a last bit of bfloat16
+    inputs = (last(shown), gamma, beta, last(shown_grad), sizes)
+    on_x, on_gamma, on_beta, on_grad, on_sizes = (None if tensor is None else tensor.to(DEVICE) for tensor in inputs)
+    y, mean, rstd = norm_kernels.forward(on_x, on_gamma, on_beta, groups, 1e-5, on_sizes, relu=False)
+    slopes = norm_kernels.backward(on_grad, on_x, on_gamma, mean, rstd, on_sizes)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2  # about the last bit of bfloat16
     for got, expected in zip((y, *slopes), in_float64(x, gamma, beta, groups, sizes, grad), strict=True):
         assert largest(got.cpu(), expected) < limit
     assert mean.dtype == rstd.dtype == torch.float32
-    cut = norm_kernels.renormalize(on[0], on[2], on[3], mean, rstd, on[4], relu=True)
+    cut = norm_kernels.renormalize(on_x, on_gamma, on_beta, mean, rstd, on_sizes, relu=True)
     torch.testing.assert_close(cut, y.relu(), rtol=0, atol=0)
 
 
@@ -102,16 +103,18 @@ def test_a_small_variance_beside_a_large_mean_is_not_lost() -> None:
 def test_one_outlier_does_not_swallow_a_small_variance(outlier: tuple[int, int]) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 32, 12, 12)
-    x[:, :, outlier[0], outlier[1]] += 3e4  # its square alone would leave the others no bit
-    one = torch.ones(32)
-    _, mean, rstd = norm_kernels.forward(last(x).to(DEVICE), one.to(DEVICE), one.to(DEVICE), 32, 1e-5, None, relu=False)
+    x[:, :, outlier[0], outlier[1]] += 3e4  # its square alone would leave no bits for the others
+    ones = torch.ones(32)
+    _, mean, rstd = norm_kernels.forward(
+        last(x).to(DEVICE), ones.to(DEVICE), ones.to(DEVICE), 32, 1e-5, None, relu=False
+    )
     assert largest(mean.cpu()[0], x.double().mean((0, 2, 3))) < 1e-6
     assert largest(rstd.cpu()[0], x.double().var((0, 2, 3), correction=0).rsqrt()) < 1e-6
 
 
-def test_a_nan_stays_one_behind_the_relu() -> None:
-    x, one = last(torch.full((1, 32, 4, 4), float("nan"))).to(DEVICE), torch.ones(32, device=DEVICE)
-    y, *_ = norm_kernels.forward(x, one, one, 32, 1e-5, None, relu=True)
+def test_relu_keeps_nan() -> None:
+    x, ones = last(torch.full((1, 32, 4, 4), float("nan"))).to(DEVICE), torch.ones(32, device=DEVICE)
+    y, *_ = norm_kernels.forward(x, ones, ones, 32, 1e-5, None, relu=True)
     assert y.isnan().all()
 
 
@@ -134,25 +137,25 @@ def test_they_compile_for_gpus_and_move_maps_16_bytes_at_a_time(tmp_path: Path) 
     kernels = json.loads(ended.stdout)
     assert len(kernels) == 5 * 8
     for name, accesses in kernels.items():
-        if "_statistics" not in name:  # which reads a few sums, no map
+        if "_statistics" not in name:  # it reads a few sums and no map
             assert "ld.global.v4.b32" in accesses, name
         if "_apply" in name or "_gradient_kernel" in name:
             assert "st.global.v4.b32" in accesses, name
 
 
 def test_the_self_test_passes_and_tells_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, ask = torch.device(DEVICE), norm_kernels.trouble.__wrapped__
-    assert ask(device) == ""
+    device, trouble = torch.device(DEVICE), norm_kernels.trouble.__wrapped__
+    assert trouble(device) == ""
     true = norm_kernels.backward
-    monkeypatch.setattr(norm_kernels, "backward", lambda *a: tuple(1.01 * one for one in true(*a)))
-    assert "the gradient of (1, 64, 5, 7, 32) is wrong" in ask(device)
+    monkeypatch.setattr(norm_kernels, "backward", lambda *a: tuple(1.01 * tensor for tensor in true(*a)))
+    assert "the gradient of (1, 64, 5, 7, 32) is wrong" in trouble(device)
     monkeypatch.setattr(norm_kernels, "forward", lambda *a, **k: 1 / 0)
-    assert ask(device) == "ZeroDivisionError: division by zero"
+    assert trouble(device) == "ZeroDivisionError: division by zero"
     monkeypatch.setattr(norm_kernels, "triton", None)
-    assert ask(device) == "Triton is not installed"
+    assert trouble(device) == "Triton is not installed"
 
 
-def test_the_functions_of_group_norm_choose_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_norm_uses_the_kernels_if_they_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x, grad, (gamma, beta) = last(torch.randn(2, 64, 8, 9)), last(torch.randn(2, 64, 8, 9)), torch.randn(2, 64).unbind()
     area = ValidArea.of(torch.tensor([[8, 9], [5, 7]]), 8, 9)
@@ -160,6 +163,6 @@ def test_the_functions_of_group_norm_choose_them(monkeypatch: pytest.MonkeyPatch
     for kernels in (False, True):
         monkeypatch.setattr(norm_kernels, "usable", lambda x, kernels=kernels: kernels)
         y, mean, rstd = group_norm.normalize(x, gamma, beta, 8, 1e-5, area, relu=True)
-        again = group_norm.renormalize(x, gamma, beta, mean, rstd, area, relu=True)
-        results.append((y, again, *group_norm.gradients(grad, x, gamma, mean, rstd, area)))
+        repeated = group_norm.renormalize(x, gamma, beta, mean, rstd, area, relu=True)
+        results.append((y, repeated, *group_norm.gradients(grad, x, gamma, mean, rstd, area)))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

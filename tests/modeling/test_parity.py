@@ -28,9 +28,9 @@ from gndet.weights.foreign.files import WeightFile
 from gndet.weights.foreign.source import understand
 
 NUM_CLASSES = 6
-SIZE = (250, 310)  # on a canvas of 256 x 320, so that padding counts too
+SIZE = (250, 310)  # on a canvas of 256 x 320, so that padding is tested too
 KINDS = ("v1", "v2", "gn")
-REGIONS = 150  # fewer than usual, for time
+REGIONS = 150  # fewer than usual, to save time
 SPREAD = {  # standard deviation of each predictor's output: neither flat nor saturated
     "rpn.head.cls_logits": 2.0,
     "rpn.head.bbox_pred": 0.3,
@@ -47,7 +47,7 @@ def picture(seed: int) -> Tensor:
 
 
 def torchvision_model(kind: str) -> TorchvisionMaskRCNN:
-    """A Mask R-CNN with random weights whose features and predictions have ordinary ranges, in float64."""
+    """Build a Mask R-CNN with random weights whose features and predictions have ordinary ranges, in float64."""
     torch.manual_seed(0)
     sizes = {
         "num_classes": NUM_CLASSES + 1, "min_size": SIZE[0], "max_size": SIZE[1], "rpn_post_nms_top_n_test": REGIONS,
@@ -68,7 +68,7 @@ def torchvision_model(kind: str) -> TorchvisionMaskRCNN:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # running statistics are those of all batches
+                module.momentum = None  # average the running statistics over all batches
         model.train().backbone(torch.randn(2, 3, 128, 160))
         if kind == "v2":
             model.roi_heads.box_head(torch.randn(32, 256, 7, 7))
@@ -91,7 +91,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def rescale(model: nn.Module, name: str, spread: float, image: Tensor) -> None:
-    """Give a predictor's outputs mean 0 a channel and a standard deviation."""
+    """Give a predictor's outputs mean 0 per channel and the standard deviation spread."""
     layer, outputs = model.get_submodule(name), []
     handle = layer.register_forward_hook(lambda module, arguments, out: outputs.append(out.transpose(0, 1).flatten(1)))
     model([image])
@@ -103,7 +103,7 @@ def rescale(model: nn.Module, name: str, spread: float, image: Tensor) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Put FrozenBatchNorm2d in the place of BatchNorm2d, as torchvision does for pretrained v1 models."""
+    """Replace BatchNorm2d by FrozenBatchNorm2d, as torchvision does for pretrained v1 models."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             frozen = FrozenBatchNorm2d(child.num_features)
@@ -114,7 +114,7 @@ def freeze(module: nn.Module) -> None:
 
 
 def converted(model: nn.Module) -> MaskRCNN:
-    """The same network in gndet."""
+    """Return the same network in gndet."""
     tensors = {key: value.float() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     source = understand(WeightFile(Path("model.pth"), tensors, {}), SourceConfig())
     assert source.format == "torchvision" and not source.unused and source.num_classes == NUM_CLASSES
@@ -127,24 +127,24 @@ def converted(model: nn.Module) -> MaskRCNN:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[TorchvisionMaskRCNN, MaskRCNN]]:
-    theirs = torchvision_model(request.param)
-    yield theirs, converted(theirs)
+    reference = torchvision_model(request.param)
+    yield reference, converted(reference)
 
 
 def on_canvas(image: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The picture as torchvision pads it."""
+    """Return the picture as torchvision pads it."""
     canvas = torch.zeros(1, 3, 256, 320, dtype=torch.uint8)
     canvas[0, :, : SIZE[0], : SIZE[1]] = image
     return canvas, torch.tensor([SIZE]), True
 
 
 def test_detections_equal_torchvision_s(pair: tuple[TorchvisionMaskRCNN, MaskRCNN]) -> None:
-    theirs, ours = pair
+    reference, model = pair
     image, maps = picture(1), []
-    handle = theirs.roi_heads.mask_predictor.register_forward_hook(lambda module, arguments, out: maps.append(out))
+    handle = reference.roi_heads.mask_predictor.register_forward_hook(lambda module, arguments, out: maps.append(out))
     with torch.no_grad():
-        (expected,) = theirs([image.double() / 255])
-        found = ours.detect(*on_canvas(image))
+        (expected,) = reference([image.double() / 255])
+        found = model.detect(*on_canvas(image))
     handle.remove()
     valid, labels = found.valid[0], expected["labels"]
     assert valid.sum() == len(labels) > 20 and len(labels.unique()) > 2
@@ -153,7 +153,7 @@ def test_detections_equal_torchvision_s(pair: tuple[TorchvisionMaskRCNN, MaskRCN
     torch.testing.assert_close(found.scores[0, valid], expected["scores"], rtol=0, atol=1e-4)
     masks = maps[0].sigmoid()[torch.arange(len(labels)), labels]
     torch.testing.assert_close(found.masks[0, valid], masks, rtol=0, atol=1e-3)
-    # pasted: the same pixels but where a probability is within rounding of a half
+    # pasted: the same pixels, except where a probability is a half up to rounding
     codes = paste_masks(found.masks[0, valid].numpy(), found.boxes[0, valid].numpy(), SIZE, "rounded")
     pasted = paste_masks_in_image(masks[:, None], expected["boxes"], SIZE)[:, 0].numpy()
     for code, soft in zip(codes, pasted, strict=True):
@@ -162,19 +162,19 @@ def test_detections_equal_torchvision_s(pair: tuple[TorchvisionMaskRCNN, MaskRCN
 
 
 class Chosen:
-    """A sampler for torchvision that takes what gndet sampled."""
+    """A sampler for torchvision that returns what gndet sampled."""
 
     def __init__(self, positive: Tensor, negative: Tensor) -> None:
         self.masks = [positive], [negative]
 
     def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         for label, positive, negative in zip(labels, *self.masks, strict=True):
-            assert (label[positive] >= 1).all() and (label[negative] == 0).all(), "torchvision labels them otherwise"
+            assert (label[positive] >= 1).all() and (label[negative] == 0).all(), "torchvision labels them differently"
         return self.masks
 
 
 def truth() -> tuple[GroundTruth, dict[str, Tensor]]:
-    """Three objects for gndet, and for torchvision; boxes as large as the stored masks, so that both are the same."""
+    """Return three objects for gndet and for torchvision; boxes have the size of stored masks, so that both agree."""
     corners = torch.tensor([[20, 30], [150, 60], [90, 128]])
     boxes = torch.cat([corners, corners + MASK_SIDE], dim=1).double()
     frames = nn.functional.interpolate(
@@ -189,42 +189,42 @@ def truth() -> tuple[GroundTruth, dict[str, Tensor]]:
 
 
 def test_losses_equal_torchvision_s_for_the_same_samples(pair: tuple[TorchvisionMaskRCNN, MaskRCNN]) -> None:
-    theirs, ours = pair
+    reference, model = pair
     image = picture(1)
     gt, target = truth()
     batch = Batch(*on_canvas(image)[:2], torch.tensor([7]), gt, True)
-    ours.train()
-    ours.requires_grad_(False)
-    step = ours.step(*ours.features(batch.images, batch.sizes, True), batch)
+    model.train()
+    model.requires_grad_(False)
+    step = model.step(*model.features(batch.images, batch.sizes, True), batch)
     sample, regions = step.anchors, step.regions
     anchors = sum(3 * (256 // s) * (320 // s) for s in (4, 8, 16, 32, 64))
-    theirs.train()
-    theirs.rpn.fg_bg_sampler = Chosen(*_masks(sample.index[0], sample.positive[0], sample.valid[0], anchors))
-    theirs.roi_heads.select_training_samples = lambda proposals, targets: _theirs(step, gt, targets)
+    reference.train()
+    reference.rpn.fg_bg_sampler = Chosen(*_masks(sample.index[0], sample.positive[0], sample.valid[0], anchors))
+    reference.roi_heads.select_training_samples = lambda proposals, targets: _training_samples(step, gt, targets)
     with torch.no_grad():
-        expected = theirs([image.double() / 255], [target])
-    theirs.eval()
-    ours.eval()
+        expected = reference([image.double() / 255], [target])
+    reference.eval()
+    model.eval()
     names = {
         "loss_rpn_cls": "loss_objectness", "loss_rpn_loc": "loss_rpn_box_reg", "loss_cls": "loss_classifier",
         "loss_box_reg": "loss_box_reg", "loss_mask": "loss_mask",
     }  # fmt: skip
     assert sample.positive.sum() >= 3 and regions.positive.sum() >= 3 and sample.valid.all()
-    for mine, name in names.items():
-        assert step.losses[mine].item() == pytest.approx(expected[name].item(), rel=1e-4), mine
+    for own_name, name in names.items():
+        assert step.losses[own_name].item() == pytest.approx(expected[name].item(), rel=1e-4), own_name
         assert expected[name] > 1e-3
 
 
 def _masks(index: Tensor, positive: Tensor, valid: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Sampled places as torchvision's two masks over all."""
+    """Return the sampled indices as torchvision's two masks over all candidates."""
     masks = torch.zeros(2, num, dtype=torch.bool)
     masks[0, index[positive]] = True
     masks[1, index[valid & ~positive]] = True
     return masks[0], masks[1]
 
 
-def _theirs(step: Step, gt: GroundTruth, targets: list[dict[str, Tensor]]) -> tuple[list[Tensor], ...]:
-    """gndet's regions in the form of torchvision's select_training_samples."""
+def _training_samples(step: Step, gt: GroundTruth, targets: list[dict[str, Tensor]]) -> tuple[list[Tensor], ...]:
+    """Return gndet's regions as torchvision's select_training_samples does."""
     regions = Step(*step).regions
     valid = regions.valid[0]
     boxes, matched = regions.boxes[0, valid], regions.matched[0, valid]

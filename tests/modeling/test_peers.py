@@ -1,4 +1,4 @@
-"""With the same weights and image, detections and losses equal detectron2's; run where it is installed: -m peers."""
+"""With the same weights and image, detections and losses equal detectron2's; needs detectron2, run with -m peers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ REGIONS = 150
 
 
 def settings(kind: str, norm: str) -> CfgNode:
-    """The config of detectron2's R50-FPN Mask R-CNN, frozen BN with 2fc or GN with 4conv1fc."""
+    """Return the config of detectron2's R50-FPN Mask R-CNN: frozen BN with 2fc, or GN with 4conv1fc."""
     cfg = get_cfg()
     cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", "GeneralizedRCNN"
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS.OUT_FEATURES = (
@@ -73,7 +73,7 @@ def as_input(image: Tensor) -> dict[str, Any]:
 
 
 class Caller(nn.Module):
-    """detectron2's model under the call that `rescale` makes: [image in 0..1]."""
+    """Wrap detectron2's model so that `rescale` can call it with [image in 0..1]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Caller(nn.Module):
 
 
 def detectron2_model(kind: str) -> nn.Module:
-    """A detectron2 model with random weights whose features and predictions have ordinary ranges."""
+    """Build a detectron2 model with random weights whose features and predictions have ordinary ranges."""
     torch.manual_seed(0)
     model = build_detectron2(settings(kind, "GN" if kind == "gn" else "BN"))
     with torch.no_grad():
@@ -109,12 +109,12 @@ def detectron2_model(kind: str) -> nn.Module:
         model.roi_heads.box_predictor.test_score_thresh = 0.05
     model.double().eval()
     for part in (model.proposal_generator.rpn_head, model.roi_heads.box_predictor):
-        part.register_forward_hook(single)  # detectron2's boxes are float32 and must meet scores of that type
+        part.register_forward_hook(single)  # detectron2's boxes are float32, so the scores must be too
     return model
 
 
 def single(module: nn.Module, arguments: Any, result: Any) -> Any:
-    """The same results in float32."""
+    """Return the results in float32."""
     return tuple([x.float() for x in part] if isinstance(part, list) else part.float() for part in result)
 
 
@@ -125,31 +125,31 @@ def understood(model: nn.Module) -> Source:
 
 @pytest.fixture(scope="module", params=["frozen_bn", "gn"])
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[nn.Module, MaskRCNN, Source]]:
-    theirs = detectron2_model(request.param)
-    source = understood(theirs)
+    reference = detectron2_model(request.param)
+    source = understood(reference)
     assert source.format == "detectron2" and source.num_classes == NUM_CLASSES
     rpn = source.model.rpn.model_copy(update={"post_nms_test": REGIONS, "post_nms_train": 2 * REGIONS})
     box_head = source.model.box_head.model_copy(update={"regions_per_image": REGIONS})
-    ours = build_model(source.model.model_copy(update={"rpn": rpn, "box_head": box_head}), NUM_CLASSES)
-    ours.load_state_dict(source.state)
-    yield theirs, ours.double().eval(), source
+    model = build_model(source.model.model_copy(update={"rpn": rpn, "box_head": box_head}), NUM_CLASSES)
+    model.load_state_dict(source.state)
+    yield reference, model.double().eval(), source
 
 
 def test_an_export_loads_strictly_into_detectron2(pair: tuple[nn.Module, MaskRCNN, Source]) -> None:
-    theirs, _, source = pair
+    reference, _, source = pair
     export = export_weights(source.state, source.model, tuple("abcdef"), "detectron2")
-    theirs.load_state_dict({key: value.double() for key, value in export.tensors.items()}, strict=True)
-    assert {key: value.shape for key, value in theirs.state_dict().items()} == {
+    reference.load_state_dict({key: value.double() for key, value in export.tensors.items()}, strict=True)
+    assert {key: value.shape for key, value in reference.state_dict().items()} == {
         key: value.shape for key, value in export.tensors.items()
     }
 
 
 def test_detections_equal_detectron2_s(pair: tuple[nn.Module, MaskRCNN, Source]) -> None:
-    theirs, ours, _ = pair
+    reference, model, _ = pair
     image = picture(1)
     with torch.no_grad():
-        (expected,) = theirs.inference([as_input(image)], do_postprocess=False)
-        found = ours.detect(*on_canvas(image))
+        (expected,) = reference.inference([as_input(image)], do_postprocess=False)
+        found = model.detect(*on_canvas(image))
     valid = found.valid[0]
     assert valid.sum() == len(expected) > 20
     assert torch.equal(found.labels[0, valid], expected.pred_classes)
@@ -159,21 +159,21 @@ def test_detections_equal_detectron2_s(pair: tuple[nn.Module, MaskRCNN, Source])
 
 
 def test_losses_equal_detectron2_s_for_the_same_samples(pair: tuple[nn.Module, MaskRCNN, Source]) -> None:
-    theirs, ours, _ = pair
+    reference, model, _ = pair
     gt, target = truth()
     batch = Batch(*on_canvas(picture(1))[:2], torch.tensor([7]), gt, True)
-    step = ours.train().requires_grad_(False).step(*ours.features(batch.images, batch.sizes, True), batch)
+    step = model.train().requires_grad_(False).step(*model.features(batch.images, batch.sizes, True), batch)
     objects = Instances(SIZE, gt_boxes=Boxes(target["boxes"]), gt_classes=target["labels"] - 1)
     objects.gt_masks = BitMasks(target["masks"])
     sample = step.anchors
-    theirs.train().proposal_generator._subsample_labels = lambda label: _labels(sample, len(label))
-    theirs.roi_heads.label_and_sample_proposals = lambda proposals, targets: [_regions(step, objects)]
+    reference.train().proposal_generator._subsample_labels = lambda label: _labels(sample, len(label))
+    reference.roi_heads.label_and_sample_proposals = lambda proposals, targets: [_regions(step, objects)]
     with torch.no_grad(), EventStorage():
-        expected = theirs([as_input(picture(1)) | {"instances": objects}])
-    theirs.eval(), ours.eval()
+        expected = reference([as_input(picture(1)) | {"instances": objects}])
+    reference.eval(), model.eval()
     assert sample.valid.all() and step.regions.positive.sum() >= 3
     for name, value in step.losses.items():
-        # a mask target is sampled at 4 x 4 points of a bin here, at as many as the bin has pixels there
+        # gndet samples a mask target at 4 x 4 points per bin, detectron2 at as many as the bin has pixels
         assert value.item() == pytest.approx(expected[name].item(), rel=5e-3 if name == "loss_mask" else 1e-4), name
 
 
@@ -184,7 +184,7 @@ def _labels(sample: Any, num: int) -> Tensor:
 
 
 def _regions(step: Step, objects: Instances) -> Instances:
-    """gndet's regions in the form of detectron2's label_and_sample_proposals."""
+    """Return gndet's regions as detectron2's label_and_sample_proposals does."""
     valid = step.regions.valid[0]
     boxes, labels, matched = (
         part[0, valid] for part in (step.regions.boxes, step.regions.labels, step.regions.matched)

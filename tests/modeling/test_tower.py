@@ -1,4 +1,4 @@
-"""What a tower keeps for the backward pass changes memory and nothing else."""
+"""What a tower keeps for the backward pass changes the memory and nothing else."""
 
 from collections.abc import Sequence
 
@@ -23,8 +23,8 @@ KERNELS = {"a bottleneck": (1, 3, 1), "a basic block": (3, 3), "a lateral": (1,)
 MODES = ("fast", "balanced", "lean")
 
 
-def bricks(norm: NormConfig, kernels: Sequence[int], *, residual: bool, regions: bool = False) -> nn.ModuleList:
-    """Layers of 16 channels in float64, their gamma, beta and running statistics drawn."""
+def conv_norms(norm: NormConfig, kernels: Sequence[int], *, residual: bool, regions: bool = False) -> nn.ModuleList:
+    """Build layers of 16 channels in float64, with random gamma, beta and running statistics."""
     torch.manual_seed(0)
     last = len(kernels) - 1
     layers = nn.ModuleList(
@@ -39,7 +39,7 @@ def bricks(norm: NormConfig, kernels: Sequence[int], *, residual: bool, regions:
 def results(
     layers: nn.ModuleList, x: Tensor, area: ValidArea | None, residual: Tensor | None, grad: Tensor
 ) -> list[Tensor]:
-    """The result, and the gradients at x, the residual and all parameters."""
+    """Return the result, and the gradients of x, the residual and all parameters."""
     inputs = [x.clone().requires_grad_()] + ([] if residual is None else [residual.clone().requires_grad_()])
     y = tower(layers, inputs[0], [area] * len(layers), *inputs[1:])
     return [y, *torch.autograd.grad(y, [*inputs, *layers.parameters()], grad)]
@@ -49,23 +49,23 @@ def results(
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-def test_a_tower_gives_what_its_bricks_give(
+def test_a_tower_gives_what_its_layers_give(
     norm: NormConfig, kernels: tuple[int, ...], padded: bool, residual: bool
 ) -> None:
-    layers = bricks(norm, kernels, residual=residual)
-    x, beside, grad = torch.randn(3, 3, 16, 9, 11, dtype=torch.float64).unbind()
+    layers = conv_norms(norm, kernels, residual=residual)
+    x, residual_map, grad = torch.randn(3, 3, 16, 9, 11, dtype=torch.float64).unbind()
     area = ValidArea.of(torch.tensor([[9, 11], [7, 11], [9, 4]]), 9, 11) if padded else None
     if padded:
-        x, beside = torch.where(area.mask, x, 0.0), torch.where(area.mask, beside, 0.0)
-    plain = results(layers, x, area, beside if residual else None, grad)
+        x, residual_map = torch.where(area.mask, x, 0.0), torch.where(area.mask, residual_map, 0.0)
+    plain = results(layers, x, area, residual_map if residual else None, grad)
     for memory in ("balanced", "lean"):
         set_memory(layers, memory)
-        found = results(layers, x, area, beside if residual else None, grad)
+        found = results(layers, x, area, residual_map if residual else None, grad)
         torch.testing.assert_close(found, plain, rtol=1e-10, atol=1e-10)
 
 
-def test_what_stands_in_the_padding_reaches_nothing() -> None:
-    layers = bricks(NORMS["gn"], (3, 3), residual=False)
+def test_the_padding_affects_nothing() -> None:
+    layers = conv_norms(NORMS["gn"], (3, 3), residual=False)
     set_memory(layers, "balanced")
     area = ValidArea.of(torch.tensor([[5, 6]]), 9, 11)
     x, grad = torch.randn(1, 16, 9, 11).double(), torch.randn(1, 16, 9, 11).double()
@@ -74,18 +74,19 @@ def test_what_stands_in_the_padding_reaches_nothing() -> None:
     torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
 
 
-def test_regions_go_through_in_parts_and_each_for_itself() -> None:
-    layers = bricks(NORMS["gn"], (3, 3, 3), residual=False, regions=True)
+def test_regions_run_in_chunks_and_independently() -> None:
+    layers = conv_norms(NORMS["gn"], (3, 3, 3), residual=False, regions=True)
     x, grad = torch.randn(2, 150, 16, 7, 7, dtype=torch.float64).unbind()  # more than one part
     plain = results(layers, x, None, None, grad)
     set_memory(layers, "balanced")
     torch.testing.assert_close(results(layers, x, None, None, grad), plain, rtol=1e-10, atol=1e-10)
     alone = results(layers, x[140:141], None, None, grad[140:141])
-    torch.testing.assert_close(alone[:2], [one[140:141] for one in results(layers, x, None, None, grad)[:2]])
+    together = results(layers, x, None, None, grad)
+    torch.testing.assert_close(alone[:2], [tensor[140:141] for tensor in together[:2]])
 
 
 def test_an_input_that_can_be_made_again_is_not_kept() -> None:
-    layers = bricks(NORMS["gn"], (3,), residual=False)
+    layers = conv_norms(NORMS["gn"], (3,), residual=False)
     set_memory(layers, "balanced")
     source, made = torch.randn(2, 16, 6, 6, dtype=torch.float64), []
 
@@ -95,8 +96,8 @@ def test_an_input_that_can_be_made_again_is_not_kept() -> None:
 
     grad = torch.randn(2, 16, 6, 6, dtype=torch.float64)
     kept = torch.autograd.grad(tower(layers, 2 * source), list(layers.parameters()), grad)
-    again = torch.autograd.grad(tower(layers, make(), make_input=make), list(layers.parameters()), grad)
-    torch.testing.assert_close(again, kept, rtol=0, atol=0)
+    recomputed = torch.autograd.grad(tower(layers, make(), make_input=make), list(layers.parameters()), grad)
+    torch.testing.assert_close(recomputed, kept, rtol=0, atol=0)
     assert len(made) == 2
 
 
@@ -128,7 +129,7 @@ def test_running_statistics_see_a_batch_once(memory: str) -> None:
 
 
 def kept_bytes(model: MaskRCNN, memory: str) -> int:
-    """The bytes of the backbone's tensors that live between the forward pass and the backward pass."""
+    """Return the bytes of the backbone's tensors that are alive between the forward and the backward pass."""
     set_memory(model, memory)
     x = torch.randn(1, 3, 192, 256)
     with TensorBytes(1 << 40) as counted:
@@ -146,7 +147,7 @@ def test_each_option_keeps_less_than_the_one_before(depth: int, balanced_share: 
     assert lean < lean_share * fast
 
 
-def test_hooks_see_every_module_where_all_is_kept() -> None:
+def test_hooks_see_every_module_while_all_is_kept() -> None:
     model, seen = small_model(), []
     set_memory(model, "lean")
     model.backbone.res2[0].conv1.norm.register_forward_hook(lambda *_: seen.append(1))
@@ -157,7 +158,7 @@ def test_hooks_see_every_module_where_all_is_kept() -> None:
 
 
 def test_mixed_precision_keeps_float32_statistics_and_half_of_the_bytes() -> None:
-    layers = bricks(NORMS["gn"], (3, 3), residual=False).float()
+    layers = conv_norms(NORMS["gn"], (3, 3), residual=False).float()
     x = torch.randn(2, 16, 12, 12)
     exact = tower(layers, x + 100)
     set_memory(layers, "balanced")

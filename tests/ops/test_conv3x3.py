@@ -1,4 +1,4 @@
-"""Convolutions by minimal filtering are convolutions."""
+"""Convolutions by minimal filtering give what direct convolutions give."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ SHAPES = [
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of the largest value."""
+    """Return the largest difference as a fraction of the largest value."""
     return float((got - expected).abs().max() / expected.abs().max())
 
 
@@ -42,14 +42,14 @@ def test_results_and_gradients_are_those_of_a_convolution_in_float64(shape: tupl
         assert relative(got, expected) < 3e-5
 
 
-def test_a_sample_s_result_does_not_depend_on_those_beside_it() -> None:
+def test_a_sample_s_result_does_not_depend_on_the_other_samples() -> None:
     x, weight = torch.randn(70, 7, 7, 64), conv3x3.transform_weight(torch.randn(64, 64, 3, 3))
     together = conv3x3.convolve(x, weight)
     for sample in (0, 33, 69):
         torch.testing.assert_close(conv3x3.convolve(x[sample : sample + 1], weight)[0], together[sample])
 
 
-def test_what_stands_beyond_the_map_is_zero() -> None:
+def test_the_map_is_padded_with_zeros() -> None:
     x = torch.zeros(1, 6, 6, 64)
     x[0, 2, 3] = 1.0
     y = conv3x3.convolve(x, conv3x3.transform_weight(torch.ones(64, 64, 3, 3)))
@@ -58,24 +58,24 @@ def test_what_stands_beyond_the_map_is_zero() -> None:
     torch.testing.assert_close(y[0, :, :, 0], expected, atol=1e-3, rtol=0)
 
 
-def brick(kernel: int = 3, stride: int = 1, channels: int = 64, kind: str = "gn") -> ConvNorm:
+def conv_norm(kernel: int = 3, stride: int = 1, channels: int = 64, kind: str = "gn") -> ConvNorm:
     layer = ConvNorm(channels, channels, kernel, NormConfig(kind=kind), stride=stride)
     layer.winograd = True
     return layer
 
 
-def test_it_is_for_plain_3x3_convolutions_in_float32() -> None:
-    assert brick().by_winograd()
-    assert not brick(kernel=1).by_winograd()
-    assert not brick(stride=2).by_winograd()
-    assert not brick(channels=32).by_winograd()
-    assert not brick().double().by_winograd()  # float64 is asked for where rounding must be small
-    assert not brick().to("meta").by_winograd()
+def test_winograd_is_used_only_for_plain_3x3_convolutions_in_float32() -> None:
+    assert conv_norm().by_winograd()
+    assert not conv_norm(kernel=1).by_winograd()
+    assert not conv_norm(stride=2).by_winograd()
+    assert not conv_norm(channels=32).by_winograd()
+    assert not conv_norm().double().by_winograd()  # float64 is used if rounding must be small
+    assert not conv_norm().to("meta").by_winograd()
 
 
 @pytest.mark.parametrize("kind", ["gn", "none"])
-def test_a_brick_gives_what_its_convolution_gives(kind: str) -> None:
-    layer = brick(kind=kind)
+def test_a_conv_norm_gives_what_its_convolution_gives(kind: str) -> None:
+    layer = conv_norm(kind=kind)
     x = torch.randn(2, 64, 9, 10)
     if layer.conv.bias is not None:
         torch.nn.init.normal_(layer.conv.bias)
@@ -85,11 +85,11 @@ def test_a_brick_gives_what_its_convolution_gives(kind: str) -> None:
 
 def test_autocast_keeps_its_type() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        assert brick()(torch.randn(1, 64, 8, 8)).dtype == torch.bfloat16
+        assert conv_norm()(torch.randn(1, 64, 8, 8)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("memory", ["fast", "balanced", "lean"])
-def test_a_step_has_the_same_losses_and_gradients_with_it_and_without(memory: str) -> None:
+def test_a_step_has_the_same_losses_and_gradients_with_and_without_winograd(memory: str) -> None:
     model = small_model(fpn=FPNConfig(channels=64), box_head=BoxHeadConfig(conv_channels=64, regions_per_image=32))
     set_memory(model, memory)
     results = []
@@ -112,7 +112,7 @@ def chosen(edge: int) -> set[str]:
     return {".".join(name.split(".")[:2]) for name, m in model.named_modules() if getattr(m, "winograd", False)}
 
 
-def test_it_is_chosen_by_the_pictures_size_stage_by_stage() -> None:
+def test_winograd_is_chosen_by_picture_size_for_each_stage() -> None:
     assert chosen(100) == set()
     assert chosen(160) == {"backbone.res2", "fpn.output2"}
     everywhere = {"backbone.res2", "backbone.res3", "backbone.res4", "fpn.output2", "fpn.output3", "fpn.output4"}

@@ -1,4 +1,4 @@
-"""Boxes, matching, sampling, NMS, RoIAlign and noise against torchvision and cases worked by hand."""
+"""Compare boxes, matching, sampling, NMS, RoIAlign and noise with torchvision and with cases worked by hand."""
 
 import pytest
 import torch
@@ -54,8 +54,8 @@ def test_match_by_hand() -> None:
 
 def test_candidates_in_the_padding_are_neither_positive_nor_negative() -> None:
     iou = torch.tensor([[[0.9, 0.1]]])
-    here = torch.tensor([[False, True]])
-    _, label = match(iou, torch.ones(1, 1, dtype=torch.bool), here, 0.3, 0.7, keep_best=True)
+    inside = torch.tensor([[False, True]])
+    _, label = match(iou, torch.ones(1, 1, dtype=torch.bool), inside, 0.3, 0.7, keep_best=True)
     assert label[0, 0] == -1
 
 
@@ -91,12 +91,12 @@ def test_noise_is_uniform_keyed_and_independent_of_the_other_candidates() -> Non
     assert abs(torch.corrcoef(torch.stack([share[0, :-1], share[0, 1:]]))[0, 1]) < 0.02  # neighbours
     other = ranks(keys[:1], Stream.REGIONS, ids)
     assert abs(torch.corrcoef(torch.stack([share[0], other[0].double()]))[0, 1]) < 0.02  # two uses of one key
-    some = torch.tensor([7, 99_999, 3])
-    assert torch.equal(ranks(keys[1:], Stream.ANCHORS, some)[0], drawn[1, some])
+    subset = torch.tensor([7, 99_999, 3])
+    assert torch.equal(ranks(keys[1:], Stream.ANCHORS, subset)[0], drawn[1, subset])
 
 
-def test_noise_is_integer_arithmetic_that_every_device_does_alike() -> None:
-    """Against Python's unbounded integers: nothing overflows into a result, so a GPU draws the same numbers."""
+def test_noise_is_integer_arithmetic_with_equal_results_on_every_device() -> None:
+    """Compare with Python's unbounded integers: no overflow affects a result, so a GPU draws the same numbers."""
 
     def mix(x: int) -> int:  # MurmurHash3's finaliser for 32 bits
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
@@ -105,8 +105,8 @@ def test_noise_is_integer_arithmetic_that_every_device_does_alike() -> None:
 
     keys, ids = [0, 1, hash_ints(3, 1, 4), 2**63 - 1], [0, 1, 12_345, 2**31 - 1]
     drawn = ranks(torch.tensor(keys), Stream.REGIONS, torch.tensor(ids))
-    each = ranks(torch.tensor(keys), Stream.REGIONS, torch.tensor([ids] * len(keys)))  # ids of their own an image
-    assert torch.equal(drawn, each)
+    by_image = ranks(torch.tensor(keys), Stream.REGIONS, torch.tensor([ids] * len(keys)))  # separate ids per image
+    assert torch.equal(drawn, by_image)
     for row, key in zip(drawn.tolist(), keys, strict=True):
         for got, name in zip(row, ids, strict=True):
             value = mix((name * 0x9E3779B1 + Stream.REGIONS) % 2**32)
@@ -154,7 +154,7 @@ def test_pyramid_levels_of_the_paper() -> None:
 
 @pytest.mark.parametrize("ratio", [0, 1, 2])
 def test_roi_align_equals_torchvision_forward_and_backward(ratio: int) -> None:
-    """With a fixed ratio pooled as bags on the CPU, with an adaptive one level by level, as on a GPU."""
+    """A fixed ratio is pooled as bags on a CPU; an adaptive ratio is pooled per level, as on a GPU."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 4, -(-250 // s), -(-190 // s)) for s in STRIDES]
     features = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -186,8 +186,8 @@ def test_roi_align_of_no_regions(ratio: int) -> None:
 
 
 def test_regions_keep_their_place_in_bf16() -> None:
-    ramp = (torch.arange(300.0) - 250).expand(1, 1, 300, 300)  # the value tells the column
-    box = torch.tensor([[1001.0, 40.0, 1005.0, 48.0]])  # bf16 knows 1000 and 1004
+    ramp = (torch.arange(300.0) - 250).expand(1, 1, 300, 300)  # the value is the column
+    box = torch.tensor([[1001.0, 40.0, 1005.0, 48.0]])  # bf16 can represent 1000 and 1004, nothing between
     args = ((4,), box, torch.zeros(1, dtype=torch.long), 1, 2)
     exact, low = roi_align_pyramid([ramp], *args), roi_align_pyramid([ramp.bfloat16()], *args)
     assert low.dtype == torch.bfloat16
@@ -218,7 +218,7 @@ def test_mask_target_of_the_box_itself_is_the_mask() -> None:
     target = mask_targets(mask, box, box, 28)
     assert target[0, :14].min() == 1 and target[0, 14:].max() == 0
     lower = mask_targets(mask, box, torch.tensor([[10.0, 48.0, 66.0, 76.0]]), 28)
-    assert lower.max() == 0  # the lower half of the object, and nothing beyond the box
+    assert lower.max() == 0  # the object's lower half is empty, and so is the area beyond the box
 
 
 def test_reductions_ignore_what_is_masked() -> None:

@@ -157,9 +157,7 @@ class _Tower(torch.autograd.Function):
             outputs.append(output)
             kept += chunk_kept
         output = _joined(outputs)
-        from_output = layers[-1].relu and (
-            residual is not None or kept[-3] is None
-        )  # otherwise recompute the activation
+        from_output = layers[-1].relu and (residual is not None or kept[-3] is None)  # otherwise recompute it
         ctx.layers, ctx.at_once, ctx.make_input, ctx.num_tensors = layers, at_once, make_input, len(tensors)
         ctx.save_for_backward(x if make_input is None else None, output if from_output else None, *tensors, *kept)
         return output

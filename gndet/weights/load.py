@@ -175,10 +175,8 @@ def _unused(model_state: dict[str, Tensor], state: dict[str, Tensor]) -> list[st
 
 
 def _with_rows(model_tensor: Tensor, file_tensor: Tensor, rows: int, carried: Sequence[tuple[int, int]]) -> Tensor:
-    result, file_rows = (
-        model_tensor.clone().unflatten(0, (-1, rows)),
-        file_tensor.unflatten(0, (-1, rows)),
-    )  # (classes, rows, ...)
+    result = model_tensor.clone().unflatten(0, (-1, rows))  # (classes, rows, ...)
+    file_rows = file_tensor.unflatten(0, (-1, rows))
     for row, file_row in carried:
         result[row] = file_rows[file_row]
     return result.flatten(0, 1)

@@ -113,11 +113,8 @@ def _unable(policy: str, part: str, file_norm: NormConfig, model_norm: NormConfi
         return "it keeps BN frozen, but the file has no BN in this part"
     if policy in ("convert", "calibrate") and not to_group:
         return f"it can turn the file's norm into gn, ln or in, not into {model_norm.kind}"
-    if (
-        policy in ("convert", "calibrate")
-        and model_norm.weight_standardization
-        and not file_norm.weight_standardization
-    ):
+    newly_standardized = model_norm.weight_standardization and not file_norm.weight_standardization
+    if policy in ("convert", "calibrate") and newly_standardized:
         return "weight standardization changes the convolutions themselves"
     if policy == "convert" and not is_batch:
         return "the closed form needs BN's statistics; calibrate measures on images instead"
@@ -135,20 +132,16 @@ def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str
     each norm layer.
     """
     state, fates = dict(source.state), {}
-    differing, file_norms, model_norms = (
-        mismatched(source, cfg.model),
-        source.model.part_norms(),
-        cfg.model.part_norms(),
-    )
+    differing = mismatched(source, cfg.model)
+    file_norms, model_norms = source.model.part_norms(), cfg.model.part_norms()
     for name, module in model.named_modules():
         part = name.partition(".")[0]
         if not name.endswith(".norm") or part not in source.parts:
             continue
         file_norm, model_norm, conv = file_norms[part], model_norms[part], name.removesuffix("norm") + "conv"
         gamma, model_gamma = state.get(f"{name}.weight"), getattr(module, "weight", None)
-        if f"{conv}.weight" not in state or (
-            gamma is not None and model_gamma is not None and gamma.shape != model_gamma.shape
-        ):
+        misfit = gamma is not None and model_gamma is not None and gamma.shape != model_gamma.shape
+        if f"{conv}.weight" not in state or misfit:
             continue  # load_weights will report what is missing or has another shape, and the likely cause
         if file_norm.weight_standardization and not model_norm.weight_standardization:
             state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact

@@ -104,10 +104,8 @@ def test_one_outlier_does_not_swallow_a_small_variance(outlier: tuple[int, int])
     torch.manual_seed(0)
     x = torch.randn(1, 32, 12, 12)
     x[:, :, outlier[0], outlier[1]] += 3e4  # its square alone would leave no bits for the others
-    ones = torch.ones(32)
-    _, mean, rstd = norm_kernels.forward(
-        last(x).to(DEVICE), ones.to(DEVICE), ones.to(DEVICE), 32, 1e-5, None, relu=False
-    )
+    ones = torch.ones(32, device=DEVICE)
+    _, mean, rstd = norm_kernels.forward(last(x).to(DEVICE), ones, ones, 32, 1e-5, None, relu=False)
     assert largest(mean.cpu()[0], x.double().mean((0, 2, 3))) < 1e-6
     assert largest(rstd.cpu()[0], x.double().var((0, 2, 3), correction=0).rsqrt()) < 1e-6
 

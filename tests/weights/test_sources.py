@@ -322,10 +322,8 @@ def test_features_equal_those_of_torchvision_s_classifier(tmp_path: Path, depth:
     with torch.no_grad():
         found = backbone_of(source)(x, UNPADDED)
         y = reference.maxpool(reference.relu(reference.bn1(reference.conv1(x))))
-        for feature, stage in zip(
-            found, (reference.layer1, reference.layer2, reference.layer3, reference.layer4), strict=True
-        ):
-            y = stage(y)
+        for feature, number in zip(found, "1234", strict=True):
+            y = getattr(reference, f"layer{number}")(y)
             torch.testing.assert_close(feature, y, rtol=1e-9, atol=1e-9)
 
 

@@ -27,20 +27,7 @@ ZIP = b"PK"  # torch.save since torch 1.6
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before: two bytes of protocol, then torch's magic number, pickled
 EXPECTED = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
 CONTAINERS = ("blobs", "model", "state_dict")  # Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
-NUMBERS = (
-    "b1",
-    "i1",
-    "i2",
-    "i4",
-    "i8",
-    "u1",
-    "u2",
-    "u4",
-    "u8",
-    "f2",
-    "f4",
-    "f8",
-)  # the types that are read, by numpy's names
+NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")  # the types read, by numpy's names
 
 
 class WeightFile(NamedTuple):
@@ -248,9 +235,7 @@ def _arrays(entries: Any) -> dict[str, Any]:
 
 
 def _tensor(name: str, array: Any) -> Tensor:
-    if isinstance(
-        array, _Array
-    ):  # np.array copies, because from_numpy takes neither read-only arrays nor other byte orders
+    if isinstance(array, _Array):  # np.array copies: from_numpy takes neither read-only arrays nor other byte orders
         array = torch.from_numpy(np.array(array.value, dtype=array.value.dtype.newbyteorder("="), order="C"))
     tensor = Tensor.detach(array)  # not array.detach(), because a file may set attributes on its tensors
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:

@@ -162,9 +162,7 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         if bias is None or not bias.any():
             continue
         if f"{norm}.running_mean" not in state:
-            raise CheckpointError(
-                f"{path}: {names[conv]} has a bias before {names[norm]}, a GN; expected no bias there"
-            )
+            raise CheckpointError(f"{path}: {names[conv]} has a bias before {names[norm]}, a GN; expected none there")
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 

@@ -235,7 +235,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
 
 
 def padding_warnings(file_model: ModelConfig, model: ModelConfig, parts: Sequence[str] = PADDED) -> list[str]:
-    """Warn of each part whose GN, LN or IN was trained with padding in its statistics and now is not, or vice versa."""
+    """Warn of each part whose GN, LN or IN was trained with another padding (masked or plain) than the model's."""
     words = {True: "masked", False: "plain"}
     return [
         f"warning: {part}.norm was trained with padding: {words[old.masked]}, here it is {words[new.masked]}; "

@@ -28,7 +28,7 @@ STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig, NormConfig]]:
-    """Return the file's and the model's norm of each part for which the two compute different things from one state.
+    """Return the file's and the model's norm of each part in which the same tensors mean different things to the two.
 
     That includes weight standardization in the model for weights trained without it; the reverse folds into the weights
     exactly.

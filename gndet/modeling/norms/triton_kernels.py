@@ -201,7 +201,7 @@ def trouble(device: torch.device) -> str:
 
 
 def _compare(shape: tuple[int, int, int, int, int], device: torch.device) -> list[str]:
-    """Return where the kernels differ from torch in float64, on a map of noise."""
+    """Return a line for each result of the kernels that differs from torch's in float64, on a map of noise."""
     images, channels, height, width, groups = shape
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, images, channels, height, width, generator=generator).add(1).to(device).unbind()
@@ -228,9 +228,7 @@ class _Plan:
         self.block_c = min(triton.next_power_of_2(self.channels), CHANNELS)
         self.block_p = max(BLOCK // self.block_c, 1)
         stripe = max(-(-self.positions // STRIPES), MIN_STRIPE, self.block_p)
-        self.stripe = (
-            -(-stripe // self.block_p) * self.block_p
-        )  # whole blocks, so that none reaches into the next stripe
+        self.stripe = -(-stripe // self.block_p) * self.block_p  # whole blocks: no block crosses a stripe's end
         self.stripes = -(-self.positions // self.stripe)
         self.blocks_c = -(-self.channels // self.block_c)
         self.blocks_p = -(-self.positions // self.block_p)

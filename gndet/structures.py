@@ -66,7 +66,7 @@ class Regions(NamedTuple):
     matched: Tensor  # (B, R) int64 slot of the ground truth that the region is matched to
     positive: Tensor  # (B, R) bool
     valid: Tensor  # (B, R) bool
-    positive_slots: int  # all positives lie in this many first slots
+    positive_slots: int  # all positives lie in the first positive_slots slots
 
 
 class Step(NamedTuple):

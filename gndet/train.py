@@ -1,4 +1,4 @@
-"""The training loop: `train(cfg)` reads from top to bottom.  An update is one optimiser step over global_batch images."""
+"""Train a detector: `train(cfg)` reads from top to bottom.  An update is one optimiser step over global_batch images."""
 
 import math
 from collections.abc import Callable, Generator

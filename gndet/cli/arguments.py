@@ -1,4 +1,4 @@
-"""Types of command-line arguments, and texts that several verbs share; no torch, so that --help answers at once."""
+"""Types and help texts that several verbs share.  This file does not import torch, so --help answers at once."""
 
 import argparse
 import functools
@@ -8,14 +8,14 @@ Options = argparse.Namespace
 Verbs = argparse._SubParsersAction
 
 CHECKPOINT = "run folder (its best checkpoint) or checkpoint folder"
-CONFIG = "YAML file, or the name of a packaged config, like quickstart"
-OVERRIDES = "dotted config keys, like train.global_batch=8 or model.norm.kind=bn"
+CONFIG = "YAML file, or the name of a packaged config, e.g. quickstart"
+OVERRIDES = "config overrides, e.g. train.global_batch=8 model.norm.kind=bn"
 
-say = functools.partial(print, flush=True)  # a pipe or a log file shows lines as they come
+say = functools.partial(print, flush=True)  # a pipe or a log file shows each line at once
 
 
 def add_overrides(verb: argparse.ArgumentParser, text: str = OVERRIDES) -> None:
-    """Give a verb the argument `overrides`, words of the form key=value."""
+    """Add the argument `overrides`: words of the form key=value."""
     verb.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 

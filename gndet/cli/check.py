@@ -7,17 +7,17 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, say
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("check", help="what is wrong with a data set, before it is trained on")
-    verb.add_argument("source", help="config: its data.train and data.val; or an annotation file, COCO's JSON")
+    verb = verbs.add_parser("check", help="check a data set for errors before training on it")
+    verb.add_argument("source", help="config (checks its data.train and data.val), or a COCO JSON file")
     add_overrides(verb)
-    verb.add_argument("--images", action="store_true", help="decode every picture too")
-    verb.add_argument("--image-folder", type=Path, help="pictures of a JSON file (looked for beside it)")
-    verb.add_argument("--sheet", type=Path, help="draw images with boxes and masks into this file (.png)")
-    verb.add_argument("--json", type=Path, help="write the report here, JSON")
+    verb.add_argument("--images", action="store_true", help="also decode every picture")
+    verb.add_argument("--image-folder", type=Path, metavar="FOLDER", help="pictures of a JSON file (default: nearby)")
+    verb.add_argument("--sheet", type=Path, metavar="FILE", help="draw images with boxes and masks into this PNG file")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the report here as JSON")
 
 
 def run(options: Options) -> int:
-    """Check a data set.  Returns 1 where it is refused."""
+    """Check a data set.  Returns 1 if it is refused."""
     from rich.console import Console
 
     from gndet.toolbox.check.check import check

@@ -5,7 +5,7 @@ from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("config", help="print the resolved config")
+    verb = verbs.add_parser("config", help="print a config with its overrides and all defaults")
     verb.add_argument("config", help=CONFIG)
     add_overrides(verb)
 

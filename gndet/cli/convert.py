@@ -7,21 +7,21 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, one_or_more, zero
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("convert", help="weights of other toolkits in, BN into GN, weights for other toolkits out")
-    verb.add_argument("source", help="gndet run or checkpoint, a file (.pth, .pkl, .safetensors), or a weight name")
-    verb.add_argument("out", type=Path, help="checkpoint folder to write; a .pth file with --to a toolkit")
+    verb = verbs.add_parser("convert", help="convert weights: from another toolkit, from BN to GN, or to another toolkit")
+    verb.add_argument("source", help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors), or a name")
+    verb.add_argument("out", type=Path, help="checkpoint folder to write; with --to TOOLKIT, a .pth file")
     verb.add_argument(
-        "--to", choices=("gn", "detectron2", "torchvision", "mmdetection"), help="GN for BN, or a toolkit"
+        "--to", choices=("gn", "detectron2", "torchvision", "mmdetection"), help="gn (replace BN), or a toolkit"
     )
     verb.add_argument(
         "--policy", default="convert", choices=("hybrid", "convert", "calibrate", "affine", "reinit"),
-        help="how BN becomes GN (convert: in closed form)",
+        help="how BN becomes GN (default: convert, a closed form)",
     )  # fmt: skip
-    verb.add_argument("--channels-per-group", type=one_or_more, default=16, help="of the GN layers (16)")
-    verb.add_argument("--damp", type=zero_or_more, default=1.0, help="train.norm_damp (1)")
-    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to fit and measure on")
-    verb.add_argument("--count", type=one_or_more, default=32, help="how many of the pictures calibrate fits on (32)")
-    add_overrides(verb, "train.source.* or model.*, as in a config")
+    verb.add_argument("--channels-per-group", type=one_or_more, default=16, help="of the GN layers (default: 16)")
+    verb.add_argument("--damp", type=zero_or_more, default=1.0, help="same as train.norm_damp (default: 1)")
+    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to calibrate and measure on")
+    verb.add_argument("--count", type=one_or_more, default=32, help="number of pictures that --policy calibrate uses (default: 32)")
+    add_overrides(verb, "overrides of train.source.* or model.*")
 
 
 def run(options: Options) -> int:

@@ -8,14 +8,14 @@ from gndet.files import make_room_for
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("evaluate", help="COCO metrics of a checkpoint")
+    verb = verbs.add_parser("evaluate", help="compute the COCO metrics of a checkpoint")
     verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     add_overrides(verb)
-    verb.add_argument("--out", type=Path, help="write the detections here, JSON in COCO's results format")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write the detections here as COCO results (JSON)")
 
 
 def run(options: Options) -> int:
-    """Print the metrics; write the detections where --out asks for them."""
+    """Print the metrics; with --out, write the detections."""
     from gndet.distributed.process import process
     from gndet.evaluation.detector import evaluate_checkpoint, load_detector
     from gndet.evaluation.evaluate import evaluation_table

@@ -7,20 +7,20 @@ from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, heigh
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("export", help="a detector as an ONNX file, compared with torch on a picture")
+    verb = verbs.add_parser("export", help="export a detector to ONNX and compare it with torch on a picture")
     verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="file to write")
+    verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="ONNX file to write")
     verb.add_argument(
         "--size", type=height_and_width, metavar="480x640", help="fix the input size, e.g. 480x640 (default: dynamic)"
     )
-    verb.add_argument("--no-masks", action="store_true", help="boxes only, of a detector with masks")
-    verb.add_argument("--opset", type=one_or_more, default=17, help="of ONNX, 17 to 20 (17)")
-    verb.add_argument("--picture", type=Path, help="picture to compare on (one of data.val)")
+    verb.add_argument("--no-masks", action="store_true", help="export only the boxes of a detector with masks")
+    verb.add_argument("--opset", type=one_or_more, default=17, help="ONNX opset, 17 to 20 (default: 17)")
+    verb.add_argument("--picture", type=Path, metavar="FILE", help="picture to compare on (default: one of data.val)")
     add_overrides(verb)
 
 
 def run(options: Options) -> int:
-    """Export a detector.  Returns 1 where the file and torch differ."""
+    """Export a detector.  Returns 1 if the ONNX file and torch differ."""
     from gndet.toolbox.onnx.export import export
 
     equal = export(

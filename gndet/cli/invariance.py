@@ -8,15 +8,15 @@ from gndet.files import make_room_for
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("invariance", help="show that an image trains the same whatever stands beside it")
-    verb.add_argument("config", help="config: its training images, its model")
+    verb = verbs.add_parser("invariance", help="show that an image's training does not depend on the rest of its batch")
+    verb.add_argument("config", help="config with the training images and the model")
     add_overrides(verb)
-    verb.add_argument("--images", type=int, default=4, help="how many training images are compared, 4 to 16 (4)")
-    verb.add_argument("--out", type=Path, help="write the report here, JSON")
+    verb.add_argument("--images", type=int, default=4, metavar="N", help="images to compare, 4 to 16 (default: 4)")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="write the report here as JSON")
 
 
 def run(options: Options) -> int:
-    """Compare images alone and in company.  Returns 1 where images do depend on each other."""
+    """Compare images alone and in batches.  Returns 1 if images depend on each other."""
     from gndet.config.loading import load_config
 
     cfg = load_config(options.config, options.overrides)

@@ -1,7 +1,7 @@
 """`gndet VERB ...`: the command line.
 
-A verb is a file of this folder: `add` gives it its arguments, `run` runs it.  torch is imported inside the verb that
-needs it, so that --help answers at once.
+Each verb is a file in this folder: `add` defines its arguments, `run` runs it.  torch is imported only inside the verbs
+that need it, so --help answers at once.
 """
 
 import argparse
@@ -26,7 +26,7 @@ VERBS = {file.__name__.rpartition(".")[2].replace("_", "-"): file for file in FI
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb.  Returns its exit status, or 2 after a mistake of the user's, told without a traceback."""
+    """Run a verb.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     return exit_status(f"gndet {options.verb}", lambda: VERBS[options.verb].run(options))
 
@@ -42,33 +42,33 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse a command line; `key=value` overrides may stand anywhere (a picture of such a name is ./key=value).
+    """Parse a command line; `key=value` overrides may stand anywhere (write ./key=value for a file of that name).
 
-    top: the parser; that of the verbs by default.
+    top: the parser (default: the parser of all verbs).
     """
     top = top or parser()
     overrides = [word for word in arguments if re.match(r"[a-z_][a-z0-9_.]*=", word)]
     options = top.parse_args([word for word in arguments if word not in overrides])
     if getattr(options, "overrides", None):
-        top.error(f"{' '.join(options.overrides)}: expected key=value, like train.global_batch=8")
+        top.error(f"{' '.join(options.overrides)}: expected key=value, e.g. train.global_batch=8")
     options.overrides = overrides
     return options
 
 
 def exit_status(command: str, run: Callable[[], int]) -> int:
-    """Run a command.  Returns its exit status; a mistake of the user's is told without a traceback and returns 2."""
+    """Run a command.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may hold what no terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may hold characters that the terminal cannot show
     try:
         status = run()
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        if not _is_nobody_reading():
-            raise  # another pipe
-        return 141  # as a shell tells it: 128 + SIGPIPE
+        if not _is_reader_gone():
+            raise  # a pipe other than stdout
+        return 141  # what a shell reports: 128 + SIGPIPE
     except Preempted as end:
-        if str(end):  # one process of a run tells it
+        if str(end):  # only rank 0 has a message
             print(f"{command}: {end}", file=sys.stderr)
         return end.status
     except GndetError as error:
@@ -79,11 +79,11 @@ def exit_status(command: str, run: Callable[[], int]) -> int:
         return 130
 
 
-def _is_nobody_reading() -> bool:
-    """Return whether what stdout leads to has been closed, as by `| head -1`; the rest is then thrown away."""
+def _is_reader_gone() -> bool:
+    """Return whether the reader of stdout has left, as `| head -1` does; if so, discard further output."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    poll.register(sys.stdout.fileno(), 0)  # poll reports errors without being asked
     if not poll.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at its end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
     return True

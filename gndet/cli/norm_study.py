@@ -7,26 +7,26 @@ from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides, duration,
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("norm-study", help="AP against images per GPU, for several norms, on your data")
+    verb = verbs.add_parser("norm-study", help="measure AP against images per GPU for several norms on your data")
     verb.add_argument("config", help=CONFIG)
-    verb.add_argument("--norms", type=names, default=("gn", "bn"), help="kinds to compare: gn,bn,frozen_bn,... (gn,bn)")
-    verb.add_argument("--groups", type=names, help="group counts of gn instead: 1,2,4,8,16,32,channels (LN to IN)")
-    verb.add_argument("--images-per-gpu", type=numbers, default=(1, 2, 4, 8), metavar="1,2,4,8", help="(1,2,4,8)")
-    verb.add_argument("--seeds", type=one_or_more, default=3, help="runs of each cell (3)")
+    verb.add_argument("--norms", type=names, default=("gn", "bn"), help="norms to compare: gn,bn,frozen_bn,... (default: gn,bn)")
+    verb.add_argument("--groups", type=names, help="compare group counts of gn instead: 1,2,4,8,16,32,channels (LN to IN)")
+    verb.add_argument("--images-per-gpu", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help="(default: 1,2,4,8)")
+    verb.add_argument("--seeds", type=one_or_more, default=3, help="runs per cell (default: 3)")
     verb.add_argument(
-        "--budget", type=duration, metavar="2h", help="shorten the schedule so that all ends in this time"
+        "--budget", type=duration, metavar="2h", help="shorten the schedule so that the study ends in this time"
     )
     verb.add_argument(
         "--batch", choices=("scaled", "fixed"), default="scaled",
-        help="images per update: images per GPU x processes, as in the paper, or the config's in every cell",
+        help="images per update: images per GPU x ranks, as in the paper (scaled), or the config's value (fixed)",
     )  # fmt: skip
-    verb.add_argument("--jobs", type=one_or_more, help="runs at once (one a GPU; on a CPU one)")
-    verb.add_argument("--out", type=Path, help="folder of the study (runs/norm-study-CONFIG); given again, it goes on")
+    verb.add_argument("--jobs", type=one_or_more, help="runs at once (default: one per GPU; one on a CPU)")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="study to start or resume (runs/norm-study-CONFIG)")
     add_overrides(verb)
 
 
 def run(options: Options) -> int:
-    """Run the study.  Returns 1 where a cell failed."""
+    """Run the study.  Returns 1 if a cell failed."""
     from gndet.toolbox.norm_study.study import study
 
     passed = study(

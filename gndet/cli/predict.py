@@ -7,22 +7,24 @@ from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, devic
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("predict", help="draw detections on pictures and videos")
+    verb = verbs.add_parser("predict", help="detect objects in pictures and videos, and draw them")
     verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     verb.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="pictures, folders, patterns like 'a/**/*.jpg', videos"
+        "sources", nargs="+", metavar="SOURCE", help="pictures, videos, folders, or patterns like 'a/**/*.jpg'"
     )
-    verb.add_argument("--out", type=Path, required=True, help="folder for the pictures and predictions.json")
-    verb.add_argument("--threshold", type=fraction, default=0.5, help="score from which one is drawn (0.5)")
-    verb.add_argument("--classes", type=names, help="these classes only, by name: --classes cat,dog")
-    verb.add_argument("--save-crops", action="store_true", help="a picture of each object drawn, in OUT/crops/CLASS")
-    verb.add_argument("--sheet", action="store_true", help="the first pictures together, in OUT/sheet.png")
-    verb.add_argument("--every", type=one_or_more, default=1, metavar="N", help="of a video, each Nth frame (1)")
+    verb.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures and predictions.json"
+    )
+    verb.add_argument("--threshold", type=fraction, default=0.5, metavar="T", help="lowest score to draw (default: 0.5)")
+    verb.add_argument("--classes", type=names, help="only these classes, e.g. cat,dog")
+    verb.add_argument("--save-crops", action="store_true", help="save a picture of each drawn object to OUT/crops/CLASS")
+    verb.add_argument("--sheet", action="store_true", help="draw the first pictures together in OUT/sheet.png")
+    verb.add_argument("--every", type=one_or_more, default=1, metavar="N", help="use every Nth frame of a video (default: 1)")
     add_overrides(verb)
 
 
 def run(options: Options) -> int:
-    """Draw what a detector finds."""
+    """Detect objects and draw them."""
     from gndet.distributed.process import process
     from gndet.evaluation.detector import load_detector
     from gndet.toolbox.predict.predict import predict

@@ -7,10 +7,10 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, say
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("report", help="a page of what a run saw, learned and gets wrong; several runs compared")
+    verb = verbs.add_parser("report", help="write an HTML page about a run, or compare several runs")
     verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder, or the folder of a norm study")
-    verb.add_argument("--out", type=Path, help="file to write (RUN/report.html)")
-    add_overrides(verb, "like data.root=PATH where the data has moved")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="file to write (default: RUN/report.html)")
+    add_overrides(verb, "config overrides, e.g. data.root=PATH if the data has moved")
 
 
 def run(options: Options) -> int:

@@ -1,4 +1,4 @@
-"""`gndet train CONFIG [key=value ...] [--fresh]`: train, then write the report, however the training ends."""
+"""`gndet train CONFIG [key=value ...] [--fresh]`: train, then write the report, even after an error."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -8,10 +8,10 @@ from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("train", help="train a detector, or go on with an unfinished run")
+    verb = verbs.add_parser("train", help="train a detector, or resume an unfinished run")
     verb.add_argument("config", help=CONFIG)
     add_overrides(verb)
-    verb.add_argument("--fresh", action="store_true", help="move a run that is in the folder aside and start anew")
+    verb.add_argument("--fresh", action="store_true", help="move an existing run in the folder aside and start over")
 
 
 def run(options: Options) -> int:
@@ -31,7 +31,7 @@ def run(options: Options) -> int:
             report_on_ending(out, show)
 
     def show(text: str) -> None:
-        with suppress(OSError):  # nobody reads any more
+        with suppress(OSError):  # the terminal may be gone
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     train(cfg, fresh=options.fresh, console=console, at_end=write_report)

@@ -7,7 +7,9 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, one_or_more, zero
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("convert", help="convert weights: from another toolkit, from BN to GN, or to another toolkit")
+    verb = verbs.add_parser(
+        "convert", help="convert weights from another toolkit, from BN to GN, or to another toolkit"
+    )
     verb.add_argument("source", help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors), or a name")
     verb.add_argument("out", type=Path, help="checkpoint folder to write; with --to TOOLKIT, a .pth file")
     verb.add_argument(
@@ -19,8 +21,10 @@ def add(verbs: Verbs) -> None:
     )  # fmt: skip
     verb.add_argument("--channels-per-group", type=one_or_more, default=16, help="of the GN layers (default: 16)")
     verb.add_argument("--damp", type=zero_or_more, default=1.0, help="same as train.norm_damp (default: 1)")
-    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to calibrate and measure on")
-    verb.add_argument("--count", type=one_or_more, default=32, help="number of pictures that --policy calibrate uses (default: 32)")
+    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to calibrate and test on")
+    verb.add_argument(
+        "--count", type=one_or_more, default=32, help="pictures that --policy calibrate uses (default: 32)"
+    )
     add_overrides(verb, "overrides of train.source.* or model.*")
 
 

@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) 
     overrides = [word for word in arguments if re.match(r"[a-z_][a-z0-9_.]*=", word)]
     options = top.parse_args([word for word in arguments if word not in overrides])
     if getattr(options, "overrides", None):
-        top.error(f"{' '.join(options.overrides)}: expected key=value, e.g. train.global_batch=8")
+        top.error(f"{' '.join(options.overrides)}: expected key=value, like train.global_batch=8")
     options.overrides = overrides
     return options
 
@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) 
 def exit_status(command: str, run: Callable[[], int]) -> int:
     """Run a command.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may hold characters that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may not fit the terminal's encoding
     try:
         status = run()
         sys.stdout.flush()

@@ -9,8 +9,8 @@ def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("norm-study", help="measure AP against images per GPU for several norms on your data")
     verb.add_argument("config", help=CONFIG)
-    verb.add_argument("--norms", type=names, default=("gn", "bn"), help="norms to compare: gn,bn,frozen_bn,... (default: gn,bn)")
-    verb.add_argument("--groups", type=names, help="compare group counts of gn instead: 1,2,4,8,16,32,channels (LN to IN)")
+    verb.add_argument("--norms", type=names, default=("gn", "bn"), help="norms, e.g. gn,bn,frozen_bn (default: gn,bn)")
+    verb.add_argument("--groups", type=names, help="instead, group counts of gn: 1,2,4,8,16,32,channels (LN to IN)")
     verb.add_argument("--images-per-gpu", type=numbers, default=(1, 2, 4, 8), metavar="N,N", help="(default: 1,2,4,8)")
     verb.add_argument("--seeds", type=one_or_more, default=3, help="runs per cell (default: 3)")
     verb.add_argument(

@@ -84,7 +84,7 @@ def train(
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             share = compute_gradients(run, state, batches, size, stop)
-            norms.saw(batches.taken)
+            norms.observe(batches.taken)
             if update == 0 and proc.first:
                 show_batches(run, batches.taken, log)
             if share.size < size:

@@ -22,14 +22,14 @@ def exchange(proc: Process) -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         if proc.watch is None:
-            raise ProcessLost(f"rank {proc.rank}: the others did not come: {reason}") from error
-        text = f"rank {proc.rank} {proc.watch.where()}: the others did not come: {proc.watch.others()} ({reason})"
+            raise ProcessLost(f"rank {proc.rank}: the others did not respond: {reason}") from error
+        text = f"rank {proc.rank} {proc.watch.where()}: the others did not respond: {proc.watch.others()} ({reason})"
         proc.watch.dump(text)
         raise ProcessLost(text) from error
 
 
 def broadcast(tensors: Iterable[Tensor], proc: Process) -> None:
-    """Copy the tensors of rank 0 into those of every rank: initial weights, BN's running statistics."""
+    """Copy the tensors of rank 0 to every rank: initial weights, BN's running statistics."""
     if proc.world > 1:
         for tensor in tensors:
             dense = tensor.contiguous()
@@ -39,7 +39,7 @@ def broadcast(tensors: Iterable[Tensor], proc: Process) -> None:
 
 
 def all_gather(items: list[Any], proc: Process) -> list[list[Any]]:
-    """Gather each rank's list on every rank, in the order of ranks."""
+    """Gather each rank's list on every rank, in rank order."""
     if proc.world == 1:
         return [items]
     gathered: list[Any] = [None] * proc.world
@@ -76,16 +76,16 @@ def all_reduce_min(values: Sequence[int], proc: Process) -> list[int]:
     return smallest.tolist()
 
 
-def raise_on_all(trouble: BaseException | None, proc: Process) -> None:
-    """Raise on every rank what stopped any of them; an error goes before a Stop, a rank's own error before others'.
+def raise_on_all(failure: BaseException | None, proc: Process) -> None:
+    """Raise on every rank what stopped any of them: a rank's own error first, then other ranks' errors, then Stop.
 
-    trouble: what stopped this rank, or None.  Every rank must call it, whether its work succeeded or not.
+    failure: what stopped this rank, or None.  Every rank must call it, whether its work succeeded or not.
     """
-    mine = "" if trouble is None else repr(Stop) if isinstance(trouble, Stop) else str(trouble)
+    mine = "" if failure is None else repr(Stop) if isinstance(failure, Stop) else str(failure)
     texts = [text for part in all_gather([mine], proc) for text in part]
     errors = [text for text in texts if text not in ("", repr(Stop))]
-    if trouble is not None and (not errors or not isinstance(trouble, Stop)):
-        raise trouble
+    if failure is not None and (not errors or not isinstance(failure, Stop)):
+        raise failure
     if errors:
         raise TrainingError("\n".join(dict.fromkeys(errors)))
     if repr(Stop) in texts:

@@ -1,4 +1,4 @@
-"""A rank of a run: its number, device and memory allocator.  The environment is read here and nowhere else."""
+"""A rank of a run: its number, device and memory allocator.  Only this file reads the environment."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ from gndet.errors import ConfigError
 Model = TypeVar("Model", bound=nn.Module)
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # variables that torchrun sets; defaults without it
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the new and old names
-START_TIMEOUT = 600.0  # seconds for ranks to find each other and read their data, and for rank 0 to calibrate
+START_TIMEOUT = 600.0  # seconds for ranks to connect and read their data, and for rank 0 to calibrate
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 
 
@@ -30,7 +30,7 @@ class Process(NamedTuple):
     rank: int
     world: int
     device: torch.device
-    watch: Watch | None = None  # in training
+    watch: Watch | None = None  # only in training
 
     @property
     def first(self) -> bool:
@@ -42,22 +42,22 @@ class Process(NamedTuple):
 def process(device: str, deterministic: bool = False, watched: bool = False) -> Iterator[Process]:
     """Join the run that torchrun started, or be the only rank; leave the run at the end.
 
-    device: auto, cpu or cuda.  watched: add a Watch; ranks then wait for each other for START_TIMEOUT at most, until
-    `limit_waiting` is called.  Raises ConfigError where cuda is asked for and absent.
+    device: auto, cpu or cuda.  watched: add a Watch; ranks then wait for each other for at most START_TIMEOUT, until
+    `limit_waiting` is called.  Raises ConfigError if cuda is asked for and missing.
     """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
     with _member(device, deterministic, rank, world, local, "env://", nccl=True) as proc, ExitStack() as stack:
         if watched:
-            # a connection of its own: the group's is busy while a collective looks for its peers
+            # a separate connection: the group's is busy while a collective looks for its peers
             store = dist.distributed_c10d._get_default_store().clone() if world > 1 else None
             proc = proc._replace(watch=stack.enter_context(Watch(store, rank, world, START_TIMEOUT)))
         yield proc
 
 
 def spawn(function: Callable[..., None], world: int, device: str, *args: Any) -> None:
-    """Run function(proc, *args) on `world` new ranks of this machine and wait; they share a GPU if they must.
+    """Run function(proc, *args) on `world` new ranks of this machine and wait; they share GPUs if there are too few.
 
-    function, defined at module level, and args are pickled.  Raises torch.multiprocessing's errors where a rank fails.
+    function (defined at module level) and args are pickled.  Raises torch.multiprocessing's errors if a rank fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_spawned, (function, world, device, f"file://{folder}/rendezvous", args), nprocs=world)
@@ -76,11 +76,11 @@ def _spawned(
 def _member(
     device: str, deterministic: bool, rank: int, world: int, local: int, rendezvous: str, *, nccl: bool
 ) -> Iterator[Process]:
-    """Be rank `rank` of `world`, on GPU `local` if there is one, while the context lasts; nccl: no GPU is shared."""
+    """Be rank `rank` of `world`, on GPU `local` if there is one, during the context; nccl: no ranks share a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
     if device != "cpu" and not any(name in os.environ for name in _ALLOCATOR):
-        # canvases of many sizes leave holes in fixed segments; torch reads this when it first uses the GPU
+        # canvases of many sizes fragment fixed segments; torch reads this when it first uses the GPU
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     on_gpu = device != "cpu" and torch.cuda.is_available()
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
@@ -96,16 +96,16 @@ def _member(
         backend = "cpu:gloo,cuda:nccl" if on_gpu and nccl else "gloo"
         limit = timedelta(seconds=START_TIMEOUT)
         store, *_ = next(dist.rendezvous(rendezvous, rank, world, timeout=limit))
-        # torchrun keeps the store when it restarts the ranks, with the addresses at which the dead ones listened
+        # when torchrun restarts ranks, it keeps the store with the addresses of the dead ranks
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     yield Process(rank, world, chosen)
-    if world > 1:  # not after an error: it would wait for a rank that is lost
+    if world > 1:  # not after an error: this would wait for a lost rank
         dist.destroy_process_group()
 
 
 def limit_waiting(proc: Process, seconds: float) -> None:
-    """Let no rank wait for the others longer than this from now on."""
+    """Limit how long this rank waits for the others from now on."""
     if proc.watch is not None:
         proc.watch.timeout_s = seconds
     if proc.world > 1:
@@ -114,7 +114,7 @@ def limit_waiting(proc: Process, seconds: float) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse freed memory: the page faults of mapping it anew cost 38 % of a CPU training step."""
+    """Tell glibc to reuse freed memory: page faults from mapping it again take 38 % of a CPU training step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
@@ -122,7 +122,7 @@ def keep_freed_memory() -> None:
 
 
 def place(model: Model, precision: str, proc: Process) -> tuple[Model, Callable[[], AbstractContextManager]]:
-    """Move a model to the device in a precision (train.precision).  Returns it with the autocast context to run in."""
+    """Move a model to the device in a precision (train.precision).  Returns it and a factory of autocast contexts."""
     model = model.to(proc.device, torch.float64 if precision == "float64" else None)
     model = model.to(memory_format=torch.channels_last)
     bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")

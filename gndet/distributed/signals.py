@@ -1,7 +1,7 @@
-"""Signals that ask a run to stop: SIGTERM and SIGUSR1 of a scheduler, SIGINT of a person.
+"""Signals that ask a run to stop: SIGTERM and SIGUSR1 from a scheduler, SIGINT from a person.
 
-The first signal is noted, and the run stops where it can be resumed exactly: `StopSignals.poll` raises Stop there, and
-within `at_once()` the signal itself does.  A second signal ends the process at once: what was saved before stays.
+The first signal is noted, and the run stops where it can be resumed exactly: there `StopSignals.poll` raises Stop, and
+within `at_once()` the signal itself does.  A second signal ends the process at once; earlier checkpoints stay.
 """
 
 import contextlib
@@ -13,18 +13,18 @@ from collections.abc import Iterator
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-WAKE = signal.SIGURG  # sent by this process to its main thread; ignored by default, should it come late
-SAME = 1.0  # seconds; signals within it are one request: a scheduler signals all ranks, torchrun passes its own on
+WAKE = signal.SIGURG  # sent by this process to its main thread; ignored by default if it arrives late
+SAME = 1.0  # seconds; signals within it are one request: a scheduler signals every rank, and torchrun too
 
 
 class Stop(BaseException):
-    """The run has been asked to stop.  No `except Exception` may swallow it."""
+    """The run has been asked to stop.  A BaseException, so that no `except Exception` swallows it."""
 
 
 class StopSignals:
     """Collect the signals of a run while the context lasts; outside the main thread, collect none.
 
-    A thread that the C handler wakes acts on the second signal: the main thread may be inside a collective.
+    The C handler wakes a thread that acts on the second signal, because the main thread may be inside a collective.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StopSignals:
 
     @property
     def status(self) -> int:
-        """The exit status of a run that was stopped and saved: 130 after Ctrl-C, which ends a `&&` chain, else 0."""
+        """The exit status of a stopped and saved run: 130 after Ctrl-C, which ends a `&&` chain, else 0."""
         return 130 if self.number == signal.SIGINT else 0
 
     def ask(self) -> None:
@@ -65,7 +65,7 @@ class StopSignals:
             self._interrupt = before
 
     def no_longer_at_once(self) -> None:
-        """Let no signal raise Stop within `at_once()` from here on: collectives with other ranks follow."""
+        """Keep signals from raising Stop within `at_once()` from here on, because collectives follow."""
         self._interrupt = False
 
     def __enter__(self) -> "StopSignals":

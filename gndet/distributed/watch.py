@@ -1,7 +1,7 @@
 """Heartbeats between ranks: name the rank that hung or died, and propagate stop requests.
 
-A thread of each rank writes (update, what the rank is doing, a counter) to the store of the process group.  A rank
-whose counter stands still was stopped or killed; a rank whose counter advances hangs in what it says it is doing.
+A thread of each rank writes (update, activity, counter) to the store of the process group.  A rank whose counter stands
+still was stopped or killed; a rank whose counter advances hangs in the activity it names.
 """
 
 import faulthandler
@@ -21,11 +21,11 @@ from gndet.errors import Preempted
 BEAT = 0.25  # seconds between two heartbeats of a rank
 GRACE = 5.0  # seconds beyond the timeout for the collective itself to fail, before the process is ended
 GONE = (
-    "rank 0, or the torchrun that started it, was killed or does not answer: it holds the store through which ranks "
-    "find each other"
+    "rank 0, or the torchrun that started it, was killed or does not answer: it hosts the store through which ranks "
+    "communicate"
 )
 STOPPED, FAILED = "watch/stop", "watch/failed"  # keys: a rank was asked to stop; a rank left with an error
-LEAST_QUIET = 60.0  # seconds without progress, at least, after which the stacks of a rank are written
+LEAST_QUIET = 60.0  # minimum seconds without progress before the stacks of a rank are written
 
 Beats = list[dict[str, Any] | None]
 
@@ -34,7 +34,7 @@ class Watch:
     """The watch of one rank; usable as a context manager."""
 
     def __init__(self, store: Any, rank: int, world: int, timeout_s: float) -> None:
-        """store: of the process group, None for a single rank.  timeout_s: how long collectives wait at most."""
+        """store: of the process group, None for a single rank.  timeout_s: maximum waiting time of collectives."""
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
         self.report: Path | None = None  # where stacks are written; None: nowhere
         self.on_stop: Callable[[], None] = lambda: None  # called once another rank has been asked to stop
@@ -47,7 +47,7 @@ class Watch:
         self._done = threading.Event()
 
     def at(self, update: int, doing: str) -> None:
-        """Note what the main thread does now: `update` updates are done; doing is a participle, "saving"."""
+        """Note what the main thread does now, after `update` updates; doing: a participle such as "saving"."""
         self._update, self._doing, self._since, self._quiet_said = update, doing, time.monotonic(), False
 
     @contextmanager
@@ -61,11 +61,11 @@ class Watch:
             self._doing, self._since, self._waiting = before, time.monotonic(), False
 
     def where(self) -> str:
-        """Say what this rank is doing."""
+        """Return what this rank is doing, in words."""
         return _where({"update": self._update, "doing": self._doing})
 
     def others(self) -> str:
-        """Say what the other ranks are doing, those that do not answer first.  Takes up to GRACE."""
+        """Return what the other ranks are doing, in words; silent ranks first.  Takes up to GRACE seconds."""
         if self._store is None:
             return "" if self.world == 1 else GONE
         found = self._ask(self._compare)
@@ -84,11 +84,11 @@ class Watch:
         return "; ".join(silent + rest)
 
     def another_failed(self) -> bool:
-        """Whether a rank has left the run with an error; torchrun then ends the others by a signal."""
+        """Return whether a rank has left the run with an error; torchrun then ends the others by a signal."""
         return bool(self._store is not None and self._ask(lambda: self._store.check([FAILED])))
 
     def dump(self, text: str) -> None:
-        """Write the text and the stacks of all threads to the report, if possible."""
+        """Write a text and the stacks of all threads to the report, if possible."""
         if self.report is None:
             return
         path = self.report.with_name(f"{self.report.name}-process{self.rank}.txt")
@@ -98,7 +98,7 @@ class Watch:
             faulthandler.dump_traceback(file, all_threads=True)
 
     def __enter__(self) -> "Watch":
-        for work in (self._beats, self._hangs):  # two threads: the store may hang, too
+        for work in (self._send_beats, self._find_hangs):  # two threads, because the store may hang too
             threading.Thread(target=work, daemon=True, name="watch").start()
         return self
 
@@ -108,7 +108,7 @@ class Watch:
             key = STOPPED if issubclass(kind, Stop | Preempted) else FAILED
             self._ask(lambda: self._store.set(key, str(self.rank)))
 
-    def _beats(self) -> None:
+    def _send_beats(self) -> None:
         """Write this rank's heartbeats and listen for a stop request, until the run ends."""
         count, shared = 0, False
         while self._store is not None and not self._done.wait(BEAT):
@@ -122,33 +122,33 @@ class Watch:
                 elif not shared and self._store.check([STOPPED]):
                     self.on_stop()
                     shared = True
-            except RuntimeError:  # the store died with the process that kept it: collectives will say so
+            except RuntimeError:  # the store died with its process: collectives will report it
                 self._store = None
 
-    def _hangs(self) -> None:
-        """Look for a hang, until the run ends."""
+    def _find_hangs(self) -> None:
+        """Look for hangs until the run ends."""
         while not self._done.wait(BEAT):
             quiet = time.monotonic() - self._since
             if self._waiting and not self._before and quiet > self.timeout_s - 8 * BEAT:
                 self._before = self._ask(self._all_beats) or []
-            if self._waiting and quiet > self.timeout_s + GRACE:  # NCCL may wait for ever
-                self._tell(f"rank {self.rank} {self.where()}: no answer for {quiet:.0f} s: {self.others()}")
+            if self._waiting and quiet > self.timeout_s + GRACE:  # NCCL may wait forever
+                self._report(f"rank {self.rank} {self.where()}: no answer for {quiet:.0f} s: {self.others()}")
                 os._exit(1)
             if not self._waiting and not self._quiet_said and quiet > max(self.timeout_s, LEAST_QUIET):
                 self._quiet_said = True
-                self._tell(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; it is not ended")
+                self._report(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; still running")
 
-    def _tell(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         self.dump(text)
         with suppress(OSError):
             print(f"gndet: {text}", file=sys.stderr, flush=True)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Ask the store in a thread of its own.  Returns None where it does not answer within GRACE."""
+        """Ask the store in a separate thread.  Returns None if it does not answer within GRACE seconds."""
         answers: list[Any] = []
 
         def ask() -> None:
-            with suppress(RuntimeError, AttributeError):  # the store is gone, or _beats has set it to None
+            with suppress(RuntimeError, AttributeError):  # the store is gone, or _send_beats has set it to None
                 answers.append(question())
 
         thread = threading.Thread(target=ask, daemon=True)
@@ -157,7 +157,7 @@ class Watch:
         return answers[0] if answers else None
 
     def _compare(self) -> tuple[Beats, Beats]:
-        """Return the beats of all ranks, some time ago and now."""
+        """Return the beats of all ranks from a moment ago and from now."""
         before = self._before
         if not before:
             before = self._all_beats()

@@ -1,4 +1,4 @@
-"""COCO's metrics of detections: hotcoco and pycocotools give the same numbers.
+"""COCO metrics of detections, computed by hotcoco or pycocotools with the same result.
 
 This module imports no torch.
 """
@@ -20,22 +20,22 @@ from gndet.evaluation.results import Results
 
 Kind = Literal["bbox", "segm"]
 EXACT = 2**53  # float64 holds the integers up to here
-IOU_50, IOU_75 = 0, 5  # places in COCO's IoU thresholds 0.50, 0.55 ... 0.95
-ALL, SMALL, MEDIUM, LARGE = range(4)  # places in COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
-RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO takes the precision
+IOU_50, IOU_75 = 0, 5  # indices into COCO's IoU thresholds 0.50, 0.55 ... 0.95
+ALL, SMALL, MEDIUM, LARGE = range(4)  # indices into COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
+RECALLS = np.linspace(0.0, 1.0, 101)  # recalls at which COCO samples the precision
 SUMMARY_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR", "ARs", "ARm", "ARl")
 
 
 class Metrics(NamedTuple):
-    """COCO numbers of one kind (bbox or segm) in [0, 1]; nan where the data set has no such object."""
+    """COCO numbers of one kind (bbox or segm) in [0, 1]; nan if the data set has no such object."""
 
     summary: dict[str, float]  # the keys of SUMMARY_COLUMNS, in the order of pycocotools' stats
     per_class: list[dict[str, Any]]  # name, AP, AP50, AR, num_objects, num_images (crowd regions not counted)
-    curves: dict[str, list[float]]  # by class name: precision at IoU 0.5 and recalls 0, 0.01 ... 1; only where defined
+    curves: dict[str, list[float]]  # by class name: precision at IoU 0.5 and recalls 0, 0.01 ... 1, if defined
 
 
 def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
-    """Return the data set as COCO's evaluation takes it: for boxes and, if masks is true and it has any, for masks.
+    """Return the data set as input for COCO's evaluation of boxes and, if masks is true and there are any, of masks.
 
     For masks, objects without a mask become crowd regions over their boxes: detections there do not count.
     """
@@ -44,7 +44,7 @@ def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
     if not masks or all(without):
         return {"bbox": truth}
     if not any(without):
-        return {"bbox": truth, "segm": truth}  # the same object, which is converted once
+        return {"bbox": truth, "segm": truth}  # the same object, so that it is converted only once
     annotations = []
     for annotation in truth["annotations"]:
         if "segmentation" not in annotation:
@@ -83,18 +83,18 @@ def coco_metrics(
     """Score COCO results; at max_detections=100 both engines give pycocotools' own stats.
 
     truths: a COCO data set for each kind to score, which may be the same for both; they are not changed.
-    max_detections: how many detections count per image and class, by falling score.  For segm a detection's size is
-    its mask's area, as in detectron2, not its box's.
+    max_detections: number of detections that count per image and class, by falling score.  For segm a detection's size
+    is the area of its mask, as in detectron2, not of its box.
     """
     metrics = {}
     with gc_paused(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         for kind, scorer in (_hotcoco if engine == "hotcoco" else _pycocotools)(truths, results):
             _accumulate(scorer, max_detections)
-            # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: less the recalls
+            # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: the same without recalls
             scored: Any = scorer.eval
             precision, recall = (scored[key] for key in ("precision", "recall"))
             metrics[kind] = _metrics(precision, recall, truths[kind], list(scorer.params.catIds))
-            del scorer  # hotcoco copies results that are in use when their areas are changed
+            del scorer  # otherwise hotcoco copies the results when their areas change
     return metrics
 
 
@@ -105,13 +105,13 @@ def _hotcoco(truths: Mapping[Kind, dict[str, Any]], results: Results) -> Iterato
         if id(truth) not in converted:
             converted[id(truth)] = hotcoco.COCO(truth)
         found = found or _found(converted[id(truth)], results, masks)
-        if kind == "segm" and len(results):  # hotcoco has taken the areas of the boxes
+        if kind == "segm" and len(results):  # hotcoco used the areas of the boxes
             found.update_anns(ids=np.arange(1, len(results) + 1), area=results.areas)
         yield kind, hotcoco.COCOeval(converted[id(truth)], found, kind)
 
 
 def _found(truth: hotcoco.COCO, results: Results, masks: Any) -> hotcoco.COCO:
-    """Return the results as hotcoco has them, numbered from 1."""
+    """Return the results in hotcoco's form, numbered from 1."""
     ids = np.stack((results.image_ids, results.category_ids), axis=1)  # (n, 2)
     if (np.abs(ids) > EXACT).any():
         return truth.loadRes(list(results))  # the table below holds floats
@@ -123,21 +123,21 @@ def _pycocotools(truths: Mapping[Kind, dict[str, Any]], results: Results) -> Ite
     for kind, truth in truths.items():
         # pycocotools writes into the annotations
         truth = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
-        shape = "bbox" if kind == "bbox" else "segmentation"  # with a bbox beside, segm would take the box's area
+        shape = "bbox" if kind == "bbox" else "segmentation"  # if a bbox is present, segm takes the box's area
         keys = ("image_id", "category_id", "score", shape)
         expected, found = COCO(), COCO()
         expected.dataset = truth
         expected.createIndex()
         if len(results):
             found = expected.loadRes([{key: result[key] for key in keys} for result in results])
-        else:  # loadRes looks at the first result
+        else:  # loadRes needs a first result
             found.dataset = truth | {"annotations": []}
             found.createIndex()
         yield kind, COCOeval(expected, found, kind)
 
 
 def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, category_ids: list[int]) -> Metrics:
-    """Read the numbers off the arrays as pycocotools' summarize() does, which knows no limit but 100."""
+    """Read the numbers from the arrays like pycocotools' summarize(), but for any limit instead of only 100."""
     summary = {
         "AP": precision[:, :, :, ALL, -1],
         "AP50": precision[IOU_50, :, :, ALL, -1],
@@ -157,11 +157,11 @@ def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, cate
     num_objects = Counter(category for category, _ in objects)
     num_images = Counter(category for category, _ in set(objects))
     per_class, curves = [], {}
-    for place, id in enumerate(category_ids):
-        curve = precision[IOU_50, :, place, ALL, -1]  # (101,)
+    for index, id in enumerate(category_ids):
+        curve = precision[IOU_50, :, index, ALL, -1]  # (101,)
         per_class.append({
-            "name": names[id], "AP": _mean(precision[:, :, place, ALL, -1]), "AP50": _mean(curve),
-            "AR": _mean(recall[:, place, ALL, -1]), "num_objects": num_objects[id], "num_images": num_images[id],
+            "name": names[id], "AP": _mean(precision[:, :, index, ALL, -1]), "AP50": _mean(curve),
+            "AR": _mean(recall[:, index, ALL, -1]), "num_objects": num_objects[id], "num_images": num_images[id],
         })  # fmt: skip
         if (curve > -1).all():
             curves[names[id]] = curve.tolist()
@@ -169,6 +169,6 @@ def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, cate
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean over what is defined; the engines mark the rest with -1."""
+    """Return the mean of the defined values; the engines mark undefined ones with -1."""
     defined = values[values > -1]
     return float(np.mean(defined)) if defined.size else float("nan")

@@ -1,4 +1,4 @@
-"""A trained detector: load it, evaluate it on a data set; and the places where results go."""
+"""Load a trained detector and evaluate it on a data set."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +18,7 @@ from gndet.modeling.detection_model import DetectionModel
 
 
 class Detector(NamedTuple):
-    """A trained model with what it was trained for."""
+    """A trained model with its config and classes."""
 
     model: DetectionModel
     cfg: Config
@@ -28,9 +28,9 @@ class Detector(NamedTuple):
 
 
 def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detector:
-    """Build the model of a checkpoint or run folder (its best) with its weights, the averaged ones if there are any.
+    """Load the model of a checkpoint or run folder (its best checkpoint), with averaged weights if there are any.
 
-    overrides: `key=value` over the config it was trained with.  Raises CheckpointError, ConfigError.
+    overrides: `key=value` words that change its config.  Raises CheckpointError, ConfigError.
     """
     folder = resolve(path)
     saved = load_checkpoint(folder)
@@ -46,9 +46,9 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
         raise CheckpointError(f"{source}: {len(classes)} classes, but {len(category_ids)} category_ids")
     cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
     model, state = build_model(cfg.model, max(len(classes), 1)), saved.groups.get("ema", saved.groups["model"])
-    there, needed = (dict.fromkeys(key.partition(".")[0] for key in keys) for keys in (state, model.state_dict()))
-    if needed.keys() - there.keys():  # `gndet convert` writes what its source holds
-        raise CheckpointError(f"{folder}: holds {', '.join(there)}, which is no whole detector; train.weights takes it")
+    found, needed = (dict.fromkeys(key.partition(".")[0] for key in keys) for keys in (state, model.state_dict()))
+    if needed.keys() - found.keys():  # `gndet convert` writes only the parts that its source holds
+        raise CheckpointError(f"{folder}: holds only {', '.join(found)}, not a whole detector; use it as train.weights")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -58,9 +58,9 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detect
 
 
 def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Evaluation]:
-    """Evaluate on data.val of the detector's config.
+    """Evaluate a detector on its config's data.val.  Returns the data set and the evaluation.
 
-    Raises DataError where the data set's classes are not those the detector was trained for.
+    Raises DataError if the classes of the data set differ from those of the detector.
     """
     dataset = read_dataset(detector.cfg.data.val, detector.cfg.data)
     if dataset.classes != detector.classes:

@@ -1,8 +1,8 @@
-"""Pictures of objects: boxes, masks and labels drawn on an image, pictures side by side and in a grid.
+"""Draw objects: boxes, masks and labels on an image; put pictures side by side or in a grid.
 
 n objects, (H, W) image.  Images are (H, W, 3) uint8 RGB, boxes (n, 4) xyxy in the pixels of the image.
-Not torchvision.utils.draw_bounding_boxes: it writes labels inside the boxes, which hides small objects, lets them run
-out of the picture, draws later boxes across them, needs a font file for any size but 10 px, and outlines no masks.
+torchvision.utils.draw_bounding_boxes is not used: its labels hide small objects, run out of the picture and are crossed
+by later boxes; it needs a font file for any size but 10 px; and it outlines no masks.
 """
 
 import colorsys
@@ -19,8 +19,8 @@ from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 
 MIN_SIDE = 640  # pixels of the longer side; a smaller picture is enlarged so that labels are legible
-MAX_LABELS = 40  # with more objects, labels would cover the picture and are left out
-GOLDEN_ANGLE = 0.381966  # of a turn: successive hues stay far apart for any number of classes
+MAX_LABELS = 40  # with more objects, labels would cover the picture
+GOLDEN_ANGLE = 0.381966  # of a full turn: successive hues stay far apart for any number of classes
 MASK_OPACITY = 0.4
 GAP = 8  # pixels between pictures
 PAPER = (255, 255, 255)
@@ -40,11 +40,11 @@ def draw_objects(
     class_indices: Sequence[int],
     masks: Sequence[np.ndarray | None] | None = None,
 ) -> np.ndarray:
-    """Draw boxes, labels and masks; later objects lie above earlier ones.
+    """Draw boxes, labels and masks; later objects cover earlier ones.
 
     image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colours; masks: n of
     (H, W) bool or None.  Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
-    With more than MAX_LABELS objects, labels are left out, and so are the boxes of objects that have a mask.
+    With more than MAX_LABELS objects, labels are left out, and so are boxes of objects with a mask.
     """
     height, width = image.shape[:2]
     scale = max(1.0, MIN_SIDE / max(height, width))
@@ -72,7 +72,7 @@ def draw_objects(
 
 
 def _tint(pixels: np.ndarray, mask: np.ndarray, tint: tuple[int, int, int], line: int) -> None:
-    """Blend a mask's colour into the pixels in place, with a solid outline `line` pixels wide inside it."""
+    """Blend a mask's colour into the pixels in place, with a solid outline, `line` pixels wide, inside the mask."""
     whole = Image.fromarray(mask).resize(pixels.shape[1::-1], Image.Resampling.NEAREST)
     left, top, right, bottom = whole.getbbox() or (0, 0, 0, 0)  # an empty mask
     inside = np.asarray(whole)[top:bottom, left:right]
@@ -93,7 +93,7 @@ def _label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
 ) -> None:
-    """Write a label on a filled background above the box, or inside it at the top edge; never outside the picture."""
+    """Write a label on a filled background above the box, or inside its top edge; keep it inside the picture."""
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     width, height = right - left + 6, bottom - top + 4
     x = min(box[0], size[0] - width)
@@ -124,9 +124,9 @@ def draw_detections(
     category_ids: Sequence[int],
     threshold: float,
 ) -> np.ndarray:
-    """Draw the COCO results of one image that score at least `threshold`, the best on top.
+    """Draw the COCO results of one image that score at least `threshold`, the best one on top.
 
-    image (H, W, 3) uint8; results: boxes xywh in pixels of the image; category_ids: the file's id of each class.
+    image (H, W, 3) uint8; results: boxes xywh in pixels of the image; category_ids: the id of each class in the file.
     Returns what `draw_objects` does.
     """
     shown = sorted((row for row in results if row["score"] >= threshold), key=lambda row: row["score"])
@@ -145,7 +145,7 @@ def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
 
 
 def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray, Record]:
-    """Scale a picture and its boxes down to `longest` pixels on the longer side; masks keep their size."""
+    """Shrink a picture and its boxes to at most `longest` pixels on the longer side; masks keep their size."""
     picture = Image.fromarray(image)
     picture.thumbnail((longest, longest), Image.Resampling.BOX, reducing_gap=None)
     scale = np.tile(np.divide(picture.size, image.shape[1::-1]), 2)
@@ -153,10 +153,10 @@ def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray,
 
 
 def placard(text: str, side: int) -> np.ndarray:
-    """Return a picture (side // 2, side, 3) of a text, to stand in for a picture that cannot be read."""
+    """Return a picture (side // 2, side, 3) of a text, as a placeholder for an unreadable picture."""
     picture = Image.new("RGB", (side, side // 2), (225, 225, 225))
     font = ImageFont.load_default(18)
-    lines = textwrap.wrap(text, int((side - 40) / font.getlength("x")))  # an x is about as wide as a letter on average
+    lines = textwrap.wrap(text, int((side - 40) / font.getlength("x")))  # an x has about the average width of a letter
     ImageDraw.Draw(picture).multiline_text((20, 20), "\n".join(lines[:10]), font=font, fill="black")
     return np.asarray(picture)
 
@@ -167,18 +167,18 @@ def side_by_side(left: np.ndarray, right: np.ndarray, captions: tuple[str, str])
 
 
 def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    """Put a caption above the picture; a caption that is too long loses its beginning."""
+    """Put a caption above a picture; cut the beginning of a caption that is too long."""
     font_size = max(14, round(max(picture.shape[:2]) / 40))
     strip = Image.new("RGB", (picture.shape[1], round(1.6 * font_size)), PAPER)
     font = ImageFont.load_default(font_size)
     while len(caption) > 2 and font.getlength(caption) > strip.width - 8:
-        caption = f"…{caption[2:]}"  # the end of a file name tells more
+        caption = f"…{caption[2:]}"  # the end of a file name says more
     ImageDraw.Draw(strip).text((4, strip.height / 2), caption, font=font, fill="black", anchor="lm")
     return np.concatenate([np.asarray(strip), picture])
 
 
 def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Put one or more pictures in rows of `columns`, in cells of the largest picture's size.
+    """Arrange one or more pictures in rows of `columns`, in cells of the largest picture's size.
 
     Returns (H', W', 3) uint8.
     """
@@ -187,13 +187,13 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
     width = max(picture.shape[1] for picture in pictures) + GAP
     rows = -(-len(pictures) // columns)
     sheet = np.full((rows * height + GAP, columns * width + GAP, 3), PAPER, dtype=np.uint8)
-    for place, picture in enumerate(pictures):
-        top, left = place // columns * height + GAP, place % columns * width + GAP
+    for index, picture in enumerate(pictures):
+        top, left = index // columns * height + GAP, index % columns * width + GAP
         sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
     return sheet
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 as the file type named by the path's suffix, creating missing folders."""
+    """Write a picture (H, W, 3) uint8 in the format of the path's suffix; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)

@@ -1,7 +1,7 @@
 """COCO evaluation: run a detector over a data set, write its detections as COCO results, score them.
 
-B images, n detections of one picture, (h, w) original picture, S mask side. Boxes are xyxy pixels of the
-canvas in `Detections`, and in results, where the file format is met, xywh pixels of the original picture.
+B images, n detections of one picture, (h, w) original picture, S mask side.  Boxes in `Detections` are xyxy pixels of
+the canvas; boxes in results are xywh pixels of the original picture, as in the file format.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ from gndet.structures import Detections
 
 
 class Share(NamedTuple):
-    """What one rank detected."""
+    """The detections of one rank."""
 
     results: Results
-    image_ids: list[int]  # of all images of its share, those without detections too
+    image_ids: list[int]  # of all images of its share, also of those without detections
 
 
 class Evaluation(NamedTuple):
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
     box: Metrics
     mask: Metrics | None  # None for a detector or a data set without masks
-    results: Results  # images in the data set's order; on rank 0, other ranks have none
+    results: Results  # images in the data set's order; only on rank 0, empty on other ranks
 
 
 def to_results(
@@ -47,11 +47,11 @@ def to_results(
 ) -> Results:
     """Turn a batch of detections into COCO results in the pixels of the original pictures.
 
-    indices: places of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how
-    masks are put into the original ones.
-    Returns the valid detections, boxes clipped to the picture, with run-length codes where they have masks.
+    indices: of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how to paste
+    masks into the original pictures.
+    Returns the valid detections with boxes clipped to the picture, and run-length codes if there are masks.
     """
-    # NumPy knows no bfloat16
+    # NumPy has no bfloat16
     all_boxes, scores, labels, all_masks, valids = (part.float().cpu().numpy() for part in detections)
     category_ids, found = np.array(dataset.category_ids, dtype=np.int64), []
     for image, index in enumerate(indices):
@@ -87,11 +87,11 @@ def detect_share(
     unreadable: Callable[[int, str], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Share:
-    """Detect in this rank's share of the data set, the model in eval mode meanwhile.
+    """Detect objects in this rank's share of the data set, with the model in eval mode.
 
-    autocast: makes the context the model runs in.  on_image: called with the id of each finished image; an error it
-    raises ends the detection.  unreadable: called with the image id and the reason where a picture cannot be read; the
-    picture has no detections.  notify: told of loader processes that were killed and replaced.
+    autocast: makes the context in which the model runs.  on_image: called with the id of each finished image; an error
+    that it raises ends the detection.  unreadable: called with the image id and the reason if a picture cannot be read;
+    the picture has no detections.  notify: called with a message if a loader process was killed and replaced.
     Without `unreadable`, raises DataError for a picture that cannot be read.
     """
     was_training = model.training
@@ -127,8 +127,8 @@ def evaluate(
 ) -> Evaluation:
     """Detect on all ranks and score on rank 0; every rank gets the same metrics.
 
-    autocast: makes the context the model runs in.
-    Raises, on every rank: DataError where a rank does, and what `score_shares` raises.
+    autocast: makes the context in which the model runs.
+    Raises, on every rank: DataError if any rank does, and what `score_shares` raises.
     """
     share, refusal = Share(from_coco([]), []), ""
     try:
@@ -143,7 +143,7 @@ def evaluate(
 def score_shares(share: Share, dataset: Dataset, cfg: Config, proc: Process) -> Evaluation:
     """Gather the shares of all ranks on rank 0, score them there, and send every rank the metrics.
 
-    Raises, on every rank: RuntimeError where scoring fails, AssertionError where an image was not seen, or seen twice.
+    Raises, on every rank: RuntimeError if scoring fails, AssertionError unless each image was seen exactly once.
     """
     order = [record.image_id for record in dataset.records]
     seen = [image_id for image_ids in all_gather(share.image_ids, proc) for image_id in image_ids]
@@ -157,13 +157,13 @@ def score_shares(share: Share, dataset: Dataset, cfg: Config, proc: Process) -> 
 
 
 def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | str:
-    """Score boxes and masks; return the traceback where that fails, for the other ranks wait for an answer."""
+    """Score boxes and masks.  Returns the traceback if that fails, because the other ranks wait for an answer."""
     try:
         metrics = coco_metrics(
             coco_truths(dataset, masks=cfg.model.masks), results, engine=cfg.evaluation.engine,
             max_detections=cfg.evaluation.max_detections,
         )  # fmt: skip
-    except Exception:  # whatever it is, every rank raises it
+    except Exception:  # every rank raises it
         return traceback.format_exc()
     return metrics["bbox"], metrics.get("segm")
 
@@ -175,7 +175,7 @@ def scalars(evaluation: Evaluation) -> dict[str, float]:
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
-    """Write the report in aligned columns: summaries, then classes, in percent; "-" is undefined."""
+    """Return a table in percent: the summaries, then the classes; "-" means undefined."""
     parts = {"box": evaluation.box} | ({"mask": evaluation.mask} if evaluation.mask else {})
     summary = [["", *SUMMARY_COLUMNS]]
     summary += [[name, *(_percent(part.summary[key]) for key in SUMMARY_COLUMNS)] for name, part in parts.items()]

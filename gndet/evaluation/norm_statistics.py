@@ -1,4 +1,4 @@
-"""What the norm layers of a model do on a few images: statistics beside a forward pass, which changes nothing.
+"""Measure the norm layers of a model on a few images: statistics from a forward pass that changes nothing.
 
 Letters: n samples (images or regions), C channels, G groups, (H, W) maps, k observations.
 """
@@ -26,42 +26,42 @@ from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch
 
-DEAD = 1e-3  # of |gamma|, and of its ratio to the layer's median: the channel carries nothing
-EXPLODING = 10.0  # of |gamma| against the layer's median at the start, or against 1 where that was less
+DEAD = 1e-3  # limit of |gamma|, also relative to the layer's median: the channel carries no signal
+EXPLODING = 10.0  # limit of |gamma| relative to the layer's median at the start, or to 1 if that is larger
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-OBSERVATIONS, LEAST = 512, 16  # positions that channels are compared at; fewer than LEAST tell nothing
-GROUPS, PER_GROUP = 16, 4  # groups, and channels of each, that are compared
+OBSERVATIONS, LEAST = 512, 16  # number of positions at which channels are compared; below LEAST there is no result
+GROUPS, PER_GROUP = 16, 4  # number of compared groups, and of channels per group
 DIGITS = 5  # of a number in a line of norms.jsonl
 
-Start = Mapping[str, Tensor]  # "<layer>.weight" and "<layer>.bias" (C,) when the run began
+Start = Mapping[str, Tensor]  # "<layer>.weight" and "<layer>.bias" (C,) at the start of the run
 
 
 class Measured(NamedTuple):
-    """A norm layer on some images."""
+    """The measurements of a norm layer on some images."""
 
-    numbers: dict[str, Any]  # what norms.jsonl holds of it
-    group_std: np.ndarray  # standard deviations of all groups and samples; of BN: of channels and batches
+    numbers: dict[str, Any]  # its entry in norms.jsonl
+    group_std: np.ndarray  # standard deviations of all groups and samples; for BN: of channels and batches
     gamma: np.ndarray  # (C,)
 
 
 class Moments(NamedTuple):
-    """Of one call of a layer, channel by channel: mean and variance (n, C) over `count` (n, 1) positions."""
+    """The input's mean and variance per channel (n, C) over `count` (n, 1) positions, in one call of a layer."""
 
     mean: Any  # Tensor, or an array
     var: Any
     count: Any
 
 
-Call = tuple[Moments, Tensor]  # of a layer: its input's moments and similarity
+Call = tuple[Moments, Tensor]  # moments and similarity of the input in one call of a layer
 
 
 def norm_layers(model: nn.Module) -> dict[str, NormModule]:
-    """Return the norm layers of a model by name, in the order they were built: by depth, but for shortcuts."""
+    """Return the norm layers of a model by name, in construction order: by depth, except for shortcuts."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}
 
 
 def affine(model: nn.Module) -> dict[str, Tensor]:
-    """Copy gamma and beta of all norm layers to the CPU, as a Start."""
+    """Copy gamma and beta of all norm layers to the CPU.  Returns a Start."""
     return {
         f"{name}.{which}": getattr(layer, which).detach().to("cpu", copy=True).contiguous()
         for name, layer in norm_layers(model).items()
@@ -72,11 +72,11 @@ def affine(model: nn.Module) -> dict[str, Tensor]:
 def measure(
     model: DetectionModel, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], start: Start | None
 ) -> list[Measured]:
-    """Pass images through a detector, its heads included, and look at what its norm layers are given.
+    """Pass images through a detector and its heads, and measure the inputs of its norm layers.
 
-    batches: for BN a batch's statistics are compared with the running ones; other layers see images one by one.
-    start: gamma and beta when the run began; None: not known.  The model is left as it was: modes, memory, buffers, and
-    no random number is drawn.  Statistics are taken in the model's type, float32 at least, and summed up in float64.
+    batches: for BN, batch statistics are compared with the running ones; other layers treat images one by one.
+    start: gamma and beta at the start of the run; None: unknown.  The model does not change (modes, memory, buffers),
+    and no random number is drawn.  Statistics are taken in the model's type, at least float32, and summed in float64.
     """
     layers = norm_layers(model)
     calls: dict[str, list[Call]] = {name: [] for name in layers}
@@ -93,7 +93,7 @@ def measure(
 
 
 def _look(calls: list[Call], layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Note the moments and the similarity of a layer's input, over the pictures alone where the layer is masked."""
+    """Note the moments and the similarity of a layer's input, without the padding if the layer is masked."""
     x, area = inputs[0], inputs[1] if len(inputs) > 1 and getattr(layer, "masked", False) else None
     with torch.autocast(x.device.type, enabled=False):
         groups = _groups(layer) or x.shape[1]
@@ -101,7 +101,7 @@ def _look(calls: list[Call], layer: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 
 def moments(x: Tensor, area: ValidArea | None) -> Moments:
-    """Return mean and variance of each channel of x (n, C, H, W) over its map; area: over the picture alone."""
+    """Return mean and variance of each channel of x (n, C, H, W) over its map, or only over `area`."""
     if area is None:
         var, mean = torch.var_mean(x, (2, 3), correction=0)
         return Moments(mean, var, torch.full((len(x), 1), x.shape[2] * x.shape[3], dtype=torch.float64))
@@ -112,22 +112,22 @@ def moments(x: Tensor, area: ValidArea | None) -> Moments:
 
 
 def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:
-    """Return the mean |correlation| of channels of x (n, C, H, W) over positions: of pairs in one group, and in two.
+    """Return the mean |correlation| of channel pairs of x (n, C, H, W): within a group, and across groups.
 
-    At OBSERVATIONS positions, spread evenly, and for PER_GROUP channels of GROUPS groups.  Returns (2,) float64, nan
-    where there is no such pair whose channels vary.
+    It compares PER_GROUP channels of each of GROUPS groups at OBSERVATIONS evenly spread positions.  Returns (2,)
+    float64; nan if there is no such pair whose channels vary.
     """
     num, channels, height, width = x.shape
-    where = torch.arange(num * height * width, device=x.device)
-    where = where if area is None else where[area.mask.flatten()]
-    if len(where) < LEAST:
+    index = torch.arange(num * height * width, device=x.device)
+    index = index if area is None else index[area.mask.flatten()]
+    if len(index) < LEAST:
         return torch.full((2,), math.nan, dtype=torch.float64, device=x.device)
-    where = where[_spread(len(where), OBSERVATIONS, x.device)]
+    index = index[_spread(len(index), OBSERVATIONS, x.device)]
     per_group = channels // groups
     group = _spread(groups, GROUPS, x.device)
     chosen = (group[:, None] * per_group + _spread(per_group, PER_GROUP, x.device)).flatten()
-    values = x[where // (height * width), :, where // width % height, where % width][:, chosen].double()  # (k, c)
-    varies = values.var(0, correction=0) > 1e-24 * values.square().mean(0)  # a constant leaves rounding
+    values = x[index // (height * width), :, index // width % height, index % width][:, chosen].double()  # (k, c)
+    varies = values.var(0, correction=0) > 1e-24 * values.square().mean(0)  # a constant varies by rounding
     correlation = torch.corrcoef(values.T).abs()  # (c, c)
     pairs = (varies[:, None] & varies).triu(1)
     same = (chosen // per_group)[:, None] == chosen // per_group
@@ -137,7 +137,7 @@ def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:
 
 
 def _spread(num: int, most: int, device: torch.device) -> Tensor:
-    """Return at most so many of the indices below num, spread evenly."""
+    """Return at most `most` of the indices below num, spread evenly."""
     count = min(num, most)
     return torch.arange(count, device=device) * num // count
 
@@ -153,17 +153,17 @@ def _measured(name: str, layer: NormModule, calls: Sequence[Call], start: Start 
         "name": name, "kind": _kind(layer), "channels": len(gamma), "groups": _groups(layer),
         "masked": bool(getattr(layer, "masked", False)), "eps": layer.eps,
         "trained": any(parameter.requires_grad for parameter in layer.parameters()),
-        "elements": int(elements.min()) if elements.size else None,  # that a statistic is taken over, at the least
+        "elements": int(elements.min()) if elements.size else None,  # smallest number of elements per statistic
         "one_cell": _share(cells == 1), "one_element": _share(elements == 1), "nonfinite": _share(~np.isfinite(std)),
         "std": _quantiles(std, QUANTILES), "eps_dominated": _share(var <= layer.eps),
         "similar": [float(known.mean()) if known.size else None for known in map(_finite, similar.T)],
     }  # fmt: skip
-    whole = numbers | _of_gamma(name, gamma, beta, start) | running
+    whole = numbers | _gamma_numbers(name, gamma, beta, start) | running
     return Measured({key: rounded(value) for key, value in whole.items()}, std.ravel(), gamma)
 
 
 def _by_group(layer: Any, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return the variances of groups and samples, and the numbers that each was taken over."""
+    """Return the variances of groups and samples, and the number of elements of each."""
     parts, elements = [np.empty((0, layer.groups))], [np.empty((0, 1))]
     for mean, var, count in calls:
         mean, var = (moment.reshape(len(moment), layer.groups, -1) for moment in (mean, var))  # (n, G, C/G)
@@ -173,33 +173,33 @@ def _by_group(layer: Any, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndar
 
 
 def _by_batch(layer: Any, calls: Sequence[Moments]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Return variances of channels and batches, the numbers each was taken over, and the distance from stored ones.
+    """Return the variances of channels and batches, the number of elements of each, and the gaps to stored statistics.
 
-    gap_mean: |batch - stored| in stored standard deviations; gap_std: |log(batch / stored)| of standard deviations:
-    median and 95 % quantile over channels and batches.  spread_*: the standard deviation from batch to batch, median.
+    gap_mean: |batch - stored| in stored standard deviations; gap_std: |log(batch / stored)| of standard deviations;
+    both as median and 95 % quantile over channels and batches.  spread_*: median standard deviation over batches.
     """
     channels = len(layer.weight)
     means, parts, elements = [np.empty((0, channels))], [np.empty((0, channels))], [np.empty((0, 1))]
     for mean, var, count in calls:
         weight = count / count.sum()
-        of_batch = (weight * mean).sum(0, keepdims=True)
-        parts.append((weight * (var + (mean - of_batch) ** 2)).sum(0, keepdims=True))
-        means.append(of_batch)
+        batch_mean = (weight * mean).sum(0, keepdims=True)
+        parts.append((weight * (var + (mean - batch_mean) ** 2)).sum(0, keepdims=True))
+        means.append(batch_mean)
         elements.append(count.sum(0, keepdims=True))
     mean, var = np.concatenate(means), np.concatenate(parts)  # (batches, C)
     stored = np.sqrt(_array(layer.running_var) + layer.eps)
-    off = (mean - _array(layer.running_mean)) / stored
+    offset = (mean - _array(layer.running_mean)) / stored
     ratio = np.log(np.sqrt(var + layer.eps) / stored)
     return var, np.concatenate(elements), {
-        "gap_mean": _quantiles(np.abs(off), (0.5, 0.95)), "gap_std": _quantiles(np.abs(ratio), (0.5, 0.95)),
-        "spread_mean": _from_batch_to_batch(off), "spread_std": _from_batch_to_batch(ratio),
+        "gap_mean": _quantiles(np.abs(offset), (0.5, 0.95)), "gap_std": _quantiles(np.abs(ratio), (0.5, 0.95)),
+        "spread_mean": _batch_spread(offset), "spread_std": _batch_spread(ratio),
     }  # fmt: skip
 
 
-def _of_gamma(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | None) -> dict[str, Any]:
-    """Return smallest, median and largest gamma, shares of dead and exploding ones, and the way gone since the start.
+def _gamma_numbers(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | None) -> dict[str, Any]:
+    """Return smallest, median and largest gamma, the fractions of dead and exploding ones, and the drift.
 
-    drift: the L2 norm of the change of gamma, and of beta, over that of gamma at the start, or of ones if that is zero.
+    drift: L2 norm of the change of gamma, and of beta, relative to gamma at the start, or to ones if that was zero.
     """
     size = np.abs(gamma)
     before = None if start is None or f"{name}.weight" not in start else _array(start[f"{name}.weight"])
@@ -215,7 +215,7 @@ def _of_gamma(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start | Non
 
 
 def _kind(layer: nn.Module) -> str:
-    """Return the layer as NormConfig.kind; GN of one group is "ln", of one channel per group "in"."""
+    """Return the kind of a layer as in NormConfig.kind; GN with one group is "ln", with C groups "in"."""
     if isinstance(layer, GroupNorm):
         return {1: "ln", len(layer.weight): "in"}.get(layer.groups, "gn")
     kinds = {SyncBatchNorm: "sync_bn", BatchRenorm: "brn", FrozenBatchNorm: "frozen_bn"}
@@ -243,13 +243,13 @@ def _quantiles(values: np.ndarray, at: Sequence[float]) -> list[float] | None:
     return list(np.quantile(finite, at)) if finite.size else None
 
 
-def _from_batch_to_batch(values: np.ndarray) -> float | None:
+def _batch_spread(values: np.ndarray) -> float | None:
     """Return the median over channels of the standard deviation over batches (batches, C)."""
     return float(np.median(values.std(0, ddof=1))) if len(values) > 1 else None
 
 
 def rounded(value: Any) -> Any:
-    """Return a value as JSON holds it: numbers to DIGITS digits, None for those that are not finite."""
+    """Return a value for JSON: numbers rounded to DIGITS digits, None for non-finite ones."""
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
     if isinstance(value, float | np.floating):

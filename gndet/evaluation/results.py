@@ -1,6 +1,6 @@
-"""Detections of a data set in columns, which read as COCO results: the dicts are made on demand.
+"""Detections of a data set in columns that read as COCO results: the dicts are made on demand.
 
-500,000 detections with masks take 600 MB as the dicts of COCO's format and 90 MB in columns, which the ranks exchange.
+500,000 detections with masks take 600 MB as COCO dicts but 90 MB in columns, which the ranks exchange.
 Masks are pasted into pictures as COCO run-length codes.  n detections, S mask side, (h, w) picture.
 """
 
@@ -18,21 +18,21 @@ from pycocotools import mask as coco_mask
 
 from gndet.files import written_whole
 
-WRITTEN_AT_ONCE = 10_000  # detections that stand in memory as text
+WRITTEN_AT_ONCE = 10_000  # detections held in memory as text
 FIELDS = ("image_ids", "category_ids", "boxes", "scores", "sizes", "areas")
 
 
 @dataclass(eq=False)
 class Results(Sequence[dict[str, Any]]):
-    """Detections in a stated order; each as {"image_id", "category_id", "bbox", "score"[, "segmentation"]}."""
+    """Detections in a fixed order; each reads as {"image_id", "category_id", "bbox", "score"[, "segmentation"]}."""
 
     image_ids: np.ndarray  # (n,) int64
     category_ids: np.ndarray  # (n,) int64
     boxes: np.ndarray  # (n, 4) float64 xywh pixels of the picture
     scores: np.ndarray  # (n,) float64
-    sizes: np.ndarray  # (n, 2) int64 height, width of the picture; of no meaning for boxes alone
-    areas: np.ndarray  # (n,) float64 pixels of the mask; of no meaning for boxes alone
-    codes: list[bytes] | None  # n masks as COCO's compressed run-length codes; None for boxes alone
+    sizes: np.ndarray  # (n, 2) int64 height, width of the picture; meaningless without masks
+    areas: np.ndarray  # (n,) float64 pixels of the mask; meaningless without masks
+    codes: list[bytes] | None  # n masks as COCO's compressed run-length codes; None without masks
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -53,7 +53,7 @@ class Results(Sequence[dict[str, Any]]):
             yield result
 
     def masks(self) -> list[dict[str, Any]] | None:
-        """Return the n masks as pycocotools has them, {"size": [h, w], "counts": bytes}; None for boxes alone."""
+        """Return the n masks in pycocotools' form, {"size": [h, w], "counts": bytes}; None without masks."""
         if self.codes is None:
             return None
         _, first, index = np.unique(self.sizes @ (1 << 32, 1), return_index=True, return_inverse=True)
@@ -61,7 +61,7 @@ class Results(Sequence[dict[str, Any]]):
         return [{"size": sizes[i], "counts": code} for i, code in zip(index.tolist(), self.codes, strict=True)]
 
     def take(self, index: np.ndarray) -> "Results":
-        """Return the detections at places `index` (m,), in that order."""
+        """Return the detections with indices `index` (m,), in that order."""
         codes = None if self.codes is None else [self.codes[i] for i in index.tolist()]
         return Results(**{field: getattr(self, field)[index] for field in FIELDS}, codes=codes)
 
@@ -70,7 +70,7 @@ class Results(Sequence[dict[str, Any]]):
         return self.take(np.flatnonzero(self.image_ids == image_id))
 
     def in_order_of(self, image_ids: Sequence[int]) -> "Results":
-        """Return the detections image by image in the order of image_ids; those of an image stay in their order."""
+        """Return the detections sorted by image in the order of image_ids; within an image the order stays."""
         ids = np.array(image_ids, dtype=np.int64)
         by_id = ids.argsort()
         place = by_id[np.searchsorted(ids, self.image_ids, sorter=by_id)]
@@ -78,7 +78,7 @@ class Results(Sequence[dict[str, Any]]):
 
 
 def join(parts: Iterable[Results]) -> Results:
-    """Concatenate parts; the whole has no masks where a part that has detections has none."""
+    """Concatenate parts; the result has masks only if every part that has detections has masks."""
     parts = [part for part in parts if len(part)]
     if not parts:
         return from_coco([])
@@ -88,7 +88,7 @@ def join(parts: Iterable[Results]) -> Results:
 
 
 def from_coco(results: Sequence[dict[str, Any]]) -> Results:
-    """Turn COCO results, all of them with a compressed run-length code or all without, into columns."""
+    """Convert COCO results, all with compressed run-length codes or all without, to columns."""
     codes, sizes, areas = None, np.zeros((len(results), 2), dtype=np.int64), np.zeros(len(results))
     if all("segmentation" in result for result in results):
         masks = [result["segmentation"] for result in results]
@@ -121,22 +121,22 @@ def save_results(path: Path, results: Results) -> None:
 Paste = Literal["exact", "rounded", "detectron"]
 
 
-MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel belongs to the object from this probability on
+MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel of at least this probability belongs to the object
 
 
-MIN_BOX_EDGE = 1e-3  # pixels; keeps an empty box from dividing by zero
+MIN_BOX_EDGE = 1e-3  # pixels; avoids a division by zero for an empty box
 
 
 def paste_masks(
     masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int], paste: Paste = "exact"
 ) -> list[dict[str, Any]]:
-    """Sample each mask into the picture, as a COCO run-length code.
+    """Paste each mask into the picture as a COCO run-length code.
 
     masks (n, S, S) probabilities in the frame of the box; boxes (n, 4) xyxy pixels; size (h, w) of the
     picture.  Bilinear, zero outside the map, as two products of small matrices.
-    paste: exact, at pixel centres: detectron2's paste, which is grid_sample with align_corners=False; rounded, into a
-    box of whole pixels, after a border of one empty cell: torchvision's; detectron: the same for a box that names its
-    last pixel.
+    paste: exact: at pixel centres, like detectron2 (grid_sample with align_corners=False); rounded: into a box of whole
+    pixels, with a border of one empty cell, like torchvision; detectron: like rounded, but the box includes its last
+    pixel.
     Returns n of {"size": [h, w], "counts": bytes}, as pycocotools encodes them.
     """
     height, width = size
@@ -156,18 +156,18 @@ def paste_masks(
 
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """Find the run lengths of a picture that is empty but for one part, from that part alone.
+    """Return the run lengths of a picture that is empty except for one part.
 
-    inside (columns, rows) bool, of which the first column is `left` and the first row `top` of the picture (h, w).
-    Returns lengths of outside, inside, outside ..., column by column.
+    inside (columns, rows) bool: the part; its first column is `left` and its first row is `top` in the picture (h, w).
+    The lengths are those of outside, inside, outside ..., column by column.
     """
     height, width = size
     fenced = np.zeros((inside.shape[0], inside.shape[1] + 2), dtype=bool)
     fenced[:, 1:-1] = inside
-    # rows where the inside begins, ends, begins ...
+    # rows at which the inside begins, ends, begins ...
     column, row = divmod(np.flatnonzero(fenced[:, 1:] != fenced[:, :-1]), inside.shape[1] + 1)
     border = (left + column) * height + top + row
-    # a run that ends at the bottom of the picture goes on at the top of the next column
+    # a run that ends at the bottom of the picture continues at the top of the next column
     through = np.flatnonzero(border[1:] == border[:-1])
     if through.size:
         border = np.delete(border, np.concatenate((through, through + 1)))
@@ -181,19 +181,19 @@ def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np
     Returns the p pixels as a slice and (p, side) float32: the weight of each mask cell at each pixel centre.
     """
     edge = max(high - low, MIN_BOX_EDGE)
-    # a map fades to half its value at most on the border of its box: no pixel outside reaches MASK_THRESHOLD
+    # on the border of its box a map fades to at most half its value: no pixel outside reaches MASK_THRESHOLD
     pixels = _limited(math.floor(low), math.ceil(high), limit)
-    position = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / edge * side - 0.5  # in cells; cell 0's centre is 0
+    position = (np.arange(pixels.start, pixels.stop) + 0.5 - low) / edge * side - 0.5  # in cells; cell 0 is at 0
     return pixels, _weights(position, side)
 
 
 def _whole_pixels(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
-    """Do the same for a box grown by a border of one cell and cut to whole pixels, its last pixel included."""
+    """Do the same for a box that is grown by a border of one cell and cut to whole pixels, including its last pixel."""
     center, half = (low + high) / 2, (high - low) / 2 * (side + 2) / side
-    first, last = int(center - half), int(center + half)  # towards zero, as torchvision and Detectron
+    first, last = int(center - half), int(center + half)  # rounded towards zero, like torchvision and Detectron
     count = max(last - first + 1, 1)
     pixels = _limited(first, last + 1, limit)
-    position = (np.arange(pixels.start, pixels.stop) + 0.5 - first) / count * (side + 2) - 0.5  # the border's is 0
+    position = (np.arange(pixels.start, pixels.stop) + 0.5 - first) / count * (side + 2) - 0.5  # the border is at 0
     return pixels, _weights(position - 1, side)
 
 

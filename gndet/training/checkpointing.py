@@ -1,10 +1,10 @@
-"""What a run saves, and when it is written: copied to memory at once, written to the disk beside the training.
+"""Save and restore a run: its state is copied to memory, then written to disk while training continues.
 
-The training waits for the copy, and for the writing only where the checkpoint before is not written yet.  A full disk
-does not end the run: the next checkpoint is tried when it is due, and an error ends the run if its last one failed.
+Training waits for the copy.  It waits for the writing only if the previous checkpoint is not written yet.  A full disk
+does not end the run: the next checkpoint is written when it is due.  If the last one fails, the run ends with an error.
 
-On resume, other training data or classes are refused, and another number of ranks where images depend on their batch.
-What may change rounding, such as other versions, is said in a line, as is other validation data.
+A resume is refused if the training data or the classes changed, or if the number of ranks changed and images depend on
+their batch.  Changes that may affect rounding, such as new versions, and new validation data are reported in one line.
 """
 
 import hashlib
@@ -30,66 +30,66 @@ class Saver:
     """Saves the checkpoints of a run, on rank 0; on other ranks it does nothing."""
 
     def __init__(self, run: Run, total: int, say: Callable[[str], None], best: Best | None = None) -> None:
-        """total: updates of the whole run.  say: told of what cannot be written.  best: known when the run goes on."""
+        """total: updates of the whole run.  say: called with each message.  best: the best so far of a resumed run."""
         self._run, self._total, self._say = run, total, say
-        self._written: tuple[Future[str], Best | None] | None = None  # what writes a checkpoint, the best it knows
-        self._last: tuple[int, bool] | None = None  # update and evaluation_due of the last one handed over
-        self._progress = Progress()  # of the last one handed over
-        self._best: Best | None = best  # that the newest checkpoint knows
-        self._lost: Best | None = None  # that of the update whose checkpoint could not be written
+        self._written: tuple[Future[str], Best | None] | None = None  # the write in progress, the best it records
+        self._last: tuple[int, bool] | None = None  # update and evaluation_due of the newest checkpoint
+        self._progress = Progress()  # of the newest checkpoint
+        self._best: Best | None = best  # in the newest checkpoint on the disk
+        self._lost: Best | None = None  # of the update whose checkpoint could not be written
         self.failed: CheckpointError | None = None  # why the newest checkpoint could not be written
 
     def save(self, progress: Progress, *, at_once: bool = False) -> None:
-        """Copy the run's state and write it: update-..., then the links last and, where it is the best, best.
+        """Copy the run's state and write it: first update-..., then the link `last` and, if it is the best, `best`.
 
-        at_once: return when it is on the disk.  A failure is kept in `failed`, and said.
+        at_once: return only when it is on the disk.  A failure is reported and kept in `failed`.
         """
         if not self._run.proc.first:
             return
         self.wait()
         if self._lost is not None and self._lost.update == progress.update:
-            progress.best = self._lost  # the same state once more
+            progress.best = self._lost  # the same state is saved again
         self._lost = None
         groups, meta = self._groups(), self._meta(progress)
         self._last = (progress.update, progress.evaluation_due)
-        # a thread per save: one that lives on with a team of OpenMP's beside it makes libgomp's barriers sleep where
-        # they would spin, and the updates of a small model a third to two thirds longer
+        # one thread per save: a thread that stays alive with its own OpenMP team makes libgomp's barriers sleep instead
+        # of spin, and the updates of a small model take a third to two thirds longer
         thread = ThreadPoolExecutor(1, "save")
         self._written = thread.submit(self._write, groups, meta, progress.is_best), progress.best
-        thread.shutdown(wait=False)  # it ends when that is written
+        thread.shutdown(wait=False)  # the thread ends after the write
         self._progress = progress
         if at_once:
             self.wait()
 
     def holds(self, progress: Progress) -> bool:
-        """Whether the newest checkpoint, on the disk, is of this state."""
+        """Return whether the newest checkpoint on the disk holds this state."""
         self.wait()
         return self._last == (progress.update, progress.evaluation_due) and self.failed is None
 
     def wait(self) -> None:
         """Wait until nothing is being written.
 
-        Called before loader processes are forked, which would inherit the locks of a thread at work.
+        Call this before loader processes are forked: they would inherit the locks of a running thread.
         """
         if self._written is None:
             return
         (written, best), self._written = self._written, None
         try:
-            untidy = written.result()
-        except Exception as error:  # a lack of memory, for one: whatever it is, the checkpoint is not there
+            warning = written.result()
+        except Exception as error:  # e.g. MemoryError: in any case the checkpoint is missing
             reason = error if isinstance(error, CheckpointError) else f"{self._run.out}: cannot save: {error!r}"
             self.failed = CheckpointError(str(reason))
-            self._say(f"{self.failed}; the checkpoints before it are whole, training goes on without this one")
+            self._say(f"{self.failed}; earlier checkpoints are intact, training continues without this one")
             if self._last and self._progress.best is not None and self._progress.best.update == self._last[0]:
-                # that of this update is on no disk, and is to be found again
+                # the checkpoint of this best is not on the disk, so another best must be found
                 self._lost, self._progress.best = self._progress.best, self._best
             return
         self.failed, self._best = None, best
-        if untidy:
-            self._say(untidy)
+        if warning:
+            self._say(warning)
 
     def _write(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], is_best: bool) -> str:
-        """Write a checkpoint.  Returns why old ones could not be removed, or ""."""
+        """Write a checkpoint.  Returns why old checkpoints could not be removed, or ""."""
         out = self._run.out
         folder = out / CHECKPOINTS / f"update-{meta['update']:07d}"
         save_checkpoint(folder, groups, meta)
@@ -123,7 +123,7 @@ class Saver:
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """Return the versions of the software that runs the training, and its number of threads."""
     return {
         "gndet": gndet.__version__, "python": platform.python_version(), "torch": torch.__version__,
         "torchvision": torchvision.__version__, "threads": str(torch.get_num_threads()),
@@ -131,19 +131,19 @@ def versions() -> dict[str, str]:
 
 
 def room_for_checkpoints(run: Run, free_bytes: float) -> str:
-    """A warning where the disk has no room for the checkpoints that are kept and one being written; else empty."""
+    """Return a warning if the disk lacks room for the kept checkpoints plus one being written, else ""."""
     cfg, each = run.cfg.train, checkpoint_bytes(run.model, run.cfg.train) / 1e6
-    count = cfg.keep_last + 2  # best, and the one that is written beside them
+    count = cfg.keep_last + 2  # plus best, and the one being written
     if free_bytes / 1e6 > count * each:
         return ""
     return (
-        f"{run.out}: {free_bytes / 1e6:.0f} MB are free on the disk; {count} checkpoints of {each:.0f} MB may "
-        "lie there at once"
+        f"{run.out}: {free_bytes / 1e6:.0f} MB are free on the disk; the run may need {count} checkpoints of "
+        f"{each:.0f} MB at once"
     )
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """A hash of what is learned from: the images' ids and sizes, the objects' boxes and classes."""
+    """Return a hash of a data set: ids and sizes of images, boxes and classes of objects."""
     digest = hashlib.sha256()
     for record in dataset.records:
         digest.update(np.array([record.image_id, *record.size, len(record.labels)]).tobytes())
@@ -152,7 +152,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def mask_fingerprint(dataset: Dataset) -> str:
-    """A hash of the objects' polygons and run lengths as the annotation file has them."""
+    """Return a hash of the objects' polygons and run lengths as they stand in the annotation file."""
     digest = hashlib.sha256()
     for record in dataset.records:
         for segmentation in record.segmentations:
@@ -165,16 +165,16 @@ def mask_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-ROUNDING = ("images_per_gpu", "memory", "compile")  # of `train`: how a step is computed, not what
+ROUNDING = ("images_per_gpu", "memory", "compile")  # options of `train` that affect rounding only
 
 
 def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
-    """Put a checkpoint's state into the run.  Returns how far it had come, and a line for what is different now.
+    """Load a checkpoint's state into the run.  Returns its progress and a line for each difference from before.
 
-    Raises TrainingError for what must not be.
+    Raises TrainingError for a difference that is not allowed.
     """
     refuse_drift(run, saved)
-    if run.proc.first:  # a kill may have come before the links were set
+    if run.proc.first:  # a kill may have prevented the links
         point(run.out, LAST, saved.path)
         best = saved.path.with_name(f"update-{saved.meta['best_update'] or 0:07d}")
         if saved.meta["best_update"] and best.is_dir():
@@ -189,7 +189,7 @@ def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
 
 
 def refuse_drift(run: Run, saved: Checkpoint) -> None:
-    """Raise TrainingError where a run cannot be the same run any more."""
+    """Raise TrainingError if a resumed run would not be the same run."""
     if tuple(saved.meta["classes"]) != run.train_set.classes:
         raise TrainingError(
             f"{saved.path}: trained for the classes {', '.join(saved.meta['classes'])}, the data now has "
@@ -204,23 +204,21 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
     if coupling and before != run.proc.world:
         raise TrainingError(
             f"{saved.path}: trained by {before} rank(s), there are {run.proc.world} now, which would change what is "
-            f"learned: {coupling}; go on with {before}, or choose another out=FOLDER"
+            f"learned: {coupling}; resume with {before}, or choose another out=FOLDER"
         )
 
 
 def drift(run: Run, saved: Checkpoint) -> list[str]:
-    """Say in one line what is different now and changes rounding only; no line where the run goes on bit for bit."""
-    there = {key: saved.meta[key] for key in ("processes", "device")} | saved.meta["versions"]
-    here = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
+    """Return a line for each difference that changes rounding only; no line if the run resumes bit for bit."""
+    before = {key: saved.meta[key] for key in ("processes", "device")} | saved.meta["versions"]
+    now = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
     for key in ROUNDING:
-        there[f"train.{key}"] = saved.meta["asked"]["train"][key]
-        here[f"train.{key}"] = getattr(run.asked.train, key)
-    changed = [f"{name} {there[name]} -> {here[name]}" for name in here if there[name] != here[name]]
+        before[f"train.{key}"] = saved.meta["asked"]["train"][key]
+        now[f"train.{key}"] = getattr(run.asked.train, key)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     lines = []
     if changed:
-        lines.append(
-            f"not bit-exact from here on, the same images in the same order and the same recipe: {', '.join(changed)}"
-        )
+        lines.append(f"not bit-exact from here on, but with the same images, order and recipe: {', '.join(changed)}")
     if saved.meta["val_data"] != run.data["val_data"]:
-        lines.append(f"{run.val_set.name}: not what this run was evaluated on before; best compares across both")
+        lines.append(f"{run.val_set.name}: differs from the data of earlier evaluations; `best` compares both")
     return lines

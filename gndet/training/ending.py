@@ -1,4 +1,4 @@
-"""How a run ends: finished, stopped by a signal, or failed; what was learned is saved first."""
+"""How a run ends: finished, stopped by a signal, or failed.  Its progress is saved first."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +19,13 @@ from gndet.training.update import UpdateState
 
 @contextmanager
 def marked(out: Path, at_end: Callable[[Path], None]) -> Iterator[None]:
-    """Mark a run that an error ended, and call at_end(out); not after a signal, which leaves no time."""
+    """Mark a run that an error ended, and call at_end(out), except after a signal, when there is no time."""
     try:
         yield
     except Preempted:
         raise
     except Exception as error:
-        with suppress(OutputError):  # the error itself is reported
+        with suppress(OutputError):  # the original error matters more
             mark(out, FAILED, f"{type(error).__name__}: {error}")
         at_end(out)
         raise
@@ -34,11 +34,11 @@ def marked(out: Path, at_end: Callable[[Path], None]) -> Iterator[None]:
 
 @contextmanager
 def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]:
-    """Let a signal end a run that has not begun, and mark the run; an error removes an earlier marker.
+    """Let a signal end a run that has not started, and mark the run; an error removes an earlier marker.
 
-    Raises Preempted in place of Stop, on every rank where any was asked to stop.
+    Raises Preempted instead of Stop, on every rank if any of them was asked to stop.
     """
-    when = "before its first update; what was saved before is as it was"
+    when = "before its first update; earlier checkpoints are unchanged"
     try:
         with stop.at_once():
             yield
@@ -49,12 +49,12 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
             ) from None
         raise preempted(out, when, stop, proc) from None
     except ProcessLost:
-        time.sleep(2 * BEAT)  # perhaps that rank was asked to stop and has left: a beat tells
+        time.sleep(2 * BEAT)  # if that rank left because it was asked to stop, its heartbeat says so
         if stop.asked and not (proc.watch and proc.watch.another_failed()):
             raise preempted(out, when, stop, proc) from None
         raise
     except GndetError:
-        if proc.first:  # no scheduler shall restart, again and again, a run that cannot resume
+        if proc.first:  # a scheduler must not keep restarting a run that cannot resume
             with suppress(OSError):
                 (out / PREEMPTED).unlink(missing_ok=True)
         raise
@@ -64,9 +64,9 @@ def stopped_early(out: Path, proc: Process, stop: StopSignals) -> Iterator[None]
 def rescued(
     run: Run, progress: Progress, state: UpdateState, total: int, saver: Saver, stop: StopSignals
 ) -> Iterator[None]:
-    """Save what was learned when a run ends early, for whatever reason; after a signal, mark the run.
+    """Save the progress of a run that ends early for any reason; after a signal, also mark the run.
 
-    Raises Preempted in place of Stop.
+    Raises Preempted instead of Stop.
     """
     try:
         yield
@@ -84,34 +84,34 @@ def rescued(
 
 
 def keep(progress: Progress, state: UpdateState, saver: Saver) -> None:
-    """Save a state that no checkpoint holds yet, but not one that an error left within an update."""
+    """Save a state that no checkpoint holds yet, unless an error interrupted an update."""
     state.undo()
     if state.whole and not saver.holds(progress):
         saver.save(progress, at_once=True)
 
 
 def preempted(out: Path, when: str, stop: StopSignals, proc: Process) -> Preempted:
-    """Mark a run that a signal ended.  Returns the error to raise; only that of rank 0 has a message."""
+    """Mark a run that a signal ended.  Returns the error to raise; its message is empty except on rank 0."""
     if not proc.first:
         return Preempted("", stop.status)
     mark(out, PREEMPTED, f"stopped by a signal {when}")
-    return Preempted(f"{out}: stopped by a signal {when}; the same command goes on", stop.status)
+    return Preempted(f"{out}: stopped by a signal {when}; the same command resumes it", stop.status)
 
 
 def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
-    """Wait for the last checkpoint and say where everything is.  Raises where something could not be written."""
+    """Wait for the last checkpoint and say where the results are.  Raises if something could not be written."""
     saver.wait()
-    if saver.failed:  # once more: the disk may have room again
+    if saver.failed:  # try again: the disk may have room now
         saver.save(progress, at_once=True)
     if saver.failed:
-        raise TrainingError(f"{run.out}: the run is done, but its last checkpoint is not written: {saver.failed}")
+        raise TrainingError(f"{run.out}: the run is finished, but its last checkpoint is missing: {saver.failed}")
     log.message(closing_words(run.out, progress))
     if lost := log.lost():
-        raise OutputError(f"{run.out}: the run is done and saved, but not all was written: {lost}")
+        raise OutputError(f"{run.out}: the run is finished and saved, but these files are incomplete: {lost}")
 
 
 def closing_words(out: Path, progress: Progress) -> str:
-    """Say where the run's results are, what was left out on the way, and what to do next."""
+    """Return a text that says where the results are, what was left out, and what to do next."""
     best = out / BEST
     lines = [
         f"finished. best checkpoint  {best}   (last: {out / LAST})",

@@ -1,9 +1,9 @@
-"""The sum of the gradients over the ranks, on its way while the last backward pass of an update still runs.
+"""Sum gradients over the ranks while the last backward pass of an update is still running.
 
-The gradients lie in flat buffers, the buckets, filled in the order in which a backward pass comes to the parameters:
-the last ones first.  Each is sent once it is full and those before it have been sent, so that at the end only the first
-layers' bucket is waited for.  All ranks send all buckets in one order, once per round, whatever becomes of their own
-backward pass: one that has failed sends what it has.  Then they agree whether the round counts.
+Gradients lie in flat buffers, the buckets, filled in the order in which a backward pass reaches the parameters: last
+layers first.  A bucket is sent once it is full and all buckets before it have been sent, so at the end a rank waits
+only for the bucket of the first layers.  All ranks send all buckets in the same order, once per round, even a rank
+whose backward pass failed: it sends what it has.  Afterwards the ranks agree whether the round counts.
 """
 
 from collections.abc import Iterator
@@ -20,31 +20,31 @@ from gndet.distributed.process import Process
 
 
 class Bucket(NamedTuple):
-    """Some parameters, and the buffer that their gradients lie in."""
+    """Some parameters, and the buffer that holds their gradients."""
 
     parameters: list[nn.Parameter]
-    gradients: list[Tensor]  # views of `flat`, which lie as their parameters do
+    gradients: list[Tensor]  # views of `flat` with the strides of their parameters
     flat: Tensor
 
 
 class Buckets:
-    """The gradients of a model's trainable parameters, in buffers that are sent."""
+    """The gradients of a model's trainable parameters, in buffers that are summed over the ranks."""
 
     def __init__(self, model: nn.Module, proc: Process) -> None:
         self.proc = proc
         self.buckets = [_bucket(portion) for portion in _portions(model)]
-        self.begun = False  # whether this round has sent something
-        self._open: list[int] = []  # gradients that are still to come, by bucket; [] while nothing is to be sent
-        self._next = 0  # the bucket to be sent next
-        self._sent: list[Any] = []  # what can be waited for
-        self._trouble: RuntimeError | None = None
+        self.begun = False  # whether this round has sent anything
+        self._open: list[int] = []  # gradients still missing, by bucket; [] outside sending()
+        self._next = 0  # the next bucket to send
+        self._sent: list[Any] = []  # handles of the running sums
+        self._error: RuntimeError | None = None
         if proc.world > 1:
             for number, bucket in enumerate(self.buckets):
                 for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(partial(self._came, number))
+                    parameter.register_post_accumulate_grad_hook(partial(self._count, number))
 
     def clear(self) -> None:
-        """Set the gradients to zero, for a round to begin; whatever they were, they lie in the buckets from here on."""
+        """Start a round: point the parameters' gradients to the buckets, and set them to zero."""
         for bucket in self.buckets:
             bucket.flat.zero_()
             for parameter, gradient in zip(bucket.parameters, bucket.gradients, strict=True):
@@ -52,9 +52,9 @@ class Buckets:
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """Send buckets while the context lasts, in which a backward pass adds the last gradients.
+        """Send buckets as they fill while the context lasts; run the last backward pass in it.
 
-        Only where a stop does not break it off: from here on the ranks count on each other.
+        A stop must not interrupt it: from here on the ranks wait for each other.
         """
         self._open = [len(bucket.parameters) for bucket in self.buckets]
         try:
@@ -63,25 +63,26 @@ class Buckets:
             self._open = []
 
     def finish(self) -> None:
-        """Send what is left, and wait for all of it.
+        """Send the remaining buckets and wait for all of them.
 
-        Afterwards the gradients are the sums over the ranks, of use if all had theirs whole.  Raises ProcessLost.
+        Afterwards the gradients are the sums over the ranks; they count if every rank's were complete.  Raises
+        ProcessLost.
         """
         if self.proc.world == 1:
             return
         for bucket in self.buckets[self._next :]:
             self._send(bucket)
         with exchange(self.proc):
-            if self._trouble is not None:
-                raise self._trouble
+            if self._error is not None:
+                raise self._error
             for work in self._sent:
                 work.wait()
-            if self.proc.device.type == "cuda":  # NCCL's calls return at once: here a lost rank is noticed
+            if self.proc.device.type == "cuda":  # NCCL calls return at once; a lost rank shows here
                 torch.cuda.synchronize(self.proc.device)
         self.begun, self._next, self._sent = False, 0, []
 
-    def _came(self, number: int, _: Tensor) -> None:
-        """A gradient of this bucket is there: send it if it was the last, and those behind it that waited for it."""
+    def _count(self, number: int, _: Tensor) -> None:
+        """Count a new gradient of a bucket; send every bucket that is full and next in order."""
         if not self._open:
             return
         self._open[number] -= 1
@@ -90,17 +91,17 @@ class Buckets:
             self._next += 1
 
     def _send(self, bucket: Bucket) -> None:
-        """Begin to sum a bucket over the ranks; the first trouble is kept, to be raised where all is waited for."""
+        """Start to sum a bucket over the ranks; keep the first error, which finish() raises."""
         self.begun = True
-        if self._trouble is None:
+        if self._error is None:
             try:
                 self._sent.append(dist.all_reduce(bucket.flat, async_op=True))
-            except RuntimeError as error:  # a rank is lost; not raised within the backward pass
-                self._trouble = error
+            except RuntimeError as error:  # a rank is lost; do not raise inside the backward pass
+                self._error = error
 
 
 def _portions(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The trainable parameters, last first, of BUCKET elements or more but the last, and of one type."""
+    """Yield the trainable parameters, last first, in portions of one type with about BUCKET elements or more."""
     portion: list[nn.Parameter] = []
     for parameter in reversed([parameter for parameter in model.parameters() if parameter.requires_grad]):
         if portion and (parameter.dtype != portion[0].dtype or sum(p.numel() for p in portion) >= BUCKET):
@@ -112,20 +113,20 @@ def _portions(model: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _bucket(parameters: list[nn.Parameter]) -> Bucket:
-    """A buffer of zeros for the gradients of parameters, each of which is dense, whatever its order in memory."""
+    """Make a buffer of zeros for the gradients of dense parameters, in any memory format."""
     flat = torch.zeros(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, device=parameters[0].device)
     parts = flat.split([parameter.numel() for parameter in parameters])
     views = [part.as_strided(p.shape, p.stride()) for p, part in zip(parameters, parts, strict=True)]
     return Bucket(parameters, views, flat)
 
 
-BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small beside the weights
+BUCKET = 1 << 23  # 32 MiB of float32: large enough for the full bandwidth, small compared with the weights
 
 
 def sum_gradients(model: nn.Module, proc: Process) -> None:
-    """Sum the gradients over the ranks, each once, when every rank has computed its share.
+    """Sum each gradient over the ranks once, after every rank has computed its share.
 
-    Called once per update where SyncBN's messages leave no room for those of `Buckets` in the backward pass.
+    Used with SyncBN, whose messages in the backward pass rule out those of `Buckets`.
     """
     if proc.world == 1:
         return
@@ -137,6 +138,6 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
             parameter.grad = gradient.copy_(part.view_as(gradient))
-    if proc.device.type == "cuda":  # NCCL's calls return at once: here a lost rank is noticed
+    if proc.device.type == "cuda":  # NCCL calls return at once; a lost rank shows here
         with exchange(proc):
             torch.cuda.synchronize(proc.device)

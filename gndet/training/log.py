@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard, and what is shown while it runs.
+"""The log of a run: metrics.jsonl, TensorBoard and the console.
 
 An update is one step of the optimiser; numbers logged at update u describe the run after u updates.
 """
@@ -22,12 +22,12 @@ from gndet.errors import DataError, OutputError
 from gndet.files import LineFile, write_whole
 from gndet.training.run_folder import BOARD, METRICS
 
-BOARD_GROUPS = {"train": "train", "evaluation": "val"}  # of numbers in TensorBoard
-HISTOGRAM_BINS = 30  # TensorBoard shows as many; its own 1,500 take ten times as long
+BOARD_GROUPS = {"train": "train", "evaluation": "val"}  # prefixes of numbers in TensorBoard
+HISTOGRAM_BINS = 30  # TensorBoard shows this many; its default of 1,500 takes ten times as long
 
 
 class Log:
-    """The log of a run, written by rank 0; usable as a context manager.  Where not enabled, methods do nothing."""
+    """The log of a run, written by rank 0; usable as a context manager.  If not enabled, its methods do nothing."""
 
     def __init__(
         self,
@@ -39,23 +39,23 @@ class Log:
         console: Console | None = None,
         enabled: bool = True,
     ) -> None:
-        """Open the log of a run folder, and drop what a killed run logged past the point it resumes from.
+        """Open the log of a run folder, and drop what a killed run logged after the point it resumes from.
 
-        total_updates: of the whole run.  first_update: updates done before; 0 starts afresh.  evaluation_due: the
-        evaluation after first_update is made anew.  console: where to show the run, live on a terminal, else in lines.
+        total_updates: of the whole run.  first_update: updates done before; 0 starts a new log.  evaluation_due: the
+        evaluation after first_update is repeated.  console: shows the run, live on a terminal, otherwise in lines.
         Raises OutputError.
         """
         self.enabled = enabled
         self._out, self._total = out, total_updates
         self._console = console if enabled else None
         self._failed: dict[str, str] = {}  # what could not be written yet, and why
-        self._again: dict[str, Callable[[], None]] = {}  # how it is written when there is room again
+        self._again: dict[str, Callable[[], None]] = {}  # how to write it when there is room again
         self._files: dict[str, LineFile] = {}
         self._board: SummaryWriter | None = None
         self._numbers = self._scores = ""
         self._live = None
         last_kept = first_update or -1
-        self._purge_step: int | None = last_kept + 1  # TensorBoard hides what older files say of this step and later
+        self._purge_step: int | None = last_kept + 1  # TensorBoard hides older entries from this step on
         if not enabled:
             return
         try:
@@ -69,15 +69,15 @@ class Log:
             columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("updates  {task.percentage:.0f} %"))
             self._progress = Progress(*columns, expand=True)
             self._task = self._progress.add_task("train", total=total_updates, completed=first_update)
-            # no refresh thread: loader processes are forked beside it, and would inherit its locks
+            # no refresh thread: forked loader processes would inherit its locks
             self._live = Live(self._progress, console=console, auto_refresh=False)
             self._live.start(refresh=True)
 
     def train(self, update: int, values: dict[str, float]) -> None:
         """Log training numbers.
 
-        values: loss, its parts loss_*, lr, images_per_s, data_wait (share of time in 0-1), memory_mib, eta_s:
-        any of them may be missing, and others are written but not shown.
+        values: loss, its parts loss_*, lr, images_per_s, data_wait (fraction of time, 0 to 1), memory_mib, eta_s.
+        Any of them may be missing; other values are written but not shown.
         """
         self._write("train", update, values)
         self._numbers = _train_line(values)
@@ -88,7 +88,7 @@ class Log:
             self.message(f"update {update}/{self._total}  {self._numbers}")
 
     def evaluating(self, done: int, total: int) -> None:
-        """Show on a terminal how many of the images have been evaluated."""
+        """Show on a terminal how many images have been evaluated."""
         if done == total or done % max(total // 100, 1) == 0:
             self._show_below_bar(f"evaluating: {done} of {total} images")
 
@@ -104,7 +104,7 @@ class Log:
         self._to_board(lambda board: board.add_image(tag, picture, update, dataformats="HWC"))
 
     def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: np.ndarray) -> None:
-        """Log a precision-recall curve to TensorBoard, by rising recall; counts, which COCO's has not, are zero."""
+        """Log a precision-recall curve (rising recall) to TensorBoard; COCO has no counts, so they are zero."""
         zeros = np.zeros(len(recall))
         falling = np.array(precision)[::-1], np.array(recall)[::-1]
         self._to_board(
@@ -114,13 +114,13 @@ class Log:
         )
 
     def histogram(self, update: int, tag: str, values: np.ndarray) -> None:
-        """Log how values are spread to TensorBoard; those that are not finite are left out."""
+        """Log the distribution of values to TensorBoard; non-finite values are left out."""
         finite = values[np.isfinite(values)]
         if finite.size:
             self._to_board(lambda board: board.add_histogram(tag, finite, update, bins=HISTOGRAM_BINS))
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Append a line to a JSON-lines file of the run folder; where the disk is full, it waits for room."""
+        """Append a line to a JSON-lines file of the run folder; if the disk is full, it is written later."""
         if not self.enabled:
             return
         text = json.dumps(line, allow_nan=False)
@@ -130,7 +130,7 @@ class Log:
             self._files[name].append(text)
 
     def attempt(self, what: str, write: Callable[[], None]) -> None:
-        """Write something into the run folder; a failure is reported, retried later, and does not end the run."""
+        """Write a file of the run folder; a failure is reported, retried later, and does not end the run."""
         if not self.enabled:
             return
         self._again[what] = write
@@ -139,7 +139,7 @@ class Log:
             del self._again[what]
 
     def lost(self) -> str:
-        """Try once more to write what waits.  Returns what still cannot be written, and why, or ""."""
+        """Retry all failed writes.  Returns what still cannot be written, and why, or ""."""
         for what, file in self._files.items():
             with self._may_fail(what):
                 file.catch_up()
@@ -150,17 +150,17 @@ class Log:
         return "; ".join(f"{what}: {reason}" for what, reason in self._failed.items())
 
     def message(self, text: str) -> None:
-        """Show text, above the live display where there is one; it is not written to a file."""
+        """Show text, above the live display if there is one; it is not written to a file."""
         if self._console is not None:
             with self._console_may_fail():
-                # not folded: a path or a command is copied whole, and a log file has no width
+                # unwrapped: paths and commands can be copied, and a log file has no width
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Write what waits, and leave the console as it was."""
+        """Retry all failed writes, and restore the console."""
         if self._live is not None:
             with self._console_may_fail():
                 self._live.stop()
@@ -177,11 +177,11 @@ class Log:
                 self._live.update(Group(self._progress, Text("  ".join(filter(None, texts)))), refresh=True)
 
     def _to_board(self, add: Callable[[SummaryWriter], None]) -> None:
-        """Write to TensorBoard.  What cannot be written is lost; a new file is begun when there is room again."""
+        """Write to TensorBoard.  What cannot be written is lost; a new file is started when there is room again."""
         if not self.enabled:
             return
         with self._may_fail(BOARD):
-            if METRICS in self._failed:  # else the writer's thread would die of it, with a traceback on the terminal
+            if METRICS in self._failed:  # otherwise the writer's thread would die with a traceback
                 raise OSError(self._failed[METRICS])
             try:
                 if self._board is None:
@@ -195,19 +195,19 @@ class Log:
 
     @contextmanager
     def _console_may_fail(self) -> Iterator[None]:
-        """Let a run outlive its terminal: a file on a full disk, a pipe that nobody reads any more."""
+        """Let a run survive its console: a file on a full disk, a pipe whose reader is gone."""
         try:
             yield
         except OSError as error:
-            self._failed.setdefault("what it says", str(error.strerror or error))
+            self._failed.setdefault("console output", str(error.strerror or error))
 
     @contextmanager
     def _may_fail(self, what: str) -> Iterator[None]:
-        """Let a run outlive a full disk: report what cannot be written, and when it can be again."""
+        """Let a run survive a full disk: report what cannot be written, and when it has been written."""
         try:
             yield
         except (OSError, OutputError) as error:
-            cause = error.__cause__ or error  # an OutputError's is the OSError
+            cause = error.__cause__ or error  # the OSError behind an OutputError
             reason = str(getattr(cause, "strerror", None) or cause)
             if what not in self._failed:
                 self.message(f"could not write {what} ({reason}); training continues and will retry")
@@ -218,7 +218,7 @@ class Log:
                 self.message(f"{what}: written again, {missing}")
 
     def _write(self, kind: str, update: int, values: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl; JSON has no NaN or infinity, they become null.  Add them to TensorBoard."""
+        """Write numbers to TensorBoard and to metrics.jsonl, where NaN and infinity become null."""
         numbers = {name: float(value) for name, value in values.items()}
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self.append(METRICS, {"update": update, "kind": kind, **line})
@@ -231,7 +231,7 @@ class Log:
 
 
 def _train_line(values: dict[str, float]) -> str:
-    """Write training numbers in one line: `loss 1.234 (cls 0.5 mask 0.6)  lr 0.01  5.3 images/s  ...`."""
+    """Format training numbers as one line: `loss 1.234 (cls 0.5 mask 0.6)  lr 0.01  5.3 images/s  ...`."""
     losses = " ".join(
         f"{name.removeprefix('loss_')} {value:.3g}" for name, value in values.items() if name.startswith("loss_")
     )
@@ -247,7 +247,7 @@ def _train_line(values: dict[str, float]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl: a dict per line with update, kind and the values, None where one was not finite.
+    """Read metrics.jsonl: a dict per line with update, kind and the values, None for values that were not finite.
 
     A last line that a killed run left half-written is skipped.  Raises DataError for any other broken line.
     """
@@ -262,16 +262,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
-    """Drop the lines of later updates, a half-written one, and that of an evaluation that is to be made anew.
+    """Drop the lines of later updates, a half-written line, and that of an evaluation that will be repeated.
 
-    The file is replaced whole; a line without kind belongs to an evaluation.
+    The file is replaced as a whole; a line without `kind` belongs to an evaluation.
     """
     if not path.exists():
         return
 
-    def holds(entry: dict[str, Any]) -> bool:
+    def is_kept(entry: dict[str, Any]) -> bool:
         if entry["update"] == last_update and entry.get("kind", "evaluation") == "evaluation":
             return not evaluation_due
         return entry["update"] <= last_update
 
-    write_whole(path, "".join(f"{json.dumps(entry)}\n" for entry in read_metrics(path) if holds(entry)))
+    write_whole(path, "".join(f"{json.dumps(entry)}\n" for entry in read_metrics(path) if is_kept(entry)))

@@ -1,4 +1,4 @@
-"""A limit on the memory of tensors: the GPU allocator's own, and on a CPU one that counts."""
+"""Limit the memory of tensors: by the GPU's allocator, or on a CPU by counting bytes."""
 
 import bisect
 import weakref
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 _OUT_OF_MEMORY = (
-    "DefaultCPUAllocator",  # torch's on a CPU
+    "DefaultCPUAllocator",  # torch on a CPU
     "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
     "_STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS
     "CUDA error: out of memory",  # the driver
@@ -22,10 +22,10 @@ _OUT_OF_MEMORY = (
 
 @contextmanager
 def limited(device: torch.device, limit: int, resident: int = 0) -> Iterator[None]:
-    """Raise torch.OutOfMemoryError inside where tensors would take more than limit bytes.
+    """Raise torch.OutOfMemoryError in the context if tensors would take more than `limit` bytes.
 
-    resident: bytes of the tensors that are there before, which a GPU's allocator knows by itself.  On a CPU tensors are
-    counted as operators return them: what an operator needs while it runs is not.
+    resident: bytes of existing tensors, which a GPU's allocator already knows.  On a CPU, tensors are counted when an
+    operator returns them; memory that an operator needs while it runs is not counted.
     """
     if device.type == "cuda":
         total, before = torch.cuda.mem_get_info(device)[1], torch.cuda.get_per_process_memory_fraction(device)
@@ -40,7 +40,7 @@ def limited(device: torch.device, limit: int, resident: int = 0) -> Iterator[Non
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts the bytes of the CPU tensors that operators return, forward and backward, for as long as they live."""
+    """Count the bytes of CPU tensors that operators return, forward and backward, while the tensors live."""
 
     def __init__(self, limit: int, resident: int = 0) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class TensorBytes(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage in self._known:
                 continue
-            if given is None:  # a view, or a result written in place, is not new
+            if given is None:  # views and results written in place are not new
                 given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
             if storage.data_ptr() not in given:
                 self._add(storage)
@@ -76,23 +76,23 @@ class TensorBytes(TorchDispatchMode):
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory ran out; libraries below torch say so in words of their own."""
+    """Return whether an error means that memory ran out; libraries below torch have their own words for it."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> int:
-    """The bytes that this process may still allocate on a GPU, its own cache included."""
+    """Return the bytes that this process can still allocate on a GPU, including its own cache."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
 def release(device: torch.device) -> None:
-    """Give cached memory back after a failed allocation, so that smaller pieces find room."""
+    """Free cached memory after a failed allocation, so that smaller tensors fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def largest_fitting(candidates: list[int], fits: Callable[[int], bool]) -> int:
-    """The largest of rising candidates that fits, by bisection, or 0; what is smaller than one that fits does too."""
+    """Return the largest of rising candidates that fits, or 0, by bisection; below one that fits, all must fit."""
     count = bisect.bisect_left(candidates, True, key=lambda candidate: not fits(candidate))
     return candidates[count - 1] if count else 0

@@ -1,8 +1,8 @@
-"""A loss or gradient that is not finite: found before the update, and written down so that it can be made again.
+"""Detect a loss or gradient that is not finite before the update, and record it so that it can be reproduced.
 
 A rank writes nonfinite/update-0000012-process1/ into the run folder: report.json with the update, the losses, the
-images' ids and keys and the first module of each whose result is not finite, and batch-0.safetensors and on with what
-the model was given.  The checkpoint that the run leaves beside it holds the weights that the update started from.
+images' ids and keys and, per image, the first module whose output is not finite; and batch-0.safetensors, batch-1...
+with the model's inputs.  The run's last checkpoint holds the weights that the update started from.
 Letters: B images.
 """
 
@@ -37,33 +37,33 @@ from gndet.training.update import Share, UpdateState, breakable, to_device
 
 ADVICE = (
     "A lower train.optimizer.lr, a longer train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps; "
-    "train.on_nonfinite=skip:N passes over so many updates"
+    "train.on_nonfinite=skip:N skips up to N such updates"
 )
 
 
 def summed(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> tuple[dict[str, float], bool]:
-    """Sum the parts of an update's losses over the ranks, and find out whether all is finite on all of them.
+    """Sum an update's losses over the ranks.  Returns the sums, and whether everything is finite on all ranks.
 
-    norm: of the gradient, not finite if any part of it is not.  This is the one host sync per update.
+    norm: of the gradient, not finite if any part of the gradient is not.  This is the only host sync per update.
     """
     values = torch.stack([norm, *losses.values()]).double().cpu()
     if not values.isfinite().all():
-        values.fill_(math.nan)  # NaN survives the sum
+        values.fill_(math.nan)  # NaN survives the all-reduce
     *losses_sums, _ = all_reduce_sum(values.roll(-1), proc).tolist()
     sums = dict(zip(losses, losses_sums, strict=True))
     return sums, all(map(math.isfinite, losses_sums))
 
 
 def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Tensor], norm: Tensor) -> str:
-    """Find out where an update became not finite, write it down, and say it for all ranks.
+    """Find where an update became non-finite, and write a report.  Returns a text about all ranks.
 
-    update: the number of updates before it.  taken: what this rank computed it from.  All ranks call it; the model's
-    running statistics, which it changes, are the caller's to put back.
+    update: number of updates before it.  taken: the batches of this rank.  Every rank must call it.  It changes the
+    model's running statistics, which the caller must restore.
     """
     numbers = {name: float(value) for name, value in losses.items()}
     images = examine(run, taken) if breakable(run.cfg, run.proc) else []
     found = [f"image {image['image_id']}: {image['first']}" for image in images if image["first"]]
-    guilty = "; ".join(found[:3]) or "finite, image by image"
+    culprits = "; ".join(found[:3]) or "each image alone is finite"
     shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     report = {
         "update": update, "process": run.proc.rank, "processes": run.proc.world,
@@ -72,24 +72,24 @@ def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Te
         "config": run.cfg.model_dump(mode="json"),
     }  # fmt: skip
     where = _write(run.out / NONFINITE / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
-    lines = all_gather([f"  rank {run.proc.rank}: {shown}; {guilty}; {where}"], run.proc)
-    first = f"a loss or the gradient (norm {float(norm):.4g}) is not finite at update {update + 1}, which was not made:"
-    return "\n".join([first, *itertools.chain(*lines)])
+    lines = all_gather([f"  rank {run.proc.rank}: {shown}; {culprits}; {where}"], run.proc)
+    what = f"a loss or the gradient (norm {float(norm):.4g}) is not finite"
+    return "\n".join([f"{what} at update {update + 1}, which was not applied:", *itertools.chain(*lines)])
 
 
-def refuse(run: Run, text: str, passed_over: int) -> None:
-    """Raise TrainingError, on all ranks, where train.on_nonfinite does not let another update be passed over."""
+def refuse(run: Run, text: str, num_skipped: int) -> None:
+    """Raise TrainingError, on all ranks, if train.on_nonfinite does not allow another skipped update."""
     allowed = int(run.cfg.train.on_nonfinite.removeprefix("skip:").replace("stop", "0"))
-    if passed_over > allowed:
-        before = f" ({passed_over - 1} have been passed over before)" if passed_over > 1 else ""
+    if num_skipped > allowed:
+        before = f" ({num_skipped - 1} have been skipped before)" if num_skipped > 1 else ""
         raise TrainingError(f"{run.out}: {text}\n  {ADVICE}{before}")
 
 
 def examine(run: Run, taken: list[Loaded]) -> list[dict[str, Any]]:
-    """Compute a rank's images anew, one by one where they do not depend on each other, and look at every module.
+    """Recompute a rank's images, one by one if they do not depend on each other, and look at every module.
 
-    Returns a dict per image (for a norm that mixes images per batch, with all its ids): image_id, key, losses, and
-    first: what was not finite first, in words, empty where all is finite.  The gradients are gone afterwards.
+    Returns a dict per image (per batch, with all its ids, for a norm that mixes images): image_id, key, losses, and
+    first: a text that names what was not finite first, empty if all is finite.  Gradients are cleared afterwards.
     """
     data, alone = run.cfg.data, run.cfg.model.batch_coupling() is None
     found = []
@@ -109,7 +109,7 @@ def examine(run: Run, taken: list[Loaded]) -> list[dict[str, Any]]:
 
 
 def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
-    """The losses of a batch, and what becomes not finite first in its forward and backward pass."""
+    """Return the losses of a batch, and what is not finite first in its forward and backward pass."""
     first: list[str] = []
     with keeping_all(run.model), _hooks(run.model, first.append):
         with run.autocast():
@@ -129,7 +129,7 @@ def _first_nonfinite(run: Run, batch: Batch) -> tuple[dict[str, float], str]:
 
 @contextmanager
 def _hooks(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
-    """Note the modules whose result, or the gradient of whose result, is not finite, in the order they are computed."""
+    """Note each module whose output, or the gradient of it, is not finite, in the order of computation."""
 
     def check(what: str, tensor: Tensor) -> None:
         if not tensor.isfinite().all():
@@ -149,7 +149,7 @@ def _hooks(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
 
 
 def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
-    """Write a report whole or not at all.  Returns where it is, or why it is nowhere."""
+    """Write a report whole or not at all.  Returns a text that says where it is, or why it could not be written."""
     temporary = folder.with_name(TEMPORARY + folder.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -158,8 +158,8 @@ def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
             tensors = loaded.batch._asdict() | {
                 f"gt.{name}": field for name, field in loaded.batch.gt._asdict().items()
             }
-            whole = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items() if name != "gt"}
-            (temporary / f"batch-{number}.safetensors").write_bytes(safetensors.torch.save(whole))
+            content = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items() if name != "gt"}
+            (temporary / f"batch-{number}.safetensors").write_bytes(safetensors.torch.save(content))
         (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)
@@ -169,7 +169,7 @@ def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
 
 
 def _json_number(value: float) -> float | str:
-    """A number as JSON has it; "nan", "inf" and "-inf" as text."""
+    """Return a number for JSON; "nan", "inf" and "-inf" become text."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -177,14 +177,14 @@ def pass_over(
     run: Run, progress: Progress, state: UpdateState, taken: list[Loaded], share: Share, norm: Tensor, log: Log,
     evaluation_due: bool,
 ) -> None:  # fmt: skip
-    """Leave an update out whose losses or gradient are not finite, as train.on_nonfinite says.
+    """Skip an update whose losses or gradient are not finite, if train.on_nonfinite allows it.
 
-    Raises TrainingError, on all ranks, where it says to stop.
+    Raises TrainingError, on all ranks, if it does not.
     """
     text = describe(run, progress.update, taken, share.losses, norm)
     state.undo()
     refuse(run, text, progress.nonfinite + 1)
-    log.message(f"{text}\n  passed over: {progress.nonfinite + 1} so far, {run.cfg.train.on_nonfinite}")
+    log.message(f"{text}\n  skipped: {progress.nonfinite + 1} so far, {run.cfg.train.on_nonfinite}")
     progress.nonfinite += 1
     progress.update, progress.evaluation_due = progress.update + 1, evaluation_due
     state.end()

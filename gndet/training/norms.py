@@ -1,8 +1,8 @@
-"""The norm layers of a run: audited when it starts (and by `gndet norms`), recorded at every evaluation.
+"""The norm layers of a run: audited when it starts (and by `gndet norms`), measured at every evaluation.
 
-Rank 0 writes RUN/norms.jsonl and TensorBoard's histograms.  A line says what the norm layers did after `update` updates
-on the first validation images: {"update": 500, "layers": [{"name": ...}, ...], "padding": 0.12}; padding: the share of
-the training batches since the line before.  RUN/norms-start.safetensors holds gamma and beta of when the run began.
+Rank 0 writes RUN/norms.jsonl and TensorBoard's histograms.  A line describes the norm layers after `update` updates on
+the first validation images: {"update": 500, "layers": [{"name": ...}, ...], "padding": 0.12}; padding: its fraction of
+the training batches since the previous line.  RUN/norms-start.safetensors holds gamma and beta from the run's start.
 """
 
 from collections.abc import Iterable
@@ -29,27 +29,27 @@ from gndet.training.optim import peak_learning_rate
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import NORMS, NORMS_START
 
-MOST_IMAGES = 16  # where batches for BN ask for more than train.norm_images
+MOST_IMAGES = 16  # if batches for BN need more than train.norm_images
 
 
 class NormWatch:
-    """Looks at the norm layers of a run, on rank 0; on other ranks it does nothing."""
+    """Measures the norm layers of a run on rank 0; does nothing on other ranks."""
 
     def __init__(self, run: Run, log: Log, progress: Progress) -> None:
-        """Forget what a killed run wrote past the point it goes on from; a run that begins is measured at once.
+        """Drop what a killed run wrote after the point it resumes from; measure a new run at once.
 
-        Raises OutputError where norms.jsonl cannot be written.
+        Raises OutputError if norms.jsonl cannot be written.
         """
         self._run, self._log = run, log
-        self._cells = self._padded = 0  # of the training batches' canvases
+        self._cells = self._padded = 0  # pixels of the training batches' canvases
         self._on = run.proc.first and run.cfg.train.norm_images > 0 and bool(norm_layers(run.model))
         if run.proc.first:
             truncate(run.out / NORMS, progress.update or -1, progress.evaluation_due)
         if progress.update == 0:
             self.measure(0)
 
-    def saw(self, taken: Iterable[Loaded]) -> None:
-        """Note how much of an update's canvases is padding."""
+    def observe(self, taken: Iterable[Loaded]) -> None:
+        """Count how much of an update's canvases is padding."""
         for loaded in taken if self._on else ():
             images, sizes = loaded.batch.images, loaded.batch.sizes
             cells = len(images) * images.shape[2] * images.shape[3]
@@ -57,12 +57,12 @@ class NormWatch:
             self._padded += cells - int(sizes.prod(1).sum())
 
     def measure(self, update: int) -> None:
-        """Write what the norm layers do now.  A lack of memory or of room on the disk does not end the run."""
+        """Measure the norm layers and write the result.  A lack of memory or of disk space does not end the run."""
         if not self._on:
             return
         run, log = self._run, self._log
         if run.proc.watch:
-            run.proc.watch.at(update, "looking at its norm layers")
+            run.proc.watch.at(update, "measuring its norm layers")
         if update == 0:
             start = safetensors.torch.save(affine(run.model))
             log.attempt(NORMS_START, partial(write_whole, run.out / NORMS_START, start))
@@ -71,7 +71,7 @@ class NormWatch:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            log.message(f"norm report: out of memory at update {update}, which is left out: {error}")
+            log.message(f"norm report: out of memory at update {update}, no line is written: {error}")
             release(run.proc.device)
             return
         padding = rounded(self._padded / self._cells) if self._cells else None
@@ -83,7 +83,7 @@ class NormWatch:
 
     @cached_property
     def _images(self) -> list[Batch]:
-        """The first validation images that can be read: one by one; for BN two batches of train.images_per_gpu."""
+        """The first readable validation images: one by one, or for BN two batches of train.images_per_gpu."""
         cfg, num, size = self._run.cfg, self._run.cfg.train.norm_images, 1
         per_gpu = cfg.train.images_per_gpu  # a number, if norms mix images
         if isinstance(per_gpu, int) and any(norm.mixes_images for norm in cfg.model.part_norms().values()):
@@ -95,20 +95,20 @@ class NormWatch:
                 break
             try:
                 samples.append(test_sample(record, cfg.data))
-            except UnreadablePicture:  # the evaluation says so
+            except UnreadablePicture:  # the evaluation reports it
                 continue
         parts = [samples[first : first + size] for first in range(0, len(samples), size)]
-        whole = [part for part in parts if len(part) == size] or parts  # a smaller batch is not what BN trains on
-        return [collate(part, cfg.data.canvas_multiple, cfg.data.exact_canvas) for part in whole]
+        full = [part for part in parts if len(part) == size] or parts  # BN never trains on a smaller batch
+        return [collate(part, cfg.data.canvas_multiple, cfg.data.exact_canvas) for part in full]
 
 
 def read_norms(folder: Path) -> list[dict[str, Any]]:
-    """Read a run's norms.jsonl, a dict a line; [] where there is none.  Raises DataError for a broken line."""
+    """Read a run's norms.jsonl, a dict per line; [] if it is missing.  Raises DataError for a broken line."""
     return read_metrics(folder / NORMS) if (folder / NORMS).is_file() else []
 
 
 def read_start(folder: Path) -> Start | None:
-    """Gamma and beta of a run when it began; None where that is not known."""
+    """Read gamma and beta from the start of a run; None if they are unknown."""
     try:
         return safetensors.torch.load_file(folder / NORMS_START)
     except (OSError, SafetensorError):
@@ -118,7 +118,7 @@ def read_start(folder: Path) -> Start | None:
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
 
 
-ANEW = ("new", "anew")  # origins of layers that the file gave nothing
+ANEW = ("new", "anew")  # origins of layers that got nothing from the weights file
 
 
 class NormLayer(NamedTuple):
@@ -127,13 +127,13 @@ class NormLayer(NamedTuple):
     name: str
     kind: str  # as NormConfig.kind
     channels: int
-    groups: int | None  # None where there are none
+    groups: int | None  # None for norms without groups
     eps: float
     padding: str  # masked or plain
     trainable: bool
     weight_decay: float
-    lr: float  # at the schedule's peak; 0 where it is not trained
-    origin: str  # what train.weights gave it
+    lr: float  # at the schedule's peak; 0 if not trained
+    origin: str  # what it got from train.weights
 
     @property
     def per_group(self) -> int | None:
@@ -142,7 +142,7 @@ class NormLayer(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """The norm layers of a model, with what may or must not be."""
+    """The norm layers of a model, with warnings and errors about them."""
 
     layers: list[NormLayer]
     warnings: list[str]
@@ -152,10 +152,10 @@ class Audit(NamedTuple):
 def audit(
     model: DetectionModel, cfg: Config, norms: dict[str, str] | None, world: int, images: int | None = None
 ) -> Audit:
-    """Look at a model's norm layers.
+    """Check a model's norm layers.
 
-    model: built from cfg.model.  norms: what became of each layer that train.weights knew; None: not known.
-    world: number of ranks.  images: computed at once, where train.images_per_gpu is auto.
+    model: built from cfg.model.  norms: the origin of each layer that train.weights provides; None: unknown.
+    world: number of ranks.  images: number computed at once, if train.images_per_gpu is auto.
     """
     lr = peak_learning_rate(cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
     parts, layers = cfg.model.part_norms(), []
@@ -178,27 +178,27 @@ def _warnings(
     for kind in ("bn", "sync_bn", "brn"):
         live = [layer for layer in layers if layer.kind == kind and layer.trainable]
         if live and kind == "sync_bn" and world == 1:
-            yield f"{_some(live)}: sync_bn on one rank is plain BN"
+            yield f"{_name(live)}: sync_bn on one rank is plain BN"
         count = SMALL_BATCH if at_once == "auto" else at_once * (world if kind == "sync_bn" else 1)
         if live and count < SMALL_BATCH:
             yield (
-                f"{_some(live)}: {kind} takes its statistics over {_count(count, 'image')}; below {SMALL_BATCH} they "
-                "are noise (Wu & He 2018, figure 1); gn does not depend on that number"
+                f"{_name(live)}: {kind} takes its statistics over {_count(count, 'image')}; below {SMALL_BATCH} they "
+                "are noise (Wu & He 2018, figure 1); gn does not depend on this number"
             )
     anew = [layer for layer in layers if layer.kind == "frozen_bn" and layer.origin in ANEW]
-    if fused := [layer for layer in anew if _untouched(model.get_submodule(layer.name))]:
+    if identity := [layer for layer in anew if _untouched(model.get_submodule(layer.name))]:
         yield (
-            f"{_some(fused)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
-            "nothing is normalised; train.weights brings statistics"
+            f"{_name(identity)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
+            "nothing is normalised; load statistics with train.weights"
         )
     if decayed := [layer for layer in layers if layer.weight_decay]:
         yield (
-            f"{_some(decayed)}: train.optimizer.norm_weight_decay: {decayed[0].weight_decay:g} pulls gamma and beta to "
-            "0; recipes have 0 there (Detectron)"
+            f"{_name(decayed)}: train.optimizer.norm_weight_decay: {decayed[0].weight_decay:g} pulls gamma and beta to "
+            "0; published recipes use 0 (Detectron)"
         )
     if single := [layer for layer in layers if layer.kind == "gn" and layer.per_group == 1]:
         yield (
-            f"{_some(single)}: groups of one channel are Instance Normalization; ImageNet error 28.4 %, with GN 24.1 % "
+            f"{_name(single)}: groups of one channel are Instance Normalization; ImageNet error 28.4 %, with GN 24.1 % "
             "(Wu & He 2018, table 1)"
         )
 
@@ -208,22 +208,22 @@ def _errors(model: DetectionModel, layers: list[NormLayer], cfg: Config) -> Iter
     anew = [layer for layer in layers if layer.origin in ANEW]
     if random := [layer for layer in anew if id(model.get_submodule(layer.name)) in frozen]:
         yield (
-            f"{_some(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
-            "set freeze_at=0, or train.norm_policy to one that brings the norms over"
+            f"{_name(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
+            "set freeze_at=0, or a train.norm_policy that keeps the norms of the weights"
         )
     shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
     single = [layer for layer in layers if layer.per_group == 1]
     cells = _cells(model, shortest) if single else {}
     if alone := [layer for layer in single if cells[layer.name] == 1]:
         yield (
-            f"{_some(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
-            "(data.shortest_edge, data.shortest_edge_test), so the result is beta whatever the picture; use fewer "
+            f"{_name(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
+            "(data.shortest_edge, data.shortest_edge_test), so the result is beta for every picture; use fewer "
             "groups or larger pictures"
         )
 
 
 def _cells(model: DetectionModel, side: int) -> dict[str, int | None]:
-    """Return the least number of cells that each norm layer's statistics are taken over, on a square picture."""
+    """Return the smallest number of cells per statistic of each norm layer, for a square picture."""
     blank = Sample(
         torch.zeros(3, side, side, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64),
         torch.zeros(0, 0, 0, dtype=torch.bool), key=0,
@@ -236,7 +236,7 @@ def _untouched(norm: Any) -> bool:
     return not norm.running_mean.any() and bool(torch.all(norm.running_var == 1))
 
 
-def _some(layers: list[NormLayer]) -> str:
+def _name(layers: list[NormLayer]) -> str:
     return layers[0].name if len(layers) == 1 else f"{len(layers)} norm layers from {layers[0].name} on"
 
 
@@ -245,8 +245,8 @@ def _count(number: int, what: str) -> str:
 
 
 def audit_table(audit: Audit) -> str:
-    """Return a line for each norm layer, in aligned columns."""
-    rows = [["layer", "kind", "channels", "groups", "a group", "eps", "padding", "trained", "decay", "lr", "origin"]]
+    """Return a table with a line per norm layer, in aligned columns."""
+    rows = [["layer", "kind", "channels", "groups", "per group", "eps", "padding", "trained", "decay", "lr", "origin"]]
     for layer in audit.layers:
         sizes = [layer.channels, layer.groups or "-", layer.per_group or "-", f"{layer.eps:.3g}", layer.padding]
         training = ["yes" if layer.trainable else "no", f"{layer.weight_decay:g}", f"{layer.lr:g}", layer.origin]
@@ -255,7 +255,7 @@ def audit_table(audit: Audit) -> str:
 
 
 def summary(audit: Audit) -> list[str]:
-    """A line for each kind of norm layer in the model, then the warnings."""
+    """Return a line per kind of norm layer in each part of the model, then the warnings."""
     groups: dict[tuple[str, str, str, bool, str], list[NormLayer]] = {}
     for layer in audit.layers:
         part = layer.name.partition(".")[0]
@@ -266,8 +266,8 @@ def summary(audit: Audit) -> list[str]:
         eps = {layer.eps for layer in members}
         words = [f"norm of {part}: {len(members)} {kind}", padding]
         if sizes:
-            few = f"{min(sizes)} to " if len(sizes) > 1 else ""
-            words.append(f"{few}{_count(max(sizes), 'channel')} a group")
+            least = f"{min(sizes)} to " if len(sizes) > 1 else ""
+            words.append(f"{least}{_count(max(sizes), 'channel')} per group")
         words.append(f"eps {min(eps):.2g}{f' to {max(eps):.2g}' if len(eps) > 1 else ''}")
         words.append(f"weight decay {members[0].weight_decay:g}, lr {members[0].lr:g}" if trainable else "not trained")
         lines.append(", ".join([*words, origin]))

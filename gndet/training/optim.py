@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule and averaged weights. Schedules are pure functions of the update number."""
+"""Optimiser, learning-rate schedule and averaged weights.  A schedule is a pure function of the update number."""
 
 import math
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gndet.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from gndet.modeling.norms.layers import NORM_LAYERS
 
-STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimiser keeps per weight
+STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimiser stores per weight
 
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum or AdamW over the trainable parameters; gamma and beta have a weight decay of their own."""
+    """Make SGD with momentum or AdamW for the trainable parameters; gamma and beta have their own weight decay."""
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": cfg.weight_decay},
         {"params": [], "weight_decay": cfg.norm_weight_decay},
@@ -24,32 +24,32 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
         own = (parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad)
         groups[isinstance(module, NORM_LAYERS)]["params"] += own
     groups = [group for group in groups if group["params"]]
-    # fused: one pass over memory; its CPU kernel takes gradients to lie as their parameters do, as autograd makes them
+    # fused: one pass over memory; its CPU kernel expects gradients in the memory layout of their parameters
     if cfg.kind == "adamw":
         return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
     return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)
 
 
 def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
-    """The size of a checkpoint: weights, their average, and the optimiser's state."""
+    """Return the size of a checkpoint: weights, averaged weights, and the optimiser's state."""
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return weights * (2 if cfg.ema else 1) + trainable * STATE_SIZE[cfg.optimizer.kind]
 
 
 def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:
-    """Updates of the run: as many images as the schedule states for its reference batch."""
+    """Return the number of updates in which the run sees as many images as with the reference batch."""
     return max(round(cfg.updates * cfg.reference_batch / global_batch), 1)
 
 
 def peak_learning_rate(cfg: OptimizerConfig, schedule: ScheduleConfig, global_batch: int) -> float:
-    """The learning rate after warm-up: cfg.lr rescaled from the reference batch to global_batch."""
+    """Return the learning rate after warm-up: cfg.lr rescaled from the reference batch to global_batch."""
     ratio = global_batch / schedule.reference_batch
     return cfg.lr * (ratio if cfg.kind == "sgd" else math.sqrt(ratio))
 
 
 def learning_rate(update: int, cfg: OptimizerConfig, schedule: ScheduleConfig, global_batch: int) -> float:
-    """The learning rate of an update (0, 1, ...), the schedule rescaled from its reference batch to global_batch.
+    """Return the learning rate of an update (0, 1, ...), with the schedule rescaled to global_batch.
 
     It grows linearly with the batch for sgd (Goyal et al. 2017), with its square root for adamw (Malladi et al. 2022).
     """
@@ -67,12 +67,12 @@ def learning_rate(update: int, cfg: OptimizerConfig, schedule: ScheduleConfig, g
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of a model's weights and running statistics."""
+    """Make the exponential moving average of a model's weights and running statistics."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state as named tensors: {"momentum_buffer/fpn.output2.conv.weight": ...}."""
+    """Return the optimiser's state as named tensors: {"momentum_buffer/fpn.output2.conv.weight": ...}."""
     return {
         f"{key}/{name}": value
         for name, parameter in _trainable(model)
@@ -82,7 +82,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Restore what `optimizer_tensors` gave, in the memory layout of the parameters (so that sums round alike)."""
+    """Restore the state from `optimizer_tensors`, in the parameters' memory layout so that sums round equally."""
     parameters = dict(_trainable(model))
     for full_name, value in tensors.items():
         key, name = full_name.split("/", 1)

@@ -1,4 +1,4 @@
-"""What a run consists of, as one value that the parts of training are handed; how far it has come, and how fast."""
+"""The state of a run: its parts as one value, its progress, and its speed."""
 
 import math
 import resource
@@ -22,10 +22,10 @@ from gndet.training.gradient_buckets import Buckets
 
 
 class Run(NamedTuple):
-    """A run as one of its ranks sees it."""
+    """The parts of a run on one of its ranks."""
 
     cfg: Config
-    asked: Config  # what the user wrote; norm_policy: hybrid makes another of it
+    asked: Config  # the user's config; norm_policy: hybrid changes the norms in cfg
     out: Path
     proc: Process
     train_set: Dataset
@@ -34,19 +34,19 @@ class Run(NamedTuple):
     average: AveragedModel | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
-    data: dict[str, str]  # hashes of what is learned from and evaluated on
-    norms: dict[str, str]  # what became of each norm layer that train.weights knew
-    forward: nn.Module  # the training forward: the model, compiled where train.compile says so
-    buckets: Buckets | None  # where gradients lie while they are summed; None: nowhere, autograd places them
+    data: dict[str, str]  # hashes of the training and validation data
+    norms: dict[str, str]  # origin of each norm layer that train.weights provides
+    forward: nn.Module  # the training forward: the model, compiled if train.compile says so
+    buckets: Buckets | None  # buffers for gradients that are summed; None: autograd allocates gradients
 
     @property
     def detector(self) -> DetectionModel:
-        """The weights that are evaluated."""
+        """The model to evaluate: the averaged weights if there are any."""
         return self.model if self.average is None else cast(DetectionModel, self.average.module)
 
 
 class Best(NamedTuple):
-    """The evaluation that `best` points to."""
+    """The evaluation of the checkpoint that `best` points to."""
 
     score: float
     update: int
@@ -54,7 +54,7 @@ class Best(NamedTuple):
 
 @dataclass
 class Progress:
-    """The state of a run after `update` updates, equal on all of its ranks."""
+    """The progress of a run after `update` updates, equal on all ranks."""
 
     update: int = 0
     evaluation_due: bool = False  # the evaluation after this update has not been finished
@@ -62,14 +62,14 @@ class Progress:
     best: Best | None = None
     sums: dict[str, float] = field(default_factory=dict)  # of the losses since the last line of the log
     summed: int = 0  # updates in `sums`
-    images_at_once: int = 0  # what the last update was computed with; 0: nothing yet
-    nonfinite: int = 0  # updates that were not made because a loss or a gradient was not finite
-    unreadable: dict[int, str] = field(default_factory=dict)  # training image's id: why it was left out
+    images_at_once: int = 0  # of the last update; 0: no update yet
+    nonfinite: int = 0  # updates skipped because a loss or the gradient was not finite
+    unreadable: dict[int, str] = field(default_factory=dict)  # reason by id of each training image left out
 
-    KEPT: ClassVar = ("update", "evaluation_due", "nonfinite", "summed", "images_at_once")  # in meta.json as they are
+    KEPT: ClassVar = ("update", "evaluation_due", "nonfinite", "summed", "images_at_once")  # unchanged in meta.json
 
     def to_meta(self) -> dict[str, Any]:
-        """Its part of a checkpoint's meta.json, a copy: it is written while the run goes on."""
+        """Return the part of meta.json that it fills, as a copy, because training continues while it is written."""
         return {
             **{name: getattr(self, name) for name in self.KEPT}, "sums": dict(self.sums),
             "best": self.best and self.best.score, "best_update": self.best and self.best.update,
@@ -79,7 +79,7 @@ class Progress:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "Progress":
-        """What `to_meta` wrote."""
+        """Read what `to_meta` wrote."""
         return cls(
             **{name: meta[name] for name in cls.KEPT},
             values={name: math.nan if value is None else value for name, value in meta["metrics"].items()},
@@ -89,37 +89,37 @@ class Progress:
         )
 
     def add(self, losses: Mapping[str, float]) -> None:
-        """Add the losses of an update."""
+        """Add the losses of an update to the sums."""
         self.summed += 1
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + loss
 
     def take_means(self) -> dict[str, float]:
-        """The mean losses since the last call, {} where no update was made; the sums start anew."""
+        """Return the mean losses since the last call, {} if no update was made, and reset the sums."""
         means = {name: value / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
         return {"loss": sum(means.values())} | means if means else {}
 
     @property
     def is_best(self) -> bool:
-        """Whether the state after this update is the best that has been evaluated."""
+        """Whether the current state is the best that has been evaluated."""
         return self.best is not None and self.best.update == self.update and not self.evaluation_due
 
     def evaluated(self, values: dict[str, float]) -> None:
-        """Note the metrics of an evaluation after this update, and whether it is the best so far."""
+        """Store the metrics of an evaluation after this update, and whether it is the best so far."""
         self.evaluation_due, self.values = False, values
         if self.best is None or score(values) > self.best.score:
             self.best = Best(score(values), self.update)
 
 
 def score(values: Mapping[str, float]) -> float:
-    """What `best` means: mask AP, or box AP without masks; undefined counts as 0."""
+    """Return the score that defines `best`: mask AP, or box AP without masks; undefined counts as 0."""
     value = values.get("mask/AP", values["box/AP"])
     return 0.0 if math.isnan(value) else value
 
 
 class Meter:
-    """Measure time, data wait and memory between two log lines."""
+    """Measures time, data wait and memory between two log lines."""
 
     def __init__(self, device: torch.device, global_batch: int) -> None:
         self.device, self.global_batch = device, global_batch
@@ -130,7 +130,7 @@ class Meter:
         self.updates, self.waited, self.paused, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def wait_for(self, batches: Iterator[Loaded]) -> Loaded:
-        """Return the next batch, and count the time it took."""
+        """Return the next batch, and add the time it took to the waiting time."""
         before = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - before
@@ -138,13 +138,13 @@ class Meter:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time of an evaluation or a save out of the figures."""
+        """Exclude the time of an evaluation or a save from the figures."""
         before = time.perf_counter()
         yield
         self.paused += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """Return the figures of the updates since the last call, and start anew."""
+        """Return the figures of the updates since the last call, and reset them."""
         seconds = max(time.perf_counter() - self.started - self.paused, 1e-9)
         self.seconds_per_update = seconds / max(self.updates, 1)
         values = {
@@ -157,7 +157,7 @@ class Meter:
 
 
 def memory_mib(device: torch.device) -> float:
-    """Return the peak memory so far: the GPU's, or this process's resident set."""
+    """Return the peak memory so far: of the GPU, or of this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux

@@ -1,4 +1,4 @@
-"""The run folder: the names of its files; made, resumed or refused; locked, so that one run at a time writes to it."""
+"""The run folder: its file names, its creation, whether a run may resume in it, and its lock (one run at a time)."""
 
 import fcntl
 import os
@@ -17,22 +17,22 @@ from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
 from gndet.files import write_whole
 
-# Options that may differ when a run resumes: none of them changes what is learned.
+# Options that may differ when a run resumes, because none of them changes what is learned.
 NEUTRAL = (
     "device", "data.root", "data.workers", "data.cache", "data.max_pixels", "data.max_unreadable",
     "data.skip_unreadable", "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last",
     "train.vis_images", "train.report", "train.norm_images", "train.memory", "train.compile", "train.on_nonfinite",
     "train.timeout_s", "evaluation",
 )  # fmt: skip
-SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral where images do not depend on each other
+SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral if images do not depend on each other
 
-# What is in a run folder, beside checkpoints/, last and best (checkpoint.py).
+# The content of a run folder, besides checkpoints/, last and best (checkpoint.py).
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 NORMS = "norms.jsonl"
-NORMS_START = "norms-start.safetensors"  # gamma and beta of when the run began
+NORMS_START = "norms-start.safetensors"  # gamma and beta at the start of the run
 BOARD = "tensorboard"
-DETECTIONS = "detections.json"  # of the last evaluation, COCO results
+DETECTIONS = "detections.json"  # COCO results of the last evaluation
 PREDICTIONS = "predictions.png"  # ground truth beside detections
 REPORT = "report.html"
 NONFINITE = "nonfinite"  # reports of losses and gradients that were not finite
@@ -41,7 +41,7 @@ LOCK = ".lock"
 PREEMPTED = "PREEMPTED"  # a signal ended the run; the same command resumes it
 FAILED = "FAILED"  # an error ended the run, with its message; the same command may resume it
 
-LOCK_WAIT = 10.0  # seconds for the process of a killed run to end
+LOCK_WAIT = 10.0  # seconds that a killed run's process may take to end
 UNSET = "not set"  # a key that only the other config has
 
 
@@ -49,7 +49,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     """Find an unfinished run to resume.  Only stale temporary files are touched.
 
     Returns the newest whole checkpoint, or None, and one line per damaged checkpoint that was passed over.  Raises
-    TrainingError on every rank where the folder holds a finished run, a different run, or something else.
+    TrainingError on every rank if the folder holds a finished run, a different run, or something else.
     """
     if fresh:
         return None, []
@@ -72,7 +72,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
 
 
 def move_aside(out: Path, proc: Process) -> None:
-    """Rename a folder that holds files to OUT-old-1, or the next free number.  Raises OutputError."""
+    """Rename a folder that is not empty to OUT-old-1, or the next free number.  Raises OutputError."""
     if proc.first and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         try:
             number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
@@ -82,7 +82,7 @@ def move_aside(out: Path, proc: Process) -> None:
 
 
 def make_run(cfg: Config, out: Path, proc: Process) -> None:
-    """Make the folder, write config.yaml, and remove the markers of the last ending.  Raises OutputError."""
+    """Create the folder, write config.yaml, and remove the markers of an earlier end.  Raises OutputError."""
     if proc.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def make_run(cfg: Config, out: Path, proc: Process) -> None:
 
 
 def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
-    """Raise TrainingError where the folder holds another run, a finished run, or something else.
+    """Raise TrainingError if the folder holds another run, a finished run, or something else.
 
     saved: the newest whole checkpoint in the folder.
     """
@@ -109,7 +109,7 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
             raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
         return
     if saved is None:
-        return  # stopped before its first checkpoint: nothing is lost
+        return  # stopped before its first checkpoint: nothing can be lost
     neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, *SPLIT, "out")
     old, new = flat(config_from_dict(saved.meta["asked"], str(saved.path))), flat(cfg)
     keys = [key for key in old | new if not key.startswith(neutral)]
@@ -121,7 +121,7 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
 
 
 def flat(cfg: Config) -> dict[str, Any]:
-    """The config as {"train.optimizer.lr": 0.02, ...}."""
+    """Return a config as {"train.optimizer.lr": 0.02, ...}."""
 
     def walk(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
@@ -132,11 +132,11 @@ def flat(cfg: Config) -> dict[str, Any]:
 
 @contextmanager
 def locked(out: Path, proc: Process) -> Iterator[None]:
-    """Keep two runs from training into one folder while the context lasts; make the folder where it is missing.
+    """Prevent two runs from training into the same folder while the context lasts; create a missing folder.
 
-    Raises TrainingError on every rank where another run holds the lock.  A lock ends with its process, and loader
+    Raises TrainingError on every rank if another run holds the lock.  A lock ends with its process, and loader
     processes do not inherit it.  A folder that is not writable, or on a file system without locks, is not locked.
-    A folder that was made here and is still empty at the end is removed.
+    A folder that was created here and is still empty at the end is removed.
     """
     refusal, file, made = [], None, not out.exists()
     if proc.first:
@@ -158,7 +158,7 @@ def locked(out: Path, proc: Process) -> Iterator[None]:
 
 
 def _lock(file: TextIO, out: Path) -> list[str]:
-    """Lock an open file within LOCK_WAIT.  Returns [] or, as its only item, why that failed."""
+    """Lock an open file within LOCK_WAIT seconds.  Returns [], or a list with the reason why that failed."""
     deadline = time.monotonic() + LOCK_WAIT
     while True:
         try:
@@ -177,7 +177,7 @@ def _lock(file: TextIO, out: Path) -> list[str]:
 
 
 def mark(out: Path, marker: str, why: str) -> None:
-    """Mark how a run ended, PREEMPTED or FAILED; `make_run` removes the marker.  Raises OutputError that tells why."""
+    """Write a marker, PREEMPTED or FAILED, with the reason; `make_run` removes it.  Raises OutputError."""
     try:
         write_whole(out / marker, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {why}\n")
     except OutputError as error:

@@ -1,7 +1,7 @@
-"""What a run begins or resumes with: data, model, optimiser, the state of a checkpoint, images at once, graphs.
+"""Set up a new or resumed run: data, model, optimiser, checkpoint state, images at once, compiled graphs.
 
-train.compile makes one graph for each canvas and number of images, all of them before the first update: later none
-keeps other ranks waiting, and what cannot be compiled is told before anything is written.
+train.compile makes one graph per canvas and number of images, all before the first update.  So no rank waits for a
+compilation later, and a failure is reported before anything is written.
 """
 
 import shutil
@@ -34,9 +34,9 @@ from gndet.training.update import backward, buckets_for, clear_gradients, reside
 
 
 def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Progress, int, list[str]]:
-    """Read, check and build everything, or take it up from the newest checkpoint; nothing is written.
+    """Read, check and build everything, and load the newest checkpoint if there is one; write nothing.
 
-    Returns the run, its progress, the number of images at once, and what there is to say.
+    Returns the run, its progress, the number of images at once, and lines to log.
     """
     saved, notes = find_run(cfg, out, fresh, proc)
     run, built = build_run(cfg, out, proc, saved)
@@ -49,7 +49,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
     refuse_difference(run, progress, saved)
     size, saved_size = images_at_once(run), progress.images_at_once
     if saved is not None and saved.meta["asked"]["train"]["images_per_gpu"] == cfg.train.images_per_gpu:
-        size = min(size, saved_size or size)  # memory ran out with more before
+        size = min(size, saved_size or size)  # memory ran out with more images before
         if saved_size > size:
             notes.append(f"not bit-exact from here on: images at once {saved_size} -> {size}")
     notes += summary(audit(run.model, run.cfg, run.norms, proc.world, images=size))
@@ -63,26 +63,26 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
 
 
 def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) -> None:
-    """Raise TrainingError, on all ranks, where one of them has another checkpoint, other data or another config.
+    """Raise TrainingError, on all ranks, if one of them has another checkpoint, other data or another config.
 
-    Each rank reads them for itself: on machines that do not share a disk, gradients of two runs would be summed.
+    Each rank reads them itself: on machines that do not share a disk, gradients of two runs would be summed.
     """
     cfg = run.cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
     mine = {
         "checkpoint": None if saved is None else f"{saved.path.name}, update {progress.update}", "data": run.data,
         "config": cfg,
     }  # fmt: skip
-    every = [part[0] for part in all_gather([mine], run.proc)]
-    for rank, other in enumerate(every):
-        if wrong := [name for name in mine if other[name] != every[0][name]]:
+    by_rank = [part[0] for part in all_gather([mine], run.proc)]
+    for rank, other in enumerate(by_rank):
+        if wrong := [name for name in mine if other[name] != by_rank[0][name]]:
             raise TrainingError(
-                f"{run.out}: rank {rank} has another {' and another '.join(wrong)} than rank 0; all need the same "
-                "config and data, and one folder `out` on a disk that they share"
+                f"{run.out}: rank {rank} has another {' and another '.join(wrong)} than rank 0; all ranks need the "
+                "same config and data, and one folder `out` on a shared disk"
             )
 
 
 def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:
-    """Of the pictures that were left out before the run stopped, those that have not been mended since."""
+    """Return the pictures left out before the run stopped that still cannot be read, with the reason."""
     left_out, found = [record for record in run.train_set.records if record.image_id in progress.unreadable], {}
     for record in left_out:
         try:
@@ -93,11 +93,11 @@ def still_unreadable(run: Run, progress: Progress) -> dict[int, str]:
 
 
 def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -> tuple[Run, list[str]]:
-    """Read the data, build the model, load what it is fine-tuned from; with lines that say what was done."""
+    """Read the data, build the model, load the weights to fine-tune.  Returns the run and lines to log."""
     task = TASKS[cfg.task]
     train_set, val_set, notes = task.read(cfg)
     asked = cfg
-    if saved is not None:  # norm_policy: hybrid changed the norms when the run began
+    if saved is not None:  # norm_policy: hybrid changed the norms when the run started
         cfg = cfg.model_copy(update={"model": config_from_dict(saved.meta["config"], str(saved.path)).model})
     model, cfg, loaded, fates = task.build(
         cfg, train_set.classes, load=saved is None, images=train_set, measure=proc.first
@@ -109,7 +109,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     model.choose_convolutions(min(cfg.data.shortest_edge))
     if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
         notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
-    broadcast(model.state_dict().values(), proc)  # they are equal as it is, unless machines differ
+    broadcast(model.state_dict().values(), proc)  # they are equal already, unless the machines differ
     average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
     notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
@@ -126,9 +126,9 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
 
 
 def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Module:
-    """The training forward by train.compile; it has the model's parameters.  Nothing is compiled before it is called.
+    """Return the model, compiled if train.compile says so; compilation happens at the first call.
 
-    Raises ConfigError for what cannot be on a CPU: reduce-overhead, and memory_limit_mib beside compile.
+    Raises ConfigError for what a CPU does not support: reduce-overhead, and memory_limit_mib together with compile.
     """
     if cfg.compile == "none":
         return model
@@ -136,16 +136,16 @@ def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Mod
         raise ConfigError("train.compile: reduce-overhead makes CUDA graphs, the device is cpu; use default or none")
     if cfg.memory_limit_mib is not None and device.type == "cpu":
         raise ConfigError(
-            f"train.compile: {cfg.compile} leaves no operators whose tensors train.memory_limit_mib: "
-            f"{cfg.memory_limit_mib:g} could count on a CPU; use one of the two"
+            f"train.compile: {cfg.compile} fuses the operators whose tensors train.memory_limit_mib: "
+            f"{cfg.memory_limit_mib:g} would count on a CPU; use only one of the two options"
         )
     return cast(nn.Module, torch.compile(model, dynamic=False, mode=cfg.compile))
 
 
 def compile_ahead(run: Run, size: int) -> list[str]:
-    """Make the graphs for all canvases and numbers of images of the run's micro-batches.  Returns a line about it.
+    """Compile graphs for all canvases and numbers of images of the run's micro-batches.  Returns a line to log.
 
-    size: images at once.  Raises ConfigError where torch cannot compile here: no C++ compiler, no Triton.
+    size: images at once.  Raises ConfigError if torch cannot compile here: no C++ compiler, no Triton.
     """
     cfg, proc = run.cfg, run.proc
     if cfg.train.compile == "none":
@@ -163,11 +163,11 @@ def compile_ahead(run: Run, size: int) -> list[str]:
         reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
         raise ConfigError(
             f"train.compile: {cfg.train.compile}: torch cannot compile the model here: {reason}; it needs a C++ "
-            "compiler, on a GPU Triton as well.  train.compile=none works without"
+            "compiler, and on a GPU also Triton; train.compile=none needs neither"
         ) from error
     except RuntimeError as error:
         if not out_of_memory(error):
-            raise  # otherwise: the first update will meet it, too, and go on with fewer images at once
+            raise  # out of memory is no error here: the first update meets it too and continues with fewer images
         release(proc.device)
     finally:
         undo()
@@ -176,15 +176,15 @@ def compile_ahead(run: Run, size: int) -> list[str]:
     return [f"compiled for {graphs} in {time.monotonic() - began:.0f} s (train.compile: {cfg.train.compile})"]
 
 
-MARGIN = 0.1  # of the memory, kept free by `auto` for what its trial does not show: fragments, libraries' workspaces
+MARGIN = 0.1  # fraction of memory that `auto` keeps free for fragmentation and libraries' workspaces
 
 
 def images_at_once(run: Run) -> int:
-    """The size of the micro-batches: train.images_per_gpu, for `auto` the largest that fits on every rank.
+    """Return the size of micro-batches: train.images_per_gpu, or for `auto` the largest that fits on every rank.
 
-    Of sizes that need equally many micro-batches the smallest is taken, so that they are even.  A size fits if a
-    forward and backward pass over the largest canvas of the data leaves MARGIN of the memory free.  Raises
-    ConfigError for a split that is not possible, and where not even one image fits.
+    Among sizes that need the same number of micro-batches it takes the smallest, so that they are even.  A size fits
+    if a forward and backward pass over the largest canvas of the data leaves MARGIN of the memory free.  Raises
+    ConfigError if the split is not possible, or if not even one image fits.
     """
     cfg, proc = run.cfg, run.proc
     if mistake := cfg.split_mistake(proc.world):
@@ -202,28 +202,28 @@ def images_at_once(run: Run) -> int:
     if size == 0:
         room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {limit:g}"
         raise ConfigError(
-            f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, beside "
+            f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, with "
             "weights, gradients and the optimiser's state; lower data.max_edge or data.shortest_edge"
         )
     if proc.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(proc.device)  # the log shows the run's own peak
+        torch.cuda.reset_peak_memory_stats(proc.device)  # the log must show the peak of the run itself
     return size
 
 
 def fits(run: Run, num: int) -> bool:
-    """Whether num of the largest images can be trained on at once, beside gradients and the optimiser's state."""
+    """Return whether memory fits num of the largest images at once plus gradients and the optimiser's state."""
     device, stated = run.proc.device, run.cfg.train.memory_limit_mib
     limit = stated * MIB if stated else torch.cuda.memory_allocated(device) + free_memory(device)
-    # on a CPU the mask head computes positive regions only: objects of that number make them all positive
+    # on a CPU the mask head computes positive regions only; this many objects make all regions positive
     objects = 0 if device.type == "cuda" else run.cfg.model.max_positives
     batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    to_come = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
+    num_states = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
     state: list[Tensor] = []
     try:
         clear_gradients(run)
         for parameter in trainable:
-            state += [torch.empty_like(parameter) for _ in range(to_come)]
+            state += [torch.empty_like(parameter) for _ in range(num_states)]
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
             backward(run.model, run.autocast, [batch], num, run.cfg)

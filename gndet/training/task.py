@@ -1,6 +1,7 @@
-"""What a task is: how its data is read, its model built, and what was learned evaluated.
+"""The definition of a task: how to read its data, build its model and evaluate it.
 
-Loop, accumulation, resume, faults, logs and studies know no task: another one is a row of TASKS and its evaluation.
+The loop, accumulation, resuming, faults, logs and studies do not depend on the task.  A new task needs a row in TASKS
+and its evaluation.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,9 @@ from gndet.weights.load import InitialModel, initial_model
 
 
 def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
-    """Read and check data.train and data.val, with lines that say what is in them and what was found.
+    """Read and check data.train and data.val.  Returns both, and lines about their content and findings.
 
-    Raises DataError that lists all that is refused, in either and between them.
+    Raises DataError that lists everything refused in either of them and between them.
     """
     sets = dict(zip(("train", "val"), inspect_both(cfg.data, masks=cfg.model.masks), strict=True))
     findings = {f"data.{which}: {data.name}": data.findings for which, data in sets.items()}
@@ -34,9 +35,9 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
         for which, data in sets.items()
     ]
     notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
-    for where, found in findings.items():
+    for source, found in findings.items():
         noted = (finding for finding in found if finding.severity == NOTED)
-        notes += [f"{where}: noted: {finding.code} ({finding.count}): {finding.what}" for finding in noted]
+        notes += [f"{source}: noted: {finding.code} ({finding.count}): {finding.what}" for finding in noted]
     return sets["train"], sets["val"], notes
 
 

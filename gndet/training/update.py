@@ -1,7 +1,7 @@
-"""How a rank computes its share of an update: in micro-batches, the largest that fit, smaller when memory runs out.
+"""Compute a rank's share of an update in micro-batches, which become smaller when memory runs out.
 
-None of it changes what is learned where images do not depend on each other (ModelConfig.batch_coupling is None): an
-update's gradient is the sum of its images' gradients over global_batch, however they are cut.
+The split does not change what is learned if images do not depend on each other (ModelConfig.batch_coupling is None):
+an update's gradient is the sum of its images' gradients over global_batch, for any split.
 """
 
 from collections.abc import Callable, Collection
@@ -27,7 +27,7 @@ from gndet.training.run import Progress, Run
 
 
 def resident_bytes(run: Run) -> int:
-    """The bytes of weights, averaged weights, gradients and the optimiser's state."""
+    """Return the bytes of weights, averaged weights, gradients and the optimiser's state."""
     tensors = [*run.model.state_dict().values(), *(parameter.grad for parameter in run.model.parameters())]
     tensors += [] if run.average is None else run.average.state_dict().values()
     tensors += [value for state in run.optimizer.state.values() for value in state.values()]
@@ -36,31 +36,31 @@ def resident_bytes(run: Run) -> int:
 
 @dataclass
 class UpdateState:
-    """How far the update that is being made has come."""
+    """The state of the update in progress."""
 
-    whole: bool = True  # False while it changes the weights: they and the progress do not belong together
-    undo: Callable[[], None] = lambda: None  # puts back what its forward passes have changed
+    whole: bool = True  # False while weights change and do not match the progress
+    undo: Callable[[], None] = lambda: None  # restores what its forward passes have changed
 
     def end(self) -> None:
-        """Note that the update is made, or left out."""
+        """Note that the update is complete, or skipped."""
         self.whole, self.undo = True, lambda: None
 
 
 class Share(NamedTuple):
-    """A rank's part of an update; the parameters hold the gradient, summed over the ranks."""
+    """A rank's share of an update; the parameters hold the gradient, summed over the ranks."""
 
     losses: dict[str, Tensor]  # sums over its images / global_batch
-    size: int  # images at once from here on: the smallest that any rank went down to
+    size: int  # images at once from here on: the minimum over the ranks
     skipped: bool  # whether any rank had to leave out a picture
 
 
 def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, stop: StopSignals) -> Share:
-    """Compute an update's gradient, summed over the ranks, and this rank's part of its losses.
+    """Compute an update's gradient, summed over the ranks, and this rank's share of its losses.
 
-    size: images at once.  Where memory runs out the update starts again with half as many: on this rank alone, or on
-    all where gradients were on their way already.  Raises, on all ranks, TrainingError where one has no data or cannot
-    go on with fewer images, and Stop where one has been asked to stop; nothing but gradients is changed then.  (In
-    SyncBN's forward the others wait for the rank that fails: there its error is the one to read.)
+    size: images at once.  If memory runs out, the update restarts with half as many: on this rank alone, or on all
+    ranks if gradients were being sent already.  Raises, on all ranks, TrainingError if a rank has no data or cannot
+    continue with fewer images, and Stop if a rank has been asked to stop; only gradients have changed then.  (In
+    SyncBN's forward the other ranks wait for a rank that fails: read that rank's error.)
     """
     state.undo, proc, whole = running_statistics(run), run.proc, 0
     try:
@@ -87,9 +87,9 @@ def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, 
 def attempt(
     run: Run, batches: Replay, size: int, stop: StopSignals, undo: Callable[[], None]
 ) -> tuple[dict[str, Tensor], int, str]:
-    """Compute this rank's gradient, again with fewer images at once until it fits or the others must know.
+    """Compute this rank's gradient; retry with fewer images at once until it fits or other ranks must know.
 
-    Returns its losses, {} where it is not whole; images at once, 0 where it cannot go on; and why it cannot.
+    Returns the losses, {} if incomplete; images at once, 0 if it cannot continue; and the reason why it cannot.
     """
     at_once, poll = (stop.at_once, stop.poll) if breakable(run.cfg, run.proc) else (nullcontext, lambda: None)
     while True:
@@ -108,14 +108,14 @@ def attempt(
             if not out_of_memory(error):
                 raise
             refusal = _refusal(run, size, error)
-        size = 0 if refusal else size // 2  # by here the tensors of the attempt are gone with its exception
+        size = 0 if refusal else size // 2  # the exception and its tensors are freed by now
         release(run.proc.device)
         if refusal or (run.buckets is not None and run.buckets.begun):
             return {}, size, refusal
 
 
 def _last_pass(run: Run, stop: StopSignals) -> AbstractContextManager:
-    """Send gradients to the other ranks while the last backward pass runs, which no stop breaks off."""
+    """Sum gradients over the ranks while the last backward pass runs, which no stop may interrupt."""
     if run.buckets is None:
         return nullcontext()
     stop.no_longer_at_once()
@@ -123,7 +123,7 @@ def _last_pass(run: Run, stop: StopSignals) -> AbstractContextManager:
 
 
 def clear_gradients(run: Run) -> None:
-    """Let an update begin without gradients."""
+    """Clear all gradients before an update."""
     if run.buckets is None:
         run.model.zero_grad()
     else:
@@ -131,29 +131,29 @@ def clear_gradients(run: Run) -> None:
 
 
 def buckets_for(cfg: Config, model: nn.Module, proc: Process) -> Buckets | None:
-    """Buckets where gradients are sent while a backward pass runs.
+    """Return buckets if gradients are sent while a backward pass runs, else None.
 
-    Not where SyncBN sends in that pass, too: its messages and these would meet in another order on each rank.
+    Not with SyncBN, which also sends during that pass: the order of messages would differ from rank to rank.
     """
     together = proc.world > 1 and breakable(cfg, proc)
     return Buckets(model, proc) if together or cfg.train.compile == "reduce-overhead" else None
 
 
 def breakable(cfg: Config, proc: Process) -> bool:
-    """Whether a rank may leave an update unfinished by itself: not where others wait for it in SyncBN's forward."""
+    """Return whether a rank alone may abandon an update: not if others wait for it in SyncBN's forward."""
     return proc.world == 1 or not any(norm.communicates_in_forward for norm in cfg.model.part_norms().values())
 
 
 def running_statistics(run: Run) -> Callable[[], None]:
-    """Copy what a forward pass in training changes: BN's running statistics.  Returns what puts them back."""
+    """Copy BN's running statistics, which a training forward changes.  Returns a function that restores them."""
     mixed = any(norm.mixes_images for norm in run.cfg.model.part_norms().values())
     kept = [(buffer, buffer.clone()) for buffer in run.model.buffers()] if mixed else []
 
-    def put_back() -> None:
+    def restore() -> None:
         for buffer, value in kept:
             buffer.copy_(value)
 
-    return put_back
+    return restore
 
 
 def _room(run: Run) -> AbstractContextManager:
@@ -162,7 +162,7 @@ def _room(run: Run) -> AbstractContextManager:
 
 
 def _refusal(run: Run, size: int, error: RuntimeError) -> str:
-    """Why a rank that is out of memory cannot go on with fewer images at once; empty where it can."""
+    """Return why a rank that is out of memory cannot continue with fewer images at once; "" if it can."""
     coupling = run.cfg.model.batch_coupling()
     if size > 1 and not coupling:
         return ""
@@ -185,10 +185,10 @@ def backward(
     before: Callable[[], None] = lambda: None,
     last: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Tensor]:
-    """Add the gradients of batches, cut to size images, to the parameters'.
+    """Add the gradients of batches, split into parts of `size` images, to the parameters' gradients.
 
-    before() is called before each part, room() is around it, last() around the backward pass of the last.
-    Returns the sums of their losses / global_batch, on the device.
+    before() is called before each part; room() wraps each part; last() wraps the last backward pass.
+    Returns the sums of the losses / global_batch, on the device.
     """
     device = next(model.parameters()).device
     sums: dict[str, Tensor] = {}
@@ -198,7 +198,7 @@ def backward(
             before()
             with room():
                 if cfg.train.compile == "reduce-overhead":
-                    torch.compiler.cudagraph_mark_step_begin()  # no result of the graphs' last run is needed any more
+                    torch.compiler.cudagraph_mark_step_begin()  # the outputs of the previous run may be overwritten
                 with autocast():
                     losses = model(to_device(part, device))  # {name: (B,)}
                 means = {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
@@ -210,7 +210,7 @@ def backward(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy a batch without waiting for it: to a GPU on a stream of its own, beside what is computed meanwhile."""
+    """Copy a batch to a GPU asynchronously, on a separate stream that runs beside the computation."""
     if device.type == "cpu":
         return batch
     copying, computing = _copying(device), torch.cuda.current_stream(device)
@@ -219,26 +219,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
     computing.wait_stream(copying)
     for tensor in (images, sizes, keys, *gt):
-        tensor.record_stream(computing)  # its memory is not used for the next copy before this one is done with
+        tensor.record_stream(computing)  # do not reuse its memory while it is in use
     return Batch(images, sizes, keys, gt, batch.padded)
 
 
 @cache
 def _copying(device: torch.device) -> torch.cuda.Stream:
-    """The stream for copies to a GPU; one, for the allocator keeps freed memory by stream."""
+    """Return the stream for copies to a GPU; only one, because the allocator keeps freed memory per stream."""
     return torch.cuda.Stream(device)
 
 
 def make_update(
     run: Run, progress: Progress, state: UpdateState, losses: dict[str, float], evaluation_due: bool
 ) -> None:
-    """Put the gradient into the weights, and the weights into their average."""
+    """Apply the gradient to the weights, and the weights to their average."""
     state.whole = False
     run.optimizer.step()
     if run.average is not None:
         run.average.update_parameters(run.model)
     if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):
-        broadcast(run.model.buffers(), run.proc)  # it trains with running statistics: those of the checkpoint
+        broadcast(run.model.buffers(), run.proc)  # a norm trains with them, so all ranks need those of the checkpoint
     progress.add(losses)
     progress.update, progress.evaluation_due = progress.update + 1, evaluation_due
     state.end()

@@ -1,4 +1,4 @@
-"""The evaluation of a run in training: over all ranks, broken off when the run is asked to stop, with pictures."""
+"""Evaluate a run during training: on all ranks, interrupted by a request to stop, with example pictures."""
 
 import itertools
 from functools import partial
@@ -20,14 +20,14 @@ from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
-STRIPE, SHADES = 16, (150, 120)  # of the padding: pixels between stripes, and their grey values
+STRIPE, SHADES = 16, (150, 120)  # of drawn padding: width of a stripe in pixels, and the grey values
 
 
 def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, float]:
     """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results.
 
-    Returns the metrics, {"box/AP": ...}.  Raises, on all ranks, Stop where a rank was asked to stop, and TrainingError
-    where more pictures than data.max_unreadable cannot be read; fewer count as pictures in which nothing was found.
+    Returns the metrics, {"box/AP": ...}.  Raises, on all ranks, Stop if a rank was asked to stop, and TrainingError if
+    more pictures than data.max_unreadable cannot be read; below that limit they count as pictures without detections.
     """
     proc = run.proc
     num_images, count = len(range(proc.rank, len(run.val_set.records), proc.world)), itertools.count(1)
@@ -41,7 +41,7 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
         log.evaluating(number, num_images)
 
     broadcast(run.detector.buffers(), proc)  # BN's running statistics differ from rank to rank
-    trouble: BaseException | None = None
+    failure: BaseException | None = None
     try:
         with stop.at_once():
             share = detect_share(
@@ -49,15 +49,15 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
                 unreadable=unreadable.__setitem__, notify=log.message,
             )  # fmt: skip
     except (Stop, GndetError) as error:
-        trouble = error
-    # before the ranks meet, each learns whether all have come this far
-    raise_on_all(trouble or (Stop() if stop.asked else None), proc)
+        failure = error
+    # before the next collective, every rank learns whether all ranks have succeeded
+    raise_on_all(failure or (Stop() if stop.asked else None), proc)
     evaluation = score_shares(share, run.val_set, run.cfg, proc)
     unreadable = {image: reason for part in all_gather([unreadable], proc) for image, reason in part[0].items()}
     refuse_unreadable(run, "validation", run.val_set, unreadable)
     if unreadable:
         first = next(iter(unreadable.values()))
-        log.message(f"{len(unreadable)} image(s) cannot be read and count as images where nothing was found: {first}")
+        log.message(f"{len(unreadable)} image(s) cannot be read and count as images without detections: {first}")
     if proc.first:
         log.evaluation(done, scalars(evaluation), evaluation_table(evaluation))
         log.attempt(DETECTIONS, partial(save_results, run.out / DETECTIONS, evaluation.results))
@@ -69,24 +69,24 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
 
 
 def refuse_unreadable(run: Run, role: str, dataset: Dataset, unreadable: dict[int, str]) -> None:
-    """Raise TrainingError where more pictures of a data set than data.max_unreadable could not be read."""
+    """Raise TrainingError if more pictures of a data set than data.max_unreadable could not be read."""
     limit, num = run.cfg.data.max_unreadable, len(dataset.records)
     if len(unreadable) > limit * num:
         raise TrainingError(
             f"{dataset.name}: {len(unreadable)} of {num} {role} images cannot be read, more than data.max_unreadable: "
-            f"{limit:g} of them; the last: {list(unreadable.values())[-1]}.  Mend the files and give the same command: "
-            "the run goes on where it stopped"
+            f"{limit:g} of them; the last: {list(unreadable.values())[-1]}.  Repair the files and repeat the command: "
+            "the run resumes where it stopped"
         )
 
 
 def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None:
-    """Write predictions.png and TensorBoard's pictures: the first validation images, ground truth beside detections."""
+    """Draw the first validation images, ground truth beside detections, to predictions.png and TensorBoard."""
     data, pictures = run.val_set, []
     for record in data.records[: run.cfg.train.vis_images]:
         try:
             image = record.load()
         except GndetError:
-            continue  # the evaluation has said so
+            continue  # the evaluation has reported it
         found = evaluation.results.of_image(record.image_id)
         left = draw_ground_truth(image, record, data.classes)
         right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD)
@@ -97,14 +97,14 @@ def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None
 
 
 def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
-    """One image of a batch on its canvas."""
+    """Draw one image of a batch on its canvas, with stripes in the padding.  Returns (H', W', 3) uint8."""
     batch = loaded.batch
     image = batch.images[place].permute(1, 2, 0).numpy().copy()
     height, width = batch.sizes[place].tolist()
     row, column = np.indices(image.shape[:2])
     stripes = np.where((row + column) // STRIPE % 2 == 0, *SHADES)
-    beside = (row >= height) | (column >= width)
-    image[beside] = stripes[beside][:, None]
+    padding = (row >= height) | (column >= width)
+    image[padding] = stripes[padding][:, None]
     valid = batch.gt.valid[place]
     boxes = batch.gt.boxes[place][valid].numpy().astype(np.float64)
     labels = batch.gt.labels[place][valid].tolist()

@@ -127,8 +127,8 @@ def stays_full(folder: Path, room: Disk) -> None:
     """The disk is full until the end."""
     run = fill_after(folder, room, "full", [])
     text = run.expect(2)
-    check(text.count("training goes on without this one") > 10, f"training did not go on: {text}")
-    check("the run is done, but its last checkpoint is not written" in text, f"no clear end: {text}")
+    check(text.count("training continues without this one") > 10, f"training did not go on: {text}")
+    check("the run is finished, but its last checkpoint is missing" in text, f"no clear end: {text}")
     check(newest_update(run.out) == 2, f"saved is update {newest_update(run.out)}, expected 2")
     left = [path.name for path in (run.out / CHECKPOINTS).glob(".*")]
     check(not left, f"half-written checkpoints are left on a full disk: {left}")
@@ -142,7 +142,7 @@ def stays_full(folder: Path, room: Disk) -> None:
 def has_room_again(folder: Path, room: Disk) -> None:
     """The disk has room again before the end."""
     run = fill_after(folder, room, "again", [5])
-    run.wait_for("training goes on without this one")
+    run.wait_for("training continues without this one")
     room.clear(run)
     (run.home / "go-5").touch()
     run.expect(0)
@@ -164,7 +164,7 @@ def has_room_at_the_end(folder: Path) -> None:
 def stopped_when_full(folder: Path, room: Disk) -> None:
     """A signal comes while the disk is full: what cannot be saved is not said to be."""
     run = fill_after(folder, room, "stopped", [5])
-    run.wait_for("training goes on without this one")
+    run.wait_for("training continues without this one")
     run.signal(TERM)
     (run.home / "go-5").touch()
     text = run.expect(2)

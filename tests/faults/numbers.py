@@ -47,12 +47,12 @@ def passed_over(folder: Path) -> str:
     text = finish(folder, "once", *skipping, faults={"not_finite": ["loss", [2], 0]})
     meta = load_checkpoint(folder / "once" / "last").meta
     check(meta["nonfinite"] == 1 and meta["update"] == 5, f"counted {meta['nonfinite']} up to update {meta['update']}")
-    check("passed over: 1 so far" in text and "left out: 1 update(s)" in text, f"not told: {text}")
+    check("skipped: 1 so far" in text and "left out: 1 update(s)" in text, f"not told: {text}")
     faults = {"not_finite": ["loss", [2], 0], "signal_after": [int(signal.SIGTERM), 3]}
     start(folder, "stopped", *skipping, faults=faults).expect(0)
     finish(folder, "stopped", *skipping)
     check_same(folder / "stopped", folder / "once", "with an update passed over")
     run = start(folder, "often", *skipping, faults={"not_finite": ["gradient", [2, 3, 4], 0]})
     text = run.expect(2)
-    check("2 have been passed over before" in text and newest_update(run.out) == 3, f"three: {text}")
+    check("2 have been skipped before" in text and newest_update(run.out) == 3, f"three: {text}")
     return "skip:2: one passed over and counted, exactly resumed; at the third the run stopped, at update 3"

@@ -31,7 +31,7 @@ def killed_rank(folder: Path) -> str:
         seconds = run.wait(run.signal(KILL, rank=rank), NOTICED_WITHIN)
         left = run.statuses()[1 - rank]
         check(left not in (0, None), f"{name}: the other process ended with {left}: {run.tail()}")
-        clear = "the others did not come" in run.text and f"rank {rank}" in run.text
+        clear = "the others did not respond" in run.text and f"rank {rank}" in run.text
         check(clear, f"{name}: no clear end: {run.tail()}")
         figures.append(f"rank {rank} without it after {seconds:.1f} s (status {left})")
     for name in ("torchrun", "alone-0", "alone-1"):

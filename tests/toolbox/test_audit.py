@@ -21,7 +21,7 @@ from gndet.training.norms import Audit, audit, audit_table, summary
 from gndet.weights.load import initial_model
 
 FROZEN = {"kind": "frozen_bn"}
-COLUMNS = ["layer", "kind", "channels", "groups", "a group", "eps", "padding", "trained", "decay", "lr", "origin"]
+COLUMNS = ["layer", "kind", "channels", "groups", "per group", "eps", "padding", "trained", "decay", "lr", "origin"]
 
 
 @pytest.fixture(scope="module")
@@ -227,9 +227,9 @@ def test_the_summary_has_a_line_for_each_kind_in_each_part(backbone: str) -> Non
     cfg = config(train=weights(backbone, "hybrid"), mask_head={"norm": {"kind": "gn", "groups": 16}})
     assert summary(audited(cfg)) == [
         "norm of backbone: 20 frozen_bn, masked, eps 1e-05, not trained, as in the file, frozen",
-        "norm of fpn: 8 gn, masked, 16 channels a group, eps 1e-05, weight decay 0, lr 0.02, new",
-        "norm of box_head: 1 gn, masked, 16 channels a group, eps 1e-05, weight decay 0, lr 0.02, new",
-        "norm of mask_head: 1 gn, masked, 1 channel a group, eps 1e-05, weight decay 0, lr 0.02, new",
+        "norm of fpn: 8 gn, masked, 16 channels per group, eps 1e-05, weight decay 0, lr 0.02, new",
+        "norm of box_head: 1 gn, masked, 16 channels per group, eps 1e-05, weight decay 0, lr 0.02, new",
+        "norm of mask_head: 1 gn, masked, 1 channel per group, eps 1e-05, weight decay 0, lr 0.02, new",
         "warning: mask_head.convs.0.norm: groups of one channel are Instance Normalization; ImageNet error 28.4 %, "
         "with GN 24.1 % (Wu & He 2018, table 1)",
     ]

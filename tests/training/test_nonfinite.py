@@ -154,7 +154,7 @@ def test_a_loss_or_the_gradient_alone_is_enough(losses: tuple[float, ...], norm:
 def test_so_many_updates_are_passed_over_and_no_more(tmp_path: Path) -> None:
     run = make_run(tmp_path, on_nonfinite="skip:2")
     refuse(run, "text", 2)
-    with pytest.raises(TrainingError, match=r"(?s)text.*2 have been passed over before"):
+    with pytest.raises(TrainingError, match=r"(?s)text.*2 have been skipped before"):
         refuse(run, "text", 3)
     with pytest.raises(TrainingError, match=r"train\.on_nonfinite=skip:N"):
         refuse(make_run(tmp_path), "text", 1)

@@ -1,6 +1,6 @@
-"""Compile the Triton kernels for NVIDIA GPUs, none being needed; print the widths of their accesses to memory as JSON.
+"""Compile the Triton kernels for NVIDIA GPUs without a GPU; print the widths of their memory accesses as JSON.
 
-A program of its own: the interpreter that the tests use would have to be switched off before Triton is imported.
+This is a separate program, because the interpreter mode of the tests must be off before Triton is imported.
 """
 
 import json
@@ -25,7 +25,7 @@ KERNELS = {
 
 
 def accesses(kernel: triton.JITFunction, map_type: str, masked: bool, capability: int) -> list[str]:
-    """The loads and stores of PTX, as "ld.global.v4.b32", of a kernel compiled for a compute capability."""
+    """Return the PTX loads and stores, e.g. "ld.global.v4.b32", of a kernel compiled for a compute capability."""
     constants = {"masked": masked, **KERNELS[kernel]} | ({} if masked else {"sizes": None})
     signature, fixed, divisible = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -34,7 +34,7 @@ def accesses(kernel: triton.JITFunction, map_type: str, masked: bool, capability
             continue
         signature[name] = "i32" if name in WHOLE else "fp32" if name == "eps" else "*fp32"
         signature[name] = {"sizes": "*i64", **dict.fromkeys(MAPS, map_type)}.get(name, signature[name])
-        if name not in ("eps", "stripes"):  # by 16, as a ResNet's channels and torch's tensors are
+        if name not in ("eps", "stripes"):  # divisible by 16, like a ResNet's channels and torch's addresses
             divisible[place,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, fixed, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))

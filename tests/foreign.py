@@ -1,7 +1,7 @@
-"""Weight files of other toolkits, written from descriptions of their formats and without gndet's tables of names.
+"""Weight files of other toolkits, written from descriptions of their formats, without gndet's tables of names.
 
-`detector` and `weights` make a small detector, by gndet's names; `named` gives its tensors a toolkit's names, its
-order of classes and its order of colours. s stage, L level of the pyramid, i block, k convolution, n layer of a head.
+`detector` and `weights` make a small detector with gndet's names; `named` gives its tensors the names, the class order
+and the colour order of a toolkit. s stage, L level of the pyramid, i block, k convolution, n layer of a head.
 """
 
 import pickle
@@ -27,7 +27,7 @@ from gndet.modeling.build import build_model
 from gndet.weights.read import Source, read_source
 
 NUM_CLASSES = 3
-ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # a class
+ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # per class
 BACKGROUND_FIRST = ("torchvision", "detectron", "maskrcnn-benchmark")
 BLUE_FIRST = ("detectron2", "detectron2_backbone", "detectron", "maskrcnn-benchmark")
 RPN2 = RPNConfig(num_convs=2)  # torchvision's v2
@@ -39,7 +39,7 @@ Rules = list[tuple[str, Callable[..., str]]]
 
 
 def detector(backbone: str, heads: str, box: str = "4conv1fc", depth: int = 50, **changes: object) -> ModelConfig:
-    """A Mask R-CNN with narrow heads; backbone and heads: the kind of their norm."""
+    """Return the config of a Mask R-CNN with narrow heads; backbone and heads: the kinds of their norms."""
     return ModelConfig(
         norm=NormConfig(kind=heads),
         backbone=BackboneConfig(depth=depth, norm=NormConfig(kind=backbone)),
@@ -50,7 +50,7 @@ def detector(backbone: str, heads: str, box: str = "4conv1fc", depth: int = 50, 
 
 
 def weights(cfg: ModelConfig, num_classes: int = NUM_CLASSES, seed: int = 0) -> dict[str, Tensor]:
-    """A model's tensors with another number in every place, of the size that trained ones have."""
+    """Return a model's tensors, filled with random numbers as large as trained ones."""
     with torch.device("meta"):
         shapes = build_model(cfg, num_classes).state_dict()
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +71,7 @@ def only(state: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
 
 
 def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> Rules:
-    """torchvision's names, which mmdetection and maskrcnn-benchmark have too."""
+    """Return torchvision's names, which mmdetection and maskrcnn-benchmark also use."""
     layer = f"{prefix}layer"
     return [
         (r"backbone.stem.conv", lambda: f"{prefix}{stem}conv1"),
@@ -201,7 +201,7 @@ RULES: dict[str, Callable[[str, str], Rules]] = {
 
 
 def named(state: dict[str, Tensor], format: str, norm: str = "bn", box: str = "4conv1fc") -> dict[str, Tensor]:
-    """The tensors as the toolkit has them; norm: bn or gn, which some name by its kind."""
+    """Return the tensors as the toolkit names them; norm: bn or gn, a part of some names."""
     rules, result = RULES[format](norm, box), {}
     if format in BLUE_FIRST:
         state = state | {"backbone.stem.conv.weight": state["backbone.stem.conv.weight"].flip(1)}
@@ -224,7 +224,7 @@ def _blob(name: str, parameter: str, layer: str) -> str:
 
 
 def _background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A row 0 for the background: its own of the class scores, one that is never used of boxes and masks."""
+    """Move the background to row 0 of the class scores; add an unused row 0 to boxes and masks."""
     result = dict(state)
     for key in [key for key in state if key.rpartition(".")[0] in ROWS]:
         tensor, layer = state[key], key.rpartition(".")[0]
@@ -237,7 +237,7 @@ def _background_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def saved(path: Path, content: Any) -> Path:
-    """Write torch.save's file, or a pickle where the name ends so."""
+    """Write a file with torch.save, or a pickle if the name ends in .pkl."""
     if path.suffix == ".pkl":
         path.write_bytes(pickle.dumps(content, 2))
     else:
@@ -246,7 +246,7 @@ def saved(path: Path, content: Any) -> Path:
 
 
 def read(path: Path, content: Any, cfg: SourceConfig | None = None) -> Source:
-    """Write a file, read it, remove it: there are many, and they are large."""
+    """Write a file, read it and remove it, because the files are many and large."""
     source = read_source(str(saved(path, content)), cfg or SourceConfig())
     path.unlink()
     return source

@@ -1,4 +1,4 @@
-"""Data sets with every fault that `gndet check` knows."""
+"""Data sets with every fault that `gndet check` finds."""
 
 import json
 import unicodedata
@@ -19,7 +19,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 class Hostile:
-    """A data set that is made wrong step by step; its image 1 stays good."""
+    """A data set to which faults are added step by step; image 1 stays good."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.pictures = folder, folder / "pictures"
@@ -32,7 +32,7 @@ class Hostile:
     def image(
         self, picture: Image.Image | bytes | None = None, suffix: str = "png", save: Any = (), **entry: Any
     ) -> Path:
-        """Add an image with a good object, and its file."""
+        """Add an image with a good object, and write its file."""
         number = len(self.tree["images"]) + 1
         path = self.pictures / f"{number:02d}.{suffix}"
         if isinstance(picture, bytes):
@@ -69,7 +69,7 @@ def jpeg(path: Path) -> bytes:
 
 
 def make_bad_objects(data: Hostile) -> None:
-    """Every fault that an object can have; each beside a good object."""
+    """Add every fault that an object can have, next to a good object."""
     rle = {"size": [HEIGHT, WIDTH], "counts": [100, 50, HEIGHT * WIDTH - 150]}
     data.image()
     for box in ([2, 2, 0, 10], [12, 2, -10, 10]):
@@ -116,7 +116,7 @@ BAD_OBJECTS = {
 
 
 def make_bad_images(data: Hostile) -> None:
-    """Every fault that an image's entry and its place can have."""
+    """Add every fault that an image's entry and path can have."""
     outside = data.folder / "outside"
     outside.mkdir()
     noise("RGB").save(outside / "x.png")
@@ -138,7 +138,7 @@ def make_bad_images(data: Hostile) -> None:
     data.image(b"")  # file-empty
     data.image(file_name="01.png")  # file-twice
     data.image(width=40.0)  # number-float
-    for name in (unicodedata.normalize("NFD", "größe 1.png"), "a b.png", "#.png"):  # all these are good
+    for name in (unicodedata.normalize("NFD", "größe 1.png"), "a b.png", "#.png"):  # these are all good
         path = data.image(file_name=unicodedata.normalize("NFC", name))
         path.rename(data.pictures / name)
     data.tree["categories"] += [{"id": 9, "name": "bird"}]  # category-gaps, category-unused
@@ -157,7 +157,7 @@ BAD_IMAGES = {
 
 
 def make_bad_pictures(data: Hostile) -> None:
-    """Every fault that only decoding shows."""
+    """Add every fault that only decoding shows."""
     whole = jpeg(data.folder / "x.jpg")
     data.image(whole[: len(whole) // 2], "jpg")
     data.image(b"<!DOCTYPE html><html>404</html>", "jpg")

@@ -1,4 +1,4 @@
-"""Small detectors whose norms have seen pictures, as gndet checkpoints: what a conversion starts from."""
+"""Small detectors with used norm statistics, as gndet checkpoints from which conversions start."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -27,7 +27,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 def config(norm: dict[str, Any] = GN, *, train: dict[str, Any] | None = None, **model: Any) -> Config:
-    """A ResNet-18 with narrow heads on drawn pictures of 64 pixels; `model` are further sections of its model."""
+    """Return a config of a ResNet-18 with narrow heads on drawn pictures of 64 pixels; model: more sections of it."""
     tree = deepcopy(CONFIG)
     tree["model"] |= {"norm": norm}
     for part, section in model.items():
@@ -45,7 +45,7 @@ def pictures(cfg: Config, num: int = 4) -> Batch:
 
 
 def lived_in(cfg: Config, classes: Sequence[str] = CLASSES) -> MaskRCNN:
-    """A model whose BN statistics are those of pictures, and whose gamma, beta and biases are no longer the initial.
+    """Return a model with BN statistics of real pictures, and with gamma, beta and biases off their initial values.
 
     One gamma of the stem is 0.
     """
@@ -58,7 +58,7 @@ def lived_in(cfg: Config, classes: Sequence[str] = CLASSES) -> MaskRCNN:
         elif isinstance(module, NoNorm):
             model.get_submodule(name.removesuffix("norm") + "conv").bias.data.normal_(0, 0.2)
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # a plain average over the pictures seen
+            module.momentum = None  # a plain average over all pictures
     if isinstance(model.backbone.stem.norm, NORM_LAYERS):
         model.backbone.stem.norm.weight.data[5] = 0
     with torch.no_grad():
@@ -70,7 +70,7 @@ def lived_in(cfg: Config, classes: Sequence[str] = CLASSES) -> MaskRCNN:
 
 
 def save(path: Path, cfg: Config, state: dict[str, Tensor], parts: Sequence[str] = (), **meta: Any) -> str:
-    """Write a checkpoint of those parts, all by default.  Returns its path as train.weights has it."""
+    """Write a checkpoint of some parts (default: all).  Returns its path for train.weights."""
     kept = {key: value for key, value in state.items() if not parts or key.partition(".")[0] in parts}
     about = {"update": 7, "classes": list(CLASSES), "category_ids": [1, 2, 3, 4]}
     save_checkpoint(path, {"model": kept}, about | {"config": cfg.model_dump(mode="json")} | meta)
@@ -83,7 +83,7 @@ def norm_names(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def features(model: MaskRCNN, batch: Batch) -> dict[str, Tensor]:
-    """C2..C5 and P2..P6 in evaluation."""
+    """Return C2..C5 and P2..P6 in eval mode."""
     found: dict[str, Tensor] = {}
 
     def keep(letter: str) -> Any:

@@ -1,4 +1,4 @@
-"""A small detector and a made-up batch, for tests of the model and the training step."""
+"""A small detector and a synthetic batch for tests of the model and the training step."""
 
 import torch
 
@@ -21,7 +21,7 @@ NUM_CLASSES = 5
 
 
 def small_config(norm: NormConfig | None = None, **changes: object) -> ModelConfig:
-    """A ResNet-18 Mask R-CNN with narrow heads."""
+    """Return the config of a ResNet-18 Mask R-CNN with narrow heads."""
     return ModelConfig(
         norm=norm or NormConfig(channels_per_group=16),
         backbone=BackboneConfig(depth=18),
@@ -38,9 +38,9 @@ def small_model(norm: NormConfig | None = None, seed: int = 0, **changes: object
 
 
 def make_batch(sizes: list[tuple[int, int]], canvas: tuple[int, int] | None = None, first: int = 0) -> Batch:
-    """Pictures of the given (height, width) with i + 1 objects each (none in the fourth), on one canvas.
+    """Make a batch of pictures of the given (height, width); picture i has i + 1 objects, the fourth has none.
 
-    Picture number first + i is the same whatever its batch.
+    Picture number first + i does not depend on its batch.
     """
     height, width = canvas or (max(h for h, _ in sizes), max(w for _, w in sizes))
     batch = len(sizes)
@@ -65,6 +65,6 @@ def make_batch(sizes: list[tuple[int, int]], canvas: tuple[int, int] | None = No
 
 
 def rows(batch: Batch, first: int, last: int) -> Batch:
-    """Images first to last - 1 of a batch, on the same canvas."""
+    """Return images first to last - 1 of a batch, on the same canvas."""
     gt = GroundTruth(*(field[first:last] for field in batch.gt))
     return Batch(batch.images[first:last], batch.sizes[first:last], batch.keys[first:last], gt, batch.padded)

@@ -1,6 +1,6 @@
-"""ResNet-20 for CIFAR-10 (He et al. 2016, section 4.2), with the norm asked for: the test network of the conversion.
+"""ResNet-20 for CIFAR-10 (He et al. 2016, section 4.2) with a choice of norms: the test network of the conversion.
 
-The parameters have the names of akamaster/pytorch_resnet_cifar10, so that its public BN weights load as they are.
+The parameters have the names of akamaster/pytorch_resnet_cifar10, so that its public BN weights load unchanged.
 B images, (H, W) = (32, 32); 3 stages of 3 blocks of 16, 32 and 64 channels; shortcuts have no parameters.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.weights.convert import convert_batch_norm
 
-BN_EPS = 1e-5  # torch's default, which those weights were trained with
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pictures these weights were trained on
+BN_EPS = 1e-5  # torch's default, with which these weights were trained
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training pictures of these weights
 MakeNorm = Callable[[int], nn.Module]  # channels -> norm
 
 
@@ -26,7 +26,7 @@ def conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut that strides and pads its channels with zeros (its option A)."""
+    """Two 3 x 3 convolutions and a shortcut that strides and pads its channels with zeros (option A of the paper)."""
 
     def __init__(self, in_channels: int, channels: int, norm: MakeNorm) -> None:
         super().__init__()
@@ -59,24 +59,24 @@ class ResNet20(nn.Module):
 
 
 def norm_layers(net: ResNet20) -> dict[str, nn.Module]:
-    """The norms by name, in forward order."""
+    """Return the norms by name, in forward order."""
     return {name: layer for name, layer in net.named_modules() if isinstance(layer, FrozenBatchNorm | GroupNorm)}
 
 
 def group_norm(groups: int = 0, channels_per_group: int = 16) -> MakeNorm:
-    """Make GN of so many groups, or else of so many channels a group."""
+    """Return a factory of GN with `groups` groups, or else with `channels_per_group` channels per group."""
     return lambda channels: GroupNorm(channels, groups or channels // channels_per_group, 1e-5, masked=True)
 
 
 def pretrained(folder: Path) -> ResNet20:
-    """The public network, its BN frozen."""
+    """Return the public network with frozen BN."""
     net = ResNet20(lambda channels: FrozenBatchNorm(channels, BN_EPS, masked=True))
     net.load_state_dict(load_file(folder / "resnet20_cifar10.safetensors"))
     return net.eval()
 
 
 def by_name(source: ResNet20, norm: MakeNorm) -> ResNet20:
-    """The same network with GN, where every tensor goes to that of its name."""
+    """Return the same network with GN; every tensor goes to the one of the same name."""
     net = ResNet20(norm)
     own = net.state_dict()
     net.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if name in own})
@@ -84,7 +84,7 @@ def by_name(source: ResNet20, norm: MakeNorm) -> ResNet20:
 
 
 def converted(source: ResNet20, norm: MakeNorm, damp: float) -> ResNet20:
-    """The same network with GN converted from the frozen BN."""
+    """Return the same network with GN converted from the frozen BN."""
     net = by_name(source, norm)
     for name, layer in norm_layers(net).items():
         bn = source.get_submodule(name)
@@ -106,5 +106,5 @@ def read_images(folder: Path) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def predict(net: nn.Module, images: Tensor) -> Tensor:
-    """The most probable class of each image (N,)."""
+    """Return the most probable class of each image (N,)."""
     return torch.cat([net(part).argmax(1) for part in images.split(250)])

@@ -1,4 +1,4 @@
-"""What tests of training share: a tiny config, and what a run folder holds."""
+"""Helpers for training tests: load a tiny config, read the content of a run folder."""
 
 import json
 import os
@@ -41,6 +41,6 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def forget(folder: Path, *updates: int) -> None:
-    """Make a finished run one that was killed earlier: remove its newest checkpoints."""
+    """Remove the newest checkpoints of a finished run, as if it had been killed earlier."""
     for update in updates:
         shutil.rmtree(folder / "checkpoints" / f"update-{update:07d}")

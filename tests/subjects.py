@@ -1,4 +1,4 @@
-"""Small subjects for tests of `benchmarks.turns`; their processes import this file and little else."""
+"""Small workloads for tests of `benchmarks.turns`; their processes import little besides this file."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from benchmarks.turns import Work
 
 
 def noting(log: Path, name: str) -> Work:
-    """Note in a file that it was built, and each turn, with its process and the threads it may use."""
+    """Log the build and each turn, with the process id and the number of threads."""
     with log.open("a") as file:
         file.write(f"{name} build {os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
 
@@ -23,7 +23,7 @@ def noting(log: Path, name: str) -> Work:
 
 
 def holding(mib: int, in_child: bool) -> Work:
-    """Fill so much memory, in a process that it starts if asked to."""
+    """Fill `mib` MiB of memory, in this process or in a child."""
 
     def work() -> dict[str, float]:
         print("what a library prints")
@@ -40,7 +40,7 @@ def holding(mib: int, in_child: bool) -> Work:
 
 
 def computing(seconds: float) -> Work:
-    """Compute for so long in a process that it starts."""
+    """Compute for some CPU seconds in a child process."""
     code = f"import time\nwhile time.process_time() < {seconds}: pass"
 
     def work() -> dict[str, float]:
@@ -51,7 +51,7 @@ def computing(seconds: float) -> Work:
 
 
 def failing(how: str) -> Work:
-    """End its process, or raise, when it works."""
+    """Kill its process or raise, when it is built or when it works."""
 
     def work() -> dict[str, float]:
         if how == "dies":

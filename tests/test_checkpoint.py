@@ -1,4 +1,4 @@
-"""Checkpoints come back bit for bit, damage is found, and no crash costs the checkpoint before it."""
+"""Checkpoints load bit for bit, damage is found, and no crash loses the previous checkpoint."""
 
 import errno
 import hashlib
@@ -31,7 +31,7 @@ from gndet.errors import CheckpointError
 
 
 class Crash(BaseException):
-    """What a kill looks like from inside: no handler of the library may catch it."""
+    """A simulated kill: no handler of the library may catch it."""
 
 
 def folder_of(run: Path, update: int) -> Path:
@@ -157,11 +157,11 @@ def test_a_file_of_another_kind_is_refused_even_if_the_manifest_vouches_for_it(
         load_checkpoint(tmp_path / "a")
 
 
-STEPS = ("fsync", "rename", "replace", "symlink")  # of the protocol, each a function of os
+STEPS = ("fsync", "rename", "replace", "symlink")  # functions of os that the protocol calls
 
 
 class FailAt:
-    """Let the k-th of the calls of some functions of os fail, before or after it has had its effect."""
+    """Let the k-th call of some functions of os fail, before or after it takes effect."""
 
     def __init__(
         self, patch: pytest.MonkeyPatch, names: Sequence[str], k: int, after: bool, error: BaseException
@@ -193,7 +193,7 @@ def test_a_crash_at_every_step_leaves_a_whole_checkpoint(tmp_path: Path, after: 
     with pytest.MonkeyPatch.context() as patch:
         counter = FailAt(patch, (*STEPS, "rmdir"), 0, after, Crash())
         save_replace_and_point(tmp_path / "count")
-    assert counter.calls == 2 * 7 + 2 + 3  # saves (4 files, folder, rename, parent), old one aside and away, link
+    assert counter.calls == 2 * 7 + 2 + 3  # saves (4 files, folder, rename, parent), move and remove the old one, link
     for k in range(1, counter.calls + 1):
         run = tmp_path / str(k)
         save(run, 1)

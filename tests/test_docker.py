@@ -1,4 +1,4 @@
-"""The Dockerfile copies what exists, installs what pyproject.toml asks for, and its commands are commands."""
+"""The Dockerfile copies existing files, installs what pyproject.toml requires, and its commands are valid."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The rules of the house: floors, what the toolbox may import, and no import inside a function."""
+"""The layout rules: layers, what the toolbox may import, and no import inside a function."""
 
 import ast
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ FILES = sorted(ROOM.rglob("*.py"))
 
 
 class Place(NamedTuple):
-    """Where a module lies: gndet/FOLDER/... or gndet/FILE.py, and in the toolbox which tool it belongs to."""
+    """The location of a module: gndet/FOLDER/... or gndet/FILE.py, and in the toolbox its tool."""
 
     part: str  # the folder or the file at the root of gndet
     folder: str  # "" for a file at the root
-    tool: str  # of the toolbox, else ""
+    tool: str  # in the toolbox, else ""
 
     @staticmethod
     def of(module: str) -> "Place":
-        """The place of a module by its dotted name, gndet left out."""
+        """Return the place of a module from its dotted name without `gndet.`."""
         names = module.split(".")
         is_folder = (ROOM / names[0]).is_dir()
         return Place(names[0], names[0] if is_folder else "", names[1] if names[0] == "toolbox" and names[1:] else "")
@@ -41,7 +41,7 @@ def floor(place: Place) -> int:
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The modules of gndet that a file imports, dotted, gndet left out."""
+    """Yield the modules of gndet that a file imports, dotted, without `gndet.`."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gndet":
@@ -54,7 +54,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def offence(here: Place, there: Place) -> str | None:
-    """What is wrong with an import, or None: lower floors and one's own folder may be imported."""
+    """Return what is wrong with an import, or None; a module may import lower floors and its own folder."""
     if {here.part, there.part} == {"modeling", "data"}:
         return "modeling and data never meet"
     if here.part == there.part == "toolbox":
@@ -69,7 +69,7 @@ def offence(here: Place, there: Place) -> str | None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_a_module_imports_lower_floors_and_its_own_folder(path: Path) -> None:
     if path == ROOM / "__init__.py":
-        return  # the version alone
+        return  # it only has the version
     here = Place.of(".".join(path.relative_to(ROOM).with_suffix("").parts).removesuffix(".__init__"))
     for module in imports(ast.parse(path.read_text())):
         assert offence(here, Place.of(module)) is None, f"{module}: {offence(here, Place.of(module))}"
@@ -103,7 +103,7 @@ def test_the_rule_itself(here: str, there: str, allowed: bool) -> None:
 def test_no_import_inside_a_function(path: Path) -> None:
     if path.parent == ROOM / "cli":
         return  # --help must answer before torch is imported
-    # an optional extra: only fine-tuning from a file of another toolkit loads the readers of seven of them
+    # only fine-tuning from another toolkit's file loads the readers of seven toolkits
     allowed = {"read_source"} if path == ROOM / "weights" / "read.py" else set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and node.name not in allowed:
@@ -112,6 +112,6 @@ def test_no_import_inside_a_function(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOM.rglob("__init__.py")), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_an_init_holds_no_code(path: Path) -> None:
-    """A docstring, the version, and names handed on."""
+    """It may hold a docstring, the version and re-exported names."""
     for node in ast.parse(path.read_text()).body:
         assert isinstance(node, ast.Expr | ast.ImportFrom) or (path.parent == ROOM and isinstance(node, ast.Assign))

@@ -1,4 +1,4 @@
-"""docs/gndet_quickstart.ipynb runs as it stands, from its first cell to its last, in an empty folder."""
+"""docs/gndet_quickstart.ipynb runs from its first cell to its last in an empty folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from conftest import REPOSITORY
 from gndet.cli.main import parse
 
 NOTEBOOK = REPOSITORY / "docs" / "gndet_quickstart.ipynb"
-SHORT = {"UPDATES": 2, "IMAGES": 8}  # in place of what the notebook says
+SHORT = {"UPDATES": 2, "IMAGES": 8}  # instead of the notebook's numbers
 CONTENT = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
 CODE = ["".join(cell["source"]) for cell in CONTENT["cells"] if cell["cell_type"] == "code"]
 INSTALL = [n for n, cell in enumerate(c for c in CONTENT["cells"] if c["cell_type"] == "code") if cell["metadata"]]
@@ -26,9 +26,9 @@ ENVIRONMENT = os.environ | {
 
 
 def run_cell(text: str, names: dict[str, Any], folder: Path) -> str:
-    """Run a cell as a notebook does: lines with ! by the shell, {name} in them filled in, the rest by Python.
+    """Run a cell like a notebook: lines with ! in the shell, with {name} filled in, the rest in Python.
 
-    Returns what the commands printed.
+    Returns the output of the commands.
     """
     python: list[str] = []
     printed = ""
@@ -47,7 +47,7 @@ def run_cell(text: str, names: dict[str, Any], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The folder in which all cells were run, and what their commands printed."""
+    """The folder in which all cells were run, and the output of their commands."""
     folder, before = tmp_path_factory.mktemp("notebook"), Path.cwd()
     patch, names, printed = pytest.MonkeyPatch(), {"__name__": "__main__"}, {}
     patch.setenv("MPLBACKEND", "Agg")
@@ -90,8 +90,9 @@ def test_commands_print_what_the_text_promises(ran: tuple[Path, dict[str, str]])
 def test_every_command_is_one_of_gndet_s() -> None:
     shown = "\n".join("".join(cell["source"]) for cell in CONTENT["cells"])
     commands = re.findall(r"(?m)^!(gndet [^#\n]+)|`(gndet [a-z]+ --[^`]+)`", shown)
-    words = [shlex.split(one or other)[1:] for one, other in commands]
-    assert {parse(one).verb for one in words} >= {"check", "train", "report", "evaluate", "predict", "config", "doctor"}
+    commands = [shlex.split(cell or quoted)[1:] for cell, quoted in commands]
+    verbs = {parse(words).verb for words in commands}
+    assert verbs >= {"check", "train", "report", "evaluate", "predict", "config", "doctor"}
 
 
 def test_the_file_is_a_clean_notebook_with_one_cell_that_installs() -> None:

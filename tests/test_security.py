@@ -1,6 +1,6 @@
-"""Nothing that is read is run: weights, configs, checkpoints and data of a stranger (T21).
+"""Nothing in a stranger's weights, configs, checkpoints or data is ever executed (T21).
 
-Each hostile file would create the canary if what it holds were executed, or unpacked.
+Each hostile file would create the canary if its content were executed or unpacked.
 """
 
 import ast
@@ -39,7 +39,7 @@ train: {global_batch: 1, images_per_gpu: 1, schedule: {updates: 1}}
 
 @pytest.fixture(autouse=True)
 def canary(tmp_path: Path) -> Iterator[Path]:
-    """A file that appears where something was run or unpacked; it must not."""
+    """A file that would appear if something were executed or unpacked; it must not."""
     path = tmp_path / "canary"
     yield path
     assert not path.exists()
@@ -53,7 +53,7 @@ def config(tmp_path: Path) -> Path:
 
 
 class Evil:
-    """Unpickled carelessly, it calls a function."""
+    """An object that calls a function when it is unpickled carelessly."""
 
     def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
         self.call = function, arguments
@@ -75,7 +75,7 @@ def evil_objects(canary: Path) -> list[Any]:
 
 
 def evil_files(folder: Path, canary: Path) -> list[Path]:
-    """Files of each kind that read_weights tells apart, each with each object."""
+    """Write every hostile object in each file format that read_weights distinguishes."""
     files = []
     for number, hostile in enumerate(evil_objects(canary)):
         names = {kind: folder / f"{kind}{number}.pth" for kind in ("zip", "legacy", "plain")}
@@ -87,7 +87,7 @@ def evil_files(folder: Path, canary: Path) -> list[Path]:
 
 
 def test_the_hostile_files_are_hostile(tmp_path: Path, canary: Path) -> None:
-    """Guards the tests below: read carelessly, each of them runs something."""
+    """Guards the tests below: each of these files executes something when it is read carelessly."""
     for file in evil_files(tmp_path, canary):
         if file.name.startswith("plain"):
             pickle.loads(file.read_bytes())
@@ -98,7 +98,7 @@ def test_the_hostile_files_are_hostile(tmp_path: Path, canary: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """Run gndet, which must refuse in words of its own.  Returns them."""
+    """Run gndet, which must refuse with its own message.  Returns the message."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 2
     text = capsys.readouterr().err
@@ -121,13 +121,13 @@ def test_t21_hostile_weights_are_refused_and_not_run(
 
 
 def fake_checkpoint(folder: Path, data: bytes, meta: dict[str, Any], name: str = "model.safetensors") -> Path:
-    """A checkpoint whose manifest is right about hostile content."""
+    """Write a checkpoint whose manifest matches its hostile content."""
     folder.mkdir(parents=True)
     files = {name: data, META: json.dumps(meta).encode()}
     for file, content in files.items():
         (folder / file).write_bytes(content)
-    about = {file: {"bytes": len(of), "sha256": hashlib.sha256(of).hexdigest()} for file, of in files.items()}
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": about}))
+    entries = {key: {"bytes": len(file), "sha256": hashlib.sha256(file).hexdigest()} for key, file in files.items()}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}))
     return folder
 
 
@@ -185,7 +185,7 @@ HOSTILE_TAGS = (
 
 
 def read_in(folder: Path, where: str, value: str) -> None:
-    """Read a config that holds a value itself, in its base, or in an override."""
+    """Read a config that gets a value from the file itself, from its base, or from an override."""
     config, base = folder / "config.yaml", folder / "base.yaml"
     base.write_text(f"seed: {value}\n" if where == "base" else "seed: 1\n")
     config.write_text("base: base.yaml\n" + (f"seed: {value}\n" if where == "config" else ""))
@@ -200,14 +200,14 @@ def test_t21_yaml_that_names_python_is_refused_and_not_run(tmp_path: Path, canar
 
 
 def bomb() -> str:
-    """A flow mapping of aliases that unfolds to 10**8 values."""
+    """Return a flow mapping of aliases that expands to 10**8 values."""
     parts = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
     parts += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     return "{" + ", ".join(parts) + "}"
 
 
 def merge_bomb() -> str:
-    """Merge keys that unfold to 10**8 entries when they are constructed."""
+    """Return merge keys that expand to 10**8 entries when they are constructed."""
     parts = ["a0: &a0 {x: 1}"]
     parts += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 9)]
     return "{" + ", ".join(parts) + "}"
@@ -275,7 +275,7 @@ def test_an_override_of_a_whole_section_is_named_for_each_key_in_it(config: Path
 
 
 def archives(folder: Path) -> list[Path]:
-    """A zip and tars whose members lie outside of where they would be unpacked, or are links out of it."""
+    """Write a zip and tars with members that would be unpacked outside the target folder, or link out of it."""
     file = folder / "slip.zip"
     with zipfile.ZipFile(file, "w") as archive:
         for name in ("../canary", "canary", "data.json", str(folder / "canary")):
@@ -324,15 +324,15 @@ ALLOWED_IMPORTS = {
     (
         "toolbox/doctor/doctor.py",
         "subprocess",
-    ): "starts doctor.inside, which imports what may end a process",
-    ("toolbox/doctor/inside.py", "importlib"): "steps of the doctor, by names that stand there",
+    ): "starts doctor.inside, which imports packages that may crash the process",
+    ("toolbox/doctor/inside.py", "importlib"): "steps of the doctor, by names in that file",
     ("toolbox/doctor/machine.py", "subprocess"): "git, in gndet's own folder, for the commit",
-    ("toolbox/doctor/packages.py", "importlib"): "the packages that gndet stands on, by names that stand there",
-    ("toolbox/norm_study/jobs.py", "subprocess"): "starts gndet train, a process a cell",
+    ("toolbox/doctor/packages.py", "importlib"): "the packages that gndet depends on, by names in that file",
+    ("toolbox/norm_study/jobs.py", "subprocess"): "starts gndet train, a process per cell",
     ("toolbox/norm_study/child.py", "runpy"): "gndet.cli, by that name",
     ("toolbox/report/report.py", "importlib"): "reads the style and script that come with gndet",
     ("weights/foreign/source.py", "urllib"): "the error of a download that the user asked for by name",
-    ("weights/foreign/source.py", "importlib"): "timm, where the user named weights of timm",
+    ("weights/foreign/source.py", "importlib"): "timm, if the user named weights of timm",
 }
 BANNED_CALLS = (
     {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.posix_spawn", "os.fork", "os.startfile"}
@@ -340,20 +340,20 @@ BANNED_CALLS = (
     | {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "shutil.unpack_archive"}
 )
 ALLOWED_CALLS = {
-    ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names that stand there",
+    ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names in that file",
     (
         "toolbox/doctor/packages.py",
         "importlib.import_module",
-    ): "packages of gndet, by names that stand there",
+    ): "packages of gndet, by names in that file",
 }
-BANNED_ENDINGS = {"extract", "extractall", "urlopen", "urlretrieve"}  # of whatever object
+BANNED_ENDINGS = {"extract", "extractall", "urlopen", "urlretrieve"}  # as methods of any object
 DOWNLOADS = {
     "download_url_to_file": ("weights/foreign/source.py", "_torchvision"),
     "load_state_dict_from_url": (),
     "import_module": ("weights/foreign/source.py", "_timm"),
     "create_model": ("weights/foreign/source.py", "_timm"),
     "get_state_dict": (),
-}  # each in one function, which `read_source` calls for a name of weights that no file has
+}  # each in a function that `read_source` calls only if the name of the weights is not a file
 
 
 def dotted(node: ast.AST) -> str:
@@ -363,7 +363,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def offences(path: str, source: str) -> list[str]:
-    """What a module of gndet does that none may."""
+    """Return what a module of gndet does although no module may."""
     found = []
     tree = ast.parse(source)
     within = {id(node): f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}

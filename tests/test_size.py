@@ -1,4 +1,4 @@
-"""How much there is to read: files, lines, and what `import gndet.train` loads stay below the limits of the plan."""
+"""The amount of code: files, lines, and what `import gndet.train` loads stay below their limits."""
 
 import ast
 import re
@@ -26,7 +26,7 @@ def lines(paths: list[Path]) -> int:
 
 
 def reading_path() -> list[Path]:
-    """The files of docs/reading_the_code.md, in the order in which they are to be read."""
+    """Return the files of docs/reading_the_code.md in reading order."""
     return [REPOSITORY / name for name in re.findall(r"(?m)^\d+\. \[`(gndet/[^`]+)`\]", PATH.read_text())]
 
 

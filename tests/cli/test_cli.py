@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in processes of their own."""
+"""The command line as a user sees it, in separate processes."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def test_help_config_and_check_do_not_import_torch() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    """0.5 s is promised; 3 s here so that a busy machine does not fail it, an import of torch (3 s and more) does."""
+    """The promise is 0.5 s; the limit of 3 s fails on an import of torch (3 s and more) but not on a busy machine."""
     began = time.monotonic()
     assert run("--help").returncode == 0
     assert time.monotonic() - began < 3
@@ -87,8 +87,8 @@ def test_evaluate_prints_the_table_and_writes_results(trained: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "AP50" in printed and "triangle" in printed and "4 images" in printed
     assert all(
-        {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(one)
-        for one in json.loads(results.read_text())
+        {"image_id", "category_id", "bbox", "score", "segmentation"} <= set(result)
+        for result in json.loads(results.read_text())
     )
 
 

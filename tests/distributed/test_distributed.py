@@ -1,4 +1,4 @@
-"""What a process sets up for itself before it computes."""
+"""What a process sets up before it computes."""
 
 import os
 import subprocess

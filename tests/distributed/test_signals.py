@@ -1,4 +1,4 @@
-"""The first signal is noted, and interrupts what may be interrupted; the second ends the process."""
+"""The first signal is noted and interrupts what may be interrupted; the second ends the process."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def test_a_signal_is_noted_and_raised_only_where_it_is_polled(number: int) -> No
     with StopSignals() as stop:
         stop.poll()
         os.kill(os.getpid(), number)
-        assert stop.asked and stop.number == number  # and nothing was raised
+        assert stop.asked and stop.number == number  # but nothing was raised
         with pytest.raises(Stop):
             stop.poll()
         assert stop.status == (130 if number == signal.SIGINT else 0)
@@ -38,10 +38,10 @@ def test_within_at_once_a_signal_breaks_off_what_waits() -> None:
 def test_within_at_once_a_stop_of_another_process_does_so_too() -> None:
     began = time.monotonic()
     with StopSignals() as stop, pytest.raises(Stop), stop.at_once():
-        threading.Timer(0.2, stop.ask).start()  # as the thread of the watch does
+        threading.Timer(0.2, stop.ask).start()  # like the watch thread
         time.sleep(20)
     assert time.monotonic() - began < 10 and stop.status == 0
-    stop.ask()  # and afterwards nothing happens
+    stop.ask()  # has no effect afterwards
 
 
 def test_after_at_once_a_signal_raises_nothing() -> None:
@@ -56,7 +56,7 @@ def test_after_at_once_a_signal_raises_nothing() -> None:
 def test_two_signals_of_one_request_do_not_end_the_process() -> None:
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun passes on what the scheduler sent to all processes
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler signals all processes, and torchrun forwards its signal
         time.sleep(0.2)
         assert stop.asked
 

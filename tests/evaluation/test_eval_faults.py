@@ -1,4 +1,4 @@
-"""Evaluation on any number of processes, of data sets that hold next to nothing, and with pictures that fail (T23)."""
+"""Evaluation on any number of ranks, of nearly empty data sets, and with unreadable pictures (T23)."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ def shapes(count: int = 5) -> Dataset:
 
 
 class Finder(nn.Module):
-    """A detector that knows a picture by its pixels and finds its objects roughly: a function of the picture alone."""
+    """A detector that recognises a picture by its pixels and roughly finds its objects."""
 
     def __init__(self, dataset: Dataset, finds: bool = True) -> None:
         super().__init__()
@@ -91,14 +91,14 @@ def unreadable() -> np.ndarray:
 
 
 def with_bad_picture(dataset: Dataset) -> Dataset:
-    """The second image cannot be read."""
+    """Make the second image unreadable."""
     records = [*dataset.records]
     records[1] = records[1]._replace(load=unreadable)
     return dataset._replace(records=records)
 
 
 def with_bad_truth(dataset: Dataset) -> Dataset:
-    """An object whose annotation has no number: a bug that shows when scoring begins."""
+    """Remove annotation ids, a bug that shows only when scoring starts."""
     return dataset._replace(
         records=[record._replace(annotation_ids=record.annotation_ids[:0]) for record in dataset.records]
     )
@@ -112,8 +112,8 @@ def error_of(proc: Process, dataset: Dataset) -> list[str]:
     return ["", ""]
 
 
-def one_of(proc: Process, folder: str) -> None:
-    """The life of one process: evaluate data sets of each size, then what fails, and note what it was answered."""
+def run_rank(proc: Process, folder: str) -> None:
+    """Run one rank: evaluate data sets of each size, then failing ones, and write the answers to a file."""
     found: dict[str, Any] = {}
     for size in SIZES:
         for engine in ENGINES:
@@ -129,11 +129,11 @@ def one_of(proc: Process, folder: str) -> None:
 
 
 def answers(world: int, folder: Path) -> list[dict[str, Any]]:
-    """What each of `world` processes was answered."""
+    """Return the answers of each of `world` ranks."""
     if world == 1:
-        one_of(ALONE, str(folder))
+        run_rank(ALONE, str(folder))
     else:
-        spawn(one_of, world, "cpu", str(folder))
+        spawn(run_rank, world, "cpu", str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -143,12 +143,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def plain(evaluation: Evaluation) -> list[Any]:
-    """What JSON can hold of it: box metrics, mask metrics, results."""
+    """Return box metrics, mask metrics and results in a form for JSON."""
     return [*evaluation[:2], list(evaluation.results)]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, nan to nan."""
+    """Return whether two values are equal bit for bit, where nan equals nan."""
     return json.dumps(a) == json.dumps(b)
 
 
@@ -163,10 +163,10 @@ def test_t23_any_number_of_processes_sees_each_image_once_and_is_answered_the_sa
             expected, seen = alone[f"{size} {engine}"]
             assert seen == ids[:size] and 0 < expected[0][0]["AP"] < 1 and 0 < expected[1][0]["AP"] < 1
             for rank, answer in enumerate(several):
-                numbers = [*expected[:2], [] if rank else expected[2]]  # the detections are with the first alone
+                numbers = [*expected[:2], [] if rank else expected[2]]  # only rank 0 has the detections
                 assert same(answer[f"{size} {engine}"][0], numbers)
             assert [answer[f"{size} {engine}"][1] for answer in several] == [ids[r:size:world] for r in range(world)]
-    for answer in several:  # what fails in one process fails in all, instead of keeping the others waiting
+    for answer in several:  # a failure on one rank fails on all, so no rank keeps waiting
         kind, text = answer["bad truth"]
         assert kind == "RuntimeError" and "could not score the detections" in text and "ValueError" in text
         assert answer["bad picture"] == ["DataError", "second.png: cannot be read as a picture"]
@@ -185,13 +185,13 @@ def test_a_picture_that_is_passed_over_counts_as_one_without_detections(alone: d
     whole, (passed, told) = alone["5 hotcoco"][0], alone["passed over"]
     second = shapes().records[1].image_id
     assert told == [[second, "second.png: cannot be read as a picture"]]
-    assert passed[2] == [one for one in whole[2] if one["image_id"] != second] != whole[2]
+    assert passed[2] == [result for result in whole[2] if result["image_id"] != second] != whole[2]
     assert passed[0][0]["AR"] < whole[0][0]["AR"]  # its objects count as missed
     assert alone["bad picture"] == ["DataError", "second.png: cannot be read as a picture"]
 
 
 def test_only_the_first_process_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the second of two processes sends and gets, in the four exchanges."""
+    """Check what rank 1 of two ranks sends and receives in the four exchanges."""
     dataset, sent, kept = shapes(2), [], []
     numbers = run(dataset)[:2]
     of_first = [[""], [dataset.records[0].image_id], [numbers]]
@@ -208,7 +208,7 @@ def test_only_the_first_process_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation, "gather_to_first", collect_as_second)
     answer = run(dataset, Process(1, 2, CPU))
     assert sent[2] == [] and answer[:2] == numbers
-    assert len(kept[0][0]) > 0 and len(answer.results) == 0  # sent to the first, and not kept
+    assert len(kept[0][0]) > 0 and len(answer.results) == 0  # sent to rank 0 and not kept
 
 
 # --- next to nothing
@@ -219,7 +219,7 @@ def changed(dataset: Dataset, **fields: Any) -> Dataset:
 
 
 def only_class(dataset: Dataset, label: int) -> Dataset:
-    """The objects of one class, which is the only one."""
+    """Keep the objects of one class as the only class."""
     records = []
     for record in dataset.records:
         keep = np.flatnonzero(record.labels == label)
@@ -289,7 +289,7 @@ def test_t23_the_engines_agree_on_next_to_nothing(case: str) -> None:
 
 
 class BreakOff(BaseException):
-    """As what a signal raises."""
+    """An exception like the one that a signal raises."""
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -302,6 +302,6 @@ def test_an_evaluation_that_is_broken_off_leaves_no_process_and_the_model_as_it_
         if len(seen) == 3:
             raise BreakOff
 
-    with pytest.raises(BreakOff) as broken:  # its traceback holds on to the batches
+    with pytest.raises(BreakOff) as broken:  # its traceback keeps the batches alive
         detect_share(model, dataset, config(workers), ALONE, autocast=contextlib.nullcontext, on_image=stop)
     assert broken.tb and model.training and len(seen) == 3 and not multiprocessing.active_children()

@@ -1,4 +1,4 @@
-"""Evaluation against pycocotools' own numbers, and masks against a slow full-image paste."""
+"""Evaluation compared with pycocotools' own numbers, and masks with a slow full-image paste."""
 
 import contextlib
 import copy
@@ -53,23 +53,23 @@ def perturbed(truth: dict, seed: int) -> list[dict]:
         mask = coco_mask.decode(to_rle(annotation["segmentation"], sizes[annotation["image_id"]]))
         code = coco_mask.encode(np.asfortranarray(np.roll(mask, shift, (0, 1))))
         x, y, width, height = annotation["bbox"]
-        one = {
+        result = {
             "image_id": annotation["image_id"],
             "category_id": annotation["category_id"],
             "bbox": [x + float(shift[1]), y + float(shift[0]), width * random.uniform(0.8, 1.2), height],
             "score": float(random.random()),
             "segmentation": code | {"counts": code["counts"].decode()},
         }
-        results += [one] if random.random() < 0.8 else []
-        results += [one | {"category_id": categories[random.integers(80)]}] if random.random() < 0.3 else []
+        results += [result] if random.random() < 0.8 else []
+        results += [result | {"category_id": categories[random.integers(80)]}] if random.random() < 0.3 else []
     return results
 
 
 def reference_stats(truth: dict, results: list[dict], kind: str) -> list[float]:
     results = copy.deepcopy(results)
-    if kind == "segm":  # else pycocotools takes the box's area for the mask's
-        for one in results:
-            del one["bbox"]
+    if kind == "segm":  # with a bbox, pycocotools takes the box's area
+        for result in results:
+            del result["bbox"]
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = copy.deepcopy(truth)
@@ -105,7 +105,7 @@ def test_boxes_and_masks_scored_together_are_those_scored_alone(truth: dict, eng
     assert list(together) == ["bbox", "segm"]
     for kind, metrics in together.items():
         assert repr(metrics) == repr(metrics_of(truth, results, kind, **options))
-    few = truth | {"annotations": [one | {"iscrowd": 1} for one in truth["annotations"]]}  # another for the masks
+    few = truth | {"annotations": [row | {"iscrowd": 1} for row in truth["annotations"]]}  # for masks only
     apart = coco_metrics(truths | {"segm": few}, from_coco(results), **options)
     assert apart["bbox"].summary == together["bbox"].summary and math.isnan(apart["segm"].summary["AP"])
 
@@ -115,13 +115,13 @@ def test_boxes_and_masks_scored_together_are_those_scored_alone(truth: dict, eng
 def test_ids_that_no_float_holds_are_told_apart(truth: dict, engine: str, kind: str) -> None:
     results = perturbed(truth, seed=5)
     expected = metrics_of(truth, results, kind, engine=engine, max_detections=100)
-    new = {image["id"]: 2**62 + place for place, image in enumerate(sorted(truth["images"], key=lambda one: one["id"]))}
+    new = {image_id: 2**62 + i for i, image_id in enumerate(sorted(image["id"] for image in truth["images"]))}
     moved = {
         "images": [image | {"id": new[image["id"]]} for image in truth["images"]],
-        "annotations": [one | {"image_id": new[one["image_id"]]} for one in truth["annotations"]],
+        "annotations": [annotation | {"image_id": new[annotation["image_id"]]} for annotation in truth["annotations"]],
         "categories": truth["categories"],
     }
-    found = [one | {"image_id": new[one["image_id"]]} for one in results]
+    found = [result | {"image_id": new[result["image_id"]]} for result in results]
     assert repr(metrics_of(moved, found, kind, engine=engine, max_detections=100)) == repr(expected)
 
 
@@ -131,19 +131,19 @@ def test_per_class_numbers_are_those_of_the_class_alone(truth: dict, engine: str
     metrics = metrics_of(truth, results, "bbox", engine=engine, max_detections=100)
     person = {
         "images": truth["images"],
-        "annotations": [one for one in truth["annotations"] if one["category_id"] == 1],
-        "categories": [one for one in truth["categories"] if one["id"] == 1],
+        "annotations": [annotation for annotation in truth["annotations"] if annotation["category_id"] == 1],
+        "categories": [category for category in truth["categories"] if category["id"] == 1],
     }
-    stats = reference_stats(person, [one for one in results if one["category_id"] == 1], "bbox")
+    stats = reference_stats(person, [result for result in results if result["category_id"] == 1], "bbox")
     row = next(row for row in metrics.per_class if row["name"] == "person")
     assert [row["AP"], row["AP50"], row["AR"]] == [stats[0], stats[1], stats[8]]
-    objects = [one["image_id"] for one in person["annotations"] if not one["iscrowd"]]
+    objects = [annotation["image_id"] for annotation in person["annotations"] if not annotation["iscrowd"]]
     assert (row["num_objects"], row["num_images"]) == (len(objects), len(set(objects)))
     assert len(objects) < len(person["annotations"])  # there are crowd regions to leave out
 
 
 def row_of_boxes(count: int) -> tuple[dict, list[dict]]:
-    """One picture with count objects, each found exactly."""
+    """Return a picture with count objects, and results that find each of them exactly."""
     boxes = [[20.0 * index, 0.0, 10.0, 10.0] for index in range(count)]
     truth = {
         "images": [{"id": 1, "height": 10, "width": 20 * count}, {"id": 2, "height": 10, "width": 10}],
@@ -187,7 +187,7 @@ def test_what_is_absent_is_zero_or_undefined(engine: str) -> None:
 
 
 def slow_paste(mask: Tensor, box: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """detectron2's paste: grid_sample at every pixel of the picture."""
+    """Paste a mask like detectron2: grid_sample at every pixel of the picture."""
     ys, xs = (torch.arange(edge, dtype=torch.float64) + 0.5 for edge in size)
     ys = (ys - box[1]) / (box[3] - box[1]) * 2 - 1
     xs = (xs - box[0]) / (box[2] - box[0]) * 2 - 1
@@ -199,10 +199,10 @@ def test_pasted_masks_are_detectron2s() -> None:
     generator = torch.Generator().manual_seed(3)
     size = (61, 90)
     masks = torch.rand(40, 28, 28, generator=generator, dtype=torch.float64)
-    masks[::2] = 0.3 + 0.7 * (masks[::2] > 0.05)  # solid to the border: what lies just outside the box shows
+    masks[::2] = 0.3 + 0.7 * (masks[::2] > 0.05)  # solid up to the border, so that errors just outside the box show
     corners = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 80 - 10
     edges = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 60 + 0.5
-    boxes = torch.cat([corners, corners + edges], dim=1)  # some smaller than a pixel, some leave the picture
+    boxes = torch.cat([corners, corners + edges], dim=1)  # some are smaller than a pixel, some leave the picture
     codes = paste_masks(masks.float().numpy(), boxes.numpy(), size)
     covered = 0
     for mask, box, code in zip(masks, boxes, codes, strict=True):
@@ -222,8 +222,8 @@ def test_a_mask_is_encoded_as_pycocotools_encodes_the_whole_picture(paste: str) 
     masks[:6] = np.array([1, 1, 1, 0, 1, 1])[:, None, None]
     for height, width in ((24, 31), (1, 40), (40, 1), (1, 1)):
         corners = np.sort(random.uniform(-10, 50, (30, 2, 2)), axis=1)
-        corners[::3] = [[-9, -9], [60, 60]]  # the whole picture: a run goes on from one column to the next
-        corners[1::3, :, 1] = [-9, 60]  # from its top to its bottom
+        corners[::3] = [[-9, -9], [60, 60]]  # the whole picture: a run continues from one column to the next
+        corners[1::3, :, 1] = [-9, 60]  # from top to bottom
         for code in paste_masks(masks, corners.reshape(30, 4), (height, width), paste):
             whole = coco_mask.encode(np.asfortranarray(coco_mask.decode(code)))
             assert code == whole
@@ -246,7 +246,7 @@ def test_three_hundred_masks_paste_in_seconds() -> None:
 
 
 class Oracle(nn.Module):
-    """A detector that knows the answer: the records' ground truth in reading order, one slot too many."""
+    """A detector that knows the answer: the records' ground truth in reading order, plus an empty slot."""
 
     def __init__(self, dataset: Dataset, records: list[int]) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class Oracle(nn.Module):
         return Detections(boxes, scores, labels, masks, valid)
 
     def in_box(self, segmentation: object, box: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """The object's mask as the mean of 4 x 4 points a cell."""
+        """Return the object's mask as the mean of 4 x 4 points per cell."""
         x, y = ((box[axis] + (box[axis + 2] - box[axis]) * (np.arange(112) + 0.5) / 112).astype(int) for axis in (0, 1))
         mask = coco_mask.decode(to_rle(segmentation, size))
         points = mask[np.ix_(y.clip(max=size[0] - 1), x.clip(max=size[1] - 1))]
@@ -296,7 +296,7 @@ def test_an_oracle_scores_one_whatever_the_picture_size(shapes: Dataset, engine:
     assert len(result.results) == sum(len(record.labels) for record in shapes.records)
     assert result.box.summary["AP"] == 1
     assert result.mask.summary["AP50"] == 1 and result.mask.summary["AP"] > 0.8
-    boxes = np.array([one["bbox"] for one in result.results])
+    boxes = np.array([row["bbox"] for row in result.results])
     wanted = np.concatenate([record.boxes for record in shapes.records])
     assert np.abs(boxes[:, :2] - wanted[:, :2]).max() < 1e-3
     assert np.abs(boxes[:, 2:] - (wanted[:, 2:] - wanted[:, :2])).max() < 1e-3
@@ -335,11 +335,11 @@ def test_columns_read_as_the_results_they_were_made_of(truth: dict) -> None:
     assert list(pickle.loads(pickle.dumps(columns))) == results
     assert list(join([columns[:7], from_coco([]), columns[7:]])) == results and len(join([])) == 0
     ids = [image["id"] for image in truth["images"]][::-1]
-    assert list(columns.of_image(ids[3])) == [one for one in results if one["image_id"] == ids[3]]
+    assert list(columns.of_image(ids[3])) == [found for found in results if found["image_id"] == ids[3]]
     shuffled = [results[place] for place in np.random.default_rng(0).permutation(len(results))]
-    ordered = sorted(shuffled, key=lambda one: ids.index(one["image_id"]))
+    ordered = sorted(shuffled, key=lambda found: ids.index(found["image_id"]))
     assert list(from_coco(shuffled).in_order_of(ids)) == ordered
-    boxes = [{key: one[key] for key in ("image_id", "category_id", "bbox", "score")} for one in results]
+    boxes = [{key: found[key] for key in ("image_id", "category_id", "bbox", "score")} for found in results]
     assert list(from_coco(boxes)) == boxes
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn where, and that nothing falls outside."""
+"""Pictures: what is drawn where, and that nothing is drawn outside."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_labels_stay_inside_the_picture() -> None:
     corners = (labelled != plain).any(-1)
     for ys in (slice(0, 60), slice(640, 700)):
         for xs in (slice(0, 200), slice(700, 900)):
-            assert corners[ys, xs].sum() > 500  # the whole ground of the label is there, not a cut-off part
+            assert corners[ys, xs].sum() > 500  # the whole background of the label is there, not a part of it
 
 
 def test_labels_are_left_out_where_they_would_cover_the_picture() -> None:

@@ -33,19 +33,21 @@ def damaged(folder: Path) -> str:
         shutil.copytree(base.out, folder / what, symlinks=True)
         damage(folder / what / "last" / name, how)
         text = finish(folder, what, *options)
-        check("passed over " in text and "update-0000005" in text, f"{what}: the damage is not told: {text}")
-        check("continuing after update 4 of 6" in text, f"{what}: does not go on from update 4: {text}")
+        check("passed over " in text and "update-0000005" in text, f"{what}: the damage is not reported: {text}")
+        check("continuing after update 4 of 6" in text, f"{what}: does not resume after update 4: {text}")
         check_same(folder / what, unbroken(folder, *options), what)
         shutil.rmtree(folder / what)
     for saved in run_checkpoints(base.out):
         damage(saved / "model.safetensors", "flipped")
     text = start(folder, "base", *options).expect(2)
     check("no checkpoint is whole; --fresh starts anew" in text, f"all damaged: {text}")
-    return f"{len(cases)} of {len(cases)} damages told, fell back, ended bit-identical; all damaged: refused, status 2"
+    return (
+        f"{len(cases)} of {len(cases)} damages reported, fell back, ended bit-identical; all damaged: refused, status 2"
+    )
 
 
 def damage(path: Path, how: str) -> None:
-    """Change a byte in the middle of a file, cut its second half off, or remove it."""
+    """Change a byte in the middle of a file, cut off its second half, or remove it."""
     data = path.read_bytes()
     half = len(data) // 2
     if how == "removed":
@@ -55,13 +57,13 @@ def damage(path: Path, how: str) -> None:
 
 
 class Disk:
-    """The disk that a run writes to: a small tmpfs, or else a limit on the size of its files."""
+    """The disk that a run writes to: a small tmpfs, or otherwise a limit on the size of its files."""
 
     def __init__(self, folder: Path, mounted: bool) -> None:
         self.folder, self.mounted = folder, mounted
 
     def fill(self, run: Started) -> None:
-        """Leave no room."""
+        """Fill the disk."""
         if not self.mounted:
             resource.prlimit(run.pids[0], resource.RLIMIT_FSIZE, (SMALL, resource.RLIM_INFINITY))
             return
@@ -82,7 +84,7 @@ class Disk:
 
 @contextmanager
 def disk(folder: Path) -> Iterator[Disk]:
-    """A disk that can be filled, in a folder."""
+    """Yield a disk that can be filled, in a folder."""
     place = folder / "disk"
     place.mkdir()
     mounted = os.geteuid() == 0 and _quiet("mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(place))
@@ -106,13 +108,13 @@ def full(folder: Path) -> str:
         stopped_when_full(folder, room)
         kind = "a full tmpfs" if room.mounted else "a limit on file sizes"
     return (
-        f"{kind}: training went on, the checkpoint before loads, status 2 with the reason, the same command ended "
+        f"{kind}: training continued, the previous checkpoint loads, status 2 with the reason, the same command ended "
         "bit-identical; with room again in time: status 0"
     )
 
 
 def fill_after(folder: Path, room: Disk, name: str, updates: list[int]) -> Started:
-    """Start a run whose disk is full from update 3 on, its checkpoint included; it waits after the other updates."""
+    """Start a run whose disk is full from update 3 on, also for its checkpoint; it waits after the given updates."""
     run = start(folder, f"disk/{name}", *SAVING, faults={"gate": [[3, *updates], "go"]})
     run.wait_for("update 2/")
     while not (run.out / CHECKPOINTS / "update-0000002").exists() or (run.out / ".tmp-last").exists():
@@ -127,7 +129,7 @@ def stays_full(folder: Path, room: Disk) -> None:
     """The disk is full until the end."""
     run = fill_after(folder, room, "full", [])
     text = run.expect(2)
-    check(text.count("training continues without this one") > 10, f"training did not go on: {text}")
+    check(text.count("training continues without this one") > 10, f"training did not continue: {text}")
     check("the run is finished, but its last checkpoint is missing" in text, f"no clear end: {text}")
     check(newest_update(run.out) == 2, f"saved is update {newest_update(run.out)}, expected 2")
     left = [path.name for path in (run.out / CHECKPOINTS).glob(".*")]
@@ -155,14 +157,14 @@ def has_room_again(folder: Path, room: Disk) -> None:
 
 
 def has_room_at_the_end(folder: Path) -> None:
-    """The disk is full for the last checkpoint, and has room when it is tried once more."""
+    """The disk is full for the last checkpoint, and has room at the second attempt."""
     text = finish(folder, "last", *SAVING, faults={"no_room": [16, 1]})
-    check("update-0000016: cannot save the checkpoint: No space left on device" in text, f"not told: {text}")
+    check("update-0000016: cannot save the checkpoint: No space left on device" in text, f"not reported: {text}")
     check_same(folder / "last", unbroken(folder, *SAVING), "with room at the end")
 
 
 def stopped_when_full(folder: Path, room: Disk) -> None:
-    """A signal comes while the disk is full: what cannot be saved is not said to be."""
+    """A signal arrives while the disk is full: the run must not claim that its progress is saved."""
     run = fill_after(folder, room, "stopped", [5])
     run.wait_for("training continues without this one")
     run.signal(TERM)
@@ -175,15 +177,13 @@ def stopped_when_full(folder: Path, room: Disk) -> None:
 
 
 def beside_training(folder: Path) -> str:
-    """A slow disk does not hold up the updates between two checkpoints."""
+    """A slow disk does not delay the updates between two checkpoints."""
     trace = str(folder / "trace.jsonl")
     options = ("train.checkpoint_every=4", "train.schedule.updates=8")
     finish(folder, "run", *options, faults={"slow_save": [1.0, 0, trace], "trace": [trace]})
     events = [(line["what"], line["update"]) for line in read_trace(Path(trace))]
     begins, ends = events.index(("save begins", 4)), events.index(("save ends", 4))
     between = [update for what, update in events[begins:ends] if what == "update"]
-    check(
-        between[:3] == [5, 6, 7], f"while a checkpoint was written came {between}, expected updates 5, 6, 7: {events}"
-    )
+    check(between[:3] == [5, 6, 7], f"updates while a checkpoint was written: {between}, expected 5, 6, 7: {events}")
     check_same(folder / "run", unbroken(folder, *options), "with a slow disk")
     return "updates 5 to 7 were made while the checkpoint of update 4 took 5 s to write; bit-identical"

@@ -1,6 +1,6 @@
-"""A process that has imported everything and forks others: a run starts in 0.1 s, not in 5.
+"""A process that has imported everything and forks others: a run starts in 0.1 s instead of 5 s.
 
-multiprocessing's own fork server would do, but there is one for the whole program, and others load it with less.
+multiprocessing has only one fork server per program, and other tests use it with fewer imports.
 """
 
 import functools
@@ -19,18 +19,18 @@ import gndet
 from faults.tiny import check
 
 PRELOADED = "faults.inject"
-LENGTH = 64  # bytes of an answer
-POLL = 0.02  # seconds between two looks at what has ended
+LENGTH = 64  # bytes per answer
+POLL = 0.02  # seconds between two checks for ended processes
 
 
 def environment() -> dict[str, str]:
-    """The environment of an interpreter that runs this gndet and these faults, on one thread, wherever it starts."""
+    """Return the environment of an interpreter that runs this gndet and these faults on one thread, from any folder."""
     folders = (Path(gndet.__file__).resolve().parent.parent, Path(__file__).resolve().parent.parent)
     return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
 
 
 class Host:
-    """The process, as seen from the one that has started it; its own processes are not in the terminal's group."""
+    """A handle on the host process; its children are not in the terminal's process group."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -40,9 +40,9 @@ class Host:
         self._ended: dict[int, int] = {}
 
     def fork(self, folder: Path, log: Path, variables: Mapping[str, str], call: str, *arguments: Any) -> int:
-        """Start a process that calls call(*arguments), "module:function", and exits with what that returns.
+        """Start a process that calls "module:function" with the arguments and exits with the returned status.
 
-        folder: its working directory.  log: the file that its text is added to.  variables: of its environment.
+        folder: its working directory.  log: file to which its output is appended.  variables: added to its environment.
         Returns its pid.
         """
         request = {"folder": str(folder), "log": str(log), "variables": dict(variables), "call": call}
@@ -52,32 +52,32 @@ class Host:
         return answer["forked"]
 
     def status(self, pid: int) -> int | None:
-        """The exit status of a process, minus the signal for one that was killed; None while it runs."""
+        """Return the exit status of a process, minus the signal if it was killed; None while it runs."""
         while select.select([self._process.stdout], [], [], 0)[0]:
             answer = self._answer()
             self._ended[answer["ended"]] = answer["status"]
         return self._ended.get(pid)
 
     def _answer(self) -> dict[str, int]:
-        """The next answer; waits for it."""
+        """Wait for the next answer and return it."""
         answer = os.read(self._process.stdout.fileno(), LENGTH)
-        check(bool(answer), "the process that forks others has ended by itself")
+        check(bool(answer), "the host process has ended by itself")
         return json.loads(answer)
 
 
 @functools.cache
 def host() -> Host:
-    """The one that is there, or else a new one; it ends with this process."""
+    """Return the host of this process, starting it at the first call; it ends with this process."""
     return Host()
 
 
 def serve() -> None:
-    """Fork what standard input asks for, and tell what has ended, until it ends."""
+    """Fork the processes that standard input asks for and report those that ended, until it is closed."""
     importlib.import_module(PRELOADED)
     running: set[int] = set()
     while True:
         if select.select([0], [], [], POLL)[0]:
-            request = os.read(0, 1 << 16)  # one: the next is sent when this one has been answered
+            request = os.read(0, 1 << 16)  # a single request: the next one is sent after the answer
             if not request:
                 break
             pid = os.fork()
@@ -93,12 +93,12 @@ def serve() -> None:
 
 
 def _tell(**answer: int) -> None:
-    """Answer, in messages of equal length, which the other side reads one by one."""
+    """Send an answer of fixed length, so that the other side can read answers one by one."""
     os.write(1, json.dumps(answer).ljust(LENGTH).encode())
 
 
 def _live(request: dict[str, Any]) -> None:
-    """The life of a process that was forked; it ends as an interpreter does."""
+    """Run a request in a forked process; it exits like an interpreter."""
     os.chdir(request["folder"])
     descriptor = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

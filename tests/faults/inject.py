@@ -1,7 +1,7 @@
-"""`python -m faults.inject FAULTS train CONFIG ...`: `gndet train ...`, with faults put into this process.
+"""`python -m faults.inject FAULTS train CONFIG ...`: `gndet train ...` with faults in this process.
 
 FAULTS is JSON, {name of a fault: its arguments}; the faults are the functions of FAULTS below.  They replace functions
-of gndet in this process alone, so that nothing in gndet knows of them.
+of gndet only in this process, so that gndet itself contains no test code.
 """
 
 import errno
@@ -29,11 +29,11 @@ from gndet.modeling import resnet
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
 
-THIN = 16  # channels of the stem: a checkpoint of 8 MB, not 130
+THIN = 16  # channels of the stem: a checkpoint takes 8 MB instead of 130
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Put the faults in, then be `gndet`, which ends the process: SystemExit holds its exit status."""
+    """Install the faults, then run `gndet`, which raises SystemExit with its exit status."""
     for name, values in json.loads(arguments[0]).items():
         FAULTS[name](*values)
     resnet.WIDTH = THIN
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _before_updates(call: Callable[..., None]) -> None:
-    """Call call(run, update) before the gradients of each update, update being its number, from 1."""
+    """Call call(run, update) before the gradients of each update; updates are counted from 1."""
     gradients = train.compute_gradients
 
     def wrapped(run: Any, state: Any, batches: Any, size: int, stop: Any) -> Any:
@@ -54,7 +54,7 @@ def _before_updates(call: Callable[..., None]) -> None:
 
 
 def _after_updates(call: Callable[..., None]) -> None:
-    """Call call(run, update) after each update that was made."""
+    """Call call(run, update) after each update that was applied."""
     make_update = train.make_update
 
     def wrapped(run: Any, progress: Any, *more: Any) -> None:
@@ -68,12 +68,12 @@ def _after_updates(call: Callable[..., None]) -> None:
 
 
 def signal_after(number: int, update: int, rank: int = 0) -> None:
-    """Send a process of the run a signal when it has made an update."""
+    """Send a rank a signal after it has applied an update."""
     _after_updates(lambda run, done: done == update and run.proc.rank == rank and os.kill(os.getpid(), number))
 
 
 def signal_within(number: int, update: int, part: int) -> None:
-    """Send the process a signal when it begins with a micro-batch of an update; both are counted from 1."""
+    """Send the process a signal when it starts a micro-batch of an update; both are counted from 1."""
     now = {"update": 0, "part": 0}
     _before_updates(lambda run, update: now.update(update=update, part=0))
     to_device = micro_batch.to_device
@@ -88,12 +88,12 @@ def signal_within(number: int, update: int, part: int) -> None:
 
 
 def pace(seconds: float) -> None:
-    """Let every update take so much longer."""
+    """Let every update take some seconds longer."""
     _after_updates(lambda run, done: time.sleep(seconds))
 
 
 def gate(updates: list[int], path: str) -> None:
-    """Wait after each of these updates, U, until there is a file path-U."""
+    """After each of these updates, U, wait until the file path-U exists."""
 
     def wait(run: Any, done: int) -> None:
         while done in updates and not os.path.exists(f"{path}-{done}"):
@@ -103,18 +103,18 @@ def gate(updates: list[int], path: str) -> None:
 
 
 def slow_pictures(seconds: float, seed: int) -> None:
-    """Let it take so long to read a picture of the drawn data set of that seed."""
+    """Let reading a picture of the drawn data set with this seed take some seconds."""
     draw_image = shapes.draw_image
 
-    def wrapped(its_seed: int, index: int, size: int) -> np.ndarray:
-        time.sleep(seconds if its_seed == seed else 0)
-        return draw_image(its_seed, index, size)
+    def wrapped(picture_seed: int, index: int, size: int) -> np.ndarray:
+        time.sleep(seconds if picture_seed == seed else 0)
+        return draw_image(picture_seed, index, size)
 
     shapes.draw_image = wrapped
 
 
 def slow_evaluation(seconds: float) -> None:
-    """Let the evaluation of a picture take so much longer."""
+    """Let the evaluation of each picture take some seconds longer."""
     detect_share = run_evaluation.detect_share
 
     def wrapped(*arguments: Any, on_image: Callable[[int], None], **options: Any) -> Any:
@@ -128,7 +128,7 @@ def slow_evaluation(seconds: float) -> None:
 
 
 def slow_save(seconds: float, from_update: int, trace: str) -> None:
-    """Let each file of the checkpoints from an update on take so long to write; note when one begins and ends."""
+    """Let each file of a checkpoint take some seconds to write, from an update on; note when saves begin and end."""
     write, save_checkpoint = checkpoint._write, train.Saver._write
 
     def slowly(path: Path, data: bytes) -> Any:
@@ -149,7 +149,7 @@ def slow_save(seconds: float, from_update: int, trace: str) -> None:
 
 
 def not_finite(where: str, updates: list[int], rank: int) -> None:
-    """Let the first picture of a rank in these updates give a NaN (where: image, gradient) or inf (where: loss)."""
+    """Let the first picture of a rank in these updates produce NaN (where: image, gradient) or inf (where: loss)."""
     state: dict[str, Any] = {"armed": False, "key": None, "hit": False}
 
     def arm(run: Any, update: int) -> None:
@@ -181,7 +181,7 @@ def not_finite(where: str, updates: list[int], rank: int) -> None:
 
 
 def watch_rng() -> None:
-    """Raise RuntimeError where training draws from a global random number generator."""
+    """Raise RuntimeError if training draws from a global random number generator."""
     first: list[Any] = []
 
     def compare(run: Any, update: int) -> None:
@@ -197,7 +197,7 @@ def watch_rng() -> None:
 
 
 def no_room(update: int, times: int) -> None:
-    """Let the disk be full for the checkpoint of an update, so many times: half of its first file is written."""
+    """Let the disk be full for the first attempts to save an update: half of the first file is written."""
     write, left = checkpoint._write, [times]
 
     def wrapped(path: Path, data: bytes) -> Any:
@@ -211,7 +211,7 @@ def no_room(update: int, times: int) -> None:
 
 
 def spoil_picture(path: str, size: int) -> None:
-    """Cut a picture file to so many bytes, or remove it if that is -1, once the data has been checked."""
+    """Cut a picture file to `size` bytes, or remove it if size is -1, after the data has been checked."""
     make_run = train.make_run
 
     def wrapped(*arguments: Any) -> None:
@@ -225,19 +225,19 @@ def spoil_picture(path: str, size: int) -> None:
 
 
 def deadly_picture(index: int, seed: int) -> None:
-    """Let a picture of the drawn data set of that seed kill the loader process that reads it."""
+    """Let a picture of the drawn data set with this seed kill the loader process that reads it."""
     main_process, draw_image = os.getpid(), shapes.draw_image
 
-    def wrapped(its_seed: int, its_index: int, size: int) -> np.ndarray:
-        if (its_seed, its_index) == (seed, index) and os.getpid() != main_process:
+    def wrapped(picture_seed: int, picture_index: int, size: int) -> np.ndarray:
+        if (picture_seed, picture_index) == (seed, index) and os.getpid() != main_process:
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw_image(its_seed, its_index, size)
+        return draw_image(picture_seed, picture_index, size)
 
     shapes.draw_image = wrapped
 
 
 def trace(path: str) -> None:
-    """Note each update that a process makes, with the ids of its images."""
+    """Log each update of a process with the ids of its images."""
     gradients = train.compute_gradients
     taken: list[int] = []
 
@@ -251,7 +251,7 @@ def trace(path: str) -> None:
 
 
 def count_resources(path: str, every: int) -> None:
-    """Note the process's memory, file descriptors and threads after every so many updates."""
+    """Log memory, file descriptors and threads of the process every `every` updates."""
 
     def count(run: Any, done: int) -> None:
         if done % every == 0:

@@ -1,8 +1,8 @@
-"""Runs in processes of their own, that can be signalled, killed and waited for, and are found by their folder.
+"""Runs in separate processes that can be signalled, killed and waited for, and are found by their folder.
 
-A process of a run has FOLDER/processes/NAME as its working directory, and so have all that it starts: none may be left
-when the run has ended.  A single process, and processes that find each other, are forked from one that has imported
-everything, which saves the 4 seconds of the imports; torchrun starts interpreters of its own.
+A process of a run and all its children have FOLDER/processes/NAME as their working directory: none may be left after
+the run.  Without torchrun, ranks are forked from a process that has imported everything, which saves 4 seconds;
+torchrun starts its own interpreters.
 """
 
 import json
@@ -21,37 +21,39 @@ from typing import Any
 from faults.host import environment, host
 from faults.tiny import BrokenPromise, check, write_config
 
-PATIENCE = 120.0  # seconds after which a run that should have ended is given up
-GONE = 5.0  # seconds in which loader processes of a run that was killed notice it and end
+PATIENCE = 120.0  # seconds after which a test gives up on a run that should have ended
+GONE = 5.0  # seconds in which loader processes of a killed run must end
 POLL = 0.02
 MAIN = "faults.inject:main"
 Faults = Mapping[str, list[Any]]  # of inject.FAULTS, with their arguments
 
 
 class Started:
-    """A run that has been started: `pids` and `status()` by rank; of torchrun, those of torchrun itself."""
+    """A started run: `pids` and `statuses()` by rank, or those of torchrun itself."""
 
     def __init__(self, home: Path, out: Path, log: Path, pids: list[int], poll: list[Callable[[], int | None]]) -> None:
         self.home, self.out, self.log, self.pids, self._poll = home, out, log, pids, poll
 
     @property
     def text(self) -> str:
-        """What the run has written so far."""
+        """The output of the run so far."""
         with suppress(FileNotFoundError):
             return self.log.read_text(encoding="utf-8", errors="replace")
         return ""
 
     def statuses(self) -> list[int | None]:
-        """The exit status of each process, minus the signal for one that was killed; None while it runs."""
+        """Return the exit status of each process, minus the signal if it was killed; None while it runs."""
         return [poll() for poll in self._poll]
 
     def wait_for(self, words: str) -> None:
-        """Wait until the run has written some words."""
+        """Wait until the output of the run holds some words."""
         deadline = time.monotonic() + PATIENCE
         while words not in self.text:
             ended = None not in self.statuses()
             if (ended and words not in self.text) or time.monotonic() > deadline:
-                raise BrokenPromise(f"{words!r} expected, {'the end' if ended else 'nothing'} came: {self.tail()}")
+                raise BrokenPromise(
+                    f"{words!r} expected, but {'the run ended' if ended else 'nothing came'}: {self.tail()}"
+                )
             time.sleep(POLL)
 
     def signal(self, number: int, rank: int | None = None) -> float:
@@ -62,9 +64,9 @@ class Started:
         return time.monotonic()
 
     def wait(self, since: float | None = None, within: float = PATIENCE) -> float:
-        """Wait for the end of all processes, and check that none is left.  Returns the seconds it took.
+        """Wait until all processes have ended, and check that none is left.  Returns the seconds it took.
 
-        since: a time from which `within` counts; now, by default.
+        since: the time from which `within` counts (default: now).
         """
         began = time.monotonic() if since is None else since
         while None in self.statuses():
@@ -72,7 +74,7 @@ class Started:
                 raise BrokenPromise(f"not ended after {time.monotonic() - began:.0f} s: {self.tail()}")
             time.sleep(POLL)
         seconds = time.monotonic() - began
-        check(seconds <= within, f"ended after {seconds:.1f} s, expected {within:.0f} s at the most: {self.tail()}")
+        check(seconds <= within, f"ended after {seconds:.1f} s, expected at most {within:.0f} s: {self.tail()}")
         deadline = time.monotonic() + GONE
         while (left := processes_in(self.home)) and time.monotonic() < deadline:
             time.sleep(POLL)
@@ -80,13 +82,13 @@ class Started:
         return seconds
 
     def expect(self, *statuses: int) -> str:
-        """Wait for the end; check each process's exit status.  Returns what the run wrote."""
+        """Wait for the end and check the exit status of each process.  Returns the output of the run."""
         self.wait()
         check(self.statuses() == list(statuses), f"exit status {self.statuses()}, expected {statuses}: {self.tail()}")
         return self.text
 
     def rank_pid(self, rank: int) -> int:
-        """The process of a rank that torchrun started."""
+        """Return the process id of a rank that torchrun started."""
         for pid in processes_in(self.home):
             with suppress(OSError):
                 parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -95,7 +97,7 @@ class Started:
         raise BrokenPromise(f"no process of rank {rank}: {self.tail()}")
 
     def children(self, rank: int = 0) -> list[int]:
-        """The processes that a forked process has started: loader processes."""
+        """Return the children of a forked rank: its loader processes."""
         found = []
         for pid in processes_in(self.home):
             with suppress(OSError):
@@ -104,12 +106,12 @@ class Started:
         return found
 
     def tail(self) -> str:
-        """The end of what the run wrote, for errors."""
+        """Return the end of the run's output, for errors."""
         return f"{self.log}:\n{self.text[-1500:]}"
 
 
 def start(folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 1) -> Started:
-    """Start `gndet train` into folder/name, in `world` processes that find each other without torchrun."""
+    """Start `gndet train` into folder/name, with `world` ranks, without torchrun."""
     home, log, words = _prepare(folder, name, overrides, faults)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     pids = [
@@ -120,7 +122,7 @@ def start(folder: Path, name: str, *overrides: str, faults: Faults | None = None
 
 
 def call(folder: Path, function: str, *arguments: Any) -> Started:
-    """Start a process that calls a function, "module:name", which returns its exit status."""
+    """Start a process that calls a function, "module:name", which returns the exit status."""
     home = folder.resolve() / "processes" / function.rpartition(":")[2]
     home.mkdir(parents=True, exist_ok=True)
     log = next_log(home)
@@ -131,7 +133,7 @@ def call(folder: Path, function: str, *arguments: Any) -> Started:
 def torchrun(
     folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0
 ) -> Started:
-    """Start `gndet train` into folder/name under torchrun, which starts anew as often as `restarts` says."""
+    """Start `gndet train` into folder/name under torchrun, which restarts the ranks up to `restarts` times."""
     home, log, words = _prepare(folder, name, overrides, faults)
     options = ["--standalone", f"--nproc_per_node={world}", f"--max_restarts={restarts}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "faults.inject", *words]
@@ -141,12 +143,12 @@ def torchrun(
 
 
 def finish(folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 1) -> str:
-    """Give the command and let it run to its end.  Returns what it wrote."""
+    """Run the command to its end.  Returns its output."""
     return start(folder, name, *overrides, faults=faults, world=world).expect(*[0] * world)
 
 
 def unbroken(folder: Path, *overrides: str, faults: Faults | None = None, world: int = 1) -> Path:
-    """The undisturbed run of these overrides: made once for all scenarios whose folders lie side by side."""
+    """Return the undisturbed run with these overrides, made once for all scenarios in the same parent folder."""
     text = json.dumps([overrides, faults, world])
     name = f"{world}-{'-'.join(word.rpartition('.')[2] for word in overrides) or 'plain'}"
     home = folder.parent / "unbroken" / "".join(c if c.isalnum() or c in "-=" else "_" for c in name)
@@ -161,11 +163,11 @@ def unbroken(folder: Path, *overrides: str, faults: Faults | None = None, world:
 
 @contextmanager
 def cleared(folder: Path) -> Iterator[None]:
-    """End whatever a scenario started that is still alive when it ends, however it ends."""
+    """Kill all processes of a scenario that are still alive at its end."""
     try:
         yield
     finally:
-        for _ in range(3):  # a process that is killed may have started another one
+        for _ in range(3):  # a killed process may just have started another one
             for pid in processes_in(folder):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -173,25 +175,25 @@ def cleared(folder: Path) -> Iterator[None]:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """The processes whose working directory is this folder, or in it."""
+    """Return the processes whose working directory is in this folder."""
     found, own = [], os.getpid()
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != own:
-            with suppress(OSError):  # it has ended, or is another user's
+            with suppress(OSError):  # it has ended, or belongs to another user
                 if Path(os.readlink(f"/proc/{entry}/cwd")).is_relative_to(folder):
                     found.append(int(entry))
     return found
 
 
 def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """Return a free port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def next_log(home: Path) -> Path:
-    """An empty file for what the next process with this working directory writes."""
+    """Create an empty log file for the next process with this working directory."""
     log = home / f"log-{sum(1 for _ in home.glob('log-*')) + 1}.txt"
     log.touch()
     return log
@@ -200,7 +202,7 @@ def next_log(home: Path) -> Path:
 def _prepare(
     folder: Path, name: str, overrides: tuple[str, ...], faults: Faults | None
 ) -> tuple[Path, Path, list[str]]:
-    """The working directory of a run, its next log, and the arguments of `inject.main`."""
+    """Return the working directory of a run, its next log, and the arguments of `inject.main`."""
     home = (folder / "processes" / name).resolve()
     home.mkdir(parents=True, exist_ok=True)
     log = next_log(home)

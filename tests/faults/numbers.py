@@ -1,4 +1,4 @@
-"""T15 and T16: a loss or a gradient that is not finite stops all processes, or is passed over as often as allowed."""
+"""T15 and T16: a loss or gradient that is not finite stops all ranks, or is skipped as often as allowed."""
 
 import json
 import shutil
@@ -27,32 +27,30 @@ def stops(folder: Path) -> str:
             json.loads((run.out / "nonfinite" / f"update-0000003-process{rank}" / "report.json").read_text())
             for rank in (0, 1)
         ]
-        guilty = [[image["image_id"] for image in report["images"] if image["first"]] for report in reports]
-        check(guilty[0] == [] and len(guilty[1]) == 1, f"{where}: the reports name the images {guilty}")
-        check(f"image {guilty[1][0]}: " in text, f"{where}: the image is not named: {text}")
+        culprits = [[image["image_id"] for image in report["images"] if image["first"]] for report in reports]
+        check(culprits[0] == [] and len(culprits[1]) == 1, f"{where}: the reports name the images {culprits}")
+        check(f"image {culprits[1][0]}: " in text, f"{where}: the image is not named: {text}")
         check(
             (run.out / "nonfinite" / "update-0000003-process1" / "batch-0.safetensors").exists(), f"{where}: no batch"
         )
         finish(folder, where, *OPTIONS, world=2)
         check_same(run.out, reference, where)
         shutil.rmtree(run.out)
-    return (
-        "NaN in a picture, inf in a loss, NaN in a gradient, of one process: both stopped before update 3, image named"
-    )
+    return "NaN in a picture, inf in a loss, NaN in a gradient on one rank: both stopped before update 3, image named"
 
 
-def passed_over(folder: Path) -> str:
+def skipped(folder: Path) -> str:
     """T16."""
     skipping = (*OPTIONS, "train.on_nonfinite=skip:2")
     text = finish(folder, "once", *skipping, faults={"not_finite": ["loss", [2], 0]})
     meta = load_checkpoint(folder / "once" / "last").meta
     check(meta["nonfinite"] == 1 and meta["update"] == 5, f"counted {meta['nonfinite']} up to update {meta['update']}")
-    check("skipped: 1 so far" in text and "left out: 1 update(s)" in text, f"not told: {text}")
+    check("skipped: 1 so far" in text and "left out: 1 update(s)" in text, f"not reported: {text}")
     faults = {"not_finite": ["loss", [2], 0], "signal_after": [int(signal.SIGTERM), 3]}
     start(folder, "stopped", *skipping, faults=faults).expect(0)
     finish(folder, "stopped", *skipping)
-    check_same(folder / "stopped", folder / "once", "with an update passed over")
+    check_same(folder / "stopped", folder / "once", "with a skipped update")
     run = start(folder, "often", *skipping, faults={"not_finite": ["gradient", [2, 3, 4], 0]})
     text = run.expect(2)
     check("2 have been skipped before" in text and newest_update(run.out) == 3, f"three: {text}")
-    return "skip:2: one passed over and counted, exactly resumed; at the third the run stopped, at update 3"
+    return "skip:2: one skipped and counted, exactly resumed; the third stopped the run at update 3"

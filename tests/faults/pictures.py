@@ -1,4 +1,4 @@
-"""T19 and T22: pictures that go bad after they were checked, data sets of which there is hardly anything to learn."""
+"""T19 and T22: pictures that go bad after the check, and data sets with hardly anything to learn."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from gndet.training.log import read_metrics
 
 
 def write_coco(folder: Path, name: str, count: int, classes: int = 4) -> tuple[str, ...]:
-    """Write a data set of drawn pictures as COCO has them.  Returns the overrides that train and evaluate on it.
+    """Write a data set of drawn pictures in COCO's format.  Returns the overrides that train and evaluate on it.
 
-    classes: how many of the 4 classes are kept; with 0 the objects are left out, and one class is without any.
+    classes: how many of the 4 classes are kept; 0: one class without any objects.
     """
     drawn = read_shapes(DatasetConfig(kind="shapes", count=count, size=64, seed=1), DataConfig())
     home = folder / name
@@ -60,9 +60,9 @@ def gone_bad(folder: Path) -> str:
             start(folder, name, *words, faults=faults | {"signal_after": [int(signal.SIGTERM), 6]}).expect(0)
             faults = {}
         text = finish(folder, name, *words, faults=faults)
-        told = text.count("image 1000006 cannot be read, another takes its place")
-        check(told == 1 or name == "stopped", f"{name}: told {told} times, expected once: {text}")
-        check("left out: 1 training image(s) that cannot be read" in text, f"{name}: not told at the end: {text}")
+        count = text.count("image 1000006 cannot be read, another takes its place")
+        check(count == 1 or name == "stopped", f"{name}: reported {count} times, expected once: {text}")
+        check("left out: 1 training image(s) that cannot be read" in text, f"{name}: not reported at the end: {text}")
         unreadable = load_checkpoint(folder / name / "last").meta["unreadable"]
         check(list(unreadable) == ["1000006"], f"{name}: counted were {unreadable}")
         if name in ("cut-workers", "stopped"):
@@ -70,13 +70,13 @@ def gone_bad(folder: Path) -> str:
     picture.write_bytes(whole)
     run = start(folder, "strict", *options, faults={"spoil_picture": [str(picture), 100]})
     text = run.expect(2)
-    check("1 of 8 training images cannot be read, more than data.max_unreadable: 0.01" in text, f"not told: {text}")
+    check("1 of 8 training images cannot be read, more than data.max_unreadable: 0.01" in text, f"not reported: {text}")
     saved = newest_update(run.out)
     picture.write_bytes(whole)
-    check("continuing after update" in finish(folder, "strict", *options), "does not go on once the file is mended")
+    check("continuing after update" in finish(folder, "strict", *options), "does not resume after the file is repaired")
     return (
         "cut short or removed in mid-run: another took its place, counted, status 0, the same with 0 and 2 loader "
-        f"processes and after a stop; over data.max_unreadable: status 2, saved at update {saved}, mended, went on"
+        f"processes and after a stop; over data.max_unreadable: status 2, saved at update {saved}, repaired, resumed"
     )
 
 
@@ -97,9 +97,10 @@ def hardly_anything(folder: Path) -> str:
         evaluations = [line["box/AP"] for line in lines if line["kind"] == "evaluation"]
         check(len(evaluations) == 2, f"{name}: evaluations {evaluations}")
         check(
-            (None in evaluations) == (classes == 0), f"{name}: AP {evaluations}: undefined where nothing is to be found"
+            (None in evaluations) == (classes == 0),
+            f"{name}: AP {evaluations}, expected undefined if there are no objects",
         )
         for link in ("best", "last"):
             meta = load_checkpoint(folder / name / link).meta
             check(math.isfinite(meta["best"]), f"{name}/{link}: best {meta['best']}")
-    return f"{', '.join(cases)}: trained and evaluated, losses finite, best and last there"
+    return f"{', '.join(cases)}: trained and evaluated, losses finite, best and last exist"

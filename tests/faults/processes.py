@@ -1,4 +1,4 @@
-"""T12 to T14, T25: processes of a run are killed or stopped; two runs meet in one folder."""
+"""T12 to T14, T25: processes of a run are killed or stopped; two runs use one folder."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from faults.launch import finish, start, torchrun, unbroken
 from faults.tiny import check, check_same, newest_update
 
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
-NOTICED_WITHIN = 15.0  # seconds after which the rest of a run has ended when one of its processes was killed
+NOTICED_WITHIN = 15.0  # seconds in which a run must end after one of its ranks was killed
 TIMEOUT, BEYOND = 5, 35.0  # train.timeout_s of the stopped run; seconds beyond it until its end
 WORKER_WITHIN = 10.0
 OPTIONS = ("train.checkpoint_every=1", "train.schedule.updates=8")
@@ -30,10 +30,10 @@ def killed_rank(folder: Path) -> str:
         run.wait_for("update 3/")
         seconds = run.wait(run.signal(KILL, rank=rank), NOTICED_WITHIN)
         left = run.statuses()[1 - rank]
-        check(left not in (0, None), f"{name}: the other process ended with {left}: {run.tail()}")
+        check(left not in (0, None), f"{name}: the other rank ended with {left}: {run.tail()}")
         clear = "the others did not respond" in run.text and f"rank {rank}" in run.text
         check(clear, f"{name}: no clear end: {run.tail()}")
-        figures.append(f"rank {rank} without it after {seconds:.1f} s (status {left})")
+        figures.append(f"rank {rank} without torchrun after {seconds:.1f} s (status {left})")
     for name in ("torchrun", "alone-0", "alone-1"):
         finish(folder, name, *OPTIONS, world=2)
         check_same(folder / name, unbroken(folder, *OPTIONS, world=2), name)
@@ -47,9 +47,9 @@ def restarted(folder: Path) -> str:
     pid, began = run.rank_pid(1), time.monotonic()
     os.kill(pid, KILL)
     text = run.expect(0)
-    check("continuing after update" in text, f"does not say that it goes on: {text}")
-    check_same(run.out, unbroken(folder, *OPTIONS, world=2), "started anew")
-    return f"torchrun started both anew, ended {time.monotonic() - began:.1f} s after the kill, bit-identical"
+    check("continuing after update" in text, f"does not report the resume: {text}")
+    check_same(run.out, unbroken(folder, *OPTIONS, world=2), "restarted")
+    return f"torchrun restarted both, ended {time.monotonic() - began:.1f} s after the kill, bit-identical"
 
 
 def stopped_rank(folder: Path) -> str:
@@ -78,7 +78,7 @@ def killed_worker(folder: Path) -> str:
     run.wait_for("update 2/")
     os.kill(run.children()[0], KILL)
     text = run.expect(0)
-    check("was killed by signal 9" in text and "started anew" in text, f"the restart is not told: {text}")
+    check("was killed by signal 9" in text and "started anew" in text, f"the restart is not reported: {text}")
     check_same(run.out, unbroken(folder, *options), "after a loader process was killed")
     again = start(folder, "again", *options, faults={"deadly_picture": [3, 1]})
     again.wait_for("at once")
@@ -91,7 +91,7 @@ def killed_worker(folder: Path) -> str:
 
 
 def two_runs(folder: Path) -> str:
-    """Two runs in one folder: the second is refused, the first goes on."""
+    """Two runs in one folder: the second is refused, the first continues."""
     options = ("train.schedule.updates=8",)
     first = start(folder, "run", *options, faults={"gate": [[3], "go"]})
     first.wait_for("update 2/")
@@ -105,5 +105,5 @@ def two_runs(folder: Path) -> str:
     check(newest_update(first.out) == 2, "the second run changed the first")
     (first.home / "go-3").touch()
     first.expect(0)
-    check_same(first.out, unbroken(folder, *options), "beside another command")
-    return f"the second refused after {seconds:.0f} s (one may be ending), with --fresh too; the first bit-identical"
+    check_same(first.out, unbroken(folder, *options), "while another command was refused")
+    return f"the second refused after {seconds:.0f} s, also with --fresh; the first bit-identical"

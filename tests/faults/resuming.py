@@ -1,4 +1,4 @@
-"""T1 to T4: a run that was stopped anywhere goes on bit for bit; with another split, with the same images in order."""
+"""T1 to T4: a run stopped anywhere resumes bit for bit; with another split it sees the same images in order."""
 
 import signal
 from contextlib import closing
@@ -16,7 +16,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.training.run_folder import PREEMPTED
 
 TERM = int(signal.SIGTERM)
-# 4 updates an epoch, of 2 micro-batches each
+# 4 updates per epoch, 2 micro-batches per update
 EPOCHS = ("data.train.count=8", "train.eval_every=3", "train.checkpoint_every=0", "train.log_every=2")
 STOPS: dict[str, tuple[int, Faults]] = {
     "after update 1": (1, {"signal_after": [TERM, 1]}),
@@ -26,10 +26,10 @@ STOPS: dict[str, tuple[int, Faults]] = {
 }
 
 
-def stop_and_go_on(
+def stop_and_resume(
     folder: Path, name: str, overrides: tuple[str, ...], stop: tuple[int, Faults], workers: tuple[int, int] = (0, 0)
 ) -> None:
-    """Stop a run where a fault says, go on with it, and compare with the unbroken one."""
+    """Stop a run by a fault, resume it, and compare it with the unbroken run."""
     update, faults = stop
     first, then = (f"data.workers={count}" for count in workers)
     stopped = start(folder, name, *overrides, first, faults=dict(faults))
@@ -38,8 +38,8 @@ def stop_and_go_on(
     check(newest_update(out) == update, f"{name}: saved at update {newest_update(out)}, expected {update}")
     check((out / PREEMPTED).exists(), f"{name}: no {PREEMPTED} in {out}")
     text = finish(folder, name, *overrides, then, faults={"watch_rng": []})
-    check(f"continuing after update {update} of" in text, f"{name}: does not say that it goes on: {text}")
-    check("not bit-exact" not in text, f"{name}: a line too many: {text}")
+    check(f"continuing after update {update} of" in text, f"{name}: does not report the resume: {text}")
+    check("not bit-exact" not in text, f"{name}: reports a difference: {text}")
     check(not (out / PREEMPTED).exists(), f"{name}: {PREEMPTED} is left")
     check_same(out, unbroken(folder, *overrides), name)
 
@@ -47,7 +47,7 @@ def stop_and_go_on(
 def stopped_anywhere(folder: Path) -> str:
     """T1."""
     for number, stop in enumerate(STOPS.values()):
-        stop_and_go_on(folder, f"stop-{number}", EPOCHS, stop)
+        stop_and_resume(folder, f"stop-{number}", EPOCHS, stop)
     for update, _ in STOPS.values():
         check_next_batches(folder, update)
     saving = (*EPOCHS, "train.checkpoint_every=2")
@@ -59,11 +59,11 @@ def stopped_anywhere(folder: Path) -> str:
     finish(folder, "killed", *saving)
     check(not torn[0].exists(), f"not swept: {torn[0]}")
     check_same(killed.out, unbroken(folder, *EPOCHS), "killed")
-    return f"bit-identical after a stop {', '.join(STOPS)}, and after SIGKILL; no global generator is drawn from"
+    return f"bit-identical after a stop {', '.join(STOPS)}, and after SIGKILL; no global generator is used"
 
 
 def check_next_batches(folder: Path, update: int) -> None:
-    """Check that a stream that starts at an update gives what the whole stream gives there."""
+    """Check that a stream that starts at an update yields the same batches as the whole stream."""
     cfg = load_config(write_config(folder), [*EPOCHS, "out=nowhere"])
     dataset = read_dataset(cfg.data.train, cfg.data)
 
@@ -75,24 +75,26 @@ def check_next_batches(folder: Path, update: int) -> None:
         with closing(stream):
             return list(islice(stream, 2 * (update - first), 2 * (update - first) + 3))
 
-    for one, two in zip(batches(update), batches(0), strict=True):
-        tensors = [(*loaded.batch[:3], *loaded.batch.gt) for loaded in (one, two)]
+    for resumed, whole in zip(batches(update), batches(0), strict=True):
+        tensors = [(*loaded.batch[:3], *loaded.batch.gt) for loaded in (resumed, whole)]
         same = all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
-        check(same and one.image_ids == two.image_ids, f"other batches after update {update}: {one.image_ids}")
+        check(
+            same and resumed.image_ids == whole.image_ids, f"other batches after update {update}: {resumed.image_ids}"
+        )
 
 
 def other_workers(folder: Path) -> str:
     """T2."""
-    stop_and_go_on(folder, "0-to-2", EPOCHS, STOPS["within an update"], (0, 2))
-    stop_and_go_on(folder, "2-to-0", EPOCHS, STOPS["mid-epoch"], (2, 0))
+    stop_and_resume(folder, "0-to-2", EPOCHS, STOPS["within an update"], (0, 2))
+    stop_and_resume(folder, "2-to-0", EPOCHS, STOPS["mid-epoch"], (2, 0))
     return "bit-identical with 0, then 2 loader processes, and with 2, then 0"
 
 
 def other_state(folder: Path) -> str:
     """T3."""
     options = (*EPOCHS, "train.precision=bf16", "train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1")
-    stop_and_go_on(folder, "bf16", options, STOPS["within an update"])
-    stop_and_go_on(folder, "bn", (*EPOCHS, "model.norm.kind=bn"), STOPS["within an update"])
+    stop_and_resume(folder, "bf16", options, STOPS["within an update"])
+    stop_and_resume(folder, "bn", (*EPOCHS, "model.norm.kind=bn"), STOPS["within an update"])
     return (
         "bit-identical in bfloat16 with AdamW and a clipped gradient (there is no loss scaler to keep), and with BN, "
         "whose statistics the broken update had changed"
@@ -110,7 +112,7 @@ def other_split(folder: Path) -> str:
         again = (*options, f"train.images_per_gpu={split}")
         text = finish(folder, name, *again, faults={"trace": [trace]}, world=worlds[1])
         lines = [line for line in text.splitlines() if line.startswith("not bit-exact from here on")]
-        check(len(lines) == 1, f"{name}: one line expected that says it is not bit-exact: {text}")
+        check(len(lines) == 1, f"{name}: expected one line that says it is not bit-exact: {text}")
         made: dict[int, list[int]] = {}
         for line in read_trace(Path(trace)):
             made.setdefault(line["update"], []).extend(line["images"])
@@ -119,11 +121,13 @@ def other_split(folder: Path) -> str:
         check(len(epoch) == len(set(epoch)) == 8, f"{name}: images of the epoch {epoch}, expected 8, each once")
         seen.append({update: sorted(images) for update, images in made.items()})
     check(seen[0] == seen[1] == seen[2], f"the images of an update depend on the split: {seen}")
-    return "2 -> 1 and 1 -> 2 processes, 1 -> 2 images at once: the same 8 images an epoch in the same updates, said"
+    return (
+        "2 -> 1 and 1 -> 2 processes, 1 -> 2 images at once: the same 8 images per epoch in the same updates, reported"
+    )
 
 
 def other_recipe(folder: Path) -> str:
-    """What may be different when a run goes on, and what is refused."""
+    """Which options may change when a run resumes, and which are refused."""
     options = (EPOCHS[0], "train.eval_every=0", "train.checkpoint_every=0")
     start(folder, "run", *options, faults={"signal_after": [TERM, 2]}).expect(0)
     refused = {

@@ -1,6 +1,6 @@
-"""T5 and T6: a process that saves is killed at any moment; what it had saved is there, whole, and saving goes on.
+"""T5 and T6: a process is killed at any moment of a save; its earlier saves stay whole, and saving resumes.
 
-The tensors are small, so that the protocol is what takes the time; Saver, save_checkpoint, point, prune are the run's.
+The tensors are small, so that the protocol takes the time; Saver, save_checkpoint, point and prune are the real ones.
 """
 
 import os
@@ -36,14 +36,14 @@ def killed_at_random(folder: Path) -> str:
     """T5."""
     out, moments, swept, done = folder / "run", random.Random(5), 0, 0
     for number in range(KILLS):
-        saving = call(folder, f"{__name__}:save_for_ever", str(out))
+        saving = call(folder, f"{__name__}:save_forever", str(out))
         saving.wait_for("saved ")
         time.sleep(moments.uniform(0, 0.2))
         saving.signal(signal.SIGKILL)
         saving.expect(-signal.SIGKILL)
         lines = [line for line in saving.text.splitlines() if line.startswith("saved ")]
         before, done = done, int(lines[-1].split()[1])
-        check(done > before, f"kill {number + 1}: began again at {done}, had saved {before}")
+        check(done > before, f"kill {number + 1}: restarted at {done}, had saved {before}")
         swept += check_whole(out, done, done + 1)
     return f"{KILLS} of {KILLS} loaded, the last or the one being written of {done} saves; {swept} temporaries swept"
 
@@ -55,7 +55,7 @@ def killed_at_every_step(folder: Path) -> str:
 
 
 def best_is_kept(folder: Path) -> str:
-    """Keep the newest few, the best one however old, and the last."""
+    """The newest few, the best one of any age, and the last are kept."""
     run, saver = small_run(folder / "run", keep_last=2)
     for update in range(1, 8):
         save(run, saver, update, best=1)
@@ -73,7 +73,7 @@ def best_is_kept(folder: Path) -> str:
 
 
 def small_run(out: Path, keep_last: int) -> tuple[Run, Saver]:
-    """A run of two small layers, and its Saver."""
+    """Return a run of two small layers, and its Saver."""
     out.mkdir(parents=True, exist_ok=True)
     cfg = load_config(write_config(out), [f"out={out}", f"train.keep_last={keep_last}"])
     train_set, val_set = read_dataset(cfg.data.train, cfg.data), read_dataset(cfg.data.val, cfg.data)
@@ -88,7 +88,7 @@ def small_run(out: Path, keep_last: int) -> tuple[Run, Saver]:
 
 
 def save(run: Run, saver: Saver, update: int, best: int, value: int | None = None) -> None:
-    """Save a state of which every number is `value`, by default that of the update; best: the update that was best."""
+    """Save a state in which every number is `value` (default: the update); best: the best update."""
     with torch.no_grad():
         for tensor in (*run.model.parameters(), *run.average.module.parameters()):
             tensor.fill_(update if value is None else value)
@@ -98,8 +98,8 @@ def save(run: Run, saver: Saver, update: int, best: int, value: int | None = Non
     check(saver.failed is None, f"update {update} was not saved: {saver.failed}")
 
 
-def save_for_ever(out: str) -> int:
-    """Save update after update, each as the best, from the newest one on that is there, until killed."""
+def save_forever(out: str) -> int:
+    """Save update after update, each as the best, starting after the newest one, until killed."""
     run, saver = small_run(Path(out), keep_last=2)
     newest, _ = newest_checkpoint(run.out)
     update = newest.meta["update"] if newest else 0
@@ -110,9 +110,9 @@ def save_for_ever(out: str) -> int:
 
 
 def check_whole(out: Path, *values: int) -> int:
-    """Check what is in a run folder after a kill: the newest checkpoint holds one of these values, and nothing is torn.
+    """Check a run folder after a kill: the newest checkpoint holds one of these values, and nothing is damaged.
 
-    Returns how many temporaries had to be swept.
+    Returns how many temporary files had to be swept.
     """
     swept = len([*out.glob(".tmp-*"), *(out / CHECKPOINTS).glob(".tmp-*"), *(out / CHECKPOINTS).glob(".old-*")])
     sweep(out)
@@ -129,13 +129,13 @@ def check_whole(out: Path, *values: int) -> int:
 
 
 def walk(folder: str) -> int:
-    """Kill a process at every step of saving a new checkpoint, and of saving one anew; check what is left."""
+    """Kill a process at every step of saving a new checkpoint, and of replacing one; check what is left."""
     base, points, swept = Path(folder) / "base", 0, 0
     run, saver = small_run(base, keep_last=1)
     for update in (1, 2):
         save(run, saver, update, best=1)
     saver.wait()
-    for update in (3, 2):  # a new one; the same again, as a run that goes on may
+    for update in (3, 2):  # a new one, and an existing one, as a resumed run may save
         point = 0
         while True:
             point += 1
@@ -156,7 +156,7 @@ def walk(folder: str) -> int:
 
 
 def killed_at(run: Run, update: int, point: int) -> bool:
-    """Save in a process that is killed at a point of the protocol.  Returns whether it came to that."""
+    """Save in a process that is killed at a point of the protocol.  Returns whether it was killed."""
     pid = os.fork()
     if not pid:
         die_at(point)
@@ -169,7 +169,7 @@ def killed_at(run: Run, update: int, point: int) -> bool:
 
 
 def die_at(point: int) -> None:
-    """Kill this process when so many points have been passed: before and after each step, and halfway in each write."""
+    """Kill this process at the given point; points lie before and after each step, and in the middle of each write."""
     passed = 0
 
     def step() -> None:
@@ -201,4 +201,4 @@ def die_at(point: int) -> None:
 
     for name in STEPS:
         setattr(os, name, around(getattr(os, name)))
-    checkpoint.open = half_open  # in place of the built-in one
+    checkpoint.open = half_open  # instead of the built-in one

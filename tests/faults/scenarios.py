@@ -10,9 +10,9 @@ from faults import disk, numbers, pictures, processes, resuming, saving, signall
 class Scenario(NamedTuple):
     """A fault and the promise about it."""
 
-    number: str  # of the fault tests; X: beyond them
+    number: str  # T: of the original list of faults; X: added later
     title: str
-    run: Callable[[Path], str]  # in an empty folder; returns its figure, raises where the promise is not kept
+    run: Callable[[Path], str]  # runs in an empty folder; returns a figure, raises if the promise is not kept
     soak: bool = False  # minutes of training
 
 
@@ -29,13 +29,13 @@ SCENARIOS = (
     Scenario("T10", "a signal at a bad moment", signalling.at_bad_moments),
     Scenario("T11", "two signals", signalling.twice),
     Scenario("T12", "a process killed", processes.killed_rank),
-    Scenario("T13", "a process killed, torchrun starts anew", processes.restarted),
+    Scenario("T13", "a process killed, torchrun restarts", processes.restarted),
     Scenario("T14", "a process stopped", processes.stopped_rank),
     Scenario("T15", "NaN and inf in one process", numbers.stops),
-    Scenario("T16", "updates that are not finite passed over", numbers.passed_over),
+    Scenario("T16", "updates that are not finite are skipped", numbers.skipped),
     Scenario("T19", "pictures that go bad in mid-run", pictures.gone_bad),
     Scenario("T20", "a full disk", disk.full),
-    Scenario("T22", "hardly anything to learn from", pictures.hardly_anything),
+    Scenario("T22", "data sets with hardly anything to learn from", pictures.hardly_anything),
     Scenario("T25", "a loader process killed", processes.killed_worker),
     Scenario("T26", "nothing grows in a minute", soak.short_soak),
     Scenario("T26-long", "nothing grows in 2000 updates", soak.soak, soak=True),

@@ -1,4 +1,4 @@
-"""T8 to T11: a signal ends a run where it goes on exactly; a second one ends it at once."""
+"""T8 to T11: a signal ends a run where it can resume exactly; a second signal ends it at once."""
 
 import signal
 import time
@@ -15,7 +15,7 @@ LONG = ("train.schedule.updates=12", "train.checkpoint_every=0", "train.eval_eve
 
 
 def check_stopped(run: Started, seconds: float, trace: Path, at: int | None = None) -> str:
-    """Check that a run stopped at one update in all processes, and saved it.  Returns that in words."""
+    """Check that all ranks stopped at the same update, and saved it.  Returns that in words."""
     made: dict[int, int] = {}
     for line in read_trace(trace):
         made[line["rank"]] = max(line["update"], made.get(line["rank"], 0))
@@ -28,9 +28,9 @@ def check_stopped(run: Started, seconds: float, trace: Path, at: int | None = No
 
 
 def go_on(folder: Path, name: str, options: tuple[str, ...], world: int) -> None:
-    """Give the same command, without a fault, and compare with the unbroken run."""
+    """Repeat the command without a fault, and compare with the unbroken run."""
     text = finish(folder, name, *options, world=world)
-    check("continuing after update" in text, f"{name}: does not say that it goes on: {text}")
+    check("continuing after update" in text, f"{name}: does not report the resume: {text}")
     check(not (folder / name / PREEMPTED).exists(), f"{name}: {PREEMPTED} is left")
     check_same(folder / name, unbroken(folder, *options, world=world), name)
 
@@ -59,7 +59,7 @@ def one_rank(folder: Path) -> str:
         check(run.statuses() == statuses, f"{name}: status {run.statuses()}, expected {statuses}: {run.tail()}")
         figures.append(f"{name} {check_stopped(run, seconds, trace)}")
         go_on(folder, name, LONG, world=2)
-    return f"to the second process only, both saved and gone after: {', '.join(figures)}; bit-identical"
+    return f"to rank 1 only, both saved and gone after: {', '.join(figures)}; bit-identical"
 
 
 def at_bad_moments(folder: Path) -> str:
@@ -83,7 +83,7 @@ def at_bad_moments(folder: Path) -> str:
         seconds = run.wait(run.signal(TERM, rank=0), SAVED_WITHIN)
         check(run.statuses() == [0] * world, f"{name}: status {run.statuses()}: {run.tail()}")
         figures.append(f"{name} {check_stopped(run, seconds, trace, at)}")
-        if name == "evaluation-of-one":  # and killed when the evaluation has been made, before that is saved
+        if name == "evaluation-of-one":  # also killed after the evaluation, before it is saved
             run = start(folder, name, *LONG, faults={"slow_save": [60.0, 6, "saves"]})
             run.wait_for("evaluation after update 6")
             run.signal(signal.SIGKILL)
@@ -110,4 +110,4 @@ def twice(folder: Path) -> str:
         check(newest_update(run.out) == 2, f"{name}: saved is update {newest_update(run.out)}, expected 2")
         figures.append(f"{seconds:.1f} s ({name})")
         go_on(folder, name, options, world)
-    return f"while a save hangs, gone after {', '.join(figures)}; the checkpoint before loads; bit-identical"
+    return f"while a save hangs, gone after {', '.join(figures)}; the previous checkpoint loads; bit-identical"

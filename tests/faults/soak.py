@@ -33,9 +33,9 @@ def grow_nothing(folder: Path, updates: int, eval_every: int) -> str:
     lines = read_trace(trace)
     quarter = len(lines) // 4
 
-    def both(key: str, of: Callable[[list[float]], float]) -> tuple[float, float]:
+    def both(key: str, summary: Callable[[list[float]], float]) -> tuple[float, float]:
         values = [line[key] for line in lines]
-        return of(values[quarter : 2 * quarter]), of(values[-quarter:])
+        return summary(values[quarter : 2 * quarter]), summary(values[-quarter:])
 
     mib, files, threads = both("mib", median), both("files", median), both("threads", max)
     check(mib[1] < mib[0] * (1 + GROWTH), f"memory grew from {mib[0]:.0f} to {mib[1]:.0f} MiB: {trace}")

@@ -1,4 +1,4 @@
-"""Every fault scenario: the module of its kind beside this file asserts its promise; its figure is printed."""
+"""Run every fault scenario: its module asserts the promise, and its figure is printed."""
 
 import shutil
 from pathlib import Path
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which unbroken runs are shared."""
+    """The folder that holds the unbroken runs, which scenarios share."""
     return tmp_path_factory.mktemp("faults")
 
 
 @pytest.mark.parametrize(
     "scenario",
-    [pytest.param(one, id=one.number, marks=[pytest.mark.soak] if one.soak else []) for one in SCENARIOS],
+    [pytest.param(case, id=case.number, marks=[pytest.mark.soak] if case.soak else []) for case in SCENARIOS],
 )
 def test_the_promise_is_kept(scenario: Scenario, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = runs / scenario.number
@@ -31,11 +31,11 @@ def test_the_promise_is_kept(scenario: Scenario, runs: Path, capsys: pytest.Capt
         figure = scenario.run(folder)
     with capsys.disabled():
         print(f"\n{scenario.number}: {scenario.title}: {figure}")
-    shutil.rmtree(folder)  # kept where it failed
+    shutil.rmtree(folder)  # kept if the scenario failed
 
 
 def write_run(out: Path, value: float, loss: float, update: int = 1) -> Path:
-    """A run folder with one checkpoint of one number, and one line of metrics."""
+    """Write a run folder with a checkpoint of one number and a line of metrics."""
     folder = out / "checkpoints" / "update-0000001"
     meta = dict.fromkeys(PROGRESS) | {"update": update}
     save_checkpoint(folder, {"model": {"weight": torch.tensor([value])}}, meta)
@@ -62,7 +62,7 @@ def test_the_smallest_difference_between_two_runs_is_found(tmp_path: Path, other
 
 def test_a_process_that_outlives_its_run_is_found_and_ended(tmp_path: Path) -> None:
     with cleared(tmp_path):
-        started = call(tmp_path, "subprocess:Popen", ["sleep", "300"])  # and ends itself
+        started = call(tmp_path, "subprocess:Popen", ["sleep", "300"])  # ends by itself
         with pytest.raises(BrokenPromise, match="processes are left"):
             started.wait()
     assert processes_in(tmp_path) == []

@@ -1,4 +1,4 @@
-"""A run small enough to be broken a hundred times, and what must be equal in two runs that are one and the same."""
+"""A run small enough to be interrupted a hundred times, and a check that two runs are bit for bit equal."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CONFIG = {
         "schedule": {"updates": 6, "warmup": 2, "steps": [4], "reference_batch": 2},
     },
 }  # fmt: skip
-SPEEDS = ("images_per_s", "data_wait", "memory_mib", "eta_s")  # of metrics.jsonl: not equal in two runs
+SPEEDS = ("images_per_s", "data_wait", "memory_mib", "eta_s")  # in metrics.jsonl; these differ from run to run
 PROGRESS = (
     "update", "evaluation_due", "best", "best_update", "nonfinite", "sums", "summed", "metrics", "unreadable",
     "total_updates",
@@ -61,20 +61,20 @@ def write_config(folder: Path) -> Path:
 
 
 def newest_update(run: Path) -> int:
-    """The update of the checkpoint that `last` points to, which is read and verified."""
+    """Read and verify the checkpoint that `last` points to.  Returns its update."""
     return int(load_checkpoint(run / "last").meta["update"])
 
 
 def check_same(run: Path, unbroken: Path, what: str) -> None:
-    """Check that two runs ended bit for bit alike: weights, optimiser, averaged weights, progress, losses, metrics."""
+    """Check that two runs ended bit for bit equal: weights, optimiser, averaged weights, progress, losses, metrics."""
     one, two = load_checkpoint(run / "last"), load_checkpoint(unbroken / "last")
     different = [*different_tensors(one, two), *different_progress(one, two), *different_lines(run, unbroken)]
     shown = "\n  ".join(different[:8])
-    check(not different, f"{what}: not as the unbroken run in {len(different)} places:\n  {shown}")
+    check(not different, f"{what}: differs from the unbroken run in {len(different)} places:\n  {shown}")
 
 
 def different_tensors(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
-    """Name the tensors that are not bit for bit those of the other checkpoint."""
+    """Name the tensors that differ between two checkpoints."""
     flat = [
         {f"{group}/{key}": tensor for group, tensors in saved.groups.items() for key, tensor in tensors.items()}
         for saved in (one, two)
@@ -86,14 +86,14 @@ def different_tensors(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
 
 
 def different_progress(one: Checkpoint, two: Checkpoint) -> Iterator[str]:
-    """Name what is different in how far two runs came."""
+    """Name the differences in the progress of two runs."""
     for key in PROGRESS:
         if one.meta[key] != two.meta[key]:
             yield f"{key}: {one.meta[key]} in {one.path}, {two.meta[key]} in {two.path}"
 
 
 def different_lines(run: Path, unbroken: Path) -> Iterator[str]:
-    """Name the lines of metrics.jsonl in which two runs differ, speeds aside."""
+    """Name the lines of metrics.jsonl in which two runs differ, except for speeds."""
     one, two = (
         [{key: value for key, value in line.items() if key not in SPEEDS} for line in read_metrics(f / "metrics.jsonl")]
         for f in (run, unbroken)
@@ -104,14 +104,14 @@ def different_lines(run: Path, unbroken: Path) -> Iterator[str]:
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
-    """What processes of a run noted in a file, in the order it happened."""
+    """Read what the processes of a run noted in a file, in order of time."""
     with suppress(FileNotFoundError):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return []
 
 
 def note(path: str, **values: Any) -> None:
-    """Add a line to a trace, at once and whole whoever else writes to it."""
+    """Append a line to a trace atomically, even if other processes write to it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         os.write(descriptor, f"{json.dumps(values)}\n".encode())

@@ -64,7 +64,7 @@ def test_norms_begun_anew_and_frozen_are_an_error_that_stops_training(backbone: 
     cfg = config(train=weights(backbone, "reinit"), backbone={"freeze_at": 2})
     assert audited(cfg).errors == [
         "5 norm layers from backbone.stem.norm on: frozen by model.backbone.freeze_at: 2 with random weights; set "
-        "freeze_at=0, or train.norm_policy to one that brings the norms over"
+        "freeze_at=0, or a train.norm_policy that keeps the norms of the weights"
     ]
     with pytest.raises(ConfigError, match=r"5 norm layers from backbone\.stem\.norm on: frozen by"):
         train(cfg.model_copy(update={"out": str(tmp_path / "run")}))
@@ -175,7 +175,7 @@ def test_decay_of_gamma_and_beta_is_warned_of(decay: float) -> None:
     assert said == (
         [
             f"30 norm layers from backbone.stem.norm on: train.optimizer.norm_weight_decay: {decay:g} pulls gamma and "
-            "beta to 0; recipes have 0 there (Detectron)"
+            "beta to 0; published recipes use 0 (Detectron)"
         ]
         if decay
         else []

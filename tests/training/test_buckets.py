@@ -1,4 +1,4 @@
-"""Gradients that are summed over the processes while the last backward pass runs, whatever happens in it."""
+"""Gradients are summed over the ranks while the last backward pass runs, whatever fails in it."""
 
 import functools
 import os
@@ -31,7 +31,7 @@ FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop bef
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes got in an update of 8 images, by fault in the second; last, what one got alone."""
+    """The results of two ranks in an update of 8 images, by fault on rank 1, and last those of a single rank."""
     folder = tmp_path_factory.mktemp("buckets")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(CONFIG | {"train": CONFIG["train"] | {"global_batch": 8, "precision": "float64"}}))
@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def all_faults(rank: int, folder: Path, config: Path) -> None:
-    """The life of one of the two processes."""
+    """Run all faults on one of the two ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     run, batches = update(config, Process(rank, 2, torch.device("cpu")))
@@ -61,7 +61,7 @@ def all_faults(rank: int, folder: Path, config: Path) -> None:
 
 
 def update(config: Path, proc: Process) -> tuple[Run, Replay]:
-    """A run and the batches of its first update, 2 of 2 images for each of two processes."""
+    """Return a run and the batches of its first update: on each of two ranks, 2 batches of 2 images."""
     cfg = load(config, "unused", "train.images_per_gpu=2")
     run, _ = build_run(cfg, Path("unused"), proc, None)
     batches = train_batches(
@@ -73,8 +73,8 @@ def update(config: Path, proc: Process) -> tuple[Run, Replay]:
 
 @contextmanager
 def injected(run: Run, stop: StopSignals, fault: str) -> Iterator[None]:
-    """Let memory run out once, or a stop come, while gradients are sent or before."""
-    first = next(run.model.parameters())  # the last of a backward pass
+    """Let memory run out once, or a stop arrive, before or while gradients are sent."""
+    first = next(run.model.parameters())  # a backward pass reaches it last
     all_reduce, done = dist.all_reduce, []
 
     def strike(_: Tensor) -> None:
@@ -100,7 +100,7 @@ def injected(run: Run, stop: StopSignals, fault: str) -> Iterator[None]:
 
 
 def flat(model: nn.Module) -> Tensor:
-    """All gradients."""
+    """Return all gradients as one vector."""
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -115,27 +115,29 @@ def test_both_have_the_sum_that_one_process_computes(results: list[dict[str, Any
 def test_a_process_that_runs_out_of_memory_changes_no_sum(results: list[dict[str, Any]], fault: str) -> None:
     for got in results[:2]:
         torch.testing.assert_close(got[fault]["gradients"], got[""]["gradients"], rtol=1e-9, atol=1e-14)
-        assert got[fault]["size"] == 1  # both learn that one went down to it
+        assert got[fault]["size"] == 1  # both ranks learn the smaller size
 
 
 @pytest.mark.parametrize("fault", ["stop on the way", "stop before", "signal while sending"])
 def test_a_stop_of_one_process_stops_both_at_once(results: list[dict[str, Any]], fault: str) -> None:
     assert [got[fault] for got in results[:2]] == ["stopped", "stopped"]
-    assert all(torch.equal(got["none"]["gradients"], got[""]["gradients"]) for got in results[:2])  # still in step
+    assert all(
+        torch.equal(got["none"]["gradients"], got[""]["gradients"]) for got in results[:2]
+    )  # the ranks still agree
 
 
 def count(rank: int, folder: Path) -> None:
-    """One of two processes: note when what is sent, and what lies where."""
+    """Run one of two ranks; note what is sent when, and the layout of gradients."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model, sent = small_model(), []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda tensor, **options: (sent.append(tensor.numel()), all_reduce(tensor, **options))[1]
     buckets = Buckets(model, Process(rank, 2, torch.device("cpu")))
     seen = []
-    for _ in range(2):  # a second round like the first
+    for _ in range(2):  # the second round must equal the first
         buckets.clear()
         losses = model(make_batch([(64, 64)]))
-        used = losses if rank == 0 else {"loss_cls": losses["loss_cls"]}  # the mask head is without gradient there
+        used = losses if rank == 0 else {"loss_cls": losses["loss_cls"]}  # the mask head gets no gradient there
         with buckets.sending():
             sum(loss.sum() for loss in used.values()).backward()
         on_the_way = sum(sent)
@@ -153,14 +155,14 @@ def test_each_gradient_is_sent_once_and_on_the_way_where_all_have_one(tmp_path: 
         got = torch.load(tmp_path / str(rank))
         for on_the_way, whole, as_parameters in got["seen"]:
             assert whole == got["total"] and as_parameters
-            assert (on_the_way == whole) if rank == 0 else (on_the_way == 0)  # the first bucket waits for its last
+            assert (on_the_way == whole) if rank == 0 else (on_the_way == 0)  # the first bucket never fills
 
 
 def test_a_lone_process_sends_nothing_and_its_gradients_keep_their_place() -> None:
     model = small_model()
     buckets = Buckets(model, Process(0, 1, torch.device("cpu")))
     for _ in range(2):
-        model.zero_grad()  # as whoever looks for a NaN does
+        model.zero_grad()  # as the search for a NaN does
         buckets.clear()
         sum(loss.sum() for loss in model(make_batch([(64, 64)])).values()).backward()
         buckets.finish()

@@ -1,4 +1,4 @@
-"""train.compile: few graphs, made before the first update, that compute what is computed without them."""
+"""train.compile makes few graphs, all before the first update, with the same results as without them."""
 
 import re
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_photographs_share_the_smallest_canvas_and_one_number_of_slots(data_root
 
 
 def test_parts_of_a_batch_lie_within_its_canvas() -> None:
-    """Not on the canvas of the same area that lies the other way, which the batch's pixels do not cover."""
+    """A canvas of the same area but the other orientation is not used: the batch does not cover it."""
     batch = collate([sample(64, 90), sample(50, 60)], 32, True, ((64, 96), (96, 64)))
     parts = split(batch, 1, 32, True, ((96, 64), (64, 96)))
     assert [(*part.images.shape[2:], part.padded) for part in parts] == [(64, 96, True)] * 2
@@ -91,7 +91,7 @@ def test_what_a_cpu_cannot_compile_is_refused() -> None:
 
 @pytest.fixture
 def run(config: Path) -> Run:
-    """A run that has one canvas, on the CPU."""
+    """A run with one canvas, on the CPU."""
     options = ("data.shortest_edge=[64,96]", "data.max_edge=96", "data.canvases=[[96,96]]", "train.compile=default")
     options += ("train.images_per_gpu=2", "train.precision=float64", "device=cpu")
     return build_run(load(config, "unused", *options), Path("unused"), Process(0, 1, CPU), None)[0]
@@ -106,7 +106,7 @@ def test_a_machine_without_a_compiler_is_told(run: Run) -> None:
 
 
 def test_the_graphs_made_ahead_serve_the_run_and_change_rounding_only(run: Run) -> None:
-    """Traced as for the compiler, which itself takes minutes: the next test."""
+    """The graphs are only traced; the next test compiles them, which takes minutes."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     run = run._replace(forward=torch.compile(run.model, backend="eager", dynamic=False))
@@ -119,14 +119,14 @@ def test_the_graphs_made_ahead_serve_the_run_and_change_rounding_only(run: Run) 
     )  # fmt: skip
     for batch, *_ in stream:
         traced, plain = (step(run, forward, [batch]) for forward in (run.forward, run.model))
-        for one, other in zip(traced, plain, strict=True):
-            assert (one - other).norm() < 1e-9 * other.norm()
+        for result, expected in zip(traced, plain, strict=True):
+            assert (result - expected).norm() < 1e-9 * expected.norm()
     stats = torch._dynamo.utils.counters
     assert stats["stats"]["unique_graphs"] == 1 and not stats["graph_break"]
 
 
 def step(run: Run, forward: torch.nn.Module, batches: list) -> tuple[Tensor, Tensor]:
-    """The losses and the gradient of an update."""
+    """Return the losses and the gradient of an update."""
     run.model.zero_grad()
     losses = backward(forward, run.autocast, batches, 2, run.cfg)
     return torch.stack(list(losses.values())), torch.cat([p.grad.flatten() for p in run.model.parameters()])

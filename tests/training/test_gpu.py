@@ -1,4 +1,4 @@
-"""What only a GPU has: its allocator's limit, the trial of `auto` against it, a step without waiting, CUDA graphs."""
+"""Tests that need a GPU: the allocator's limit, `auto` within it, a step without waiting, CUDA graphs."""
 
 import os
 import subprocess
@@ -59,13 +59,13 @@ def test_invariance_passes_on_a_gpu_and_over_two_processes_that_share_it(config:
 
 
 def test_a_step_does_not_wait_for_the_gpu(config: Path) -> None:
-    """Forward, backward and the optimiser's step are issued without a look at a result."""
+    """Forward, backward and the optimiser's step are issued without reading a result."""
     cfg = load(config, "unused", "train.global_batch=2", "train.images_per_gpu=2", "data.shortest_edge=[64]")
     with process("cuda") as proc:
         run, _ = build_run(cfg, Path("unused"), proc, None)
     batch = largest_batch(run.train_set, cfg.data, 2, masks=True)
     batch = Batch(*(field.pin_memory() for field in batch[:3]), GroundTruth(*(f.pin_memory() for f in batch.gt)), False)
-    for mode in ("default", "error"):  # the first step may wait: libraries are set up in it
+    for mode in ("default", "error"):  # the first step may wait, because it sets up libraries
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -83,9 +83,9 @@ def test_copies_ahead_arrive_whole_and_in_order() -> None:
     for number in range(8):
         batch = make_batch([(512, 512)] * 2)
         batch = batch._replace(images=torch.full_like(batch.images, number).pin_memory())
-        busy = busy @ busy.softmax(1)  # the GPU is behind, copies are not
+        busy = busy @ busy.softmax(1)  # keeps the GPU busy while copies run ahead
         sums.append(to_device(batch, device).images.sum())
-    assert [int(one) for one in sums] == [number * batch.images.numel() for number in range(8)]
+    assert [int(total) for total in sums] == [number * batch.images.numel() for number in range(8)]
 
 
 def test_expandable_segments_are_set_before_the_gpu_is_used_unless_the_user_says_otherwise() -> None:

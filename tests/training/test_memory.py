@@ -1,4 +1,4 @@
-"""The limit on tensors' memory counts what lives, and says when it is passed."""
+"""The limit on tensor memory counts living tensors and raises when it is exceeded."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 def test_bytes_are_counted_while_tensors_live_and_views_are_not_counted() -> None:
     with TensorBytes(10**9, resident=500) as counted:
         a = torch.ones(1000)  # 4,000 bytes
-        b = a[10:].reshape(2, 495).add_(1)  # a view, and its memory written in place
+        b = a[10:].reshape(2, 495).add_(1)  # a view, written in place
         assert counted.live == 4_500
         c = a.double()
         assert counted.live == 12_500 and b.sum() == 1980
@@ -45,7 +45,7 @@ def test_a_real_failure_to_allocate_is_recognised() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**55)
     assert out_of_memory(error.value)
-    # in the words of cuDNN, cuBLAS and the driver, which raise plain errors
+    # cuDNN, cuBLAS and the driver raise plain errors with their own words
     for words in ("GET was unable to find an engine to execute this computation", "CUBLAS_STATUS_ALLOC_FAILED when"):
         assert out_of_memory(RuntimeError(words))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -1,4 +1,4 @@
-"""The log of a run: what is written, what survives a killed run, what is shown."""
+"""The log of a run: what it writes, what survives a kill, and what it shows."""
 
 import io
 import json
@@ -136,7 +136,7 @@ def test_without_a_console_nothing_is_shown(tmp_path: Path, capsys) -> None:
 
 @contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
-    """A disk that is full where a file has so many bytes: the write that reaches it is cut, the next one fails."""
+    """Limit the size of files, like a full disk: the write that reaches the limit is cut, the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

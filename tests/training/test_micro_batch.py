@@ -1,4 +1,4 @@
-"""How an update is split changes nothing that is learned: micro-batches, processes, and what a full memory does."""
+"""The split of an update into micro-batches and ranks, or by a full memory, does not change what is learned."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ from gndet.training.memory import MIB, TensorBytes
 from gndet.training.setup import build_run
 from gndet.training.update import backward, resident_bytes
 
-EXACT = ("train.precision=float64",)  # rounding of float32 may flip a sampled region; float64 shows
+EXACT = ("train.precision=float64",)  # rounding in float32 may flip a sampled region
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
 
 
@@ -50,7 +50,7 @@ def torchrun(config: Path, out: str, *overrides: str) -> subprocess.CompletedPro
 
 
 def difference(a: Path, b: Path) -> tuple[float, float]:
-    """How far two runs' weights and losses are apart: largest relative (L2) of the weights, and of a step's loss."""
+    """Return the largest relative difference of two runs: of a weight tensor (L2), and of a step's loss."""
     one, two = last(a), last(b)
     weights = [name for name in one if name.startswith(("model/", "ema/")) and one[name].is_floating_point()]
     steps = zip(losses(a), losses(b), strict=True)
@@ -78,7 +78,7 @@ def test_processes_whose_shares_differ_learn_the_same(config: Path) -> None:
 
 
 def test_batch_statistics_do_not_learn_the_same(config: Path) -> None:
-    """Guards the tests above: what they check is not true of itself."""
+    """Guards the tests above: their property does not hold by itself."""
     options = (*EXACT, "model.norm.kind=bn", "train.schedule.updates=2")
     for size in (2, 4):
         train(load(config, f"by-{size}", *options, f"train.images_per_gpu={size}"))
@@ -86,8 +86,8 @@ def test_batch_statistics_do_not_learn_the_same(config: Path) -> None:
 
 
 def test_sync_bn_over_two_processes_learns_what_bn_does_in_one(config: Path) -> None:
-    options = (*EXACT, "train.schedule.updates=2", "model.masks=false")  # two micro-batches an update
-    options += ("data.shortest_edge=[64]",)  # nothing padded: BN would see how much
+    options = (*EXACT, "train.schedule.updates=2", "model.masks=false")  # two micro-batches per update
+    options += ("data.shortest_edge=[64]",)  # no padding, which BN would see
     train(load(config, "one", *options, "model.norm.kind=bn", "train.images_per_gpu=4"))
     run = torchrun(config, "two", *options, "model.norm.kind=sync_bn", "train.images_per_gpu=2")
     assert run.returncode == 0, run.stderr
@@ -104,12 +104,12 @@ def test_a_process_that_cannot_go_on_ends_the_run_with_its_reason_on_all(config:
 
 
 def count_messages(rank: int, rendezvous: str, outputs: str) -> None:
-    """One of two processes: sum the gradients once, and note what was sent."""
+    """Run one of two ranks: sum the gradients once, and note what was sent."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     model, sent = small_model(), []
     all_reduce = dist.all_reduce
     dist.all_reduce = lambda tensor: (sent.append(tensor.numel()), all_reduce(tensor))[1]
-    if rank == 0:  # the other's share reached no parameter
+    if rank == 0:  # the share of rank 1 reaches no parameter
         sum(p.sum() for p in model.parameters()).backward()
     sum_gradients(model, Process(rank, 2, torch.device("cpu")))
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -128,10 +128,10 @@ def test_every_gradient_is_sent_once_an_update(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_shares_cover_an_update_and_differ_by_one_image_at_most(world: int, size: int) -> None:
     shares = [[place for part in micro_batches(8, size, rank, world) for place in part] for rank in range(world)]
-    assert sorted(place for one in shares for place in one) == list(range(8))
+    assert sorted(place for share in shares for place in share) == list(range(8))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert all(len(part) <= size for rank in range(world) for part in micro_batches(8, size, rank, world))
-    assert micro_batches(8, 2, 1, 2) == [range(2, 4), range(6, 8)]  # a round's images stand beside each other
+    assert micro_batches(8, 2, 1, 2) == [range(2, 4), range(6, 8)]  # the images of a round are adjacent
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
@@ -150,7 +150,7 @@ def test_a_split_batch_has_the_same_losses_on_smaller_canvases(num: int) -> None
 def test_an_update_s_batches_can_be_gone_through_again() -> None:
     source = iter([Loaded(number, (), ()) for number in (1, 2, 3, 4)])
     update = Replay(functools.partial(next, source), 3)
-    assert next(iter(update)) == 1  # broken off
+    assert next(iter(update)) == 1  # interrupted
     assert list(update) == [1, 2, 3] == list(update)
     assert next(source).batch == 4 and [loaded.batch for loaded in update.taken] == [1, 2, 3]
 
@@ -175,13 +175,15 @@ def test_no_batch_is_larger_than_the_largest(config: Path, data_root: Path, edge
 
 
 def peak_mib(config: Path, size: int, *overrides: str, first: bool = False) -> float:
-    """The peak of tensors in a step over the largest batch of `size` images, the first one of its update or not."""
+    """Return the peak memory in a step over the largest batch of `size` images; first: the first of its update."""
     cfg = load(config, "peak", *overrides)
     run, _ = build_run(cfg, Path("unused"), Process(0, 1, torch.device("cpu")), None)
     for parameter in run.model.parameters():
         parameter.grad = None if first else torch.zeros_like(parameter)
     momentum = sum(p.nbytes for p in run.model.parameters())
-    batch = largest_batch(run.train_set, cfg.data, size, masks=True, objects=4)  # as many as regions may be positive
+    batch = largest_batch(
+        run.train_set, cfg.data, size, masks=True, objects=4
+    )  # as many as there may be positive regions
     with TensorBytes(10**12, resident_bytes(run) + momentum) as counted:
         backward(run.model, run.autocast, [batch], size, cfg)
     return counted.peak / MIB
@@ -214,7 +216,7 @@ def test_auto_that_cannot_is_refused_before_anything_is_written(config: Path) ->
 
 
 def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_learned(config: Path) -> None:
-    kept = (*EXACT, "train.memory=fast")  # so that images, not weights, take up most of the memory
+    kept = (*EXACT, "train.memory=fast")  # so that images take more memory than weights
     train(load(config, "calm", *kept, "train.images_per_gpu=1"))
     limit = (peak_mib(config, 2, *kept) + peak_mib(config, 4, *kept)) / 2
     with (config.parent / "log").open("w") as file:
@@ -222,7 +224,7 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_learne
         train(cfg, console=Console(file=file))
     text = (config.parent / "log").read_text()
     assert "out of memory with 8 images at once, continuing with" in text and "what is learned does not change" in text
-    assert text.count("out of memory") <= 2  # not at every update: the next ones are cut so from the start
+    assert text.count("out of memory") <= 2  # not at every update: later ones start with the smaller size
     lines = [json.loads(line) for line in (config.parent / "tight" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images_at_once"] for line in lines if line["kind"] == "train"][-1] == 2
     assert max(difference(config.parent / "calm", config.parent / "tight")) < 1e-9
@@ -265,7 +267,7 @@ def test_splits_that_are_not_possible_are_refused() -> None:
 
 
 def test_a_data_set_of_one_image_fills_an_update_with_it(config: Path) -> None:
-    """The stated rule: an epoch ends after its last image, wherever in an update that is."""
+    """The rule: an epoch ends after its last image, even in the middle of an update."""
     train(load(config, "run", "data.train.count=1", "train.schedule.updates=1", "train.images_per_gpu=3"))
     assert last(config.parent / "run")
 

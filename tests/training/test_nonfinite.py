@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite is found, located and written down; nothing of the run is changed."""
+"""A loss or gradient that is not finite is found, located and recorded; the run does not change."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def batches(cfg: Config, run: Run) -> Iterator[Loaded]:
 
 
 class Poison(nn.Module):
-    """Replaces part of a module's result by something else where the batch holds a certain picture."""
+    """Replaces part of a module's output if the batch holds a certain picture."""
 
     def __init__(self, inner: nn.Module, value: float, where: str) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Poison(nn.Module):
 
 
 def poisoned(run: Run, module: str, key: int, value: float, where: str) -> None:
-    """Let a module fail for the picture of that key alone."""
+    """Let a module fail only for the picture with this key."""
     parent, _, name = module.rpartition(".")
     poison = Poison(run.model.get_submodule(module), value, where)
     setattr(run.model.get_submodule(parent), name, poison)
@@ -77,8 +77,8 @@ def poisoned(run: Run, module: str, key: int, value: float, where: str) -> None:
 def test_a_sound_update_is_found_to_be_sound(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     found = examine(run, first_update(run))
-    assert [one["first"] for one in found] == [""] * 4
-    assert len({one["image_id"] for one in found}) == 4 and all(one["losses"]["loss_mask"] > 0 for one in found)
+    assert [image["first"] for image in found] == [""] * 4
+    assert len({image["image_id"] for image in found}) == 4 and all(image["losses"]["loss_mask"] > 0 for image in found)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_the_first_module_and_the_image_are_named(
 ) -> None:
     run = make_run(tmp_path)
     taken = first_update(run)
-    guilty = taken[1].image_ids[0]
+    culprit = taken[1].image_ids[0]
     poisoned(run, module, int(taken[1].batch.keys[0]), value, where)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     text = describe(run, 7, taken, {"loss_cls": torch.tensor(math.nan)}, torch.tensor(math.nan))
     report = json.loads((tmp_path / "nonfinite" / "update-0000008-process0" / "report.json").read_text())
-    assert [one["image_id"] for one in report["images"] if one["first"]] == [guilty]
-    assert f"image {guilty}: " in text and "at update 8" in text
-    (first,) = [one["first"] for one in report["images"] if one["first"]]
+    assert [image["image_id"] for image in report["images"] if image["first"]] == [culprit]
+    assert f"image {culprit}: " in text and "at update 8" in text
+    (first,) = [image["first"] for image in report["images"] if image["first"]]
     assert re.search(words, first), first
     assert report["losses"] == {"loss_cls": "nan"} and report["update"] == 7
     assert config_from_dict(report["config"], "report") == run.cfg

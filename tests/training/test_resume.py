@@ -1,4 +1,4 @@
-"""What differs when a run resumes is refused, or said in a line: the rule of `gndet.training.checkpointing`."""
+"""A difference on resume is refused or reported in a line: the rule of `gndet.training.checkpointing`."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ OPTIONS = ("train.checkpoint_every=2", "train.global_batch=2")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config of a run of 6 updates, beside the run."""
+    """The config of a run of 6 updates, next to the run folder."""
     path = tmp_path_factory.mktemp("finished") / "tiny.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     train(load(path, "run", *OPTIONS))
@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stopped(finished: Path, tmp_path: Path) -> Path:
-    """The same with 4 of the 6 updates."""
+    """The same run, stopped after 4 of the 6 updates."""
     shutil.copytree(finished.parent, tmp_path / "copy", symlinks=True)
     forget(tmp_path / "copy" / "run", 6)
     return tmp_path / "copy" / "tiny.yaml"
@@ -85,7 +85,7 @@ def test_other_masks_over_the_same_boxes_are_refused(stopped: Path, monkeypatch:
 
     def other(*args: object) -> object:
         record = real(*args)
-        turned = [{"size": one["size"], "counts": one["counts"][:-1] + "1"} for one in record.segmentations]
+        turned = [{"size": code["size"], "counts": code["counts"][:-1] + "1"} for code in record.segmentations]
         return record._replace(segmentations=turned) if record.image_id < 2 * shapes.MAX_COUNT else record
 
     monkeypatch.setattr(shapes, "_to_record", other)
@@ -145,7 +145,7 @@ def test_the_mean_losses_of_a_log_line_are_those_of_the_unbroken_run(finished: P
 
 
 def test_a_best_that_could_not_be_written_is_none(finished: Path, tmp_path: Path) -> None:
-    """The evaluation after it is the best again, though it is worse."""
+    """The next evaluation becomes the best, although it is worse."""
     run, _ = build_run(load(finished, "unused"), tmp_path, Process(0, 1, torch.device("cpu")), None)
     said: list[str] = []
     saver, progress = Saver(run, 9, said.append), Progress(update=1)
@@ -166,7 +166,7 @@ def test_a_best_that_could_not_be_written_is_none(finished: Path, tmp_path: Path
 
 
 def test_no_thread_outlives_a_save(finished: Path, tmp_path: Path) -> None:
-    """With a thread's OpenMP team beside it libgomp no longer spins: updates would take a third longer for good."""
+    """A living thread with an OpenMP team stops libgomp from spinning: all later updates would take a third longer."""
     run, _ = build_run(load(finished, "unused"), tmp_path, Process(0, 1, torch.device("cpu")), None)
     before = threading.active_count()
     saver = Saver(run, 9, print)

@@ -115,7 +115,7 @@ def test_a_part_s_norm_is_not_changed_by_resuming_without_it(config: Path) -> No
 def test_resuming_on_other_data_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(load(config, "run"))
     forget(config.parent / "run", 6)
-    monkeypatch.setattr(shapes, "MAX_TILT", 0.1)  # the same numbers of images and objects, in other places
+    monkeypatch.setattr(shapes, "MAX_TILT", 0.1)  # the same numbers of images and objects at other positions
     with pytest.raises(TrainingError, match=r"update-0000004: trained on other images or objects than shapes"):
         train(load(config, "run"))
 
@@ -131,7 +131,7 @@ def test_a_mistake_with_fresh_leaves_the_old_run_where_it_is(config: Path) -> No
 def test_options_that_change_nothing_learned_may_change_on_resume(config: Path) -> None:
     train(load(config, "run", "train.schedule.updates=6"))
     folder = config.parent / "run"
-    with pytest.raises(TrainingError, match="finished"):  # not: another config
+    with pytest.raises(TrainingError, match="finished"):  # instead of "another config"
         train(load(config, "run", "train.log_every=5", "data.workers=1", "device=cpu"))
     assert (folder / "last").exists()
 

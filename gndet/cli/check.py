@@ -11,7 +11,9 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("source", help="config (checks its data.train and data.val), or a COCO JSON file")
     add_overrides(verb)
     verb.add_argument("--images", action="store_true", help="also decode every picture")
-    verb.add_argument("--image-folder", type=Path, metavar="FOLDER", help="pictures of a JSON file (default: nearby)")
+    verb.add_argument(
+        "--image-folder", type=Path, metavar="FOLDER", help="pictures of a JSON file (default: search near it)"
+    )
     verb.add_argument("--sheet", type=Path, metavar="FILE", help="draw images with boxes and masks into this PNG file")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the report here as JSON")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 WAKE = signal.SIGURG  # sent by this process to its main thread; ignored by default if it arrives late
-SAME = 1.0  # seconds; signals within it are one request: a scheduler signals every rank, and torchrun too
+SAME = 1.0  # seconds; signals within it are one request: a scheduler signals every rank, and so does torchrun
 
 
 class Stop(BaseException):

@@ -136,7 +136,7 @@ class Watch:
                 os._exit(1)
             if not self._waiting and not self._quiet_said and quiet > max(self.timeout_s, LEAST_QUIET):
                 self._quiet_said = True
-                self._report(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; still running")
+                self._report(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; the run is not stopped")
 
     def _report(self, text: str) -> None:
         self.dump(text)

@@ -76,7 +76,7 @@ def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) ->
     for rank, other in enumerate(by_rank):
         if wrong := [name for name in mine if other[name] != by_rank[0][name]]:
             raise TrainingError(
-                f"{run.out}: rank {rank} has another {' and another '.join(wrong)} than rank 0; all ranks need the "
+                f"{run.out}: rank {rank} differs from rank 0 in its {' and '.join(wrong)}; all ranks need the "
                 "same config and data, and one folder `out` on a shared disk"
             )
 

@@ -131,7 +131,7 @@ def clear_gradients(run: Run) -> None:
 
 
 def buckets_for(cfg: Config, model: nn.Module, proc: Process) -> Buckets | None:
-    """Return buckets if gradients are sent while a backward pass runs, else None.
+    """Return buckets if gradients are sent while a backward pass runs, or for CUDA graphs, else None.
 
     Not with SyncBN, which also sends during that pass: the order of messages would differ from rank to rank.
     """

@@ -95,7 +95,7 @@ def preempted(out: Path, when: str, stop: StopSignals, proc: Process) -> Preempt
     if not proc.first:
         return Preempted("", stop.status)
     mark(out, PREEMPTED, f"stopped by a signal {when}")
-    return Preempted(f"{out}: stopped by a signal {when}; the same command resumes it", stop.status)
+    return Preempted(f"{out}: stopped by a signal {when}; run the same command to continue", stop.status)
 
 
 def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:

@@ -120,8 +120,8 @@ def _read_text(path: Path) -> str:
             raise ConfigError(f"{path}: a config has at most {MAX_CONFIG_BYTES} bytes, this file has more")
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        packaged = (PACKAGED / f"{path.stem}.yaml").is_file()
-        hint = f"; the packaged config of this name is {PACKAGED / path.stem}.yaml" if packaged else ""
+        packaged = os.path.join(PACKAGED, f"{path.stem}.yaml")
+        hint = f"; the packaged config of this name is {packaged}" if os.path.isfile(packaged) else ""
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None

@@ -1,6 +1,6 @@
 """Read a Config from YAML: the `base:` chain, `key=value` overrides, and error messages for mistakes.
 
-Unknown keys are refused with the nearest known one; every error names the file, the line and the key.
+An unknown key is refused, and the nearest known key is suggested; every error names the file, the line and the key.
 """
 
 import difflib
@@ -16,12 +16,12 @@ from gndet.config.presets import without_conventions
 from gndet.config.schema import Config
 from gndet.errors import ConfigError
 
-MAX_CONFIG_BYTES = 200_000  # a config is a page; annotations, which are YAML as well, would be parsed for hours
+MAX_CONFIG_BYTES = 200_000  # a config fits on a page; an annotation file is YAML too and would be parsed for hours
 MAX_CONFIG_NODES = 20_000  # expanded aliases count: an alias bomb stops here
 MAX_CONFIG_DEPTH = 20  # levels of nesting; the config has 5
-MAX_SHOWN = 200  # characters of a wrong value
+MAX_SHOWN = 200  # characters of a wrong value in a message
 MAX_MISTAKES = 20  # shown at once
-YOLO_KEYS = {"path", "train", "val", "nc"}  # beside `names` in YOLO's data files
+YOLO_KEYS = {"path", "train", "val", "nc"}  # besides `names`, in YOLO's data files
 
 # inside the package in a wheel, beside it in a checkout
 PACKAGED = next((up / "configs" for up in Path(__file__).parents[1:3] if (up / "configs").is_dir()), Path("configs"))
@@ -30,12 +30,12 @@ Origin = dict[tuple[str, ...], str]  # where each key was set: "file.yaml:12" or
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config with its `base:` chain, apply `key=value` overrides, validate.
+    """Read a YAML config with its `base:` chain, apply `key=value` overrides, and validate the result.
 
     path: YAML file, or the name of a packaged config.  overrides: dotted keys, values in YAML.  An unset `out` becomes
     runs/<config name>.
-    A `norm:` section in a file replaces that of its base whole; a dotted override changes one key of it.
-    Raises ConfigError that names file and line (or the override), key, value and what was expected.
+    A `norm:` section in a file replaces the whole section of its base; a dotted override changes a single key.
+    Raises a ConfigError that names the file and line (or the override), key, value and what was expected.
     """
     origin: Origin = {}
     path = find_config(path)
@@ -65,14 +65,14 @@ def find_config(name: str | Path) -> Path:
 
 
 def config_files(path: str | Path) -> list[Path]:
-    """The files of a config's `base:` chain.  Raises ConfigError as `load_config` does."""
+    """List the files of a config's `base:` chain.  Raises ConfigError as `load_config` does."""
     files: list[Path] = []
     _read_chain(find_config(path), {}, files)
     return files
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config:
-    """Apply `key=value` overrides to a Config; source names where it came from in errors."""
+    """Apply `key=value` overrides to a Config; errors call its origin `source`."""
     origin: Origin = {}
     tree = cfg.model_dump(mode="json")
     if any(text.startswith("model.compat=") for text in overrides):
@@ -82,7 +82,7 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
 
 
 def config_from_dict(tree: dict[str, Any], source: str) -> Config:
-    """Validate a config that was stored in a run or a checkpoint; source names it in errors."""
+    """Validate a config that was stored in a run or a checkpoint; errors call it `source`."""
     return _validated(tree, {}, source)
 
 
@@ -92,7 +92,10 @@ def config_to_yaml(cfg: Config) -> str:
 
 
 def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
-    """Read path over the configs its `base:` names; note in origin where each key was set, in seen each file."""
+    """Read a config and merge it over its `base:` chain.
+
+    Records in origin where each key was set, and in seen each file.
+    """
     text = _read_text(path)
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to this file")
@@ -102,7 +105,7 @@ def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
     if "names" in tree and not YOLO_KEYS.isdisjoint(tree):
-        raise ConfigError(f"{path}: a YOLO data file, expected a config; convert the data to COCO's JSON")
+        raise ConfigError(f"{path}: is a YOLO data file, expected a config; convert the data to COCO's JSON")
     base = tree.pop("base", None)
     result: dict[str, Any] = {}
     if base is not None:
@@ -128,9 +131,9 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(text: str, source: str, place: Callable[..., str], keys: tuple[str, ...], origin: Origin) -> Any:
-    """Parse YAML; note in origin where each key below `keys` was set, as place(key's node) tells it.
+    """Parse YAML, and record in origin where each key below `keys` was set: place(the key's node).
 
-    Duplicate keys, aliases that expand beyond MAX_CONFIG_NODES and deep nesting are refused before anything is built.
+    Refuses duplicate keys, aliases that expand beyond MAX_CONFIG_NODES, and deep nesting, before building anything.
     """
     room = iter(range(MAX_CONFIG_NODES))
 
@@ -179,7 +182,7 @@ def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) ->
 
 
 def _merge(tree: dict[str, Any], change: dict[str, Any], whole: tuple[str, ...] = ()) -> None:
-    """Put change over tree in place: mappings key by key, anything else (and the keys in whole) replaced."""
+    """Merge change into tree in place: mappings key by key; other values, and the keys in `whole`, are replaced."""
     for key, value in change.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict) and key not in whole:
             _merge(tree[key], value, whole)
@@ -212,7 +215,7 @@ def _cut(text: str) -> str:
 def _describe(error: Any, origin: Origin, source: str) -> str:
     """Turn one pydantic error into `file:line: key: value, expected ...`."""
     keys = tuple(str(part) for part in error["loc"])
-    where = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), source)
+    place = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), source)
     name = _cut(".".join(keys))
     if error["type"] == "extra_forbidden":
         paths, section = [path for path, _ in _fields()], ".".join((*keys[:-1], ""))
@@ -222,11 +225,11 @@ def _describe(error: Any, origin: Origin, source: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
         if not close and elsewhere:
             hint = f"did you mean {elsewhere[0]}?"
-        return f"{where}: unknown key {name}; {hint}"
+        return f"{place}: unknown key {name}; {hint}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" or not name:
-        return f"{where}: {name + ': ' if name else ''}{message}"
-    return f"{where}: {name}: got {_brief(error['input'])}; {message[0].lower() + message[1:]}"
+        return f"{place}: {name + ': ' if name else ''}{message}"
+    return f"{place}: {name}: got {_brief(error['input'])}; {message[0].lower() + message[1:]}"
 
 
 def _fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

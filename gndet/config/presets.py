@@ -1,9 +1,10 @@
-"""Conventions in which detection toolkits differ where their weights do not say so, as presets of `model.compat`.
+"""Presets of `model.compat`: conventions in which detection toolkits differ but which their weights do not record.
 
-A preset gives defaults; what a config states itself stays. Sources: torchvision 0.29 models/detection (anchor_utils,
-rpn, roi_heads); detectron2 config/defaults and modeling/poolers; mmdetection configs/_base_/models; Detectron
-core/config, modeling/generate_anchors and utils/boxes. Detectron's boxes name their last pixel; gndet's end at its
-edge, one further, and Detectron pools a region without it. A box's level is floor(4 + log2(side / 224)) in all of them.
+A preset provides defaults; options that a config sets itself take precedence. Sources: torchvision 0.29
+models/detection (anchor_utils, rpn, roi_heads); detectron2 config/defaults and modeling/poolers; mmdetection
+configs/_base_/models; Detectron core/config, modeling/generate_anchors and utils/boxes. A Detectron box ends at the
+index of its last pixel; a gndet box ends at that pixel's far edge, one further, and Detectron's pooling leaves this
+pixel out. All of them assign a box to level floor(4 + log2(side / 224)).
 """
 
 from typing import Any
@@ -37,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-DATA: dict[str, dict[str, Any]] = {  # of the section `data`, for checkpoints that `gndet convert` makes of their files
+DATA: dict[str, dict[str, Any]] = {  # options of the section `data` in checkpoints that `gndet convert` writes
     "torchvision": {"antialias": False, "exact_canvas": False},
     "detectron2": {"exact_canvas": False},
     "mmdetection": {"antialias": False, "exact_canvas": False},
@@ -46,7 +47,7 @@ DATA: dict[str, dict[str, Any]] = {  # of the section `data`, for checkpoints th
 
 
 def without_conventions(model: dict[str, Any]) -> dict[str, Any]:
-    """The section `model` of a resolved config without what any preset sets, so that another preset can set it."""
+    """Return the section `model` of a resolved config without the options of any preset, so another one can apply."""
     result = dict(model)
     for preset in PRESETS.values():
         for part, options in preset.items():
@@ -55,7 +56,7 @@ def without_conventions(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def beneath(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Put defaults under values, section by section.  Returns a new dict."""
+    """Add the defaults that values lacks, section by section.  Returns a new dict."""
     merged = dict(values)
     for key, default in defaults.items():
         value = values.get(key, {} if isinstance(default, dict) else default)

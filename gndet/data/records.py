@@ -1,4 +1,4 @@
-"""A data set that has been read: records, classes, findings.  Without torch, so that data is checked at once."""
+"""A data set that has been read: records, classes, findings.  Without torch, so that `gndet check` starts at once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ MASK_SIDE = 112  # a 28 x 28 mask target sampled from 112 x 112 differs from the
 
 
 class Record(NamedTuple):
-    """One image of a data set with its n objects as the annotation file gives them (float64, original pixels)."""
+    """One image of a data set with its n objects as in the annotation file (float64, original pixels)."""
 
     image_id: int
     file_name: str  # for messages and predictions; a drawn image has a made-up name
@@ -19,9 +19,9 @@ class Record(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64 xyxy
     labels: np.ndarray  # (n,) int64 index into Dataset.classes
     crowd: np.ndarray  # (n,) bool: a crowd region, ignored in training, kept in evaluation
-    area: np.ndarray  # (n,) float64 pixels, as COCO's evaluation wants it
+    area: np.ndarray  # (n,) float64 pixels, as COCO's evaluation expects it
     annotation_ids: np.ndarray  # (n,) int64 >= 1, unique in the data set
-    segmentations: Sequence[Any]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, {"size", "counts"} RLE, None
+    segmentations: Sequence[Any]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, {"size", "counts"} RLE, or None
 
 
 class Finding(NamedTuple):
@@ -29,29 +29,29 @@ class Finding(NamedTuple):
 
     code: str  # like box-outside
     severity: str  # E: training is refused; F: fixed in memory; N: noted
-    what: str  # to be read after the count: "boxes wholly outside their image"
+    what: str  # follows the count in messages: "boxes wholly outside their image"
     remedy: str
     count: int  # type: ignore[assignment]  # hides tuple.count
     examples: tuple[str, ...]  # the first few, each with id, value and what was expected
-    image_ids: tuple[int, ...]  # of the first images that have it, for pictures of them
+    image_ids: tuple[int, ...]  # the first images with this fault, for drawing them
 
 
 class Dataset(NamedTuple):
     """A data set that has been read and checked."""
 
-    name: str  # path of the annotation file, or what was drawn
+    name: str  # path of the annotation file, or a description of the drawn set
     classes: tuple[str, ...]  # class names; a label is an index into it
     category_ids: tuple[int, ...]  # the file's category id of each class
     records: Sequence[Record]
     findings: tuple[Finding, ...] = ()  # E first, then F, N
-    notes: tuple[str, ...] = ()  # lines to be shown where a run starts: what is known of the pictures
+    notes: tuple[str, ...] = ()  # lines to show when a run starts, e.g. when the pictures were decoded
 
     @property
     def fixes(self) -> dict[str, int]:
-        """What was mended in memory, counted: {"boxes without area dropped": 2}."""
+        """Count what was fixed in memory: {"boxes without area dropped": 2}."""
         return {finding.what: finding.count for finding in self.findings if finding.severity == "F"}
 
     @property
     def refused(self) -> bool:
-        """Whether it has a fault with which nothing is trained or evaluated."""
+        """Whether a fault rules out training and evaluation."""
         return any(finding.severity == "E" for finding in self.findings)

@@ -1,9 +1,9 @@
 """A pool of forked processes that compute items ahead, in order, and are replaced when they die.
 
-Each worker has a pipe of its own and shares nothing else; its death is noticed at once where its item is waited for.
-Not concurrent.futures: one death breaks the whole executor, at exit it waits for every item begun, and its workers
-outlive a main process that is killed.  Not torch's DataLoader: its workers share locks, which a killed worker may take
-with it, it looks for deaths every 5 seconds only, and its SIGCHLD handler raises anywhere in the main thread.
+Each worker has its own pipe and shares nothing else, so the pool notices a death as soon as it waits for that worker.
+Why not concurrent.futures: one death breaks the whole executor, exit waits for every item that was started, and its
+workers outlive a main process that is killed.  Why not torch's DataLoader: its workers share locks that a killed worker
+may never release, it looks for deaths only every 5 seconds, and its SIGCHLD handler raises anywhere in the main thread.
 """
 
 import multiprocessing
@@ -23,18 +23,18 @@ from typing import Any, NamedTuple
 
 from gndet.errors import GndetError, MachineError
 
-PREFETCH = 4  # items that a worker has before it
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # sent to the whole process group; the main process decides
-POLL = 1.0  # seconds between two looks whether the main process is still there
-GRACE = 3.0  # seconds a worker has to finish its item when the pool is closed, and to be seen dead
+PREFETCH = 4  # items queued per worker
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the whole process group gets them; the main process decides
+POLL = 1.0  # seconds between checks that the main process is alive
+GRACE = 3.0  # seconds for a worker to finish its item when the pool closes, and to exit once its pipe is broken
 CAUSES: dict[int, str] = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
 
 
 class Death(Exception):
-    """A worker died over an item, or was killed because the item took too long."""
+    """A worker died while computing an item, or was killed because the item took too long."""
 
     def __init__(self, pid: int | None, status: int | None) -> None:
-        """status: multiprocessing's exitcode; None where the time limit was exceeded."""
+        """status: multiprocessing's exitcode; None if the time limit was exceeded."""
         self.pid, self.status = pid, status
 
     def __str__(self) -> str:
@@ -45,13 +45,13 @@ class Death(Exception):
 
 
 class Failure(NamedTuple):
-    """The traceback of an exception in a worker: a bug, or a lack of memory."""
+    """The traceback of an exception in a worker: a bug, or not enough memory."""
 
     text: str
 
 
 def usable_cores() -> int:
-    """How many processes can run at once."""
+    """Return how many processes can run at once."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -65,14 +65,14 @@ def map_ahead(
 ) -> Generator[tuple[Any, Any], None, None]:
     """Yield (item, work(item)) for each item, in order, computed by `workers` processes, PREFETCH items ahead.
 
-    work: in place of its result comes a Failure where it raises; a GndetError is raised here.
-    on_death: called with the item over which a worker died, the Death, and how many workers in a row died over it.
-    Returns the result that takes its place, or None to compute the item again.
-    time_limit: seconds, from when the item's turn has come, after which its worker is killed.
-    Raises MachineError where no process can be started.
+    work: if it raises a GndetError, that is raised here; any other exception gives a Failure as the result.
+    on_death: called with the item that a worker died on, the Death, and how many workers in a row have died on it.
+    It returns a result to use instead, or None to compute the item again.
+    time_limit: seconds to wait for an item, from when its turn has come, before its worker is killed.
+    Raises MachineError if no process can be started.
     """
-    pool: list[_Worker] = []  # to which the items are dealt in turn
-    close = Finalize(None, _end, (pool,), exitpriority=0)  # also at exit, where multiprocessing waits for them
+    pool: list[_Worker] = []  # items are dealt to the workers in turn
+    close = Finalize(None, _end, (pool,), exitpriority=0)  # also at exit, before multiprocessing waits for the workers
     left = iter(items)
     try:
         for number, item in enumerate(islice(left, PREFETCH * workers)):
@@ -104,56 +104,56 @@ def map_ahead(
 
 
 def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, main: int) -> None:
-    """Compute the items that come through the pipe, until the main process ends that or dies."""
+    """Compute the items that arrive through the pipe, until the main process closes it or dies."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # the main process's pipe: what is written there would pass for a signal to it
+    signal.set_wakeup_fd(-1)  # the main process's pipe: a write to it would look like a signal to the main process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
-    ours.close()  # else this end of the pipe would outlive a main process that drops it
+    ours.close()  # otherwise the pipe would stay open after the main process drops its end
     try:
         while True:
             while not theirs.poll(POLL):
-                if os.getppid() != main:  # other processes may hold its end of the pipe
+                if os.getppid() != main:  # the pipe alone does not tell: other processes may hold its main end
                     return
             item = theirs.recv()
             try:
                 result = work(item)
             except GndetError as error:
                 result = error
-            except Exception:  # whatever it is, the main process tells of it
+            except Exception:  # of any kind: the main process reports it
                 result = Failure(traceback.format_exc())
             try:
-                theirs.send(result)  # its tensors in shared memory
+                theirs.send(result)  # tensors travel in shared memory
             except (OSError, RuntimeError):  # no shared memory or file descriptor left
                 theirs.send(Failure(traceback.format_exc()))
     except (EOFError, ConnectionError):
-        return  # the main process is done, or gone
+        return  # the main process has finished or died
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold interrupts back while a process starts: masked, and noted, since any thread may take a Ctrl-C."""
-    taken: list[int] = []
+    """Defer interrupts while a process starts: mask them, and record a Ctrl-C that another thread receives."""
+    received: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, _: taken.append(number)) if is_main else None
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child has our handlers until it ignores them
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number)) if is_main else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child keeps our handlers until it ignores signals
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
-        if taken:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
 class _Worker:
-    """A worker process, and the items that it has yet to answer, oldest first."""
+    """A worker process and its unanswered items, oldest first."""
 
     def __init__(self, work: Callable[[Any], Any], items: Iterable[Any] = ()) -> None:
-        """items: left by a worker that died; they are sent one at a time, to find the deadly one.
+        """items: those left by a worker that died.  They are sent one at a time, to find the one that kills.
 
-        Results that the dead worker had sent are among them: tensors in shared memory are lost with their process.
+        They include items that the dead worker had answered: tensors in shared memory are lost with their process.
         """
         self.items = deque(items)
         self.sent, self.trial = 0, len(self.items)
@@ -161,12 +161,12 @@ class _Worker:
             try:
                 self.connection, theirs = multiprocessing.Pipe()
                 arguments = (work, self.connection, theirs, os.getpid())
-                # forked whatever a program has chosen: the life of a worker hangs on who its parent is
+                # always fork, whatever start method the program chose: a worker watches its parent process
                 self.process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
                 self.process.start()
             except OSError as error:
                 raise MachineError(f"a loader process cannot be started: {error}") from None
-            theirs.close()  # else the end of the process would not end the pipe
+            theirs.close()  # otherwise the pipe would stay open when the process ends
         self._send()
 
     def give(self, item: Any) -> None:
@@ -175,16 +175,16 @@ class _Worker:
         self._send()
 
     def _send(self) -> None:
-        """Send the items that have not been sent; on trial, only the oldest."""
+        """Send the unsent items; during a trial, only the oldest."""
         while self.sent < (1 if self.trial else len(self.items)):
             try:
                 self.connection.send(self.items[self.sent])
             except ConnectionError:
-                return  # it is dead; noticed when its result is waited for
+                return  # the worker has died; receive() will notice
             self.sent += 1
 
     def receive(self, time_limit: float | None) -> Any:
-        """Wait for the result of the oldest item, and drop that item.  Raises Death, once the process has ended."""
+        """Wait for the result of the oldest item, and drop that item.  Raises Death after the process has ended."""
         try:
             ready = wait([self.connection, self.process.sentinel], time_limit)
             if self.connection in ready:
@@ -195,7 +195,7 @@ class _Worker:
                 return result
             if not ready:
                 self.process.kill()
-        except (EOFError, OSError):  # its end of the pipe, or the shared memory of a finished item, went with it
+        except (EOFError, OSError):  # the pipe, or the shared memory of a finished item, died with the process
             ready = [self.process.sentinel]
             self.process.join(GRACE)
             if self.process.exitcode is None:
@@ -205,10 +205,10 @@ class _Worker:
 
 
 def _end(pool: list[_Worker]) -> None:
-    """End the workers: the end of its pipe tells each; one that is not done soon is killed."""
+    """End the workers by shutting down their pipes; kill those that do not finish within GRACE seconds."""
     for worker in pool:
         with socket.socket(fileno=os.dup(worker.connection.fileno())) as pipe, suppress(OSError):
-            pipe.shutdown(socket.SHUT_RDWR)  # closing it would not do: processes forked later hold it, too
+            pipe.shutdown(socket.SHUT_RDWR)  # closing is not enough: processes forked later hold the pipe, too
         worker.connection.close()
     deadline = time.monotonic() + GRACE
     for worker in pool:

@@ -1,4 +1,4 @@
-"""Conventions of other toolkits, against numbers worked by hand and torchvision's operators; presets are defaults."""
+"""Other toolkits' conventions equal numbers worked by hand and torchvision's operators; presets are defaults."""
 
 from pathlib import Path
 
@@ -74,7 +74,7 @@ def pyramid() -> list[Tensor]:
 
 
 def pooled_by_torchvision(features: list[Tensor], alignment: Alignment, size: int, ratio: int) -> Tensor:
-    """Each box from its level; a box of Detectron is pooled up to its last pixel's first edge."""
+    """Pool each box from its level; a box of Detectron is pooled up to the near edge of its last pixel."""
     last = 1 if alignment == "detectron" else 0
     boxes = torch.cat([BOXES[:, :2], BOXES[:, 2:] - last], dim=1)
     return torch.cat(
@@ -100,7 +100,7 @@ def heads(compat: str) -> MaskRCNN:
 
 
 def input_of(layer: nn.Module) -> list[Tensor]:
-    """What a layer will be called with."""
+    """Return a list that collects the inputs of a layer."""
     seen: list[Tensor] = []
     layer.register_forward_hook(lambda module, arguments, out: seen.append(arguments[0]))
     return seen

@@ -1,4 +1,4 @@
-"""The config reader: chains, overrides, and what it says of mistakes."""
+"""The config reader: chains, overrides, and its messages about mistakes."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_mistakes_name_file_line_key_and_what_was_expected(tmp_path: Path, text:
         load_config(write(tmp_path, "a.yaml", text))
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "seeed: 1\nmodel: {masks: perhaps}\n")
     with pytest.raises(ConfigError) as error:
         load_config(path, ["train.ema=2"])

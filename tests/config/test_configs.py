@@ -18,7 +18,7 @@ SCHEDULES = {
     "2x": (180_000, (120_000, 160_000)),
     "3x": (270_000, (210_000, 250_000)),
 }
-PUBLISHED = {  # box, mask AP and whose; other toolkits' recipes that ours follow
+PUBLISHED = {  # box AP, mask AP and their source: the other toolkits' recipes that ours follow
     "mask_rcnn_r50_fpn_gn_2x": "box AP 40.3, mask AP 35.7 (Detectron",
     "mask_rcnn_r50_fpn_gn_3x": "box AP 42.6, mask AP 38.6 (detectron2",
     "mask_rcnn_r50_fpn_scratch_gn_3x": "box AP 39.9, mask AP 36.6 (detectron2",

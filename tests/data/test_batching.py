@@ -41,7 +41,7 @@ def batches(dataset: Dataset, data: DataConfig = DATA, **options: Any) -> list[B
 
 
 def epoch_of_keys(dataset: Dataset, seed: int, epochs: int) -> dict[int, tuple[int, int]]:
-    """Every key that the first epochs can hold, with its (epoch, image id)."""
+    """Map every key that can occur in the first epochs to its (epoch, image id)."""
     pairs = [(epoch, record.image_id) for epoch in range(epochs) for record in dataset.records]
     return {hash_ints(seed, *pair): pair for pair in pairs}
 
@@ -79,7 +79,7 @@ def test_collate_pads_with_zeros_and_drops_nothing() -> None:
 
 
 def test_colours_of_a_pixel_lie_side_by_side_in_memory(dataset: Dataset) -> None:
-    """Taking them apart costs four times what copying does, and the convolutions put them together again."""
+    """Separating the channels costs four times as much as copying, and the convolutions would join them again."""
     for workers in (0, 1):
         loaded = batches(dataset, DATA.model_copy(update={"workers": workers}), stop=1, images_per_gpu=4)
         for batch in (*loaded, *split(loaded[0], 2, 32)):
@@ -108,7 +108,7 @@ def test_order_is_a_permutation_of_seed_and_epoch() -> None:
 
 
 @pytest.mark.parametrize(("images_per_gpu", "global_batch"), [(1, 1), (2, 4), (4, 4), (16, 32)])
-def test_every_image_once_an_epoch(dataset: Dataset, images_per_gpu: int, global_batch: int) -> None:
+def test_every_image_comes_once_per_epoch(dataset: Dataset, images_per_gpu: int, global_batch: int) -> None:
     updates, keys = 66 // global_batch + 1, epoch_of_keys(dataset, 3, 20)
     found = batches(dataset, seed=3, stop=updates, images_per_gpu=images_per_gpu, global_batch=global_batch)
     stream = [keys[key] for batch in found for key in batch.keys.tolist()]
@@ -150,7 +150,7 @@ def test_loading_leaves_the_global_generator_alone(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize(("world", "global_batch"), [(2, 5), (3, 4), (3, 8), (5, 7)])
-def test_no_image_is_lost_or_twice_where_shares_differ_and_epochs_end_within_an_update(
+def test_no_image_is_lost_or_repeated_if_shares_differ_and_epochs_end_within_an_update(
     dataset: Dataset, world: int, global_batch: int
 ) -> None:
     epochs = 2 * global_batch  # 11 images: every place of an update sees the end of an epoch
@@ -178,7 +178,7 @@ def test_images_without_objects_are_left_out_unless_kept(dataset: Dataset) -> No
 
 
 def test_a_missing_mask_is_reported_with_its_annotation(dataset: Dataset) -> None:
-    """Reading the data with masks refuses it before that: test_coco."""
+    """Reading the data with masks refuses it earlier: see test_coco."""
     last = dataset.records[-1]
     bare = last._replace(segmentations=[None] * len(last.labels))
     mixed = dataset._replace(records=[*dataset.records[:-1], bare])

@@ -1,4 +1,4 @@
-"""What is kept of a data set gives the records that reading it gave, or is not used."""
+"""The cache of a data set gives the same records as reading it, or is not used."""
 
 import contextlib
 import fcntl
@@ -89,7 +89,7 @@ def test_a_changed_file_or_folder_is_read_anew(data: Hostile, tmp_path: Path) ->
     assert len(read(data, cache).records) == 2
     data.tree["annotations"][0]["bbox"][0] = 3
     data.write()
-    changed = read(data, cache)  # the listing is what it was
+    changed = read(data, cache)  # with the same listing
     assert changed.records[0].boxes[0, 0] == 3 and changed.notes == () and changed.records.again is not None
     (data.pictures / "02.png").rename(data.pictures / "02.PNG")
     assert read(data, cache).refused  # another listing
@@ -120,10 +120,10 @@ def test_a_damaged_cache_is_not_used(data: Hostile, tmp_path: Path, damage: str)
         "object array": lambda: np.save(boxes, np.array([print], dtype=object), allow_pickle=True),
     }[damage]()
     assert_equal(plain, read(data, tmp_path / "c"))
-    assert boxes.read_bytes() != content  # and it was mended
+    assert boxes.read_bytes() != content  # and it was replaced
 
 
-def test_a_cache_that_cannot_be_written_is_told_and_does_no_harm(data: Hostile, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_reported_and_does_no_harm(data: Hostile, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     dataset = read(data, tmp_path / "file" / "c")
     assert_equal(read(data, ""), dataset)
@@ -148,7 +148,7 @@ def test_a_process_waits_for_another_that_reads_the_same(data: Hostile, tmp_path
     (home,) = (path for path in (tmp_path / "done").iterdir() if path.is_dir())
     (tmp_path / "c").mkdir()
     with (tmp_path / "c" / f"{home.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that is reading the data
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that is reading the data does
         reader = subprocess.Popen([sys.executable, "-c", READ, str(data.folder), str(tmp_path / "c")])
         while not holds(reader.pid, lock.name):
             assert reader.poll() is None
@@ -157,11 +157,11 @@ def test_a_process_waits_for_another_that_reads_the_same(data: Hostile, tmp_path
         home.rename(tmp_path / "c" / home.name)
         before = (tmp_path / "c" / home.name).stat().st_ino
     assert reader.wait() == 0
-    assert (tmp_path / "c" / home.name).stat().st_ino == before  # taken as it was left
+    assert (tmp_path / "c" / home.name).stat().st_ino == before  # used as the other process left it
 
 
 def holds(pid: int, path: str) -> bool:
-    """Whether a process has opened a file."""
+    """Return whether a process has opened a file."""
     with contextlib.suppress(OSError):
         return any(os.path.realpath(link) == path for link in Path(f"/proc/{pid}/fd").iterdir())
     return False
@@ -181,7 +181,7 @@ def test_records_travel_to_other_processes_without_their_arrays(data_root: Path,
     assert_equal(plain, plain._replace(records=pickle.loads(pickle.dumps(plain.records))))
     (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
     (home / "boxes.npy").write_bytes(b"")
-    with pytest.raises(DataError, match="cache was changed while it is in use"):
+    with pytest.raises(DataError, match="cache was changed while it was in use"):
         pickle.loads(sent)
 
 
@@ -210,7 +210,7 @@ def test_bad_pictures_are_remembered_until_they_change(data: Hostile, tmp_path: 
         read_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c")))
     skip = DataConfig(root=str(data.folder), cache=str(tmp_path / "c"), skip_unreadable=True, max_unreadable=0.5)
     skipping = read_dataset(CFG, skip)
-    assert "skip_unreadable" not in skipping.findings[0].remedy  # it is set
+    assert "skip_unreadable" not in skipping.findings[0].remedy  # it is set already
     assert skipping.fixes == {"pictures that cannot be decoded, skipped (data.skip_unreadable)": 1}
     Image.new("RGB", (40, 30)).save(data.pictures / "02.png")
     mended = read(data, tmp_path / "c")
@@ -223,7 +223,7 @@ def test_more_unreadable_pictures_than_training_takes_are_refused(data: Hostile,
     words = ["data.skip_unreadable=true", "data.max_unreadable=0.4"]
     told: list[str] = []
     assert not check(str(tmp_path / "config.yaml"), words, told.append, images=True)
-    assert "mend them (1 of 2, over data.max_unreadable: 0.4 of them), or raise" in "\n".join(told)
+    assert "fix them (1 of 2; data.max_unreadable allows a share of 0.4), or raise" in "\n".join(told)
     assert not check(str(tmp_path / "config.yaml"), words, told.append)  # from the cache
     words[1] = "data.max_unreadable=0.5"
     assert check(str(tmp_path / "config.yaml"), words, told.append)
@@ -266,7 +266,7 @@ def test_without_a_folder_no_picture_is_looked_at_and_nothing_kept(data: Hostile
     assert alone.records.path(0) == data.folder / "01.png"  # not /01.png
     alone.records.note_digests({0: 1, 1: 2})
     keep_pictures(alone.records, [])
-    assert len(list((tmp_path / "c").glob("*/pictures.json"))) == 1  # that of val
+    assert len(list((tmp_path / "c").glob("*/pictures.json"))) == 1  # the one of val
 
 
 def test_a_file_in_the_place_of_an_entry_is_named(data: Hostile, tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_file_in_the_place_of_an_entry_is_named(data: Hostile, tmp_path: Path)
     assert f"{home} cannot be written" in read(data, tmp_path / "c").notes[0]
 
 
-def test_who_waits_for_another_process_is_told(data: Hostile, tmp_path: Path) -> None:
+def test_a_process_that_waits_for_another_says_so(data: Hostile, tmp_path: Path) -> None:
     read(data, tmp_path / "c")
     (lock,) = (tmp_path / "c").glob("*.lock")
     told: list[str] = []

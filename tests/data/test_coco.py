@@ -1,4 +1,4 @@
-"""A COCO file is read as it is, or refused with its mistakes named; pycocotools sees no bad mask."""
+"""A COCO file is read as it is, or refused with its faults named; pycocotools never gets a bad mask."""
 
 import copy
 import json
@@ -142,7 +142,7 @@ BAD_RECORDS: list[tuple[str, int, dict[str, Any], str]] = [
     ("annotations", 1, {"segmentation": rle([600], (30, 20))}, r"annotation 2: RLE size \[30, 20\]"),
     ("annotations", 1, {"segmentation": {"counts": [600]}}, "annotation 2: RLE size None"),
     ("annotations", 1, {"segmentation": rle([300, 299])}, "annotation 2: RLE counts .*sum to 599"),
-    ("annotations", 1, {"segmentation": rle([601, -1])}, "annotation 2: RLE counts .*from -1"),
+    ("annotations", 1, {"segmentation": rle([601, -1])}, "annotation 2: RLE counts .*least is -1"),
     ("annotations", 1, {"segmentation": rle([600.0])}, "annotation 2: RLE counts .*list of integers"),
     ("annotations", 1, {"segmentation": rle(None)}, "annotation 2: RLE counts None"),
     ("annotations", 1, {"segmentation": rle("")}, "annotation 2: RLE counts ''.*sum to 0"),
@@ -198,7 +198,7 @@ def test_a_link_out_of_the_image_folder_is_refused(tmp_path: Path, linked: str) 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda p: p.symlink_to(p), "cannot be looked at: Too many levels of symbolic links"),
+        (lambda p: p.symlink_to(p), "cannot be accessed: Too many levels of symbolic links"),
         (lambda p: p.symlink_to(p.with_name("gone")), "is a broken link, a folder or a device"),
     ],
 )
@@ -224,7 +224,7 @@ def test_a_link_that_leads_nowhere_spoils_no_other_picture(tmp_path: Path, make:
         ("Sub/C.png", "the nearest name there is 'c.png'"),
     ],
 )
-def test_what_a_wrong_folder_of_a_name_may_mean_is_told(tmp_path: Path, name: str, hint: str) -> None:
+def test_a_name_with_a_wrong_folder_gets_a_hint(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / "pictures" / "Sub").mkdir(parents=True)
     (tmp_path / "pictures" / "Sub" / "c.png").touch()
     tree = small()
@@ -287,7 +287,7 @@ FIXES: list[tuple[str, Callable[[Tree], Any], list[tuple[str, int]]]] = [
 
 
 @pytest.mark.parametrize("fix", FIXES, ids=[fix[0] for fix in FIXES])
-def test_what_is_mended_is_counted(tmp_path: Path, fix: tuple[str, Callable[[Tree], Any], list]) -> None:
+def test_fixes_are_counted(tmp_path: Path, fix: tuple[str, Callable[[Tree], Any], list]) -> None:
     tree = small()
     fix[1](tree)
     dataset = read(tmp_path, tree)
@@ -297,7 +297,7 @@ def test_what_is_mended_is_counted(tmp_path: Path, fix: tuple[str, Callable[[Tre
 
 
 @pytest.mark.parametrize("segmentation", [[], None, [[1, 2]], rle([600]), [[10] * 6], [[-9, -9, -5, -9, -5, -5]]])
-def test_an_object_without_a_mask_is_refused_where_masks_are_trained(tmp_path: Path, segmentation: Any) -> None:
+def test_an_object_without_a_mask_is_refused_if_masks_are_trained(tmp_path: Path, segmentation: Any) -> None:
     tree = small()
     tree["annotations"][1]["segmentation"] = segmentation
     assert [one.count for one in read(tmp_path, tree).findings if one.code == "mask-missing"] == [1]
@@ -315,13 +315,13 @@ def test_an_object_without_a_mask_is_refused_where_masks_are_trained(tmp_path: P
         read_dataset(cfg, data, masks=True)
 
 
-def test_mended_objects_are_what_the_count_says(tmp_path: Path) -> None:
+def test_fixed_objects_match_the_counts(tmp_path: Path) -> None:
     tree = small()
     tree["annotations"][0].update(id=-4, bbox=[-2, 2, 6, 6])
     tree["annotations"][1].update(segmentation=[[1, 2, 3, 4], SQUARE])
     tree["annotations"][2].update(bbox=[2, 2, 6, 0])
     first, second = read(tmp_path, tree).records
-    assert first.boxes.tolist() == [[-2, 2, 4, 8]]  # as in the file: evaluation wants it so
+    assert first.boxes.tolist() == [[-2, 2, 4, 8]]  # as in the file, because evaluation needs it so
     assert (first.annotation_ids.tolist(), second.annotation_ids.tolist()) == ([1], [2])
     assert list(second.segmentations) == [[SQUARE]]
 
@@ -353,7 +353,7 @@ def test_run_lengths_are_read_as_pycocotools_writes_them(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_what_passes_the_check_does_pycocotools_no_harm(seed: int) -> None:
+def test_checked_masks_do_pycocotools_no_harm(seed: int) -> None:
     rng = np.random.default_rng(seed)
     passed = 0
     for _ in range(200):

@@ -117,13 +117,13 @@ def test_a_file_in_parts_is_the_file(
     monkeypatch.setattr(json_parts, "LEAST", 0)
     monkeypatch.setattr(json_parts, "PART", 5000)
     assert len(json_parts.take_apart(path)) > 3
-    if seed == 0:  # the others may hold what makes it be read as a whole after all
+    if seed == 0:  # the others may hold values that force reading the file as a whole
         monkeypatch.setattr(coco, "read_columns", None)
     assert described(inspect_file(path, None, PLAIN)) == expected
 
 
 @pytest.mark.faults
-def test_a_killed_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(tree(0, 300, 0)))
     monkeypatch.setattr(json_parts, "LEAST", 0)

@@ -25,7 +25,7 @@ NASTY = [
 
 
 def number(rng: np.random.Generator) -> Any:
-    """A coordinate: mostly sane."""
+    """Draw a coordinate, mostly a valid one."""
     if rng.random() < 0.01:
         return NASTY[rng.integers(len(NASTY))]
     low, high = (-45, 75) if rng.random() < 0.05 else (-5, 35)
@@ -37,7 +37,7 @@ def polygons(rng: np.random.Generator) -> Any:
 
 
 def rle(rng: np.random.Generator) -> Any:
-    """Run lengths: right, by chance right, or characters at random."""
+    """Draw run lengths: right ones, some that may be right by chance, or random characters."""
     kind, size = rng.integers(5), list(SIZE) if rng.random() < 0.9 else [number(rng), number(rng)]
     runs = np.diff(np.sort(rng.integers(0, 601, rng.integers(0, 9))), prepend=0, append=600).tolist()
     if kind == 0:
@@ -69,7 +69,7 @@ def annotation(rng: np.random.Generator, kind: str, index: int) -> dict[str, Any
 
 
 def read_all(folder: Path) -> None:
-    """Read every case as a file of its own, in folder; check the masks that are accepted, print what became of all."""
+    """Read every case as a file of its own, in folder; check the accepted masks, and print the counted outcomes."""
     rng, outcomes = np.random.default_rng(20), collections.Counter()
     images = [{"id": 1, "file_name": "a.png", "height": SIZE[0], "width": SIZE[1]}]
     path = folder / "file.json"

@@ -1,4 +1,4 @@
-"""Every kind of picture file becomes upright 8-bit RGB, or a DataError that names the file."""
+"""Every kind of picture file becomes upright 8-bit RGB or raises a DataError that names the file."""
 
 import contextlib
 import os
@@ -74,7 +74,7 @@ def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orienta
     assert np.array_equal(read_image(tmp_path / name), undo[orientation](colours))
 
 
-def test_an_orientation_that_a_png_tells_behind_its_pixels_counts(tmp_path: Path, colours: np.ndarray) -> None:
+def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path, colours: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
@@ -130,7 +130,7 @@ def test_broken_files_are_named(tmp_path: Path, fault: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "ico", "pcx", "tga"])
-def test_kinds_not_asked_for_are_refused(tmp_path: Path, colours: np.ndarray, kind: str) -> None:
+def test_unsupported_kinds_are_refused(tmp_path: Path, colours: np.ndarray, kind: str) -> None:
     Image.fromarray(colours).save(tmp_path / f"a.{kind}")
     with pytest.raises(DataError, match=rf"a\.{kind}"):
         read_image(tmp_path / f"a.{kind}")
@@ -144,7 +144,7 @@ def test_damaged_exif_does_not_spoil_a_good_picture(tmp_path: Path, colours: np.
 
 
 def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:
-    for side in (10_001, 20_000):  # Pillow itself would warn of the first, and refuse the second
+    for side in (10_001, 20_000):  # Pillow itself would warn about the first, and refuse the second
         Image.new("1", (side, 10_000)).save(tmp_path / "bomb.png")
         with warnings.catch_warnings(action="error"), pytest.raises(DataError, match=r"bomb\.png.*100000000"):
             read_image(tmp_path / "bomb.png")
@@ -156,7 +156,7 @@ def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.n
     with pytest.raises(DataError, match=r"20 x 30 pixels, over the limit of 599 \(data\.max_pixels\)"):
         read_image(tmp_path / "a.png", (20, 30), 599)
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = 100  # Pillow's own limit: of no account, and left as it is
+    Image.MAX_IMAGE_PIXELS = 100  # Pillow's own limit: ignored, and left as it is
     try:
         assert read_image(tmp_path / "a.png", (20, 30), 600).shape == (20, 30, 3)
         assert Image.MAX_IMAGE_PIXELS == 100
@@ -172,12 +172,12 @@ def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.n
         ("a.png", bytes(257) + b"ustar\x00" + bytes(300), "an archive, which is not opened"),
         ("a.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         ("a.jpg", b"", "an empty file"),
-        ("a.jpg", b"\0\0\0\x1cftypavif" + bytes(30), r"not of a kind that is read \(BMP, GIF, JPEG"),
-        ("a.jpg", b"some text", r"not of a kind that is read \(BMP, GIF, JPEG"),
-        ("a.jpg", b"\xff\xd8\xff" + bytes(30), "damaged, or of a kind that is not read"),
+        ("a.jpg", b"\0\0\0\x1cftypavif" + bytes(30), r"not of a supported kind \(BMP, GIF, JPEG"),
+        ("a.jpg", b"some text", r"not of a supported kind \(BMP, GIF, JPEG"),
+        ("a.jpg", b"\xff\xd8\xff" + bytes(30), "damaged, or of an unsupported kind"),
     ],
 )
-def test_what_is_no_picture_is_called_by_its_name(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_a_file_that_is_no_picture_is_named_by_its_kind(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"cannot be read as a picture: it is {words}"):
         read_image(tmp_path / name)

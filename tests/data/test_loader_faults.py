@@ -1,6 +1,6 @@
-"""The loader whose processes are killed, signalled or left alone, and whose pictures turn bad (T2, T19, T25).
+"""Loader processes that are killed, signalled or abandoned, and pictures that turn bad (T2, T19, T25).
 
-The processes are real, and so are the signals.  The truth is the stream of one process without faults.
+Processes and signals are real.  The truth is the stream of a single process without faults.
 """
 
 import functools
@@ -72,7 +72,7 @@ def pids() -> list[int]:
 
 
 def gone(number: int) -> bool:
-    """Whether a process has ended, whoever its parent is."""
+    """Return whether a process has ended, whoever its parent is."""
     try:
         return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -131,7 +131,7 @@ def deadly(item: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_t25_an_item_that_kills_is_named_after_all_before_it_came(workers: int) -> None:
+def test_t25_an_item_that_kills_is_named_once_all_earlier_ones_came(workers: int) -> None:
     told: list[str] = []
     found, start = [], time.monotonic()
     with pytest.raises(DataError, match=r"killed by signal 9 .*preparing item 7, and so did the .*data\.workers=0"):
@@ -211,10 +211,10 @@ def test_the_main_process_keeps_its_handlers_and_hears_no_signal_of_others() -> 
     child_handler = signal.getsignal(signal.SIGCHLD)
     try:
         results = simple(threads)
-        assert next(results) == next(results) == 1  # one of each process
-        assert signal.getsignal(signal.SIGCHLD) == child_handler  # torch's raises wherever the main thread is
+        assert next(results) == next(results) == 1  # one result from each process
+        assert signal.getsignal(signal.SIGCHLD) == child_handler  # torch's handler raises wherever the main thread is
         for number in pids():
-            os.kill(number, signal.SIGUSR2)  # whose handler they inherited
+            os.kill(number, signal.SIGUSR2)  # they inherited its handler
         assert set(results) == {1}
         with pytest.raises(BlockingIOError):
             os.read(read, 1)
@@ -284,7 +284,7 @@ if __name__ == "__main__":
 
 
 def script(tmp_path: Path, load: str, then: str, call: str = "run()") -> tuple[subprocess.Popen[str], list[int]]:
-    """Start a process that takes one item of a loader and then does something else; with the loader's pids."""
+    """Start a process that takes one item of a loader and then does something else; return the loader's pids, too."""
     path = tmp_path / "script.py"
     path.write_text(SCRIPT.format(folder=str(Path(__file__).parent), load=load, then=then, call=call))
     started = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -293,7 +293,7 @@ def script(tmp_path: Path, load: str, then: str, call: str = "run()") -> tuple[s
     return started, children
 
 
-def test_no_orphans_where_the_main_process_is_killed(tmp_path: Path) -> None:
+def test_no_orphans_if_the_main_process_is_killed(tmp_path: Path) -> None:
     started, children = script(tmp_path, "threads", "time.sleep(60)")
     started.kill()
     started.communicate()
@@ -301,7 +301,7 @@ def test_no_orphans_where_the_main_process_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("load", "then", "status"), [("slow", "pass", 0), ("threads", "1 / 0", 1)])
-def test_no_orphans_and_no_hang_where_the_main_process_ends_with_the_loader_open(
+def test_no_orphans_and_no_hang_if_the_main_process_ends_with_the_loader_open(
     tmp_path: Path, load: str, then: str, status: int
 ) -> None:
     started, children = script(tmp_path, load, then)
@@ -331,7 +331,7 @@ def test_t2_a_stream_goes_on_with_any_number_of_processes(dataset: Dataset, star
 
 
 def spoil(folder: Path, dataset: Dataset, deleted: int, truncated: int) -> set[int]:
-    """Make two pictures unreadable; returns their image ids."""
+    """Make two pictures unreadable.  Returns their image ids."""
     ids = {dataset.records[index].image_id for index in (deleted, truncated)}
     (folder / f"{dataset.records[deleted].image_id}.png").unlink()
     path = folder / f"{dataset.records[truncated].image_id}.png"
@@ -340,14 +340,14 @@ def spoil(folder: Path, dataset: Dataset, deleted: int, truncated: int) -> set[i
 
 
 def own_keys(dataset: Dataset, epochs: int) -> dict[int, int]:
-    """The image of every key that an image's own place gives it in these epochs."""
+    """Map the key that each image has at its own position, in each of these epochs, to the image."""
     return {
         hash_ints(0, epoch, record.image_id): record.image_id for epoch in range(epochs) for record in dataset.records
     }
 
 
 @pytest.mark.parametrize(("deleted", "truncated"), [(2, 7), (0, 1), (9, 10)])
-def test_t19_bad_pictures_are_stood_in_for_and_all_others_come_once(
+def test_t19_bad_pictures_are_replaced_and_all_others_come_once(
     files: Dataset, tmp_path: Path, deleted: int, truncated: int
 ) -> None:
     whole = list(stream(files, stop=11))  # 44 images, 4 epochs
@@ -360,7 +360,7 @@ def test_t19_bad_pictures_are_stood_in_for_and_all_others_come_once(
         for place, image_id in enumerate(before.image_ids):
             key = int(after.batch.keys[place])
             if image_id in bad:
-                assert key not in keys and after.image_ids[place] not in bad  # no repeat of what comes anyway
+                assert key not in keys and after.image_ids[place] not in bad  # no sample that comes anyway
             else:
                 assert after.image_ids[place] == image_id == keys[key]
                 own[image_id] += 1
@@ -393,7 +393,7 @@ def test_t19_the_stream_with_bad_pictures_does_not_depend_on_how_it_is_loaded(fi
 
 
 def images(loaded: Loaded) -> list[tuple[int, int, int]]:
-    """Id, key and sum of pixels of each image."""
+    """Return id, key and sum of pixels of each image."""
     batch = loaded.batch
     sums = [
         int(batch.images[place, :, :height, :width].long().sum()) for place, (height, width) in enumerate(batch.sizes)
@@ -418,7 +418,7 @@ def test_t19_a_picture_that_turns_bad_between_two_reads_changes_only_its_own_pla
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_t19_where_no_picture_can_be_read_the_stream_ends_with_the_reason(
+def test_t19_if_no_picture_can_be_read_the_stream_ends_with_the_reason(
     files: Dataset, tmp_path: Path, workers: int
 ) -> None:
     for path in tmp_path.glob("*.png"):

@@ -1,4 +1,4 @@
-"""`gndet check` lists every fault of a data set with its outcome, whatever the data, and writes nothing into it."""
+"""`gndet check` lists every fault of any data set with its outcome, and writes nothing into the data."""
 
 import contextlib
 import json
@@ -221,13 +221,13 @@ def test_without_pictures_the_annotations_are_checked(tmp_path: Path) -> None:
     (data.pictures / "01.png").unlink()
     path = data.write()
     passed, report, text = report_of(tmp_path, path)
-    assert passed and "annotations alone are checked" in text and report["sets"][0]["images"] is None
+    assert passed and "only the annotations are checked" in text and report["sets"][0]["images"] is None
     for option, wanted in (("--images", {"images": True}), ("--sheet", {"sheet": tmp_path / "sheet.png"})):
         with pytest.raises(OutputError, match=f"{option} needs the pictures; --image-folder names them"):
             check(str(path), [], lambda _: None, **wanted)
     path.write_text('{"images": [3]}')
     _, report, text = report_of(tmp_path, path, images=True)
-    assert "annotations alone" not in text and found(report["sets"][0]["findings"]) == {"json-other": ("E", 1)}
+    assert "only the annotations" not in text and found(report["sets"][0]["findings"]) == {"json-other": ("E", 1)}
 
 
 def test_a_folder_is_guessed_though_its_first_picture_is_missing(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     assert summary["classes"] == [
         {"id": 1, "name": "cat", "objects": 4, "images": 2}, {"id": 2, "name": "dog", "objects": 1, "images": 1},
     ]  # fmt: skip
-    assert "2 images of 40 x 30 to 64 x 50 (in 2 sizes) pixels, 5 objects, 2.5 an image, 3 at the most" in text
+    assert "2 images of 40 x 30 to 64 x 50 pixels (2 sizes), 5 objects, 2.5 per image, at most 3" in text
 
 
 def test_nothing_is_written_among_the_data(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_former_report_is_written_over_and_outputs_are_told_apart(tmp_path: Pa
     with pytest.raises(OutputError, match="given to --sheet and to --json"):
         check(str(path), [], lambda _: None, sheet=tmp_path / "sheet.png", out=tmp_path / "x" / ".." / "sheet.png")
     (tmp_path / "sheet.png").write_text("notes")
-    with pytest.raises(OutputError, match="is no picture"):
+    with pytest.raises(OutputError, match="is not a picture"):
         check(str(path), [], lambda _: None, sheet=tmp_path / "sheet.png")
     shapes = {"data": {part: {"kind": "shapes", "count": 1, "size": 64} for part in ("train", "val")}}
     (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(shapes))
@@ -312,7 +312,7 @@ def test_one_file_of_two_names_is_found_in_both_sets(tmp_path: Path) -> None:
     assert "'01.png', 'pictures/01.png': image 1 of train, 1 of val; one file" in text
 
 
-def test_masks_are_not_asked_for_where_none_are_trained(tmp_path: Path) -> None:
+def test_masks_are_not_required_if_none_are_trained(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     data.object(segmentation=None)
     path = data.write()
@@ -324,21 +324,21 @@ def test_masks_are_not_asked_for_where_none_are_trained(tmp_path: Path) -> None:
     assert found(report["sets"][0]["findings"]) == {"mask-needed": ("E", 1)}
 
 
-def test_options_that_say_nothing_of_a_json_file_are_refused(tmp_path: Path) -> None:
+def test_options_without_effect_on_a_json_file_are_refused(tmp_path: Path) -> None:
     path = Hostile(tmp_path / "data").write()
     for word in ("data.train.limit=1", "seed=3", "data={cache: x}"):
-        with pytest.raises(ConfigError, match="says nothing of a JSON file by itself"):
+        with pytest.raises(ConfigError, match="has no effect on a JSON file by itself"):
             check(str(path), [word], lambda _: None)
     _, report, text = report_of(tmp_path, path, "data.classes=[dog]")
-    assert report["sets"][0]["summary"]["objects"] == 1 and "1 of 2 classes are taken" in text
+    assert report["sets"][0]["summary"]["objects"] == 1 and "only 1 of 2 classes are used" in text
 
 
-def test_what_lies_beyond_the_limit_is_said_to(tmp_path: Path) -> None:
+def test_findings_beyond_the_limit_are_explained(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     data.image(), data.object(bbox=[2, 2, 0, 10])
     data.write()
     _, report, text = report_of(tmp_path, config(data), "data.train.limit=1")
-    assert "the first 1 of 2 images are taken; what is found is of the whole file" in text
+    assert "only the first 1 of 2 images are used; the findings are of the whole file" in text
     assert report["sets"][1]["notes"] == []
 
 
@@ -360,7 +360,7 @@ def test_the_difference_of_classes_is_told(tmp_path: Path, names: list[str], wor
     assert not passed and words in text
 
 
-def test_names_from_the_file_steer_no_terminal(tmp_path: Path) -> None:
+def test_names_from_the_file_cannot_control_the_terminal(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     data.tree["categories"] = [{"id": 1, "name": "\x1b[2J" + "x" * 99}, {"id": 2, "name": "\ud800\n"}]
     done = run(
@@ -379,12 +379,12 @@ def test_names_from_the_file_steer_no_terminal(tmp_path: Path) -> None:
         (b"\x89PNG\r\n\x1a\n", "it is a picture"),
     ],
 )
-def test_what_is_given_for_annotations_is_called_by_its_name(tmp_path: Path, content: bytes, words: str) -> None:
+def test_an_annotation_file_that_is_not_json_is_named_by_its_kind(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
     assert words in report_of(tmp_path, tmp_path / "a.json")[2]
 
 
-def test_other_things_than_a_json_file_are_called_by_their_names(tmp_path: Path) -> None:
+def test_a_folder_and_a_yolo_file_are_named_by_their_kind(tmp_path: Path) -> None:
     assert "is a folder, expected" in report_of(tmp_path, tmp_path)[2]
     assert "expected the JSON file or a config (.yaml)" in report_of(tmp_path, tmp_path)[2]
     (tmp_path / "data.yaml").write_text("path: x\ntrain: images/train\nval: images/val\nnames: {0: cat}\n")
@@ -392,11 +392,11 @@ def test_other_things_than_a_json_file_are_called_by_their_names(tmp_path: Path)
         check(str(tmp_path / "data.yaml"), [], lambda _: None)
 
 
-def test_an_id_out_of_range_is_said_to_be_that(tmp_path: Path) -> None:
+def test_an_id_out_of_range_is_reported_as_such(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     data.image(id=-5), data.image(id=2**70)
     text = report_of(tmp_path, data.write())[2]
-    assert "image-id (2): images whose id is no integer from 0 to 2**63 - 1" in text
+    assert "image-id (2): images whose id is not an integer from 0 to 2**63 - 1" in text
     assert "annotations of an image that is not in the file (or its id is wrong)" in text
 
 
@@ -467,7 +467,7 @@ def test_a_placard_breaks_between_words() -> None:
 
 
 def decode_or_die(picture: PictureFile) -> Decoded:
-    """As a decoder that some files kill."""
+    """Decode a picture, unless its name says to die, hang or fail."""
     if "kill" in picture.path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "exit" in picture.path.name:
@@ -482,7 +482,7 @@ def decode_or_die(picture: PictureFile) -> Decoded:
 
 
 @pytest.mark.faults
-def test_a_picture_that_kills_its_process_is_named_and_the_others_are_looked_at(tmp_path: Path) -> None:
+def test_a_picture_that_kills_its_process_is_named_and_the_others_are_decoded(tmp_path: Path) -> None:
     names = [f"{i}{kind}.png" for i, kind in enumerate(["", "kill", "", "ctrl", "exit", "kill", "large", ""])]
     for name in names:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
@@ -524,7 +524,7 @@ def test_an_interrupt_while_the_processes_start_ends_it_quietly(tmp_path: Path) 
 
 
 def processes_of(group: int) -> list[int]:
-    """The processes of a group."""
+    """List the processes of a group."""
     numbers = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -532,7 +532,7 @@ def processes_of(group: int) -> list[int]:
     return numbers
 
 
-def test_processes_that_cannot_be_started_are_told(tmp_path: Path) -> None:
+def test_processes_that_cannot_be_started_are_reported(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     code = "import sys, resource; from gndet.toolbox.check import check; from gndet.cli.main import main\n"
     code += "resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8)); raise SystemExit(main(sys.argv[1:]))"

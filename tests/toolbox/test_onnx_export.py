@@ -1,4 +1,4 @@
-"""An exported ONNX file detects what the detector detects, at any size, or it is not there."""
+"""An exported ONNX file detects what the detector detects, at any size, or it is not written."""
 
 import io
 import json
@@ -37,7 +37,7 @@ CLASSES = ("disc", "box", "triangle", "star")
 
 
 def detector(folder: Path, *overrides: str, seed: int = 0) -> Path:
-    """A checkpoint of random weights that finds much; its norms have statistics and gammas of their own."""
+    """Save a checkpoint of random weights that finds a lot; its norms have random statistics and gammas."""
     (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     cfg = load_config(folder / "tiny.yaml", [f"out={folder / 'run'}", "model.box_head.score_threshold=0.2", *overrides])
     torch.manual_seed(seed)
@@ -64,7 +64,7 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the file of `detector`, any size, with masks."""
+    """A folder with the exported file of `detector`, for any size, with masks."""
     folder = tmp_path_factory.mktemp("exported")
     Image.fromarray(noise((64, 80))).save(folder / "picture.png")
     assert export(detector(folder), folder / "d.onnx", [], str, picture=folder / "picture.png")
@@ -132,12 +132,12 @@ def test_a_picture_in_which_nothing_is_found(tmp_path: Path, picture: Path) -> N
     file = tmp_path / "d.onnx"
     said: list[str] = []
     assert export(detector(tmp_path, "model.box_head.score_threshold=0.9999"), file, [], said.append, picture=picture)
-    assert any("nothing was found" in line and "was compared" in line for line in said)  # equality of nothing is told
+    assert any("nothing was found" in line and "was compared" in line for line in said)  # not taken for equality
     found = run_onnx(file, np.asarray(Image.open(picture)))
     assert found.boxes.shape == (0, 4) and found.masks.shape == (0, 28, 28)
 
 
-def test_a_file_that_differs_is_not_there(
+def test_a_file_that_differs_is_not_written(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     file = tmp_path / "d.onnx"
@@ -161,7 +161,7 @@ def test_another_detectors_file_is_a_mismatch(exported: Path, tmp_path: Path) ->
     assert not compare_with_torch(
         other, exported / "d.onnx", [torch.from_numpy(noise((64, 80)))], "noise", True, said.append
     )
-    assert "that only one of them has" in said[0]
+    assert "found by only one of the two" in said[0]
 
 
 def test_a_damaged_weight_and_a_file_that_does_not_load_are_mismatches(exported: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_damaged_weight_and_a_file_that_does_not_load_are_mismatches(exported:
 
 
 def one(**changes: object) -> Found:
-    """A detection, a box of 10 x 10 pixels, or what is made of it."""
+    """Return one detection, a box of 10 x 10 pixels, with these fields changed."""
     found = Found(
         np.array([[0, 0, 10, 10]], np.float32), np.array([0.9], np.float32), np.array([1]),
         np.full((1, 28, 28), 0.5, np.float32),
@@ -207,12 +207,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("found", WRONG.values(), ids=WRONG.keys())
-def test_what_is_no_rounding_is_a_mismatch(found: Found) -> None:
+def test_more_than_rounding_is_a_mismatch(found: Found) -> None:
     assert detection_difference(one(), found, 0.05).wrong
     assert detection_difference(found, one(), 0.05).wrong or "NaN" in str(found)
 
 
-def test_rounding_is_none_nor_is_one_at_the_threshold() -> None:
+def test_rounding_is_no_mismatch_nor_is_a_detection_at_the_threshold() -> None:
     near = one(boxes=one().boxes + np.float32(0.009), scores=one().scores + np.float32(9e-5))
     assert not detection_difference(one(), near, 0.05).wrong
     assert not detection_difference(NOTHING, one(scores=np.array([0.05005], np.float32)), 0.05).wrong
@@ -223,7 +223,7 @@ def test_a_detector_trained_in_float64_is_exported_in_float32(tmp_path: Path, pi
     assert export(detector(tmp_path, "train.precision=float64"), tmp_path / "d.onnx", [], str, picture=picture)
 
 
-def test_pictures_that_cannot_be_read_are_passed_over_and_told(tmp_path: Path) -> None:
+def test_pictures_that_cannot_be_read_are_skipped_and_reported(tmp_path: Path) -> None:
     cfg, said = load_config(write_config(tmp_path), [f"out={tmp_path / 'run'}"]), []
     Image.fromarray(noise((40, 60))).save(tmp_path / "b.png")
     (tmp_path / "a.png").write_bytes(b"no picture")
@@ -265,7 +265,7 @@ def test_another_file_or_array_is_refused_by_name(exported: Path, tmp_path: Path
         run_onnx(tmp_path / "foreign.onnx", noise((40, 60)))
 
 
-def test_what_cannot_be_is_told_before_anything_is_written(
+def test_impossible_requests_are_refused_before_anything_is_written(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = detector(tmp_path)
@@ -280,11 +280,11 @@ def test_what_cannot_be_is_told_before_anything_is_written(
     assert list(tmp_path.glob("*.onnx*")) == []
 
 
-def test_where_the_exporter_fails_its_reason_is_told(
+def test_the_reason_of_a_failed_export_is_reported(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def cannot(self: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
-        return torch.special.bessel_j0(image.float())  # which ONNX has no words for
+        return torch.special.bessel_j0(image.float())  # an operator that ONNX does not have
 
     monkeypatch.setattr(onnx_export.OnePicture, "forward", cannot)
     status = main(["export", str(detector(tmp_path)), "--onnx", str(tmp_path / "d.onnx"), "--picture", str(picture)])

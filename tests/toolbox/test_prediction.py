@@ -1,4 +1,4 @@
-"""`gndet predict`: what it finds is what evaluation finds, what it writes is what was asked for, no input is harmed."""
+"""`gndet predict` finds what evaluation finds, writes what was requested, and harms no input."""
 
 import json
 import shutil
@@ -56,12 +56,12 @@ def images(out: Path) -> list[dict]:
 
 
 def middle(out: Path) -> float:
-    """A threshold that about half of the detections reach."""
+    """Return a threshold that about half of the detections reach."""
     return float(np.median([one["score"] for one in found(out)]))
 
 
 def cut_off(picture: Path, to: Path) -> Path:
-    """A picture whose header is whole and whose pixels end early."""
+    """Write a picture whose header is whole and whose pixels end early."""
     content = picture.read_bytes()
     to.write_bytes(content[: len(content) // 2])
     return to
@@ -94,13 +94,13 @@ def test_detections_are_those_of_the_evaluation(detector: Detector, folder: Path
     assert [one["file_name"] for one in images(tmp_path / "out")] == [str(file) for file in files]
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_drawing_beside_the_detector_changes_nothing(
-    detector: Detector, folder: Path, tmp_path: Path, beside: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("overlap", [True, False])
+def test_drawing_during_detection_changes_nothing(
+    detector: Detector, folder: Path, tmp_path: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a GPU, and by turns; more batches than are held at a time."""
+    """Draw at the same time, as with a GPU, and in turns; with more batches than are held at once."""
     monkeypatch.setattr("gndet.toolbox.predict.output.usable_cores", lambda: 1)
-    monkeypatch.setattr("gndet.toolbox.predict.predict.Output", lambda *rest: Output(*rest[:3], beside))
+    monkeypatch.setattr("gndet.toolbox.predict.predict.Output", lambda *rest: Output(*rest[:3], overlap))
     files = [shutil.copy(file, folder / f"{n}{file.name}") for n in range(4) for file in sorted(folder.glob("?.*"))]
     assert len(files) == 12
     lines = run(detector, [folder], tmp_path / "out")
@@ -116,7 +116,7 @@ def test_classes_are_filtered_and_an_unknown_one_is_named(detector: Detector, fo
     run(detector, [folder], tmp_path / "some", classes=(chosen,))
     assert found(tmp_path / "some") == [one for one in found(tmp_path / "all") if one["category_id"] == ids[chosen]]
     assert len(every) > 1
-    with pytest.raises(ConfigError, match=r"--classes: 'dsic' is no class.*did you mean 'disc'\? It knows disc, box"):
+    with pytest.raises(ConfigError, match=r"--classes: 'dsic' is not a class.*you mean 'disc'\? It knows disc, box"):
         run(detector, [folder], tmp_path / "none", classes=("dsic",))
     assert not (tmp_path / "none").exists()
 
@@ -127,7 +127,7 @@ def test_crops_are_the_objects_of_the_threshold_cut_out_along_their_boxes(
     run(detector, [folder / "a.png"], tmp_path / "all")
     threshold = middle(tmp_path / "all")
     run(detector, [folder / "a.png"], tmp_path / "out", threshold=threshold, crops=True)
-    assert found(tmp_path / "out") == found(tmp_path / "all")  # the threshold is of what is drawn
+    assert found(tmp_path / "out") == found(tmp_path / "all")  # the threshold concerns the drawings only
     shown = sorted((one for one in found(tmp_path / "out") if one["score"] >= threshold), key=lambda one: -one["score"])
     assert len(list((tmp_path / "out" / "crops").rglob("*.png"))) == len(shown) > 1
     pixels = read_image(folder / "a.png")
@@ -187,7 +187,7 @@ def test_no_crop_is_overwritten_by_crops(detector: Detector, folder: Path) -> No
 
 
 @pytest.mark.parametrize("bad", ["missing.jpg", "empty.jpg", "text.jpg", "text.mp4"])
-def test_a_bad_file_that_is_named_is_told_before_anything_is_written(
+def test_a_bad_file_that_is_named_is_reported_before_anything_is_written(
     trained: Path, tmp_path: Path, bad: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.jpg").touch()
@@ -198,7 +198,7 @@ def test_a_bad_file_that_is_named_is_told_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_broken_picture_of_a_folder_is_left_out_and_told(detector: Detector, folder: Path, tmp_path: Path) -> None:
+def test_a_broken_picture_of_a_folder_is_skipped_and_reported(detector: Detector, folder: Path, tmp_path: Path) -> None:
     cut_off(folder / "a.png", folder / "b1.png")
     (folder / "empty.png").touch()
     lines = run(detector, [folder], tmp_path / "out")
@@ -257,10 +257,10 @@ def test_a_video_is_the_pictures_of_its_frames(detector: Detector, folder: Path,
     run(detector, [video, folder / "a.png"], tmp_path / "out", crops=True, threshold=0.02)
     moved = [one | {"image_id": one["image_id"] - 1} for one in found(tmp_path / "out") if one["image_id"] > 1]
     assert moved == found(tmp_path / "still") and moved
-    of_film = images(tmp_path / "out")[1:]
-    assert [one["file_name"] for one in of_film] == [f"{video}#t={at:.3f}" for at in seconds]
-    assert [one["frame"] for one in of_film] == [0, 1, 2, 3, 4]
-    assert [(one["height"], one["width"]) for one in of_film] == [(64, 96)] * 5
+    shots = images(tmp_path / "out")[1:]
+    assert [shot["file_name"] for shot in shots] == [f"{video}#t={at:.3f}" for at in seconds]
+    assert [shot["frame"] for shot in shots] == [0, 1, 2, 3, 4]
+    assert [(shot["height"], shot["width"]) for shot in shots] == [(64, 96)] * 5
     drawn = list(read_frames(tmp_path / "out" / "film.mp4", 1))
     assert [frame.seconds for frame in drawn] == pytest.approx(seconds, abs=1e-4)
     assert any((tmp_path / "out" / "crops").rglob("film-f00000*.png"))

@@ -16,7 +16,7 @@ from gndet.data.datasets.packed import count_objects
 from gndet.data.records import MASK_SIDE, Dataset
 from gndet.structures import Batch, GroundTruth
 
-MIN_SLOTS = 8  # M is a power of two, and at least this, so that few shapes occur
+MIN_SLOTS = 8  # M is a power of two and at least this, so that few shapes occur
 
 
 def collate(
@@ -28,16 +28,16 @@ def collate(
 ) -> Batch:
     """Put B samples on one canvas, and their objects in M slots; the rest is zero and not valid.
 
-    Pictures of one size get a canvas of that size (then padded is False); others get the largest height and width,
-    rounded up to a multiple of canvas_multiple.  M is large enough for every image: no object is dropped.
-    exact: False rounds up for pictures of one size, too.  canvases: the only ones allowed; the smallest that holds the
-    pictures is taken.  objects: lower limit of M.
+    If all pictures have the same size, the canvas has that size and padded is False; otherwise it has their largest
+    height and width, rounded up to a multiple of canvas_multiple.  M is large enough to drop no object.
+    exact: False rounds up for pictures of the same size, too.  canvases: if given, the smallest of these that holds the
+    pictures is the canvas.  objects: lower limit of M.
     """
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])  # (B, 2)
     canvas, padded = _canvas(sizes, canvas_multiple, exact, canvases)
     slots, side = _slots(max(objects, *(len(sample.labels) for sample in samples))), samples[0].masks.shape[-1]
     num = len(samples)
-    # channels last, as resized and as the convolutions want it: a third of the cost of separating the channels
+    # channels last, as resizing leaves it and convolutions expect it: a third of the cost of separating the channels
     images = torch.zeros(num, *canvas, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     boxes, labels = torch.zeros(num, slots, 4), torch.zeros(num, slots, dtype=torch.int64)
     masks = torch.zeros(num, slots, side, side, dtype=torch.bool)
@@ -57,8 +57,8 @@ def _canvas(
 ) -> tuple[tuple[int, int], bool]:
     """Return the canvas for pictures of sizes (B, 2), and whether any of them does not fill it.
 
-    One of the given canvases always counts as padded: another graph for the rare pictures that fill it would cost more
-    than their masks.
+    A canvas from `canvases` always counts as padded: a second graph for the rare pictures that fill it would cost more
+    than masking them.
     """
     padded = bool((sizes != sizes[0]).any())
     height, width = sizes.amax(0).tolist()
@@ -85,11 +85,12 @@ def split(
     if len(batch.images) <= num:
         return [batch]
     parts = []
-    here = [canvas for canvas in canvases if canvas[0] <= batch.images.shape[2] and canvas[1] <= batch.images.shape[3]]
+    whole = batch.images.shape[2:]
+    smaller = [canvas for canvas in canvases if canvas[0] <= whole[0] and canvas[1] <= whole[1]]
     for first in range(0, len(batch.images), num):
         rows = slice(first, first + num)
-        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple, exact, here)
-        images = batch.images[rows, :, :height, :width]  # never wider than the canvas it comes from
+        (height, width), padded = _canvas(batch.sizes[rows], canvas_multiple, exact, smaller)
+        images = batch.images[rows, :, :height, :width]  # never larger than the whole batch's canvas
         images = images.contiguous(memory_format=torch.channels_last)
         gt = GroundTruth(*(field[rows] for field in batch.gt))
         parts.append(Batch(images, batch.sizes[rows], batch.keys[rows], gt, padded))
@@ -99,8 +100,9 @@ def split(
 def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, objects: int = 0) -> Batch:
     """Make up a batch of noise with the largest canvas and M that num training images can have.
 
-    One image has the size of the largest picture; of several, one may be the tallest and another the widest.  Each has
-    as many objects as any image of the data set, and at least `objects`.  With data.canvases it fills the largest one.
+    A single image has the size of the largest picture; of several, one may be the tallest and another the widest.  Each
+    has as many objects as the fullest image of the data set, and at least `objects`.  With data.canvases, the batch
+    fills the largest canvas.
     """
     shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist()
     edges = (min(data.shortest_edge), max(data.shortest_edge))
@@ -130,7 +132,7 @@ def most_objects(dataset: Dataset) -> int:
 
 
 def sample_batch(dataset: Dataset, data: DataConfig, num: int, max_shortest_edge: int) -> Batch:
-    """Load a batch of num images spread evenly over a data set, or all if there are fewer, as evaluation does.
+    """Load a batch of num images spread evenly over a data set (all if it has fewer), as for evaluation.
 
     max_shortest_edge: pixels; larger pictures are scaled down to it.  Raises DataError for an unreadable picture.
     """

@@ -1,8 +1,8 @@
-"""The streams of batches: one for training, one for evaluation, made ahead by processes that are replaced when killed.
+"""The streams of batches for training and for evaluation, prepared by processes that are replaced if they die.
 
 The training stream is endless.  Position p is image `order(seed, p // n, n)[p % n]`; update u covers positions
-[u * global_batch, (u + 1) * global_batch) for any number of ranks: a run resumes by arithmetic, and an epoch that ends
-within an update neither skips nor repeats an image.
+[u * global_batch, (u + 1) * global_batch) for any number of ranks.  So a run resumes by arithmetic, and an epoch that
+ends within an update neither skips nor repeats an image.
 Letters: B images, M ground-truth slots, n images of the data set, S mask side, (H, W) canvas.
 """
 
@@ -38,13 +38,13 @@ class Loaded(NamedTuple):
 
     batch: Batch
     image_ids: tuple[int, ...]  # of the B images, in order
-    skipped: tuple[Skipped, ...]  # unreadable images, each replaced by one of these
+    skipped: tuple[Skipped, ...]  # unreadable images, each replaced by one of the B
 
 
 class Tested(NamedTuple):
     """A batch of the evaluation stream."""
 
-    indices: list[int]  # places of the B images in dataset.records
+    indices: list[int]  # of the B images in dataset.records
     batch: Batch | None  # None if no picture could be read
     image_ids: tuple[int, ...]  # of the B images and the unreadable ones, in order
     skipped: tuple[Skipped, ...]  # the unreadable ones
@@ -68,10 +68,10 @@ class Replay:
 
 
 def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[range]:
-    """List the places of a rank's images in an update, one range per micro-batch of at most `size` images.
+    """List the positions of a rank's images within an update, one range per micro-batch of at most `size` images.
 
-    The ranks share rounds of size x world images in order, the last round as evenly as possible: their shares of an
-    update differ by at most one image.
+    The ranks share rounds of size x world images in order, and the last round as evenly as possible, so their shares
+    of an update differ by at most one image.
     """
     rounds = []
     for first in range(0, global_batch, size * world):
@@ -80,7 +80,7 @@ def micro_batches(global_batch: int, size: int, rank: int, world: int) -> list[r
     return [places for places in rounds if places]
 
 
-@functools.lru_cache(maxsize=2)  # a micro-batch may lie in two epochs
+@functools.lru_cache(maxsize=2)  # a micro-batch may span two epochs
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """Shuffle n images as a function of seed and epoch.  Returns (n,) int64, a permutation."""
     return np.random.Generator(np.random.PCG64(hash_ints(seed, Stream.ORDER, epoch))).permutation(n)
@@ -106,18 +106,18 @@ def train_batches(
     `micro_batches` shares the global_batch positions of an update among the ranks.  data.workers does not change the
     result.  The next readable picture in the epoch's order replaces an unreadable one.
     notify: called with one line per loader process that was killed and replaced.
-    Raises DataError for a data set without an image to train on; while iterating, with masks, for an object without a
-    mask, if no picture of an epoch can be read, or loader processes are killed again and again.
+    Raises DataError if the data set has no image to train on.  While iterating, raises it for an object without a mask
+    (if masks), if no picture of an epoch can be read, or if loader processes are killed again and again.
     """
     usable = np.flatnonzero((count_objects(dataset.records).trainable > 0) | data.keep_empty).tolist()
     if not usable:
         raise DataError(f"{dataset.name}: none of {len(dataset.records)} images has an object to train on")
     stream = _Stream(dataset, data, seed, masks, usable, most_objects(dataset) if data.canvases else 0)
-    mine = micro_batches(global_batch, images_per_gpu, rank, world)
+    parts = micro_batches(global_batch, images_per_gpu, rank, world)
     runs = (
         range(update * global_batch + places.start, update * global_batch + places.stop)
         for update in range(start, stop)
-        for places in mine
+        for places in parts
     )
     return prefetch(
         stream.load, runs, workers=data.workers, pin_memory=pin_memory, describe=stream.describe, notify=notify
@@ -134,9 +134,9 @@ def test_batches(
     pin_memory: bool,
     notify: Tell | None = None,
 ) -> Generator[Tested, None, None]:
-    """Yield the images rank::world in batches, and the reasons why some cannot be read.
+    """Yield the images rank::world in batches, with the reason for each picture that cannot be read.
 
-    The last batch may be smaller, and so is a batch with an unreadable picture.  notify: as in `train_batches`.
+    The last batch may be smaller, and so may a batch with an unreadable picture.  notify: as in `train_batches`.
     Raises DataError while iterating, if loader processes are killed again and again.
     """
     share = list(range(rank, len(dataset.records), world))
@@ -148,14 +148,14 @@ def test_batches(
 
 
 class _Stream(NamedTuple):
-    """The training stream, by position."""
+    """The training stream, addressed by position."""
 
     dataset: Dataset
     data: DataConfig
     seed: int
     masks: bool
-    usable: list[int]  # places in dataset.records of the n images to train on
-    min_slots: int  # lower limit of M; with data.canvases the most objects of any image, so that all batches are alike
+    usable: list[int]  # indices in dataset.records of the n images to train on
+    min_slots: int  # lower limit of M; with data.canvases the most objects of any image, so that batches have one shape
 
     def load(self, positions: range) -> Loaded:
         """Make the batch of these positions."""
@@ -175,8 +175,8 @@ class _Stream(NamedTuple):
     def _sample_at(self, position: int) -> tuple[Sample, int, Skipped | None]:
         """Return the sample at a position, its image id, and the unreadable image that it replaces, if any.
 
-        The replacement is the next readable picture in the epoch's order.  Its key differs from that of its own place;
-        it is a function of seed, position and which pictures are unreadable.  Raises DataError if none can be read.
+        The replacement is the next readable picture in the epoch's order, a function of seed, position and which
+        pictures are unreadable.  Its key differs from the key at its own position.  Raises DataError if there is none.
         """
         epoch, place = divmod(position, len(self.usable))
         own = self._record(epoch, place)
@@ -220,19 +220,19 @@ def prefetch(
     describe: Callable[[Any], str],
     notify: Tell | None = None,
 ) -> Generator[Any, None, None]:
-    """Yield load(item) for each item, in order, prepared by `workers` processes of one thread, or here if that is 0.
+    """Yield load(item) for each item, in order, prepared by `workers` single-threaded processes, or here if 0.
 
-    The processes end with the generator: exhausted, closed or no longer held.
-    load: depends on the item alone; a GndetError that it raises is raised here.  describe: names an item in messages.
-    notify: called with a line when a process was killed; a new process prepares its items again.
-    Raises DataError when two processes in a row die over one item.
+    The processes end when the generator is exhausted, closed or garbage-collected.
+    load: must depend on the item alone; its GndetErrors are raised here.  describe: names an item in messages.
+    notify: called with a line when a process was killed; a new process then prepares its items again.
+    Raises DataError if two processes in a row die on the same item.
     """
 
     def retry(item: Any, death: Death, deaths: int) -> None:
         if deaths > 1:
             raise DataError(
                 f"{death} while preparing {describe(item)}, and so did the one before it; data.workers=0 "
-                "shows the cause; if memory is short, set data.workers lower; if shared memory is (signal 7), give "
+                "shows the cause; if memory is short, lower data.workers; if shared memory is full (signal 7), give "
                 "the container more (docker run --shm-size=8g)"
             )
         if notify:
@@ -245,18 +245,18 @@ def prefetch(
     with closing(results):
         for item, result in results:
             if isinstance(result, Failure):
-                raise RuntimeError(f"in a loader process, preparing {describe(item)}:\n{result.text}")
+                raise RuntimeError(f"in a loader process, while preparing {describe(item)}:\n{result.text}")
             yield _pinned(result) if pin_memory else result
 
 
 def _on_one_thread(load: Callable[[Any], Any], item: Any) -> Any:
-    """Load an item in a worker: the workers share the cores, each with one thread."""
+    """Load an item with a single thread, because the workers share the cores."""
     torch.set_num_threads(1)
     return load(item)
 
 
 def _pinned(value: Any) -> Any:
-    """Put the tensors of nested NamedTuples into page-locked memory, from where a GPU fetches them by itself."""
+    """Copy the tensors of nested NamedTuples into pinned memory, which a GPU can read asynchronously."""
     if isinstance(value, Tensor):
         return value.pin_memory()
     return type(value)(*map(_pinned, value)) if hasattr(value, "_fields") else value

@@ -1,4 +1,4 @@
-"""From a record to what the model sees: load, flip and resize a picture, and its objects with it.
+"""Turn a record into what the model sees: load, flip and resize a picture together with its objects.
 
 All randomness is a function of the image's key.  Letters: n objects, S mask side, (h, w) picture.
 """
@@ -17,11 +17,11 @@ from gndet.data.records import MASK_SIDE, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, uniform
 
-MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty up to rounding
+MIN_SIDE = 1e-3  # picture pixels; a clipped box with a shorter side is empty except for rounding
 
 
 class UnreadablePicture(DataError):
-    """A record's picture is missing, broken or of another size: one file is at fault, not the data set."""
+    """A record's picture is missing, broken or of the wrong size: one file is at fault, not the data set."""
 
 
 class Sample(NamedTuple):
@@ -56,7 +56,7 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
             number = record.annotation_ids[keep[segmentations.index(None)]]
             raise DataError(
                 f"{record.file_name}: annotation {number} has no usable segmentation (a polygon needs 3 points, an RLE "
-                "its image's size); mend it, or set model.masks=false to train on boxes alone"
+                "its image's size); fix it, or set model.masks=false to train on boxes only"
             )
         frames = torch.from_numpy(box_frame_masks(segmentations, boxes[keep], record.size, MASK_SIDE))
         frames = frames.flip(flips) if flips else frames
@@ -76,7 +76,7 @@ def test_sample(record: Record, data: DataConfig) -> Sample:
 
 
 def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[int, int]:
-    """Compute (height, width) with the shorter edge shortest_edge or, if smaller, the longer edge max_edge."""
+    """Compute the (height, width) whose shorter edge is shortest_edge, or whose longer edge is max_edge if smaller."""
     scale = min(shortest_edge / min(size), max_edge / max(size))
     height, width = (max(1, int(edge * scale + 0.5)) for edge in size)
     return height, width

@@ -1,9 +1,9 @@
-"""Keep data sets as read and checked, packed in a folder of the user's cache; later starts map them into memory.
+"""Cache data sets, read and checked, in a folder of the user's cache; later starts map them into memory.
 
-An entry holds arrays as .npy, and facts as JSON under a hash of their own; nothing in it is executed.  It is taken
-where the annotation file's content, the listing of the image folder and the reader are the same, and every file's hash
-is; else the data is read anew.  A file whose size, times and place on the disk are those it had when it was hashed is
-not hashed again, as git does it: a start costs what is used, not a look at every byte.
+An entry holds arrays as .npy files, and facts as JSON sealed by a hash; nothing in it is executed.  It is used only if
+the annotation file's content, the listing of the image folder and the reader's code are unchanged and every file of the
+entry matches its hash; otherwise the data is read again.  As in git, a file is not hashed again if its size, times and
+inode are unchanged since it was last hashed, so a start does not look at every byte.
 """
 
 import datetime
@@ -28,17 +28,17 @@ from gndet.errors import ConfigError, DataError, OutputError
 from gndet.files import write_whole
 
 FACTS, PICTURES = "facts.json", "pictures.json"
-SETTLED = 2_000_000_000  # ns after which a file system's clock surely has gone on
+SETTLED = 2_000_000_000  # ns after which a file system's clock has surely advanced
 
 
 def cached(
     cache: str, path: Path, files: ImageFolder | None, max_pixels: int, read: Callable[[], Dataset],
     tell: Tell | None = None,
 ) -> Dataset:  # fmt: skip
-    """Return the data set of an annotation file and its image folder from the cache, else read it and keep it there.
+    """Return the data set of an annotation file and its image folder from the cache; if not there, read and cache it.
 
-    cache: data.cache, "" for none.  Processes that want the same data set come one by one; tell: called with a line
-    where another one is waited for.
+    cache: data.cache, "" for none.  Processes that want the same data set take turns; tell: called with a line if this
+    one has to wait.
     Raises ConfigError for a cache in the image folder, OSError for an unreadable annotation file, and what read raises.
     """
     if not cache:
@@ -46,11 +46,11 @@ def cached(
     try:
         home = _home(Path(cache).expanduser(), path, files, max_pixels)
         Path(f"{home}.lock").touch()
-    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         trouble = _unwritable(getattr(error, "filename", None) or cache, error)
         return read()._replace(notes=(trouble,))
     with open(f"{home}.lock", "w") as lock:
-        with suppress(OSError):  # a file system without locks: the worst is that two processes read the data
+        with suppress(OSError):  # a file system without locks: at worst two processes read the data
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -60,15 +60,15 @@ def cached(
         entry = _Entry(home, path, files, max_pixels)
         if (dataset := entry.load()) is not None:
             return dataset
-        digest = _hash(path)  # before it is read: what changes meanwhile must not be kept as the new file
+        digest = _hash(path)  # before reading: a change meanwhile must not be cached as the new file's content
         return entry.save(read(), digest)
 
 
 def _home(root: Path, path: Path, files: ImageFolder | None, max_pixels: int) -> Path:
-    """Return the folder of an entry in root, which is made.  Raises ConfigError for a root in the image folder."""
+    """Return the folder of an entry in root, and make root.  Raises ConfigError for a root in the image folder."""
     folder = (files.home if files else path.parent).absolute()
     if files and root.resolve().is_relative_to(folder.resolve()):
-        raise ConfigError(f"data.cache: {root} lies in the image folder {folder}, where nothing is written")
+        raise ConfigError(f"data.cache: {root} lies in the image folder {folder}; gndet writes nothing there")
     root.mkdir(parents=True, exist_ok=True)
     parts = (path.absolute(), folder, files is not None, max_pixels)
     name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
@@ -84,7 +84,7 @@ class _Entry(NamedTuple):
     max_pixels: int
 
     def load(self) -> Dataset | None:
-        """Return the data set as saved, with what `gndet check --images` found; None where none can be trusted."""
+        """Return the saved data set, with what `gndet check --images` found; None if no entry can be trusted."""
         facts = _read_sealed(self.home / FACTS)
         if facts is None or facts["inputs"] != self._inputs(facts["subfolders"]):
             return None
@@ -114,7 +114,10 @@ class _Entry(NamedTuple):
         return Dataset(str(self.path), classes, category_ids, records, findings, notes)
 
     def save(self, dataset: Dataset, digest: str) -> Dataset:
-        """Keep a data set, read from a file of that digest; return it as kept, or with a note where it cannot be."""
+        """Save a data set that was read from a file with this digest.  Returns the saved one.
+
+        If it cannot be saved, returns the data set as it is, with a note that says why.
+        """
         partial = self.home.with_name(f"{self.home.name}.partial")
         subfolders = self.files.subfolders() if self.files else []
         try:
@@ -135,21 +138,21 @@ class _Entry(NamedTuple):
             partial.rename(self.home)
         except (OSError, OutputError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            reason: Any = error.__cause__ or error  # an OutputError's is the OSError
+            reason: Any = error.__cause__ or error  # the cause of an OutputError is the OSError
             place = reason.filename2 or reason.filename or self.home.parent
             return dataset._replace(notes=(_unwritable(place, reason),))
         just_written = {f"{name}.npy": _stat(self.home / f"{name}.npy") for name in hashes}
         return self._open(facts | {"trusted": just_written}, just_written) or dataset
 
     def _inputs(self, subfolders: list[str]) -> dict[str, str]:
-        """What must be the same, beside the annotation file and what the name of the entry holds."""
+        """Return what else must be unchanged, besides the annotation file and what the entry's name encodes."""
         return {"reader": _reader(), "listing": self.files.digest(subfolders) if self.files else ""}
 
 
 def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> None:
-    """Keep what decoding all the pictures showed, until one of them or the annotation file changes.
+    """Save what decoding all pictures showed; it holds until a picture or the annotation file changes.
 
-    Nothing is kept of a part of a data set, nor where there is no cache or no folder whose changes would show.
+    Saves nothing for a part of a data set, without a cache, or without an image folder whose listing shows changes.
     """
     if not isinstance(records, PackedRecords) or records.again is None or records.digests is None:
         return
@@ -166,32 +169,32 @@ def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> Non
 
 
 def map_again(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -> Packed:
-    """Map the arrays of an entry in another process of the same run.  Raises DataError where they have changed."""
+    """Map the arrays of an entry in another process of the same run.  Raises DataError if they have changed."""
     packed = _mapped(home, hashes, dict(trusted))
     if packed is None:
-        raise DataError(f"{home}: the cache was changed while it is in use; start again, or set data.cache=''")
+        raise DataError(f"{home}: the cache was changed while it was in use; start again, or set data.cache=''")
     return packed
 
 
 def _mapped(home: Path, hashes: dict[str, str], trusted: dict[str, list[int]]) -> Packed | None:
-    """Map the arrays; None where one is missing or damaged.  trusted: as in `_is_same`."""
+    """Map the arrays; return None if one is missing or damaged.  trusted: as in `_is_same`."""
     arrays = {}
     for name in Packed._fields:
         path = home / f"{name}.npy"
         try:
             if name not in hashes or not _is_same(path, hashes[name], trusted):
                 return None
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # memmap slices slowly
+            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)  # slicing memmap is slow
         except (OSError, ValueError):
             return None
     return Packed(**arrays)
 
 
 def _is_same(path: Path, digest: str, trusted: dict[str, list[int]]) -> bool:
-    """Return whether a file still has the digest; it is not hashed where its stat is trusted.  Raises OSError.
+    """Return whether a file still has the digest, without hashing it if its stat is trusted.  Raises OSError.
 
-    trusted: {file name: stat} of files that had their digest at that stat; gets what is found.  A stat whose times are
-    just past is not trusted: a change within the same tick of the clock would not show in it.
+    trusted: {file name: stat} of files that had the right digest at that stat; updated in place.  A stat with very
+    recent times is not trusted: it would not show a change within the same tick of the clock.
     """
     stat = _stat(path)
     if trusted.get(path.name) == stat:
@@ -204,7 +207,7 @@ def _is_same(path: Path, digest: str, trusted: dict[str, list[int]]) -> bool:
 
 
 def _stat(path: Path) -> list[int]:
-    """Return size, times of change and place on the disk of a file: no other file shares them."""
+    """Return a file's size, times of change, inode and device; no other file shares them."""
     now = path.stat()
     return [now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_dev]
 
@@ -215,7 +218,7 @@ def _hash(path: Path) -> str:
 
 
 def _reader() -> str:
-    """Hash the code that reads: what it kept is of no use to another version."""
+    """Hash the reader's code: another version of it cannot use what this one saved."""
     hashed = hashlib.sha256()
     for module in sorted(Path(__file__).parent.glob("*.py")):
         hashed.update(module.read_bytes())
@@ -229,7 +232,7 @@ def _write_sealed(path: Path, body: dict[str, Any]) -> None:
 
 
 def _read_sealed(path: Path) -> Any:
-    """Read what `_write_sealed` wrote; None where it is missing or damaged."""
+    """Read what `_write_sealed` wrote; return None if it is missing or damaged."""
     try:
         seal, _, text = path.read_text(encoding="utf-8").partition("\n")
         return json.loads(text) if hashlib.sha256(text.encode()).hexdigest() == seal else None
@@ -244,4 +247,4 @@ def _finding(fields: list[Any]) -> Finding:
 
 def _unwritable(path: str | Path, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error)
-    return f"data.cache: {path} cannot be written ({reason}): the data is read anew at each start"
+    return f"data.cache: {path} cannot be written ({reason}): the data is read again at every start"

@@ -1,6 +1,6 @@
 """Read a data set in COCO's JSON format: check all of it, list all faults, keep what is good.
 
-What can be mended without a guess is mended in memory and counted; no file of the user's is written.
+What can be fixed without guessing is fixed in memory and counted; the user's files are never written.
 """
 
 import gc
@@ -29,15 +29,15 @@ LISTS = ("images", "annotations", "categories")
 def read_coco(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
     """Read and check the COCO JSON file cfg.annotations and the listing of its image folder cfg.images.
 
-    Returns the images in the file's order; labels count the categories by rising id.  Faults stand in the findings.
+    Returns the images in the file's order; labels number the categories by ascending id.  The findings list the faults.
     """
     return inspect_file(Path(data.root) / cfg.annotations, Path(data.root) / cfg.images, data, tell)
 
 
 def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell | None = None) -> Dataset:
-    """Check an annotation file, and the listing of its image folder if that is given; from data.cache if it is there.
+    """Check an annotation file, and the listing of its image folder if one is given; use data.cache if it has them.
 
-    Without the folder the pictures of the records cannot be loaded.  tell: called with a line before a long wait.
+    Without a folder, the records cannot load their pictures.  tell: called with a line before a long wait.
     """
     found, found_in_folder = Findings(), Findings()
     files = dataset = None
@@ -82,7 +82,7 @@ def to_coco(dataset: Dataset) -> dict[str, Any]:
 
 
 def _refuse_other_kinds(path: Path) -> None:
-    """Raise Fault where the annotation file is seen to be something else, and OSError where it cannot be read."""
+    """Raise Fault if the file is clearly not an annotation file, and OSError if it cannot be read."""
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise Fault("json-unreadable", f"{path}: is {kind}, expected the annotation file")
@@ -95,13 +95,13 @@ def _refuse_other_kinds(path: Path) -> None:
 
 
 def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
-    """Check the file's content; found gets what is wrong.  Raises Fault where the file is not COCO's."""
+    """Check the file's content, and add its faults to found.  Raises Fault if the file is not in COCO's format."""
     cuts, noted = take_apart(path), Findings()
     try:
         content = _read(path, cuts, files, max_pixels, noted) if cuts else None
         found.take(noted)
     except (OSError, Fault, NotInParts):
-        content = None  # what a wrong cut shows is forgotten
+        content = None  # the cuts were wrong, so their findings are discarded
     images, names, objects = content or _read(path, [], files, max_pixels, found)
     objects = with_ids(objects, found)
     category_ids = tuple(sorted(names))
@@ -124,7 +124,7 @@ def _read(
     """Read a file, in several processes if it is cut.
 
     Returns the images that are kept, the names of the categories by id, and the objects.  Raises Fault and OSError;
-    for what is cut, NotInParts, and MachineError where a process is killed.
+    with cuts also NotInParts, and MachineError if a process is killed.
     """
     tree = _parse(path, read_around(path, cuts) if cuts else path.read_bytes(), found)
     names = _read_categories(tree["categories"], found)
@@ -135,7 +135,7 @@ def _read(
 
 
 def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str, Any]]]:
-    """Parse the text of a file.  Raises Fault where it has not COCO's three lists of objects."""
+    """Parse the text of a file.  Raises Fault if it lacks one of COCO's three lists of objects."""
 
     def constant(name: str) -> float:
         found.add("json-nan", f"{path.name}: the word {name}")
@@ -159,7 +159,7 @@ def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str,
 
 
 def _new_id(item: dict[str, Any], kind: str, known: Collection[int], found: Findings) -> int | None:
-    """Return the id of an image or category; None where it is no integer of 0 or more, or is known already."""
+    """Return the id of an image or category; None if it is not an integer of 0 or more, or is already known."""
     number = to_integer(item.get("id"))
     if number is None or number < 0:
         found.add(f"{kind}-id", f"{kind} id {brief(item.get('id'))}, expected an integer of 0 or more")
@@ -173,7 +173,7 @@ def _new_id(item: dict[str, Any], kind: str, known: Collection[int], found: Find
 
 
 def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, str]:
-    """Check the categories.  Returns the name by id."""
+    """Check the categories.  Returns their names by id."""
     names: dict[int, str] = {}
     taken: set[str] = set()
     for item in items:
@@ -200,8 +200,8 @@ def _read_images(
 ) -> tuple[list[Image], dict[int, Size | None]]:
     """Check the images, and find the file of each.
 
-    Returns the images with which nothing is wrong, or only their file is empty; and the size of all by id, None where
-    it is wrong.
+    Returns the images without a fault (an empty file is allowed), and the size of every image by id, None if it is
+    wrong.
     """
     images: list[Image] = []
     sizes: dict[int, Size | None] = {}
@@ -233,20 +233,20 @@ def _read_size(item: dict[str, Any], number: int, max_pixels: int, found: Findin
 def _find_file(
     item: dict[str, Any], files: ImageFolder | None, owners: dict[str, int | None], found: Findings
 ) -> str | None:
-    """Return the path of an image's file below the folder, None where it is wrong; owners: the image id by path."""
+    """Return the path of an image's file below the folder, None if the name is wrong; owners: image ids by path."""
     number, name = to_integer(item.get("id")), item.get("file_name")
     try:
         if files is None:
             path, size = "/".join(filter(None, split_name(name))), None
         else:
-            path, size = files.find(name, suggest=found.wants_example("file-missing"))  # which takes a while
+            path, size = files.find(name, suggest=found.wants_example("file-missing"))  # suggesting takes a while
     except Fault as fault:
         found.add(fault.code, f"{_named(item)} {fault}", number)
         return None
     if size == 0:
         found.add("file-empty", f"{_named(item)} is an empty file", number)
     if path in owners:
-        found.add("file-twice", f"{_named(item)} is the file of image {owners[path]} too", number)
+        found.add("file-twice", f"{_named(item)} is also the file of image {owners[path]}", number)
     owners.setdefault(path, number)
     return path
 
@@ -257,7 +257,7 @@ def _named(item: dict[str, Any]) -> str:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector while building millions of objects: its passes would take as long as that."""
+    """Pause the cyclic garbage collector while building millions of objects: its passes would double the time."""
     before = gc.isenabled()
     gc.disable()
     try:

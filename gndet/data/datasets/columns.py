@@ -1,6 +1,6 @@
 """Check the annotations of a COCO file, all at once, column by column, and keep them as arrays.
 
-The rules stand here and in `masks`.  A value of a wrong type becomes a number that no rule accepts, so that each fault
+The rules are here and in `masks`.  A value of the wrong type becomes a number that no rule accepts, so that each fault
 is decided in one place.
 Letters: n annotations.  Boxes are xywh in the file, xyxy from here on, float64 pixels of the original.
 """
@@ -18,9 +18,9 @@ from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_float
 from gndet.data.datasets.segmentation import brief, to_rle
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
-MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; a box with larger numbers (or inf, NaN) is no box
+MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; larger numbers (or inf, NaN) do not make a box
 ROUNDING = 0.01  # pixels: COCO's boxes are rounded to hundredths
-OVERHANG = 2  # pixels a box may reach over the edge before it is noted: rounding and outlines do so
+OVERHANG = 2  # pixels that a box may reach over the edge before it is noted: rounding and outlines cause that much
 NO_BOX = [float("nan")] * 4
 
 Size = tuple[int, int]  # height, width
@@ -31,7 +31,7 @@ def _in_image(item: Item, size: Size) -> str:
     return f"bbox {item['bbox']} in an image of width {size[1]}, height {size[0]}"
 
 
-WORDS: dict[str, Callable[[Item, Size], str]] = {  # what is wrong: the value got and what was expected
+WORDS: dict[str, Callable[[Item, Size], str]] = {  # by code: the value got and what was expected
     "annotation-id": lambda item, size: f"annotation id {brief(item.get('id'))}, expected an integer",
     "image-unknown": lambda item, size: f"image_id {brief(item.get('image_id'))} is not in the file",
     "category-unknown": lambda item, size: f"category_id {brief(item.get('category_id'))} is not in the file",
@@ -62,16 +62,16 @@ class Columns(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64 xyxy
     area: np.ndarray  # (n,) float64
     crowd: np.ndarray  # (n,) bool
-    all_ids: np.ndarray  # int64, of all annotations that have one, dropped ones too
+    all_ids: np.ndarray  # int64, of all annotations that have an id, including dropped ones
     masks: Masks  # n
 
 
 class Known(NamedTuple):
     """The N images and the categories that annotations may refer to."""
 
-    image_ids: np.ndarray  # (N,) int64, rising
-    sizes: np.ndarray  # (N + 1, 2) int64 height, width; zeros for a wrong one, and in the last row
-    category_ids: np.ndarray  # int64, rising
+    image_ids: np.ndarray  # (N,) int64, ascending
+    sizes: np.ndarray  # (N + 1, 2) int64 height, width; zeros if wrong, and in the last row
+    category_ids: np.ndarray  # int64, ascending
 
     @staticmethod
     def of(sizes: dict[int, Size | None], category_ids: Iterable[int]) -> "Known":
@@ -82,26 +82,26 @@ class Known(NamedTuple):
 
 
 class _Marks:
-    """Which of n annotations have which fault.  What is refused or dropped is looked at no further."""
+    """Records which of n annotations have which fault.  Refused or dropped annotations are not checked further."""
 
     def __init__(self, num: int) -> None:
-        self.left = np.ones(num, dtype=bool)  # those still looked at
-        self.places: dict[str, np.ndarray] = {}  # by code of FAULTS
+        self.left = np.ones(num, dtype=bool)  # those still being checked
+        self.places: dict[str, np.ndarray] = {}  # indices, by code of FAULTS
 
     def note(self, code: str, faulty: np.ndarray) -> None:
         """Mark those of faulty (n,) bool that are left."""
         self.places[code] = np.flatnonzero(self.left & faulty)
 
     def drop(self, code: str, faulty: np.ndarray) -> None:
-        """Mark those of faulty (n,) bool that are left, and look at them no further."""
+        """Mark those of faulty (n,) bool that are left, and stop checking them."""
         self.note(code, faulty)
         self.left &= ~faulty
 
 
 def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[Columns, list[int]]:
-    """Check n annotations; found gets all that is wrong but ids that occur twice, which `with_ids` finds.
+    """Check n annotations, and add their faults to found, except ids that occur twice: `with_ids` finds them.
 
-    Returns the annotations that are kept, and the places among the n of those with a finding or an RLE.
+    Returns the annotations that are kept, and the indices among the n of those with a finding or an RLE.
     """
     marks = _Marks(len(items))
     ids, no_id, id_floats = _to_integers([item.get("id") for item in items])
@@ -122,7 +122,7 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     marks.left &= ~masks.refused
     _note_masks(masks, crowd, marks)
     _fill_areas(area, items, masks, sizes, marks)
-    _tell(items, ids, image_ids, sizes, marks, found)
+    _report(items, ids, image_ids, sizes, marks, found)
     for fault in masks.faults:
         text, image_id = f"annotation {ids[fault.place]}: {fault.text}", int(image_ids[fault.place])
         found.add(fault.code, text, image_id, fault.count)
@@ -135,10 +135,10 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     return columns, sorted({*marked, *masks.rles, *(fault.place for fault in masks.faults)})
 
 
-def _tell(
+def _report(
     items: Sequence[Item], ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray, marks: _Marks, found: Findings
 ) -> None:
-    """Add all marks to found, with words for the first of each kind."""
+    """Add all marks to found, and describe the first few of each kind."""
     for code, places in marks.places.items():
         for place in places.tolist():
             image_id = None if code in ("annotation-id", "image-unknown") else int(image_ids[place])
@@ -150,7 +150,7 @@ def _tell(
 
 
 def _to_integers(values: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return values (n,) as int64, (n,) bool which are no integers of 64 bits and 0, and which are written as 5.0."""
+    """Return values (n,) as int64, 0 if not a 64-bit integer; (n,) bool which are not; and which are written as 5.0."""
     if set(map(type, values)) <= {int}:
         with suppress(OverflowError):
             return np.array(values, dtype=np.int64), *np.zeros((2, len(values)), dtype=bool)
@@ -163,14 +163,14 @@ def _to_integers(values: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def to_integer(value: Any) -> int | None:
-    """Return an integer of 64 bits, 5.0 taken as 5; None for anything else."""
+    """Return a 64-bit integer, reading 5.0 as 5; None for anything else."""
     if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and -(2**63) < value < 2**63 else None
 
 
 def _check_crowd(items: Sequence[Item], marks: _Marks) -> np.ndarray:
-    """Return (n,) bool which are crowd regions; a missing iscrowd is 0."""
+    """Return which annotations are crowd regions, (n,) bool; a missing iscrowd means 0."""
     values = [item.get("iscrowd") or 0 for item in items]
     marks.drop("crowd-value", np.array([value not in (0, 1) for value in values], dtype=bool))
     return np.array([value == 1 for value in values], dtype=bool)
@@ -190,12 +190,12 @@ def _check_boxes(items: Sequence[Item], sizes: np.ndarray, marks: _Marks) -> np.
     if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
         values = [value if type(value) is list and len(value) == 4 else NO_BOX for value in values]
     boxes = to_floats(list(chain.from_iterable(values))).reshape(-1, 4)
-    marks.drop("box-malformed", ~(np.abs(boxes) <= MAX_COORDINATE).all(1))  # and so for NaN
+    marks.drop("box-malformed", ~(np.abs(boxes) <= MAX_COORDINATE).all(1))  # also true for NaN
     boxes[~marks.left] = 0
     (x, y, width, height), (image_height, image_width) = boxes.T.copy(), sizes.T
     boxes[:, 2:] += boxes[:, :2]
     right, bottom = boxes[:, 2:].T
-    marks.drop("box-empty", (right <= x) | (bottom <= y))  # and so for a width that is lost in rounding
+    marks.drop("box-empty", (right <= x) | (bottom <= y))  # also true for a width that rounding has lost
     over = np.maximum(np.maximum(-x, -y), np.maximum(right - image_width, bottom - image_height))
     outside = (right <= 0) | (bottom <= 0) | (x >= image_width) | (y >= image_height)
     marks.drop("box-outside", outside & (over > ROUNDING))
@@ -222,7 +222,7 @@ def _fill_areas(area: np.ndarray, items: Sequence[Item], masks: CheckedMasks, si
 
 
 def end_to_end(parts: Iterable[Columns]) -> Columns:
-    """Join the columns of at least one part.  Parts are let go one by one: 30 million points are not held twice."""
+    """Join the columns of at least one part.  Frees parts one by one, so as not to hold 30 million points twice."""
     joined = [bytearray() for _ in (*Columns._fields[:-1], *Masks._fields)]
     for part in parts:
         arrays = (*part[:-1], *part.masks)
@@ -237,9 +237,9 @@ def end_to_end(parts: Iterable[Columns]) -> Columns:
 
 
 def with_ids(columns: Columns, found: Findings) -> Columns:
-    """Find ids of a file's annotations that occur twice, or are under 1.
+    """Find annotation ids of a file that occur twice or are below 1.
 
-    If any is under 1, all are numbered anew: COCO's evaluators take id 0 for "no match".
+    If any is below 1, all annotations are renumbered, because COCO's evaluators take id 0 for "no match".
     """
     again = np.ones(len(columns.all_ids), dtype=bool)
     again[np.unique(columns.all_ids, return_index=True)[1]] = False

@@ -1,6 +1,6 @@
-"""What can be wrong with a data set, and what becomes of it: this table alone fixes the outcomes.
+"""What can be wrong with a data set, and the outcome of each fault, which this table alone decides.
 
-A check is a row of FAULTS, and a line that raises `Fault` or calls `Findings.add` with its code.
+To add a check, add a row to FAULTS, and a line that raises `Fault` or calls `Findings.add` with its code.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,8 +9,8 @@ from typing import NamedTuple
 from gndet.data.records import Dataset, Finding
 from gndet.errors import DataError
 
-EXAMPLES = 3  # spelt out of each kind
-SHOWN = 16  # images remembered of each kind
+EXAMPLES = 3  # shown per kind
+SHOWN = 16  # images remembered per kind
 REFUSED, FIXED, NOTED = "E", "F", "N"
 SEVERITIES = {REFUSED: "refused", FIXED: "fixed in memory", NOTED: "noted"}
 
@@ -19,57 +19,57 @@ class Kind(NamedTuple):
     """A row of FAULTS."""
 
     severity: str
-    what: str  # to be read after a count
-    remedy: str  # "" where nothing is to be done
+    what: str  # follows a count in messages
+    remedy: str  # "" if there is nothing to do
 
 
 _AS_COCO = "write the file in COCO's format: an object with the lists images, annotations and categories"
-_UNIQUE = "give each its own id; a file merged from several needs new numbers"
+_UNIQUE = "give each its own id; renumber a file that was merged from several"
 _POLYGON = 'segmentation is a list of polygons, each [x0, y0, x1, y1, ...] in pixels: "segmentation": [[...]]'
-_RLE = "write the mask again with pycocotools' encode(); size is [height, width] of the image"
+_RLE = "encode the mask again with pycocotools' encode(); size is [height, width] of the image"
 _IN_BOTH = "validation on images that were trained on measures nothing"
-_PICTURE = "fetch the picture again, or take it out of the file; data.skip_unreadable=true trains without it"
+_PICTURE = "fetch the picture again, or remove it from the file; data.skip_unreadable=true trains without it"
 
 FAULTS: dict[str, Kind] = {
     # the annotation file
     "json-unreadable": Kind(REFUSED, "annotation files that cannot be read", "check data.root and annotations"),
-    "json-archive": Kind(REFUSED, "archives given as annotations", "unpack it yourself; gndet opens no archive"),
-    "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be cut off"),
+    "json-archive": Kind(REFUSED, "archives given as annotations", "unpack it yourself; gndet does not open archives"),
+    "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be truncated"),
     "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
-    "json-nan": Kind(NOTED, "NaN or Infinity in the file, which JSON does not have", "other programs may refuse it"),
+    "json-nan": Kind(NOTED, "values NaN or Infinity, which JSON does not allow", "other programs may reject the file"),
     # categories
-    "category-id": Kind(REFUSED, "categories whose id is no integer from 0 to 2**63 - 1", "number the categories"),
+    "category-id": Kind(REFUSED, "categories whose id is not an integer from 0 to 2**63 - 1", "number the categories"),
     "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),
     "category-name": Kind(REFUSED, "categories without a name", "name them"),
     "category-name-twice": Kind(REFUSED, "category names that occur twice", "merge these categories, or rename one"),
-    "category-gaps": Kind(FIXED, "categories mapped to labels from 0 on, for their ids have gaps", ""),
-    "category-unused": Kind(NOTED, "categories without an object", "data.classes chooses those that are learned"),
+    "category-gaps": Kind(FIXED, "categories mapped to labels from 0 on, because their ids have gaps", ""),
+    "category-unused": Kind(NOTED, "categories without an object", "data.classes selects the classes to learn"),
     # images
     "image-id": Kind(
-        REFUSED, "images whose id is no integer from 0 to 2**63 - 1", "number the images, and image_id with them"
+        REFUSED, "images whose id is not an integer from 0 to 2**63 - 1", "number the images, and image_id with them"
     ),
     "image-id-twice": Kind(REFUSED, "image ids that occur twice", _UNIQUE),
-    "image-size": Kind(REFUSED, "images without a sane width and height", "give both in pixels, as the picture has"),
-    "image-pixels": Kind(REFUSED, "images over data.max_pixels", "scale or cut them, or raise data.max_pixels"),
-    "image-empty": Kind(NOTED, "images without an object", "data.keep_empty=true trains on them, as background"),
+    "image-size": Kind(REFUSED, "images without a valid width and height", "give the picture's sides in pixels"),
+    "image-pixels": Kind(REFUSED, "images over data.max_pixels", "scale or crop them, or raise data.max_pixels"),
+    "image-empty": Kind(NOTED, "images without an object", "data.keep_empty=true trains on them as background"),
     # their files
     "folder-missing": Kind(REFUSED, "image folders that cannot be listed", "check data.root and images"),
     "file-name": Kind(REFUSED, "images without a file_name", "name the picture, relative to the image folder"),
     "file-escape": Kind(
-        REFUSED, "pictures outside the image folder", "file_name is relative, without .., and links stay inside"
+        REFUSED, "pictures outside the image folder", "file_name must be relative, without .., and links stay inside"
     ),
-    "file-missing": Kind(REFUSED, "pictures that are not there", "is this the folder? names differ by A and a, too"),
+    "file-missing": Kind(REFUSED, "pictures that are not there", "is this the folder? upper and lower case matter"),
     "file-empty": Kind(REFUSED, "picture files of 0 bytes", _PICTURE),
     "file-twice": Kind(
-        NOTED, "images whose file another image has", "one image an entry: objects of the other count as background"
+        NOTED, "images whose file another image has, too", "merge them: each takes the other's objects for background"
     ),
     "file-in-both": Kind(NOTED, "file names in both train and val", _IN_BOTH),
     # annotations
-    "number-float": Kind(FIXED, "ids or sides written as 5.0, taken as 5", ""),
-    "annotation-id": Kind(REFUSED, "annotations whose id is no integer of 64 bits", "number the annotations"),
+    "number-float": Kind(FIXED, "ids or sides written as 5.0, read as 5", ""),
+    "annotation-id": Kind(REFUSED, "annotations whose id is not a 64-bit integer", "number the annotations"),
     "annotation-id-twice": Kind(REFUSED, "annotation ids that occur twice", _UNIQUE),
     "annotation-id-low": Kind(
-        FIXED, "annotations renumbered from 1, for an id was under 1", "COCO's metric takes id 0 for no match"
+        FIXED, "annotations renumbered from 1, because an id was below 1", "COCO's metric takes id 0 for 'no match'"
     ),
     "image-unknown": Kind(
         REFUSED,
@@ -84,7 +84,7 @@ FAULTS: dict[str, Kind] = {
     "crowd-value": Kind(REFUSED, "annotations whose iscrowd is neither 0 nor 1", "1 marks a region of many objects"),
     "crowd": Kind(NOTED, "crowd regions", "they are ignored in training and kept in evaluation, as in COCO"),
     "crowd-polygon": Kind(NOTED, "crowd regions outlined by polygons", "COCO writes them as RLE; check iscrowd"),
-    "area-value": Kind(REFUSED, "annotations whose area is no number of pixels", "leave area out: it is computed"),
+    "area-value": Kind(REFUSED, "annotations whose area is not a number of pixels", "leave area out to compute it"),
     "area-missing": Kind(FIXED, "annotations without an area, computed from mask or box", ""),
     # boxes
     "box-malformed": Kind(
@@ -101,49 +101,49 @@ FAULTS: dict[str, Kind] = {
     "box-tiny": Kind(NOTED, "boxes under 1 pixel wide or high", "is bbox in pixels, not in 0 to 1?"),
     # masks
     "segmentation-malformed": Kind(REFUSED, "segmentations that are neither polygons nor an RLE", _POLYGON),
-    "polygon-number": Kind(REFUSED, "polygons with a coordinate that is no number near the image", _POLYGON),
-    "polygon-short": Kind(FIXED, "polygons of fewer than 3 points, or half a point, dropped", _POLYGON),
-    "rle-malformed": Kind(REFUSED, "RLE masks that are no run lengths", _RLE),
-    "rle-size": Kind(REFUSED, "RLE masks of another size than their image's", _RLE),
+    "polygon-number": Kind(REFUSED, "polygons with a coordinate that is not a number near the image", _POLYGON),
+    "polygon-short": Kind(FIXED, "polygons with fewer than 3 points, or half a point, dropped", _POLYGON),
+    "rle-malformed": Kind(REFUSED, "RLE masks that do not hold run lengths", _RLE),
+    "rle-size": Kind(REFUSED, "RLE masks of another size than their image", _RLE),
     "rle-counts": Kind(REFUSED, "RLE masks that do not fill their image", _RLE),
-    "mask-empty": Kind(FIXED, "masks without a pixel dropped", "take these objects out, or draw them"),
-    "mask-missing": Kind(NOTED, "objects without a mask", "model.masks=false trains on boxes alone"),
+    "mask-empty": Kind(FIXED, "masks without a pixel dropped", "remove these objects, or draw their masks"),
+    "mask-missing": Kind(NOTED, "objects without a mask", "model.masks=false trains on boxes only"),
     "mask-needed": Kind(
         REFUSED, "objects without a mask, where masks are trained", "draw them, or set model.masks=false"
     ),
-    "mask-elsewhere": Kind(NOTED, "masks that lie elsewhere than their box", "check bbox and segmentation"),
+    "mask-elsewhere": Kind(NOTED, "masks that are not where their box is", "check bbox and segmentation"),
     # the pictures, decoded
     "picture-unreadable": Kind(REFUSED, "pictures that cannot be decoded", _PICTURE),
-    "picture-crash": Kind(REFUSED, "pictures that end the decoding process", _PICTURE),
-    "picture-pixels": Kind(REFUSED, "pictures over data.max_pixels", "scale or cut them, or raise data.max_pixels"),
+    "picture-crash": Kind(REFUSED, "pictures that crash or hang the decoder", _PICTURE),
+    "picture-pixels": Kind(REFUSED, "pictures over data.max_pixels", "scale or crop them, or raise data.max_pixels"),
     "picture-size": Kind(
         REFUSED,
-        "pictures of another size than the file says",
-        "use the version that was annotated, or mend width and height",
+        "pictures of another size than the annotation file says",
+        "use the version that was annotated, or correct width and height",
     ),
     "picture-unrotated": Kind(
         REFUSED,
         "pictures annotated as stored, not as their EXIF turns them",
         "remove their EXIF orientation, or annotate them upright",
     ),
-    "picture-turned": Kind(FIXED, "pictures turned as their EXIF says", ""),
+    "picture-turned": Kind(FIXED, "pictures rotated as their EXIF says", ""),
     "picture-mode": Kind(FIXED, "pictures that are not RGB, converted", ""),
     "picture-16bit": Kind(FIXED, "16-bit pictures scaled to 8 bits", ""),
-    "picture-animated": Kind(NOTED, "animations, their first frame taken", "annotations belong to the first frame"),
-    "picture-twice": Kind(NOTED, "pictures that another file of the set repeats", "keep one of each"),
-    "picture-in-both": Kind(NOTED, "pictures both in train and val", _IN_BOTH),
+    "picture-animated": Kind(NOTED, "animations, reduced to their first frame", "annotations must be of this frame"),
+    "picture-twice": Kind(NOTED, "pictures that are copies of another file of the set", "keep one of each"),
+    "picture-in-both": Kind(NOTED, "pictures in both train and val", _IN_BOTH),
     # the set as a whole
     "objects-none": Kind(REFUSED, "sets without an object to train on", "annotate, or set data.keep_empty=true"),
-    "classes-choice": Kind(REFUSED, "choices of classes that do not fit", "data.classes takes names of categories"),
+    "classes-choice": Kind(REFUSED, "lists of classes that do not fit the file", "data.classes takes category names"),
     "classes-differ": Kind(
-        REFUSED, "differences between the classes of train and val", "data.classes chooses common ones"
+        REFUSED, "differences between the classes of train and val", "data.classes selects common ones"
     ),
 }
-SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # by data.skip_unreadable
+SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # with data.skip_unreadable
 
 
 class Fault(DataError):
-    """A fault of an item, by its code in FAULTS; the text says what is wrong and what was expected."""
+    """A fault of an item, with its code in FAULTS; the text says what is wrong and what was expected."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(code, text)  # both, so that it can be pickled
@@ -154,7 +154,7 @@ class Fault(DataError):
 
 
 class Findings:
-    """Faults met so far, by kind."""
+    """The faults found so far, by kind."""
 
     def __init__(self) -> None:
         self._found: dict[str, Finding] = {}  # by code
@@ -165,7 +165,7 @@ class Findings:
         self._merge(Finding(code, *FAULTS[code], count, (example,), image_ids))
 
     def take(self, later: "Findings") -> None:
-        """Add what was met in a later part of the same file."""
+        """Add the findings of a later part of the same file."""
         for finding in later.listed():
             self._merge(finding)
 
@@ -193,17 +193,17 @@ def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 
 def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: int, share: float) -> tuple[Finding, ...]:
-    """Return findings under data.skip_unreadable: true: pictures that cannot be read are left out, not refused.
+    """Return findings as data.skip_unreadable=true changes them: unreadable pictures are skipped, not refused.
 
-    unreadable: how many of the images they are; if over share (data.max_unreadable) of them, training is refused.
+    unreadable: number of unreadable images; more than a share (data.max_unreadable) of all images is still refused.
     """
     if unreadable <= share * images:
         severity, words = FIXED, ", skipped (data.skip_unreadable)"
-        remedy = "fetch them again, or take them out of the file"
+        remedy = "fetch them again, or remove them from the file"
     else:
         severity, words = REFUSED, ""
-        some = f"{unreadable} of {images}, over data.max_unreadable: {share:g} of them"
-        remedy = f"mend them ({some}), or raise data.max_unreadable"
+        excess = f"{unreadable} of {images}; data.max_unreadable allows a share of {share:g}"
+        remedy = f"fix them ({excess}), or raise data.max_unreadable"
     return in_order(
         found._replace(severity=severity, what=FAULTS[found.code].what + words, remedy=remedy)
         if found.code in SKIPPABLE
@@ -213,7 +213,7 @@ def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: in
 
 
 def describe_finding(finding: Finding) -> list[str]:
-    """Show a finding in lines: code and count, up to EXAMPLES examples, what to do."""
+    """Return a finding as lines: code and count, up to EXAMPLES examples, what to do."""
     more = finding.count - len(finding.examples)
     return [
         f"{finding.code} ({finding.count}): {finding.what}",
@@ -224,18 +224,18 @@ def describe_finding(finding: Finding) -> list[str]:
 
 
 def refuse(dataset: Dataset) -> Dataset:
-    """Return the data set; raise DataError with all that is refused in it, where there is something."""
+    """Return the data set, or raise a DataError that lists everything that is refused in it."""
     refuse_all({dataset.name: dataset.findings})
     return dataset
 
 
 def refuse_all(findings: Mapping[str, Sequence[Finding]]) -> None:
-    """Raise DataError with all that is refused, where there is something; findings: by the name of their data set."""
+    """Raise a DataError that lists everything that is refused, if anything; findings: by name of the data set."""
     lines = []
     for name, listed in findings.items():
         if refused := [finding for finding in listed if finding.severity == REFUSED]:
             total = sum(finding.count for finding in refused)
-            lines.append(f"{name}: {several(total, 'fault')}; `gndet check` shows the whole picture")
+            lines.append(f"{name}: {several(total, 'fault')}; `gndet check` reports everything")
             lines += [f"  {line}" for finding in refused for line in describe_finding(finding)]
     if lines:
         raise DataError("\n".join(lines))

@@ -1,4 +1,4 @@
-"""The files of an image folder: found by name, never outside it, each subfolder listed once."""
+"""Find the files of an image folder by name, never outside it; each subfolder is listed once."""
 
 import difflib
 import errno
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief
 
-HEAD = 512  # bytes that tell what a file is
+HEAD = 512  # first bytes of a file, enough to tell its kind
 ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # zip .. rar
 PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")  # JPEG .. JPEG 2000
 EMPTY, XML, PICTURE, FILE = "an empty file", "an XML file", "a picture", "a file"
-ABSENT = (errno.ENOENT, errno.ENOTDIR)  # there is no such folder: no more to say
-MAX_COMPARED = 20_000  # names searched for the nearest: more would take seconds
+ABSENT = (errno.ENOENT, errno.ENOTDIR)  # the folder does not exist, which needs no further reason
+MAX_COMPARED = 20_000  # names compared to find the nearest; more would take seconds
 
 
 class File(NamedTuple):
@@ -25,15 +25,15 @@ class File(NamedTuple):
     name: str  # on disk
     size: int  # bytes
     mtime: int  # ns
-    fault: str  # why it cannot be taken: a code of FAULTS, or ""
+    fault: str  # why it cannot be used: a code of FAULTS, or ""
     why: str = ""  # the same in words
 
 
 class ImageFolder:
-    """An image folder, listed as far as names are looked up."""
+    """An image folder, whose subfolders are listed as names are looked up."""
 
     def __init__(self, home: Path) -> None:
-        """home: the folder.  Raises Fault where it cannot be listed."""
+        """home: the folder.  Raises Fault if it cannot be listed."""
         try:
             with os.scandir(home):
                 pass
@@ -48,8 +48,8 @@ class ImageFolder:
     def find(self, name: Any, suggest: bool) -> tuple[str, int]:
         """Find the picture with a file_name, in either Unicode form.
 
-        Returns its path below the folder, as on disk, and its bytes.
-        suggest: name the nearest file where there is none.  Raises Fault for a picture that cannot be taken.
+        Returns its path below the folder, spelled as on disk, and its size in bytes.
+        suggest: if it is missing, name the nearest file.  Raises Fault for a picture that cannot be used.
         """
         parent, leaf = split_name(name)
         folder = self._stored(parent)
@@ -64,7 +64,7 @@ class ImageFolder:
         return f"{folder}/{found.name}" if folder else found.name, found.size
 
     def _stored(self, parent: str) -> str:
-        """Return a subfolder as on disk, with its parts in either Unicode form; parent itself if it is not there."""
+        """Return a subfolder spelled as on disk, its parts in either Unicode form; parent itself if it is missing."""
         if not parent or parent in self._listings or self._listing(parent):
             return parent
         stored = ""
@@ -76,7 +76,7 @@ class ImageFolder:
         return stored
 
     def _hint(self, parent: str, leaf: str) -> str:
-        """Say what a name that is not there may have meant: a file further up, another folder, or another file."""
+        """Suggest what a missing name may have meant: a file further up, another folder, or another file."""
         parts = parent.split("/") if parent else []
         for start in range(1, len(parts) + 1):
             folder = "/".join(parts[start:])
@@ -112,7 +112,7 @@ class ImageFolder:
 
 
 def split_name(name: Any) -> tuple[str, str]:
-    """Split a file_name into folder and file.  Raises Fault for a name that is no text, absolute, or leads up."""
+    """Split a file_name into folder and file.  Raises Fault for a name that is not text, is absolute, or leads up."""
     if not isinstance(name, str) or not name:
         raise Fault("file-name", "is not the name of a file in the image folder")
     *parents, leaf = [part for part in name.split("/") if part not in ("", ".")] or [""]
@@ -122,9 +122,9 @@ def split_name(name: Any) -> tuple[str, str]:
 
 
 def _list(folder: Path, home: str) -> dict[str, File]:
-    """List the files of a folder by name and by composed name; a link out of home and what is no file have a fault.
+    """List the files of a folder by name and by NFC name; links out of home and entries that are not files get a fault.
 
-    Raises OSError or ValueError where the folder cannot be listed.
+    Raises OSError or ValueError if the folder cannot be listed.
     """
     with os.scandir(folder) as entries:
         inside = _is_inside(folder, home)
@@ -133,7 +133,7 @@ def _list(folder: Path, home: str) -> dict[str, File]:
 
 
 def _look(entry: os.DirEntry, inside: bool, home: str) -> File:
-    """Return what an entry is; an entry that cannot be looked at does not hide the others."""
+    """Describe an entry; an entry that cannot be accessed does not hide the others."""
     try:
         if not inside or (entry.is_symlink() and not _is_inside(entry.path, home)):
             why = "is reached by a link that leads out of the image folder"
@@ -142,12 +142,12 @@ def _look(entry: os.DirEntry, inside: bool, home: str) -> File:
             return File(entry.name, 0, 0, "file-missing", "is a broken link, a folder or a device")
         stat = entry.stat()
     except OSError as error:
-        return File(entry.name, 0, 0, "file-missing", f"cannot be looked at: {error.strerror}")
+        return File(entry.name, 0, 0, "file-missing", f"cannot be accessed: {error.strerror}")
     return File(entry.name, stat.st_size, stat.st_mtime_ns, "")
 
 
 def _is_inside(path: str | Path, home: str) -> bool:
-    """Return whether a path leads into home, which is resolved.  `Path.resolve` raises for links in a circle."""
+    """Return whether a path leads into home, already resolved.  (`Path.resolve` would raise for circular links.)"""
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
@@ -156,14 +156,14 @@ def _get(listing: dict[str, File], name: str) -> File | None:
 
 
 def _nearest(name: str, listing: dict[str, File]) -> str:
-    """Suggest the file meant: the name in other upper and lower case, or the closest name."""
+    """Suggest which file was meant: the name in another case, or the closest name."""
     same = [known for known in listing if known.casefold() == name.casefold()]
     close = same or difflib.get_close_matches(name, list(listing)[:MAX_COMPARED], n=1)
     return f"; the nearest name there is {brief(close[0])}" if close else ""
 
 
 def read_head(path: Path) -> bytes:
-    """Return the first bytes of a file, none if it cannot be read."""
+    """Return the first bytes of a file, or b"" if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(HEAD)

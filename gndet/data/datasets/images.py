@@ -19,10 +19,10 @@ from gndet.errors import DataError, MachineError
 
 MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb
 ORIENTATION = 0x0112  # EXIF's tag
-TURNS = range(2, 9)  # its values with which a picture is not stored upright
+TURNS = range(2, 9)  # its values for pictures that are not stored upright
 SIDEWAYS = range(5, 9)  # those that swap height and width
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes of those looked for in a folder
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes to look for in a folder
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     Image.DecompressionBombError,
     EOFError,
@@ -48,19 +48,19 @@ def read_image(
     header.  note: called with the code (of FAULTS) and words for each unusual property.
     Returns (height, width, 3) uint8 RGB: grey, palette, CMYK and 1-bit converted, 16 bit scaled to 8, alpha
     dropped, the first frame of an animation.  Raises Fault for a file that is missing, broken, over
-    max_pixels, or of another size, and MachineError where there are too many open files or too little memory.
+    max_pixels, or of another size, and MachineError if there are too many open files or too little memory.
     """
     with _opened(path, max_pixels) as image:
         stored = image.size[::-1]
-        image.load()  # which turns a TIFF
-        # without a turn exif_transpose would copy the picture
+        image.load()  # this rotates a TIFF
+        # exif_transpose would copy a picture that is upright already
         upright = ImageOps.exif_transpose(image) if _orientation(image) in TURNS else image
         pixels = np.array(_to_rgb(upright))  # (h, w, 3), a copy
         unusual = [] if note is None else _unusual(image)
     if size is not None and pixels.shape[:2] != size:
         message = f"{path}: height, width are {pixels.shape[:2]}, the annotation file says {size}"
         if stored == size:
-            message += "; it fits only before the EXIF rotation: the annotations are of the unrotated picture"
+            message += "; it matches only before the EXIF rotation: the unrotated picture was annotated"
         raise Fault("picture-unrotated" if stored == size else "picture-size", message)
     if note is not None:
         for code, words in unusual:
@@ -69,23 +69,23 @@ def read_image(
 
 
 def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return the height and width that `read_image` gives a picture, without decoding it.
+    """Return the height and width of a picture as `read_image` would return it, without decoding it.
 
     Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """
     with _opened(path, max_pixels) as image:
         width, height = image.size
-        if image.format == "TIFF":  # Pillow gives the size that it has when it is turned
+        if image.format == "TIFF":  # Pillow already gives the rotated size
             return height, width
-        if image.format == "PNG" and not _tells_late(path):
-            sideways = Image.Image.getexif(image).get(ORIENTATION, 1) in SIDEWAYS  # PNG's own would decode the picture
+        if image.format == "PNG" and not _has_late_metadata(path):
+            sideways = Image.Image.getexif(image).get(ORIENTATION, 1) in SIDEWAYS  # PNG's getexif decodes the picture
         else:
             sideways = _orientation(image) in SIDEWAYS
     return (width, height) if sideways else (height, width)
 
 
-def _tells_late(path: Path) -> bool:
-    """Return whether a PNG holds text or EXIF, and so perhaps its orientation, after its pixels."""
+def _has_late_metadata(path: Path) -> bool:
+    """Return whether a PNG has text or EXIF, and so perhaps its orientation, after its pixels."""
     content = path.read_bytes()
     late = content[content.rfind(b"IDAT") :]
     return any(kind in late for kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"))
@@ -93,9 +93,9 @@ def _tells_late(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """Open a picture, not yet decoded; raise as `read_image` does, here and in the body."""
+    """Open a picture without decoding it; raise what `read_image` raises, also for errors in the `with` block."""
     try:
-        with no_limit_of_pillows(), Image.open(path, formats=FORMATS) as image:
+        with without_pillow_limit(), Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if height * width > max_pixels:
                 limit = f"over the limit of {max_pixels} (data.max_pixels)"
@@ -104,8 +104,8 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     except UnidentifiedImageError:
         kind = what_is(read_head(path))
         code = "file-empty" if kind == EMPTY else "picture-unreadable"
-        kind = f"not of a kind that is read ({', '.join(FORMATS)})" if kind == FILE else kind
-        kind = "damaged, or of a kind that is not read" if kind == PICTURE else kind
+        kind = f"not of a supported kind ({', '.join(FORMATS)})" if kind == FILE else kind
+        kind = "damaged, or of an unsupported kind" if kind == PICTURE else kind
         raise Fault(code, f"{path}: cannot be read as a picture: it is {kind}") from None
     except DECODER_ERRORS as error:
         if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
@@ -114,10 +114,10 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _unusual(image: Image.Image) -> list[tuple[str, str]]:
-    """List what a picture has that is mended in memory: codes of FAULTS with words."""
+    """List the properties of a picture that are fixed in memory or noted: codes of FAULTS with words."""
     found = []
     if image.mode.startswith("I"):
-        found.append(("picture-16bit", f"16 bits a channel (mode {image.mode})"))
+        found.append(("picture-16bit", f"16 bits per channel (mode {image.mode})"))
     elif image.mode != "RGB":
         found.append(("picture-mode", f"mode {image.mode}"))
     if _orientation(image) in TURNS:
@@ -133,10 +133,10 @@ def _orientation(image: Image.Image) -> Any:
 
 
 @contextmanager
-def no_limit_of_pillows() -> Iterator[None]:
-    """Leave the limit to max_pixels: Pillow's own warns from 89 million pixels on and cannot be set for one file.
+def without_pillow_limit() -> Iterator[None]:
+    """Switch off Pillow's limit in favour of max_pixels: it warns from 89 million pixels on, whatever the file.
 
-    The limit is global: a process that reads in several threads holds this around all of them.
+    Pillow's limit is global: a process that reads in several threads must hold this context around all of them.
     """
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -146,15 +146,15 @@ def no_limit_of_pillows() -> Iterator[None]:
 
 
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """List the pictures among files and in folders, by name.  Raises DataError where there are none."""
+    """List the given files, and the pictures of the given folders by name.  Raises DataError if a path has none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
             visible = (file for file in path.iterdir() if not file.name.startswith("."))
-            inside = sorted(file for file in visible if file.suffix.lower() in PICTURES)
-            if not inside:
+            pictures = sorted(file for file in visible if file.suffix.lower() in PICTURES)
+            if not pictures:
                 raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
-            files += inside
+            files += pictures
         elif path.is_file():
             files.append(path)
         else:
@@ -164,18 +164,18 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
 
 def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
     """Return a picture of (height, width) as a record without objects."""
-    none = np.zeros(0)
+    empty = np.zeros(0)
     return Record(
-        image_id, str(file), size, partial(read_image, file), np.zeros((0, 4)), none.astype(np.int64),
-        none.astype(bool), none, none.astype(np.int64), [],
+        image_id, str(file), size, partial(read_image, file), np.zeros((0, 4)), empty.astype(np.int64),
+        empty.astype(bool), empty, empty.astype(np.int64), [],
     )  # fmt: skip
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB; 16-bit values are divided by 257, where Pillow would clip them at 255."""
+    """Convert any mode to RGB; 16-bit values are divided by 257, because Pillow would clip them at 255."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values from {values.min()} to {values.max()}, expected 8 or 16 bits a channel")
+            raise ValueError(f"values from {values.min()} to {values.max()}, expected 8 or 16 bits per channel")
         image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")

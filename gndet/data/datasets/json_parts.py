@@ -1,7 +1,7 @@
 """Read a large annotation file in parts: the list of annotations, cut between annotations, and what surrounds it.
 
-The cuts are guessed from the text.  A wrong guess shows: a part that begins or ends inside an object, a list or a
-string is no list of objects, and the rest of the file is no object; then the file is read as a whole.
+The cuts are guessed from the text.  A wrong guess cannot pass: a part that begins or ends inside an object, a list or a
+string does not parse as a list of objects, or the rest of the file not as an object; then the file is read as a whole.
 """
 
 import json
@@ -19,9 +19,9 @@ from gndet.data.datasets.faults import Findings
 from gndet.data.workers import Death, Failure, map_ahead, usable_cores
 from gndet.errors import GndetError, MachineError
 
-PART = 8 << 20  # bytes of a part; its objects as Python's take ten times that
+PART = 8 << 20  # bytes of a part; as Python objects it takes ten times that
 LEAST = 4 << 20  # a smaller file is read as a whole: processes would cost more than they save
-SHORT = 1 << 20  # bytes that "info" and "licenses" take at most where they follow the list
+SHORT = 1 << 20  # the most bytes that "info" and "licenses" take if they follow the list
 _LIST = re.compile(rb'"annotations"\s*:\s*\[')
 _CUT = re.compile(rb"\}\s*(,)\s*\{")
 
@@ -29,7 +29,7 @@ Cut = tuple[int, int]  # where in the file a part begins and ends
 
 
 class NotInParts(GndetError):
-    """The file was cut in a wrong place, changed meanwhile, or holds what the fast parser rejects."""
+    """The file was cut in a wrong place, changed meanwhile, or holds something that the fast parser rejects."""
 
 
 def take_apart(path: Path) -> list[Cut]:
@@ -65,7 +65,7 @@ def read_around(path: Path, cuts: list[Cut]) -> bytes:
         file.seek(cuts[-1][1])
         text += file.read()
     if text.count(b'"annotations"') > 1:
-        raise NotInParts("annotations stands twice")
+        raise NotInParts("annotations occurs twice")
     return text
 
 
@@ -107,7 +107,7 @@ def _read_part(path: Path, known: Known, cut: Cut) -> tuple[Columns, Findings]:
 
 
 def _is_huge(value: Any) -> bool:
-    """Whether a value holds a number beyond 64 bits: the fast parser turns such an integer into a float."""
+    """Return whether a value holds a number beyond 64 bits: the fast parser turns such integers into floats."""
     if isinstance(value, dict):
         return any(map(_is_huge, value.values()))
     if isinstance(value, list):

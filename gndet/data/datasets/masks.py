@@ -1,7 +1,7 @@
-"""The segmentations of an annotation file as arrays, checked before pycocotools sees them.
+"""Turn the segmentations of an annotation file into arrays, checked before pycocotools sees them.
 
 pycocotools crashes the process on NaN, infinite or huge polygon coordinates and returns uninitialised memory
-for run lengths that do not fill the image: what `check_masks` refuses must not reach it.
+for run lengths that do not fill the image, so it must not get what `check_masks` refuses.
 Letters: n objects, P polygons.  Coordinates are pixels of the original.
 """
 
@@ -21,7 +21,7 @@ MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 
 
 class Masks(NamedTuple):
-    """Segmentations end to end: polygons, an RLE, or nothing."""
+    """Segmentations, stored end to end; each has polygons, an RLE, or nothing."""
 
     num_polygons: np.ndarray  # (n,) int64
     num_numbers: np.ndarray  # (P,) int64: of each polygon, two per point
@@ -33,10 +33,10 @@ class Masks(NamedTuple):
 class Polygons(NamedTuple):
     """The P polygons of n objects."""
 
-    owner: np.ndarray  # (P,) int64, rising: the object
+    owner: np.ndarray  # (P,) int64, ascending: index of the object
     lengths: np.ndarray  # (P,) int64: numbers, two per point
-    points: np.ndarray  # float64, end to end; NaN for what is no number
-    raw: list[list[Any]]  # P, as the file has them
+    points: np.ndarray  # float64, end to end; NaN if not a number
+    raw: list[list[Any]]  # P, as in the file
 
     def only(self, keep: np.ndarray) -> "Polygons":
         """Return the polygons that keep (P,) selects."""
@@ -49,7 +49,7 @@ class Polygons(NamedTuple):
 class MaskFault(NamedTuple):
     """A fault of one segmentation."""
 
-    place: int  # of the n
+    place: int  # index among the n
     code: str
     text: str
     count: int = 1  # type: ignore[assignment]  # hides tuple.count
@@ -60,7 +60,7 @@ class CheckedMasks(NamedTuple):
 
     polygons: Polygons
     rles: dict[int, dict[str, Any]]  # by place
-    faults: list[MaskFault]  # by rising place
+    faults: list[MaskFault]  # by ascending place
     refused: np.ndarray  # (n,) bool
 
     def mask(self, place: int) -> Any:
@@ -80,10 +80,10 @@ class CheckedMasks(NamedTuple):
 
 
 def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarray | None = None) -> CheckedMasks:
-    """Check n segmentations as a file has them.
+    """Check n segmentations as they are in a file.
 
-    sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: with them, polygons must cover a pixel.
-    Nothing is kept of a segmentation that is refused, nor polygons of fewer than 3 points or an RLE without a pixel.
+    sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: if given, polygons must cover a pixel.
+    Drops refused segmentations, polygons with fewer than 3 points, and RLEs without a pixel.
     """
     faults: list[MaskFault] = []
     outlines = [value if type(value) is list else [] for value in segmentations]
@@ -121,7 +121,7 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
 
 
 def to_floats(values: list[Any]) -> np.ndarray:
-    """Return values (n,) as float64: NaN for what is no number, inf for an integer beyond any float."""
+    """Return values (n,) as float64: NaN if not a number, inf for an integer too large for a float."""
     if set(map(type, values)) <= NUMBERS:
         with suppress(OverflowError):
             return np.array(values, dtype=np.float64)
@@ -141,9 +141,9 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
-    """Refuse objects with a coordinate that is no number near the image.
+    """Refuse objects with a coordinate that is not a number near the image.
 
-    An outline may overhang a little; numbers farther out belong to another image.
+    An outline may overhang the image; numbers farther out belong to another image.
     """
     owner = np.repeat(polygons.owner, polygons.lengths)  # of each number
     limit = sizes.max(1)[owner]
@@ -167,7 +167,7 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
 
 
 def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
-    """Drop outlines that cover no pixel of their image, nor of the finer frame of the box they are trained in."""
+    """Drop outlines that cover no pixel of their image and none of the finer frame of the box that training uses."""
     large, empty = polygons.owner[_is_large(polygons, sizes)], []
     for place in np.setdiff1d(polygons.owner, large).tolist():
         first, end = np.searchsorted(polygons.owner, [place, place + 1])
@@ -179,7 +179,7 @@ def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults
 
 
 def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
-    """Return which polygons surely cover a pixel, which saves drawing them: they are thick, and inside the image."""
+    """Return which polygons surely cover a pixel, being thick and inside the image; these need not be drawn."""
     if not len(polygons.owner):
         return np.zeros(0, dtype=bool)
     x, y = polygons.points[::2], polygons.points[1::2]
@@ -189,17 +189,16 @@ def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
     top, bottom = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
     inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
     following = np.arange(1, len(x) + 1)
-    following[first[1:] - 1] = starts  # the last point is joined to the first
+    following[first[1:] - 1] = starts  # the last point joins the first
     twice = np.add.reduceat(x * y[following] - y * x[following], starts)  # shoelace
-    # area / perimeter bounds the radius of the disk inside from below: 0.5 pixels, where it is convex
+    # area / perimeter is a lower bound of the radius of a disk inside a convex polygon: 0.5 pixels
     return inside & (np.abs(twice) >= 2 * (right - left + bottom - top + 1))
 
 
 def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the RLE with nothing but its size and counts, compressed.
+    """Return an RLE with only its size and counts, compressed.
 
-    Raises Fault for what is no RLE, for one of another size than the image's, whose runs do not fill it, or that is
-    empty.
+    Raises Fault for a value that is not an RLE, has another size than the image, does not fill it, or is empty.
     """
     if type(rle) is not dict:
         raise Fault("segmentation-malformed", f"segmentation {brief(rle)}, expected a list of polygons or an RLE")
@@ -215,11 +214,11 @@ def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
     if min(runs, default=0) < 0 or sum(runs) != size[0] * size[1]:
         raise Fault(
             "rle-counts",
-            f"RLE counts {brief(counts)}: run lengths from {brief(min(runs, default=0))} on sum to {brief(sum(runs))}, "
-            f"expected lengths >= 0 that sum to height x width = {size[0] * size[1]}",
+            f"RLE counts {brief(counts)}: run lengths sum to {brief(sum(runs))}, the least is "
+            f"{brief(min(runs, default=0))}; expected lengths >= 0 that sum to height x width = {size[0] * size[1]}",
         )
     if not any(runs[1::2]):
-        raise Fault("mask-empty", "no run of its RLE is set")
+        raise Fault("mask-empty", "its RLE sets no pixel")
     if isinstance(counts, list):
         counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
     return {"size": list(size), "counts": counts}
@@ -229,8 +228,8 @@ def run_lengths(counts: str) -> list[int]:
     """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
 
     A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
-    follow, bit 4 of the last is the sign.  From the fourth on, each is the difference to the one before last.
-    Raises Fault for a string that holds no run lengths.
+    follow, bit 4 of the last is the sign.  The fourth number and later ones are differences to the number two before.
+    Raises Fault for a string that does not hold run lengths.
     """
     code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
     if code.size == 0:

@@ -1,7 +1,7 @@
-"""Hold a data set in a few large arrays; records are made at each access.
+"""Hold a data set in a few large arrays, and make records on access.
 
-860,000 objects as Python objects are gigabytes, and every loader process that touches them copies them; arrays are
-shared, and may be mapped from a file.  Ragged values lie end to end: item i is values[first[i]:first[i + 1]].
+As Python objects, 860,000 annotations take gigabytes, and every loader process that touches them copies them; arrays
+are shared, and may be mapped from a file.  Ragged values lie end to end: item i is values[first[i]:first[i + 1]].
 Letters: N images, n objects, P polygons.
 """
 
@@ -21,7 +21,7 @@ from gndet.data.datasets.images import read_image
 from gndet.data.datasets.masks import offsets
 from gndet.data.records import Record
 
-MATCH = 0.5  # the IoU that a box and the box around the mask of the same object should have
+MATCH = 0.5  # the least IoU that an object's box and the box around its mask should have
 
 
 class Image(NamedTuple):
@@ -48,7 +48,7 @@ class Packed(NamedTuple):
     crowd: np.ndarray  # (n,) bool
     area: np.ndarray  # (n,) float64
     annotation_ids: np.ndarray  # (n,) int64
-    masks_at: np.ndarray  # (n,) int64: the place of each object's mask among the n of `masks.Masks`, which follow
+    masks_at: np.ndarray  # (n,) int64: index of each object's mask in the n of `masks.Masks`, which follow
     polygons_first: np.ndarray  # (n + 1,) into the P polygons
     points_first: np.ndarray  # (P + 1,) into points
     points: np.ndarray
@@ -59,15 +59,15 @@ class Packed(NamedTuple):
 def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int]) -> Packed:
     """Put images and their objects into arrays, in the order of the images, then of the annotations.
 
-    category_ids: rising; a label is an index into them.  Annotations of other images are left out; masks stay in the
+    category_ids: ascending; a label is an index into them.  Annotations of other images are left out; masks stay in the
     order of the file.
     """
     image_ids = np.array([image.image_id for image in images], dtype=np.int64)
-    rising = np.argsort(image_ids)
-    here = np.flatnonzero(np.isin(objects.image_ids, image_ids))
-    place = rising[np.searchsorted(image_ids, objects.image_ids[here], sorter=rising)]
+    ascending = np.argsort(image_ids)
+    kept = np.flatnonzero(np.isin(objects.image_ids, image_ids))
+    place = ascending[np.searchsorted(image_ids, objects.image_ids[kept], sorter=ascending)]
     in_order = np.argsort(place, kind="stable")
-    order, place = here[in_order], place[in_order]
+    order, place = kept[in_order], place[in_order]
     names, names_first = _end_to_end(image.file_name for image in images)
     paths, paths_first = _end_to_end(image.path for image in images)
     masks = objects.masks
@@ -85,7 +85,7 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
 
 
 def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
-    """Note objects whose box and the box around their mask, both limited to the image, have an IoU under MATCH."""
+    """Note objects whose box and the box around their mask, both clipped to the image, have an IoU below MATCH."""
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
     limits = np.tile(packed.sizes[image][:, ::-1], 2)  # (n, 4) width, height, width, height
     boxes, extents = packed.boxes.clip(0, limits), _extents(packed, image).clip(0, limits)
@@ -95,13 +95,13 @@ def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
     for i in np.flatnonzero((other > 0) & (common < MATCH * (area + other - common))):
         text = ""
         if found.wants_example("mask-elsewhere"):
-            inner, outer = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
-            text = f"annotation {packed.annotation_ids[i]}: box x0, y0, x1, y1 {inner}, mask {outer}"
+            box, mask = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
+            text = f"annotation {packed.annotation_ids[i]}: x0, y0, x1, y1 of its box {box}, of its mask {mask}"
         found.add("mask-elsewhere", text, int(packed.image_ids[image[i]]))
 
 
 def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
-    """Return the boxes around the masks, (n, 4) xyxy, zeros where there is no mask; image (n,): of each object."""
+    """Return the boxes around the masks, (n, 4) xyxy, zeros if there is no mask; image (n,): index of the image."""
     extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
     outlined = np.flatnonzero(np.diff(packed.polygons_first))
     if len(outlined):
@@ -125,15 +125,15 @@ def _end_to_end(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(eq=False)
 class PackedRecords(Sequence[Record]):
-    """The records of packed images, made anew at each access."""
+    """The records of packed images, made on each access."""
 
     packed: Packed
     folder: Path  # of the pictures
     max_pixels: int
-    places: Sequence[int]  # of the images that are taken, among the N
-    again: functools.partial[Packed] | None = None  # maps the arrays in another process that these are sent to
-    digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 where unknown
-    labels: np.ndarray | None = None  # the new label of each packed one, see `relabelled`
+    places: Sequence[int]  # indices among the N of the images that are used
+    again: functools.partial[Packed] | None = None  # maps the arrays in another process that receives these records
+    digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 if unknown
+    labels: np.ndarray | None = None  # the new label of each packed label, see `relabelled`
 
     def __len__(self) -> int:
         return len(self.places)
@@ -172,13 +172,13 @@ class PackedRecords(Sequence[Record]):
         return self.folder / _text(self.packed.paths, self.packed.paths_first, place)
 
     def note_digests(self, digests: dict[int, int]) -> None:
-        """Keep {index: digest of the picture's bytes}, as decoding has found them."""
+        """Store {index: digest of the picture's bytes}, found by decoding."""
         self.digests = np.zeros(len(self.packed.image_ids), dtype=np.uint64)
         for index, digest in digests.items():
             self.digests[self.places[index]] = digest
 
     def files(self) -> Iterator[tuple[int, str, str, int]]:
-        """Yield image id, file_name, path below the folder and digest (0: unknown) of each, without making records."""
+        """Yield each image's id, file_name, path below the folder and digest (0: unknown), without making records."""
         for place in self.places:
             name = _text(self.packed.names, self.packed.names_first, place)
             path = _text(self.packed.paths, self.packed.paths_first, place)
@@ -186,7 +186,7 @@ class PackedRecords(Sequence[Record]):
 
 
 def relabelled(record: Record, labels: np.ndarray) -> Record:
-    """Give each object of label i the label labels[i]; leave out those that get -1."""
+    """Give each object of label i the label labels[i]; drop those that get -1."""
     new = labels[record.labels]  # (n,)
     keep = new >= 0
     return record._replace(
@@ -208,7 +208,7 @@ class Counts(NamedTuple):
 
 
 def count_objects(records: Sequence[Record]) -> Counts:
-    """Count objects; without making packed records, which takes seconds for 118,000 images."""
+    """Count objects without making packed records, which would take seconds for 118,000 images."""
     if not isinstance(records, PackedRecords):
         rows = [(len(record.labels), np.count_nonzero(~record.crowd), *record.size) for record in records]
         table = np.array(rows, dtype=np.int64).reshape(-1, 4)
@@ -223,10 +223,10 @@ def count_objects(records: Sequence[Record]) -> Counts:
 
 @dataclass(eq=False)
 class PackedMasks(Sequence[Any]):
-    """The segmentations of an image's objects, made anew at each access."""
+    """The segmentations of an image's objects, made on each access."""
 
     packed: Packed
-    objects: range  # places of the objects among the n
+    objects: range  # indices of the objects among the n
     size: tuple[int, int]  # height, width of the image
 
     def __len__(self) -> int:
@@ -242,7 +242,7 @@ class PackedMasks(Sequence[Any]):
         return {"size": list(self.size), "counts": counts} if counts else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(self),)  # a record that is sent elsewhere takes its own masks along only
+        return list, (list(self),)  # a record that is sent to a process takes only its own masks along
 
 
 def _text(texts: np.ndarray, first: np.ndarray, place: int) -> str:

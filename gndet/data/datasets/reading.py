@@ -1,8 +1,8 @@
-"""Read a data set of any kind: the file to open first here.
+"""Read a data set of any kind: start reading this folder here.
 
-A reader per kind checks its files and keeps what is good; faults stand in `Dataset.findings`, whose outcomes `faults`
-fixes.  What a config asks of every kind comes after: the limit, the choice of classes, masks; then train and val are
-compared.
+Each kind has a reader that checks its files and keeps what is good; faults go to `Dataset.findings`, and `faults`
+decides their outcomes.  After that come the options that hold for every kind (limit, classes, masks) and the comparison
+of train with val.
 """
 
 import difflib
@@ -23,20 +23,20 @@ from gndet.data.datasets.shapes import read_shapes
 from gndet.data.records import Dataset, Finding, Record, Tell
 
 READERS: dict[str, Callable[..., Dataset]] = {"coco": read_coco, "shapes": read_shapes}  # (cfg, data, tell)
-LISTED, KNOWN = 5, 10  # names spelt out of those that differ, and of those there are
+LISTED, KNOWN = 5, 10  # names shown of those that differ, and of those that are known
 
 
 def read_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -> Dataset:
-    """Read and check a data set of cfg.kind, with the classes of data.classes only, if given, in their order.
+    """Read and check a data set of cfg.kind.  If data.classes is given, keep only these classes, in this order.
 
-    Images whose objects all are of other classes stay, without objects; cfg.limit keeps the first images only.
-    masks: refuse an object without a mask.  Raises DataError that lists all that is refused.
+    Images that lose all their objects to data.classes stay, without objects; cfg.limit keeps only the first images.
+    masks: refuse objects without a mask.  Raises a DataError that lists everything that is refused.
     """
     return refuse(inspect_dataset(cfg, data, masks=masks))
 
 
 def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, tell: Tell | None = None) -> Dataset:
-    """Read as `read_dataset` does, but leave what is refused in the findings; the records are of the rest.
+    """Read as `read_dataset` does, but only list what is refused in the findings; the records hold the rest.
 
     tell: called with a line before a long wait.
     """
@@ -44,7 +44,7 @@ def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False
 
 
 def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> tuple[Dataset, Dataset]:
-    """Inspect data.train, for training (masks: with masks), and data.val.  `between` compares them."""
+    """Inspect data.train as training needs it (masks: with masks), and data.val.  `between` compares the two."""
     train = inspect_dataset(data.train, data, masks=masks, tell=tell)
     train = train if data.keep_empty else find_objects(train)
     val = inspect_dataset(data.val, data, tell=tell)
@@ -52,10 +52,10 @@ def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> 
 
 
 def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, masks: bool) -> Dataset:
-    """Apply the limit (first images), data.skip_unreadable and data.classes to a data set as a reader gave it."""
+    """Apply the limit (first images), data.skip_unreadable and data.classes to a data set from a reader."""
     num = len(dataset.records)
     if limit is not None and limit < num:
-        note = f"the first {limit} of {num} images are taken; what is found is of the whole file"
+        note = f"only the first {limit} of {num} images are used; the findings are of the whole file"
         dataset = dataset._replace(records=dataset.records[:limit], notes=(*dataset.notes, note))
     if data.skip_unreadable:
         unreadable = sum(finding.count for finding in dataset.findings if finding.code in SKIPPABLE)
@@ -71,7 +71,7 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
 
 
 def without_masks(dataset: Dataset) -> Dataset:
-    """Drop the finding that objects have no mask, where no masks are trained."""
+    """Drop the finding that objects have no mask, because no masks are trained."""
     return dataset._replace(findings=tuple(finding for finding in dataset.findings if finding.code != "mask-missing"))
 
 
@@ -93,7 +93,7 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> 
         found.add("classes-choice", fault)
         return dataset
     if len(names) < len(dataset.classes):
-        note = f"{len(names)} of {len(dataset.classes)} classes are taken; what is found is of the whole file"
+        note = f"only {len(names)} of {len(dataset.classes)} classes are used; the findings are of the whole file"
         dataset = dataset._replace(notes=(*dataset.notes, note))
     old = [dataset.classes.index(name) for name in names]
     labels = np.full(len(dataset.classes), -1)
@@ -107,7 +107,7 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> 
 
 
 def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
-    """Say what is wrong with a choice of classes; "" where nothing is."""
+    """Return what is wrong with a list of class names, or "" if nothing is."""
     unknown = [name for name in names if name not in classes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if unknown:
@@ -128,14 +128,14 @@ def find_objects(dataset: Dataset) -> Dataset:
     if dataset.refused or count_objects(dataset.records).trainable.any():
         return dataset
     found = Findings()
-    found.add("objects-none", f"{len(dataset.records)} images, none with an object that is no crowd region")
+    found.add("objects-none", f"{len(dataset.records)} images, none with an object other than a crowd region")
     return _with_findings(dataset, found)
 
 
 def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
-    """Find what is wrong between two sets: other classes, images in both by name, by file, or by what they show.
+    """Find what is wrong between two sets: different classes, or images in both, by name, by file or by content.
 
-    What they show is compared where `gndet check --images` has decoded both.
+    Content is compared only if `gndet check --images` has decoded both sets.
     """
     found = Findings()
     if train.classes and val.classes and train.classes != val.classes:
@@ -167,14 +167,14 @@ def _note_twin(found: Findings, code: str, train: _File, val: _File) -> None:
         text = f"{ids}: {val[2]} is equal to {train[2]}"
     elif found.wants_example(code):  # comparing takes a while
         names = ", ".join(map(brief, dict.fromkeys((train[1], val[1]))))
-        text = f"{names}: {ids}; {_same(Path(train[2]), Path(val[2]))}"
+        text = f"{names}: {ids}; {_compare_files(Path(train[2]), Path(val[2]))}"
     found.add(code, text, val[0])
 
 
 def _differences(train: Sequence[str], val: Sequence[str]) -> str:
     only_train, only_val = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
     if not only_train and not only_val:
-        pairs = enumerate(zip_longest(train, val, fillvalue="nothing"))  # a name may stand twice, refused elsewhere
+        pairs = enumerate(zip_longest(train, val, fillvalue="nothing"))  # a name may occur twice, refused elsewhere
         label, (name, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
         return f"the same names in another order: label {label} is {brief(name)} in train, {brief(other)} in val"
     parts = ((only_train, "train", val), (only_val, "val", train))
@@ -190,11 +190,11 @@ def _with_nearest(names: Sequence[str], known: Sequence[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
-def _same(path: Path, other: Path) -> str:
+def _compare_files(path: Path, other: Path) -> str:
     try:
         if path.resolve() == other.resolve():
             return "one file"
         equal = path.stat().st_size == other.stat().st_size
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+    except (OSError, RuntimeError):  # RuntimeError: circular links
         return "not compared"
     return "two files of the same size" if equal else "two files of that name"

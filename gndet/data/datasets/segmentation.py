@@ -1,4 +1,4 @@
-"""Draw masks as COCO files write them, checked by `masks.check_masks`, in the frame of their box.
+"""Draw COCO's segmentations, once `masks.check_masks` has checked them, in the frame of their box.
 
 Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; pixel i covers [i, i + 1).
 """
@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.records import MASK_SIDE
 
-MAX_FRAME_REACH = 16  # box sides a polygon may leave its box by; farther out its outline is too long to walk
+MAX_FRAME_REACH = 16  # how many box sides a polygon may leave its box by; beyond, its outline is too long to trace
 
 
 def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
@@ -55,7 +55,7 @@ def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int
 
 
 def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int) -> list[list[np.ndarray] | None]:
-    """Map the polygons of n objects into the frames of their boxes (n, 4); None where they leave it too far.
+    """Map the polygons of n objects into the frames of their boxes (n, 4); None if they reach too far out of it.
 
     Returns n lists of polygons (2 x points,) x0, y0, x1, ... in cells of the S x S frame.
     """
@@ -65,10 +65,10 @@ def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int)
     owner = np.repeat(np.arange(len(outlines)), list(map(len, outlines)))  # of each polygon
     lengths = np.array(list(map(len, polygons)))
     points = np.fromiter(chain.from_iterable(polygons), dtype=np.float64, count=lengths.sum()).reshape(-1, 2)
-    of_point = np.repeat(owner, lengths // 2)
+    point_owner = np.repeat(owner, lengths // 2)
     scale = side / (boxes[:, 2:] - boxes[:, :2])  # (n, 2) x, y
-    points = (points - boxes[of_point, :2]) * scale[of_point]
-    first = np.flatnonzero(np.diff(of_point, prepend=-1))  # an object's first point; each has a polygon
+    points = (points - boxes[point_owner, :2]) * scale[point_owner]
+    first = np.flatnonzero(np.diff(point_owner, prepend=-1))  # an object's first point; each has a polygon
     near = np.maximum.reduceat(np.abs(points).max(1), first) <= MAX_FRAME_REACH * side
     moved = iter(np.split(points.ravel(), lengths.cumsum()[:-1]))
     lists = [[next(moved) for _ in outline] for outline in outlines]
@@ -80,17 +80,17 @@ def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
     drawn = iter(coco_mask.frPyObjects(list(chain.from_iterable(outlines)), side, side))
     codes = [[next(drawn) for _ in outline] for outline in outlines]
     wholes = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in codes]
-    return decode(wholes).transpose(2, 0, 1)  # hotcoco's takes a third of the time of pycocotools'
+    return decode(wholes).transpose(2, 0, 1)  # hotcoco decodes in a third of the time that pycocotools takes
 
 
 def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
     """Sample the mask of an RLE on a side x side grid over the box; bilinear, threshold 0.5."""
     mask = coco_mask.decode(rle)  # (h, w) uint8
-    rows = _between(mask, box[1], box[3], side)  # (S, w)
-    return _between(rows.T, box[0], box[2], side).T >= 0.5
+    rows = _interpolate(mask, box[1], box[3], side)  # (S, w)
+    return _interpolate(rows.T, box[0], box[2], side).T >= 0.5
 
 
-def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
+def _interpolate(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
     """Interpolate rows (n, m) linearly at the centres of `side` cells from start to end.  Returns (S, m)."""
     place = start + (np.arange(side) + 0.5) * ((end - start) / side) - 0.5
     place = place.clip(0, len(values) - 1)
@@ -101,13 +101,13 @@ def _between(values: np.ndarray, start: float, end: float, side: int) -> np.ndar
 
 
 def printable(text: str) -> str:
-    """Show a text of the file on a terminal: at most 60 characters, those that steer a terminal escaped."""
+    """Return text from a file in a form fit for a terminal: at most 60 characters, control characters escaped."""
     plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:61])
     return plain if len(plain) <= 60 else plain[:57] + "..."
 
 
 def brief(value: Any) -> str:
-    """Show a value of the file in at most 60 characters."""
+    """Return a value from a file as text of at most 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # an integer of more than 4,300 digits, Python's limit

@@ -1,7 +1,7 @@
-"""Draw a data set: discs, boxes, triangles and stars that cover each other.
+"""Draw a data set: discs, boxes, triangles and stars that overlap.
 
-Image i is a pure function of (seed, i, size). Outlines and colours have random streams of their own, so that
-reading the data set paints nothing. Letters: n objects, V outline points, s image side in pixels.
+Image i is a pure function of (seed, i, size). Outlines and colours have separate random streams, so that
+reading the data set draws no picture. Letters: n objects, V outline points, s image side in pixels.
 """
 
 import colorsys
@@ -17,21 +17,22 @@ from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 
 CLASSES = ("disc", "box", "triangle", "star")
-MAX_COUNT = 1_000_000  # images per seed: image ids are seed * MAX_COUNT + 1 and on
+MAX_COUNT = 1_000_000  # images per seed: image ids start at seed * MAX_COUNT + 1
 MAX_SEED = 2**32
-MIN_VISIBLE = 0.5  # an object covered further would be a fragment that tells nothing
-MAX_TILT = np.pi / 8  # things stand upright, more or less; any rotation takes several times as long to learn
+MIN_VISIBLE = 0.5  # share of an object's area; with less in view it would be a meaningless fragment
+MAX_TILT = np.pi / 8  # objects stand nearly upright; arbitrary rotations take several times as long to learn
 OUTLINE, COLOUR = 0, 1  # the random streams of an image
 
 
 def read_shapes(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
     """Lay out cfg.count images of cfg.size x cfg.size pixels; `Record.load` draws them.
 
-    Boxes and masks are those of the visible part.  data and tell are not used: they are there for other readers.
+    Boxes and masks are those of the visible part.  data and tell are unused; other readers need them.
     Raises DataError for a seed or count out of range.
     """
     if not 0 <= cfg.seed <= MAX_SEED or cfg.count > MAX_COUNT:
-        raise DataError(f"shapes: seed {cfg.seed}, count {cfg.count}, expected 0 to {MAX_SEED}, 1 to {MAX_COUNT}")
+        expected = f"a seed from 0 to {MAX_SEED} and a count from 1 to {MAX_COUNT}"
+        raise DataError(f"shapes: seed {cfg.seed}, count {cfg.count}, expected {expected}")
     records: list[Record] = []
     first_id = 1
     for index in range(cfg.count):
@@ -84,13 +85,13 @@ def _to_record(cfg: DatasetConfig, index: int, first_id: int) -> Record:
 def _layout(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Place 2 to 5 objects, later ones over earlier ones.
 
-    Returns labels (n,) int64 and visible masks (n, s, s) bool.  A place that would hide an earlier object
-    below MIN_VISIBLE of its area is drawn anew.
+    Returns labels (n,) int64 and visible masks (n, s, s) bool.  A place that would leave less than MIN_VISIBLE of an
+    earlier object's area visible is drawn again.
     """
     rng = _generator(seed, index, OUTLINE)
     labels: list[int] = []
     visible = np.zeros((0, size, size), dtype=bool)
-    whole = np.zeros(0)  # (n,) area of each object as if nothing covered it
+    whole = np.zeros(0)  # (n,) area of each object if nothing covered it
     for _ in range(rng.integers(2, 6)):
         while True:
             label = int(rng.integers(len(CLASSES)))

@@ -1,7 +1,8 @@
 """`gndet check`: list everything that is wrong with a data set, before training waits for a GPU.
 
-The reader is the checker (`datasets/faults.py` holds the outcomes); this reads both sets of a config, or one file,
-decodes the pictures if asked to, and reports.  It writes only the files asked for, and never among the user's data.
+The data readers do the checking (`datasets/faults.py` holds the outcomes).  This file reads both sets of a config, or
+one JSON file, decodes the pictures on request, and reports.  It writes only the requested files, and never among the
+user's data.
 """
 
 import json
@@ -28,14 +29,14 @@ from gndet.files import make_room_for, write_whole
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 
-NAMES_TRIED = 100  # pictures of a JSON file to look for, to find its folder
+NAMES_TRIED = 100  # file names of a JSON file to try when looking for its image folder
 ALONE = (  # options that matter for a JSON file checked by itself
     "data.cache", "data.classes", "data.max_pixels", "data.max_unreadable", "data.skip_unreadable", "model.masks",
 )  # fmt: skip
-REMEDIES = {  # for a JSON file checked by itself, which no config names
+REMEDIES = {  # for a JSON file checked by itself, without a config
     "json-unreadable": "expected the JSON file or a config (.yaml)",
     "folder-missing": "--image-folder names the folder of the pictures",
-    "file-missing": "does --image-folder name their folder? names differ by A and a, too",
+    "file-missing": "does --image-folder name their folder? upper and lower case matter",
 }
 
 Show = Callable[[str], None]
@@ -57,7 +58,7 @@ def check(
 ) -> bool:  # fmt: skip
     """Check the data of a config or a COCO JSON file, and show the findings line by line.
 
-    image_folder: the pictures of a JSON file, looked for beside it by default.  images: decode every picture.
+    image_folder: the pictures of a JSON file; by default, a folder near it is used.  images: decode every picture.
     sheet: file for a picture of the data.  out: file for the report as JSON.  console: a terminal for a progress bar.
     Returns whether nothing is refused.  Raises ConfigError and OutputError, but never for a fault of the data.
     """
@@ -89,12 +90,12 @@ def check(
 
 
 def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
-    """Find out what to check.  Raises ConfigError and OutputError."""
+    """Decide what to check.  Raises ConfigError and OutputError."""
     path = find_config(source)
     if path.suffix.lower() in (".yaml", ".yml"):
         cfg = load_config(source, overrides)
         if image_folder is not None:
-            raise OutputError(f"--image-folder {image_folder}: is for a JSON file; {source} names its own folders")
+            raise OutputError(f"--image-folder {image_folder}: is only for a JSON file; {source} names its own folders")
         parts = {"train": cfg.data.train, "val": cfg.data.val}
         parts = {which: part for which, part in parts.items() if part.kind == "coco"}
         root = Path(cfg.data.root)
@@ -103,12 +104,12 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
         return Plan(cfg.data, cfg.model.masks, None, folders, kept)
     for text in overrides:
         if text.partition("=")[0].strip() not in ALONE:
-            raise ConfigError(f"override {text!r}: says nothing of a JSON file by itself; {', '.join(ALONE)} do")
+            raise ConfigError(f"override {text!r}: has no effect on a JSON file by itself; {', '.join(ALONE)} do")
     cfg = with_overrides(Config(), overrides, "the defaults")
     masks = cfg.model.masks if any(text.startswith("model.masks") for text in overrides) else None
     folder = image_folder or guess_folder(path)
     if folder is not None and image_folder is None:
-        show(f"{path}: the pictures are looked for in {folder} (--image-folder gives another)")
+        show(f"{path}: looking for its pictures in {folder} (--image-folder names another)")
     return Plan(cfg.data, masks, path, {"": folder.absolute()} if folder else {}, [path])
 
 
@@ -122,7 +123,7 @@ def _read_alone(plan: Plan, show: Show) -> Checked:
     assert plan.path is not None
     dataset: Dataset = inspect_file(plan.path, folder, plan.data, show)
     if folder is None and dataset.classes:
-        show(f"{plan.path}: no folder beside it holds its pictures; the annotations alone are checked (--image-folder)")
+        show(f"{plan.path}: no folder near it has its pictures; only the annotations are checked (--image-folder)")
     dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
     if plan.masks is False:
         dataset = without_masks(dataset)
@@ -133,7 +134,7 @@ def _read_alone(plan: Plan, show: Show) -> Checked:
 def guess_folder(path: Path) -> Path | None:
     """Find a folder, beside a JSON file or its folder, that has one of its pictures or is named after it.
 
-    For annotations/instances_train2017.json try train2017, images/train2017 and images, then all others.
+    For annotations/instances_train2017.json, try train2017, images/train2017 and images first, then all others.
     """
     stem = path.stem.split("_", 1)[-1]
     with suppress(OSError):  # the reader reports what it cannot read
@@ -149,7 +150,7 @@ def guess_folder(path: Path) -> Path | None:
 
 
 def _first_names(path: Path) -> list[str]:
-    """List the first pictures that a JSON file names, but for names that cannot be in a folder beside it."""
+    """List the first pictures that a JSON file names, except names that cannot be in a folder beside it."""
     text, names = path.read_bytes() if path.is_file() else b"", []
     for found in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
         try:
@@ -164,24 +165,24 @@ def _first_names(path: Path) -> list[str]:
 
 
 def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
-    """Raise OutputError for a result that cannot be written, or would overwrite a file of the user's."""
+    """Raise OutputError for a result that cannot be written, or that would overwrite one of the user's files."""
     if sheet and out and _is_same(sheet, out):
-        raise OutputError(f"{out}: is given to --sheet and to --json, expected two files")
+        raise OutputError(f"{out}: is given to --sheet and to --json, expected two different files")
     for file in filter(None, (sheet, out)):
         for kept in plan.kept:
             if _is_same(file, kept):
-                raise OutputError(f"{file}: is among your data ({kept}), where nothing is written; choose another")
+                raise OutputError(f"{file}: is among your data ({kept}); gndet writes nothing there, choose another")
         for folder in plan.folders.values():
             if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-                raise OutputError(f"{file}: lies among your data ({folder}), where nothing is written; choose another")
+                raise OutputError(f"{file}: is among your data ({folder}); gndet writes nothing there, choose another")
     if sheet is not None:
         known = Image.registered_extensions()
         if known.get(sheet.suffix.lower()) not in Image.SAVE:
             raise OutputError(f"{sheet}: cannot write a picture of this kind, expected a name like sheet.png")
         if sheet.is_file() and (head := read_head(sheet)) and what_is(head) != PICTURE:
-            raise OutputError(f"{sheet}: is there and is no picture; it is not written over, choose another")
+            raise OutputError(f"{sheet}: exists and is not a picture; gndet does not overwrite it, choose another file")
     if out is not None and out.is_file() and (head := read_head(out)) and b'"refused"' not in head[:20]:
-        raise OutputError(f"{out}: is there and is no report of gndet check; it is not written over, choose another")
+        raise OutputError(f"{out}: exists and is no report of gndet check; gndet does not overwrite it, choose another")
     if sheet is not None:
         make_room_for(sheet, "--sheet")
     if out is not None:
@@ -200,7 +201,7 @@ def _write_sheet(sets: list[Checked], sheet: Path, show: Show) -> None:
     shown = [checked for checked in sets if checked.has_pictures]
     picture = contact_sheet([(checked.name, checked.dataset) for checked in shown])
     if picture is None:
-        reason = "no image is left to be drawn" if shown else "there is no folder of pictures to draw from"
+        reason = "no image is left to draw" if shown else "there is no image folder to draw from"
         show(f"\n{reason}: {sheet} is not written")
         return
     try:

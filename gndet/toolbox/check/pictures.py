@@ -1,6 +1,6 @@
-"""The pictures of a data set: decode every one, in processes that a damaged file may crash; draw a contact sheet.
+"""Decode every picture of a data set, in processes that a damaged file may crash; draw a contact sheet.
 
-A process that crashes or hangs over a picture is replaced; the picture is at fault, and the others are decoded.
+A process that crashes or hangs on a picture is replaced; the picture is reported, and the others are decoded.
 """
 
 import hashlib
@@ -27,7 +27,11 @@ from gndet.errors import DataError
 from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 from gndet.toolbox.check.report import Checked
 
-TIME_LIMIT = 120.0  # seconds for one picture; 100 million pixels take a while
+TIME_LIMIT = 120.0  # seconds per picture; 100 million pixels take a while
+IMAGES, COLUMNS = 16, 4  # of the contact sheet: images, images per row
+SIDE = 640  # pixels of the longer side of an image
+BARE = ("picture-size", "picture-unrotated")  # drawn without boxes: boxes for another size would be misplaced
+INVISIBLE = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # on the sheet
 
 Show = Callable[[str], None]
 
@@ -36,7 +40,7 @@ class PictureFile(NamedTuple):
     """A picture to decode."""
 
     path: Path
-    size: tuple[int, int] | None  # height, width as the annotation file says
+    size: tuple[int, int] | None  # height, width as in the annotation file
     max_pixels: int
 
 
@@ -44,11 +48,11 @@ class Decoded(NamedTuple):
     """What decoding a picture showed."""
 
     faults: list[tuple[str, str]]  # code of FAULTS, and words that name the file
-    digest: str  # SHA-256 of the file, "" where it cannot be read
+    digest: str  # SHA-256 of the file, "" if it cannot be read
 
 
 def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Console | None) -> Checked:
-    """Decode every picture of a data set.  Returns the data set with what was found; notes the digests of the files.
+    """Decode every picture of a data set.  Returns it with the findings, and stores the files' digests in its records.
 
     Drawn data sets, and those whose folder was refused, are returned as they are.
     """
@@ -88,10 +92,10 @@ def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list
 def _with_progress(
     decoded: Iterator[Decoded], total: int, title: str, show: Show, console: Console | None
 ) -> Iterator[Decoded]:
-    """Pass pictures on, and show progress: a bar on a terminal, else one line per tenth."""
+    """Pass the pictures on and show progress: a bar on a terminal, otherwise one line per tenth."""
     on_terminal = console is not None and console.is_terminal
     columns = (TextColumn(title), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    # no refresh thread: the processes are forked beside it, and would inherit its locks
+    # no refresh thread: processes that are forked while it runs would inherit its locks
     with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not on_terminal) as progress:
         task = progress.add_task(title, total=total)
         for count, picture in enumerate(decoded, start=1):
@@ -105,7 +109,7 @@ def decode(picture: PictureFile) -> Decoded:
     """Decode a picture.  Returns its faults and its file's hash."""
     faults: list[tuple[str, str]] = []
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is unusual in a picture becomes a fault
+        with warnings.catch_warnings(action="ignore"):  # anything unusual becomes a fault
             read_image(*picture, note=lambda code, words: faults.append((code, f"{picture.path}: {words}")))
     except Fault as fault:
         faults.append((fault.code, str(fault)))
@@ -124,8 +128,8 @@ def decode_all(
 ) -> Generator[Decoded, None, None]:
     """Decode pictures in parallel.  Yields what each showed, in order.
 
-    time_limit: seconds for one picture.  A picture whose process dies, or is killed for exceeding the limit, is a
-    picture-crash.  Raises MachineError when no process can be started.
+    time_limit: seconds per picture.  A picture whose process dies, or is killed for exceeding the limit, gets the fault
+    picture-crash.  Raises MachineError if no process can be started.
     """
 
     def crashed(picture: PictureFile, death: Death, _: int) -> Decoded:
@@ -142,21 +146,6 @@ def decode_all(
 
 def _crash(picture: PictureFile, words: str) -> Decoded:
     return Decoded([("picture-crash", f"{picture.path}: {words}")], "")
-
-
-IMAGES = 16
-
-
-COLUMNS = 4
-
-
-SIDE = 640  # pixels of the longer side of an image
-
-
-BARE = ("picture-size", "picture-unrotated")  # boxes for another size would be misplaced
-
-
-INVISIBLE = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")
 
 
 def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
@@ -177,7 +166,7 @@ def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
 
 
 def _drawn(dataset: Dataset, index: int) -> np.ndarray:
-    """Draw an image with its objects, without them if its picture has another size, or a placard if it has none."""
+    """Draw an image with its objects; without them if its picture has another size; a placard if it is unreadable."""
     record = dataset.records[index]
     try:
         small, scaled = shrunk(record.load(), record, SIDE)
@@ -191,9 +180,9 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
 
 
 def choose_images(dataset: Dataset, num: int) -> dict[int, list[str]]:
-    """Choose num images: an image per kind of fault in turn, then evenly spread images.
+    """Choose num images: one per kind of fault in turn, then evenly spread images.
 
-    Returns {place in dataset.records: codes of the faults it was chosen for}, in the order of the places.
+    Returns {index in dataset.records: codes of the faults that it was chosen for}, in ascending order.
     """
     places = {record.image_id: place for place, record in enumerate(dataset.records)}
     faults = [finding for finding in dataset.findings if finding.code not in INVISIBLE]

@@ -1,4 +1,4 @@
-"""What `gndet check` found, as lines and as JSON: the findings of each data set, and a summary of its content."""
+"""Report what `gndet check` found, as lines and as JSON: each data set's findings and a summary of its content."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class Checked(NamedTuple):
 
     @property
     def has_pictures(self) -> bool:
-        """Whether its pictures can be decoded: they are drawn, or their folder could be listed."""
+        """Whether there are pictures to decode: they are drawn, or their folder could be listed."""
         refused = any(finding.code == "folder-missing" for finding in self.dataset.findings)
         return not refused and (self.folder is not None or self.name != "")
 
@@ -74,12 +74,14 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if not summary["images"]:
         return ["  no image is left"]
     (w, h), (wide, high), total = summary["smallest"], summary["largest"], max(summary["objects"], 1)
-    sizes = f"{w} x {h}" if summary["sizes"] == 1 else f"{w} x {h} to {wide} x {high} (in {summary['sizes']} sizes)"
+    sizes = f"{w} x {h} pixels"
+    if summary["sizes"] > 1:
+        sizes = f"{w} x {h} to {wide} x {high} pixels ({summary['sizes']} sizes)"
     small, medium, large = (f"{100 * count / total:.0f} %" for count in summary["small_medium_large"])
     lines = [
-        f"  {several(summary['images'], 'image')} of {sizes} pixels, {several(summary['objects'], 'object')}, "
-        f"{summary['objects'] / summary['images']:.1f} an image, {summary['most_objects']} at the most",
-        f"  {small} of the objects small (area under 32 x 32 pixels), {medium} medium, {large} large (from 96 x 96 on)",
+        f"  {several(summary['images'], 'image')} of {sizes}, {several(summary['objects'], 'object')}, "
+        f"{summary['objects'] / summary['images']:.1f} per image, at most {summary['most_objects']}",
+        f"  objects: {small} small (area under 32 x 32 pixels), {medium} medium, {large} large (96 x 96 or more)",
     ]
     rows = [["label", "id", "objects", "images", "class"]]
     for label, entry in enumerate(summary["classes"][:LISTED_CLASSES]):
@@ -87,7 +89,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         rows.append([*map(str, counts), printable(entry["name"])])
     lines += [f"  {line}" for line in text_table(rows, left=(4,)).splitlines()]
     left = len(summary["classes"]) - LISTED_CLASSES
-    return lines + ([f"  and {left} classes more"] if left > 0 else [])
+    return lines + ([f"  and {left} more classes"] if left > 0 else [])
 
 
 def json_report(sets: list[Checked], both: Sequence[Finding], *, refused: bool) -> dict[str, Any]:

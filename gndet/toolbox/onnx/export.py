@@ -37,10 +37,10 @@ except ImportError:
     onnx = onnxruntime = None  # type: ignore[assignment]  # the extra `onnx` is not installed
 
 Show = Callable[[str], None]
-FIRST_OPSET, LAST_OPSET = 17, 20  # first with RoIAlign aligned to half pixels; last that the TorchScript exporter has
+FIRST_OPSET, LAST_OPSET = 17, 20  # first with half-pixel RoIAlign; last that the TorchScript exporter supports
 BOXES, SCORES, MASKS = 0.01, 1e-4, 1e-3  # largest differences: pixels, scores, probabilities
 SMALLER = 0.75  # scale of the second picture that is compared if the file takes any size
-TRIED = 8  # pictures of data.val, of which the one with most detections is compared
+TRIED = 8  # pictures of data.val to try; the one with the most detections is compared
 
 
 class Found(NamedTuple):
@@ -49,7 +49,7 @@ class Found(NamedTuple):
     boxes: np.ndarray  # (D, 4) float32 xyxy
     scores: np.ndarray  # (D,) float32
     labels: np.ndarray  # (D,) int64
-    masks: np.ndarray | None  # (D, 28, 28) float32; None without
+    masks: np.ndarray | None  # (D, 28, 28) float32; None without a mask head
 
 
 def export(
@@ -58,15 +58,15 @@ def export(
 ) -> bool:  # fmt: skip
     """Write a detector as an ONNX file, run it with onnxruntime, and compare it with torch on a real picture.
 
-    size: height and width of all pictures; None: dynamic.  masks: with the mask head, if there is one.  picture: to
-    compare on; by default from data.val.  Computes in float32 whatever the precision of training.
-    Returns whether the results are equal; else no file is written.  Raises CheckpointError, ConfigError, DataError,
+    size: height and width of all pictures; None: dynamic.  masks: include the mask head, if there is one.  picture: the
+    picture to compare on; by default one of data.val.  Computes in float32, whatever the precision of training.
+    Returns whether the results are equal; if not, no file is written.  Raises CheckpointError, ConfigError, DataError,
     OutputError.
     """
     if onnx is None or onnxruntime is None:
         raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
     if not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, those torch's exporter can write")
+        raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, which torch's exporter can write")
     make_room_for(file, "--onnx")
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
@@ -95,23 +95,23 @@ def _write(
 ) -> None:
     """Trace the detector on a picture (H, W, 3), and add the metadata.
 
-    Raises OutputError where torch's exporter fails or writes invalid ONNX.
+    Raises OutputError if torch's exporter fails or writes invalid ONNX.
     """
     names = list(OUTPUTS if masks else OUTPUTS[:-1])
     axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
     try:
         with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about every traced shape, and the exporter's deprecation
+            warnings.simplefilter("ignore")  # one per traced shape, and the exporter's deprecation
             torch.onnx.export(
                 OnePicture(detector.model, masks), (picture,), str(file), dynamo=False, opset_version=opset,
                 input_names=[INPUT], output_names=names, dynamic_axes=axes,
-                training=torch.onnx.TrainingMode.PRESERVE,  # else it merges BN into convolutions, wrongly (torch 2.14)
+                training=torch.onnx.TrainingMode.PRESERVE,  # else torch 2.14 merges BN into convolutions wrongly
             )  # fmt: skip
         model = onnx.load(str(file))
         for key, value in metadata(detector, size).items():
             model.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(model)
-    except (RuntimeError, onnx.checker.ValidationError) as error:  # the first or a subclass from torch's exporter
+    except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter raises RuntimeErrors
         reason = _first_line(error)
         raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     onnx.save(model, str(file))
@@ -164,7 +164,7 @@ def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.nda
         reason = str(error)
     if pictures:
         return pictures, dataset.name
-    show(f"note: compared on drawn shapes, since data.val gives no picture (--picture FILE names one): {reason}")
+    show(f"note: compared on drawn shapes, because data.val gives no picture (--picture FILE names one): {reason}")
     val = cfg.data.val.model_copy(update={"kind": "shapes", "count": TRIED})
     return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes"
 
@@ -192,7 +192,7 @@ def session(file: Path) -> Any:
 
 
 def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
-    """Detect in a picture (H, W, 3) uint8 of the network's size with the file."""
+    """Detect in a picture (H, W, 3) uint8, of the size that the network takes, with an open session."""
     boxes, scores, labels, *masks = running.run(None, {INPUT: picture})
     return Found(boxes, scores, labels, masks[0] if masks else None)
 
@@ -210,13 +210,13 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     try:
         running = session(file)
         stored = running.get_modelmeta().custom_metadata_map
-        about = {key: json.loads(stored[key]) for key in ("size", "shortest_edge", "max_edge", "antialias")}
+        facts = {key: json.loads(stored[key]) for key in ("size", "shortest_edge", "max_edge", "antialias")}
     except KeyError as error:
         raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
     except Exception as error:  # the common base of onnxruntime's errors
         raise CheckpointError(f"{file}: onnxruntime cannot load it: {_first_line(error)}") from None
-    size = about["size"] or resized(picture.shape[:2], about["shortest_edge"], about["max_edge"])
-    found = by_onnxruntime(running, _resize(picture, size, about["antialias"]).numpy())
+    size = facts["size"] or resized(picture.shape[:2], facts["shortest_edge"], facts["max_edge"])
+    found = by_onnxruntime(running, _resize(picture, size, facts["antialias"]).numpy())
     scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
     return found._replace(boxes=found.boxes * np.tile(scale, 2).astype(np.float32))
 
@@ -234,7 +234,7 @@ def compare_with_torch(
         except Exception as error:  # the common base of onnxruntime's errors
             show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
             return False
-        full = len(expected.scores) == most  # then detections left out may score as much as the worst
+        full = len(expected.scores) == most  # then detections beyond the limit may score as high as the worst kept one
         difference = detection_difference(expected, found, float(expected.scores.min()) if full else least)
         show(f"{'mismatch' if difference.wrong else 'equal'} on {where}: {difference.words}")
         passed, count = passed and not difference.wrong, count + len(expected.scores)
@@ -244,7 +244,7 @@ def compare_with_torch(
 
 
 class DetectionDifference(NamedTuple):
-    """How far two sets of detections differ."""
+    """How much two sets of detections differ."""
 
     boxes: float  # pixels
     scores: float
@@ -263,16 +263,16 @@ class DetectionDifference(NamedTuple):
         """The differences in a line."""
         text = f"{self.count} detections, boxes within {self.boxes:.2g} px, scores {self.scores:.2g}"
         text += f", masks {self.masks:.2g}" if self.masks is not None else ""
-        return text + (f"; {self.unmatched} that only one of them has" if self.unmatched else "")
+        return text + (f"; {self.unmatched} found by only one of the two" if self.unmatched else "")
 
 
 def detection_difference(expected: Found, found: Found, threshold: float) -> DetectionDifference:
-    """Compare each detection with the nearest of its label; detections scoring `threshold` or less may be missing."""
+    """Compare each detection with the nearest of the same label; those scoring `threshold` or less may be missing."""
     distances = np.abs(expected.boxes[:, None] - found.boxes).max(axis=2)  # (D, D')
     distances[expected.labels[:, None] != found.labels] = math.inf
-    a, b = [], []  # the places of pairs
+    a, b = [], []  # the indices of matched pairs
     for row, near in enumerate(distances):
-        if near.min(initial=math.inf) <= 1:  # pixel; what is farther is another object's
+        if near.min(initial=math.inf) <= 1:  # pixel; a box farther away is another object's
             a.append(row)
             b.append(int(near.argmin()))
             distances[:, b[-1]] = math.inf
@@ -280,10 +280,10 @@ def detection_difference(expected: Found, found: Found, threshold: float) -> Det
     unmatched = int(np.count_nonzero(~(alone <= threshold + SCORES)))  # NaN too
     masks = None if expected.masks is None and found.masks is None else math.inf
     if expected.masks is not None and found.masks is not None:
-        masks = _most(expected.masks[a] - found.masks[b])
-    boxes, scores = _most(expected.boxes[a] - found.boxes[b]), _most(expected.scores[a] - found.scores[b])
+        masks = _largest(expected.masks[a] - found.masks[b])
+    boxes, scores = _largest(expected.boxes[a] - found.boxes[b]), _largest(expected.scores[a] - found.scores[b])
     return DetectionDifference(boxes, scores, masks, unmatched, len(expected.scores))
 
 
-def _most(values: np.ndarray) -> float:
+def _largest(values: np.ndarray) -> float:
     return float(np.abs(values).max()) if values.size else 0.0

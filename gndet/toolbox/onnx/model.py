@@ -1,8 +1,8 @@
 """The detector as a graph of ONNX operators: the module to trace, and the ONNX form of two operators.
 
-N boxes, D detections, (H, W) picture.  One picture at a time, which fills its canvas: nothing is padded, and no norm
-needs a mask.  By torch's TorchScript exporter: the newer one supports neither a stable sort nor `nms_keep` (torch 2.14
-with onnxscript 0.7).
+N boxes, D detections, (H, W) picture.  The graph takes one picture at a time, which fills its canvas: nothing is
+padded, and no norm needs a mask.  It is made for torch's TorchScript exporter, because the newer exporter supports
+neither a stable sort nor `nms_keep` (torch 2.14 with onnxscript 0.7).
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class OnePicture(nn.Module):
         """image (H, W, 3).  Returns boxes (D, 4) xyxy in its pixels, scores (D,), labels (D,), masks (D, 28, 28)."""
         model = self.model
         images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
-        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced, no constants
+        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced rather than constant
         found = model.detect(images, sizes, False)
         kept = found.valid[0].nonzero()[:, 0]
         boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]
@@ -39,30 +39,30 @@ class OnePicture(nn.Module):
 
 @contextmanager
 def own_operators(opset: int) -> Iterator[None]:
-    """Register the ONNX form of operators that torch's exporter does not know, within the context."""
+    """Register, within the context, the ONNX form of operators that torch's exporter does not know."""
     own: dict[str, Callable[..., Any]] = {"gndet::nms_keep": _nms_keep, "aten::sort": _sort}
     for name, symbolic in own.items():
         torch.onnx.register_custom_op_symbolic(name, symbolic, opset)
     try:
         yield
     finally:
-        for name in own:  # other models use torch's sort
+        for name in own:  # so that other models are exported with torch's sort
             torch.onnx.unregister_custom_op_symbolic(name, opset)
 
 
 @parse_args("v", "b", "i", "b")
-def _sort(g: Any, values: Any, stable: bool, axis: int, falling: bool) -> Any:
-    """Write a stable sort as TopK of all: by ONNX's definition, equal values keep their order."""
+def _sort(g: Any, values: Any, stable: bool, axis: int, descending: bool) -> Any:
+    """Write a stable sort as a TopK of all values: in ONNX's definition, equal values keep their order."""
     shape = g.op("Shape", values)
     count = g.op("Gather", shape, g.op("Constant", value_t=torch.tensor([axis])), axis_i=0)
-    return g.op("TopK", values, count, axis_i=axis, largest_i=int(falling), sorted_i=1, outputs=2)
+    return g.op("TopK", values, count, axis_i=axis, largest_i=int(descending), sorted_i=1, outputs=2)
 
 
 @parse_args("v", "v", "v", "v", "f")
 def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshold: float) -> Any:
     """Write `ops.nms.nms_keep` of one image as ONNX's NonMaxSuppression, with a class per group.
 
-    Boxes come by falling score: their ranks replace the scores, so that all are positive and distinct.
+    The boxes come by descending score; their ranks replace the scores, so that all are positive and distinct.
     """
     zero, one = (g.op("Constant", value_t=torch.tensor([value])) for value in (0, 1))
     count = g.op("Gather", g.op("Shape", boxes), one, axis_i=0)  # (1,) N

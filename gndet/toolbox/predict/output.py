@@ -1,6 +1,6 @@
 """Turn detections into drawings, crops, a contact sheet, COCO results and counts; threads draw and write.
 
-n objects of a picture score at least the threshold; the best comes first.  Pictures are (h, w, 3) uint8 RGB.
+n objects of a picture score at least the threshold, best first.  Pictures are (h, w, 3) uint8 RGB.
 """
 
 import json
@@ -29,15 +29,15 @@ from gndet.structures import Detections
 from gndet.toolbox.predict.video import Frame
 
 TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, pictures per row, longer side in pixels
-COMPRESSION = 1  # of PNG files: takes a fifth of the time of Pillow's default 6, for a fifth more bytes
+COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's default 6, for a fifth more bytes
 MAX_THREADS = 8
 
 
 class Wanted(NamedTuple):
     """What to keep, and what to make."""
 
-    threshold: float  # score from which an object is drawn, cropped and counted
-    category_ids: Sequence[int]  # detections of others are dropped
+    threshold: float  # least score of an object that is drawn, cropped and counted
+    category_ids: Sequence[int]  # detections of other categories are dropped
     crops: bool
     sheet: bool
 
@@ -47,9 +47,9 @@ class DrawTask(NamedTuple):
 
     record: Record
     name: str  # of its crops
-    file: Path | None  # for the drawing; None hands the drawing back
+    file: Path | None  # for the drawing; None: return the drawing instead
     tile: bool  # whether it goes on the contact sheet
-    frame: Frame | None = None  # of a video
+    frame: Frame | None = None  # if it is from a video
 
 
 class Drawn(NamedTuple):
@@ -58,19 +58,19 @@ class Drawn(NamedTuple):
     task: DrawTask
     found: Results
     count: int  # type: ignore[assignment]  # hides tuple.count; n
-    picture: np.ndarray | None  # the drawing; None if a file holds it
+    picture: np.ndarray | None  # the drawing; None if it was written to a file
     tile: np.ndarray | None
 
 
 class Output:
-    """Draw and write in threads, and collect all that was found; leaving the context ends the threads."""
+    """Draw and write in threads, and collect all detections; leaving the context ends the threads."""
 
-    def __init__(self, detector: Detector, out: Path, wanted: Wanted, beside: bool) -> None:
-        """out: an existing folder.  beside: draw while the detector computes, for a detector on a GPU.
+    def __init__(self, detector: Detector, out: Path, wanted: Wanted, overlap: bool) -> None:
+        """out: an existing folder.  overlap: draw while the detector computes, which suits a detector on a GPU.
 
-        On a CPU they take turns: torch's threads wait for each other, and one that shares its core delays them all.
+        On a CPU, take turns: torch's threads wait for each other, so one that has to share its core delays them all.
         """
-        self.detector, self.out, self.wanted, self.beside = detector, out, wanted, beside
+        self.detector, self.out, self.wanted, self.overlap = detector, out, wanted, overlap
         folders = unique_names([re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_" for name in detector.classes])
         self.folders = dict(zip(detector.category_ids, folders, strict=True))
         num = min(MAX_THREADS, usable_cores())
@@ -88,26 +88,26 @@ class Output:
         self.threads.shutdown(cancel_futures=True)
 
     def add(
-        self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask], then: Callable[[Drawn], None]
+        self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask], on_drawn: Callable[[Drawn], None]
     ) -> None:
         """Queue a batch to be drawn.
 
-        detections: of B images; sizes (B, 2) height, width of the resized pictures; then: called with each drawn
+        detections: of B images; sizes (B, 2) height, width of the resized pictures; on_drawn: called with each drawn
         picture, in order, here or in `finish`.
         """
-        self.waiting.append((partial(self._draw, detections, sizes, tasks), then))
-        if self.beside or len(self.waiting) == self.most:
-            self.finish(self.most if self.beside else 0)
+        self.waiting.append((partial(self._draw, detections, sizes, tasks), on_drawn))
+        if self.overlap or len(self.waiting) == self.most:
+            self.finish(self.most if self.overlap else 0)
 
     def finish(self, most: int = 0) -> None:
-        """Start to draw all waiting batches, and wait until at most `most` of them are not drawn."""
-        self.pending += [(self.threads.submit(draw), then) for draw, then in self.waiting]
+        """Start drawing all waiting batches, and wait until at most `most` batches are still being drawn."""
+        self.pending += [(self.threads.submit(draw), on_drawn) for draw, on_drawn in self.waiting]
         self.waiting = []
         while len(self.pending) > most:
-            future, then = self.pending.popleft()
+            future, on_drawn = self.pending.popleft()
             for drawn in future.result():
                 self._note(drawn)
-                then(drawn)
+                on_drawn(drawn)
 
     def _note(self, drawn: Drawn) -> None:
         record, frame = drawn.task.record, drawn.task.frame
@@ -153,30 +153,30 @@ class Output:
             save_png(folder / f"{name}-{number}-{score:.2f}.png", image[top:bottom, left:right])
 
     def save(self, show: Callable[[str], None]) -> None:
-        """Write the contact sheet and what was found in all pictures, and show a summary."""
+        """Write the contact sheet and the detections of all pictures, and show a summary."""
         self.finish()
         results, classes, ids = join(self.results), self.detector.classes, self.detector.category_ids
         categories = [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
-        where = self.out / "predictions.json"
-        save_results(where, results)
+        file = self.out / "predictions.json"
+        save_results(file, results)
         images = {"images": self.images, "categories": categories, "annotations": []}
         write_whole(self.out / "images.json", json.dumps(images))
         if self.tiles:
             save_png(self.out / "sheet.png", grid(self.tiles, COLUMNS))
-            show(f"{len(self.tiles)} pictures together -> {self.out / 'sheet.png'}")
+            show(f"contact sheet of {len(self.tiles)} pictures -> {self.out / 'sheet.png'}")
         shown = results.take(np.flatnonzero(results.scores >= self.wanted.threshold))
         names, rows = dict(zip(ids, classes, strict=True)), []
         for category, num in Counter(shown.category_ids.tolist()).most_common():
             seen_in = np.unique(shown.image_ids[shown.category_ids == category])
             rows.append([names[category], str(num), str(len(seen_in))])
         total = ["all", str(len(shown)), str(len(self.images))]
-        show(f"with a score of {self.wanted.threshold} or more:")
+        show(f"objects with a score of {self.wanted.threshold} or more:")
         show(text_table([["class", "objects", "images"], *rows, total]))
-        show(f"{len(results)} detections, of lower scores too -> {where} (COCO results; image ids in images.json)")
+        show(f"{len(results)} detections, with lower scores too -> {file} (COCO results; image ids in images.json)")
 
 
 def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str] = ()) -> list[str]:
-    """Append the suffix to each name, and number names that repeat an earlier or reserved one, A and a being equal."""
+    """Append the suffix to each name; number names that repeat an earlier or reserved one, ignoring case."""
     unique: list[str] = []
     taken = {name.casefold() for name in reserved}
     for number, name in enumerate(names, start=1):

@@ -1,7 +1,7 @@
-"""`gndet predict`: detect in pictures and videos, draw what was found, and write it all as COCO results.
+"""`gndet predict`: detect in pictures and videos, draw the detections, and write them all as COCO results.
 
-Loader processes read ahead of the detector, threads draw and write behind it.  Memory does not grow with the number of
-pictures, except for their detections, kept in columns.
+Loader processes read ahead of the detector; threads draw and write behind it.  Memory does not grow with the number of
+pictures, except for their detections, which are kept in columns.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 from gndet.data.batches.batch import collate
 from gndet.data.batches.stream import Skipped, test_batches
 from gndet.data.batches.transforms import test_sample
-from gndet.data.datasets.images import no_limit_of_pillows, picture_record, picture_size
+from gndet.data.datasets.images import picture_record, picture_size, without_pillow_limit
 from gndet.data.records import Dataset, Record
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
@@ -41,7 +41,7 @@ class Portion(NamedTuple):
     frames: tuple[Frame, ...] = ()  # the B frames, of a video
 
 
-def of_pictures(
+def picture_portions(
     detector: Detector, pictures: Pictures, device: torch.device, notify: Callable[[str], None]
 ) -> Generator[Portion, None, None]:
     """Yield the pictures in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
@@ -55,13 +55,13 @@ def of_pictures(
             yield Portion([pictures[index] for index in indices], batch, skipped)
 
 
-def of_video(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
-    """Yield every `every`th frame of a video in batches of the same size, with image ids from `first` on.
+def video_portions(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
+    """Yield every `every`th frame of a video in batches of the same size, with image ids starting at `first`.
 
-    A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after the batches before it.
+    A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after all earlier batches.
     """
     decoded = _decoded(detector, video, every, first)
-    with ThreadPoolExecutor(1) as thread:  # its exception is raised here, after the batches before it
+    with ThreadPoolExecutor(1) as thread:  # its exception is raised here, after all earlier batches
         pending = deque(thread.submit(next, decoded, None) for _ in range(FRAMES_AHEAD))
         while (portion := pending.popleft().result()) is not None:
             pending.append(thread.submit(next, decoded, None))
@@ -83,8 +83,8 @@ def _frame_record(image_id: int, video: Path, frame: Frame) -> Record:
     return record._replace(load=lambda: frame.pixels)
 
 
-TILE_SECONDS = 1.0  # between two frames of a video on the contact sheet: neighbours look the same
-FRAMES_PER_LINE = 100
+TILE_SECONDS = 1.0  # between frames of a video on the contact sheet: closer ones look alike
+FRAMES_PER_LINE = 100  # of progress
 NAMED = 10  # unreadable files to name at the end
 
 
@@ -98,14 +98,14 @@ def predict(
     sources: as `find_sources` takes them.  show: called with one line per picture, and a table at the end.
     out: folder, made if missing, for NAME.png of each picture, NAME.mp4 of each video, predictions.json (results) and
     images.json, where a frame's file_name is like "a.mp4#t=1.240" (seconds) and its "frame" counts from 0.
-    threshold: score from which a detection is drawn, cropped and counted; predictions.json holds all detections.
+    threshold: least score of a detection that is drawn, cropped and counted; predictions.json holds all detections.
     classes: names of the classes to keep, in predictions.json too.  crops: write each drawn object to
     crops/CLASS/NAME-N-SCORE.png, N from 1 for the best.  sheet: write the first pictures together as sheet.png.
-    every: use every such frame of a video.
-    An unreadable file that was named raises DataError: at once if its beginning shows it, else after all the rest is
-    written.  An unreadable file from a folder or a pattern is left out and reported at the end.
-    Raises ConfigError for a class that the detector does not know, and OutputError if a picture would be overwritten
-    or the folder cannot be made, before anything is written.
+    every: use every Nth frame of a video.
+    An unreadable file that was named raises DataError: at once if its header shows it, otherwise after everything else
+    is written.  An unreadable file from a folder or a pattern is left out and reported at the end.
+    Before anything is written, raises ConfigError for a class that the detector does not know, and OutputError if a
+    picture would be overwritten or the folder cannot be made.
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
     found, max_pixels = find_sources(sources), detector.cfg.data.max_pixels
@@ -117,30 +117,30 @@ def predict(
     pictures = Pictures(sizes, max_pixels)
     reserved = ("sheet.png",) if sheet else ()
     names = unique_names([file.stem for file in pictures.files], ".png", reserved)
-    films = unique_names([video.stem for video in rates], ".mp4")
-    _refuse_overwriting(out, [*names, *films, *reserved], [*found.pictures, *found.videos], crops)
+    video_names = unique_names([video.stem for video in rates], ".mp4")
+    _refuse_overwriting(out, [*names, *video_names, *reserved], [*found.pictures, *found.videos], crops)
     make_folder(out, "--out")
 
-    def tell(drawn: Drawn) -> None:
+    def report(drawn: Drawn) -> None:
         task = drawn.task
         show(f"{task.record.file_name}: {drawn.count} objects with a score of {threshold} or more -> {task.file}")
 
-    with no_limit_of_pillows(), Output(detector, out, wanted, device.type != "cpu") as output:
-        portions = of_pictures(detector, pictures, device, show)
+    with without_pillow_limit(), Output(detector, out, wanted, device.type != "cpu") as output:
+        portions = picture_portions(detector, pictures, device, show)
         with contextlib.closing(portions):
             for portion in portions:
                 broken |= {pictures.files[skipped.image_id - 1]: skipped.reason for skipped in portion.broken}
                 files = [out / names[record.image_id - 1] for record in portion.records]
                 tasks = [DrawTask(r, file.stem, file, True) for r, file in zip(portion.records, files, strict=True)]
-                _detect(output, portion, tasks, device, tell)
+                _detect(output, portion, tasks, device, report)
         output.finish()
         first = len(pictures) + 1
-        for (video, rate), name in zip(rates.items(), films, strict=True):
-            reason, count = _film(output, video, out / name, rate, every, first, device, show)
+        for (video, rate), name in zip(rates.items(), video_names, strict=True):
+            reason, count = _detect_in_video(output, video, out / name, rate, every, first, device, show)
             broken |= {video: reason} if reason else {}
             first += count
         output.save(show)
-    _tell_broken(broken, found.named, len(found.pictures) + len(found.videos), show)
+    _report_broken(broken, found.named, len(found.pictures) + len(found.videos), show)
 
 
 def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int]:
@@ -150,7 +150,7 @@ def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int
         if name not in ids:
             nearest = difflib.get_close_matches(name, ids, 1, 0.5)
             meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
-            raise ConfigError(f"--classes: {name!r} is no class of this detector{meant} knows {', '.join(ids)}")
+            raise ConfigError(f"--classes: {name!r} is not a class of this detector{meant} knows {', '.join(ids)}")
     return [ids[name] for name in classes or ids]
 
 
@@ -166,7 +166,7 @@ def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], 
 
 
 def _detect(
-    output: Output, portion: Portion, tasks: Sequence[DrawTask], device: torch.device, then: Callable[[Drawn], None]
+    output: Output, portion: Portion, tasks: Sequence[DrawTask], device: torch.device, on_drawn: Callable[[Drawn], None]
 ) -> None:
     if portion.batch is None:
         return
@@ -174,17 +174,17 @@ def _detect(
     images, sizes = batch.images.to(device, non_blocking=True), batch.sizes.to(device, non_blocking=True)
     with torch.inference_mode(), detector.autocast():
         detections = detector.model.detect(images, sizes, batch.padded)
-    output.add(detections, batch.sizes, tasks, then)
+    output.add(detections, batch.sizes, tasks, on_drawn)
 
 
-def _film(
+def _detect_in_video(
     output: Output, video: Path, file: Path, rate: Fraction, every: int, first: int, device: torch.device,
     show: Callable[[str], None],
 ) -> tuple[str, int]:  # fmt: skip
-    """Detect in a video, and write it with what was found.
+    """Detect in a video, and write it with its detections.
 
     rate: its frames per second; first: the image id of its first frame.  Returns the reason why it could not be read
-    to its end, or "", and the number of frames read.
+    to the end (or ""), and the number of frames read.
     """
     count, objects, next_tile, reason = 0, 0, -1.0, ""
     with video_writer(file, rate / every) as append:
@@ -196,7 +196,7 @@ def _film(
             append(drawn.picture, drawn.task.frame.seconds)
 
         try:
-            for portion in of_video(output.detector, video, every, first):
+            for portion in video_portions(output.detector, video, every, first):
                 tasks = []
                 for record, frame in zip(portion.records, portion.frames, strict=True):
                     tile = frame.seconds >= next_tile
@@ -214,11 +214,11 @@ def _film(
     return reason, count
 
 
-def _tell_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:
+def _report_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:
     """Show the unreadable files.  Raises DataError if one of them was named, or all `num` are unreadable."""
     lines = [f"  {reason}" for reason in list(broken.values())[:NAMED]]
     lines += [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []
-    text = "\n".join([f"{len(broken)} of {num} files could not be read, or not to their end:", *lines])
+    text = "\n".join([f"{len(broken)} of {num} files could not be read, or not to the end:", *lines])
     if len(broken) == num or any(file in named for file in broken):
         raise DataError(text)
     if broken:

@@ -1,4 +1,4 @@
-"""What a user points a detector at: pictures, folders, patterns and videos; and the pictures as records.
+"""Find the inputs of a detector (pictures, folders, patterns and videos), and turn pictures into records.
 
 n pictures.  A folder gives its own pictures, not those of its subfolders; a pattern like 'a/**/*.jpg' goes deeper.
 """
@@ -22,7 +22,7 @@ Value = TypeVar("Value")
 
 
 class Sources(NamedTuple):
-    """The files that a user's words name, each once, in the order of the words; within a folder or pattern, by name."""
+    """The files that a user's arguments name, each once, in their order; sorted by name in a folder or pattern."""
 
     pictures: list[Path]
     videos: list[Path]
@@ -30,11 +30,11 @@ class Sources(NamedTuple):
 
 
 def find_sources(words: Sequence[str]) -> Sources:
-    """Find the pictures and videos that words name.
+    """Find the pictures and videos that a user's arguments name.
 
-    words: a picture, a video (a suffix of VIDEOS), a folder or a pattern with *, ? or [...]; an existing file is no
-    pattern.  A folder gives its pictures; a pattern gives pictures and videos, and ** stands for any folders.
-    Raises DataError for a missing file, a folder without pictures and a pattern that matches neither kind.
+    words: each a picture, a video (a suffix of VIDEOS), a folder or a pattern with *, ? or [...]; an existing file is
+    never taken for a pattern.  A folder gives its pictures; a pattern gives pictures and videos, and ** matches any
+    folders.  Raises DataError for a missing file, a folder without pictures and a pattern that matches neither kind.
     """
     files: dict[Path, None] = {}
     named = set()
@@ -44,9 +44,9 @@ def find_sources(words: Sequence[str]) -> Sources:
             found = [path]
             named.add(path)
         elif path.is_dir():
-            found = _inside(path)
+            found = _pictures_in(path)
         elif glob.has_magic(str(word)):
-            found = _matching(str(word))
+            found = _files_matching(str(word))
         else:
             raise DataError(f"{word}: no such picture, video, folder or pattern")
         files |= dict.fromkeys(found)
@@ -54,8 +54,8 @@ def find_sources(words: Sequence[str]) -> Sources:
     return Sources([file for file in files if file.suffix.lower() not in VIDEOS], videos, frozenset(named))
 
 
-def _inside(folder: Path) -> list[Path]:
-    """List the pictures of a folder.  Raises DataError if there are none, and then names the folder's videos."""
+def _pictures_in(folder: Path) -> list[Path]:
+    """List the pictures of a folder.  Raises DataError if there are none; the error mentions the folder's videos."""
     try:
         return find_pictures([folder])
     except DataError as error:
@@ -63,11 +63,11 @@ def _inside(folder: Path) -> list[Path]:
         if not videos:
             raise
         raise DataError(
-            f"{error}; it has {len(videos)} video(s), to be named like '{folder}/*{videos[0].suffix}'"
+            f"{error}; it has {len(videos)} video(s), which '{folder}/*{videos[0].suffix}' would name"
         ) from None
 
 
-def _matching(pattern: str) -> list[Path]:
+def _files_matching(pattern: str) -> list[Path]:
     """List the pictures and videos that a pattern matches, by suffix.  Raises DataError if there are none."""
     Image.init()  # registers the suffixes of all formats
     suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | set(VIDEOS)
@@ -101,7 +101,7 @@ class Pictures(Sequence[Record]):
 def measured(
     files: Sequence[Path], named: Container[Path], measure: Callable[[Path], Value]
 ) -> tuple[dict[Path, Value], dict[Path, str]]:
-    """Measure each file.  Returns {file: value} of the readable ones, and {file: reason} of those that are not.
+    """Measure each file.  Returns {file: value} of the readable files, and {file: reason} of the unreadable ones.
 
     Raises the DataError of an unreadable file that was named.
     """

@@ -21,7 +21,7 @@ except ImportError:
 
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first available is used; the last is FFmpeg's own
 CLOCK = 90_000  # ticks per second of written files: MPEG's, a multiple of every usual frame rate
-USUAL_RATE = Fraction(25)  # frames per second if a file does not say
+USUAL_RATE = Fraction(25)  # frames per second if a file does not state them
 
 
 class Frame(NamedTuple):
@@ -47,9 +47,9 @@ def video_rate(path: Path, max_pixels: int) -> Fraction:
 
 
 def read_frames(path: Path, every: int) -> Iterator[Frame]:
-    """Decode every `every`th frame of a video, from the first on.
+    """Decode every `every`th frame of a video, starting with the first.
 
-    Raises DataError as `video_rate` does and, after the frames before it, for a file that is damaged or has no frame.
+    Raises DataError as `video_rate` does and, after all earlier frames, for a file that is damaged or has no frame.
     """
     count = 0
     with _opened(path) as (container, stream):
@@ -69,11 +69,11 @@ def read_frames(path: Path, every: int) -> Iterator[Frame]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a file as PyAV's container and its first video stream.  Raises DataError, also for errors in the context."""
     if av is None:
-        raise DataError(f"{path}: videos are read by PyAV, which is not installed: pip install av")
+        raise DataError(f"{path}: reading videos needs PyAV: pip install av")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise DataError(f"{path}: cannot be read as a video: it has no pictures in it")
+                raise DataError(f"{path}: cannot be read as a video: it has no video stream")
             yield container, container.streams.video[0]
     except (av.FFmpegError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a video: {getattr(error, 'strerror', None) or error}") from None
@@ -81,10 +81,10 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def video_writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray, float], None]]:
-    """Write an MP4 file; give a function that appends a picture (h, w, 3), shown from a time in seconds on.
+    """Write an MP4 file; yield a function that appends a picture (h, w, 3), to be shown from a time in seconds on.
 
     rate: frames per second that the encoder expects.  Pictures are scaled to the size of the first one, whose edges are
-    rounded up to even numbers.  No file is left after an error, or without pictures.  Raises OutputError.
+    rounded up to even numbers.  After an error, or without pictures, no file is left.  Raises OutputError.
     """
     stream, start, last = None, 0.0, -1  # seconds of the first picture, ticks of the last one
     try:

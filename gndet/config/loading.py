@@ -24,7 +24,7 @@ MAX_MISTAKES = 20  # shown at once
 YOLO_KEYS = {"path", "train", "val", "nc"}  # besides `names`, in YOLO's data files
 
 # inside the package in a wheel, beside it in a checkout
-PACKAGED = next((up / "configs" for up in Path(__file__).parents[1:3] if (up / "configs").is_dir()), Path("configs"))
+PACKAGED = next((top / "configs" for top in Path(__file__).parents[1:3] if (top / "configs").is_dir()), Path("configs"))
 
 Origin = dict[tuple[str, ...], str]  # where each key was set: "file.yaml:12" or "override 'a.b=c'"
 

@@ -49,7 +49,7 @@ FAULTS: dict[str, Kind] = {
         REFUSED, "images whose id is not an integer from 0 to 2**63 - 1", "number the images, and image_id with them"
     ),
     "image-id-twice": Kind(REFUSED, "image ids that occur twice", _UNIQUE),
-    "image-size": Kind(REFUSED, "images without a valid width and height", "give the picture's sides in pixels"),
+    "image-size": Kind(REFUSED, "images without a valid width and height", "give width and height in pixels"),
     "image-pixels": Kind(REFUSED, "images over data.max_pixels", "scale or crop them, or raise data.max_pixels"),
     "image-empty": Kind(NOTED, "images without an object", "data.keep_empty=true trains on them as background"),
     # their files

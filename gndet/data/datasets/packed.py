@@ -96,7 +96,7 @@ def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
         text = ""
         if found.wants_example("mask-elsewhere"):
             box, mask = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
-            text = f"annotation {packed.annotation_ids[i]}: x0, y0, x1, y1 of its box {box}, of its mask {mask}"
+            text = f"annotation {packed.annotation_ids[i]}: x0, y0, x1, y1 of the box: {box}; of the mask: {mask}"
         found.add("mask-elsewhere", text, int(packed.image_ids[image[i]]))
 
 

@@ -123,7 +123,7 @@ def _read_alone(plan: Plan, show: Show) -> Checked:
     assert plan.path is not None
     dataset: Dataset = inspect_file(plan.path, folder, plan.data, show)
     if folder is None and dataset.classes:
-        show(f"{plan.path}: no folder near it has its pictures; only the annotations are checked (--image-folder)")
+        show(f"{plan.path}: no folder near it has its pictures; only annotations are checked (--image-folder names it)")
     dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
     if plan.masks is False:
         dataset = without_masks(dataset)

@@ -69,7 +69,7 @@ def read_frames(path: Path, every: int) -> Iterator[Frame]:
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open a file as PyAV's container and its first video stream.  Raises DataError, also for errors in the context."""
     if av is None:
-        raise DataError(f"{path}: reading videos needs PyAV: pip install av")
+        raise DataError(f"{path}: videos are read by PyAV, which is not installed: pip install av")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

@@ -1,6 +1,6 @@
 """`gndet check` lists every fault of any data set with its outcome, and writes nothing into the data."""
 
-import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -468,6 +468,7 @@ def test_a_placard_breaks_between_words() -> None:
 
 def decode_or_die(picture: PictureFile) -> Decoded:
     """Decode a picture, unless its name says to die, hang or fail."""
+    faulthandler.disable()  # pytest's would write a dump
     if "kill" in picture.path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "exit" in picture.path.name:
@@ -506,30 +507,43 @@ def test_a_picture_that_takes_too_long_is_named(tmp_path: Path) -> None:
     assert faults == [[], [], [("picture-crash", f"{tmp_path / 'sleep.png'}: took over 1 s to decode")]]
 
 
+INTERRUPTED = """
+import os, signal, sys, threading
+from gndet.cli.main import main
+from gndet.toolbox.check import pictures
+
+moment, number, with_thread = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "thread"
+forks = []
+
+def interrupt():
+    if len(forks) == number:
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C, to all
+
+os.register_at_fork(**{moment: interrupt})
+os.register_at_fork(before=lambda: forks.append(1))  # the last to be registered is the first to be called
+pictures.usable_cores = lambda: 2
+if with_thread:  # which takes the signal when the main thread has blocked it
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+sys.exit(main(sys.argv[4:]))
+"""
+
+
 @pytest.mark.faults
-def test_an_interrupt_while_the_processes_start_ends_it_quietly(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("moment", "number", "threads"),
+    [("before", 1, "alone"), ("after_in_parent", 2, "thread"), ("after_in_child", 2, "alone")],
+)
+def test_an_interrupt_while_the_processes_start_ends_it_quietly(
+    tmp_path: Path, moment: str, number: int, threads: str
+) -> None:
+    """The signal is sent from within the fork, so that no load on the machine can make it come late."""
     data = Hostile(tmp_path / "data")
-    for _ in range(500):
+    for _ in range(20):
         data.image()
-    command = [sys.executable, "-m", "gndet.cli", "check", str(data.write()), "--images", "data.cache="]
-    command += ["--image-folder", str(data.pictures)]
-    for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        while len(processes_of(process.pid)) < 2:
-            assert process.poll() is None
-            time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C, to all
-        _, err = process.communicate(timeout=60)
-        assert b"Traceback" not in err and process.returncode == 130, err
-
-
-def processes_of(group: int) -> list[int]:
-    """List the processes of a group."""
-    numbers = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            numbers += [int(folder.name)] if os.getpgid(int(folder.name)) == group else []
-    return numbers
+    command = [sys.executable, "-c", INTERRUPTED, moment, str(number), threads, "check", str(data.write()), "--images"]
+    command += ["data.cache=", "--image-folder", str(data.pictures)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, timeout=120)
+    assert (done.returncode, done.stderr) == (130, b"gndet check: interrupted\n")
 
 
 def test_processes_that_cannot_be_started_are_reported(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Helpers for training tests: load a tiny config, read the content of a run folder."""
 
 import json
-import os
 import shutil
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from faults.launch import PATIENCE
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
@@ -33,11 +34,12 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["update"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
-def command(config: Path, out: str, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "gndet.cli", "train", str(config), f"out={config.parent / out}", *overrides]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+def wait_for(true: Callable[[], bool]) -> None:
+    """Wait until something is true, however slow the machine is."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"not true after {PATIENCE:.0f} s"
+        time.sleep(0.01)
 
 
 def forget(folder: Path, *updates: int) -> None:

@@ -1,15 +1,22 @@
 """What a process sets up before it computes."""
 
+import json
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from faults.launch import spawn
 
-CODE = (
-    "import os, sys\nfrom gndet.distributed.process import process\nwith process(sys.argv[1]):\n"
-    "    print({name: value for name, value in os.environ.items() if 'ALLOC_CONF' in name})"
-)
+from gndet.distributed.process import process
+
+
+def note_allocator(rank: int, device: str, given: dict[str, str], out: Path) -> None:
+    """Set up a process; write what its environment says of the allocator."""
+    for name in [name for name in os.environ if "ALLOC_CONF" in name]:
+        del os.environ[name]
+    os.environ |= given
+    with process(device):
+        out.write_text(json.dumps({name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}))
 
 
 @pytest.mark.parametrize(
@@ -22,8 +29,7 @@ CODE = (
     ],
 )
 def test_the_allocator_is_told_to_grow_its_segments_unless_the_user_has_told_it_something(
-    device: str, given: dict[str, str], expected: dict[str, str]
+    tmp_path: Path, device: str, given: dict[str, str], expected: dict[str, str]
 ) -> None:
-    clean = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    done = subprocess.run([sys.executable, "-c", CODE, device], env=clean | given, capture_output=True, text=True)
-    assert done.stdout.strip() == str(expected), done.stderr
+    spawn(note_allocator, (device, given, tmp_path / "said.json"), nprocs=1)
+    assert json.loads((tmp_path / "said.json").read_text()) == expected

@@ -4,6 +4,7 @@ multiprocessing has only one fork server per program, and other tests use it wit
 """
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import gndet
 from faults.tiny import check
 
-PRELOADED = "faults.inject"
+PRELOADED = ("faults.inject", "gndet.toolbox.report.report")  # the second is imported at the end of a run
 LENGTH = 64  # bytes per answer
 POLL = 0.02  # seconds between two checks for ended processes
 
@@ -73,7 +74,9 @@ def host() -> Host:
 
 def serve() -> None:
     """Fork the processes that standard input asks for and report those that ended, until it is closed."""
-    importlib.import_module(PRELOADED)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()  # a garbage collection in a fork would copy the pages of every object
     running: set[int] = set()
     while True:
         if select.select([0], [], [], POLL)[0]:

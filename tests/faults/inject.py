@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faults.tiny import note
+from faults.tiny import THIN, note
 from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
-
-THIN = 16  # channels of the stem: a checkpoint takes 8 MB instead of 130
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -87,19 +86,21 @@ def signal_within(number: int, update: int, part: int) -> None:
     micro_batch.to_device = wrapped
 
 
-def pace(seconds: float) -> None:
-    """Let every update take some seconds longer."""
-    _after_updates(lambda run, done: time.sleep(seconds))
-
-
-def gate(updates: list[int], path: str) -> None:
-    """After each of these updates, U, wait until the file path-U exists."""
+def gate(*updates: int) -> None:
+    """After each of these updates, report it and wait until `launch.Started.open_gate` is called."""
 
     def wait(run: Any, done: int) -> None:
-        while done in updates and not os.path.exists(f"{path}-{done}"):
+        if done in updates:
+            say(f"gate {done}")
+        while done in updates and not os.path.exists(f"gate-{done}"):
             time.sleep(0.02)
 
     _after_updates(wait)
+
+
+def say(text: str) -> None:
+    """Report in the log that a fault begins: the scenario waits for these words."""
+    os.write(1, f"fault: {text}\n".encode())
 
 
 def slow_pictures(seconds: float, seed: int) -> None:
@@ -107,7 +108,9 @@ def slow_pictures(seconds: float, seed: int) -> None:
     draw_image = shapes.draw_image
 
     def wrapped(picture_seed: int, index: int, size: int) -> np.ndarray:
-        time.sleep(seconds if picture_seed == seed else 0)
+        if picture_seed == seed:
+            say("slow picture")
+            time.sleep(seconds)
         return draw_image(picture_seed, index, size)
 
     shapes.draw_image = wrapped
@@ -119,6 +122,7 @@ def slow_evaluation(seconds: float) -> None:
 
     def wrapped(*arguments: Any, on_image: Callable[[int], None], **options: Any) -> Any:
         def slowly(image_id: int) -> None:
+            say("slow evaluation")
             time.sleep(seconds)
             on_image(image_id)
 
@@ -127,14 +131,40 @@ def slow_evaluation(seconds: float) -> None:
     run_evaluation.detect_share = wrapped
 
 
-def slow_save(seconds: float, from_update: int, trace: str) -> None:
-    """Let each file of a checkpoint take some seconds to write, from an update on; note when saves begin and end."""
-    write, save_checkpoint = checkpoint._write, train.Saver._write
+def _before_files(call: Callable[[int, int], None]) -> None:
+    """Call call(update, file) before each file of a checkpoint is written; file counts from 1."""
+    write, files = checkpoint._write, Counter[Path]()
 
-    def slowly(path: Path, data: bytes) -> Any:
-        if int(path.parent.name.removeprefix(checkpoint.TEMPORARY).split("-")[1]) >= from_update:
-            time.sleep(seconds)
+    def wrapped(path: Path, data: bytes) -> Any:
+        files[path.parent] += 1
+        call(int(path.parent.name.removeprefix(checkpoint.TEMPORARY).split("-")[1]), files[path.parent])
         return write(path, data)
+
+    checkpoint._write = wrapped
+
+
+def slow_save(seconds: float, from_update: int) -> None:
+    """Let each file of a checkpoint take some seconds to write, from an update on."""
+
+    def slowly(update: int, file: int) -> None:
+        if update >= from_update:
+            say("slow save")
+            time.sleep(seconds)
+
+    _before_files(slowly)
+
+
+def kill_while_saving(update: int) -> None:
+    """Kill the process between the first and the second file of the checkpoint of an update."""
+    _before_files(lambda saved, file: (saved, file) == (update, 2) and os.kill(os.getpid(), signal.SIGKILL))
+
+
+def long_save(update: int, until: int, trace: str) -> None:
+    """Let the save of an update last until a later update is done, at most a minute; note when saves begin and end."""
+    made = threading.Event()
+    _after_updates(lambda run, done: made.set() if done == until else None)
+    _before_files(lambda saved, file: made.wait(60) if (saved, file) == (update, 1) else None)
+    save_checkpoint = train.Saver._write
 
     def noted(self: Any, groups: Any, meta: Any, is_best: bool) -> Any:
         note(trace, what="save begins", update=meta["update"])
@@ -142,7 +172,7 @@ def slow_save(seconds: float, from_update: int, trace: str) -> None:
         note(trace, what="save ends", update=meta["update"])
         return result
 
-    checkpoint._write, train.Saver._write = slowly, noted
+    train.Saver._write = noted
 
 
 # --- numbers
@@ -265,8 +295,8 @@ def count_resources(path: str, every: int) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     fault.__name__: fault
     for fault in (
-        signal_after, signal_within, pace, gate, slow_pictures, slow_evaluation, slow_save, not_finite, watch_rng,
-        no_room, spoil_picture, deadly_picture, trace, count_resources,
+        signal_after, signal_within, gate, slow_pictures, slow_evaluation, slow_save, kill_while_saving, long_save,
+        not_finite, watch_rng, no_room, spoil_picture, deadly_picture, trace, count_resources,
     )
 }  # fmt: skip
 

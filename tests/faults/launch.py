@@ -7,10 +7,12 @@ torchrun starts its own interpreters.
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,9 +22,11 @@ from typing import Any
 
 from faults.host import environment, host
 from faults.tiny import BrokenPromise, check, write_config
+from gndet.modeling import resnet
 
-PATIENCE = 120.0  # seconds after which a test gives up on a run that should have ended
-GONE = 5.0  # seconds in which loader processes of a killed run must end
+PATIENCE = 300.0  # seconds after which a test gives up on an event; generous, because the machine may be busy
+SHUTDOWN = 120  # seconds in which ranks must end before torchrun kills them
+GONE_WITHIN = 60.0  # seconds in which loader processes of a killed run must end
 POLL = 0.02
 MAIN = "faults.inject:main"
 Faults = Mapping[str, list[Any]]  # of inject.FAULTS, with their arguments
@@ -56,6 +60,10 @@ class Started:
                 )
             time.sleep(POLL)
 
+    def open_gate(self, update: int) -> None:
+        """Let a run continue that waits after an update (inject.gate)."""
+        (self.home / f"gate-{update}").touch()
+
     def signal(self, number: int, rank: int | None = None) -> float:
         """Send a signal to one process of the run, or to all.  Returns the time."""
         for pid in self.pids if rank is None else [self.pids[rank]]:
@@ -70,15 +78,14 @@ class Started:
         """
         began = time.monotonic() if since is None else since
         while None in self.statuses():
-            if time.monotonic() > began + max(within, PATIENCE / 2):
+            if time.monotonic() > began + within:
                 raise BrokenPromise(f"not ended after {time.monotonic() - began:.0f} s: {self.tail()}")
             time.sleep(POLL)
         seconds = time.monotonic() - began
-        check(seconds <= within, f"ended after {seconds:.1f} s, expected at most {within:.0f} s: {self.tail()}")
-        deadline = time.monotonic() + GONE
+        deadline = time.monotonic() + GONE_WITHIN
         while (left := processes_in(self.home)) and time.monotonic() < deadline:
             time.sleep(POLL)
-        check(not left, f"processes are left {GONE:.0f} s after the end of their run: {left}: {self.tail()}")
+        check(not left, f"processes are left {GONE_WITHIN:.0f} s after the end of their run: {left}: {self.tail()}")
         return seconds
 
     def expect(self, *statuses: int) -> str:
@@ -130,15 +137,46 @@ def call(folder: Path, function: str, *arguments: Any) -> Started:
     return Started(home, folder, log, [pid], [partial(host().status, pid)])
 
 
+def spawn(function: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+    """Call function(rank, *args) on each rank and wait, like torch.multiprocessing.spawn, but fork it.
+
+    function is defined at module level, and args are pickled.  resnet.WIDTH is that of this process.
+    """
+    with tempfile.TemporaryDirectory() as home, cleared(Path(home)):
+        work, log = Path(home) / "work", next_log(Path(home))
+        work.write_bytes(pickle.dumps((function, args)))
+        here = {"path": sys.path, "width": resnet.WIDTH}
+        pids = [
+            host().fork(Path(home), log, {}, f"{__name__}:_spawned", rank, str(work), here) for rank in range(nprocs)
+        ]
+        run = Started(Path(home), Path(home), log, pids, [partial(host().status, pid) for pid in pids])
+        while any(status is None for status in run.statuses()):
+            check(not any(run.statuses()), f"a rank failed: {run.statuses()}: {run.tail()}")
+            time.sleep(POLL)
+        run.expect(*[0] * nprocs)
+
+
+def _spawned(rank: int, work: str, there: dict[str, Any]) -> None:
+    """Run one rank of `spawn`."""
+    sys.path[:], resnet.WIDTH = there["path"], there["width"]
+    function, args = pickle.loads(Path(work).read_bytes())
+    function(rank, *args)
+
+
 def torchrun(
-    folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0
-) -> Started:
-    """Start `gndet train` into folder/name under torchrun, which restarts the ranks up to `restarts` times."""
+    folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0,
+    shutdown: int = SHUTDOWN,
+) -> Started:  # fmt: skip
+    """Start `gndet train` into folder/name under torchrun, which restarts the ranks up to `restarts` times.
+
+    shutdown: seconds in which ranks must end before torchrun kills them.
+    """
     home, log, words = _prepare(folder, name, overrides, faults)
     options = ["--standalone", f"--nproc_per_node={world}", f"--max_restarts={restarts}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "faults.inject", *words]
     with log.open("ab") as file:
-        process = subprocess.Popen(command, cwd=home, env=environment(), stdout=file, stderr=file)
+        variables = environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown)}
+        process = subprocess.Popen(command, cwd=home, env=variables, stdout=file, stderr=file)
     return Started(home, folder / name, log, [process.pid], [process.poll])
 
 

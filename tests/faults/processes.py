@@ -9,26 +9,28 @@ from faults.launch import finish, start, torchrun, unbroken
 from faults.tiny import check, check_same, newest_update
 
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
-NOTICED_WITHIN = 15.0  # seconds in which a run must end after one of its ranks was killed
-TIMEOUT, BEYOND = 5, 35.0  # train.timeout_s of the stopped run; seconds beyond it until its end
-WORKER_WITHIN = 10.0
+TIMEOUT = 5  # train.timeout_s of the stopped run
+SHUTDOWN = 3  # seconds until torchrun kills the stopped rank; its default is 30
 OPTIONS = ("train.checkpoint_every=1", "train.schedule.updates=8")
 
 
 def killed_rank(folder: Path) -> str:
     """T12."""
-    run = torchrun(folder, "torchrun", *OPTIONS, "data.workers=1", faults={"pace": [0.3]})
-    run.wait_for("update 3/")
+    run = torchrun(folder, "torchrun", *OPTIONS, "data.workers=1", faults={"gate": [3]})
+    run.wait_for("fault: gate 3")
     pid, began = run.rank_pid(1), time.monotonic()
     os.kill(pid, KILL)
-    seconds = run.wait(began, NOTICED_WITHIN)
+    run.open_gate(3)
+    seconds = run.wait(began)
     check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
     figures = [f"under torchrun after {seconds:.1f} s (status {run.statuses()[0]})"]
     for rank in (0, 1):
         name = f"alone-{rank}"
-        run = start(folder, name, *OPTIONS, "data.workers=1", faults={"pace": [0.3]}, world=2)
-        run.wait_for("update 3/")
-        seconds = run.wait(run.signal(KILL, rank=rank), NOTICED_WITHIN)
+        run = start(folder, name, *OPTIONS, "data.workers=1", faults={"gate": [3]}, world=2)
+        run.wait_for("fault: gate 3")
+        began = run.signal(KILL, rank=rank)
+        run.open_gate(3)
+        seconds = run.wait(began)
         left = run.statuses()[1 - rank]
         check(left not in (0, None), f"{name}: the other rank ended with {left}: {run.tail()}")
         clear = "the others did not respond" in run.text and f"rank {rank}" in run.text
@@ -42,10 +44,11 @@ def killed_rank(folder: Path) -> str:
 
 def restarted(folder: Path) -> str:
     """T13."""
-    run = torchrun(folder, "run", *OPTIONS, faults={"pace": [0.3]}, restarts=1)
-    run.wait_for("update 3/")
+    run = torchrun(folder, "run", *OPTIONS, faults={"gate": [3]}, restarts=1)
+    run.wait_for("fault: gate 3")
     pid, began = run.rank_pid(1), time.monotonic()
     os.kill(pid, KILL)
+    run.open_gate(3)
     text = run.expect(0)
     check("continuing after update" in text, f"does not report the resume: {text}")
     check_same(run.out, unbroken(folder, *OPTIONS, world=2), "restarted")
@@ -54,11 +57,13 @@ def restarted(folder: Path) -> str:
 
 def stopped_rank(folder: Path) -> str:
     """T14."""
-    run = torchrun(folder, "run", *OPTIONS, f"train.timeout_s={TIMEOUT}", faults={"pace": [0.3]})
-    run.wait_for("update 3/")
+    options = (*OPTIONS, f"train.timeout_s={TIMEOUT}")
+    run = torchrun(folder, "run", *options, faults={"gate": [3]}, shutdown=SHUTDOWN)
+    run.wait_for("fault: gate 3")
     pid, began = run.rank_pid(1), time.monotonic()
     os.kill(pid, STOP)
-    seconds = run.wait(began, TIMEOUT + BEYOND)
+    run.open_gate(3)
+    seconds = run.wait(began)
     check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
     report = run.out / "stalled-process0.txt"
     check(report.exists(), f"no {report.name}: {run.tail()}")
@@ -74,15 +79,16 @@ def stopped_rank(folder: Path) -> str:
 def killed_worker(folder: Path) -> str:
     """T25."""
     options = ("train.schedule.updates=16", "train.eval_every=8", "data.workers=2")
-    run = start(folder, "once", *options, faults={"pace": [0.2]})
-    run.wait_for("update 2/")
+    run = start(folder, "once", *options, faults={"gate": [2]})
+    run.wait_for("fault: gate 2")
     os.kill(run.children()[0], KILL)
+    run.open_gate(2)
     text = run.expect(0)
     check("was killed by signal 9" in text and "started anew" in text, f"the restart is not reported: {text}")
     check_same(run.out, unbroken(folder, *options), "after a loader process was killed")
     again = start(folder, "again", *options, faults={"deadly_picture": [3, 1]})
     again.wait_for("at once")
-    seconds = again.wait(within=WORKER_WITHIN)
+    seconds = again.wait()
     check(again.statuses() == [2], f"status {again.statuses()}, expected 2: {again.tail()}")
     check("image(s)" in again.text and "data.workers=0" in again.text, f"no clear end: {again.tail()}")
     text = finish(folder, "again", *options)
@@ -93,8 +99,8 @@ def killed_worker(folder: Path) -> str:
 def two_runs(folder: Path) -> str:
     """Two runs in one folder: the second is refused, the first continues."""
     options = ("train.schedule.updates=8",)
-    first = start(folder, "run", *options, faults={"gate": [[3], "go"]})
-    first.wait_for("update 2/")
+    first = start(folder, "run", *options, faults={"gate": [3]})
+    first.wait_for("fault: gate 3")
     began = time.monotonic()
     into = f"out={first.out}"
     others = [start(folder, "again", *options, into), start(folder, "fresh", *options, "--fresh", into)]
@@ -103,7 +109,7 @@ def two_runs(folder: Path) -> str:
         check("another process trains into this folder: process" in text, f"not refused: {text}")
     seconds = time.monotonic() - began
     check(newest_update(first.out) == 2, "the second run changed the first")
-    (first.home / "go-3").touch()
+    first.open_gate(3)
     first.expect(0)
     check_same(first.out, unbroken(folder, *options), "while another command was refused")
     return f"the second refused after {seconds:.0f} s, also with --fresh; the first bit-identical"

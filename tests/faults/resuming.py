@@ -51,8 +51,7 @@ def stopped_anywhere(folder: Path) -> str:
     for update, _ in STOPS.values():
         check_next_batches(folder, update)
     saving = (*EPOCHS, "train.checkpoint_every=2")
-    kill: Faults = {"slow_save": [0.5, 4, "saves"], "signal_after": [int(signal.SIGKILL), 5]}
-    killed = start(folder, "killed", *saving, faults=kill)
+    killed = start(folder, "killed", *saving, faults={"kill_while_saving": [4]})
     killed.expect(-signal.SIGKILL)
     torn = list((killed.out / CHECKPOINTS).glob(".*"))
     check(len(torn) == 1, f"killed in the middle of a save, which left {torn}")

@@ -10,7 +10,8 @@ from gndet.distributed.signals import SAME
 from gndet.training.run_folder import PREEMPTED
 
 TERM, INT, USR1 = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGUSR1)
-SAVED_WITHIN, ENDED_WITHIN = 10.0, 3.0  # seconds after the first signal, and after the second
+MINUTES = 600.0  # for what a run must not wait for
+WITHIN = 150.0  # seconds after a signal: much less than MINUTES, and much more than it takes on a busy machine
 LONG = ("train.schedule.updates=12", "train.checkpoint_every=0", "train.eval_every=6")
 
 
@@ -38,9 +39,12 @@ def go_on(folder: Path, name: str, options: tuple[str, ...], world: int) -> None
 def launcher(folder: Path) -> str:
     """T8."""
     trace = folder / "trace.jsonl"
-    run = torchrun(folder, "run", *LONG, faults={"trace": [str(trace)], "pace": [0.3]})
-    run.wait_for("update 2/")
-    seconds = run.wait(run.signal(TERM), SAVED_WITHIN)
+    run = torchrun(folder, "run", *LONG, faults={"trace": [str(trace)], "gate": [2]})
+    run.wait_for("fault: gate 2")
+    began = run.signal(TERM)
+    run.wait_for("closing signal")  # torchrun has passed it on
+    run.open_gate(2)
+    seconds = run.wait(began, WITHIN)
     check(run.statuses() == [1], f"torchrun ended with {run.statuses()}, expected 1: {run.tail()}")
     saved = check_stopped(run, seconds, trace)
     go_on(folder, "run", LONG, world=2)
@@ -52,10 +56,12 @@ def one_rank(folder: Path) -> str:
     figures = []
     for name, number, statuses in (("SIGTERM", TERM, [0, 0]), ("SIGINT", INT, [0, 130]), ("SIGUSR1", USR1, [0, 0])):
         trace = folder / f"{name}.jsonl"
-        faults: Faults = {"trace": [str(trace)], "pace": [0.2]}
+        faults: Faults = {"trace": [str(trace)], "gate": [2]}
         run = start(folder, name, *LONG, faults=faults, world=2)
-        run.wait_for("update 2/")
-        seconds = run.wait(run.signal(number, rank=1), SAVED_WITHIN)
+        run.wait_for("fault: gate 2")
+        began = run.signal(number, rank=1)
+        run.open_gate(2)
+        seconds = run.wait(began, WITHIN)
         check(run.statuses() == statuses, f"{name}: status {run.statuses()}, expected {statuses}: {run.tail()}")
         figures.append(f"{name} {check_stopped(run, seconds, trace)}")
         go_on(folder, name, LONG, world=2)
@@ -65,26 +71,26 @@ def one_rank(folder: Path) -> str:
 def at_bad_moments(folder: Path) -> str:
     """T10."""
     figures = []
-    minute = 60.0
     moments: dict[str, tuple[int, str, Faults, int | None]] = {
         # name: processes, words to wait for, faults, update that is saved
-        "first-batch": (2, "at once", {"slow_pictures": [minute, 1]}, 0),
-        "first-batch-of-workers": (1, "at once", {"slow_pictures": [minute, 1]}, 0),
-        "evaluation": (2, "update 6/", {"slow_evaluation": [1.5]}, 6),
-        "evaluation-of-one": (1, "update 6/", {"slow_evaluation": [1.5]}, 6),
-        "save": (2, "evaluation after update 6", {"slow_save": [0.7, 6, "saves"], "pace": [0.2]}, None),
+        "first-batch": (2, "slow picture", {"slow_pictures": [MINUTES, 1]}, 0),
+        "first-batch-of-workers": (1, "slow picture", {"slow_pictures": [MINUTES, 1]}, 0),
+        "evaluation": (2, "slow evaluation", {"slow_evaluation": [MINUTES]}, 6),
+        "evaluation-of-one": (1, "slow evaluation", {"slow_evaluation": [1.5]}, 6),
+        "save": (2, "slow save", {"slow_save": [0.7, 6], "gate": [8]}, None),
     }
     for name, (world, words, faults, at) in moments.items():
         workers = f"data.workers={2 if 'workers' in name else 0}"
         trace = folder / f"{name}.jsonl"
         run = start(folder, name, *LONG, workers, faults={"trace": [str(trace)], **faults}, world=world)
-        run.wait_for(words)
-        time.sleep(0.5)
-        seconds = run.wait(run.signal(TERM, rank=0), SAVED_WITHIN)
+        run.wait_for(f"fault: {words}")
+        began = run.signal(TERM, rank=0)
+        run.open_gate(8)
+        seconds = run.wait(began, WITHIN)
         check(run.statuses() == [0] * world, f"{name}: status {run.statuses()}: {run.tail()}")
         figures.append(f"{name} {check_stopped(run, seconds, trace, at)}")
         if name == "evaluation-of-one":  # also killed after the evaluation, before it is saved
-            run = start(folder, name, *LONG, faults={"slow_save": [60.0, 6, "saves"]})
+            run = start(folder, name, *LONG, faults={"slow_save": [MINUTES, 6]})
             run.wait_for("evaluation after update 6")
             run.signal(signal.SIGKILL)
             run.expect(-signal.SIGKILL)
@@ -95,17 +101,20 @@ def at_bad_moments(folder: Path) -> str:
 def twice(folder: Path) -> str:
     """T11."""
     options = ("train.checkpoint_every=1", "train.schedule.updates=6")
-    faults: Faults = {"slow_save": [60.0, 3, "saves"]}
+    faults: Faults = {"slow_save": [MINUTES, 3]}
     figures = []
     for name, world, status in (("one", 1, 128 + TERM), ("two", 2, 128 + TERM), ("torchrun", 2, 1)):
         launched = name == "torchrun"
         run = (torchrun if launched else start)(folder, name, *options, faults=faults, world=world)
-        run.wait_for("update 3/")
-        time.sleep(0.5)
+        run.wait_for("fault: slow save")
         run.signal(TERM)
         time.sleep(SAME + 0.5)
         check(None in run.statuses(), f"{name}: ended after the first signal, in a save of minutes: {run.tail()}")
-        seconds = run.wait(run.signal(TERM), ENDED_WITHIN)
+        began = time.monotonic()
+        while None in run.statuses() and time.monotonic() < began + WITHIN:
+            run.signal(TERM)  # more than once if the first was heard late: what comes within SAME is one request
+            time.sleep(SAME + 0.5)
+        seconds = run.wait(began, WITHIN)
         check(run.statuses()[0] == status, f"{name}: status {run.statuses()}, expected {status}: {run.tail()}")
         check(newest_update(run.out) == 2, f"{name}: saved is update {newest_update(run.out)}, expected 2")
         figures.append(f"{seconds:.1f} s ({name})")

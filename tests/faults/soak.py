@@ -28,7 +28,7 @@ def grow_nothing(folder: Path, updates: int, eval_every: int) -> str:
         f"train.checkpoint_every={eval_every // 4}", "train.keep_last=2", "train.log_every=10",
         faults={"count_resources": [str(trace), 2]},
     )  # fmt: skip
-    run.wait(within=60 + updates)
+    run.wait(within=600 + updates)
     run.expect(0)
     lines = read_trace(trace)
     quarter = len(lines) // 4

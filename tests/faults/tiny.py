@@ -32,10 +32,11 @@ CONFIG = {
     },
     "train": {
         "global_batch": 2, "images_per_gpu": 1, "ema": 0.9, "log_every": 1, "eval_every": 0, "checkpoint_every": 2,
-        "keep_last": 9, "vis_images": 1, "report": False,
+        "keep_last": 9, "vis_images": 0, "norm_images": 1, "report": False,
         "schedule": {"updates": 6, "warmup": 2, "steps": [4], "reference_batch": 2},
     },
 }  # fmt: skip
+THIN = 16  # channels of the stem, for resnet.WIDTH: a checkpoint takes 8 MB instead of 130
 SPEEDS = ("images_per_s", "data_wait", "memory_mib", "eta_s")  # in metrics.jsonl; these differ from run to run
 PROGRESS = (
     "update", "evaluation_due", "best", "best_update", "nonfinite", "sums", "summed", "metrics", "unreadable",

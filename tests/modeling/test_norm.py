@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from faults.launch import spawn
 from torch import nn
 
 from gndet.config.schema import NormConfig
@@ -185,7 +185,7 @@ def sync_bn_half(rank: int, rendezvous: str, outputs: str) -> None:
 
 
 def test_sync_bn_over_two_processes_is_bn_over_the_whole_batch(tmp_path: Path) -> None:
-    mp.spawn(sync_bn_half, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    spawn(sync_bn_half, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
     halves = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
     whole, x = layer("bn"), images().requires_grad_()
     y = whole(x)

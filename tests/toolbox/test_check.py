@@ -542,7 +542,7 @@ def test_an_interrupt_while_the_processes_start_ends_it_quietly(
         data.image()
     command = [sys.executable, "-c", INTERRUPTED, moment, str(number), threads, "check", str(data.write()), "--images"]
     command += ["data.cache=", "--image-folder", str(data.pictures)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, start_new_session=True, timeout=120)
     assert (done.returncode, done.stderr) == (130, b"gndet check: interrupted\n")
 
 

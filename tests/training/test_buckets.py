@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
+from faults.launch import spawn
 from faults.tiny import CONFIG
 from models import make_batch, small_model
 from run_files import load
@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("buckets")
     config = folder / "tiny.yaml"
     config.write_text(yaml.safe_dump(CONFIG | {"train": CONFIG["train"] | {"global_batch": 8, "precision": "float64"}}))
-    mp.spawn(all_faults, args=(folder, config), nprocs=2)
+    spawn(all_faults, args=(folder, config), nprocs=2)
     run, batches = update(config, Process(0, 1, torch.device("cpu")))
     share = compute_gradients(run, UpdateState(), batches, 2, StopSignals())
     alone = {"gradients": flat(run.model), "losses": torch.stack(list(share.losses.values()))}
@@ -150,7 +150,7 @@ def count(rank: int, folder: Path) -> None:
 
 
 def test_each_gradient_is_sent_once_and_on_the_way_where_all_have_one(tmp_path: Path) -> None:
-    mp.spawn(count, args=(tmp_path,), nprocs=2)
+    spawn(count, args=(tmp_path,), nprocs=2)
     for rank in (0, 1):
         got = torch.load(tmp_path / str(rank))
         for on_the_way, whole, as_parameters in got["seen"]:

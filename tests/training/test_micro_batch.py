@@ -2,20 +2,18 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 from conftest import REPOSITORY
+from faults.launch import Started, spawn, start
 from faults.tiny import CONFIG
 from models import make_batch, small_model
 from rich.console import Console
-from run_files import ENVIRONMENT, forget, last, load, losses
+from run_files import forget, last, load, losses
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
@@ -32,6 +30,7 @@ from gndet.training.setup import build_run
 from gndet.training.update import backward, resident_bytes
 
 EXACT = ("train.precision=float64",)  # rounding in float32 may flip a sampled region
+pytestmark = pytest.mark.usefixtures("thin")
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
 
 
@@ -43,10 +42,10 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def torchrun(config: Path, out: str, *overrides: str) -> subprocess.CompletedProcess[str]:
-    words = ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone", "-m", "gndet.cli"]
-    words += ["train", str(config), f"out={config.parent / out}", *overrides]
-    return subprocess.run([sys.executable, "-m", *words], env=ENVIRONMENT, capture_output=True, text=True)
+def two_ranks(config: Path, out: str, *overrides: str) -> Started:
+    """Start the same run on two ranks; that torchrun starts them just so is what tests/faults tries."""
+    batch = ("train.global_batch=8", "train.schedule.reference_batch=8")
+    return start(config.parent, out, *batch, *overrides, world=2)
 
 
 def difference(a: Path, b: Path) -> tuple[float, float]:
@@ -65,7 +64,7 @@ def test_8x1_4x2_1x8_and_2_processes_x_2_x_2_learn_the_same(config: Path) -> Non
     train(load(config, "whole", *EXACT, *recipe, "train.images_per_gpu=8"))
     for size in (1, 2, 3):
         train(load(config, f"by-{size}", *EXACT, *recipe, f"train.images_per_gpu={size}"))
-    assert torchrun(config, "two", *EXACT, *recipe, "train.images_per_gpu=2").returncode == 0
+    two_ranks(config, "two", *EXACT, *recipe, "train.images_per_gpu=2").expect(0, 0)
     for other in ("by-1", "by-2", "by-3", "two"):
         assert max(difference(config.parent / "whole", config.parent / other)) < 1e-9
 
@@ -73,7 +72,7 @@ def test_8x1_4x2_1x8_and_2_processes_x_2_x_2_learn_the_same(config: Path) -> Non
 def test_processes_whose_shares_differ_learn_the_same(config: Path) -> None:
     options = (*EXACT, "train.global_batch=5", "train.schedule.updates=3")  # 3 images and 2, of a set of 7
     train(load(config, "one", *options))
-    assert torchrun(config, "two", *options, "train.images_per_gpu=2").returncode == 0
+    two_ranks(config, "two", *options, "train.images_per_gpu=2").expect(0, 0)
     assert max(difference(config.parent / "one", config.parent / "two")) < 1e-9
 
 
@@ -89,18 +88,17 @@ def test_sync_bn_over_two_processes_learns_what_bn_does_in_one(config: Path) -> 
     options = (*EXACT, "train.schedule.updates=2", "model.masks=false")  # two micro-batches per update
     options += ("data.shortest_edge=[64]",)  # no padding, which BN would see
     train(load(config, "one", *options, "model.norm.kind=bn", "train.images_per_gpu=4"))
-    run = torchrun(config, "two", *options, "model.norm.kind=sync_bn", "train.images_per_gpu=2")
-    assert run.returncode == 0, run.stderr
+    two_ranks(config, "two", *options, "model.norm.kind=sync_bn", "train.images_per_gpu=2").expect(0, 0)
     assert max(difference(config.parent / "one", config.parent / "two")) < 1e-9
 
 
 def test_a_process_that_cannot_go_on_ends_the_run_with_its_reason_on_all(config: Path) -> None:
     sizes = ("data.shortest_edge=[64,128]", "train.global_batch=2", "train.images_per_gpu=1")
     limit = sum(peak_mib(config, 1, f"data.shortest_edge=[{edge}]", first=True) for edge in (64, 128)) / 2
-    run = torchrun(config, "run", *sizes, f"train.memory_limit_mib={limit}", "train.log_every=1")
-    told = [line for line in run.stderr.splitlines() if line.startswith("gndet train: ")]
-    assert run.returncode != 0 and "Connection closed" not in run.stderr
-    assert told and all("out of memory with 1 image(s) at once (rank " in line for line in told), run.stderr
+    text = two_ranks(config, "run", *sizes, f"train.memory_limit_mib={limit}", "train.log_every=1").expect(2, 2)
+    told = [line for line in text.splitlines() if line.startswith("gndet train: ")]
+    assert "Connection closed" not in text
+    assert told and all("out of memory with 1 image(s) at once (rank " in line for line in told), text
 
 
 def count_messages(rank: int, rendezvous: str, outputs: str) -> None:
@@ -118,7 +116,7 @@ def count_messages(rank: int, rendezvous: str, outputs: str) -> None:
 
 
 def test_every_gradient_is_sent_once_an_update(tmp_path: Path) -> None:
-    mp.spawn(count_messages, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
+    spawn(count_messages, args=(str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=2)
     for rank in (0, 1):
         got = torch.load(tmp_path / str(rank))
         assert got["sent"] == len(got["gradients"]) and (got["gradients"] == 1).all()
@@ -284,6 +282,5 @@ def test_the_split_may_change_when_a_run_goes_on_unless_it_matters(config: Path)
     with pytest.raises(TrainingError, match=r"train\.images_per_gpu: 4 there, 2 now"):
         train(cfg("bn", "train.images_per_gpu=2", "model.norm.kind=bn"))
     options = ("train.checkpoint_every=1", "train.schedule.updates=2", "train.images_per_gpu=4", "model.norm.kind=bn")
-    refused = torchrun(config, "bn", *options)
-    assert refused.returncode != 0
-    assert "trained by 1 rank(s), there are 2 now, which would change what is learned: model.norm" in refused.stderr
+    text = two_ranks(config, "bn", *options).expect(2, 2)
+    assert "trained by 1 rank(s), there are 2 now, which would change what is learned: model.norm" in text

@@ -1,24 +1,26 @@
 """Training runs on a tiny detector: killed, resumed, spread over processes, refused."""
 
 import os
+import shutil
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import yaml
+from faults.launch import finish, start
 from faults.tiny import CONFIG
 from rich.console import Console
-from run_files import ENVIRONMENT, assert_same, command, forget, last, load, losses
+from run_files import assert_same, forget, last, load, losses, wait_for
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import load_config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
+
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.fixture
@@ -28,51 +30,51 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
+    """The folder of a config and of its run of 6 updates, which no test changes."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
+    train(load(folder / "tiny.yaml", "run"))
+    return folder
+
+
+@pytest.fixture
+def finished(trained: Path, tmp_path: Path) -> Path:
+    """The config of a finished run of 6 updates, a copy for each test."""
+    shutil.copytree(trained, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy" / "tiny.yaml"
+
+
 @pytest.mark.parametrize("overrides", [(), ("train.optimizer.kind=adamw", "train.optimizer.clip_grad_norm=1")])
-def test_a_run_killed_mid_epoch_and_resumed_is_bit_identical(config: Path, overrides: tuple[str, ...]) -> None:
-    done = subprocess.run(command(config, "unbroken", *overrides), env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    killed = subprocess.Popen(
-        command(config, "killed", "data.workers=2", *overrides), env=ENVIRONMENT, stdout=subprocess.DEVNULL
-    )
-    saved = config.parent / "killed" / "last"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not saved.exists():
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert killed.returncode == -signal.SIGKILL
-    again = subprocess.run(
-        command(config, "killed", "data.workers=1", *overrides), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert again.returncode == 0, again.stderr
-    assert "continuing after update" in again.stdout
-    assert_same(config.parent / "unbroken", config.parent / "killed")
-    assert losses(config.parent / "unbroken") == losses(config.parent / "killed")
+def test_a_run_killed_mid_epoch_and_resumed_is_bit_identical(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    finish(tmp_path, "unbroken", *overrides)
+    killed = start(tmp_path, "killed", "data.workers=2", *overrides, faults={"gate": [3]})
+    wait_for((killed.out / "last").exists)
+    killed.signal(signal.SIGKILL)
+    killed.expect(-signal.SIGKILL)
+    assert "continuing after update" in finish(tmp_path, "killed", "data.workers=1", *overrides)
+    assert_same(tmp_path / "unbroken", tmp_path / "killed")
+    assert losses(tmp_path / "unbroken") == losses(tmp_path / "killed")
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(config: Path) -> None:
-    train(load(config, "unbroken"))
-    stopped = subprocess.Popen(
-        command(config, "stopped", "train.checkpoint_every=0"), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert stopped.stdout is not None
-    for line in stopped.stdout:
-        if line.startswith("update 1/"):
-            stopped.send_signal(signal.SIGINT)
-    assert stopped.wait() == 130
-    assert 1 <= load_checkpoint(config.parent / "stopped" / "last").meta["update"] < 6
-    train(load(config, "stopped"))
-    assert_same(config.parent / "unbroken", config.parent / "stopped")
+def test_ctrl_c_saves_and_the_same_command_goes_on(trained: Path, config: Path) -> None:
+    stopped = start(config.parent, "run", "train.checkpoint_every=0", faults={"gate": [2]})
+    stopped.wait_for("fault: gate 2")
+    stopped.signal(signal.SIGINT)
+    stopped.open_gate(2)
+    stopped.expect(130)
+    assert 1 <= load_checkpoint(stopped.out / "last").meta["update"] < 6
+    train(load(config, "run"))
+    assert_same(trained / "run", stopped.out)
 
 
 def test_a_run_leaves_what_users_look_for(config: Path) -> None:
-    out = config.parent / "run"
+    out, options = config.parent / "run", ("train.eval_every=3", "train.vis_images=1")
     with (config.parent / "log").open("w") as file:
-        values = train(load(config, "run", "train.eval_every=3"), console=Console(file=file))
+        values = train(load(config, "run", *options), console=Console(file=file))
     assert set(values) >= {"box/AP", "box/AP50", "mask/AP", "mask/AP50", "box/AR"}
-    assert load_config(out / "config.yaml") == load(config, "run", "train.eval_every=3")
+    assert load_config(out / "config.yaml") == load(config, "run", *options)
     assert {"last", "best", "metrics.jsonl", "tensorboard", "predictions.png", "detections.json"} <= set(
         os.listdir(out)
     )
@@ -84,20 +86,19 @@ def test_a_run_leaves_what_users_look_for(config: Path) -> None:
     assert safetensors.torch.load_file(out / "last" / "model.safetensors")
 
 
-def test_a_finished_or_different_run_in_the_folder_is_refused_with_what_to_do(config: Path) -> None:
-    train(load(config, "run"))
+def test_a_finished_or_different_run_in_the_folder_is_refused_with_what_to_do(finished: Path) -> None:
     with pytest.raises(TrainingError, match=r"this run is finished \(6 updates\).*out=FOLDER.*--fresh"):
-        train(load(config, "run"))
+        train(load(finished, "run"))
     with pytest.raises(TrainingError, match=r"another config.*\n  train\.optimizer\.lr: 0\.02 there, 0\.01 now"):
-        train(load(config, "run", "train.optimizer.lr=0.01"))
-    train(load(config, "run", "train.schedule.updates=1"), fresh=True)
-    assert load_checkpoint(config.parent / "run-old-1" / "last").meta["update"] == 6  # nothing is deleted
+        train(load(finished, "run", "train.optimizer.lr=0.01"))
+    train(load(finished, "run", "train.schedule.updates=1"), fresh=True)
+    assert load_checkpoint(finished.parent / "run-old-1" / "last").meta["update"] == 6  # nothing is deleted
 
 
 def test_resuming_between_evaluations_keeps_undefined_metrics_and_the_best(config: Path) -> None:
     options = ("train.eval_every=2", "train.checkpoint_every=1")
     train(load(config, "unbroken", *options))
-    train(load(config, "run", *options))
+    shutil.copytree(config.parent / "unbroken", config.parent / "run", symlinks=True)
     forget(config.parent / "run", 4, 5, 6)  # APl is undefined: no drawing is that large
     train(load(config, "run", *options))
     assert_same(config.parent / "unbroken", config.parent / "run")
@@ -112,27 +113,24 @@ def test_a_part_s_norm_is_not_changed_by_resuming_without_it(config: Path) -> No
         train(load(config, "run"))
 
 
-def test_resuming_on_other_data_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(load(config, "run"))
-    forget(config.parent / "run", 6)
+def test_resuming_on_other_data_is_refused(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(finished.parent / "run", 6)
     monkeypatch.setattr(shapes, "MAX_TILT", 0.1)  # the same numbers of images and objects at other positions
     with pytest.raises(TrainingError, match=r"update-0000004: trained on other images or objects than shapes"):
-        train(load(config, "run"))
+        train(load(finished, "run"))
 
 
-def test_a_mistake_with_fresh_leaves_the_old_run_where_it_is(config: Path) -> None:
-    train(load(config, "run"))
+def test_a_mistake_with_fresh_leaves_the_old_run_where_it_is(finished: Path) -> None:
     with pytest.raises(DataError):
-        train(load(config, "run", "data.train.kind=coco", "data.train.annotations=none.json"), fresh=True)
-    assert load_checkpoint(config.parent / "run" / "last").meta["update"] == 6
-    assert not (config.parent / "run-old-1").exists()
+        train(load(finished, "run", "data.train.kind=coco", "data.train.annotations=none.json"), fresh=True)
+    assert load_checkpoint(finished.parent / "run" / "last").meta["update"] == 6
+    assert not (finished.parent / "run-old-1").exists()
 
 
-def test_options_that_change_nothing_learned_may_change_on_resume(config: Path) -> None:
-    train(load(config, "run", "train.schedule.updates=6"))
-    folder = config.parent / "run"
+def test_options_that_change_nothing_learned_may_change_on_resume(finished: Path) -> None:
+    folder = finished.parent / "run"
     with pytest.raises(TrainingError, match="finished"):  # instead of "another config"
-        train(load(config, "run", "train.log_every=5", "data.workers=1", "device=cpu"))
+        train(load(finished, "run", "train.log_every=5", "data.workers=1", "device=cpu"))
     assert (folder / "last").exists()
 
 
@@ -171,19 +169,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_the_weights_untouched(conf
     assert all(value.isfinite().all() for value in last(config.parent / "run").values())
 
 
-def test_fine_tuning_carries_class_rows_over_by_name(config: Path) -> None:
-    train(load(config, "first"))
+def test_fine_tuning_carries_class_rows_over_by_name(trained: Path, config: Path) -> None:
     lines = config.parent / "log"
     with lines.open("w") as file:
         cfg = load(
-            config, "second", f"train.weights={config.parent / 'first'}", "data.classes=[star,disc]",
+            config, "second", f"train.weights={trained / 'run'}", "data.classes=[star,disc]",
             "train.schedule.updates=1", "model.backbone.freeze_at=2",
         )  # fmt: skip
         train(cfg, console=Console(file=file))
     assert "star" in lines.read_text()
     assert load_checkpoint(config.parent / "second" / "last").meta["classes"] == ["star", "disc"]
     frozen = "model/backbone.res2.0.conv1.conv.weight"
-    source = load_checkpoint(config.parent / "first" / "best").groups["ema"]
+    source = load_checkpoint(trained / "run" / "best").groups["ema"]
     assert torch.equal(last(config.parent / "second")[frozen], source[frozen.removeprefix("model/")])
 
 

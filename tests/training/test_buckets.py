@@ -26,11 +26,12 @@ from gndet.training.run import Run
 from gndet.training.setup import build_run
 from gndet.training.update import UpdateState, compute_gradients
 
+pytestmark = pytest.mark.usefixtures("thin")
 FAULTS = ("", "memory on the way", "memory before", "stop on the way", "stop before", "signal while sending", "none")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory, thin: None) -> list[dict[str, Any]]:
     """The results of two ranks in an update of 8 images, by fault on rank 1, and last those of a single rank."""
     folder = tmp_path_factory.mktemp("buckets")
     config = folder / "tiny.yaml"

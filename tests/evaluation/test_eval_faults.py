@@ -27,7 +27,7 @@ from gndet.evaluation.evaluate import Evaluation, detect_share, evaluate, evalua
 from gndet.ops.noise import uniform
 from gndet.structures import Detections
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("thin", "forked_ranks")]
 CPU = torch.device("cpu")
 ALONE = Process(0, 1, CPU)
 SIZES = (1, 2, 3, 5)  # images of a data set
@@ -138,7 +138,7 @@ def answers(world: int, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def alone(tmp_path_factory: pytest.TempPathFactory, thin: None) -> dict[str, Any]:
     return answers(1, tmp_path_factory.mktemp("alone"))[0]
 
 

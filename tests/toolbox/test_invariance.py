@@ -37,6 +37,7 @@ from gndet.toolbox.invariance.measure import (
 from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
+pytestmark = pytest.mark.usefixtures("thin", "forked_ranks")
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
 
 

@@ -33,6 +33,7 @@ from gndet.toolbox.onnx.export import (
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
+pytestmark = pytest.mark.usefixtures("thin")
 CLASSES = ("disc", "box", "triangle", "star")
 
 
@@ -63,7 +64,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
     """A folder with the exported file of `detector`, for any size, with masks."""
     folder = tmp_path_factory.mktemp("exported")
     Image.fromarray(noise((64, 80))).save(folder / "picture.png")

@@ -23,6 +23,7 @@ from gndet.toolbox.predict.predict import predict
 from gndet.toolbox.predict.video import read_frames, video_writer
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.fixture(scope="module")

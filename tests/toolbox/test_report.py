@@ -25,6 +25,7 @@ from gndet.toolbox.report.record import _read, read_run
 from gndet.toolbox.report.report import write_report
 from gndet.train import train
 
+pytestmark = pytest.mark.usefixtures("thin")
 SECTIONS = ("summary", "training", "quality", "errors", "pictures", "norms", "data", "batches", "setup")
 FIGURES = (
     "chart-loss", "chart-ap", "chart-lr", "chart-speed", "chart-wait", "chart-memory", "chart-pr", "chart-f1",
@@ -52,9 +53,9 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
     path = tmp_path_factory.mktemp("report") / "tiny.yaml"
-    tree = CONFIG | {"train": CONFIG["train"] | {"report": True, "eval_every": 2}, "device": "cpu"}
+    tree = CONFIG | {"train": CONFIG["train"] | {"report": True, "eval_every": 2, "vis_images": 1}, "device": "cpu"}
     tree["model"] = tree["model"] | {"box_head": tree["model"]["box_head"] | {"score_threshold": 0.0}}
     path.write_text(yaml.safe_dump(tree))
     return path

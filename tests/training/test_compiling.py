@@ -26,6 +26,7 @@ from gndet.training.update import backward
 
 CANVASES = ((64, 96), (96, 64), (96, 96))
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("thin")
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from gndet.training.run import Run
 from gndet.training.setup import build_run
 
 ALONE = Process(0, 1, torch.device("cpu"))
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("thin")]
 
 
 def make_run(folder: Path, **train: Any) -> Run:

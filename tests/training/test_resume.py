@@ -23,12 +23,12 @@ from gndet.training.checkpointing import Saver
 from gndet.training.run import Best, Progress
 from gndet.training.setup import build_run
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("thin")]
 OPTIONS = ("train.checkpoint_every=2", "train.global_batch=2")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
     """The config of a run of 6 updates, next to the run folder."""
     path = tmp_path_factory.mktemp("finished") / "tiny.yaml"
     path.write_text(yaml.safe_dump(CONFIG))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and all that tests start
+os.environ["OMP_WAIT_POLICY"] = "passive"  # two threads of a test do not spin on the cores of other tests
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ from faults.tiny import BrokenPromise, check, write_config
 from gndet.modeling import resnet
 
 PATIENCE = 300.0  # seconds after which a test gives up on an event; generous, because the machine may be busy
-SHUTDOWN = 120  # seconds in which ranks must end before torchrun kills them
+SHUTDOWN = 120  # seconds in which ranks must end after a signal to torchrun before it kills them
 GONE_WITHIN = 60.0  # seconds in which loader processes of a killed run must end
 POLL = 0.02
 MAIN = "faults.inject:main"
@@ -87,6 +87,13 @@ class Started:
             time.sleep(POLL)
         check(not left, f"processes are left {GONE_WITHIN:.0f} s after the end of their run: {left}: {self.tail()}")
         return seconds
+
+    def wait_for_rank(self, rank: int) -> None:
+        """Wait for the end of one rank."""
+        deadline = time.monotonic() + PATIENCE
+        while self.statuses()[rank] is None:
+            check(time.monotonic() < deadline, f"rank {rank} has not ended: {self.tail()}")
+            time.sleep(POLL)
 
     def expect(self, *statuses: int) -> str:
         """Wait for the end and check the exit status of each process.  Returns the output of the run."""
@@ -164,18 +171,14 @@ def _spawned(rank: int, work: str, there: dict[str, Any]) -> None:
 
 
 def torchrun(
-    folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0,
-    shutdown: int = SHUTDOWN,
-) -> Started:  # fmt: skip
-    """Start `gndet train` into folder/name under torchrun, which restarts the ranks up to `restarts` times.
-
-    shutdown: seconds in which ranks must end before torchrun kills them.
-    """
+    folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0
+) -> Started:
+    """Start `gndet train` into folder/name under torchrun, which restarts the ranks up to `restarts` times."""
     home, log, words = _prepare(folder, name, overrides, faults)
     options = ["--standalone", f"--nproc_per_node={world}", f"--max_restarts={restarts}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "faults.inject", *words]
     with log.open("ab") as file:
-        variables = environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown)}
+        variables = environment() | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN)}
         process = subprocess.Popen(command, cwd=home, env=variables, stdout=file, stderr=file)
     return Started(home, folder / name, log, [process.pid], [process.poll])
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from faults.launch import finish, start, torchrun, unbroken
@@ -10,22 +11,28 @@ from faults.tiny import check, check_same, newest_update
 
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
 TIMEOUT = 5  # train.timeout_s of the stopped run
-SHUTDOWN = 3  # seconds until torchrun kills the stopped rank; its default is 30
 OPTIONS = ("train.checkpoint_every=1", "train.schedule.updates=8")
 
 
-def killed_rank(folder: Path) -> str:
-    """T12."""
-    run = torchrun(folder, "torchrun", *OPTIONS, "data.workers=1", faults={"gate": [3]})
+def killed_under_torchrun(folder: Path) -> str:
+    """T12, under torchrun."""
+    run = torchrun(folder, "run", *OPTIONS, "data.workers=1", faults={"gate": [3]})
     run.wait_for("fault: gate 3")
     pid, began = run.rank_pid(1), time.monotonic()
     os.kill(pid, KILL)
     run.open_gate(3)
     seconds = run.wait(began)
     check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
-    figures = [f"under torchrun after {seconds:.1f} s (status {run.statuses()[0]})"]
-    for rank in (0, 1):
-        name = f"alone-{rank}"
+    finish(folder, "run", *OPTIONS, world=2)
+    check_same(run.out, unbroken(folder, *OPTIONS, world=2), "after a rank was killed")
+    return f"ended after {seconds:.1f} s, status {run.statuses()[0]}; the same command ended bit-identical"
+
+
+def killed_rank(folder: Path, ranks: Collection[int] = (0, 1)) -> str:
+    """T12."""
+    figures = []
+    for rank in ranks:
+        name = f"rank-{rank}"
         run = start(folder, name, *OPTIONS, "data.workers=1", faults={"gate": [3]}, world=2)
         run.wait_for("fault: gate 3")
         began = run.signal(KILL, rank=rank)
@@ -35,8 +42,7 @@ def killed_rank(folder: Path) -> str:
         check(left not in (0, None), f"{name}: the other rank ended with {left}: {run.tail()}")
         clear = "the others did not respond" in run.text and f"rank {rank}" in run.text
         check(clear, f"{name}: no clear end: {run.tail()}")
-        figures.append(f"rank {rank} without torchrun after {seconds:.1f} s (status {left})")
-    for name in ("torchrun", "alone-0", "alone-1"):
+        figures.append(f"rank {rank} killed: after {seconds:.1f} s (status {left})")
         finish(folder, name, *OPTIONS, world=2)
         check_same(folder / name, unbroken(folder, *OPTIONS, world=2), name)
     return f"ended, no process left: {', '.join(figures)}; the same command ended bit-identical"
@@ -55,16 +61,22 @@ def restarted(folder: Path) -> str:
     return f"torchrun restarted both, ended {time.monotonic() - began:.1f} s after the kill, bit-identical"
 
 
-def stopped_rank(folder: Path) -> str:
-    """T14."""
+def stopped_rank(folder: Path, launched: bool = False) -> str:
+    """T14.  launched: under torchrun."""
     options = (*OPTIONS, f"train.timeout_s={TIMEOUT}")
-    run = torchrun(folder, "run", *options, faults={"gate": [3]}, shutdown=SHUTDOWN)
+    run = (torchrun if launched else start)(folder, "run", *options, faults={"gate": [3]}, world=2)
     run.wait_for("fault: gate 3")
-    pid, began = run.rank_pid(1), time.monotonic()
+    pid, began = run.rank_pid(1) if launched else run.pids[1], time.monotonic()
     os.kill(pid, STOP)
     run.open_gate(3)
-    seconds = run.wait(began)
-    check(run.statuses()[0] not in (0, None), f"torchrun ended with {run.statuses()}: {run.tail()}")
+    if launched:
+        run.wait_for("closing signal")  # rank 0 has ended; torchrun would kill rank 1 in 30 s
+    else:
+        run.wait_for_rank(0)
+    seconds = time.monotonic() - began
+    os.kill(pid, KILL)
+    run.wait()
+    check(run.statuses()[0] not in (0, None), f"ended with {run.statuses()}: {run.tail()}")
     report = run.out / "stalled-process0.txt"
     check(report.exists(), f"no {report.name}: {run.tail()}")
     words = "rank 1 does not answer: stopped or killed after update "
@@ -73,7 +85,7 @@ def stopped_rank(folder: Path) -> str:
     said = run.text[run.text.index(words) :].split(",")[0]
     finish(folder, "run", *OPTIONS, world=2)
     check_same(run.out, unbroken(folder, *OPTIONS, world=2), "after a process was stopped")
-    return f"ended after {seconds:.1f} s with timeout_s: {TIMEOUT}: '{said}'; the same command ended bit-identical"
+    return f"rank 0 ended after {seconds:.1f} s (timeout_s: {TIMEOUT}): '{said}'; the same command ended bit-identical"
 
 
 def killed_worker(folder: Path) -> str:

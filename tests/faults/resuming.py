@@ -50,6 +50,11 @@ def stopped_anywhere(folder: Path) -> str:
         stop_and_resume(folder, f"stop-{number}", EPOCHS, stop)
     for update, _ in STOPS.values():
         check_next_batches(folder, update)
+    return f"bit-identical after a stop {', '.join(STOPS)}; no global generator is used"
+
+
+def killed_while_saving(folder: Path) -> str:
+    """T1, with SIGKILL."""
     saving = (*EPOCHS, "train.checkpoint_every=2")
     killed = start(folder, "killed", *saving, faults={"kill_while_saving": [4]})
     killed.expect(-signal.SIGKILL)
@@ -58,7 +63,7 @@ def stopped_anywhere(folder: Path) -> str:
     finish(folder, "killed", *saving)
     check(not torn[0].exists(), f"not swept: {torn[0]}")
     check_same(killed.out, unbroken(folder, *EPOCHS), "killed")
-    return f"bit-identical after a stop {', '.join(STOPS)}, and after SIGKILL; no global generator is used"
+    return "killed between two files of a checkpoint: swept, resumed from the previous one, bit-identical"
 
 
 def check_next_batches(folder: Path, update: int) -> None:

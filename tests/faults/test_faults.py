@@ -22,7 +22,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "scenario",
-    [pytest.param(case, id=case.number, marks=[pytest.mark.soak] if case.soak else []) for case in SCENARIOS],
+    [
+        pytest.param(case, id=case.number, marks=[getattr(pytest.mark, case.mark)] if case.mark else [])
+        for case in SCENARIOS
+    ],
 )
 def test_the_promise_is_kept(scenario: Scenario, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = runs / scenario.number

@@ -468,7 +468,7 @@ def test_a_placard_breaks_between_words() -> None:
 
 def decode_or_die(picture: PictureFile) -> Decoded:
     """Decode a picture, unless its name says to die, hang or fail."""
-    faulthandler.disable()  # pytest's would write a dump
+    faulthandler.disable()  # pytest's would print a dump
     if "kill" in picture.path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
     if "exit" in picture.path.name:

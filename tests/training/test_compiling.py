@@ -19,6 +19,7 @@ from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
+from gndet.structures import Batch
 from gndet.train import train
 from gndet.training.run import Run
 from gndet.training.setup import build_run, compile_ahead, compiled
@@ -98,14 +99,26 @@ def run(config: Path) -> Run:
     return build_run(load(config, "unused", *options), Path("unused"), Process(0, 1, CPU), None)[0]
 
 
+class Toy(torch.nn.Module):
+    """A model that is traced in no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": batch.images.sum((1, 2, 3)) * self.weight}
+
+
 def test_a_machine_without_a_compiler_is_told(run: Run) -> None:
     def compiler(graph: object, inputs: object) -> None:
         raise RuntimeError("No working C++ compiler found")
 
     with pytest.raises(ConfigError, match=r"train\.compile: default: torch cannot .* No working C\+\+ compiler"):
-        compile_ahead(run._replace(forward=torch.compile(run.model, backend=compiler)), 2)
+        compile_ahead(run._replace(forward=torch.compile(Toy(), backend=compiler)), 2)
 
 
+@pytest.mark.slow  # the trace of the whole model; test_model makes one, too
 def test_the_graphs_made_ahead_serve_the_run_and_change_rounding_only(run: Run) -> None:
     """The graphs are only traced; the next test compiles them, which takes minutes."""
     torch._dynamo.reset()

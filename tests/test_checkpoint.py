@@ -288,7 +288,7 @@ def test_the_newest_checkpoint_loads_after_a_kill_at_any_time(tmp_path: Path) ->
         "    os.kill(child, signal.SIGKILL)\n"
         "    os.waitpid(child, 0)\n"
     )
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, timeout=600)
     for life in range(6):
         run = tmp_path / str(life)
         newest, passed_over = newest_checkpoint(run)

@@ -6,12 +6,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
+from run_files import wait_for
 
+from gndet.distributed import signals
 from gndet.distributed.signals import SAME, Stop, StopSignals
 
 pytestmark = pytest.mark.faults
+MINUTES = 600.0  # for what a signal must break off
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -28,19 +32,18 @@ def test_a_signal_is_noted_and_raised_only_where_it_is_polled(number: int) -> No
 
 
 def test_within_at_once_a_signal_breaks_off_what_waits() -> None:
-    began = time.monotonic()
     with StopSignals() as stop, pytest.raises(Stop), stop.at_once():
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        time.sleep(20)
-    assert time.monotonic() - began < 10
+        time.sleep(MINUTES)
+        raise AssertionError("nothing was raised")
 
 
 def test_within_at_once_a_stop_of_another_process_does_so_too() -> None:
-    began = time.monotonic()
     with StopSignals() as stop, pytest.raises(Stop), stop.at_once():
         threading.Timer(0.2, stop.ask).start()  # like the watch thread
-        time.sleep(20)
-    assert time.monotonic() - began < 10 and stop.status == 0
+        time.sleep(MINUTES)
+        raise AssertionError("nothing was raised")
+    assert stop.status == 0
     stop.ask()  # has no effect afterwards
 
 
@@ -53,7 +56,8 @@ def test_after_at_once_a_signal_raises_nothing() -> None:
             raise AssertionError("asked before: the body does not begin")
 
 
-def test_two_signals_of_one_request_do_not_end_the_process() -> None:
+def test_two_signals_of_one_request_do_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "SAME", MINUTES)  # a busy machine may take a second between the two
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # a scheduler signals all processes, and torchrun forwards its signal
@@ -66,11 +70,11 @@ def test_a_stop_of_another_process_is_no_signal_of_this_one() -> None:
         stop.ask()
         assert stop.asked and stop.status == 0
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)
+        wait_for(lambda: stop.number != 0)
         assert stop.number == signal.SIGINT and stop.status == 130
 
 
-@pytest.mark.parametrize("busy", ["time.sleep(60)", "sum(range(10**6))"])
+@pytest.mark.parametrize("busy", [f"time.sleep({MINUTES})", "sum(range(10**6))"])
 def test_a_second_signal_ends_the_process_whatever_it_does(busy: str) -> None:
     script = (
         "import sys, time\nfrom gndet.distributed.signals import StopSignals\n"
@@ -81,11 +85,13 @@ def test_a_second_signal_ends_the_process_whatever_it_does(busy: str) -> None:
     process.send_signal(signal.SIGTERM)
     time.sleep(SAME + 0.3)
     assert process.poll() is None
-    second = time.monotonic()
-    process.send_signal(signal.SIGTERM)
     try:
-        assert process.wait(20) == 128 + signal.SIGTERM
-        assert time.monotonic() - second < 3
+        for _ in range(5):  # a busy machine may notice the first signal late: both are then one request
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+                break
+        assert process.returncode == 128 + signal.SIGTERM
     finally:
         process.kill()
 

@@ -115,7 +115,7 @@ def test_what_hangs_is_ended_and_named() -> None:
         def rows():
             yield {"title": "devices"}
             yield {"trying": "asking for GPUs"}
-            time.sleep(60)
+            time.sleep(600)
 
         inside.PATIENCE = 1
         inside.write(rows())

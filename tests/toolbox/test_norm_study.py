@@ -310,7 +310,7 @@ def test_a_study_file_that_is_none_is_named(tmp_path: Path) -> None:
 # --- trainings
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 200) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "took too long"
@@ -350,7 +350,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         process.kill()
         process.wait()
-    wait_until(lambda: not trainings(folder / "study"), 60)  # the trainings end with the study
+    wait_until(lambda: not trainings(folder / "study"))  # the trainings end with the study
     return folder
 
 

@@ -252,6 +252,7 @@ def test_a_browser_shows_all_of_it(browser: object, finished: Path, width: int, 
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
     address = f"file://{finished / 'report.html'}"
+    page.set_default_timeout(300_000)  # milliseconds
     page.goto(address)
     page.wait_for_function("[...document.images].every((image) => !image.src || image.complete)")
     assert wrong == []

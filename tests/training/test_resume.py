@@ -3,7 +3,6 @@
 import os
 import shutil
 import threading
-import time
 from io import StringIO
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 import yaml
 from faults.tiny import CONFIG
 from rich.console import Console
-from run_files import assert_same, forget, load, losses
+from run_files import assert_same, forget, load, losses, wait_for
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data.datasets import shapes
@@ -172,9 +171,7 @@ def test_no_thread_outlives_a_save(finished: Path, tmp_path: Path) -> None:
     saver = Saver(run, 9, print)
     for update in (1, 2):
         saver.save(Progress(update=update), at_once=True)
-        deadline = time.monotonic() + 30
-        while threading.active_count() > before and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: threading.active_count() <= before)
         assert threading.active_count() == before
     saver.wait()
 

@@ -47,12 +47,12 @@ def make(folder: Path, images: int, objects: int) -> None:
 
 
 def draw(rng: np.random.Generator, number: int, image_id: int, categories: list[dict]) -> dict:
-    """Return one object: an outline around a centre, or a crowd region."""
+    """Return one object: an outline around a center, or a crowd region."""
     points = int(np.clip(rng.lognormal(2.9, 0.7), 3, 400))
     radius = rng.uniform(8, 110)
     angle = (np.arange(points) + rng.uniform(0.2, 0.8, points)) * (2 * np.pi / points)  # all around: never a line
-    centre = rng.uniform(radius, np.array(SIZE[::-1]) - radius)
-    outline = centre + radius * rng.uniform(0.6, 1, (points, 1)) * np.stack((np.cos(angle), np.sin(angle)), axis=1)
+    center = rng.uniform(radius, np.array(SIZE[::-1]) - radius)
+    outline = center + radius * rng.uniform(0.6, 1, (points, 1)) * np.stack((np.cos(angle), np.sin(angle)), axis=1)
     (x0, y0), (x1, y1) = outline.min(0), outline.max(0)
     crowd = int(number % 80 == 0)
     segmentation: object = [outline.round(2).ravel().tolist()]

@@ -2,7 +2,7 @@
 
     python -m benchmarks.saving configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml data.train.kind=shapes data.val.kind=shapes
 
-The run is set up in a temporary folder (or in --folder, on the disk to measure), with a state for its optimiser.  Three
+The run is set up in a temporary folder (or in --folder, on the disk to measure), with a state for its optimizer.  Three
 saves follow; while each is written, the main thread multiplies matrices in steps of about 20 ms, as it did before.
 """
 

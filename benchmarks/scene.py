@@ -61,10 +61,10 @@ def _scene(size: tuple[int, int], rng: np.random.Generator) -> Scene:
     image = (smooth + torch.from_numpy(rng.normal(0, 8, (3, height, width)).astype(np.float32))).clamp(0, 255)
     sides = np.exp(rng.uniform(math.log(20), math.log(0.6 * width), (OBJECTS, 1)))
     sides = np.concatenate([sides, (sides * rng.lognormal(0, 0.4, sides.shape)).clip(16, 0.8 * height)], axis=1)
-    centre = rng.uniform(sides / 2, np.array([width, height]) - sides / 2)  # (M, 2)
+    center = rng.uniform(sides / 2, np.array([width, height]) - sides / 2)  # (M, 2)
     angle = np.linspace(0, 2 * np.pi, CORNERS, endpoint=False)
     radius = 0.5 + 0.07 * rng.normal(size=(OBJECTS, CORNERS, 1)).clip(-1, 1)
-    outlines = centre[:, None] + sides[:, None] * radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    outlines = center[:, None] + sides[:, None] * radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     outlines = outlines.clip(0, [width, height])  # (M, CORNERS, 2)
     boxes = np.concatenate([outlines.min(1), outlines.max(1)], axis=1)
     return Scene(

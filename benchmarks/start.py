@@ -109,7 +109,7 @@ def resident_mib() -> float:
 
 
 def write(file: Path, images: int, objects: int) -> None:
-    """Write a synthetic file in COCO's format: outlines around a centre, with lengths distributed as in COCO."""
+    """Write a synthetic file in COCO's format: outlines around a center, with lengths distributed as in COCO."""
     generator = np.random.default_rng(0)
     with file.open("w", encoding="utf-8") as stream:
         size = {"height": SIZE[0], "width": SIZE[1]}
@@ -125,10 +125,10 @@ def draw(generator: np.random.Generator, number: int, images: int) -> dict[str, 
     """Return one synthetic object."""
     points = int(np.clip(generator.lognormal(np.log(POINTS) - 0.25, 0.7), 3, 400))
     radius = generator.uniform(8, 110)
-    centre = generator.uniform(radius, np.array(SIZE[::-1]) - radius)
+    center = generator.uniform(radius, np.array(SIZE[::-1]) - radius)
     angle = np.sort(generator.uniform(0, 2 * np.pi, points))
     along = np.stack((np.cos(angle), np.sin(angle)), axis=1)
-    outline = (centre + radius * generator.uniform(0.6, 1, (points, 1)) * along).round(2)
+    outline = (center + radius * generator.uniform(0.6, 1, (points, 1)) * along).round(2)
     (x0, y0), (x1, y1) = outline.min(0).tolist(), outline.max(0).tolist()
     box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
     return {

@@ -267,7 +267,7 @@ def _peer_sample(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def calm(model: nn.Module) -> None:
-    """Scale frozen norms so that an untrained network's activations, which they do not normalise, stay small."""
+    """Scale frozen norms so that an untrained network's activations, which they do not normalize, stay small."""
     for name, module in model.named_modules():
         if type(module).__name__ in ("FrozenBatchNorm", "FrozenBatchNorm2d"):
             stem, last = "stem" in name or name.endswith("body.bn1"), name.endswith(("conv3.norm", "bn3"))

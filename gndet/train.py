@@ -1,4 +1,4 @@
-"""Train a detector: `train(cfg)` reads from top to bottom.  An update is an optimiser step over global_batch images."""
+"""Train a detector: `train(cfg)` reads from top to bottom.  An update is an optimizer step over global_batch images."""
 
 import math
 from collections.abc import Callable, Generator

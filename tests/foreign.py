@@ -1,7 +1,7 @@
 """Weight files of other toolkits, written from descriptions of their formats, without gndet's tables of names.
 
 `detector` and `weights` make a small detector with gndet's names; `named` gives its tensors the names, the class order
-and the colour order of a toolkit. s stage, L level of the pyramid, i block, k convolution, n layer of a head.
+and the color order of a toolkit. s stage, L level of the pyramid, i block, k convolution, n layer of a head.
 """
 
 import pickle

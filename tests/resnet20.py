@@ -52,7 +52,7 @@ class ResNet20(nn.Module):
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, 32, 32), normalised.  Returns logits (B, classes)."""
+        """Pictures (B, 3, 32, 32), normalized.  Returns logits (B, classes)."""
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))  # (B, 64, 8, 8)
         return self.linear(x.mean((2, 3)))
@@ -97,7 +97,7 @@ def converted(source: ResNet20, norm: MakeNorm, damp: float) -> ResNet20:
 
 
 def read_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the test pictures (1500, 3, 32, 32), normalised, and their labels (1500,)."""
+    """Return the test pictures (1500, 3, 32, 32), normalized, and their labels (1500,)."""
     with np.load(folder / "cifar10_test_1500.npz") as arrays:
         pixels, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"])
     images = (pixels.permute(0, 3, 1, 2) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]

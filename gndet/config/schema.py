@@ -183,7 +183,7 @@ class MaskHeadConfig(Section):
     roi_align: RoIAlign = "aligned"
     # binary: threshold the mask targets at 0.5; soft: keep their fractions (torchvision: soft)
     targets: Literal["binary", "soft"] = "binary"
-    # exact: sample the mask at pixel centres (detectron2); rounded: resize it to whole pixels (torchvision);
+    # exact: sample the mask at pixel centers (detectron2); rounded: resize it to whole pixels (torchvision);
     # detectron: Detectron's own rounding
     paste: Literal["exact", "rounded", "detectron"] = "exact"
 

@@ -26,8 +26,8 @@ GAP = 8  # pixels between pictures
 PAPER = (255, 255, 255)
 
 
-def colour(index: int) -> tuple[int, int, int]:
-    """Return the RGB colour of a class: hues a golden angle apart, cycling through three depths."""
+def color(index: int) -> tuple[int, int, int]:
+    """Return the RGB color of a class: hues a golden angle apart, cycling through three depths."""
     saturation, value = ((0.85, 1.0), (0.6, 1.0), (0.95, 0.8))[index % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.43 + index * GOLDEN_ANGLE) % 1, saturation, value)
     return round(255 * red), round(255 * green), round(255 * blue)
@@ -42,7 +42,7 @@ def draw_objects(
 ) -> np.ndarray:
     """Draw boxes, labels and masks; later objects cover earlier ones.
 
-    image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colours; masks: n of
+    image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colors; masks: n of
     (H, W) bool or None.  Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
     With more than MAX_LABELS objects, labels are left out, and so are boxes of objects with a mask.
     """
@@ -51,9 +51,9 @@ def draw_objects(
     size = (round(width * scale), round(height * scale))
     pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     line = max(2, round(max(size) / 400))
-    colours = [colour(index) for index in class_indices]
-    masks = [None] * len(colours) if masks is None else masks
-    for mask, tint in zip(masks, colours, strict=True):
+    colors = [color(index) for index in class_indices]
+    masks = [None] * len(colors) if masks is None else masks
+    for mask, tint in zip(masks, colors, strict=True):
         if mask is not None:
             _tint(pixels, mask, tint, line)
     picture = Image.fromarray(pixels.round().astype(np.uint8))
@@ -61,18 +61,18 @@ def draw_objects(
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * np.tile(np.array(size) / (width, height), 2)
     boxes = np.clip(boxes, 0, [*size, *size] - np.ones(4))
     crowded = len(boxes) > MAX_LABELS
-    for box, mask, tint in zip(boxes, masks, colours, strict=True):
+    for box, mask, tint in zip(boxes, masks, colors, strict=True):
         if mask is None or not crowded:
             draw.rectangle(tuple(box.round()), outline=tint, width=line)
     if not crowded:
         font = ImageFont.load_default(max(12, round(max(size) / 55)))
-        for box, label, tint in zip(boxes, labels, colours, strict=True):
+        for box, label, tint in zip(boxes, labels, colors, strict=True):
             _label(draw, box, label, tint, font, size)
     return np.asarray(picture)
 
 
 def _tint(pixels: np.ndarray, mask: np.ndarray, tint: tuple[int, int, int], line: int) -> None:
-    """Blend a mask's colour into the pixels in place, with a solid outline, `line` pixels wide, inside the mask."""
+    """Blend a mask's color into the pixels in place, with a solid outline, `line` pixels wide, inside the mask."""
     whole = Image.fromarray(mask).resize(pixels.shape[1::-1], Image.Resampling.NEAREST)
     left, top, right, bottom = whole.getbbox() or (0, 0, 0, 0)  # an empty mask
     inside = np.asarray(whole)[top:bottom, left:right]
@@ -105,7 +105,7 @@ def _label(
 
 
 def draw_ground_truth(image: np.ndarray, record: Record, classes: Sequence[str]) -> np.ndarray:
-    """Draw a record's objects; crowd regions are labelled as such.
+    """Draw a record's objects; crowd regions are labeled as such.
 
     image (H, W, 3) uint8 of the record's size.  Returns what `draw_objects` does.
     """

@@ -107,8 +107,8 @@ def moments(x: Tensor, area: ValidArea | None) -> Moments:
         return Moments(mean, var, torch.full((len(x), 1), x.shape[2] * x.shape[3], dtype=torch.float64))
     count = area.count.to(x.dtype)
     mean = torch.where(area.mask, x, 0.0).sum((2, 3)) / count
-    centred = torch.where(area.mask, x - mean[:, :, None, None], 0.0)
-    return Moments(mean, centred.square_().sum((2, 3)) / count, area.count)
+    centered = torch.where(area.mask, x - mean[:, :, None, None], 0.0)
+    return Moments(mean, centered.square_().sum((2, 3)) / count, area.count)
 
 
 def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:

@@ -134,7 +134,7 @@ def paste_masks(
 
     masks (n, S, S) probabilities in the frame of the box; boxes (n, 4) xyxy pixels; size (h, w) of the
     picture.  Bilinear, zero outside the map, as two products of small matrices.
-    paste: exact: at pixel centres, like detectron2 (grid_sample with align_corners=False); rounded: into a box of whole
+    paste: exact: at pixel centers, like detectron2 (grid_sample with align_corners=False); rounded: into a box of whole
     pixels, with a border of one empty cell, like torchvision; detectron: like rounded, but the box includes its last
     pixel.
     Returns n of {"size": [h, w], "counts": bytes}, as pycocotools encodes them.
@@ -178,7 +178,7 @@ def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int])
 def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
     """Find the pixels in [0, limit) that a box edge from low to high touches, and their bilinear weights.
 
-    Returns the p pixels as a slice and (p, side) float32: the weight of each mask cell at each pixel centre.
+    Returns the p pixels as a slice and (p, side) float32: the weight of each mask cell at each pixel center.
     """
     edge = max(high - low, MIN_BOX_EDGE)
     # on the border of its box a map fades to at most half its value: no pixel outside reaches MASK_THRESHOLD

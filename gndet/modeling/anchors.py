@@ -14,9 +14,9 @@ AnchorStyle = Literal["exact", "rounded", "detectron"]
 def cell_anchors(size: float, ratios: Sequence[float], stride: int, style: AnchorStyle, device: torch.device) -> Tensor:
     """Return the anchors of the cell at the picture's top-left corner, (A, 4) float32 xyxy pixels.
 
-    exact: of area size x size, centred on the cell's top-left pixel (detectron2, mmdetection).  rounded: the same, with
-    corners rounded to whole pixels (torchvision).  detectron: Detectron's generate_anchors, which rounds the sides of a
-    stride x stride box, scales it, and centres it on the cell.
+    exact: of area size x size, centered on the cell's top-left pixel (detectron2, mmdetection).  rounded: the same,
+    with corners rounded to whole pixels (torchvision).  detectron: Detectron's generate_anchors, which rounds the sides
+    of a stride x stride box, scales it, and centers it on the cell.
     """
     ratio = torch.tensor(ratios).to(device, non_blocking=True)  # without making the host wait
     if style == "detectron":

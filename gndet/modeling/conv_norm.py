@@ -14,7 +14,7 @@ from gndet.ops.conv3x3 import MinimalConvolution, winograd_supports
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose weights are standardised per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
+    """A convolution whose weights are standardized per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.standardize(self.weight), self.bias)
@@ -65,7 +65,7 @@ class ConvNorm(nn.Module):
         return self.winograd and supported and not torch.compiler.is_compiling()
 
     def weight(self) -> Tensor:
-        """Return the weight (out, in, kh, kw) that the convolution applies: standardised, if the config says so."""
+        """Return the weight (out, in, kh, kw) that the convolution applies: standardized, if the config says so."""
         conv = self.conv
         return conv.standardize(conv.weight) if isinstance(conv, StandardizedConv2d) else conv.weight
 

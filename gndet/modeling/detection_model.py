@@ -48,7 +48,7 @@ class DetectionModel(nn.Module, ABC):
         return self.pixel_mean.device
 
     def normalize(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Tensor, ValidAreas]:
-        """Normalise images (B, 3, H, W) uint8 RGB and zero the padding.  Also returns the pictures' areas by stride."""
+        """Normalize images (B, 3, H, W) uint8 RGB and zero the padding.  Also returns the pictures' areas by stride."""
         height, width = images.shape[2:]
         x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         if padded:

@@ -14,7 +14,7 @@ LEVELS = (2, 3, 4, 5)
 
 
 class FPN(nn.Module):
-    """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbour top-down path; P6 is P5 subsampled by 2."""
+    """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path; P6 is P5 subsampled by 2."""
 
     strides = (4, 8, 16, 32, 64)
 

@@ -89,11 +89,11 @@ class ResNet(nn.Module):
                 blocks.append(block(in_channels, WIDTH * 2**i, 2 if i and not j else 1, conv))
                 in_channels = self.channels[i]
             self.add_module(f"res{i + 2}", nn.ModuleList(blocks))
-        self._initialise(cfg.zero_init_last_gamma)
+        self._initialize(cfg.zero_init_last_gamma)
         self.freeze(cfg.freeze_at)
 
-    def _initialise(self, zero_init_last_gamma: bool) -> None:
-        """Apply MSRA initialisation (He et al. 2015), and set gamma to 0 in each block's last norm if asked for."""
+    def _initialize(self, zero_init_last_gamma: bool) -> None:
+        """Apply MSRA initialization (He et al. 2015), and set gamma to 0 in each block's last norm if asked for."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -129,7 +129,7 @@ class ResNet(nn.Module):
         return clear_padding(x, areas[4]) if self.masked else x  # after a ReLU, zeros do not change a maximum
 
     def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
-        """Map x (B, 3, H, W), normalised and zero in the padding, to C2..C5; areas: of the pictures, by stride.
+        """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
 
         Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
         """

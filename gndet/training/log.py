@@ -1,6 +1,6 @@
 """The log of a run: metrics.jsonl, TensorBoard and the console.
 
-An update is one step of the optimiser; numbers logged at update u describe the run after u updates.
+An update is one step of the optimizer; numbers logged at update u describe the run after u updates.
 """
 
 import json

@@ -189,7 +189,7 @@ def _warnings(
     if identity := [layer for layer in anew if _untouched(model.get_submodule(layer.name))]:
         yield (
             f"{_name(identity)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
-            "nothing is normalised; load statistics with train.weights"
+            "nothing is normalized; load statistics with train.weights"
         )
     if decayed := [layer for layer in layers if layer.weight_decay]:
         yield (

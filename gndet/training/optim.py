@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule and averaged weights.  A schedule is a pure function of the update number."""
+"""Optimizer, learning-rate schedule and averaged weights.  A schedule is a pure function of the update number."""
 
 import math
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from gndet.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
 from gndet.modeling.norms.layers import NORM_LAYERS
 
-STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimiser stores per weight
+STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimizer stores per weight
 
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -31,7 +31,7 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
 
 
 def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
-    """Return the size of a checkpoint: weights, averaged weights, and the optimiser's state."""
+    """Return the size of a checkpoint: weights, averaged weights, and the optimizer's state."""
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     return weights * (2 if cfg.ema else 1) + trainable * STATE_SIZE[cfg.optimizer.kind]
@@ -72,7 +72,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """Return the optimiser's state as named tensors: {"momentum_buffer/fpn.output2.conv.weight": ...}."""
+    """Return the optimizer's state as named tensors: {"momentum_buffer/fpn.output2.conv.weight": ...}."""
     return {
         f"{key}/{name}": value
         for name, parameter in _trainable(model)

@@ -1,4 +1,4 @@
-"""Set up a new or resumed run: data, model, optimiser, checkpoint state, images at once, compiled graphs.
+"""Set up a new or resumed run: data, model, optimizer, checkpoint state, images at once, compiled graphs.
 
 train.compile makes one graph per canvas and number of images, all before the first update.  So no rank waits for a
 compilation later, and a failure is reported before anything is written.
@@ -203,7 +203,7 @@ def images_at_once(run: Run) -> int:
         room = "the free GPU memory" if limit is None else f"train.memory_limit_mib: {limit:g}"
         raise ConfigError(
             f"train.images_per_gpu: auto: not even one image fits in {100 * (1 - MARGIN):.0f} % of {room}, with "
-            "weights, gradients and the optimiser's state; lower data.max_edge or data.shortest_edge"
+            "weights, gradients and the optimizer's state; lower data.max_edge or data.shortest_edge"
         )
     if proc.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(proc.device)  # the log must show the peak of the run itself
@@ -211,7 +211,7 @@ def images_at_once(run: Run) -> int:
 
 
 def fits(run: Run, num: int) -> bool:
-    """Return whether memory fits num of the largest images at once plus gradients and the optimiser's state."""
+    """Return whether memory fits num of the largest images at once plus gradients and the optimizer's state."""
     device, stated = run.proc.device, run.cfg.train.memory_limit_mib
     limit = stated * MIB if stated else torch.cuda.memory_allocated(device) + free_memory(device)
     # on a CPU the mask head computes positive regions only; this many objects make all regions positive

@@ -27,7 +27,7 @@ from gndet.training.run import Progress, Run
 
 
 def resident_bytes(run: Run) -> int:
-    """Return the bytes of weights, averaged weights, gradients and the optimiser's state."""
+    """Return the bytes of weights, averaged weights, gradients and the optimizer's state."""
     tensors = [*run.model.state_dict().values(), *(parameter.grad for parameter in run.model.parameters())]
     tensors += [] if run.average is None else run.average.state_dict().values()
     tensors += [value for state in run.optimizer.state.values() for value in state.values()]

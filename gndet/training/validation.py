@@ -20,7 +20,7 @@ from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
-STRIPE, SHADES = 16, (150, 120)  # of drawn padding: width of a stripe in pixels, and the grey values
+STRIPE, SHADES = 16, (150, 120)  # of drawn padding: width of a stripe in pixels, and the gray values
 
 
 def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, float]:

@@ -24,7 +24,7 @@ MEAN_SPREAD = 1 / 3  # of a channel's mean over images, in its sigmas; ResNet-20
 VARIANCE_SPREAD = (
     1 / 3
 )  # of a group's variance over images, relative; same network: 0.41 for K = 2, 0.31 for 8, 0.22 for 32
-MIN_VARIANCE = 1e-6  # of a normalised channel; a slope fitted to less would be noise
+MIN_VARIANCE = 1e-6  # of a normalized channel; a slope fitted to less would be noise
 MIN_GAMMA = 1e-6  # a smaller gamma means that the channel is switched off, and it stays off
 FAR_APART = 0.8  # the report warns if the relative error of a level's features is larger
 MEASURED_IMAGES = 4  # to compare a conversion with its original on
@@ -201,7 +201,7 @@ class Twin(nn.Module):
         self.error = self.deviation = 0.0  # sums of (y - t)^2 and of (t - mean_c t)^2, over all calls
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        """Normalise x (2B, C, H, W): B maps of the reference network, then B of the model.  Returns the same shape."""
+        """Normalize x (2B, C, H, W): B maps of the reference network, then B of the model.  Returns the same shape."""
         assert len(x) % 2 == 0, f"a batch of {len(x)} maps has no halves; expected every image twice"
         old, new = x.chunk(2)
         areas = (None, None) if area is None else tuple(map(ValidArea, *(tensor.chunk(2) for tensor in area)))
@@ -216,7 +216,7 @@ class Twin(nn.Module):
             self.fit = False
         result = self.norm(new, areas[1])  # (B, C, H, W)
         self.error += _sum_squares(result - target, valid)
-        self.deviation += _sum_squares(_centred(target, valid)[0], valid)
+        self.deviation += _sum_squares(_centered(target, valid)[0], valid)
         return torch.cat([target, result])  # copies: a ReLU in place may follow
 
     def relative_error(self) -> float:
@@ -233,7 +233,7 @@ def run_twins(
     references: by name in model.named_modules(), the original norm, called as (x, area); its parameters do not change.
     run: passes a batch [x; x] (2B images) through the model once.  It is called without gradients and with the model in
     evaluation mode; the first half of the batch passes through the references, the second through the model's norms.
-    fit: set gamma and beta of each norm to the least-squares map from its normalised input u to the reference's output
+    fit: set gamma and beta of each norm to the least-squares map from its normalized input u to the reference's output
     t over all valid cells, in forward order, so that all earlier norms are already fitted:
         gamma = cov(u, t) / var(u),  beta = mean(t) - gamma mean(u).
     Both stay unchanged if var(u) < MIN_VARIANCE or |gamma| < MIN_GAMMA.  A norm that is called several times, because
@@ -264,8 +264,8 @@ def _fit(norm: Any, x: Tensor, area: ValidArea | None, target: Tensor, valid: Te
     """Set the affine map of a norm by least squares, so that its result for x (B, C, H, W) comes closest to target."""
     plain = {"weight": torch.ones_like(norm.weight), "bias": torch.zeros_like(norm.bias)}
     normal = functional_call(norm, plain, (x.to(norm.weight.dtype), area))  # (B, C, H, W)
-    normal, normal_mean = _centred(normal, valid)
-    target, target_mean = _centred(target.to(normal.dtype), valid)
+    normal, normal_mean = _centered(normal, valid)
+    target, target_mean = _centered(target.to(normal.dtype), valid)
     var, covariance = _mean(normal.square(), valid), _mean(normal * target, valid)  # (C,), (C,)
     kept = (var < MIN_VARIANCE) | (norm.weight.abs() < MIN_GAMMA)
     gamma = covariance / var  # (C,)
@@ -283,7 +283,7 @@ def _mean(x: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, x, 0.0).sum((0, 2, 3), dtype=torch.float64) / count
 
 
-def _centred(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (B, C, H, W) minus its channel means, and these means (C,) in float64."""
     mean = _mean(x, valid)
     return x - mean[:, None, None].to(x.dtype), mean

@@ -64,7 +64,7 @@ def initial_model(
     source: Source | None = None,
     measure: bool = True,
 ) -> InitialModel:
-    """Build the model that training starts with: initialised from cfg.seed, then, if load, from train.weights.
+    """Build the model that training starts with: initialized from cfg.seed, then, if load, from train.weights.
 
     classes: in the order of the labels.  images: training images, to fit on (norm_policy: calibrate) and to measure any
     conversion on.  source: the content of train.weights, if it has been read already.  measure: False to skip fitting
@@ -101,7 +101,7 @@ def load_weights(
 
     model: built from cfg.model for `classes`, in the order of its labels.
     Rows of classes that the source has under the same name, and the background's, are carried over.  Rows of other
-    classes, and parts that the source lacks, keep their initialisation.
+    classes, and parts that the source lacks, keep their initialization.
     Returns the report (what was loaded, and every tensor and class that was not) and what became of each norm layer.
     Raises CheckpointError, and leaves the model untouched, if tensors are missing or do not fit, or conventions differ.
     """

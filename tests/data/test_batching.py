@@ -78,7 +78,7 @@ def test_collate_pads_with_zeros_and_drops_nothing() -> None:
         assert batch.gt.valid[b, :number].all() and not batch.gt.masks[b, number:].any()
 
 
-def test_colours_of_a_pixel_lie_side_by_side_in_memory(dataset: Dataset) -> None:
+def test_colors_of_a_pixel_lie_side_by_side_in_memory(dataset: Dataset) -> None:
     """Separating the channels costs four times as much as copying, and the convolutions would join them again."""
     for workers in (0, 1):
         loaded = batches(dataset, DATA.model_copy(update={"workers": workers}), stop=1, images_per_gpu=4)

@@ -15,7 +15,7 @@ from gndet.errors import DataError, MachineError
 
 
 @pytest.fixture
-def colours() -> np.ndarray:
+def colors() -> np.ndarray:
     """A 20 x 30 picture, left half red, right half blue, the upper left corner white."""
     pixels = np.zeros((20, 30, 3), dtype=np.uint8)
     pixels[:, :15], pixels[:, 15:], pixels[:5, :5] = (255, 0, 0), (0, 0, 255), 255
@@ -23,23 +23,23 @@ def colours() -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P"])
-def test_colour_modes_keep_their_colours(tmp_path: Path, colours: np.ndarray, mode: str) -> None:
+def test_color_modes_keep_their_colors(tmp_path: Path, colors: np.ndarray, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    Image.fromarray(colours).convert(mode).save(path)
-    assert np.array_equal(read_image(path, (20, 30)), colours)
+    Image.fromarray(colors).convert(mode).save(path)
+    assert np.array_equal(read_image(path, (20, 30)), colors)
 
 
-def test_alpha_is_dropped_not_blended(tmp_path: Path, colours: np.ndarray) -> None:
-    transparent = np.concatenate((colours, np.zeros_like(colours[..., :1])), axis=2)
+def test_alpha_is_dropped_not_blended(tmp_path: Path, colors: np.ndarray) -> None:
+    transparent = np.concatenate((colors, np.zeros_like(colors[..., :1])), axis=2)
     Image.fromarray(transparent).save(tmp_path / "a.png")
-    assert np.array_equal(read_image(tmp_path / "a.png"), colours)
+    assert np.array_equal(read_image(tmp_path / "a.png"), colors)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1"])
-def test_grey_modes_repeat_their_value(tmp_path: Path, mode: str) -> None:
-    grey = np.repeat(np.array([[0, 255]], dtype=np.uint8), 8, axis=0)
-    Image.fromarray(grey).convert(mode).save(tmp_path / "a.png")
-    assert np.array_equal(read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, axis=2))
+def test_gray_modes_repeat_their_value(tmp_path: Path, mode: str) -> None:
+    gray = np.repeat(np.array([[0, 255]], dtype=np.uint8), 8, axis=0)
+    Image.fromarray(gray).convert(mode).save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.repeat(gray[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -57,7 +57,7 @@ def test_float_pictures_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orientation: int, name: str) -> None:
+def test_exif_orientation_is_undone(tmp_path: Path, colors: np.ndarray, orientation: int, name: str) -> None:
     undo = {  # what turns the stored picture upright, by EXIF 2.3, tag 0x0112
         1: lambda a: a,
         2: np.fliplr,
@@ -70,39 +70,39 @@ def test_exif_orientation_is_undone(tmp_path: Path, colours: np.ndarray, orienta
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(colours).save(tmp_path / name, exif=exif)
-    assert np.array_equal(read_image(tmp_path / name), undo[orientation](colours))
+    Image.fromarray(colors).save(tmp_path / name, exif=exif)
+    assert np.array_equal(read_image(tmp_path / name), undo[orientation](colors))
 
 
-def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path, colours: np.ndarray) -> None:
+def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path, colors: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
-    Image.fromarray(colours).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(colors).save(tmp_path / "a.png", exif=exif)
     whole = (tmp_path / "a.png").read_bytes()
     start = whole.index(b"eXIf") - 4  # a chunk is its length in 4 bytes, its name, that many bytes, and a checksum
     stop = start + 12 + int.from_bytes(whole[start : start + 4])
     assert stop < whole.index(b"IDAT")
     end = whole.index(b"IEND") - 4
     (tmp_path / "a.png").write_bytes(whole[:start] + whole[stop:end] + whole[start:stop] + whole[end:])
-    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(colours, 2))
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.rot90(colors, 2))
 
 
-def test_first_frame_of_an_animation_is_taken(tmp_path: Path, colours: np.ndarray) -> None:
-    frames = [Image.fromarray(colours), Image.fromarray(255 - colours)]
+def test_first_frame_of_an_animation_is_taken(tmp_path: Path, colors: np.ndarray) -> None:
+    frames = [Image.fromarray(colors), Image.fromarray(255 - colors)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert np.array_equal(read_image(tmp_path / "a.gif"), colours)
+    assert np.array_equal(read_image(tmp_path / "a.gif"), colors)
 
 
-def test_another_size_names_file_and_both_sizes(tmp_path: Path, colours: np.ndarray) -> None:
-    Image.fromarray(colours).save(tmp_path / "a.png")
+def test_another_size_names_file_and_both_sizes(tmp_path: Path, colors: np.ndarray) -> None:
+    Image.fromarray(colors).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png.*\(20, 30\).*\(30, 20\)$"):
         read_image(tmp_path / "a.png", (30, 20))
 
 
-def test_a_size_that_fits_before_exif_rotation_only_says_so(tmp_path: Path, colours: np.ndarray) -> None:
+def test_a_size_that_fits_before_exif_rotation_only_says_so(tmp_path: Path, colors: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(colours).save(tmp_path / "a.jpg", exif=exif)
+    Image.fromarray(colors).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg", (30, 20)).shape == (30, 20, 3)
     with pytest.raises(DataError, match="only before the EXIF rotation"):
         read_image(tmp_path / "a.jpg", (20, 30))
@@ -130,16 +130,16 @@ def test_broken_files_are_named(tmp_path: Path, fault: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["eps", "ico", "pcx", "tga"])
-def test_unsupported_kinds_are_refused(tmp_path: Path, colours: np.ndarray, kind: str) -> None:
-    Image.fromarray(colours).save(tmp_path / f"a.{kind}")
+def test_unsupported_kinds_are_refused(tmp_path: Path, colors: np.ndarray, kind: str) -> None:
+    Image.fromarray(colors).save(tmp_path / f"a.{kind}")
     with pytest.raises(DataError, match=rf"a\.{kind}"):
         read_image(tmp_path / f"a.{kind}")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_does_not_spoil_a_good_picture(tmp_path: Path, colours: np.ndarray) -> None:
+def test_damaged_exif_does_not_spoil_a_good_picture(tmp_path: Path, colors: np.ndarray) -> None:
     for damage in (b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"):
-        Image.fromarray(colours).save(tmp_path / "a.jpg", exif=damage)
+        Image.fromarray(colors).save(tmp_path / "a.jpg", exif=damage)
         assert read_image(tmp_path / "a.jpg").shape == (20, 30, 3)
 
 
@@ -150,8 +150,8 @@ def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:
             read_image(tmp_path / "bomb.png")
 
 
-def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colours: np.ndarray) -> None:
-    Image.fromarray(colours).save(tmp_path / "a.png")
+def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colors: np.ndarray) -> None:
+    Image.fromarray(colors).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png", (20, 30), 600).shape == (20, 30, 3)
     with pytest.raises(DataError, match=r"20 x 30 pixels, over the limit of 599 \(data\.max_pixels\)"):
         read_image(tmp_path / "a.png", (20, 30), 599)
@@ -183,8 +183,8 @@ def test_a_file_that_is_no_picture_is_named_by_its_kind(tmp_path: Path, name: st
         read_image(tmp_path / name)
 
 
-def test_the_picture_may_be_written_to(tmp_path: Path, colours: np.ndarray) -> None:
-    Image.fromarray(colours).save(tmp_path / "a.png")
+def test_the_picture_may_be_written_to(tmp_path: Path, colors: np.ndarray) -> None:
+    Image.fromarray(colors).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").flags.writeable
 
 

@@ -40,7 +40,7 @@ def test_masks_are_disjoint_and_fill_their_boxes() -> None:
             assert masks[..., k].sum() == record.area[k]
 
 
-def test_an_object_has_one_colour_within_its_mask_and_another_outside() -> None:
+def test_an_object_has_one_color_within_its_mask_and_another_outside() -> None:
     for record in shapes(count=10, size=160).records:
         image, masks = record.load().astype(float), coco_mask.decode(record.segmentations).astype(bool)
         background = image[~masks.any(2)].std(0).mean()

@@ -42,7 +42,7 @@ def make_record(boxes: list[list[float]], segmentations: list, size: tuple[int, 
 
 
 def paste(frame: np.ndarray, box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Put a mask back into the image: every pixel takes the value of the frame's cell that contains its centre."""
+    """Put a mask back into the image: every pixel takes the value of the frame's cell that contains its center."""
     y, x = np.mgrid[0 : size[0], 0 : size[1]] + 0.5
     column = np.floor((x - box[0]) / (box[2] - box[0]) * frame.shape[1]).astype(int)
     row = np.floor((y - box[1]) / (box[3] - box[1]) * frame.shape[0]).astype(int)
@@ -132,9 +132,9 @@ def test_objects_drawn_together_are_those_drawn_alone() -> None:
     rng = np.random.default_rng(0)
     outlines, boxes = [], []
     for number in range(300):  # more than 8 bits can count
-        centre, parts = rng.uniform(20, 80, 2), 1 + number % 3
-        outlines.append([(centre + rng.normal(0, 8, (rng.integers(3, 9), 2))).ravel().tolist() for _ in range(parts)])
-        boxes.append(np.concatenate((centre - rng.uniform(4, 12, 2), centre + rng.uniform(4, 12, 2))))
+        center, parts = rng.uniform(20, 80, 2), 1 + number % 3
+        outlines.append([(center + rng.normal(0, 8, (rng.integers(3, 9), 2))).ravel().tolist() for _ in range(parts)])
+        boxes.append(np.concatenate((center - rng.uniform(4, 12, 2), center + rng.uniform(4, 12, 2))))
     outlines[7] = to_rle(outlines[7], (100, 100))
     boxes[9] = np.array([50.0, 50, 50.01, 50.01])  # its polygons reach too far out of it
     together = box_frame_masks(outlines, np.stack(boxes), (100, 100), 32)

@@ -44,7 +44,7 @@ def shapes(count: int = 5) -> Dataset:
 
 
 class Finder(nn.Module):
-    """A detector that recognises a picture by its pixels and roughly finds its objects."""
+    """A detector that recognizes a picture by its pixels and roughly finds its objects."""
 
     def __init__(self, dataset: Dataset, finds: bool = True) -> None:
         super().__init__()

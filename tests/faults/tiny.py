@@ -67,7 +67,7 @@ def newest_update(run: Path) -> int:
 
 
 def check_same(run: Path, unbroken: Path, what: str) -> None:
-    """Check that two runs ended bit for bit equal: weights, optimiser, averaged weights, progress, losses, metrics."""
+    """Check that two runs ended bit for bit equal: weights, optimizer, averaged weights, progress, losses, metrics."""
     one, two = load_checkpoint(run / "last"), load_checkpoint(unbroken / "last")
     different = [*different_tensors(one, two), *different_progress(one, two), *different_lines(run, unbroken)]
     shown = "\n  ".join(different[:8])

@@ -175,7 +175,7 @@ def test_paper_default() -> None:
 
 
 def sync_bn_half(rank: int, rendezvous: str, outputs: str) -> None:
-    """Run one of two ranks: normalise its half of the batch, save the result and the gradients."""
+    """Run one of two ranks: normalize its half of the batch, save the result and the gradients."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     norm, x = layer("sync_bn"), images()[rank * 2 : rank * 2 + 2].requires_grad_()  # 2 images and 1
     y = norm(x)

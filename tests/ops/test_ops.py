@@ -88,7 +88,7 @@ def test_noise_is_uniform_keyed_and_independent_of_the_other_candidates() -> Non
     share = drawn.double() / 2**59
     assert abs(share.mean() - 0.5) < 0.005 and abs(share.std() - 12**-0.5) < 0.005
     assert abs(torch.corrcoef(share)[0, 1]) < 0.02  # two images
-    assert abs(torch.corrcoef(torch.stack([share[0, :-1], share[0, 1:]]))[0, 1]) < 0.02  # neighbours
+    assert abs(torch.corrcoef(torch.stack([share[0, :-1], share[0, 1:]]))[0, 1]) < 0.02  # neighbors
     other = ranks(keys[:1], Stream.REGIONS, ids)
     assert abs(torch.corrcoef(torch.stack([share[0], other[0].double()]))[0, 1]) < 0.02  # two uses of one key
     subset = torch.tensor([7, 99_999, 3])

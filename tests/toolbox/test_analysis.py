@@ -17,7 +17,7 @@ from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import coco_truths
 from gndet.evaluation.results import Results, from_coco
-from gndet.toolbox.analysis.analysis import Analysis, analyse, image_counts
+from gndet.toolbox.analysis.analysis import Analysis, image_counts, make_analysis
 from gndet.toolbox.analysis.analyze import analyze, read_subject
 from gndet.toolbox.analysis.bootstrap import ap_intervals, average_precision, paired_interval, resample
 from gndet.toolbox.analysis.errors import KINDS
@@ -72,7 +72,7 @@ def dataset(data_root: Path) -> Dataset:
 def case(request: pytest.FixtureRequest, dataset: Dataset) -> tuple[Dataset, Results, Analysis, COCOeval]:
     kind = request.param
     found = from_coco(detections(dataset, masks=kind == "mask")).in_order_of([r.image_id for r in dataset.records])
-    return dataset, found, analyse(dataset, found, kind=kind, max_detections=100), reference(dataset, found, kind)
+    return dataset, found, make_analysis(dataset, found, kind=kind, max_detections=100), reference(dataset, found, kind)
 
 
 def reference(dataset: Dataset, found: Results, kind: str) -> COCOeval:
@@ -189,14 +189,14 @@ def test_a_perfect_detector_makes_no_mistakes(dataset: Dataset) -> None:
         {"image_id": row["image_id"], "category_id": row["category_id"], "bbox": row["bbox"], "score": 0.9}
         for row in to_coco(dataset)["annotations"] if not row["iscrowd"]
     ]  # fmt: skip
-    found = analyse(dataset, from_coco(rows), kind="box", max_detections=100)
+    found = make_analysis(dataset, from_coco(rows), kind="box", max_detections=100)
     assert found.metrics.summary["AP"] == 1.0 and found.worst(50) == [] and found.suspects == []
     assert sum(found.errors.counts.values()) == 0 and found.intervals.ap == (1.0, 1.0)
     assert (found.confusion == np.diag(np.diag(found.confusion))).all()
 
 
 def test_nothing_found_is_no_failure(dataset: Dataset) -> None:
-    found = analyse(dataset, from_coco([]), kind="box", max_detections=100)
+    found = make_analysis(dataset, from_coco([]), kind="box", max_detections=100)
     assert found.metrics.summary["AP"] == 0.0 and found.threshold == 0.5 and np.isnan(found.best[-1]).all()
     assert found.errors.counts["Miss"] == sum(row["num_objects"] for row in found.metrics.per_class)
 

@@ -132,7 +132,7 @@ def test_a_generator_for_all_images_is_found_as_sampling() -> None:
     assert (leak.coupling, leak.where) == ("sampling", "sampled anchors of an image")
 
 
-def test_a_divisor_of_the_whole_batch_is_found_as_normaliser() -> None:
+def test_a_divisor_of_the_whole_batch_is_found_as_normalizer() -> None:
     model = small_model()
     loss: Callable = model.mask_head.loss
 
@@ -143,7 +143,7 @@ def test_a_divisor_of_the_whole_batch_is_found_as_normaliser() -> None:
 
     model.mask_head.loss = pooled
     (leak,) = leaks(model)
-    assert (leak.coupling, leak.where) == ("normaliser", "loss_mask")
+    assert (leak.coupling, leak.where) == ("normalizer", "loss_mask")
 
 
 def test_what_it_measures_is_the_gradient_that_training_takes(config: Path) -> None:

@@ -59,7 +59,7 @@ def test_invariance_passes_on_a_gpu_and_over_two_processes_that_share_it(config:
 
 
 def test_a_step_does_not_wait_for_the_gpu(config: Path) -> None:
-    """Forward, backward and the optimiser's step are issued without reading a result."""
+    """Forward, backward and the optimizer's step are issued without reading a result."""
     cfg = load(config, "unused", "train.global_batch=2", "train.images_per_gpu=2", "data.shortest_edge=[64]")
     with process("cuda") as proc:
         run, _ = build_run(cfg, Path("unused"), proc, None)

@@ -41,7 +41,7 @@ def test_a_backward_pass_over_the_limit_raises() -> None:
         x.exp().sum().backward()
 
 
-def test_a_real_failure_to_allocate_is_recognised() -> None:
+def test_a_real_failure_to_allocate_is_recognized() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**55)
     assert out_of_memory(error.value)

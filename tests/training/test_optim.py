@@ -1,4 +1,4 @@
-"""Schedules, parameter groups and optimiser state."""
+"""Schedules, parameter groups and optimizer state."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_gamma_and_beta_are_not_decayed_and_every_trainable_parameter_is_in_one_
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_optimiser_state_survives_a_round_trip(kind: str) -> None:
+def test_optimizer_state_survives_a_round_trip(kind: str) -> None:
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():

@@ -165,7 +165,7 @@ def least_squares(x: Tensor, target: Tensor, gn: GroupNorm) -> Tensor:
     return result
 
 
-def test_a_fit_finds_an_affine_map_of_the_normalised_input() -> None:
+def test_a_fit_finds_an_affine_map_of_the_normalized_input() -> None:
     norm, truth = gn_of(convert(frozen_bn())), gn_of(convert(frozen_bn()))
     truth.weight.data, truth.bias.data = rand(C, seed=8), rand(C, seed=9)
     model, x = nn.Sequential(norm), 3 * rand(B, C, H, W) + 1
@@ -184,7 +184,7 @@ def test_a_channel_without_variance_keeps_its_affine_map() -> None:
     norm = GroupNorm(C, C, 1e-5, masked=True).double()
     norm.weight.data, norm.bias.data = rand(C, seed=1), rand(C, seed=2)
     x = rand(B, C, H, W)
-    x[:, 3] = 5.0  # alone in its group: normalised, it is 0
+    x[:, 3] = 5.0  # alone in its group: normalized, it is 0
     model, old = nn.Sequential(norm), (norm.weight[3].item(), norm.bias[3].item())
     run_twins(model, {"0": frozen_bn()}, lambda: model(torch.cat([x, x])), fit=True)
     assert (norm.weight[3].item(), norm.bias[3].item()) == old and norm.weight.isfinite().all()

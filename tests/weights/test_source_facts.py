@@ -25,7 +25,7 @@ def gndet_checkpoint(path: Path, cfg: ModelConfig, state: dict[str, Tensor]) -> 
     return str(path)
 
 
-def test_affine_bn_is_recognised_by_its_statistics_after_training_too(tmp_path: Path) -> None:
+def test_affine_bn_is_recognized_by_its_statistics_after_training_too(tmp_path: Path) -> None:
     state = weights(SMALL)
     for key in [key for key in state if key.startswith("backbone.") and "running" in key]:
         state[key] = torch.full_like(state[key], 0.0 if key.endswith("mean") else 1 - 1e-5)

@@ -273,7 +273,7 @@ def test_caffe_style_of_mmdetection_has_its_stride_in_the_1x1(tmp_path: Path) ->
     assert source.model.backbone.stride_in_1x1 and source.model.pixel_mean == RGB[0]
 
 
-def test_early_detectron2_files_say_which_colours_they_take(tmp_path: Path) -> None:
+def test_early_detectron2_files_say_which_colors_they_take(tmp_path: Path) -> None:
     state = weights(detector("bn", "none", "2fc", 18))
     for mean, std, bgr in (
         ((103.53, 116.28, 123.675), (57.375, 57.12, 58.395), True),

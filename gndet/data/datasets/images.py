@@ -46,7 +46,7 @@ def read_image(
 
     size: height, width that the annotation file states, None if unknown.  max_pixels: the limit for the size in the
     header.  note: called with the code (of FAULTS) and words for each unusual property.
-    Returns (height, width, 3) uint8 RGB: grey, palette, CMYK and 1-bit converted, 16 bit scaled to 8, alpha
+    Returns (height, width, 3) uint8 RGB: gray, palette, CMYK and 1-bit converted, 16 bit scaled to 8, alpha
     dropped, the first frame of an animation.  Raises Fault for a file that is missing, broken, over
     max_pixels, or of another size, and MachineError if there are too many open files or too little memory.
     """
@@ -134,7 +134,7 @@ def _orientation(image: Image.Image) -> Any:
 
 @contextmanager
 def without_pillow_limit() -> Iterator[None]:
-    """Switch off Pillow's limit in favour of max_pixels: it warns from 89 million pixels on, whatever the file.
+    """Switch off Pillow's limit in favor of max_pixels: it warns from 89 million pixels on, whatever the file.
 
     Pillow's limit is global: a process that reads in several threads must hold this context around all of them.
     """

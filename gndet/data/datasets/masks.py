@@ -1,6 +1,6 @@
 """Turn the segmentations of an annotation file into arrays, checked before pycocotools sees them.
 
-pycocotools crashes the process on NaN, infinite or huge polygon coordinates and returns uninitialised memory
+pycocotools crashes the process on NaN, infinite or huge polygon coordinates and returns uninitialized memory
 for run lengths that do not fill the image, so it must not get what `check_masks` refuses.
 Letters: n objects, P polygons.  Coordinates are pixels of the original.
 """

@@ -133,7 +133,7 @@ class PackedRecords(Sequence[Record]):
     places: Sequence[int]  # indices among the N of the images that are used
     again: functools.partial[Packed] | None = None  # maps the arrays in another process that receives these records
     digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 if unknown
-    labels: np.ndarray | None = None  # the new label of each packed label, see `relabelled`
+    labels: np.ndarray | None = None  # the new label of each packed label, see `relabeled`
 
     def __len__(self) -> int:
         return len(self.places)
@@ -158,7 +158,7 @@ class PackedRecords(Sequence[Record]):
             ids,
             PackedMasks(packed, range(first, end), (height, width)),
         )
-        return record if self.labels is None else relabelled(record, self.labels)
+        return record if self.labels is None else relabeled(record, self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"packed": self.again or functools.partial(Packed, *self.packed), "digests": None}
@@ -185,7 +185,7 @@ class PackedRecords(Sequence[Record]):
             yield int(self.packed.image_ids[place]), name, path, 0 if self.digests is None else int(self.digests[place])
 
 
-def relabelled(record: Record, labels: np.ndarray) -> Record:
+def relabeled(record: Record, labels: np.ndarray) -> Record:
     """Give each object of label i the label labels[i]; drop those that get -1."""
     new = labels[record.labels]  # (n,)
     keep = new >= 0

@@ -17,7 +17,7 @@ import numpy as np
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import read_coco
 from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable
-from gndet.data.datasets.packed import PackedRecords, count_objects, relabelled
+from gndet.data.datasets.packed import PackedRecords, count_objects, relabeled
 from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.records import Dataset, Finding, Record, Tell
@@ -101,7 +101,7 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> 
     if isinstance(dataset.records, PackedRecords):
         records: Sequence[Record] = replace(dataset.records, labels=labels)
     else:
-        records = [relabelled(record, labels) for record in dataset.records]
+        records = [relabeled(record, labels) for record in dataset.records]
     category_ids = tuple(dataset.category_ids[index] for index in old)
     return dataset._replace(classes=names, category_ids=category_ids, records=records)
 

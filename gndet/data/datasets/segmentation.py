@@ -40,7 +40,7 @@ def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int
     """Draw each object's mask in the frame of its own box.
 
     segmentations: n, checked; boxes (n, 4) inside the image, not empty; size: height, width of the image;
-    side: S.  Returns (n, S, S) bool.  Polygons are moved into the frame and rasterised there, all at once; an RLE is
+    side: S.  Returns (n, S, S) bool.  Polygons are moved into the frame and rasterized there, all at once; an RLE is
     decoded, one at a time to bound the memory, and sampled bilinearly.
     """
     masks = np.zeros((len(boxes), side, side), dtype=bool)
@@ -76,7 +76,7 @@ def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int)
 
 
 def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
-    """Rasterise the union of the polygons of each object.  Returns (n, S, S) uint8."""
+    """Rasterize the union of the polygons of each object.  Returns (n, S, S) uint8."""
     drawn = iter(coco_mask.frPyObjects(list(chain.from_iterable(outlines)), side, side))
     codes = [[next(drawn) for _ in outline] for outline in outlines]
     wholes = [parts[0] if len(parts) == 1 else coco_mask.merge(parts) for parts in codes]
@@ -91,7 +91,7 @@ def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
 
 
 def _interpolate(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
-    """Interpolate rows (n, m) linearly at the centres of `side` cells from start to end.  Returns (S, m)."""
+    """Interpolate rows (n, m) linearly at the centers of `side` cells from start to end.  Returns (S, m)."""
     place = start + (np.arange(side) + 0.5) * ((end - start) / side) - 0.5
     place = place.clip(0, len(values) - 1)
     low = np.floor(place).astype(int)

@@ -1,6 +1,6 @@
 """Draw a data set: discs, boxes, triangles and stars that overlap.
 
-Image i is a pure function of (seed, i, size). Outlines and colours have separate random streams, so that
+Image i is a pure function of (seed, i, size). Outlines and colors have separate random streams, so that
 reading the data set draws no picture. Letters: n objects, V outline points, s image side in pixels.
 """
 
@@ -21,7 +21,7 @@ MAX_COUNT = 1_000_000  # images per seed: image ids start at seed * MAX_COUNT + 
 MAX_SEED = 2**32
 MIN_VISIBLE = 0.5  # share of an object's area; with less in view it would be a meaningless fragment
 MAX_TILT = np.pi / 8  # objects stand nearly upright; arbitrary rotations take several times as long to learn
-OUTLINE, COLOUR = 0, 1  # the random streams of an image
+OUTLINE, COLOR = 0, 1  # the random streams of an image
 
 
 def read_shapes(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
@@ -48,11 +48,11 @@ def read_shapes(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) 
 
 def draw_image(seed: int, index: int, size: int) -> np.ndarray:
     """Draw image `index` of a seed.  Returns (size, size, 3) uint8 RGB."""
-    rng = _generator(seed, index, COLOUR)
+    rng = _generator(seed, index, COLOR)
     y, x = np.mgrid[0:size, 0:size] / size  # (s, s) each, in [0, 1)
     angle, frequency, phase = rng.uniform(0, 2 * np.pi), rng.uniform(2, 12), rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
-    start, end = rng.uniform(30, 130, (2, 3))  # dull colours; the objects are bright
+    start, end = rng.uniform(30, 130, (2, 3))  # dull colors; the objects are bright
     picture = start + (end - start) * x[..., None]
     picture += rng.uniform(0, 20) * np.sin(2 * np.pi * frequency * along + phase)[..., None]
     for mask in _layout(seed, index, size)[1]:

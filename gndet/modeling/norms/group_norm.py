@@ -1,4 +1,4 @@
-"""Group normalisation as functions: forward, forward again from kept statistics, backward (Wu & He 2018, eq. 1 to 7).
+"""Group normalization as functions: forward, forward again from kept statistics, backward (Wu & He 2018, eq. 1 to 7).
 
 This is the one place to add a faster kernel.  x is (B, C, H, W), channels last; G groups.  Statistics are float32 or
 wider.  If an area is given, they are taken over each picture alone, and the result is zero in the padding.
@@ -19,7 +19,7 @@ _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1
 def normalize(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None, *, relu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x (B, C, H, W) with gamma, beta (C,); relu: then apply ReLU.
+    """Normalize x (B, C, H, W) with gamma, beta (C,); relu: then apply ReLU.
 
     Returns y in x's type, and the mean and 1 / std of each group, (B, G), in gamma's type.
     """
@@ -45,9 +45,9 @@ def _normalize(
     inside = area.mask[:, None]  # (B, 1, 1, H, W)
     n = _count(x, groups, area)
     mean = torch.where(inside, grouped, 0.0).sum((2, 3, 4)) / n  # (B, G)
-    centred = torch.where(inside, grouped - mean[_WIDE], 0.0)
-    rstd = (centred.square().sum((2, 3, 4)) / n + eps).rsqrt()  # (B, G)
-    normal = (centred * rstd[_WIDE]).flatten(1, 2)
+    centered = torch.where(inside, grouped - mean[_WIDE], 0.0)
+    rstd = (centered.square().sum((2, 3, 4)) / n + eps).rsqrt()  # (B, G)
+    normal = (centered * rstd[_WIDE]).flatten(1, 2)
     y = torch.where(area.mask, torch.addcmul(beta[:, None, None], normal, gamma[:, None, None]), 0.0)
     return y, mean, rstd
 

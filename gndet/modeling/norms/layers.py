@@ -1,4 +1,4 @@
-"""The normalisation layers, and the one place that turns a config's `norm` into layers.
+"""The normalization layers, and the one place that turns a config's `norm` into layers.
 
 Every method computes y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel.  The methods differ
 in the set over which mu and var are taken (Wu & He 2018, section 3).  x is (B, C, H, W); G groups.
@@ -38,7 +38,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        """Normalise x (B, C, H, W); area: of the pictures, or None.  Same shape and type; statistics in float32."""
+        """Normalize x (B, C, H, W); area: of the pictures, or None.  Same shape and type; statistics in float32."""
         area = area if self.masked else None
         with torch.autocast(x.device.type, enabled=False):
             if area is None and not usable(x):
@@ -88,14 +88,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         total = all_reduce(torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([x[:, 0].numel()])]))
         n = total[-1]
         mean = total[:-1] / n  # (C,)
-        centred = wide - mean[:, None, None]
-        var = all_reduce(centred.square().sum((0, 2, 3))) / n
+        centered = wide - mean[:, None, None]
+        var = all_reduce(centered.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class FrozenBatchNorm(nn.Module):

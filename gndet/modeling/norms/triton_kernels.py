@@ -1,11 +1,11 @@
-"""Group normalisation on NVIDIA GPUs: Triton kernels, each one pass over the map.
+"""Group normalization on NVIDIA GPUs: Triton kernels, each one pass over the map.
 
 Memory bandwidth limits their speed.  The forward pass reads x once for the sums and once more, from the cache if it
 fits, to write y; the backward pass reads x and grad twice and writes the gradient.  A map is (B, P, C): channels last,
 P = H * W positions.  Each program takes a stripe of positions of one image and all channels, one block at a time, so
 that even a batch of one fills the GPU.  Its sums go to a small buffer and are added in a fixed order without atomics,
 so every run gives the same bits.
-Statistics are float32: blocks are centred before they are squared, and merged by counts (Chan et al. 1979), so that
+Statistics are float32: blocks are centered before they are squared, and merged by counts (Chan et al. 1979), so that
 neither a large mean nor a single outlier swallows a small variance.
 Letters: B images, P positions, C channels, G groups, S stripes.
 """
@@ -86,16 +86,16 @@ if triton is not None:
         member = tl.arange(0, block)
         in_range = member < members
         count = tl.zeros([block], tl.float32)
-        centre = tl.zeros([block], tl.float32)  # of each channel
+        center = tl.zeros([block], tl.float32)  # of each channel
         squares = tl.zeros([block], tl.float32)
         for part in range(stripes):
             offset = sums + (image * stripes + part) * 3 * channels + group * members + member
             count_here = tl.load(offset, mask=in_range, other=0.0)
             mean_here = tl.load(offset + channels, mask=in_range, other=0.0)
             squares_here = tl.load(offset + 2 * channels, mask=in_range, other=0.0)
-            count, centre, squares = _merge(count, centre, squares, count_here, mean_here, squares_here)
-        group_mean = tl.sum(centre, 0) / members
-        difference = tl.where(in_range, centre - group_mean, 0.0)
+            count, center, squares = _merge(count, center, squares, count_here, mean_here, squares_here)
+        group_mean = tl.sum(center, 0) / members
+        difference = tl.where(in_range, center - group_mean, 0.0)
         variance = tl.sum(squares + count * difference * difference, 0) / tl.sum(count, 0)
         tl.store(mean + image * tl.num_programs(1) + group, group_mean)
         tl.store(rstd + image * tl.num_programs(1) + group, 1.0 / tl.sqrt(variance + eps))
@@ -113,11 +113,11 @@ if triton is not None:
         offset = image * positions * channels + position.to(tl.int64)[:, None] * channels + channel[None, :]
         group = image * groups + channel // (channels // groups)
         scale = tl.load(rstd + group, mask=in_range, other=0.0)
-        centre = tl.load(mean + group, mask=in_range, other=0.0)
+        center = tl.load(mean + group, mask=in_range, other=0.0)
         scaled = tl.load(gamma + channel, mask=in_range, other=0.0).to(tl.float32) * scale
         shift = tl.load(beta + channel, mask=in_range, other=0.0).to(tl.float32)
         value = tl.load(x + offset, mask=inside[:, None] & in_range[None, :], other=0.0).to(tl.float32)
-        value = (value - centre[None, :]) * scaled[None, :] + shift[None, :]
+        value = (value - center[None, :]) * scaled[None, :] + shift[None, :]
         if relu:
             value = tl.where(value < 0.0, 0.0, value)  # keeps NaN
         value = tl.where(inside[:, None], value, 0.0)
@@ -129,16 +129,16 @@ if triton is not None:
         grad, x, sizes, mean, rstd, sums, positions, channels, groups, width, stripe,
         masked: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
     ):  # fmt: skip
-        """Compute the sums of grad and of grad times the normalised x per stripe and channel; (B, S, 2, C)."""
+        """Compute the sums of grad and of grad times the normalized x per stripe and channel; (B, S, 2, C)."""
         image, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
         channel = tl.program_id(2) * block_c + tl.arange(0, block_c)
         in_range = channel < channels
         group = image * groups + channel // (channels // groups)
-        centre, scale = tl.load(mean + group, mask=in_range, other=0.0), tl.load(rstd + group, mask=in_range, other=0.0)
+        center, scale = tl.load(mean + group, mask=in_range, other=0.0), tl.load(rstd + group, mask=in_range, other=0.0)
         x += image * positions * channels
         grad += image * positions * channels
         grad_sum = tl.zeros([block_c], tl.float32)
-        normal_sum = tl.zeros([block_c], tl.float32)  # of grad times the normalised x
+        normal_sum = tl.zeros([block_c], tl.float32)  # of grad times the normalized x
         for start in range(part * stripe, tl.minimum((part + 1) * stripe, positions), block_p):
             position = start + tl.arange(0, block_p)
             inside = _inside(position, sizes, image, width, positions, masked)
@@ -147,7 +147,7 @@ if triton is not None:
             value = tl.load(x + offset, mask=keep, other=0.0).to(tl.float32)
             slope = tl.load(grad + offset, mask=keep, other=0.0).to(tl.float32)
             grad_sum += tl.sum(slope, 0)
-            normal_sum += tl.sum(tl.where(keep, slope * (value - centre[None, :]) * scale[None, :], 0.0), 0)
+            normal_sum += tl.sum(tl.where(keep, slope * (value - center[None, :]) * scale[None, :], 0.0), 0)
         sums += (image * tl.num_programs(1) + part) * 2 * channels
         tl.store(sums + channel, grad_sum, mask=in_range)
         tl.store(sums + channels + channel, normal_sum, mask=in_range)
@@ -164,14 +164,14 @@ if triton is not None:
         inside = _inside(position, sizes, image, width, positions, masked)
         offset = image * positions * channels + position.to(tl.int64)[:, None] * channels + channel[None, :]
         group = image * groups + channel // (channels // groups)
-        scale, centre = tl.load(rstd + group, mask=in_range, other=0.0), tl.load(mean + group, mask=in_range, other=0.0)
+        scale, center = tl.load(rstd + group, mask=in_range, other=0.0), tl.load(mean + group, mask=in_range, other=0.0)
         mean_grad = tl.load(grad_means + group, mask=in_range, other=0.0)
         mean_normal = tl.load(normal_means + group, mask=in_range, other=0.0)
         factor = tl.load(gamma + channel, mask=in_range, other=0.0).to(tl.float32)
         keep = inside[:, None] & in_range[None, :]
         value = tl.load(x + offset, mask=keep, other=0.0).to(tl.float32)
         slope = tl.load(grad + offset, mask=keep, other=0.0).to(tl.float32)
-        normal = (value - centre[None, :]) * scale[None, :]
+        normal = (value - center[None, :]) * scale[None, :]
         result = scale[None, :] * (slope * factor[None, :] - mean_grad[None, :] - normal * mean_normal[None, :])
         stored = (position < positions)[:, None] & in_range[None, :]
         tl.store(grad_x + offset, tl.where(keep, result, 0.0).to(grad_x.dtype.element_ty), mask=stored)
@@ -207,9 +207,9 @@ def _compare(shape: tuple[int, int, int, int, int], device: torch.device) -> lis
     x, grad = torch.randn(2, images, channels, height, width, generator=generator).add(1).to(device).unbind()
     gamma, beta = torch.randn(2, channels, generator=generator).to(device).unbind()
     size = (images, channels, height * width, groups)
-    exact, centre, scale = torch.native_group_norm(x.double(), gamma.double(), beta.double(), *size, 1e-5)
+    exact, center, scale = torch.native_group_norm(x.double(), gamma.double(), beta.double(), *size, 1e-5)
     slopes = torch.ops.aten.native_group_norm_backward(
-        grad.double(), x.double(), centre, scale, gamma.double(), *size, [True, True, True]
+        grad.double(), x.double(), center, scale, gamma.double(), *size, [True, True, True]
     )
     x, grad = (maps.contiguous(memory_format=torch.channels_last) for maps in (x, grad))
     y, mean, rstd = forward(x, gamma, beta, groups, 1e-5, None, relu=True)
@@ -252,7 +252,7 @@ class _Plan:
 def forward(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, sizes: Tensor | None, *, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise x (B, C, H, W), channels last; relu: then apply ReLU.
+    """Normalize x (B, C, H, W), channels last; relu: then apply ReLU.
 
     sizes (B, 2) int64 height, width of the pictures, or None if nothing is padded.  Returns y like x, and the mean and
     1 / std of each group, (B, G) float32.

@@ -1,6 +1,6 @@
-"""Analyse what a detector gets right and wrong, from its detections alone and without torch.
+"""Analyze what a detector gets right and wrong, from its detections alone and without torch.
 
-The detections come from gndet or from a file in COCO's results format.  `analyse` combines the findings of this
+The detections come from gndet or from a file in COCO's results format.  `make_analysis` combines the findings of this
 package's modules; `gndet analyze` and the report show them.
 """
 
@@ -81,8 +81,8 @@ def chosen_kind(dataset: Dataset, results: Results, kind: str | None = None) -> 
     return kind or ("mask" if possible else "box")
 
 
-def analyse(dataset: Dataset, results: Results, *, kind: str, max_detections: int) -> Analysis:
-    """Analyse detections by their boxes or by their masks.
+def make_analysis(dataset: Dataset, results: Results, *, kind: str, max_detections: int) -> Analysis:
+    """Analyze detections by their boxes or by their masks.
 
     kind: "box" or "mask"; objects and detections must have it.  max_detections: per image and class.
     """

@@ -14,7 +14,7 @@ from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
 from gndet.files import csv_table, make_folder, make_room_for, text_table, write_whole
-from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind, read_results
+from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
 from gndet.toolbox.analysis.tables import Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
 
@@ -32,7 +32,7 @@ def analyze(
     csv_folder: Path | None = None,
     images: int = 50,
 ) -> Analysis:
-    """Analyse the detections of a run, or a results file of any toolkit, and show their mistakes.
+    """Analyze the detections of a run, or a results file of any toolkit, and show their mistakes.
 
     source: a run folder, or a JSON file in COCO's results format; the latter needs `data`: COCO annotations, or a
     config with data.val.  kind: "box" or "mask"; by default masks if both detections and objects have them.
@@ -45,7 +45,7 @@ def analyze(
         make_room_for(json_file, "--json")
     if csv_folder:
         make_folder(csv_folder, "--csv")
-    found = analyse(dataset, results, kind=kind, max_detections=limit)
+    found = make_analysis(dataset, results, kind=kind, max_detections=limit)
     tables = all_tables(found, dataset, images)
     counts = f"{len(dataset.records)} images, {len(results)} detections"
     show(f"{source} on {dataset.name}: {counts}, compared by {kind}\n(shares and AP in percent)")

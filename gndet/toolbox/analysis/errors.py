@@ -18,7 +18,7 @@ from gndet.toolbox.analysis.matches import Matches, false_positives
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which an object counts as found; IoU up to which a detection hits nothing
 KINDS = {
     "Cls": "classification: right place, wrong class",
-    "Loc": "localisation: right class, IoU too low",
+    "Loc": "localization: right class, IoU too low",
     "Both": "both: wrong class and IoU too low",
     "Dupe": "duplicate: a better detection already found this object",
     "Bkg": "background: no object there",

@@ -106,7 +106,7 @@ def group_norm(device: torch.device, dtype: torch.dtype) -> Errors:
 
 
 def exact_group_norm(x: Tensor, gamma: Tensor, beta: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Normalise each picture by itself (Wu & He 2018, equations 1 to 7); the padding becomes zero."""
+    """Normalize each picture by itself (Wu & He 2018, equations 1 to 7); the padding becomes zero."""
     y = torch.zeros_like(x)
     for image, (height, width) in enumerate(sizes):
         normal = F.instance_norm(x[image, :, :height, :width].reshape(1, GROUPS, -1), eps=1e-5).view(-1, height, width)

@@ -54,7 +54,7 @@ REMEDIES = {
     "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in and frozen_bn; bn cannot do this",
     "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, does not mix the images of a batch",
     "sampling": "draw random numbers with ops.noise, keyed by the image's key and the candidate's id",
-    "normaliser": "divide an image's loss by a number that depends on that image alone",
+    "normalizer": "divide an image's loss by a number that depends on that image alone",
 }
 
 

@@ -1,9 +1,9 @@
 """Find where images of a batch influence each other: four couplings, each tested by itself, in float64.
 
 padding: the cells outside a picture, whose number depends on the sizes of the other pictures.  batch statistics: the
-values of other images.  sampling: what is drawn for an image.  normaliser: the number that an image's loss is divided
+values of other images.  sampling: what is drawn for an image.  normalizer: the number that an image's loss is divided
 by.  The tests keep the couplings apart: padding is tested without other images in the batch, batch statistics on one
-canvas, and sampling and normalisers on pyramids that were computed image by image.
+canvas, and sampling and normalizers on pyramids that were computed image by image.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.structures import Batch, Step
 
-COUPLINGS = ("padding", "batch statistics", "sampling", "normaliser")
+COUPLINGS = ("padding", "batch statistics", "sampling", "normalizer")
 TOLERANCE = 1e-9  # relative (L2); rounding in float64 stays below 1e-12
 
 
@@ -158,4 +158,4 @@ def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: B
             for name, loss in company.losses.items():
                 difference = relative(loss[i], alone.losses[name][0])
                 if difference > TOLERANCE:
-                    yield Leak("normaliser", name, difference)
+                    yield Leak("normalizer", name, difference)

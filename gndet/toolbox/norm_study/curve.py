@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from gndet.files import written_whole
 from gndet.toolbox.analysis.study_results import METRICS, Mean, Study, metrics_of, percent_mean, variant_title
 
-STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # for readers who do not see colours
+STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  # for readers who do not see colors
 
 
 def draw_curve(study: Study, path: Path) -> None:

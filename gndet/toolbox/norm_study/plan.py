@@ -94,7 +94,7 @@ def _refusal(cell: CellResult, begun: Study, built: set[str]) -> str:
 def _notes(cfg: Config, cells: list[CellResult]) -> list[str]:
     kinds, notes = {cell.variant for cell in cells}, []
     if "frozen_bn" in kinds and not cfg.train.weights:
-        notes.append("frozen_bn without train.weights is the identity: its cells train without any normalisation.")
+        notes.append("frozen_bn without train.weights is the identity: its cells train without any normalization.")
     if "sync_bn" in kinds:
         how = "its cells are copied from bn's" if "bn" in kinds else "its cells show bn"
         notes.append(f"sync_bn on one rank is the same as bn: {how}.")

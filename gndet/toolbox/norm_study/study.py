@@ -261,7 +261,7 @@ def finished(run: Path) -> dict[str, float | None] | None:
 
 
 def drop_optimizer(run: Path) -> None:
-    """Drop the optimiser's state from a finished run's last checkpoint, which saves up to two thirds of its size."""
+    """Drop the optimizer's state from a finished run's last checkpoint, which saves up to two thirds of its size."""
     for folder in run_checkpoints(run)[:1]:
         saved = load_checkpoint(folder)
         groups = {name: tensors for name, tensors in saved.groups.items() if name != "optimizer"}

@@ -1,6 +1,6 @@
-"""Draw the figures of a report as SVG whose colours follow the page: light mode, dark mode and print.
+"""Draw the figures of a report as SVG whose colors follow the page: light mode, dark mode and print.
 
-matplotlib draws in placeholder colours, which are replaced by CSS variables: --ink, --grid, and --s0 to --s7 for the
+matplotlib draws in placeholder colors, which are replaced by CSS variables: --ink, --grid, and --s0 to --s7 for the
 series.
 """
 
@@ -24,9 +24,9 @@ from gndet.toolbox.report.blocks import escape
 INK, GRID, PAPER = "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
 VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
-    colour: f"var(--s{number})" for number, colour in enumerate(SERIES)
+    color: f"var(--s{number})" for number, color in enumerate(SERIES)
 }
-STYLES = ("-", "--", "-.", ":")  # the next style is used when the colours repeat
+STYLES = ("-", "--", "-.", ":")  # the next style is used when the colors repeat
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FLAT = 56  # characters of column labels that fit without rotation
 NAMES_PER_ROW = 4  # of a legend
@@ -90,14 +90,14 @@ def chart(
 
 
 def _for_page(text: str, name: str) -> str:
-    """Adapt an <svg> to an HTML page: no XML head, no fixed size, the page's colours, unique ids."""
+    """Adapt an <svg> to an HTML page: no XML head, no fixed size, the page's colors, unique ids."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)  # a style would apply to the whole page
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r'id="([\w.]+)"', lambda m: f'id="{name}-{m[1]}"', text)
     text = re.sub(r'(xlink:href="#|url\(#)([\w.]+)', lambda m: f"{m[1]}{name}-{m[2]}", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
+    for color, variable in VARIABLES.items():
+        text = text.replace(color, variable)
     text = re.sub(r" font-family: [^;\"]*sans-serif;", "", text)
     return text.replace("<svg", '<svg role="img"', 1)
 
@@ -118,11 +118,11 @@ def lines(
     room = 0.22 * rows  # for the legend above the axes
     with chart(name, caption, x_label, y_label, height=3.1 + room, top=0.12 + room) as (axes, html):
         for number, line in drawn:
-            colour, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
+            color, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
             marker = MARKERS[number % len(MARKERS)] if len(line.x) <= 12 else None
-            axes.plot(line.x, line.y, style, color=colour, label=line.name, linewidth=1.8, marker=marker, markersize=5)
+            axes.plot(line.x, line.y, style, color=color, label=line.name, linewidth=1.8, marker=marker, markersize=5)
             if line.low is not None and line.high is not None:
-                axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0)
+                axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
         values = (part for _, line in drawn for part in (line.y, line.low, line.high) if part is not None)
         if log_y and not any((np.asarray(part) <= 0).any() for part in values):
             axes.set_yscale("log")

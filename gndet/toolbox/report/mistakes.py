@@ -92,7 +92,7 @@ def _pictures(found: Analysis, dataset: Dataset, results: Results, tags: Tags) -
     present = set().union(*tags.values())
     lead = (
         f"Ground truth beside the detections that score at least {found.threshold:.2f}, the best threshold over all "
-        "classes. A false detection is labelled with its kind of mistake. An object that no detection matches, "
+        "classes. A false detection is labeled with its kind of mistake. An object that no detection matches, "
         "whatever its score, has a red frame in the ground truth."
     )
     notes = [blocks.notice("warn", f"{unreadable} picture(s) could not be read")] if unreadable else []

@@ -173,7 +173,7 @@ def _judge_statistics(layers: Sequence[Layer], update: int) -> Iterator[tuple[st
         yield "warn", (
             f"{_names(shifted)} of {len(frozen)}: the statistics that frozen_bn keeps differ from those of this data: "
             f"{distance}. If this starts at the first layer, the weights were trained with another pixel_mean, "
-            "pixel_std or colour order (train.source). If only deep layers are affected, this data differs from the "
+            "pixel_std or color order (train.source). If only deep layers are affected, this data differs from the "
             "pretraining data; gn adapts to it (train.norm_policy: calibrate)"
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from gndet.toolbox.report.norm_words import BATCH_KINDS, Layer, norm_findings
 from gndet.training.norms import read_norms
 from gndet.training.run_folder import NORMS
 
-TITLE = "Normalisation"
+TITLE = "Normalization"
 UNKNOWN = None, None  # for a layer without such a pair of numbers
 
 
@@ -74,7 +74,7 @@ def _by_layer(layers: Sequence[Layer]) -> list[str]:
     return [
         charts.lines(
             "norm-std", [std],
-            f"Standard deviations of {groups} before normalisation: median and the 5 to 95 % range over {groups} and "
+            f"Standard deviations of {groups} before normalization: median and the 5 to 95 % range over {groups} and "
             f"images. {_part_ranges(layers)}",
             x_label="layer", y_label=f"standard deviation of {groups}", log_y=True,
         ),
@@ -152,7 +152,7 @@ def _over_training(entries: Sequence[dict[str, Any]]) -> str:
         ),
         charts.lines(
             "norm-std-time", _by_part(entries, "std", 2),
-            "Median standard deviation before normalisation; median over a part's layers.",
+            "Median standard deviation before normalization; median over a part's layers.",
             x_label="update", y_label="standard deviation", log_y=True,
         ),
         charts.lines(

@@ -16,7 +16,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError, GndetError
 from gndet.evaluation.results import Results
-from gndet.toolbox.analysis.analysis import Analysis, analyse, chosen_kind, read_results
+from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
 from gndet.training.log import read_metrics
 from gndet.training.optim import total_updates
 from gndet.training.run_folder import CONFIG, DETECTIONS, FAILED, METRICS, PREEMPTED
@@ -118,10 +118,10 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     if not detections.is_file():
         missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
     elif val_set is None:
-        missing.append("detections: these cannot be analysed without the data set")
+        missing.append("detections: these cannot be analyzed without the data set")
     elif (results := _read("detections", missing, read_results, detections, val_set)) is not None:
         kind = chosen_kind(val_set, results)
-        analysis = analyse(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
+        analysis = make_analysis(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
     meta = newest.meta if newest else {}
     return RunRecord(folder, cfg, meta, train, evaluations, train_set, val_set, results, analysis, missing)
 

@@ -58,9 +58,9 @@ def _chart(study: Study, metric: str) -> str:
     series = []
     for variant in study.variants:
         means = [percent_mean(study, variant, size, metric) for size in study.sizes]
-        centre, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
-        band = (centre - half, centre + half) if np.isfinite(half).any() else (centre, centre)
-        series.append(charts.Series(variant_title(variant), study.sizes, centre, *band))
+        center, half = np.array([mean.mean for mean in means]), np.array([mean.half for mean in means])
+        band = (center - half, center + half) if np.isfinite(half).any() else (center, center)
+        series.append(charts.Series(variant_title(variant), study.sizes, center, *band))
     if len(study.sizes) > 1:
         return charts.lines(name, series, caption, x_label="images per GPU", y_label=label, doubling=study.sizes)
     values, low, high = ([float(getattr(line, key)[0]) for line in series] for key in ("y", "low", "high"))

@@ -107,7 +107,7 @@ def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -
 
 
 def _unsupported(tensors: dict[str, Tensor]) -> str:
-    """Return why a recognised model cannot be built; empty if it can."""
+    """Return why a recognized model cannot be built; empty if it can."""
 
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)

@@ -28,7 +28,7 @@ def holding(mib: int, in_child: bool) -> Work:
     def work() -> dict[str, float]:
         print("what a library prints")
         if in_child:
-            code = f"import time; held = b'x' * ({mib} << 20); time.sleep(0.2)"
+            code = f"import time; held = b'x' * ({mib} << 20); time.sleep(1)"  # until it was measured
             subprocess.run([sys.executable, "-c", code], check=True)
         else:
             held = b"x" * (mib << 20)

@@ -66,6 +66,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]
     return folder, printed
 
 
+@pytest.mark.slow
 def test_every_step_leaves_its_files(ran: tuple[Path, dict[str, str]]) -> None:
     folder, _ = ran
     made = (
@@ -79,6 +80,7 @@ def test_every_step_leaves_its_files(ran: tuple[Path, dict[str, str]]) -> None:
     assert last["update"] == SHORT["UPDATES"]
 
 
+@pytest.mark.slow
 def test_commands_print_what_the_text_promises(ran: tuple[Path, dict[str, str]]) -> None:
     printed = {text.removeprefix("!"): words for text, words in ran[1].items()}
     assert "nothing is refused" in printed["gndet check shapes.yaml --sheet sheet.png"]

@@ -314,6 +314,7 @@ def test_no_orphans_and_no_hang_if_the_main_process_ends_with_the_loader_open(
     started.communicate()
 
 
+@pytest.mark.slow
 def test_a_spawned_process_that_fails_with_the_loader_open_does_not_hang(tmp_path: Path) -> None:
     started, children = script(tmp_path, "threads", "1 / 0", "spawn(run, 1, 'cpu')")
     assert started.wait(SOON) == 1 and "ZeroDivisionError" in started.stderr.read()

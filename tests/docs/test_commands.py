@@ -81,6 +81,7 @@ def test_it_runs(call: tuple[str, ...], checkout: Path, monkeypatch: pytest.Monk
     assert main([*call, *small]) == 0
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_python_page_run(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkout)
     code = "\n".join(blocks(REPOSITORY / "docs" / "python_api.md", "python"))

@@ -35,6 +35,8 @@ pytestmark = [
 SHAPES = [  # B, C, H, W, G
     (2, 64, 9, 13, 32), (1, 48, 7, 7, 3), (3, 20, 5, 6, 20), (2, 33, 1, 1, 1), (1, 40, 23, 11, 5), (1, 520, 6, 5, 4),
 ]  # fmt: skip
+CASES = [("as on a GPU", shape) for shape in SHAPES] + [("many and small", shape) for shape in SHAPES[1:4]]
+CASES += [pytest.param("many and small", shape, marks=pytest.mark.slow) for shape in (*SHAPES[:1], *SHAPES[4:])]
 
 
 def last(x: Tensor) -> Tensor:
@@ -60,8 +62,7 @@ def largest(got: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("blocks", ["as on a GPU", "many and small"])
+@pytest.mark.parametrize(("blocks", "shape"), CASES)
 def test_kernels_are_group_norm_over_each_picture(
     blocks: str, shape: tuple[int, ...], padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +127,7 @@ def test_no_regions_give_no_regions() -> None:
     assert not grad_beta.any()
 
 
+@pytest.mark.slow
 def test_they_compile_for_gpus_and_move_maps_16_bytes_at_a_time(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

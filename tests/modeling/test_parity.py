@@ -29,7 +29,7 @@ from gndet.weights.foreign.source import understand
 
 NUM_CLASSES = 6
 SIZE = (250, 310)  # on a canvas of 256 x 320, so that padding is tested too
-KINDS = ("v1", "v2", "gn")
+KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("v1", "v2")] + ["gn"]
 REGIONS = 150  # fewer than usual, to save time
 SPREAD = {  # standard deviation of each predictor's output: neither flat nor saturated
     "rpn.head.cls_logits": 2.0,

@@ -112,7 +112,7 @@ def losses_and_gradients(model: MaskRCNN, memory: str) -> tuple[dict[str, Tensor
 @pytest.mark.parametrize(
     "norm", [NormConfig(channels_per_group=16), NormConfig(kind="frozen_bn")], ids=["gn", "frozen"]
 )
-@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("depth", [18, pytest.param(50, marks=pytest.mark.slow)])
 def test_every_option_gives_the_same_losses_and_gradients(norm: NormConfig, depth: int) -> None:
     backbone = small_config(norm).backbone.model_copy(update={"depth": depth})
     model = small_model(norm, backbone=backbone).double()

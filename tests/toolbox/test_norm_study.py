@@ -336,7 +336,7 @@ def trainings(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Start a study of 2 trainings and kill it after the first."""
+    """Start a study of 2 trainings and kill it after the first; tests that use it are slow."""
     folder = tmp_path_factory.mktemp("killed")
     options = ["--norms", "gn,bn,sync_bn", "--images-per-gpu", "1", "--seeds", "1", "--out", str(folder / "study")]
     command = [sys.executable, "-m", "gndet.cli", "norm-study", tiny(folder), *options, *OVERRIDES]
@@ -370,12 +370,14 @@ def resumed(killed: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_trains_only_what_is_not_finished(resumed: tuple[Path, str]) -> None:
     folder, said = resumed
     assert "measuring" not in said
     assert states(folder) == {"gn-1-seed0": "done", "bn-1-seed0": "done", "sync_bn-1-seed0": "copied"}
 
 
+@pytest.mark.slow
 def test_the_cells_are_trainings_of_their_norm_batch_and_schedule(resumed: tuple[Path, str]) -> None:
     folder, _ = resumed
     for result in read_study(folder).results[:2]:
@@ -386,6 +388,7 @@ def test_the_cells_are_trainings_of_their_norm_batch_and_schedule(resumed: tuple
         assert saved.meta["metrics"] == result.metrics and "optimizer" not in saved.groups
 
 
+@pytest.mark.slow
 def test_sync_bn_has_bns_numbers_and_says_so(resumed: tuple[Path, str]) -> None:
     folder, said = resumed
     results = {r.name: r for r in read_study(folder).results}
@@ -393,6 +396,7 @@ def test_sync_bn_has_bns_numbers_and_says_so(resumed: tuple[Path, str]) -> None:
     assert "sync_bn on one rank is the same as bn" in said
 
 
+@pytest.mark.slow
 def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> None:
     folder, said = resumed
     assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -404,6 +408,7 @@ def test_the_folder_holds_table_curve_and_report(resumed: tuple[Path, str]) -> N
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_cell_that_fails_is_shown_and_the_others_run(resumed: tuple[Path, str], tmp_path: Path) -> None:
     weights = resumed[0] / "cells" / "bn-1-seed0"  # fits bn; gn refuses them without train.norm_policy
     lines: list[str] = []
@@ -440,6 +445,7 @@ def test_a_stopped_study_leaves_no_running_cell(config: str, tmp_path: Path) -> 
     assert states(tmp_path)["gn-1-seed0"] == "pending"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_is_not_taken_for_one(resumed: tuple[Path, str], tmp_path: Path) -> None:
     assert finished(tmp_path) is None and finished(resumed[0] / "cells" / "gn-1-seed0") is not None
     shutil.copytree(resumed[0] / "cells" / "gn-1-seed0", tmp_path / "run", symlinks=True)

@@ -85,9 +85,13 @@ VARIANTS = {
         "model.norm.weight_standardization=true", "model.box_head.sampling_ratio=0", "model.mask_head.sampling_ratio=0",
     ),
 }  # fmt: skip
+SLOW = ("bn", "frozen_bn, torchvision's conventions")
 
 
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(value, id=key, marks=[pytest.mark.slow] * (key in SLOW)) for key, value in VARIANTS.items()],
+)
 def test_the_file_detects_what_the_detector_does(tmp_path: Path, picture: Path, overrides: tuple[str, ...]) -> None:
     checkpoint, file, said = detector(tmp_path, *overrides), tmp_path / "out" / "d.onnx", []
     assert export(checkpoint, file, [], said.append, picture=picture)

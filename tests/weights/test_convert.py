@@ -327,6 +327,7 @@ def scores(net: ResNet20, images_and_truth: tuple[Tensor, Tensor, Tensor]) -> tu
     return tuple(100 * (predicted == truth).float().mean().item() for truth in (labels, expected))
 
 
+@pytest.mark.slow
 def test_a_converted_real_network_still_works_and_one_copied_by_name_does_not(
     source: ResNet20, images_and_truth: tuple[Tensor, Tensor, Tensor]
 ) -> None:

@@ -415,9 +415,9 @@ def run_config(out: Path, weights: Path, policy: str, **train: Any) -> Config:
 @pytest.mark.parametrize(
     ("policy", "what"),
     [
-        ("hybrid", "as in the file, frozen"),
+        pytest.param("hybrid", "as in the file, frozen", marks=pytest.mark.slow),
         ("convert", "converted from bn, damp 1"),
-        ("calibrate", "converted from bn, damp 1, fitted on 4 images"),
+        pytest.param("calibrate", "converted from bn, damp 1, fitted on 4 images", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_keeps_its_norms_and_needs_the_weights_no_more(

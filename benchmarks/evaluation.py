@@ -86,7 +86,7 @@ def _pycocotools_truth(truth: Truth) -> COCO:
 
 
 def detected(num: int, each: int) -> tuple[Truth, Found]:
-    """Return a COCO data set of num pictures, and COCO results with `each` detections per picture by falling score."""
+    """Return a COCO data set of num pictures, and COCO results: `each` detections per picture by descending score."""
     rng = np.random.default_rng(0)
     scenes = make_scenes(SIZE, SCENES, 0)
     drawn = [_detections(scene, each, rng) for scene in scenes]

@@ -114,7 +114,7 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """List the checkpoint folders of a run by falling update number, without opening them."""
+    """List the checkpoint folders of a run, the newest update first, without opening them."""
     found = [path for path in (run / CHECKPOINTS).glob("update-*") if re.fullmatch(r"update-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
 
@@ -261,7 +261,7 @@ def _verified(folder: Path, name: str, entry: _File) -> bytes:
 
 
 def _describe(path: Path) -> str:
-    """Say what a path that is no checkpoint holds."""
+    """Describe what is at a path that is not a checkpoint."""
     if path.is_file():
         return "it is a file; train.weights and gndet convert read files of other toolkits"
     if not path.is_dir():

@@ -50,7 +50,7 @@ class AnchorSample(NamedTuple):
 
 
 class Proposals(NamedTuple):
-    """Regions that the RPN proposes, by falling score, padded to K slots."""
+    """Regions that the RPN proposes, by descending score, padded to K slots."""
 
     boxes: Tensor  # (B, K, 4) float32 xyxy in canvas pixels, inside the picture
     ids: Tensor  # (B, K) int64 ids of the anchors they were refined from
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Detections of a batch, by falling score, padded to D slots."""
+    """Detections of a batch, by descending score, padded to D slots."""
 
     boxes: Tensor  # (B, D, 4) float32 xyxy in canvas pixels
     scores: Tensor  # (B, D) float32 in [0, 1]

@@ -90,7 +90,7 @@ def train(
             if share.size < size:
                 log.message(
                     f"update {update + 1}: out of memory with {size} images at once, continuing with {share.size}; "
-                    "what is learned does not change"
+                    "this does not change what is learned"
                 )
             size = progress.images_at_once = share.size
             if share.skipped:
@@ -119,7 +119,7 @@ def train(
 
 
 def due(done: int, every: int, total: int) -> bool:
-    """Return whether an action that is taken every `every` updates is due; at the end every action is."""
+    """Return whether an action taken every `every` updates is due; at the end of the run every action is."""
     return done == total or (every > 0 and done % every == 0)
 
 

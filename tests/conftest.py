@@ -63,14 +63,14 @@ def forked_ranks() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A home of the tests' own: what is cached (data.cache) does not go into the developer's."""
-    os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())  # packages installed there stay in reach
+    """Use a separate home folder, so that the tests do not write to the developer's cache (data.cache)."""
+    os.environ.setdefault("PYTHONUSERBASE", site.getuserbase())  # keep its packages importable
     os.environ["HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:
-    """The folder of real test data; a test that needs it skips where it is absent."""
+    """The folder of real test data; a test that needs it is skipped if it is missing."""
     root = Path(os.environ.get("GNDET_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
     if not (root / "coco-tiny").is_dir():
         pytest.skip(f"no real data at {root} (set GNDET_TEST_DATA)")
@@ -79,7 +79,7 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
-    """The folder of a run of two updates, a tiny detector's."""
+    """The folder of a run of two updates of a tiny detector."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
     train(load_config(folder / "tiny.yaml", [f"out={folder / 'out'}", "train.schedule.updates=2"]))

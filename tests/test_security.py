@@ -231,7 +231,7 @@ SHAPELESS = {
 
 @pytest.mark.parametrize("where", ["config", "base", "override"])
 @pytest.mark.parametrize("case", SHAPELESS)
-def test_t21_yaml_without_measure_is_refused_in_a_few_words(tmp_path: Path, where: str, case: str) -> None:
+def test_t21_oversized_yaml_is_refused_in_a_few_words(tmp_path: Path, where: str, case: str) -> None:
     value, expected = SHAPELESS[case]
     with pytest.raises(ConfigError, match=expected) as error:
         read_in(tmp_path, where, value)
@@ -258,7 +258,7 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, name: str, expect
             load_config(path)
 
 
-def test_a_thousand_mistakes_are_not_told_at_once() -> None:
+def test_a_thousand_mistakes_are_not_all_listed() -> None:
     with pytest.raises(ConfigError, match="and 980 more mistakes") as error:
         config_from_dict({f"key{i}": i for i in range(1000)}, "meta.json")
     assert len(str(error.value).splitlines()) == 21

@@ -30,7 +30,7 @@ def reading_path() -> list[Path]:
     return [REPOSITORY / name for name in re.findall(r"(?m)^\d+\. \[`(gndet/[^`]+)`\]", PATH.read_text())]
 
 
-def test_six_modules_and_the_mark_of_types_stand_at_the_root() -> None:
+def test_six_modules_and_py_typed_are_at_the_root() -> None:
     names = {path.name for path in ROOM.iterdir() if path.is_file()}
     assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py", "py.typed"}
 

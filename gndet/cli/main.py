@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse a command line; `key=value` overrides may stand anywhere (write ./key=value for a file of that name).
+    """Parse a command line; `key=value` overrides may appear anywhere (write ./key=value for a file of that name).
 
     top: the parser (default: the parser of all verbs).
     """
@@ -80,7 +80,7 @@ def exit_status(command: str, run: Callable[[], int]) -> int:
 
 
 def _is_reader_gone() -> bool:
-    """Return whether the reader of stdout has left, as `| head -1` does; if so, discard further output."""
+    """Return whether the reader of stdout has gone, as `| head -1` does; if so, discard further output."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # poll reports errors without being asked
     if not poll.poll(0):

@@ -21,7 +21,7 @@ def add(verbs: Verbs) -> None:
         help="images per update: images per GPU x ranks, as in the paper (scaled), or the config's value (fixed)",
     )  # fmt: skip
     verb.add_argument("--jobs", type=one_or_more, help="runs at once (default: one per GPU; one on a CPU)")
-    verb.add_argument("--out", type=Path, metavar="FOLDER", help="study to start or resume (runs/norm-study-CONFIG)")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="study folder (default: runs/norm-study-CONFIG)")
     add_overrides(verb)
 
 

@@ -16,12 +16,12 @@ def add(verbs: Verbs) -> None:
         "--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures and predictions.json"
     )
     verb.add_argument(
-        "--threshold", type=fraction, default=0.5, metavar="T", help="draw from this score on (default: 0.5)"
+        "--threshold", type=fraction, default=0.5, metavar="T", help="lowest score of a drawn object (default: 0.5)"
     )
     verb.add_argument("--classes", type=names, help="only these classes, e.g. cat,dog")
     verb.add_argument("--save-crops", action="store_true", help="save each drawn object to OUT/crops/CLASS")
     verb.add_argument("--sheet", action="store_true", help="draw the first pictures together in OUT/sheet.png")
-    verb.add_argument("--every", type=one_or_more, default=1, metavar="N", help="use each Nth video frame (default: 1)")
+    verb.add_argument("--every", type=one_or_more, default=1, metavar="N", help="use every Nth frame (default: 1)")
     add_overrides(verb)
 
 

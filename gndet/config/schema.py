@@ -34,7 +34,7 @@ class NormConfig(Section):
     eps: float = Field(1e-5, ge=0)  # added to the variance. Source: torch, Detectron
     # weight of a batch in the running statistics of bn, sync_bn and brn. Source: torch
     momentum: float = Field(0.1, gt=0, le=1)
-    # masked: exclude the padding beside a picture from statistics and outputs; plain: include it, as other toolkits
+    # masked: exclude the padding around a picture from statistics and outputs; plain: include it, as other toolkits
     # do; auto: masked, except for kinds that mix images
     padding: Literal["auto", "masked", "plain"] = "auto"
     # standardize the weights of the convolutions before the norm. Source: Qiao et al. 2019
@@ -119,7 +119,7 @@ class RPNConfig(Section):
     anchors: Literal["exact", "rounded", "detectron"] = "exact"
     # level: 4 to 64; canvas: canvas side // map side, which is not always 64 on P6 (torchvision: canvas)
     anchor_stride: Literal["level", "canvas"] = "level"
-    # place anchors in the padding beside a picture, as other toolkits do; couples the images of a batch
+    # place anchors in the padding around a picture, as other toolkits do; couples the images of a batch
     anchors_in_padding: bool = False
     straddling_anchors: bool = True  # train on anchors that reach over the picture's edge (Detectron: false)
     # an anchor is positive from this IoU on. Source: Ren et al. 2015, 3.1.2
@@ -199,7 +199,7 @@ class ModelConfig(Section):
     masks: bool = True  # train and predict masks; false makes the model a Faster R-CNN
     # subtracted from the picture, RGB [0 to 255]. Source: ImageNet statistics, torchvision
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    # the picture is divided by it, RGB [0 to 255]. Source: ImageNet statistics, torchvision
+    # the picture is divided by this, RGB [0 to 255]. Source: ImageNet statistics, torchvision
     pixel_std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
@@ -261,7 +261,7 @@ class ModelConfig(Section):
             if norms[part].mixes_images:
                 return f"{key}.kind: {norms[part].kind} takes its statistics over all images that are computed at once"
             if not norms[part].masked and part in ("backbone", "fpn", "rpn"):
-                return f"{key}.padding: plain includes the padding beside a picture, which depends on its batch"
+                return f"{key}.padding: plain includes the padding around a picture, which depends on its batch"
         if self.rpn.anchors_in_padding:
             return "model.rpn.anchors_in_padding: true proposes regions in the padding, which depends on the batch"
         if self.rpn.anchor_stride == "canvas":
@@ -345,7 +345,7 @@ class ScheduleConfig(Section):
 
 
 class SourceConfig(Section):
-    """How to read a weights file that does not describe itself; null takes what its format usually means."""
+    """How to read a weights file that does not describe itself; null takes the usual value of its format."""
 
     # resnet: a classifier of torchvision or timm; auto: recognize the format by the tensors' names
     format: Literal[
@@ -398,14 +398,14 @@ class TrainConfig(Section):
     log_every: int = Field(20, ge=1)  # interval of log lines [updates]
     eval_every: int = Field(5000, ge=0)  # interval of evaluations [updates]; 0: at the end only
     checkpoint_every: int = Field(1000, ge=0)  # interval of checkpoints [updates]; 0: with evaluations only
-    keep_last: int = Field(2, ge=1)  # number of newest checkpoints to keep, beside the best one
+    keep_last: int = Field(2, ge=1)  # number of newest checkpoints to keep, in addition to the best one
     vis_images: int = Field(4, ge=0)  # validation images drawn at each evaluation [images]
     report: bool = True  # write report.html when the run ends
     # validation images that the norm report looks at [images]; 0: no norm report
     norm_images: int = Field(4, ge=0, le=16)
     # a loss or gradient is not finite. stop: end the run; skip:N: skip up to N such updates, then stop
     on_nonfinite: str = Field("stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$")
-    # how long a rank waits for the others before it takes one for lost and ends the run [seconds]
+    # how long a rank waits for the others before it considers one lost and ends the run [seconds]
     timeout_s: float = Field(600.0, gt=0)
 
     @field_validator("images_per_gpu", mode="before")
@@ -428,7 +428,7 @@ class EvaluationConfig(Section):
 class Config(Section):
     """The config of a run."""
 
-    task: Literal["detection"] = "detection"  # what is learned
+    task: Literal["detection"] = "detection"  # what to train
     out: str = ""  # run folder; empty: runs/NAME for NAME.yaml
     seed: int = Field(0, ge=0, lt=1 << 63)  # seed of weights, order, augmentation and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
@@ -442,7 +442,7 @@ class Config(Section):
     def _canvases_hold_all(self) -> "Config":
         longest = self.data.max_edge
         shorter = min(max(self.data.shortest_edge), longest)
-        needed = [(shorter, longest), (longest, shorter)]  # a picture; two of them, one upright and one lying:
+        needed = [(shorter, longest), (longest, shorter)]  # a picture; two of them, one portrait and one landscape:
         needed += [] if self.train.images_per_gpu == 1 else [(longest, longest)]
         canvases = self.data.canvases
         if self.train.compile != "none" and not canvases:

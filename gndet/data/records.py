@@ -21,11 +21,11 @@ class Record(NamedTuple):
     crowd: np.ndarray  # (n,) bool: a crowd region, ignored in training, kept in evaluation
     area: np.ndarray  # (n,) float64 pixels, as COCO's evaluation expects it
     annotation_ids: np.ndarray  # (n,) int64 >= 1, unique in the data set
-    segmentations: Sequence[Any]  # n of: list of flat [x0, y0, x1, y1, ...] polygons, {"size", "counts"} RLE, or None
+    segmentations: Sequence[Any]  # n: lists of flat [x0, y0, x1, y1, ...] polygons, {"size", "counts"} RLEs, or None
 
 
 class Finding(NamedTuple):
-    """One kind of fault of a data set; `gndet.data.datasets.faults` holds the kinds."""
+    """One kind of fault of a data set; `gndet.data.datasets.faults` defines the kinds."""
 
     code: str  # like box-outside
     severity: str  # E: training is refused; F: fixed in memory; N: noted

@@ -76,7 +76,7 @@ def _spawned(
 def _member(
     device: str, deterministic: bool, rank: int, world: int, local: int, rendezvous: str, *, nccl: bool
 ) -> Iterator[Process]:
-    """Be rank `rank` of `world`, on GPU `local` if there is one, during the context; nccl: no ranks share a GPU."""
+    """Act as rank `rank` of `world`, on GPU `local` if there is one, during the context; nccl: no ranks share a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
     if device != "cpu" and not any(name in os.environ for name in _ALLOCATOR):

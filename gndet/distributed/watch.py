@@ -1,7 +1,7 @@
 """Heartbeats between ranks: name the rank that hung or died, and propagate stop requests.
 
-A thread of each rank writes (update, activity, counter) to the store of the process group.  A rank whose counter stands
-still was stopped or killed; a rank whose counter advances hangs in the activity it names.
+A thread of each rank writes (update, activity, counter) to the store of the process group.  A rank whose counter stops
+was stopped or killed; a rank whose counter advances hangs in the activity it names.
 """
 
 import faulthandler

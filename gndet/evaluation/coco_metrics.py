@@ -83,8 +83,8 @@ def coco_metrics(
     """Score COCO results; at max_detections=100 both engines give pycocotools' own stats.
 
     truths: a COCO data set for each kind to score, which may be the same for both; they are not changed.
-    max_detections: number of detections that count per image and class, by falling score.  For segm a detection's size
-    is the area of its mask, as in detectron2, not of its box.
+    max_detections: number of detections that count per image and class, by descending score.  For segm a detection's
+    size is the area of its mask, as in detectron2, not of its box.
     """
     metrics = {}
     with gc_paused(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints

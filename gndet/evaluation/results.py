@@ -190,7 +190,7 @@ def _sampling(low: float, high: float, limit: int, side: int) -> tuple[slice, np
 def _whole_pixels(low: float, high: float, limit: int, side: int) -> tuple[slice, np.ndarray]:
     """Do the same for a box that is grown by a border of one cell and cut to whole pixels, including its last pixel."""
     center, half = (low + high) / 2, (high - low) / 2 * (side + 2) / side
-    first, last = int(center - half), int(center + half)  # rounded towards zero, like torchvision and Detectron
+    first, last = int(center - half), int(center + half)  # rounded toward zero, like torchvision and Detectron
     count = max(last - first + 1, 1)
     pixels = _limited(first, last + 1, limit)
     position = (np.arange(pixels.start, pixels.stop) + 0.5 - first) / count * (side + 2) - 0.5  # the border is at 0

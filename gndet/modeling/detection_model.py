@@ -1,4 +1,4 @@
-"""The interfaces of detectors and region heads, and all that the rest of gndet relies on.
+"""The interfaces of detectors and region heads.  The rest of gndet relies on nothing else.
 
 B images, C channels, L levels, R regions per image, (H, W) canvas; sizes (B, 2) are the pictures' heights and widths.
 

@@ -122,7 +122,7 @@ class MaskRCNN(DetectionModel):
         }
 
     def rectified(self) -> Rectified:
-        """Return the layers of the backbone, the RPN and the first head, whose regions a Step holds."""
+        """Return the layers of the backbone, the RPN and the first head, which the regions of a Step belong to."""
         layers = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
         maps = [part for part in [*layers, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
         return Rectified(maps, self.heads[0].rectified())

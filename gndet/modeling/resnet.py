@@ -15,7 +15,7 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, for ResNet-18 and -34."""
+    """Two 3x3 convolutions with a shortcut, for ResNet-18 and -34."""
 
     expansion = 1
 
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 beside a shortcut; the stride is in the 3x3, as in every GN recipe, or in the first 1x1 (MSRA)."""
+    """1x1, 3x3, 1x1 with a shortcut; the stride is in the 3x3, as in every GN recipe, or in the first 1x1 (MSRA)."""
 
     expansion = 4
 

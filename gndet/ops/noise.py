@@ -28,7 +28,7 @@ class Stream(IntEnum):
 
 
 def hash_ints(*values: int) -> int:
-    """Hash integers to an integer in [0, 2**63), by chained SplitMix64 finalisers (Steele et al. 2014)."""
+    """Hash integers to an integer in [0, 2**63), by chained SplitMix64 finalizers (Steele et al. 2014)."""
     state = 0x9E3779B97F4A7C15
     for value in values:
         state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF

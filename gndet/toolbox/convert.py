@@ -53,7 +53,7 @@ def convert(
     images = _pictures(pictures) if pictures else None
     start = initial_model(cfg, classes or ("object",), images=images, source=source._replace(classes=classes or None))
     for note in start.notes:
-        if not note.startswith("tensors that start anew"):  # these are not written
+        if not note.startswith("newly initialized tensors"):  # these are not written
             show(note)
     show(f"holds: {', '.join(source.parts)}")
     if to in TOOLKITS:

@@ -152,7 +152,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def mask_fingerprint(dataset: Dataset) -> str:
-    """Return a hash of the objects' polygons and run lengths as they stand in the annotation file."""
+    """Return a hash of the objects' polygons and run lengths as written in the annotation file."""
     digest = hashlib.sha256()
     for record in dataset.records:
         for segmentation in record.segmentations:

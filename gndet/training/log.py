@@ -104,7 +104,7 @@ class Log:
         self._to_board(lambda board: board.add_image(tag, picture, update, dataformats="HWC"))
 
     def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: np.ndarray) -> None:
-        """Log a precision-recall curve (rising recall) to TensorBoard; COCO has no counts, so they are zero."""
+        """Log a precision-recall curve (ascending recall) to TensorBoard; COCO has no counts, so they are zero."""
         zeros = np.zeros(len(recall))
         falling = np.array(precision)[::-1], np.array(recall)[::-1]
         self._to_board(

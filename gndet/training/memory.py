@@ -93,6 +93,6 @@ def release(device: torch.device) -> None:
 
 
 def largest_fitting(candidates: list[int], fits: Callable[[int], bool]) -> int:
-    """Return the largest of rising candidates that fits, or 0, by bisection; below one that fits, all must fit."""
+    """Return the largest of ascending candidates that fits, or 0, by bisection; below one that fits, all must fit."""
     count = bisect.bisect_left(candidates, True, key=lambda candidate: not fits(candidate))
     return candidates[count - 1] if count else 0

@@ -67,7 +67,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     if not proc.first:  # after the sweep of rank 0
         saved, damaged = newest_checkpoint(out)
     if damaged and saved is None:
-        raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts anew", *damaged]))
+        raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts over", *damaged]))
     return saved, damaged
 
 

@@ -63,9 +63,9 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
 
 
 def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) -> None:
-    """Raise TrainingError, on all ranks, if one of them has another checkpoint, other data or another config.
+    """Raise TrainingError, on all ranks, if one of them has a different checkpoint, data or config.
 
-    Each rank reads them itself: on machines that do not share a disk, gradients of two runs would be summed.
+    Each rank reads its own files, so on machines without a shared disk the gradients of two runs could be summed.
     """
     cfg = run.cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
     mine = {
@@ -133,7 +133,7 @@ def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Mod
     if cfg.compile == "none":
         return model
     if cfg.compile == "reduce-overhead" and device.type == "cpu":
-        raise ConfigError("train.compile: reduce-overhead makes CUDA graphs, the device is cpu; use default or none")
+        raise ConfigError("train.compile: reduce-overhead needs a GPU, but the device is cpu; use default or none")
     if cfg.memory_limit_mib is not None and device.type == "cpu":
         raise ConfigError(
             f"train.compile: {cfg.compile} fuses the operators whose tensors train.memory_limit_mib: "
@@ -167,7 +167,7 @@ def compile_ahead(run: Run, size: int) -> list[str]:
         ) from error
     except RuntimeError as error:
         if not out_of_memory(error):
-            raise  # out of memory is no error here: the first update meets it too and continues with fewer images
+            raise  # out of memory is not an error here: the first update meets it, too, and continues with fewer images
         release(proc.device)
     finally:
         undo()

@@ -192,9 +192,9 @@ def _report(
     names = {
         "tensors": [f"{part} {count}" for part, count in counts.items()],
         "classes carried over by name": [name for name in classes if name in known],
-        "classes that start anew": [name for name in classes if name not in known],
+        "newly initialized classes": [name for name in classes if name not in known],
         "classes of the file not used": [name for name in known if name not in classes],
-        "tensors that start anew": anew,
+        "newly initialized tensors": anew,
         "tensors of the file not used": [*unused, *source.unused],
     }
     if not by_class:

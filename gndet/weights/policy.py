@@ -21,7 +21,7 @@ CHOICES = {  # policies that are not `error`
     "convert": "GN that computes nearly the same, in closed form from the file alone",
     "calibrate": "as convert if the file has statistics, then gamma and beta fitted on training images",
     "affine": "gamma and beta copied by name, which destroys the features",
-    "reinit": "the convolutions only; the norms start anew",
+    "reinit": "the convolutions only; the norms are newly initialized",
 }
 AS_IN_FILE = "as in the file"
 STATISTICS = ("weight", "bias", "running_mean", "running_var")
@@ -128,7 +128,7 @@ def _unable(policy: str, part: str, file_norm: NormConfig, model_norm: NormConfi
 def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str, Tensor], dict[str, Fate]]:
     """Turn the norm layers of a file into those of the model, by train.norm_policy if they differ.
 
-    model: built from cfg.model.  Returns the source's state without the tensors that start anew, and what became of
+    model: built from cfg.model.  Returns the source's state without the tensors to initialize, and what became of
     each norm layer.
     """
     state, fates = dict(source.state), {}

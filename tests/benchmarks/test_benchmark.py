@@ -69,7 +69,7 @@ def test_memory_and_time_of_processes_that_a_subject_starts_count(capfd: pytest.
         ("cannot be built", r"(?s)^bad failed:.*ValueError: no such thing"),
     ],
 )
-def test_a_subject_that_fails_is_told(tmp_path: Path, how: str, told: str) -> None:
+def test_a_subject_that_fails_is_reported(tmp_path: Path, how: str, told: str) -> None:
     subjects = [Subject("good", noting, (tmp_path / "log", "good")), Subject("bad", failing, (how,))]
     with pytest.raises(MachineError, match=told):
         take_turns(subjects, 1, threads=1)

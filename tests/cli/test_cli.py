@@ -43,7 +43,7 @@ def test_tools_are_the_same_verbs(verb: str) -> None:
     assert tool.returncode == 0 and tool.stdout == run(verb, "--help").stdout
 
 
-def test_a_mistake_is_told_without_a_traceback() -> None:
+def test_a_mistake_is_shown_without_a_traceback() -> None:
     done = run("config", str(REPOSITORY / "configs/quickstart.yaml"), "model.norm.knid=gn")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.strip() == (
@@ -102,6 +102,6 @@ def test_evaluate_refuses_other_classes_and_what_is_no_checkpoint(
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_results_that_cannot_be_written_are_told_first(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_that_cannot_be_written_are_reported_first(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(trained), "--out", "/proc/nowhere/results.json"]) == 2
     assert "--out /proc/nowhere: cannot make this folder" in capsys.readouterr().err

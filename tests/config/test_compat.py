@@ -133,7 +133,7 @@ def test_both_heads_pool_as_their_toolkit(compat: str, alignment: Alignment, rat
 
 
 @pytest.mark.parametrize("compat", PRESETS)
-def test_a_preset_is_a_default_that_a_file_s_own_values_precede(tmp_path: Path, compat: str) -> None:
+def test_values_in_a_file_override_its_preset(tmp_path: Path, compat: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model:\n  rpn: {post_nms_train: 77}\n  box_head: {roi_align: aligned, sampling_ratio: 3}\n")
     model = load_config(path, [f"model.compat={compat}"]).model
@@ -145,7 +145,7 @@ def test_a_preset_is_a_default_that_a_file_s_own_values_precede(tmp_path: Path, 
     assert model.fpn == ModelConfig().fpn and model.backbone == ModelConfig().backbone
 
 
-def test_an_override_beside_the_preset_precedes_it() -> None:
+def test_an_override_takes_precedence_over_the_preset() -> None:
     cfg = with_overrides(Config(), ["model.compat=detectron", "model.rpn.clip=edges"], "test")
     assert (cfg.model.rpn.clip, cfg.model.box_head.clip) == ("edges", "pixels")
 

@@ -84,7 +84,7 @@ def test_the_cache_gives_what_reading_gave(data_root: Path, tmp_path: Path, name
     assert first.records.again is not None and plain.records.again is None
 
 
-def test_a_changed_file_or_folder_is_read_anew(data: Hostile, tmp_path: Path) -> None:
+def test_a_changed_file_or_folder_is_read_again(data: Hostile, tmp_path: Path) -> None:
     cache = tmp_path / "c"
     assert len(read(data, cache).records) == 2
     data.tree["annotations"][0]["bbox"][0] = 3

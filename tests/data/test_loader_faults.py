@@ -114,7 +114,7 @@ def test_t25_a_killed_process_is_replaced_and_the_stream_is_the_same(
     for number in killed:
         (line,) = (line for line in told if line.startswith(f"loader process {number} "))
         assert "was killed by signal 9 (out of memory?) while preparing image(s) " in line
-        assert line.endswith("; started anew")
+        assert line.endswith("; restarted")
 
 
 def test_t25_processes_killed_again_and_again_lose_nothing(dataset: Dataset) -> None:
@@ -139,7 +139,7 @@ def test_t25_an_item_that_kills_is_named_once_all_earlier_ones_came(workers: int
         for tensor in simple(deadly, workers=workers, notify=told.append):
             found.append(int(tensor[0]))
     assert found == list(range(7))
-    assert told[-1].endswith("while preparing item 7; started anew") and len(told) <= 2
+    assert told[-1].endswith("while preparing item 7; restarted") and len(told) <= 2
 
 
 def test_t25_a_picture_that_kills_is_named_by_its_image(dataset: Dataset) -> None:
@@ -376,7 +376,7 @@ def test_t19_bad_pictures_are_replaced_and_all_others_come_once(
     assert all(reasons[image_id].startswith(f"{tmp_path / str(image_id)}.png: cannot be read") for image_id in bad)
 
 
-def test_t19_the_stand_in_is_the_next_of_the_epoch_s_order_round_its_end(files: Dataset, tmp_path: Path) -> None:
+def test_t19_the_replacement_is_the_next_in_the_epoch_s_order_wrapping_around(files: Dataset, tmp_path: Path) -> None:
     order = batching.order(0, 0, 11)
     for place in (10, 4, 5):  # the last of the epoch, and two in a row
         (tmp_path / f"{files.records[order[place]].image_id}.png").unlink()
@@ -441,7 +441,7 @@ def test_a_mistake_in_the_data_set_is_not_taken_for_a_bad_picture(dataset: Datas
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_is_told_of_a_bad_picture_beside_the_others(files: Dataset, tmp_path: Path, workers: int) -> None:
+def test_evaluation_reports_a_bad_picture_and_yields_the_others(files: Dataset, tmp_path: Path, workers: int) -> None:
     bad = spoil(tmp_path, files, 0, 5)
     data = DATA.model_copy(update={"workers": workers})
     tested = list(batching.test_batches(files, data, images_per_gpu=2, rank=0, world=1, pin_memory=False))

@@ -186,7 +186,7 @@ def test_a_flip_moves_picture_boxes_and_masks_together(dataset: Dataset, option:
 
 @pytest.mark.parametrize(("option", "axis"), [("flip", -1), ("flip_vertical", -2)])
 @pytest.mark.parametrize("edge", [70, 133])
-def test_to_flip_and_then_resize_is_to_resize_and_then_flip(
+def test_flipping_then_resizing_equals_resizing_then_flipping(
     dataset: Dataset, option: str, axis: int, edge: int
 ) -> None:
     data = PLAIN.model_copy(update={"shortest_edge": (edge,)})

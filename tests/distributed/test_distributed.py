@@ -28,7 +28,7 @@ def note_allocator(rank: int, device: str, given: dict[str, str], out: Path) -> 
         ("cpu", {}, {}),
     ],
 )
-def test_the_allocator_is_told_to_grow_its_segments_unless_the_user_has_told_it_something(
+def test_the_allocator_grows_its_segments_unless_the_user_configured_it(
     tmp_path: Path, device: str, given: dict[str, str], expected: dict[str, str]
 ) -> None:
     spawn(note_allocator, (device, given, tmp_path / "said.json"), nprocs=1)

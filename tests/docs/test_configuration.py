@@ -19,7 +19,7 @@ def test_the_page_is_what_the_generator_writes() -> None:
     assert PAGE.read_text(encoding="utf-8") == generator.page(), "run `python docs/make_configuration.py`"
 
 
-def test_every_option_stands_on_the_page() -> None:
+def test_every_option_is_on_the_page() -> None:
     headings, section = set(), ""
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):

@@ -293,7 +293,7 @@ class BreakOff(BaseException):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_that_is_broken_off_leaves_no_process_and_the_model_as_it_was(workers: int) -> None:
+def test_an_interrupted_evaluation_leaves_no_process_and_the_model_as_it_was(workers: int) -> None:
     dataset, seen = shapes(), []
     model = Finder(dataset).train()
 

@@ -112,7 +112,7 @@ def test_boxes_and_masks_scored_together_are_those_scored_alone(truth: dict, eng
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_ids_that_no_float_holds_are_told_apart(truth: dict, engine: str, kind: str) -> None:
+def test_ids_too_large_for_a_float_stay_distinct(truth: dict, engine: str, kind: str) -> None:
     results = perturbed(truth, seed=5)
     expected = metrics_of(truth, results, kind, engine=engine, max_detections=100)
     new = {image_id: 2**62 + i for i, image_id in enumerate(sorted(image["id"] for image in truth["images"]))}

@@ -39,7 +39,7 @@ def test_labels_stay_inside_the_picture() -> None:
             assert corners[ys, xs].sum() > 500  # the whole background of the label is there, not a part of it
 
 
-def test_labels_are_left_out_where_they_would_cover_the_picture() -> None:
+def test_labels_are_left_out_if_they_would_cover_the_picture() -> None:
     for count, labeled in ((visualize.MAX_LABELS, True), (visualize.MAX_LABELS + 1, False)):
         boxes = np.repeat(BOX, count, axis=0)
         picture = visualize.draw_objects(GRAY, boxes, ["cat"] * count, [0] * count)

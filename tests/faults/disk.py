@@ -23,7 +23,7 @@ SAVING = ("train.checkpoint_every=1", "train.eval_every=0", "train.schedule.upda
 
 
 def damaged(folder: Path, first: int | None = None) -> str:
-    """T7.  first: how many of the damages are tried, all by default."""
+    """T7.  first: how many kinds of damage to try, all by default."""
     options = ("train.eval_every=3",)
     base = start(folder, "base", *options, faults={"signal_after": [TERM, 5]})
     base.expect(0)
@@ -41,10 +41,8 @@ def damaged(folder: Path, first: int | None = None) -> str:
     for saved in run_checkpoints(base.out):
         damage(saved / "model.safetensors", "flipped")
     text = start(folder, "base", *options).expect(2)
-    check("no checkpoint is whole; --fresh starts anew" in text, f"all damaged: {text}")
-    return (
-        f"{len(cases)} of {len(cases)} damages reported, fell back, ended bit-identical; all damaged: refused, status 2"
-    )
+    check("no checkpoint is whole; --fresh starts over" in text, f"all damaged: {text}")
+    return f"{len(cases)} of {len(cases)} kinds of damage reported, bit-identical; all damaged: refused, status 2"
 
 
 def damage(path: Path, how: str) -> None:

@@ -96,7 +96,7 @@ def killed_worker(folder: Path) -> str:
     os.kill(run.children()[0], KILL)
     run.open_gate(2)
     text = run.expect(0)
-    check("was killed by signal 9" in text and "started anew" in text, f"the restart is not reported: {text}")
+    check("was killed by signal 9" in text and "restarted" in text, f"the restart is not reported: {text}")
     check_same(run.out, unbroken(folder, *options), "after a loader process was killed")
     again = start(folder, "again", *options, faults={"deadly_picture": [3, 1]})
     again.wait_for("at once")

@@ -143,7 +143,7 @@ def test_they_compile_for_gpus_and_move_maps_16_bytes_at_a_time(tmp_path: Path) 
             assert "st.global.v4.b32" in accesses, name
 
 
-def test_the_self_test_passes_and_tells_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     device, trouble = torch.device(DEVICE), norm_kernels.trouble.__wrapped__
     assert trouble(device) == ""
     true = norm_kernels.backward

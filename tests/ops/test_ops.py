@@ -98,7 +98,7 @@ def test_noise_is_uniform_keyed_and_independent_of_the_other_candidates() -> Non
 def test_noise_is_integer_arithmetic_with_equal_results_on_every_device() -> None:
     """Compare with Python's unbounded integers: no overflow affects a result, so a GPU draws the same numbers."""
 
-    def mix(x: int) -> int:  # MurmurHash3's finaliser for 32 bits
+    def mix(x: int) -> int:  # MurmurHash3's finalizer for 32 bits
         x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
         x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
         return x ^ x >> 16

@@ -195,7 +195,7 @@ def test_a_perfect_detector_makes_no_mistakes(dataset: Dataset) -> None:
     assert (found.confusion == np.diag(np.diag(found.confusion))).all()
 
 
-def test_nothing_found_is_no_failure(dataset: Dataset) -> None:
+def test_finding_nothing_is_not_a_failure(dataset: Dataset) -> None:
     found = make_analysis(dataset, from_coco([]), kind="box", max_detections=100)
     assert found.metrics.summary["AP"] == 0.0 and found.threshold == 0.5 and np.isnan(found.best[-1]).all()
     assert found.errors.counts["Miss"] == sum(row["num_objects"] for row in found.metrics.per_class)

@@ -60,7 +60,7 @@ def test_usual_starts_of_a_gn_detector_are_silent(backbone: str, policy: str) ->
 # --- frozen layers
 
 
-def test_norms_begun_anew_and_frozen_are_an_error_that_stops_training(backbone: str, tmp_path: Path) -> None:
+def test_newly_initialized_norms_that_are_frozen_stop_training(backbone: str, tmp_path: Path) -> None:
     cfg = config(train=weights(backbone, "reinit"), backbone={"freeze_at": 2})
     assert audited(cfg).errors == [
         "5 norm layers from backbone.stem.norm on: frozen by model.backbone.freeze_at: 2 with random weights; set "
@@ -131,7 +131,7 @@ def test_sync_bn_on_one_rank_is_warned_of(kind: str, world: int, said: int) -> N
 # --- groups and decay
 
 
-def test_groups_of_one_channel_are_warned_of_where_they_are_called_gn() -> None:
+def test_groups_of_one_channel_cause_a_warning_if_they_are_called_gn() -> None:
     (warning,) = audited(config(GN, fpn={"norm": {"kind": "gn", "groups": 16}})).warnings
     assert warning.startswith("8 norm layers from fpn.lateral2.norm on: groups of one channel are Instance Normal")
     assert audited(config({"kind": "in"})).warnings == []

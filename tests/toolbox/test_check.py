@@ -269,21 +269,21 @@ def test_nothing_is_written_among_the_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["file.json", "val.json", "config.yaml", "base.yaml", "other.json", "link.json"])
-def test_no_file_of_the_users_is_written_over(tmp_path: Path, name: str) -> None:
+def test_no_file_of_the_user_is_overwritten(tmp_path: Path, name: str) -> None:
     data = Hostile(tmp_path / "data")
     data.write(), data.write("val.json"), data.write("other.json")
     config(data, annotations="val.json").rename(data.folder / "base.yaml")
     (data.folder / "config.yaml").write_text("base: base.yaml\n")
     os.link(data.folder / "file.json", data.folder / "link.json")
     before = (data.folder / name).read_bytes()
-    with pytest.raises(OutputError, match=r"among your data|no report of gndet check"):
+    with pytest.raises(OutputError, match=r"among your data|not a report of gndet check"):
         check(str(data.folder / "config.yaml"), [], lambda _: None, out=data.folder / name)
     with pytest.raises(OutputError, match=r"expected a name like|among your data"):
         check(str(data.folder / "config.yaml"), [], lambda _: None, sheet=data.folder / name)
     assert (data.folder / name).read_bytes() == before
 
 
-def test_a_former_report_is_written_over_and_outputs_are_told_apart(tmp_path: Path) -> None:
+def test_an_old_report_is_overwritten_and_outputs_must_differ(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
     path = data.write()
     for _ in range(2):
@@ -351,7 +351,7 @@ def test_findings_beyond_the_limit_are_explained(tmp_path: Path) -> None:
         (["cat", "dog", *map(str, range(9))], "only val has '0', '1', '2', '3', '4' and 4 more"),
     ],
 )
-def test_the_difference_of_classes_is_told(tmp_path: Path, names: list[str], words: str) -> None:
+def test_differing_classes_are_reported(tmp_path: Path, names: list[str], words: str) -> None:
     data = Hostile(tmp_path / "data")
     data.write()
     data.tree["categories"] = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]

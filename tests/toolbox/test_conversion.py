@@ -113,7 +113,7 @@ def test_a_torchvision_backbone_becomes_a_backbone_to_start_from(folder: Path, t
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in saved.groups["model"].items())
     assert set(fates) == {name for name in norm_names(model) if name.startswith("backbone.")}
-    assert any(note.startswith("tensors that start anew: fpn.") for note in notes)
+    assert any(note.startswith("newly initialized tensors: fpn.") for note in notes)
 
     cfg = config(BN, train={"weights": str(plain)})
     batch = pictures(cfg)
@@ -201,7 +201,7 @@ def test_what_is_written_for_torchvision_reads_back(
         (["{folder}/run", "{folder}/resnet18.pth", "--to", "torchvision"], "{folder}/resnet18.pth: exists; choose"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_in_one_line_and_nothing_is_written(
+def test_a_mistake_is_reported_in_one_line_and_nothing_is_written(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     places = {"folder": folder, "out": tmp_path / "out"}

@@ -201,7 +201,7 @@ def test_an_operator_that_fails_or_gives_nan_is_found(monkeypatch: pytest.Monkey
     assert fact == Fact("RoIAlign", "fails: RuntimeError: operator torchvision::roi_align does not exist", "wrong")
 
 
-def test_metrics_that_differ_by_however_little_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_difference_of_metrics_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     true = kernels.coco_metrics
 
     def wrong(truths: object, results: object, *, engine: str, max_detections: int) -> dict:
@@ -224,7 +224,7 @@ def test_triton_kernels_in_trouble_are_a_warning_with_their_words(monkeypatch: p
 # --- limits and versions
 
 
-def test_too_little_shared_memory_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_too_little_shared_memory_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     judged = {}
     for name, total in {"Docker's": 64 * MIB, "less": 16 * MIB, "plenty": 8192 * MIB}.items():
         monkeypatch.setattr(shutil, "disk_usage", lambda _, total=total: Usage(total, 0, total))

@@ -56,7 +56,7 @@ def report(config: Path, *overrides: str, passes: bool) -> dict:
 
 @pytest.mark.faults  # T24
 @pytest.mark.parametrize("overrides", [(), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln")])
-def test_it_passes_where_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:
+def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:
     found = report(config, *overrides, passes=True)
     assert found["passed"] and found["leaks"] == []
     columns = found["differences"]["float64"]
@@ -194,7 +194,7 @@ def test_out_of_memory_is_a_mistake_with_a_remedy(config: Path, monkeypatch: pyt
         check_invariance(load_config(config), 4, Process(0, 1, torch.device("cpu")), lambda line: None)
 
 
-def test_a_report_that_cannot_be_written_is_told_first(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_that_cannot_be_written_is_reported_first(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["invariance", str(config), "--out", str(config.parent)]) == 2
     assert "is a folder, expected the name of a file" in capsys.readouterr().err
 

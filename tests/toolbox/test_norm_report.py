@@ -83,7 +83,7 @@ def test_a_layer_s_quantiles_are_those_of_torch_in_float64() -> None:
         assert numbers(measured, name)["elements"] == 16 * given[name][0, 0].numel()
 
 
-def test_masked_pictures_measure_alike_in_any_company() -> None:
+def test_a_masked_picture_measures_the_same_in_any_batch() -> None:
     model = small_model().double()
     wide = look(model, [(96, 128), (64, 80)])
     alone = measure(model, [make_batch([(96, 128)]), make_batch([(64, 80)], first=1)], nullcontext, None)
@@ -186,7 +186,7 @@ def test_groups_of_one_number_are_found() -> None:
     assert words(measured).startswith("bad: backbone.res5.0.conv1.norm and 6 more: groups of one number")
 
 
-def test_what_is_not_finite_is_told_and_ends_nothing() -> None:
+def test_values_that_are_not_finite_are_reported_and_end_nothing() -> None:
     def change(model: MaskRCNN) -> None:
         model.backbone.res3[0].conv1.conv.weight[0] = math.inf
 

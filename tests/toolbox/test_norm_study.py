@@ -126,12 +126,12 @@ def test_a_norm_that_falls_is_said_to_fall_and_one_that_does_not_is_not() -> Non
     assert "gn from 8 to 1 image per GPU: -0.3" in said and "the interval includes 0" in said
 
 
-def test_intervals_that_hold_0_are_no_victory() -> None:
+def test_an_interval_that_contains_0_is_not_a_win() -> None:
     said = "\n".join(study_verdict(made_up({("gn", 1): [0.40, 0.50], ("ln", 1): [0.39, 0.49]})))
-    assert "cannot be told from ln" in said and "clearly" not in said
+    assert "cannot be distinguished from ln" in said and "clearly" not in said
 
 
-def test_one_seed_is_said_to_tell_nothing_of_chance() -> None:
+def test_one_seed_cannot_rule_out_chance() -> None:
     assert "One seed per cell" in study_verdict(made_up({("gn", 1): [0.4], ("gn", 2): [0.4]}))[0]
 
 
@@ -256,7 +256,7 @@ def test_a_count_that_does_not_divide_the_channels_is_refused_with_the_reason(co
     assert accepted.state == "pending"
 
 
-def test_what_cannot_be_split_is_refused_where_it_cannot_and_only_there(config: str) -> None:
+def test_an_impossible_split_is_refused_only_at_that_size(config: str) -> None:
     options = ("train.global_batch=3",)
     cells = study_cells(("gn", "bn"), (1, 2), (0,))
     states = {c.name: c.state for c in begin(load_config(config, options), config, options, cells, "fixed", 1).results}

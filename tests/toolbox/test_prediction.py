@@ -122,7 +122,7 @@ def test_classes_are_filtered_and_an_unknown_one_is_named(detector: Detector, fo
     assert not (tmp_path / "none").exists()
 
 
-def test_crops_are_the_objects_of_the_threshold_cut_out_along_their_boxes(
+def test_crops_are_the_drawn_objects_cut_out_along_their_boxes(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
     run(detector, [folder / "a.png"], tmp_path / "all")

@@ -151,7 +151,7 @@ def test_an_unfinished_run_is_reported_with_what_it_has(finished: Path, tmp_path
     assert {"summary", "data", "batches", "setup"} <= set(page.ids)
 
 
-def test_detections_of_other_data_are_told_and_nothing_is_made_of_them(finished: Path, tmp_path: Path) -> None:
+def test_detections_of_other_data_are_reported_and_not_analyzed(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out, symlinks=True)
     (out / "detections.json").write_text('[{"image_id": 5, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}]')

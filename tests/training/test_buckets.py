@@ -150,7 +150,7 @@ def count(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_each_gradient_is_sent_once_and_on_the_way_where_all_have_one(tmp_path: Path) -> None:
+def test_each_gradient_is_sent_once_and_early_if_all_ranks_have_it(tmp_path: Path) -> None:
     spawn(count, args=(tmp_path,), nprocs=2)
     for rank in (0, 1):
         got = torch.load(tmp_path / str(rank))

@@ -85,7 +85,7 @@ def test_canvases_that_do_not_hold_every_batch_are_refused(config: Path) -> None
 
 
 def test_what_a_cpu_cannot_compile_is_refused() -> None:
-    with pytest.raises(ConfigError, match="reduce-overhead makes CUDA graphs, the device is cpu"):
+    with pytest.raises(ConfigError, match="reduce-overhead needs a GPU, but the device is cpu"):
         compiled(torch.nn.Linear(1, 1), TrainConfig(compile="reduce-overhead"), CPU)
     with pytest.raises(ConfigError, match=r"memory_limit_mib: 99 would count on a CPU"):
         compiled(torch.nn.Linear(1, 1), TrainConfig(compile="default", memory_limit_mib=99), CPU)
@@ -110,7 +110,7 @@ class Toy(torch.nn.Module):
         return {"loss": batch.images.sum((1, 2, 3)) * self.weight}
 
 
-def test_a_machine_without_a_compiler_is_told(run: Run) -> None:
+def test_a_missing_compiler_is_reported(run: Run) -> None:
     def compiler(graph: object, inputs: object) -> None:
         raise RuntimeError("No working C++ compiler found")
 

@@ -204,7 +204,7 @@ def test_tensorboard_goes_on_after_its_writer_ran_out_of_room_and_hides_what_a_k
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50)]
 
 
-def test_what_is_never_written_is_told(tmp_path: Path) -> None:
+def test_what_is_never_written_is_reported(tmp_path: Path) -> None:
     with Log(tmp_path, total_updates=5) as log, no_file_beyond(0):
         log.train(1, VALUES)
         lost = log.lost()

@@ -221,14 +221,14 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_learne
         cfg = load(config, "tight", *kept, "train.images_per_gpu=8", f"train.memory_limit_mib={limit}")
         train(cfg, console=Console(file=file))
     text = (config.parent / "log").read_text()
-    assert "out of memory with 8 images at once, continuing with" in text and "what is learned does not change" in text
+    assert "out of memory with 8 images at once, continuing with" in text and "does not change what is learned" in text
     assert text.count("out of memory") <= 2  # not at every update: later ones start with the smaller size
     lines = [json.loads(line) for line in (config.parent / "tight" / "metrics.jsonl").read_text().splitlines()]
     assert [line["images_at_once"] for line in lines if line["kind"] == "train"][-1] == 2
     assert max(difference(config.parent / "calm", config.parent / "tight")) < 1e-9
 
 
-def test_running_out_of_memory_stops_the_run_where_fewer_would_change_what_is_learned(config: Path) -> None:
+def test_running_out_of_memory_stops_a_run_if_fewer_images_would_change_it(config: Path) -> None:
     limit = "train.memory_limit_mib=9"
     with pytest.raises(TrainingError, match=r"out of memory with 1 image\(s\) at once .*lower data\.max_edge"):
         train(load(config, "run", "train.images_per_gpu=1", "train.optimizer.kind=adamw", limit))

@@ -151,7 +151,7 @@ def test_a_loss_or_the_gradient_alone_is_enough(losses: tuple[float, ...], norm:
     assert found == finite and (not finite or list(sums.values()) == list(losses))
 
 
-def test_so_many_updates_are_passed_over_and_no_more(tmp_path: Path) -> None:
+def test_only_the_allowed_number_of_updates_is_skipped(tmp_path: Path) -> None:
     run = make_run(tmp_path, on_nonfinite="skip:2")
     refuse(run, "text", 2)
     with pytest.raises(TrainingError, match=r"(?s)text.*2 have been skipped before"):

@@ -49,7 +49,7 @@ def go_on(config: Path, *overrides: str) -> str:
     return said.getvalue()
 
 
-def test_nothing_is_said_where_nothing_differs_and_the_bits_are_the_same(stopped: Path, finished: Path) -> None:
+def test_an_unchanged_resume_reports_nothing_and_is_bit_identical(stopped: Path, finished: Path) -> None:
     text = go_on(stopped)
     assert "continuing after update 4 of 6" in text and "not bit-exact" not in text
     assert_same(finished.parent / "run", stopped.parent / "run")
@@ -99,7 +99,7 @@ def test_other_classes_are_refused(stopped: Path) -> None:
         go_on(stopped)
 
 
-def test_an_evaluation_that_a_signal_broke_off_is_made_up_for(stopped: Path) -> None:
+def test_an_interrupted_evaluation_is_repeated_on_resume(stopped: Path) -> None:
     run = stopped.parent / "run"
     train(load(stopped, "run", *OPTIONS))
     saved = load_checkpoint((run / "last").resolve())
@@ -176,7 +176,7 @@ def test_no_thread_outlives_a_save(finished: Path, tmp_path: Path) -> None:
     saver.wait()
 
 
-def test_whatever_the_writing_thread_trips_over_the_next_save_is_tried(
+def test_after_any_error_of_the_writing_thread_the_next_save_is_tried(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = build_run(load(finished, "unused"), tmp_path, Process(0, 1, torch.device("cpu")), None)

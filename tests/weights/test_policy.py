@@ -255,7 +255,7 @@ def test_fused_bn_cannot_be_converted_and_can_be_calibrated(bn: MaskRCNN, tmp_pa
     assert (got - t).norm() < 0.6 * (t - t.mean((0, 2, 3), keepdim=True)).norm() < 0.6 * (affine - t).norm()
 
 
-def test_a_pyramid_without_norms_can_be_calibrated_or_begun_anew(tmp_path: Path) -> None:
+def test_a_pyramid_without_norms_can_be_calibrated_or_newly_initialized(tmp_path: Path) -> None:
     file_cfg = config(GN, fpn={"norm": NONE})
     file = lived_in(file_cfg)
     path = save(tmp_path / "a", file_cfg, file.state_dict(), ("backbone", "fpn"))

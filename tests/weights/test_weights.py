@@ -86,7 +86,7 @@ def test_rows_follow_their_class_by_name_and_all_else_is_equal(tmp_path: Path) -
     assert report[1].startswith("tensors: backbone ")
     assert report[2:] == [
         "classes carried over by name: bus, cat",
-        "classes that start anew: tram",
+        "newly initialized classes: tram",
         "classes of the file not used: dog",
     ]
 
@@ -116,19 +116,19 @@ def test_heads_that_one_side_lacks_are_listed_tensor_by_tensor(tmp_path: Path, f
     target, origin = small(masks=not from_masks), small(masks=from_masks)
     before, after, report = loaded(save(tmp_path / "a", origin), target.model, OLD)
     mask_keys = {key for key in build_model(small().model, 3).state_dict() if key.startswith("mask_head.")}
-    title = "tensors of the file not used" if from_masks else "tensors that start anew"
+    title = "tensors of the file not used" if from_masks else "newly initialized tensors"
     listed = next(line for line in report if line.startswith(title)).removeprefix(title + ": ")
     assert set(listed.split(", ")) == mask_keys
     assert all(torch.equal(after[key], before[key]) for key in after if key in mask_keys)
 
 
-def test_parts_without_heads_in_the_file_start_anew(tmp_path: Path) -> None:
+def test_heads_missing_from_the_file_are_newly_initialized(tmp_path: Path) -> None:
     cfg = small()
     source = {key: value for key, value in trained(cfg).items() if key.split(".")[0] not in HEADS}
     before, after, report = loaded(save(tmp_path / "a", cfg, model=source), cfg.model)
     assert all(torch.equal(after[key], source.get(key, before[key])) for key in after)
     assert not any(line.startswith("classes") for line in report)
-    title = "tensors that start anew: "
+    title = "newly initialized tensors: "
     listed = next(line for line in report if line.startswith(title)).removeprefix(title)
     assert set(listed.split(", ")) == after.keys() - source.keys()
 
@@ -189,7 +189,7 @@ def test_batch_norms_load_each_others_weights(tmp_path: Path, file_kind: str, mo
     path = save(tmp_path / "a", cfg, model=source)
     _, after, report = loaded(path, small(norm={"kind": model_kind}).model, OLD)
     assert all(torch.equal(after[key], source[key]) for key in after.keys() & source.keys())
-    assert not any("num_batches_tracked" in line or "anew" in line or "not used" in line for line in report)
+    assert not any("num_batches_tracked" in line or "newly" in line or "not used" in line for line in report)
 
 
 def test_other_settings_of_the_same_norm_are_reported(tmp_path: Path) -> None:

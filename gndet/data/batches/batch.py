@@ -26,10 +26,10 @@ def collate(
     canvases: Sequence[tuple[int, int]] = (),
     objects: int = 0,
 ) -> Batch:
-    """Put B samples on one canvas, and their objects in M slots; the rest is zero and not valid.
+    """Put B samples on one canvas, and their objects in M slots; the rest is zero and invalid.
 
     If all pictures have the same size, the canvas has that size and padded is False; otherwise it has their largest
-    height and width, rounded up to a multiple of canvas_multiple.  M is large enough to drop no object.
+    height and width, rounded up to a multiple of canvas_multiple.  M is large enough for every object.
     exact: False rounds up for pictures of the same size, too.  canvases: if given, the smallest of these that holds the
     pictures is the canvas.  objects: lower limit of M.
     """

@@ -107,7 +107,7 @@ def train_batches(
     result.  The next readable picture in the epoch's order replaces an unreadable one.
     notify: called with one line per loader process that was killed and replaced.
     Raises DataError if the data set has no image to train on.  While iterating, raises it for an object without a mask
-    (if masks), if no picture of an epoch can be read, or if loader processes are killed again and again.
+    (if masks), if no picture of an epoch can be read, or if loader processes are killed repeatedly.
     """
     usable = np.flatnonzero((count_objects(dataset.records).trainable > 0) | data.keep_empty).tolist()
     if not usable:
@@ -137,7 +137,7 @@ def test_batches(
     """Yield the images rank::world in batches, with the reason for each picture that cannot be read.
 
     The last batch may be smaller, and so may a batch with an unreadable picture.  notify: as in `train_batches`.
-    Raises DataError while iterating, if loader processes are killed again and again.
+    Raises DataError while iterating, if loader processes are killed repeatedly.
     """
     share = list(range(rank, len(dataset.records), world))
     items = (share[first : first + images_per_gpu] for first in range(0, len(share), images_per_gpu))
@@ -220,7 +220,7 @@ def prefetch(
     describe: Callable[[Any], str],
     notify: Tell | None = None,
 ) -> Generator[Any, None, None]:
-    """Yield load(item) for each item, in order, prepared by `workers` single-threaded processes, or here if 0.
+    """Yield load(item) for each item, in order, prepared by `workers` single-threaded processes, or by this one if 0.
 
     The processes end when the generator is exhausted, closed or garbage-collected.
     load: must depend on the item alone; its GndetErrors are raised here.  describe: names an item in messages.
@@ -236,7 +236,7 @@ def prefetch(
                 "the container more (docker run --shm-size=8g)"
             )
         if notify:
-            notify(f"{death} while preparing {describe(item)}; started anew")
+            notify(f"{death} while preparing {describe(item)}; restarted")
 
     if workers == 0:
         results = ((item, load(item)) for item in items)

@@ -35,7 +35,7 @@ def cached(
     cache: str, path: Path, files: ImageFolder | None, max_pixels: int, read: Callable[[], Dataset],
     tell: Tell | None = None,
 ) -> Dataset:  # fmt: skip
-    """Return the data set of an annotation file and its image folder from the cache; if not there, read and cache it.
+    """Return the data set of an annotation file and its image folder from the cache; if missing, read and cache it.
 
     cache: data.cache, "" for none.  Processes that want the same data set take turns; tell: called with a line if this
     one has to wait.

@@ -1,4 +1,4 @@
-"""Read a data set in COCO's JSON format: check all of it, list all faults, keep what is good.
+"""Read a data set in COCO's JSON format: check all of it, list all faults, keep what is valid.
 
 What can be fixed without guessing is fixed in memory and counted; the user's files are never written.
 """

@@ -239,7 +239,7 @@ def end_to_end(parts: Iterable[Columns]) -> Columns:
 def with_ids(columns: Columns, found: Findings) -> Columns:
     """Find annotation ids of a file that occur twice or are below 1.
 
-    If any is below 1, all annotations are renumbered, because COCO's evaluators take id 0 for "no match".
+    If any is below 1, all annotations are renumbered, because COCO's evaluators read id 0 as "no match".
     """
     again = np.ones(len(columns.all_ids), dtype=bool)
     again[np.unique(columns.all_ids, return_index=True)[1]] = False

@@ -61,7 +61,7 @@ FAULTS: dict[str, Kind] = {
     "file-missing": Kind(REFUSED, "pictures that are not there", "is this the folder? upper and lower case matter"),
     "file-empty": Kind(REFUSED, "picture files of 0 bytes", _PICTURE),
     "file-twice": Kind(
-        NOTED, "images whose file another image has, too", "merge them: each takes the other's objects for background"
+        NOTED, "images whose file another image has, too", "merge them: each treats the other's objects as background"
     ),
     "file-in-both": Kind(NOTED, "file names in both train and val", _IN_BOTH),
     # annotations
@@ -69,7 +69,7 @@ FAULTS: dict[str, Kind] = {
     "annotation-id": Kind(REFUSED, "annotations whose id is not a 64-bit integer", "number the annotations"),
     "annotation-id-twice": Kind(REFUSED, "annotation ids that occur twice", _UNIQUE),
     "annotation-id-low": Kind(
-        FIXED, "annotations renumbered from 1, because an id was below 1", "COCO's metric takes id 0 for 'no match'"
+        FIXED, "annotations renumbered from 1, because an id was below 1", "COCO's metric reads id 0 as 'no match'"
     ),
     "image-unknown": Kind(
         REFUSED,

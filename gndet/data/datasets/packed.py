@@ -1,8 +1,8 @@
 """Hold a data set in a few large arrays, and make records on access.
 
 As Python objects, 860,000 annotations take gigabytes, and every loader process that touches them copies them; arrays
-are shared, and may be mapped from a file.  Ragged values lie end to end: item i is values[first[i]:first[i + 1]].
-Letters: N images, n objects, P polygons.
+are shared, and may be mapped from a file.  Ragged values are stored end to end: item i is
+values[first[i]:first[i + 1]].  Letters: N images, n objects, P polygons.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Read a data set of any kind: start reading this folder here.
+"""Read a data set of any kind; to read the code of this folder, start here.
 
-Each kind has a reader that checks its files and keeps what is good; faults go to `Dataset.findings`, and `faults`
-decides their outcomes.  After that come the options that hold for every kind (limit, classes, masks) and the comparison
-of train with val.
+Each kind has a reader that checks its files and keeps what is valid; faults go to `Dataset.findings`, and `faults`
+decides their outcomes.  This file applies the options that all kinds share (limit, classes, masks) and compares train
+with val.
 """
 
 import difflib
@@ -23,20 +23,20 @@ from gndet.data.datasets.shapes import read_shapes
 from gndet.data.records import Dataset, Finding, Record, Tell
 
 READERS: dict[str, Callable[..., Dataset]] = {"coco": read_coco, "shapes": read_shapes}  # (cfg, data, tell)
-LISTED, KNOWN = 5, 10  # names shown of those that differ, and of those that are known
+LISTED, KNOWN = 5, 10  # how many differing names to show, and how many known ones
 
 
 def read_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -> Dataset:
     """Read and check a data set of cfg.kind.  If data.classes is given, keep only these classes, in this order.
 
-    Images that lose all their objects to data.classes stay, without objects; cfg.limit keeps only the first images.
+    Images without an object of these classes stay; cfg.limit keeps only the first images.
     masks: refuse objects without a mask.  Raises a DataError that lists everything that is refused.
     """
     return refuse(inspect_dataset(cfg, data, masks=masks))
 
 
 def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, tell: Tell | None = None) -> Dataset:
-    """Read as `read_dataset` does, but only list what is refused in the findings; the records hold the rest.
+    """Read like `read_dataset`, but list what is refused in the findings; the records hold the rest.
 
     tell: called with a line before a long wait.
     """
@@ -133,7 +133,7 @@ def find_objects(dataset: Dataset) -> Dataset:
 
 
 def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
-    """Find what is wrong between two sets: different classes, or images in both, by name, by file or by content.
+    """Find conflicts between two sets: different classes, or images in both, by name, by file or by content.
 
     Content is compared only if `gndet check --images` has decoded both sets.
     """

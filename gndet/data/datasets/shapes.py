@@ -20,7 +20,7 @@ CLASSES = ("disc", "box", "triangle", "star")
 MAX_COUNT = 1_000_000  # images per seed: image ids start at seed * MAX_COUNT + 1
 MAX_SEED = 2**32
 MIN_VISIBLE = 0.5  # share of an object's area; with less in view it would be a meaningless fragment
-MAX_TILT = np.pi / 8  # objects stand nearly upright; arbitrary rotations take several times as long to learn
+MAX_TILT = np.pi / 8  # objects are nearly upright; arbitrary rotations take several times as long to learn
 OUTLINE, COLOR = 0, 1  # the random streams of an image
 
 

@@ -1,4 +1,4 @@
-"""Group normalization as functions: forward, forward again from kept statistics, backward (Wu & He 2018, eq. 1 to 7).
+"""Group normalization as functions: forward, forward again from saved statistics, backward (Wu & He 2018, eq. 1 to 7).
 
 This is the one place to add a faster kernel.  x is (B, C, H, W), channels last; G groups.  Statistics are float32 or
 wider.  If an area is given, they are taken over each picture alone, and the result is zero in the padding.

@@ -43,7 +43,7 @@ class GroupNorm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             if area is None and not usable(x):
                 wide = x.to(self.weight.dtype)
-                # not F.group_norm, which refuses a group of one value, but only in a batch of one
+                # F.group_norm would refuse a group of one value, although only in a batch of one
                 return torch.group_norm(wide, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
             fields = (None, None, None) if area is None else area
             return Normalize.apply(x, *fields, self.weight, self.bias, self.groups, self.eps)
@@ -126,7 +126,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class BatchRenorm(nn.BatchNorm2d):
-    """BRN: BN's statistics over (B, H, W), corrected towards the running ones by r and d (Ioffe 2017, algorithm 1).
+    """BRN: BN's statistics over (B, H, W), corrected toward the running ones by r and d (Ioffe 2017, algorithm 1).
 
     The limits grow as in section 4.2 of the paper: r_max from 1 to 3 between steps 5,000 and 40,000, d_max from 0 to 5
     between 5,000 and 25,000; before step 5,000 this is BN.  A step is one forward pass in training.

@@ -2,7 +2,7 @@
 
 An interval is the value plus and minus 1.96 standard deviations over the draws.  Percentiles of the draws would be
 biased: the AP of a draw tends to exceed that of all images, because fewer distinct images compete in it.
-n detections by falling score, m objects, D draws, T IoU thresholds, K classes, N images.
+n detections by descending score, m objects, D draws, T IoU thresholds, K classes, N images.
 """
 
 from typing import NamedTuple
@@ -84,7 +84,7 @@ def resample(matches: Matches, *, seed: int, draws: int | None = None) -> np.nda
 def average_precision(hit: np.ndarray, wrong: np.ndarray, weight: np.ndarray, objects: np.ndarray) -> np.ndarray:
     """Return COCO's average precision at 101 recalls for each draw and threshold, (D, T); nan without objects.
 
-    hit, wrong: (n, T) bool by falling score; weight: (D, n) how often each detection counts; objects: (D,) how many
+    hit, wrong: (n, T) bool by descending score; weight: (D, n) how often each detection counts; objects: (D,) how many
     there are to find.
     """
     tp, fp = ((kind[None] * weight[:, :, None]).cumsum(1) for kind in (hit, wrong))  # (D, n, T)

@@ -1,7 +1,7 @@
 """Read a COCO evaluator's matches into columns, and compute precision, recall and F1 over the score.
 
 n detections, m objects, T = 10 IoU thresholds, K classes.  hotcoco matches as pycocotools does (a test checks it): per
-image and class, by falling score, each detection takes the free object with the highest IoU.  Crowd regions and the
+image and class, by descending score, each detection takes the free object with the highest IoU.  Crowd regions and the
 detections on them do not count.
 """
 

@@ -187,7 +187,7 @@ def study_verdict(study: Study) -> list[str]:
         return ["No cell is finished, so there is no verdict yet."]
     said = list(_best(study, metric))
     if max(len(cell_values(study, v, s, metric)) for v in study.variants for s in study.sizes) == 1:
-        said.insert(0, "One seed per cell: there are no intervals, so effects cannot be told from chance.")
+        said.insert(0, "One seed per cell: there are no intervals, so effects cannot be distinguished from chance.")
     if len(study.sizes) > 1:
         said += [words for variant in study.variants for words in _fall(study, variant, metric)]
     failed = [f"{variant_title(r.variant)} at {r.images} (seed {r.seed})" for r in study.results if r.state == "failed"]
@@ -196,7 +196,7 @@ def study_verdict(study: Study) -> list[str]:
 
 
 def _best(study: Study, metric: str) -> Iterator[str]:
-    """Name the best variant at the smallest size, and the variants that cannot be told from it."""
+    """Name the best variant at the smallest size, and the variants that cannot be distinguished from it."""
     size, name = study.sizes[0], METRICS[metric]
     reached = {v: found for v in study.variants if (found := cell_values(study, v, size, metric))}
     if not reached:
@@ -214,7 +214,10 @@ def _best(study: Study, metric: str) -> Iterator[str]:
     if clear:
         yield f"That is clearly above {', '.join(clear)}."
     if unclear:
-        yield f"It cannot be told from {', '.join(unclear)}: the difference's interval contains 0 or does not exist."
+        yield (
+            f"It cannot be distinguished from {', '.join(unclear)}: the difference's interval contains 0 or does not "
+            "exist."
+        )
     if len(others) > 1:
         yield "Each interval is for a single difference; it is not corrected for multiple comparisons."
 

@@ -180,9 +180,9 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
         if known.get(sheet.suffix.lower()) not in Image.SAVE:
             raise OutputError(f"{sheet}: cannot write a picture of this kind, expected a name like sheet.png")
         if sheet.is_file() and (head := read_head(sheet)) and what_is(head) != PICTURE:
-            raise OutputError(f"{sheet}: exists and is not a picture; gndet does not overwrite it, choose another file")
+            raise OutputError(f"{sheet}: exists and is not a picture; choose another file")
     if out is not None and out.is_file() and (head := read_head(out)) and b'"refused"' not in head[:20]:
-        raise OutputError(f"{out}: exists and is no report of gndet check; gndet does not overwrite it, choose another")
+        raise OutputError(f"{out}: exists and is not a report of gndet check; choose another file")
     if sheet is not None:
         make_room_for(sheet, "--sheet")
     if out is not None:

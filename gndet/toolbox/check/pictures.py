@@ -166,7 +166,7 @@ def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
 
 
 def _drawn(dataset: Dataset, index: int) -> np.ndarray:
-    """Draw an image with its objects; without them if its picture has another size; a placard if it is unreadable."""
+    """Draw an image with its objects, without them if its picture has another size, or a placeholder if unreadable."""
     record = dataset.records[index]
     try:
         small, scaled = shrunk(record.load(), record, SIDE)

@@ -43,7 +43,7 @@ def cache(folder: Path) -> Fact:
     """Judge the folder of the data cache."""
     parent = existing(folder)
     if not os.access(parent, os.W_OK):
-        text = f"{folder} is not writable, so data is read anew each time; set data.cache=FOLDER"
+        text = f"{folder} is not writable, so data is read again at every start; set data.cache=FOLDER"
         return Fact("data cache", text, "warning")
     return Fact("data cache", f"{folder}: {shutil.disk_usage(parent).free / 1e9:.1f} GB free", "ok")
 

@@ -137,7 +137,7 @@ def resume_study(folder: Path, new: Study, show: Callable[[str], None]) -> Study
         return new
     old = read_study(folder)
     if changed := _changed_settings(old, new):
-        raise OutputError("\n".join([f"{folder}: holds a study of other settings; choose another --out", *changed[:8]]))
+        raise OutputError("\n".join([f"{folder}: a study with other settings; choose another --out", *changed[:8]]))
     known = {result.name: result for result in old.results if result.state in ("done", "failed")}
     results = [known.get(result.name, result) for result in new.results]
     asked = {result.name for result in results}

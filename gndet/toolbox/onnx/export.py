@@ -176,7 +176,7 @@ def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.
 
 
 def by_torch(model: DetectionModel, picture: torch.Tensor, *, masks: bool) -> Found:
-    """Detect in a picture (H, W, 3) uint8 with gndet, as in evaluation."""
+    """Detect objects in a picture (H, W, 3) uint8 with gndet, as in evaluation."""
     sizes = torch.tensor([picture.shape[:2]])
     found = model.detect(picture.permute(2, 0, 1)[None], sizes, False)
     kept = found.valid[0]
@@ -192,13 +192,13 @@ def session(file: Path) -> Any:
 
 
 def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
-    """Detect in a picture (H, W, 3) uint8, of the size that the network takes, with an open session."""
+    """Detect objects in a picture (H, W, 3) uint8, of the size that the network takes, with an open session."""
     boxes, scores, labels, *masks = running.run(None, {INPUT: picture})
     return Found(boxes, scores, labels, masks[0] if masks else None)
 
 
 def run_onnx(file: Path, picture: np.ndarray) -> Found:
-    """Detect in a picture (H, W, 3) uint8 RGB of any size with an exported file; boxes in pixels of the picture.
+    """Detect objects in a picture (H, W, 3) uint8 RGB of any size with an exported file; boxes in its pixels.
 
     `gndet.evaluation.results.paste_masks` pastes the masks into the picture.  Raises DataError for another array,
     CheckpointError for a file that `export` did not write, and OutputError without onnxruntime.

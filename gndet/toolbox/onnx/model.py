@@ -60,7 +60,7 @@ def _sort(g: Any, values: Any, stable: bool, axis: int, descending: bool) -> Any
 
 @parse_args("v", "v", "v", "v", "f")
 def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshold: float) -> Any:
-    """Write `ops.nms.nms_keep` of one image as ONNX's NonMaxSuppression, with a class per group.
+    """Write `ops.matching.nms_keep` of one image as ONNX's NonMaxSuppression, with a class per group.
 
     The boxes come by descending score; their ranks replace the scores, so that all are positive and distinct.
     """

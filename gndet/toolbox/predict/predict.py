@@ -1,4 +1,4 @@
-"""`gndet predict`: detect in pictures and videos, draw the detections, and write them all as COCO results.
+"""`gndet predict`: detect objects in pictures and videos, draw the detections, and write them all as COCO results.
 
 Loader processes read ahead of the detector; threads draw and write behind it.  Memory does not grow with the number of
 pictures, except for their detections, which are kept in columns.
@@ -93,7 +93,7 @@ def predict(
     threshold: float = 0.5, classes: Sequence[str] | None = None, crops: bool = False, sheet: bool = False,
     every: int = 1,
 ) -> None:  # fmt: skip
-    """Detect in pictures and videos; write each with its detections, and all as COCO results.
+    """Detect objects in pictures and videos; write each with its detections, and all as COCO results.
 
     sources: as `find_sources` takes them.  show: called with one line per picture, and a table at the end.
     out: folder, made if missing, for NAME.png of each picture, NAME.mp4 of each video, predictions.json (results) and
@@ -181,7 +181,7 @@ def _detect_in_video(
     output: Output, video: Path, file: Path, rate: Fraction, every: int, first: int, device: torch.device,
     show: Callable[[str], None],
 ) -> tuple[str, int]:  # fmt: skip
-    """Detect in a video, and write it with its detections.
+    """Detect objects in a video, and write it with its detections.
 
     rate: its frames per second; first: the image id of its first frame.  Returns the reason why it could not be read
     to the end (or ""), and the number of frames read.

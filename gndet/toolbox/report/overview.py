@@ -103,4 +103,4 @@ def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
         rose = f"{name} was still rising at the end, from {100 * scores[-2][1]:.1f} to {100 * last:.1f}"
         yield "plain", f"{rose} over the last {last_at - scores[-2][0]:,} updates: try a longer schedule."
     elif len(scores) > 1:
-        yield "good", f"{name} has levelled off at {100 * last:.1f}."
+        yield "good", f"{name} has leveled off at {100 * last:.1f}."

@@ -150,7 +150,7 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
             lines.append(f"{part}: weight standardization is folded into the weights, for inference")
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
-        lines.append(f"differs: norms are masked in this model; in {toolkit} the padding beside a picture enters them")
+        lines.append(f"differs: norms are masked in this model; in {toolkit} the padding around a picture enters them")
     preset = ModelConfig.model_validate({"compat": toolkit})
     for part in [part for part in parts if part not in ("backbone", "fpn")]:
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()

@@ -1,6 +1,6 @@
 """Read weight files of other toolkits without running anything that they hold; write files completely or not at all.
 
-A pickle names functions to call.  This code looks up no such name: its own stand-ins take the place of the few names
+A pickle names functions to call.  This code never looks them up: its own stand-ins take the place of the few names
 that numpy arrays need, and a file that asks for anything else is refused.
 """
 

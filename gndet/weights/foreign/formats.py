@@ -240,7 +240,7 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
 
 
 def _depth(reader: Reader) -> int:
-    """Return the depth of the ResNet, told by its blocks.  Raises CheckpointError if gndet has no such ResNet."""
+    """Return the depth of the ResNet, inferred from its blocks.  Raises CheckpointError if gndet has no such ResNet."""
 
     def conv(s: int, i: int, k: int) -> Tensor | None:
         return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1])

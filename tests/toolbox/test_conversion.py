@@ -132,7 +132,8 @@ def test_a_backbone_alone_is_no_detector_and_evaluation_says_so(
     assert main(["convert", str(folder / "resnet18.pth"), str(tmp_path / "a"), "--to", "gn"]) == 0
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "a")]) == 2
-    assert f"{tmp_path / 'a'}: holds only backbone, not a whole detector; use it as train.weights" in capsys.readouterr().err
+    message = f"{tmp_path / 'a'}: holds only backbone, not a whole detector; use it as train.weights"
+    assert message in capsys.readouterr().err
 
 
 def test_calibration_fits_on_a_folder_of_pictures(

@@ -389,8 +389,8 @@ class TrainConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     # auto: bf16 autocast on a GPU, float32 on a CPU; float64 is slow and shows what differs by rounding only
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
-    # what the forward pass keeps for backward. fast: everything; balanced: less than half, about a tenth slower;
-    # lean: about a fifth, slower still
+    # what the forward pass keeps for backward. fast: everything; balanced: less than half, about 5 % slower;
+    # lean: about a fifth, about 11 % slower
     memory: Literal["fast", "balanced", "lean"] = "balanced"
     # torch.compile, one graph per canvas of data.canvases; reduce-overhead adds CUDA graphs; changes rounding only
     compile: Literal["none", "default", "reduce-overhead"] = "none"
@@ -421,7 +421,7 @@ class EvaluationConfig(Section):
 
     # hotcoco is fast; pycocotools is the reference and gives the same numbers
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
-    max_detections: int = Field(100, ge=1)  # detections scored per image; raise it for crowded images. Source: COCO
+    max_detections: int = Field(100, ge=1)  # scored per image and class; raise it for crowded images. Source: COCO
     images_per_gpu: int = Field(1, ge=1)  # images that a rank detects at once [images]
 
 

@@ -1,1 +1,4 @@
-"""Faults that a training run must survive, injected into real runs of a tiny detector: `pytest -m "faults and not soak"`."""
+"""Faults that a training run must survive, injected into real runs of a tiny detector.
+
+Run them with `pytest -m "faults and not soak"`.
+"""

@@ -27,6 +27,7 @@ from faults.tiny import THIN, note
 from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
+from gndet.training import run_folder
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
 
@@ -84,6 +85,11 @@ def signal_within(number: int, update: int, part: int) -> None:
         return to_device(*arguments)
 
     micro_batch.to_device = wrapped
+
+
+def lock_wait(seconds: float) -> None:
+    """Let a run wait so many seconds for the lock of its folder."""
+    run_folder.LOCK_WAIT = seconds
 
 
 def gate(*updates: int) -> None:
@@ -295,8 +301,8 @@ def count_resources(path: str, every: int) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     fault.__name__: fault
     for fault in (
-        signal_after, signal_within, gate, slow_pictures, slow_evaluation, slow_save, kill_while_saving, long_save,
-        not_finite, watch_rng, no_room, spoil_picture, deadly_picture, trace, count_resources,
+        signal_after, signal_within, lock_wait, gate, slow_pictures, slow_evaluation, slow_save, kill_while_saving,
+        long_save, not_finite, watch_rng, no_room, spoil_picture, deadly_picture, trace, count_resources,
     )
 }  # fmt: skip
 

@@ -115,7 +115,11 @@ def two_runs(folder: Path) -> str:
     first.wait_for("fault: gate 3")
     began = time.monotonic()
     into = f"out={first.out}"
-    others = [start(folder, "again", *options, into), start(folder, "fresh", *options, "--fresh", into)]
+    soon = {"lock_wait": [1.0]}
+    others = [
+        start(folder, "again", *options, into, faults=soon),
+        start(folder, "fresh", *options, "--fresh", into, faults=soon),
+    ]
     for other in others:
         text = other.expect(2)
         check("another process trains into this folder: process" in text, f"not refused: {text}")

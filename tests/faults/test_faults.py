@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from faults import launch
 from faults.launch import call, cleared, processes_in
 from faults.scenarios import SCENARIOS, Scenario
 from faults.tiny import PROGRESS, BrokenPromise, check_same
@@ -63,7 +64,8 @@ def test_the_smallest_difference_between_two_runs_is_found(tmp_path: Path, other
         check_same(write_run(tmp_path / "three", **same | other), two, "other")
 
 
-def test_a_process_that_outlives_its_run_is_found_and_ended(tmp_path: Path) -> None:
+def test_a_process_that_outlives_its_run_is_found_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "GONE_WITHIN", 0.5)
     with cleared(tmp_path):
         started = call(tmp_path, "subprocess:Popen", ["sleep", "300"])  # ends by itself
         with pytest.raises(BrokenPromise, match="processes are left"):

@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import random
 import signal
 import site
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and all that tests start
 os.environ["OMP_WAIT_POLICY"] = "passive"  # two threads of a test do not spin on the cores of other tests
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,6 +39,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """
     named = [path.partition("::")[0].endswith(".py") for path in config.args]
     return 0 if all(named) or sys.gettrace() is not None else WORKERS
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module
+def pytest_runtest_setup() -> None:
+    """Seed the global random number generators: the numbers of a test do not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session", autouse=True)

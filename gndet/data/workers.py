@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
+from types import FrameType
 from typing import Any, NamedTuple
 
 from gndet.errors import GndetError, MachineError
@@ -132,19 +133,27 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Defer interrupts while a process starts: mask them, and record a Ctrl-C that another thread receives."""
+    """Defer signals while a process starts: mask them, and record those that another thread receives.
+
+    Python would ignore what a handler raises within the functions that it calls around a fork.
+    """
     received: list[int] = []
-    is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number)) if is_main else None
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (*IGNORED, signal.SIGURG):  # StopSignals wakes the main thread by SIGURG
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, lambda number, _: received.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED)  # a child keeps our handlers until it ignores signals
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        if received:
-            signal.raise_signal(signal.SIGINT)
+        for held, handler in handlers.items():
+            signal.signal(held, handler)
+        for held in received:
+            handlers[held](held, None)
 
 
 class _Worker:

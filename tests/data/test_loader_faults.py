@@ -451,3 +451,26 @@ def test_evaluation_reports_a_bad_picture_and_yields_the_others(files: Dataset, 
     assert [len(one.batch.images) for one in tested] == [1, 2, 1, 2, 2, 1]
     alone = list(batching.test_batches(files, data, images_per_gpu=1, rank=0, world=11, pin_memory=False))
     assert alone[0].batch is None and len(alone) == 1
+
+
+STOPPED_AT_A_FORK = """
+import os, signal
+from gndet.data.workers import map_ahead
+from gndet.distributed.signals import Stop, StopSignals
+
+moment, number = sys.argv[1], int(sys.argv[2])
+with StopSignals() as signals, signals.at_once():  # its thread receives what the main thread has masked
+    os.register_at_fork(**{moment: lambda: os.kill(os.getpid(), number)})
+    try:
+        list(map_ahead(abs, range(3), workers=1, on_death=lambda *_: None))
+    except Stop:
+        print("stopped")
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "after_in_parent"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGURG])
+def test_a_stop_signal_during_the_fork_of_a_worker_is_not_lost(moment: str, number: int) -> None:
+    command = [sys.executable, "-c", f"import sys{STOPPED_AT_A_FORK}", moment, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped\n", "", 0)

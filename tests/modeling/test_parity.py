@@ -30,7 +30,7 @@ from gndet.weights.foreign.source import understand
 NUM_CLASSES = 6
 SIZE = (250, 310)  # on a canvas of 256 x 320, so that padding is tested too
 KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("v1", "v2")] + ["gn"]
-REGIONS, DETECTIONS = 150, 30  # fewer than usual, to save time
+REGIONS = 150  # fewer than usual, to save time
 SPREAD = {  # standard deviation of each predictor's output: neither flat nor saturated
     "rpn.head.cls_logits": 2.0,
     "rpn.head.bbox_pred": 0.3,
@@ -52,7 +52,6 @@ def torchvision_model(kind: str) -> TorchvisionMaskRCNN:
     sizes = {
         "num_classes": NUM_CLASSES + 1, "min_size": SIZE[0], "max_size": SIZE[1], "rpn_post_nms_top_n_test": REGIONS,
         "rpn_post_nms_top_n_train": 2 * REGIONS, "box_batch_size_per_image": REGIONS,
-        "box_detections_per_img": DETECTIONS,
     }  # fmt: skip
     none = {"weights": None, "weights_backbone": None}
     if kind == "v1":
@@ -120,9 +119,7 @@ def converted(model: nn.Module) -> MaskRCNN:
     source = understand(WeightFile(Path("model.pth"), tensors, {}), SourceConfig())
     assert source.format == "torchvision" and not source.unused and source.num_classes == NUM_CLASSES
     rpn = source.model.rpn.model_copy(update={"post_nms_test": REGIONS, "post_nms_train": 2 * REGIONS})
-    box_head = source.model.box_head.model_copy(
-        update={"regions_per_image": REGIONS, "detections_per_image": DETECTIONS}
-    )
+    box_head = source.model.box_head.model_copy(update={"regions_per_image": REGIONS})
     result = build_model(source.model.model_copy(update={"rpn": rpn, "box_head": box_head}), source.num_classes)
     result.load_state_dict(source.state)
     return result.double().eval()

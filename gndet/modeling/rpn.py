@@ -26,10 +26,15 @@ DELTA_WEIGHTS = (1.0, 1.0)  # scales of (dx, dy) and (dw, dh)
 class RPN(nn.Module):
     """Scores and refines anchors, and proposes regions."""
 
+    cells: Tensor
+
     def __init__(self, cfg: RPNConfig, norm: NormConfig, channels: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.cfg, self.strides = cfg, tuple(strides)
         self.num_anchors, self.memory = len(cfg.aspect_ratios), "fast"
+        sizes = zip(cfg.anchor_sizes, self.strides, strict=True)
+        cells = [cell_anchors(size, cfg.aspect_ratios, stride, cfg.anchors) for size, stride in sizes]
+        self.register_buffer("cells", torch.stack(cells), persistent=False)  # (L, A, 4) float32
         conv = conv_factory(norm)
         self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))
         self.objectness = nn.Conv2d(channels, self.num_anchors, 1)
@@ -66,8 +71,7 @@ class RPN(nn.Module):
             steps = (stride, stride)
             if cfg.anchor_stride == "canvas":  # torchvision's: not 64 on P6 if 64 does not divide the canvas
                 steps = (canvas[0] // height, canvas[1] // width)
-            cell = cell_anchors(cfg.anchor_sizes[level], cfg.aspect_ratios, stride, cfg.anchors, feature.device)
-            anchors.boxes.append(level_anchors(cell, steps, height, width))
+            anchors.boxes.append(level_anchors(self.cells[level].float(), steps, height, width))
             anchors.ids.append(cell_ids(level, height, width, self.num_anchors, feature.device))
             anchors.inside.append(cells[:, :, None].expand(*cells.shape, self.num_anchors).flatten(1))
         return anchors

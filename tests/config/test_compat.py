@@ -44,13 +44,13 @@ LEVELS = (0, 0, 0, 1, 2, 2, 3)  # floor(4 + log2(sqrt(w h) / 224)), from P2
 def test_detectron_s_anchors_are_those_of_generate_anchors(
     stride: int, size: float, inclusive: list[list[int]]
 ) -> None:
-    found = cell_anchors(size, (0.5, 1.0, 2.0), stride, "detectron", torch.device("cpu"))
+    found = cell_anchors(size, (0.5, 1.0, 2.0), stride, "detectron")
     last_pixel_to_edge = torch.tensor([0.0, 0, 1, 1])
     assert torch.equal(found, torch.tensor(inclusive).float() + last_pixel_to_edge)
 
 
 def test_rounded_anchors_are_torchvision_s() -> None:
-    found = cell_anchors(32, (0.5, 1.0, 2.0), 4, "rounded", torch.device("cpu"))  # sides 45.25 x 22.63
+    found = cell_anchors(32, (0.5, 1.0, 2.0), 4, "rounded")  # sides 45.25 x 22.63
     assert found.tolist() == [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
 
 

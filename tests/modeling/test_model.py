@@ -291,7 +291,7 @@ def test_frozen_stages_keep_their_running_statistics() -> None:
 
 
 def test_anchors_by_hand() -> None:
-    cell = cell_anchors(32, (0.5, 1.0, 2.0), 16, "exact", torch.device("cpu"))
+    cell = cell_anchors(32, (0.5, 1.0, 2.0), 16, "exact")
     anchors = level_anchors(cell, (16, 16), 2, 3).view(2, 3, 3, 4)
     assert anchors[0, 0, 1].tolist() == [-16, -16, 16, 16]
     assert anchors[1, 2, 1].tolist() == [16, 0, 48, 32]

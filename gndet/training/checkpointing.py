@@ -184,7 +184,7 @@ def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
     load_optimizer_tensors(run.optimizer, run.model, saved.groups["optimizer"])
     if run.average is not None:
         run.average.module.load_state_dict(saved.groups["ema"])
-        run.average.n_averaged.fill_(progress.update - progress.nonfinite)
+        run.average.begun = progress.update > progress.nonfinite
     return progress, drift(run, saved)
 
 

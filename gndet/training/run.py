@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded
@@ -19,6 +18,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.modeling.detection_model import DetectionModel
 from gndet.training.gradient_buckets import Buckets
+from gndet.training.optim import WeightAverage
 
 
 class Run(NamedTuple):
@@ -31,7 +31,7 @@ class Run(NamedTuple):
     train_set: Dataset
     val_set: Dataset
     model: DetectionModel
-    average: AveragedModel | None  # the averaged weights, if any
+    average: WeightAverage | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
     data: dict[str, str]  # hashes of the training and validation data

@@ -26,7 +26,7 @@ from gndet.modeling.recompute import set_memory
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
 from gndet.training.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.training.norms import audit, summary
-from gndet.training.optim import STATE_SIZE, average_weights, make_optimizer
+from gndet.training.optim import STATE_SIZE, WeightAverage, make_optimizer
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
 from gndet.training.task import TASKS
@@ -110,7 +110,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
         notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
     broadcast(model.state_dict().values(), proc)  # they are equal already, unless the machines differ
-    average = average_weights(model, cfg.train.ema) if cfg.train.ema else None
+    average = WeightAverage(model, cfg.train.ema) if cfg.train.ema else None
     optimizer = make_optimizer(cfg.train.optimizer, model)
     notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
     report = audit(model, cfg, norms, proc.world)

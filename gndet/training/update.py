@@ -29,7 +29,7 @@ from gndet.training.run import Progress, Run
 def resident_bytes(run: Run) -> int:
     """Return the bytes of weights, averaged weights, gradients and the optimizer's state."""
     tensors = [*run.model.state_dict().values(), *(parameter.grad for parameter in run.model.parameters())]
-    tensors += [] if run.average is None else run.average.state_dict().values()
+    tensors += [] if run.average is None else run.average.module.state_dict().values()
     tensors += [value for state in run.optimizer.state.values() for value in state.values()]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
@@ -236,7 +236,7 @@ def make_update(
     state.whole = False
     run.optimizer.step()
     if run.average is not None:
-        run.average.update_parameters(run.model)
+        run.average.update()
     if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):
         broadcast(run.model.buffers(), run.proc)  # a norm trains with them, so all ranks need those of the checkpoint
     progress.add(losses)

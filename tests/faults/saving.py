@@ -25,7 +25,7 @@ from gndet.config.loading import load_config
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.training.checkpointing import Saver
-from gndet.training.optim import average_weights, make_optimizer
+from gndet.training.optim import WeightAverage, make_optimizer
 from gndet.training.run import Best, Progress, Run
 
 KILLS = 30
@@ -82,7 +82,7 @@ def small_run(out: Path, keep_last: int) -> tuple[Run, Saver]:
     model(torch.zeros(1, 32)).sum().backward()
     optimizer.step()
     proc = Process(0, 1, torch.device("cpu"))
-    average = average_weights(model, 0.9)
+    average = WeightAverage(model, 0.9)
     run = Run(cfg, cfg, out, proc, train_set, val_set, model, average, optimizer, nullcontext, {}, None, model, None)
     return run, Saver(run, 10**6, print)
 

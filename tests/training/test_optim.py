@@ -1,15 +1,19 @@
 """Schedules, parameter groups and optimizer state."""
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from models import small_model
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gndet.config.schema import OptimizerConfig, ScheduleConfig
+from gndet.config.schema import NormConfig, OptimizerConfig, ScheduleConfig
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.training.optim import (
-    average_weights,
+    WeightAverage,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
@@ -77,11 +81,62 @@ def test_optimizer_state_survives_a_round_trip(kind: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_the_average_follows_its_formula() -> None:
-    model = torch.nn.Linear(2, 1)
-    average = average_weights(model, 0.9)
-    average.update_parameters(model)
-    first = model.weight.detach().clone()
-    model.weight.data += 1
-    average.update_parameters(model)
-    torch.testing.assert_close(average.module.weight, 0.9 * first + 0.1 * (first + 1))
+def moved(model: torch.nn.Module, seed: int) -> None:
+    """Change every weight and statistic, as an update does; count a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data += 0.01 * torch.randn(tensor.shape, generator=generator)
+        else:
+            tensor += 1
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.998])
+def test_the_average_equals_torchs_to_the_bit_and_counters_are_the_models(decay: float) -> None:
+    model = small_model(NormConfig(kind="bn")).to(memory_format=torch.channels_last)
+    average = WeightAverage(model, decay)
+    torchs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    for update in range(5):
+        moved(model, update)
+        average.update()
+        torchs.update_parameters(model)
+    found, expected = average.module.state_dict(), torchs.module.state_dict()
+    assert found.keys() == expected.keys()
+    counters = {name for name in found if name.endswith("num_batches_tracked")}
+    assert counters and all(found[name] == model.state_dict()[name] == 5 for name in counters)
+    assert all(torch.equal(found[name], expected[name]) for name in found.keys() - counters)
+
+
+def test_a_skipped_update_leaves_every_bit_of_the_average() -> None:
+    model = small_model(NormConfig(kind="bn"))
+    plain, average = WeightAverage(model, 0.9), WeightAverage(model, 0.9)
+    zero, one = torch.zeros(()), torch.ones(())
+    for update, skipped in enumerate((True, False, False, True, False)):
+        good = copy.deepcopy(model.state_dict())
+        moved(model, update)
+        if skipped:  # running statistics may be NaN after a forward pass that is not finite
+            for buffer in model.buffers():
+                buffer.fill_(float("nan") if buffer.is_floating_point() else 100)
+        else:
+            plain.update()
+        average.update(one if skipped else zero)
+        for name, value in average.module.state_dict().items():
+            assert torch.equal(value, plain.module.state_dict()[name]), (update, name)
+        if skipped:
+            model.load_state_dict(good)
+
+
+def test_an_update_of_the_average_is_few_launches_and_the_host_does_not_wait() -> None:
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.__name__)
+            return func(*args, **kwargs or {})
+
+    model, called = small_model(NormConfig(kind="bn")), list[str]()
+    average = WeightAverage(model, 0.9)
+    average.update()
+    skip = torch.zeros(())
+    with Operators():
+        average.update(skip)
+    assert "_fused_sgd_.default" in called and len(called) < 10  # a call per type of tensor, not per tensor
+    assert "_local_scalar_dense.default" not in called  # what bool(), item() and a comparison on the host end in

@@ -23,7 +23,7 @@ from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.train import train
-from gndet.training.optim import average_weights
+from gndet.training.optim import WeightAverage
 from gndet.weights.convert import compare_with_original, convert_batch_norm
 from gndet.weights.load import InitialModel, initial_model, load_weights
 from gndet.weights.policy import reference_norms
@@ -138,8 +138,8 @@ def test_a_layers_own_eps_outlives_files_rebuilding_averaging_and_copies(
     save_checkpoint(tmp_path / "a", {"model": model.state_dict()}, {})
     rebuilt = build_model(cfg.model, len(CLASSES))
     rebuilt.load_state_dict(load_checkpoint(tmp_path / "a").groups["model"])
-    average = average_weights(model, 0.9)
-    average.update_parameters(model)
+    average = WeightAverage(model, 0.9)
+    average.update()
     from_average = build_model(cfg.model, len(CLASSES))
     from_average.load_state_dict(average.module.state_dict())
     for other in (rebuilt, average.module, from_average, copy.deepcopy(model)):

@@ -16,14 +16,14 @@ from gndet.distributed.signals import StopSignals
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
 from gndet.training.log import Log
-from gndet.training.nonfinite import pass_over, summed
+from gndet.training.nonfinite import pass_over
 from gndet.training.norms import NormWatch
 from gndet.training.optim import learning_rate, total_updates
 from gndet.training.run import Meter, Progress, Run
 from gndet.training.run_folder import STALLED, locked, make_run, move_aside
 from gndet.training.setup import set_up
 from gndet.training.task import TASKS
-from gndet.training.update import UpdateState, compute_gradients, make_update
+from gndet.training.update import UpdateState, compute_gradients, make_update, read, reads_late
 from gndet.training.validation import draw, refuse_unreadable
 
 
@@ -70,7 +70,8 @@ def train(
             log.message(note)
         saver = Saver(run, total, log.message, progress.best)
         stack.callback(saver.wait)
-        stream = stack.enter_context(closing(updates(run, progress.update, total, size, meter, log)))
+        stream = updates(run, progress.update, total, size, meter, log)
+        stack.callback(lambda: stream.close())
         stack.enter_context(rescued(run, progress, state, total, saver, stop))
         with meter.pause():
             norms = NormWatch(run, log, progress)
@@ -78,11 +79,13 @@ def train(
             evaluate_and_save(run, progress, saver, log, stop, norms)
             saver.wait()  # before loader processes are forked
         # --- the loop
-        for update, batches in zip(range(progress.update, total), stream, strict=True):
+        update = progress.update
+        while update < total:
             watch.at(update, "computing gradients")
             lr = learning_rate(update, cfg.train.optimizer, cfg.train.schedule, cfg.train.global_batch)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
+            batches = next(stream)
             share = compute_gradients(run, state, batches, size, stop)
             norms.observe(batches.taken)
             if update == 0 and proc.first:
@@ -96,19 +99,28 @@ def train(
             if share.skipped:
                 note_unreadable(run, progress, batches.taken, log)
             norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
-            losses, finite = summed(share.losses, norm, proc)
-            evaluating = due(update + 1, cfg.train.eval_every, total)
-            if finite:
-                make_update(run, progress, state, losses, evaluating)
-                meter.updates += 1
-            else:
-                pass_over(run, progress, state, batches.taken, share, norm, log, evaluating)
+            update += 1
+            make_update(run, state, share.losses, norm, due(update, cfg.train.eval_every, total))
+            if reads_late(run) and not any(due(update, every, total) for every in intervals(cfg)):
+                continue
+            # --- learn which updates were finite; skip the first that was not, and go back to the one after it
+            before = progress.update
+            bad = read(state, progress)
+            meter.updates += progress.update - before
+            if bad is not None:
+                is_last = progress.update + 1 == update
+                saver.wait()  # before loader processes are forked
+                taken = batches.taken if is_last else load_again(run, progress.update, size, meter, log)
+                pass_over(run, progress, state, taken, bad, log)
+                if not is_last:
+                    stream.close()
+                    stream = updates(run, progress.update, total, size, meter, log)
             # --- what is due: log, evaluate, save
-            done = progress.update
+            done = update = progress.update
             if due(done, cfg.train.log_every, total):
                 numbers = progress.take_means() | meter.read() | {"lr": lr, "images_at_once": size}
                 log.train(done, numbers | {"eta_s": meter.seconds_per_update * (total - done)})
-            if evaluating:
+            if due(done, cfg.train.eval_every, total):
                 with meter.pause():
                     evaluate_and_save(run, progress, saver, log, stop, norms)
             elif due(done, cfg.train.checkpoint_every, total):
@@ -121,6 +133,11 @@ def train(
 def due(done: int, every: int, total: int) -> bool:
     """Return whether an action taken every `every` updates is due; at the end of the run every action is."""
     return done == total or (every > 0 and done % every == 0)
+
+
+def intervals(cfg: Config) -> tuple[int, int, int]:
+    """Return the intervals of log lines, evaluations and checkpoints, in updates."""
+    return cfg.train.log_every, cfg.train.eval_every, cfg.train.checkpoint_every
 
 
 def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log) -> None:
@@ -160,6 +177,14 @@ def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) 
     with closing(batches):
         for _ in range(start, stop):
             yield Replay(lambda: meter.wait_for(batches), count)
+
+
+def load_again(run: Run, update: int, size: int, meter: Meter, log: Log) -> list[Loaded]:
+    """Load this rank's batches of an earlier update (0, 1, ...) again."""
+    with closing(updates(run, update, update + 1, size, meter, log)) as stream:
+        batches = next(stream)
+        list(batches)  # loads them
+        return batches.taken
 
 
 def show_batches(run: Run, taken: list[Loaded], log: Log) -> None:

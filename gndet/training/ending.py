@@ -14,7 +14,7 @@ from gndet.training.checkpointing import Saver
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import BOARD, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
-from gndet.training.update import UpdateState
+from gndet.training.update import UpdateState, read
 
 
 @contextmanager
@@ -78,13 +78,15 @@ def rescued(
             ) from None
         raise preempted(run.out, f"after update {progress.update} of {total}, and saved", stop, run.proc) from None
     except BaseException:
-        if progress.update:
+        if progress.update or state.unread:
             keep(progress, state, saver)
         raise
 
 
 def keep(progress: Progress, state: UpdateState, saver: Saver) -> None:
     """Save a state that no checkpoint holds yet, unless an error interrupted an update."""
+    if state.whole:
+        read(state, progress)
     state.undo()
     if state.whole and not saver.holds(progress):
         saver.save(progress, at_once=True)

@@ -1,4 +1,4 @@
-"""Detect a loss or gradient that is not finite before the update, and record it so that it can be reproduced.
+"""Skip an update whose losses or gradient are not finite, or end the run, and record it so that it can be reproduced.
 
 A rank writes nonfinite/update-0000012-process1/ into the run folder: report.json with the update, the losses, the
 images' ids and keys and, per image, the first module whose output is not finite; and batch-0.safetensors, batch-1...
@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Loaded
-from gndet.distributed.collectives import all_gather, all_reduce_sum
-from gndet.distributed.process import Process
+from gndet.distributed.collectives import all_gather
 from gndet.errors import TrainingError
 from gndet.files import TEMPORARY
 from gndet.modeling.recompute import keeping_all
@@ -33,7 +32,7 @@ from gndet.structures import Batch
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import NONFINITE
-from gndet.training.update import Share, UpdateState, breakable, to_device
+from gndet.training.update import Nonfinite, UpdateState, breakable, to_device
 
 ADVICE = (
     "A lower train.optimizer.lr, a longer train.schedule.warmup or train.optimizer.clip_grad_norm=10 usually helps; "
@@ -41,39 +40,25 @@ ADVICE = (
 )
 
 
-def summed(losses: Mapping[str, Tensor], norm: Tensor, proc: Process) -> tuple[dict[str, float], bool]:
-    """Sum an update's losses over the ranks.  Returns the sums, and whether everything is finite on all ranks.
-
-    norm: of the gradient, not finite if any part of the gradient is not.  This is the only host sync per update.
-    """
-    values = torch.stack([norm, *losses.values()]).double().cpu()
-    if not values.isfinite().all():
-        values.fill_(math.nan)  # NaN survives the all-reduce
-    *losses_sums, _ = all_reduce_sum(values.roll(-1), proc).tolist()
-    sums = dict(zip(losses, losses_sums, strict=True))
-    return sums, all(map(math.isfinite, losses_sums))
-
-
-def describe(run: Run, update: int, taken: list[Loaded], losses: Mapping[str, Tensor], norm: Tensor) -> str:
+def describe(run: Run, update: int, taken: list[Loaded], bad: Nonfinite) -> str:
     """Find where an update became non-finite, and write a report.  Returns a text about all ranks.
 
     update: number of updates before it.  taken: the batches of this rank.  Every rank must call it.  It changes the
     model's running statistics, which the caller must restore.
     """
-    numbers = {name: float(value) for name, value in losses.items()}
     images = examine(run, taken) if breakable(run.cfg, run.proc) else []
     found = [f"image {image['image_id']}: {image['first']}" for image in images if image["first"]]
     culprits = "; ".join(found[:3]) or "each image alone is finite"
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in bad.losses.items())
     report = {
         "update": update, "process": run.proc.rank, "processes": run.proc.world,
-        "losses": {name: _json_number(value) for name, value in numbers.items()},
-        "gradient_norm_of_all_processes": _json_number(float(norm)), "images": images,
+        "losses": {name: _json_number(value) for name, value in bad.losses.items()},
+        "gradient_norm_of_all_processes": _json_number(bad.norm), "images": images,
         "config": run.cfg.model_dump(mode="json"),
     }  # fmt: skip
     where = _write(run.out / NONFINITE / f"update-{update + 1:07d}-process{run.proc.rank}", report, taken)
     lines = all_gather([f"  rank {run.proc.rank}: {shown}; {culprits}; {where}"], run.proc)
-    what = f"a loss or the gradient (norm {float(norm):.4g}) is not finite"
+    what = f"a loss or the gradient (norm {bad.norm:.4g}) is not finite"
     return "\n".join([f"{what} at update {update + 1}, which was not applied:", *itertools.chain(*lines)])
 
 
@@ -173,18 +158,15 @@ def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def pass_over(
-    run: Run, progress: Progress, state: UpdateState, taken: list[Loaded], share: Share, norm: Tensor, log: Log,
-    evaluation_due: bool,
-) -> None:  # fmt: skip
+def pass_over(run: Run, progress: Progress, state: UpdateState, taken: list[Loaded], bad: Nonfinite, log: Log) -> None:
     """Skip an update whose losses or gradient are not finite, if train.on_nonfinite allows it.
 
-    Raises TrainingError, on all ranks, if it does not.
+    taken: the batches of this rank.  Raises TrainingError, on all ranks, if it does not.
     """
-    text = describe(run, progress.update, taken, share.losses, norm)
+    text = describe(run, progress.update, taken, bad)
     state.undo()
     refuse(run, text, progress.nonfinite + 1)
     log.message(f"{text}\n  skipped: {progress.nonfinite + 1} so far, {run.cfg.train.on_nonfinite}")
     progress.nonfinite += 1
-    progress.update, progress.evaluation_due = progress.update + 1, evaluation_due
+    progress.update, progress.evaluation_due = progress.update + 1, bad.evaluation_due
     state.end()

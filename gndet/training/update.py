@@ -4,11 +4,12 @@ The split does not change what is learned if images do not depend on each other 
 an update's gradient is the sum of its images' gradients over global_batch, for any split.
 """
 
+import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from gndet.config.schema import Config
 from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Replay
-from gndet.distributed.collectives import all_gather, all_reduce_min, broadcast
+from gndet.distributed.collectives import all_gather, all_reduce_min, all_reduce_sum, broadcast
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
@@ -34,16 +35,35 @@ def resident_bytes(run: Run) -> int:
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
+class Unread(NamedTuple):
+    """An update that the device has applied or, if something was not finite, left out; the host does not know yet."""
+
+    own: Tensor  # (n + 1,) float64, on the device: this rank's n losses, and the norm of the gradient
+    sums: Tensor  # the same, summed over the ranks; NaN if anything on any rank was not finite
+    names: tuple[str, ...]  # of the losses
+    evaluation_due: bool
+
+
+class Nonfinite(NamedTuple):
+    """An update that was not applied because a loss or the gradient was not finite."""
+
+    losses: dict[str, float]  # of this rank
+    norm: float  # of the gradient
+    evaluation_due: bool
+
+
 @dataclass
 class UpdateState:
-    """The state of the update in progress."""
+    """The update in progress, and the updates whose losses have not been read from the device."""
 
-    whole: bool = True  # False while weights change and do not match the progress
-    undo: Callable[[], None] = lambda: None  # restores what its forward passes have changed
+    whole: bool = True  # False while weights change
+    undo: Callable[[], None] = lambda: None  # restores what the forward passes of the last update have changed
+    unread: list[Unread] = field(default_factory=list)
+    halted: Tensor | None = None  # 0-dim float32: 1 from the first update that is not finite until the host reads it
 
     def end(self) -> None:
-        """Note that the update is complete, or skipped."""
-        self.whole, self.undo = True, lambda: None
+        """Note that all updates are complete, or skipped, and known to the host."""
+        self.whole, self.undo, self.halted = True, lambda: None, None
 
 
 class Share(NamedTuple):
@@ -229,16 +249,53 @@ def _copying(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def make_update(
-    run: Run, progress: Progress, state: UpdateState, losses: dict[str, float], evaluation_due: bool
-) -> None:
-    """Apply the gradient to the weights, and the weights to their average."""
+def make_update(run: Run, state: UpdateState, losses: dict[str, Tensor], norm: Tensor, evaluation_due: bool) -> None:
+    """Apply the gradient to the weights, and the weights to their average, unless a loss or the norm is not finite.
+
+    The device decides, so the host need not wait for it; `read` tells the host.  After an update that is not finite,
+    later updates change nothing either until `read`, so the weights remain those from which that update started.
+    losses: this rank's, 0-dim each; norm: of the gradient, not finite if any part of the gradient is not.
+    """
     state.whole = False
-    run.optimizer.step()
+    own = torch.stack([*losses.values(), norm]).double()
+    sums = all_reduce_sum(torch.where(own.isfinite().all(), own, math.nan), run.proc)  # NaN survives the all-reduce
+    bad = (~sums.isfinite().all()).float()
+    state.halted = bad if state.halted is None else torch.maximum(state.halted, bad)
+    state.unread.append(Unread(own, sums, tuple(losses), evaluation_due))
+    optimizer: Any = run.optimizer
+    optimizer.found_inf = state.halted  # the fused optimizers change nothing if it is 1
+    optimizer.step()
     if run.average is not None:
-        run.average.update()
+        run.average.update(skip=state.halted)
     if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):
         broadcast(run.model.buffers(), run.proc)  # a norm trains with them, so all ranks need those of the checkpoint
-    progress.add(losses)
-    progress.update, progress.evaluation_due = progress.update + 1, evaluation_due
+    state.whole = True
+
+
+def reads_late(run: Run) -> bool:
+    """Return whether losses are read once per log line instead of after each update, so that a GPU never waits.
+
+    Not if a norm mixes images: later updates would change its running statistics before the host knows of a bad one.
+    """
+    mixed = any(norm.mixes_images for norm in run.cfg.model.part_norms().values())
+    return run.proc.device.type == "cuda" and not mixed
+
+
+def read(state: UpdateState, progress: Progress) -> Nonfinite | None:
+    """Copy the losses of the unread updates to the host, and add the updates to the progress: the only host sync.
+
+    Stops before the first update that was not finite and returns it.  The updates after it were left out as well and
+    must be computed again.  Every rank gets the same result.
+    """
+    unread, state.unread = state.unread, []
+    if not unread:
+        return None
+    rows = torch.stack([torch.stack([update.own, update.sums]) for update in unread]).tolist()
+    for update, (own, sums) in zip(unread, rows, strict=True):
+        if not all(map(math.isfinite, sums)):
+            *losses, norm = own
+            return Nonfinite(dict(zip(update.names, losses, strict=True)), norm, update.evaluation_due)
+        progress.add(dict(zip(update.names, sums[:-1], strict=True)))
+        progress.update, progress.evaluation_due = progress.update + 1, update.evaluation_due
     state.end()
+    return None

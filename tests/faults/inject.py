@@ -55,13 +55,19 @@ def _before_updates(call: Callable[..., None]) -> None:
 
 def _after_updates(call: Callable[..., None]) -> None:
     """Call call(run, update) after each update that was applied."""
-    make_update = train.make_update
+    make_update, read, runs = train.make_update, train.read, []
 
-    def wrapped(run: Any, progress: Any, *more: Any) -> None:
-        make_update(run, progress, *more)
-        call(run, progress.update)
+    def noting(run: Any, *more: Any) -> None:
+        runs[:] = [run]
+        make_update(run, *more)
 
-    train.make_update = wrapped
+    def reading(state: Any, progress: Any) -> Any:
+        bad = read(state, progress)
+        if bad is None:
+            call(runs[0], progress.update)
+        return bad
+
+    train.make_update, train.read = noting, reading
 
 
 # --- signals and time

@@ -11,20 +11,25 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from faults.tiny import CONFIG
+from faults.tiny import CONFIG, check_same, different_tensors
 from run_files import last, load
 from torch import Tensor, nn
 
+import gndet.train as training
+from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.distributed.process import Process
-from gndet.errors import ConfigError, TrainingError
+from gndet.distributed.signals import Stop
+from gndet.errors import ConfigError, Preempted, TrainingError
 from gndet.structures import Batch, GroundTruth
 from gndet.train import train
-from gndet.training.nonfinite import describe, examine, refuse, summed
-from gndet.training.run import Run
+from gndet.training.nonfinite import describe, examine, refuse
+from gndet.training.optim import optimizer_tensors
+from gndet.training.run import Progress, Run
 from gndet.training.setup import build_run
+from gndet.training.update import Nonfinite, Share, UpdateState, make_update, read, reads_late
 
 ALONE = Process(0, 1, torch.device("cpu"))
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("thin")]
@@ -107,7 +112,7 @@ def test_the_first_module_and_the_image_are_named(
     culprit = taken[1].image_ids[0]
     poisoned(run, module, int(taken[1].batch.keys[0]), value, where)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    text = describe(run, 7, taken, {"loss_cls": torch.tensor(math.nan)}, torch.tensor(math.nan))
+    text = describe(run, 7, taken, Nonfinite({"loss_cls": math.nan}, math.nan, False))
     report = json.loads((tmp_path / "nonfinite" / "update-0000008-process0" / "report.json").read_text())
     assert [image["image_id"] for image in report["images"] if image["first"]] == [culprit]
     assert f"image {culprit}: " in text and "at update 8" in text
@@ -129,7 +134,7 @@ def read_batch(path: Path) -> Batch:
 def test_the_batch_that_was_written_gives_the_same_losses(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     taken = first_update(run)
-    describe(run, 0, taken, {"loss_cls": torch.tensor(1.0)}, torch.tensor(math.inf))
+    describe(run, 0, taken, Nonfinite({"loss_cls": 1.0}, math.inf, False))
     folder = tmp_path / "nonfinite" / "update-0000001-process0"
     for number, loaded in enumerate(taken):
         again = run.model(read_batch(folder / f"batch-{number}.safetensors"))
@@ -145,10 +150,118 @@ def test_the_batch_that_was_written_gives_the_same_losses(tmp_path: Path) -> Non
         ((1.0,), math.inf, False),
     ],
 )
-def test_a_loss_or_the_gradient_alone_is_enough(losses: tuple[float, ...], norm: float, finite: bool) -> None:
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_loss_or_the_gradient_alone_leaves_everything_as_it_was(
+    tmp_path: Path, kind: str, losses: tuple[float, ...], norm: float, finite: bool
+) -> None:
+    run, state, progress = make_run(tmp_path, optimizer={"kind": kind}), UpdateState(), Progress()
+    assert run.average is not None
+    for parameter in run.model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.1)
     parts = {str(i): torch.tensor(value) for i, value in enumerate(losses)}
-    sums, found = summed(parts, torch.tensor(norm), ALONE)
-    assert found == finite and (not finite or list(sums.values()) == list(losses))
+    tensors = [run.model.state_dict(), run.average.module.state_dict(), optimizer_tensors(run.optimizer, run.model)]
+    before = [{name: tensor.clone() for name, tensor in part.items()} for part in tensors]
+    make_update(run, state, parts, torch.tensor(norm), True)
+    make_update(run, state, {name: torch.tensor(1.0) for name in parts}, torch.tensor(1.0), False)
+    bad = read(state, progress)
+    kept = all(
+        torch.equal(part[name], value) for part, old in zip(tensors, before, strict=True) for name, value in old.items()
+    )
+    assert (bad is None) == finite and kept != finite
+    if finite:
+        assert (progress.update, progress.evaluation_due, progress.sums) == (2, False, {"0": 2.0, "1": 3.0})
+    else:
+        assert (progress.update, progress.sums, bad.evaluation_due) == (0, {}, True)
+        assert repr(bad.norm) == repr(norm) and repr(list(bad.losses.values())) == repr(list(losses))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Let the losses of these updates (1, 2, ...) be NaN."""
+    gradients = training.compute_gradients
+
+    def wrapped(run: Run, *more: Any) -> Share:
+        share = gradients(run, *more)
+        assert run.proc.watch is not None
+        if run.proc.watch._update + 1 not in updates:
+            return share
+        return share._replace(losses={name: loss * math.nan for name, loss in share.losses.items()})
+
+    monkeypatch.setattr(training, "compute_gradients", wrapped)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(CONFIG))
+    return path
+
+
+RARELY = ("train.log_every=5", "train.checkpoint_every=0")
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_losses_that_are_read_once_per_log_line_skip_the_same_updates(
+    config: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    options = (*RARELY, "train.on_nonfinite=skip:3", f"train.optimizer.kind={kind}", "train.optimizer.lr=0.001")
+    spoil(monkeypatch, 2, 3, 6)
+    train(load(config, "each", *options))
+    reads, whole = [], training.read
+    monkeypatch.setattr(
+        training, "read", lambda state, progress: reads.append(len(state.unread)) or whole(state, progress)
+    )
+    monkeypatch.setattr(training, "reads_late", lambda run: True)
+    train(load(config, "late", *options))
+    assert reads == [5, 3, 2, 1]  # 1-5, bad 2: 3-5, bad 3: 4-5, then 6, which is bad
+    check_same(config.parent / "late", config.parent / "each", "read late")
+    assert load_checkpoint(config.parent / "late" / "last").meta["nonfinite"] == 3
+
+
+def test_a_late_reading_ends_the_run_with_the_weights_before_the_bad_update(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 3)
+    monkeypatch.setattr(training, "reads_late", lambda run: True)
+    with pytest.raises(TrainingError, match="not finite at update 3, which was not applied"):
+        train(load(config, "late", *RARELY))
+    monkeypatch.undo()
+    train(load(config, "whole", "train.checkpoint_every=1"))
+    saved = load_checkpoint(config.parent / "late" / "last")
+    before = load_checkpoint(config.parent / "whole" / "checkpoints" / "update-0000002")
+    assert saved.meta["update"] == 2 and list(different_tensors(saved, before)) == []
+    report = json.loads((config.parent / "late" / "nonfinite" / "update-0000003-process0" / "report.json").read_text())
+    assert len(report["images"]) == 2  # the batches were loaded again
+
+
+@pytest.mark.parametrize("failure", [Stop, MemoryError])
+def test_updates_that_have_not_been_read_are_saved_when_a_run_ends_early(
+    config: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    gradients = training.compute_gradients
+
+    def wrapped(run: Run, *more: Any) -> Share:
+        assert run.proc.watch is not None
+        if run.proc.watch._update == 4:
+            raise failure
+        return gradients(run, *more)
+
+    monkeypatch.setattr(training, "reads_late", lambda run: True)
+    with monkeypatch.context() as patch, pytest.raises((Preempted, MemoryError)):
+        patch.setattr(training, "compute_gradients", wrapped)
+        train(load(config, "late", *RARELY))
+    saved = load_checkpoint(config.parent / "late" / "last")
+    assert saved.meta["update"] == saved.meta["summed"] == 4
+    train(load(config, "late", *RARELY))
+    train(load(config, "whole", *RARELY))
+    check_same(config.parent / "late", config.parent / "whole", "resumed")
+
+
+def test_with_a_norm_that_mixes_images_every_update_is_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    gpu = run._replace(proc=run.proc._replace(device=torch.device("cuda", 0)))
+    mixing = gpu.cfg.model.model_copy(update={"norm": gpu.cfg.model.norm.model_copy(update={"kind": "bn"})})
+    assert reads_late(gpu) and not reads_late(run)
+    assert not reads_late(gpu._replace(cfg=gpu.cfg.model_copy(update={"model": mixing})))
 
 
 def test_only_the_allowed_number_of_updates_is_skipped(tmp_path: Path) -> None:

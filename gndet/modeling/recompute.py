@@ -112,7 +112,7 @@ def tower(
     in_parts = layers[0].regions and any(setting.winograd for setting in settings)
     at_once = samples_at_once(size[0], size[1]) if in_parts else len(x)
     with torch.autocast(device, enabled=False):
-        return _Tower.apply(tuple(settings), at_once, make_input, x, residual, *tensors)
+        return _Tower.apply(tuple(settings), at_once, make_input, x, residual, *_weights_as(dtype, tensors))
 
 
 def _saves_memory(layer: nn.Module) -> bool:
@@ -135,11 +135,46 @@ def _split(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Laye
     cheap = layer.cheap and not (layer.regions and layer.memory == "lean")
     plain = Layer(layer.conv.stride[0], layer.conv.padding[0], by_winograd, cheap, 0, 0.0, area, layer.relu)
     if isinstance(norm, GroupNorm):
-        return plain._replace(groups=norm.groups, eps=norm.eps), (weight.to(dtype), None, norm.weight, norm.bias)
+        return plain._replace(groups=norm.groups, eps=norm.eps), (weight, None, norm.weight, norm.bias)
     if isinstance(norm, FrozenBatchNorm):
         scale, bias = norm.map()
         weight = weight * scale[:, None, None, None]
-    return plain, (weight.to(dtype), None if bias is None else bias.to(dtype), None, None)
+    return plain, (weight, bias, None, None)
+
+
+def _weights_as(dtype: torch.dtype, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Cast the weights and biases of layers, of which tensors holds four per layer; gamma and beta stay as they are."""
+    places = [i for i, tensor in enumerate(tensors) if i % 4 < 2 and tensor is not None and tensor.dtype != dtype]
+    if places:
+        tensors = list(tensors)
+        for i, copy in zip(places, _Cast.apply(dtype, *(tensors[i] for i in places)), strict=True):
+            tensors[i] = copy
+    return tensors
+
+
+class _Cast(torch.autograd.Function):
+    """Cast tensors, and their gradients back: on a GPU one launch for all of them instead of one for each."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtype, copies = tensors[0].dtype, _cast(tensors, dtype)
+        wanted = zip(copies, ctx.needs_input_grad[1:], strict=True)
+        ctx.mark_non_differentiable(*(copy for copy, trained in wanted if not trained))
+        return tuple(copies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        copies = iter(_cast([grad for grad in grads if grad is not None], ctx.dtype))
+        return None, *(None if grad is None else next(copies) for grad in grads)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
 
 
 class _Tower(torch.autograd.Function):

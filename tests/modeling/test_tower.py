@@ -1,13 +1,16 @@
 """What a tower keeps for the backward pass changes the memory and nothing else."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from models import make_batch, small_config, small_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gndet.config.schema import NormConfig
+from gndet.modeling import recompute
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import ValidArea
@@ -168,3 +171,38 @@ def test_mixed_precision_keeps_float32_statistics_and_half_of_the_bytes() -> Non
     assert (y.float() - exact).norm() < 0.05 * exact.norm()
     y.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layers.parameters())
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operators that cast tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "copy" in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_weights_of_a_tower_are_cast_at_once_and_a_frozen_one_gets_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = conv_norms(NORMS["gn"], (1, 3, 1), residual=False).float()
+    layers[0].conv.weight.requires_grad_(False)
+    set_memory(layers, "balanced")
+    x, copies, found = torch.randn(2, 16, 12, 12, dtype=torch.bfloat16), Copies(), []
+    for cast in (
+        recompute._weights_as,
+        lambda dtype, tensors: [t if i % 4 > 1 or t is None else t.to(dtype) for i, t in enumerate(tensors)],
+    ):
+        monkeypatch.setattr(recompute, "_weights_as", cast)
+        layers.zero_grad()
+        with copies, torch.autocast("cpu", torch.bfloat16):
+            tower(layers, x).square().sum().backward()
+        found.append([parameter.grad for parameter in layers.parameters() if parameter.grad is not None])
+        if len(found) == 1:
+            assert sum("_foreach_copy_" in name for name in copies.names) == 2  # forward and backward
+    assert len(found[0]) == 2 + 3 * 2  # two weights, three pairs of gamma and beta
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

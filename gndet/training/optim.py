@@ -15,7 +15,11 @@ STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimizer stores per wei
 
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """Make SGD with momentum or AdamW for the trainable parameters; gamma and beta have their own weight decay."""
+    """Make SGD with momentum or AdamW for the trainable parameters; gamma and beta have their own weight decay.
+
+    It has its state from the start, all zeros, which gives the first step that torch's own state gives.  So memory
+    cannot run out in the first step, and a first step that found_inf turns off leaves no state without values.
+    """
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": cfg.weight_decay},
         {"params": [], "weight_decay": cfg.norm_weight_decay},
@@ -25,16 +29,35 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
         groups[isinstance(module, NORM_LAYERS)]["params"] += own
     groups = [group for group in groups if group["params"]]
     # fused: one pass over memory; its CPU kernel expects gradients in the memory layout of their parameters
+    optimizer: torch.optim.Optimizer
     if cfg.kind == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, fused=True)
+        names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    else:
+        optimizer = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)
+        names = ("momentum_buffer",) if cfg.momentum else ()
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        if cfg.kind == "adamw":
+            optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
+        for name in names:
+            optimizer.state[parameter][name] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def fixed_bytes(model: nn.Module, cfg: TrainConfig) -> dict[str, int]:
+    """Return the bytes that training holds without any image, by what they are for."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "weights": weights, "averaged weights": weights if cfg.ema else 0, "gradients": trainable,
+        "optimizer state": trainable * STATE_SIZE[cfg.optimizer.kind],
+    }  # fmt: skip
 
 
 def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
     """Return the size of a checkpoint: weights, averaged weights, and the optimizer's state."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return weights * (2 if cfg.ema else 1) + trainable * STATE_SIZE[cfg.optimizer.kind]
+    sizes = fixed_bytes(model, cfg)
+    return sum(sizes.values()) - sizes["gradients"]
 
 
 def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:
@@ -124,14 +147,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Restore the state from `optimizer_tensors`, in the parameters' memory layout so that sums round equally."""
+    """Restore the state from `optimizer_tensors`."""
     parameters = dict(_trainable(model))
     for full_name, value in tensors.items():
         key, name = full_name.split("/", 1)
-        parameter = parameters[name]
-        if value.shape == parameter.shape:
-            value = torch.empty_like(parameter).copy_(value)
-        optimizer.state[parameter][key] = value.detach().to(parameter.device)
+        optimizer.state[parameters[name]][key].copy_(value)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

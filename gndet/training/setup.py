@@ -6,11 +6,13 @@ compilation later, and a failure is reported before anything is written.
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from gndet.checkpoint import Checkpoint
@@ -26,7 +28,7 @@ from gndet.modeling.recompute import set_memory
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
 from gndet.training.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.training.norms import audit, summary
-from gndet.training.optim import STATE_SIZE, WeightAverage, make_optimizer
+from gndet.training.optim import WeightAverage, fixed_bytes, make_optimizer
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
 from gndet.training.task import TASKS
@@ -104,14 +106,15 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     )
     norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta["norms"]
     notes += loaded
-    model, autocast = place(model.train(), cfg.train.precision, proc)
-    set_memory(model, cfg.train.memory)
-    model.choose_convolutions(min(cfg.data.shortest_edge))
-    if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
-        notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
-    broadcast(model.state_dict().values(), proc)  # they are equal already, unless the machines differ
-    average = WeightAverage(model, cfg.train.ema) if cfg.train.ema else None
-    optimizer = make_optimizer(cfg.train.optimizer, model)
+    with enough_memory(model, cfg, proc):
+        model, autocast = place(model.train(), cfg.train.precision, proc)
+        set_memory(model, cfg.train.memory)
+        model.choose_convolutions(min(cfg.data.shortest_edge))
+        if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
+            notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
+        broadcast(model.state_dict().values(), proc)  # they are equal already, unless the machines differ
+        average = WeightAverage(model, cfg.train.ema) if cfg.train.ema else None
+        optimizer, buckets = make_optimizer(cfg.train.optimizer, model), buckets_for(cfg, model, proc)
     notes.append(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, norm {cfg.model.norm.kind}")
     report = audit(model, cfg, norms, proc.world)
     if report.errors:
@@ -120,9 +123,36 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     data["masks"] = mask_fingerprint(train_set) if cfg.model.masks else ""
     run = Run(
         cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
-        compiled(model, cfg.train, proc.device), buckets_for(cfg, model, proc),
+        compiled(model, cfg.train, proc.device), buckets,
     )  # fmt: skip
     return run, notes
+
+
+@contextmanager
+def enough_memory(model: nn.Module, cfg: Config, proc: Process) -> Iterator[None]:
+    """Within this context allocate all memory that training holds without any image.
+
+    Raises ConfigError that says what it is for, if it is more than train.memory_limit_mib or if memory runs out.
+    """
+    limit, room = cfg.train.memory_limit_mib, ""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        room = f"memory ran out ({error})"
+    sizes = {name: size / MIB for name, size in fixed_bytes(model, cfg.train).items() if size}
+    if limit is not None and sum(sizes.values()) > limit:
+        room = f"train.memory_limit_mib is {limit:g}"
+    if room:
+        ways = ["train.optimizer.kind=sgd"] * (cfg.train.optimizer.kind == "adamw") + ["train.ema=0"] * bool(
+            cfg.train.ema
+        )
+        raise ConfigError(
+            f"rank {proc.rank}: without any image, training takes {sum(sizes.values()):.0f} MiB on {proc.device} ("
+            f"{', '.join(f'{name} {size:.0f}' for name, size in sizes.items())}), but {room}; choose "
+            f"{', '.join(['a smaller model', *ways])} or a device with more free memory"
+        )
 
 
 def compiled(model: nn.Module, cfg: TrainConfig, device: torch.device) -> nn.Module:
@@ -211,21 +241,18 @@ def images_at_once(run: Run) -> int:
 
 
 def fits(run: Run, num: int) -> bool:
-    """Return whether memory fits num of the largest images at once plus gradients and the optimizer's state."""
+    """Return whether memory fits num of the largest images at once beside weights, gradients and optimizer state."""
     device, stated = run.proc.device, run.cfg.train.memory_limit_mib
     limit = stated * MIB if stated else torch.cuda.memory_allocated(device) + free_memory(device)
     # on a CPU the mask head computes positive regions only; this many objects make all regions positive
     objects = 0 if device.type == "cuda" else run.cfg.model.max_positives
     batch = largest_batch(run.train_set, run.cfg.data, num, masks=run.cfg.model.masks, objects=objects)
-    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    num_states = 0 if run.optimizer.state else STATE_SIZE[run.cfg.train.optimizer.kind]
-    state: list[Tensor] = []
     try:
         clear_gradients(run)
-        for parameter in trainable:
-            state += [torch.empty_like(parameter) for _ in range(num_states)]
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run) + sum(t.nbytes for t in state)):
+        for parameter in run.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        with limited(device, int(limit * (1 - MARGIN)), resident_bytes(run)):
             backward(run.model, run.autocast, [batch], num, run.cfg)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -233,6 +260,5 @@ def fits(run: Run, num: int) -> bool:
         return False
     finally:
         run.model.zero_grad()
-        state.clear()
         release(device)
     return True

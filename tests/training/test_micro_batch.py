@@ -94,7 +94,7 @@ def test_sync_bn_over_two_processes_learns_what_bn_does_in_one(config: Path) -> 
 
 def test_a_process_that_cannot_go_on_ends_the_run_with_its_reason_on_all(config: Path) -> None:
     sizes = ("data.shortest_edge=[64,128]", "train.global_batch=2", "train.images_per_gpu=1")
-    limit = sum(peak_mib(config, 1, f"data.shortest_edge=[{edge}]", first=True) for edge in (64, 128)) / 2
+    limit = sum(peak_mib(config, 1, f"data.shortest_edge=[{edge}]") for edge in (64, 128)) / 2
     text = two_ranks(config, "run", *sizes, f"train.memory_limit_mib={limit}", "train.log_every=1").expect(2, 2)
     told = [line for line in text.splitlines() if line.startswith("gndet train: ")]
     assert "Connection closed" not in text
@@ -172,17 +172,16 @@ def test_no_batch_is_larger_than_the_largest(config: Path, data_root: Path, edge
 # --- as many as fit in memory
 
 
-def peak_mib(config: Path, size: int, *overrides: str, first: bool = False) -> float:
-    """Return the peak memory in a step over the largest batch of `size` images; first: the first of its update."""
+def peak_mib(config: Path, size: int, *overrides: str) -> float:
+    """Return the peak memory in a step over the largest batch of `size` images."""
     cfg = load(config, "peak", *overrides)
     run, _ = build_run(cfg, Path("unused"), Process(0, 1, torch.device("cpu")), None)
     for parameter in run.model.parameters():
-        parameter.grad = None if first else torch.zeros_like(parameter)
-    momentum = sum(p.nbytes for p in run.model.parameters())
+        parameter.grad = torch.zeros_like(parameter)
     batch = largest_batch(
         run.train_set, cfg.data, size, masks=True, objects=4
     )  # as many as there may be positive regions
-    with TensorBytes(10**12, resident_bytes(run) + momentum) as counted:
+    with TensorBytes(10**12, resident_bytes(run)) as counted:
         backward(run.model, run.autocast, [batch], size, cfg)
     return counted.peak / MIB
 
@@ -202,8 +201,8 @@ def test_auto_takes_the_largest_that_leaves_the_margin_free(config: Path, size: 
 
 
 def test_auto_that_cannot_is_refused_before_anything_is_written(config: Path) -> None:
-    with pytest.raises(ConfigError, match=r"not even one image fits in 90 % of train\.memory_limit_mib: 9, with"):
-        train(load(config, "run", "train.images_per_gpu=auto", "train.memory_limit_mib=9"))
+    with pytest.raises(ConfigError, match=r"not even one image fits in 90 % of train\.memory_limit_mib: 12, with"):
+        train(load(config, "run", "train.images_per_gpu=auto", "train.memory_limit_mib=12"))
     with pytest.raises(ConfigError, match=r"auto on a CPU needs train\.memory_limit_mib"):
         train(load(config, "run", "train.images_per_gpu=auto"))
     with pytest.raises(ConfigError, match=r"auto would change what is learned: model\.norm\.kind: bn takes its"):
@@ -229,17 +228,49 @@ def test_running_out_of_memory_halves_the_micro_batch_and_changes_nothing_learne
 
 
 def test_running_out_of_memory_stops_a_run_if_fewer_images_would_change_it(config: Path) -> None:
-    limit = "train.memory_limit_mib=9"
+    limit = "train.memory_limit_mib=12"
     with pytest.raises(TrainingError, match=r"out of memory with 1 image\(s\) at once .*lower data\.max_edge"):
-        train(load(config, "run", "train.images_per_gpu=1", "train.optimizer.kind=adamw", limit))
-    options = ("train.images_per_gpu=1", "train.global_batch=1", "train.checkpoint_every=0", "data.shortest_edge=[64]")
-    room = peak_mib(config, 1, "data.shortest_edge=[64]", first=True) - 2.3  # without SGD's momentum, 2.6 MiB
+        train(load(config, "run", "train.images_per_gpu=1", limit))
+    # with this seed the first picture is small, the second large
+    options = ("train.images_per_gpu=1", "train.global_batch=1", "train.checkpoint_every=0", "seed=5")
+    edges = ("data.shortest_edge=[32,256]", "data.max_edge=256")
+    peaks = (peak_mib(config, 1, f"data.shortest_edge=[{edge}]", edges[1]) for edge in (32, 256))
+    room = sum(peaks) / 2
     with pytest.raises(TrainingError, match="out of memory"):
-        train(load(config, "late", *options, f"train.memory_limit_mib={room}"))
+        train(load(config, "late", *options, *edges, f"train.memory_limit_mib={room}"))
     assert load_checkpoint(config.parent / "late" / "last").meta["update"] == 1  # what was learned is kept
     tight = f"train.memory_limit_mib={peak_mib(config, 2)}"
     with pytest.raises(TrainingError, match=r"with 8 image.*fewer would change what is learned: .*kind: bn.* lower"):
         train(load(config, "bn", "train.images_per_gpu=8", "model.norm.kind=bn", tight))
+
+
+@pytest.mark.parametrize(("kind", "keys"), [("sgd", 1), ("adamw", 3)])
+def test_the_first_step_of_the_optimizer_takes_no_memory(config: Path, kind: str, keys: int) -> None:
+    cfg = load(config, "unused", f"train.optimizer.kind={kind}")
+    run, _ = build_run(cfg, Path("unused"), Process(0, 1, torch.device("cpu")), None)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = resident_bytes(run)
+    assert {len(state) for state in run.optimizer.state.values()} == {keys}
+    with TensorBytes(before, before) as counted:  # raises if a byte is added
+        run.optimizer.step()
+    assert counted.peak == resident_bytes(run) == before
+
+
+def test_a_limit_below_what_training_always_holds_is_refused_with_what_takes_how_much(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"without any image, training takes 14 MiB on cpu \(weights 3,") as error:
+        train(load(config, "run", "train.memory_limit_mib=12", "train.optimizer.kind=adamw"))
+    assert "optimizer state 6), but train.memory_limit_mib is 12; choose a smaller model, train.opt" in str(error.value)
+    assert not (config.parent / "run").exists()
+
+
+@pytest.mark.parametrize("limit_mib", [4, 12, 15, 20])  # in the weights, the average, the optimizer's state
+def test_memory_that_runs_out_in_set_up_is_an_error_of_the_config(config: Path, limit_mib: int) -> None:
+    cfg = load(config, "unused", "train.optimizer.kind=adamw", "train.precision=float64")
+    proc = Process(0, 1, torch.device("cpu"))
+    text = rf"averaged weights \d.* but memory ran out \(\d+ MiB of tensors, the limit is {limit_mib}\); choose a"
+    with pytest.raises(ConfigError, match=text), TensorBytes(limit_mib * MIB):
+        build_run(cfg, Path("unused"), proc, None)
 
 
 # --- splits that are not possible

@@ -81,6 +81,36 @@ def test_optimizer_state_survives_a_round_trip(kind: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_state_made_beforehand_gives_the_steps_of_torchs_own_state_to_the_bit(kind: str) -> None:
+    models = [small_model().to(memory_format=torch.channels_last) for _ in range(2)]
+    ours, torchs = optimizers = [make_optimizer(OptimizerConfig(kind=kind), model) for model in models]
+    assert ours.state
+    torchs.state.clear()  # torch makes it in the first step
+    for update in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            generator = torch.Generator().manual_seed(update)
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.empty_like(parameter).copy_(noise)
+            optimizer.step()
+    found, expected = (optimizer_tensors(*pair) for pair in zip(optimizers, models, strict=True))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_a_first_step_that_found_inf_turns_off_leaves_weights_and_state_without_garbage() -> None:
+    model = small_model()
+    optimizer: Any = make_optimizer(SGD, model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not any(value.any() for value in optimizer_tensors(optimizer, model).values())
+
+
 def moved(model: torch.nn.Module, seed: int) -> None:
     """Change every weight and statistic, as an update does; count a batch."""
     generator = torch.Generator().manual_seed(seed)

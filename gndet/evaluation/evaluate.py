@@ -8,6 +8,7 @@ import contextlib
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process
 from gndet.errors import DataError
+from gndet.evaluation.behind import Behind
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
 from gndet.files import text_table
@@ -89,21 +91,26 @@ def detect_share(
 ) -> Share:
     """Detect objects in this rank's share of the data set, with the model in eval mode.
 
-    autocast: makes the context in which the model runs.  on_image: called with the id of each finished image; an error
-    that it raises ends the detection.  unreadable: called with the image id and the reason if a picture cannot be read;
-    the picture has no detections.  notify: called with a message if a loader process was killed and replaced.
+    autocast: makes the context in which the model runs.  on_image: called with the id of each image after detection; an
+    error that it raises ends the work.  unreadable: called with the image id and the reason if a picture cannot be
+    read; the picture has no detections.  notify: called with a message if a loader process was killed and replaced.
     Without `unreadable`, raises DataError for a picture that cannot be read.
     """
-    was_training = model.training
+    was_training, paste, behind = model.training, cfg.model.mask_paste, Behind(proc.device)
+
+    def replaced(message: str) -> None:
+        behind.finish()  # the next thing is a fork
+        if notify:
+            notify(message)
+
     batches = test_batches(
         dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=proc.rank, world=proc.world,
-        pin_memory=proc.device.type == "cuda", notify=notify,
+        pin_memory=proc.device.type == "cuda", notify=replaced,
     )  # fmt: skip
-    results: list[Results] = []
     seen: list[int] = []
     model.eval()
     try:
-        with contextlib.closing(batches):
+        with behind, contextlib.closing(batches):
             for indices, batch, image_ids, skipped in batches:
                 for image_id, reason in skipped:
                     if unreadable is None:
@@ -113,13 +120,15 @@ def detect_share(
                     images, sizes = (x.to(proc.device, non_blocking=True) for x in (batch.images, batch.sizes))
                     with torch.inference_mode(), autocast():
                         detections = model.detect(images, sizes, batch.padded)
-                    results.append(to_results(detections, indices, batch.sizes, dataset, cfg.model.mask_paste))
+                    make = partial(to_results, indices=indices, sizes=batch.sizes, dataset=dataset, paste=paste)
+                    behind.add(detections, make)
                 for image_id in image_ids:
                     seen.append(image_id)
                     on_image(image_id)
+            behind.finish()
     finally:
         model.train(was_training)
-    return Share(join(results), seen)
+    return Share(join(behind.results), seen)
 
 
 def evaluate(

@@ -107,10 +107,14 @@ class Saver:
         groups = {"model": run.model.state_dict(), "optimizer": optimizer_tensors(run.optimizer, run.model)}
         if run.average is not None:
             groups["ema"] = run.average.module.state_dict()
-        return {
-            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        # from a GPU into pinned memory, which torch keeps for the next checkpoint, without waiting for each tensor
+        copies = {
+            name: {key: tensor.detach().to("cpu", non_blocking=True, copy=True) for key, tensor in tensors.items()}
             for name, tensors in groups.items()
         }
+        if run.proc.device.type == "cuda":
+            torch.cuda.current_stream(run.proc.device).synchronize()
+        return copies
 
     def _meta(self, progress: Progress) -> dict[str, Any]:
         run = self._run

@@ -17,8 +17,8 @@ from gndet.data.batches.stream import Loaded
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.modeling.detection_model import DetectionModel
+from gndet.training.averaging import WeightAverage
 from gndet.training.gradient_buckets import Buckets
-from gndet.training.optim import WeightAverage
 
 
 class Run(NamedTuple):

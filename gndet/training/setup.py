@@ -25,10 +25,11 @@ from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.recompute import set_memory
+from gndet.training.averaging import WeightAverage
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
 from gndet.training.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
 from gndet.training.norms import audit, summary
-from gndet.training.optim import WeightAverage, fixed_bytes, make_optimizer
+from gndet.training.optim import fixed_bytes, make_optimizer
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
 from gndet.training.task import TASKS

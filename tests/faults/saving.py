@@ -24,8 +24,9 @@ from gndet.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint, ru
 from gndet.config.loading import load_config
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
+from gndet.training.averaging import WeightAverage
 from gndet.training.checkpointing import Saver
-from gndet.training.optim import WeightAverage, make_optimizer
+from gndet.training.optim import make_optimizer
 from gndet.training.run import Best, Progress, Run
 
 KILLS = 30

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gndet.config.schema import NormConfig, OptimizerConfig, ScheduleConfig
 from gndet.modeling.norms.layers import GroupNorm
+from gndet.training.averaging import WeightAverage
 from gndet.training.optim import (
-    WeightAverage,
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,

@@ -5,6 +5,7 @@ import shutil
 import threading
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import yaml
 from faults.tiny import CONFIG
 from rich.console import Console
 from run_files import assert_same, forget, load, losses, wait_for
+from torch.overrides import TorchFunctionMode
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.data.datasets import shapes
@@ -189,3 +191,29 @@ def test_after_any_error_of_the_writing_thread_the_next_save_is_tried(
     saver.save(Progress(update=2), at_once=True)
     assert saver.holds(Progress(update=2)) and load_checkpoint(tmp_path / "last").meta["update"] == 2
     saver.wait()
+
+
+def test_a_checkpoint_of_a_gpu_waits_once_after_all_copies(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.to:
+                done.append("ahead" if (kwargs or {}).get("non_blocking") else "blocking")
+            return func(*args, **kwargs or {})
+
+    class Stream:
+        def synchronize(self) -> None:
+            done.append("wait")
+
+    done: list[str] = []
+    run, _ = build_run(load(finished, "unused"), tmp_path, Process(0, 1, torch.device("cpu")), None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    saver = Saver(run._replace(proc=Process(0, 1, torch.device("cuda", 0))), 9, print)
+    with Functions():
+        groups = saver._groups()
+    count = sum(map(len, groups.values()))
+    assert count > 300 and done == ["ahead"] * count + ["wait"]
+    assert set(groups) == {"model", "optimizer", "ema"}
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(groups["model"][name], value) and groups["model"][name].data_ptr() != value.data_ptr()

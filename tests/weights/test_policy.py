@@ -23,7 +23,7 @@ from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.train import train
-from gndet.training.optim import WeightAverage
+from gndet.training.averaging import WeightAverage
 from gndet.weights.convert import compare_with_original, convert_batch_norm
 from gndet.weights.load import InitialModel, initial_model, load_weights
 from gndet.weights.policy import reference_norms

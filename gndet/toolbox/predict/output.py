@@ -20,6 +20,7 @@ from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
 from gndet.data.workers import usable_cores
 from gndet.errors import OutputError
+from gndet.evaluation.behind import to_host
 from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import captioned, draw_detections, grid, shrunk
 from gndet.evaluation.evaluate import to_results
@@ -95,7 +96,7 @@ class Output:
         detections: of B images; sizes (B, 2) height, width of the resized pictures; on_drawn: called with each drawn
         picture, in order, here or in `finish`.
         """
-        self.waiting.append((partial(self._draw, detections, sizes, tasks), on_drawn))
+        self.waiting.append((partial(self._draw, to_host(detections), sizes, tasks), on_drawn))
         if self.overlap or len(self.waiting) == self.most:
             self.finish(self.most if self.overlap else 0)
 
@@ -118,11 +119,11 @@ class Output:
         if drawn.tile is not None and len(self.tiles) < TILES:
             self.tiles.append(drawn.tile)
 
-    def _draw(self, detections: Detections, sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
+    def _draw(self, arrived: Callable[[], Detections], sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
         classes, ids = self.detector.classes, self.detector.category_ids
         dataset = Dataset("batch", classes, ids, [task.record for task in tasks])
         paste = self.detector.cfg.model.mask_paste
-        results = to_results(detections, list(range(len(tasks))), sizes, dataset, paste)
+        results = to_results(arrived(), list(range(len(tasks))), sizes, dataset, paste)
         results = results.take(np.flatnonzero(np.isin(results.category_ids, self.wanted.category_ids)))
         done = []
         for task in tasks:

@@ -14,7 +14,7 @@ from gndet.config.schema import BoxHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.detection_model import RegionHead, image_index
 from gndet.modeling.recompute import recomputed, tower
-from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
+from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, ranks
@@ -85,8 +85,7 @@ class BoxHead(RegionHead):
         ids = torch.cat([regions.ids, objects.expand(len(gt.boxes), -1)], dim=1)  # (B, K + M)
         boxes = torch.cat([regions.boxes, gt.boxes], dim=1)
         valid = torch.cat([regions.valid, gt.valid], dim=1)
-        iou = pairwise_iou(gt.boxes, boxes)
-        matched, label = match(iou, gt.valid, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
+        matched, label = match(gt.boxes, gt.valid, boxes, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
         order = ranks(batch.keys, Stream.REGIONS, ids)
         index, positive, chosen = sample_balanced(label, order, cfg.regions_per_image, cfg.positive_fraction)
         matched = matched.gather(1, index)

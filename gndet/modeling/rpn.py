@@ -14,7 +14,7 @@ from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.modeling.recompute import recomputed, tower
-from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows, pairwise_iou
+from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, ranks
@@ -81,11 +81,11 @@ class RPN(nn.Module):
         """Sample anchors_per_image anchors of each image, with their regression targets."""
         cfg, gt = self.cfg, batch.gt
         boxes, ids = torch.cat(anchors.boxes), torch.cat(anchors.ids)  # (N, 4), (N,)
-        iou = pairwise_iou(gt.boxes, boxes[None])  # (B, M, N)
         inside = torch.cat(anchors.inside, 1)
         if not cfg.straddling_anchors:
             inside = inside & (clip_boxes(boxes[None], batch.sizes) == boxes).all(-1)
-        matched, label = match(iou, gt.valid, inside, cfg.negative_iou, cfg.positive_iou, keep_best=True)
+        limits = cfg.negative_iou, cfg.positive_iou
+        matched, label = match(gt.boxes, gt.valid, boxes[None], inside, *limits, keep_best=True)
         order = ranks(batch.keys, Stream.ANCHORS, ids)
         index, positive, valid = sample_balanced(label, order, cfg.anchors_per_image, cfg.positive_fraction)
         targets = encode(gather_rows(gt.boxes, matched.gather(1, index)), boxes[index], DELTA_WEIGHTS)

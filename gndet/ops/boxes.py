@@ -20,12 +20,13 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """
     ax0, ay0, ax1, ay1 = a[:, :, None].unbind(-1)  # (B, M, 1)
     bx0, by0, bx1, by1 = b[:, None].unbind(-1)  # (B, 1, N)
-    width = (torch.minimum(ax1, bx1) - torch.maximum(ax0, bx0)).clamp(min=0)  # (B, M, N)
-    height = (torch.minimum(ay1, by1) - torch.maximum(ay0, by0)).clamp(min=0)
-    intersection = width * height
+    width = torch.minimum(ax1, bx1).sub_(torch.maximum(ax0, bx0)).clamp_(min=0)  # (B, M, N)
+    height = torch.minimum(ay1, by1).sub_(torch.maximum(ay0, by0)).clamp_(min=0)
+    intersection = width.mul_(height)
+    del height  # at most three (B, M, N) live at once
     area_a = (ax1 - ax0).clamp(min=0) * (ay1 - ay0).clamp(min=0)
     area_b = (bx1 - bx0).clamp(min=0) * (by1 - by0).clamp(min=0)
-    return intersection / (area_a + area_b - intersection).clamp(min=1e-6)
+    return intersection.div_((area_a + area_b).sub_(intersection).clamp_(min=1e-6))
 
 
 def clip_boxes(boxes: Tensor, sizes: Tensor, *, to_pixels: bool = False) -> Tensor:

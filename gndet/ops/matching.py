@@ -9,25 +9,50 @@ from torch import Tensor
 
 from gndet.ops.boxes import pairwise_iou
 
+MAX_PAIRS = 4_500_000  # of objects and candidates, held at once: 16 slots by the 268,569 anchors of 800 x 1344 pixels
 _FIRST = 1 << 60  # above every rank of ops.noise.ranks: lifts the chosen positives over the negatives
 
 
 def match(
-    iou: Tensor, gt_valid: Tensor, candidate_valid: Tensor, low: float, high: float, *, keep_best: bool
-) -> tuple[Tensor, Tensor]:
+    objects: Tensor, gt_valid: Tensor, candidates: Tensor, candidate_valid: Tensor, low: float, high: float, *,
+    keep_best: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Match each candidate to the ground truth it overlaps most (Ren et al. 2015, 3.1.2).
 
-    iou (B, M, N); gt_valid (B, M); candidate_valid (B, N).  A candidate with IoU >= high is positive, with IoU < low
-    negative.  keep_best: the candidates that overlap an object most are positive too.
-    Returns matched (B, N) int64 in [0, M) and label (B, N) int64: 1 positive, 0 negative, -1 neither.
+    objects (B, M, 4); gt_valid (B, M); candidates (B or 1, N, 4); candidate_valid (B, N).  A candidate with IoU >= high
+    is positive, with IoU < low negative.  keep_best: the candidates that overlap an object most are positive too.
+    Returns matched (B, N) int64 in [0, M), the first slot among equals, and label (B, N) int64: 1 positive, 0 negative,
+    -1 neither.  The slots are compared a few at a time, which bounds the memory and does not affect the result.
     """
-    iou = torch.where(gt_valid[:, :, None] & candidate_valid[:, None, :], iou, -1.0)
-    best, matched = iou.max(dim=1)  # (B, N)
+    slots = objects.shape[1]
+    num = -(-slots // -(-slots * candidate_valid.numel() // MAX_PAIRS))  # slots at a time
+    best, matched, is_best = _overlaps(objects[:, :num], gt_valid[:, :num], candidates, candidate_valid, keep_best)
+    for start in range(num, slots, num):
+        part = slice(start, start + num)
+        here = _overlaps(objects[:, part], gt_valid[:, part], candidates, candidate_valid, keep_best)
+        better = (here[0] > best) | (here[0].isnan() & ~best.isnan())  # as Tensor.max: the first NaN wins
+        best, matched = torch.where(better, here[0], best), torch.where(better, here[1] + start, matched)
+        is_best = is_best | here[2]
     label = torch.where(best >= high, 1, torch.where(best < low, 0, -1))
     if keep_best:
-        best_of_object = iou.amax(dim=2, keepdim=True)  # (B, M, 1)
-        label = torch.where(((iou == best_of_object) & (best_of_object > 0)).any(dim=1), 1, label)
+        label = torch.where(is_best, 1, label)
     return matched, torch.where(candidate_valid, label, -1)
+
+
+def _overlaps(
+    objects: Tensor, gt_valid: Tensor, candidates: Tensor, candidate_valid: Tensor, keep_best: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each candidate's highest IoU with an object, its slot, and whether no candidate overlaps an object more.
+
+    Arguments as in `match`.  Returns (B, N) float32, int64 and bool; without keep_best the last is all False.
+    """
+    iou = pairwise_iou(objects, candidates)  # (B, M, N)
+    iou = torch.where(gt_valid[:, :, None] & candidate_valid[:, None, :], iou, -1.0)
+    best, matched = iou.max(dim=1)
+    if not keep_best:
+        return best, matched, torch.zeros_like(candidate_valid)
+    best_of_object = iou.amax(dim=2, keepdim=True)  # (B, M, 1)
+    return best, matched, ((iou == best_of_object) & (best_of_object > 0)).any(dim=1)
 
 
 def best(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:

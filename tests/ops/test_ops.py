@@ -4,11 +4,13 @@ import pytest
 import torch
 import torchvision
 
+from gndet.ops import matching
 from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
 from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
-from gndet.ops.matching import best, fixed_point, match, nms_keep, sample_balanced
+from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, hash_ints, ranks, uniform
 from gndet.ops.roi_align import extend_edges, pyramid_level, roi_align_pyramid
+from gndet.training.memory import TensorBytes
 
 STRIDES = (4, 8, 16, 32)
 
@@ -44,19 +46,73 @@ def test_decode_inverts_encode() -> None:
 
 def test_match_by_hand() -> None:
     # two objects and a padded one; candidates: exact hit, half overlap, nothing, best of the second object
-    iou = torch.tensor([[[1.0, 0.5, 0.0, 0.0], [0.0, 0.1, 0.0, 0.2], [0.9, 0.9, 0.9, 0.9]]])
+    objects = torch.tensor([[[0.0, 0, 10, 10], [50, 0, 60, 10], [0, 0, 10, 5]]])
+    candidates = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 5], [90, 0, 99, 9], [50, 0, 60, 2]]])
     gt_valid, everywhere = torch.tensor([[True, True, False]]), torch.ones(1, 4, dtype=torch.bool)
-    matched, label = match(iou, gt_valid, everywhere, 0.3, 0.7, keep_best=True)
+    matched, label = match(objects, gt_valid, candidates, everywhere, 0.3, 0.7, keep_best=True)
     assert label.tolist() == [[1, -1, 0, 1]]
     assert matched[0, [0, 1, 3]].tolist() == [0, 0, 1]
-    assert match(iou, gt_valid, everywhere, 0.3, 0.7, keep_best=False)[1].tolist() == [[1, -1, 0, 0]]
+    assert match(objects, gt_valid, candidates, everywhere, 0.3, 0.7, keep_best=False)[1].tolist() == [[1, -1, 0, 0]]
 
 
 def test_candidates_in_the_padding_are_neither_positive_nor_negative() -> None:
-    iou = torch.tensor([[[0.9, 0.1]]])
+    objects, candidates = torch.tensor([[[0.0, 0, 10, 10]]]), torch.tensor([[[0.0, 0, 10, 9], [0, 0, 10, 1]]])
     inside = torch.tensor([[False, True]])
-    _, label = match(iou, torch.ones(1, 1, dtype=torch.bool), inside, 0.3, 0.7, keep_best=True)
-    assert label[0, 0] == -1
+    _, label = match(objects, torch.ones(1, 1, dtype=torch.bool), candidates, inside, 0.3, 0.7, keep_best=True)
+    assert label.tolist() == [[-1, 1]]
+
+
+def match_densely(
+    objects: torch.Tensor, gt_valid: torch.Tensor, candidates: torch.Tensor, candidate_valid: torch.Tensor,
+    low: float, high: float, *, keep_best: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Match with all overlaps (B, M, N) at once."""
+    corner = torch.maximum(objects[:, :, None, :2], candidates[:, None, :, :2])
+    overlap = (torch.minimum(objects[:, :, None, 2:], candidates[:, None, :, 2:]) - corner).clamp(min=0).prod(-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1) for boxes in (objects, candidates)]
+    iou = overlap / (areas[0][:, :, None] + areas[1][:, None] - overlap).clamp(min=1e-6)
+    iou = torch.where(gt_valid[:, :, None] & candidate_valid[:, None], iou, -1.0)
+    best_iou, matched = iou.max(1)
+    label = torch.where(best_iou >= high, 1, torch.where(best_iou < low, 0, -1))
+    if keep_best:
+        most = iou.amax(2, keepdim=True)
+        label = torch.where(((iou == most) & (most > 0)).any(1), 1, label)
+    return matched, torch.where(candidate_valid, label, -1)
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("slots_at_a_time", [1, 2, 3, 5, 99])
+@pytest.mark.parametrize("seed", range(4))
+def test_matching_slots_by_parts_equals_matching_all_at_once(
+    seed: int, slots_at_a_time: int, keep_best: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if overlaps are equal, if objects are equal or missing, and if boxes are empty or hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    objects, candidates = (
+        random_boxes(3, 11, side=20, seed=seed),
+        random_boxes(1 + 2 * (seed % 2), 200, side=20, seed=9),
+    )
+    objects, candidates = (boxes.div(4).round().mul(4) for boxes in (objects, candidates))  # many overlap equally
+    objects[:, 6:9], objects[:, 9, 2:] = objects[:, :3], 0.0
+    gt_valid, inside = (torch.rand(3, num, generator=generator) < 0.8 for num in (11, 200))
+    gt_valid[1] = False
+    if seed == 3:
+        objects[0, [2, 7]] = candidates[0, 5] = float("nan")
+    monkeypatch.setattr(matching, "MAX_PAIRS", 3 * 200 * slots_at_a_time)
+    found = match(objects, gt_valid, candidates, inside, 0.3, 0.7, keep_best=keep_best)
+    expected = match_densely(objects, gt_valid, candidates, inside, 0.3, 0.7, keep_best=keep_best)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_the_memory_of_matching_does_not_grow_with_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matching, "MAX_PAIRS", 8 * 5000)
+    peaks = []
+    for slots in (8, 512):
+        given = (random_boxes(1, slots), torch.ones(1, slots).bool(), random_boxes(1, 5000), torch.ones(1, 5000).bool())
+        with TensorBytes(10**9) as counted:
+            match(*given, 0.3, 0.7, keep_best=True)
+        peaks.append(counted.peak)
+    assert peaks[1] < 1.5 * peaks[0] and peaks[0] < 3.5 * 8 * 5000 * 4  # bytes of an IoU of every pair: three at once
 
 
 @pytest.mark.parametrize(("num_positive", "kept"), [(10, 10), (400, 128), (0, 0)])
@@ -143,7 +199,6 @@ def test_nms_equals_torchvision_group_by_group(seed: int) -> None:
         rows = valid[i].nonzero()[:, 0]
         kept = torchvision.ops.batched_nms(boxes[i, rows], scores[i, rows], groups[i, rows], 0.5)
         assert sorted(rows[kept].tolist()) == keep[i].nonzero()[:, 0].tolist()
-    assert torch.equal(fixed_point(boxes, groups, valid, 0.5), keep)  # what a GPU runs
 
 
 def test_pyramid_levels_of_the_paper() -> None:

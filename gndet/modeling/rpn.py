@@ -111,18 +111,24 @@ class RPN(nn.Module):
         """
         pre = self.cfg.pre_nms_train if self.training else self.cfg.pre_nms_test
         post = self.cfg.post_nms_train if self.training else self.cfg.post_nms_test
-        all_boxes, all_ids, all_scores, all_valid = [], [], [], []
-        for score, delta, anchor, anchor_ids, inside in zip(logits, deltas, *anchors, strict=True):
-            score, index = best(torch.where(inside & score.isfinite(), score, -torch.inf), pre)
-            boxes = decode(gather_rows(delta, index), anchor[index], DELTA_WEIGHTS)
-            boxes = clip_boxes(boxes, sizes, to_pixels=self.cfg.clip == "pixels")
-            valid = (score > -torch.inf) & (boxes[..., 2:] - boxes[..., :2] > self.cfg.min_size).all(-1)
-            keep = nms_keep(boxes, score, torch.zeros_like(index), valid, self.cfg.nms_threshold)
-            all_boxes.append(boxes)
-            all_ids.append(anchor_ids[index])
-            all_scores.append(score)
-            all_valid.append(keep)
-        score = torch.where(torch.cat(all_valid, 1), torch.cat(all_scores, 1), -torch.inf)
-        score, index = best(score, post)
-        boxes, ids = torch.cat(all_boxes, 1), torch.cat(all_ids, 1)
-        return Proposals(gather_rows(boxes, index), ids.gather(1, index), score > -torch.inf)
+        logit = torch.cat(logits, 1)  # (B, N)
+        logit = torch.where(torch.cat(anchors.inside, 1) & logit.isfinite(), logit, -torch.inf)
+        first, scores, places = 0, [], []
+        for level in logits:
+            score, place = best(logit[:, first : first + level.shape[1]], pre)
+            scores.append(score)
+            places.append(first + place)
+            first += level.shape[1]
+        num, total = scores[0].shape[1], sum(score.shape[1] for score in scores)
+        padding = [(0, num - score.shape[1]) for score in scores]  # to the finest level, which has the most anchors
+        score = torch.cat([F.pad(x, pad, value=-torch.inf) for x, pad in zip(scores, padding, strict=True)], 1)
+        index = torch.cat([F.pad(x, pad) for x, pad in zip(places, padding, strict=True)], 1)  # (B, L * num)
+        boxes = decode(gather_rows(torch.cat(deltas, 1), index), torch.cat(anchors.boxes)[index], DELTA_WEIGHTS)
+        boxes = clip_boxes(boxes, sizes, to_pixels=self.cfg.clip == "pixels")
+        valid = (score > -torch.inf) & (boxes[..., 2:] - boxes[..., :2] > self.cfg.min_size).all(-1)
+        levels = (x.reshape(-1, num, *x.shape[2:]) for x in (boxes, score, torch.zeros_like(index), valid))
+        keep = nms_keep(*levels, self.cfg.nms_threshold)  # (B * L, num): each level of each image by itself
+        score, place = best(torch.where(keep.view_as(score), score, -torch.inf), post)
+        score, place = score[:, :total], place[:, :total]  # without padding
+        ids = torch.cat(anchors.ids)[index.gather(1, place)]
+        return Proposals(gather_rows(boxes, place), ids, score > -torch.inf)

@@ -60,7 +60,7 @@ def _sort(g: Any, values: Any, stable: bool, axis: int, descending: bool) -> Any
 
 @parse_args("v", "v", "v", "v", "f")
 def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshold: float) -> Any:
-    """Write `ops.matching.nms_keep` of one image as ONNX's NonMaxSuppression, with a class per group.
+    """Write `ops.matching.nms_keep` as ONNX's NonMaxSuppression, with a class per group.
 
     The boxes come by descending score; their ranks replace the scores, so that all are positive and distinct.
     """
@@ -68,18 +68,18 @@ def _nms_keep(g: Any, boxes: Any, scores: Any, groups: Any, valid: Any, threshol
     count = g.op("Gather", g.op("Shape", boxes), one, axis_i=0)  # (1,) N
     places = g.op("Range", *(_scalar(g, value) for value in (zero, count, one)))
     rank = g.op("Cast", g.op("Sub", count, places), to_i=FLOAT)  # (N,) from N down to 1
-    usable = g.op("Where", g.op("Squeeze", valid, zero), rank, g.op("Constant", value_t=torch.tensor([-1.0])))
-    group = g.op("Squeeze", groups, zero)  # (N,)
-    most = g.op("Add", g.op("ReduceMax", group, keepdims_i=1), one)  # (1,) groups
+    unusable = g.op("Constant", value_t=torch.tensor([-1.0]))
+    usable = g.op("Unsqueeze", g.op("Where", valid, rank, unusable), one)  # (B, 1, N)
+    most = g.op("Add", g.op("ReduceMax", groups, keepdims_i=0), one)  # (1,) groups
     names = g.op("Unsqueeze", g.op("Range", *(_scalar(g, value) for value in (zero, most, one))), one)  # (groups, 1)
-    own = g.op("Equal", names, group)  # (groups, N)
-    table = g.op("Where", own, usable, g.op("Constant", value_t=torch.tensor([-1.0])))
+    own = g.op("Equal", names, g.op("Unsqueeze", groups, one))  # (B, groups, N)
+    table = g.op("Where", own, usable, unusable)
     limits = (g.op("Constant", value_t=torch.tensor([value])) for value in (threshold, 0.0))
-    chosen = g.op("NonMaxSuppression", boxes, g.op("Unsqueeze", table, zero), count, *limits)  # (kept, 3)
-    index = g.op("Gather", chosen, g.op("Constant", value_t=torch.tensor(2)), axis_i=1)  # (kept,)
-    keep = g.op("ConstantOfShape", count, value_t=torch.tensor([False]))
-    yes = g.op("Expand", g.op("Constant", value_t=torch.tensor([True])), g.op("Shape", index))
-    return g.op("Unsqueeze", g.op("ScatterElements", keep, index, yes, axis_i=0), zero)
+    chosen = g.op("NonMaxSuppression", boxes, table, count, *limits)  # (kept, 3) image, group, box
+    index = g.op("Gather", chosen, g.op("Constant", value_t=torch.tensor([0, 2])), axis_i=1)  # (kept, 2)
+    keep = g.op("ConstantOfShape", g.op("Shape", valid), value_t=torch.tensor([False]))
+    kept = g.op("Gather", g.op("Shape", index), zero, axis_i=0)
+    return g.op("ScatterND", keep, index, g.op("ConstantOfShape", kept, value_t=torch.tensor([True])))
 
 
 def _scalar(g: Any, value: Any) -> Any:

@@ -15,8 +15,11 @@ MIB = 2**20
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",  # torch on a CPU
     "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
-    "_STATUS_ALLOC_FAILED",  # cuDNN, cuBLAS
-    "CUDA error: out of memory",  # the driver
+    "_STATUS_ALLOC_FAILED",  # cuDNN 8, cuBLAS
+    "_ALLOCATION_FAILED",  # cuDNN 9
+    "CUDA error: out of memory",  # the driver, to torch
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",  # the driver, when Triton loads or launches a kernel
 )
 
 
@@ -28,6 +31,10 @@ def limited(device: torch.device, limit: int, resident: int = 0) -> Iterator[Non
     operator returns them; memory that an operator needs while it runs is not counted.
     """
     if device.type == "cuda":
+        # The allocator compares with the limit only what it requests from the driver.  An evaluation leaves cached
+        # blocks, from which tensors could pass the limit.
+        if torch.cuda.memory_reserved(device) > limit:
+            release(device)
         total, before = torch.cuda.mem_get_info(device)[1], torch.cuda.get_per_process_memory_fraction(device)
         torch.cuda.set_per_process_memory_fraction(min(limit / total, before), device)
         try:

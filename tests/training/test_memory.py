@@ -46,9 +46,30 @@ def test_a_real_failure_to_allocate_is_recognized() -> None:
         torch.empty(2**55)
     assert out_of_memory(error.value)
     # cuDNN, cuBLAS and the driver raise plain errors with their own words
-    for words in ("GET was unable to find an engine to execute this computation", "CUBLAS_STATUS_ALLOC_FAILED when"):
+    for words in (
+        "GET was unable to find an engine to execute this computation", "CUBLAS_STATUS_ALLOC_FAILED when",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory", "CUDA error: out of memory",
+    ):  # fmt: skip
         assert out_of_memory(RuntimeError(words))
-    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    for words in ("mat1 and mat2 shapes cannot be multiplied", "out of resource: shared memory, Required: 262144"):
+        assert not out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize(("cached", "freed"), [(0, 0), (300, 0), (301, 1)])
+def test_what_an_evaluation_leaves_in_the_cache_is_freed_if_it_would_let_a_step_pass_the_limit(
+    cached: int, freed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocator of 1,000 bytes with 200 in use, and a limit of 500; steps within the limit free nothing."""
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 200 + cached)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: said.append(f"{share:g}"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: said.append("freed"))
+    with limited(torch.device("cuda", 0), 500):
+        said.append("step")
+    assert said == [*["freed"] * freed, "0.5", "step", "1"]
 
 
 @pytest.mark.parametrize("limit", range(12))

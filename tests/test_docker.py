@@ -59,3 +59,19 @@ def test_the_wheels_fetched_first_are_those_the_package_needs() -> None:
 def test_the_container_does_not_run_as_root() -> None:
     users = arguments("USER")
     assert users and users[-1] not in (["root"], ["0"])
+
+
+def test_kernels_can_be_compiled_when_they_first_run() -> None:
+    """Triton needs a C compiler, C's headers and Python.h; torch.compile on a CPU needs a C++ compiler."""
+    (packages,) = [line for line in INSTRUCTIONS if line.startswith("RUN apt-get")]
+    installed = packages.partition(" install ")[2].partition("&&")[0].split()
+    assert {"gcc", "g++", "libc6-dev", "--no-install-recommends"} <= set(installed)
+    assert INSTRUCTIONS.index(packages) < next(i for i, line in enumerate(INSTRUCTIONS) if line.startswith("USER "))
+    assert arguments("FROM") == [["python:3.12-slim"]]  # it has Python.h; Debian's own Python has it in a package
+
+
+def test_a_user_without_a_name_and_a_home_can_write_every_cache() -> None:
+    values = dict(word.split("=", 1) for words in arguments("ENV") for word in words)
+    folders = {"HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "MPLCONFIGDIR"}
+    assert set(values) == {"USER", *folders}
+    assert all(values[name] == "/tmp" or values[name].startswith("/tmp/") for name in folders)

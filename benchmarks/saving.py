@@ -16,8 +16,8 @@ import torch
 
 from gndet.config.loading import load_config
 from gndet.distributed.process import process
+from gndet.training.batch_size import checkpoint_bytes
 from gndet.training.checkpointing import Saver
-from gndet.training.optim import checkpoint_bytes
 from gndet.training.run import Progress
 from gndet.training.setup import build_run
 

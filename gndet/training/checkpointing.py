@@ -4,7 +4,8 @@ Training waits for the copy.  It waits for the writing only if the previous chec
 does not end the run: the next checkpoint is written when it is due.  If the last one fails, the run ends with an error.
 
 A resume is refused if the training data or the classes changed, or if the number of ranks changed and images depend on
-their batch.  Changes that may affect rounding, such as new versions, and new validation data are reported in one line.
+their batch.  What may affect rounding, such as new versions or a GPU's own algorithms, and new validation data are
+reported in one line.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ import gndet
 from gndet.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, point, prune, save_checkpoint
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
-from gndet.training.optim import checkpoint_bytes, load_optimizer_tensors, optimizer_tensors
+from gndet.training.batch_size import checkpoint_bytes
+from gndet.training.optim import load_optimizer_tensors, optimizer_tensors
 from gndet.training.run import Best, Progress, Run
 
 
@@ -213,13 +215,18 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
 
 
 def drift(run: Run, saved: Checkpoint) -> list[str]:
-    """Return a line for each difference that changes rounding only; no line if the run resumes bit for bit."""
+    """Return a line for each difference that changes rounding only; no line if the run resumes bit for bit.
+
+    On a GPU it does not with `deterministic: false`: cuDNN may choose convolutions that add in any order.
+    """
     before = {key: saved.meta[key] for key in ("processes", "device")} | saved.meta["versions"]
     now = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
     for key in ROUNDING:
         before[f"train.{key}"] = saved.meta["asked"]["train"][key]
         now[f"train.{key}"] = getattr(run.asked.train, key)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+    if run.proc.device.type == "cuda" and not run.cfg.deterministic:
+        changed.append("deterministic: false on a GPU")
     lines = []
     if changed:
         lines.append(f"not bit-exact from here on, but with the same images, order and recipe: {', '.join(changed)}")

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import OptimizerConfig, ScheduleConfig, TrainConfig
+from gndet.config.schema import OptimizerConfig, ScheduleConfig
 from gndet.modeling.norms.layers import NORM_LAYERS
-
-STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimizer stores per weight
 
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -41,22 +39,6 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
         for name in names:
             optimizer.state[parameter][name] = torch.zeros_like(parameter)
     return optimizer
-
-
-def fixed_bytes(model: nn.Module, cfg: TrainConfig) -> dict[str, int]:
-    """Return the bytes that training holds without any image, by what they are for."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return {
-        "weights": weights, "averaged weights": weights if cfg.ema else 0, "gradients": trainable,
-        "optimizer state": trainable * STATE_SIZE[cfg.optimizer.kind],
-    }  # fmt: skip
-
-
-def checkpoint_bytes(model: nn.Module, cfg: TrainConfig) -> int:
-    """Return the size of a checkpoint: weights, averaged weights, and the optimizer's state."""
-    sizes = fixed_bytes(model, cfg)
-    return sum(sizes.values()) - sizes["gradients"]
 
 
 def total_updates(cfg: ScheduleConfig, global_batch: int) -> int:

@@ -32,7 +32,8 @@ from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, ro
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
-from gndet.training.optim import checkpoint_bytes, make_optimizer, optimizer_tensors
+from gndet.training.batch_size import checkpoint_bytes
+from gndet.training.optim import make_optimizer, optimizer_tensors
 
 QUICKSTART = str(REPOSITORY / "configs/quickstart.yaml")
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.errors import ConfigError
 from gndet.modeling.mask_rcnn import MaskRCNN
-from gndet.toolbox.invariance.invariance import check_invariance, choose_samples
+from gndet.toolbox.invariance import invariance, samples
+from gndet.toolbox.invariance.invariance import check_invariance, compare_arrangements
 from gndet.toolbox.invariance.leaks import Leak, find_leaks
 from gndet.toolbox.invariance.measure import (
     Difference,
@@ -34,6 +35,8 @@ from gndet.toolbox.invariance.measure import (
     measure,
     parameter_groups,
 )
+from gndet.toolbox.invariance.samples import choose_samples, needed_bytes, within_memory
+from gndet.training.memory import TensorBytes
 from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
@@ -212,3 +215,41 @@ def test_difference_by_hand() -> None:
     assert difference(2 * got, got).cosine == 0 and difference(2 * got, got).relative == 1
     assert difference(0 * got, 0 * got) == Difference(0, 0)
     assert not difference(got, 0 * got).small and not difference(got * torch.nan, got).small
+
+
+# --- within a GPU's memory
+
+
+def test_float32_is_compared_without_tf32(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(invariance, "_check", lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    check_invariance(load_config(config, []), 4, Process(0, 1, torch.device("cpu")), print)
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [4, 6])
+def test_the_memory_of_large_images_is_estimated_from_that_of_small_ones(config: Path, num: int) -> None:
+    cfg = load_config(config, ["data.shortest_edge=[160]", "data.max_edge=160"])
+    dataset = read_dataset(cfg.data.train, cfg.data)
+    model = initial_model(cfg, dataset.classes, images=dataset)[0].double().train()
+    estimate = needed_bytes(model, num, cfg)(160 * 160)
+    images = choose_samples(dataset, cfg, num)
+    with TensorBytes(2**62) as counted:
+        compare_arrangements(model, images, cfg, nullcontext, lambda _: None)
+    assert 0.8 * counted.peak < estimate < 1.3 * counted.peak
+
+
+def test_images_are_made_smaller_until_they_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, said = load_config(config, ["data.shortest_edge=[240,320]", "data.max_edge=320"]), list[str]()
+    dataset = read_dataset(cfg.data.train, cfg.data)
+    model = initial_model(cfg, dataset.classes, images=dataset)[0].train()
+    monkeypatch.setattr(samples, "needed_bytes", lambda *_: lambda pixels: 1e9 + 1e4 * pixels)  # 1 to 2 GB
+    assert within_memory(model, dataset, cfg, 4, 3 * 10**9, said.append) is cfg and not said
+    smaller = within_memory(model, dataset, cfg, 4, 16 * 10**8, said.append).data  # 1.28 GB usable: (0.28)^0.5
+    assert (smaller.shortest_edge, smaller.max_edge) == ((120, 160), 160)
+    (line,) = said
+    assert line.startswith("4 images of up to 320 x 320 need about 1.9 GiB in float64, 1.5 GiB of GPU memory are free")
+    assert line.endswith(": made smaller, data.shortest_edge=[120, 160] data.max_edge=160")
+    with pytest.raises(ConfigError, match=r"too few even for small images; lower --images"):
+        within_memory(model, dataset, cfg, 4, 10**9, said.append)

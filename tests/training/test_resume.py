@@ -20,7 +20,7 @@ from gndet.data.datasets import shapes
 from gndet.distributed.process import Process
 from gndet.errors import TrainingError
 from gndet.train import train
-from gndet.training.checkpointing import Saver
+from gndet.training.checkpointing import Saver, drift
 from gndet.training.run import Best, Progress
 from gndet.training.setup import build_run
 
@@ -66,6 +66,22 @@ def test_what_changes_rounding_only_is_said_in_one_line(stopped: Path) -> None:
     (line,) = [line for line in text.splitlines() if "not bit-exact" in line]
     assert "the same images, order and recipe" in line
     assert "threads 1 -> 2" in line and "train.images_per_gpu 1 -> 2" in line and "torch 2" not in line
+
+
+@pytest.mark.parametrize(("device", "deterministic"), [("cuda", False), ("cuda", True), ("cpu", False)])
+def test_a_resume_promises_the_same_bits_on_a_gpu_only_if_deterministic(
+    stopped: Path, tmp_path: Path, device: str, deterministic: bool
+) -> None:
+    run, _ = build_run(load(stopped, "run", *OPTIONS), tmp_path, Process(0, 1, torch.device("cpu")), None)
+    saved = load_checkpoint(stopped.parent / "run" / "checkpoints" / "update-0000004")
+    saved = saved._replace(meta=saved.meta | {"device": device})
+    cfg = run.cfg.model_copy(update={"deterministic": deterministic})
+    lines = drift(run._replace(cfg=cfg, proc=Process(0, 1, torch.device(device))), saved)
+    if device == "cuda" and not deterministic:
+        (line,) = lines
+        assert line.startswith("not bit-exact from here on, but with the same images, order and recipe: determin")
+    else:
+        assert lines == []
 
 
 def test_other_validation_data_is_said_and_not_refused(stopped: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from gndet.config.schema import Config
 from gndet.modeling.build import build_model
 from gndet.toolbox.doctor.facts import Fact, Facts
-from gndet.training.optim import checkpoint_bytes
+from gndet.training.batch_size import checkpoint_bytes
 
 COCO_CLASSES = 80
 USUAL = Config()  # a Mask R-CNN R50 with GN

@@ -2,7 +2,7 @@
 
 The images run one by one, each on its own canvas, then in other arrangements, then on two ranks.  The results are
 compared: features, losses, sampled anchors and regions, gradients.  The proof is in float64, in which rounding flips
-no choice; float32, and bf16 on a GPU, are shown next to it.
+no choice; float32 (without TF32), and bf16 on a GPU, are shown next to it.
 """
 
 import functools
@@ -12,23 +12,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from pydantic_core import to_json
 from torch import Tensor
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import micro_batches
-from gndet.data.batches.transforms import Sample, train_sample
+from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
-from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
-from gndet.errors import ConfigError, DataError
+from gndet.errors import ConfigError
 from gndet.files import text_table
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
-from gndet.ops.noise import hash_ints
 from gndet.toolbox.invariance.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
 from gndet.toolbox.invariance.measure import (
     COSINE,
@@ -43,13 +40,13 @@ from gndet.toolbox.invariance.measure import (
     measure,
     parameter_groups,
 )
+from gndet.toolbox.invariance.samples import choose_samples, wider_mate, within_memory
 from gndet.training.gradient_buckets import sum_gradients
-from gndet.training.memory import out_of_memory, release
+from gndet.training.memory import free_memory, out_of_memory, release
 from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
 MIN_IMAGES, MAX_IMAGES = 4, 16
-MATE_OBJECTS = 20  # of the synthetic wider image, so that its batch has more ground-truth slots
 REMEDIES = {
     "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in and frozen_bn; bn cannot do this",
     "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, does not mix the images of a batch",
@@ -83,10 +80,12 @@ def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str],
     with several ranks, and if memory runs out; DataError if the data set is broken or has fewer training images.
     """
     try:
-        return _check(cfg, num, proc, show)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return _check(cfg, num, proc, show)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
+        release(proc.device)
         raise ConfigError(
             f"out of memory ({error}); lower data.max_edge, data.shortest_edge, model.box_head.regions_per_image or "
             "--images"
@@ -99,11 +98,13 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
     if proc.world > 1:
         raise ConfigError("gndet invariance starts its two ranks itself; run it without torchrun")
     dataset = read_dataset(cfg.data.train, cfg.data)
-    samples = choose_samples(dataset, cfg, num)
     # with a threshold of 0 there are detections to compare; training does not read it
     cfg = cfg.model_copy(update={"model": cfg.model.with_score_threshold(0.0)})
     model, cfg, notes, _ = initial_model(cfg, dataset.classes, images=dataset)
     model = model.to(proc.device).to(memory_format=torch.channels_last).train()
+    if proc.device.type == "cuda":
+        cfg = within_memory(model, dataset, cfg, num, free_memory(proc.device), show)
+    samples = choose_samples(dataset, cfg, num)
     show(f"{num} images of {dataset.name}: " + ", ".join("x".join(map(str, s.image.shape[1:])) for s in samples))
     for note in [*notes, f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"]:
         show(note)
@@ -129,33 +130,6 @@ def _check(cfg: Config, num: int, proc: Process, show: Callable[[str], None]) ->
     report.leaks.extend(find_leaks(model, singles, batch_of(everyone, model, cfg)))
     show(f"\n{verdict(report)}")
     return report
-
-
-def choose_samples(dataset: Dataset, cfg: Config, num: int) -> list[Sample]:
-    """Return num training images, from the tallest to the widest, augmented as in the first epoch."""
-    usable = [record for record in dataset.records if len(record.labels) and not record.crowd.all()]
-    if len(usable) < num:
-        raise DataError(f"{dataset.name}: {len(usable)} images with objects, gndet invariance takes {num} (--images)")
-    by_shape = sorted(usable, key=lambda record: (record.size[1] / record.size[0], record.image_id))
-    chosen: list[Record] = [by_shape[round(i * (len(usable) - 1) / (num - 1))] for i in range(num)]
-    keys = [hash_ints(cfg.seed, 0, record.image_id) for record in chosen]
-    return [train_sample(record, cfg.data, key, cfg.model.masks) for record, key in zip(chosen, keys, strict=True)]
-
-
-def wider_mate(samples: list[Sample], masks: bool) -> Sample:
-    """Return an image of noise with MATE_OBJECTS objects, 1.5 times as tall and as wide as the largest sample."""
-    height, width = (max(sample.image.shape[d] for sample in samples) * 3 // 2 for d in (1, 2))
-    rng = np.random.Generator(np.random.PCG64(0))
-    corners = rng.uniform(0, 0.8, (MATE_OBJECTS, 2)) * (width, height)
-    boxes = np.concatenate([corners, corners + 0.15 * np.array([width, height])], axis=1)
-    side = MASK_SIDE if masks else 0
-    return Sample(
-        torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8)),
-        torch.from_numpy(boxes.astype(np.float32)),
-        torch.zeros(MATE_OBJECTS, dtype=torch.int64),
-        torch.ones(MATE_OBJECTS, side, side, dtype=torch.bool),
-        key=1,
-    )
 
 
 def arrangements(num: int) -> dict[str, list[list[int]]]:
@@ -197,6 +171,7 @@ def compare_arrangements(
         got = measure(model, everyone, batches, cfg, autocast)
         differences[name] = compare(got, alone)
         flipped[name] = flips(got, alone)
+        del got  # otherwise it would be kept while the next arrangement is measured
     return differences, flipped
 
 

@@ -27,7 +27,7 @@ from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm
-from gndet.ops import conv3x3, roi_align
+from gndet.ops import conv3x3, nms_kernels, roi_align
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
@@ -218,8 +218,22 @@ def test_the_smallest_difference_of_metrics_is_reported(monkeypatch: pytest.Monk
 
 def test_triton_kernels_in_trouble_are_a_warning_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "trouble", lambda device: "the gradient is wrong")
+    monkeypatch.setattr(nms_kernels, "trouble", lambda device: "3 of 300 boxes are wrong")
     fact = kernels.triton_kernels(torch.device("cuda", 0))
-    assert fact.mark == "warning" and fact.text.startswith("the gradient is wrong: torch's slower operators are used")
+    both = "the gradient is wrong; 3 of 300 boxes are wrong"
+    assert fact.mark == "warning" and fact.text.startswith(f"{both}: torch's slower operators are used")
+
+
+def test_a_chain_of_boxes_that_suppress_each_other_is_followed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounds(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:
+        suppresses = (torch.stack([torchvision.ops.box_iou(image, image) for image in boxes]) > threshold).triu(1)
+        suppresses, keep = suppresses & (groups[:, :, None] == groups[:, None]), valid
+        for _ in range(32):
+            keep = valid & ~(suppresses & keep[:, :, None]).any(1)
+        return keep
+
+    monkeypatch.setattr(kernels, "nms_keep", rounds)
+    assert kernels.judged("NMS", 0.0, partial(kernels.nms, CPU)).mark == "wrong"
 
 
 # --- limits and versions

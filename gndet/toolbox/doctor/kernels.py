@@ -20,6 +20,7 @@ from gndet.evaluation.results import from_coco
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import ValidArea
+from gndet.ops import nms_kernels
 from gndet.ops.conv3x3 import MinimalConvolution
 from gndet.ops.matching import nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
@@ -81,8 +82,8 @@ def judged(name: str, tolerance: float, compare: Callable[[], Errors]) -> Fact:
 
 
 def triton_kernels(device: torch.device) -> Fact:
-    """Return the result of the kernels' self-test; if it fails, gndet uses torch's operators instead."""
-    if wrong := trouble(device):
+    """Return the result of the kernels' self-tests; if one fails, gndet uses torch's operators instead."""
+    if wrong := "; ".join(filter(None, (trouble(device), nms_kernels.trouble(device)))):
         return Fact(f"Triton kernels, {device}", f"{wrong}: torch's slower operators are used instead", "warning")
     return Fact(f"Triton kernels, {device}", "agree with torch in float64", "ok")
 
@@ -127,13 +128,17 @@ def nms(device: torch.device) -> Errors:
     """Return the share of boxes on which gndet's NMS and torchvision's in float64 disagree."""
     corners = torch.from_numpy(np.random.default_rng(0).uniform(0, 60, (150, 2))).float()
     sides = torch.from_numpy(np.random.default_rng(1).uniform(10, 50, (150, 2))).float()
-    boxes = torch.cat([corners, corners + sides], dim=1)  # (N, 4)
-    scores, groups, valid = torch.linspace(1, 0, 150), torch.arange(150) % 3, torch.arange(150) < 140
-    keep = nms_keep(*(tensor[None].to(device) for tensor in (boxes, scores, groups, valid)), NMS_THRESHOLD)
-    expected = torch.zeros_like(valid)
-    best = boxes[valid].double(), scores[valid].double(), groups[valid]
-    expected[torchvision.ops.batched_nms(*best, NMS_THRESHOLD)] = True
-    return {"boxes kept": (keep[0].cpu() != expected).double().mean().item()}
+    row = torch.arange(150.0)[:, None] * torch.tensor([3.0, 0.0])  # each box suppresses the next: a chain
+    boxes = torch.stack([torch.cat([corners, corners + sides], dim=1), torch.cat([row, row + 10], dim=1)])  # (2, N, 4)
+    scores, groups = torch.linspace(1, 0, 150), torch.stack([torch.arange(150) % 3, torch.zeros(150).long()])
+    valid = torch.arange(150) < 140
+    given = boxes, scores.expand(2, -1), groups, valid.expand(2, -1)
+    keep = nms_keep(*(tensor.to(device) for tensor in given), NMS_THRESHOLD).cpu()
+    expected = torch.zeros_like(keep)
+    for image in range(2):
+        best = boxes[image, valid].double(), scores[valid].double(), groups[image, valid]
+        expected[image, torchvision.ops.batched_nms(*best, NMS_THRESHOLD)] = True
+    return {"boxes kept": (keep != expected).double().mean().item()}
 
 
 def roi_align(device: torch.device) -> Errors:

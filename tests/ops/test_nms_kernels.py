@@ -44,7 +44,7 @@ def row(num: int, step: float, side: float) -> Tensor:
 
 def blank_picture() -> Tensor:
     """Return the 300 anchors of a blank picture of 8 x 200 pixels in their order: all scores are equal."""
-    anchors = level_anchors(cell_anchors(32.0, (0.5, 1.0, 2.0), 4, "exact", torch.device("cpu")), (4, 4), 2, 50)
+    anchors = level_anchors(cell_anchors(32.0, (0.5, 1.0, 2.0), 4, "exact"), (4, 4), 2, 50)
     return clip_boxes(anchors[None], torch.tensor([[8, 200]]))[0]
 
 

@@ -25,6 +25,7 @@ except ImportError:  # a torch without GPU support
     triton = None
 
 ROWS, COLUMNS = 128, 16  # of pairs of boxes that a program compares at once
+EXACT = {"enable_fp_fusion": False}  # a launch option: a fused multiply-add rounds once instead of twice
 WARP_WORDS = 128  # words that one warp walks; more words need more warps
 
 if triton is not None:
@@ -114,7 +115,7 @@ def keep_boxes(boxes: Tensor, groups: Tensor, valid: Tensor, threshold: float) -
     with torch.cuda.device_of(boxes):
         _overlap_kernel[num_images * blocks, triton.cdiv(num, 32)](
             boxes.contiguous(), groups.contiguous(), bits, num, blocks, _float_below(threshold), words=words, rows=ROWS,
-            columns=COLUMNS, enable_fp_fusion=False,
+            columns=COLUMNS, **EXACT,
         )  # fmt: skip
         _walk_kernel[num_images,](
             bits, valid.contiguous().view(torch.uint8), keep.view(torch.uint8), num, words=words,

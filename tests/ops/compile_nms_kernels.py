@@ -21,7 +21,7 @@ KERNELS = [  # kernel, its constants, its launch options
     (
         nms_kernels._overlap_kernel,
         {"words": 64, "rows": nms_kernels.ROWS, "columns": nms_kernels.COLUMNS},
-        {"enable_fp_fusion": False},
+        nms_kernels.EXACT,
     ),
     *(
         (nms_kernels._walk_kernel, {"words": words}, {"num_warps": nms_kernels.walk_warps(words)})

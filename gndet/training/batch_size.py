@@ -15,7 +15,6 @@ from gndet.training.memory import MIB, free_memory, largest_fitting, limited, ou
 from gndet.training.run import Run
 from gndet.training.update import backward, clear_gradients, resident_bytes
 
-STATE_SIZE = {"sgd": 1, "adamw": 2}  # numbers that the optimizer stores per weight
 MARGIN = 0.1  # fraction of memory that `auto` keeps free for fragmentation and libraries' workspaces
 
 
@@ -23,9 +22,10 @@ def fixed_bytes(model: nn.Module, cfg: TrainConfig) -> dict[str, int]:
     """Return the bytes that training holds without any image, by what they are for."""
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    states = 2 if cfg.optimizer.kind == "adamw" else int(cfg.optimizer.momentum > 0)  # numbers per weight
     return {
         "weights": weights, "averaged weights": weights if cfg.ema else 0, "gradients": trainable,
-        "optimizer state": trainable * STATE_SIZE[cfg.optimizer.kind],
+        "optimizer state": trainable * states,
     }  # fmt: skip
 
 
@@ -52,13 +52,13 @@ def enough_memory(model: nn.Module, cfg: Config, proc: Process) -> Iterator[None
     if limit is not None and sum(sizes.values()) > limit:
         room = f"train.memory_limit_mib is {limit:g}"
     if room:
-        ways = ["train.optimizer.kind=sgd"] * (cfg.train.optimizer.kind == "adamw") + ["train.ema=0"] * bool(
-            cfg.train.ema
-        )
+        ways = ["a smaller model"]
+        ways += ["train.optimizer.kind=sgd"] if cfg.train.optimizer.kind == "adamw" else []
+        ways += ["train.ema=0"] if cfg.train.ema else []
         raise ConfigError(
             f"rank {proc.rank}: without any image, training takes {sum(sizes.values()):.0f} MiB on {proc.device} ("
             f"{', '.join(f'{name} {size:.0f}' for name, size in sizes.items())}), but {room}; choose "
-            f"{', '.join(['a smaller model', *ways])} or a device with more free memory"
+            f"{', '.join(ways)} or a device with more free memory"
         )
 
 

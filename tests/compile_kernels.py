@@ -1,51 +1,89 @@
-"""Compile the Triton kernels for NVIDIA GPUs without a GPU; print the widths of their memory accesses as JSON.
+"""Compile Triton kernels for NVIDIA GPUs without a GPU, as a run would launch them.
 
-This is a separate program, because the interpreter mode of the tests must be off before Triton is imported.
+For programs that tests start: the interpreter mode of the tests must be off before Triton is imported.
+
+    with recorded() as launches:
+        forward(torch.empty(2, 64, 100, 100, device="meta"), ...)  # any code that launches kernels
+    facts = [compiled(launch, 90) for launch in launches]
 """
 
-import json
 import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime import JITFunction
+from triton.runtime.jit import create_function_from_signature
 
-from gndet.modeling.norms import triton_kernels as norm_kernels
-
-WHOLE = ("positions", "channels", "width", "groups", "stripe", "stripes")
-MAPS = ("x", "y", "grad", "grad_x")
-SIDES = {"block_p": 16, "block_c": 256}
-KERNELS = {
-    norm_kernels._sums_kernel: SIDES,
-    norm_kernels._statistics_kernel: {"members": 8, "block": 8},
-    norm_kernels._apply_kernel: {"relu": True, **SIDES},
-    norm_kernels._gradient_sums_kernel: SIDES,
-    norm_kernels._gradient_kernel: SIDES,
-}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def accesses(kernel: triton.JITFunction, map_type: str, masked: bool, capability: int) -> list[str]:
-    """Return the PTX loads and stores, e.g. "ld.global.v4.b32", of a kernel compiled for a compute capability."""
-    constants = {"masked": masked, **KERNELS[kernel]} | ({} if masked else {"sizes": None})
-    signature, fixed, divisible = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], fixed[place,] = "constexpr", constants[name]
-            continue
-        signature[name] = "i32" if name in WHOLE else "fp32" if name == "eps" else "*fp32"
-        signature[name] = {"sizes": "*i64", **dict.fromkeys(MAPS, map_type)}.get(name, signature[name])
-        if name not in ("eps", "stripes"):  # divisible by 16, like a ResNet's channels and torch's addresses
-            divisible[place,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, fixed, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    return re.findall(r"(?:ld|st)\.global[.\w:]*", compiled.asm["ptx"])
+class Launch(NamedTuple):
+    """A kernel's launch that was asked for."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # num_warps and the like, and arguments by name
 
 
-found = {}
-for capability in (80, 90):
-    for map_type in ("*bf16", "*fp32"):
-        for masked in (False, True):
-            for kernel in KERNELS:
-                name = f"{kernel.__name__} {map_type} masked={masked} sm_{capability}"
-                found[name] = accesses(kernel, map_type, masked, capability)
-print(json.dumps(found))
+class Compiled(NamedTuple):
+    """What the compiler made of a launch."""
+
+    accesses: list[str]  # PTX loads, stores and asynchronous copies, e.g. "ld.global.v4.b32"
+    registers: int  # per thread
+    spilled: int  # bytes of local memory per thread
+    shared: int  # bytes of shared memory per program
+    warps: int
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record the launches in this context instead of running them; tensors may be on the device "meta"."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        launches.append(Launch(self, grid, arguments, options))
+
+    true, JITFunction.run = JITFunction.run, run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = true
+
+
+def specialized(launch: Launch, capability: int) -> tuple[Any, Any, list[tuple[str, Any]]]:
+    """Return Triton's backend, the arguments by name, and of each argument what Triton specializes it for.
+
+    Triton compiles a kernel once for each distinct list.
+    """
+    backend = make_backend(GPUTarget("cuda", capability, 32))
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    arguments, kinds, _ = bind(*launch.arguments, **launch.options)
+    return backend, arguments, kinds
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """Compile a launch's kernel for a compute capability, e.g. 90 of an H100."""
+    kernel = launch.kernel
+    backend, arguments, kinds = specialized(launch, capability)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.options, arguments, kinds, launch.options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    accesses = re.findall(r"(?:(?:ld|st)\.global|cp\.async\.c[ag])[.\w:]*", binary.asm["ptx"])
+    return Compiled(accesses, registers, stack + local, binary.metadata.shared, options.num_warps)

@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gndet.modeling.norms import group_norm
 from gndet.modeling.norms import triton_kernels as norm_kernels
+from gndet.modeling.norms.layers import GroupNorm
 from gndet.modeling.norms.valid_area import ValidArea
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
@@ -34,6 +39,11 @@ pytestmark = [
 ]
 SHAPES = [  # B, C, H, W, G
     (2, 64, 9, 13, 32), (1, 48, 7, 7, 3), (3, 20, 5, 6, 20), (2, 33, 1, 1, 1), (1, 40, 23, 11, 5), (1, 520, 6, 5, 4),
+]  # fmt: skip
+ODD = [  # one channel, groups of one channel, of all, of odd and large numbers; many small maps, long rows
+    (1, 1, 4, 4, 1), (2, 7, 3, 5, 7), (2, 7, 3, 5, 1), (1, 1537, 2, 3, 29), (1, 2048, 3, 5, 1), (1, 2048, 3, 5, 32),
+    (2, 48, 1, 300, 3), (2, 64, 40, 33, 32), (3, 16, 24, 25, 16),
+    pytest.param((300, 32, 1, 2, 32), marks=pytest.mark.slow),
 ]  # fmt: skip
 CASES = [("as on a GPU", shape) for shape in SHAPES] + [("many and small", shape) for shape in SHAPES[1:4]]
 CASES += [pytest.param("many and small", shape, marks=pytest.mark.slow) for shape in (*SHAPES[:1], *SHAPES[4:])]
@@ -60,16 +70,43 @@ def largest(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-3))
 
 
+@pytest.fixture
+def many_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide small maps as large ones are: blocks of channels, stripes, and chunks in each; sums in several turns."""
+    small = {
+        "PROGRAMS": 24,
+        "STRIPE": 4,
+        "TILE": 64,
+        "CHUNK": 512,
+        "BLOCK": 256,
+        "CHANNELS": 16,
+        "MERGED": 64,
+        "FEW": 2,
+    }
+    for name, value in small.items():
+        monkeypatch.setattr(norm_kernels, name, value)
+    monkeypatch.setattr(norm_kernels, "MANY", 8)
+    monkeypatch.setattr(norm_kernels, "plan_for", norm_kernels.plan_for.__wrapped__)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("blocks", "shape"), CASES)
 def test_kernels_are_group_norm_over_each_picture(
-    blocks: str, shape: tuple[int, ...], padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    blocks: str, shape: tuple[int, ...], padded: bool, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
-    if blocks == "many and small":  # several blocks of channels, several stripes, several blocks in each
-        monkeypatch.setattr(norm_kernels, "CHANNELS", 16)
-        monkeypatch.setattr(norm_kernels, "BLOCK", 256)
-        monkeypatch.setattr(norm_kernels, "MIN_STRIPE", 20)
+    if blocks == "many and small":
+        request.getfixturevalue("many_small_blocks")
+    check(shape, padded, dtype)
+
+
+@pytest.mark.parametrize("shape", ODD)
+def test_kernels_are_group_norm_for_odd_shapes(shape: tuple[int, ...]) -> None:
+    check(shape, padded=shape[0] < 300 and shape[2] > 1, dtype=torch.float32)
+
+
+def check(shape: tuple[int, ...], padded: bool, dtype: torch.dtype) -> None:
+    """Compare the kernels' results with group norm in float64."""
     *size, groups = shape
     torch.manual_seed(sum(shape))
     x, grad = (torch.randn(size).to(dtype) for _ in range(2))
@@ -127,32 +164,198 @@ def test_no_regions_give_no_regions() -> None:
     assert not grad_beta.any()
 
 
-@pytest.mark.slow
-def test_they_compile_for_gpus_and_move_maps_16_bytes_at_a_time(tmp_path: Path) -> None:
+def test_an_image_has_the_same_bits_alone_in_a_batch_and_on_a_larger_canvas(many_small_blocks: None) -> None:
+    torch.manual_seed(0)
+    x, grad = (last(torch.randn(2, 16, 9, 10)).to(DEVICE) for _ in range(2))
+    gamma, beta = torch.randn(2, 16, device=DEVICE).unbind()
+    sizes = torch.tensor([[9, 10], [8, 7]], device=DEVICE)
+
+    def numbers(x: Tensor, grad: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        y, mean, rstd = norm_kernels.forward(x, gamma, beta, 4, 1e-5, sizes, relu=True)
+        return mean, rstd, y, norm_kernels.backward(grad, x, gamma, mean, rstd, sizes)[0]
+
+    together = numbers(x, grad, sizes)
+    for i, (height, width) in enumerate(sizes.tolist()):
+        crop = [last(tensor[i : i + 1, :, :height, :width]) for tensor in (x, grad)]
+        canvas = [last(F.pad(tensor, (0, 5, 0, 2))) for tensor in crop]
+        for maps in ([x[i : i + 1], grad[i : i + 1]], crop, canvas):
+            alone = numbers(*maps, sizes[i : i + 1])
+            for a, b in zip(alone[:2], together[:2], strict=True):
+                assert torch.equal(a[0], b[i])
+            for a, b in zip(alone[2:], together[2:], strict=True):
+                assert torch.equal(a[0, :, :height, :width], b[i, :, :height, :width])
+
+
+# --- what is launched and compiled; these programs need no GPU
+
+
+def ask(question: str, folder: Path) -> Any:
+    """Return what compile_norm_kernels.py answers, with the interpreter off."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    program = [sys.executable, str(REPOSITORY / "tests" / "compile_kernels.py")]
+    paths = (str(REPOSITORY), str(REPOSITORY / "tests"), environment.get("PYTHONPATH", ""))
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
+    program = [sys.executable, str(REPOSITORY / "tests" / "modeling" / "compile_norm_kernels.py"), question]
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
-    kernels = json.loads(ended.stdout)
-    assert len(kernels) == 5 * 8
-    for name, accesses in kernels.items():
-        if "_statistics" not in name:  # it reads a few sums and no map
+    return json.loads(ended.stdout)
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return ask("launches", tmp_path_factory.mktemp("triton"))
+
+
+def test_no_grid_grows_with_the_map_where_cuda_allows_65535(launches: dict[str, Any]) -> None:
+    """A grid's x may be 2^31 - 1, its y and z 65,535: a map of 2112 x 2112 x 64 has 69,696 blocks."""
+    assert len(launches["grids"]) == 5
+    for size, grids in launches["grids"].items():
+        assert len(grids) == 7, size
+        for x, *others in grids:
+            assert x < 2**31 and all(side < 2**16 for side in others), size
+
+
+def test_all_canvases_share_the_kernels_that_two_need(launches: dict[str, Any]) -> None:
+    """Triton would compile a kernel again for a number that is 1 or divisible by 16."""
+    two, many = launches["kinds"]
+    assert many == two
+    assert len(two) < 40  # 6 kernels for 6 kinds of layers of a ResNet-50, in 2 kinds what merges stripes
+
+
+@pytest.mark.slow
+def test_they_move_maps_16_bytes_at_a_time_and_fit_four_to_a_multiprocessor(tmp_path: Path) -> None:
+    kernels = ask("code", tmp_path)
+    assert len(kernels) == (3 * 4 + 2) * 6
+    for name, code in kernels.items():
+        assert code["spilled"] == 0, name
+        assert 4 * code["registers"] * 32 * code["warps"] <= 65_536, name
+        assert 4 * code["shared"] <= 164 * 1024, name  # of an A100; an H100 has 228 KB
+        accesses = code["accesses"]
+        if "sums_kernel" in name:  # map after map in flight while the last is added up
+            assert "cp.async.cg.shared.global" in accesses, name  # always 16 bytes
+        elif "apply" in name or "gradient_kernel" in name:
             assert "ld.global.v4.b32" in accesses, name
-        if "_apply" in name or "_gradient_kernel" in name:
             assert "st.global.v4.b32" in accesses, name
+
+
+# --- whether they are used
 
 
 def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     device, trouble = torch.device(DEVICE), norm_kernels.trouble.__wrapped__
     assert trouble(device) == ""
     true = norm_kernels.backward
-    monkeypatch.setattr(norm_kernels, "backward", lambda *a: tuple(1.01 * tensor for tensor in true(*a)))
-    assert "the gradient of (1, 64, 5, 7, 32) is wrong" in trouble(device)
+    monkeypatch.setattr(norm_kernels, "SELF_TESTS", norm_kernels.SELF_TESTS[:1])
+    monkeypatch.setattr(norm_kernels, "backward", lambda *a: tuple(1.05 * tensor for tensor in true(*a)))
+    assert "the gradient of (1, 64, 25, 24, 32) bfloat16 is wrong" in trouble(device)
     monkeypatch.setattr(norm_kernels, "forward", lambda *a, **k: 1 / 0)
     assert trouble(device) == "ZeroDivisionError: division by zero"
     monkeypatch.setattr(norm_kernels, "triton", None)
     assert trouble(device) == "Triton is not installed"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_self_test_covers_each_type_with_and_without_padding(
+    padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that lets the padding leak, here by adding 0 x, or a kernel that is wrong for a type does not pass."""
+    covering = [test for test in norm_kernels.SELF_TESTS if test[1:] == (dtype, padded)]
+    true = norm_kernels.forward
+
+    def forward(x: Tensor, *arguments: Any, relu: bool) -> tuple[Tensor, ...]:
+        y, mean, rstd = true(x, *arguments, relu=relu)
+        return (y + 0 * x if padded else 1.05 * y), mean, rstd
+
+    monkeypatch.setattr(norm_kernels, "SELF_TESTS", covering[:1])
+    monkeypatch.setattr(norm_kernels, "forward", forward)
+    words = f"{str(dtype).removeprefix('torch.')}{' padded' if padded else ''}"
+    assert f"64, 25, 24, 32) {words} is wrong" in norm_kernels.trouble.__wrapped__(torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to", "Triton Error [CUDA]: out of memory"])
+def test_running_out_of_memory_is_raised_and_not_taken_for_a_broken_kernel(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> list[str]:
+        raise RuntimeError(words)
+
+    device = torch.device("cpu", len(words))  # not asked about elsewhere
+    monkeypatch.setattr(norm_kernels, "_WORKING", set())
+    with monkeypatch.context() as patch:
+        patch.setattr(norm_kernels, "_compare", full)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            norm_kernels.trouble(device)
+    monkeypatch.setattr(norm_kernels, "_compare", lambda *_: [])
+    assert norm_kernels.trouble(device) == ""
+
+
+def test_every_launch_is_on_the_gpu_of_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, which need not be the map's."""
+    current: list[Tensor] = []
+    launched: list[tuple[str, list[Tensor]]] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *_: launched.append((self.name, current[-1:]))
+
+    kernels = [name for name in vars(norm_kernels.programs) if name.endswith("_kernel")]
+    for name in kernels:
+        monkeypatch.setattr(norm_kernels.programs, name, Kernel(name))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x, gamma = last(torch.zeros(1, 32, 4, 4)), torch.ones(32)
+    _, mean, rstd = norm_kernels.forward(x, gamma, gamma, 8, 1e-5, None, relu=True)
+    norm_kernels.renormalize(x, gamma, gamma, mean, rstd, None, relu=True)
+    norm_kernels.backward(x, x, gamma, mean, rstd, None)
+    assert len(launched) == 7 and {name for name, _ in launched} == set(kernels)
+    assert all(guard and guard[0] is x for _, guard in launched)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_compiled_graph_keeps_the_kernels_and_tracing_tests_nothing(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors are fake: they claim to be on a GPU and have no values."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(norm_kernels, "_WORKING", {torch.device("cuda", 0)} if known else set())
+    monkeypatch.setattr(norm_kernels, "_compare", lambda *_: pytest.fail("the self-test runs while a graph is traced"))
+    torch._dynamo.reset()
+    with FakeTensorMode(), torch.device("cuda"):
+        x = last(torch.empty(2, 32, 12, 13, dtype=torch.bfloat16)).requires_grad_()
+        area = ValidArea.of(torch.empty(2, 2, dtype=torch.int64), 12, 13)
+        torch.compile(GroupNorm(32, 8, 1e-5, True), backend=backend, fullgraph=True)(x, area)
+    (graph,) = graphs
+    nodes = {str(node.target) for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes}
+    assert ({"gndet.group_norm", "gndet.group_norm_backward"} <= nodes) == known
+
+
+def test_a_compiled_graph_with_the_kernels_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("gndet.modeling.norms.layers.usable", lambda x: True)
+    monkeypatch.setattr(norm_kernels, "usable", lambda x: True)
+    layer = GroupNorm(32, 8, 1e-5, True).to(DEVICE)
+    x, grad = last(torch.randn(2, 32, 6, 7, device=DEVICE)), last(torch.randn(2, 32, 6, 7, device=DEVICE))
+    area = ValidArea.of(torch.tensor([[6, 7], [4, 5]], device=DEVICE), 6, 7)
+    torch._dynamo.reset()
+    results = []
+    for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        y = call(leaf, area)
+        results.append((y.detach(), *torch.autograd.grad(y, (leaf, layer.weight, layer.bias), grad)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_group_norm_uses_the_kernels_if_they_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:

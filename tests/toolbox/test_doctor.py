@@ -236,6 +236,15 @@ def test_a_chain_of_boxes_that_suppress_each_other_is_followed_to_its_end(monkey
     assert kernels.judged("NMS", 0.0, partial(kernels.nms, CPU)).mark == "wrong"
 
 
+def test_a_gpu_whose_memory_is_taken_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: torch.device) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(kernels, "trouble", full)
+    fact = kernels.triton_kernels(torch.device("cuda", 1))
+    assert fact.mark == "warning" and fact.text.startswith("could not be tested: OutOfMemoryError: CUDA out of memory")
+
+
 # --- limits and versions
 
 

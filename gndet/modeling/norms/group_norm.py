@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gndet.modeling.norms import triton_kernels as norm_kernels
+from gndet.modeling.norms.triton_kernels import dense
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 
 _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1)
@@ -36,7 +37,7 @@ def _normalize(
     """Do the same with torch's operators, in gamma's type and without ReLU."""
     if area is None:
         y, mean, rstd = torch.native_group_norm(
-            _dense(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps
+            dense(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps
         )
         return y, mean.view(-1, groups), rstd.view(-1, groups)
     if _use_crops(x):
@@ -73,13 +74,13 @@ def gradients(
     """Return the gradients of x, gamma and beta, from the gradient of y and the statistics of `normalize`."""
     groups = mean.shape[1]
     if norm_kernels.usable(x):
-        return norm_kernels.backward(_dense(grad), x, gamma, mean, rstd, _sizes(area))
+        return norm_kernels.backward(dense(grad), x, gamma, mean, rstd, _sizes(area))
     if x.dtype != gamma.dtype:
         wide = gradients(grad.to(gamma.dtype), x.to(gamma.dtype), gamma, mean, rstd, area)
         return wide[0].to(x.dtype), wide[1], wide[2]
     if area is None:
         return torch.ops.aten.native_group_norm_backward(
-            _dense(grad), _dense(x), mean, rstd, gamma, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups,
+            dense(grad), dense(x), mean, rstd, gamma, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups,
             [True, True, True],
         )  # fmt: skip
     if _use_crops(x):
@@ -133,11 +134,6 @@ def _sizes(area: ValidArea | None) -> Tensor | None:
     return None if area is None else area.sizes
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Return x with channels last and without gaps in memory."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _count(x: Tensor, groups: int, area: ValidArea) -> Tensor:
     """Return how many numbers the statistics of a group are taken over, (B, 1)."""
     return (area.count * (x.shape[1] // groups)).to(x.dtype)
@@ -152,7 +148,7 @@ def _use_crops(x: Tensor) -> bool:
 
 def _crop(x: Tensor, image: int, height: int, width: int) -> Tensor:
     """Return one picture of x (B, C, H, W) as (1, C, height, width), dense and channels last."""
-    return _dense(x[image : image + 1, :, :height, :width])
+    return dense(x[image : image + 1, :, :height, :width])
 
 
 def _normalize_crops(

@@ -83,7 +83,11 @@ def judged(name: str, tolerance: float, compare: Callable[[], Errors]) -> Fact:
 
 def triton_kernels(device: torch.device) -> Fact:
     """Return the result of the kernels' self-tests; if one fails, gndet uses torch's operators instead."""
-    if wrong := "; ".join(filter(None, (trouble(device), nms_kernels.trouble(device)))):
+    try:
+        wrong = "; ".join(filter(None, (trouble(device), nms_kernels.trouble(device))))
+    except RuntimeError as error:  # memory ran out, which says nothing about the kernels
+        return Fact(f"Triton kernels, {device}", f"could not be tested: {reason(error)}", "warning")
+    if wrong:
         return Fact(f"Triton kernels, {device}", f"{wrong}: torch's slower operators are used instead", "warning")
     return Fact(f"Triton kernels, {device}", "agree with torch in float64", "ok")
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.group_norm import gradients, normalize, renormalize
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, NoNorm
+from gndet.modeling.norms.triton_kernels import usable
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 from gndet.ops.conv3x3 import Convolution, samples_at_once
 
@@ -192,7 +193,8 @@ class _Tower(torch.autograd.Function):
             outputs.append(output)
             kept += chunk_kept
         output = _joined(outputs)
-        from_output = layers[-1].relu and (residual is not None or kept[-3] is None)  # otherwise recompute it
+        ctx.fused = residual is None and _fuses_relu(layers[-1], output)
+        from_output = layers[-1].relu and not ctx.fused and (residual is not None or kept[-3] is None)
         ctx.layers, ctx.at_once, ctx.make_input, ctx.num_tensors = layers, at_once, make_input, len(tensors)
         ctx.save_for_backward(x if make_input is None else None, output if from_output else None, *tensors, *kept)
         return output
@@ -209,11 +211,12 @@ class _Tower(torch.autograd.Function):
         for i, rows in enumerate(_chunks(len(x), ctx.at_once)):
             part = grad[rows].contiguous(memory_format=torch.channels_last)
             chunk_kept = kept[3 * len(layers) * i : 3 * len(layers) * (i + 1)]
-            if layers[-1].relu:
+            if layers[-1].relu and not ctx.fused:
                 active = _activation(layers[-1], norms[-1], chunk_kept[-3:]) if output is None else output[rows]
                 part = _aten.threshold_backward(part, active, 0)
             grads_residual.append(part)
-            grads_x.append(_backward(layers, convs, norms, part, x[rows], chunk_kept, sums, ctx.needs_input_grad[3]))
+            wanted = ctx.needs_input_grad[3]
+            grads_x.append(_backward(layers, convs, norms, part, x[rows], chunk_kept, sums, wanted, ctx.fused))
         grads: list[Tensor | None] = []
         for conv, norm_grads in zip(convs, sums, strict=True):
             grads += [*conv.gradients(), *(norm_grads or (None, None))]
@@ -245,14 +248,15 @@ def _forward(
         y, mean, rstd = conv.forward(x), None, None
         added = residual if last else None
         if layer.groups:
-            relu = layer.relu and added is None
-            x, mean, rstd = normalize(y, gamma, beta, layer.groups, layer.eps, layer.area, relu=relu)
+            x, mean, rstd = normalize(
+                y, gamma, beta, layer.groups, layer.eps, layer.area, relu=layer.relu, residual=added
+            )
         else:
             x = clear_padding(y, layer.area)
-        if added is not None:
-            x += added
-        if layer.relu and (added is not None or not layer.groups):
-            x.relu_()
+            if added is not None:
+                x += added
+            if layer.relu:
+                x.relu_()
         if layer.groups:
             kept += [None if layer.cheap else y, mean, rstd]
         else:
@@ -262,9 +266,12 @@ def _forward(
 
 def _backward(
     layers: Sequence[Layer], convs: Sequence[Convolution], norms: Norms, grad: Part, x: Tensor,
-    kept: Sequence[Part], sums: list[list[Tensor]], wanted: bool,
+    kept: Sequence[Part], sums: list[list[Tensor]], wanted: bool, relu: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Propagate grad, taken before the last ReLU, to x if wanted; add to the sums of all parameters on the way."""
+    """Propagate grad to x if wanted; add to the sums of all parameters on the way.
+
+    relu: whether grad is the gradient after the last layer's ReLU, which its norm's backward pass includes.
+    """
     by_layer = [list(kept[i : i + 3]) for i in range(0, len(kept), 3)]  # a map, the mean and 1 / std
     inputs = [x]
     for i, (layer, conv) in enumerate(zip(layers, convs, strict=True)):
@@ -275,14 +282,21 @@ def _backward(
     for i in reversed(range(len(layers))):
         layer, conv, layer_input, (y, mean, rstd) = layers[i], convs[i], inputs.pop(), by_layer.pop()
         if layer.groups:
-            grad, *norm_grads = gradients(grad, y, norms[i][0], mean, rstd, layer.area)
+            gamma, beta = norms[i]
+            grad, *norm_grads = gradients(grad, y, gamma, mean, rstd, layer.area, beta if relu else None)
             sums[i] = [a + b for a, b in zip(sums[i], norm_grads, strict=True)] if sums[i] else norm_grads
         else:
             grad = clear_padding(grad, layer.area)
         grad = conv.backward(grad, layer_input, wanted or i > 0)
-        if i and layers[i - 1].relu:
+        relu = i > 0 and _fuses_relu(layers[i - 1], layer_input)
+        if i and layers[i - 1].relu and not relu:
             grad = _aten.threshold_backward(grad, layer_input, 0)
     return grad
+
+
+def _fuses_relu(layer: Layer, x: Tensor) -> bool:
+    """Return whether the backward pass of the layer's norm includes its ReLU; x is a map of the tower."""
+    return layer.relu and layer.groups > 0 and usable(x)
 
 
 def _activation(layer: Layer, norm: tuple[Part, Part], kept: Sequence[Part]) -> Tensor:

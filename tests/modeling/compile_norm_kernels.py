@@ -13,14 +13,14 @@ RESNET = ((64, 2), (64, 4), (256, 4), (128, 8), (512, 8), (256, 16), (1024, 16),
 
 
 def launches(size: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16, padded: bool = True) -> list[Launch]:
-    """Return the launches of a training step's norm with 32 groups on a map (B, C, H, W)."""
+    """Return the launches of a training step's norm with 32 groups, a residual and ReLU on a map (B, C, H, W)."""
     x = torch.empty(size, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
     gamma = torch.empty(size[1], device="meta")
     sizes = torch.empty(size[0], 2, dtype=torch.int64, device="meta") if padded else None
     with recorded() as seen:
-        _, mean, rstd = norm_kernels.forward(x, gamma, gamma, 32, 1e-5, sizes, relu=True)
+        _, mean, rstd = norm_kernels.forward(x, gamma, gamma, 32, 1e-5, sizes, relu=True, residual=x)
         norm_kernels.renormalize(x, gamma, gamma, mean, rstd, sizes, relu=True)
-        norm_kernels.backward(x, x, gamma, mean, rstd, sizes)
+        norm_kernels.backward(x, x, gamma, mean, rstd, sizes, gamma)
     return seen
 
 

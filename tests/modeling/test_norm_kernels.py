@@ -15,13 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from gndet.config.schema import NormConfig
+from gndet.modeling import recompute
+from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms import group_norm
 from gndet.modeling.norms import triton_kernels as norm_kernels
 from gndet.modeling.norms.layers import GroupNorm
-from gndet.modeling.norms.valid_area import ValidArea
+from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
 
@@ -54,14 +57,15 @@ def last(x: Tensor) -> Tensor:
 
 
 def in_float64(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, sizes: Tensor | None, grad: Tensor
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, sizes: Tensor | None, grad: Tensor, relu: bool = False
 ) -> tuple[Tensor, ...]:
-    """Return y and the gradients of x, gamma and beta, from torch's group_norm on each picture."""
+    """Return y and the gradients of x, gamma and beta, from torch's group_norm on each picture, then ReLU if relu."""
     x, gamma, beta = (tensor.double().requires_grad_() for tensor in (x, gamma, beta))
     y = torch.zeros_like(x)
     for image, (height, width) in enumerate([x.shape[2:]] * len(x) if sizes is None else sizes.tolist()):
         part = F.group_norm(x[image : image + 1, :, :height, :width], groups, gamma, beta, 1e-5)
         y = y.index_put((torch.tensor(image),), F.pad(part[0], (0, x.shape[3] - width, 0, x.shape[2] - height)))
+    y = y.relu() if relu else y
     return y, *torch.autograd.grad(y, (x, gamma, beta), grad.double())
 
 
@@ -127,6 +131,17 @@ def check(shape: tuple[int, ...], padded: bool, dtype: torch.dtype) -> None:
     assert mean.dtype == rstd.dtype == torch.float32
     cut = norm_kernels.renormalize(on_x, on_gamma, on_beta, mean, rstd, on_sizes, relu=True)
     torch.testing.assert_close(cut, y.relu(), rtol=0, atol=0)
+    slopes = norm_kernels.backward(on_grad, on_x, on_gamma, mean, rstd, on_sizes, on_beta)
+    expected = in_float64(x, gamma, beta, groups, sizes, grad, relu=True)
+    for got, exact in zip((cut, *slopes), expected, strict=True):
+        assert largest(got.cpu(), exact) < limit
+    residual = y.float() - 1  # zero nowhere, so that a residual that is added twice or left out shows
+    added, *_ = norm_kernels.forward(
+        on_x, on_gamma, on_beta, groups, 1e-5, on_sizes, relu=True, residual=last(residual).to(dtype)
+    )
+    inside = torch.ones_like(x) if sizes is None else mask
+    sums = torch.where(inside > 0, in_float64(x, gamma, beta, groups, sizes, grad)[0] + residual.cpu(), 0.0)
+    assert largest(added.cpu(), sums.relu()) < 2 * limit
 
 
 def test_a_small_variance_beside_a_large_mean_is_not_lost() -> None:
@@ -186,6 +201,36 @@ def test_an_image_has_the_same_bits_alone_in_a_batch_and_on_a_larger_canvas(many
                 assert torch.equal(a[0, :, :height, :width], b[i, :, :height, :width])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kernels", [(1, 3, 1), (3,)], ids=["bottleneck", "output"])
+def test_a_tower_is_the_same_if_the_kernels_add_the_residual_and_undo_the_relu(
+    kernels: tuple[int, ...], residual: bool, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    norm = NormConfig(groups=4)
+    layers = nn.ModuleList(
+        ConvNorm(16, 16, k, norm, relu=not (residual and i == len(kernels) - 1)) for i, k in enumerate(kernels)
+    )
+    layers.to(DEVICE, memory_format=torch.channels_last)
+    recompute.set_memory(layers, "balanced")
+    x, other, grad = (last(torch.randn(2, 16, 9, 11)).to(DEVICE) for _ in range(3))
+    area = ValidArea.of(torch.tensor([[9, 11], [7, 6]], device=DEVICE), 9, 11) if padded else None
+    results, threshold = [], torch.ops.aten.threshold_backward
+    passes: list[int] = []
+    monkeypatch.setattr(
+        recompute._aten, "threshold_backward", lambda *a: passes.append(len(results)) or threshold(*a), raising=False
+    )
+    for by_kernels in (False, True):
+        monkeypatch.setattr(norm_kernels, "usable", lambda x, by_kernels=by_kernels: by_kernels)
+        monkeypatch.setattr(recompute, "usable", norm_kernels.usable)
+        inputs = [clear_padding(tensor, area).requires_grad_() for tensor in ([x, other] if residual else [x])]
+        y = recompute.tower(layers, inputs[0], [area] * len(layers), *inputs[1:])
+        results.append([y, *torch.autograd.grad(y, [*inputs, *layers.parameters()], clear_padding(grad, area))])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert passes.count(1) == int(residual)  # only the ReLU after a residual takes a pass of its own
+
+
 # --- what is launched and compiled; these programs need no GPU
 
 
@@ -218,7 +263,7 @@ def test_all_canvases_share_the_kernels_that_two_need(launches: dict[str, Any]) 
     """Triton would compile a kernel again for a number that is 1 or divisible by 16."""
     two, many = launches["kinds"]
     assert many == two
-    assert len(two) < 40  # 6 kernels for 6 kinds of layers of a ResNet-50, in 2 kinds what merges stripes
+    assert len(two) < 45  # 6 kernels for 6 kinds of layers of a ResNet-50, in 2 kinds what applies and what merges
 
 
 @pytest.mark.slow

@@ -18,16 +18,20 @@ _WIDE = (slice(None), slice(None), None, None, None)  # (B, G) to (B, G, 1, 1, 1
 
 
 def normalize(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None, *, relu: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize x (B, C, H, W) with gamma, beta (C,); relu: then apply ReLU.
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None, *, relu: bool = False,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Normalize x (B, C, H, W) with gamma, beta (C,); add residual, like x, if there is one; relu: then apply ReLU.
 
     Returns y in x's type, and the mean and 1 / std of each group, (B, G), in gamma's type.
     """
     if norm_kernels.usable(x):
-        return norm_kernels.forward(x, gamma, beta, groups, eps, _sizes(area), relu=relu)
+        residual = None if residual is None else dense(residual)
+        return norm_kernels.forward(x, gamma, beta, groups, eps, _sizes(area), relu=relu, residual=residual)
     y, mean, rstd = _normalize(_cast(x, gamma.dtype), gamma, beta, groups, eps, area)
     y = _cast(y, x.dtype)
+    if residual is not None:
+        y += residual
     return y.relu_() if relu else y, mean, rstd
 
 
@@ -69,12 +73,19 @@ def renormalize(
 
 
 def gradients(
-    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, gamma and beta, from the gradient of y and the statistics of `normalize`."""
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, area: ValidArea | None,
+    beta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x, gamma and beta, from the gradient of y and the statistics of `normalize`.
+
+    beta: given if grad is the gradient after the ReLU of `normalize`; without kernels, ReLU costs a pass over the map.
+    """
     groups = mean.shape[1]
     if norm_kernels.usable(x):
-        return norm_kernels.backward(dense(grad), x, gamma, mean, rstd, _sizes(area))
+        return norm_kernels.backward(dense(grad), x, gamma, mean, rstd, _sizes(area), beta)
+    if beta is not None:
+        active = renormalize(x, gamma, beta, mean, rstd, area, relu=True)
+        grad = torch.ops.aten.threshold_backward(grad, active, 0)
     if x.dtype != gamma.dtype:
         wide = gradients(grad.to(gamma.dtype), x.to(gamma.dtype), gamma, mean, rstd, area)
         return wide[0].to(x.dtype), wide[1], wide[2]

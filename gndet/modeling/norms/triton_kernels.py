@@ -88,14 +88,16 @@ def _power_of_2(number: int) -> int:
 
 
 def forward(
-    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, sizes: Tensor | None, *, relu: bool
-) -> Maps:
-    """Normalize x (B, C, H, W), channels last; relu: then apply ReLU.
+    x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, sizes: Tensor | None, *, relu: bool,
+    residual: Tensor | None = None,
+) -> Maps:  # fmt: skip
+    """Normalize x (B, C, H, W), channels last; add residual, like x, if there is one; relu: then apply ReLU.
 
     sizes (B, 2) int64 height, width of the pictures, or None if nothing is padded.  Returns y like x, and the mean and
     1 / std of each group, (B, G) float32.
     """
     if torch.compiler.is_compiling():
+        assert residual is None
         return torch.ops.gndet.group_norm(x, gamma, beta, groups, eps, sizes, relu)
     images, channels, height, width = x.shape
     mean, rstd = (x.new_empty((images, groups), dtype=torch.float32) for _ in range(2))
@@ -108,7 +110,7 @@ def forward(
             x, sizes, sums, plan.positions, plan.width, plan.stripes, sizes is not None, *plan.sums
         )
         programs.statistics_kernel[images * plan.blocks_g,](sums, mean, rstd, plan.stripes, eps, *plan.statistics)
-        return _apply(x, gamma, beta, mean, rstd, sizes, relu, plan), mean, rstd
+        return _apply(x, residual, gamma, beta, mean, rstd, sizes, relu, plan), mean, rstd
 
 
 def renormalize(
@@ -119,36 +121,43 @@ def renormalize(
         return torch.empty_like(x)
     plan = plan_for(*x.shape[1:], mean.shape[1], x.element_size())
     with torch.cuda.device_of(x):
-        return _apply(x, gamma, beta, mean, rstd, sizes, relu, plan)
+        return _apply(x, None, gamma, beta, mean, rstd, sizes, relu, plan)
 
 
 def _apply(
-    x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, sizes: Tensor | None, relu: bool, plan: Plan
-) -> Tensor:
+    x: Tensor, residual: Tensor | None, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, sizes: Tensor | None,
+    relu: bool, plan: Plan,
+) -> Tensor:  # fmt: skip
     y = torch.empty_like(x)
     programs.apply_kernel[x.shape[0] * plan.blocks, plan.blocks_c](
-        x, y, sizes, gamma, beta, mean, rstd, plan.positions, plan.width, plan.blocks, sizes is not None, relu,
-        *plan.blocked,
+        x, residual, y, sizes, gamma, beta, mean, rstd, plan.positions, plan.width, plan.blocks, sizes is not None,
+        relu, residual is not None, *plan.blocked,
     )  # fmt: skip
     return y
 
 
-def backward(grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, sizes: Tensor | None) -> Maps:
-    """Return the gradients of x, gamma and beta, from the gradient of y before its ReLU; channels last like x."""
+def backward(
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor, sizes: Tensor | None, beta: Tensor | None = None
+) -> Maps:
+    """Return the gradients of x, gamma and beta, from the gradient of y before its ReLU; channels last like x.
+
+    beta: given if grad is the gradient after the ReLU.
+    """
     if torch.compiler.is_compiling():
+        assert beta is None
         return torch.ops.gndet.group_norm_backward(grad, x, gamma, mean, rstd, sizes)
     grad_x = torch.empty_like(x)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(gamma), torch.zeros_like(gamma)
     images, channels, height, width = x.shape
-    groups, masked = mean.shape[1], sizes is not None
+    groups, masked, relu = mean.shape[1], sizes is not None, beta is not None
     plan = plan_for(channels, height, width, groups, x.element_size())
     sums = x.new_empty((images, plan.stripes, plan.gradient_length), dtype=torch.float32)
     means = x.new_empty((images, 2, groups), dtype=torch.float32)
     grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(gamma)
     with torch.cuda.device_of(x):
         programs.gradient_sums_kernel[images * plan.stripes, plan.blocks_c](
-            grad, x, sizes, gamma, mean, rstd, sums, plan.positions, plan.width, plan.stripes, masked,
+            grad, x, sizes, gamma, beta, mean, rstd, sums, plan.positions, plan.width, plan.stripes, masked, relu,
             *plan.gradient_sums,
         )  # fmt: skip
         programs.gradient_means_kernel[plan.blocks_k + images * plan.blocks_g,](
@@ -156,8 +165,8 @@ def backward(grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, rstd: Tensor,
             *plan.gradient_means,
         )  # fmt: skip
         programs.gradient_kernel[images * plan.blocks, plan.blocks_c](
-            grad, x, grad_x, sizes, gamma, mean, rstd, means, plan.positions, plan.width, plan.blocks, masked,
-            *plan.blocked,
+            grad, x, grad_x, sizes, gamma, beta, mean, rstd, means, plan.positions, plan.width, plan.blocks, masked,
+            relu, *plan.blocked,
         )  # fmt: skip
     return grad_x, grad_gamma, grad_beta
 

@@ -153,10 +153,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=("positions", "width", "blocks"))
     def apply_kernel(
-        x, y, sizes, gamma, beta, mean, rstd, positions, width, blocks, masked: tl.constexpr, relu: tl.constexpr,
-        channels: tl.constexpr, members: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+        x, residual, y, sizes, gamma, beta, mean, rstd, positions, width, blocks, masked: tl.constexpr,
+        relu: tl.constexpr, added: tl.constexpr, channels: tl.constexpr, members: tl.constexpr, block_p: tl.constexpr,
+        block_c: tl.constexpr,
     ):  # fmt: skip
-        """Compute y = gamma (x - mean) rstd + beta, then ReLU if relu; zero in the padding."""
+        """Compute y = gamma (x - mean) rstd + beta, plus residual if added, then ReLU if relu; zero in the padding."""
         image, channel, offset, exists, inside = _place(
             sizes, positions, width, blocks, masked, channels, block_p, block_c
         )  # fmt: skip
@@ -167,25 +168,29 @@ if triton is not None:
         scale *= tl.load(gamma + channel, mask=in_range, other=0.0).to(tl.float32)
         shift = tl.load(beta + channel, mask=in_range, other=0.0).to(tl.float32)
         value = (value - center[None, :]) * scale[None, :] + shift[None, :]
+        if added:
+            value += tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)
         if relu:
             value = tl.where(value < 0.0, 0.0, value)  # keeps NaN
         tl.store(y + offset, tl.where(inside, value, 0.0).to(y.dtype.element_ty), mask=exists)
 
     @triton.jit(do_not_specialize=("positions", "width", "stripes"))
     def gradient_sums_kernel(
-        grad, x, sizes, gamma, mean, rstd, sums, positions, width, stripes, masked: tl.constexpr,
-        channels: tl.constexpr, members: tl.constexpr, unit: tl.constexpr, stripe: tl.constexpr, tiles: tl.constexpr,
-        block_p: tl.constexpr, block_c: tl.constexpr,
+        grad, x, sizes, gamma, beta, mean, rstd, sums, positions, width, stripes, masked: tl.constexpr,
+        relu: tl.constexpr, channels: tl.constexpr, members: tl.constexpr, unit: tl.constexpr, stripe: tl.constexpr,
+        tiles: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
     ):  # fmt: skip
         """Compute the sums of grad and of grad times the normalized x per stripe; (B, S, 2 C + 2 U).
 
-        Both per channel, then both times gamma per unit.
+        Both per channel, then both times gamma per unit.  relu: grad is zero where y is not positive.
         """
         image, part = (tl.program_id(0) // stripes).to(tl.int64), tl.program_id(0) % stripes
         channel = tl.program_id(1) * block_c + tl.arange(0, block_c)
         in_range, group = channel < channels, image * (channels // members) + channel // members
         center, scale = tl.load(mean + group, mask=in_range, other=0.0), tl.load(rstd + group, mask=in_range, other=0.0)
         factor = tl.load(gamma + channel, mask=in_range, other=0.0).to(tl.float32)
+        if relu:
+            slant, shift = scale * factor, tl.load(beta + channel, mask=in_range, other=0.0).to(tl.float32)
         count, row = _picture(sizes, image, positions, width, masked)
         step = tl.minimum(stripes, tl.cdiv(count, stripe)) * (tiles * block_p)
         start = part * (tiles * block_p)
@@ -199,8 +204,11 @@ if triton is not None:
             keep = exists[:, :, None] & in_range[None, None, :]
             value = tl.load(x + offset, mask=keep, other=0.0).to(tl.float32)
             slope = tl.load(grad + offset, mask=keep, other=0.0).to(tl.float32)
+            value -= center[None, None, :]
+            if relu:
+                slope = tl.where(value * slant[None, None, :] + shift[None, None, :] <= 0.0, 0.0, slope)  # keeps NaN
             grads += tl.sum(slope, 0)
-            normals += tl.sum(slope * (value - center[None, None, :]), 0)
+            normals += tl.sum(slope * value, 0)
         units: tl.constexpr = channels // unit
         sums += (image * stripes + part) * (2 * channels + 2 * units)
         grad_sum, normal_sum = tl.sum(grads, 0), tl.sum(normals, 0) * scale
@@ -256,10 +264,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=("positions", "width", "blocks"))
     def gradient_kernel(
-        grad, x, grad_x, sizes, gamma, mean, rstd, means, positions, width, blocks, masked: tl.constexpr,
-        channels: tl.constexpr, members: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+        grad, x, grad_x, sizes, gamma, beta, mean, rstd, means, positions, width, blocks, masked: tl.constexpr,
+        relu: tl.constexpr, channels: tl.constexpr, members: tl.constexpr, block_p: tl.constexpr,
+        block_c: tl.constexpr,
     ):  # fmt: skip
-        """Compute rstd (gamma grad - mean_grad - normal mean_normal) from the means of `gradient_means_kernel`."""
+        """Compute rstd (gamma grad - mean_grad - normal mean_normal) from the means of `gradient_means_kernel`.
+
+        relu: grad is zero where y is not positive.
+        """
         image, channel, offset, exists, inside = _place(
             sizes, positions, width, blocks, masked, channels, block_p, block_c
         )  # fmt: skip
@@ -272,6 +284,10 @@ if triton is not None:
         mean_grad = tl.load(means, mask=in_range, other=0.0)
         mean_normal = tl.load(means + groups, mask=in_range, other=0.0)
         factor = tl.load(gamma + channel, mask=in_range, other=0.0).to(tl.float32)
-        normal = (value - center[None, :]) * scale[None, :]
+        value -= center[None, :]
+        if relu:
+            shift = tl.load(beta + channel, mask=in_range, other=0.0).to(tl.float32)
+            slope = tl.where(value * (scale * factor)[None, :] + shift[None, :] <= 0.0, 0.0, slope)  # keeps NaN
+        normal = value * scale[None, :]
         result = scale[None, :] * (slope * factor[None, :] - mean_grad[None, :] - normal * mean_normal[None, :])
         tl.store(grad_x + offset, tl.where(inside, result, 0.0).to(grad_x.dtype.element_ty), mask=exists)

@@ -16,7 +16,6 @@ from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_ob
 from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
 from gndet.evaluation.results import paste_masks, save_results
 from gndet.training.log import Log
-from gndet.training.memory import release
 from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
@@ -53,7 +52,6 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
         failure = error
     # before the next collective, every rank learns whether all ranks have succeeded
     raise_on_all(failure or (Stop() if stop.asked else None), proc)
-    release(proc.device)  # otherwise updates could use what is cached beyond train.memory_limit_mib
     evaluation = score_shares(share, run.val_set, run.cfg, proc)
     unreadable = {image: reason for part in all_gather([unreadable], proc) for image, reason in part[0].items()}
     refuse_unreadable(run, "validation", run.val_set, unreadable)

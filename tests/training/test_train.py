@@ -19,7 +19,6 @@ from gndet.config.loading import load_config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
-from gndet.training import validation
 from gndet.training.setup import tf32
 
 pytestmark = pytest.mark.usefixtures("thin")
@@ -190,17 +189,6 @@ def test_fine_tuning_carries_class_rows_over_by_name(trained: Path, config: Path
 def test_the_norm_is_changed_from_the_command_line_alone(config: Path, kind: str) -> None:
     values = train(load(config, kind, f"model.norm.kind={kind}", "train.schedule.updates=1", "train.images_per_gpu=2"))
     assert 0 <= values["box/AP"] <= 1
-
-
-def test_what_an_evaluation_caches_is_released_before_the_next_update(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[str] = []
-    detect, released = validation.detect_share, validation.release
-    monkeypatch.setattr(validation, "detect_share", lambda *a, **k: (done.append("detect"), detect(*a, **k))[1])
-    monkeypatch.setattr(validation, "release", lambda device: (done.append(str(device)), released(device))[1])
-    train(load(config, "run", "train.schedule.updates=2", "train.eval_every=1"))
-    assert done == ["detect", "cpu"] * 2
 
 
 def test_tf32_is_said_where_float32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def many_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         "STRIPE": 4,
         "TILE": 64,
         "CHUNK": 512,
-        "BLOCK": 256,
+        "BLOCK": 512,
         "CHANNELS": 16,
         "MERGED": 64,
         "FEW": 2,

@@ -23,7 +23,7 @@ PROGRAMS = 512  # per image, at most, in a pass that sums
 STRIPE = 32  # positions per stripe, at least: the sums of a stripe then take at most 6 % of the bytes of its maps
 TILE = 2048  # numbers of a map that a program sums side by side: 16 per thread
 CHUNK = 8192  # bytes that a program has under way, twice
-BLOCK = 4096  # numbers per program of a pass that writes a map
+BLOCK = 8192  # bytes of each map per program of a pass that writes a map
 CHANNELS = 512  # per block, at most
 MERGED = 2048  # numbers that a program merges side by side
 FEW, MANY = 8, PROGRAMS  # stripes per image: two kinds of programs merge them
@@ -63,7 +63,7 @@ def plan_for(channels: int, height: int, width: int, groups: int, size: int) -> 
     tiles = max(CHUNK // (TILE * size), 1)
     stripe = max(STRIPE, tiles * block_p)
     stripes = max(min(PROGRAMS // blocks_c, -(-positions // stripe)), 1)
-    written = max(BLOCK // block_c, 1)
+    written = max(BLOCK // (block_c * size), 1)
     unit = min(members & -members, block_c)  # the largest power of 2 that divides a group, as far as a block holds it
     units = members // unit
     block_u = _power_of_2(units)

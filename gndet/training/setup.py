@@ -21,8 +21,9 @@ from gndet.data.batches.stream import micro_batches
 from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
-from gndet.modeling.norms.triton_kernels import trouble
+from gndet.modeling.norms.triton_kernels import trouble as norm_trouble
 from gndet.modeling.recompute import set_memory
+from gndet.ops.nms_kernels import trouble as nms_trouble
 from gndet.training.averaging import WeightAverage
 from gndet.training.batch_size import enough_memory, images_at_once
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
@@ -63,6 +64,16 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
     )
     notes += tf32(cfg.train.precision, proc.device)
     return run, progress, size, notes
+
+
+def slower_operators(device: torch.device) -> list[str]:
+    """Return a line to log for each kind of kernel that does not work on a GPU, so that torch's operators run."""
+    if device.type == "cpu":
+        return []
+    kernels = {"group norm": norm_trouble, "NMS, which makes the GPU wait": nms_trouble}
+    wrong = {what: trouble(device) for what, trouble in kernels.items()}
+    words = "by torch's own operators: the kernels do not work on this GPU"
+    return [f"{what} {words} ({reason})" for what, reason in wrong.items() if reason]
 
 
 def tf32(precision: str, device: torch.device) -> list[str]:
@@ -118,8 +129,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
         model, autocast = place(model.train(), cfg.train.precision, proc)
         set_memory(model, cfg.train.memory)
         model.choose_convolutions(min(cfg.data.shortest_edge))
-        if proc.device.type == "cuda" and (wrong := trouble(proc.device)):
-            notes.append(f"group norm by torch's own operators: the kernels do not work on this GPU ({wrong})")
+        notes += slower_operators(proc.device)
         broadcast(model.state_dict().values(), proc)  # they are equal already, unless the machines differ
         average = WeightAverage(model, cfg.train.ema) if cfg.train.ema else None
         optimizer, buckets = make_optimizer(cfg.train.optimizer, model), buckets_for(cfg, model, proc)

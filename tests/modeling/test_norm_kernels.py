@@ -25,6 +25,7 @@ from gndet.modeling.norms import group_norm
 from gndet.modeling.norms import triton_kernels as norm_kernels
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding
+from gndet.ops import self_test
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU conftest.py has chosen the interpreter
 
@@ -34,9 +35,9 @@ def version(module: ModuleType | None) -> tuple[int, ...]:
 
 
 pytestmark = [
-    pytest.mark.skipif(norm_kernels.triton is None, reason="Triton is not installed"),
+    pytest.mark.skipif(self_test.triton is None, reason="Triton is not installed"),
     pytest.mark.skipif(
-        DEVICE == "cpu" and version(norm_kernels.triton) < (3, 7) and version(np) >= (2, 4),
+        DEVICE == "cpu" and version(self_test.triton) < (3, 7) and version(np) >= (2, 4),
         reason="the interpreter of Triton 3.6 and before needs NumPy < 2.4",
     ),
 ]
@@ -294,7 +295,7 @@ def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch: pytest.Monke
     assert "the gradient of (1, 64, 25, 24, 32) bfloat16 is wrong" in trouble(device)
     monkeypatch.setattr(norm_kernels, "forward", lambda *a, **k: 1 / 0)
     assert trouble(device) == "ZeroDivisionError: division by zero"
-    monkeypatch.setattr(norm_kernels, "triton", None)
+    monkeypatch.setattr(self_test, "triton", None)
     assert trouble(device) == "Triton is not installed"
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gndet.modeling.norms import triton_programs as programs
-from gndet.modeling.norms.triton_programs import triton
+from gndet.ops.self_test import failure
 
 PROGRAMS = 512  # per image, at most, in a pass that sums
 STRIPE = 32  # positions per stripe, at least: the sums of a stripe then take at most 6 % of the bytes of its maps
@@ -240,18 +240,11 @@ def trouble(device: torch.device) -> str:
 
     Running out of memory is no verdict: the error is raised, so that the caller can make room, and nothing is kept.
     """
-    if triton is None:
-        return "Triton is not installed"
-    try:
-        with torch.no_grad():
-            wrong = [text for test in SELF_TESTS for text in _compare(*test, device)]
-    except Exception as error:  # any failure of compiler or driver: torch's own operators take over
-        if "out of memory" in str(error):  # torch's words, CUDA's and those of Triton's launcher
-            raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    with torch.no_grad():
+        wrong = failure(lambda: [text for test in SELF_TESTS for text in _compare(*test, device)])
     if not wrong:
         _WORKING.add(device)
-    return "; ".join(wrong[:2])
+    return wrong
 
 
 _WORKING: set[torch.device] = set()  # the devices for which `trouble` has returned ""

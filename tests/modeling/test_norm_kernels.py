@@ -164,6 +164,24 @@ def test_one_outlier_does_not_swallow_a_small_variance(outlier: tuple[int, int])
     assert largest(rstd.cpu()[0], x.double().var((0, 2, 3), correction=0).rsqrt()) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["outlier", "level", "mean"])
+def test_statistics_stay_exact_where_a_program_adds_many_values(kind: str, many_small_blocks: None) -> None:
+    """Each element shifts by its first value: it is far from the others here, or far from zero like all of them."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 40, 40)  # 24 stripes: 17 values for each element
+    if kind == "outlier":
+        x[:, :, 0, 0] += 3e4
+    elif kind == "level":
+        x[:, :, :3] += 300
+    else:
+        x = x * 0.1 + 1000
+    ones = torch.ones(16, device=DEVICE)
+    _, mean, rstd = norm_kernels.forward(last(x).to(DEVICE), ones, ones, 4, 1e-5, None, relu=False)
+    exact = x.double().view(4, -1)
+    assert largest(mean.cpu()[0], exact.mean(1)) < 1e-6
+    assert largest(rstd.cpu()[0], (exact.var(1, correction=0) + 1e-5).rsqrt()) < 1e-5
+
+
 def test_relu_keeps_nan() -> None:
     x, ones = last(torch.full((1, 32, 4, 4), float("nan"))).to(DEVICE), torch.ones(32, device=DEVICE)
     y, *_ = norm_kernels.forward(x, ones, ones, 32, 1e-5, None, relu=True)
@@ -379,10 +397,12 @@ def test_a_compiled_graph_keeps_the_kernels_and_tracing_tests_nothing(
     monkeypatch.setattr(norm_kernels, "_WORKING", {torch.device("cuda", 0)} if known else set())
     monkeypatch.setattr(norm_kernels, "_compare", lambda *_: pytest.fail("the self-test runs while a graph is traced"))
     torch._dynamo.reset()
-    with FakeTensorMode(), torch.device("cuda"):
+    mode = FakeTensorMode()
+    with mode, torch.device("cuda"):
         x = last(torch.empty(2, 32, 12, 13, dtype=torch.bfloat16)).requires_grad_()
-        area = ValidArea.of(torch.empty(2, 2, dtype=torch.int64), 12, 13)
-        torch.compile(GroupNorm(32, 8, 1e-5, True), backend=backend, fullgraph=True)(x, area)
+        area, layer = ValidArea.of(torch.empty(2, 2, dtype=torch.int64), 12, 13), GroupNorm(32, 8, 1e-5, True)
+    with mode:
+        torch.compile(layer, backend=backend, fullgraph=True)(x, area)
     (graph,) = graphs
     nodes = {str(node.target) for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes}
     assert ({"gndet.group_norm", "gndet.group_norm_backward"} <= nodes) == known

@@ -42,15 +42,17 @@ if triton is not None:
         return index < count, position.to(tl.int64)[:, :, None] * channels + channel[None, None, :]
 
     @triton.jit
-    def _merge(count, mean, squares):
-        """Merge counts, means and sums of squared differences from the mean, (i, j, k), over i and k; each (j,)."""
-        total = tl.sum(tl.sum(count, 2), 0)
-        some = tl.maximum(total, 1.0)
-        center = tl.sum(tl.sum(count * mean, 2), 0) / some
+    def _merge(total, count, mean, squares):
+        """Merge means and sums of squared differences from the mean, (i, j, k), over i and k; returns two of (j,).
+
+        total: the sum of the counts over i and k.
+        """
+        total = tl.maximum(total, 1.0)
+        center = tl.sum(tl.sum(count * mean, 2), 0) / total
         difference = mean - center[None, :, None]
-        rest = tl.sum(tl.sum(count * difference, 2), 0) / some  # what rounding left out of the center
+        rest = tl.sum(tl.sum(count * difference, 2), 0) / total  # what rounding left out of the center
         squares = tl.sum(tl.sum(squares + count * difference * difference, 2), 0) - total * rest * rest
-        return total, center + rest, squares
+        return center + rest, squares
 
     @triton.jit
     def _units(program, groups: tl.constexpr, units: tl.constexpr, block_g: tl.constexpr, block_u: tl.constexpr):
@@ -87,19 +89,21 @@ if triton is not None:
             value = tl.where(keep, tl.load(x + offsets, mask=keep, other=0.0).to(tl.float32) - shift, 0.0)
             total += tl.sum(value, 0)
             squares += tl.sum(value * value, 0)
-        rest = (count - start) % step  # from the beginning of the last chunk that is not whole
+        turns, rest = (count - start) // step, (count - start) % step  # whole chunks, then positions of the last
         number = tl.minimum(tl.maximum(rest + block_p - 1 - tl.arange(0, block_p), 0) // block_p, tiles)
-        number = (number + (count - start) // step * tiles).to(tl.float32)  # of values of each element, (block_p,)
+        number = (number + turns * tiles).to(tl.float32)  # of values of each element, (block_p,)
+        all_numbers = (turns * (tiles * block_p) + tl.minimum(rest, tiles * block_p)).to(tl.float32) * unit
         mean = total / tl.maximum(number, 1.0)[:, None]  # less the shift
         squares -= total * mean
         mean += tl.sum(shift, 0)
         shape: tl.constexpr = (block_p, block_c // unit, unit)
-        number = tl.broadcast_to(number[:, None, None], shape)
-        number, mean, squares = _merge(number, tl.reshape(mean, shape), tl.reshape(squares, shape))
+        mean, squares = _merge(
+            all_numbers, number[:, None, None], tl.reshape(mean, shape), tl.reshape(squares, shape)
+        )  # fmt: skip
         units: tl.constexpr = channels // unit
         index = tl.program_id(1) * (block_c // unit) + tl.arange(0, block_c // unit)
         sums += (image * stripes + part) * 3 * units + index
-        tl.store(sums, number, mask=index < units)
+        tl.store(sums, tl.zeros([block_c // unit], tl.float32) + all_numbers, mask=index < units)
         tl.store(sums + units, mean, mask=index < units)
         tl.store(sums + 2 * units, squares, mask=index < units)
 
@@ -121,11 +125,12 @@ if triton is not None:
             number = tl.load(sums + offset, mask=keep, other=0.0)
             means = tl.load(sums + offset + groups * units, mask=keep, other=0.0)
             parts = tl.load(sums + offset + 2 * groups * units, mask=keep, other=0.0)
-            number, means, parts = _merge(number, means, parts)
-            difference, share = means - center, number / tl.maximum(count + number, 1.0)
+            total = tl.sum(tl.sum(number, 2), 0)
+            means, parts = _merge(total, number, means, parts)
+            difference, share = means - center, total / tl.maximum(count + total, 1.0)
             squares += parts + difference * difference * (count * share)
             center += difference * share
-            count += number
+            count += total
         offset = image * groups + group
         tl.store(mean + offset, center, mask=group < groups)
         tl.store(rstd + offset, 1.0 / tl.sqrt(squares / tl.maximum(count, 1.0) + eps), mask=group < groups)

@@ -105,10 +105,10 @@ def moments(x: Tensor, area: ValidArea | None) -> Moments:
     if area is None:
         var, mean = torch.var_mean(x, (2, 3), correction=0)
         return Moments(mean, var, torch.full((len(x), 1), x.shape[2] * x.shape[3], dtype=torch.float64))
-    count = area.count.to(x.dtype)
-    mean = torch.where(area.mask, x, 0.0).sum((2, 3)) / count
+    count = area.num_cells
+    mean = torch.where(area.mask, x, 0.0).sum((2, 3)) / count.to(x.dtype)
     centered = torch.where(area.mask, x - mean[:, :, None, None], 0.0)
-    return Moments(mean, centered.square_().sum((2, 3)) / count, area.count)
+    return Moments(mean, centered.square_().sum((2, 3)) / count.to(x.dtype), count)
 
 
 def similarity(x: Tensor, groups: int, area: ValidArea | None) -> Tensor:

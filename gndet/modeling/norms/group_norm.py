@@ -114,26 +114,26 @@ def gradients(
 class Normalize(torch.autograd.Function):
     """`normalize` with its gradient; keeps x and two numbers per group for the backward pass.
 
-    sizes, mask, count: the fields of a ValidArea, or None for each.
+    sizes, mask: the fields of a ValidArea, or None for each.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sizes: Tensor | None, mask: Tensor | None, count: Tensor | None, gamma: Tensor,
-        beta: Tensor, groups: int, eps: float,
+        ctx: Any, x: Tensor, sizes: Tensor | None, mask: Tensor | None, gamma: Tensor, beta: Tensor, groups: int,
+        eps: float,
     ) -> Tensor:  # fmt: skip
-        area = None if sizes is None or mask is None or count is None else ValidArea(sizes, mask, count)
+        area = None if sizes is None or mask is None else ValidArea(sizes, mask)
         y, mean, rstd = normalize(x, gamma, beta, groups, eps, area)
-        ctx.save_for_backward(x, gamma, mean, rstd, sizes, mask, count)
+        ctx.save_for_backward(x, gamma, mean, rstd, sizes, mask)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, mean, rstd, sizes, mask, count = ctx.saved_tensors
-        area = None if sizes is None else ValidArea(sizes, mask, count)
+        x, gamma, mean, rstd, sizes, mask = ctx.saved_tensors
+        area = None if sizes is None else ValidArea(sizes, mask)
         grad_x, grad_gamma, grad_beta = gradients(grad, x, gamma, mean, rstd, area)
-        return grad_x, None, None, None, grad_gamma, grad_beta, None, None
+        return grad_x, None, None, grad_gamma, grad_beta, None, None
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +147,7 @@ def _sizes(area: ValidArea | None) -> Tensor | None:
 
 def _count(x: Tensor, groups: int, area: ValidArea) -> Tensor:
     """Return how many numbers the statistics of a group are taken over, (B, 1)."""
-    return (area.count * (x.shape[1] // groups)).to(x.dtype)
+    return (area.num_cells * (x.shape[1] // groups)).to(x.dtype)
 
 
 # --- on a CPU: torch's kernel on each picture's crop takes half the time of the masked arithmetic

@@ -45,7 +45,7 @@ class GroupNorm(nn.Module):
                 wide = x.to(self.weight.dtype)
                 # F.group_norm would refuse a group of one value, although only in a batch of one
                 return torch.group_norm(wide, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
-            fields = (None, None, None) if area is None else area
+            fields = (None, None) if area is None else area
             return Normalize.apply(x, *fields, self.weight, self.bias, self.groups, self.eps)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -14,15 +14,19 @@ class ValidArea(NamedTuple):
 
     sizes: Tensor  # (B, 2) int64 valid height, width in cells
     mask: Tensor  # (B, 1, H, W) bool
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count; (B, 1) float32 number of valid cells
+
+    @property
+    def num_cells(self) -> Tensor:
+        """Return the number of valid cells, (B, 1) float32."""
+        return self.sizes.prod(1, keepdim=True).float()
 
     @staticmethod
     def of(sizes: Tensor, height: int, width: int) -> "ValidArea":
         """Return the area of pictures of sizes (B, 2), in cells, on (height, width) maps."""
-        row = torch.arange(height, device=sizes.device)[None, None, :, None]
-        column = torch.arange(width, device=sizes.device)[None, None, None, :]
-        mask = (row < sizes[:, 0, None, None, None]) & (column < sizes[:, 1, None, None, None])
-        return ValidArea(sizes, mask, (sizes[:, :1] * sizes[:, 1:]).float())
+        cell = torch.arange(max(height, width), device=sizes.device)
+        row, column = cell[:height, None], cell[:width]
+        inside = (row < sizes[:, 0, None, None, None]) & (column < sizes[:, 1, None, None, None])
+        return ValidArea(sizes, inside)
 
 
 ValidAreas = dict[int, ValidArea | None]  # by stride; None if nothing is padded
@@ -33,9 +37,11 @@ def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Valid
 
     Every layer that halves a map rounds up, so a picture has ceil(size / stride) cells.
     """
-    if not padded:
-        return dict.fromkeys((2, 4, 8, 16, 32, 64))
-    return {s: ValidArea.of((sizes + s - 1) // s, -(-height // s), -(-width // s)) for s in (2, 4, 8, 16, 32, 64)}
+    areas: ValidAreas = dict.fromkeys((2, 4, 8, 16, 32, 64))
+    for stride in areas if padded else ():
+        sizes, height, width = (sizes + 1) // 2, -(-height // 2), -(-width // 2)
+        areas[stride] = ValidArea.of(sizes, height, width)
+    return areas
 
 
 def clear_padding(x: Tensor, area: ValidArea | None) -> Tensor:

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from gndet.ops import roi_align_kernels
+
 Alignment = Literal["aligned", "unaligned", "detectron"]
+OUTSIDE = -1e5  # pixels: left of and above every picture
 
 
 def pyramid_level(boxes: Tensor, num_levels: int) -> Tensor:
@@ -50,23 +53,32 @@ def roi_align_pyramid(
     alignment: "aligned" to half pixels, as in detectron2; "unaligned", as in torchvision, where a region has at least
     one cell; "detectron": unaligned, and a region ends at the first edge of its last pixel.
     Returns (R, C, P, P).  NaN boxes count as empty.
+
+    On a GPU one kernel pools from all levels, and its backward pass gives the same bits every run.  If the kernels do
+    not work there (`roi_align_kernels.trouble`), torchvision's operator is used level by level.  It adds gradients in
+    any order; under torch.use_deterministic_algorithms it runs as Python code, which is slow and keeps several tensors
+    of R * C * P^2 * sampling_ratio^2 numbers (0.1 GB each for a box head at batch 1), or of R * C * P^2 * H * W if the
+    ratio is 0: more memory than any GPU has.
     """
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN
     level = pyramid_level(boxes, len(features))  # (R,)
     if alignment == "detectron":
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - 1], dim=1)
     aligned = alignment == "aligned"
+    if roi_align_kernels.usable(features, size):
+        return roi_align_kernels.roi_align(features, boxes, level, image, strides, size, sampling_ratio, aligned)
     dtype = features[0].dtype
     exact = torch.promote_types(dtype, torch.float32)  # in bf16 a coordinate of 1000 px is off by 2 px
     features, boxes = [feature.to(exact) for feature in features], boxes.to(exact)
     if sampling_ratio and boxes.device.type == "cpu" and not torch.onnx.is_in_onnx_export():
         return _pool_bags(features, strides, boxes, image, level, size, sampling_ratio, aligned).to(dtype)
     rois = torch.cat([image[:, None].to(exact), boxes], dim=1)  # (R, 5)
+    elsewhere = torch.cat([rois[:, :1], torch.full_like(boxes, OUTSIDE)], dim=1)
     pooled = torch.zeros((), dtype=exact, device=boxes.device)
     for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
-        on_level = (level == i)[:, None]  # regions of other levels become empty boxes, which add nothing
+        on_level = (level == i)[:, None]  # regions of other levels lie outside, where nothing is sampled or added
         part = torchvision.ops.roi_align(
-            feature, torch.where(on_level, rois, 0.0), size, 1.0 / stride, sampling_ratio, aligned=aligned
+            feature, torch.where(on_level, rois, elsewhere), size, 1.0 / stride, sampling_ratio, aligned=aligned
         )
         pooled = pooled + torch.where(on_level[:, :, None, None], part, 0.0)
     return pooled.to(dtype)

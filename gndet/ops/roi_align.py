@@ -33,8 +33,9 @@ def extend_edges(feature: Tensor, sizes: Tensor) -> Tensor:
     row = torch.arange(feature.shape[2], device=feature.device)[None, None, :, None]
     column = torch.arange(feature.shape[3], device=feature.device)[None, None, None, :]
     height, width = sizes[:, 0, None, None, None], sizes[:, 1, None, None, None]
-    feature = torch.where(row == height, feature.roll(1, dims=2), feature)
-    return torch.where(column == width, feature.roll(1, dims=3), feature)
+    # the first of two layouts is kept, and `roll` does not keep channels last
+    feature = torch.where(row != height, feature, feature.roll(1, dims=2))
+    return torch.where(column != width, feature, feature.roll(1, dims=3))
 
 
 def roi_align_pyramid(

@@ -24,6 +24,7 @@ from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.modeling.norms.triton_kernels import trouble as norm_trouble
 from gndet.modeling.recompute import set_memory
 from gndet.ops.nms_kernels import trouble as nms_trouble
+from gndet.ops.roi_align_kernels import trouble as roi_align_trouble
 from gndet.training.averaging import WeightAverage
 from gndet.training.batch_size import enough_memory, images_at_once
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
@@ -70,7 +71,11 @@ def slower_operators(device: torch.device) -> list[str]:
     """Return a line to log for each kind of kernel that does not work on a GPU, so that torch's operators run."""
     if device.type == "cpu":
         return []
-    kernels = {"group norm": norm_trouble, "NMS, which makes the GPU wait": nms_trouble}
+    kernels = {
+        "group norm": norm_trouble,
+        "NMS, which makes the GPU wait": nms_trouble,
+        "RoIAlign, whose gradient differs from run to run": roi_align_trouble,
+    }
     wrong = {what: trouble(device) for what, trouble in kernels.items()}
     words = "by torch's own operators: the kernels do not work on this GPU"
     return [f"{what} {words} ({reason})" for what, reason in wrong.items() if reason]

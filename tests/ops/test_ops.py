@@ -260,6 +260,41 @@ def test_roi_align_at_the_edge_sees_the_picture_not_the_padding() -> None:
     torch.testing.assert_close(roi_align_pyramid([extend_edges(padded, torch.tensor([[9, 10]]))], *args), expected)
 
 
+def test_repeated_edges_keep_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    roll = torch.Tensor.roll  # on a GPU it returns plain layout
+    monkeypatch.setattr(torch.Tensor, "roll", lambda *args, **kwargs: roll(*args, **kwargs).contiguous())
+    feature = torch.randn(2, 3, 8, 9).contiguous(memory_format=torch.channels_last)
+    extended = extend_edges(feature, torch.tensor([[8, 9], [5, 6]]))
+    assert extended.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(extended[1, :, 5, :6], feature[1, :, 4, :6]) and torch.equal(extended[0], feature[0])
+
+
+def test_regions_of_other_levels_lie_outside_where_nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision's operator adds the gradient of an empty box to the first cell, one atomic addition after another."""
+    pooled_from: list[torch.Tensor] = []
+    true = torchvision.ops.roi_align
+
+    def spy(feature: torch.Tensor, rois: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        pooled_from.append(rois)
+        return true(feature, rois, *args, **kwargs)
+
+    monkeypatch.setattr(torchvision.ops, "roi_align", spy)
+    features = [torch.randn(2, 3, 64 // s, 64 // s) for s in STRIDES]
+    boxes, image = random_boxes(12, side=1600), torch.arange(12) % 2
+    roi_align_pyramid(features, STRIDES, boxes, image, 7, 0)
+    level = pyramid_level(boxes, 4)
+    assert level.unique().numel() > 2
+    for i, (rois, feature, stride) in enumerate(zip(pooled_from, features, STRIDES, strict=True)):
+        assert torch.equal(rois[level == i], torch.cat([image[:, None], boxes], dim=1)[level == i])
+        assert torch.equal(rois[:, 0], image.float())
+        for aligned in (True, False):
+            for ratio in (0, 2):
+                leaf = feature.clone().requires_grad_()
+                part = true(leaf, rois[level != i], 7, 1 / stride, ratio, aligned=aligned)
+                (gradient,) = torch.autograd.grad(part.sum(), leaf)
+                assert not part.any() and not gradient.any()
+
+
 def test_nan_boxes_pool_to_something_finite() -> None:
     features = [torch.randn(1, 2, 8, 8)]
     out = roi_align_pyramid(features, (4,), torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.long), 7, 2)

@@ -27,7 +27,7 @@ from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm
-from gndet.ops import conv3x3, nms_kernels, roi_align
+from gndet.ops import conv3x3, nms_kernels, roi_align, roi_align_kernels
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
@@ -65,7 +65,7 @@ def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
         "gndet", "Python", "system", "C library", "torch", "torchvision", "numpy", "pycocotools", "hotcoco",
         "tensorboard", "pydantic", "matplotlib", "onnxruntime", "av", "torch with torchvision", "processor", "cores",
         "memory", "group norm float32, cpu", "group norm bfloat16, cpu", "Winograd, cpu", "NMS, cpu",
-        "RoIAlign, cpu", "metrics, cpu", "one process", "loader processes", "data wait", "shared memory", "open files",
+        "RoIAlign float32, cpu", "metrics, cpu", "one process", "loader processes", "data wait", "shared memory", "open files",
         "this folder", "data cache",
     }  # fmt: skip
     assert str(Path.home()) not in text and "~: " in text
@@ -155,7 +155,7 @@ PADDED = {"plain padded", "channels last padded"}
         (group_norm, "_normalize_crops", FLOAT, PADDED),
         (conv3x3, "convolve", kernels.winograd, {"result", "gradient"}),
         (conv3x3, "weight_from_transformed", kernels.winograd, {"gradient of the weight"}),
-        (roi_align, "_pool_bags", partial(kernels.roi_align, CPU), {"regions", "gradient"}),
+        (roi_align, "_pool_bags", partial(kernels.roi_align, CPU, torch.float32), {"regions", "gradient"}),
     ],
 )
 def test_a_kernel_that_is_off_by_one_percent_is_found(
@@ -173,9 +173,10 @@ def test_a_kernel_that_is_off_by_one_percent_is_found(
 
 def test_every_kernel_is_tried_with_a_tolerance_that_finds_a_percent() -> None:
     names = {name: tolerance for name, tolerance, _ in kernels.comparisons(CPU)}
-    assert set(names) == {"group norm float32", "group norm bfloat16", "Winograd", "metrics", "NMS", "RoIAlign"}
+    assert set(names) == {"group norm float32", "group norm bfloat16", "Winograd", "metrics", "NMS", "RoIAlign float32"}
     assert all(tolerance < 1e-2 for name, tolerance in names.items() if "bfloat16" not in name)
-    assert "group norm float16" in {name for name, *_ in kernels.comparisons(torch.device("cuda", 0))}
+    on_gpu = {name for name, *_ in kernels.comparisons(torch.device("cuda", 0))}
+    assert {"group norm float16", "RoIAlign float16", "RoIAlign bfloat16"} < on_gpu
 
 
 def test_the_norm_is_compared_with_what_torch_computes_in_float64() -> None:
@@ -198,7 +199,7 @@ def test_an_operator_that_fails_or_gives_nan_is_found(monkeypatch: pytest.Monkey
         raise RuntimeError("operator torchvision::roi_align does not exist")
 
     monkeypatch.setattr(torchvision.ops, "roi_align", fail)
-    fact = kernels.judged("RoIAlign", 1e-4, partial(kernels.roi_align, CPU))
+    fact = kernels.judged("RoIAlign", 1e-4, partial(kernels.roi_align, CPU, torch.float32))
     assert fact == Fact("RoIAlign", "fails: RuntimeError: operator torchvision::roi_align does not exist", "wrong")
 
 
@@ -219,9 +220,10 @@ def test_the_smallest_difference_of_metrics_is_reported(monkeypatch: pytest.Monk
 def test_triton_kernels_in_trouble_are_a_warning_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "trouble", lambda device: "the gradient is wrong")
     monkeypatch.setattr(nms_kernels, "trouble", lambda device: "3 of 300 boxes are wrong")
+    monkeypatch.setattr(roi_align_kernels, "trouble", lambda device: "the result of stride 4 is wrong")
     fact = kernels.triton_kernels(torch.device("cuda", 0))
-    both = "the gradient is wrong; 3 of 300 boxes are wrong"
-    assert fact.mark == "warning" and fact.text.startswith(f"{both}: torch's slower operators are used")
+    words = "the gradient is wrong; 3 of 300 boxes are wrong; the result of stride 4 is wrong"
+    assert fact.mark == "warning" and fact.text.startswith(f"{words}: torch's slower operators are used")
 
 
 def test_a_chain_of_boxes_that_suppress_each_other_is_followed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from gndet.evaluation.results import from_coco
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import ValidArea
-from gndet.ops import nms_kernels
+from gndet.ops import nms_kernels, roi_align_kernels
 from gndet.ops.conv3x3 import MinimalConvolution
 from gndet.ops.matching import nms_keep
 from gndet.ops.roi_align import roi_align_pyramid
@@ -64,7 +64,9 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, float, Callable[[],
         yield "Winograd", TOLERANCES[torch.float32], winograd
         yield "metrics", 0.0, metrics
     yield "NMS", 0.0, partial(nms, device)
-    yield "RoIAlign", TOLERANCES[torch.float32], partial(roi_align, device)
+    for dtype, tolerance in TOLERANCES.items():
+        if dtype == torch.float32 or device.type == "cuda":
+            yield f"RoIAlign {str(dtype).removeprefix('torch.')}", tolerance, partial(roi_align, device, dtype)
 
 
 def judged(name: str, tolerance: float, compare: Callable[[], Errors]) -> Fact:
@@ -83,8 +85,9 @@ def judged(name: str, tolerance: float, compare: Callable[[], Errors]) -> Fact:
 
 def triton_kernels(device: torch.device) -> Fact:
     """Return the result of the kernels' self-tests; if one fails, gndet uses torch's operators instead."""
+    tests = trouble, nms_kernels.trouble, roi_align_kernels.trouble
     try:
-        wrong = "; ".join(filter(None, (trouble(device), nms_kernels.trouble(device))))
+        wrong = "; ".join(filter(None, (test(device) for test in tests)))
     except RuntimeError as error:  # memory ran out, which says nothing about the kernels
         return Fact(f"Triton kernels, {device}", f"could not be tested: {reason(error)}", "warning")
     if wrong:
@@ -145,22 +148,27 @@ def nms(device: torch.device) -> Errors:
     return {"boxes kept": (keep != expected).double().mean().item()}
 
 
-def roi_align(device: torch.device) -> Errors:
+def roi_align(device: torch.device, dtype: torch.dtype) -> Errors:
     """Compare pooled regions and their gradient with torchvision's operator in float64 on the CPU."""
-    feature, grad = noise((2, 32, 25, 34), 0), noise((6, 32, 7, 7), 1)
+    feature, grad = noise((2, 32, 25, 34), 0).to(dtype), noise((6, 32, 7, 7), 1).to(dtype)
     boxes = torch.tensor([
         [3.2, 5.1, 60.7, 44.4], [-9.0, -4.0, 30.0, 99.5], [50.3, 40.9, 141.0, 103.0], [20.0, 20.0, 21.5, 22.5],
         [0.0, 0.0, 136.0, 100.0], [99.9, 1.1, 120.2, 95.7],
     ])  # fmt: skip
     image = torch.tensor([0, 1, 0, 1, 1, 0])
     rois = torch.cat([image[:, None].double(), boxes.double()], dim=1)  # (R, 5)
-    found = with_gradients(
-        lambda x: roi_align_pyramid([x], [4], boxes.to(device), image.to(device), 7, 2), grad, feature.to(device)
-    )
-    exact = with_gradients(
-        lambda x: torchvision.ops.roi_align(x, rois, 7, 0.25, 2, aligned=True), grad, feature.double()
-    )
-    return dict(zip(("regions", "gradient"), map(relative_error, found, exact), strict=True))
+    errors: Errors = {}
+    for case, ratio in (("", 2), (", adaptive", 0)):
+        ours = partial(
+            roi_align_pyramid, strides=[4], boxes=boxes.to(device), image=image.to(device), size=7, sampling_ratio=ratio
+        )
+        reference = partial(
+            torchvision.ops.roi_align, boxes=rois, output_size=7, spatial_scale=0.25, sampling_ratio=ratio, aligned=True
+        )
+        found = with_gradients(lambda x, pool=ours: pool([x]), grad, feature.to(device))
+        exact = with_gradients(reference, grad, feature.double())
+        errors[f"regions{case}"], errors[f"gradient{case}"] = map(relative_error, found, exact)
+    return errors
 
 
 def metrics() -> Errors:

@@ -4,15 +4,18 @@
 
 There are two batches of two noise pictures: two of one size (no padding), and a portrait with a landscape (a third of
 the canvas is padding). The variants take turns, so that a busy moment affects both, and their median times are shown.
+On a GPU a layer's time is that of a CUDA graph, without launches.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
+from benchmarks.timing import as_graph, in_turn
 from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
@@ -40,21 +43,15 @@ def noise_batch(sizes: list[tuple[int, int]]) -> Batch:
     return collate(samples, 32)
 
 
-def timed(variants: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Run the variants in turn; return the median milliseconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(rounds + 1):
-        for name, run in variants.items():
-            began = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first round warms up
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+def medians(plain: Callable[[], object], masked: Callable[[], object], rounds: int, device: str) -> dict[str, float]:
+    """Run both variants in turn; return the median milliseconds of each."""
+    times = in_turn([plain, masked], device, rounds)
+    return {name: statistics.median(own) * 1e3 for name, own in zip(("plain", "masked"), times, strict=True)}
 
 
-def step_times(cfg: Config, model: DetectionModel, batch: Batch, rounds: int) -> dict[str, float]:
+def step_times(
+    cfg: Config, model: DetectionModel, autocast: Callable[[], AbstractContextManager], batch: Batch, rounds: int
+) -> dict[str, float]:
     """Return the milliseconds of the model's forward and backward pass with masked and with plain norms."""
     layers = [module for module in model.modules() if isinstance(module, GroupNorm)]
 
@@ -64,8 +61,7 @@ def step_times(cfg: Config, model: DetectionModel, batch: Batch, rounds: int) ->
         model.zero_grad()
         backward(model, autocast, [batch], len(batch.images), cfg)
 
-    device = batch.images.device
-    return timed({"plain": lambda: run(False), "masked": lambda: run(True)}, rounds, device)
+    return medians(lambda: run(False), lambda: run(True), rounds, batch.images.device.type)
 
 
 def layer_times(batch: Batch, channels: int, stride: int, rounds: int) -> dict[str, float]:
@@ -81,25 +77,34 @@ def layer_times(batch: Batch, channels: int, stride: int, rounds: int) -> dict[s
         layer.masked = masked
         layer(x, area).backward(out)
 
-    return timed({"plain": lambda: run(False), "masked": lambda: run(True)}, rounds, device)
+    plain, masked = (as_graph([partial(run, masked)], device.type) for masked in (False, True))
+    return medians(plain, masked, rounds, device.type)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("config", nargs="?", default="configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml")
-parser.add_argument("--edge", type=int, default=320, help="shorter edge of the pictures, pixels (320)")
-parser.add_argument("--rounds", type=int, default=7)
-parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-options = parser.parse_args()
-cfg = load_config(options.config)
-short, long = options.edge, options.edge * 3 // 2
-with process(options.device) as proc:
-    model, autocast = place(build_model(cfg.model, 80).train(), cfg.train.precision, proc)
-    print(f"{options.config} on {proc.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name, sizes in (("nothing padded", [(short, long)] * 2), ("padded", [(short, long), (long, short)])):
-        batch = to_device(noise_batch(sizes), proc.device)
-        rows = {"step": step_times(cfg, model, batch, options.rounds)}
-        for channels, stride in ((64, 2), (256, 4), (512, 8), (1024, 16)):
-            rows[f"GN {channels} at stride {stride}"] = layer_times(batch, channels, stride, options.rounds)
-        for part, ms in rows.items():
-            more = 100 * (ms["masked"] / ms["plain"] - 1)
-            print(f"{name:15} {part:22} plain {ms['plain']:9.2f} ms   masked {ms['masked']:9.2f} ms   {more:+6.1f} %")
+def main() -> None:
+    """Print a line per part and batch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", default="configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml")
+    parser.add_argument("--edge", type=int, default=320, help="shorter edge of the pictures, pixels (320)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    options = parser.parse_args()
+    cfg = load_config(options.config)
+    short, long = options.edge, options.edge * 3 // 2
+    with process(options.device) as proc:
+        model, autocast = place(build_model(cfg.model, 80).train(), cfg.train.precision, proc)
+        print(f"{options.config} on {proc.device.type}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+        for name, sizes in (("nothing padded", [(short, long)] * 2), ("padded", [(short, long), (long, short)])):
+            batch = to_device(noise_batch(sizes), proc.device)
+            rows = {"step": step_times(cfg, model, autocast, batch, options.rounds)}
+            for channels, stride in ((64, 2), (256, 4), (512, 8), (1024, 16)):
+                rows[f"GN {channels} at stride {stride}"] = layer_times(batch, channels, stride, options.rounds)
+            for part, ms in rows.items():
+                more = 100 * (ms["masked"] / ms["plain"] - 1)
+                print(
+                    f"{name:15} {part:22} plain {ms['plain']:9.2f} ms   masked {ms['masked']:9.2f} ms   {more:+6.1f} %"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 On a GPU the maps are of 800 x 1344 pictures in bfloat16, and torch's GroupNorm runs both eagerly and compiled; on a CPU
 the maps are smaller and in float32.  The time to copy the same number of bytes shows how close each comes to the
 memory's limit: a forward pass must read x and write y, a backward pass must read x and grad and write the gradient.
+On a GPU a pass over all maps is one CUDA graph, so that launches do not count.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import machine, table
-from benchmarks.turns import Subject, Turn, Work, take_turns
+from benchmarks.timing import WARM_UPS, as_graph, timed
+from benchmarks.turns import WALL, Subject, Turn, Work, take_turns
 from gndet.distributed.process import keep_freed_memory
 from gndet.modeling.norms import triton_kernels as norm_kernels
 from gndet.modeling.norms.group_norm import gradients, normalize
@@ -41,7 +43,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
         say(f"kernels: {trouble or 'in use, the self-test passes'}")
     works = ["gndet", "torch", "copy"] + (["torch, compiled"] if device == "cuda" else [])
     subjects = [Subject(name, subject, (name, options.batch, device)) for name in works]
-    turns = take_turns(subjects, options.rounds, threads=options.threads, say=say)
+    turns = take_turns(subjects, options.rounds, threads=options.threads, warmup=WARM_UPS[device], say=say)
     say(f"\n{machine(options.threads)}\n{table(turns, against='torch', unit='ms')}")
     say(f"{moved / 2**20:,.0f} MiB must move; {bandwidths(turns, moved)}")
 
@@ -71,17 +73,22 @@ def subject(name: str, batch: int, device: str) -> Work:
     parameters = [torch.ones(2, x.shape[1], device=device).unbind() for x, _, _ in data]
     do: Callable[..., object] = {"gndet": _gndet, "copy": _copy}.get(name, _torch)
     if name == "torch, compiled":
-        do = partial(_torch, function=torch.compile(_group_norm_relu))
+        do = compiled()
 
-    def work() -> dict[str, float]:
-        for (x, grad, count), (gamma, beta) in zip(data, parameters, strict=True):
-            for _ in range(count):
-                do(x, grad, gamma, beta)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return {}
+    def all_maps() -> None:
+        for number in range(max(count for _, _, count in data)):
+            for (x, grad, count), (gamma, beta) in zip(data, parameters, strict=True):
+                if number < count:
+                    do(x, grad, gamma, beta)
 
-    return work
+    replay = as_graph([all_maps], device)
+    return lambda: {WALL: timed(replay, device)[1]}
+
+
+def compiled() -> Callable[..., None]:
+    """Return torch's norm, forward and backward, as one compiled kernel per shape."""
+    torch._dynamo.config.recompile_limit = 4 * len(STAGES)  # from 9 shapes on it would not compile any more
+    return partial(_torch, function=torch.compile(_group_norm_relu, dynamic=False))
 
 
 def _gndet(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> None:

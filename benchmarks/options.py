@@ -28,7 +28,9 @@ def step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vary", type=key_and_values, metavar="KEY:V,V", help="run gndet per value, e.g. train.memory:fast,lean"
     )
-    parser.add_argument("--tuned", action="store_true", help="also run torchvision with glibc keeping freed memory")
+    parser.add_argument(
+        "--tuned", action="store_true", help="also run torchvision keeping freed memory; on a GPU channels last"
+    )
     parser.add_argument("--memory", action="store_true", help="instead, show the memory of each part of gndet's step")
 
 

@@ -1,7 +1,8 @@
 """Measure the memory of a training step by part of the detector: its peak, and what it keeps for backward.
 
 On a CPU the bytes of the tensors that operators return are counted, exactly and identically on every machine; memory
-that an operator uses internally is not.  On a GPU the allocator's counters are read.
+that an operator uses internally is not.  On a GPU the allocator's counters are read, after a few steps: the first needs
+more memory, to choose algorithms.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import WARM_UPS
 from gndet.modeling.detection_model import DetectionModel
 from gndet.training.memory import MIB, TensorBytes
 
@@ -81,6 +83,8 @@ def memory_by_part(model: DetectionModel, step: Callable[[], object]) -> str:
     state = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + 2 * trainable
     with ExitStack() as stack:
         if device.type == "cuda":
+            for _ in range(WARM_UPS["cuda"]):
+                step()
             momentum, counted = torch.empty(trainable, dtype=torch.uint8, device=device), None
         else:
             momentum, counted = None, stack.enter_context(TensorBytes(1 << 62, state))

@@ -24,7 +24,8 @@ def build(args: Namespace) -> tuple[nn.Module, Callable[[], dict[str, float]]]:
     """Return the model, and a function that trains it on the next of two batches."""
     batches = [[scene(picture) for picture in args.synthetic_batch(args, i)] for i in range(2)]
     near_boxes = [near(scenes) for scenes in batches]
-    return gndet_step(config(args), [to_batch(scenes) for scenes in batches], near_boxes, args.fg)
+    model, step = gndet_step(config(args), [to_batch(scenes) for scenes in batches], near_boxes, args.fg)
+    return model, lambda: {name: float(loss) for name, loss in step().items()}
 
 
 def scene(picture: dict[str, Any]) -> Scene:

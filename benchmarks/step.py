@@ -3,10 +3,12 @@
 Both have the same architecture: ResNet-50 with its stride in the 3x3 convolution, a pyramid of 5 levels with 3 anchors
 per cell, 1,000 proposals out of 2,000, 512 regions per picture (at most a quarter positive), masks of 28 x 28, 80
 classes.  gn: group norm everywhere, a box head of 4 convolutions.  frozen_bn: stem and first stage frozen, a box head
-of 2 layers.  B pictures, K proposals.
+of 2 layers.  On a GPU a turn is a few steps, which the host may issue ahead of the GPU, as in a run; the losses are
+read after the turn.  B pictures, K proposals.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,12 +28,13 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from benchmarks.parts import memory_by_part
 from benchmarks.report import machine, table
 from benchmarks.scene import CLASSES, NEAR, PROPOSALS, Scene, make_scenes
-from benchmarks.turns import Subject, Work, take_turns
+from benchmarks.timing import WARM_UPS, timed
+from benchmarks.turns import WALL, Subject, Work, take_turns
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE
-from gndet.distributed.process import keep_freed_memory, place, process
+from gndet.distributed.process import Process, keep_freed_memory, place, process
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
@@ -40,10 +43,12 @@ from gndet.structures import Batch, GroundTruth, Proposals
 from gndet.training.memory import MIB
 from gndet.training.optim import make_optimizer
 from gndet.training.setup import compiled
-from gndet.training.update import backward, to_device
+from gndet.training.update import backward, buckets_for, to_device
 
 RATE = 1e-6  # learning rate of both: the weights change, but the losses do not diverge
 BATCHES = 2  # a subject alternates between so many batches
+STEPS = {"cpu": 1, "cuda": 4}  # per turn
+Losses = dict[str, Tensor]
 SETTINGS = {  # {--norm: options of gndet's model}
     "gn": {"norm": {"kind": "gn"}, "backbone": {"depth": 50}, "box_head": {"kind": "4conv1fc"}},
     "frozen_bn": {
@@ -70,8 +75,9 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     if options.tuned:
         subjects.append(Subject("torchvision, tuned", torchvision_subject, (*peer, True)))
     turns = take_turns(subjects, options.rounds, threads=options.threads, say=say)
-    facts = ("loss", "CUDA MiB") if options.device == "cuda" else ("loss",)
-    say(f"\n{machine(options.threads)}\n{table(turns, against='torchvision', facts=facts)}")
+    facts = ("loss", "CUDA MiB", "first CUDA MiB") if options.device == "cuda" else ("loss",)
+    say(f"\n{machine(options.threads)}")
+    say(table(turns, against="torchvision", per=STEPS[options.device], facts=facts))
 
 
 def variants(options: argparse.Namespace) -> dict[str, list[str]]:
@@ -99,37 +105,49 @@ def gndet_subject(cfg: Config, size: tuple[int, int]) -> Work:
     """Return gndet's step on synthetic pictures."""
     batches = [make_scenes(size, cfg.train.global_batch, number) for number in range(BATCHES)]
     _, step = gndet_step(cfg, [to_batch(scenes) for scenes in batches], [near(scenes) for scenes in batches])
-    return partial(_measured, step, cfg.device)
+    return work(step, cfg.device)
 
 
 def gndet_step(
     cfg: Config, batches: Sequence[Batch], near: Sequence[Tensor], num_near: int = NEAR
-) -> tuple[DetectionModel, Callable[[], dict[str, float]]]:
-    """Return a model, and a function that trains it on the next batch and returns the losses of that update.
+) -> tuple[DetectionModel, Callable[[], Losses]]:
+    """Return a model, and a function that trains it on the next batch, as a run does, and returns the update's losses.
 
     near: (B, K, 4) boxes of each batch; the first num_near precede the model's own proposals.  num_near 0: leave the
     model's proposals alone.
     """
     model, autocast = gndet_model(cfg)
+    device = model.pixel_mean.device
     optimizer = make_optimizer(cfg.train.optimizer, model)
-    boxes = [batch_boxes.to(model.pixel_mean.device) for batch_boxes in near]
+    if device.type == "cuda":
+        batches = [pinned(batch) for batch in batches]
+    if cfg.data.canvases:  # whose batches a run takes to be padded
+        batches = [batch._replace(padded=True) for batch in batches]
+    boxes = [batch_boxes.to(device) for batch_boxes in near]
     current = boxes[0].clone()
     if num_near:
         guide(model, current, num_near)
-    forward = compiled(model, cfg.train, current.device)
+    forward, buckets = compiled(model, cfg.train, device), buckets_for(cfg, model, Process(0, 1, device))
     number = 0
 
-    def step() -> dict[str, float]:
+    def step() -> Losses:
         nonlocal number
         index = number % len(batches)
         number += 1
         current.copy_(boxes[index])
-        optimizer.zero_grad()
+        model.zero_grad() if buckets is None else buckets.clear()
         losses = backward(forward, autocast, [batches[index]], cfg.train.global_batch, cfg)
+        nn.utils.clip_grad_norm_(model.parameters(), math.inf)
         optimizer.step()
-        return {name: float(loss) for name, loss in losses.items()}
+        return losses
 
     return model, step
+
+
+def pinned(batch: Batch) -> Batch:
+    """Return a batch in memory that a GPU reads while the host goes on, as the data loader returns it."""
+    images, sizes, keys = (field.pin_memory() for field in batch[:3])
+    return Batch(images, sizes, keys, GroundTruth(*(field.pin_memory() for field in batch.gt)), batch.padded)
 
 
 def gndet_model(cfg: Config) -> tuple[DetectionModel, Callable[[], AbstractContextManager]]:
@@ -201,11 +219,23 @@ def step_memory(cfg: Config, size: tuple[int, int]) -> str:
 
 
 def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: str, device: str, tuned: bool) -> Work:
-    """Return torchvision's step on the same pictures.  tuned: make glibc keep freed memory, as gndet does."""
-    if tuned:
+    """Return torchvision's step on the same pictures, tuned or not."""
+    return work(torchvision_step(norm, size, num, precision, device, tuned), device)
+
+
+def torchvision_step(
+    norm: str, size: tuple[int, int], num: int, precision: str, device: str, tuned: bool
+) -> Callable[[], Losses]:
+    """Return a function that trains torchvision's model on the next of the same batches and returns the losses.
+
+    tuned: keep freed memory on a CPU, and channels last on a GPU, as gndet does.
+    """
+    if tuned and device == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
     model = peer_model(norm, size).to(device).train()
+    if tuned and device == "cuda":
+        model = model.to(memory_format=torch.channels_last)
     calm(model)
     proposed = model.rpn.forward
 
@@ -218,25 +248,29 @@ def torchvision_subject(norm: str, size: tuple[int, int], num: int, precision: s
         return boxes, losses
 
     model.rpn.forward = guided
-    batches = [[_peer_sample(scene) for scene in make_scenes(size, num, number)] for number in range(BATCHES)]
+    batches = [
+        [_peer_sample(scene, device == "cuda") for scene in make_scenes(size, num, number)] for number in range(BATCHES)
+    ]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=RATE, momentum=0.9, weight_decay=1e-4, fused=True)
     number = 0
 
-    def step() -> dict[str, float]:
+    def step() -> Losses:
         nonlocal number
         samples = batches[number % len(batches)]
         number += 1
-        images = [image.to(device) for image, _ in samples]
-        targets = [{name: value.to(device) for name, value in target.items()} for _, target in samples]
+        images = [image.to(device, non_blocking=True) for image, _ in samples]
+        targets = [
+            {name: value.to(device, non_blocking=True) for name, value in target.items()} for _, target in samples
+        ]
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             losses = model(images, targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        return {name: float(loss.detach()) for name, loss in losses.items()}
+        return {name: loss.detach() for name, loss in losses.items()}
 
-    return partial(_measured, step, device)
+    return step
 
 
 def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
@@ -257,10 +291,13 @@ def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
     )  # fmt: skip
 
 
-def _peer_sample(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a scene as torchvision's model takes it, in which class 0 is the background."""
+def _peer_sample(scene: Scene, pin: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a scene as torchvision's model takes it, in which class 0 is the background; pin: in pinned memory."""
+    image = scene.image.float() / 255
     target = {"boxes": scene.boxes, "labels": scene.labels + 1, "masks": scene.bitmaps(), "near": scene.near}
-    return scene.image.float() / 255, target
+    if not pin:
+        return image, target
+    return image.pin_memory(), {name: value.pin_memory() for name, value in target.items()}
 
 
 # --- both
@@ -274,10 +311,23 @@ def calm(model: nn.Module) -> None:
             module.weight.fill_(0.02 if stem else 0.2 if last else 1.0)
 
 
-def _measured(step: Callable[[], dict[str, float]], device: str) -> dict[str, float]:
-    """Run a step; return its loss and the peak of GPU memory."""
-    facts = {"loss": sum(step().values())}
+def work(step: Callable[[], Losses], device: str) -> Work:
+    """Return a turn's steps as work.  On a GPU some steps first warm up, so that all subjects do so at the same time.
+
+    The facts are the last loss, on a GPU also the peak of its memory, with and without the steps that warm up.
+    """
+    if device == "cpu":
+        return partial(_turn, step, device, {})
+    for _ in range(WARM_UPS[device]):
+        step()
+    first = torch.cuda.max_memory_allocated() / MIB
+    torch.cuda.reset_peak_memory_stats()
+    return partial(_turn, step, device, {"first CUDA MiB": first})
+
+
+def _turn(step: Callable[[], Losses], device: str, facts: dict[str, float]) -> dict[str, float]:
+    losses, wall_s = timed(lambda: [step() for _ in range(STEPS[device])][-1], device)
+    facts = facts | {"loss": float(sum(losses.values())), WALL: wall_s}
     if device == "cuda":
-        torch.cuda.synchronize()
-        facts["CUDA MiB"] = torch.cuda.max_memory_allocated() / MIB
+        facts |= {"CUDA MiB": torch.cuda.max_memory_allocated() / MIB}
     return facts

@@ -4,13 +4,14 @@ A change in the machine's speed then affects all of them.  This module does not 
 process can set its number of threads before it imports what the subject needs.
 """
 
+import math
 import multiprocessing
 import os
 import resource
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,6 +22,7 @@ from gndet.errors import ConfigError, GndetError, MachineError
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")  # libraries' own settings
 LOOK = 0.02  # seconds between two readings of the memory of a subject and the processes that it started
 PATIENCE = 10.0  # seconds that a process has to end by itself
+WALL = "wall s"  # work that times itself, by a GPU's events, returns its seconds under this name
 
 Work = Callable[[], dict[str, float]]
 
@@ -31,6 +33,14 @@ class Subject(NamedTuple):
     name: str
     build: Callable[..., Work]  # a module-level function; returns the work; called in the subject's process
     args: tuple[Any, ...] = ()  # arguments of build, pickled
+
+
+class Limits(NamedTuple):
+    """How long subjects may take.  A subject that takes longer or fails is given up, and the others go on."""
+
+    build_s: float  # seconds from the start until all subjects are built
+    end: float  # of all turns, by time.monotonic()
+    lost: dict[str, str]  # is filled with the reason by the name of each subject that was given up
 
 
 class Turn(NamedTuple):
@@ -50,35 +60,59 @@ def take_turns(
     warmup: int = 1,
     fresh: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    limits: Limits | None = None,
 ) -> dict[str, list[Turn]]:
     """Let every subject do its work `rounds` times, in turn, after `warmup` rounds that do not count.
 
     threads: how many each subject may use.  fresh: start a new process per turn, for work that happens once, e.g.
-    opening a file.  Building a subject, with all its imports, is never timed.  say: called with a line per turn.
+    opening a file.  Building a subject, with all its imports, is never timed; without fresh all are built at the same
+    time.  say: called with a line per turn.  limits: give up a subject that fails or takes too long.
     Returns {name: its turns}.  Raises ConfigError for two subjects of one name and if there is no /proc; MachineError,
-    which names the subject, if one fails or dies.
+    which names the subject, if one fails or dies and there are no limits.
     """
     if len({subject.name for subject in subjects}) < len(subjects):
         raise ConfigError(f"two subjects of one name: {', '.join(subject.name for subject in subjects)}")
     if not Path("/proc/self/status").exists():
         raise ConfigError("benchmarks need Linux: peak memory is read from /proc, which is missing here")
     turns: dict[str, list[Turn]] = {subject.name: [] for subject in subjects}
+    end, lost = (math.inf, None) if limits is None else (limits.end, limits.lost)
     with ExitStack() as stack:
         runners = [] if fresh else [stack.enter_context(_process(subject, threads)) for subject in subjects]
+        built_by = end if limits is None else min(end, time.monotonic() + limits.build_s)
+        for runner in runners:
+            with _given_up(runner.subject.name, lost):
+                runner.answer(built_by)
         kept = {runner.subject.name: runner for runner in runners}
         for number in range(warmup + rounds):
             for subject in subjects:
-                if fresh:
-                    with _process(subject, threads) as runner:
-                        turn = runner.ask("work")
-                else:
-                    turn = kept[subject.name].ask("work")
-                counted = number >= warmup
-                if counted:
-                    turns[subject.name].append(turn)
-                what = f"round {number - warmup + 1}/{rounds}" if counted else "warm-up  "
-                say(f"{what}  {subject.name:24s} {turn.wall_s:9.3f} s  (CPU {turn.cpu_s:.3f} s)")
+                if time.monotonic() > end or (lost and subject.name in lost):
+                    continue
+                with _given_up(subject.name, lost):
+                    turn = _fresh_turn(subject, threads, end) if fresh else kept[subject.name].work(end)
+                    counted = number >= warmup
+                    if counted:
+                        turns[subject.name].append(turn)
+                    what = f"round {number - warmup + 1}/{rounds}" if counted else "warm-up  "
+                    say(f"{what}  {subject.name:24s} {turn.wall_s:9.3f} s  (CPU {turn.cpu_s:.3f} s)")
     return turns
+
+
+@contextmanager
+def _given_up(name: str, lost: dict[str, str] | None) -> Iterator[None]:
+    """Note why a subject failed inside the context, if there is a place for notes."""
+    try:
+        yield
+    except MachineError as error:
+        if lost is None:
+            raise
+        lost[name] = str(error)
+
+
+def _fresh_turn(subject: Subject, threads: int, end: float) -> Turn:
+    """Let a subject do its work once in a new process."""
+    with _process(subject, threads) as runner:
+        runner.answer(end)
+        return runner.work(end)
 
 
 class _Runner(NamedTuple):
@@ -88,13 +122,24 @@ class _Runner(NamedTuple):
     process: BaseProcess
     connection: Connection
 
-    def ask(self, question: Subject | str) -> Turn:
-        """Let the process build a subject, or do its work once.  Raises MachineError if it fails or dies."""
+    def work(self, end: float) -> Turn:
+        """Let the process do its work once.  Raises as `answer` does."""
+        with suppress(ConnectionError):  # the answer tells
+            self.connection.send("work")
+        return self.answer(end)
+
+    def answer(self, end: float) -> Turn:
+        """Wait until the process has built its subject, or done its work once.
+
+        end: until when, by time.monotonic().  Raises MachineError if it fails, dies or takes longer.
+        """
         peak = 0.0
         try:
-            self.connection.send(question)
             waiting = True
             while waiting:
+                if time.monotonic() > end:
+                    self.process.kill()
+                    raise MachineError(f"{self.subject.name}: out of time")
                 waiting = not self.connection.poll(LOOK)
                 peak = max(peak, sum(map(_peak_mib, [self.process.pid, *_descendants(self.process.pid)])))
             wall_s, cpu_s, facts, trouble = self.connection.recv()
@@ -108,16 +153,16 @@ class _Runner(NamedTuple):
 
 @contextmanager
 def _process(subject: Subject, threads: int) -> Iterator[_Runner]:
-    """Start a subject's process and let it build the subject; end the process on exit in any case."""
+    """Start a subject's process, which then builds the subject; end the process on exit in any case."""
     context = multiprocessing.get_context("spawn")
     own_end, child_end = context.Pipe()
     process = context.Process(target=_serve, args=(child_end, threads), name=f"benchmark-{subject.name}")
     process.start()
     child_end.close()
     try:
-        runner = _Runner(subject, process, own_end)
-        runner.ask(subject)
-        yield runner
+        with suppress(ConnectionError):  # the process has died: its first answer tells
+            own_end.send(subject)
+        yield _Runner(subject, process, own_end)
     finally:
         own_end.close()  # this ends the process
         process.join(PATIENCE)
@@ -137,7 +182,7 @@ def _serve(connection: Connection, threads: int) -> None:
         while connection.recv():
             cpu, wall = _cpu_seconds(), time.perf_counter()
             facts = work()
-            wall_s = time.perf_counter() - wall
+            wall_s = facts.pop(WALL, time.perf_counter() - wall)
             connection.send((wall_s, _cpu_seconds() - cpu, facts, ""))
     except EOFError:
         return  # no more turns

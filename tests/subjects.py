@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.turns import Work
+from benchmarks.turns import WALL, Work
 
 
 def noting(log: Path, name: str) -> Work:
@@ -61,3 +61,18 @@ def failing(how: str) -> Work:
     if how == "cannot be built":
         raise ValueError("no such thing")
     return work
+
+
+def hanging() -> Work:
+    """Never end."""
+
+    def work() -> dict[str, float]:
+        while True:
+            time.sleep(60)
+
+    return work
+
+
+def timing_itself(seconds: float) -> Work:
+    """State how long it took."""
+    return lambda: {WALL: seconds, "notes": 1.0}

@@ -1,9 +1,11 @@
 """The benchmarks: subjects take turns, the table reports them, and both training steps do equal work."""
 
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,14 +13,14 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from models import NUM_CLASSES, make_batch, small_model
-from subjects import computing, failing, holding, noting
+from subjects import computing, failing, hanging, holding, noting, timing_itself
 
 from benchmarks.options import NAMES
 from benchmarks.parts import memory_by_part
 from benchmarks.report import machine, table
 from benchmarks.scene import NEAR, PROPOSALS, make_scenes
 from benchmarks.step import guide, near_objects, peer_model, to_batch
-from benchmarks.turns import Subject, Turn, take_turns
+from benchmarks.turns import Limits, Subject, Turn, take_turns
 from gndet.config.schema import Config, TrainConfig
 from gndet.errors import ConfigError, MachineError
 from gndet.structures import Proposals
@@ -76,6 +78,25 @@ def test_a_subject_that_fails_is_reported(tmp_path: Path, how: str, told: str) -
     for pid in {int(line[2]) for line in lines(tmp_path / "log")}:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)  # the other process has been ended
+
+
+def test_with_limits_a_subject_that_fails_or_hangs_is_given_up_alone(tmp_path: Path) -> None:
+    subjects = [
+        Subject("good", noting, (tmp_path / "log", "good")), Subject("unbuilt", failing, ("cannot be built",)),
+        Subject("dead", failing, ("dies",)),
+    ]  # fmt: skip
+    limits = Limits(math.inf, math.inf, {})
+    turns = take_turns(subjects, 2, threads=1, limits=limits)
+    assert {name: len(own) for name, own in turns.items()} == {"good": 2, "unbuilt": 0, "dead": 0}
+    assert limits.lost["unbuilt"].endswith("ValueError: no such thing\n") and "exit status -9" in limits.lost["dead"]
+    limits = Limits(math.inf, time.monotonic() + 2, {})
+    assert take_turns([Subject("hangs", hanging)], 1, threads=1, limits=limits) == {"hangs": []}
+    assert limits.lost == {"hangs": "hangs: out of time"}
+
+
+def test_work_that_times_itself_states_its_seconds() -> None:
+    (turn,) = take_turns([Subject("A", timing_itself, (2.5,))], 1, threads=1)["A"]
+    assert turn.wall_s == 2.5 and turn.facts == {"notes": 1.0}
 
 
 def test_two_subjects_of_one_name_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Small workloads for tests of `benchmarks.turns`; their processes import little besides this file."""
+"""Small workloads for tests of `benchmarks.turns` and `gpu_day`; their processes import little besides this file."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.gpu_day.notes import Notes
 from benchmarks.turns import WALL, Work
 
 
@@ -76,3 +77,31 @@ def hanging() -> Work:
 def timing_itself(seconds: float) -> Work:
     """State how long it took."""
     return lambda: {WALL: seconds, "notes": 1.0}
+
+
+# --- parts of benchmarks.gpu_day
+
+
+def complete_part(note: Notes) -> None:
+    """Find something."""
+    note("found", 1)
+
+
+def part_without_a_figure(note: Notes) -> None:
+    """Fail in a figure and go on."""
+    with note.attempt("broken"):
+        raise ValueError("no such thing")
+    note("found", 2)
+
+
+def dying_part(note: Notes) -> None:
+    """Die after the first figure."""
+    note("found", 3)
+    os.kill(os.getpid(), 9)
+
+
+def hanging_part(note: Notes) -> None:
+    """Hang after the first figure, as does a child, which writes its id."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    note("child", child.pid)
+    child.wait()

@@ -93,7 +93,10 @@ def compiled() -> Callable[..., None]:
 
 def _gndet(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> None:
     y, mean, rstd = normalize(x, gamma, beta, GROUPS, EPS, None, relu=True)
-    gradients(torch.ops.aten.threshold_backward(grad, y, 0), x, gamma, mean, rstd, None)
+    if x.is_cuda:  # its kernels know ReLU
+        gradients(grad, x, gamma, mean, rstd, None, beta)
+    else:
+        gradients(torch.ops.aten.threshold_backward(grad, y, 0), x, gamma, mean, rstd, None)
 
 
 def _torch(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor, function: Callable[..., Tensor] | None = None) -> None:

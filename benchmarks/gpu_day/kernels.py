@@ -1,4 +1,4 @@
-"""Part of the day: the rate of group norm's kernels, map by map, beside torch's, torch's compiled ones and a copy's.
+"""Part of the day: the rate of group norm with ReLU, map by map, beside torch's, torch.compile's and a copy's.
 
 Kernels are timed as CUDA graphs over so many maps that the GPU's cache does not hold them.  A copy reads and writes a
 map once; the rates count the maps that a pass must move if it reads each once: 2 forward, 3 backward.  Statistics must
@@ -104,10 +104,10 @@ def measure(note: Notes, kind: Map) -> dict[str, float]:
         "forward": [partial(normalize, x, gamma, beta, GROUPS, EPS, None, relu=True) for x in xs],
         "again": [partial(renormalize, x, gamma, beta, mean, rstd, None, relu=True) for x in xs],
         "masked forward": [partial(normalize, x, gamma, beta, GROUPS, EPS, area, relu=True) for x in xs],
-        "backward": [partial(gradients, g, x, gamma, mean, rstd, None) for x, g in zip(xs, grads, strict=True)],
+        "backward": [partial(gradients, g, x, gamma, mean, rstd, None, beta) for x, g in zip(xs, grads, strict=True)],
         "torch forward": [partial(torch_forward, x, their_gamma, their_beta) for x in xs],
         "torch backward": [
-            partial(torch_backward, g, x, their_mean, their_rstd, their_gamma, group)
+            partial(torch_backward, g, x, y, their_mean, their_rstd, their_gamma, group)
             for x, g in zip(xs, grads, strict=True)
         ],
         "copy": [partial(out.copy_, x) for out, x in zip(outs, xs, strict=True)],
@@ -119,8 +119,8 @@ def measure(note: Notes, kind: Map) -> dict[str, float]:
     exact, center, scale = torch.native_group_norm(
         xs[0].double().contiguous(), gamma.double(), beta.double(), *group, EPS
     )
-    slopes = torch_backward(grads[0].double(), xs[0].double(), center, scale, gamma.double(), group)
-    own = gradients(grads[0], xs[0], gamma, mean, rstd, None)
+    slopes = torch_backward(grads[0].double(), xs[0].double(), exact, center, scale, gamma.double(), group)
+    own = gradients(grads[0], xs[0], gamma, mean, rstd, None, beta)
     return found | {
         "MiB": round(size / 2**20, 2), "forward error": error(y, exact.relu()),
         "backward error": max(error(a, b) for a, b in zip(own, slopes, strict=True)),
@@ -133,9 +133,10 @@ def torch_forward(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def torch_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, group: tuple[int, int, int, int]
+    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, group: tuple[int, int, int, int]
 ) -> tuple[Tensor, ...]:
-    """Compute torch's gradients as its autograd does: on a GPU its kernels know no channels last."""
+    """Compute torch's gradients through ReLU, as its autograd does: on a GPU its kernels know no channels last."""
+    grad = torch.ops.aten.threshold_backward(grad, y, 0)
     maps = (grad, x) if CPU else (grad.contiguous(), x.contiguous())
     return torch.ops.aten.native_group_norm_backward(*maps, mean, rstd, gamma, *group, [True] * 3)
 
@@ -170,7 +171,7 @@ def host_costs() -> dict[str, float]:
     works: dict[str, Callable[[], object]] = {
         "forward": partial(normalize, x, gamma, gamma, GROUPS, EPS, None, relu=True),
         "again": partial(renormalize, x, gamma, gamma, mean, rstd, None, relu=True),
-        "backward": partial(gradients, x, x, gamma, mean, rstd, None),
+        "backward": partial(gradients, x, x, gamma, mean, rstd, None, gamma),
         "torch forward": partial(layer, x),
         "torch backward": partial(torch.autograd.grad, y, leaf, x, retain_graph=True),
     }
@@ -182,11 +183,11 @@ def large_map() -> dict[str, float]:
     shape = (1, 64, 33, 35) if CPU else (1, 64, 2112, 2112)
     x, grad, gamma = noise(shape), noise(shape), torch.ones(64, device=DEVICE)
     y, mean, rstd = normalize(x, gamma, gamma, GROUPS, EPS, None, relu=True)
-    own = gradients(grad, x, gamma, mean, rstd, None)
+    own = gradients(grad, x, gamma, mean, rstd, None, gamma)
     wide = x.float().contiguous()
     group = (1, 64, shape[2] * shape[3], GROUPS)
     exact, center, scale = torch.native_group_norm(wide, gamma, gamma, *group, EPS)
-    slopes = torch_backward(grad.float().contiguous(), wide, center, scale, gamma, group)
+    slopes = torch_backward(grad.float().contiguous(), wide, exact, center, scale, gamma, group)
     seconds = median_s(partial(normalize, x, gamma, gamma, GROUPS, EPS, None, relu=True), DEVICE, 3)
     return {
         "forward": error(y, exact.relu().double()), "backward": error(own[0], slopes[0].double()),

@@ -14,7 +14,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from benchmarks.gpu_day.notes import CPU, DEVICE, SIZE, Notes
 from benchmarks.timing import graph_s, host_s, median_s
 from gndet.ops.matching import nms_keep
-from gndet.ops.roi_align import roi_align_pyramid
+from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 
 STRIDES = (4, 8, 16, 32)
 THRESHOLD = 0.7  # of the RPN
@@ -136,7 +136,7 @@ def roi_align(num: int, side: int) -> tuple[Figures, Callable[[], Tensor]]:
             return pooler({str(i): one for i, one in enumerate(maps)}, [boxes], [SIZE])
 
     def ours() -> Tensor:
-        return roi_align_pyramid(features, STRIDES, boxes, image, side, 2, "unaligned")
+        return roi_align_pyramid(Pyramid(features, STRIDES), boxes, image, side, 2, "unaligned")
 
     exact = [feature.detach().float().contiguous().requires_grad_() for feature in features]
     pooled, expected = ours(), theirs(exact)

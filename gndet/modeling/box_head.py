@@ -3,7 +3,6 @@
 B images, M ground-truth slots, K proposals, R regions per image, D detections; the background's label is num_classes.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, ranks
-from gndet.ops.roi_align import roi_align_pyramid
+from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
 
 DELTA_WEIGHTS = (10.0, 5.0)  # scales of (dx, dy) and (dw, dh), as in Detectron
@@ -54,15 +53,15 @@ class BoxHead(RegionHead):
         nn.init.zeros_(self.cls_score.bias)
         nn.init.zeros_(self.bbox_pred.bias)
 
-    def forward(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pyramid: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4)."""
-        return recomputed(self, self._predict, features, strides, boxes)
+        return recomputed(self, self._predict, pyramid, boxes)
 
-    def _predict(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> tuple[Tensor, Tensor]:
+    def _predict(self, pyramid: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
         cfg, (num_images, num_regions) = self.cfg, boxes.shape[:2]
         image = image_index(num_images, num_regions, boxes.device)
         pool = partial(
-            roi_align_pyramid, features, strides, boxes.flatten(0, 1), image, cfg.pool_size, cfg.sampling_ratio,
+            roi_align_pyramid, pyramid, boxes.flatten(0, 1), image, cfg.pool_size, cfg.sampling_ratio,
             cfg.roi_align,
         )  # fmt: skip
         x = tower(self.convs, pool(), make_input=pool) if self.convs else pool()
@@ -95,11 +94,9 @@ class BoxHead(RegionHead):
         positive_slots = max(int(cfg.regions_per_image * cfg.positive_fraction), 1)
         return Regions(boxes, ids.gather(1, index), labels, matched, positive, chosen, positive_slots)
 
-    def loss(
-        self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
-    ) -> dict[str, Tensor]:
+    def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the losses (B,) of the regions, each image's divided by its number of regions."""
-        logits, deltas = self(features, strides, regions.boxes)
+        logits, deltas = self(pyramid, regions.boxes)
         target = encode(gather_rows(batch.gt.boxes, regions.matched), regions.boxes, DELTA_WEIGHTS)
         label = regions.labels.clamp(max=self.num_classes - 1)
         delta = deltas.gather(2, label[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]  # (B, R, 4)
@@ -112,10 +109,10 @@ class BoxHead(RegionHead):
         }
 
     @torch.no_grad()
-    def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Proposals, sizes: Tensor) -> Detections:
+    def detect(self, pyramid: Pyramid, found: Proposals, sizes: Tensor) -> Detections:
         """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
         cfg, num_classes = self.cfg, self.num_classes
-        logits, deltas = self(features, strides, found.boxes)
+        logits, deltas = self(pyramid, found.boxes)
         scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
         usable = found.valid[..., None] & (scores > cfg.score_threshold)
         scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
@@ -130,9 +127,9 @@ class BoxHead(RegionHead):
         no_masks = boxes.new_zeros((*scores.shape, 0, 0))
         return Detections(gather_rows(boxes, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)
 
-    def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
+    def probe(self, pyramid: Pyramid, boxes: Tensor) -> None:
         """Run every layer once on regions (B, R, 4)."""
-        self(features, strides, boxes)
+        self(pyramid, boxes)
 
     def rectified(self) -> list[nn.Module]:
         """Return the convolutions and the hidden linear layers."""

@@ -8,13 +8,13 @@ padding out; `step` samples by the image's key and divides an image's loss by nu
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
+from gndet.ops.roi_align import Pyramid
 from gndet.structures import Batch, Detections, Regions, Step
 
 PROBED_REGIONS = 64  # per image, that `probe` runs through the heads
@@ -104,24 +104,22 @@ class DetectionModel(nn.Module, ABC):
 
 
 class RegionHead(nn.Module, ABC):
-    """A head on regions; `features` are the pooled levels L x (B, C, H/s, W/s), `strides` their strides."""
+    """A head on regions of the pyramid's levels."""
 
     @abstractmethod
     def sample(self, regions: Any, batch: Batch) -> Regions:
         """Choose the regions to train on, among the proposals or among the regions of the previous head."""
 
     @abstractmethod
-    def loss(
-        self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
-    ) -> dict[str, Tensor]:
+    def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the losses {name: (B,)} of the regions that `sample` chose."""
 
     @abstractmethod
-    def detect(self, features: Sequence[Tensor], strides: Sequence[int], found: Any, sizes: Tensor) -> Detections:
+    def detect(self, pyramid: Pyramid, found: Any, sizes: Tensor) -> Detections:
         """Turn proposals into detections, or extend those of the previous head; sizes (B, 2) of the pictures."""
 
     @abstractmethod
-    def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
+    def probe(self, pyramid: Pyramid, boxes: Tensor) -> None:
         """Run every layer once on regions (B, R, 4)."""
 
     def rectified(self) -> list[nn.Module]:

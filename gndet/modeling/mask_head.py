@@ -1,6 +1,5 @@
 """Mask head (He et al. 2017): a 28 x 28 mask per class for each region. P regions, S side of the stored masks."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,7 +12,7 @@ from gndet.modeling.detection_model import RegionHead, image_index
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import full
 from gndet.ops.losses import mask_targets, mean_per_image
-from gndet.ops.roi_align import roi_align_pyramid
+from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions
 
 
@@ -39,19 +38,13 @@ class MaskHead(RegionHead):
         nn.init.normal_(weight, std=0.001)
         nn.init.zeros_(bias)
 
-    def forward(
-        self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
-    ) -> Tensor:
+    def forward(self, pyramid: Pyramid, boxes: Tensor, image: Tensor, labels: Tensor) -> Tensor:
         """Return mask logits (P, 28, 28) of boxes (P, 4) in images (P,), each for its label in labels (P,)."""
-        return recomputed(self, self._predict, features, strides, boxes, image, labels)
+        return recomputed(self, self._predict, pyramid, boxes, image, labels)
 
-    def _predict(
-        self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor, labels: Tensor
-    ) -> Tensor:
+    def _predict(self, pyramid: Pyramid, boxes: Tensor, image: Tensor, labels: Tensor) -> Tensor:
         cfg = self.cfg
-        pool = partial(
-            roi_align_pyramid, features, strides, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align
-        )
+        pool = partial(roi_align_pyramid, pyramid, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align)
         x = tower(self.convs, pool(), make_input=pool)
         return full(recomputed(self, self._masks, x, labels, cheap=True))
 
@@ -68,16 +61,14 @@ class MaskHead(RegionHead):
         num_slots = regions.positive_slots
         return Regions._make([*(field[:, :num_slots] for field in regions[:-1]), num_slots])
 
-    def loss(
-        self, features: Sequence[Tensor], strides: Sequence[int], regions: Regions, batch: Batch
-    ) -> dict[str, Tensor]:
+    def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the masks' cross-entropy (B,), the mean over each image's positive regions."""
         num_images, num_slots = regions.positive.shape
         rows = _rows(regions.positive)
         image = image_index(num_images, num_slots, rows.device)[rows]
         boxes, matched = regions.boxes.flatten(0, 1)[rows], regions.matched.flatten()[rows]
         labels = torch.where(regions.positive, regions.labels, 0).flatten()[rows]
-        logits = self(features, strides, boxes, image, labels)
+        logits = self(pyramid, boxes, image, labels)
         with torch.no_grad():
             target = mask_targets(
                 batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1],
@@ -90,23 +81,21 @@ class MaskHead(RegionHead):
         return {"loss_mask": mean_per_image(padded, regions.positive)}
 
     @torch.no_grad()
-    def detect(
-        self, features: Sequence[Tensor], strides: Sequence[int], found: Detections, sizes: Tensor
-    ) -> Detections:
+    def detect(self, pyramid: Pyramid, found: Detections, sizes: Tensor) -> Detections:
         """Add masks to the detections, (B, D, 28, 28) probabilities."""
         num_images, num_slots = found.valid.shape
         rows = _rows(found.valid)
         image = image_index(num_images, num_slots, rows.device)[rows]
         labels = torch.where(found.valid, found.labels, 0).flatten()[rows]
-        masks = self(features, strides, found.boxes.flatten(0, 1)[rows], image, labels).sigmoid()
+        masks = self(pyramid, found.boxes.flatten(0, 1)[rows], image, labels).sigmoid()
         side = masks.shape[-1]
         padded = masks.new_zeros(num_images * num_slots, side, side).index_put((rows,), masks)
         return found._replace(masks=padded.view(num_images, num_slots, side, side))
 
-    def probe(self, features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor) -> None:
+    def probe(self, pyramid: Pyramid, boxes: Tensor) -> None:
         """Run every layer once on regions (B, R, 4), predicting masks of the first class."""
         image = image_index(boxes.shape[0], boxes.shape[1], boxes.device)
-        self(features, strides, boxes.flatten(0, 1), image, torch.zeros_like(image))
+        self(pyramid, boxes.flatten(0, 1), image, torch.zeros_like(image))
 
 
 def _rows(wanted: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.conv3x3 import winograd_pays
-from gndet.ops.roi_align import extend_edges, pyramid_level
+from gndet.ops.roi_align import Pyramid, extended, pyramid_level
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
 ROI_LEVELS = 4  # the heads pool from P2..P5
@@ -56,40 +56,38 @@ class MaskRCNN(DetectionModel):
         sample = self.rpn.sample_anchors(anchors, batch)
         losses = self.rpn.loss(logits, deltas, sample)
         proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
-        pyramid, strides = self.pooled_levels(features, areas)
+        pyramid = self.pooled_levels(features, areas)
         regions: Proposals | Regions = proposals
         sampled = []
         for head in self.heads:
             regions = head.sample(regions, batch)
-            losses |= head.loss(pyramid, strides, regions, batch)
+            losses |= head.loss(pyramid, regions, batch)
             sampled.append(regions)
         return Step(losses, sample, proposals, sampled[0])
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
         """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as in Batch."""
-        proposals, pyramid, strides = self._propose(images, sizes, padded)
+        proposals, pyramid = self._propose(images, sizes, padded)
         found: Any = proposals
         for head in self.heads:
-            found = head.detect(pyramid, strides, found, sizes)
+            found = head.detect(pyramid, found, sizes)
         return found
 
-    def _propose(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Proposals, list[Tensor], tuple[int, ...]]:
-        """Return the proposals, the levels that the heads pool from, and the strides of these levels."""
+    def _propose(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Proposals, Pyramid]:
+        """Return the proposals and the levels that the heads pool from."""
         features, areas = self.features(images, sizes, padded)
         logits, deltas = self.rpn(features, areas)
         anchors = self.rpn.anchors(features, areas, images.shape[2:])
         proposals = self.rpn.propose(logits, deltas, anchors, sizes)
-        return proposals, *self.pooled_levels(features, areas)
+        return proposals, self.pooled_levels(features, areas)
 
-    def pooled_levels(self, features: list[Tensor], areas: ValidAreas) -> tuple[list[Tensor], tuple[int, ...]]:
-        """Return the levels that the heads pool from, with the edges of masked pictures repeated, and their strides."""
+    def pooled_levels(self, features: list[Tensor], areas: ValidAreas) -> Pyramid:
+        """Return the levels that the heads pool from; RoIAlign finds the edges of masked pictures repeated."""
         strides = self.strides[:ROI_LEVELS]
-        levels = []
-        for feature, stride in zip(features[:ROI_LEVELS], strides, strict=True):
-            area = areas[stride] if self.extends_edges else None
-            levels.append(feature if area is None else extend_edges(feature, area.sizes))
-        return levels, strides
+        valid = [areas[stride] for stride in strides] if self.extends_edges else []
+        sizes = [area.sizes for area in valid if area is not None]
+        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None))
 
     # --- for inspection: norm statistics, calibration, the proof of batch independence
 
@@ -98,13 +96,13 @@ class MaskRCNN(DetectionModel):
         if not regions:
             self.rpn(*self.features(images, sizes, padded))
             return
-        proposals, pyramid, strides = self._propose(images, sizes, padded)
+        proposals, pyramid = self._propose(images, sizes, padded)
         first = Proposals(*(field[: len(images) // copies, :PROBED_REGIONS] for field in proposals))
         best = first.boxes[:, :1]  # fills empty slots
         boxes = torch.where(first.valid[..., None], first.boxes, best)  # (B, R, 4)
         boxes = torch.cat([boxes] * copies)
         for head in self.heads:
-            head.probe(pyramid, strides, boxes)
+            head.probe(pyramid, boxes)
 
     def choices(self, step: Step, image: int) -> Choices:
         """Return the sampled anchors, the proposals and the sampled regions of an image as ids."""

@@ -1,7 +1,7 @@
 """RoIAlign over a feature pyramid. B images, R regions per image, C channels, L levels."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,14 @@ from gndet.ops import roi_align_kernels
 
 Alignment = Literal["aligned", "unaligned", "detectron"]
 OUTSIDE = -1e5  # pixels: left of and above every picture
+
+
+class Pyramid(NamedTuple):
+    """The levels of a feature pyramid that regions are pooled from."""
+
+    maps: Sequence[Tensor]  # L x (B, C, H/s, W/s)
+    strides: Sequence[int]
+    sizes: Sequence[Tensor] | None = None  # L x (B, 2) height, width in cells: pictures whose edges are to be repeated
 
 
 def pyramid_level(boxes: Tensor, num_levels: int) -> Tensor:
@@ -38,9 +46,16 @@ def extend_edges(feature: Tensor, sizes: Tensor) -> Tensor:
     return torch.where(column != width, feature, feature.roll(1, dims=3))
 
 
+def extended(pyramid: Pyramid) -> Pyramid:
+    """Repeat the edges of the pictures in the maps, unless the kernels do it while they pool."""
+    maps, strides, sizes = pyramid
+    if sizes is None or roi_align_kernels.usable(maps):
+        return pyramid
+    return Pyramid([extend_edges(x, size) for x, size in zip(maps, sizes, strict=True)], strides)
+
+
 def roi_align_pyramid(
-    features: Sequence[Tensor],
-    strides: Sequence[int],
+    pyramid: Pyramid,
     boxes: Tensor,
     image: Tensor,
     size: int,
@@ -49,7 +64,7 @@ def roi_align_pyramid(
 ) -> Tensor:
     """Pool each region from its pyramid level (RoIAlign of He et al. 2017).
 
-    features L x (B, C, H/s, W/s); boxes (R, 4) xyxy canvas pixels; image (R,) int64 in [0, B); size P, the side of the
+    boxes (R, 4) xyxy canvas pixels; image (R,) int64 in [0, B); size P, the side of the
     output in bins; sampling_ratio: samples along a bin's side, 0 for as many as it has cells.
     alignment: "aligned" to half pixels, as in detectron2; "unaligned", as in torchvision, where a region has at least
     one cell; "detectron": unaligned, and a region ends at the first edge of its last pixel.
@@ -61,13 +76,17 @@ def roi_align_pyramid(
     of R * C * P^2 * sampling_ratio^2 numbers (0.1 GB each for a box head at batch 1), or of R * C * P^2 * H * W if the
     ratio is 0: more memory than any GPU has.
     """
+    features, strides, sizes = extended(pyramid)
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN
     level = pyramid_level(boxes, len(features))  # (R,)
     if alignment == "detectron":
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - 1], dim=1)
     aligned = alignment == "aligned"
-    if roi_align_kernels.usable(features, size):
-        return roi_align_kernels.roi_align(features, boxes, level, image, strides, size, sampling_ratio, aligned)
+    if roi_align_kernels.usable(features):
+        limits = None if sizes is None else torch.stack(list(sizes), 1)  # (B, L, 2)
+        return roi_align_kernels.roi_align(
+            features, boxes, level, image, limits, strides, size, sampling_ratio, aligned
+        )
     dtype = features[0].dtype
     exact = torch.promote_types(dtype, torch.float32)  # in bf16 a coordinate of 1000 px is off by 2 px
     features, boxes = [feature.to(exact) for feature in features], boxes.to(exact)

@@ -31,7 +31,7 @@ except ImportError:  # a torch without GPU support
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_SIZE = 255  # bins a side: numbers of bins are packed into 8 bits
+MAX_SIZE = 255  # bins a side, at most: numbers of bins are packed into 8 bits
 TILE = 8  # cells a side: 64 rows, the fewest that Hopper's tensor cores take
 ENTRIES = 32  # 16-bit gradients of a channel that a program adds to a tile at once: half as many of 32 or 64 bits
 REGIONS = 64  # that a program looks through at once
@@ -61,6 +61,17 @@ if triton is not None:
         They come as floats: of integers in tuples Triton compiles a kernel anew for each pattern of multiples of 16.
         """
         return _chosen(values, index).to(tl.int32)
+
+    @triton.jit
+    def _limits(limits, index, height, width, limited: tl.constexpr):
+        """Return the height and width, in cells, beyond which the edge is repeated: of the picture, or of the map.
+
+        index: of the image and level in limits (B, L, 2).
+        """
+        if limited:
+            height = tl.load(limits + 2 * index).to(tl.int32)
+            width = tl.load(limits + 2 * index + 1).to(tl.int32)
+        return height, width
 
     @triton.jit
     def _bins_of(boxes, region, keep, stride, size: tl.constexpr, ratio: tl.constexpr, aligned: tl.constexpr):
@@ -124,10 +135,10 @@ if triton is not None:
         return cell, tl.minimum(cell + 1, tl.maximum(limit - 1, 0)), position - low, inside
 
     @triton.jit
-    def _sample(x, y, column, height, width, channels, channel, in_range):
-        """Return the features (bins, channels) at a row y and columns (bins,), interpolated; 0 outside."""
-        top, bottom, weight_y, inside_y = _cells(y, height)
-        left, right, weight_x, inside_x = _cells(column, width)
+    def _sample(x, y, column, limit_y, limit_x, width, channels, channel, in_range):
+        """Return the features (bins, channels) at a row y and columns (bins,), interpolated; 0 outside the limits."""
+        top, bottom, weight_y, inside_y = _cells(y, limit_y)
+        left, right, weight_x, inside_x = _cells(column, limit_x)
         keep = (in_range & inside_x)[:, None] & (channel < tl.where(inside_y, channels, 0))[None, :]
         upper, lower = x + top.to(tl.int64) * width * channels, x + bottom.to(tl.int64) * width * channels
         left, right = left[:, None] * channels + channel[None, :], right[:, None] * channels + channel[None, :]
@@ -142,8 +153,9 @@ if triton is not None:
 
     @triton.jit
     def _pool_kernel(
-        maps, boxes, level, image, pooled, heights, widths, strides, channels, exact: tl.constexpr, size: tl.constexpr,
-        ratio: tl.constexpr, aligned: tl.constexpr, block_q: tl.constexpr, block_c: tl.constexpr,
+        maps, boxes, level, image, limits, pooled, heights, widths, strides, channels, limited: tl.constexpr,
+        exact: tl.constexpr, size: tl.constexpr, ratio: tl.constexpr, aligned: tl.constexpr, block_q: tl.constexpr,
+        block_c: tl.constexpr,
     ):  # fmt: skip
         """Pool a row of a region's bins, or a part of it."""
         blocks_c, blocks_q = tl.cdiv(channels, block_c), tl.cdiv(size, block_q)
@@ -154,7 +166,9 @@ if triton is not None:
         place = tl.load(level + region).to(tl.int32)
         x, height, width = _chosen(maps, place), _whole(heights, place), _whole(widths, place)
         stride = _chosen(strides, place).to(exact)
-        x += tl.load(image + region) * height * width * channels
+        own = tl.load(image + region)
+        limit_y, limit_x = _limits(limits, own * len(maps) + place, height, width, limited)
+        x += own * height * width * channels
         start_y, side_y, samples_y, start_x, side_x, samples_x = _bins_of(
             boxes, region, region >= 0, stride, size, ratio, aligned
         )
@@ -166,14 +180,15 @@ if triton is not None:
             for i in range(ratio):
                 for j in tl.static_range(ratio):
                     y, column = start_y + (i + 0.5) * step_y, start_x + (j + 0.5) * step_x
-                    total += _sample(x, y, column, height, width, channels, channel, in_range)
+                    total += _sample(x, y, column, limit_y, limit_x, width, channels, channel, in_range)
         else:
-            first_y, count_y = _samples_between(start_y, step_y, samples_y, -1.0, height)
-            first_x, count_x = _samples_between(start_x, step_x, samples_x, -1.0, width)
+            first_y, count_y = _samples_between(start_y, step_y, samples_y, -1.0, limit_y)
+            first_x, count_x = _samples_between(start_x, step_x, samples_x, -1.0, limit_x)
             for i in range(count_y):
                 for j in range(tl.max(count_x, 0)):
                     y, column = start_y + (first_y + i + 0.5) * step_y, start_x + (first_x + j + 0.5) * step_x
-                    total += _sample(x, y, column, height, width, channels, channel, in_range & (j < count_x))
+                    keep = in_range & (j < count_x)
+                    total += _sample(x, y, column, limit_y, limit_x, width, channels, channel, keep)
         total = total * (1 / tl.maximum(samples_y * samples_x, 1.0))
         offset = (region * size + p) * size * channels + q[:, None] * channels + channel[None, :]
         keep = in_range[:, None] & (channel < channels)[None, :]
@@ -277,8 +292,8 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["images"])
     def _gradient_kernel(
-        grad, regions, bins, starts, grads, heights, widths, images, channels, exact: tl.constexpr,
-        operand: tl.constexpr, size: tl.constexpr, ratio: tl.constexpr, tile: tl.constexpr,
+        grad, regions, bins, starts, limits, grads, heights, widths, images, channels, limited: tl.constexpr,
+        exact: tl.constexpr, operand: tl.constexpr, size: tl.constexpr, ratio: tl.constexpr, tile: tl.constexpr,
         block_k: tl.constexpr, block_r: tl.constexpr, block_c: tl.constexpr,
     ):  # fmt: skip
         """Compute the gradient of one tile of cells.  Coarse levels, whose tiles meet most regions, come first."""
@@ -292,6 +307,7 @@ if triton is not None:
         target, height, width = _chosen(grads, level), _whole(heights, level), _whole(widths, level)
         tiles_y, tiles_x = tl.cdiv(height, tile), tl.cdiv(width, tile)
         image = (number - first) // (tiles_y * tiles_x)
+        limit_y, limit_x = _limits(limits, image * levels + level, height, width, limited)
         top, left = (number - first) // tiles_x % tiles_y * tile, (number - first) % tiles_x * tile
         cell = tl.arange(0, tile * tile)
         y, x = (top + cell // tile).to(exact), (left + cell % tile).to(exact)
@@ -309,8 +325,8 @@ if triton is not None:
                 columns = tl.maximum(which >> 16, 1)
                 p, q = (which & 255) + within // columns, (which >> 8 & 255) + within % columns
                 keep = index < num
-                weight_y = _weights(bins + 4 * (begin + owner), p, keep, y, height, ratio)
-                weight_x = _weights(bins + 4 * (begin + owner) + 2, q, keep, x, width, ratio)
+                weight_y = _weights(bins + 4 * (begin + owner), p, keep, y, limit_y, ratio)
+                weight_x = _weights(bins + 4 * (begin + owner) + 2, q, keep, x, limit_x, ratio)
                 source = (tl.load(regions + begin + owner, mask=keep, other=0).to(tl.int64) * size + p) * size + q
                 keep = keep[:, None] & (channel < channels)[None, :]
                 value = tl.load(grad + source[:, None] * channels + channel[None, :], mask=keep, other=0.0)
@@ -322,44 +338,46 @@ if triton is not None:
 
 
 def roi_align(
-    maps: Sequence[Tensor], boxes: Tensor, level: Tensor, image: Tensor, strides: Sequence[int], size: int, ratio: int,
-    aligned: bool,
+    maps: Sequence[Tensor], boxes: Tensor, level: Tensor, image: Tensor, limits: Tensor | None, strides: Sequence[int],
+    size: int, ratio: int, aligned: bool,
 ) -> Tensor:  # fmt: skip
     """Pool regions from the maps L x (B, C, H, W) of a pyramid.
 
-    boxes (R, 4) xyxy canvas pixels, finite; level (R,) int64 in [0, L); image (R,) int64 in [0, B); size P; ratio and
-    aligned as in torchvision; ratio 0: as many samples as a bin has cells.  Returns (R, C, P, P), channels last, in the
-    maps' type.  Keeps nothing of the size of a map for the backward pass.
+    boxes (R, 4) xyxy canvas pixels, finite; level (R,) int64 in [0, L); image (R,) int64 in [0, B); limits (B, L, 2)
+    int64 height, width in cells of the pictures whose edges are repeated beyond them, or None; size P, at most
+    MAX_SIZE; ratio and aligned as in torchvision; ratio 0: as many samples as a bin has cells.
+    Returns (R, C, P, P), channels last, in the maps' type.  Keeps nothing of the size of a map for the backward pass.
     """
-    return _RoIAlign.apply(boxes, level, image, tuple(strides), size, ratio, aligned, *maps)
+    assert size <= MAX_SIZE
+    return _RoIAlign.apply(boxes, level, image, limits, tuple(strides), size, ratio, aligned, *maps)
 
 
 class _RoIAlign(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, boxes: Tensor, level: Tensor, image: Tensor, strides: tuple[int, ...], size: int, ratio: int,
-        aligned: bool, *maps: Tensor,
+        ctx: Any, boxes: Tensor, level: Tensor, image: Tensor, limits: Tensor | None, strides: tuple[int, ...],
+        size: int, ratio: int, aligned: bool, *maps: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(boxes, level, image)
+        ctx.save_for_backward(boxes, level, image, limits)
         ctx.sides = maps[0].shape[0], [x.shape[2] for x in maps], [x.shape[3] for x in maps]
         ctx.options = strides, ratio, aligned
         call = torch.ops.gndet.roi_align if torch.compiler.is_compiling() else pool
-        return call(maps, boxes, level, image, strides, size, ratio, aligned)
+        return call(maps, boxes, level, image, limits, strides, size, ratio, aligned)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call = torch.ops.gndet.roi_align_backward if torch.compiler.is_compiling() else gradients
-        return None, None, None, None, None, None, None, *call(grad, *ctx.saved_tensors, *ctx.sides, *ctx.options)
+        return None, None, None, None, None, None, None, None, *call(grad, *ctx.saved_tensors, *ctx.sides, *ctx.options)
 
 
 def pool(
-    maps: Sequence[Tensor], boxes: Tensor, level: Tensor, image: Tensor, strides: Sequence[int], size: int, ratio: int,
-    aligned: bool,
+    maps: Sequence[Tensor], boxes: Tensor, level: Tensor, image: Tensor, limits: Tensor | None, strides: Sequence[int],
+    size: int, ratio: int, aligned: bool,
 ) -> Tensor:  # fmt: skip
     """Compute `roi_align`."""
     maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
-    pooled = _empty_regions(maps, boxes, level, image, strides, size, ratio, aligned)
+    pooled = _empty_regions(maps, boxes, level, image, limits, strides, size, ratio, aligned)
     if pooled.numel() == 0:
         return pooled
     channels, exact = pooled.shape[1], _type(torch.promote_types(pooled.dtype, torch.float32))
@@ -367,19 +385,19 @@ def pool(
     rows = len(boxes) * size * triton.cdiv(size, options["block_q"])
     with torch.cuda.device_of(pooled):  # Triton launches on the current GPU
         _pool_kernel[rows * triton.cdiv(channels, options["block_c"]),](
-            tuple(maps), boxes.contiguous(), level.contiguous(), image.contiguous(), pooled,
-            *_sides([x.shape for x in maps], strides), channels, exact=exact, size=size, ratio=ratio, aligned=aligned,
-            **options,
+            tuple(maps), boxes.contiguous(), level.contiguous(), image.contiguous(), limits, pooled,
+            *_sides([x.shape for x in maps], strides), channels, limited=limits is not None, exact=exact, size=size,
+            ratio=ratio, aligned=aligned, **options,
         )  # fmt: skip
     return pooled
 
 
 def gradients(
-    grad: Tensor, boxes: Tensor, level: Tensor, image: Tensor, images: int, heights: Sequence[int],
-    widths: Sequence[int], strides: Sequence[int], ratio: int, aligned: bool,
+    grad: Tensor, boxes: Tensor, level: Tensor, image: Tensor, limits: Tensor | None, images: int,
+    heights: Sequence[int], widths: Sequence[int], strides: Sequence[int], ratio: int, aligned: bool,
 ) -> list[Tensor]:  # fmt: skip
     """Return the gradients L x (B, C, H, W) of the maps, channels last, from that of the regions, (R, C, P, P)."""
-    grads = _empty_maps(grad, boxes, level, image, images, heights, widths, strides, ratio, aligned)
+    grads = _empty_maps(grad, boxes, level, image, limits, images, heights, widths, strides, ratio, aligned)
     num_regions, channels, size, _ = grad.shape
     options = gradient_options(channels, grad.element_size())
     tiles = images * sum(triton.cdiv(h, TILE) * triton.cdiv(w, TILE) for h, w in zip(heights, widths, strict=True))
@@ -399,8 +417,8 @@ def gradients(
             levels=len(grads), aligned=aligned, block=LISTED, **shared,
         )  # fmt: skip
         _gradient_kernel[programs,](
-            grad.contiguous(memory_format=torch.channels_last), regions, bins, starts, tuple(grads), *sides[:2],
-            images, channels, operand=operand, **shared, **options,
+            grad.contiguous(memory_format=torch.channels_last), regions, bins, starts, limits, tuple(grads),
+            *sides[:2], images, channels, limited=limits is not None, operand=operand, **shared, **options,
         )  # fmt: skip
     return grads
 
@@ -410,14 +428,14 @@ def gradients(
 
 torch.library.define(
     "gndet::roi_align",
-    "(Tensor[] maps, Tensor boxes, Tensor level, Tensor image, int[] strides, int size, int ratio, bool aligned)"
-    " -> Tensor",
+    "(Tensor[] maps, Tensor boxes, Tensor level, Tensor image, Tensor? limits, int[] strides, int size, int ratio,"
+    " bool aligned) -> Tensor",
     tags=torch.Tag.needs_fixed_stride_order,
 )
 torch.library.define(
     "gndet::roi_align_backward",
-    "(Tensor grad, Tensor boxes, Tensor level, Tensor image, SymInt images, SymInt[] heights, SymInt[] widths,"
-    " int[] strides, int ratio, bool aligned) -> Tensor[]",
+    "(Tensor grad, Tensor boxes, Tensor level, Tensor image, Tensor? limits, SymInt images, SymInt[] heights,"
+    " SymInt[] widths, int[] strides, int ratio, bool aligned) -> Tensor[]",
     tags=torch.Tag.needs_fixed_stride_order,
 )
 torch.library.impl("gndet::roi_align", ("cpu", "cuda"), pool)
@@ -426,8 +444,9 @@ torch.library.impl("gndet::roi_align_backward", ("cpu", "cuda"), gradients)
 
 @torch.library.register_fake("gndet::roi_align")
 def _empty_regions(
-    maps: Sequence[Tensor], boxes: Tensor, level: Tensor, image: Tensor, strides: Sequence[int], size: int, *_: Any
-) -> Tensor:
+    maps: Sequence[Tensor], boxes: Tensor, level: Tensor, image: Tensor, limits: Tensor | None, strides: Sequence[int],
+    size: int, *_: Any,
+) -> Tensor:  # fmt: skip
     x = maps[0]
     shape = (len(boxes), x.shape[1], size, size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -435,8 +454,8 @@ def _empty_regions(
 
 @torch.library.register_fake("gndet::roi_align_backward")
 def _empty_maps(
-    grad: Tensor, boxes: Tensor, level: Tensor, image: Tensor, images: int, heights: Sequence[int],
-    widths: Sequence[int], *_: Any,
+    grad: Tensor, boxes: Tensor, level: Tensor, image: Tensor, limits: Tensor | None, images: int,
+    heights: Sequence[int], widths: Sequence[int], *_: Any,
 ) -> list[Tensor]:  # fmt: skip
     shapes = [(images, grad.shape[1], height, width) for height, width in zip(heights, widths, strict=True)]
     options: dict[str, Any] = {"dtype": grad.dtype, "device": grad.device, "memory_format": torch.channels_last}
@@ -472,10 +491,10 @@ SELF_TEST = (  # type of the maps, P, ratio, allowed difference relative to the 
 )  # fmt: skip
 
 
-def usable(maps: Sequence[Tensor], size: int) -> bool:
+def usable(maps: Sequence[Tensor]) -> bool:
     """Return whether the kernels can pool from these maps, and work on their GPU."""
     x = maps[0]
-    fitting = x.is_cuda and x.dtype in DTYPES and size <= MAX_SIZE and not torch.onnx.is_in_onnx_export()
+    fitting = x.is_cuda and x.dtype in DTYPES and not torch.onnx.is_in_onnx_export()
     return fitting and _working(x.device)
 
 
@@ -499,8 +518,10 @@ def _compare(device: torch.device, dtype: torch.dtype, size: int, ratio: int, to
     boxes = torch.cat([corner, corner + torch.rand(8, 2, generator=generator) * 50], dim=1)
     level, image = torch.arange(8) % 2, torch.arange(8) // 2 % 2
     places = boxes.to(device), level.to(device), image.to(device)
-    pooled = pool([x.to(device) for x in maps], *places, strides, size, ratio, True)
-    first, second = (gradients(grad.to(device), *places, 2, [11, 9], [14, 12], strides, ratio, True) for _ in range(2))
+    pooled = pool([x.to(device) for x in maps], *places, None, strides, size, ratio, True)
+    first, second = (
+        gradients(grad.to(device), *places, None, 2, [11, 9], [14, 12], strides, ratio, True) for _ in range(2)
+    )
     wrong = []
     if not all(map(torch.equal, first, second)):
         wrong.append(f"the gradient is not the same twice in {dtype}")

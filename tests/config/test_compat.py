@@ -16,7 +16,7 @@ from gndet.modeling.anchors import cell_anchors
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.ops.boxes import clip_boxes
-from gndet.ops.roi_align import Alignment, roi_align_pyramid
+from gndet.ops.roi_align import Alignment, Pyramid, roi_align_pyramid
 
 STRIDES = (4, 8, 16, 32)
 BOXES = torch.tensor(
@@ -89,7 +89,7 @@ def pooled_by_torchvision(features: list[Tensor], alignment: Alignment, size: in
 @pytest.mark.parametrize("alignment", ["aligned", "unaligned", "detectron"])
 def test_roi_align_is_torchvision_s_with_and_without_half_pixels(alignment: Alignment, ratio: int) -> None:
     features = pyramid()
-    found = roi_align_pyramid(features, STRIDES, BOXES, torch.zeros(len(BOXES)).long(), 7, ratio, alignment)
+    found = roi_align_pyramid(Pyramid(features, STRIDES), BOXES, torch.zeros(len(BOXES)).long(), 7, ratio, alignment)
     torch.testing.assert_close(found, pooled_by_torchvision(features, alignment, 7, ratio), rtol=1e-4, atol=1e-4)
 
 
@@ -120,9 +120,9 @@ def test_both_heads_pool_as_their_toolkit(compat: str, alignment: Alignment, rat
     model, features = heads(compat), pyramid()
     boxes, masks = input_of(model.box_head.fcs[0]), input_of(model.mask_head.convs[0])
     with torch.no_grad():
-        model.box_head(features, STRIDES, BOXES[None])
+        model.box_head(Pyramid(features, STRIDES), BOXES[None])
         image, labels = torch.zeros(len(BOXES)).long(), torch.zeros(len(BOXES)).long()
-        model.mask_head(features, STRIDES, BOXES, image, labels)
+        model.mask_head(Pyramid(features, STRIDES), BOXES, image, labels)
     expected = pooled_by_torchvision(features, alignment, 7, ratio).flatten(1)
     torch.testing.assert_close(boxes[0], expected, rtol=1e-4, atol=1e-4)
     expected = pooled_by_torchvision(features, alignment, 14, ratio)

@@ -141,8 +141,8 @@ def test_losses_equal_detectron2_s_for_one_image_and_weigh_images_equally_for_tw
     model, batch = small_model(box_head=head), make_batch(SIZES[1:3], first=1)  # 2 objects and 3
     features, areas = model.features(batch.images, batch.sizes, batch.padded)
     step = model.step(features, areas, batch)
-    pyramid, strides = model.pooled_levels(features, areas)
-    logits, deltas = model.box_head(pyramid, strides, step.regions.boxes)
+    pyramid = model.pooled_levels(features, areas)
+    logits, deltas = model.box_head(pyramid, step.regions.boxes)
     target = encode(gather_rows(batch.gt.boxes, step.regions.matched), step.regions.boxes, (10.0, 5.0))
 
     def pooled(images: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ def cases(quick: bool) -> list[tuple[Any, str, int, dict[str, Any]]]:
     for name, dtype in TYPES.items():
         exact, width = tl.float64 if name == "fp64" else tl.float32, dtype.primitive_bitwidth // 8
         for size, ratio in ((7, 2),) if quick else ((7, 2), (14, 2), (7, 0)):
-            shared = {"exact": exact, "size": size, "ratio": ratio}
+            shared = {"exact": exact, "size": size, "ratio": ratio, "limited": True}
             pool, gradient = kernels.pool_options(size, CHANNELS, width), kernels.gradient_options(CHANNELS, width)
             found.append((kernels._pool_kernel, name, pool | shared | {"aligned": True}))
             found.append((kernels._gradient_kernel, name, gradient | shared | {"operand": dtype}))
@@ -50,7 +50,7 @@ def compiled(kernel: triton.JITFunction, name: str, constants: dict[str, Any], c
     """Return counts of instructions in the PTX, registers, bytes that spill, and shared memory."""
     tuples = dict.fromkeys(("maps", "grads"), f"*{name}") | dict.fromkeys(("heights", "widths", "strides"), "fp32")
     types = {
-        "boxes": "*fp32", "level": "*i64", "image": "*i64", "regions": "*i32", "starts": "*i32",
+        "boxes": "*fp32", "level": "*i64", "image": "*i64", "limits": "*i64", "regions": "*i32", "starts": "*i32",
         "bins": "*fp64" if name == "fp64" else "*fp32",
         "pooled": f"*{name}", "grad": f"*{name}",
     }  # fmt: skip

@@ -9,7 +9,7 @@ from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
 from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
 from gndet.ops.matching import best, match, nms_keep, sample_balanced
 from gndet.ops.noise import Stream, hash_ints, ranks, uniform
-from gndet.ops.roi_align import extend_edges, pyramid_level, roi_align_pyramid
+from gndet.ops.roi_align import Pyramid, extend_edges, pyramid_level, roi_align_pyramid
 from gndet.training.memory import TensorBytes
 
 STRIDES = (4, 8, 16, 32)
@@ -217,7 +217,7 @@ def test_roi_align_equals_torchvision_forward_and_backward(ratio: int) -> None:
     boxes[:20] *= torch.linspace(0.01, 4, 20)[:, None]  # tiny ones, and some that reach far outside
     boxes[20] = 7.0  # empty
     boxes[21] = torch.tensor([-30.0, -9, 12, 14])
-    pooled = roi_align_pyramid(features, STRIDES, boxes, image, 7, ratio)
+    pooled = roi_align_pyramid(Pyramid(features, STRIDES), boxes, image, 7, ratio)
     level = pyramid_level(boxes, 4)
     expected = torch.zeros_like(pooled)
     for i, (feature, stride) in enumerate(zip(features, STRIDES, strict=True)):
@@ -235,7 +235,7 @@ def test_roi_align_equals_torchvision_forward_and_backward(ratio: int) -> None:
 def test_roi_align_of_no_regions(ratio: int) -> None:
     feature = torch.randn(1, 3, 8, 8, requires_grad=True)
     none = torch.zeros(0, dtype=torch.long)
-    pooled = roi_align_pyramid([feature], (4,), torch.zeros(0, 4), none, 7, ratio)
+    pooled = roi_align_pyramid(Pyramid([feature], (4,)), torch.zeros(0, 4), none, 7, ratio)
     assert pooled.shape == (0, 3, 7, 7)
     pooled.sum().backward()
 
@@ -243,8 +243,8 @@ def test_roi_align_of_no_regions(ratio: int) -> None:
 def test_regions_keep_their_place_in_bf16() -> None:
     ramp = (torch.arange(300.0) - 250).expand(1, 1, 300, 300)  # the value is the column
     box = torch.tensor([[1001.0, 40.0, 1005.0, 48.0]])  # bf16 can represent 1000 and 1004, nothing between
-    args = ((4,), box, torch.zeros(1, dtype=torch.long), 1, 2)
-    exact, low = roi_align_pyramid([ramp], *args), roi_align_pyramid([ramp.bfloat16()], *args)
+    args = (box, torch.zeros(1, dtype=torch.long), 1, 2)
+    exact, low = (roi_align_pyramid(Pyramid([x], (4,)), *args) for x in (ramp, ramp.bfloat16()))
     assert low.dtype == torch.bfloat16
     assert exact.item() == pytest.approx(1003 / 4 - 0.5 - 250)
     assert low.item() == pytest.approx(exact.item(), abs=0.01)
@@ -255,9 +255,10 @@ def test_roi_align_at_the_edge_sees_the_picture_not_the_padding() -> None:
     padded = torch.full((1, 3, 16, 16), 1e6)
     padded[:, :, :9, :10] = alone
     box = torch.tensor([[10.0, 12.0, 40.0, 36.0]])  # reaches the right and lower edge at stride 4
-    args = ((4,), box, torch.zeros(1, dtype=torch.long), 7, 2)
-    expected = roi_align_pyramid([alone], *args)
-    torch.testing.assert_close(roi_align_pyramid([extend_edges(padded, torch.tensor([[9, 10]]))], *args), expected)
+    args = (box, torch.zeros(1, dtype=torch.long), 7, 2)
+    expected = roi_align_pyramid(Pyramid([alone], (4,)), *args)
+    found = roi_align_pyramid(Pyramid([padded], (4,), [torch.tensor([[9, 10]])]), *args)
+    torch.testing.assert_close(found, expected)
 
 
 def test_repeated_edges_keep_the_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +282,7 @@ def test_regions_of_other_levels_lie_outside_where_nothing_is_sampled(monkeypatc
     monkeypatch.setattr(torchvision.ops, "roi_align", spy)
     features = [torch.randn(2, 3, 64 // s, 64 // s) for s in STRIDES]
     boxes, image = random_boxes(12, side=1600), torch.arange(12) % 2
-    roi_align_pyramid(features, STRIDES, boxes, image, 7, 0)
+    roi_align_pyramid(Pyramid(features, STRIDES), boxes, image, 7, 0)
     level = pyramid_level(boxes, 4)
     assert level.unique().numel() > 2
     for i, (rois, feature, stride) in enumerate(zip(pooled_from, features, STRIDES, strict=True)):
@@ -297,7 +298,9 @@ def test_regions_of_other_levels_lie_outside_where_nothing_is_sampled(monkeypatc
 
 def test_nan_boxes_pool_to_something_finite() -> None:
     features = [torch.randn(1, 2, 8, 8)]
-    out = roi_align_pyramid(features, (4,), torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.long), 7, 2)
+    out = roi_align_pyramid(
+        Pyramid(features, (4,)), torch.full((1, 4), float("nan")), torch.zeros(1, dtype=torch.long), 7, 2
+    )
     assert out.isfinite().all()
 
 

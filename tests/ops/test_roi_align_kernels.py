@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gndet.ops import roi_align_kernels as kernels
-from gndet.ops.roi_align import Alignment, pyramid_level, roi_align_pyramid
+from gndet.ops.roi_align import Alignment, Pyramid, extend_edges, pyramid_level, roi_align_pyramid
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,7 @@ IMAGE = torch.arange(len(BOXES)) % 2
 
 @pytest.fixture(autouse=True)
 def kernels_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "usable", lambda maps, size: True)
+    monkeypatch.setattr(kernels, "usable", lambda maps: True)
 
 
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -68,7 +68,7 @@ def by_kernels(
     maps: Sequence[Tensor], boxes: Tensor, image: Tensor, size: int, ratio: int, alignment: Alignment, grad: Tensor
 ) -> list[Tensor]:
     places = boxes.to(DEVICE), image.to(DEVICE)
-    pooled = roi_align_pyramid(maps, STRIDES[: len(maps)], *places, size, ratio, alignment)
+    pooled = roi_align_pyramid(Pyramid(maps, STRIDES[: len(maps)]), *places, size, ratio, alignment)
     assert pooled.dtype == maps[0].dtype and pooled.is_contiguous(memory_format=torch.channels_last)
     return [pooled.detach(), *torch.autograd.grad(pooled, maps, grad.to(pooled))]
 
@@ -132,7 +132,7 @@ def test_many_regions_are_listed_and_added_chunk_by_chunk(monkeypatch: pytest.Mo
 
 def gradient(boxes: Tensor, image: Tensor, grad: Tensor) -> Tensor:
     places = boxes.to(DEVICE), pyramid_level(boxes, 1).to(DEVICE), image.to(DEVICE)
-    (found,) = kernels.gradients(grad.to(DEVICE), *places, 2, [9], [11], [4], 2, True)
+    (found,) = kernels.gradients(grad.to(DEVICE), *places, None, 2, [9], [11], [4], 2, True)
     return found
 
 
@@ -168,7 +168,10 @@ def test_no_regions_and_empty_maps_are_pooled(ratio: int) -> None:
     empty = torch.zeros(2, 3, 0, 5, device=DEVICE, requires_grad=True)
     pooled, found_empty = by_kernels([empty], BOXES[:3], IMAGE[:3], 2, ratio, "aligned", noise(3, 3, 2, 2))
     assert not pooled.any() and found_empty.shape == empty.shape
-    assert roi_align_pyramid([empty[:0]], (4,), BOXES[:0].to(DEVICE), IMAGE[:0].to(DEVICE), 7, ratio).shape[0] == 0
+    assert (
+        roi_align_pyramid(Pyramid([empty[:0]], (4,)), BOXES[:0].to(DEVICE), IMAGE[:0].to(DEVICE), 7, ratio).shape[0]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("boxes", [[[-3e38, -3e38, 3e38, 3e38]], [[-1e9, 0.0, 1e9, 30.0]], [[1e30, 1e30, 3e30, 3e30]]])
@@ -189,7 +192,7 @@ def test_maps_in_another_layout_give_the_same() -> None:
 
 
 def pool(maps: Sequence[Tensor]) -> Tensor:
-    return roi_align_pyramid(maps, STRIDES, BOXES[:3].to(DEVICE), IMAGE[:3].to(DEVICE), 2, 1)
+    return roi_align_pyramid(Pyramid(maps, STRIDES), BOXES[:3].to(DEVICE), IMAGE[:3].to(DEVICE), 2, 1)
 
 
 def test_nothing_of_the_size_of_a_map_is_kept_for_the_backward_pass() -> None:
@@ -219,8 +222,8 @@ def test_the_operators_follow_the_rules_of_torch() -> None:
     places = BOXES[:2].to(DEVICE), torch.zeros(2, dtype=torch.long, device=DEVICE), IMAGE[:2].to(DEVICE)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     maps, grad = [pyramid(2, torch.float32)[0].detach()], noise(2, 2, 1, 1).to(DEVICE)
-    torch.library.opcheck(torch.ops.gndet.roi_align.default, (maps, *places, [4], 1, 1, True), test_utils=checks)
-    arguments = (grad, *places, 2, [9], [11], [4], 1, True)
+    torch.library.opcheck(torch.ops.gndet.roi_align.default, (maps, *places, None, [4], 1, 1, True), test_utils=checks)
+    arguments = (grad, *places, None, 2, [9], [11], [4], 1, True)
     torch.library.opcheck(torch.ops.gndet.roi_align_backward.default, arguments, test_utils=checks)
 
 
@@ -265,3 +268,22 @@ def test_they_compile_for_gpus_without_spills_or_atomics(tmp_path: Path) -> None
         if "_list" not in name:
             assert counts["16-byte loads"] and counts["16-byte stores"], name
         assert ("_gradient" in name) == (counts["tensor core"] > 0), name
+
+
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_the_edge_of_a_picture_is_repeated_while_pooling_as_if_it_had_been_before(ratio: int) -> None:
+    sizes = [torch.tensor([[9, 11], [6, 5]]), torch.tensor([[5, 6], [3, 3]]), torch.tensor([[1, 1], [1, 1]])]
+    limit = torch.stack([sizes[0][image].flip(0) * 4 for image in IMAGE])  # right and lower edge of each picture
+    boxes = torch.cat([BOXES.nan_to_num(0.0)[:, :2], BOXES.nan_to_num(0.0)[:, 2:]], 1)
+    boxes = torch.minimum(boxes.clamp(min=0).view(-1, 2, 2), limit[:, None]).flatten(1)
+    grad, results = noise(len(boxes), 3, 2, 2), []
+    for repeated_before in (True, False):
+        maps = pyramid(3, torch.float64)
+        levels = [
+            extend_edges(x, size.to(DEVICE)) if repeated_before else x for x, size in zip(maps, sizes, strict=True)
+        ]
+        valid = None if repeated_before else [size.to(DEVICE) for size in sizes]
+        places = boxes.to(DEVICE), IMAGE.to(DEVICE)
+        pooled = roi_align_pyramid(Pyramid(levels, STRIDES, valid), *places, 2, ratio)
+        results.append([pooled.detach(), *torch.autograd.grad(pooled, maps, grad.to(pooled))])
+    assert largest(results[1], [tensor.cpu() for tensor in results[0]]) < 1e-12

@@ -65,8 +65,8 @@ def test_the_report_is_whole_says_the_same_as_json_and_names_no_home(
         "gndet", "Python", "system", "C library", "torch", "torchvision", "numpy", "pycocotools", "hotcoco",
         "tensorboard", "pydantic", "matplotlib", "onnxruntime", "av", "torch with torchvision", "processor", "cores",
         "memory", "group norm float32, cpu", "group norm bfloat16, cpu", "Winograd, cpu", "NMS, cpu",
-        "RoIAlign float32, cpu", "metrics, cpu", "one process", "loader processes", "data wait", "shared memory", "open files",
-        "this folder", "data cache",
+        "RoIAlign float32, cpu", "metrics, cpu", "one process", "loader processes", "data wait", "shared memory",
+        "open files", "this folder", "data cache",
     }  # fmt: skip
     assert str(Path.home()) not in text and "~: " in text
 

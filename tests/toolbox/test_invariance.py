@@ -139,9 +139,9 @@ def test_a_divisor_of_the_whole_batch_is_found_as_normalizer() -> None:
     model = small_model()
     loss: Callable = model.mask_head.loss
 
-    def pooled(features: object, strides: object, regions: object, batch: object) -> dict[str, torch.Tensor]:
+    def pooled(pyramid: object, regions: object, batch: object) -> dict[str, torch.Tensor]:
         count = regions.positive.sum(1)  # as detectron2: the sum over the batch's positives divided by their number
-        mean = loss(features, strides, regions, batch)["loss_mask"]
+        mean = loss(pyramid, regions, batch)["loss_mask"]
         return {"loss_mask": mean * count * len(count) / count.sum()}
 
     model.mask_head.loss = pooled

@@ -23,7 +23,7 @@ from gndet.modeling.norms.valid_area import ValidArea
 from gndet.ops import nms_kernels, roi_align_kernels
 from gndet.ops.conv3x3 import MinimalConvolution
 from gndet.ops.matching import nms_keep
-from gndet.ops.roi_align import roi_align_pyramid
+from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
 MAP = (2, 64, 33, 41)  # B, C, H, W
@@ -159,13 +159,11 @@ def roi_align(device: torch.device, dtype: torch.dtype) -> Errors:
     rois = torch.cat([image[:, None].double(), boxes.double()], dim=1)  # (R, 5)
     errors: Errors = {}
     for case, ratio in (("", 2), (", adaptive", 0)):
-        ours = partial(
-            roi_align_pyramid, strides=[4], boxes=boxes.to(device), image=image.to(device), size=7, sampling_ratio=ratio
-        )
+        ours = partial(roi_align_pyramid, boxes=boxes.to(device), image=image.to(device), size=7, sampling_ratio=ratio)
         reference = partial(
             torchvision.ops.roi_align, boxes=rois, output_size=7, spatial_scale=0.25, sampling_ratio=ratio, aligned=True
         )
-        found = with_gradients(lambda x, pool=ours: pool([x]), grad, feature.to(device))
+        found = with_gradients(lambda x, pool=ours: pool(Pyramid([x], [4])), grad, feature.to(device))
         exact = with_gradients(reference, grad, feature.double())
         errors[f"regions{case}"], errors[f"gradient{case}"] = map(relative_error, found, exact)
     return errors

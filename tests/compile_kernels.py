@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime import JITFunction
 from triton.runtime.jit import create_function_from_signature
 
@@ -69,7 +69,7 @@ def specialized(launch: Launch, capability: int) -> tuple[Any, Any, list[tuple[s
     return backend, arguments, kinds
 
 
-def compiled(launch: Launch, capability: int) -> Compiled:
+def binary_of(launch: Launch, capability: int) -> CompiledKernel:
     """Compile a launch's kernel for a compute capability, e.g. 90 of an H100."""
     kernel = launch.kernel
     backend, arguments, kinds = specialized(launch, capability)
@@ -77,7 +77,12 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         backend, launch.options, arguments, kinds, launch.options
     )
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options.__dict__)
+
+
+def compiled(launch: Launch, capability: int) -> Compiled:
+    """Return what the compiler made of a launch for a compute capability."""
+    binary = binary_of(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -86,4 +91,4 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         ).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     accesses = re.findall(r"(?:(?:ld|st)\.global|cp\.async\.c[ag])[.\w:]*", binary.asm["ptx"])
-    return Compiled(accesses, registers, stack + local, binary.metadata.shared, options.num_warps)
+    return Compiled(accesses, registers, stack + local, binary.metadata.shared, binary.metadata.num_warps)

@@ -15,8 +15,8 @@ from gndet.modeling.detection_model import RegionHead, image_index
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
-from gndet.ops.matching import best, match, nms_keep, sample_balanced
-from gndet.ops.noise import Stream, ranks
+from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
+from gndet.ops.noise import Stream
 from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
 

@@ -16,8 +16,8 @@ from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import smooth_l1, sum_per_image
-from gndet.ops.matching import best, match, nms_keep, sample_balanced
-from gndet.ops.noise import Stream, ranks
+from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
+from gndet.ops.noise import Stream
 from gndet.structures import Anchors, AnchorSample, Batch, Proposals
 
 DELTA_WEIGHTS = (1.0, 1.0)  # scales of (dx, dy) and (dw, dh)

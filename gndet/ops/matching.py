@@ -7,11 +7,13 @@ import torch
 import torchvision
 from torch import Tensor
 
-from gndet.ops import nms_kernels
+from gndet.ops import matching_kernels, nms_kernels
 from gndet.ops.boxes import pairwise_iou
+from gndet.ops.noise import Stream
 
 MAX_PAIRS = 4_500_000  # of objects and candidates, held at once: 16 slots by the 268,569 anchors of 800 x 1344 pixels
-_FIRST = 1 << 60  # above every rank of ops.noise.ranks: lifts the chosen positives over the negatives
+_FIRST = 1 << 60  # above every rank: lifts the chosen positives over the negatives
+_MASK32 = 0xFFFFFFFF
 
 
 def match(
@@ -25,6 +27,9 @@ def match(
     Returns matched (B, N) int64 in [0, M), the first slot among equals, and label (B, N) int64: 1 positive, 0 negative,
     -1 neither.  The slots are compared a few at a time, which bounds the memory and does not affect the result.
     """
+    if matching_kernels.usable(torch.float32, objects, candidates):
+        given = objects, gt_valid, candidates, candidate_valid
+        return matching_kernels.match(*given, low, high, keep_best=keep_best)
     slots = objects.shape[1]
     num = -(-slots // -(-slots * candidate_valid.numel() // MAX_PAIRS))  # slots at a time
     best, matched, is_best = _overlaps(objects[:, :num], gt_valid[:, :num], candidates, candidate_valid, keep_best)
@@ -66,10 +71,31 @@ def best(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     return values[:, :num], index[:, :num]
 
 
+def ranks(keys: Tensor, stream: Stream, ids: Tensor) -> Tensor:
+    """Draw an integer in [0, 2**59) for each candidate: a uniformly random order without ties within an image.
+
+    keys (B,) int64; ids (N,) or (B, N) int64 in [0, 2**31) identify each candidate independently of the canvas.
+    Returns (B, N) int64: a function of the image's key, the stream and the candidate's id alone.
+    """
+    if matching_kernels.usable(torch.int64, keys, ids):
+        return matching_kernels.ranks(keys, stream, ids)
+    low, high = (keys & _MASK32)[:, None], ((keys >> 32) & _MASK32)[:, None]  # (B, 1)
+    value = _mix((ids * 0x9E3779B1 + int(stream)) & _MASK32)  # (N,) or (B, N)
+    value = _mix(_mix(value ^ low) ^ high)  # (B, N)
+    return (value >> 4 << 31) | ids
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble 32-bit integers held in int64 (MurmurHash3; overflow keeps the low bits right)."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
+    return x ^ (x >> 16)
+
+
 def sample_balanced(label: Tensor, ranks: Tensor, num: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
     """Sample num candidates per image, at most num * positive_fraction of them positive.
 
-    label (B, N) in {1, 0, -1}; ranks (B, N) int64 from `ops.noise.ranks`: the random order of the candidates.
+    label (B, N) in {1, 0, -1}; ranks (B, N) int64 of `ranks`: the random order of the candidates.
     Returns index (B, R) int64, positive (B, R), valid (B, R) with R = min(num, N); positives come first.
     """
     max_positive = min(max(int(num * positive_fraction), 1), label.shape[1])

@@ -23,6 +23,7 @@ from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError
 from gndet.modeling.norms.triton_kernels import trouble as norm_trouble
 from gndet.modeling.recompute import set_memory
+from gndet.ops.matching_kernels import trouble as match_trouble
 from gndet.ops.nms_kernels import trouble as nms_trouble
 from gndet.ops.roi_align_kernels import trouble as roi_align_trouble
 from gndet.training.averaging import WeightAverage
@@ -75,6 +76,7 @@ def slower_operators(device: torch.device) -> list[str]:
         "group norm": norm_trouble,
         "NMS, which makes the GPU wait": nms_trouble,
         "RoIAlign, whose gradient differs from run to run": roi_align_trouble,
+        "matching": match_trouble,
     }
     wrong = {what: trouble(device) for what, trouble in kernels.items()}
     words = "by torch's own operators: the kernels do not work on this GPU"

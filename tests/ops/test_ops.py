@@ -7,8 +7,8 @@ import torchvision
 from gndet.ops import matching
 from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
 from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
-from gndet.ops.matching import best, match, nms_keep, sample_balanced
-from gndet.ops.noise import Stream, hash_ints, ranks, uniform
+from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
+from gndet.ops.noise import Stream, hash_ints, uniform
 from gndet.ops.roi_align import Pyramid, extend_edges, pyramid_level, roi_align_pyramid
 from gndet.training.memory import TensorBytes
 

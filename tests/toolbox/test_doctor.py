@@ -27,7 +27,7 @@ from gndet.config.schema import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm
-from gndet.ops import conv3x3, nms_kernels, roi_align, roi_align_kernels
+from gndet.ops import conv3x3, matching_kernels, nms_kernels, roi_align, roi_align_kernels
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
@@ -221,8 +221,9 @@ def test_triton_kernels_in_trouble_are_a_warning_with_their_words(monkeypatch: p
     monkeypatch.setattr(kernels, "trouble", lambda device: "the gradient is wrong")
     monkeypatch.setattr(nms_kernels, "trouble", lambda device: "3 of 300 boxes are wrong")
     monkeypatch.setattr(roi_align_kernels, "trouble", lambda device: "the result of stride 4 is wrong")
+    monkeypatch.setattr(matching_kernels, "trouble", lambda device: "random ranks are wrong")
     fact = kernels.triton_kernels(torch.device("cuda", 0))
-    words = "the gradient is wrong; 3 of 300 boxes are wrong; the result of stride 4 is wrong"
+    words = "the gradient is wrong; 3 of 300 boxes are wrong; the result of stride 4 is wrong; random ranks are wrong"
     assert fact.mark == "warning" and fact.text.startswith(f"{words}: torch's slower operators are used")
 
 

@@ -20,7 +20,7 @@ from gndet.evaluation.results import from_coco
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import ValidArea
-from gndet.ops import nms_kernels, roi_align_kernels
+from gndet.ops import matching_kernels, nms_kernels, roi_align_kernels
 from gndet.ops.conv3x3 import MinimalConvolution
 from gndet.ops.matching import nms_keep
 from gndet.ops.roi_align import Pyramid, roi_align_pyramid
@@ -85,7 +85,7 @@ def judged(name: str, tolerance: float, compare: Callable[[], Errors]) -> Fact:
 
 def triton_kernels(device: torch.device) -> Fact:
     """Return the result of the kernels' self-tests; if one fails, gndet uses torch's operators instead."""
-    tests = trouble, nms_kernels.trouble, roi_align_kernels.trouble
+    tests = trouble, nms_kernels.trouble, roi_align_kernels.trouble, matching_kernels.trouble
     try:
         wrong = "; ".join(filter(None, (test(device) for test in tests)))
     except RuntimeError as error:  # memory ran out, which says nothing about the kernels

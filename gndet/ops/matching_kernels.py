@@ -165,7 +165,12 @@ def ranks(keys: Tensor, stream: int, ids: Tensor) -> Tensor:
 @cache
 def trouble(device: torch.device) -> str:
     """Return what is wrong with the kernels on a device, in words, or "".  Tests them once per process."""
-    return failure(lambda: [*_compare_matches(device), *_compare_ranks(device)])
+    return failure(lambda: _compare(device))
+
+
+def _compare(device: torch.device) -> list[str]:
+    """Return a line for each kind of result that is wrong."""
+    return [*_compare_matches(device), *_compare_ranks(device)]
 
 
 def _compare_matches(device: torch.device) -> list[str]:

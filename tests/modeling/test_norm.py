@@ -1,6 +1,7 @@
 """Compare the norms with float64 formulas, with torch and with each other."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.norms import group_norm
 from gndet.modeling.norms.layers import NORMS, BatchRenorm, GroupNorm, make_norm
 from gndet.modeling.norms.valid_area import ValidArea
 
@@ -195,3 +197,19 @@ def test_sync_bn_over_two_processes_is_bn_over_the_whole_batch(tmp_path: Path) -
     for half in halves:
         torch.testing.assert_close(half["mean"], whole.running_mean)
         torch.testing.assert_close(half["var"], whole.running_var)
+
+
+def test_torch_s_own_kernels_get_channels_last_maps_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU assume the plain layout, and torch 2.11 refuses another."""
+    seen = []
+
+    def own(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+        seen.append(x)
+        return x, x.new_ones(B, 4), x.new_ones(B, 4)
+
+    monkeypatch.setattr(torch, "native_group_norm", own)
+    for device, layout in (("cpu", torch.channels_last), ("meta", torch.contiguous_format)):
+        x = torch.empty(B, 16, H, W, device=device).contiguous(memory_format=torch.channels_last)
+        gamma = torch.ones(16, device=device)
+        group_norm.normalize(x, gamma, gamma, 4, 1e-5, None)
+        assert seen[-1].is_contiguous(memory_format=layout)

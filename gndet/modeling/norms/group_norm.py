@@ -41,7 +41,7 @@ def _normalize(
     """Do the same with torch's operators, in gamma's type and without ReLU."""
     if area is None:
         y, mean, rstd = torch.native_group_norm(
-            dense(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps
+            _for_torch(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps
         )
         return y, mean.view(-1, groups), rstd.view(-1, groups)
     if _use_crops(x):
@@ -91,7 +91,7 @@ def gradients(
         return wide[0].to(x.dtype), wide[1], wide[2]
     if area is None:
         return torch.ops.aten.native_group_norm_backward(
-            dense(grad), dense(x), mean, rstd, gamma, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups,
+            _for_torch(grad), _for_torch(x), mean, rstd, gamma, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups,
             [True, True, True],
         )  # fmt: skip
     if _use_crops(x):
@@ -143,6 +143,11 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sizes(area: ValidArea | None) -> Tensor | None:
     return None if area is None else area.sizes
+
+
+def _for_torch(x: Tensor) -> Tensor:
+    """Return x as torch's own kernels read it: dense; channels last on a CPU only, which a GPU's refuse or misread."""
+    return dense(x) if x.device.type == "cpu" else x.contiguous()
 
 
 def _count(x: Tensor, groups: int, area: ValidArea) -> Tensor:

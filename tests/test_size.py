@@ -35,14 +35,15 @@ def test_six_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py", "py.typed"}
 
 
-def test_the_library_has_at_most_21_000_lines() -> None:
-    assert lines(FILES) <= 21_000
+def test_the_library_has_at_most_22_600_lines() -> None:
+    """1,300 of them are the Triton kernels for GPUs."""
+    assert lines(FILES) <= 22_600
 
 
-def test_training_loads_at_most_85_files_of_13_500_lines() -> None:
+def test_training_loads_at_most_94_files_of_14_000_lines() -> None:
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 85 and lines(loaded) <= 13_500
+    assert len(loaded) <= 94 and lines(loaded) <= 14_000
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 

@@ -256,11 +256,11 @@ def make_update(run: Run, state: UpdateState, losses: dict[str, Tensor], norm: T
     later updates change nothing either until `read`, so the weights remain those from which that update started.
     losses: this rank's, 0-dim each; norm: of the gradient, not finite if any part of the gradient is not.
     """
-    state.whole = False
     own = torch.stack([*losses.values(), norm]).double()
     sums = all_reduce_sum(torch.where(own.isfinite().all(), own, math.nan), run.proc)  # NaN survives the all-reduce
     bad = (~sums.isfinite().all()).float()
-    state.halted = bad if state.halted is None else torch.maximum(state.halted, bad)
+    bad = bad if state.halted is None else torch.maximum(state.halted, bad)
+    state.whole, state.halted = False, bad
     state.unread.append(Unread(own, sums, tuple(losses), evaluation_due))
     optimizer: Any = run.optimizer
     optimizer.found_inf = state.halted  # the fused optimizers change nothing if it is 1

@@ -16,6 +16,7 @@ from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_ob
 from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
 from gndet.evaluation.results import paste_masks, save_results
 from gndet.training.log import Log
+from gndet.training.memory import out_of_memory
 from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
@@ -50,6 +51,13 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
             )  # fmt: skip
     except (Stop, GndetError) as error:
         failure = error
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        failure = TrainingError(
+            f"out of memory while evaluating (rank {proc.rank}: {error}); lower evaluation.images_per_gpu or "
+            "data.shortest_edge_test, then repeat the command: the run resumes where it stopped"
+        )
     # before the next collective, every rank learns whether all ranks have succeeded
     raise_on_all(failure or (Stop() if stop.asked else None), proc)
     evaluation = score_shares(share, run.val_set, run.cfg, proc)

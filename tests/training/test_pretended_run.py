@@ -128,7 +128,9 @@ def test_a_run_that_memory_ends_elsewhere_can_be_repeated_and_loses_nothing(
     tmp_path: Path, model: dict[str, Any], where: str
 ) -> None:
     gpu = Failing(where)
-    with pytest.raises((TrainingError, torch.OutOfMemoryError), match="out of memory"):
+    clear = "detect_share" in where  # an update that cannot be applied has no advice: its memory is taken in set-up
+    words = r"out of memory while evaluating .* lower evaluation\.images_per_gpu" if clear else "out of memory"
+    with pytest.raises(TrainingError if clear else torch.OutOfMemoryError, match=words):
         learn(tmp_path, model, "failing", *FOUR, gpu=gpu)
     learn(tmp_path, model, "failing", *FOUR, gpu=without_kernels())
     learn(tmp_path, model, "whole", *FOUR, gpu=without_kernels())

@@ -19,7 +19,7 @@ from gndet.config.loading import load_config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
-from gndet.training.setup import tf32
+from gndet.training.gpu_notes import tf32
 
 pytestmark = pytest.mark.usefixtures("thin")
 

@@ -50,7 +50,7 @@ MIN_IMAGES, MAX_IMAGES = 4, 16
 REMEDIES = {
     "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in and frozen_bn; bn cannot do this",
     "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, does not mix the images of a batch",
-    "sampling": "draw random numbers with ops.noise, keyed by the image's key and the candidate's id",
+    "sampling": "draw random numbers with ops.matching.ranks, keyed by the image's key and the candidate's id",
     "normalizer": "divide an image's loss by a number that depends on that image alone",
 }
 

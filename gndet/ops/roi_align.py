@@ -64,17 +64,13 @@ def roi_align_pyramid(
 ) -> Tensor:
     """Pool each region from its pyramid level (RoIAlign of He et al. 2017).
 
-    boxes (R, 4) xyxy canvas pixels; image (R,) int64 in [0, B); size P, the side of the
-    output in bins; sampling_ratio: samples along a bin's side, 0 for as many as it has cells.
+    boxes (R, 4) xyxy canvas pixels; image (R,) int64 in [0, B); size P, the side of the output in bins;
+    sampling_ratio: samples along a bin's side, 0 for as many as it has cells.
     alignment: "aligned" to half pixels, as in detectron2; "unaligned", as in torchvision, where a region has at least
     one cell; "detectron": unaligned, and a region ends at the first edge of its last pixel.
     Returns (R, C, P, P).  NaN boxes count as empty.
 
-    On a GPU one kernel pools from all levels, and its backward pass gives the same bits every run.  If the kernels do
-    not work there (`roi_align_kernels.trouble`), torchvision's operator is used level by level.  It adds gradients in
-    any order; under torch.use_deterministic_algorithms it runs as Python code, which is slow and keeps several tensors
-    of R * C * P^2 * sampling_ratio^2 numbers (0.1 GB each for a box head at batch 1), or of R * C * P^2 * H * W if the
-    ratio is 0: more memory than any GPU has.
+    On a GPU one kernel pools from all levels; `roi_align_kernels.usable` tells what happens where it cannot.
     """
     features, strides, sizes = extended(pyramid)
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN

@@ -492,7 +492,13 @@ SELF_TEST = (  # type of the maps, P, ratio, allowed difference relative to the 
 
 
 def usable(maps: Sequence[Tensor]) -> bool:
-    """Return whether the kernels can pool from these maps, and work on their GPU."""
+    """Return whether the kernels can pool from these maps, and work on their GPU.
+
+    Otherwise torchvision's operator pools level by level, and adds gradients by atomics, in any order.  Under
+    torch.use_deterministic_algorithms it runs as Python code, which is slow and keeps several tensors of
+    R * C * P^2 * ratio^2 numbers (0.1 GB each for a box head at batch 1), or of R * C * P^2 * H * W if the ratio is 0:
+    more than any GPU holds.
+    """
     x = maps[0]
     fitting = x.is_cuda and x.dtype in DTYPES and not torch.onnx.is_in_onnx_export()
     return fitting and _working(x.device)

@@ -6,7 +6,6 @@ This is a separate program, because the interpreter mode of the tests must be of
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,12 @@ PATTERNS = {
 }
 
 
-def cases(quick: bool) -> list[tuple[Any, str, int, dict[str, Any]]]:
+def cases() -> list[tuple[Any, str, int, dict[str, Any]]]:
     """Return kernels with the type of their maps and their constants."""
     found: list[tuple[Any, str, int, dict[str, Any]]] = []
     for name, dtype in TYPES.items():
         exact, width = tl.float64 if name == "fp64" else tl.float32, dtype.primitive_bitwidth // 8
-        for size, ratio in ((7, 2),) if quick else ((7, 2), (14, 2), (7, 0)):
+        for size, ratio in ((7, 2), (14, 2), (7, 0)):
             shared = {"exact": exact, "size": size, "ratio": ratio, "limited": True}
             pool, gradient = kernels.pool_options(size, CHANNELS, width), kernels.gradient_options(CHANNELS, width)
             found.append((kernels._pool_kernel, name, pool | shared | {"aligned": True}))
@@ -88,15 +87,15 @@ def assembled(ptx: str, capability: int) -> dict[str, int]:
     return {"registers": sum(map(int, re.findall(r"Used (\d+) registers", said))), "spilled": spilled}
 
 
-def main(quick: bool) -> None:
+def main() -> None:
     """Print the counts of every kernel, type and GPU."""
     found = {}
     for capability in (80, 90, 100):
-        for kernel, name, constants in cases(quick):
+        for kernel, name, constants in cases():
             shape = f" P={constants['size']} ratio={constants['ratio']}" if "size" in constants else ""
             found[f"{kernel.__name__} {name}{shape} sm_{capability}"] = compiled(kernel, name, constants, capability)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main("quick" in sys.argv)
+    main()

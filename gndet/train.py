@@ -105,7 +105,7 @@ def train(
                 continue
             # --- learn which updates were finite; skip the first that was not, and go back to the one after it
             before = progress.update
-            bad = read(state, progress)
+            bad = read(run, state, progress)
             meter.updates += progress.update - before
             if bad is not None:
                 is_last = progress.update + 1 == update

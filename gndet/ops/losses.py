@@ -5,8 +5,10 @@ B images, P positive regions, S side of the stored masks.
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
+
+# without the wrapper, which compiles Python code instead if algorithms must be deterministic: only gradients are not
+_roi_align = torch.ops.torchvision.roi_align
 
 
 def sum_per_image(values: Tensor, mask: Tensor) -> Tensor:
@@ -40,8 +42,8 @@ def mask_targets(masks: Tensor, gt_boxes: Tensor, boxes: Tensor, size: int, *, s
     if soft:  # add a border of one empty cell, because the kernel repeats the last cell beyond the edge
         rois = torch.cat([index[:, None], frame + 1], dim=1)
         bordered = F.pad(masks[:, None].to(frame.dtype), (1, 1, 1, 1))
-        return torchvision.ops.roi_align(bordered, rois, size, 1.0, -1, aligned=False)[:, 0]
+        return _roi_align(bordered, rois, 1.0, size, size, -1, False)[:, 0]
     rois = torch.cat([index[:, None], frame], dim=1)
     # 4 samples per bin: a 28 x 28 target from 112 x 112; fixed, because the adaptive grid explodes on junk boxes
-    crop = torchvision.ops.roi_align(masks[:, None].to(frame.dtype), rois, size, 1.0, 4, aligned=True)
+    crop = _roi_align(masks[:, None].to(frame.dtype), rois, 1.0, size, size, 4, True)
     return (crop[:, 0] >= 0.5).to(frame.dtype)

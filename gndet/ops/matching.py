@@ -31,7 +31,7 @@ def match(
         given = objects, gt_valid, candidates, candidate_valid
         return matching_kernels.match(*given, low, high, keep_best=keep_best)
     slots = objects.shape[1]
-    num = -(-slots // -(-slots * candidate_valid.numel() // MAX_PAIRS))  # slots at a time
+    num = -(-slots // max(-(-slots * candidate_valid.numel() // MAX_PAIRS), 1))  # slots at a time
     best, matched, is_best = _overlaps(objects[:, :num], gt_valid[:, :num], candidates, candidate_valid, keep_best)
     for start in range(num, slots, num):
         part = slice(start, start + num)

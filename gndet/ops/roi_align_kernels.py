@@ -488,6 +488,7 @@ def _sides(shapes: Sequence[torch.Size], strides: Sequence[int]) -> tuple[tuple[
 
 SELF_TEST = (  # type of the maps, P, ratio, allowed difference relative to the largest value
     (torch.float32, 7, 2, 1e-4), (torch.bfloat16, 7, 2, 1e-2), (torch.bfloat16, 2, 0, 1e-2),
+    (torch.float16, 2, 2, 2e-3), (torch.float64, 2, 2, 1e-9),
 )  # fmt: skip
 
 

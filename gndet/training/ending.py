@@ -71,7 +71,7 @@ def rescued(
     try:
         yield
     except Stop:
-        keep(progress, state, saver)
+        keep(run, progress, state, saver)
         if saver.failed:
             raise TrainingError(
                 f"stopped by a signal after update {progress.update}, not saved: {saver.failed}"
@@ -79,14 +79,14 @@ def rescued(
         raise preempted(run.out, f"after update {progress.update} of {total}, and saved", stop, run.proc) from None
     except BaseException:
         if progress.update or state.unread:
-            keep(progress, state, saver)
+            keep(run, progress, state, saver)
         raise
 
 
-def keep(progress: Progress, state: UpdateState, saver: Saver) -> None:
+def keep(run: Run, progress: Progress, state: UpdateState, saver: Saver) -> None:
     """Save a state that no checkpoint holds yet, unless an error interrupted an update."""
     if state.whole:
-        read(state, progress)
+        read(run, state, progress)
     state.undo()
     if state.whole and not saver.holds(progress):
         saver.save(progress, at_once=True)

@@ -27,4 +27,4 @@ def tf32(precision: str, device: torch.device) -> list[str]:
     """Return a line to log if train.precision is float32 but torch rounds the inputs of convolutions to TF32."""
     if precision != "float32" or device.type == "cpu" or not torch.backends.cudnn.allow_tf32:
         return []
-    return ["float32: convolutions use TF32, torch's default on a GPU; NVIDIA_TF32_OVERRIDE=0 turns it off"]
+    return ["float32: convolutions use TF32 if the GPU has it, torch's default, unless NVIDIA_TF32_OVERRIDE=0 is set"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gndet.config.schema import Config
 from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Replay
-from gndet.distributed.collectives import all_gather, all_reduce_min, all_reduce_sum, broadcast
+from gndet.distributed.collectives import all_gather, all_reduce_min, all_reduce_sum, broadcast, exchange
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import GndetError, TrainingError
@@ -281,16 +281,17 @@ def reads_late(run: Run) -> bool:
     return run.proc.device.type == "cuda" and not mixed
 
 
-def read(state: UpdateState, progress: Progress) -> Nonfinite | None:
+def read(run: Run, state: UpdateState, progress: Progress) -> Nonfinite | None:
     """Copy the losses of the unread updates to the host, and add the updates to the progress: the only host sync.
 
     Stops before the first update that was not finite and returns it.  The updates after it were left out as well and
     must be computed again.  Every rank gets the same result.
     """
-    unread, state.unread = state.unread, []
-    if not unread:
+    if not state.unread:
         return None
-    rows = torch.stack([torch.stack([update.own, update.sums]) for update in unread]).tolist()
+    with exchange(run.proc) if run.proc.world > 1 else nullcontext():  # a GPU waits for the other ranks here
+        rows = torch.stack([torch.stack([update.own, update.sums]) for update in state.unread]).tolist()
+    unread, state.unread = state.unread, []
     for update, (own, sums) in zip(unread, rows, strict=True):
         if not all(map(math.isfinite, sums)):
             *losses, norm = own

@@ -55,19 +55,15 @@ def _before_updates(call: Callable[..., None]) -> None:
 
 def _after_updates(call: Callable[..., None]) -> None:
     """Call call(run, update) after each update that was applied."""
-    make_update, read, runs = train.make_update, train.read, []
+    read = train.read
 
-    def noting(run: Any, *more: Any) -> None:
-        runs[:] = [run]
-        make_update(run, *more)
-
-    def reading(state: Any, progress: Any) -> Any:
-        bad = read(state, progress)
+    def reading(run: Any, state: Any, progress: Any) -> Any:
+        bad = read(run, state, progress)
         if bad is None:
-            call(runs[0], progress.update)
+            call(run, progress.update)
         return bad
 
-    train.make_update, train.read = noting, reading
+    train.read = reading
 
 
 # --- signals and time

@@ -163,7 +163,7 @@ def test_a_loss_or_the_gradient_alone_leaves_everything_as_it_was(
     before = [{name: tensor.clone() for name, tensor in part.items()} for part in tensors]
     make_update(run, state, parts, torch.tensor(norm), True)
     make_update(run, state, {name: torch.tensor(1.0) for name in parts}, torch.tensor(1.0), False)
-    bad = read(state, progress)
+    bad = read(run, state, progress)
     kept = all(
         torch.equal(part[name], value) for part, old in zip(tensors, before, strict=True) for name, value in old.items()
     )
@@ -208,7 +208,7 @@ def test_losses_that_are_read_once_per_log_line_skip_the_same_updates(
     train(load(config, "each", *options))
     reads, whole = [], training.read
     monkeypatch.setattr(
-        training, "read", lambda state, progress: reads.append(len(state.unread)) or whole(state, progress)
+        training, "read", lambda run, state, progress: reads.append(len(state.unread)) or whole(run, state, progress)
     )
     monkeypatch.setattr(training, "reads_late", lambda run: True)
     train(load(config, "late", *options))
@@ -254,6 +254,24 @@ def test_updates_that_have_not_been_read_are_saved_when_a_run_ends_early(
     train(load(config, "late", *RARELY))
     train(load(config, "whole", *RARELY))
     check_same(config.parent / "late", config.parent / "whole", "resumed")
+
+
+def test_updates_that_cannot_be_read_stay_unread_and_nothing_is_saved_for_them(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of update 0 with the weights of a later update would repeat updates when the run resumes."""
+
+    def broken(tensors: list[Tensor], *more: Any) -> Tensor:
+        if tensors[0].dim() == 2:  # the rows of unread updates
+            raise torch.OutOfMemoryError("out of memory")
+        return stack(tensors, *more)
+
+    stack = torch.stack
+    monkeypatch.setattr(training, "reads_late", lambda run: True)
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "stack", broken)
+        train(load(config, "late", *RARELY))
+    assert not (config.parent / "late" / "last").exists()
 
 
 def test_with_a_norm_that_mixes_images_every_update_is_read(tmp_path: Path) -> None:

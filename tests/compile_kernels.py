@@ -24,6 +24,12 @@ from triton.runtime.jit import create_function_from_signature
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+ARITHMETIC = {  # PTX instructions that tests of exact kernels count
+    "fused": r"\bfma\.|\bmad\.\w*\.?f32", "divisions": r"\bdiv\.rn\.f32", "inexact divisions": r"\bdiv\.(?!rn|s|u)",
+    "flushed": r"\.ftz", "barriers": r"\bbar\.", "atomics": r"\b(?:atom|red)\.",
+}  # fmt: skip
+
+
 class Launch(NamedTuple):
     """A kernel's launch that was asked for."""
 
@@ -92,3 +98,10 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     accesses = re.findall(r"(?:(?:ld|st)\.global|cp\.async\.c[ag])[.\w:]*", binary.asm["ptx"])
     return Compiled(accesses, registers, stack + local, binary.metadata.shared, binary.metadata.num_warps)
+
+
+def counts(launch: Launch, capability: int, patterns: dict[str, str]) -> dict[str, int]:
+    """Count instructions of a launch's PTX by regular expression, and add registers and spilled bytes."""
+    facts, ptx = compiled(launch, capability), binary_of(launch, capability).asm["ptx"]
+    found = {what: len(re.findall(pattern, ptx)) for what, pattern in patterns.items()}
+    return found | {"registers": facts.registers, "spilled": facts.spilled}

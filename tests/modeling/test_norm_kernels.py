@@ -1,9 +1,5 @@
 """Compare the Triton kernels with torch in float64; without a GPU, Triton's interpreter runs them."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from without_interpreter import answer_of
 
 from gndet.config.schema import NormConfig
 from gndet.modeling import recompute
@@ -253,20 +249,12 @@ def test_a_tower_is_the_same_if_the_kernels_add_the_residual_and_undo_the_relu(
 # --- what is launched and compiled; these programs need no GPU
 
 
-def ask(question: str, folder: Path) -> Any:
-    """Return what compile_norm_kernels.py answers, with the interpreter off."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = (str(REPOSITORY), str(REPOSITORY / "tests"), environment.get("PYTHONPATH", ""))
-    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
-    program = [sys.executable, str(REPOSITORY / "tests" / "modeling" / "compile_norm_kernels.py"), question]
-    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+PROGRAM = "modeling/compile_norm_kernels.py"
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ask("launches", tmp_path_factory.mktemp("triton"))
+    return answer_of(PROGRAM, tmp_path_factory.mktemp("triton"), "launches")
 
 
 def test_no_grid_grows_with_the_map_where_cuda_allows_65535(launches: dict[str, Any]) -> None:
@@ -287,7 +275,7 @@ def test_all_canvases_share_the_kernels_that_two_need(launches: dict[str, Any]) 
 
 @pytest.mark.slow
 def test_they_move_maps_16_bytes_at_a_time_and_fit_four_to_a_multiprocessor(tmp_path: Path) -> None:
-    kernels = ask("code", tmp_path)
+    kernels = answer_of(PROGRAM, tmp_path, "code")
     assert len(kernels) == (3 * 4 + 2) * 6
     for name, code in kernels.items():
         assert code["spilled"] == 0, name

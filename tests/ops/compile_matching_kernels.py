@@ -1,18 +1,13 @@
 """Print as JSON what the matching kernels compile to for NVIDIA GPUs, without a GPU."""
 
 import json
-import re
 
 import torch
-from compile_kernels import Launch, binary_of, compiled, recorded, specialized
+from compile_kernels import ARITHMETIC, Launch, counts, recorded, specialized
 
 from gndet.ops import matching_kernels
 
-PATTERNS = {
-    "fused": r"\bfma\.|\bmad\.\w*\.?f32", "divisions": r"\bdiv\.rn\.f32", "inexact divisions": r"\bdiv\.(?!rn|s|u)",
-    "flushed": r"\.ftz", "barriers": r"\bbar\.", "atomics": r"\b(?:atom|red)\.",
-    "minima without NaN": r"\b(?:min|max)\.f32",
-}  # fmt: skip
+PATTERNS = ARITHMETIC | {"minima without NaN": r"\b(?:min|max)\.f32"}
 
 
 def launches(images: int = 2, num: int = 1000, slots: int = 8) -> list[Launch]:
@@ -30,14 +25,13 @@ def launches(images: int = 2, num: int = 1000, slots: int = 8) -> list[Launch]:
 
 def code() -> dict[str, dict[str, int]]:
     """Return counts of instructions, registers and spilled bytes of every kernel."""
-    found = {}
-    for capability in (80, 90, 100):
-        for launch in launches():
-            ptx, facts = binary_of(launch, capability).asm["ptx"], compiled(launch, capability)
-            counts = {what: len(re.findall(pattern, ptx)) for what, pattern in PATTERNS.items()}
-            counts |= {"registers": facts.registers, "spilled": facts.spilled}
-            found[f"{launch.kernel.__name__} {launch.options.get('keep_best')} sm_{capability}"] = counts
-    return found
+    return {
+        f"{launch.kernel.__name__} {launch.options.get('keep_best')} sm_{capability}": counts(
+            launch, capability, PATTERNS
+        )
+        for capability in (80, 90, 100)
+        for launch in launches()
+    }
 
 
 def kinds() -> list[str]:

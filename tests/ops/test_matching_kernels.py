@@ -1,18 +1,14 @@
 """The Triton kernels match and rank as torch's operators do, to the bit; without a GPU, the interpreter runs them."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
 from torch import Tensor
+from without_interpreter import answer_of
 
 from gndet.ops import matching, matching_kernels
 from gndet.ops.noise import Stream, hash_ints
@@ -256,14 +252,7 @@ def test_a_run_says_that_torch_matches_if_the_kernels_do_not_work(monkeypatch: p
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what compile_matching_kernels.py prints, with the interpreter off."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = (str(REPOSITORY), str(REPOSITORY / "tests"), environment.get("PYTHONPATH", ""))
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": os.pathsep.join(paths)}
-    program = [sys.executable, str(REPOSITORY / "tests" / "ops" / "compile_matching_kernels.py")]
-    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout)
+    return answer_of("ops/compile_matching_kernels.py", tmp_path_factory.mktemp("triton"))
 
 
 @pytest.mark.slow

@@ -242,7 +242,7 @@ class PretendedGPU:
         """Count the launch of a Triton kernel.  Returns whether to run it: not on fake tensors."""
         tensors = [*tensors_in(arguments)]
         self._count(f"triton {kernel.__name__}")
-        if not callable(grid) and any(size > most for size, most in zip(grid, MOST_BLOCKS, strict=False)):
+        if not callable(grid) and any(size > most for size, most in zip(grid, MOST_BLOCKS[: len(grid)], strict=True)):
             raise Refused(f"{kernel.__name__}: no GPU has a grid of {grid}")
         if not all(map(self.memory.holds, tensors)):
             raise Refused(f"{kernel.__name__}: a tensor is on the CPU")

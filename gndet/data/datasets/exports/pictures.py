@@ -1,0 +1,32 @@
+"""What a reader of an export hands to the engine: pictures with their objects, as the export has them, unchecked."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SizeOf = Callable[[str], tuple[int, int]]  # file_name -> height, width of the picture, upright; raises Fault
+
+
+class Picture(NamedTuple):
+    """A picture with its objects; the engine checks all of it by the rules of COCO's format.
+
+    An object is a dict with COCO's keys (bbox [x, y, width, height] in pixels, segmentation, iscrowd, area), "category"
+    (the name of its class) and "place" (where it is, like "labels/a.txt, line 3").
+    """
+
+    file_name: str  # relative to the image folder
+    size: tuple[Any, Any] | None  # height, width as the export states them; None: read from the picture's header
+    objects: list[dict[str, Any]]
+    findings: tuple[tuple[str, str], ...] = ()  # (code of FAULTS, words that begin with the place)
+
+
+class Export(NamedTuple):
+    """An export that was opened: its units, parsed in parallel, and the classes that it declares."""
+
+    units: Sequence[Any]  # picklable, in a fixed order: a unit per annotation file, or per picture
+    parse: Callable[[Any, SizeOf], list[Picture]]  # picklable; runs in worker processes.  Raises Fault
+    classes: tuple[str, ...] | None  # in label order; None: the names that occur, sorted
+    images: Path  # the folder that file_name is relative to
+    files: Sequence[Path]  # every annotation file, for the key of the cache
+    findings: tuple[tuple[str, str], ...] = ()  # (code of FAULTS, words)
+    notes: tuple[str, ...] = ()  # lines to show

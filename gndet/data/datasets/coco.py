@@ -104,6 +104,18 @@ def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Find
         content = None  # the cuts were wrong, so their findings are discarded
     images, names, objects = content or _read(path, [], files, max_pixels, found)
     objects = with_ids(objects, found)
+    folder = path.parent if files is None else files.home
+    return assemble(str(path), images, names, objects, folder, max_pixels, found)
+
+
+def assemble(
+    name: str, images: list[Image], names: dict[int, str], objects: Columns, folder: Path, max_pixels: int,
+    found: Findings,
+) -> Dataset:  # fmt: skip
+    """Make a data set of checked images, categories {id: name} and objects; note what only the whole of them shows.
+
+    name: of the data set; folder: of the pictures; found: the findings so far, to which the notes are added.
+    """
     category_ids = tuple(sorted(names))
     packed = pack(images, objects, category_ids)
     note_masks_elsewhere(packed, found)
@@ -113,9 +125,8 @@ def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Find
         image = images[place]
         found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
     classes = tuple(names[category_id] for category_id in category_ids)
-    folder = path.parent if files is None else files.home
     records = PackedRecords(packed, folder, max_pixels, range(len(images)))
-    return Dataset(str(path), classes, category_ids, records, found.listed())
+    return Dataset(name, classes, category_ids, records, found.listed())
 
 
 def _read(
@@ -128,7 +139,7 @@ def _read(
     """
     tree = _parse(path, read_around(path, cuts) if cuts else path.read_bytes(), found)
     names = _read_categories(tree["categories"], found)
-    images, sizes = _read_images(tree.pop("images"), files, max_pixels, found)
+    images, sizes = read_images(tree.pop("images"), files, max_pixels, found)
     known = Known.of(sizes, names)
     objects = read_parts(path, cuts, known, found) if cuts else read_columns(tree["annotations"], known, found)[0]
     return images, names, objects
@@ -195,7 +206,7 @@ def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, 
     return names
 
 
-def _read_images(
+def read_images(
     items: list[dict[str, Any]], files: ImageFolder | None, max_pixels: int, found: Findings
 ) -> tuple[list[Image], dict[int, Size | None]]:
     """Check the images, and find the file of each.
@@ -252,7 +263,8 @@ def _find_file(
 
 
 def _named(item: dict[str, Any]) -> str:
-    return f"image {brief(item.get('id'))}: file_name {brief(item.get('file_name'))}"
+    where = item["place"] if "place" in item else f"image {brief(item.get('id'))}"
+    return f"{where}: file_name {brief(item.get('file_name'))}"
 
 
 @contextmanager

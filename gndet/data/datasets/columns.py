@@ -124,7 +124,8 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     _fill_areas(area, items, masks, sizes, marks)
     _report(items, ids, image_ids, sizes, marks, found)
     for fault in masks.faults:
-        text, image_id = f"annotation {ids[fault.place]}: {fault.text}", int(image_ids[fault.place])
+        text = f"{_named(items[fault.place], ids[fault.place])}: {fault.text}"
+        image_id = int(image_ids[fault.place])
         found.add(fault.code, text, image_id, fault.count)
     keep = marks.left
     columns = Columns(
@@ -145,8 +146,13 @@ def _report(
             text = ""
             if found.wants_example(code):
                 text = WORDS[code](items[place], tuple(sizes[place].tolist()))
-                text = text if code == "annotation-id" else f"annotation {ids[place]}: {text}"
+                text = text if code == "annotation-id" else f"{_named(items[place], ids[place])}: {text}"
             found.add(code, text, image_id)
+
+
+def _named(item: Item, number: int) -> str:
+    """Return words that name an annotation: its place in an export, or its id in a COCO file."""
+    return item.get("place") or f"annotation {number}"
 
 
 def _to_integers(values: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -45,6 +45,7 @@ class Dataset(NamedTuple):
     records: Sequence[Record]
     findings: tuple[Finding, ...] = ()  # E first, then F, N
     notes: tuple[str, ...] = ()  # lines to show when a run starts, e.g. when the pictures were decoded
+    declared: bool = True  # whether the annotations list the classes; if not, classes are the names that occur
 
     @property
     def fixes(self) -> dict[str, int]:

@@ -88,7 +88,7 @@ def one_by_one(items: list[dict[str, Any]], known: Known, found: Findings) -> Co
     for item in items:
         noted = Findings()
         parts.append(read_columns([item], known, noted)[0])
-        found.take(noted)
+        found.take(noted.listed())
     return end_to_end(parts)
 
 

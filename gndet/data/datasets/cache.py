@@ -33,18 +33,19 @@ SETTLED = 2_000_000_000  # ns after which a file system's clock has surely advan
 
 def cached(
     cache: str, path: Path, files: ImageFolder | None, max_pixels: int, read: Callable[[], Dataset],
-    tell: Tell | None = None,
+    tell: Tell | None = None, sources: Sequence[Path] = (), way: tuple[str, ...] = (),
 ) -> Dataset:  # fmt: skip
-    """Return the data set of an annotation file and its image folder from the cache; if missing, read and cache it.
+    """Return the data set of annotations and their image folder from the cache; if missing, read and cache it.
 
     cache: data.cache, "" for none.  Processes that want the same data set take turns; tell: called with a line if this
-    one has to wait.
+    one has to wait.  path: the annotation file; or what names an export of many files, which are the sources.  way: the
+    format and set, if it is not a COCO file.
     Raises ConfigError for a cache in the image folder, OSError for an unreadable annotation file, and what read raises.
     """
     if not cache:
         return read()
     try:
-        home = _home(Path(cache).expanduser(), path, files, max_pixels)
+        home = _home(Path(cache).expanduser(), path, files, max_pixels, way)
         Path(f"{home}.lock").touch()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         trouble = _unwritable(getattr(error, "filename", None) or cache, error)
@@ -57,20 +58,20 @@ def cached(
                 if tell is not None:
                     tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        entry = _Entry(home, path, files, max_pixels)
+        entry = _Entry(home, path, files, max_pixels, sources)
         if (dataset := entry.load()) is not None:
             return dataset
-        digest = _hash(path)  # before reading: a change meanwhile must not be cached as the new file's content
+        digest = entry.digest()  # before reading: a change meanwhile must not be cached as the new file's content
         return entry.save(read(), digest)
 
 
-def _home(root: Path, path: Path, files: ImageFolder | None, max_pixels: int) -> Path:
+def _home(root: Path, path: Path, files: ImageFolder | None, max_pixels: int, way: tuple[str, ...]) -> Path:
     """Return the folder of an entry in root, and make root.  Raises ConfigError for a root in the image folder."""
     folder = (files.home if files else path.parent).absolute()
     if files and root.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"data.cache: {root} lies in the image folder {folder}; gndet writes nothing there")
     root.mkdir(parents=True, exist_ok=True)
-    parts = (path.absolute(), folder, files is not None, max_pixels)
+    parts = (path.absolute(), folder, files is not None, max_pixels, *way)
     name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
     return root / f"{path.stem[:40]}-{name.hexdigest()[:16]}"
 
@@ -79,9 +80,10 @@ class _Entry(NamedTuple):
     """The place of one data set in the cache."""
 
     home: Path
-    path: Path  # the annotation file
+    path: Path  # the annotation file, or what names the export
     files: ImageFolder | None
     max_pixels: int
+    sources: Sequence[Path]  # the annotation files of an export
 
     def load(self) -> Dataset | None:
         """Return the saved data set, with what `gndet check --images` found; None if no entry can be trusted."""
@@ -89,7 +91,20 @@ class _Entry(NamedTuple):
         if facts is None or facts["inputs"] != self._inputs(facts["subfolders"]):
             return None
         trusted = dict(facts["trusted"])
-        return self._open(facts, trusted) if _is_same(self.path, facts["annotations"], trusted) else None
+        if self.sources:
+            same = self.digest() == facts["annotations"]
+        else:
+            same = _is_same(self.path, facts["annotations"], trusted)
+        return self._open(facts, trusted) if same else None
+
+    def digest(self) -> str:
+        """Hash the annotation file; of an export, the names, sizes and times of its files.  Raises OSError."""
+        if not self.sources:
+            return _hash(self.path)
+        hashed = hashlib.sha256()
+        for source in self.sources:
+            hashed.update(f"{source}\0{_stat(source)}\n".encode("utf-8", "surrogateescape"))
+        return hashed.hexdigest()
 
     def _open(self, facts: dict[str, Any], trusted: dict[str, list[int]]) -> Dataset | None:
         packed = _mapped(self.home, facts["files"], trusted)
@@ -111,7 +126,7 @@ class _Entry(NamedTuple):
         folder = self.files.home if self.files else self.path.parent
         records = PackedRecords(packed, folder, self.max_pixels, range(num), again, digests)
         classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
-        return Dataset(str(self.path), classes, category_ids, records, findings, notes)
+        return Dataset(str(self.path), classes, category_ids, records, findings, notes, facts["declared"])
 
     def save(self, dataset: Dataset, digest: str) -> Dataset:
         """Save a data set that was read from a file with this digest.  Returns the saved one.
@@ -131,7 +146,7 @@ class _Entry(NamedTuple):
             facts = {
                 "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": digest,
                 "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
-                "findings": dataset.findings,
+                "findings": dataset.findings, "declared": dataset.declared,
             }  # fmt: skip
             _write_sealed(partial / FACTS, facts)
             shutil.rmtree(self.home, ignore_errors=True)
@@ -220,7 +235,7 @@ def _hash(path: Path) -> str:
 def _reader() -> str:
     """Hash the reader's code: another version of it cannot use what this one saved."""
     hashed = hashlib.sha256()
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
         hashed.update(module.read_bytes())
     return hashed.hexdigest()
 

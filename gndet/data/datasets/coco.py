@@ -99,7 +99,7 @@ def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Find
     cuts, noted = take_apart(path), Findings()
     try:
         content = _read(path, cuts, files, max_pixels, noted) if cuts else None
-        found.take(noted)
+        found.take(noted.listed())
     except (OSError, Fault, NotInParts):
         content = None  # the cuts were wrong, so their findings are discarded
     images, names, objects = content or _read(path, [], files, max_pixels, found)

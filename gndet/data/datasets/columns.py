@@ -31,10 +31,16 @@ def _in_image(item: Item, size: Size) -> str:
     return f"bbox {item['bbox']} in an image of width {size[1]}, height {size[0]}"
 
 
+def _of_no_class(item: Item) -> str:
+    if "category" in item:  # of an export
+        return f"class {brief(item['category'])} is not among the classes that the export declares"
+    return f"category_id {brief(item.get('category_id'))} is not in the file"
+
+
 WORDS: dict[str, Callable[[Item, Size], str]] = {  # by code: the value got and what was expected
     "annotation-id": lambda item, size: f"annotation id {brief(item.get('id'))}, expected an integer",
     "image-unknown": lambda item, size: f"image_id {brief(item.get('image_id'))} is not in the file",
-    "category-unknown": lambda item, size: f"category_id {brief(item.get('category_id'))} is not in the file",
+    "category-unknown": lambda item, size: _of_no_class(item),
     "number-float": lambda item, size: "its id, image_id or category_id",
     "crowd-value": lambda item, size: f"iscrowd {brief(item['iscrowd'])}, expected 0 or 1",
     "area-value": lambda item, size: f"area {brief(item['area'])}, expected a number of pixels",

@@ -164,9 +164,9 @@ class Findings:
         image_ids = () if image_id is None else (image_id,)
         self._merge(Finding(code, *FAULTS[code], count, (example,), image_ids))
 
-    def take(self, later: "Findings") -> None:
-        """Add the findings of a later part of the same file."""
-        for finding in later.listed():
+    def take(self, later: Iterable[Finding]) -> None:
+        """Add the findings of a later part of the same data set."""
+        for finding in later:
             self._merge(finding)
 
     def _merge(self, new: Finding) -> None:

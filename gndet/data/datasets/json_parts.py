@@ -81,7 +81,7 @@ def read_parts(path: Path, cuts: list[Cut], known: Known, found: Findings) -> Co
             if isinstance(result, Failure):
                 raise MachineError(f"{path}: a process that read it failed:\n{result.text}")
             columns, noted = result
-            found.take(noted)
+            found.take(noted.listed())
             yield columns
 
     return end_to_end(parts())

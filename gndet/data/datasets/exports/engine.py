@@ -1,0 +1,161 @@
+"""Read an export of a labelling tool: open it, parse its files in processes, check them by the rules of COCO's format.
+
+Letters: N pictures, n objects.  Each part numbers its pictures, objects and classes from 1; joining renumbers them.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gndet.config.schema import DataConfig
+from gndet.data.datasets.cache import cached
+from gndet.data.datasets.coco import assemble, gc_paused, read_images
+from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
+from gndet.data.datasets.exports.pictures import Export, Picture
+from gndet.data.datasets.faults import Fault, Findings, in_order
+from gndet.data.datasets.image_folder import ImageFolder
+from gndet.data.datasets.images import picture_size
+from gndet.data.datasets.packed import Image
+from gndet.data.datasets.segmentation import brief
+from gndet.data.records import Dataset, Finding, Tell
+from gndet.data.workers import Death, Failure, map_ahead, usable_cores
+from gndet.errors import MachineError
+
+Opener = Callable[[Path, Path | None, str], Export]  # (annotations, image folder or None, set)
+PART = 1000  # units parsed at once
+USUAL = ("area-missing",)  # findings that say nothing about an export: no format but COCO's has areas
+
+
+class Part(NamedTuple):
+    """A part of an export that was parsed and checked."""
+
+    num: int  # pictures, also those with a fault
+    images: list[Image]
+    names: list[str]  # of the classes that occur, if the export declares none; a category id is an index from 1
+    columns: Columns
+    findings: tuple[Finding, ...]
+
+
+def inspect_export(
+    open_export: Opener, annotations: Path, images: Path | None, split: str, data: DataConfig, tell: Tell | None = None
+) -> Dataset:
+    """Read and check an export; use data.cache if it has it.
+
+    open_export: the reader of its format.  annotations: a file or folder; images: the image folder, None to look near
+    them; split: the set.  Returns the pictures in the order of the export.  The findings list the faults.
+    """
+    found = Findings()
+    try:
+        export = open_export(annotations, images, split)
+        files = ImageFolder(export.images)
+        read = partial(_inspect, export, annotations, files, data, found)
+        way = (open_export.__name__, split)
+        with gc_paused():
+            dataset = cached(data.cache, annotations, files, data.max_pixels, read, tell, export.files, way)
+        return dataset._replace(notes=(*export.notes, *dataset.notes))
+    except Fault as fault:
+        found.add(fault.code, str(fault))
+    except OSError as error:
+        found.add("json-unreadable", f"{annotations}: cannot read the annotations: {error.strerror}")
+    return Dataset(str(annotations), (), (), [], found.listed())
+
+
+def _inspect(export: Export, annotations: Path, files: ImageFolder, data: DataConfig, found: Findings) -> Dataset:
+    for code, words in export.findings:
+        found.add(code, words)
+    parts = list(_parts(export, files, data.max_pixels))
+    names = export.classes or tuple(sorted({name for part in parts for name in part.names}))
+    images: list[Image] = []
+    columns: list[Columns] = []
+    num_pictures = num_objects = 0
+    for part in parts:
+        place = np.array([0, *(names.index(name) + 1 for name in part.names)], dtype=np.int64)
+        images += [image._replace(image_id=image.image_id + num_pictures) for image in part.images]
+        columns.append(part.columns._replace(
+            image_ids=part.columns.image_ids + num_pictures,
+            category_ids=part.columns.category_ids if export.classes else place[part.columns.category_ids],
+            annotation_ids=part.columns.annotation_ids + num_objects,
+        ))  # fmt: skip
+        found.take(_shifted(part.findings, num_pictures))
+        num_pictures += part.num
+        num_objects += int(part.columns.all_ids.max(initial=0))
+    _note_twins(images, found)
+    named = dict(enumerate(names, start=1))
+    dataset = assemble(str(annotations), images, named, end_to_end(columns), files.home, data.max_pixels, found)
+    findings = tuple(finding for finding in dataset.findings if finding.code not in USUAL)
+    return dataset._replace(findings=in_order(findings), declared=export.classes is not None)
+
+
+def _shifted(findings: tuple[Finding, ...], by: int) -> Iterator[Finding]:
+    """Renumber the images of findings."""
+    for finding in findings:
+        yield finding._replace(image_ids=tuple(number + by for number in finding.image_ids))
+
+
+def _note_twins(images: list[Image], found: Findings) -> None:
+    """Note pictures that occur twice; a part cannot see those of another."""
+    owners: dict[str, str] = {}
+    for image in images:
+        if image.path in owners:
+            found.add("file-twice", f"{brief(image.file_name)} is also {brief(owners[image.path])}", image.image_id)
+        owners.setdefault(image.path, image.file_name)
+
+
+def _parts(export: Export, files: ImageFolder, max_pixels: int) -> Iterator[Part]:
+    """Parse and check the units of an export, in processes if there are many.  Raises MachineError if one is killed."""
+    starts = range(0, len(export.units), PART)
+    read = partial(_read_part, export, files, max_pixels)
+    if len(starts) < 2:
+        yield read(0)
+        return
+
+    def give_up(start: int, death: Death, _: int) -> None:
+        raise MachineError(f"{export.images}: a process that read its annotations was killed: out of memory?")
+
+    for _, result in map_ahead(read, starts, workers=min(usable_cores(), len(starts)), on_death=give_up):
+        if isinstance(result, Failure):
+            raise MachineError(f"{export.images}: a process that read its annotations failed:\n{result.text}")
+        yield result
+
+
+def _read_part(export: Export, files: ImageFolder, max_pixels: int, start: int) -> Part:
+    """Parse and check PART units."""
+    found = Findings()
+
+    def size_of(file_name: str) -> tuple[int, int]:
+        path, _ = files.find(file_name, suggest=found.wants_example("file-missing"))
+        return picture_size(files.home / path, max_pixels)
+
+    pictures: list[Picture] = []
+    for unit in export.units[start : start + PART]:
+        try:
+            pictures += export.parse(unit, size_of)
+        except Fault as fault:
+            found.add(fault.code, str(fault))
+    names = {name: number for number, name in enumerate(export.classes or (), start=1)}
+    items: list[dict[str, Any]] = []
+    entries = []
+    for number, picture in enumerate(pictures, start=1):
+        for code, words in picture.findings:
+            found.add(code, words, number)
+        try:
+            height, width = picture.size or size_of(picture.file_name)
+        except Fault as fault:
+            found.add(fault.code, f"{brief(picture.file_name)} {fault}")
+            continue
+        entries.append({
+            "id": number, "place": brief(picture.file_name), "file_name": picture.file_name, "height": height,
+            "width": width,
+        })  # fmt: skip
+        for item in picture.objects:
+            if export.classes is None:
+                names.setdefault(item["category"], len(names) + 1)
+            items.append(item | {
+                "id": len(items) + 1, "image_id": number, "category_id": names.get(item["category"], 0)
+            })  # fmt: skip
+    images, sizes = read_images(entries, files, max_pixels, found)
+    columns, _ = read_columns(items, Known.of(sizes, names.values()), found)
+    return Part(len(pictures), images, [] if export.classes else list(names), columns, found.listed())

@@ -22,7 +22,10 @@ ORIENTATION = 0x0112  # EXIF's tag
 TURNS = range(2, 9)  # its values for pictures that are not stored upright
 SIDEWAYS = range(5, 9)  # those that swap height and width
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # suffixes to look for in a folder
+PICTURES = (  # suffixes to look for in a folder, those of FORMATS
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".jp2", ".j2k",
+    ".jpx", ".pbm", ".pgm", ".ppm", ".pnm",
+)  # fmt: skip
 DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     Image.DecompressionBombError,
     EOFError,
@@ -145,13 +148,24 @@ def without_pillow_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
+def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List a folder without hidden entries.  Returns its pictures, by suffix, and all other entries, both by name."""
+    visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    pictures = [entry for entry in visible if is_picture(entry)]
+    return pictures, [entry for entry in visible if not is_picture(entry)]
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file is a picture by its suffix."""
+    return path.suffix.lower() in PICTURES
+
+
 def find_pictures(paths: Sequence[Path]) -> list[Path]:
     """List the given files, and the pictures of the given folders by name.  Raises DataError if a path has none."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            visible = (file for file in path.iterdir() if not file.name.startswith("."))
-            pictures = sorted(file for file in visible if file.suffix.lower() in PICTURES)
+            pictures, _ = list_folder(path)
             if not pictures:
                 raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
             files += pictures

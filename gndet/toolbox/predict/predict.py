@@ -120,6 +120,8 @@ def predict(
     video_names = unique_names([video.stem for video in rates], ".mp4")
     _refuse_overwriting(out, [*names, *video_names, *reserved], [*found.pictures, *found.videos], crops)
     make_folder(out, "--out")
+    for note in found.notes:
+        show(note)
 
     def report(drawn: Drawn) -> None:
         task = drawn.task

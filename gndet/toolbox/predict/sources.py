@@ -5,18 +5,19 @@ n pictures.  A folder gives its own pictures, not those of its subfolders; a pat
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from PIL import Image
-
-from gndet.data.datasets.images import FORMATS, find_pictures, picture_record, read_image
+from gndet.data.datasets.faults import several
+from gndet.data.datasets.images import PICTURES, is_picture, list_folder, picture_record, read_image
 from gndet.data.records import Record
 from gndet.errors import DataError
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")  # suffixes; a GIF is a picture
+SUFFIXES = 5  # kinds of files to list among those passed over
 
 Value = TypeVar("Value")
 
@@ -27,6 +28,7 @@ class Sources(NamedTuple):
     pictures: list[Path]
     videos: list[Path]
     named: frozenset[Path]  # named directly; the others were found in a folder or by a pattern
+    notes: list[str]  # one line per folder or pattern with entries that were passed over
 
 
 def find_sources(words: Sequence[str]) -> Sources:
@@ -37,46 +39,59 @@ def find_sources(words: Sequence[str]) -> Sources:
     folders.  Raises DataError for a missing file, a folder without pictures and a pattern that matches neither kind.
     """
     files: dict[Path, None] = {}
-    named = set()
+    named, notes = set(), list[str]()
     for word in words:
-        path = Path(word)
+        path, others = Path(os.path.expanduser(word)), list[Path]()
         if path.is_file():
             found = [path]
             named.add(path)
         elif path.is_dir():
-            found = _pictures_in(path)
+            found, others = list_folder(path)
+            if not found:
+                raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}){_elsewhere(path, others)}")
         elif glob.has_magic(str(word)):
-            found = _files_matching(str(word))
+            found, others = _files_matching(str(path))
         else:
             raise DataError(f"{word}: no such picture, video, folder or pattern")
         files |= dict.fromkeys(found)
+        notes += [f"{word}: {_passed_over(path, others)}"] if others else []
     videos = [file for file in files if file.suffix.lower() in VIDEOS]
-    return Sources([file for file in files if file.suffix.lower() not in VIDEOS], videos, frozenset(named))
+    pictures = [file for file in files if file.suffix.lower() not in VIDEOS]
+    return Sources(pictures, videos, frozenset(named), notes)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
-    """List the pictures of a folder.  Raises DataError if there are none; the error mentions the folder's videos."""
-    try:
-        return find_pictures([folder])
-    except DataError as error:
-        videos = sorted(file for file in folder.iterdir() if file.suffix.lower() in VIDEOS)
-        if not videos:
-            raise
-        raise DataError(
-            f"{error}; it has {len(videos)} video(s), which '{folder}/*{videos[0].suffix}' would name"
-        ) from None
+def _elsewhere(folder: Path, others: Sequence[Path]) -> str:
+    """Name the patterns that find the videos of a folder, and the pictures below it."""
+    videos, place = [file for file in others if file.suffix.lower() in VIDEOS], glob.escape(str(folder))
+    text = f"; it has {several(len(videos), 'video')}, which '{place}/*{videos[0].suffix}' would name" if videos else ""
+    below = sum(is_picture(Path(name)) for _, _, names in os.walk(folder) for name in names if name[0] != ".")
+    return text + (f"; {several(below, 'picture')} below it, which '{place}/**/*' would name" if below else "")
 
 
-def _files_matching(pattern: str) -> list[Path]:
-    """List the pictures and videos that a pattern matches, by suffix.  Raises DataError if there are none."""
-    Image.init()  # registers the suffixes of all formats
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS} | set(VIDEOS)
-    found = [Path(name) for name in sorted(glob.glob(os.path.expanduser(pattern), recursive=True))]
-    files = [file for file in found if file.suffix.lower() in suffixes and file.is_file()]
+def _passed_over(path: Path, others: Sequence[Path]) -> str:
+    """Count the entries that are neither pictures nor videos, by suffix; name the pattern that goes into folders."""
+    folders = sum(other.is_dir() for other in others)
+    suffixes = Counter(other.suffix.lower() or "without suffix" for other in others if not other.is_dir())
+    parts = [f"{num} {suffix}" for suffix, num in suffixes.most_common(SUFFIXES)]
+    left = suffixes.total() - sum(num for _, num in suffixes.most_common(SUFFIXES))
+    parts += [f"{left} of other kinds"] if left else []
+    if folders:
+        parts.append(f"{several(folders, 'folder')}, which '{glob.escape(str(path))}/**/*' would search")
+    return f"passed over {', '.join(parts)}"
+
+
+def _files_matching(pattern: str) -> tuple[list[Path], list[Path]]:
+    """List the pictures and videos that a pattern matches, by suffix, and the other files.
+
+    Raises DataError if it matches no picture and no video.
+    """
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [file for file in found if (is_picture(file) or file.suffix.lower() in VIDEOS) and file.is_file()]
     if not files:
         others = f", but {len(found)} other file(s) or folder(s)" if found else ""
         raise DataError(f"{pattern}: matches no picture and no video{others}; a pattern is like 'folder/**/*.jpg'")
-    return files
+    taken = set(files)
+    return files, [file for file in found if file not in taken and not file.is_dir()]
 
 
 class Pictures(Sequence[Record]):

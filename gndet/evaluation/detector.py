@@ -21,7 +21,7 @@ class Detector(NamedTuple):
     """A trained model with its config and classes."""
 
     model: DetectionModel
-    cfg: Config
+    config: Config
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     autocast: Callable[[], AbstractContextManager]
@@ -62,10 +62,10 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
 
     Raises DataError if the classes of the data set differ from those of the detector.
     """
-    dataset = read_dataset(detector.cfg.data.val, detector.cfg.data)
+    dataset = read_dataset(detector.config.data.val, detector.config.data)
     if dataset.classes != detector.classes:
         raise DataError(
             f"{dataset.name}: has the classes {', '.join(dataset.classes)}; the detector knows "
             f"{', '.join(detector.classes)}; data.classes chooses them by name"
         )
-    return dataset, evaluate(detector.model, dataset, detector.cfg, proc, detector.autocast)
+    return dataset, evaluate(detector.model, dataset, detector.config, proc, detector.autocast)

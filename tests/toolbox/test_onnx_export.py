@@ -98,7 +98,7 @@ def test_the_file_detects_what_the_detector_does(tmp_path: Path, picture: Path, 
     assert sum(line.startswith("equal on") for line in said) == 2  # at two sizes
     with process("cpu") as proc:
         loaded = load_detector(checkpoint, [], proc)
-    model, masks, running = loaded.model, loaded.cfg.model.masks, session(file)
+    model, masks, running = loaded.model, loaded.config.model.masks, session(file)
     counts = []
     for seed, size in enumerate(((64, 64), (70, 101), (33, 180))):
         image = torch.from_numpy(noise(size, seed))

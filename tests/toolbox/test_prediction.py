@@ -18,9 +18,9 @@ from gndet.distributed.process import Process
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
 from gndet.evaluation.evaluate import detect_share
+from gndet.evaluation.video import read_frames, video_writer
 from gndet.toolbox.predict.output import Output
 from gndet.toolbox.predict.predict import predict
-from gndet.toolbox.predict.video import read_frames, video_writer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("thin")
@@ -90,7 +90,7 @@ def test_detections_are_those_of_the_evaluation(detector: Detector, folder: Path
     records = [picture_record(n, file, read_image(file).shape[:2]) for n, file in enumerate(files, start=1)]
     dataset = Dataset("these", detector.classes, detector.category_ids, records)
     alone = Process(0, 1, CPU)
-    expected = detect_share(detector.model, dataset, detector.cfg, alone, autocast=detector.autocast).results
+    expected = detect_share(detector.model, dataset, detector.config, alone, autocast=detector.autocast).results
     assert found(tmp_path / "out") == list(expected) and len(expected)
     assert [one["file_name"] for one in images(tmp_path / "out")] == [str(file) for file in files]
 
@@ -297,7 +297,7 @@ def test_a_turned_video_is_read_upright(tmp_path: Path) -> None:
 def test_a_video_without_the_extra_names_it(
     detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gndet.toolbox.predict.video.av", None)
+    monkeypatch.setattr("gndet.evaluation.video.av", None)
     (tmp_path / "a.mp4").touch()
     with pytest.raises(DataError, match=r"a\.mp4: .*pip install av"):
         run(detector, [tmp_path / "a.mp4"], tmp_path / "out")

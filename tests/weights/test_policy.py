@@ -436,7 +436,7 @@ def test_a_resumed_run_keeps_its_norms_and_needs_the_weights_no_more(
     names = norm_names(detector.model.backbone)
     assert saved.meta["norms"] == {f"backbone.{name}": what for name in names}
     assert same(detector.model.state_dict(), saved.groups["ema"])
-    assert detector.cfg.model.part_norms()["fpn"].kind == "gn"
+    assert detector.config.model.part_norms()["fpn"].kind == "gn"
     for name in names:
         norm = detector.model.backbone.get_submodule(name)
         if policy == "hybrid":

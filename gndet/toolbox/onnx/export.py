@@ -71,7 +71,7 @@ def export(
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
         detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
-        masks = masks and detector.cfg.model.masks
+        masks = masks and detector.config.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
         with written_whole(file) as partial:
             _write(detector, partial, pictures[0], size, masks, opset)
@@ -84,8 +84,8 @@ def export(
         return False
     shapes = f"{size[0]} x {size[1]}" if size else "any size"
     show(f"{file}: {file.stat().st_size / 1e6:.1f} MB, opset {opset}, pictures of {shapes}")
-    if not detector.cfg.data.exact_canvas:
-        multiple = detector.cfg.data.canvas_multiple
+    if not detector.config.data.exact_canvas:
+        multiple = detector.config.data.canvas_multiple
         show(f"note: gndet evaluates on canvases padded to multiples of {multiple}; the file does not pad")
     return True
 
@@ -123,7 +123,7 @@ def _first_line(error: Exception) -> str:
 
 def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
     """Return the metadata of the file: JSON values, and the config as YAML."""
-    cfg, data = detector.cfg, detector.cfg.data
+    cfg, data = detector.config, detector.config.data
     values: dict[str, Any] = {
         "classes": detector.classes, "category_ids": detector.category_ids, "shortest_edge": data.shortest_edge_test,
         "max_edge": data.max_edge, "antialias": data.antialias, "size": size,
@@ -136,8 +136,8 @@ def comparison_pictures(
     detector: Detector, path: Path | None, size: tuple[int, int] | None, show: Show
 ) -> tuple[list[torch.Tensor], str]:
     """Return pictures (H, W, 3) uint8 as the network sees them, and their source.  Raises DataError."""
-    data = detector.cfg.data
-    candidates, name = _candidates(detector.cfg, path, show)
+    data = detector.config.data
+    candidates, name = _candidates(detector.config, path, show)
     pictures = [
         _resize(image, size or resized(image.shape[:2], data.shortest_edge_test, data.max_edge), data.antialias)
         for image in candidates
@@ -225,7 +225,7 @@ def compare_with_torch(
     detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
 ) -> bool:
     """Compare the file with torch on each picture and show the differences.  Returns whether they are small."""
-    (least, most), passed, count = detector.cfg.model.detection_limits, True, 0
+    (least, most), passed, count = detector.config.model.detection_limits, True, 0
     for picture in pictures:
         expected = by_torch(detector.model, picture, masks=masks)
         where = f"{name}, {picture.shape[0]} x {picture.shape[1]}"

@@ -25,9 +25,9 @@ from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import captioned, draw_detections, grid, shrunk
 from gndet.evaluation.evaluate import to_results
 from gndet.evaluation.results import Results, join, save_results
+from gndet.evaluation.video import Frame
 from gndet.files import make_folder, text_table, write_whole
 from gndet.structures import Detections
-from gndet.toolbox.predict.video import Frame
 
 TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, pictures per row, longer side in pixels
 COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's default 6, for a fifth more bytes
@@ -122,7 +122,7 @@ class Output:
     def _draw(self, arrived: Callable[[], Detections], sizes: Tensor, tasks: Sequence[DrawTask]) -> list[Drawn]:
         classes, ids = self.detector.classes, self.detector.category_ids
         dataset = Dataset("batch", classes, ids, [task.record for task in tasks])
-        paste = self.detector.cfg.model.mask_paste
+        paste = self.detector.config.model.mask_paste
         results = to_results(arrived(), list(range(len(tasks))), sizes, dataset, paste)
         results = results.take(np.flatnonzero(np.isin(results.category_ids, self.wanted.category_ids)))
         done = []

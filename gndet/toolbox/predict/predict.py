@@ -23,11 +23,11 @@ from gndet.data.datasets.images import picture_record, picture_size, without_pil
 from gndet.data.records import Dataset, Record
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
+from gndet.evaluation.sources import Pictures, find_sources, measured
+from gndet.evaluation.video import Frame, read_frames, video_rate, video_writer
 from gndet.files import make_folder
 from gndet.structures import Batch
 from gndet.toolbox.predict.output import Drawn, DrawTask, Output, Wanted, unique_names
-from gndet.toolbox.predict.sources import Pictures, find_sources, measured
-from gndet.toolbox.predict.video import Frame, read_frames, video_rate, video_writer
 
 FRAMES_AHEAD = 2  # batches of a video to decode ahead
 
@@ -47,7 +47,7 @@ def picture_portions(
     """Yield the pictures in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
     dataset = Dataset("pictures", detector.classes, detector.category_ids, pictures)
     batches = test_batches(
-        dataset, detector.cfg.data, images_per_gpu=detector.cfg.evaluation.images_per_gpu, rank=0, world=1,
+        dataset, detector.config.data, images_per_gpu=detector.config.evaluation.images_per_gpu, rank=0, world=1,
         pin_memory=device.type == "cuda", notify=notify,
     )  # fmt: skip
     with contextlib.closing(batches):
@@ -69,7 +69,7 @@ def video_portions(detector: Detector, video: Path, every: int, first: int) -> I
 
 
 def _decoded(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
-    data, frames, num = detector.cfg.data, read_frames(video, every), detector.cfg.evaluation.images_per_gpu
+    data, frames, num = detector.config.data, read_frames(video, every), detector.config.evaluation.images_per_gpu
     while taken := tuple(islice(frames, num)):
         records = [_frame_record(first + place, video, frame) for place, frame in enumerate(taken)]
         first += len(taken)
@@ -108,7 +108,7 @@ def predict(
     picture would be overwritten or the folder cannot be made.
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
-    found, max_pixels = find_sources(sources), detector.cfg.data.max_pixels
+    found, max_pixels = find_sources(sources), detector.config.data.max_pixels
     sizes, broken = measured(found.pictures, found.named, lambda file: picture_size(file, max_pixels))
     rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, max_pixels))
     broken |= broken_videos

@@ -11,11 +11,9 @@ from gndet.data.records import Record
 
 def record(name: str, labels: list[int]) -> Record:
     num = len(labels)
-    boxes, ones = np.tile([0.0, 0, 9, 9], (num, 1)), np.ones(num)
-    return Record(
-        1, name, (9, 9), partial(np.zeros, (9, 9, 3), np.uint8), boxes, np.array(labels, dtype=np.int64), ones < 0, ones,
-        np.arange(num), [None] * num,
-    )  # fmt: skip
+    boxes, ones, classes = np.tile([0.0, 0, 9, 9], (num, 1)), np.ones(num), np.array(labels, dtype=np.int64)
+    load = partial(np.zeros, (9, 9, 3), np.uint8)
+    return Record(1, name, (9, 9), load, boxes, classes, ones < 0, ones, np.arange(num), [None] * num)
 
 
 def names_of(records: list[Record], taken: np.ndarray) -> set[str]:

@@ -26,7 +26,7 @@ from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics
 from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
 from gndet.files import text_table
 from gndet.modeling.detection_model import DetectionModel
-from gndet.structures import Detections
+from gndet.structures import Batch, Detections
 
 
 class Share(NamedTuple):
@@ -45,20 +45,22 @@ class Evaluation(NamedTuple):
 
 
 def to_results(
-    detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset, paste: Paste = "exact"
-) -> Results:
+    detections: Detections, indices: list[int], sizes: Tensor, dataset: Dataset, paste: Paste = "exact",
+    threshold: float = 0.0,
+) -> Results:  # fmt: skip
     """Turn a batch of detections into COCO results in the pixels of the original pictures.
 
     indices: of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how to paste
-    masks into the original pictures.
-    Returns the valid detections with boxes clipped to the picture, and run-length codes if there are masks.
+    masks into the original pictures; threshold: lowest score to keep.
+    Returns the valid detections with boxes clipped to the picture, and run-length codes if there are masks.  Masks are
+    pasted one at a time: a float32 and three bool arrays of the part of the picture that the mask's box covers.
     """
     # NumPy has no bfloat16
     all_boxes, scores, labels, all_masks, valids = (part.float().cpu().numpy() for part in detections)
     category_ids, found = np.array(dataset.category_ids, dtype=np.int64), []
     for image, index in enumerate(indices):
         record = dataset.records[index]
-        valid = valids[image] > 0
+        valid = (valids[image] > 0) & (scores[image].astype(np.float64) >= threshold)
         height, width = record.size
         scale = np.array([width, height]) / sizes[image].cpu().numpy()[::-1]
         boxes = all_boxes[image][valid].astype(np.float64) * np.tile(scale, 2)  # (n, 4)
@@ -78,6 +80,26 @@ def to_results(
     return join(found)
 
 
+def detect(
+    model: DetectionModel, batch: Batch, device: torch.device, autocast: Callable[[], AbstractContextManager]
+) -> Detections:
+    """Detect objects in a batch with a model that is on `device`; boxes in canvas pixels.
+
+    autocast: makes the context in which the model runs.  Draws no random numbers, and leaves the model as it was; a
+    model in evaluation mode may be used by several threads.
+    """
+    images, sizes = (part.to(device, non_blocking=True) for part in (batch.images, batch.sizes))
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        for module in in_training:
+            module.training = False
+        with torch.inference_mode(), autocast():
+            return model.detect(images, sizes, batch.padded)
+    finally:
+        for module in in_training:
+            module.training = True
+
+
 def detect_share(
     model: DetectionModel,
     dataset: Dataset,
@@ -89,14 +111,14 @@ def detect_share(
     unreadable: Callable[[int, str], None] | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Share:
-    """Detect objects in this rank's share of the data set, with the model in eval mode.
+    """Detect objects in this rank's share of the data set.
 
     autocast: makes the context in which the model runs.  on_image: called with the id of each image after detection; an
     error that it raises ends the work.  unreadable: called with the image id and the reason if a picture cannot be
     read; the picture has no detections.  notify: called with a message if a loader process was killed and replaced.
     Without `unreadable`, raises DataError for a picture that cannot be read.
     """
-    was_training, paste, behind = model.training, cfg.model.mask_paste, Behind(proc.device)
+    paste, behind = cfg.model.mask_paste, Behind(proc.device)
 
     def replaced(message: str) -> None:
         behind.finish()  # the next thing is a fork
@@ -108,26 +130,20 @@ def detect_share(
         pin_memory=proc.device.type == "cuda", notify=replaced,
     )  # fmt: skip
     seen: list[int] = []
-    model.eval()
-    try:
-        with behind, contextlib.closing(batches):
-            for indices, batch, image_ids, skipped in batches:
-                for image_id, reason in skipped:
-                    if unreadable is None:
-                        raise DataError(reason)
-                    unreadable(image_id, reason)
-                if batch is not None:
-                    images, sizes = (x.to(proc.device, non_blocking=True) for x in (batch.images, batch.sizes))
-                    with torch.inference_mode(), autocast():
-                        detections = model.detect(images, sizes, batch.padded)
-                    make = partial(to_results, indices=indices, sizes=batch.sizes, dataset=dataset, paste=paste)
-                    behind.add(detections, make)
-                for image_id in image_ids:
-                    seen.append(image_id)
-                    on_image(image_id)
-            behind.finish()
-    finally:
-        model.train(was_training)
+    with behind, contextlib.closing(batches):
+        for indices, batch, image_ids, skipped in batches:
+            for image_id, reason in skipped:
+                if unreadable is None:
+                    raise DataError(reason)
+                unreadable(image_id, reason)
+            if batch is not None:
+                detections = detect(model, batch, proc.device, autocast)
+                make = partial(to_results, indices=indices, sizes=batch.sizes, dataset=dataset, paste=paste)
+                behind.add(detections, make)
+            for image_id in image_ids:
+                seen.append(image_id)
+                on_image(image_id)
+        behind.finish()
     return Share(join(behind.results), seen)
 
 

@@ -6,82 +6,21 @@ pictures, except for their detections, which are kept in columns.
 
 import contextlib
 import difflib
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
-from gndet.data.batches.batch import collate
-from gndet.data.batches.stream import Skipped, test_batches
-from gndet.data.batches.transforms import test_sample
-from gndet.data.datasets.images import picture_record, picture_size, without_pillow_limit
-from gndet.data.records import Dataset, Record
+from gndet.data.datasets.images import picture_size, without_pillow_limit
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
+from gndet.evaluation.evaluate import detect
+from gndet.evaluation.portions import Portion, picture_portions, video_portions
 from gndet.evaluation.sources import Pictures, find_sources, measured
-from gndet.evaluation.video import Frame, read_frames, video_rate, video_writer
+from gndet.evaluation.video import video_rate, video_writer
 from gndet.files import make_folder
-from gndet.structures import Batch
 from gndet.toolbox.predict.output import Drawn, DrawTask, Output, Wanted, unique_names
-
-FRAMES_AHEAD = 2  # batches of a video to decode ahead
-
-
-class Portion(NamedTuple):
-    """A batch on its way to the detector."""
-
-    records: list[Record]  # of the B images
-    batch: Batch | None  # None if no picture could be read
-    broken: tuple[Skipped, ...] = ()  # pictures that could not be read
-    frames: tuple[Frame, ...] = ()  # the B frames, of a video
-
-
-def picture_portions(
-    detector: Detector, pictures: Pictures, device: torch.device, notify: Callable[[str], None]
-) -> Generator[Portion, None, None]:
-    """Yield the pictures in batches of evaluation.images_per_gpu.  notify: as in `test_batches`."""
-    dataset = Dataset("pictures", detector.classes, detector.category_ids, pictures)
-    batches = test_batches(
-        dataset, detector.config.data, images_per_gpu=detector.config.evaluation.images_per_gpu, rank=0, world=1,
-        pin_memory=device.type == "cuda", notify=notify,
-    )  # fmt: skip
-    with contextlib.closing(batches):
-        for indices, batch, _, skipped in batches:
-            yield Portion([pictures[index] for index in indices], batch, skipped)
-
-
-def video_portions(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
-    """Yield every `every`th frame of a video in batches of the same size, with image ids starting at `first`.
-
-    A record's file_name is like "a.mp4#t=1.240".  Raises DataError as `read_frames` does, after all earlier batches.
-    """
-    decoded = _decoded(detector, video, every, first)
-    with ThreadPoolExecutor(1) as thread:  # its exception is raised here, after all earlier batches
-        pending = deque(thread.submit(next, decoded, None) for _ in range(FRAMES_AHEAD))
-        while (portion := pending.popleft().result()) is not None:
-            pending.append(thread.submit(next, decoded, None))
-            yield portion
-
-
-def _decoded(detector: Detector, video: Path, every: int, first: int) -> Iterator[Portion]:
-    data, frames, num = detector.config.data, read_frames(video, every), detector.config.evaluation.images_per_gpu
-    while taken := tuple(islice(frames, num)):
-        records = [_frame_record(first + place, video, frame) for place, frame in enumerate(taken)]
-        first += len(taken)
-        samples = [test_sample(record, data) for record in records]
-        yield Portion(records, collate(samples, data.canvas_multiple, data.exact_canvas), frames=taken)
-
-
-def _frame_record(image_id: int, video: Path, frame: Frame) -> Record:
-    height, width = frame.pixels.shape[:2]
-    record = picture_record(image_id, Path(f"{video}#t={frame.seconds:.3f}"), (height, width))
-    return record._replace(load=lambda: frame.pixels)
-
 
 TILE_SECONDS = 1.0  # between frames of a video on the contact sheet: closer ones look alike
 FRAMES_PER_LINE = 100  # of progress
@@ -108,7 +47,8 @@ def predict(
     picture would be overwritten or the folder cannot be made.
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
-    found, max_pixels = find_sources(sources), detector.config.data.max_pixels
+    data, num, found = detector.config.data, detector.config.evaluation.images_per_gpu, find_sources(sources)
+    max_pixels = data.max_pixels
     sizes, broken = measured(found.pictures, found.named, lambda file: picture_size(file, max_pixels))
     rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, max_pixels))
     broken |= broken_videos
@@ -128,7 +68,7 @@ def predict(
         show(f"{task.record.file_name}: {drawn.count} objects with a score of {threshold} or more -> {task.file}")
 
     with without_pillow_limit(), Output(detector, out, wanted, device.type != "cpu") as output:
-        portions = picture_portions(detector, pictures, device, show)
+        portions = picture_portions(pictures, data, num, pin_memory=device.type == "cuda", notify=show)
         with contextlib.closing(portions):
             for portion in portions:
                 broken |= {pictures.files[skipped.image_id - 1]: skipped.reason for skipped in portion.broken}
@@ -172,11 +112,8 @@ def _detect(
 ) -> None:
     if portion.batch is None:
         return
-    detector, batch = output.detector, portion.batch
-    images, sizes = batch.images.to(device, non_blocking=True), batch.sizes.to(device, non_blocking=True)
-    with torch.inference_mode(), detector.autocast():
-        detections = detector.model.detect(images, sizes, batch.padded)
-    output.add(detections, batch.sizes, tasks, on_drawn)
+    detections = detect(output.detector.model, portion.batch, device, output.detector.autocast)
+    output.add(detections, portion.batch.sizes, tasks, on_drawn)
 
 
 def _detect_in_video(
@@ -188,7 +125,7 @@ def _detect_in_video(
     rate: its frames per second; first: the image id of its first frame.  Returns the reason why it could not be read
     to the end (or ""), and the number of frames read.
     """
-    count, objects, next_tile, reason = 0, 0, -1.0, ""
+    config, count, objects, next_tile, reason = output.detector.config, 0, 0, -1.0, ""
     with video_writer(file, rate / every) as append:
 
         def write(drawn: Drawn) -> None:
@@ -198,7 +135,7 @@ def _detect_in_video(
             append(drawn.picture, drawn.task.frame.seconds)
 
         try:
-            for portion in video_portions(output.detector, video, every, first):
+            for portion in video_portions(video, config.data, config.evaluation.images_per_gpu, every, first):
                 tasks = []
                 for record, frame in zip(portion.records, portion.frames, strict=True):
                     tile = frame.seconds >= next_tile

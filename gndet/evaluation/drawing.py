@@ -7,7 +7,7 @@ by later boxes; it needs a font file for any size but 10 px; and it outlines no 
 
 import colorsys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,12 @@ def draw_objects(
     boxes: np.ndarray,
     labels: Sequence[str],
     class_indices: Sequence[int],
-    masks: Sequence[np.ndarray | None] | None = None,
+    masks: Iterable[np.ndarray | None] | None = None,
 ) -> np.ndarray:
     """Draw boxes, labels and masks; later objects cover earlier ones.
 
     image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colors; masks: n of
-    (H, W) bool or None.  Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
+    (H, W) bool or None, used one at a time.  Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
     With more than MAX_LABELS objects, labels are left out, and so are boxes of objects with a mask.
     """
     height, width = image.shape[:2]
@@ -52,17 +52,18 @@ def draw_objects(
     pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
     line = max(2, round(max(size) / 400))
     colors = [color(index) for index in class_indices]
-    masks = [None] * len(colors) if masks is None else masks
-    for mask, tint in zip(masks, colors, strict=True):
+    has_mask = np.zeros(len(colors), dtype=bool)
+    for index, mask in enumerate(() if masks is None else masks):
         if mask is not None:
-            _tint(pixels, mask, tint, line)
+            has_mask[index] = True
+            _tint(pixels, mask, colors[index], line)
     picture = Image.fromarray(pixels.round().astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * np.tile(np.array(size) / (width, height), 2)
     boxes = np.clip(boxes, 0, [*size, *size] - np.ones(4))
     crowded = len(boxes) > MAX_LABELS
-    for box, mask, tint in zip(boxes, masks, colors, strict=True):
-        if mask is None or not crowded:
+    for box, masked, tint in zip(boxes, has_mask, colors, strict=True):
+        if not (masked and crowded):
             draw.rectangle(tuple(box.round()), outline=tint, width=line)
     if not crowded:
         font = ImageFont.load_default(max(12, round(max(size) / 55)))
@@ -113,7 +114,7 @@ def draw_ground_truth(image: np.ndarray, record: Record, classes: Sequence[str])
         f"{classes[label]} (crowd)" if crowd else classes[label]
         for label, crowd in zip(record.labels, record.crowd, strict=True)
     ]
-    masks = [_decode(segmentation, record.size) for segmentation in record.segmentations]
+    masks = (_decode(segmentation, record.size) for segmentation in record.segmentations)
     return draw_objects(image, record.boxes, labels, record.labels.tolist(), masks)
 
 
@@ -134,7 +135,7 @@ def draw_detections(
     boxes[:, 2:] += boxes[:, :2]
     indices = [category_ids.index(row["category_id"]) for row in shown]
     labels = [f"{classes[index]} {row['score']:.2f}" for index, row in zip(indices, shown, strict=True)]
-    masks = [_decode(row.get("segmentation"), image.shape[:2]) for row in shown]
+    masks = (_decode(row.get("segmentation"), image.shape[:2]) for row in shown)
     return draw_objects(image, boxes, labels, indices, masks)
 
 

@@ -119,5 +119,5 @@ def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
     masks = None
     if batch.gt.masks.shape[-1]:
         codes = paste_masks(batch.gt.masks[place][valid].float().numpy(), boxes, image.shape[:2])
-        masks = [coco_mask.decode(code).astype(bool) for code in codes]
+        masks = (coco_mask.decode(code).astype(bool) for code in codes)
     return draw_objects(image, boxes, [classes[label] for label in labels], labels, masks)

@@ -150,7 +150,7 @@ def draw_pair(record: Record, found: Analysis, index: int, results: Results, dat
         for label, score, kind in zip(matches.label[rows], taken.scores, found.errors.kind[rows], strict=True)
     ]
     codes = (taken.masks() or []) if found.kind == "mask" else []
-    masks = [coco_mask.decode(to_rle(code, record.size)).astype(bool) for code in codes] or None
+    masks = (coco_mask.decode(to_rle(code, record.size)).astype(bool) for code in codes)
     right = draw_objects(small, boxes, labels, matches.label[rows].tolist(), masks)
     return side_by_side(left, right, ("ground truth", f"detections, score >= {found.threshold:.2f}"))
 

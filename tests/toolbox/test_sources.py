@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gndet.toolbox.predict.sources import find_sources
 from PIL import Image
 
 from gndet.data.datasets.images import FORMATS, PICTURES, read_image
 from gndet.errors import DataError
+from gndet.evaluation.sources import find_sources
 
 
 @pytest.fixture

@@ -187,7 +187,9 @@ def _first(form: Form) -> Format | None:
 
 
 def _form_of_file(path: Path) -> Form | None:
-    """Describe a file, None if it cannot be read."""
+    """Describe a file, None if it cannot be read.  A pipe is not opened: that may wait forever."""
+    if not os.path.isfile(path):
+        return None
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from conftest import REPOSITORY
 from hostile import (
     BAD_IMAGES,
     BAD_OBJECTS,
@@ -193,6 +194,8 @@ def test_t21_an_archive_for_an_image_folder_is_refused_and_the_rest_is_checked(t
 def test_no_row_of_the_table_is_untried() -> None:
     tried = {*BAD_OBJECTS, *BAD_IMAGES, *BAD_PICTURES, *(code for _, code in FILES.values()), "folder-missing"}
     tried |= {"classes-differ", "classes-choice", "file-in-both", "picture-in-both", "mask-needed", "objects-none"}
+    texts = [path.read_text() for path in (REPOSITORY / "tests" / "data").glob("test_*.py")]
+    tried |= {code for code in FAULTS if any(f'"{code}"' in text for text in texts)}
     assert set(FAULTS) - tried == {"picture-crash"}  # below: decode_or_die
 
 

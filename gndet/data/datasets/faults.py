@@ -37,6 +37,42 @@ FAULTS: dict[str, Kind] = {
     "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be truncated"),
     "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
     "json-nan": Kind(NOTED, "values NaN or Infinity, which JSON does not allow", "other programs may reject the file"),
+    # exports of labelling tools: YOLO's text files
+    "set-missing": Kind(
+        REFUSED,
+        "sets that the export does not have",
+        "name its folder or file; data.val={share: 0.2} takes a share of data.train",
+    ),
+    "text-encoding": Kind(REFUSED, "text files in another encoding than UTF-8", "save them as UTF-8"),
+    "yaml-broken": Kind(REFUSED, "YOLO data files that cannot be used", "train, val and names are its keys"),
+    "labels-missing": Kind(
+        REFUSED,
+        "exports in which no picture has a label file",
+        "YOLO's .txt files lie in `labels`, beside `images`, or beside the pictures",
+    ),
+    "rows-obb": Kind(
+        REFUSED,
+        "exports whose rows may be oriented boxes, or outlines",
+        "export boxes or outlines; kind: yolo (data.train.kind, data.val.kind) reads these rows as outlines",
+    ),
+    "rows-pose": Kind(
+        REFUSED,
+        "exports whose rows hold keypoints",
+        "export boxes or outlines; if they are outlines: kind: yolo (data.train.kind, data.val.kind)",
+    ),
+    "row-malformed": Kind(
+        REFUSED, "rows that are neither a box nor an outline", "class cx cy w h, or class x1 y1 x2 y2 x3 y3 ..."
+    ),
+    "row-class": Kind(
+        REFUSED, "rows of a class that has no name", "classes are numbered from 0, in the order of names"
+    ),
+    "row-pixels": Kind(
+        REFUSED, "rows in pixels, or far outside the picture", "divide by the picture's width and height"
+    ),
+    "row-twice": Kind(FIXED, "rows equal to an earlier row of their file, left out", ""),
+    "row-score": Kind(FIXED, "rows with a sixth number, a score, which is left out", "are these predictions?"),
+    "label-stray": Kind(NOTED, "label files without a picture", "are pictures missing?"),
+    "names-missing": Kind(NOTED, "exports that do not name their classes", "a classes.txt names one per line"),
     # categories
     "category-id": Kind(REFUSED, "categories whose id is not an integer from 0 to 2**63 - 1", "number the categories"),
     "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),

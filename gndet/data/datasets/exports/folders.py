@@ -1,0 +1,138 @@
+"""Find files in the folders of an export, and what its folders and lists call the sets train, val and test."""
+
+import os
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from gndet.data.datasets.faults import Fault
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+ALIASES = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
+
+
+def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
+    """List the files below a folder that have one of the suffixes, in any case; hidden ones are left out.
+
+    Returns their paths relative to the folder, sorted.  Links are followed; a folder is listed once.
+    """
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        below = "" if place == str(folder) else os.path.relpath(place, folder) + "/"
+        found += [below + name for name in names if name.lower().endswith(suffixes) and name[0] != "."]
+    return sorted(found)
+
+
+class Listings:
+    """The files of folders by stem, in Unicode's composed form: a disk may hold either.  Each folder is listed once."""
+
+    def __init__(self, suffixes: tuple[str, ...]) -> None:
+        self.suffixes = suffixes
+        self.known: dict[str, dict[str, list[str]]] = {}  # by folder; those that do not exist, too
+
+    def of(self, folder: str) -> dict[str, list[str]]:
+        """Return the names in a folder by stem, sorted; {} if it cannot be listed."""
+        if folder not in self.known:
+            listing: dict[str, list[str]] = {}
+            try:
+                names = sorted(os.listdir(folder))
+            except OSError:
+                names = []
+            for name in names:
+                if name.lower().endswith(self.suffixes) and name[0] != ".":
+                    listing.setdefault(stem_of(name), []).append(name)
+            self.known[folder] = listing
+        return self.known[folder]
+
+    def fullest(self, folders: Iterable[str], stems: Collection[str]) -> str:
+        """Return the folder that has most of the stems, the first of equal ones."""
+        best, most = "", -1
+        for folder in dict.fromkeys(folders):
+            listing = self.of(folder)
+            hits = sum(stem in listing for stem in stems)
+            best, most = (folder, hits) if hits > most else (best, most)
+            if most == len(stems):
+                break
+        return best
+
+
+def stem_of(name: str) -> str:
+    """Return the name of a file without its suffix, in Unicode's composed form."""
+    stem = name.rpartition(".")[0]
+    return stem if stem.isascii() else unicodedata.normalize("NFC", stem)
+
+
+def swapped(folder: str, words: Collection[str], others: Sequence[str]) -> list[str]:
+    """Replace the last part of a path that is one of the words by each of the others; [] if there is none."""
+    parts = Path(folder).parts
+    places = [place for place, part in enumerate(parts) if part.lower() in words]
+    return [str(Path(*parts[: places[-1]], other, *parts[places[-1] + 1 :])) for other in others] if places else []
+
+
+def common_folder(folders: Sequence[str]) -> str:
+    """Return the folder that holds all of these; a single one as it is."""
+    return folders[0] if len(set(folders)) == 1 else os.path.commonpath(list(map(os.path.abspath, folders)))
+
+
+def children(folder: Path) -> list[Path]:
+    """Return what lies in a folder, sorted, without hidden names; [] if it is none."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+
+
+def choose(folder: Path, found: Mapping[str, Path], split: str, is_given: bool = False) -> Path:
+    """Return the file or folder of a set; the folder itself if it is all there is.
+
+    found: by set, those that the folder has.  A folder that is not divided is the training set, or any set if its name
+    says so or it is_given for that set; split "" is all of it.  Raises Fault if there is no such set.
+    """
+    if split in found:
+        return found[split]
+    is_named = split in [ALIASES.get(part.lower()) for part in folder.parts[-2:]]
+    if split and not is_named and (found or (split != "train" and not is_given)):
+        raise set_missing(folder, split, [path.name for path in found.values()])
+    return folder
+
+
+def set_missing(where: Path, split: str, known: Sequence[str]) -> Fault:
+    """Return the fault of an export that lacks a set; known: those it has, in its own words."""
+    has = f"it has {', '.join(known)}" if known else "it is not divided into sets"
+    return Fault("set-missing", f"{where}: no {split} ({' or '.join(SPLITS[split])}); {has}")
+
+
+def candidates(text: str, bases: Sequence[Path], least: int = 1) -> Iterator[Path]:
+    """Yield the places that a path written on another machine may mean here, the most literal first.
+
+    text: as a file has it, perhaps absolute, with ~, .. or back-slashes; bases: folders it may be relative to.
+    Then follow its last parts, at least `least` of them, and never fewer than from the name of a set on:
+    /content/set/valid/images may be valid/images, but not images.
+    """
+    text = os.path.expanduser(text.strip().replace("\\", "/"))
+    yield from (base / text for base in bases)
+    parts = [part for part in text.split("/") if part not in ("", ".", "..") and not part.endswith(":")]
+    sets = [place for place, part in enumerate(parts) if part.lower() in ALIASES]
+    last = min(sets[-1] if sets else len(parts), len(parts) - least)
+    yield from (base.joinpath(*parts[start:]) for start in range(last + 1) for base in bases)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.  Raises Fault."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise Fault("json-unreadable", f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise Fault("text-encoding", f"{path}: {error.reason} at byte {error.start}, expected UTF-8") from None
+    if "\0" in text:
+        raise Fault("text-encoding", f"{path}: holds zero bytes, expected UTF-8")
+    return text
+
+
+def shown(name: str) -> str:
+    """Return the path of a file in a form fit for a terminal."""
+    return name if name.isprintable() else ascii(name)[1:-1]

@@ -1,0 +1,207 @@
+"""Open an export in YOLO's format: a text file of rows per picture, found by a data.yaml, by lists or by its folders.
+
+Read are the exports of Ultralytics, Roboflow (also for Darknet), CVAT (both kinds) and Label Studio.  A picture without
+a label file, or with an empty one, is background.  Nothing that a data.yaml names is run or downloaded.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gndet.config.loading import MAX_CONFIG_BYTES
+from gndet.data.datasets.exports.folders import ALIASES, candidates, common_folder, read_text, set_missing, shown
+from gndet.data.datasets.exports.pictures import Export
+from gndet.data.datasets.exports.yolo_files import Group, Labels, in_folder, in_list, in_tree
+from gndet.data.datasets.exports.yolo_rows import Unit, classes_in, parse_labels, refuse_other_rows
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.segmentation import brief
+
+YAML, DARKNET = (".yaml", ".yml"), ".data"
+NAMES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")  # a class name per line
+SHOWN = 4  # folders that were looked in
+Tree = dict[str, Any]  # text, lists of text, or mappings of text, by key
+
+
+def open_yolo(annotations: Path, images: Path | None, split: str) -> Export:
+    """Find the pictures, label files and class names of a set ("train", "val", "test"; "" for the whole export).
+
+    annotations: a data.yaml, a Darknet file, a list of pictures, or a folder; images: the folder of the pictures, None
+    to find it.
+    Raises Fault if there is no such set, picture or label, or if the rows are of another kind.
+    """
+    return _open(annotations, images, split, outlines=False)
+
+
+def open_outlines(annotations: Path, images: Path | None, split: str) -> Export:
+    """Open an export as `open_yolo` does, but read rows that may be oriented boxes or keypoints as outlines."""
+    return _open(annotations, images, split, outlines=True)
+
+
+def _open(annotations: Path, images: Path | None, split: str, outlines: bool) -> Export:
+    file, tree = _find_tree(annotations)
+    folder = annotations if annotations.is_dir() else annotations.parent
+    notes: list[str] = []
+    groups = _find_pictures(annotations, file, tree, images, split, notes)
+    root = common_folder([place for place, _ in groups])
+    matched = Labels(folder)
+    units: list[Unit] = []
+    for place, names in groups:
+        below = os.path.relpath(place, root)
+        prefix = "" if below == "." else f"{below}/"
+        units += [(prefix + name, label) for name, label in matched.match(place, names)]
+    labels = [label for _, label in units if label]
+    if not labels:
+        words = (
+            f"none of {len(units)} pictures in {root} has one; looked in {', '.join(list(matched.listings.known)[:4])}"
+        )
+        raise Fault("labels-missing", words)
+    home = str(folder)
+    refuse_other_rows(home, labels, _num_keypoints(tree), outlines)
+    classes, names_file = _find_names(file, tree, folder, [root, os.path.dirname(os.path.join(home, labels[0]))], notes)
+    found = matched.strays()
+    if not classes:
+        classes = classes_in(home, labels)
+        found.append(("names-missing", f"{folder}: neither names in a data.yaml nor a classes.txt"))
+    files = [path for path in (file, names_file) if path] + [Path(home, label) for label in labels]
+    parse = partial(parse_labels, home, classes)
+    return Export(units, parse, tuple(classes.values()), Path(root), files, tuple(found), tuple(notes))
+
+
+def _find_tree(annotations: Path) -> tuple[Path | None, Tree]:
+    """Return the data.yaml or Darknet file that is given, or lies in the given folder, and its content."""
+    if annotations.is_file():
+        is_tree = annotations.suffix.lower() in (*YAML, DARKNET)
+        return (annotations, _read_tree(annotations)) if is_tree else (None, {})
+    try:
+        names = sorted(os.listdir(annotations))
+    except OSError as error:
+        raise Fault("json-unreadable", f"{annotations}: {error.strerror}") from None
+    files = [annotations / name for name in names if name.lower().endswith((*YAML, DARKNET)) and name[0] != "."]
+    for file in sorted(files, key=lambda file: file.stem not in ("data", "dataset", "obj")):
+        if (tree := _read_tree(file)).keys() & {"names", *ALIASES}:
+            return file, tree
+    return None, {}
+
+
+def _find_pictures(
+    annotations: Path, file: Path | None, tree: Tree, images: Path | None, split: str, notes: list[str]
+) -> list[Group]:
+    """Return the pictures of a split by folder.  Raises Fault if there is no such split, or no picture in it."""
+    keys = [key for key in tree if key in ALIASES and tree[key]]
+    if annotations.is_file() and file is None:
+        groups = in_list(annotations, [annotations.parent, *([images] if images else [])])
+    elif images or file is None or not keys:
+        groups = in_folder(images or (file.parent if file else annotations), split, is_given=images is not None)
+    else:
+        chosen = [key for key in keys if split in ("", ALIASES[key])]
+        if not chosen:
+            raise set_missing(file, split, keys)
+        bases = [file.parent / os.path.expanduser(str(tree.get("path") or "")).replace("\\", "/"), file.parent]
+        groups = []
+        for key in chosen:
+            values = tree[key] if isinstance(tree[key], list) else [tree[key]]
+            groups += [group for value in values for group in in_tree(str(value), bases, notes, f"{file}: {key}")]
+    if not any(names for _, names in groups):
+        raise Fault("folder-missing", f"{groups[0][0]}: no pictures there; `images` names their folder")
+    return [_inmost(*group) for group in groups if group[1]]
+
+
+def _inmost(folder: str, names: list[str]) -> Group:
+    """Name pictures relative to the folder that holds all of them, often `images`."""
+    below = names[0].rpartition("/")[0]
+    while below and not all(name.startswith(f"{below}/") for name in names):
+        below = below.rpartition("/")[0]
+    return (f"{folder}/{below}", [name[len(below) + 1 :] for name in names]) if below else (folder, names)
+
+
+def _read_tree(file: Path) -> Tree:
+    """Read a data.yaml, or a Darknet file of `key = value` lines, as text.  Raises Fault."""
+    if file.stat().st_size > MAX_CONFIG_BYTES:
+        raise Fault("yaml-broken", f"{file}: over {MAX_CONFIG_BYTES} bytes, expected names and folders")
+    text = read_text(file)
+    if file.suffix.lower() == DARKNET:
+        pairs = [line.split("=", 1) for line in text.splitlines() if "=" in line]
+        return {key.strip(): value.strip() for key, value in pairs}
+    try:
+        tree = _plain(yaml.compose(text, yaml.SafeLoader), depth=2)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise Fault("yaml-broken", f"{file}: not valid YAML: {error}") from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _plain(node: yaml.Node | None, depth: int) -> Any:
+    """Return a node as text, lists and dicts, so that a class named `no` stays one; nothing deeper than depth."""
+    if isinstance(node, yaml.ScalarNode):
+        return "" if node.tag.endswith(":null") else node.value
+    if depth and isinstance(node, yaml.SequenceNode):
+        return [_plain(value, depth - 1) for value in node.value]
+    if depth and isinstance(node, yaml.MappingNode):
+        return {key.value: _plain(value, depth - 1) for key, value in node.value if isinstance(key, yaml.ScalarNode)}
+    return None
+
+
+def _find_names(
+    file: Path | None, tree: Tree, folder: Path, near: Sequence[str], notes: list[str]
+) -> tuple[dict[int, str], Path | None]:
+    """Return the classes by number, {} if they have no names, and the file of names that was read.
+
+    near: other folders that may have one; the two above each are searched, too.
+    """
+    if classes := _names_of(file, tree, notes) if file else {}:
+        return classes, None
+    places = [folder, *(place for start in map(Path, near) for place in (start, *start.absolute().parents[:2]))]
+    for place in dict.fromkeys(places):
+        for path in (place / name for name in NAMES):
+            if path.is_file():
+                notes.append(f"class names from {shown(str(path))}")
+                return _unique(dict(enumerate(read_text(path).rstrip().splitlines())), path), path
+        if place != folder and place.is_dir():
+            other, content = _find_tree(place)
+            if other and (classes := _names_of(other, content, notes)):
+                notes.append(f"class names from {shown(str(other))}")
+                return classes, other
+    return {}, None
+
+
+def _names_of(file: Path, tree: Tree, notes: list[str]) -> dict[int, str]:
+    """Return the class names of a data.yaml: a list, a map by number, a file, or by their count."""
+    names, count = tree.get("names"), str(tree.get("nc", tree.get("classes")) or "")
+    if isinstance(names, str) and names:
+        listed = next((place for place in candidates(names, [file.parent]) if place.is_file()), None)
+        if listed is None:
+            raise Fault("yaml-broken", f"{file}: names: {brief(names)}, expected a list, or a file of names")
+        names = read_text(listed).rstrip().splitlines()
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not names:
+        return {number: str(number) for number in range(int(count))} if count.isdecimal() and len(count) < 5 else {}
+    try:
+        classes = dict(sorted((int(number), name) for number, name in names.items()))
+    except (TypeError, ValueError):
+        classes = {-1: ""}
+    if min(classes) < 0 or not all(isinstance(name, str) for name in classes.values()):
+        raise Fault("yaml-broken", f"{file}: names: {brief(tree['names'])}, expected a name for each class number")
+    if count and count != str(len(classes)):
+        notes.append(f"{file}: nc is {brief(count)}, but there are {len(classes)} names, which are used")
+    return _unique(classes, file)
+
+
+def _unique(names: dict[int, str], file: Path) -> dict[int, str]:
+    """Return the names stripped, without empty ones.  Raises Fault if one occurs twice."""
+    classes = {number: name.strip() for number, name in names.items() if name.strip()}
+    counts = Counter(classes.values())
+    if twice := [name for name in counts if counts[name] > 1]:
+        raise Fault("category-name-twice", f"{file}: name {brief(twice[0])} occurs twice, expected unique names")
+    return classes
+
+
+def _num_keypoints(tree: Tree) -> int:
+    """Return how many numbers the keypoints of a row take, by kpt_shape; 0 if it has none."""
+    shape = tree.get("kpt_shape")
+    sides = shape if isinstance(shape, list) else []
+    return int(sides[0]) * int(sides[1]) if len(sides) == 2 and all(str(side).isdecimal() for side in sides) else 0

@@ -1,0 +1,131 @@
+"""Find the pictures of a split of a YOLO export, and the label file of each."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from gndet.data.datasets.exports.folders import (
+    ALIASES,
+    Listings,
+    candidates,
+    children,
+    choose,
+    files_below,
+    read_text,
+    shown,
+    stem_of,
+    swapped,
+)
+from gndet.data.datasets.exports.yolo_rows import Found
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import PICTURES
+
+NOT_LABELS = ("classes", "predefined_classes", "trainval", "notes", *ALIASES)  # names of other .txt files
+IMAGES = ("images", "jpegimages", "image", "imgs", "img")  # folders whose labels lie in a folder beside them
+TRIED = 3  # pictures of a list that are looked for to find its folder
+
+Group = tuple[str, list[str]]  # a folder, and the pictures in it, relative to it
+
+
+def in_folder(folder: Path, split: str, is_given: bool) -> list[Group]:
+    """Find the pictures of a set by folders named train, val, test, or lists of these names.
+
+    A folder of labels stands for the folder of pictures beside it.  is_given: as in `folders.choose`, which raises
+    Fault if there is no such set.
+    """
+    for pictures in swapped(str(folder), ("labels",), ("images", "Images", "JPEGImages")):
+        folder = Path(pictures) if os.path.isdir(pictures) and not files_below(folder, PICTURES) else folder
+    found: dict[str, Path] = {}
+    for place in (folder, *(path for path in children(folder) if path.name.lower() in IMAGES)):
+        for path in children(place):
+            is_set = _is_list(path) if path.suffix.lower() == ".txt" else path.is_dir()
+            if is_set and path.stem.lower() in ALIASES:
+                found.setdefault(ALIASES[path.stem.lower()], path)
+    path = choose(folder, found, split, is_given)
+    return in_list(path, [folder]) if path.is_file() else [(str(path), files_below(path, PICTURES))]
+
+
+def _is_list(path: Path) -> bool:
+    """Return whether the first line of a text file is the path of a picture."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.readline(4096).strip().lower().endswith(tuple(map(str.encode, PICTURES)))
+    return False
+
+
+def in_tree(text: str, bases: Sequence[Path], notes: list[str], key: str) -> list[Group]:
+    """Find the pictures of a value of data.yaml: a folder, or a list of pictures.  Raises Fault if it is not there."""
+    path = next((place for place in candidates(text, bases) if place.exists()), None)
+    if path is None:
+        places = ", ".join(dict.fromkeys(shown(str(place)) for place in candidates(text, bases)))
+        raise Fault("folder-missing", f"{key} {text!r}: not found; tried {places}")
+    path = Path(os.path.normpath(path))
+    if path != Path(os.path.normpath(bases[0] / text)):
+        notes.append(f"{key} {shown(text)} is taken for {shown(str(path))}")
+    if not path.is_file():
+        return [(str(path), files_below(path, PICTURES))]
+    return in_list(path, [path.parent, *bases])
+
+
+def in_list(path: Path, bases: Sequence[Path]) -> list[Group]:
+    """Find the pictures that a text file lists, a path per line, perhaps as they were on another machine."""
+    folders: dict[str, list[str]] = {}
+    for line in read_text(path).splitlines():
+        parent, _, name = line.strip().replace("\\", "/").rpartition("/")
+        if name:
+            folders.setdefault(parent, []).append(name)
+    if not folders:
+        raise Fault("folder-missing", f"{path}: lists no picture")
+    return [(str(_holder(parent, names, bases)), names) for parent, names in folders.items()]
+
+
+def _holder(parent: str, names: list[str], bases: Sequence[Path]) -> Path:
+    """Return the folder that holds the first of these pictures; the most literal one if none does."""
+    places = [Path(os.path.normpath(place)) for place in candidates(parent or ".", bases, least=0)]
+    return next((place for place in places if any((place / name).is_file() for name in names[:TRIED])), places[0])
+
+
+class Labels:
+    """The label files beside pictures, or in a folder `labels` beside the folder `images`."""
+
+    def __init__(self, home: Path) -> None:
+        """home: the folder of the annotations; label files in it are named relative to it."""
+        self.home = str(home)
+        self.listings = Listings((".txt",))
+        self._beside: dict[str, set[str]] = {}  # folders of labels: folders of their pictures
+
+    def match(self, folder: str, names: list[str]) -> Iterator[tuple[str, str]]:
+        """Yield each picture with its label file, "" if it has none; names: of pictures, relative to folder."""
+        below: dict[str, list[tuple[str, str]]] = {}  # by subfolder: names, with the stems of their last parts
+        for name in names:
+            parent, _, leaf = name.rpartition("/")
+            below.setdefault(parent, []).append((name, stem_of(leaf)))
+        for parent, pictures in below.items():
+            place = self._choose(folder, parent, {stem for _, stem in pictures})
+            listing = self.listings.of(place)
+            if f"{place}/".startswith(f"{self.home}/"):
+                place = os.path.relpath(place, self.home)
+            for name, stem in pictures:
+                yield name, os.path.join(place, listing[stem][0]) if stem in listing else ""
+
+    def _choose(self, folder: str, parent: str, stems: set[str]) -> str:
+        """Return the folder with most of the labels of these pictures."""
+        pictures = os.path.join(folder, parent) if parent else folder
+        above, name = os.path.split(pictures)
+        direct = [*swapped(pictures, IMAGES, ("labels", "Labels")), pictures]
+        others = [os.path.join(self.home, parent), self.home, f"{pictures}/labels", f"{above}/labels/{name}"]
+        best = self.listings.fullest([*direct, *others], stems)
+        if best in direct:
+            self._beside.setdefault(best, set()).add(pictures)
+        return best
+
+    def strays(self) -> Found:
+        """Return the label files for which there is no picture."""
+        found: Found = []
+        pictures = Listings(PICTURES)
+        for folder, places in self._beside.items():
+            stems = {stem for place in places for stem in pictures.of(place)}
+            for stem, (name, *_) in self.listings.of(folder).items():
+                if stem not in stems and stem.lower() not in NOT_LABELS and not stem.lower().startswith("readme"):
+                    found.append(("label-stray", f"{shown(os.path.join(folder, name))}: no picture of this name"))
+        return found

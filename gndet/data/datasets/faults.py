@@ -37,13 +37,15 @@ FAULTS: dict[str, Kind] = {
     "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be truncated"),
     "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
     "json-nan": Kind(NOTED, "values NaN or Infinity, which JSON does not allow", "other programs may reject the file"),
-    # exports of labelling tools: YOLO's text files
+    # exports of labelling tools: YOLO's text files, Pascal VOC's XML
     "set-missing": Kind(
         REFUSED,
         "sets that the export does not have",
         "name its folder or file; data.val={share: 0.2} takes a share of data.train",
     ),
+    "data-unknown": Kind(REFUSED, "files of another format than their neighbors", "move them elsewhere"),
     "text-encoding": Kind(REFUSED, "text files in another encoding than UTF-8", "save them as UTF-8"),
+    "xml-broken": Kind(REFUSED, "XML files that cannot be read", "export them again"),
     "yaml-broken": Kind(REFUSED, "YOLO data files that cannot be used", "train, val and names are its keys"),
     "labels-missing": Kind(
         REFUSED,
@@ -69,10 +71,23 @@ FAULTS: dict[str, Kind] = {
     "row-pixels": Kind(
         REFUSED, "rows in pixels, or far outside the picture", "divide by the picture's width and height"
     ),
+    "object-malformed": Kind(REFUSED, "objects without a name or a box", "each <object> has <name> and <bndbox>"),
     "row-twice": Kind(FIXED, "rows equal to an earlier row of their file, left out", ""),
     "row-score": Kind(FIXED, "rows with a sixth number, a score, which is left out", "are these predictions?"),
+    "box-swapped": Kind(FIXED, "boxes with exchanged corners, exchanged back", ""),
+    "box-from-0": Kind(
+        FIXED, "exports whose corners are counted from 0, so that 1 is not taken off", "VOC counts pixels from 1"
+    ),
+    "picture-renamed": Kind(
+        FIXED, "XML files with another filename than their own; a picture of their own name goes first", ""
+    ),
     "label-stray": Kind(NOTED, "label files without a picture", "are pictures missing?"),
     "names-missing": Kind(NOTED, "exports that do not name their classes", "a classes.txt names one per line"),
+    "box-difficult": Kind(
+        NOTED, "objects marked difficult", "they are trained on, as in detectron2; VOC's own metric ignores them"
+    ),
+    "outline-unread": Kind(NOTED, "outlines in XML files that are not read", "only boxes are read from VOC"),
+    "picture-unlabeled": Kind(NOTED, "pictures without an XML file, left out", "an XML without objects is background"),
     # categories
     "category-id": Kind(REFUSED, "categories whose id is not an integer from 0 to 2**63 - 1", "number the categories"),
     "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),

@@ -107,7 +107,7 @@ FORMATS: tuple[Format, ...] = (  # the first that fits
     Format("LabelMe's JSON of one picture", _FOLDER, _is_labelme, "labelme"),
     Format("annotations of VIA (VGG Image Annotator)", "leave kind: auto", _is_via, "via"),
     Format("a project of VIA 3", f"gndet reads files of VIA 2; {_CONVERT}",
-           lambda form: form.has("project", "pid") or form.has("metadata", "*", "av")),
+           lambda form: form.has("project", "pid") or form.has("metadata", "*", "av") or form.heading("VGG Image Ann")),
     Format("Supervisely's JSON of one picture", _SUPERVISELY,
            lambda form: form.has("objects", "classTitle") or form.has("objects", "geometryType")),
     Format("Supervisely's meta.json", _SUPERVISELY,

@@ -37,15 +37,18 @@ FAULTS: dict[str, Kind] = {
     "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be truncated"),
     "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
     "json-nan": Kind(NOTED, "values NaN or Infinity, which JSON does not allow", "other programs may reject the file"),
-    # exports of labelling tools: YOLO's text files, Pascal VOC's XML
-    "set-missing": Kind(
-        REFUSED,
-        "sets that the export does not have",
-        "name its folder or file; data.val={share: 0.2} takes a share of data.train",
+    # exports of labelling tools
+    "data-unknown": Kind(
+        REFUSED, "files or folders that hold nothing that gndet reads", "data.train.annotations names a file or folder"
     ),
-    "data-unknown": Kind(REFUSED, "files of another format than their neighbors", "move them elsewhere"),
+    "set-missing": Kind(
+        REFUSED, "sets that the data does not have", "data.val.share=0.2 takes a fifth of the images of train as val"
+    ),
+    "set-twice": Kind(
+        REFUSED, "sets that are there twice", "data.train.annotations or data.train.kind chooses (data.val, too)"
+    ),
     "text-encoding": Kind(REFUSED, "text files in another encoding than UTF-8", "save them as UTF-8"),
-    "xml-broken": Kind(REFUSED, "XML files that cannot be read", "export them again"),
+    "xml-broken": Kind(REFUSED, "files that are not well-formed XML", "export them again"),
     "yaml-broken": Kind(REFUSED, "YOLO data files that cannot be used", "train, val and names are its keys"),
     "labels-missing": Kind(
         REFUSED,
@@ -88,6 +91,12 @@ FAULTS: dict[str, Kind] = {
     ),
     "outline-unread": Kind(NOTED, "outlines in XML files that are not read", "only boxes are read from VOC"),
     "picture-unlabeled": Kind(NOTED, "pictures without an XML file, left out", "an XML without objects is background"),
+    "csv-broken": Kind(REFUSED, "tables that are not CSV", "export the file again"),
+    "frames-missing": Kind(
+        REFUSED,
+        "videos without the pictures of their frames",
+        "export the task as `CVAT for images 1.1` with its images, or put its frames into `images` beside the file",
+    ),
     # categories
     "category-id": Kind(REFUSED, "categories whose id is not an integer from 0 to 2**63 - 1", "number the categories"),
     "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),
@@ -114,6 +123,14 @@ FAULTS: dict[str, Kind] = {
     "file-twice": Kind(
         NOTED, "images whose file another image has, too", "merge them: each treats the other's objects as background"
     ),
+    "file-renamed": Kind(
+        FIXED, "pictures found by the name of their annotation file, as the one that it states is not there", ""
+    ),
+    "picture-embedded": Kind(
+        REFUSED,
+        "pictures that are only inside their annotation file, as imageData",
+        "write them beside it: labelme_export_json FILE -o FOLDER makes img.png; name it as imagePath says",
+    ),
     "file-in-both": Kind(NOTED, "file names in both train and val", _IN_BOTH),
     # annotations
     "number-float": Kind(FIXED, "ids or sides written as 5.0, read as 5", ""),
@@ -137,6 +154,19 @@ FAULTS: dict[str, Kind] = {
     "crowd-polygon": Kind(NOTED, "crowd regions outlined by polygons", "COCO writes them as RLE; check iscrowd"),
     "area-value": Kind(REFUSED, "annotations whose area is not a number of pixels", "leave area out to compute it"),
     "area-missing": Kind(FIXED, "annotations without an area, computed from mask or box", ""),
+    # shapes of labelling tools
+    "shape-label": Kind(REFUSED, "shapes without a class", "give them one in the tool, or delete them there"),
+    "class-attribute": Kind(
+        REFUSED,
+        "files whose regions have several attributes that may be the class",
+        "name one of them class in VIA, or delete the others",
+    ),
+    "shape-malformed": Kind(REFUSED, "shapes without the numbers that make them", "draw them again, or delete them"),
+    "shape-joined": Kind(FIXED, "objects joined from shapes of one class and group_id", ""),
+    "shape-other": Kind(NOTED, "points, lines, tags and the like, which are no objects", ""),
+    "frames-skipped": Kind(
+        REFUSED, "tracks with frames left out, whose objects are unknown", "export the task as `CVAT for images 1.1`"
+    ),
     # boxes
     "box-malformed": Kind(
         REFUSED, "boxes that are not 4 finite numbers", "bbox is [x, y, width, height] in pixels, not 0 to 1"

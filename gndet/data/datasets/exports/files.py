@@ -1,0 +1,52 @@
+"""Read the annotation files of an export, and find its pictures if it does not say where they are."""
+
+import codecs
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import PICTURES
+
+TRIED = 100  # names looked for in each folder
+
+
+def read_text(path: Path) -> str:
+    """Return a text file in UTF-8, or, with a mark at its beginning, UTF-16.  Raises Fault, and OSError."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise Fault("json-broken", f"{path}: byte {error.start} is not {error.encoding}; save it in UTF-8") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.  Raises Fault, and OSError."""
+    try:
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise Fault("json-broken", f"{path}: not a JSON file: {error}") from None
+
+
+def find_images(home: Path, folders: Sequence[str], names: Sequence[str]) -> Path:
+    """Return the folder that holds most of the first pictures, the first of those that hold equally many.
+
+    home: the folder of the annotations; folders: relative to home; names: of the pictures, with or without a suffix,
+    perhaps with folders of another machine.  Returns home if no folder holds any of them.
+    """
+    found = {folder: _hits(home / folder, names[:TRIED]) for folder in folders if (home / folder).is_dir()}
+    best = max(found, key=lambda folder: found[folder], default="")
+    return home / best if found.get(best) else home
+
+
+def _hits(folder: Path, names: Sequence[str]) -> int:
+    """Count the names that are there, as they are, by their last part, or, for names without a suffix, with one."""
+    found = 0
+    for name in names:
+        name = name.replace("\\", "/")
+        suffixes = ("",) if name.lower().endswith(PICTURES) else ("", *PICTURES, ".PNG")
+        tried = (f"{start}{suffix}" for start in dict.fromkeys((name, name.rpartition("/")[2])) for suffix in suffixes)
+        found += any((folder / path).is_file() for path in tried if path)
+    return found

@@ -166,7 +166,10 @@ def make_bad_pictures(data: Hostile) -> None:
     data.image((data.folder / "x.zip").read_bytes(), "png")  # picture-unreadable, so far
     for mode, suffix in (("CMYK", "jpg"), ("L", "png"), ("LA", "png"), ("RGBA", "png"), ("P", "png"), ("1", "png")):
         data.image(noise(mode), suffix)  # picture-mode
-    data.image(Image.fromarray(np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH)))  # picture-16bit
+    data.image(
+        Image.fromarray(np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH))
+    )  # picture-16bit, picture-dim
+    data.image(Image.fromarray(np.full((HEIGHT, WIDTH), 0.5, dtype=np.float32)), "tif")  # picture-range
     exif = Image.Exif()
     exif[0x0112] = 6
     data.image(noise("RGB", (HEIGHT, WIDTH)), "jpg", {"exif": exif})  # picture-turned
@@ -181,5 +184,5 @@ def make_bad_pictures(data: Hostile) -> None:
 BAD_PICTURES = {
     "picture-unreadable": ("E", 3), "picture-mode": ("F", 7), "picture-16bit": ("F", 1), "picture-turned": ("F", 1),
     "picture-unrotated": ("E", 1), "picture-size": ("E", 1), "picture-animated": ("N", 1), "picture-pixels": ("E", 1),
-    "picture-twice": ("N", 1),
+    "picture-twice": ("N", 1), "picture-dim": ("N", 1), "picture-range": ("E", 1),
 }  # fmt: skip

@@ -304,6 +304,9 @@ class DataConfig(Section):
     keep_empty: bool = False  # train on images without objects, too
     workers: int = Field(2, ge=0)  # loader processes per rank; results do not depend on it
     max_pixels: int = Field(100_000_000, ge=1, le=2_000_000_000)  # refuse a larger picture before decoding it [pixels]
+    exif: Literal["turn", "stored"] = "turn"  # turn pictures as their EXIF orientation says, or take them as stored
+    # pictures of more than 8 bits per channel: the values that become black and white; null: 0 and 65535 of 16 bits
+    pixel_range: tuple[float, float] | None = None
     skip_unreadable: bool = False  # leave out the pictures that `gndet check` could not read, and train on the rest
     cache: str = "~/.cache/gndet"  # folder that keeps checked data sets between starts; '' keeps nothing
     max_unreadable: float = Field(0.01, ge=0, le=1)  # stop when more than this share of a data set cannot be read
@@ -313,6 +316,15 @@ class DataConfig(Section):
     # training: the only canvases, as (height, width) [pixels]; train.compile makes one graph for each; empty: any
     # canvas
     canvases: tuple[tuple[Edge, Edge], ...] = Field((), max_length=4)
+
+    @field_validator("pixel_range")
+    @classmethod
+    def _black_is_below_white(cls, values: tuple[float, float] | None) -> tuple[float, float] | None:
+        if values is not None and not values[0] < values[1]:
+            raise ValueError(
+                f"expected the value of black, then a larger one of white, got {values[0]:g}, {values[1]:g}"
+            )
+        return values
 
 
 class OptimizerConfig(Section):

@@ -7,12 +7,11 @@ import glob
 import os
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gndet.data.datasets.faults import several
-from gndet.data.datasets.images import PICTURES, is_picture, list_folder, picture_record, read_image
+from gndet.data.datasets.images import PICTURES, Reading, is_picture, list_folder, picture_record
 from gndet.data.records import Record
 from gndet.errors import DataError
 
@@ -97,9 +96,9 @@ def _files_matching(pattern: str) -> tuple[list[Path], list[Path]]:
 class Pictures(Sequence[Record]):
     """Picture files as records without objects, made on demand; image ids count from 1."""
 
-    def __init__(self, sizes: dict[Path, tuple[int, int]], max_pixels: int) -> None:
+    def __init__(self, sizes: dict[Path, tuple[int, int]], reading: Reading) -> None:
         """sizes: height, width of the n files, as `picture_size` reads them."""
-        self.files, self.sizes, self.max_pixels = list(sizes), sizes, max_pixels
+        self.files, self.sizes, self.reading = list(sizes), sizes, reading
 
     def __len__(self) -> int:
         return len(self.files)
@@ -109,8 +108,7 @@ class Pictures(Sequence[Record]):
             return [self[place] for place in range(len(self))[index]]
         place = range(len(self))[index]
         file = self.files[place]
-        size = self.sizes[file]
-        return picture_record(place + 1, file, size)._replace(load=partial(read_image, file, size, self.max_pixels))
+        return picture_record(place + 1, file, self.sizes[file], self.reading)
 
 
 def measured(

@@ -11,7 +11,7 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
 from gndet.config.presets import DATA
 from gndet.config.schema import Config, ModelConfig, NormConfig
-from gndet.data.datasets.images import find_pictures, picture_record, picture_size
+from gndet.data.datasets.images import Reading, find_pictures, picture_record, picture_size
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.files import text_table
@@ -50,7 +50,7 @@ def convert(
         cfg = cfg.model_copy(update={"model": with_group_norm(source, cfg.model, channels_per_group)})
     train = {"weights": where, "norm_policy": policy, "norm_damp": damp, "calibration_images": count}
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update=train)})
-    images = _pictures(pictures) if pictures else None
+    images = _pictures(pictures, Reading.of(cfg.data)) if pictures else None
     start = initial_model(cfg, classes or ("object",), images=images, source=source._replace(classes=classes or None))
     for note in start.notes:
         if not note.startswith("newly initialized tensors"):  # these are not written
@@ -119,8 +119,8 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
     )
 
 
-def _pictures(paths: Sequence[Path]) -> Dataset:
+def _pictures(paths: Sequence[Path], reading: Reading) -> Dataset:
     """Return pictures as a data set without objects.  Raises DataError if the paths hold none."""
     files = enumerate(find_pictures(paths), start=1)
-    records = [picture_record(number, file, picture_size(file)) for number, file in files]
+    records = [picture_record(number, file, picture_size(file, reading), reading) for number, file in files]
     return Dataset(", ".join(map(str, paths)), (), (), records)

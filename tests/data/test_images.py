@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gndet.data.datasets.images import read_image
+from gndet.data.datasets.images import Reading, read_image
 from gndet.errors import DataError, MachineError
 
 
@@ -152,13 +152,13 @@ def test_a_decompression_bomb_is_refused_undecoded(tmp_path: Path) -> None:
 
 def test_the_limit_of_pixels_can_be_set_either_way(tmp_path: Path, colors: np.ndarray) -> None:
     Image.fromarray(colors).save(tmp_path / "a.png")
-    assert read_image(tmp_path / "a.png", (20, 30), 600).shape == (20, 30, 3)
+    assert read_image(tmp_path / "a.png", (20, 30), Reading(600)).shape == (20, 30, 3)
     with pytest.raises(DataError, match=r"20 x 30 pixels, over the limit of 599 \(data\.max_pixels\)"):
-        read_image(tmp_path / "a.png", (20, 30), 599)
+        read_image(tmp_path / "a.png", (20, 30), Reading(599))
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = 100  # Pillow's own limit: ignored, and left as it is
     try:
-        assert read_image(tmp_path / "a.png", (20, 30), 600).shape == (20, 30, 3)
+        assert read_image(tmp_path / "a.png", (20, 30), Reading(600)).shape == (20, 30, 3)
         assert Image.MAX_IMAGE_PIXELS == 100
     finally:
         Image.MAX_IMAGE_PIXELS = before

@@ -33,6 +33,7 @@ from PIL import Image
 from gndet.config.loading import load_config
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.faults import FAULTS
+from gndet.data.datasets.images import Reading
 from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.drawing import placard
@@ -61,7 +62,7 @@ def found(part: Any) -> dict[str, tuple[str, int]]:
     [
         (make_bad_objects, BAD_OBJECTS, 2, 2),
         (make_bad_images, BAD_IMAGES, 22, 8),
-        (make_bad_pictures, BAD_PICTURES, 18, 18),
+        (make_bad_pictures, BAD_PICTURES, 19, 19),
     ],
 )
 def test_t17_every_fault_has_its_outcome(
@@ -490,10 +491,10 @@ def test_a_picture_that_kills_its_process_is_named_and_the_others_are_decoded(tm
     names = [f"{i}{kind}.png" for i, kind in enumerate(["", "kill", "", "ctrl", "exit", "kill", "large", ""])]
     for name in names:
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    pictures = [PictureFile(tmp_path / name, (4, 4), 100) for name in names]
+    pictures = [PictureFile(tmp_path / name, (4, 4), Reading(100)) for name in names]
     decoded = list(decode_all(pictures, 2, decode_or_die))
     assert len(decoded) == 8
-    codes = {place: faults[0][0] for place, (faults, _) in enumerate(decoded) if faults}
+    codes = {place: faults[0][0] for place, (faults, *_) in enumerate(decoded) if faults}
     assert codes == dict.fromkeys((1, 4, 5, 6), "picture-crash")
     assert "1kill.png: ended the process that decoded it by SIGSEGV" in decoded[1].faults[0][1]
     assert "exit status 3" in decoded[4].faults[0][1]
@@ -505,7 +506,7 @@ def test_a_picture_that_kills_its_process_is_named_and_the_others_are_decoded(tm
 def test_a_picture_that_takes_too_long_is_named(tmp_path: Path) -> None:
     for name in ("a.png", "sleep.png", "c.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
-    pictures = [PictureFile(path, (4, 4), 100) for path in sorted(tmp_path.glob("*.png"))]
+    pictures = [PictureFile(path, (4, 4), Reading(100)) for path in sorted(tmp_path.glob("*.png"))]
     faults = [picture.faults for picture in decode_all(pictures, 1, decode_or_die, time_limit=5)]
     assert faults == [[], [], [("picture-crash", f"{tmp_path / 'sleep.png'}: took over 5 s to decode")]]
 
@@ -561,7 +562,7 @@ def test_processes_that_cannot_be_started_are_reported(tmp_path: Path) -> None:
 
 def test_decoding_can_be_left_early(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    decoded = decode_all([PictureFile(tmp_path / "a.png", (4, 4), 100)] * 50, 2)
+    decoded = decode_all([PictureFile(tmp_path / "a.png", (4, 4), Reading(100))] * 50, 2)
     assert next(decoded).faults == []
     decoded.close()
     assert not multiprocessing.active_children()

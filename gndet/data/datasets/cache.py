@@ -22,6 +22,7 @@ import numpy as np
 import PIL
 
 from gndet.data.datasets.image_folder import ImageFolder
+from gndet.data.datasets.images import Reading
 from gndet.data.datasets.packed import Packed, PackedRecords
 from gndet.data.records import Dataset, Finding, Record, Tell
 from gndet.errors import ConfigError, DataError, OutputError
@@ -32,7 +33,7 @@ SETTLED = 2_000_000_000  # ns after which a file system's clock has surely advan
 
 
 def cached(
-    cache: str, path: Path, files: ImageFolder | None, max_pixels: int, read: Callable[[], Dataset],
+    cache: str, path: Path, files: ImageFolder | None, reading: Reading, read: Callable[[], Dataset],
     tell: Tell | None = None, sources: Sequence[Path] = (), way: tuple[str, ...] = (),
 ) -> Dataset:  # fmt: skip
     """Return the data set of annotations and their image folder from the cache; if missing, read and cache it.
@@ -45,7 +46,7 @@ def cached(
     if not cache:
         return read()
     try:
-        home = _home(Path(cache).expanduser(), path, files, max_pixels, way)
+        home = _home(Path(cache).expanduser(), path, files, reading, way)
         Path(f"{home}.lock").touch()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         trouble = _unwritable(getattr(error, "filename", None) or cache, error)
@@ -58,20 +59,20 @@ def cached(
                 if tell is not None:
                     tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        entry = _Entry(home, path, files, max_pixels, sources)
+        entry = _Entry(home, path, files, reading, sources)
         if (dataset := entry.load()) is not None:
             return dataset
         digest = entry.digest()  # before reading: a change meanwhile must not be cached as the new file's content
         return entry.save(read(), digest)
 
 
-def _home(root: Path, path: Path, files: ImageFolder | None, max_pixels: int, way: tuple[str, ...]) -> Path:
+def _home(root: Path, path: Path, files: ImageFolder | None, reading: Reading, way: tuple[str, ...]) -> Path:
     """Return the folder of an entry in root, and make root.  Raises ConfigError for a root in the image folder."""
     folder = (files.home if files else path.parent).absolute()
     if files and root.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"data.cache: {root} lies in the image folder {folder}; gndet writes nothing there")
     root.mkdir(parents=True, exist_ok=True)
-    parts = (path.absolute(), folder, files is not None, max_pixels, *way)
+    parts = (path.absolute(), folder, files is not None, *reading, *way)
     name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
     return root / f"{path.stem[:40]}-{name.hexdigest()[:16]}"
 
@@ -82,7 +83,7 @@ class _Entry(NamedTuple):
     home: Path
     path: Path  # the annotation file, or what names the export
     files: ImageFolder | None
-    max_pixels: int
+    reading: Reading
     sources: Sequence[Path]  # the annotation files of an export
 
     def load(self) -> Dataset | None:
@@ -124,7 +125,7 @@ class _Entry(NamedTuple):
             notes = (f"{decoded} decoded by gndet check on {pictures['date']}, unchanged since",)
             digests = np.frombuffer(bytes.fromhex(pictures["digests"]), dtype="<u8")
         folder = self.files.home if self.files else self.path.parent
-        records = PackedRecords(packed, folder, self.max_pixels, range(num), again, digests)
+        records = PackedRecords(packed, folder, self.reading, range(num), again, digests)
         classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
         return Dataset(str(self.path), classes, category_ids, records, findings, notes, facts["declared"])
 

@@ -18,6 +18,7 @@ from gndet.data.datasets.cache import cached
 from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, Size, read_columns, to_integer, with_ids
 from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
+from gndet.data.datasets.images import Reading
 from gndet.data.datasets.json_parts import Cut, NotInParts, read_around, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
 from gndet.data.datasets.segmentation import brief
@@ -47,9 +48,10 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell |
         found_in_folder.add(fault.code, str(fault))
     try:
         _refuse_other_kinds(path)
-        read = partial(_inspect, path, files, data.max_pixels, found)
+        reading = Reading.of(data)
+        read = partial(_inspect, path, files, reading, found)
         with gc_paused():
-            dataset = cached(data.cache, path, files, data.max_pixels, read, tell)
+            dataset = cached(data.cache, path, files, reading, read, tell)
     except Fault as fault:
         found.add(fault.code, str(fault))
     except OSError as error:
@@ -94,22 +96,22 @@ def _refuse_other_kinds(path: Path) -> None:
         raise Fault(code, f"{path}: not a JSON file: it is {kind}")
 
 
-def _inspect(path: Path, files: ImageFolder | None, max_pixels: int, found: Findings) -> Dataset:
+def _inspect(path: Path, files: ImageFolder | None, reading: Reading, found: Findings) -> Dataset:
     """Check the file's content, and add its faults to found.  Raises Fault if the file is not in COCO's format."""
     cuts, noted = take_apart(path), Findings()
     try:
-        content = _read(path, cuts, files, max_pixels, noted) if cuts else None
+        content = _read(path, cuts, files, reading.max_pixels, noted) if cuts else None
         found.take(noted.listed())
     except (OSError, Fault, NotInParts):
         content = None  # the cuts were wrong, so their findings are discarded
-    images, names, objects = content or _read(path, [], files, max_pixels, found)
+    images, names, objects = content or _read(path, [], files, reading.max_pixels, found)
     objects = with_ids(objects, found)
     folder = path.parent if files is None else files.home
-    return assemble(str(path), images, names, objects, folder, max_pixels, found)
+    return assemble(str(path), images, names, objects, folder, reading, found)
 
 
 def assemble(
-    name: str, images: list[Image], names: dict[int, str], objects: Columns, folder: Path, max_pixels: int,
+    name: str, images: list[Image], names: dict[int, str], objects: Columns, folder: Path, reading: Reading,
     found: Findings,
 ) -> Dataset:  # fmt: skip
     """Make a data set of checked images, categories {id: name} and objects; note what only the whole of them shows.
@@ -125,7 +127,7 @@ def assemble(
         image = images[place]
         found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
     classes = tuple(names[category_id] for category_id in category_ids)
-    records = PackedRecords(packed, folder, max_pixels, range(len(images)))
+    records = PackedRecords(packed, folder, reading, range(len(images)))
     return Dataset(name, classes, category_ids, records, found.listed())
 
 

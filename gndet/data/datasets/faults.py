@@ -205,11 +205,24 @@ FAULTS: dict[str, Kind] = {
     "picture-unrotated": Kind(
         REFUSED,
         "pictures annotated as stored, not as their EXIF turns them",
-        "remove their EXIF orientation, or annotate them upright",
+        "data.exif=stored reads pictures as stored; or remove their EXIF orientation",
     ),
-    "picture-turned": Kind(FIXED, "pictures rotated as their EXIF says", ""),
+    "picture-range": Kind(
+        REFUSED, "pictures of 32 bits per channel without data.pixel_range", "data.pixel_range=[LOW,HIGH] sets it"
+    ),
+    "picture-turned": Kind(
+        FIXED, "pictures rotated as their EXIF says", "if they were annotated as stored, set data.exif=stored"
+    ),
     "picture-mode": Kind(FIXED, "pictures that are not RGB, converted", ""),
     "picture-16bit": Kind(FIXED, "16-bit pictures scaled to 8 bits", ""),
+    "picture-dim": Kind(
+        NOTED,
+        "pictures of more than 8 bits that use under a quarter of the range",
+        "data.pixel_range=[LOW,HIGH] sets it",
+    ),
+    "picture-clipped": Kind(
+        NOTED, "pictures with values outside data.pixel_range, clipped", "data.pixel_range=[LOW,HIGH] sets it"
+    ),
     "picture-animated": Kind(NOTED, "animations, reduced to their first frame", "annotations must be of this frame"),
     "picture-twice": Kind(NOTED, "pictures that are copies of another file of the set", "keep one of each"),
     "picture-in-both": Kind(NOTED, "pictures in both train and val", _IN_BOTH),

@@ -3,15 +3,17 @@
 import errno
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from gndet.config.schema import DataConfig
+from gndet.data.datasets.deep_pictures import Depth, all_values, depth_of, judge, to_8_bits
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import EMPTY, FILE, PICTURE, read_head, what_is
 from gndet.data.records import Record
@@ -19,7 +21,16 @@ from gndet.errors import DataError, MachineError
 
 MAX_PIXELS = 100_000_000  # data.max_pixels: a larger picture is a mistake or a decompression bomb
 ORIENTATION = 0x0112  # EXIF's tag
-TURNS = range(2, 9)  # its values for pictures that are not stored upright
+TURNS = {  # its values for pictures that are not stored upright, with what turns them
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UNDONE = TURNS | {6: TURNS[8], 8: TURNS[6]}
 SIDEWAYS = range(5, 9)  # those that swap height and width
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # not EPS: it runs Ghostscript
 PICTURES = (  # suffixes to look for in a folder, those of FORMATS
@@ -39,52 +50,103 @@ DECODER_ERRORS = (  # what Pillow's decoders raise on broken files
     zlib.error,
 )
 MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the picture is not at fault
-Note = Callable[[str, str], None]
+
+
+class Reading(NamedTuple):
+    """The options of `data` that say how picture files are read."""
+
+    max_pixels: int = MAX_PIXELS
+    exif: str = "turn"  # or stored
+    pixel_range: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Reading":
+        """Take the options of a config."""
+        return cls(data.max_pixels, data.exif, data.pixel_range)
+
+
+DEFAULT = Reading()
+
+
+class Unusual:
+    """What is unusual about pictures that were read: fixed in memory, or noted."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, str]] = []  # code of FAULTS, and words
+        self.values: tuple[float, float] | None = None  # least and largest of a picture of more than 8 bits per channel
 
 
 def read_image(
-    path: Path, size: tuple[int, int] | None = None, max_pixels: int = MAX_PIXELS, note: Note | None = None
+    path: Path, size: tuple[int, int] | None = None, reading: Reading = DEFAULT, unusual: Unusual | None = None
 ) -> np.ndarray:
-    """Read a picture and turn it as its EXIF orientation says.
+    """Read a picture and turn it as its EXIF orientation says, unless reading.exif is stored.
 
-    size: height, width that the annotation file states, None if unknown.  max_pixels: the limit for the size in the
-    header.  note: called with the code (of FAULTS) and words for each unusual property.
-    Returns (height, width, 3) uint8 RGB: gray, palette, CMYK and 1-bit converted, 16 bit scaled to 8, alpha
-    dropped, the first frame of an animation.  Raises Fault for a file that is missing, broken, over
-    max_pixels, or of another size, and MachineError if there are too many open files or too little memory.
+    size: height, width that the annotation file states, None if unknown.  unusual: takes each unusual property.
+    Returns (height, width, 3) uint8 RGB: gray, palette, CMYK and 1-bit converted, more than 8 bits per channel scaled
+    to 8 (see reading.pixel_range), alpha dropped, the first frame of an animation.
+    Raises Fault for a file that is missing, broken, over reading.max_pixels, of another size, or of 32 bits per channel
+    without a pixel_range; raises MachineError if there are too many open files or too little memory.
     """
-    with _opened(path, max_pixels) as image:
-        stored = image.size[::-1]
-        image.load()  # this rotates a TIFF
-        # exif_transpose would copy a picture that is upright already
-        upright = ImageOps.exif_transpose(image) if _orientation(image) in TURNS else image
-        pixels = np.array(_to_rgb(upright))  # (h, w, 3), a copy
-        unusual = [] if note is None else _unusual(image)
+    with _opened(path, reading.max_pixels) as opened:
+        image, depth, orientation = _decoded(opened)
+        rgb = _to_rgb(image, depth, path, reading.pixel_range, unusual)
+        turned = image.format == "TIFF"  # by Pillow, while it loads
+        if orientation in TURNS and turned != (reading.exif == "turn"):
+            rgb = rgb.transpose((UNDONE if turned else TURNS)[orientation])
+        pixels = np.array(rgb)  # (h, w, 3), a copy
+        if unusual is not None:
+            turn = reading.exif == "turn" and orientation in TURNS
+            unusual.found += [_turn(orientation, rgb.size)] if turn else []
+            unusual.found += _animation(image)
     if size is not None and pixels.shape[:2] != size:
-        message = f"{path}: height, width are {pixels.shape[:2]}, the annotation file says {size}"
-        if stored == size:
-            message += "; it matches only before the EXIF rotation: the unrotated picture was annotated"
-        raise Fault("picture-unrotated" if stored == size else "picture-size", message)
-    if note is not None:
-        for code, words in unusual:
-            note(code, words)
+        _refuse_size(path, pixels.shape[:2], size, orientation in SIDEWAYS, reading.exif)
     return pixels
 
 
-def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def _decoded(image: Image.Image) -> tuple[Image.Image, Depth, Any]:
+    """Decode an opened picture.  Returns it with its depth and orientation."""
+    depth = depth_of(image)
+    if image.format == "TIFF":
+        orientation, file = _orientation(image), cast(Any, image)  # Pillow forgets it when it turns the picture
+        if orientation in SIDEWAYS:
+            file.filename = ""  # else Pillow maps an uncompressed file into memory in its turned size, and garbles it
+        image.load()
+        return image, depth, orientation
+    image.load()
+    return image, depth, _orientation(image)
+
+
+def _refuse_size(path: Path, found: tuple[int, ...], size: tuple[int, int], sideways: bool, exif: str) -> NoReturn:
+    """Raise Fault for a picture of another size; say if the other setting of data.exif would give this size."""
+    message = f"{path}: height, width are {found}, the annotation file says {size}"
+    if not sideways or found[::-1] != size:
+        raise Fault("picture-size", message)
+    if exif == "turn":
+        reason = "it matches only before the EXIF rotation: the unrotated picture was annotated"
+        raise Fault("picture-unrotated", f"{message}; {reason} (data.exif=stored reads it so)")
+    raise Fault(
+        "picture-size", f"{message}; it matches only after the EXIF rotation, which data.exif=stored leaves out"
+    )
+
+
+def picture_size(path: Path, reading: Reading = DEFAULT, unusual: Unusual | None = None) -> tuple[int, int]:
     """Return the height and width of a picture as `read_image` would return it, without decoding it.
 
+    unusual: takes what the header tells of animations and of more than 8 bits per channel.
     Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path, reading.max_pixels) as image:
         width, height = image.size
-        if image.format == "TIFF":  # Pillow already gives the rotated size
-            return height, width
+        depth = depth_of(image)
+        if unusual is not None:
+            unusual.found += [("picture-16bit", depth.words)] if depth.bits > 8 else []
+            unusual.found += _animation(image)
         if image.format == "PNG" and not _has_late_metadata(path):
             sideways = Image.Image.getexif(image).get(ORIENTATION, 1) in SIDEWAYS  # PNG's getexif decodes the picture
         else:
             sideways = _orientation(image) in SIDEWAYS
-    return (width, height) if sideways else (height, width)
+        turned = image.format == "TIFF"  # Pillow already gives the rotated size
+    return (width, height) if sideways and turned != (reading.exif == "turn") else (height, width)
 
 
 def _has_late_metadata(path: Path) -> bool:
@@ -116,18 +178,15 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         raise Fault("picture-unreadable", f"{path}: cannot be read as a picture: {error}") from None
 
 
-def _unusual(image: Image.Image) -> list[tuple[str, str]]:
-    """List the properties of a picture that are fixed in memory or noted: codes of FAULTS with words."""
-    found = []
-    if image.mode.startswith("I"):
-        found.append(("picture-16bit", f"16 bits per channel (mode {image.mode})"))
-    elif image.mode != "RGB":
-        found.append(("picture-mode", f"mode {image.mode}"))
-    if _orientation(image) in TURNS:
-        found.append(("picture-turned", f"EXIF orientation {_orientation(image)}"))
-    if getattr(image, "is_animated", False):
-        found.append(("picture-animated", f"{getattr(image, 'n_frames', 1)} frames"))
-    return found
+def _turn(orientation: Any, size: tuple[int, int]) -> tuple[str, str]:
+    either = orientation not in SIDEWAYS or size[0] == size[1]
+    return "picture-turned", f"EXIF orientation {orientation}{', the size fits either way' if either else ''}"
+
+
+def _animation(image: Image.Image) -> list[tuple[str, str]]:
+    kind = "pages" if image.format == "TIFF" else "frames"
+    several = getattr(image, "is_animated", False)
+    return [("picture-animated", f"{getattr(image, 'n_frames', 1)} {kind}")] if several else []
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -176,20 +235,45 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def picture_record(image_id: int, file: Path, size: tuple[int, int]) -> Record:
+def picture_record(image_id: int, file: Path, size: tuple[int, int], reading: Reading = DEFAULT) -> Record:
     """Return a picture of (height, width) as a record without objects."""
     empty = np.zeros(0)
     return Record(
-        image_id, str(file), size, partial(read_image, file), np.zeros((0, 4)), empty.astype(np.int64),
+        image_id, str(file), size, partial(read_image, file, size, reading), np.zeros((0, 4)), empty.astype(np.int64),
         empty.astype(bool), empty, empty.astype(np.int64), [],
     )  # fmt: skip
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB; 16-bit values are divided by 257, because Pillow would clip them at 255."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values from {values.min()} to {values.max()}, expected 8 or 16 bits per channel")
-        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+def _to_rgb(
+    image: Image.Image, depth: Depth, path: Path, pixel_range: tuple[float, float] | None, unusual: Unusual | None
+) -> Image.Image:
+    """Convert a decoded picture of any mode to RGB."""
+    if depth.bits > 8:
+        image = _less_deep(image, depth, path, pixel_range, unusual)
+    elif image.mode != "RGB" and unusual is not None:
+        unusual.found.append(("picture-mode", f"mode {image.mode}"))
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _less_deep(
+    image: Image.Image, depth: Depth, path: Path, pixel_range: tuple[float, float] | None, unusual: Unusual | None
+) -> Image.Image:
+    """Scale a picture of more than 8 bits per channel to 8; without a pixel_range, 0 to 65535 become 0 to 255.
+
+    Raises Fault for values that need a pixel_range and have none, and ValueError for values without a brightness.
+    """
+    if depth.raw_mode and pixel_range is None and unusual is None:
+        return image  # the upper 8 bits
+    values = all_values(image, depth, path)
+    if unusual is not None:
+        unusual.values = values.min().item(), values.max().item()
+        code, words = judge(values, pixel_range)
+        kind = "picture-16bit" if depth.bits == 16 else "picture-mode"
+        unusual.found += [(kind, f"{depth.words}, {words}"), *([(code, words)] if code else [])]
+    if pixel_range is not None:
+        return Image.fromarray(to_8_bits(values, *pixel_range))
+    if depth.bits > 16 or (values.dtype != np.uint16 and (values.min() < 0 or values.max() > 65535)):
+        words = f"{depth.words}, values {values.min():g} to {values.max():g}"
+        remedy = "data.pixel_range=[LOW,HIGH] says which of them are black and white"
+        raise Fault("picture-range", f"{path}: {words}, expected 8 or 16 bits per channel; {remedy}")
+    return image if depth.raw_mode else Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.faults import Findings
-from gndet.data.datasets.images import read_image
+from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.masks import offsets
 from gndet.data.records import Record
 
@@ -129,7 +129,7 @@ class PackedRecords(Sequence[Record]):
 
     packed: Packed
     folder: Path  # of the pictures
-    max_pixels: int
+    reading: Reading  # of the pictures
     places: Sequence[int]  # indices among the N of the images that are used
     again: functools.partial[Packed] | None = None  # maps the arrays in another process that receives these records
     digests: np.ndarray | None = None  # (N,) uint64, of the bytes of the pictures, 0 if unknown
@@ -150,7 +150,7 @@ class PackedRecords(Sequence[Record]):
             int(packed.image_ids[place]),
             _text(packed.names, packed.names_first, place),
             (height, width),
-            functools.partial(read_image, self.path(index), (height, width), self.max_pixels),
+            functools.partial(read_image, self.path(index), (height, width), self.reading),
             boxes,
             labels,
             crowd,

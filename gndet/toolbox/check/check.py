@@ -31,7 +31,8 @@ from gndet.toolbox.check.report import Checked, finding_lines, json_report, repo
 
 NAMES_TRIED = 100  # file names of a JSON file to try when looking for its image folder
 ALONE = (  # options that matter for a JSON file checked by itself
-    "data.cache", "data.classes", "data.max_pixels", "data.max_unreadable", "data.skip_unreadable", "model.masks",
+    "data.cache", "data.classes", "data.exif", "data.max_pixels", "data.max_unreadable", "data.pixel_range",
+    "data.skip_unreadable", "model.masks",
 )  # fmt: skip
 REMEDIES = {  # for a JSON file checked by itself, without a config
     "json-unreadable": "expected the JSON file or a config (.yaml)",

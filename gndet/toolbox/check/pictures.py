@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import keep_pictures
+from gndet.data.datasets.deep_pictures import fitting_range
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, several, skipping_unreadable
-from gndet.data.datasets.images import read_image
+from gndet.data.datasets.images import Reading, Unusual, read_image
 from gndet.data.datasets.segmentation import printable
-from gndet.data.records import Dataset
+from gndet.data.records import Dataset, Finding
 from gndet.data.workers import Death, Failure, map_ahead, usable_cores
 from gndet.errors import DataError
 from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
@@ -30,6 +31,7 @@ from gndet.toolbox.check.report import Checked
 TIME_LIMIT = 120.0  # seconds per picture; 100 million pixels take a while
 IMAGES, COLUMNS = 16, 4  # of the contact sheet: images, images per row
 SIDE = 640  # pixels of the longer side of an image
+RANGED = ("picture-range", "picture-dim", "picture-clipped")  # data.pixel_range changes them
 BARE = ("picture-size", "picture-unrotated")  # drawn without boxes: boxes for another size would be misplaced
 INVISIBLE = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # on the sheet
 
@@ -41,7 +43,7 @@ class PictureFile(NamedTuple):
 
     path: Path
     size: tuple[int, int] | None  # height, width as in the annotation file
-    max_pixels: int
+    reading: Reading
 
 
 class Decoded(NamedTuple):
@@ -49,6 +51,7 @@ class Decoded(NamedTuple):
 
     faults: list[tuple[str, str]]  # code of FAULTS, and words that name the file
     digest: str  # SHA-256 of the file, "" if it cannot be read
+    values: tuple[float, float] | None = None  # least and largest, of a picture of more than 8 bits per channel
 
 
 def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Console | None) -> Checked:
@@ -60,13 +63,14 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     if checked.folder is None or not checked.has_pictures or not len(dataset.records):
         return checked
     records: Any = dataset.records  # packed
-    pictures = [PictureFile(records.path(i), record.size, data.max_pixels) for i, record in enumerate(records)]
+    reading = Reading.of(data)
+    pictures = [PictureFile(records.path(i), record.size, reading) for i, record in enumerate(records)]
     decoded = list(_with_progress(decode_all(pictures, usable_cores()), len(pictures), title, show, console))
-    found = _faults(decoded, pictures, [record.image_id for record in records])
+    found = _with_range(_faults(decoded, pictures, [record.image_id for record in records]).listed(), decoded, reading)
     records.note_digests({i: int(picture.digest[:16] or "0", 16) for i, picture in enumerate(decoded)})
-    keep_pictures(records, found.listed())
+    keep_pictures(records, found)
     earlier = [finding for finding in dataset.findings if not finding.code.startswith("picture-")]
-    findings = in_order([*earlier, *found.listed()])
+    findings = in_order([*earlier, *found])
     if data.skip_unreadable:
         unreadable = sum(any(code in SKIPPABLE for code, _ in picture.faults) for picture in decoded)
         findings = skipping_unreadable(findings, unreadable, len(pictures), data.max_unreadable)
@@ -78,15 +82,30 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
 def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list[int]) -> Findings:
     """Collect the faults of the pictures, and note pictures that are equal."""
     found, first_with = Findings(), dict[str, Path]()
-    for (faults, digest), picture, image_id in zip(decoded, pictures, image_ids, strict=True):
-        path = picture.path
-        for code, words in faults:
+    for shown, picture, image_id in zip(decoded, pictures, image_ids, strict=True):
+        path, digest = picture.path, shown.digest
+        for code, words in shown.faults:
             if code != "file-empty":  # already found while listing the folder
                 found.add(code, f"image {image_id}: {words}", image_id)
         other = first_with.setdefault(digest, path) if digest else path
         if other != path:
             found.add("picture-twice", f"image {image_id}: {path} is equal to {other}", image_id)
     return found
+
+
+def _with_range(findings: Iterable[Finding], decoded: Sequence[Decoded], reading: Reading) -> tuple[Finding, ...]:
+    """Name the data.pixel_range that suits all pictures of the set in the remedies of RANGED."""
+    values = [picture.values for picture in decoded if picture.values is not None]
+    if not values:
+        return tuple(findings)
+    least, most = min(low for low, _ in values), max(high for _, high in values)
+    fitting = fitting_range(least, most)
+    words = f"the set's values go from {least:g} to {most:g}: "
+    if fitting == (reading.pixel_range or (0, 65535)):
+        words += "bring the pictures to one range of values"
+    else:
+        words += f"data.pixel_range=[{fitting[0]:g},{fitting[1]:g}] maps them to 0 to 255"
+    return tuple(found._replace(remedy=words) if found.code in RANGED else found for found in findings)
 
 
 def _with_progress(
@@ -107,17 +126,18 @@ def _with_progress(
 
 def decode(picture: PictureFile) -> Decoded:
     """Decode a picture.  Returns its faults and its file's hash."""
-    faults: list[tuple[str, str]] = []
+    faults, unusual = list[tuple[str, str]](), Unusual()
     try:
         with warnings.catch_warnings(action="ignore"):  # anything unusual becomes a fault
-            read_image(*picture, note=lambda code, words: faults.append((code, f"{picture.path}: {words}")))
+            read_image(*picture, unusual)
+        faults += [(code, f"{picture.path}: {words}") for code, words in unusual.found]
     except Fault as fault:
         faults.append((fault.code, str(fault)))
     try:
         with picture.path.open("rb") as file:
-            return Decoded(faults, hashlib.file_digest(file, "sha256").hexdigest())
+            return Decoded(faults, hashlib.file_digest(file, "sha256").hexdigest(), unusual.values)
     except OSError:
-        return Decoded(faults, "")
+        return Decoded(faults, "", unusual.values)
 
 
 def decode_all(
@@ -174,7 +194,7 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
     except DataError as error:
         if isinstance(error, Fault) and error.code in BARE:
             records: Any = dataset.records  # packed
-            picture = read_image(records.path(index))
+            picture = read_image(records.path(index), None, records.reading)
             return draw_objects(shrunk(picture, record, SIDE)[0], np.zeros((0, 4)), [], [])
         return placard(str(error), SIDE)
 

@@ -20,7 +20,7 @@ import gndet
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
 from gndet.data.batches.transforms import resized
-from gndet.data.datasets.images import read_image
+from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
@@ -151,7 +151,7 @@ def comparison_pictures(
 
 def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.ndarray], str]:
     if path is not None:
-        return [read_image(path)], str(path)
+        return [read_image(path, None, Reading.of(cfg.data))], str(path)
     pictures, reason = [], "it has no pictures"
     try:
         dataset = read_dataset(cfg.data.val, cfg.data)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from gndet.data.datasets.images import picture_size, without_pillow_limit
+from gndet.data.datasets.faults import Findings, describe_finding
+from gndet.data.datasets.images import Reading, Unusual, picture_size, without_pillow_limit
+from gndet.data.datasets.segmentation import printable
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
 from gndet.evaluation.evaluate import detect
@@ -48,20 +50,20 @@ def predict(
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
     data, num, found = detector.config.data, detector.config.evaluation.images_per_gpu, find_sources(sources)
-    max_pixels = data.max_pixels
-    sizes, broken = measured(found.pictures, found.named, lambda file: picture_size(file, max_pixels))
-    rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, max_pixels))
+    reading, told = Reading.of(data), Findings()
+    sizes, broken = measured(found.pictures, found.named, lambda file: _size(file, reading, told))
+    rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, reading.max_pixels))
     broken |= broken_videos
     if broken and not sizes and not rates:
         raise DataError(f"none of {len(broken)} file(s) can be read; {next(iter(broken.values()))}")
-    pictures = Pictures(sizes, max_pixels)
+    pictures = Pictures(sizes, reading)
     reserved = ("sheet.png",) if sheet else ()
     names = unique_names([file.stem for file in pictures.files], ".png", reserved)
     video_names = unique_names([video.stem for video in rates], ".mp4")
     _refuse_overwriting(out, [*names, *video_names, *reserved], [*found.pictures, *found.videos], crops)
     make_folder(out, "--out")
-    for note in found.notes:
-        show(note)
+    for line in [*found.notes, *(line for finding in told.listed() for line in describe_finding(finding))]:
+        show(line)
 
     def report(drawn: Drawn) -> None:
         task = drawn.task
@@ -83,6 +85,15 @@ def predict(
             first += count
         output.save(show)
     _report_broken(broken, found.named, len(found.pictures) + len(found.videos), show)
+
+
+def _size(file: Path, reading: Reading, told: Findings) -> tuple[int, int]:
+    """Return a picture's height and width, and tell what its header shows to be unusual."""
+    unusual = Unusual()
+    size = picture_size(file, reading, unusual)
+    for code, words in unusual.found:
+        told.add(code, f"{printable(str(file))}: {words}")
+    return size
 
 
 def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int]:

@@ -17,7 +17,7 @@ from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
 from gndet.data.datasets.exports.pictures import Export, Picture
 from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import ImageFolder
-from gndet.data.datasets.images import picture_size
+from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.packed import Image
 from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Finding, Tell
@@ -51,10 +51,11 @@ def inspect_export(
     try:
         export = open_export(annotations, images, split)
         files = ImageFolder(export.images)
-        read = partial(_inspect, export, annotations, files, data, found)
+        reading = Reading.of(data)
+        read = partial(_inspect, export, annotations, files, reading, found)
         way = (open_export.__name__, split)
         with gc_paused():
-            dataset = cached(data.cache, annotations, files, data.max_pixels, read, tell, export.files, way)
+            dataset = cached(data.cache, annotations, files, reading, read, tell, export.files, way)
         return dataset._replace(notes=(*export.notes, *dataset.notes))
     except Fault as fault:
         found.add(fault.code, str(fault))
@@ -63,10 +64,10 @@ def inspect_export(
     return Dataset(str(annotations), (), (), [], found.listed())
 
 
-def _inspect(export: Export, annotations: Path, files: ImageFolder, data: DataConfig, found: Findings) -> Dataset:
+def _inspect(export: Export, annotations: Path, files: ImageFolder, reading: Reading, found: Findings) -> Dataset:
     for code, words in export.findings:
         found.add(code, words)
-    parts = list(_parts(export, files, data.max_pixels))
+    parts = list(_parts(export, files, reading))
     names = export.classes or tuple(sorted({name for part in parts for name in part.names}))
     images: list[Image] = []
     columns: list[Columns] = []
@@ -84,7 +85,7 @@ def _inspect(export: Export, annotations: Path, files: ImageFolder, data: DataCo
         num_objects += int(part.columns.all_ids.max(initial=0))
     _note_twins(images, found)
     named = dict(enumerate(names, start=1))
-    dataset = assemble(str(annotations), images, named, end_to_end(columns), files.home, data.max_pixels, found)
+    dataset = assemble(str(annotations), images, named, end_to_end(columns), files.home, reading, found)
     findings = tuple(finding for finding in dataset.findings if finding.code not in USUAL)
     return dataset._replace(findings=in_order(findings), declared=export.classes is not None)
 
@@ -104,10 +105,10 @@ def _note_twins(images: list[Image], found: Findings) -> None:
         owners.setdefault(image.path, image.file_name)
 
 
-def _parts(export: Export, files: ImageFolder, max_pixels: int) -> Iterator[Part]:
+def _parts(export: Export, files: ImageFolder, reading: Reading) -> Iterator[Part]:
     """Parse and check the units of an export, in processes if there are many.  Raises MachineError if one is killed."""
     starts = range(0, len(export.units), PART)
-    read = partial(_read_part, export, files, max_pixels)
+    read = partial(_read_part, export, files, reading)
     if len(starts) < 2:
         yield read(0)
         return
@@ -121,13 +122,13 @@ def _parts(export: Export, files: ImageFolder, max_pixels: int) -> Iterator[Part
         yield result
 
 
-def _read_part(export: Export, files: ImageFolder, max_pixels: int, start: int) -> Part:
+def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int) -> Part:
     """Parse and check PART units."""
     found = Findings()
 
     def size_of(file_name: str) -> tuple[int, int]:
         path, _ = files.find(file_name, suggest=found.wants_example("file-missing"))
-        return picture_size(files.home / path, max_pixels)
+        return picture_size(files.home / path, reading)
 
     pictures: list[Picture] = []
     for unit in export.units[start : start + PART]:
@@ -156,6 +157,6 @@ def _read_part(export: Export, files: ImageFolder, max_pixels: int, start: int) 
             items.append(item | {
                 "id": len(items) + 1, "image_id": number, "category_id": names.get(item["category"], 0)
             })  # fmt: skip
-    images, sizes = read_images(entries, files, max_pixels, found)
+    images, sizes = read_images(entries, files, reading.max_pixels, found)
     columns, _ = read_columns(items, Known.of(sizes, names.values()), found)
     return Part(len(pictures), images, [] if export.classes else list(names), columns, found.listed())

@@ -210,6 +210,9 @@ FAULTS: dict[str, Kind] = {
     "picture-range": Kind(
         REFUSED, "pictures of 32 bits per channel without data.pixel_range", "data.pixel_range=[LOW,HIGH] sets it"
     ),
+    "picture-truncated": Kind(
+        FIXED, "JPEG files that end early, read but for their last rows", "fetch them again if these rows matter"
+    ),
     "picture-turned": Kind(
         FIXED, "pictures rotated as their EXIF says", "if they were annotated as stored, set data.exif=stored"
     ),

@@ -16,6 +16,7 @@ from gndet.config.schema import DataConfig
 from gndet.data.datasets.deep_pictures import Depth, all_values, depth_of, judge, to_8_bits
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import EMPTY, FILE, PICTURE, read_head, what_is
+from gndet.data.datasets.short_jpeg import read_short
 from gndet.data.records import Record
 from gndet.errors import DataError, MachineError
 
@@ -88,7 +89,7 @@ def read_image(
     without a pixel_range; raises MachineError if there are too many open files or too little memory.
     """
     with _opened(path, reading.max_pixels) as opened:
-        image, depth, orientation = _decoded(opened)
+        image, depth, orientation = _decoded(opened, path, unusual)
         rgb = _to_rgb(image, depth, path, reading.pixel_range, unusual)
         turned = image.format == "TIFF"  # by Pillow, while it loads
         if orientation in TURNS and turned != (reading.exif == "turn"):
@@ -103,8 +104,8 @@ def read_image(
     return pixels
 
 
-def _decoded(image: Image.Image) -> tuple[Image.Image, Depth, Any]:
-    """Decode an opened picture.  Returns it with its depth and orientation."""
+def _decoded(image: Image.Image, path: Path, unusual: Unusual | None) -> tuple[Image.Image, Depth, Any]:
+    """Decode an opened picture.  Returns it, or what can be read of a JPEG file, with its depth and orientation."""
     depth = depth_of(image)
     if image.format == "TIFF":
         orientation, file = _orientation(image), cast(Any, image)  # Pillow forgets it when it turns the picture
@@ -112,7 +113,18 @@ def _decoded(image: Image.Image) -> tuple[Image.Image, Depth, Any]:
             file.filename = ""  # else Pillow maps an uncompressed file into memory in its turned size, and garbles it
         image.load()
         return image, depth, orientation
-    image.load()
+    try:
+        image.load()
+    except OSError as error:
+        found = None if error.errno in MACHINE_ERRORS or image.format != "JPEG" else read_short(path)
+        if found is None:
+            raise
+        image, made_up = found
+        if unusual is not None:
+            rows = (
+                f"the last {made_up} of {image.height} rows are made up" if made_up else "only its end mark is missing"
+            )
+            unusual.found.append(("picture-truncated", rows))
     return image, depth, _orientation(image)
 
 

@@ -256,7 +256,7 @@ def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     assert summary["classes"] == [
         {"id": 1, "name": "cat", "objects": 4, "images": 2}, {"id": 2, "name": "dog", "objects": 1, "images": 1},
     ]  # fmt: skip
-    assert "2 images of 40 x 30 to 64 x 50 pixels (2 sizes), 5 objects, 2.5 per image, at most 3" in text
+    assert "2 images of 40 x 30 and 64 x 50 pixels, 5 objects, 2.5 per image, at most 3" in text
 
 
 def test_nothing_is_written_among_the_data(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
 from gndet.files import text_table
 
+SIDES = ("widths", "heights")
 LISTED_CLASSES = 100  # others are only counted
 SMALL, LARGE = 32**2, 96**2  # pixels of area, as COCO's metric divides objects
 
@@ -49,7 +50,7 @@ def finding_lines(findings: Sequence[Finding]) -> list[str]:
 
 
 def summarize(dataset: Dataset) -> dict[str, Any]:
-    """Count images, sizes (width, height), objects and classes of a data set."""
+    """Count images, sizes (width, height), objects and classes of a data set; widths, heights: least and largest."""
     num, sizes, counts, areas, crowd = len(dataset.classes), set(), [], [np.zeros(0)], 0
     objects, images = np.zeros((2, num), dtype=np.int64)
     for record in dataset.records:
@@ -61,25 +62,37 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
         images += np.bincount(np.unique(record.labels), minlength=num)
     classes = zip(dataset.category_ids, dataset.classes, objects.tolist(), images.tolist(), strict=True)
     return {
-        "images": len(counts), "sizes": len(sizes), "smallest": min(sizes, default=None, key=np.prod),
-        "largest": max(sizes, default=None, key=np.prod), "objects": sum(counts), "crowd_regions": crowd,
+        "images": len(counts), "sizes": len(sizes), "smallest": min(sizes, default=None, key=_by_pixels),
+        "largest": max(sizes, default=None, key=_by_pixels), "objects": sum(counts), "crowd_regions": crowd,
+        **{side: (min(ends), max(ends)) for side, ends in zip(SIDES, zip(*sizes, strict=True), strict=False)},
         "most_objects": max(counts, default=0),
         "small_medium_large": np.histogram(np.concatenate(areas), [0, SMALL, LARGE, np.inf])[0].tolist(),
         "classes": [{"id": id, "name": name, "objects": n, "images": m} for id, name, n, m in classes],
     }  # fmt: skip
 
 
+def _by_pixels(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    return size[0] * size[1], size
+
+
+def sizes_in_words(summary: dict[str, Any]) -> str:
+    """Name one or two sizes as width x height; give the ends of the widths and heights of more."""
+    if summary["sizes"] <= 2:
+        named = dict.fromkeys((summary["smallest"], summary["largest"]))
+        return f"{' and '.join(f'{width} x {height}' for width, height in named)} pixels"
+    widths, heights = (f"{low} to {high}" if low < high else f"{low}" for low, high in (summary[k] for k in SIDES))
+    return f"widths {widths}, heights {heights} pixels ({summary['sizes']} sizes)"
+
+
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """Write out a summary."""
     if not summary["images"]:
         return ["  no image is left"]
-    (w, h), (wide, high), total = summary["smallest"], summary["largest"], max(summary["objects"], 1)
-    sizes = f"{w} x {h} pixels"
-    if summary["sizes"] > 1:
-        sizes = f"{w} x {h} to {wide} x {high} pixels ({summary['sizes']} sizes)"
+    total = max(summary["objects"], 1)
     small, medium, large = (f"{100 * count / total:.0f} %" for count in summary["small_medium_large"])
+    images, objects = several(summary["images"], "image"), several(summary["objects"], "object")
     lines = [
-        f"  {several(summary['images'], 'image')} of {sizes}, {several(summary['objects'], 'object')}, "
+        f"  {images} of {sizes_in_words(summary)}, {objects}, "
         f"{summary['objects'] / summary['images']:.1f} per image, at most {summary['most_objects']}",
         f"  objects: {small} small (area under 32 x 32 pixels), {medium} medium, {large} large (96 x 96 or more)",
     ]

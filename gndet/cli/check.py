@@ -8,11 +8,11 @@ from gndet.cli.arguments import Options, Verbs, add_overrides, say
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("check", help="check a data set for errors before training on it")
-    verb.add_argument("source", help="config (checks its data.train and data.val), or a COCO JSON file")
+    verb.add_argument("source", help="config (its data.train and data.val), data folder, or annotation file")
     add_overrides(verb)
     verb.add_argument("--images", action="store_true", help="also decode every picture")
     verb.add_argument(
-        "--image-folder", type=Path, metavar="FOLDER", help="pictures of a JSON file (default: search near it)"
+        "--image-folder", type=Path, metavar="FOLDER", help="pictures of an annotation file (default: search near it)"
     )
     verb.add_argument("--sheet", type=Path, metavar="FILE", help="draw images with boxes and masks into this PNG file")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write the report here as JSON")

@@ -13,14 +13,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gndet import __version__
-from gndet.cli import analyze, check, config, convert, doctor, evaluate, export
+from gndet.cli import analyze, check, config, convert, convert_data, doctor, evaluate, export
 
 # isort: split
 from gndet.cli import invariance, norm_study, norms, predict, report, train
 from gndet.errors import GndetError, Preempted
 
 FILES = (
-    train, evaluate, predict, export, report, analyze, norm_study, doctor, invariance, convert, norms, check, config,
+    train, evaluate, predict, export, report, analyze, norm_study, doctor, invariance, convert, norms, check,
+    convert_data, config,
 )  # fmt: skip
 VERBS = {file.__name__.rpartition(".")[2].replace("_", "-"): file for file in FILES}
 

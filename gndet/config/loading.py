@@ -105,7 +105,7 @@ def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got {type(tree).__name__}")
     if "names" in tree and not YOLO_KEYS.isdisjoint(tree):
-        raise ConfigError(f"{path}: is a YOLO data file, expected a config; convert the data to COCO's JSON")
+        raise ConfigError(f"{path}: is a YOLO data file, expected a config; data.root=FOLDER reads its folder")
     base = tree.pop("base", None)
     result: dict[str, Any] = {}
     if base is not None:

@@ -272,27 +272,26 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """One data set."""
 
-    kind: Literal["coco", "shapes"] = "coco"  # coco: a COCO JSON file; shapes: pictures drawn from a seed
-    annotations: str = ""  # coco: the JSON file, relative to data.root
-    images: str = ""  # coco: the image folder, relative to data.root
+    # auto: what the files are; shapes: pictures drawn from a seed
+    kind: Literal["auto", "coco", "yolo", "voc", "labelme", "cvat", "via", "shapes"] = "auto"
+    annotations: str = ""  # the file or folder with the annotations, relative to data.root; empty: found in data.root
+    images: str = ""  # the image folder, relative to data.root; empty: found near the annotations
+    split: str = ""  # which set of a folder that holds several: train, val, test (default: the name of the section)
+    # val: take this share of the images of data.train, which then trains on the others
+    share: float | None = Field(None, gt=0, lt=1)
     limit: int | None = Field(None, ge=1)  # use the first so many images only [images]
     count: int = Field(400, ge=1)  # shapes: size of the data set [images]
     size: int = Field(160, ge=64)  # shapes: side of the square picture [pixels]
-    seed: int = Field(0, ge=0, lt=1 << 63)  # shapes: another seed draws other pictures
-
-    @model_validator(mode="after")
-    def _coco_names_its_file(self) -> "DatasetConfig":
-        if self.kind == "coco" and not self.annotations:
-            raise ValueError("kind: coco needs `annotations`, a COCO JSON file relative to data.root")
-        return self
+    # shapes: another seed draws other pictures; share: another seed takes other images
+    seed: int = Field(0, ge=0, lt=1 << 63)
 
 
 class DataConfig(Section):
     """Data sets, sizes and augmentation."""
 
-    root: str = "datasets"  # folder that `annotations` and `images` are relative to
-    train: DatasetConfig = DatasetConfig(annotations="annotations/instances_train2017.json", images="train2017")
-    val: DatasetConfig = DatasetConfig(annotations="annotations/instances_val2017.json", images="val2017")
+    root: str = "datasets"  # folder of the data; `annotations` and `images` are relative to it
+    train: DatasetConfig = DatasetConfig(split="train")
+    val: DatasetConfig = DatasetConfig(split="val")
     classes: tuple[str, ...] | None = None  # names of the classes to use, in this order; null uses all
     # training: resize the shorter edge to one of these, drawn per image [pixels]. Source: detectron2
     shortest_edge: tuple[Edge, ...] = Field((640, 672, 704, 736, 768, 800), min_length=1)
@@ -325,6 +324,22 @@ class DataConfig(Section):
                 f"expected the value of black, then a larger one of white, got {values[0]:g}, {values[1]:g}"
             )
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_name_their_split(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        parts = {name: values[name] for name in ("train", "val") if isinstance(values.get(name), dict)}
+        return values | {name: part | {"split": part.get("split") or name} for name, part in parts.items()}
+
+    @model_validator(mode="after")
+    def _a_share_is_taken_from_train(self) -> "DataConfig":
+        if self.train.share is not None:
+            raise ValueError("train.share: only val takes a share, of the images of train; set val.share")
+        if self.val.share is not None and (self.val.annotations or self.val.images or self.train.kind == "shapes"):
+            raise ValueError("val.share takes images of train; val.share=null lets val have annotations and images")
+        return self
 
 
 class OptimizerConfig(Section):

@@ -62,7 +62,7 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
 
     Raises DataError if the classes of the data set differ from those of the detector.
     """
-    dataset = read_dataset(detector.config.data.val, detector.config.data)
+    dataset = read_dataset(detector.config.data.val, detector.config.data, known=detector.classes)
     if dataset.classes != detector.classes:
         raise DataError(
             f"{dataset.name}: has the classes {', '.join(dataset.classes)}; the detector knows "

@@ -48,7 +48,8 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("train: {ema: .nan}\n", r"a\.yaml:1: train\.ema"),
         ("seed: 1\nseed: 2\n", r"a\.yaml:2: key seed is given twice"),
         ("model: {norm: {kind: bn, padding: masked}}\n", r"padding: masked is not available for kind: bn"),
-        ("data: {train: {kind: coco}}\n", r"data\.train: kind: coco needs `annotations`"),
+        ("data: {train: {share: 0.5}}\n", r"a\.yaml:1: data: train\.share: only val takes a share"),
+        ("data: {val: {share: 0.2, images: x}}\n", r"a\.yaml:1: data: val\.share takes images of train"),
         ("train: {global_batch: 3, images_per_gpu: 4}\n", r"train\.images_per_gpu: 4 is more than .*batch: 3"),
         (
             "model: {norm: {kind: bn}}\ntrain: {global_batch: 3}\n",

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import pytest
-from exported import assert_equal, codes, examples, first_pictures, make_pictures, read, window
+from labeled import assert_equal, codes, examples, first_pictures, make_pictures, read, window
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.exports.cvat import cvat_sets, open_cvat

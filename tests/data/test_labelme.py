@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import assert_equal, codes, examples, first_pictures, make_pictures, read, window
+from labeled import assert_equal, codes, examples, first_pictures, make_pictures, read, window
 from PIL import Image
 from pycocotools import mask as coco_mask
 

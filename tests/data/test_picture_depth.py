@@ -13,8 +13,8 @@ from PIL import Image
 
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config, DataConfig, DatasetConfig
-from gndet.data.datasets.coco import read_coco
 from gndet.data.datasets.images import Reading, Unusual, picture_record, picture_size, read_image
+from gndet.data.datasets.reading import read_dataset
 from gndet.errors import ConfigError, DataError
 from gndet.toolbox.check.check import check
 
@@ -211,9 +211,9 @@ def test_the_range_reaches_the_records_of_training_and_prediction(tmp_path: Path
     cfg = with_overrides(Config(), ["data.pixel_range=[0,4095]", f"data.cache={tmp_path / 'cache'}"], "a test")
     part = DatasetConfig(annotations=str(path), images=str(tmp_path / "data" / "images"))
     for _ in range(2):  # read, then from the cache
-        (record,) = read_coco(part, cfg.data).records
+        (record,) = read_dataset(part, cfg.data).records
         assert np.array_equal(record.load(), mapped(values, *RANGE))
-    (plain,) = read_coco(part, DataConfig(cache=str(tmp_path / "cache"), train=part)).records
+    (plain,) = read_dataset(part, DataConfig(cache=str(tmp_path / "cache"), train=part)).records
     assert np.array_equal(plain.load(), mapped(values, 0, 65535))  # another entry of the cache
     saved = config_from_dict(json.loads(cfg.model_dump_json()), "a checkpoint")
     file = tmp_path / "data" / "images" / "a.png"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import assert_equal, codes, examples, first_pictures, make_pictures, read
+from labeled import assert_equal, codes, examples, first_pictures, make_pictures, read
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.exports.via import open_via

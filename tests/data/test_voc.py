@@ -135,7 +135,7 @@ def test_an_export_that_is_not_divided_is_the_training_set(tmp_path: Path, layou
     assert list(boxes(dataset).values()) == [[PIXELS]] and codes(dataset) == {}
     assert boxes(read(next(tmp_path.rglob("*.xml")))).values() != []
     missing = read(tmp_path, "val")
-    assert codes(missing) == {"set-missing": 1} and "share: 0.2" in words(missing)
+    assert codes(missing) == {"set-missing": 1} and "share=0.2" in words(missing)
     assert list(boxes(read(tmp_path, "val", images=next(tmp_path.rglob("a.png")).parent)).values()) == [[PIXELS]]
 
 

@@ -157,7 +157,7 @@ def test_an_export_that_is_not_divided_is_the_training_set(tmp_path: Path, layou
     assert set(map(str, boxes(dataset).values())) == {str([PIXELS])} and codes(dataset) == {}
     assert boxes(read(tmp_path, "")) == boxes(dataset)
     missing = read(tmp_path, "val")
-    assert codes(missing) == {"set-missing": 1} and "share: 0.2" in words(missing)
+    assert codes(missing) == {"set-missing": 1} and "share=0.2" in words(missing)
     images = next(path for path in tmp_path.rglob("*.png")).parent
     assert boxes(read(tmp_path, "val", images=images)).keys() == {path.name for path in images.iterdir()} - {
         path.name for path in images.iterdir() if path.suffix != ".png"

@@ -141,7 +141,7 @@ def test_equal_pictures_of_other_names_are_found_in_both_sets(tmp_path: Path) ->
 
 FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda p: p.unlink(), "json-unreadable"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "json-unreadable"),
+    "a folder": (lambda p: (p.unlink(), p.mkdir()), "data-unknown"),
     "a pipe": (lambda p: (p.unlink(), os.mkfifo(p)), "json-unreadable"),
     "zip": (lambda p: zipfile.ZipFile(p, "w").writestr("../canary", "x"), "json-archive"),
     "tar": (lambda p: tar(p), "json-archive"),
@@ -331,7 +331,7 @@ def test_masks_are_not_required_if_none_are_trained(tmp_path: Path) -> None:
 def test_options_without_effect_on_a_json_file_are_refused(tmp_path: Path) -> None:
     path = Hostile(tmp_path / "data").write()
     for word in ("data.train.limit=1", "seed=3", "data={cache: x}"):
-        with pytest.raises(ConfigError, match="has no effect on a JSON file by itself"):
+        with pytest.raises(ConfigError, match="has no effect on data without a config"):
             check(str(path), [word], lambda _: None)
     _, report, text = report_of(tmp_path, path, "data.classes=[dog]")
     assert report["sets"][0]["summary"]["objects"] == 1 and "only 1 of 2 classes are used" in text
@@ -378,8 +378,6 @@ def test_names_from_the_file_cannot_control_the_terminal(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"<?xml version='1.0'?><annotation/>", "an XML file; Pascal VOC is not read: convert it to COCO"),
-        (b"<annotation><folder/></annotation>", "an XML file; Pascal VOC is not read"),
         (b"\x89PNG\r\n\x1a\n", "it is a picture"),
     ],
 )
@@ -388,12 +386,9 @@ def test_an_annotation_file_that_is_not_json_is_named_by_its_kind(tmp_path: Path
     assert words in report_of(tmp_path, tmp_path / "a.json")[2]
 
 
-def test_a_folder_and_a_yolo_file_are_named_by_their_kind(tmp_path: Path) -> None:
-    assert "is a folder, expected" in report_of(tmp_path, tmp_path)[2]
-    assert "expected the JSON file or a config (.yaml)" in report_of(tmp_path, tmp_path)[2]
-    (tmp_path / "data.yaml").write_text("path: x\ntrain: images/train\nval: images/val\nnames: {0: cat}\n")
-    with pytest.raises(ConfigError, match="a YOLO data file, expected a config"):
-        check(str(tmp_path / "data.yaml"), [], lambda _: None)
+def test_a_folder_without_data_is_refused_by_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    assert "is empty" in report_of(tmp_path, tmp_path / "none")[2]
 
 
 def test_an_id_out_of_range_is_reported_as_such(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import cached
 from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, Size, read_columns, to_integer, with_ids
 from gndet.data.datasets.faults import Fault, Findings, in_order
-from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, split_name, what_is
+from gndet.data.datasets.image_folder import FILE, HEAD, ImageFolder, split_name, what_is
 from gndet.data.datasets.images import Reading
 from gndet.data.datasets.json_parts import Cut, NotInParts, read_around, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
@@ -25,14 +25,6 @@ from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Tell
 
 LISTS = ("images", "annotations", "categories")
-
-
-def read_coco(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
-    """Read and check the COCO JSON file cfg.annotations and the listing of its image folder cfg.images.
-
-    Returns the images in the file's order; labels number the categories by ascending id.  The findings list the faults.
-    """
-    return inspect_file(Path(data.root) / cfg.annotations, Path(data.root) / cfg.images, data, tell)
 
 
 def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell | None = None) -> Dataset:
@@ -92,7 +84,6 @@ def _refuse_other_kinds(path: Path) -> None:
         kind = what_is(file.read(HEAD))
     if kind != FILE:
         code = "json-archive" if "archive" in kind else "json-broken"
-        kind += "; Pascal VOC is not read: convert it to COCO's format" if kind == XML else ""
         raise Fault(code, f"{path}: not a JSON file: it is {kind}")
 
 

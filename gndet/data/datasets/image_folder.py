@@ -3,8 +3,11 @@
 import difflib
 import errno
 import hashlib
+import json
 import os
+import re
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,3 +190,39 @@ def what_is(head: bytes) -> str:
     if head.startswith(PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return PICTURE
     return FILE
+
+
+NAMES_TRIED = 100
+
+
+def guess_folder(path: Path) -> Path | None:
+    """Find a folder, beside a JSON file or its folder, that has one of its pictures or is named after it.
+
+    For annotations/instances_train2017.json, try train2017, images/train2017 and images first, then all others.
+    """
+    stem = path.stem.split("_", 1)[-1]
+    with suppress(OSError):  # the reader reports what it cannot read
+        names, named = _first_names(path), []
+        for base in path.absolute().parents[:2] if names else ():
+            alike = [base / stem, base / "images" / stem]
+            named += alike
+            for folder in [*alike, base / "images", base / path.stem, base, *sorted(base.iterdir())]:
+                if any(os.path.isfile(folder / name) for name in names):
+                    return folder
+        return next(filter(Path.is_dir, named), None)
+    return None
+
+
+def _first_names(path: Path) -> list[str]:
+    """List the first pictures that a JSON file names, except names that cannot be in a folder beside it."""
+    text, names = path.read_bytes() if path.is_file() else b"", []
+    for found in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
+        try:
+            name = json.loads(found[1])
+        except ValueError:
+            continue
+        if name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts:
+            names.append(name.encode("utf-8", "replace").decode())
+        if len(names) == NAMES_TRIED:
+            break
+    return names

@@ -1,13 +1,13 @@
 """Read a data set of any kind; to read the code of this folder, start here.
 
-Each kind has a reader that checks its files and keeps what is valid; faults go to `Dataset.findings`, and `faults`
-decides their outcomes.  This file applies the options that all kinds share (limit, classes, masks) and compares train
-with val.
+`layout` finds out what the files are.  Each kind has a reader that checks them and keeps what is valid; faults go to
+`Dataset.findings`, and `faults` decides their outcomes.  This file applies the options that all kinds share (share,
+limit, classes, masks) and compares train with val.
 """
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,32 +15,101 @@ from pathlib import Path
 import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.datasets.coco import read_coco
-from gndet.data.datasets.faults import SKIPPABLE, Findings, in_order, refuse, skipping_unreadable
+from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.exports.cvat import open_cvat
+from gndet.data.datasets.exports.engine import Opener, inspect_export
+from gndet.data.datasets.exports.labelme import open_labelme
+from gndet.data.datasets.exports.via import open_via
+from gndet.data.datasets.exports.voc import open_voc
+from gndet.data.datasets.exports.yolo import open_yolo
+from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, refuse, skipping_unreadable
+from gndet.data.datasets.image_folder import guess_folder
+from gndet.data.datasets.layout import Source, choose, find_sets, source_of
 from gndet.data.datasets.packed import PackedRecords, count_objects, relabeled
 from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
+from gndet.data.datasets.splitting import chosen
 from gndet.data.records import Dataset, Finding, Record, Tell
 
-READERS: dict[str, Callable[..., Dataset]] = {"coco": read_coco, "shapes": read_shapes}  # (cfg, data, tell)
+OPENERS: dict[str, Opener] = {
+    "cvat": open_cvat, "labelme": open_labelme, "via": open_via, "voc": open_voc, "yolo": open_yolo,
+}  # fmt: skip
 LISTED, KNOWN = 5, 10  # how many differing names to show, and how many known ones
 
 
-def read_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False) -> Dataset:
+def read_dataset(
+    cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, known: Sequence[str] = ()
+) -> Dataset:  # fmt: skip
     """Read and check a data set of cfg.kind.  If data.classes is given, keep only these classes, in this order.
 
     Images without an object of these classes stay; cfg.limit keeps only the first images.
-    masks: refuse objects without a mask.  Raises a DataError that lists everything that is refused.
+    masks: refuse objects without a mask.  known: as in `inspect_dataset`.
+    Raises a DataError that lists everything that is refused.
     """
-    return refuse(inspect_dataset(cfg, data, masks=masks))
+    return refuse(inspect_dataset(cfg, data, masks=masks, known=known))
 
 
-def inspect_dataset(cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, tell: Tell | None = None) -> Dataset:
+def inspect_dataset(
+    cfg: DatasetConfig, data: DataConfig, *, masks: bool = False, known: Sequence[str] = (), tell: Tell | None = None
+) -> Dataset:
     """Read like `read_dataset`, but list what is refused in the findings; the records hold the rest.
 
+    known: classes that annotations that declare none may lack; by default, those of data.train.
     tell: called with a line before a long wait.
     """
-    return as_configured(READERS[cfg.kind](cfg, data, tell), cfg.limit, data, masks=masks)
+    dataset = _read(cfg, data, tell)
+    if not (known or dataset.declared or _is_train(cfg, data) or cfg.share is not None):
+        known = _read(data.train, data, tell).classes
+    dataset = with_known(dataset, known)
+    return as_configured(_shared(dataset, cfg, data), cfg.limit, data, masks=masks)
+
+
+def _read(cfg: DatasetConfig, data: DataConfig, tell: Tell | None) -> Dataset:
+    if cfg.kind == "shapes":
+        return read_shapes(cfg, data)
+    try:
+        return inspect_source(source_in(cfg, data), data, tell)
+    except Fault as fault:
+        found = Findings()
+        found.add(fault.code, str(fault))
+        return Dataset(str(Path(data.root).expanduser() / cfg.annotations), (), (), [], found.listed())
+
+
+def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
+    """Find where a data set lies, and in which format.  Raises Fault if it is not there."""
+    if cfg.share is not None:
+        cfg = data.train
+    root, split = Path(data.root).expanduser(), cfg.split or "train"
+    images = root / Path(cfg.images).expanduser() if cfg.images else None
+    if cfg.annotations:
+        return source_of(root / Path(cfg.annotations).expanduser(), images, cfg.kind, split)
+    source = choose(root, find_sets(root, cfg.kind), split)
+    return source if images is None else source._replace(images=images)
+
+
+def inspect_source(source: Source, data: DataConfig, tell: Tell | None = None) -> Dataset:
+    """Read and check the annotations of a source, and the listing of its image folder."""
+    kind, annotations, images, split = source
+    if kind == "coco":
+        return inspect_file(annotations, images or guess_folder(annotations) or annotations.parent, data, tell)
+    return inspect_export(OPENERS[kind], annotations, images, split, data, tell)
+
+
+def _is_train(cfg: DatasetConfig, data: DataConfig) -> bool:
+    return (cfg.kind, cfg.annotations, cfg.split) == (data.train.kind, data.train.annotations, data.train.split)
+
+
+def _shared(dataset: Dataset, cfg: DatasetConfig, data: DataConfig) -> Dataset:
+    """Keep the share of the images that data.val takes, or what it leaves for data.train."""
+    share = data.val.share
+    if share is None or not (_is_train(cfg, data) or cfg.share) or not isinstance(dataset.records, PackedRecords):
+        return dataset
+    taken = chosen(dataset.records, len(dataset.classes), share, data.val.seed)
+    places = np.flatnonzero(taken if cfg.share else ~taken)
+    part = "data.val takes them" if cfg.share else "data.val takes the others"
+    note = f"{len(places)} of {len(taken)} images: {part} (share {share:g}, seed {data.val.seed})"
+    records = replace(dataset.records, places=[dataset.records.places[place] for place in places.tolist()])
+    return dataset._replace(records=records, notes=(*dataset.notes, note))
 
 
 def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> tuple[Dataset, Dataset]:
@@ -68,6 +137,17 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
         dataset = without_masks(dataset)
         _find_missing_masks(dataset.records, found)
     return _with_findings(dataset, found)
+
+
+def with_known(dataset: Dataset, known: Sequence[str]) -> Dataset:
+    """Add classes that do not occur in annotations that declare none: a set may lack a rare class."""
+    classes = tuple(sorted({*dataset.classes, *known}))
+    if dataset.declared or classes == dataset.classes or not isinstance(dataset.records, PackedRecords):
+        return dataset
+    labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
+    note = f"{len(classes) - len(labels)} of the {len(classes)} classes do not occur"
+    records, ids = replace(dataset.records, labels=labels), tuple(range(1, len(classes) + 1))
+    return dataset._replace(classes=classes, category_ids=ids, records=records, notes=(*dataset.notes, note))
 
 
 def without_masks(dataset: Dataset) -> Dataset:
@@ -99,7 +179,8 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> 
     labels = np.full(len(dataset.classes), -1)
     labels[old] = np.arange(len(names))
     if isinstance(dataset.records, PackedRecords):
-        records: Sequence[Record] = replace(dataset.records, labels=labels)
+        before = dataset.records.labels  # of `with_known`
+        records: Sequence[Record] = replace(dataset.records, labels=labels if before is None else labels[before])
     else:
         records = [relabeled(record, labels) for record in dataset.records]
     category_ids = tuple(dataset.category_ids[index] for index in old)

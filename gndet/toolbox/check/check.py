@@ -1,13 +1,12 @@
 """`gndet check`: list everything that is wrong with a data set, before training waits for a GPU.
 
 The data readers do the checking (`datasets/faults.py` holds the outcomes).  This file reads both sets of a config, or
-one JSON file, decodes the pictures on request, and reports.  It writes only the requested files, and never among the
-user's data.
+all sets of a folder or file, decodes the pictures on request, and reports.  It writes only the requested files, and
+never among the user's data.
 """
 
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,23 +18,36 @@ from rich.console import Console
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
-from gndet.data.datasets.faults import REFUSED
-from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
-from gndet.data.datasets.reading import as_configured, between, inspect_both, without_masks
+from gndet.data.datasets.faults import REFUSED, Fault, Findings
+from gndet.data.datasets.formats import sniff
+from gndet.data.datasets.image_folder import PICTURE, guess_folder, read_head, what_is
+from gndet.data.datasets.layout import Source, find_sets, source_of
+from gndet.data.datasets.packed import PackedRecords
+from gndet.data.datasets.reading import (
+    as_configured,
+    between,
+    inspect_both,
+    inspect_source,
+    source_in,
+    with_known,
+    without_masks,
+)  # fmt: skip
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.drawing import save_picture
-from gndet.files import make_room_for, write_whole
+from gndet.files import make_room_for, text_table, write_whole
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 
 NAMES_TRIED = 100  # file names of a JSON file to try when looking for its image folder
-ALONE = (  # options that matter for a JSON file checked by itself
+ALONE = (  # options that matter for data checked without a config
     "data.cache", "data.classes", "data.exif", "data.max_pixels", "data.max_unreadable", "data.pixel_range",
     "data.skip_unreadable", "model.masks",
 )  # fmt: skip
-REMEDIES = {  # for a JSON file checked by itself, without a config
-    "json-unreadable": "expected the JSON file or a config (.yaml)",
+REMEDIES = {  # for data checked without a config
+    "json-unreadable": "expected an annotation file, a data folder, or a config (.yaml)",
+    "data-unknown": "expected a data folder, an annotation file, or a config (.yaml)",
+    "set-twice": "check each of them by itself",
     "folder-missing": "--image-folder names the folder of the pictures",
     "file-missing": "does --image-folder name their folder? upper and lower case matter",
 }
@@ -48,30 +60,33 @@ class Plan(NamedTuple):
 
     data: DataConfig
     masks: bool | None  # model.masks; None if not given
-    path: Path | None  # a JSON file checked by itself
-    folders: dict[str, Path]  # of the pictures, by train, val, or "" for a JSON file by itself
+    sources: dict[str, Source] | None  # of a folder or file, by set ("" if it has no name); None for a config
+    folders: list[Path]  # that hold pictures
     kept: list[Path]  # the user's files, never overwritten
+    fault: Fault | None = None  # why a folder or file has no sets
 
 
 def check(
     source: str, overrides: Sequence[str], show: Show, *, image_folder: Path | None = None, images: bool = False,
     sheet: Path | None = None, out: Path | None = None, console: Console | None = None,
 ) -> bool:  # fmt: skip
-    """Check the data of a config or a COCO JSON file, and show the findings line by line.
+    """Check the data of a config, a folder or an annotation file, and show the findings line by line.
 
-    image_folder: the pictures of a JSON file; by default, a folder near it is used.  images: decode every picture.
+    image_folder: the pictures of a file; by default, a folder near it is used.  images: decode every picture.
     sheet: file for a picture of the data.  out: file for the report as JSON.  console: a terminal for a progress bar.
     Returns whether nothing is refused.  Raises ConfigError and OutputError, but never for a fault of the data.
     """
     plan = _plan(source, overrides, image_folder, show)
     _refuse_outputs(plan, sheet, out)
-    sets = [_read_alone(plan, show)] if plan.path else _read_both(plan, show)
+    sets = _read_both(plan, show) if plan.sources is None else _read_alone(plan, plan.sources, show)
     option = "--images" if images else "--sheet" if sheet else ""
-    if option and plan.path and not plan.folders and sets[0].dataset.classes:
-        raise OutputError(f"{plan.path}: {option} needs the pictures; --image-folder names them")
+    for checked in sets if option and plan.sources else ():
+        if checked.folder is None and checked.dataset.classes:
+            raise OutputError(f"{checked.dataset.name}: {option} needs the pictures; --image-folder names them")
     if images:
         sets = [decode_pictures(checked, plan.data, show, console) for checked in sets]
-    both = between(sets[0].dataset, sets[1].dataset) if len(sets) == 2 else ()
+    named = {checked.name: checked.dataset for checked in sets}
+    both = between(named["train"], named["val"]) if {"train", "val"} <= named.keys() else ()
     for checked in sets:
         for line in report_lines(checked):
             show(line)
@@ -93,76 +108,93 @@ def check(
 def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
     """Decide what to check.  Raises ConfigError and OutputError."""
     path = find_config(source)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        cfg = load_config(source, overrides)
-        if image_folder is not None:
-            raise OutputError(f"--image-folder {image_folder}: is only for a JSON file; {source} names its own folders")
-        parts = {"train": cfg.data.train, "val": cfg.data.val}
-        parts = {which: part for which, part in parts.items() if part.kind == "coco"}
-        root = Path(cfg.data.root)
-        folders = {which: root / part.images for which, part in parts.items()}
-        kept = [*config_files(path), *(root / part.annotations for part in parts.values())]
-        return Plan(cfg.data, cfg.model.masks, None, folders, kept)
+    if path.suffix.lower() in (".yaml", ".yml") and sniff(path) is None:
+        return _plan_config(source, overrides, image_folder)
     for text in overrides:
         if text.partition("=")[0].strip() not in ALONE:
-            raise ConfigError(f"override {text!r}: has no effect on a JSON file by itself; {', '.join(ALONE)} do")
+            raise ConfigError(f"override {text!r}: has no effect on data without a config; {', '.join(ALONE)} do")
     cfg = with_overrides(Config(), overrides, "the defaults")
     masks = cfg.model.masks if any(text.startswith("model.masks") for text in overrides) else None
-    folder = image_folder or guess_folder(path)
-    if folder is not None and image_folder is None:
-        show(f"{path}: looking for its pictures in {folder} (--image-folder names another)")
-    return Plan(cfg.data, masks, path, {"": folder.absolute()} if folder else {}, [path])
+    path = path.expanduser()
+    folder = image_folder.expanduser().absolute() if image_folder else None
+    try:
+        sources = find_sets(path) if path.is_dir() else {"": source_of(path, folder, "auto", "")}
+    except Fault as fault:
+        return Plan(cfg.data, masks, {"": Source("", path)}, [], [path], fault)
+    if folder is not None and path.is_dir():
+        sources = {name: found._replace(images=folder) for name, found in sources.items()}
+    for name, found in sources.items():
+        if found.kind == "coco" and found.images is None and (near := guess_folder(found.annotations)):
+            if not path.is_dir():  # otherwise a table shows it
+                show(f"{path}: looking for its pictures in {near} (--image-folder names another)")
+            sources[name] = found._replace(images=near.absolute())
+    folders = [path] if path.is_dir() else [found.images for found in sources.values() if found.images]
+    return Plan(cfg.data, masks, sources, folders, [path, *(found.annotations for found in sources.values())])
+
+
+def _plan_config(source: str, overrides: Sequence[str], image_folder: Path | None) -> Plan:
+    cfg = load_config(source, overrides)
+    if image_folder is not None:
+        raise OutputError(f"--image-folder {image_folder}: is only for data without a config; {source} names its own")
+    found = []
+    for part in (cfg.data.train, cfg.data.val):
+        if part.kind != "shapes":
+            with suppress(Fault):  # the reader reports it
+                found.append(source_in(part, cfg.data))
+    folders = [part.images for part in found if part.images]
+    kept = [*config_files(find_config(source)), *(part.annotations for part in found)]
+    return Plan(cfg.data, cfg.model.masks, None, folders, kept)
 
 
 def _read_both(plan: Plan, show: Show) -> list[Checked]:
-    train, val = inspect_both(plan.data, masks=bool(plan.masks), tell=show)
-    return [Checked("train", train, plan.folders.get("train")), Checked("val", val, plan.folders.get("val"))]
+    sets = zip(("train", "val"), inspect_both(plan.data, masks=bool(plan.masks), tell=show), strict=True)
+    return [Checked(name, dataset, _pictures_of(dataset)) for name, dataset in sets]
 
 
-def _read_alone(plan: Plan, show: Show) -> Checked:
-    folder = plan.folders.get("")
-    assert plan.path is not None
-    dataset: Dataset = inspect_file(plan.path, folder, plan.data, show)
-    if folder is None and dataset.classes:
-        show(f"{plan.path}: no folder near it has its pictures; only annotations are checked (--image-folder names it)")
-    dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
-    if plan.masks is False:
-        dataset = without_masks(dataset)
-    findings = (finding._replace(remedy=REMEDIES.get(finding.code, finding.remedy)) for finding in dataset.findings)
-    return Checked("", dataset._replace(findings=tuple(findings)), folder)
+def _read_alone(plan: Plan, sources: dict[str, Source], show: Show) -> list[Checked]:
+    """Read the sets of a folder or file; show which file was taken for what."""
+    if plan.fault is not None:
+        found = Findings()
+        found.add(plan.fault.code, str(plan.fault))
+        return [_remedied(Checked("", Dataset(str(sources[""].annotations), (), (), [], found.listed()), None))]
+    datasets = {name: _read_source(source, plan, show) for name, source in sources.items()}
+    known = sorted({name for dataset in datasets.values() for name in dataset.classes})
+    rows, sets = [("set", "format", "annotations", "pictures", "images")], []
+    for name, dataset in datasets.items():
+        dataset = as_configured(with_known(dataset, known), None, plan.data, masks=bool(plan.masks))
+        if plan.masks is False:
+            dataset = without_masks(dataset)
+        folder = sources[name].images if sources[name].kind == "coco" else _pictures_of(dataset)
+        sets.append(_remedied(Checked(name, dataset, folder)))
+        pictures = str(folder) if folder else "not found"
+        rows.append(
+            (name or "all", sources[name].kind, str(sources[name].annotations), pictures, str(len(dataset.records)))
+        )
+    for line in text_table(rows, left=range(4)).splitlines():
+        show(line)
+    return sets
 
 
-def guess_folder(path: Path) -> Path | None:
-    """Find a folder, beside a JSON file or its folder, that has one of its pictures or is named after it.
-
-    For annotations/instances_train2017.json, try train2017, images/train2017 and images first, then all others.
-    """
-    stem = path.stem.split("_", 1)[-1]
-    with suppress(OSError):  # the reader reports what it cannot read
-        names, named = _first_names(path), []
-        for base in path.absolute().parents[:2] if names else ():
-            alike = [base / stem, base / "images" / stem]
-            named += alike
-            for folder in [*alike, base / "images", base / path.stem, base, *sorted(base.iterdir())]:
-                if any(os.path.isfile(folder / name) for name in names):
-                    return folder
-        return next(filter(Path.is_dir, named), None)
-    return None
+def _remedied(checked: Checked) -> Checked:
+    """Give findings the remedies of data without a config."""
+    findings = checked.dataset.findings
+    changed = tuple(finding._replace(remedy=REMEDIES.get(finding.code, finding.remedy)) for finding in findings)
+    return checked._replace(dataset=checked.dataset._replace(findings=changed))
 
 
-def _first_names(path: Path) -> list[str]:
-    """List the first pictures that a JSON file names, except names that cannot be in a folder beside it."""
-    text, names = path.read_bytes() if path.is_file() else b"", []
-    for found in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
-        try:
-            name = json.loads(found[1])
-        except ValueError:
-            continue
-        if name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts:
-            names.append(name.encode("utf-8", "replace").decode())
-        if len(names) == NAMES_TRIED:
-            break
-    return names
+def _read_source(source: Source, plan: Plan, show: Show) -> Dataset:
+    if source.kind != "coco" or source.images is not None:
+        return inspect_source(source, plan.data, show)
+    dataset = inspect_file(source.annotations, None, plan.data, show)
+    if dataset.classes:
+        unseen = "only annotations are checked (--image-folder names it)"
+        show(f"{source.annotations}: no folder near it has its pictures; {unseen}")
+    return dataset
+
+
+def _pictures_of(dataset: Dataset) -> Path | None:
+    """Return the folder of the pictures; None if they are drawn, or none is left."""
+    return dataset.records.folder if isinstance(dataset.records, PackedRecords) else None
 
 
 def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
@@ -173,7 +205,7 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
         for kept in plan.kept:
             if _is_same(file, kept):
                 raise OutputError(f"{file}: is among your data ({kept}); gndet writes nothing there, choose another")
-        for folder in plan.folders.values():
+        for folder in plan.folders:
             if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
                 raise OutputError(f"{file}: is among your data ({folder}); gndet writes nothing there, choose another")
     if sheet is not None:

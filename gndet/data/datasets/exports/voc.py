@@ -70,6 +70,12 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
     return Export(units, parse, classes, Path(root), paths, tuple(found), tuple(notes))
 
 
+def voc_sets(home: Path) -> list[str]:
+    """List the sets of a folder by ImageSets/Main, or by its folders; [""] if it is not divided."""
+    listed = dict.fromkeys(name for lists in _lists_of_sets(home).values() for name in lists)
+    return list(listed) or list(_folders_of_sets(home)) or [""]
+
+
 def _find_files(
     annotations: Path, home: Path, split: str, is_given: bool, found: Found
 ) -> tuple[list[str], list[Path]]:
@@ -78,22 +84,33 @@ def _find_files(
         return [annotations.name], []
     if annotations.is_file():
         return _listed(annotations, home, home, found), [annotations]
-    roots = [place for place in (home, *children(home), *children(home / "VOCdevkit")) if (place / MAIN).is_dir()]
-    sets = {root: _lists(root / MAIN) for root in roots if _xml_folder(root)}
+    sets = _lists_of_sets(home)
     if split and any(sets.values()):
         lists = {root: known[split] for root, known in sets.items() if split in known}
         if not lists:
             known = sorted({path.stem for found_in in sets.values() for path in found_in.values()})
             raise set_missing(home, split, known)
         return [file for root, path in lists.items() for file in _listed(path, root, home, found)], [*lists.values()]
+    divided = _folders_of_sets(home)
+    folder = choose(home, divided, split, is_given)
+    prefix = "" if folder == home else f"{folder.relative_to(home)}/"
+    return [prefix + file for file in files_below(folder, (".xml",))], []
+
+
+def _lists_of_sets(home: Path) -> dict[Path, dict[str, Path]]:
+    """Return the lists of ImageSets/Main by set, for each folder in VOC's layout."""
+    roots = [place for place in (home, *children(home), *children(home / "VOCdevkit")) if (place / MAIN).is_dir()]
+    return {root: _lists(root / MAIN) for root in roots if _xml_folder(root)}
+
+
+def _folders_of_sets(home: Path) -> dict[str, Path]:
+    """Return the folders with XML files that are named after sets, by set."""
     divided: dict[str, Path] = {}
     for place in (home, *(path for path in children(home) if path.name.lower() in ANNOTATIONS)):
         for path in children(place):
             if path.name.lower() in ALIASES and path.is_dir() and files_below(path, (".xml",)):
                 divided.setdefault(ALIASES[path.name.lower()], path)
-    folder = choose(home, divided, split, is_given)
-    prefix = "" if folder == home else f"{folder.relative_to(home)}/"
-    return [prefix + file for file in files_below(folder, (".xml",))], []
+    return divided
 
 
 def _xml_folder(root: Path) -> Path | None:

@@ -16,7 +16,7 @@ import yaml
 from gndet.config.loading import MAX_CONFIG_BYTES
 from gndet.data.datasets.exports.folders import ALIASES, candidates, common_folder, read_text, set_missing, shown
 from gndet.data.datasets.exports.pictures import Export
-from gndet.data.datasets.exports.yolo_files import Group, Labels, in_folder, in_list, in_tree
+from gndet.data.datasets.exports.yolo_files import Group, Labels, in_folder, in_list, in_tree, sets_in_folder
 from gndet.data.datasets.exports.yolo_rows import Unit, classes_in, parse_labels, refuse_other_rows
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief
@@ -35,6 +35,14 @@ def open_yolo(annotations: Path, images: Path | None, split: str) -> Export:
     Raises Fault if there is no such set, picture or label, or if the rows are of another kind.
     """
     return _open(annotations, images, split, outlines=False)
+
+
+def yolo_sets(annotations: Path) -> list[str]:
+    """List the sets of an export by data.yaml, or by its folders and lists; [""] if it is not divided."""
+    _, tree = _find_tree(annotations)
+    folder = annotations if annotations.is_dir() else annotations.parent
+    named = dict.fromkeys(ALIASES[key] for key in tree if key in ALIASES and tree[key])
+    return list(named) or list(sets_in_folder(folder)) or [""]
 
 
 def open_outlines(annotations: Path, images: Path | None, split: str) -> Export:

@@ -36,14 +36,20 @@ def in_folder(folder: Path, split: str, is_given: bool) -> list[Group]:
     """
     for pictures in swapped(str(folder), ("labels",), ("images", "Images", "JPEGImages")):
         folder = Path(pictures) if os.path.isdir(pictures) and not files_below(folder, PICTURES) else folder
+    found = sets_in_folder(folder)
+    path = choose(folder, found, split, is_given)
+    return in_list(path, [folder]) if path.is_file() else [(str(path), files_below(path, PICTURES))]
+
+
+def sets_in_folder(folder: Path) -> dict[str, Path]:
+    """Return the folders and lists of pictures that are named after sets, by set."""
     found: dict[str, Path] = {}
     for place in (folder, *(path for path in children(folder) if path.name.lower() in IMAGES)):
         for path in children(place):
             is_set = _is_list(path) if path.suffix.lower() == ".txt" else path.is_dir()
             if is_set and path.stem.lower() in ALIASES:
                 found.setdefault(ALIASES[path.stem.lower()], path)
-    path = choose(folder, found, split, is_given)
-    return in_list(path, [folder]) if path.is_file() else [(str(path), files_below(path, PICTURES))]
+    return found
 
 
 def _is_list(path: Path) -> bool:

@@ -1,0 +1,22 @@
+"""`gndet convert-data SOURCE OUT --to coco|yolo [key=value ...]`."""
+
+from pathlib import Path
+
+from gndet.cli.arguments import Options, Verbs, add_overrides, say
+
+
+def add(verbs: Verbs) -> None:
+    """Add the verb and its arguments."""
+    verb = verbs.add_parser("convert-data", help="write a checked copy of a data set in another format")
+    verb.add_argument("source", help="data folder, annotation file, or config (its data.train and data.val)")
+    verb.add_argument("out", type=Path, help="new or empty folder for the copy, pictures included")
+    verb.add_argument("--to", choices=("coco", "yolo"), required=True, help="format of the copy")
+    add_overrides(verb)
+
+
+def run(options: Options) -> int:
+    """Write the copy."""
+    from gndet.toolbox.convert_data import convert_data
+
+    convert_data(options.source, options.out, options.to, options.overrides, say)
+    return 0

@@ -1,0 +1,177 @@
+"""Find out what a folder or a file holds: the format, and where the annotations and pictures of each set lie.
+
+A set is train, val or test; an export without sets has one, called "".
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from gndet.data.datasets.exports.voc import voc_sets
+from gndet.data.datasets.exports.yolo import yolo_sets
+from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.formats import name_format, sniff
+from gndet.data.datasets.images import PICTURES
+
+SETS = {  # names of a set in names of folders and files
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+_SET = re.compile(rf"(?<![a-z])({'|'.join(sorted(SETS, key=len, reverse=True))})(?![a-z])")
+LOOKED_AT = 50  # files of a folder whose content is looked at: an export with a file per picture may hold thousands
+YOLO_FILES = ("data.yaml", "data.yml", "obj.data")  # YOLO's files that describe the whole export
+
+
+class Source(NamedTuple):
+    """Where a data set lies, and in which format."""
+
+    kind: str  # coco, yolo, voc, labelme, cvat, via
+    annotations: Path  # a file, or a folder of files
+    images: Path | None = None  # the image folder; None: near the annotations
+    split: str = ""  # the set of the annotations that is meant, if they describe several
+
+
+class Listing(NamedTuple):
+    """The entries of a folder, by name."""
+
+    home: Path
+    files: list[Path]
+    folders: list[Path]
+
+
+def find_sets(root: Path, kind: str = "auto") -> dict[str, Source]:
+    """Find the sets of a folder; kind: only those of this format.
+
+    Looks at its files, then into folders named after sets, then into its only folder.
+    Raises Fault if there is none, if there are two of one name, or if the folder cannot be listed.
+    """
+    try:
+        found, folders = _sets_in(root, kind), _list(root).folders
+        if not found:
+            for folder in folders:
+                if (name := set_of(folder.name)) is not None:
+                    found += [(name, source) for _, source in _sets_in(folder, kind)]
+        if not found and len(folders) == 1:
+            return find_sets(folders[0], kind)
+    except OSError as error:
+        raise Fault("data-unknown", f"{root}: cannot be listed: {error.strerror}") from None
+    if not found:
+        raise Fault("data-unknown", f"{root}: {_what_is_there(root)}")
+    return _one_of_each(root, found)
+
+
+def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
+    """Return the source at a path that the user gave: a file, or a folder.
+
+    kind: its format, or auto.  Raises Fault if it is not one that gndet reads.
+    """
+    if path.is_dir():
+        found = choose(path, find_sets(path, kind), split)
+        return found if images is None else found._replace(images=images)
+    known = kind if kind != "auto" else sniff(path) or "coco"  # the reader of COCO's JSON says what is wrong with it
+    return Source(known, path, images, split)
+
+
+def choose(root: Path, found: dict[str, Source], split: str) -> Source:
+    """Return the set `split` of a folder, or its only one if it has no names.  Raises Fault if it is not there."""
+    if split in found:
+        return found[split]
+    if list(found) == [""]:
+        if split == "val":
+            raise Fault("set-missing", f"{root}: has one set of images, and no val")
+        return found[""]
+    raise Fault("set-missing", f"{root}: has {', '.join(name or 'a set without a name' for name in found)}, no {split}")
+
+
+def set_of(name: str) -> str | None:
+    """Return which set a file or folder is named after, None if it is none."""
+    found = _SET.search(name.lower())
+    return SETS[found[1]] if found else None
+
+
+def _sets_in(folder: Path, kind: str) -> list[tuple[str, Source]]:
+    """List the sets that the files of a folder describe, of all formats or of one: (name, source)."""
+    listed = _list(folder)
+    found = [*_yolo_in(listed), *_json_in(listed), *_xml_in(listed)]
+    return [(name, source) for name, source in found if kind in ("auto", source.kind)]
+
+
+def _one_of_each(root: Path, found: list[tuple[str, Source]]) -> dict[str, Source]:
+    """Return the sets by name; sets without a name only if there is no other.  Raises Fault for two of one name."""
+    if len(named := [pair for pair in found if pair[0]]) > 0:
+        found = named
+    sets: dict[str, Source] = {}
+    for name, source in found:
+        if name in sets:
+            both = f"{sets[name].kind}: {sets[name].annotations}, and {source.kind}: {source.annotations}"
+            raise Fault("set-twice", f"{root}: {name or 'the set'} is there twice: {both}")
+        sets[name] = source
+    return {name: sets[name] for name in sorted(sets, key=[*dict.fromkeys(SETS.values()), ""].index)}
+
+
+def _yolo_in(listed: Listing) -> list[tuple[str, Source]]:
+    """Find YOLO's data file, or label files beside pictures or in `labels`."""
+    files = [listed.home / name for name in YOLO_FILES if listed.home / name in listed.files]
+    files += [file for file in listed.files if file.suffix in (".yaml", ".yml") and file not in files][:LOOKED_AT]
+    described = next((file for file in files if sniff(file) == "yolo"), None)
+    folders = {folder.name for folder in listed.folders}
+    if described is None and folders.isdisjoint(("labels", "obj_train_data")) and not _has_labels(listed.files):
+        return []
+    where = described or listed.home
+    return [(name, Source("yolo", where, None, name)) for name in yolo_sets(where)]
+
+
+def _has_labels(files: list[Path]) -> bool:
+    """Return whether text files lie beside pictures of the same names."""
+    pictures = {file.stem for file in files if file.suffix.lower() in PICTURES}
+    return any(file.suffix == ".txt" and file.stem in pictures for file in files)
+
+
+def _json_in(listed: Listing) -> list[tuple[str, Source]]:
+    """Find JSON and CSV files of COCO and VIA, here or in `annotations`, and folders of LabelMe's files."""
+    for home in (listed, *_annotations_in(listed)):
+        files = [file for file in home.files if file.suffix.lower() in (".json", ".csv")]
+        kinds = {file: sniff(file) for file in files[:LOOKED_AT]}
+        if "labelme" in kinds.values():
+            return [("", Source("labelme", home.home))]
+        read = [file for file, kind in kinds.items() if kind in ("coco", "via")]
+        main = [file for file in read if file.name.startswith("instances")]  # beside COCO's captions and keypoints
+        if found := main or read:
+            return [(set_of(file.stem) or "", Source(str(kinds[file]), file)) for file in found]
+    return []
+
+
+def _xml_in(listed: Listing) -> list[tuple[str, Source]]:
+    """Find CVAT's XML file, and VOC's files here or in `Annotations`."""
+    for home in (listed, *_annotations_in(listed)):
+        files = [file for file in home.files if file.suffix.lower() == ".xml"]
+        kinds = {file: sniff(file) for file in files[:LOOKED_AT]}
+        if "voc" in kinds.values():
+            return [(name, Source("voc", listed.home, None, name)) for name in voc_sets(listed.home)]
+        if cvat := [file for file, kind in kinds.items() if kind == "cvat"]:
+            return [(set_of(file.stem) or "", Source("cvat", file)) for file in cvat]
+    return []
+
+
+def _annotations_in(listed: Listing) -> list[Listing]:
+    return [_list(folder) for folder in listed.folders if folder.name.lower() == "annotations"]
+
+
+def _list(folder: Path) -> Listing:
+    """List a folder by name, without hidden entries.  Raises OSError."""
+    with os.scandir(folder) as entries:
+        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    files = [folder / name for name, is_folder in visible if not is_folder]
+    return Listing(folder, files, [folder / name for name, is_folder in visible if is_folder])
+
+
+def _what_is_there(root: Path) -> str:
+    """Say in a few words what a folder holds instead of a data set."""
+    listed = _list(root)
+    for file in listed.files[:LOOKED_AT]:
+        if file.suffix.lower() not in PICTURES and (named := name_format(file)):
+            return f"{file.name}: {named}"
+    names = [entry.name for entry in (*listed.folders, *listed.files)]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"holds {shown}" if names else "is empty"

@@ -1,0 +1,151 @@
+"""`gndet convert-data`: write a checked copy of a data set, in COCO's JSON or as YOLO's text files.
+
+The readers check the data; what they refuse ends the conversion before anything is written, and what they fix is fixed
+in the copy.  Pictures are copied as they are, so that an EXIF orientation goes along.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from gndet.config.loading import find_config, load_config, with_overrides
+from gndet.config.schema import Config
+from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.faults import Fault, refuse_all, several
+from gndet.data.datasets.formats import sniff
+from gndet.data.datasets.layout import find_sets, source_of
+from gndet.data.datasets.packed import PackedRecords
+from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, with_known
+from gndet.data.datasets.tracing import joined, outlines_of
+from gndet.data.records import Dataset, Record
+from gndet.errors import DataError, OutputError
+from gndet.files import make_folder, write_whole
+
+ALL = "all"  # what a set without a name is called in the copy
+DIGITS = 6  # of YOLO's fractions: a hundredth of a pixel in a picture 10,000 pixels wide
+
+Show = Callable[[str], None]
+
+
+def convert_data(source: str, out: Path, to: str, overrides: list[str], show: Show) -> None:
+    """Write a copy of all sets of a folder, an annotation file or a config.
+
+    out: a new or empty folder; to: coco (OUT/annotations/instances_SET.json, OUT/SET/) or yolo (OUT/data.yaml,
+    OUT/images/SET/, OUT/labels/SET/).  Boxes are clipped to their picture.
+    Raises DataError for data that is refused, ConfigError, and OutputError for a folder that holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: is not an empty folder; gndet writes the copy into a new or empty one")
+    sets = _read(source, overrides, show)
+    refuse_all({dataset.name: dataset.findings for dataset in sets.values()})
+    for name, dataset in sets.items():
+        if not isinstance(dataset.records, PackedRecords):
+            raise DataError(f"{name or ALL}: {dataset.name}: has no picture files to copy")
+    make_folder(out, "OUT")
+    {"coco": _write_coco, "yolo": _write_yolo}[to](sets, out, show)
+    for name, dataset in sets.items():
+        fixed = "".join(f"; {count} {what}" for what, count in dataset.fixes.items())
+        show(f"{name or ALL}: {several(len(dataset.records), 'image')} of {dataset.name} -> {out}{fixed}")
+
+
+def _read(source: str, overrides: list[str], show: Show) -> dict[str, Dataset]:
+    path = find_config(source).expanduser()
+    if path.suffix.lower() in (".yaml", ".yml") and sniff(path) is None:
+        cfg = load_config(source, overrides)
+        return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
+    data = with_overrides(Config(), overrides, "the defaults").data
+    try:
+        found = find_sets(path) if path.is_dir() else {"": source_of(path, None, "auto", "")}
+    except Fault as fault:
+        raise DataError(f"{fault}\nexpected a data folder, an annotation file or a config") from None
+    datasets = {name: inspect_source(where, data, show) for name, where in found.items()}
+    known = sorted({name for dataset in datasets.values() for name in dataset.classes})
+    return {
+        name: as_configured(with_known(dataset, known), None, data, masks=False) for name, dataset in datasets.items()
+    }
+
+
+def _write_coco(sets: dict[str, Dataset], out: Path, show: Show) -> None:
+    annotations = out / "annotations"
+    annotations.mkdir()
+    for name, dataset in sets.items():
+        records: Any = dataset.records
+        tree = to_coco(dataset._replace(records=[_clipped(record) for record in records]))
+        names = {record.image_id: _copy(records, index, out / (name or ALL)) for index, record in enumerate(records)}
+        tree["images"] = [image | {"file_name": names[image["id"]]} for image in tree["images"]]
+        write_whole(annotations / f"instances_{name or ALL}.json", json.dumps(tree))  # last: it says that all is there
+
+
+def _write_yolo(sets: dict[str, Dataset], out: Path, show: Show) -> None:
+    """Write label files and data.yaml; crowd regions, which YOLO does not know, are left out."""
+    crowd = boxes = outlines = 0
+    for name, dataset in sets.items():
+        records: Any = dataset.records
+        stems: set[str] = set()
+        for index, record in enumerate(records):
+            picture = _copy(records, index, out / "images" / (name or ALL), stems)
+            kept = _clipped(record)
+            rows = [(label, outline) for label, outline in _rows(kept) if outline is not None]
+            text = "".join(f"{label} {' '.join(_plain(number) for number in outline)}\n" for label, outline in rows)
+            label_file = (out / "labels" / (name or ALL) / picture).with_suffix(".txt")
+            label_file.parent.mkdir(parents=True, exist_ok=True)
+            label_file.write_text(text, encoding="utf-8")
+            crowd += int(record.crowd.sum())
+            boxes += sum(len(outline) == 4 for _, outline in rows)
+            outlines += sum(len(outline) > 4 for _, outline in rows)
+    paths = {name or "train": f"images/{name or ALL}" for name in sets}
+    names = dict(enumerate(next(iter(sets.values())).classes))
+    content = yaml.safe_dump({"path": ".", **paths, "names": names}, sort_keys=False, allow_unicode=True)
+    write_whole(out / "data.yaml", content)  # last: it says that all is there
+    if crowd:
+        show(f"{several(crowd, 'crowd region')} left out, which YOLO's format does not know")
+    if boxes and outlines:
+        show(f"{boxes} objects have a box only, {outlines} an outline: gndet reads both; Ultralytics' trainer does not")
+
+
+def _rows(record: Record) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Yield the label and the numbers of each object in fractions of the picture: cx cy w h, or x1 y1 x2 y2 ..."""
+    height, width = record.size
+    for label, crowd, box, mask in zip(
+        record.labels.tolist(), record.crowd, record.boxes, record.segmentations, strict=True
+    ):
+        if crowd:
+            yield label, None
+        elif mask is None:
+            x0, y0, x1, y1 = box
+            yield label, np.array([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]) / [width, height, width, height]
+        else:
+            outline = joined(outlines_of(mask, record.size)) / [width, height]
+            yield label, outline.clip(0, 1).ravel()
+
+
+def _plain(number: float) -> str:
+    return f"{number:.{DIGITS}f}".rstrip("0").rstrip(".")
+
+
+def _clipped(record: Record) -> Record:
+    height, width = record.size
+    return record._replace(boxes=record.boxes.clip(0, [width, height, width, height]))
+
+
+def _copy(records: PackedRecords, index: int, folder: Path, stems: set[str] | None = None) -> str:
+    """Copy the picture of a record below a folder.  Returns its path there.
+
+    stems: of the pictures copied before; a name whose stem is among them gets a number, so that labels do not collide.
+    """
+    source = records.path(index)
+    name = Path(source).relative_to(records.folder)
+    if stems is not None:
+        stem, number = str(name.with_suffix("")), 1
+        while str(name.with_suffix("")) in stems:
+            number += 1
+            name = Path(f"{stem}-{number}{name.suffix}")
+        stems.add(str(name.with_suffix("")))
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, folder / name)
+    return name.as_posix()

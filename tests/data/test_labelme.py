@@ -178,9 +178,9 @@ def test_the_picture_is_found_by_its_path_or_by_its_last_part(tmp_path: Path, st
 
 
 def test_a_renamed_picture_is_found_by_the_name_of_its_file(tmp_path: Path) -> None:
-    dataset = read(open_labelme, write(tmp_path, shape(), imagePath="IMG 1.jpg"))
+    dataset = read(open_labelme, write(tmp_path, shape(), name="a.JSON", imagePath="IMG 1.jpg"))
     assert codes(dataset) == {"file-renamed": 1}
-    assert "a.json: imagePath 'IMG 1.jpg', found a.png" in examples(dataset, "file-renamed")
+    assert "a.JSON: imagePath 'IMG 1.jpg', found a.png" in examples(dataset, "file-renamed")
     assert len(dataset.records) == 1
 
 
@@ -207,6 +207,7 @@ def test_a_missing_size_is_read_from_the_picture(tmp_path: Path) -> None:
 def test_other_json_files_are_left_out_and_counted(tmp_path: Path) -> None:
     write(tmp_path, shape())
     (tmp_path / "classes.json").write_text('{"names": ["cup"]}')
+    (tmp_path / "._a.json").write_bytes(b"\0\5\x16\7")  # from an archive of a Mac
     dataset = read(open_labelme, tmp_path)
     assert not dataset.refused and len(dataset.records) == 1
     assert any(note.startswith("1 of 2 JSON files are not LabelMe's") for note in dataset.notes)

@@ -4,13 +4,14 @@ A file is parsed once to find its labels and pictures; then processes parse the 
 document type is refused, so nothing is fetched or expanded.
 """
 
+import io
 import os
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
 
 from gndet.data.datasets.exports.cvat_shapes import Attributes, Shape, add_object, to_integer, to_size
@@ -18,6 +19,7 @@ from gndet.data.datasets.exports.files import find_images
 from gndet.data.datasets.exports.geometry import Findings, Item, Size, join_groups
 from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.image_folder import read_head
 from gndet.data.datasets.images import PICTURES
 from gndet.data.datasets.segmentation import brief, printable
 
@@ -101,14 +103,13 @@ def _in_split(path: Path, subsets: list[str | None], split: str) -> list[int]:
 
 def _read_index(path: Path) -> Index:
     """Parse a whole file.  Raises Fault if it is not CVAT's XML, and OSError."""
-    content = path.read_bytes()
     parser = _parser(path, None)
     around: list[str] = []
     fields: dict[str, Attributes] = {"label": {}, "original_size": {}}  # of the last of these elements
     labels: dict[str, str | None] = {}
     starts: list[tuple[int, int]] = []  # byte, line
     names: list[tuple[str, str | None]] = []
-    tracks, end, encoding = 0, 0, _BOMS.get(content[:2])
+    tracks, end, encoding = 0, 0, _BOMS.get(read_head(path)[:2])
 
     def declare(version: str, declared: str | None, standalone: int) -> None:
         nonlocal encoding
@@ -142,7 +143,8 @@ def _read_index(path: Path) -> Index:
 
     parser.XmlDeclHandler, parser.CharacterDataHandler = declare, text
     parser.StartElementHandler, parser.EndElementHandler = start, finish
-    _feed(parser, path, 1, content)
+    with path.open("rb") as file:
+        _feed(parser, path, 1, file)
     ends = [*(byte for byte, _ in starts[1:]), end]
     images = [Unit(byte, stop, line) for (byte, line), stop in zip(starts, ends, strict=True)] if starts else []
     frame = fields["original_size"]
@@ -161,28 +163,28 @@ def _parser(path: Path, encoding: str | None) -> expat.XMLParserType:
     return parser
 
 
-def _feed(parser: expat.XMLParserType, path: Path, line: int, content: bytes) -> None:
+def _feed(parser: expat.XMLParserType, path: Path, line: int, file: BinaryIO) -> None:
     """Parse a document that begins in a line of a file.  Raises Fault if it is broken, and what the handlers raise."""
     try:
-        parser.Parse(content, True)
+        parser.ParseFile(file)
     except expat.ExpatError as error:
         reason = expat.ErrorString(error.code)
-        if error.code == expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN] and not _is_utf8(content):
+        if error.code == expat.errors.codes[expat.errors.XML_ERROR_INVALID_TOKEN] and not _is_utf8(path):
             reason += "; its text is not in UTF-8, and it declares no other encoding"
         raise Fault("xml-broken", f"{path}, line {line - 1 + error.lineno}: not well-formed XML: {reason}") from None
     except (LookupError, ValueError) as error:  # an encoding that is unknown, or has several bytes per letter
         raise Fault("xml-broken", f"{path}: {error}; save it in UTF-8") from None
 
 
-def _is_utf8(content: bytes) -> bool:
+def _is_utf8(path: Path) -> bool:
     try:
-        content.decode("utf-8")
+        path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         return False
     return True
 
 
-def _read_elements(path: Path, content: bytes, line: int, encoding: str | None, handle: Start) -> None:
+def _read_elements(path: Path, file: BinaryIO, line: int, encoding: str | None, handle: Start) -> None:
     """Call handle for each element of a document that begins in a line of a file."""
     parser, depth = _parser(path, encoding), 0
 
@@ -196,7 +198,7 @@ def _read_elements(path: Path, content: bytes, line: int, encoding: str | None, 
         depth -= 1
 
     parser.StartElementHandler, parser.EndElementHandler = start, end
-    _feed(parser, path, line, content)
+    _feed(parser, path, line, file)
 
 
 def _parse_image(path: Path, folder: Path, encoding: str | None, unit: Unit, size_of: SizeOf) -> list[Picture]:
@@ -216,7 +218,7 @@ def _parse_image(path: Path, folder: Path, encoding: str | None, unit: Unit, siz
             shape = Shape(element, attributes, attributes.get("label"), f"{path.name}, line {line}")
             add_object(shape, lambda: size or size_of(name), items, findings)
 
-    _read_elements(path, content, unit.line, encoding, handle)
+    _read_elements(path, io.BytesIO(content), unit.line, encoding, handle)
     objects = join_groups(items, lambda: size or size_of(name), findings)
     return [Picture(name, size, objects, tuple(findings))]
 
@@ -262,7 +264,8 @@ def _parse_video(folder: Path, size: Size | None, path: Path, size_of: SizeOf) -
             name = frames.get(frame, f"frame_{frame:06d}.jpg")
             add_object(shape, lambda: size or size_of(name), items.setdefault(frame, []), findings)
 
-    _read_elements(path, path.read_bytes(), 1, None, handle)
+    with path.open("rb") as file:
+        _read_elements(path, file, 1, None, handle)
     if len(tasks - {None}) > 1:
         raise Fault("frames-missing", f"{path}: holds {len(tasks)} tasks, whose frames have the same numbers")
     pictures = []

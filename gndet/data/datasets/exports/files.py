@@ -12,6 +12,18 @@ from gndet.data.datasets.images import PICTURES
 TRIED = 100  # names looked for in each folder
 
 
+def list_files(folder: Path, suffix: str) -> list[Path]:
+    """Return the files of a folder that have a suffix, in any case, sorted; if it has none, those below it.
+
+    Hidden files, such as those that archives from a Mac hold, are left out.
+    """
+    for found in (folder.iterdir(), folder.rglob("*")):
+        files = [path for path in found if path.suffix.lower() == suffix and not path.name.startswith(".")]
+        if files:
+            return sorted(files)
+    return []
+
+
 def read_text(path: Path) -> str:
     """Return a text file in UTF-8, or, with a mark at its beginning, UTF-16.  Raises Fault, and OSError."""
     content = path.read_bytes()

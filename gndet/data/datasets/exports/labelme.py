@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gndet.data.datasets.exports.files import find_images, read_json
+from gndet.data.datasets.exports.files import find_images, list_files, read_json
 from gndet.data.datasets.exports.geometry import (
     Findings,
     Item,
@@ -42,7 +42,7 @@ def open_labelme(annotations: Path, images: Path | None, split: str) -> Export:
     """
     home, found = annotations.parent, [annotations]
     if annotations.is_dir():
-        home, found = annotations, sorted(annotations.glob("*.json")) or sorted(annotations.rglob("*.json"))
+        home, found = annotations, list_files(annotations, ".json")
     files = [path for path in found if sniff(path) == "labelme"]
     if not files:
         named = name_format(found[0]) if found else None
@@ -52,7 +52,7 @@ def open_labelme(annotations: Path, images: Path | None, split: str) -> Export:
     notes = (f"{others} of {len(found)} JSON files are not LabelMe's; they are left out",) if others else ()
     units = [path.relative_to(home).as_posix() for path in files]
     if images is None:
-        images = find_images(home, FOLDERS, [unit.removesuffix(".json") for unit in units])
+        images = find_images(home, FOLDERS, [posixpath.splitext(unit)[0] for unit in units])
     return Export(units, partial(_parse_file, home, images), None, images, files, notes=notes)
 
 
@@ -94,7 +94,7 @@ def _find_picture(images: Path, name: str, content: dict[str, Any], size_of: Siz
         for place in (inside and posixpath.join(folder, path), posixpath.join(folder, leaf), leaf):
             if place and (images / place).is_file():
                 return place
-    start = name.removesuffix(".json")
+    start = posixpath.splitext(name)[0]
     for suffix in (*PICTURES, *map(str.upper, PICTURES)):
         if (images / (start + suffix)).is_file():
             findings.append(("file-renamed", f"{name}: imagePath {brief(stated)}, found {printable(start + suffix)}"))

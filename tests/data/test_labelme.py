@@ -179,8 +179,8 @@ def test_the_picture_is_found_by_its_path_or_by_its_last_part(tmp_path: Path, st
 
 def test_a_renamed_picture_is_found_by_the_name_of_its_file(tmp_path: Path) -> None:
     dataset = read(open_labelme, write(tmp_path, shape(), name="a.JSON", imagePath="IMG 1.jpg"))
-    assert codes(dataset) == {"file-renamed": 1}
-    assert "a.JSON: imagePath 'IMG 1.jpg', found a.png" in examples(dataset, "file-renamed")
+    assert codes(dataset) == {"picture-renamed": 1}
+    assert "a.JSON: imagePath 'IMG 1.jpg', read 'a.png'" in examples(dataset, "picture-renamed")
     assert len(dataset.records) == 1
 
 
@@ -235,7 +235,7 @@ REFUSED = {
     "cut": (json.dumps(content(shape()))[:-9], "json-broken", "not a JSON file"),
     "another encoding": (
         json.dumps(content(shape("größe")), ensure_ascii=False).encode("latin-1"),
-        "json-broken",
+        "text-encoding",
         "UTF-8",
     ),
     "no shapes": (json.dumps(content(shapes=None)), "data-unknown", "shapes is not a list"),

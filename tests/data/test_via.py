@@ -203,7 +203,7 @@ REFUSED = {
     "cut": ('{"_via_settings": {}, "_via_img_metadata": {', "json-broken", "not a JSON file"),
     "no metadata": ('{"_via_settings": {}, "_via_img_metadata": []}', "data-unknown", "holds no picture"),
     "missing metadata": ('{"_via_settings": {}}', "data-unknown", "holds no picture"),
-    "another encoding": (f"{','.join(COLUMNS)}\nä.png".encode("latin-1"), "json-broken", "UTF-8"),
+    "another encoding": (f"{','.join(COLUMNS)}\nä.png".encode("latin-1"), "text-encoding", "UTF-8"),
     "a cut row": (f"{','.join(COLUMNS)}\na.png,12\n", "csv-broken", "line 2: expected the columns filename"),
     "no file name": ("region_shape_attributes,region_attributes\n{},{}\n", "csv-broken", "filename"),
 }

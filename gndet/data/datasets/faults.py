@@ -81,9 +81,7 @@ FAULTS: dict[str, Kind] = {
     "box-from-0": Kind(
         FIXED, "exports whose corners are counted from 0, so that 1 is not taken off", "VOC counts pixels from 1"
     ),
-    "picture-renamed": Kind(
-        FIXED, "XML files with another filename than their own; a picture of their own name goes first", ""
-    ),
+    "picture-renamed": Kind(FIXED, "annotation files that name another picture; the one of their own name is read", ""),
     "label-stray": Kind(NOTED, "label files without a picture", "are pictures missing?"),
     "names-missing": Kind(NOTED, "exports that do not name their classes", "a classes.txt names one per line"),
     "box-difficult": Kind(
@@ -122,9 +120,6 @@ FAULTS: dict[str, Kind] = {
     "file-empty": Kind(REFUSED, "picture files of 0 bytes", _PICTURE),
     "file-twice": Kind(
         NOTED, "images whose file another image has, too", "merge them: each treats the other's objects as background"
-    ),
-    "file-renamed": Kind(
-        FIXED, "pictures found by the name of their annotation file, as the one that it states is not there", ""
     ),
     "picture-embedded": Kind(
         REFUSED,

@@ -16,6 +16,7 @@ from xml.parsers import expat
 
 from gndet.data.datasets.exports.cvat_shapes import Attributes, Shape, add_object, to_integer, to_size
 from gndet.data.datasets.exports.files import find_images
+from gndet.data.datasets.exports.folders import ALIASES, SPLITS, set_missing
 from gndet.data.datasets.exports.geometry import Findings, Item, Size, join_groups
 from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
@@ -23,7 +24,6 @@ from gndet.data.datasets.image_folder import read_head
 from gndet.data.datasets.images import PICTURES
 from gndet.data.datasets.segmentation import brief, printable
 
-SETS = ("train", "val", "test")  # subsets of a project may be named after these, as in Train or Validation
 FOLDERS = ("images", "images/default", "", "data", "../images")  # where the pictures may lie, from the XML file
 OUTLINED = (None, "any", "rectangle", "polygon", "mask", "ellipse")  # types of labels whose shapes are objects
 _FRAME = re.compile(r"frame_(\d+)\.\w+")  # CVAT's names for the pictures of a video
@@ -85,19 +85,22 @@ def open_cvat(annotations: Path, images: Path | None, split: str) -> Export:
 
 def cvat_sets(path: Path) -> list[str]:
     """Return which of train, val and test a project's file has as subsets, [] if none.  Raises Fault and OSError."""
-    subsets = {(subset or "").lower() for _, subset in _read_index(path).names}
-    return [name for name in SETS if any(subset.startswith(name) for subset in subsets)]
+    subsets = {_set_of(subset) for _, subset in _read_index(path).names}
+    return [name for name in SPLITS if name in subsets]
+
+
+def _set_of(subset: str | None) -> str | None:
+    return ALIASES.get((subset or "").lower())
 
 
 def _in_split(path: Path, subsets: list[str | None], split: str) -> list[int]:
     """Return the indices of the pictures to read; all, unless subsets are named after train, val or test."""
-    lower = [(subset or "").lower() for subset in subsets]
-    if not split or not any(subset.startswith(SETS) for subset in lower):
-        return list(range(len(subsets)))
-    chosen = [i for i, subset in enumerate(lower) if subset.startswith(split)]
+    sets = [_set_of(subset) for subset in subsets]
+    if not split or not any(sets):
+        return list(range(len(sets)))
+    chosen = [i for i, name in enumerate(sets) if name == split]
     if not chosen:
-        known = ", ".join(sorted({printable(subset) for subset in subsets if subset}))
-        raise Fault("set-missing", f"{path}: has the subsets {known}, and none for {split}")
+        raise set_missing(path, split, sorted({printable(subset) for subset in subsets if subset}))
     return chosen
 
 

@@ -1,6 +1,5 @@
-"""Read the annotation files of an export, and find its pictures if it does not say where they are."""
+"""Read JSON files of an export, and find its pictures if it does not say where they are."""
 
-import codecs
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,32 +11,12 @@ from gndet.data.datasets.images import PICTURES
 TRIED = 100  # names looked for in each folder
 
 
-def list_files(folder: Path, suffix: str) -> list[Path]:
-    """Return the files of a folder that have a suffix, in any case, sorted; if it has none, those below it.
-
-    Hidden files, such as those that archives from a Mac hold, are left out.
-    """
-    for found in (folder.iterdir(), folder.rglob("*")):
-        files = [path for path in found if path.suffix.lower() == suffix and not path.name.startswith(".")]
-        if files:
-            return sorted(files)
-    return []
-
-
-def read_text(path: Path) -> str:
-    """Return a text file in UTF-8, or, with a mark at its beginning, UTF-16.  Raises Fault, and OSError."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise Fault("json-broken", f"{path}: byte {error.start} is not {error.encoding}; save it in UTF-8") from None
-
-
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.  Raises Fault, and OSError."""
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32.  Raises Fault, and OSError."""
     try:
-        return json.loads(read_text(path))
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise Fault("text-encoding", f"{path}: {error.reason} at byte {error.start}, expected UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise Fault("json-broken", f"{path}: not a JSON file: {error}") from None
 

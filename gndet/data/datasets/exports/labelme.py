@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gndet.data.datasets.exports.files import find_images, list_files, read_json
+from gndet.data.datasets.exports.files import find_images, read_json
+from gndet.data.datasets.exports.folders import files_below, shown
 from gndet.data.datasets.exports.geometry import (
     Findings,
     Item,
@@ -26,6 +27,7 @@ from gndet.data.datasets.exports.geometry import (
 from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
+from gndet.data.datasets.image_folder import HEAD
 from gndet.data.datasets.images import DECODER_ERRORS, PICTURES
 from gndet.data.datasets.segmentation import brief, printable
 
@@ -40,20 +42,26 @@ def open_labelme(annotations: Path, images: Path | None, split: str) -> Export:
     annotations: if the folder itself has no JSON file, those below it are taken.  images: the image folder; None: it is
     found near the files.  split is unused: LabelMe knows no sets.  Raises Fault if no file is LabelMe's.
     """
-    home, found = annotations.parent, [annotations]
+    home, found = annotations.parent, [annotations.name]
     if annotations.is_dir():
-        home, found = annotations, list_files(annotations, ".json")
-    files = [path for path in found if sniff(path) == "labelme"]
-    if not files:
-        named = name_format(found[0]) if found else None
-        other = f"; {found[0].name}: {named}" if named else ""
+        home, found = annotations, files_below(annotations, (".json",))
+        found = [name for name in found if "/" not in name] or found
+    units = [name for name in found if _is_labelme(home / name)]
+    if not units:
+        named = name_format(home / found[0]) if found else None
+        other = f"; {shown(found[0])}: {named}" if named else ""
         raise Fault("data-unknown", f"{annotations}: no JSON file of LabelMe's{other}")
-    others = len(found) - len(files)
+    others = len(found) - len(units)
     notes = (f"{others} of {len(found)} JSON files are not LabelMe's; they are left out",) if others else ()
-    units = [path.relative_to(home).as_posix() for path in files]
     if images is None:
         images = find_images(home, FOLDERS, [posixpath.splitext(unit)[0] for unit in units])
+    files = [home / name for name in units]
     return Export(units, partial(_parse_file, home, images), None, images, files, notes=notes)
+
+
+def _is_labelme(path: Path) -> bool:
+    with path.open("rb") as file:  # most files show it at once: an export may have 100,000
+        return b'"shapes"' in file.read(HEAD) or sniff(path) == "labelme"
 
 
 def _parse_file(home: Path, images: Path, name: str, size_of: SizeOf) -> list[Picture]:
@@ -71,7 +79,7 @@ def _parse_file(home: Path, images: Path, name: str, size_of: SizeOf) -> list[Pi
 
     items: list[tuple[Any, Item]] = []
     for number, shape in enumerate(content["shapes"]):
-        place = f"{name}, shapes[{number}]"
+        place = f"{shown(name)}, shapes[{number}]"
         try:
             item = _to_object(shape if isinstance(shape, dict) else {}, size)
             items.append((shape.get("group_id"), item | {"place": place}))
@@ -97,14 +105,16 @@ def _find_picture(images: Path, name: str, content: dict[str, Any], size_of: Siz
     start = posixpath.splitext(name)[0]
     for suffix in (*PICTURES, *map(str.upper, PICTURES)):
         if (images / (start + suffix)).is_file():
-            findings.append(("file-renamed", f"{name}: imagePath {brief(stated)}, found {printable(start + suffix)}"))
+            findings.append(
+                ("picture-renamed", f"{shown(name)}: imagePath {brief(stated)}, read {brief(start + suffix)}")
+            )
             return start + suffix
     file_name = stated if isinstance(stated, str) and stated else start
     if content.get("imageData"):
         try:
             size_of(file_name)
         except Fault:
-            raise Fault("picture-embedded", f"{name}: imagePath {brief(stated)} is not in {images}") from None
+            raise Fault("picture-embedded", f"{shown(name)}: imagePath {brief(stated)} is not in {images}") from None
     return file_name
 
 

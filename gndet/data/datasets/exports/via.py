@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from gndet.data.datasets.exports.files import find_images, read_json, read_text
+from gndet.data.datasets.exports.files import find_images, read_json
+from gndet.data.datasets.exports.folders import read_text
 from gndet.data.datasets.exports.geometry import Findings, Item, ellipse, with_box
 from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
+from gndet.data.datasets.image_folder import read_head
 from gndet.data.datasets.segmentation import brief, printable
 
 FOLDERS = ("", "images", "../images", "..")  # where the pictures may lie, from the file
@@ -70,9 +72,8 @@ def _read_file(path: Path) -> tuple[list[Unit], dict[str, Any], list[str]]:
     """Return the pictures of a file, the attributes that a project declares, and its folder of pictures."""
     if sniff(path) != "via":
         raise Fault("data-unknown", f"{path}: not VIA's" + (f": {named}" if (named := name_format(path)) else ""))
-    text = read_text(path)
-    if not text.lstrip().startswith("{"):
-        return list(_rows(path, text)), {}, []
+    if not read_head(path).strip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"{"):
+        return list(_rows(path, read_text(path))), {}, []
     content = read_json(path)
     folder = str(_inside(content, "_via_settings", "core").get("default_filepath", ""))
     near = ".." not in folder and not PurePosixPath(folder).is_absolute()

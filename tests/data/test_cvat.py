@@ -327,6 +327,31 @@ def test_frames_without_an_object_are_pictures_too(tmp_path: Path) -> None:
     assert [len(record.labels) for record in dataset.records] == [1, 0]
 
 
+def test_a_bad_shape_of_a_video_is_told_with_its_frame(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "images", "frame_000000.png", "frame_000001.png")
+    bad = '<track id="1" label="cup"><box frame="1" outside="0" xtl="1" ytl="1" xbr="a" ybr="2"></box></track>'
+    dataset = read(
+        open_cvat, video(tmp_path, track("cup", (0, 1, 0), (1, 1, 0)), bad, bad.replace('"1" outside', '"x" outside'))
+    )
+    (finding,) = (finding for finding in dataset.findings if finding.severity == "E")
+    assert (finding.code, finding.count, finding.image_ids) == ("shape-malformed", 2, (1, 2))
+    assert "line 9: xbr 'a'" in examples(dataset, finding.code) and "frame 'x'" in examples(dataset, finding.code)
+    assert [len(record.labels) for record in dataset.records] == [1, 1]
+
+
+def test_tracks_of_several_tasks_are_refused(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "images", "frame_000000.png")
+    tracks = (track("cup", (0, 1, 0)).replace("<track", f'<track task_id="{number}"') for number in (1, 2))
+    assert "holds 2 tasks" in examples(read(open_cvat, video(tmp_path, *tracks)), "frames-missing")
+
+
+def test_tracks_beside_images_are_left_out_and_told(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("</annotations>", track("cup", (0, 1, 0)) + "</annotations>"))
+    dataset = read(open_cvat, path)
+    assert len(dataset.records) == 1 and any("1 tracks" in note for note in dataset.notes)
+
+
 def test_a_video_without_its_frames_is_refused_with_what_to_export(tmp_path: Path) -> None:
     dataset = read(open_cvat, video(tmp_path, track("cup", (0, 1, 0))))
     assert list(codes(dataset)) == ["frames-missing"] and "CVAT for images 1.1" in dataset.findings[0].remedy

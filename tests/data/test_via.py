@@ -188,6 +188,16 @@ def test_a_csv_with_commas_in_names_and_vias_own_quoting_is_read(tmp_path: Path)
         assert [record.file_name for record in dataset.records] == ["a, b.png", "größe.png"]
 
 
+@pytest.mark.parametrize("comma", [";", "\t"])
+def test_a_csv_that_a_table_program_has_written_anew_is_read(tmp_path: Path, comma: str) -> None:
+    make_pictures(tmp_path, "a.png")
+    rows = list(csv.reader(write(tmp_path / "via", "csv", {"a.png": [region(kind="cup")] * 2}).open(newline="")))
+    with (tmp_path / "via").open("w", newline="") as file:
+        csv.writer(file, delimiter=comma).writerows(rows)
+    dataset = read(open_via, tmp_path / "via")
+    assert codes(dataset) == {} and len(dataset.records[0].labels) == 2
+
+
 @pytest.mark.parametrize("place", ["a.png", "images/a.png", "data/x/a.png", "../a.png"])
 def test_the_pictures_are_found_near_the_file_and_where_the_project_says(tmp_path: Path, place: str) -> None:
     folder = tmp_path / "set"

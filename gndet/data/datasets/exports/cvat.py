@@ -64,6 +64,8 @@ def open_cvat(annotations: Path, images: Path | None, split: str) -> Export:
     notes = []
     if others := [name for name, kind in index.labels.items() if kind not in OUTLINED]:
         notes.append(f"labels of points, lines or tags are no classes: {', '.join(map(printable, others))}")
+    if index.images and index.tracks:
+        notes.append(f"{index.tracks} tracks beside the images are left out")
     classes = tuple(name for name, kind in index.labels.items() if kind in OUTLINED) or None
     units: Sequence[Any]
     parse: Callable[[Any, SizeOf], list[Picture]]
@@ -110,9 +112,9 @@ def _read_index(path: Path) -> Index:
     around: list[str] = []
     fields: dict[str, Attributes] = {"label": {}, "original_size": {}}  # of the last of these elements
     labels: dict[str, str | None] = {}
-    starts: list[tuple[int, int]] = []  # byte, line
+    images: list[Unit] = []
     names: list[tuple[str, str | None]] = []
-    tracks, end, encoding = 0, 0, _BOMS.get(read_head(path)[:2])
+    tracks, encoding = 0, _BOMS.get(read_head(path)[:2])
 
     def declare(version: str, declared: str | None, standalone: int) -> None:
         nonlocal encoding
@@ -123,18 +125,24 @@ def _read_index(path: Path) -> Index:
         around.append(name)
         if len(around) == 1 and name != "annotations":
             raise Fault("data-unknown", f"{path}: its outermost element is {brief(name)}, CVAT's is 'annotations'")
+        if len(around) == 2:
+            close()
         if len(around) == 2 and name == "image":
-            starts.append((parser.CurrentByteIndex, parser.CurrentLineNumber))
+            images.append(Unit(parser.CurrentByteIndex, 0, parser.CurrentLineNumber))
             names.append((attributes.get("name", ""), attributes.get("subset")))
         elif len(around) == 2 and name == "track":
             tracks += 1
         elif name == "label":
             fields[name] = {}
 
+    def close() -> None:
+        if images and not images[-1].end:  # until whatever follows it
+            images[-1] = images[-1]._replace(end=parser.CurrentByteIndex)
+
     def finish(name: str) -> None:
-        nonlocal end
         around.pop()
-        end = parser.CurrentByteIndex
+        if not around:
+            close()
         label = fields["label"]
         if name == "label" and "parent" not in label and label.get("name"):  # not a point of a skeleton
             labels[label["name"]] = label.get("type")
@@ -148,8 +156,6 @@ def _read_index(path: Path) -> Index:
     parser.StartElementHandler, parser.EndElementHandler = start, finish
     with path.open("rb") as file:
         _feed(parser, path, 1, file)
-    ends = [*(byte for byte, _ in starts[1:]), end]
-    images = [Unit(byte, stop, line) for (byte, line), stop in zip(starts, ends, strict=True)] if starts else []
     frame = fields["original_size"]
     return Index(labels, (frame.get("height"), frame.get("width")), images, names, tracks, encoding)
 
@@ -240,10 +246,16 @@ def _parse_video(folder: Path, size: Size | None, path: Path, size_of: SizeOf) -
     frames = _frames(folder)
     order = sorted(frames)
     items: dict[int, list[tuple[Any, Item]]] = {number: [] for number in order}
-    findings: Findings = []
+    findings: dict[int, Findings] = {number: [] for number in order}
     track: Attributes = {}
     last: int | None = None  # the frame of the track's last shape, if it is inside the picture
     tasks = set()
+
+    def name_of(frame: int) -> str:
+        return frames.get(frame, f"frame_{frame:06d}.jpg")
+
+    def size_in(frame: int) -> Callable[[], Size]:
+        return lambda: size or size_of(name_of(frame))
 
     def handle(depth: int, element: str, attributes: Attributes, line: int) -> None:
         nonlocal track, last
@@ -254,29 +266,27 @@ def _parse_video(folder: Path, size: Size | None, path: Path, size_of: SizeOf) -
             return
         frame, place = to_integer(attributes.get("frame")), f"{path.name}, line {line}"
         if frame is None:
-            findings.append(("shape-malformed", f"{place}: frame {brief(attributes.get('frame'))}"))
+            findings[order[0]].append(("shape-malformed", f"{place}: frame {brief(attributes.get('frame'))}"))
             return
+        found = findings.setdefault(frame, [])
         if last is not None and bisect_left(order, frame) - bisect_left(order, last) > 1:
-            findings.append(
-                ("frames-skipped", f"{place}: the track has no shape between the frames {last} and {frame}")
-            )
+            found.append(("frames-skipped", f"{place}: the track has no shape between the frames {last} and {frame}"))
         outside = attributes.get("outside") == "1"
         last = None if outside else frame
         if not outside:
             shape = Shape(element, attributes | {"group_id": track.get("group_id", "")}, track.get("label"), place)
-            name = frames.get(frame, f"frame_{frame:06d}.jpg")
-            add_object(shape, lambda: size or size_of(name), items.setdefault(frame, []), findings)
+            add_object(shape, size_in(frame), items.setdefault(frame, []), found)
 
     with path.open("rb") as file:
         _read_elements(path, file, 1, None, handle)
-    if len(tasks - {None}) > 1:
+    tasks.discard(None)
+    if len(tasks) > 1:
         raise Fault("frames-missing", f"{path}: holds {len(tasks)} tasks, whose frames have the same numbers")
     pictures = []
-    for number in sorted(items):
-        name = frames.get(number, f"frame_{number:06d}.jpg")
-        objects = join_groups(items[number], partial(size_of, name) if size is None else lambda: size, findings)
-        pictures.append(Picture(name, size, objects))
-    return [pictures[0]._replace(findings=tuple(findings)), *pictures[1:]]
+    for number in sorted(findings):
+        objects = join_groups(items.get(number, []), size_in(number), findings[number])
+        pictures.append(Picture(name_of(number), size, objects, tuple(findings[number])))
+    return pictures
 
 
 def _frames(folder: Path) -> dict[int, str]:

@@ -107,12 +107,13 @@ def _entries(path: Path, files: dict[str, Any]) -> Iterator[Unit]:
 def _rows(path: Path, text: str) -> Iterator[Unit]:
     """Yield the pictures of CSV, in the order of their first rows.  Raises Fault."""
     units: dict[tuple[str, str], Unit] = {}
-    table = csv.reader(io.StringIO(text, newline=""))
+    comma = max(",;\t", key=text.partition("\n")[0].count)  # a table program may have written it anew
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=comma)
     try:
         heading = [name.strip(" #") for name in next(table)]
         for row in filter(None, table):
             extra = len(row) - len(heading)  # commas in the name of the picture, which VIA does not quote
-            row = [",".join(row[: extra + 1]), *row[extra + 1 :]] if extra > 0 else row
+            row = [comma.join(row[: extra + 1]), *row[extra + 1 :]] if extra > 0 else row
             name, file_size, shape, attributes = (row[heading.index(column)] for column in COLUMNS)
             unit = units.setdefault((name, file_size), Unit(name, []))
             if shape.strip() != "{}":  # which is a picture without regions

@@ -262,6 +262,8 @@ def _verified(folder: Path, name: str, entry: _File) -> bytes:
 
 def _describe(path: Path) -> str:
     """Describe what is at a path that is not a checkpoint."""
+    if (path.parent / MANIFEST).is_file():
+        return f"it is a file of the checkpoint {path.parent}; name this folder"
     if path.is_file():
         return "it is a file; train.weights and gndet convert read files of other toolkits"
     if not path.is_dir():

@@ -4,8 +4,9 @@ An unknown key is refused, and the nearest known key is suggested; every error n
 """
 
 import difflib
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,34 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
         tree["model"] = without_conventions(tree["model"])
     _override(tree, overrides, origin)
     return _validated(tree, origin, source)
+
+
+def override_words(overrides: Mapping[str, Any]) -> list[str]:
+    """Turn overrides from Python into `key=value` words.
+
+    overrides: {"train.schedule.updates": 60} or {"train": {"schedule": {"updates": 60}}}; values as in YAML, a path or
+    a tuple too.  Raises ConfigError for a value that YAML cannot hold.
+    """
+    words = []
+    for key, value in overrides.items():
+        try:
+            text = yaml.safe_dump([_plain(value)], default_flow_style=True, width=math.inf, allow_unicode=True)
+        except yaml.YAMLError:
+            kind = type(value).__name__
+            raise ConfigError(f"{key}: got {_brief(value)} of type {kind}, expected a value that YAML holds") from None
+        words.append(f"{key}={text.strip()[1:-1]}")
+    return words
+
+
+def _plain(value: Any) -> Any:
+    """Replace paths and NumPy's numbers in nested overrides by what YAML writes."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def config_from_dict(tree: dict[str, Any], source: str) -> Config:

@@ -54,6 +54,16 @@ def process(device: str, deterministic: bool = False, watched: bool = False) -> 
         yield proc
 
 
+def alone(device: str) -> Process:
+    """Return the only rank of a program that uses gndet as a library; the settings of its process stay as they are.
+
+    device: auto, cpu or cuda (the current GPU).  Raises ConfigError.
+    """
+    _check_device(device)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return Process(0, 1, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+
+
 def spawn(function: Callable[..., None], world: int, device: str, *args: Any) -> None:
     """Run function(proc, *args) on `world` new ranks of this machine and wait; they share GPUs if there are too few.
 
@@ -77,8 +87,7 @@ def _member(
     device: str, deterministic: bool, rank: int, world: int, local: int, rendezvous: str, *, nccl: bool
 ) -> Iterator[Process]:
     """Act as rank `rank` of `world`, on GPU `local` if there is one, during the context; nccl: no ranks share a GPU."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
+    _check_device(device)
     if device != "cpu" and not any(name in os.environ for name in _ALLOCATOR):
         # canvases of many sizes fragment fixed segments; torch reads this when it first uses the GPU
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
@@ -102,6 +111,13 @@ def _member(
     yield Process(rank, world, chosen)
     if world > 1:  # not after an error: this would wait for a lost rank
         dist.destroy_process_group()
+
+
+def _check_device(device: str) -> None:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device: got {device!r}, expected auto, cpu or cuda; torch.cuda.set_device chooses a GPU")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda: torch finds no GPU here; use device=cpu or device=auto")
 
 
 def limit_waiting(proc: Process, seconds: float) -> None:

@@ -28,6 +28,8 @@ from gndet.files import text_table
 from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Batch, Detections
 
+CLASS_COLUMNS = ("AP", "AP50", "AR")
+
 
 class Share(NamedTuple):
     """The detections of one rank."""
@@ -199,16 +201,35 @@ def scalars(evaluation: Evaluation) -> dict[str, float]:
     return {f"{name}/{key}": value for name, part in parts.items() if part for key, value in part.summary.items()}
 
 
+class Scores(dict[str, float]):
+    """The metrics of an evaluation, {"box/AP": 0.41, ..., "mask/AP": 0.37, ...}; printing them shows a table."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        super().__init__(scalars(evaluation))
+        self.evaluation = evaluation
+
+    def __str__(self) -> str:
+        return evaluation_table(self.evaluation)
+
+    @property
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """The metrics of each class: {"cell": {"box/AP": 0.41, "box/AP50": ..., "box/AR": ..., "mask/AP": ...}}."""
+        classes: dict[str, dict[str, float]] = {}
+        for part, metrics in (("box", self.evaluation.box), ("mask", self.evaluation.mask)):
+            for row in metrics.per_class if metrics else ():
+                classes.setdefault(row["name"], {}).update({f"{part}/{key}": row[key] for key in CLASS_COLUMNS})
+        return classes
+
+
 def evaluation_table(evaluation: Evaluation) -> str:
     """Return a table in percent: the summaries, then the classes; "-" means undefined."""
     parts = {"box": evaluation.box} | ({"mask": evaluation.mask} if evaluation.mask else {})
     summary = [["", *SUMMARY_COLUMNS]]
     summary += [[name, *(_percent(part.summary[key]) for key in SUMMARY_COLUMNS)] for name, part in parts.items()]
-    columns = ("AP", "AP50", "AR")
-    classes = [["class", "images", "objects", *(f"{name} {key}" for name in parts for key in columns)]]
+    classes = [["class", "images", "objects", *(f"{name} {key}" for name in parts for key in CLASS_COLUMNS)]]
     for rows in zip(*(part.per_class for part in parts.values()), strict=True):
         first = rows[0]
-        numbers = [_percent(row[key]) for row in rows for key in columns]
+        numbers = [_percent(row[key]) for row in rows for key in CLASS_COLUMNS]
         classes.append([first["name"], str(first["num_images"]), str(first["num_objects"]), *numbers])
     return f"{text_table(summary)}\n\n{text_table(classes)}"
 

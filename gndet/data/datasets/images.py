@@ -16,6 +16,7 @@ from gndet.config.schema import DataConfig
 from gndet.data.datasets.deep_pictures import Depth, all_values, depth_of, judge, to_8_bits
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import EMPTY, FILE, PICTURE, read_head, what_is
+from gndet.data.datasets.pillow_limit import without_pillow_limit
 from gndet.data.datasets.short_jpeg import read_short
 from gndet.data.records import Record
 from gndet.errors import DataError, MachineError
@@ -88,20 +89,37 @@ def read_image(
     Raises Fault for a file that is missing, broken, over reading.max_pixels, of another size, or of 32 bits per channel
     without a pixel_range; raises MachineError if there are too many open files or too little memory.
     """
-    with _opened(path, reading.max_pixels) as opened:
-        image, depth, orientation = _decoded(opened, path, unusual)
-        rgb = _to_rgb(image, depth, path, reading.pixel_range, unusual)
-        turned = image.format == "TIFF"  # by Pillow, while it loads
-        if orientation in TURNS and turned != (reading.exif == "turn"):
-            rgb = rgb.transpose((UNDONE if turned else TURNS)[orientation])
-        pixels = np.array(rgb)  # (h, w, 3), a copy
-        if unusual is not None:
-            turn = reading.exif == "turn" and orientation in TURNS
-            unusual.found += [_turn(orientation, rgb.size)] if turn else []
-            unusual.found += _animation(image)
+    with _opened(path, reading.max_pixels) as image:
+        pixels, orientation = _pixels(image, path, reading, unusual)
     if size is not None and pixels.shape[:2] != size:
         _refuse_size(path, pixels.shape[:2], size, orientation in SIDEWAYS, reading.exif)
     return pixels
+
+
+def pixels_of(image: Image.Image, reading: Reading) -> np.ndarray:
+    """Return the pixels of a picture that Pillow holds as `read_image` returns those of its file: a copy.
+
+    Raises DataError.
+    """
+    name = getattr(image, "filename", "") or f"a PIL image of mode {image.mode}"
+    try:
+        return _pixels(image, Path(name), reading, None)[0]
+    except DECODER_ERRORS as error:
+        raise DataError(f"{name}: cannot be read as a picture: {error}") from None
+
+
+def _pixels(opened: Image.Image, path: Path, reading: Reading, unusual: Unusual | None) -> tuple[np.ndarray, Any]:
+    """Decode a picture.  Returns (height, width, 3) uint8 RGB, turned as reading.exif says, and its orientation."""
+    image, depth, orientation = _decoded(opened, path, unusual)
+    rgb = _to_rgb(image, depth, path, reading.pixel_range, unusual)
+    turned = image.format == "TIFF"  # by Pillow, while it loads
+    if orientation in TURNS and turned != (reading.exif == "turn"):
+        rgb = rgb.transpose((UNDONE if turned else TURNS)[orientation])
+    if unusual is not None:
+        turn = reading.exif == "turn" and orientation in TURNS
+        unusual.found += [_turn(orientation, rgb.size)] if turn else []
+        unusual.found += _animation(image)
+    return np.array(rgb), orientation
 
 
 def _decoded(image: Image.Image, path: Path, unusual: Unusual | None) -> tuple[Image.Image, Depth, Any]:
@@ -116,7 +134,9 @@ def _decoded(image: Image.Image, path: Path, unusual: Unusual | None) -> tuple[I
     try:
         image.load()
     except OSError as error:
-        found = None if error.errno in MACHINE_ERRORS or image.format != "JPEG" else read_short(path)
+        found = (
+            None if error.errno in MACHINE_ERRORS or image.format != "JPEG" or not path.is_file() else read_short(path)
+        )
         if found is None:
             raise
         image, made_up = found
@@ -204,19 +224,6 @@ def _animation(image: Image.Image) -> list[tuple[str, str]]:
 def _orientation(image: Image.Image) -> Any:
     """Return EXIF's orientation: 1 is upright; a damaged value may be anything."""
     return image.getexif().get(ORIENTATION, 1)
-
-
-@contextmanager
-def without_pillow_limit() -> Iterator[None]:
-    """Switch off Pillow's limit in favor of max_pixels: it warns from 89 million pixels on, whatever the file.
-
-    Pillow's limit is global: a process that reads in several threads must hold this context around all of them.
-    """
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:

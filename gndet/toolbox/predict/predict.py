@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gndet.data.datasets.faults import Findings, describe_finding
-from gndet.data.datasets.images import Reading, Unusual, picture_size, without_pillow_limit
+from gndet.data.datasets.images import Reading, Unusual, picture_size
 from gndet.data.datasets.segmentation import printable
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
@@ -69,7 +69,7 @@ def predict(
         task = drawn.task
         show(f"{task.record.file_name}: {drawn.count} objects with a score of {threshold} or more -> {task.file}")
 
-    with without_pillow_limit(), Output(detector, out, wanted, device.type != "cpu") as output:
+    with Output(detector, out, wanted, device.type != "cpu") as output:
         portions = picture_portions(pictures, data, num, pin_memory=device.type == "cuda", notify=show)
         with contextlib.closing(portions):
             for portion in portions:

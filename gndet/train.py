@@ -1,9 +1,13 @@
 """Train a detector: `train(cfg)` reads from top to bottom.  An update is an optimizer step over global_batch images."""
 
 import math
+import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -192,3 +196,14 @@ def show_batches(run: Run, taken: list[Loaded], log: Log) -> None:
     places = [(loaded, place) for loaded in taken for place in range(len(loaded.image_ids))]
     for i, (loaded, place) in enumerate(places[: run.cfg.train.vis_images]):
         log.picture(0, f"train/{i}", draw(loaded, place, run.train_set.classes))
+
+
+class _CallableModule(ModuleType):
+    """Let `gndet.train(...)` be a call: once this module is imported, the package's attribute `train` is the module."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Train as the command line does; see `train_run` in gndet/cli/train.py."""
+        return import_module("gndet.cli.train").train_run(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,9 +1,14 @@
-"""`gndet train CONFIG [key=value ...] [--fresh]`: train, then write the report, even after an error."""
+"""`gndet train CONFIG [key=value ...] [--fresh]`, and `gndet.train(...)` from Python: train, then write the report."""
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides
+
+if TYPE_CHECKING:
+    from gndet.config.schema import Config
+    from gndet.evaluation.detector import Detector
 
 
 def add(verbs: Verbs) -> None:
@@ -18,7 +23,50 @@ def run(options: Options) -> int:
     """Train a detector."""
     from gndet.config.loading import load_config
 
-    cfg = load_config(options.config, options.overrides)
+    _train(load_config(options.config, options.overrides), fresh=options.fresh, progress=True)
+    return 0
+
+
+class TrainedRun(NamedTuple):
+    """A finished run."""
+
+    folder: Path
+    metrics: dict[str, float]  # of the last evaluation, {"box/AP": 0.41, ...}
+    report: Path | None  # the page, if one was written
+
+    def load(self, device: str = "auto", **overrides: Any) -> "Detector":
+        """Load the best checkpoint, as `gndet.load` does."""
+        from gndet.evaluation.detector import load
+
+        return load(self.folder, device, **overrides)
+
+
+def train_run(
+    config: "str | Path | Config", *, fresh: bool = False, progress: bool = True, **overrides: Any
+) -> TrainedRun:
+    """Train a detector as `gndet train` does, or resume an unfinished run of the same config.
+
+    config: a YAML file, the name of a packaged config, or a Config.  fresh: move an existing run in the folder aside
+    and start over.  progress: show it, as the command line does.  overrides: changes to the config: out="runs/x",
+    train={"schedule": {"updates": 60}}, or with dotted names, **{"train.schedule.updates": 60}.
+    Returns the run: its folder, its last metrics and its report; its `load` returns the detector.
+    Raises what `gndet.train.train` raises.
+    """
+    from gndet.config.loading import load_config, override_words, with_overrides
+    from gndet.config.schema import Config
+    from gndet.training.run_folder import REPORT
+
+    words = override_words(overrides)
+    if isinstance(config, Config):
+        cfg = with_overrides(config, words, "gndet.train")
+    else:
+        cfg = load_config(Path(config).expanduser(), words)
+    metrics, out = _train(cfg, fresh=fresh, progress=progress), Path(cfg.out)
+    report = out / REPORT
+    return TrainedRun(out, metrics, report if cfg.train.report and report.is_file() else None)
+
+
+def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
     from rich.console import Console
 
     from gndet.toolbox.report.report import report_on_ending
@@ -32,7 +80,7 @@ def run(options: Options) -> int:
 
     def show(text: str) -> None:
         with suppress(OSError):  # the terminal may be gone
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            if progress:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    train(cfg, fresh=options.fresh, console=console, at_end=write_report)
-    return 0
+    return train(cfg, fresh=fresh, console=console if progress else None, at_end=write_report)

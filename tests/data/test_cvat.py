@@ -12,6 +12,7 @@ from labeled import assert_equal, codes, examples, first_pictures, make_pictures
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.exports.cvat import cvat_sets, open_cvat
+from gndet.data.datasets.layout import find_sets
 from gndet.data.datasets.segmentation import to_rle
 
 LABELS = "<labels>" + "".join(f"<label><name>{name}</name></label>" for name in ("plate", "cup")) + "</labels>"
@@ -288,6 +289,11 @@ def test_a_project_is_read_by_its_subsets(tmp_path: Path) -> None:
         dataset = read(open_cvat, path, split=split)
         assert not dataset.refused and len(dataset.records) == len(expected)
         assert split == "" or [record.file_name for record in dataset.records] == expected
+    found = find_sets(tmp_path)
+    assert {name: (source.annotations, source.split) for name, source in found.items()} == {
+        "train": (path, "train"),
+        "val": (path, "val"),
+    }
     refused = read(open_cvat, path, split="test")
     assert codes(refused) == {"set-missing": 1} and "it has Train, Validation" in examples(refused, "set-missing")
 

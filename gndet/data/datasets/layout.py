@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from gndet.data.datasets.exports.cvat import cvat_sets
 from gndet.data.datasets.exports.voc import voc_sets
 from gndet.data.datasets.exports.yolo import yolo_sets
 from gndet.data.datasets.faults import Fault
@@ -150,8 +151,18 @@ def _xml_in(listed: Listing) -> list[tuple[str, Source]]:
         if "voc" in kinds.values():
             return [(name, Source("voc", listed.home, None, name)) for name in voc_sets(listed.home)]
         if cvat := [file for file, kind in kinds.items() if kind == "cvat"]:
-            return [(set_of(file.stem) or "", Source("cvat", file)) for file in cvat]
+            return [pair for file in cvat for pair in _cvat_in(file)]
     return []
+
+
+def _cvat_in(file: Path) -> list[tuple[str, Source]]:
+    """Return the sets that a project's file has as subsets, or the set that a file is."""
+    try:
+        subsets = cvat_sets(file)
+    except Fault:  # the reader will say it with the place
+        subsets = []
+    alone = [(set_of(file.stem) or "", Source("cvat", file))]
+    return [(name, Source("cvat", file, None, name)) for name in subsets] or alone
 
 
 def _annotations_in(listed: Listing) -> list[Listing]:

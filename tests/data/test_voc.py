@@ -89,6 +89,10 @@ LAYOUTS: dict[str, dict[str, str | None]] = {
         "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt": "a", "VOCdevkit/VOC2012/Annotations/b.xml": XML,
         "VOCdevkit/VOC2012/JPEGImages/b.png": None, "VOCdevkit/VOC2012/ImageSets/Main/val.txt": "b",
     },
+    "an unpacked archive": {
+        "set/export/train/a.xml": XML, "set/export/train/a.png": None, "set/export/valid/b.xml": XML,
+        "set/export/valid/b.png": None,
+    },
     "Roboflow": {"train/a.xml": XML, "train/a.png": None, "valid/b.xml": XML, "valid/b.png": None, "README.txt": "x"},
     "folders of both": {
         "train/Annotations/a.xml": XML, "train/images/a.png": None, "val/Annotations/b.xml": XML,

@@ -19,6 +19,7 @@ YAML = "train: images/train\nval: images/val\nnames: [cell, plate]\n"
 PAIR: dict[str, str | None] = {
     "images/train/a.png": None, "labels/train/a.txt": BOX, "images/val/b.png": None, "labels/val/b.txt": BOX,
 }  # fmt: skip
+DEEP = {f"data/{name.replace('/', '/v1/', 1)}": text for name, text in PAIR.items()}
 
 
 def read(folder: Path, split: str = "train", **options: Any) -> Dataset:
@@ -85,7 +86,7 @@ def test_outlines_are_the_polygons_of_the_coco_file(tmp_path: Path, data_root: P
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
-LAYOUTS: dict[str, tuple[dict[str, str | None], str]] = {  # files, and what is given as the annotations
+LAYOUTS: dict[str, tuple[dict[str, str | bytes | None], str]] = {  # files, and what is given as the annotations
     "Ultralytics": (PAIR | {"data.yaml": YAML}, ""),
     "its data.yaml": (PAIR | {"data.yaml": YAML}, "data.yaml"),
     "another name": (PAIR | {"cells.yml": YAML}, ""),
@@ -117,6 +118,14 @@ LAYOUTS: dict[str, tuple[dict[str, str | None], str]] = {  # files, and what is 
         {
             "README.roboflow.txt": "some words", "train/_darknet.labels": "cell\nplate", "train/a.png": None,
             "train/a.txt": BOX, "valid/_darknet.labels": "cell\nplate", "valid/b.png": None, "valid/b.txt": BOX,
+        }, "",
+    ),
+    "an unpacked archive": ({f"set/x/{name}": text for name, text in PAIR.items()} | {"set/x/data.yaml": YAML}, ""),
+    "sets two folders down": (DEEP | {"classes.txt": "cell\nplate"}, ""),
+    "other programs' files": (
+        PAIR | {
+            "args.yaml": "val: true\nsplit: val\ndata: x.yaml\n", "broken.yaml": "{{ a", "other.data": b"\xff\xfe\0",
+            "my.yaml": "data: {root: x}\ntrain: {schedule: {updates: 9}}\n", "set.yaml": YAML,
         }, "",
     ),
     "folders of sets": (
@@ -162,6 +171,13 @@ def test_an_export_that_is_not_divided_is_the_training_set(tmp_path: Path, layou
     assert boxes(read(tmp_path, "val", images=images)).keys() == {path.name for path in images.iterdir()} - {
         path.name for path in images.iterdir() if path.suffix != ".png"
     }
+
+
+def test_pictures_outside_the_folders_of_sets_are_the_training_set(tmp_path: Path) -> None:
+    write(tmp_path, {"images/a.png": None, "labels/a.txt": BOX, "images/test/b.png": None, "labels/test/b.txt": BOX})
+    write(tmp_path, {"classes.txt": "cell"})
+    assert boxes(read(tmp_path)) == {"a.png": [PIXELS]} and boxes(read(tmp_path, "test")) == {"b.png": [PIXELS]}
+    assert boxes(read(tmp_path, "")) == {"a.png": [PIXELS], "test/b.png": [PIXELS]}
 
 
 def test_a_set_that_is_missing_is_named_with_those_that_are_there(tmp_path: Path) -> None:
@@ -258,12 +274,17 @@ BAD_ROWS = {
     "commas": ("0,0.5,0.5,0.5,0.5", "row-malformed", "between spaces"),
     "decimal commas": ("0 0,5 0,5 0,5 0,5", "row-malformed", "a decimal point"),
     "four numbers": ("0 0.5 0.5 0.5", "row-malformed", "4 numbers"),
+    "one number": ("0", "row-malformed", "1 number, expected 5"),
     "an angle": ("0 0.5 0.5 0.5 0.5 35", "row-malformed", "the sixth number is 35"),
     "half a point": ("0 0.1 0.1 0.5 0.1 0.5 0.5 0.1", "row-malformed", "8 numbers"),
     "no number": ("0 0.5 0.5 nan 0.5", "row-malformed", "not finite"),
     "infinity": ("0 0.5 0.5 inf 0.5", "row-malformed", "not finite"),
     "DOTA": ("1 1 9 1 9 9 1 9 plane 0", "row-malformed", "OBB"),
-    "a class beyond the names": ("2 0.5 0.5 0.5 0.5", "row-class", "class 2, expected one of 0 to 1"),
+    "a class beyond the names": (
+        "2 0.5 0.5 0.5 0.5",
+        "row-class",
+        "class 2, expected one of 0 to 1; are the classes numbered from 1?",
+    ),
     "a negative class": ("-1 0.5 0.5 0.5 0.5", "row-class", "class -1"),
     "half a class": ("0.5 0.5 0.5 0.5 0.5", "row-class", "class 0.5"),
     "pixels": ("0 32 24 10 10", "row-pixels", "32, expected shares from 0 to 1"),

@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gndet.data.datasets.faults import Fault
@@ -85,18 +85,45 @@ def children(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
-def choose(folder: Path, found: Mapping[str, Path], split: str, is_given: bool = False) -> Path:
-    """Return the file or folder of a set; the folder itself if it is all there is.
-
-    found: by set, those that the folder has.  A folder that is not divided is the training set, or any set if its name
-    says so or it is_given for that set; split "" is all of it.  Raises Fault if there is no such set.
-    """
-    if split in found:
-        return found[split]
-    is_named = split in [ALIASES.get(part.lower()) for part in folder.parts[-2:]]
-    if split and not is_named and (found or (split != "train" and not is_given)):
-        raise set_missing(folder, split, [path.name for path in found.values()])
+def entered(folder: Path) -> Path:
+    """Follow folders that hold nothing but one folder, as an unpacked archive does."""
+    while len(inside := children(folder)) == 1 and inside[0].is_dir() and not inside[0].name.startswith("__"):
+        folder = inside[0]
     return folder
+
+
+def by_set(files: Sequence[str]) -> dict[str, list[str]]:
+    """Divide files by the folders named train, val, ... that they lie in; those in none are the set "".
+
+    If there are other sets, but no training set, it is those in none.  files: paths with forward slashes.
+    """
+    found: dict[str, list[str]] = {}
+    known: dict[str, str] = {}  # by folder
+    for file in files:
+        parent = file.rpartition("/")[0]
+        if parent not in known:
+            known[parent] = next((ALIASES[part] for part in parent.lower().split("/") if part in ALIASES), "")
+        found.setdefault(known[parent], []).append(file)
+    if "" in found and len(found) > 1 and "train" not in found:
+        found["train"] = found.pop("")
+    return found
+
+
+def of_set(folder: Path, files: Sequence[str], split: str, is_given: bool) -> list[str]:
+    """Return the files of a set, relative to folder; split "" means all.
+
+    Files in no folder of a set are the training set, or any set if the name of the folder says so, or if it is_given
+    for that set.  Raises Fault if there is no such set.
+    """
+    found = by_set(files)
+    if not split or not files:
+        return list(files)
+    is_named = split in [ALIASES.get(part.lower()) for part in folder.parts[-2:]]
+    if list(found) == [""] and (split == "train" or is_given or is_named):
+        return found[""]
+    if split not in found:
+        raise set_missing(folder, split, sorted(filter(None, found)))
+    return found[split]
 
 
 def set_missing(where: Path, split: str, known: Sequence[str]) -> Fault:

@@ -9,10 +9,12 @@ from pathlib import Path
 from gndet.data.datasets.exports.folders import (
     ALIASES,
     Listings,
+    by_set,
     children,
-    choose,
     common_folder,
+    entered,
     files_below,
+    of_set,
     read_text,
     set_missing,
     shown,
@@ -39,7 +41,9 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
     it.
     Raises Fault if there is no such set, or no XML file in it.
     """
-    home = annotations if annotations.is_dir() else annotations.parent
+    if not annotations.exists():
+        raise Fault("json-unreadable", f"{annotations}: no such file or folder")
+    home = entered(annotations) if annotations.is_dir() else annotations.parent
     if annotations.suffix.lower() == ".txt" or (home.parent / MAIN).is_dir():
         home = next((place for place in home.parents if _xml_folder(place)), home)
     found: Found = []
@@ -73,7 +77,7 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
 def voc_sets(home: Path) -> list[str]:
     """List the sets of a folder by ImageSets/Main, or by its folders; [""] if it is not divided."""
     listed = dict.fromkeys(name for lists in _lists_of_sets(home).values() for name in lists)
-    return list(listed) or list(_folders_of_sets(home)) or [""]
+    return list(listed) or list(by_set(files_below(home, (".xml",)))) or [""]
 
 
 def _find_files(
@@ -91,26 +95,13 @@ def _find_files(
             known = sorted({path.stem for found_in in sets.values() for path in found_in.values()})
             raise set_missing(home, split, known)
         return [file for root, path in lists.items() for file in _listed(path, root, home, found)], [*lists.values()]
-    divided = _folders_of_sets(home)
-    folder = choose(home, divided, split, is_given)
-    prefix = "" if folder == home else f"{folder.relative_to(home)}/"
-    return [prefix + file for file in files_below(folder, (".xml",))], []
+    return of_set(home, files_below(home, (".xml",)), split, is_given), []
 
 
 def _lists_of_sets(home: Path) -> dict[Path, dict[str, Path]]:
     """Return the lists of ImageSets/Main by set, for each folder in VOC's layout."""
     roots = [place for place in (home, *children(home), *children(home / "VOCdevkit")) if (place / MAIN).is_dir()]
     return {root: _lists(root / MAIN) for root in roots if _xml_folder(root)}
-
-
-def _folders_of_sets(home: Path) -> dict[str, Path]:
-    """Return the folders with XML files that are named after sets, by set."""
-    divided: dict[str, Path] = {}
-    for place in (home, *(path for path in children(home) if path.name.lower() in ANNOTATIONS)):
-        for path in children(place):
-            if path.name.lower() in ALIASES and path.is_dir() and files_below(path, (".xml",)):
-                divided.setdefault(ALIASES[path.name.lower()], path)
-    return divided
 
 
 def _xml_folder(root: Path) -> Path | None:

@@ -14,7 +14,16 @@ from typing import Any
 import yaml
 
 from gndet.config.loading import MAX_CONFIG_BYTES
-from gndet.data.datasets.exports.folders import ALIASES, candidates, common_folder, read_text, set_missing, shown
+from gndet.data.datasets.exports.folders import (
+    ALIASES,
+    candidates,
+    children,
+    common_folder,
+    entered,
+    read_text,
+    set_missing,
+    shown,
+)
 from gndet.data.datasets.exports.pictures import Export
 from gndet.data.datasets.exports.yolo_files import Group, Labels, in_folder, in_list, in_tree, sets_in_folder
 from gndet.data.datasets.exports.yolo_rows import Unit, classes_in, parse_labels, refuse_other_rows
@@ -23,6 +32,7 @@ from gndet.data.datasets.segmentation import brief
 
 YAML, DARKNET = (".yaml", ".yml"), ".data"
 NAMES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")  # a class name per line
+USUAL = ("data", "dataset", "obj")  # names of data.yaml and of Darknet's file
 SHOWN = 4  # folders that were looked in
 Tree = dict[str, Any]  # text, lists of text, or mappings of text, by key
 
@@ -51,6 +61,9 @@ def open_outlines(annotations: Path, images: Path | None, split: str) -> Export:
 
 
 def _open(annotations: Path, images: Path | None, split: str, outlines: bool) -> Export:
+    if not annotations.exists():
+        raise Fault("json-unreadable", f"{annotations}: no such file or folder")
+    annotations = entered(annotations)
     file, tree = _find_tree(annotations)
     folder = annotations if annotations.is_dir() else annotations.parent
     notes: list[str] = []
@@ -85,14 +98,16 @@ def _find_tree(annotations: Path) -> tuple[Path | None, Tree]:
     if annotations.is_file():
         is_tree = annotations.suffix.lower() in (*YAML, DARKNET)
         return (annotations, _read_tree(annotations)) if is_tree else (None, {})
-    try:
-        names = sorted(os.listdir(annotations))
-    except OSError as error:
-        raise Fault("json-unreadable", f"{annotations}: {error.strerror}") from None
-    files = [annotations / name for name in names if name.lower().endswith((*YAML, DARKNET)) and name[0] != "."]
-    for file in sorted(files, key=lambda file: file.stem not in ("data", "dataset", "obj")):
-        if (tree := _read_tree(file)).keys() & {"names", *ALIASES}:
-            return file, tree
+    for file in sorted(children(annotations), key=lambda file: file.stem not in USUAL):
+        if file.suffix.lower() in (*YAML, DARKNET) and file.is_file():
+            try:
+                tree = _read_tree(file)
+            except Fault:
+                if file.stem in USUAL:
+                    raise
+                continue  # a file of another program
+            if "names" in tree or isinstance(tree.get("train"), str | list):
+                return file, tree
     return None, {}
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from gndet.data.datasets.exports.folders import (
     ALIASES,
     Listings,
+    by_set,
     candidates,
     children,
-    choose,
     files_below,
+    of_set,
     read_text,
     shown,
     stem_of,
@@ -29,27 +30,30 @@ Group = tuple[str, list[str]]  # a folder, and the pictures in it, relative to i
 
 
 def in_folder(folder: Path, split: str, is_given: bool) -> list[Group]:
-    """Find the pictures of a set by folders named train, val, test, or lists of these names.
+    """Find the pictures of a set by folders, or lists, named train, val, test.
 
-    A folder of labels stands for the folder of pictures beside it.  is_given: as in `folders.choose`, which raises
+    A folder of labels stands for the folder of pictures beside it.  is_given: as in `folders.of_set`, which raises
     Fault if there is no such set.
     """
-    for pictures in swapped(str(folder), ("labels",), ("images", "Images", "JPEGImages")):
-        folder = Path(pictures) if os.path.isdir(pictures) and not files_below(folder, PICTURES) else folder
-    found = sets_in_folder(folder)
-    path = choose(folder, found, split, is_given)
-    return in_list(path, [folder]) if path.is_file() else [(str(path), files_below(path, PICTURES))]
+    pictures = files_below(folder, PICTURES)
+    for other in swapped(str(folder), ("labels",), ("images", "Images", "JPEGImages")):
+        if not pictures and os.path.isdir(other):
+            folder, pictures = Path(other), files_below(other, PICTURES)
+    lists = _lists(folder)
+    if split and split in lists:
+        return in_list(lists[split], [folder])
+    return [(str(folder), of_set(folder, pictures, split, is_given))]
 
 
-def sets_in_folder(folder: Path) -> dict[str, Path]:
-    """Return the folders and lists of pictures that are named after sets, by set."""
-    found: dict[str, Path] = {}
-    for place in (folder, *(path for path in children(folder) if path.name.lower() in IMAGES)):
-        for path in children(place):
-            is_set = _is_list(path) if path.suffix.lower() == ".txt" else path.is_dir()
-            if is_set and path.stem.lower() in ALIASES:
-                found.setdefault(ALIASES[path.stem.lower()], path)
-    return found
+def sets_in_folder(folder: Path) -> list[str]:
+    """List the sets of a folder by its lists and folders of pictures; [""] if it is not divided."""
+    return list(_lists(folder)) or list(by_set(files_below(folder, PICTURES))) or [""]
+
+
+def _lists(folder: Path) -> dict[str, Path]:
+    """Return the lists of pictures that are named after sets, by set."""
+    texts = [path for path in children(folder) if path.stem.lower() in ALIASES and path.suffix.lower() == ".txt"]
+    return {ALIASES[path.stem.lower()]: path for path in texts if _is_list(path)}
 
 
 def _is_list(path: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gndet.data.datasets.exports.folders import read_text, shown
 from gndet.data.datasets.exports.pictures import Picture, SizeOf
-from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.faults import Fault, several
 from gndet.data.datasets.segmentation import brief
 
 BOX, SCORED, CORNERS, OUTLINE = 5, 6, 9, 7  # numbers of a row: a box, with its score, 4 corners, the least outline
@@ -95,9 +95,10 @@ def _fault_of(numbers: Row, names: dict[int, str]) -> tuple[str, str] | None:
         if not 0 <= numbers[-1] <= 1:
             return "row-malformed", f"the sixth number is {numbers[-1]:g}, expected a score from 0 to 1"
     elif num != BOX and (num < OUTLINE or num % 2 == 0):
-        return "row-malformed", f"{num} numbers, expected {BOX} for a box, or a class and at least 3 points"
+        return "row-malformed", f"{several(num, 'number')}, expected {BOX} for a box, or a class and at least 3 points"
     if numbers[0] not in names:
-        return "row-class", f"class {numbers[0]:g}, expected one of 0 to {max(names)}"
+        hint = "; are the classes numbered from 1?" if numbers[0] == max(names) + 1 else ""
+        return "row-class", f"class {numbers[0]:g}, expected one of 0 to {max(names)}{hint}"
     if min(numbers[1:]) < LOW or max(numbers[1:]) > HIGH:
         largest = max(numbers[1:], key=abs)
         return "row-pixels", f"{largest:g}, expected shares from 0 to 1 of the picture's width and height"

@@ -256,7 +256,7 @@ def test_of_pictures_that_differ_in_suffix_the_filename_chooses(tmp_path: Path) 
 def test_without_a_picture_of_its_own_name_the_filename_is_taken(tmp_path: Path) -> None:
     write(tmp_path, {"Annotations/0001.xml": xml(filename="photo.png"), "images/photo.png": None})
     dataset = read(tmp_path)
-    assert boxes(dataset) == {"photo.png": [PIXELS]} and codes(dataset) == {"picture-renamed": 1}
+    assert boxes(dataset) == {"photo.png": [PIXELS]} and codes(dataset) == {}
 
 
 def test_a_missing_picture_is_named_and_pictures_without_xml_are_noted(tmp_path: Path) -> None:

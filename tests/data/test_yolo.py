@@ -228,7 +228,7 @@ BROKEN = {
     "a class within a class": ("names: [[cell]]", "yaml-broken", "a name for each class number"),
     "a file that is not there": ("names: none.names", "yaml-broken", "a file of names"),
     "huge": ("#" * 300_000, "yaml-broken", "over 200000 bytes"),
-    "UTF-16": ("names: [cell]".encode("utf-16"), "text-encoding", "expected UTF-8"),
+    "UTF-16 without a mark": ("names: [cell]".encode("utf-16-le"), "yaml-broken", "not valid YAML"),
     "Latin-1": ("names: [Zürich]".encode("latin-1"), "text-encoding", "expected UTF-8"),
 }
 
@@ -252,6 +252,7 @@ GOOD_ROWS = {
     "Windows line ends": (BOX.replace("\n", "\r\n"), {}),
     "tabs and more spaces": (BOX.replace(" ", " \t  ") + "  \n\n", {}),
     "a byte order mark": ("\ufeff" + BOX, {}),
+    "UTF-16, as PowerShell writes it": (BOX.encode("utf-16"), {}),
     "the class as a float": (BOX.replace("0 ", "0.0 ", 1), {}),
     "no line end": (BOX.strip(), {}),
     "equal rows": (BOX + "0 0.50 0.500 0.5 0.5\n" + BOX, {"row-twice": 2}),
@@ -271,6 +272,7 @@ def test_a_row_with_one_meaning_is_read(tmp_path: Path, case: str) -> None:
 
 BAD_ROWS = {
     "a name for the class": ("cell 0.5 0.5 0.5 0.5", "row-malformed", "expected numbers"),
+    "UTF-16 without a mark": ("0\0 \0", "row-malformed", "expected numbers"),
     "commas": ("0,0.5,0.5,0.5,0.5", "row-malformed", "between spaces"),
     "decimal commas": ("0 0,5 0,5 0,5 0,5", "row-malformed", "a decimal point"),
     "four numbers": ("0 0.5 0.5 0.5", "row-malformed", "4 numbers"),
@@ -381,7 +383,7 @@ def test_names_in_either_unicode_form_and_suffixes_in_any_case_match(tmp_path: P
 
 def test_a_picture_that_cannot_be_read_and_a_label_that_is_no_text_are_named(tmp_path: Path) -> None:
     files = {"images/b.png": "no picture", "labels/b.txt": BOX, "images/c.png": None}
-    write(tmp_path, {"labels/c.txt": BOX.encode("utf-16")})
+    write(tmp_path, {"labels/c.txt": b"0 0.5 \xff"})
     dataset = one(tmp_path, BOX, **files)
     assert codes(dataset) == {"picture-unreadable": 1, "text-encoding": 1}
     assert "b.png" in words(dataset) and "labels/c.txt" in words(dataset)

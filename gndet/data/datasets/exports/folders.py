@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -148,16 +149,14 @@ def candidates(text: str, bases: Sequence[Path], least: int = 1) -> Iterator[Pat
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark.  Raises Fault."""
+    """Return a text file in UTF-8, or, with a mark at its beginning, UTF-16.  Raises Fault."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
+        return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except OSError as error:
         raise Fault("json-unreadable", f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise Fault("text-encoding", f"{path}: {error.reason} at byte {error.start}, expected UTF-8") from None
-    if "\0" in text:
-        raise Fault("text-encoding", f"{path}: holds zero bytes, expected UTF-8")
-    return text
 
 
 def shown(name: str) -> str:

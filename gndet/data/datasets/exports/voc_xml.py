@@ -93,10 +93,11 @@ def _choose_picture(file: str, tag: str, names: Sequence[str], found: list[tuple
     stem = stem_of(os.path.basename(file))
     if tag in names:
         return tag
-    chosen = names[0] if names else tag or f"{stem}.jpg"
+    if not names:
+        return tag or f"{stem}.jpg"
     if tag and stem not in (stem_of(tag), tag):
-        found.append(("picture-renamed", f"{file}: filename {brief(tag)}, read {brief(chosen)}"))
-    return chosen
+        found.append(("picture-renamed", f"{file}: filename {brief(tag)}, read {brief(names[0])}"))
+    return names[0]
 
 
 def _corners(item: ElementTree.Element) -> tuple[str, list[float]]:

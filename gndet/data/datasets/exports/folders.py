@@ -148,10 +148,11 @@ def candidates(text: str, bases: Sequence[Path], least: int = 1) -> Iterator[Pat
     yield from (base.joinpath(*parts[start:]) for start in range(last + 1) for base in bases)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: str | Path) -> str:
     """Return a text file in UTF-8, or, with a mark at its beginning, UTF-16.  Raises Fault."""
     try:
-        content = path.read_bytes()
+        with open(path, "rb") as file:
+            content = file.read()
         return content.decode("utf-16" if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except OSError as error:
         raise Fault("json-unreadable", f"{path}: {error.strerror}") from None

@@ -5,8 +5,8 @@ files of this kind: corners of oriented boxes, keypoints, scores, pixels.
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from gndet.data.datasets.exports.folders import read_text, shown
 from gndet.data.datasets.exports.pictures import Picture, SizeOf
@@ -29,7 +29,7 @@ def read_rows(home: str, label: str) -> tuple[Rows, Found]:
     rows: Rows = []
     found: Found = []
     try:
-        text = read_text(Path(home, label))
+        text = read_text(os.path.join(home, label))
     except Fault as fault:
         return [], [(fault.code, str(fault))]
     for line, row in enumerate(text.splitlines(), start=1):

@@ -54,8 +54,7 @@ def to_results(
 
     indices: of the B images in dataset.records; sizes (B, 2) height, width of the resized pictures; paste: how to paste
     masks into the original pictures; threshold: lowest score to keep.
-    Returns the valid detections with boxes clipped to the picture, and run-length codes if there are masks.  Masks are
-    pasted one at a time: a float32 and three bool arrays of the part of the picture that the mask's box covers.
+    Returns the valid detections with boxes clipped to the picture, and run-length codes if there are masks.
     """
     # NumPy has no bfloat16
     all_boxes, scores, labels, all_masks, valids = (part.float().cpu().numpy() for part in detections)

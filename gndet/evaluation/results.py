@@ -124,6 +124,9 @@ Paste = Literal["exact", "rounded", "detectron"]
 MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel of at least this probability belongs to the object
 
 
+AT_ONCE = 1 << 20  # pixels of a mask to compute at once; all 12 million of a large picture take twice the time
+
+
 MIN_BOX_EDGE = 1e-3  # pixels; avoids a division by zero for an empty box
 
 
@@ -149,24 +152,28 @@ def paste_masks(
             last = 1 if paste == "detectron" else 0
             rows, row_weights = _whole_pixels(box[1], box[3] - last, height, masks.shape[1])
             columns, column_weights = _whole_pixels(box[0], box[2] - last, width, masks.shape[2])
-        inside = column_weights @ mask.T @ row_weights.T >= MASK_THRESHOLD  # (columns, rows)
-        runs.append(_run_lengths(inside, columns.start, rows.start, size))
+        runs.append(_run_lengths(column_weights @ mask.T, row_weights, columns.start, rows.start, size))
     codes = [{"size": [height, width], "counts": lengths} for lengths in runs]
     return coco_mask.frPyObjects(codes, height, width) if codes else []
 
 
-def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
-    """Return the run lengths of a picture that is empty except for one part.
+def _run_lengths(across: np.ndarray, row_weights: np.ndarray, left: int, top: int, size: tuple[int, int]) -> np.ndarray:
+    """Return the run lengths of a picture that is empty except for one part, AT_ONCE pixels at a time.
 
-    inside (columns, rows) bool: the part; its first column is `left` and its first row is `top` in the picture (h, w).
+    across (columns, S) and row_weights (rows, S): a pixel of the part is inside where their product is at least
+    MASK_THRESHOLD.  The first column of the part is `left`, its first row is `top` in the picture (h, w).
     The lengths are those of outside, inside, outside ..., column by column.
     """
-    height, width = size
-    fenced = np.zeros((inside.shape[0], inside.shape[1] + 2), dtype=bool)
-    fenced[:, 1:-1] = inside
-    # rows at which the inside begins, ends, begins ...
-    column, row = divmod(np.flatnonzero(fenced[:, 1:] != fenced[:, :-1]), inside.shape[1] + 1)
-    border = (left + column) * height + top + row
+    (height, width), num_rows = size, len(row_weights)
+    borders, step = [np.zeros(0, dtype=np.int64)], max(AT_ONCE // max(num_rows, 1), 1)
+    for first in range(0, len(across), step):
+        inside = across[first : first + step] @ row_weights.T >= MASK_THRESHOLD  # (columns, rows)
+        fenced = np.zeros((len(inside), num_rows + 2), dtype=bool)
+        fenced[:, 1:-1] = inside
+        # rows at which the inside begins, ends, begins ...
+        column, row = divmod(np.flatnonzero(fenced[:, 1:] != fenced[:, :-1]), num_rows + 1)
+        borders.append((left + first + column) * height + top + row)
+    border = np.concatenate(borders)
     # a run that ends at the bottom of the picture continues at the top of the next column
     through = np.flatnonzero(border[1:] == border[:-1])
     if through.size:

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,17 @@ def test_a_mask_is_encoded_as_pycocotools_encodes_the_whole_picture(paste: str) 
         for code in paste_masks(masks, corners.reshape(30, 4), (height, width), paste):
             whole = coco_mask.encode(np.asfortranarray(coco_mask.decode(code)))
             assert code == whole
+
+
+def test_pasting_makes_no_array_of_the_whole_picture() -> None:
+    """A bool of each of 12 million pixels would take 12 MB."""
+    masks, boxes = np.ones((3, 28, 28), dtype=np.float32), np.array([[0.0, 0, 4000, 3000]] * 3)
+    tracemalloc.start()
+    codes = paste_masks(masks, boxes, (3000, 4000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 11e6, f"{peak / 1e6:.1f} MB"
+    assert coco_mask.area(codes).tolist() == [3000 * 4000] * 3
 
 
 def test_an_empty_box_pastes_as_an_empty_mask() -> None:

@@ -77,20 +77,29 @@ def make_bad_objects(data: Hostile) -> None:
     data.object(bbox=[-1, 2, 10, 10])  # box-clipped
     data.object(bbox=[-5, 2, 18, 10])  # box-clipped, box-overhang
     data.object(bbox=[40, 2, 10, 10])  # box-outside
-    for box in ([NAN, 2, 10, 10], [2, 2, INF, 10], [2, 2, 10], "2 2 10 10", [2, 2, 10, "10"], None, [1e308] * 4):
+    for box in ([NAN, 2, 10, 10], [2, 2, INF, 10], [2, 2, 10], "2 2 10 10", [2, 2, 10, "10"], 7, [1e308] * 4):
         data.object(bbox=box)  # box-malformed; json-nan twice
-    data.object(bbox=[2, 2, 0.5, 10], segmentation=[[2, 2, 2.5, 2, 2.5, 12, 2, 12]])  # box-tiny
-    data.object(iscrowd=1, bbox=[3, 0, 2, 30], segmentation=rle)  # crowd
+    data.object(bbox=None), data.object(bbox=[])  # box-missing
+    data.object(bbox=[], segmentation=[])  # box-none
+    data.object(attributes={"rotation": 45.0}, bbox=[8, 8, 10, 10], segmentation=None)  # box-rotated, mask-missing
+    data.object(bbox=[2, 2, 0.5, 10], area=5, segmentation=[[2, 2, 2.5, 2, 2.5, 12, 2, 12]])  # box-tiny
+    data.object(iscrowd=1, bbox=[3, 0, 2, 30], area=50, segmentation=rle)  # crowd
+    data.object(ignore=1)  # ignore-flag
     data.object(iscrowd=1)  # crowd, crowd-polygon
     data.object(iscrowd=2)  # crowd-value
     data.object(area=-1)  # area-value
     data.object(area=None)  # area-missing
+    data.object(area=0), data.object(area=900)  # area-wrong
+    data.object(area=1)  # area-odd
+    data.object(segmentation=[[2, 2, 12, 2, 2, 12]])  # area-box
     data.object(segmentation=[SQUARE, [1, 2, 3, 4], SQUARE[:7]])  # polygon-short twice
     data.object(segmentation=[SQUARE[:5]])  # polygon-short, mask-missing
     for point in (NAN, -INF, 1e12, 10**400, "8", None, True, [1]):
         data.object(segmentation=[[*SQUARE[:7], point]])  # polygon-number; json-nan twice
-    for value in (SQUARE, "x", 7, [[SQUARE], 3]):
+    for value in (SQUARE[:7], "x", 7, [[SQUARE], 3]):
         data.object(segmentation=value)  # segmentation-malformed
+    for value in (SQUARE, [[SQUARE]], [[2, 2], [12, 2], [12, 12], [2, 12]]):
+        data.object(segmentation=value)  # segmentation-shape
     data.object(segmentation=rle | {"counts": [1, 2]})  # rle-counts
     data.object(segmentation=rle | {"counts": [HEIGHT * WIDTH + 1, -1]})  # rle-counts
     data.object(segmentation=rle | {"size": [WIDTH, HEIGHT]})  # rle-size
@@ -109,8 +118,10 @@ BAD_OBJECTS = {
     "box-malformed": ("E", 7), "box-tiny": ("N", 1), "crowd": ("N", 2), "crowd-polygon": ("N", 1),
     "crowd-value": ("E", 1), "area-value": ("E", 1), "area-missing": ("F", 1), "polygon-short": ("F", 3),
     "polygon-number": ("E", 8), "segmentation-malformed": ("E", 4), "rle-counts": ("E", 2), "rle-size": ("E", 1),
-    "rle-malformed": ("E", 1), "mask-empty": ("F", 1), "mask-missing": ("N", 2), "mask-elsewhere": ("N", 1),
+    "rle-malformed": ("E", 1), "mask-empty": ("F", 1), "mask-missing": ("N", 3), "mask-elsewhere": ("N", 1),
     "image-unknown": ("E", 2), "category-unknown": ("E", 1), "annotation-id-twice": ("E", 1),
+    "box-missing": ("F", 2), "box-none": ("F", 1), "box-rotated": ("F", 1), "ignore-flag": ("F", 1),
+    "area-wrong": ("F", 2), "area-odd": ("N", 1), "area-box": ("N", 1), "segmentation-shape": ("F", 3),
     "annotation-id": ("E", 1), "number-float": ("F", 1), "json-nan": ("N", 4),
 }  # fmt: skip
 

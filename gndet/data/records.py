@@ -34,6 +34,7 @@ class Finding(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count
     examples: tuple[str, ...]  # the first few, each with id, value and what was expected
     image_ids: tuple[int, ...]  # the first images with this fault, for drawing them
+    of: int = 0  # how many annotations were checked, if count is a number of annotations; 0: not known
 
 
 class Dataset(NamedTuple):

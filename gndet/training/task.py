@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gndet.config.schema import Config
-from gndet.data.datasets.faults import NOTED, refuse_all
+from gndet.data.datasets.faults import NOTED, refuse_all, share
 from gndet.data.datasets.packed import count_objects
+from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import between, inspect_both
 from gndet.data.records import Dataset
 from gndet.distributed.signals import StopSignals
@@ -35,9 +36,10 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
         for which, data in sets.items()
     ]
     notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
+    notes += limit_notes(sets["train"], sets["val"], cfg)
     for source, found in findings.items():
         noted = (finding for finding in found if finding.severity == NOTED)
-        notes += [f"{source}: noted: {finding.code} ({finding.count}): {finding.what}" for finding in noted]
+        notes += [f"{source}: noted: {finding.code} ({share(finding)}): {finding.what}" for finding in noted]
     return sets["train"], sets["val"], notes
 
 

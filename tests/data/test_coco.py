@@ -114,7 +114,7 @@ BAD_RECORDS: list[tuple[str, int, dict[str, Any], str]] = [
     ("annotations", 1, {"iscrowd": 2}, "annotation 2: iscrowd 2"),
     ("annotations", 1, {"area": -1}, "annotation 2: area -1"),
     ("annotations", 1, {"area": NAN}, "annotation 2: area nan"),
-    ("annotations", 1, {"bbox": None}, "annotation 2: bbox None"),
+    ("annotations", 1, {"bbox": 3}, "annotation 2: bbox 3"),
     ("annotations", 1, {"bbox": [1, 2, 3]}, r"annotation 2: bbox \[1, 2, 3\], expected 4"),
     ("annotations", 1, {"bbox": [1, 2, 3, "4"]}, "annotation 2: bbox .*expected 4 finite"),
     ("annotations", 1, {"bbox": [1, 2, 3, NAN]}, "annotation 2: bbox .*expected 4 finite"),
@@ -132,7 +132,7 @@ BAD_RECORDS: list[tuple[str, int, dict[str, Any], str]] = [
         {"bbox": [2, -9, 6, 6]},
         r"box-outside \(1\): .*\n.*annotation 2: bbox .* of width 30, height 20",
     ),
-    ("annotations", 1, {"segmentation": SQUARE}, "annotation 2: segmentation .*expected a list of polygons"),
+    ("annotations", 1, {"segmentation": SQUARE[:5]}, "annotation 2: segmentation .*expected a list of polygons"),
     ("annotations", 1, {"segmentation": "x"}, "annotation 2: segmentation 'x'"),
     ("annotations", 1, {"segmentation": [[*SQUARE[:5], NAN]]}, "annotation 2: polygon coordinate nan"),
     ("annotations", 1, {"segmentation": [[*SQUARE[:5], -INF]]}, "annotation 2: polygon coordinate -inf"),
@@ -175,11 +175,11 @@ def test_all_faults_are_counted_and_three_of_a_kind_shown(tmp_path: Path) -> Non
 
 def test_a_missing_image_folder_is_named_and_the_rest_is_checked(tmp_path: Path) -> None:
     tree = small()
-    tree["annotations"][0]["bbox"] = None
+    tree["annotations"][0]["bbox"] = 3
     with pytest.raises(DataError):
         read(tmp_path, tree)
     cfg = DatasetConfig(annotations="file.json", images="elsewhere")
-    with pytest.raises(DataError, match=r"(?s)elsewhere: .*expected a folder of pictures.*annotation 1: bbox None"):
+    with pytest.raises(DataError, match=r"(?s)elsewhere: .*expected a folder of pictures.*annotation 1: bbox 3"):
         read_dataset(cfg, DataConfig(root=str(tmp_path)))
 
 

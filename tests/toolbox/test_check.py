@@ -80,7 +80,8 @@ def test_t17_every_fault_has_its_outcome(
     assert len(data.tree["images"]) == images and part["summary"]["images"] == kept
     assert report["refused"] and done.returncode == 1 and "\nrefused: " in done.stdout
     for one in part["findings"]:
-        assert f"{one['severity']} {one['code']} ({one['count']}): {FAULTS[one['code']].what}" in done.stdout
+        number = f"{one['count']} of {one['of']}" if one["of"] and one["severity"] != "E" else one["count"]
+        assert f"{one['severity']} {one['code']} ({number}): {FAULTS[one['code']].what}" in done.stdout
         assert 1 <= len(one["examples"]) <= 3 and all(example in done.stdout for example in one["examples"])
         assert one["remedy"] in done.stdout and (one["remedy"] or one["severity"] == "F")
     severities = [one["severity"] for one in part["findings"]]
@@ -182,7 +183,7 @@ def test_t21_a_file_that_is_no_annotation_file_is_refused(tmp_path: Path, kind: 
 @pytest.mark.faults
 def test_t21_an_archive_for_an_image_folder_is_refused_and_the_rest_is_checked(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
-    data.object(bbox=None)
+    data.object(bbox=3)
     path = data.write()
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as file:
         file.write(data.pictures / "01.png", "../canary")
@@ -247,16 +248,18 @@ def test_a_folder_is_guessed_though_its_first_picture_is_missing(tmp_path: Path)
 
 def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
-    data.image(noise("RGB", (64, 50)), width=64, height=50), data.object(area=5000), data.object(area=10_000, iscrowd=1)
+    data.image(noise("RGB", (120, 100)), width=120, height=100)
+    data.object(bbox=[0, 0, 100, 60], area=5000, segmentation=None)
+    data.object(bbox=[0, 0, 120, 100], area=10_000, iscrowd=1)
     _, report, text = report_of(tmp_path, data.write())
     summary = report["sets"][0]["summary"]
     assert (summary["images"], summary["objects"], summary["crowd_regions"], summary["most_objects"]) == (2, 5, 1, 3)
-    assert summary["smallest"] == [40, 30] and summary["largest"] == [64, 50]
+    assert summary["smallest"] == [40, 30] and summary["largest"] == [120, 100]
     assert summary["small_medium_large"] == [3, 1, 1]
     assert summary["classes"] == [
         {"id": 1, "name": "cat", "objects": 4, "images": 2}, {"id": 2, "name": "dog", "objects": 1, "images": 1},
     ]  # fmt: skip
-    assert "2 images of 40 x 30 and 64 x 50 pixels, 5 objects, 2.5 per image, at most 3" in text
+    assert "2 images of 40 x 30 and 120 x 100 pixels, 5 objects, 2.5 per image, at most 3" in text
 
 
 def test_nothing_is_written_among_the_data(tmp_path: Path) -> None:
@@ -404,7 +407,7 @@ def test_an_id_out_of_range_is_reported_as_such(tmp_path: Path) -> None:
 
 def test_a_run_is_refused_with_all_that_is_wrong_in_both_sets_and_between(tmp_path: Path) -> None:
     data = Hostile(tmp_path / "data")
-    data.write(), data.object(bbox=None)
+    data.write(), data.object(bbox=3)
     data.write("train.json"), data.tree["annotations"].pop()
     data.tree["annotations"][0]["area"] = -1
     data.tree["categories"].append({"id": 3, "name": "cow"})

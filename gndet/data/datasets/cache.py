@@ -257,8 +257,8 @@ def _read_sealed(path: Path) -> Any:
 
 
 def _finding(fields: list[Any]) -> Finding:
-    *plain, examples, image_ids = fields
-    return Finding._make([*plain, tuple(examples), tuple(image_ids)])
+    finding = Finding(*fields)
+    return finding._replace(examples=tuple(finding.examples), image_ids=tuple(finding.image_ids))
 
 
 def _unwritable(path: str | Path, error: Exception) -> str:

@@ -16,11 +16,12 @@ import numpy as np
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import cached
 from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, Size, read_columns, to_integer, with_ids
-from gndet.data.datasets.faults import Fault, Findings, in_order
+from gndet.data.datasets.faults import Fault, Findings, in_order, with_totals
 from gndet.data.datasets.image_folder import FILE, HEAD, ImageFolder, split_name, what_is
 from gndet.data.datasets.images import Reading
 from gndet.data.datasets.json_parts import Cut, NotInParts, read_around, read_parts, take_apart
-from gndet.data.datasets.packed import Image, PackedRecords, note_masks_elsewhere, pack
+from gndet.data.datasets.packed import Image, PackedRecords, pack
+from gndet.data.datasets.plausible import judge_boxes
 from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Tell
 
@@ -111,7 +112,7 @@ def assemble(
     """
     category_ids = tuple(sorted(names))
     packed = pack(images, objects, category_ids)
-    note_masks_elsewhere(packed, found)
+    judge_boxes(packed, found)
     for category_id in np.setdiff1d(category_ids, objects.category_ids).tolist():
         found.add("category-unused", f"category {category_id}: {brief(names[category_id])}")
     for place in np.flatnonzero(~np.isin(packed.image_ids, objects.image_ids)).tolist():
@@ -119,7 +120,7 @@ def assemble(
         found.add("image-empty", f"image {image.image_id}: {brief(image.file_name)}", image.image_id)
     classes = tuple(names[category_id] for category_id in category_ids)
     records = PackedRecords(packed, folder, reading, range(len(images)))
-    return Dataset(name, classes, category_ids, records, found.listed())
+    return Dataset(name, classes, category_ids, records, with_totals(found.listed(), len(objects.all_ids)))
 
 
 def _read(

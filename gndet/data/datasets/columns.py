@@ -7,28 +7,37 @@ Letters: n annotations.  Boxes are xywh in the file, xyxy from here on, float64 
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from gndet.data.datasets.areas import check_areas
+from gndet.data.datasets.boxes import check_boxes
 from gndet.data.datasets.faults import Findings
+from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
-from gndet.data.datasets.segmentation import brief, to_rle
+from gndet.data.datasets.segmentation import brief
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
-MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; larger numbers (or inf, NaN) do not make a box
-ROUNDING = 0.01  # pixels: COCO's boxes are rounded to hundredths
-OVERHANG = 2  # pixels that a box may reach over the edge before it is noted: rounding and outlines cause that much
-NO_BOX = [float("nan")] * 4
 
 Size = tuple[int, int]  # height, width
 Item = dict[str, Any]  # an annotation as the file has it
 
 
+def _box(item: Item) -> str:
+    return f"bbox {brief(item['bbox'])}" if "bbox" in item else "bbox is missing"
+
+
 def _in_image(item: Item, size: Size) -> str:
-    return f"bbox {item['bbox']} in an image of width {size[1]}, height {size[0]}"
+    return f"{_box(item)} in an image of width {size[1]}, height {size[0]}"
+
+
+def _flags(item: Item) -> str:
+    return ", ".join(f"{key} {brief(item[key])}" for key in ("iscrowd", "ignore") if key in item)
+
+
+def _area(item: Item, size: Size) -> str:
+    return f"area {brief(item['area'])}, {_box(item)}"
 
 
 def _of_no_class(item: Item) -> str:
@@ -42,14 +51,19 @@ WORDS: dict[str, Callable[[Item, Size], str]] = {  # by code: the value got and 
     "image-unknown": lambda item, size: f"image_id {brief(item.get('image_id'))} is not in the file",
     "category-unknown": lambda item, size: _of_no_class(item),
     "number-float": lambda item, size: "its id, image_id or category_id",
-    "crowd-value": lambda item, size: f"iscrowd {brief(item['iscrowd'])}, expected 0 or 1",
+    "crowd-value": lambda item, size: f"{_flags(item)}, expected 0 or 1",
+    "ignore-flag": lambda item, size: _flags(item),
     "area-value": lambda item, size: f"area {brief(item['area'])}, expected a number of pixels",
     "area-missing": lambda item, size: "no area",
-    "box-malformed": lambda item, size: (
-        f"bbox {brief(item.get('bbox'))}, expected 4 finite numbers x, y, width, height"
-    ),
-    "box-empty": lambda item, size: f"bbox {item['bbox']}",
-    "box-tiny": lambda item, size: f"bbox {item['bbox']}",
+    "area-wrong": _area,
+    "area-odd": _area,
+    "area-box": _area,
+    "box-malformed": lambda item, size: f"{_box(item)}, expected 4 finite numbers x, y, width, height",
+    "box-missing": lambda item, size: _box(item),
+    "box-none": lambda item, size: f"{_box(item)}, segmentation {brief(item.get('segmentation'))}",
+    "box-rotated": lambda item, size: f"{_box(item)}, attributes.rotation {brief(item['attributes']['rotation'])}",
+    "box-empty": lambda item, size: _box(item),
+    "box-tiny": lambda item, size: _box(item),
     "box-outside": _in_image,
     "box-clipped": _in_image,
     "box-overhang": _in_image,
@@ -87,29 +101,12 @@ class Known(NamedTuple):
         return Known(image_ids, np.array([*rows, (0, 0)]), categories)
 
 
-class _Marks:
-    """Records which of n annotations have which fault.  Refused or dropped annotations are not checked further."""
-
-    def __init__(self, num: int) -> None:
-        self.left = np.ones(num, dtype=bool)  # those still being checked
-        self.places: dict[str, np.ndarray] = {}  # indices, by code of FAULTS
-
-    def note(self, code: str, faulty: np.ndarray) -> None:
-        """Mark those of faulty (n,) bool that are left."""
-        self.places[code] = np.flatnonzero(self.left & faulty)
-
-    def drop(self, code: str, faulty: np.ndarray) -> None:
-        """Mark those of faulty (n,) bool that are left, and stop checking them."""
-        self.note(code, faulty)
-        self.left &= ~faulty
-
-
 def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[Columns, list[int]]:
     """Check n annotations, and add their faults to found, except ids that occur twice: `with_ids` finds them.
 
     Returns the annotations that are kept, and the indices among the n of those with a finding or an RLE.
     """
-    marks = _Marks(len(items))
+    marks = Marks(len(items))
     ids, no_id, id_floats = _to_integers([item.get("id") for item in items])
     image_ids, no_image, image_floats = _to_integers([item.get("image_id") for item in items])
     category_ids, no_category, category_floats = _to_integers([item.get("category_id") for item in items])
@@ -120,14 +117,14 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     marks.left &= sizes[:, 0] > 0  # a wrong size has been reported with the image
     marks.note("number-float", id_floats | image_floats | category_floats)
     crowd, area = _check_crowd(items, marks), _check_area(items, marks)
-    boxes = _check_boxes(items, sizes, marks)
+    boxes, box_area = check_boxes(items, sizes, marks)
     segmentations = [
         item.get("segmentation") if left else None for item, left in zip(items, marks.left.tolist(), strict=True)
     ]
     masks = check_masks(segmentations, sizes, boxes)
     marks.left &= ~masks.refused
     _note_masks(masks, crowd, marks)
-    _fill_areas(area, items, masks, sizes, marks)
+    check_areas(area, box_area, masks, (boxes[:, 2:] - boxes[:, :2]).sum(1) + 1, crowd, sizes, marks)
     _report(items, ids, image_ids, sizes, marks, found)
     for fault in masks.faults:
         text = f"{_named(items[fault.place], ids[fault.place])}: {fault.text}"
@@ -143,7 +140,7 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
 
 
 def _report(
-    items: Sequence[Item], ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray, marks: _Marks, found: Findings
+    items: Sequence[Item], ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray, marks: Marks, found: Findings
 ) -> None:
     """Add all marks to found, and describe the first few of each kind."""
     for code, places in marks.places.items():
@@ -181,14 +178,25 @@ def to_integer(value: Any) -> int | None:
     return value if type(value) is int and -(2**63) < value < 2**63 else None
 
 
-def _check_crowd(items: Sequence[Item], marks: _Marks) -> np.ndarray:
-    """Return which annotations are crowd regions, (n,) bool; a missing iscrowd means 0."""
-    values = [item.get("iscrowd") or 0 for item in items]
-    marks.drop("crowd-value", np.array([value not in (0, 1) for value in values], dtype=bool))
-    return np.array([value == 1 for value in values], dtype=bool)
+def _check_crowd(items: Sequence[Item], marks: Marks) -> np.ndarray:
+    """Return which annotations are crowd regions, by iscrowd or ignore, (n,) bool; a missing one means 0."""
+    crowd, wrong = _to_flags([item.get("iscrowd") or 0 for item in items])
+    ignored = np.zeros_like(crowd)
+    if any(ignore := [item.get("ignore") or 0 for item in items]):
+        ignored, unclear = _to_flags(ignore)
+        wrong |= unclear
+    marks.drop("crowd-value", wrong)
+    marks.note("ignore-flag", ignored & ~crowd)
+    return crowd | ignored
 
 
-def _check_area(items: Sequence[Item], marks: _Marks) -> np.ndarray:
+def _to_flags(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of n values are 1 or true, and which are neither that nor 0 or false, (n,) bool."""
+    wrong = np.array([value not in (0, 1) for value in values], dtype=bool)
+    return np.array([value == 1 for value in values], dtype=bool), wrong
+
+
+def _check_area(items: Sequence[Item], marks: Marks) -> np.ndarray:
     """Return the areas (n,), NaN for a missing one."""
     values = [item.get("area") for item in items]
     area, missing = to_floats(values), np.array([value is None for value in values], dtype=bool)
@@ -196,41 +204,14 @@ def _check_area(items: Sequence[Item], marks: _Marks) -> np.ndarray:
     return area
 
 
-def _check_boxes(items: Sequence[Item], sizes: np.ndarray, marks: _Marks) -> np.ndarray:
-    """Return the boxes (n, 4) xyxy; sizes (n, 2) of their images."""
-    values: list[Any] = [item.get("bbox") for item in items]
-    if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
-        values = [value if type(value) is list and len(value) == 4 else NO_BOX for value in values]
-    boxes = to_floats(list(chain.from_iterable(values))).reshape(-1, 4)
-    marks.drop("box-malformed", ~(np.abs(boxes) <= MAX_COORDINATE).all(1))  # also true for NaN
-    boxes[~marks.left] = 0
-    (x, y, width, height), (image_height, image_width) = boxes.T.copy(), sizes.T
-    boxes[:, 2:] += boxes[:, :2]
-    right, bottom = boxes[:, 2:].T
-    marks.drop("box-empty", (right <= x) | (bottom <= y))  # also true for a width that rounding has lost
-    over = np.maximum(np.maximum(-x, -y), np.maximum(right - image_width, bottom - image_height))
-    outside = (right <= 0) | (bottom <= 0) | (x >= image_width) | (y >= image_height)
-    marks.drop("box-outside", outside & (over > ROUNDING))
-    marks.note("box-clipped", over > ROUNDING)
-    marks.note("box-overhang", over > OVERHANG)
-    marks.note("box-tiny", (width < 1) | (height < 1))
-    return boxes
-
-
-def _note_masks(masks: CheckedMasks, crowd: np.ndarray, marks: _Marks) -> None:
-    outlined, coded = np.zeros((2, len(crowd)), dtype=bool)
-    outlined[masks.polygons.owner] = coded[list(masks.rles)] = True
-    marks.note("crowd", crowd)
-    marks.note("crowd-polygon", crowd & outlined)
-    marks.note("mask-missing", ~(crowd | outlined | coded))
-
-
-def _fill_areas(area: np.ndarray, items: Sequence[Item], masks: CheckedMasks, sizes: np.ndarray, marks: _Marks) -> None:
-    marks.note("area-missing", np.isnan(area))
-    for place in marks.places["area-missing"].tolist():
-        mask = masks.mask(place)
-        width, height = items[place]["bbox"][2:]
-        area[place] = width * height if mask is None else coco_mask.area(to_rle(mask, tuple(sizes[place].tolist())))
+def _note_masks(masks: CheckedMasks, crowd: np.ndarray, marks: Marks) -> None:
+    regions = crowd.copy()
+    regions[marks.places.get("ignore-flag", [])] = False
+    outlined = np.zeros_like(crowd)
+    outlined[masks.polygons.owner] = True
+    marks.note("crowd", regions)
+    marks.note("crowd-polygon", regions & outlined)
+    marks.note("mask-missing", ~(crowd | masks.kept))
 
 
 def end_to_end(parts: Iterable[Columns]) -> Columns:

@@ -144,11 +144,21 @@ FAULTS: dict[str, Kind] = {
         "annotations of a category that is not in the file (or its id is wrong)",
         "set category_id to the id of an entry of categories",
     ),
-    "crowd-value": Kind(REFUSED, "annotations whose iscrowd is neither 0 nor 1", "1 marks a region of many objects"),
+    "crowd-value": Kind(
+        REFUSED, "annotations whose iscrowd or ignore is neither 0 nor 1", "1 marks a region of many objects"
+    ),
     "crowd": Kind(NOTED, "crowd regions", "they are ignored in training and kept in evaluation, as in COCO"),
+    "ignore-flag": Kind(
+        FIXED, "annotations with ignore 1, taken as crowd regions", "COCO's metric knows crowd regions only, by iscrowd"
+    ),
     "crowd-polygon": Kind(NOTED, "crowd regions outlined by polygons", "COCO writes them as RLE; check iscrowd"),
     "area-value": Kind(REFUSED, "annotations whose area is not a number of pixels", "leave area out to compute it"),
     "area-missing": Kind(FIXED, "annotations without an area, computed from mask or box", ""),
+    "area-wrong": Kind(FIXED, "areas of 0 or over that of the box, computed from mask or box", ""),
+    "area-odd": Kind(NOTED, "areas that do not fit their mask or box", "small, medium and large objects follow area"),
+    "area-box": Kind(
+        NOTED, "areas that are the box's and not the mask's", "small, medium and large objects follow area"
+    ),
     # shapes of labelling tools
     "shape-label": Kind(REFUSED, "shapes without a class", "give them one in the tool, or delete them there"),
     "class-attribute": Kind(
@@ -166,6 +176,9 @@ FAULTS: dict[str, Kind] = {
     "box-malformed": Kind(
         REFUSED, "boxes that are not 4 finite numbers", "bbox is [x, y, width, height] in pixels, not 0 to 1"
     ),
+    "box-missing": Kind(FIXED, "boxes missing, computed from the mask", ""),
+    "box-none": Kind(FIXED, "annotations with an empty box and no mask dropped", ""),
+    "box-rotated": Kind(FIXED, "boxes with attributes.rotation, replaced by the upright box around the turned one", ""),
     "box-empty": Kind(FIXED, "boxes of zero or negative width or height dropped", "bbox is [x, y, width, height]"),
     "box-outside": Kind(
         REFUSED, "boxes wholly outside their image", "bbox is [x, y, width, height]; is image_id right?"
@@ -174,9 +187,22 @@ FAULTS: dict[str, Kind] = {
     "box-overhang": Kind(
         NOTED, "boxes more than 2 pixels outside their image", "is bbox [x, y, width, height], not [x0, y0, x1, y1]?"
     ),
+    "boxes-normalized": Kind(
+        REFUSED,
+        "boxes whose numbers all lie in 0 to 1",
+        "bbox is in pixels: multiply x and width by the image's width, y and height by its height",
+    ),
+    "boxes-xyxy": Kind(
+        REFUSED,
+        "boxes that fit as [x0, y0, x1, y1], not as [x, y, width, height]",
+        "write bbox as [x0, y0, x1 - x0, y1 - y0]",
+    ),
     "box-tiny": Kind(NOTED, "boxes under 1 pixel wide or high", "is bbox in pixels, not in 0 to 1?"),
     # masks
     "segmentation-malformed": Kind(REFUSED, "segmentations that are neither polygons nor an RLE", _POLYGON),
+    "segmentation-shape": Kind(
+        FIXED, "segmentations written in another way than COCO's, read as polygons or an RLE", ""
+    ),
     "polygon-number": Kind(REFUSED, "polygons with a coordinate that is not a number near the image", _POLYGON),
     "polygon-short": Kind(FIXED, "polygons with fewer than 3 points, or half a point, dropped", _POLYGON),
     "rle-malformed": Kind(REFUSED, "RLE masks that do not hold run lengths", _RLE),
@@ -231,6 +257,7 @@ FAULTS: dict[str, Kind] = {
         REFUSED, "differences between the classes of train and val", "data.classes selects common ones"
     ),
 }
+COUNTED = ("area", "box", "boxes", "crowd", "ignore", "mask", "segmentation")  # codes that begin so count annotations
 SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # with data.skip_unreadable
 
 
@@ -278,6 +305,13 @@ class Findings:
         return in_order(self._found.values())
 
 
+def with_totals(findings: Iterable[Finding], annotations: int) -> tuple[Finding, ...]:
+    """Note in findings that count annotations how many were checked in all."""
+    return tuple(
+        found._replace(of=annotations) if found.code.partition("-")[0] in COUNTED else found for found in findings
+    )
+
+
 def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Sort findings: refused, fixed, noted, each in the order of FAULTS."""
     severities, codes = list(SEVERITIES), list(FAULTS)
@@ -304,11 +338,17 @@ def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: in
     )
 
 
+def share(finding: Finding) -> str:
+    """Return how many have a fault; unless each is to be corrected by itself, also of how many: "4 of 6"."""
+    alone = not finding.of or (finding.severity == REFUSED and not finding.code.startswith("boxes-"))
+    return str(finding.count) if alone else f"{finding.count} of {finding.of}"
+
+
 def describe_finding(finding: Finding) -> list[str]:
-    """Return a finding as lines: code and count, up to EXAMPLES examples, what to do."""
+    """Return a finding as lines: code and share, up to EXAMPLES examples, what to do."""
     more = finding.count - len(finding.examples)
     return [
-        f"{finding.code} ({finding.count}): {finding.what}",
+        f"{finding.code} ({share(finding)}): {finding.what}",
         *(f"  {example}" for example in finding.examples),
         *([f"  and {more} more"] if more > 0 and len(finding.examples) == EXAMPLES else []),
         *([f"  {'remedy' if finding.severity == REFUSED else 'note'}: {finding.remedy}"] if finding.remedy else []),

@@ -14,6 +14,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
+from gndet.data.datasets.outlines import in_coco_form
 from gndet.data.datasets.segmentation import brief, has_pixels
 
 NUMBERS = {int, float}
@@ -62,6 +63,14 @@ class CheckedMasks(NamedTuple):
     rles: dict[int, dict[str, Any]]  # by place
     faults: list[MaskFault]  # by ascending place
     refused: np.ndarray  # (n,) bool
+    areas: np.ndarray  # (n,) float64 pixels: the sum of the polygons' areas, or the RLE's; 0 without a mask
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Which of the n have polygons or an RLE, (n,) bool."""
+        kept = np.zeros(len(self.refused), dtype=bool)
+        kept[self.polygons.owner] = kept[list(self.rles)] = True
+        return kept
 
     def mask(self, place: int) -> Any:
         """Return what is kept of a segmentation: a list of polygons, an RLE, or None."""
@@ -83,30 +92,54 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
     """Check n segmentations as they are in a file.
 
     sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: if given, polygons must cover a pixel.
-    Drops refused segmentations, polygons with fewer than 3 points, and RLEs without a pixel.
+    Reads outlines of another shape than COCO's if they are clear.  Drops refused segmentations, polygons with fewer
+    than 3 points, and RLEs without a pixel.
     """
     faults: list[MaskFault] = []
-    outlines = [value if type(value) is list else [] for value in segmentations]
-    if not set(map(type, chain.from_iterable(outlines))) <= {list}:
-        outlines = [outline if set(map(type, outline)) <= {list} else [] for outline in outlines]
-    rles = {}
+    polygons, in_form = _read_polygons(segmentations)
+    if 2 in polygons.lengths or np.isnan(polygons.points).any() or not in_form:
+        segmentations = _reshaped(segmentations, faults)
+        polygons, _ = _read_polygons(segmentations)
+    outlined = (np.bincount(polygons.owner, minlength=len(segmentations)) > 0).tolist()
+    rles: dict[int, dict[str, Any]] = {}
+    areas = np.zeros(len(segmentations))
     for place, value in enumerate(segmentations):
-        if outlines[place] or value in (None, [], {}):
+        if outlined[place] or value in (None, [], {}):
             continue
         try:
-            rles[place] = _check_rle(value, tuple(sizes[place].tolist()))
+            rles[place], areas[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
+    polygons = _drop_short(_refuse_far(polygons, sizes, faults), faults)
+    doubled = _doubled_areas(polygons)
+    if boxes is not None:
+        kept = _drawn(polygons, doubled, boxes, sizes, faults)
+        polygons, doubled = polygons.only(kept), doubled[kept]
+    areas += np.bincount(polygons.owner, doubled / 2, len(segmentations))
+    refused = np.zeros(len(segmentations), dtype=bool)
+    refused[[fault.place for fault in faults if FAULTS[fault.code].severity == REFUSED]] = True
+    return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused, areas)
+
+
+def _read_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:
+    """Join the polygons of those that are lists of lists; also return whether all lists are."""
+    outlines = [value if type(value) is list else [] for value in segmentations]
+    all_lists = set(map(type, chain.from_iterable(outlines))) <= {list}
+    if not all_lists:
+        outlines = [outline if set(map(type, outline)) <= {list} else [] for outline in outlines]
     raw = list(chain.from_iterable(outlines))
     owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
     lengths = np.array(list(map(len, raw)), dtype=np.int64)
-    polygons = Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw)
-    polygons = _drop_short(_refuse_far(polygons, sizes, faults), faults)
-    if boxes is not None:
-        polygons = _drop_empty(polygons, boxes, sizes, faults)
-    refused = np.zeros(len(outlines), dtype=bool)
-    refused[[fault.place for fault in faults if FAULTS[fault.code].severity == REFUSED]] = True
-    return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused)
+    return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw), all_lists
+
+
+def _reshaped(segmentations: Sequence[Any], faults: list[MaskFault]) -> list[Any]:
+    """Return the segmentations in COCO's form, as far as they are clear."""
+    shaped = [in_coco_form(value) if type(value) is list and value else value for value in segmentations]
+    for place, (value, new) in enumerate(zip(segmentations, shaped, strict=True)):
+        if new is not value:
+            faults.append(MaskFault(place, "segmentation-shape", f"segmentation {brief(value)}"))
+    return shaped
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
@@ -115,8 +148,9 @@ def check_segmentation(segmentation: Any, size: tuple[int, int]) -> Any:
     Returns what is kept of it, or None.  Raises Fault with the value and what was expected.
     """
     checked = check_masks([segmentation], np.array([size]))
-    if checked.refused[0]:
-        raise Fault(checked.faults[0].code, checked.faults[0].text)
+    for fault in checked.faults:
+        if checked.refused[0] and FAULTS[fault.code].severity == REFUSED:
+            raise Fault(fault.code, fault.text)
     return checked.mask(0)
 
 
@@ -166,37 +200,46 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
     return polygons.only(~short)
 
 
-def _drop_empty(polygons: Polygons, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
-    """Drop outlines that cover no pixel of their image and none of the finer frame of the box that training uses."""
-    large, empty = polygons.owner[_is_large(polygons, sizes)], []
+def _drawn(
+    polygons: Polygons, doubled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]
+) -> np.ndarray:
+    """Return (P,) bool whether the outline covers a pixel of its image or of the finer frame that training uses."""
+    large, empty = polygons.owner[_is_large(polygons, doubled, sizes)], []
     for place in np.setdiff1d(polygons.owner, large).tolist():
         first, end = np.searchsorted(polygons.owner, [place, place + 1])
         outline = polygons.raw[first:end]
         if not has_pixels(outline, boxes[place], tuple(sizes[place].tolist())):
             faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
             empty.append(place)
-    return polygons.only(~np.isin(polygons.owner, empty))
+    return ~np.isin(polygons.owner, empty)
 
 
-def _is_large(polygons: Polygons, sizes: np.ndarray) -> np.ndarray:
+def _doubled_areas(polygons: Polygons) -> np.ndarray:
+    """Return twice the area of each polygon, (P,), by the shoelace formula."""
+    if not len(polygons.owner):
+        return np.zeros(0)
+    x, y = polygons.points[::2], polygons.points[1::2]
+    first = offsets(polygons.lengths // 2)
+    following = np.arange(1, len(x) + 1)
+    following[first[1:] - 1] = first[:-1]  # the last point joins the first
+    return np.abs(np.add.reduceat(x * y[following] - y * x[following], first[:-1]))
+
+
+def _is_large(polygons: Polygons, doubled: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return which polygons surely cover a pixel, being thick and inside the image; these need not be drawn."""
     if not len(polygons.owner):
         return np.zeros(0, dtype=bool)
     x, y = polygons.points[::2], polygons.points[1::2]
-    first = offsets(polygons.lengths // 2)
-    starts, (height, width) = first[:-1], sizes[polygons.owner].T
+    starts, (height, width) = offsets(polygons.lengths // 2)[:-1], sizes[polygons.owner].T
     left, right = np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts)
     top, bottom = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
     inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
-    following = np.arange(1, len(x) + 1)
-    following[first[1:] - 1] = starts  # the last point joins the first
-    twice = np.add.reduceat(x * y[following] - y * x[following], starts)  # shoelace
     # area / perimeter is a lower bound of the radius of a disk inside a convex polygon: 0.5 pixels
-    return inside & (np.abs(twice) >= 2 * (right - left + bottom - top + 1))
+    return inside & (doubled >= 2 * (right - left + bottom - top + 1))
 
 
-def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return an RLE with only its size and counts, compressed.
+def _check_rle(rle: Any, size: tuple[int, int]) -> tuple[dict[str, Any], int]:
+    """Return an RLE with only its size and counts, compressed, and the number of its pixels.
 
     Raises Fault for a value that is not an RLE, has another size than the image, does not fill it, or is empty.
     """
@@ -217,11 +260,12 @@ def _check_rle(rle: Any, size: tuple[int, int]) -> dict[str, Any]:
             f"RLE counts {brief(counts)}: run lengths sum to {brief(sum(runs))}, the least is "
             f"{brief(min(runs, default=0))}; expected lengths >= 0 that sum to height x width = {size[0] * size[1]}",
         )
-    if not any(runs[1::2]):
+    pixels = sum(runs[1::2])
+    if not pixels:
         raise Fault("mask-empty", "its RLE sets no pixel")
     if isinstance(counts, list):
         counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
-    return {"size": list(size), "counts": counts}
+    return {"size": list(size), "counts": counts}, pixels
 
 
 def run_lengths(counts: str) -> list[int]:

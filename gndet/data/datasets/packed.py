@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.columns import Columns
-from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.masks import offsets
 from gndet.data.records import Record
-
-MATCH = 0.5  # the least IoU that an object's box and the box around its mask should have
-
 
 class Image(NamedTuple):
     """An image that is kept."""
@@ -82,39 +77,6 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
         polygons_first=offsets(masks.num_polygons), points_first=offsets(masks.num_numbers), points=masks.points,
         rles_first=offsets(masks.num_letters), rles=masks.texts,
     )  # fmt: skip
-
-
-def note_masks_elsewhere(packed: Packed, found: Findings) -> None:
-    """Note objects whose box and the box around their mask, both clipped to the image, have an IoU below MATCH."""
-    image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
-    limits = np.tile(packed.sizes[image][:, ::-1], 2)  # (n, 4) width, height, width, height
-    boxes, extents = packed.boxes.clip(0, limits), _extents(packed, image).clip(0, limits)
-    common = (np.minimum(boxes, extents)[:, 2:] - np.maximum(boxes, extents)[:, :2]).clip(0).prod(1)
-    area, other = ((edges[:, 2:] - edges[:, :2]).prod(1) for edges in (boxes, extents))
-    # a mask that is a line or a point has no area to compare
-    for i in np.flatnonzero((other > 0) & (common < MATCH * (area + other - common))):
-        text = ""
-        if found.wants_example("mask-elsewhere"):
-            box, mask = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
-            text = f"annotation {packed.annotation_ids[i]}: x0, y0, x1, y1 of the box: {box}; of the mask: {mask}"
-        found.add("mask-elsewhere", text, int(packed.image_ids[image[i]]))
-
-
-def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
-    """Return the boxes around the masks, (n, 4) xyxy, zeros if there is no mask; image (n,): index of the image."""
-    extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
-    outlined = np.flatnonzero(np.diff(packed.polygons_first))
-    if len(outlined):
-        points = packed.points.reshape(-1, 2)
-        first = packed.points_first[packed.polygons_first[outlined]] // 2  # masks in order, end to end
-        extents[outlined, :2] = np.minimum.reduceat(points, first)
-        extents[outlined, 2:] = np.maximum.reduceat(points, first)
-    extents = extents[packed.masks_at]
-    for i in np.flatnonzero(np.diff(packed.rles_first)[packed.masks_at]):
-        rle = PackedMasks(packed, range(i, i + 1), tuple(packed.sizes[image[i]].tolist()))[0]
-        x, y, width, height = coco_mask.toBbox(rle).tolist()
-        extents[i] = x, y, x + width, y + height
-    return extents
 
 
 def _end_to_end(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -23,6 +23,7 @@ from gndet.data.datasets.formats import sniff
 from gndet.data.datasets.image_folder import PICTURE, guess_folder, read_head, what_is
 from gndet.data.datasets.layout import Source, find_sets, source_of
 from gndet.data.datasets.packed import PackedRecords
+from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import (
     as_configured,
     between,
@@ -64,6 +65,7 @@ class Plan(NamedTuple):
     folders: list[Path]  # that hold pictures
     kept: list[Path]  # the user's files, never overwritten
     fault: Fault | None = None  # why a folder or file has no sets
+    cfg: Config | None = None  # whose limits the data may exceed
 
 
 def check(
@@ -90,9 +92,10 @@ def check(
     for checked in sets:
         for line in report_lines(checked):
             show(line)
-    if both:
+    notes = limit_notes(named["train"], named["val"], plan.cfg) if plan.cfg else []
+    if both or notes:
         show("\ntrain and val together")
-        for line in finding_lines(both):
+        for line in (*finding_lines(both), *(f"  note: {note}" for note in notes)):
             show(line)
     findings = [*(finding for checked in sets for finding in checked.dataset.findings), *both]
     refused = list(dict.fromkeys(finding.code for finding in findings if finding.severity == REFUSED))
@@ -143,7 +146,7 @@ def _plan_config(source: str, overrides: Sequence[str], image_folder: Path | Non
                 found.append(source_in(part, cfg.data))
     folders = [part.images for part in found if part.images]
     kept = [*config_files(find_config(source)), *(part.annotations for part in found)]
-    return Plan(cfg.data, cfg.model.masks, None, folders, kept)
+    return Plan(cfg.data, cfg.model.masks, None, folders, kept, cfg=cfg)
 
 
 def _read_both(plan: Plan, show: Show) -> list[Checked]:

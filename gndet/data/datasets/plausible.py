@@ -1,0 +1,140 @@
+"""Judge the numbers of a whole data set: what no annotation shows by itself.
+
+Letters: N images, n objects.  Boxes are float64 pixels of the original, xyxy unless stated.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from gndet.config.schema import Config
+from gndet.data.datasets.boxes import OVERHANG, ROUNDING
+from gndet.data.datasets.faults import Findings
+from gndet.data.datasets.packed import Packed, PackedMasks, count_objects
+from gndet.data.records import Dataset, Record
+
+MATCH = 0.5  # the least IoU that an object's box and the box around its mask should have
+SAME = 0.8  # IoU above which a box is taken for that of the mask
+BETTER = 0.1  # by which one reading of a box must fit its mask better than another
+MOST = 0.5  # share of all objects from which on the boxes of a file are taken for another format's
+FEWEST = 2  # objects that show that
+MANY_CLASSES = 500  # beyond Objects365's 365
+
+
+def judge_boxes(packed: Packed, found: Findings) -> None:
+    """Refuse boxes in another format than COCO's, [x, y, width, height] in pixels; note masks away from their box."""
+    image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
+    sides = packed.sizes[image][:, ::-1]  # (n, 2) width, height of the image
+    extents = _extents(packed, image)
+
+    def add(code: str, faulty: np.ndarray, words: Callable[[int], str]) -> None:
+        for i in np.flatnonzero(faulty).tolist():
+            text = f"annotation {packed.annotation_ids[i]}: {words(i)}" if found.wants_example(code) else ""
+            found.add(code, text, int(packed.image_ids[image[i]]))
+
+    def in_image(i: int) -> str:
+        return f"bbox {_as_xywh(packed.boxes[i])} in an image of width {sides[i, 0]}, height {sides[i, 1]}"
+
+    def two_boxes(i: int) -> str:
+        box, mask = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
+        return f"x0, y0, x1, y1 of the box: {box}; of the mask: {mask}"
+
+    add("mask-elsewhere", _elsewhere(packed.boxes, extents, sides), two_boxes)
+    normalized, corners = _are_normalized(packed.boxes, sides), _are_corners(packed.boxes, extents, sides)
+    least = max(MOST * len(packed.boxes), FEWEST)
+    if np.count_nonzero(normalized) >= least:
+        add("boxes-normalized", normalized, in_image)
+    elif np.count_nonzero(corners) >= least:
+        add("boxes-xyxy", corners, in_image)
+
+
+def _as_xywh(box: np.ndarray) -> list[float]:
+    x0, y0, x1, y1 = box.tolist()
+    return [x0, y0, round(x1 - x0, 6), round(y1 - y0, 6)]
+
+
+def _elsewhere(boxes: np.ndarray, extents: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Return which masks (n,) are away from their box: both clipped to the image, their IoU is below MATCH."""
+    limits = np.tile(sides, 2)
+    clipped = extents.clip(0, limits)
+    # a mask that is a line or a point has no area to compare
+    return (_areas(clipped) > 0) & (_iou(boxes.clip(0, limits), clipped) < MATCH)
+
+
+def _are_normalized(boxes: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Return which boxes (n,) state a part of the image: the four numbers lie in 0 to 1, where images are larger."""
+    numbers = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))
+    return np.all(np.abs(numbers - 0.5) <= 0.5 + ROUNDING, axis=1) & np.all(sides > OVERHANG, axis=1)
+
+
+def _are_corners(boxes: np.ndarray, extents: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Return which boxes (n,) are [x0, y0, x1, y1] rather than [x, y, width, height].
+
+    As corners they are a box inside the image.  As read, they leave the image, or fit their mask less than as corners.
+    """
+    corners = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))  # the numbers of the file
+    possible = (corners[:, 2:] > corners[:, :2]).all(1) & (corners[:, 2:] <= sides + OVERHANG).all(1)
+    overhang = (boxes[:, 2:] > sides + OVERHANG).any(1)
+    match = _iou(corners, extents)
+    better = (match >= SAME) & (match >= _iou(boxes, extents) + BETTER)
+    return possible & np.where(_areas(extents) > 0, better, overhang)
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
+
+
+def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the IoU of each of n boxes with its other, (n,); 0 if both are empty."""
+    common = (np.minimum(boxes, others)[:, 2:] - np.maximum(boxes, others)[:, :2]).clip(0).prod(1)
+    union = _areas(boxes) + _areas(others) - common
+    return common / np.where(union > 0, union, 1)
+
+
+def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
+    """Return the boxes around the masks, (n, 4), zeros if there is no mask; image (n,): index of the image."""
+    extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
+    outlined = np.flatnonzero(np.diff(packed.polygons_first))
+    if len(outlined):
+        points = packed.points.reshape(-1, 2)
+        first = packed.points_first[packed.polygons_first[outlined]] // 2  # masks in order, end to end
+        extents[outlined, :2] = np.minimum.reduceat(points, first)
+        extents[outlined, 2:] = np.maximum.reduceat(points, first)
+    extents = extents[packed.masks_at]
+    for i in np.flatnonzero(np.diff(packed.rles_first)[packed.masks_at]):
+        rle = PackedMasks(packed, range(i, i + 1), tuple(packed.sizes[image[i]].tolist()))[0]
+        x, y, width, height = coco_mask.toBbox(rle).tolist()
+        extents[i] = x, y, x + width, y + height
+    return extents
+
+
+def limit_notes(train: Dataset, val: Dataset, cfg: Config) -> list[str]:
+    """Say in a line each which limits of the config the data exceed, and what a metric of them cannot show."""
+    (_, detections_per_image), max_detections = cfg.model.detection_limits, cfg.evaluation.max_detections
+    notes = []
+    counts = {which: count_objects(dataset.records).trainable for which, dataset in (("train", train), ("val", val))}
+    for which, objects in counts.items():
+        if num := np.count_nonzero(objects > detections_per_image):
+            notes.append(
+                f"{which}: {num} of {len(objects)} images have more objects than model.box_head.detections_per_image="
+                f"{detections_per_image}, at most {objects.max()}: a detector cannot find them all"
+            )
+    most = [_most_of_a_class(val.records[i]) for i in np.flatnonzero(counts["val"] > max_detections).tolist()]
+    if num := np.count_nonzero(np.array(most) > max_detections):
+        notes.append(
+            f"val: {num} of {len(val.records)} images have more objects of a class than evaluation.max_detections="
+            f"{max_detections}, at most {max(most)}: the metric does not count all that are found"
+        )
+    if val.records and not counts["val"].any():
+        notes.append("val: no image has an object, so that there is no AP")
+    if len(train.classes) > MANY_CLASSES:
+        notes.append(
+            f"train: {len(train.classes):,} classes: scores are low where so many compete; for LVIS, "
+            "model.box_head.score_threshold=0.0001 and detections_per_image=300 are usual"
+        )
+    return notes
+
+
+def _most_of_a_class(record: Record) -> int:
+    return int(np.bincount(record.labels[~record.crowd], minlength=1).max())

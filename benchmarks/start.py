@@ -130,9 +130,10 @@ def draw(generator: np.random.Generator, number: int, images: int) -> dict[str, 
     along = np.stack((np.cos(angle), np.sin(angle)), axis=1)
     outline = (center + radius * generator.uniform(0.6, 1, (points, 1)) * along).round(2)
     (x0, y0), (x1, y1) = outline.min(0).tolist(), outline.max(0).tolist()
-    box = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)]
+    box, (x, y) = [x0, y0, round(x1 - x0, 2), round(y1 - y0, 2)], outline.T
+    twice = x @ np.roll(y, -1) - y @ np.roll(x, -1)  # shoelace
     return {
-        "segmentation": [outline.ravel().tolist()], "area": round(box[2] * box[3] * 0.6, 2), "iscrowd": 0,
+        "segmentation": [outline.ravel().tolist()], "area": round(abs(float(twice)) / 2, 2), "iscrowd": 0,
         "image_id": int(generator.integers(images)) + 1, "bbox": box,
         "category_id": int(generator.integers(CLASSES)) + 1, "id": number + 1,
     }  # fmt: skip

@@ -53,9 +53,10 @@ def check_areas(
         return coco_mask.area(to_rle(masks.mask(place), tuple(sizes[place].tolist())))
 
     found = misfits(area, box_area, masks.areas, margin, crowd)
-    if found.odd.any():  # to be sure: polygons that overlap or cross have another area than their sum
-        mask_area = masks.areas.copy()
-        for place in np.flatnonzero(marks.left & found.odd & (mask_area > 0)).tolist():
+    if found.odd.any():  # to be sure, draw polygons that may overlap, or cross themselves
+        mask_area, num_polygons = masks.areas.copy(), np.bincount(masks.polygons.owner, minlength=len(area))
+        crossing = (num_polygons == 1) & (area > mask_area)  # its pixels are at least as many as the formula gives
+        for place in np.flatnonzero(marks.left & found.odd & (crossing | (num_polygons > 1))).tolist():
             mask_area[place] = drawn(place)
         found = misfits(area, box_area, mask_area, margin, crowd)
     missing = np.isnan(area)

@@ -204,14 +204,16 @@ def _drawn(
     polygons: Polygons, doubled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]
 ) -> np.ndarray:
     """Return (P,) bool whether the outline covers a pixel of its image or of the finer frame that training uses."""
-    large, empty = polygons.owner[_is_large(polygons, doubled, sizes)], []
-    for place in np.setdiff1d(polygons.owner, large).tolist():
+    drawn = np.ones(len(boxes), dtype=bool)
+    drawn[polygons.owner] = False
+    drawn[polygons.owner[_is_large(polygons, doubled, sizes)]] = True
+    for place in np.flatnonzero(~drawn).tolist():
         first, end = np.searchsorted(polygons.owner, [place, place + 1])
         outline = polygons.raw[first:end]
-        if not has_pixels(outline, boxes[place], tuple(sizes[place].tolist())):
+        drawn[place] = has_pixels(outline, boxes[place], tuple(sizes[place].tolist()))
+        if not drawn[place]:
             faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
-            empty.append(place)
-    return ~np.isin(polygons.owner, empty)
+    return drawn[polygons.owner]
 
 
 def _doubled_areas(polygons: Polygons) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Judge the numbers of a whole data set: what no annotation shows by itself.
 
-Letters: N images, n objects.  Boxes are float64 pixels of the original, xyxy unless stated.
+Letters: N images, n objects.  Boxes are float64 pixels of the original, xyxy (4, n).
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ MANY_CLASSES = 500  # beyond Objects365's 365
 def judge_boxes(packed: Packed, found: Findings) -> None:
     """Refuse boxes in another format than COCO's, [x, y, width, height] in pixels; note masks away from their box."""
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
-    sides = packed.sizes[image][:, ::-1]  # (n, 2) width, height of the image
-    extents = _extents(packed, image)
+    boxes, extents = packed.boxes.T.copy(), _extents(packed, image).T.copy()  # (4, n) x0, y0, x1, y1
+    sides = packed.sizes[image].T[::-1]  # (2, n) width, height of the image
 
     def add(code: str, faulty: np.ndarray, words: Callable[[int], str]) -> None:
         for i in np.flatnonzero(faulty).tolist():
@@ -34,14 +34,16 @@ def judge_boxes(packed: Packed, found: Findings) -> None:
             found.add(code, text, int(packed.image_ids[image[i]]))
 
     def in_image(i: int) -> str:
-        return f"bbox {_as_xywh(packed.boxes[i])} in an image of width {sides[i, 0]}, height {sides[i, 1]}"
+        x0, y0, x1, y1 = boxes[:, i].tolist()
+        bbox = [x0, y0, round(x1 - x0, 6), round(y1 - y0, 6)]
+        return f"bbox {bbox} in an image of width {sides[0, i]}, height {sides[1, i]}"
 
     def two_boxes(i: int) -> str:
-        box, mask = (", ".join(f"{edge:g}" for edge in edges[i]) for edges in (packed.boxes, extents))
+        box, mask = (", ".join(f"{edge:g}" for edge in edges[:, i]) for edges in (boxes, extents))
         return f"x0, y0, x1, y1 of the box: {box}; of the mask: {mask}"
 
-    add("mask-elsewhere", _elsewhere(packed.boxes, extents, sides), two_boxes)
-    normalized, corners = _are_normalized(packed.boxes, sides), _are_corners(packed.boxes, extents, sides)
+    add("mask-elsewhere", _elsewhere(boxes, extents, sides), two_boxes)
+    normalized, corners = _are_normalized(boxes, sides), _are_corners(boxes, extents, sides)
     least = max(MOST * len(packed.boxes), FEWEST)
     if np.count_nonzero(normalized) >= least:
         add("boxes-normalized", normalized, in_image)
@@ -49,23 +51,19 @@ def judge_boxes(packed: Packed, found: Findings) -> None:
         add("boxes-xyxy", corners, in_image)
 
 
-def _as_xywh(box: np.ndarray) -> list[float]:
-    x0, y0, x1, y1 = box.tolist()
-    return [x0, y0, round(x1 - x0, 6), round(y1 - y0, 6)]
-
-
 def _elsewhere(boxes: np.ndarray, extents: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """Return which masks (n,) are away from their box: both clipped to the image, their IoU is below MATCH."""
-    limits = np.tile(sides, 2)
-    clipped = extents.clip(0, limits)
+    limits = np.concatenate((sides, sides))
+    boxes, extents = np.clip(boxes, 0, limits), np.clip(extents, 0, limits)
     # a mask that is a line or a point has no area to compare
-    return (_areas(clipped) > 0) & (_iou(boxes.clip(0, limits), clipped) < MATCH)
+    return (_area(extents) > 0) & (_iou(boxes, extents) < MATCH)
 
 
 def _are_normalized(boxes: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """Return which boxes (n,) state a part of the image: the four numbers lie in 0 to 1, where images are larger."""
-    numbers = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))
-    return np.all(np.abs(numbers - 0.5) <= 0.5 + ROUNDING, axis=1) & np.all(sides > OVERHANG, axis=1)
+    x0, y0, x1, y1 = boxes
+    in_range = (np.abs(numbers - 0.5) <= 0.5 + ROUNDING for numbers in (x0, y0, x1 - x0, y1 - y0))
+    return np.logical_and.reduce((*in_range, *(sides > OVERHANG)))
 
 
 def _are_corners(boxes: np.ndarray, extents: np.ndarray, sides: np.ndarray) -> np.ndarray:
@@ -73,22 +71,25 @@ def _are_corners(boxes: np.ndarray, extents: np.ndarray, sides: np.ndarray) -> n
 
     As corners they are a box inside the image.  As read, they leave the image, or fit their mask less than as corners.
     """
-    corners = np.hstack((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]))  # the numbers of the file
-    possible = (corners[:, 2:] > corners[:, :2]).all(1) & (corners[:, 2:] <= sides + OVERHANG).all(1)
-    overhang = (boxes[:, 2:] > sides + OVERHANG).any(1)
+    x0, y0, x1, y1 = boxes
+    corners = np.stack((x0, y0, x1 - x0, y1 - y0))  # the numbers of the file
+    inside = (corners[2] > x0) & (corners[3] > y0) & (corners[2:] <= sides + OVERHANG).all(0)
+    boxes, corners, extents, sides = (values[:, inside] for values in (boxes, corners, extents, sides))  # usually few
+    overhang = (boxes[2:] > sides + OVERHANG).any(0)
     match = _iou(corners, extents)
     better = (match >= SAME) & (match >= _iou(boxes, extents) + BETTER)
-    return possible & np.where(_areas(extents) > 0, better, overhang)
+    inside[inside] = np.where(_area(extents) > 0, better, overhang)
+    return inside
 
 
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(1)
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[2] - boxes[0]).clip(0) * (boxes[3] - boxes[1]).clip(0)
 
 
 def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return the IoU of each of n boxes with its other, (n,); 0 if both are empty."""
-    common = (np.minimum(boxes, others)[:, 2:] - np.maximum(boxes, others)[:, :2]).clip(0).prod(1)
-    union = _areas(boxes) + _areas(others) - common
+    """Return the IoU of each of n boxes (4, n) with its other, (n,); 0 if both are empty."""
+    common = _area(np.concatenate((np.maximum(boxes[:2], others[:2]), np.minimum(boxes[2:], others[2:]))))
+    union = _area(boxes) + _area(others) - common
     return common / np.where(union > 0, union, 1)
 
 

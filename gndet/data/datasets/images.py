@@ -17,7 +17,6 @@ from gndet.data.datasets.deep_pictures import Depth, all_values, depth_of, judge
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import EMPTY, FILE, PICTURE, read_head, what_is
 from gndet.data.datasets.pillow_limit import without_pillow_limit
-from gndet.data.datasets.plain_size import plain_size
 from gndet.data.datasets.short_jpeg import read_short
 from gndet.data.records import Record
 from gndet.errors import DataError, MachineError
@@ -168,9 +167,6 @@ def picture_size(path: Path, reading: Reading = DEFAULT, unusual: Unusual | None
     unusual: takes what the header tells of animations and of more than 8 bits per channel.
     Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """
-    size = plain_size(path) if unusual is None else None
-    if size is not None and size[0] * size[1] <= reading.max_pixels:
-        return size
     with _opened(path, reading.max_pixels) as image:
         width, height = image.size
         depth = depth_of(image)

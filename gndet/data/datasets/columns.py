@@ -13,7 +13,7 @@ import numpy as np
 
 from gndet.data.datasets.areas import check_areas
 from gndet.data.datasets.boxes import check_boxes
-from gndet.data.datasets.faults import Findings
+from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings
 from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
 from gndet.data.datasets.segmentation import brief
@@ -144,13 +144,22 @@ def _report(
 ) -> None:
     """Add all marks to found, and describe the first few of each kind."""
     for code, places in marks.places.items():
-        for place in places.tolist():
+        shown = _first(places, image_ids)
+        for place in shown:
             image_id = None if code in ("annotation-id", "image-unknown") else int(image_ids[place])
             text = ""
             if found.wants_example(code):
                 text = WORDS[code](items[place], tuple(sizes[place].tolist()))
                 text = text if code == "annotation-id" else f"{_named(items[place], ids[place])}: {text}"
             found.add(code, text, image_id)
+        if len(places) > len(shown):
+            found.add(code, "", count=len(places) - len(shown))
+
+
+def _first(places: np.ndarray, image_ids: np.ndarray) -> list[int]:
+    """Return the places of the first EXAMPLES annotations, and of the first annotation of the first SHOWN images."""
+    first = np.unique(image_ids[places], return_index=True)[1]
+    return places[np.union1d(np.sort(first)[:SHOWN], np.arange(min(EXAMPLES, len(places))))].tolist()
 
 
 def _named(item: Item, number: int) -> str:

@@ -19,6 +19,7 @@ from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.masks import offsets
 from gndet.data.records import Record
 
+
 class Image(NamedTuple):
     """An image that is kept."""
 

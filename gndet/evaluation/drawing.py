@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
+from gndet.evaluation.fonts import class_name, drawable, font
 
 MIN_SIDE = 640  # pixels of the longer side; a smaller picture is enlarged so that labels are legible
 MAX_LABELS = 40  # with more objects, labels would cover the picture
@@ -66,9 +67,9 @@ def draw_objects(
         if not (masked and crowded):
             draw.rectangle(tuple(box.round()), outline=tint, width=line)
     if not crowded:
-        font = ImageFont.load_default(max(12, round(max(size) / 55)))
+        letters = font(max(12, round(max(size) / 55)))
         for box, label, tint in zip(boxes, labels, colors, strict=True):
-            _label(draw, box, label, tint, font, size)
+            _label(draw, box, drawable(label), tint, letters, size)
     return np.asarray(picture)
 
 
@@ -91,18 +92,18 @@ def _label(
     box: np.ndarray,
     label: str,
     tint: tuple[int, int, int],
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    letters: ImageFont.FreeTypeFont,
     size: tuple[int, int],
 ) -> None:
     """Write a label on a filled background above the box, or inside its top edge; keep it inside the picture."""
-    left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+    left, top, right, bottom = draw.textbbox((0, 0), label, font=letters)
     width, height = right - left + 6, bottom - top + 4
     x = min(box[0], size[0] - width)
     y = box[1] - height if box[1] >= height else box[1]
     x, y = max(0, round(x)), max(0, round(min(y, size[1] - height)))
     draw.rectangle((x, y, x + width - 1, y + height - 1), fill=tint)
     luminance = 0.299 * tint[0] + 0.587 * tint[1] + 0.114 * tint[2]  # ITU-R BT.601
-    draw.text((x + 3 - left, y + 2 - top), label, font=font, fill="black" if luminance > 120 else "white")
+    draw.text((x + 3 - left, y + 2 - top), label, font=letters, fill="black" if luminance > 120 else "white")
 
 
 def draw_ground_truth(image: np.ndarray, record: Record, classes: Sequence[str]) -> np.ndarray:
@@ -111,7 +112,7 @@ def draw_ground_truth(image: np.ndarray, record: Record, classes: Sequence[str])
     image (H, W, 3) uint8 of the record's size.  Returns what `draw_objects` does.
     """
     labels = [
-        f"{classes[label]} (crowd)" if crowd else classes[label]
+        f"{class_name(classes, label)} (crowd)" if crowd else class_name(classes, label)
         for label, crowd in zip(record.labels, record.crowd, strict=True)
     ]
     masks = (_decode(segmentation, record.size) for segmentation in record.segmentations)
@@ -134,7 +135,7 @@ def draw_detections(
     boxes = np.array([row["bbox"] for row in shown], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     indices = [category_ids.index(row["category_id"]) for row in shown]
-    labels = [f"{classes[index]} {row['score']:.2f}" for index, row in zip(indices, shown, strict=True)]
+    labels = [f"{class_name(classes, index)} {row['score']:.2f}" for index, row in zip(indices, shown, strict=True)]
     masks = (_decode(row.get("segmentation"), image.shape[:2]) for row in shown)
     return draw_objects(image, boxes, labels, indices, masks)
 
@@ -156,9 +157,10 @@ def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray,
 def placard(text: str, side: int) -> np.ndarray:
     """Return a picture (side // 2, side, 3) of a text, as a placeholder for an unreadable picture."""
     picture = Image.new("RGB", (side, side // 2), (225, 225, 225))
-    font = ImageFont.load_default(18)
-    lines = textwrap.wrap(text, int((side - 40) / font.getlength("x")))  # an x has about the average width of a letter
-    ImageDraw.Draw(picture).multiline_text((20, 20), "\n".join(lines[:10]), font=font, fill="black")
+    letters = font(18)
+    width = int((side - 40) / letters.getlength("x"))  # an x has about the average width of a letter
+    lines = [drawable(line) for line in textwrap.wrap(text, width)]
+    ImageDraw.Draw(picture).multiline_text((20, 20), "\n".join(lines[:10]), font=letters, fill="black")
     return np.asarray(picture)
 
 
@@ -171,10 +173,10 @@ def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
     """Put a caption above a picture; cut the beginning of a caption that is too long."""
     font_size = max(14, round(max(picture.shape[:2]) / 40))
     strip = Image.new("RGB", (picture.shape[1], round(1.6 * font_size)), PAPER)
-    font = ImageFont.load_default(font_size)
-    while len(caption) > 2 and font.getlength(caption) > strip.width - 8:
+    letters, caption = font(font_size), drawable(caption)
+    while len(caption) > 2 and letters.getlength(caption) > strip.width - 8:
         caption = f"…{caption[2:]}"  # the end of a file name says more
-    ImageDraw.Draw(strip).text((4, strip.height / 2), caption, font=font, fill="black", anchor="lm")
+    ImageDraw.Draw(strip).text((4, strip.height / 2), caption, font=letters, fill="black", anchor="lm")
     return np.concatenate([np.asarray(strip), picture])
 
 

@@ -14,6 +14,7 @@ from gndet.errors import GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_objects, grid, save_picture, side_by_side
 from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
+from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import paste_masks, save_results
 from gndet.training.log import Log
 from gndet.training.memory import out_of_memory
@@ -120,4 +121,4 @@ def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
     if batch.gt.masks.shape[-1]:
         codes = paste_masks(batch.gt.masks[place][valid].float().numpy(), boxes, image.shape[:2])
         masks = (coco_mask.decode(code).astype(bool) for code in codes)
-    return draw_objects(image, boxes, [classes[label] for label in labels], labels, masks)
+    return draw_objects(image, boxes, [class_name(classes, label) for label in labels], labels, masks)

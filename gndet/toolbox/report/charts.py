@@ -6,6 +6,7 @@ series.
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ NAMES_PER_ROW = 4  # of a legend
 WIDTH = 6.4  # inches of 72 units; the page scales it
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
+    "text.parse_math": False,  # a name with $ is no formula
     "font.size": 11,
     "font.family": "sans-serif",
     "axes.edgecolor": GRID,
@@ -78,7 +80,8 @@ def chart(
     margins left, bottom and top: in inches, because matplotlib's tight layout would take as long as drawing.
     """
     html: list[str] = []
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")  # the page's font draws the text, not this one
         figure = Figure(figsize=(WIDTH, height))
         FigureCanvasSVG(figure)
         figure.subplots_adjust(left / WIDTH, bottom / height, 1 - 0.1 / WIDTH, 1 - top / height)
@@ -120,7 +123,8 @@ def lines(
         for number, line in drawn:
             color, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
             marker = MARKERS[number % len(MARKERS)] if len(line.x) <= 12 else None
-            axes.plot(line.x, line.y, style, color=color, label=line.name, linewidth=1.8, marker=marker, markersize=5)
+            label = f" {line.name}" if line.name.startswith("_") else line.name  # matplotlib hides names with _
+            axes.plot(line.x, line.y, style, color=color, label=label, linewidth=1.8, marker=marker, markersize=5)
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
         values = (part for _, line in drawn for part in (line.y, line.low, line.high) if part is not None)

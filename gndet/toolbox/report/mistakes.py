@@ -10,6 +10,7 @@ from gndet.data.datasets.segmentation import printable, to_rle
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
 from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
+from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import Results
 from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.errors import KINDS, TITLES
@@ -146,7 +147,7 @@ def draw_pair(record: Record, found: Analysis, index: int, results: Results, dat
     boxes[:, 2:] += boxes[:, :2]
     boxes *= np.tile(np.array(small.shape[1::-1]) / np.array(record.size[::-1]), 2)
     labels = [
-        f"{names[label]} {score:.2f}{f' {kind}' if kind else ''}"
+        f"{class_name(names, label)} {score:.2f}{f' {kind}' if kind else ''}"
         for label, score, kind in zip(matches.label[rows], taken.scores, found.errors.kind[rows], strict=True)
     ]
     codes = (taken.masks() or []) if found.kind == "mask" else []

@@ -238,7 +238,7 @@ def test_pasting_makes_no_array_of_the_whole_picture() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 11e6, f"{peak / 1e6:.1f} MB"
-    assert coco_mask.area(codes).tolist() == [3000 * 4000] * 3
+    assert (coco_mask.area(codes) > 0.999 * 3000 * 4000).all()  # the corners fade
 
 
 def test_an_empty_box_pastes_as_an_empty_mask() -> None:

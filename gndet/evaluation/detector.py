@@ -21,7 +21,15 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError
-from gndet.evaluation.evaluate import Evaluation, Scores, detect, evaluate, to_results
+from gndet.evaluation.evaluate import (
+    CLASS_COLUMNS,
+    Evaluation,
+    detect,
+    evaluate,
+    evaluation_table,
+    scalars,
+    to_results,
+)  # fmt: skip
 from gndet.evaluation.inputs import FILE, is_picture, records_of
 from gndet.evaluation.portions import Portion, picture_portions, video_portions
 from gndet.evaluation.prediction import Prediction
@@ -34,6 +42,26 @@ Picture = Image.Image | np.ndarray | Tensor
 Path_ = str | os.PathLike[str]
 # of a data set's config, what says how the network sees a picture, not how it is read
 SEEN = ("shortest_edge_test", "max_edge", "antialias", "canvas_multiple", "exact_canvas")
+
+
+class Scores(dict[str, float]):
+    """The metrics of an evaluation, {"box/AP": 0.41, ..., "mask/AP": 0.37, ...}; printing them shows a table."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        super().__init__(scalars(evaluation))
+        self.evaluation = evaluation
+
+    def __str__(self) -> str:
+        return evaluation_table(self.evaluation)
+
+    @property
+    def per_class(self) -> dict[str, dict[str, float]]:
+        """The metrics of each class: {"cell": {"box/AP": 0.41, "box/AP50": ..., "box/AR": ..., "mask/AP": ...}}."""
+        classes: dict[str, dict[str, float]] = {}
+        for part, metrics in (("box", self.evaluation.box), ("mask", self.evaluation.mask)):
+            for row in metrics.per_class if metrics else ():
+                classes.setdefault(row["name"], {}).update({f"{part}/{key}": row[key] for key in CLASS_COLUMNS})
+        return classes
 
 
 @dataclass(frozen=True, eq=False)

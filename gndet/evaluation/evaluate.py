@@ -200,26 +200,6 @@ def scalars(evaluation: Evaluation) -> dict[str, float]:
     return {f"{name}/{key}": value for name, part in parts.items() if part for key, value in part.summary.items()}
 
 
-class Scores(dict[str, float]):
-    """The metrics of an evaluation, {"box/AP": 0.41, ..., "mask/AP": 0.37, ...}; printing them shows a table."""
-
-    def __init__(self, evaluation: Evaluation) -> None:
-        super().__init__(scalars(evaluation))
-        self.evaluation = evaluation
-
-    def __str__(self) -> str:
-        return evaluation_table(self.evaluation)
-
-    @property
-    def per_class(self) -> dict[str, dict[str, float]]:
-        """The metrics of each class: {"cell": {"box/AP": 0.41, "box/AP50": ..., "box/AR": ..., "mask/AP": ...}}."""
-        classes: dict[str, dict[str, float]] = {}
-        for part, metrics in (("box", self.evaluation.box), ("mask", self.evaluation.mask)):
-            for row in metrics.per_class if metrics else ():
-                classes.setdefault(row["name"], {}).update({f"{part}/{key}": row[key] for key in CLASS_COLUMNS})
-        return classes
-
-
 def evaluation_table(evaluation: Evaluation) -> str:
     """Return a table in percent: the summaries, then the classes; "-" means undefined."""
     parts = {"box": evaluation.box} | ({"mask": evaluation.mask} if evaluation.mask else {})

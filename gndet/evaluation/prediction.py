@@ -81,6 +81,9 @@ class Prediction:
     @cached_property
     def masks(self) -> np.ndarray | None:
         """(N, h, w) bool, N * h * w bytes; None if the detector finds boxes only.  Other methods do not need it."""
+        return self._pasted()
+
+    def _pasted(self) -> np.ndarray | None:
         if self.results.codes is None:
             return None
         masks = np.zeros((len(self), *self.size), dtype=bool)
@@ -164,19 +167,20 @@ class Prediction:
         return drawn
 
     def to_torchvision(self) -> dict[str, Tensor]:
-        """Return tensors as torchvision's detectors do, but with labels from 0, as in `classes`.
+        """Return tensors as torchvision's detectors do, but with labels from 0, as in `classes`; all are copies.
 
         boxes (N, 4) float32 xyxy, scores (N,) float32, labels (N,) int64, and with masks: masks (N, 1, h, w) bool.
         """
         tensors = {name: torch.tensor(getattr(self, name)) for name in ("boxes", "scores", "labels")}
-        return tensors if self.masks is None else tensors | {"masks": torch.tensor(self.masks)[:, None]}
+        masks = self._pasted()
+        return tensors if masks is None else tensors | {"masks": torch.from_numpy(masks)[:, None]}
 
     def to_supervision(self) -> "supervision.Detections":
         """Return supervision.Detections with class names.  Needs `pip install supervision`."""
         import supervision
 
         return supervision.Detections(
-            xyxy=self.boxes.copy(), mask=None if self.masks is None else self.masks.copy(),
+            xyxy=self.boxes.copy(), mask=self._pasted(),
             confidence=self.scores.copy(), class_id=self.labels.copy(), data={"class_name": np.array(self.names)},
         )  # fmt: skip
 

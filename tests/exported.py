@@ -10,7 +10,7 @@ from PIL import Image
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.exports.engine import Opener, inspect_export
-from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.reading import inspect_both, read_dataset
 from gndet.data.records import Dataset
 
 SIZE = (48, 64)  # height, width of `picture`
@@ -34,6 +34,12 @@ def write(folder: Path, files: Mapping[str, str | bytes | None]) -> Path:
 
 def inspected(opener: Opener, annotations: Path, split: str = "train", images: Path | None = None) -> Dataset:
     return inspect_export(opener, annotations, images, split, DataConfig(root=str(annotations), cache=""))
+
+
+def inspected_alone(root: Path, **train: str) -> tuple[Dataset, Dataset]:
+    """Read the training and validation set of a folder that is given alone, or with options of data.train."""
+    cfg = DatasetConfig(split="train", **train)
+    return inspect_both(DataConfig(root=str(root), cache="", train=cfg), masks=False)
 
 
 def codes(dataset: Dataset) -> dict[str, int]:

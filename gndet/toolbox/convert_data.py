@@ -18,7 +18,7 @@ from gndet.config.schema import Config
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.faults import Fault, refuse_all, several
 from gndet.data.datasets.formats import sniff
-from gndet.data.datasets.layout import find_sets, source_of
+from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, with_known
 from gndet.data.datasets.tracing import joined, outlines_of
@@ -55,12 +55,12 @@ def convert_data(source: str, out: Path, to: str, overrides: list[str], show: Sh
 
 def _read(source: str, overrides: list[str], show: Show) -> dict[str, Dataset]:
     path = find_config(source).expanduser()
-    if path.suffix.lower() in (".yaml", ".yml") and sniff(path) is None:
+    if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None:
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data
     try:
-        found = find_sets(path) if path.is_dir() else {"": source_of(path, None, "auto", "")}
+        found = sets_at(path)
     except Fault as fault:
         raise DataError(f"{fault}\nexpected a data folder, an annotation file or a config") from None
     datasets = {name: inspect_source(where, data, show) for name, where in found.items()}

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exported import assert_equal, boxes, coco_tree, codes, inspected, read_tree, words, write
+from exported import assert_equal, boxes, coco_tree, codes, inspected, inspected_alone, read_tree, words, write
 
 from gndet.data.datasets.exports.voc import open_voc
+from gndet.data.datasets.layout import find_sets
 from gndet.data.records import Dataset
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -117,6 +118,8 @@ def test_both_sets_of_a_layout_are_found(tmp_path: Path, layout: str) -> None:
         assert {Path(name).name: found for name, found in boxes(dataset).items()} == {name: [PIXELS]}, words(dataset)
         assert codes(dataset) == {}
     assert {Path(name).name for name in boxes(read(tmp_path, ""))} == {"a.png", "b.png"}
+    train, val = inspected_alone(tmp_path)
+    assert list(boxes(train).values()) == list(boxes(val).values()) == [[PIXELS]] and not train.refused
     missing = read(tmp_path, "test")
     assert codes(missing) == {"set-missing": 1} and "it has " in words(missing)
 
@@ -136,6 +139,7 @@ WHOLE: dict[str, dict[str, str | None]] = {
 @pytest.mark.parametrize("layout", WHOLE)
 def test_an_export_that_is_not_divided_is_the_training_set(tmp_path: Path, layout: str) -> None:
     dataset = read(write(tmp_path, WHOLE[layout]))
+    assert list(find_sets(tmp_path)) == [""]
     assert list(boxes(dataset).values()) == [[PIXELS]] and codes(dataset) == {}
     assert boxes(read(next(tmp_path.rglob("*.xml")))).values() != []
     missing = read(tmp_path, "val")

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import assert_equal, boxes, coco_tree, codes, inspected, read_tree, words, write
+from exported import assert_equal, boxes, coco_tree, codes, inspected, inspected_alone, read_tree, words, write
 from PIL import Image
 
 from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
+from gndet.data.datasets.layout import find_sets, sets_at
 from gndet.data.records import Dataset
 
 BOX = "0 0.5 0.5 0.5 0.5\n"
@@ -145,6 +146,9 @@ def test_both_sets_of_a_layout_are_found(tmp_path: Path, layout: str) -> None:
         dataset = read(tmp_path / annotations, split)
         assert boxes(dataset) == {name: [PIXELS]} and dataset.classes == ("cell", "plate"), words(dataset)
         assert codes(dataset) == {}
+    train, val = inspected_alone(tmp_path)
+    assert boxes(train) == {"a.png": [PIXELS]} and boxes(val) == {"b.png": [PIXELS]}
+    assert train.classes == val.classes == ("cell", "plate")
 
 
 WHOLE: dict[str, dict[str, str | None]] = {
@@ -186,6 +190,13 @@ def test_a_set_that_is_missing_is_named_with_those_that_are_there(tmp_path: Path
     assert "no test (test or testing); it has train, val" in words(read(tmp_path, "test"))
     (tmp_path / "data.yaml").unlink()
     assert "it has train, val" in words(read(tmp_path, "test"))
+
+
+def test_a_test_set_that_data_yaml_names_but_that_is_not_there_does_not_count(tmp_path: Path) -> None:
+    write(tmp_path, PAIR | {"data.yaml": YAML + "test: ../test/images\n"})
+    assert list(find_sets(tmp_path)) == list(sets_at(tmp_path / "data.yaml")) == ["train", "val"]
+    write(tmp_path, {"images/test/c.png": None, "labels/test/c.txt": BOX, "data.yaml": YAML + "test: images/test\n"})
+    assert list(find_sets(tmp_path)) == ["train", "val", "test"]
 
 
 def test_a_folder_that_is_not_there_is_not_taken_for_another(tmp_path: Path) -> None:
@@ -337,6 +348,7 @@ def test_rows_of_equal_length_are_outlines_if_the_user_says_so(tmp_path: Path) -
         write(tmp_path, {"classes.txt": "cell\nplate\n", "images/a.png": None, "labels/a.txt": text})
         dataset = inspected(open_outlines, tmp_path)
         assert len(dataset.records[0].segmentations[0][0]) == 2 * points and not dataset.refused
+        assert inspected_alone(tmp_path)[0].refused and not inspected_alone(tmp_path, kind="yolo")[0].refused
     write(tmp_path, {"data.yaml": "names: [cell, plate]\nkpt_shape: [3, 2]\n"})
     assert codes(inspected(open_outlines, tmp_path)) == {"rows-pose": 1}
 

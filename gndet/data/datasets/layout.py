@@ -5,11 +5,13 @@ A set is train, val or test; an export without sets has one, called "".
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from gndet.data.datasets.exports.cvat import cvat_sets
-from gndet.data.datasets.exports.voc import voc_sets
+from gndet.data.datasets.exports.folders import files_below
+from gndet.data.datasets.exports.voc import ANNOTATIONS, MAIN, voc_sets
 from gndet.data.datasets.exports.yolo import yolo_sets
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
@@ -60,6 +62,16 @@ def find_sets(root: Path, kind: str = "auto") -> dict[str, Source]:
     if not found:
         raise Fault("data-unknown", f"{root}: {_what_is_there(root)}")
     return _one_of_each(root, found)
+
+
+def sets_at(path: Path, images: Path | None = None) -> dict[str, Source]:
+    """Find the sets of a folder or a file; images: the image folder of a file.  Raises Fault as `find_sets` does."""
+    if path.is_dir():
+        return find_sets(path)
+    source = source_of(path, images, "auto", "")
+    if source.kind == "cvat":
+        return {name: found._replace(images=images) for name, found in _cvat_in(path)}
+    return {name: source._replace(split=name) for name in (yolo_sets(path) if source.kind == "yolo" else [""])}
 
 
 def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
@@ -144,14 +156,18 @@ def _json_in(listed: Listing) -> list[tuple[str, Source]]:
 
 
 def _xml_in(listed: Listing) -> list[tuple[str, Source]]:
-    """Find CVAT's XML file, and VOC's files here or in `Annotations`."""
-    for home in (listed, *_annotations_in(listed)):
+    """Find CVAT's XML file, and VOC's files here, in or below `Annotations`, or in the folders of a devkit."""
+    for home in (listed, *_annotations_in(listed, ANNOTATIONS)):
         files = [file for file in home.files if file.suffix.lower() == ".xml"]
+        if not files and home is not listed:
+            files = [home.home / name for name in files_below(home.home, (".xml",))]
         kinds = {file: sniff(file) for file in files[:LOOKED_AT]}
         if "voc" in kinds.values():
             return [(name, Source("voc", listed.home, None, name)) for name in voc_sets(listed.home)]
         if cvat := [file for file, kind in kinds.items() if kind == "cvat"]:
             return [pair for file in cvat for pair in _cvat_in(file)]
+    if any((folder / MAIN).is_dir() for folder in listed.folders):
+        return [(name, Source("voc", listed.home, None, name)) for name in voc_sets(listed.home)]
     return []
 
 
@@ -165,8 +181,8 @@ def _cvat_in(file: Path) -> list[tuple[str, Source]]:
     return [(name, Source("cvat", file, None, name)) for name in subsets] or alone
 
 
-def _annotations_in(listed: Listing) -> list[Listing]:
-    return [_list(folder) for folder in listed.folders if folder.name.lower() == "annotations"]
+def _annotations_in(listed: Listing, names: Sequence[str] = ("annotations",)) -> list[Listing]:
+    return [_list(folder) for folder in listed.folders if folder.name.lower() in names]
 
 
 def _list(folder: Path) -> Listing:

@@ -21,7 +21,7 @@ from gndet.data.datasets.exports.engine import Opener, inspect_export
 from gndet.data.datasets.exports.labelme import open_labelme
 from gndet.data.datasets.exports.via import open_via
 from gndet.data.datasets.exports.voc import open_voc
-from gndet.data.datasets.exports.yolo import open_yolo
+from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, refuse, skipping_unreadable
 from gndet.data.datasets.image_folder import guess_folder
 from gndet.data.datasets.layout import Source, choose, find_sets, source_of
@@ -68,7 +68,8 @@ def _read(cfg: DatasetConfig, data: DataConfig, tell: Tell | None) -> Dataset:
     if cfg.kind == "shapes":
         return read_shapes(cfg, data)
     try:
-        return inspect_source(source_in(cfg, data), data, tell)
+        named = data.train.kind if cfg.share is not None else cfg.kind
+        return inspect_source(source_in(cfg, data), data, tell, named)
     except Fault as fault:
         found = Findings()
         found.add(fault.code, str(fault))
@@ -87,9 +88,14 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
     return source if images is None else source._replace(images=images)
 
 
-def inspect_source(source: Source, data: DataConfig, tell: Tell | None = None) -> Dataset:
-    """Read and check the annotations of a source, and the listing of its image folder."""
+def inspect_source(source: Source, data: DataConfig, tell: Tell | None = None, named: str = "auto") -> Dataset:
+    """Read and check the annotations of a source, and the listing of its image folder.
+
+    named: the kind that the user named; `yolo` says that rows which may be oriented boxes are outlines.
+    """
     kind, annotations, images, split = source
+    if named == "yolo":
+        return inspect_export(open_outlines, annotations, images, split, data, tell)
     if kind == "coco":
         return inspect_file(annotations, images or guess_folder(annotations) or annotations.parent, data, tell)
     return inspect_export(OPENERS[kind], annotations, images, split, data, tell)

@@ -21,7 +21,7 @@ from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import REFUSED, Fault, Findings
 from gndet.data.datasets.formats import sniff
 from gndet.data.datasets.image_folder import PICTURE, guess_folder, read_head, what_is
-from gndet.data.datasets.layout import Source, find_sets, source_of
+from gndet.data.datasets.layout import Source, sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import (
@@ -111,7 +111,7 @@ def check(
 def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
     """Decide what to check.  Raises ConfigError and OutputError."""
     path = find_config(source)
-    if path.suffix.lower() in (".yaml", ".yml") and sniff(path) is None:
+    if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None:
         return _plan_config(source, overrides, image_folder)
     for text in overrides:
         if text.partition("=")[0].strip() not in ALONE:
@@ -121,7 +121,7 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
     path = path.expanduser()
     folder = image_folder.expanduser().absolute() if image_folder else None
     try:
-        sources = find_sets(path) if path.is_dir() else {"": source_of(path, folder, "auto", "")}
+        sources = sets_at(path, folder)
     except Fault as fault:
         return Plan(cfg.data, masks, {"": Source("", path)}, [], [path], fault)
     if folder is not None and path.is_dir():

@@ -26,7 +26,7 @@ from gndet.data.datasets.exports.voc_xml import Unit, counted_from_0, parse_voc,
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
 
-ANNOTATIONS = ("annotations", "annotation", "xmls", "xml", "labels")  # folders of XML files
+ANNOTATIONS = ("annotations", "annotation", "xmls", "xml")  # folders of XML files
 IMAGES = ("JPEGImages", "images", "Images", "imgs", "img")  # folders of pictures beside them
 MAIN = Path("ImageSets", "Main")  # folder of the lists of the sets
 ASKED = 20  # XML files that are asked for the names of their pictures
@@ -144,7 +144,7 @@ def _picture_folder(home: Path, folder: str, images: Path | None, names: Sequenc
         places = [str(images / tail) for tail in tails]
     else:
         above = [home / folder, *(home / folder).parents][: len(Path(folder).parts) + 2]
-        places = [place, *swapped(place, ANNOTATIONS, IMAGES)]
+        places = [place, *swapped(place, (*ANNOTATIONS, "labels"), IMAGES)]
         places += [str(base / name) for base in above for name in (*IMAGES, "")]
     best = pictures.fullest(places, {stem_of(name) for name in names})
     if any(stem_of(name) in pictures.of(best) for name in names):

@@ -48,11 +48,18 @@ def open_yolo(annotations: Path, images: Path | None, split: str) -> Export:
 
 
 def yolo_sets(annotations: Path) -> list[str]:
-    """List the sets of an export by data.yaml, or by its folders and lists; [""] if it is not divided."""
-    _, tree = _find_tree(annotations)
-    folder = annotations if annotations.is_dir() else annotations.parent
+    """List the sets of an export by data.yaml, or by its folders and lists; [""] if it is not divided.
+
+    Programs name a test set that they have not written, so it counts only if it is there.
+    """
+    file, tree = _find_tree(annotations)
     named = dict.fromkeys(ALIASES[key] for key in tree if key in ALIASES and tree[key])
-    return list(named) or list(sets_in_folder(folder)) or [""]
+    if file and "test" in named:
+        try:
+            _find_pictures(annotations, file, tree, None, "test", [])
+        except Fault:
+            del named["test"]
+    return list(named) or sets_in_folder(annotations if annotations.is_dir() else annotations.parent)
 
 
 def open_outlines(annotations: Path, images: Path | None, split: str) -> Export:
@@ -177,7 +184,8 @@ def _find_names(
     """
     if classes := _names_of(file, tree, notes) if file else {}:
         return classes, None
-    places = [folder, *(place for start in map(Path, near) for place in (start, *start.absolute().parents[:2]))]
+    starts = [*map(Path, near), folder]
+    places = [folder, *(place for start in starts for place in (start, *start.absolute().parents[:2]))]
     for place in dict.fromkeys(places):
         for path in (place / name for name in NAMES):
             if path.is_file():

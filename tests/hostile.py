@@ -77,7 +77,7 @@ def make_bad_objects(data: Hostile) -> None:
     data.object(bbox=[-1, 2, 10, 10])  # box-clipped
     data.object(bbox=[-5, 2, 18, 10])  # box-clipped, box-overhang
     data.object(bbox=[40, 2, 10, 10])  # box-outside
-    for box in ([NAN, 2, 10, 10], [2, 2, INF, 10], [2, 2, 10], "2 2 10 10", [2, 2, 10, "10"], 7, [1e308] * 4):
+    for box in ([NAN, 2, 10, 10], [2, 2, INF, 10], [2, 2, 10], "2 2 10 10", [2, 2, 10, "ten"], 7, [1e308] * 4):
         data.object(bbox=box)  # box-malformed; json-nan twice
     data.object(bbox=None), data.object(bbox=[])  # box-missing
     data.object(bbox=[], segmentation=[])  # box-none
@@ -94,7 +94,7 @@ def make_bad_objects(data: Hostile) -> None:
     data.object(segmentation=[[2, 2, 12, 2, 2, 12]])  # area-box
     data.object(segmentation=[SQUARE, [1, 2, 3, 4], SQUARE[:7]])  # polygon-short twice
     data.object(segmentation=[SQUARE[:5]])  # polygon-short, mask-missing
-    for point in (NAN, -INF, 1e12, 10**400, "8", None, True, [1]):
+    for point in (NAN, -INF, 1e12, 10**400, "x", None, True, [1]):
         data.object(segmentation=[[*SQUARE[:7], point]])  # polygon-number; json-nan twice
     for value in (SQUARE[:7], "x", 7, [[SQUARE], 3]):
         data.object(segmentation=value)  # segmentation-malformed
@@ -106,10 +106,11 @@ def make_bad_objects(data: Hostile) -> None:
     data.object(segmentation=rle | {"counts": "~~~"})  # rle-malformed
     data.object(segmentation=rle | {"counts": [HEIGHT * WIDTH]})  # mask-empty, mask-missing
     data.object(bbox=[25, 15, 10, 10])  # mask-elsewhere
-    data.object(image_id=99), data.object(image_id="2")  # image-unknown
+    data.object(image_id=99), data.object(image_id="x")  # image-unknown
     data.object(category_id=99)  # category-unknown
     data.object(id=1)  # annotation-id-twice
-    data.object(id="8")  # annotation-id
+    data.object(id="x")  # annotation-id
+    data.object(area="100")  # number-text
     data.object(id=900.0)  # number-float
 
 
@@ -122,7 +123,7 @@ BAD_OBJECTS = {
     "image-unknown": ("E", 2), "category-unknown": ("E", 1), "annotation-id-twice": ("E", 1),
     "box-missing": ("F", 2), "box-none": ("F", 1), "box-rotated": ("F", 1), "ignore-flag": ("F", 1),
     "area-wrong": ("F", 2), "area-odd": ("N", 1), "area-box": ("N", 1), "segmentation-shape": ("F", 3),
-    "annotation-id": ("E", 1), "number-float": ("F", 1), "json-nan": ("N", 4),
+    "annotation-id": ("F", 1), "number-float": ("F", 1), "number-text": ("F", 1), "json-nan": ("N", 4),
 }  # fmt: skip
 
 
@@ -132,9 +133,9 @@ def make_bad_images(data: Hostile) -> None:
     outside.mkdir()
     noise("RGB").save(outside / "x.png")
     data.image(), data.tree["annotations"].pop()  # image-empty
-    data.image(id="7")  # image-id; its object: image-unknown
+    data.image(id=-7)  # image-id; its object: image-unknown
     data.image(id=1)  # image-id-twice
-    data.image(width=0), data.image(height=None), data.image(height=30.5)  # image-size
+    data.image(width=-1), data.image(height="tall"), data.image(height=30.5)  # image-size
     data.image(width=20_000, height=20_000)  # image-pixels
     data.image(file_name=None)  # file-name
     data.image(file_name="../file.json"), data.image(file_name=str(outside / "x.png"))  # file-escape
@@ -153,8 +154,9 @@ def make_bad_images(data: Hostile) -> None:
         path = data.image(file_name=unicodedata.normalize("NFC", name))
         path.rename(data.pictures / name)
     data.tree["categories"] += [{"id": 9, "name": "bird"}]  # category-gaps, category-unused
-    data.tree["categories"] += [{"id": 2, "name": "cow"}, {"id": "5", "name": "ox"}]  # category-id-twice, category-id
+    data.tree["categories"] += [{"id": 2, "name": "cow"}, {"id": -5, "name": "ox"}]  # category-id-twice, category-id
     data.tree["categories"] += [{"id": 10}, {"id": 11, "name": "cat"}]  # category-name, category-name-twice
+    data.image(), data.object(category_id=11)
     data.tree["annotations"][0]["id"] = 0  # annotation-id-low
 
 
@@ -162,8 +164,8 @@ BAD_IMAGES = {
     "image-empty": ("N", 1), "image-id": ("E", 1), "image-unknown": ("E", 1), "image-id-twice": ("E", 1),
     "image-size": ("E", 3), "image-pixels": ("E", 1), "file-name": ("E", 1), "file-escape": ("E", 4),
     "file-missing": ("E", 3), "file-empty": ("E", 1), "file-twice": ("N", 1), "number-float": ("F", 1),
-    "category-gaps": ("F", 5), "category-unused": ("N", 3), "category-id-twice": ("E", 1), "category-id": ("E", 1),
-    "category-name": ("E", 1), "category-name-twice": ("E", 1), "annotation-id-low": ("F", 17),
+    "category-gaps": ("F", 5), "category-unused": ("N", 2), "category-id-twice": ("E", 1), "category-id": ("E", 1),
+    "category-name": ("E", 1), "category-name-twice": ("E", 1), "annotation-id-low": ("F", 19),
 }  # fmt: skip
 
 

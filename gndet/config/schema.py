@@ -306,6 +306,7 @@ class DataConfig(Section):
     exif: Literal["turn", "stored"] = "turn"  # turn pictures as their EXIF orientation says, or take them as stored
     # pictures of more than 8 bits per channel: the values that become black and white; null: 0 and 65535 of 16 bits
     pixel_range: tuple[float, float] | None = None
+    follow_links: bool = False  # read pictures behind links that lead out of the image folder, as DVC makes them
     skip_unreadable: bool = False  # leave out the pictures that `gndet check` could not read, and train on the rest
     cache: str = "~/.cache/gndet"  # folder that keeps checked data sets between starts; '' keeps nothing
     max_unreadable: float = Field(0.01, ge=0, le=1)  # stop when more than this share of a data set cannot be read

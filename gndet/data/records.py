@@ -47,6 +47,7 @@ class Dataset(NamedTuple):
     findings: tuple[Finding, ...] = ()  # E first, then F, N
     notes: tuple[str, ...] = ()  # lines to show when a run starts, e.g. when the pictures were decoded
     declared: bool = True  # whether the annotations list the classes; if not, classes are the names that occur
+    left_out: tuple[tuple[int, str], ...] = ()  # category id and name of classes that no object uses, see `taken_back`
 
     @property
     def fixes(self) -> dict[str, int]:

@@ -17,7 +17,7 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, load_config, override_words, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.images import Reading, picture_size
-from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.reading import named_briefly, read_dataset
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError
@@ -278,7 +278,7 @@ def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Eva
     dataset = read_dataset(detector.config.data.val, detector.config.data, known=detector.classes)
     if dataset.classes != detector.classes:
         raise DataError(
-            f"{dataset.name}: has the classes {', '.join(dataset.classes)}; the detector knows "
-            f"{', '.join(detector.classes)}; data.classes chooses them by name"
+            f"{dataset.name}: has the classes {named_briefly(dataset.classes)}; the detector knows "
+            f"{named_briefly(detector.classes)}; data.classes chooses them by name"
         )
     return dataset, evaluate(detector.model, dataset, detector.config, proc, detector.autocast)

@@ -85,10 +85,10 @@ def described(dataset: Dataset) -> tuple[Any, ...]:
 
 def one_by_one(items: list[dict[str, Any]], known: Known, found: Findings) -> Columns:
     parts = []
-    for item in items:
+    for place, item in enumerate(items):
         noted = Findings()
         parts.append(read_columns([item], known, noted)[0])
-        found.take(noted.listed())
+        found.take(noted.listed(), place)
     return end_to_end(parts)
 
 

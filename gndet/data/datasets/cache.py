@@ -72,7 +72,8 @@ def _home(root: Path, path: Path, files: ImageFolder | None, reading: Reading, w
     if files and root.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(f"data.cache: {root} lies in the image folder {folder}; gndet writes nothing there")
     root.mkdir(parents=True, exist_ok=True)
-    parts = (path.absolute(), folder, files is not None, *reading, *way)
+    links = files is not None and files.follow_links
+    parts = (path.absolute(), folder, files is not None, links, *reading, *way)
     name = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape"))
     return root / f"{path.stem[:40]}-{name.hexdigest()[:16]}"
 
@@ -127,7 +128,9 @@ class _Entry(NamedTuple):
         folder = self.files.home if self.files else self.path.parent
         records = PackedRecords(packed, folder, self.reading, range(num), again, digests)
         classes, category_ids = tuple(facts["classes"]), tuple(facts["category_ids"])
-        return Dataset(str(self.path), classes, category_ids, records, findings, notes, facts["declared"])
+        left_out = tuple((number, name) for number, name in facts["left_out"])
+        declared = facts["declared"]
+        return Dataset(str(self.path), classes, category_ids, records, findings, notes, declared, left_out)
 
     def save(self, dataset: Dataset, digest: str) -> Dataset:
         """Save a data set that was read from a file with this digest.  Returns the saved one.
@@ -147,7 +150,7 @@ class _Entry(NamedTuple):
             facts = {
                 "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": digest,
                 "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
-                "findings": dataset.findings, "declared": dataset.declared,
+                "findings": dataset.findings, "declared": dataset.declared, "left_out": dataset.left_out,
             }  # fmt: skip
             _write_sealed(partial / FACTS, facts)
             shutil.rmtree(self.home, ignore_errors=True)

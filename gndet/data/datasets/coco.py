@@ -5,8 +5,8 @@ What can be fixed without guessing is fixed in memory and counted; the user's fi
 
 import gc
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,21 @@ import numpy as np
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import cached
-from gndet.data.datasets.columns import MAX_SIDE, Columns, Known, Size, read_columns, to_integer, with_ids
+from gndet.data.datasets.columns import Columns, Known, read_columns, with_ids
+from gndet.data.datasets.entries import Category, numbered, read_categories, read_images, settle_categories
 from gndet.data.datasets.faults import Fault, Findings, in_order, with_totals
-from gndet.data.datasets.image_folder import FILE, HEAD, ImageFolder, split_name, what_is
+from gndet.data.datasets.formats import name_format
+from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, what_is
 from gndet.data.datasets.images import Reading
 from gndet.data.datasets.json_parts import Cut, NotInParts, read_around, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, pack
 from gndet.data.datasets.plausible import judge_boxes
-from gndet.data.datasets.segmentation import brief
+from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.records import Dataset, Tell
 
 LISTS = ("images", "annotations", "categories")
+KEYS_SHOWN = 8  # of a file that lacks one of them
+MOST_NAMED = 1 << 16  # bytes of a text that name its format
 
 
 def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell | None = None) -> Dataset:
@@ -36,7 +40,7 @@ def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell |
     found, found_in_folder = Findings(), Findings()
     files = dataset = None
     try:
-        files = ImageFolder(folder) if folder else None
+        files = ImageFolder(folder, data.follow_links) if folder else None
     except Fault as fault:
         found_in_folder.add(fault.code, str(fault))
     try:
@@ -85,6 +89,7 @@ def _refuse_other_kinds(path: Path) -> None:
         kind = what_is(file.read(HEAD))
     if kind != FILE:
         code = "json-archive" if "archive" in kind else "json-broken"
+        kind = (kind == XML and name_format(path)) or kind
         raise Fault(code, f"{path}: not a JSON file: it is {kind}")
 
 
@@ -92,14 +97,15 @@ def _inspect(path: Path, files: ImageFolder | None, reading: Reading, found: Fin
     """Check the file's content, and add its faults to found.  Raises Fault if the file is not in COCO's format."""
     cuts, noted = take_apart(path), Findings()
     try:
-        content = _read(path, cuts, files, reading.max_pixels, noted) if cuts else None
+        content = _read(path, cuts, files, reading, noted) if cuts else None
         found.take(noted.listed())
     except (OSError, Fault, NotInParts):
         content = None  # the cuts were wrong, so their findings are discarded
-    images, names, objects = content or _read(path, [], files, reading.max_pixels, found)
+    images, categories, objects = content or _read(path, [], files, reading, found)
     objects = with_ids(objects, found)
+    names, left_out = settle_categories(categories, set(np.unique(objects.category_ids).tolist()), found)
     folder = path.parent if files is None else files.home
-    return assemble(str(path), images, names, objects, folder, reading, found)
+    return assemble(str(path), images, names, objects, folder, reading, found)._replace(left_out=left_out)
 
 
 def assemble(
@@ -124,19 +130,22 @@ def assemble(
 
 
 def _read(
-    path: Path, cuts: list[Cut], files: ImageFolder | None, max_pixels: int, found: Findings
-) -> tuple[list[Image], dict[int, str], Columns]:
+    path: Path, cuts: list[Cut], files: ImageFolder | None, reading: Reading, found: Findings
+) -> tuple[list[Image], dict[int, Category], Columns]:
     """Read a file, in several processes if it is cut.
 
-    Returns the images that are kept, the names of the categories by id, and the objects.  Raises Fault and OSError;
-    with cuts also NotInParts, and MachineError if a process is killed.
+    Returns the images that are kept, the categories by id, and the objects.  Raises Fault and OSError; with cuts also
+    NotInParts, and MachineError if a process is killed.
     """
     tree = _parse(path, read_around(path, cuts) if cuts else path.read_bytes(), found)
-    names = _read_categories(tree["categories"], found)
-    images, sizes = read_images(tree.pop("images"), files, max_pixels, found)
-    known = Known.of(sizes, names)
+    _refuse_other_annotations(path, cuts, tree["annotations"])
+    numbers = {key: numbered(tree[key], kind, found) for key, kind in (("images", "image"), ("categories", "category"))}
+    categories = read_categories(tree["categories"], numbers["categories"], found)
+    images, sizes = read_images(tree.pop("images"), files, reading, found, numbers["images"])
+    known = Known.of(sizes, categories)
+    known = known._replace(image_numbers=numbers["images"], category_numbers=numbers["categories"])
     objects = read_parts(path, cuts, known, found) if cuts else read_columns(tree["annotations"], known, found)[0]
-    return images, names, objects
+    return images, categories, objects
 
 
 def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str, Any]]]:
@@ -148,117 +157,53 @@ def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str,
 
     try:
         tree = json.loads(text, parse_constant=constant)
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start} ({error.object[error.start]:#04x})"
+        raise Fault("text-encoding", f"{path}: {where} is not {error.encoding.upper()}") from None
     except (ValueError, RecursionError) as error:
-        raise Fault("json-broken", f"{path}: not a JSON file: {error}") from None
+        named = name_format(text[:MOST_NAMED])
+        raise Fault(
+            "json-other" if named else "json-broken", f"{path}: {named or f'not a JSON file: {error}'}"
+        ) from None
+    missing = [key for key in LISTS if not isinstance(tree, dict) or key not in tree]
+    if missing and (named := name_format(tree)):
+        raise Fault("json-other", f"{path}: {named}")
     if not isinstance(tree, dict):
-        kind = f"a JSON {type(tree).__name__}"
-        if isinstance(tree, list) and tree and isinstance(tree[0], dict) and "score" in tree[0]:
-            kind = "a list of detections (COCO's results format)"
-        raise Fault("json-other", f"{path}: {kind}, expected an object, as in COCO's format")
+        raise Fault("json-other", f"{path}: a JSON {type(tree).__name__}, expected an object, as in COCO's format")
+    if missing:
+        present = f"it has {', '.join(map(printable, list(tree)[:KEYS_SHOWN]))}" if tree else "it is empty"
+        verb = "is" if len(missing) == 1 else "are"
+        raise Fault("json-other", f"{path}: {' and '.join(missing)} {verb} missing; {present}")
     for key in LISTS:
-        if not isinstance(tree.get(key), list) or not all(isinstance(item, dict) for item in tree[key]):
-            raise Fault("json-other", f"{path}: {key}: {brief(tree.get(key))}, expected a list of objects, as in COCO")
-        if not tree[key] and key != "annotations":
-            raise Fault("json-other", f"{path}: {key}: the list is empty")
+        _refuse_other_values(path, key, tree[key])
     return tree
 
 
-def _new_id(item: dict[str, Any], kind: str, known: Collection[int], found: Findings) -> int | None:
-    """Return the id of an image or category; None if it is not an integer of 0 or more, or is already known."""
-    number = to_integer(item.get("id"))
-    if number is None or number < 0:
-        found.add(f"{kind}-id", f"{kind} id {brief(item.get('id'))}, expected an integer of 0 or more")
-        return None
-    if type(item["id"]) is float:
-        found.add("number-float", f"{kind} {number}: its id", number if kind == "image" else None)
-    if number in known:
-        found.add(f"{kind}-id-twice", f"{kind} id {number} occurs twice, expected unique ids")
-        return None
-    return number
+def _refuse_other_values(path: Path, key: str, items: Any) -> None:
+    """Raise Fault if the value of one of COCO's three keys is not a list of objects."""
+    if not isinstance(items, list):
+        raise Fault("json-other", f"{path}: {key}: {brief(items)}, expected a list of objects, as in COCO")
+    for place, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise Fault("json-other", f"{path}: {key}[{place}]: {brief(item)}, expected an object, as in COCO")
+    if not items and key != "annotations":
+        raise Fault("json-other", f"{path}: {key}: the list is empty")
 
 
-def _read_categories(items: list[dict[str, Any]], found: Findings) -> dict[int, str]:
-    """Check the categories.  Returns their names by id."""
-    names: dict[int, str] = {}
-    taken: set[str] = set()
-    for item in items:
-        number = _new_id(item, "category", names, found)
-        if number is None:
-            continue
-        name = item.get("name")
-        if not isinstance(name, str) or not name.strip():
-            found.add("category-name", f"category {number}: name {brief(name)}, expected text")
-        elif name in taken:
-            text = f"category {number}: name {brief(name)} occurs twice, expected unique names"
-            found.add("category-name-twice", text)
-        names[number] = str(name)
-        taken.add(names[number])
-    if names and max(names) - min(names) >= len(names):
-        label, number = max(enumerate(sorted(names)), key=lambda pair: pair[1])
-        text = f"ids from {min(names)} to {number}; id {number}, {brief(names[number])}, is label {label}"
-        found.add("category-gaps", text, count=len(names))
-    return names
-
-
-def read_images(
-    items: list[dict[str, Any]], files: ImageFolder | None, max_pixels: int, found: Findings
-) -> tuple[list[Image], dict[int, Size | None]]:
-    """Check the images, and find the file of each.
-
-    Returns the images without a fault (an empty file is allowed), and the size of every image by id, None if it is
-    wrong.
-    """
-    images: list[Image] = []
-    sizes: dict[int, Size | None] = {}
-    owners: dict[str, int | None] = {}
-    for item in items:
-        number, size = _new_id(item, "image", sizes, found), None
-        if number is not None:
-            size = sizes[number] = _read_size(item, number, max_pixels, found)
-        path = _find_file(item, files, owners, found)
-        if number is not None and size is not None and path is not None:
-            images.append(Image(number, item["file_name"], path, size))
-    return images, sizes
-
-
-def _read_size(item: dict[str, Any], number: int, max_pixels: int, found: Findings) -> Size | None:
-    height, width = to_integer(item.get("height")), to_integer(item.get("width"))
-    if height is None or width is None or not 1 <= min(height, width) <= max(height, width) <= MAX_SIDE:
-        sides = f"width {brief(item.get('width'))}, height {brief(item.get('height'))}"
-        found.add("image-size", f"image {number}: {sides}, expected integers from 1 to {MAX_SIDE}", number)
-        return None
-    if height * width > max_pixels:
-        found.add("image-pixels", f"image {number}: {width} x {height} pixels, the limit is {max_pixels}", number)
-        return None
-    if float in (type(item["height"]), type(item["width"])):
-        found.add("number-float", f"image {number}: its width or height", number)
-    return height, width
-
-
-def _find_file(
-    item: dict[str, Any], files: ImageFolder | None, owners: dict[str, int | None], found: Findings
-) -> str | None:
-    """Return the path of an image's file below the folder, None if the name is wrong; owners: image ids by path."""
-    number, name = to_integer(item.get("id")), item.get("file_name")
-    try:
-        if files is None:
-            path, size = "/".join(filter(None, split_name(name))), None
-        else:
-            path, size = files.find(name, suggest=found.wants_example("file-missing"))  # suggesting takes a while
-    except Fault as fault:
-        found.add(fault.code, f"{_named(item)} {fault}", number)
-        return None
-    if size == 0:
-        found.add("file-empty", f"{_named(item)} is an empty file", number)
-    if path in owners:
-        found.add("file-twice", f"{_named(item)} is also the file of image {owners[path]}", number)
-    owners.setdefault(path, number)
-    return path
-
-
-def _named(item: dict[str, Any]) -> str:
-    where = item["place"] if "place" in item else f"image {brief(item.get('id'))}"
-    return f"{where}: file_name {brief(item.get('file_name'))}"
+def _refuse_other_annotations(path: Path, cuts: list[Cut], items: list[dict[str, Any]]) -> None:
+    """Raise Fault if the first annotation has neither a box nor a mask, and is one of another format of COCO."""
+    first = items[0] if items else {}
+    if cuts:
+        with path.open("rb") as file, suppress(ValueError):
+            file.seek(cuts[0][0])
+            first = json.JSONDecoder().raw_decode(file.read(MOST_NAMED).decode("utf-8", "ignore").lstrip())[0]
+    if (
+        isinstance(first, dict)
+        and "bbox" not in first
+        and "segmentation" not in first
+        and (named := name_format({"annotations": [first]}))
+    ):
+        raise Fault("json-other", f"{path}: {named}")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ Letters: n annotations.  Boxes are xywh in the file, xyxy from here on, float64 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from gndet.data.datasets.areas import check_areas
 from gndet.data.datasets.boxes import check_boxes
 from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings
+from gndet.data.datasets.ids import NO_ID, Numbers, to_integer, to_integers, without_text
 from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
 from gndet.data.datasets.segmentation import brief
@@ -47,10 +47,11 @@ def _of_no_class(item: Item) -> str:
 
 
 WORDS: dict[str, Callable[[Item, Size], str]] = {  # by code: the value got and what was expected
-    "annotation-id": lambda item, size: f"annotation id {brief(item.get('id'))}, expected an integer",
+    "annotation-id": lambda item, size: "no integer id",
     "image-unknown": lambda item, size: f"image_id {brief(item.get('image_id'))} is not in the file",
     "category-unknown": lambda item, size: _of_no_class(item),
     "number-float": lambda item, size: "its id, image_id or category_id",
+    "number-text": lambda item, size: "numbers written as text",
     "crowd-value": lambda item, size: f"{_flags(item)}, expected 0 or 1",
     "ignore-flag": lambda item, size: _flags(item),
     "area-value": lambda item, size: f"area {brief(item['area'])}, expected a number of pixels",
@@ -82,7 +83,8 @@ class Columns(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64 xyxy
     area: np.ndarray  # (n,) float64
     crowd: np.ndarray  # (n,) bool
-    all_ids: np.ndarray  # int64, of all annotations that have an id, including dropped ones
+    places: np.ndarray  # (n,) int64: index in the file's list
+    all_ids: np.ndarray  # int64, of all annotations, including dropped ones; NO_ID if an annotation has none
     masks: Masks  # n
 
 
@@ -92,30 +94,38 @@ class Known(NamedTuple):
     image_ids: np.ndarray  # (N,) int64, ascending
     sizes: np.ndarray  # (N + 1, 2) int64 height, width; zeros if wrong, and in the last row
     category_ids: np.ndarray  # int64, ascending
+    image_numbers: Numbers  # of image ids, if some are names
+    category_numbers: Numbers  # of category ids, if some are names
 
     @staticmethod
     def of(sizes: dict[int, Size | None], category_ids: Iterable[int]) -> "Known":
-        """Take the images of a file, None for a wrong size, and its categories."""
+        """Take the images of a file, None for a wrong size, and its categories; their ids are integers."""
         rows = [sizes[image_id] or (0, 0) for image_id in sorted(sizes)]
         image_ids, categories = (np.array(sorted(ids), dtype=np.int64) for ids in (sizes, category_ids))
-        return Known(image_ids, np.array([*rows, (0, 0)]), categories)
+        return Known(image_ids, np.array([*rows, (0, 0)]), categories, {}, {})
 
 
-def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[Columns, list[int]]:
+def read_columns(
+    items: Sequence[Item], known: Known, found: Findings, texts: Sequence[int] = ()
+) -> tuple[Columns, list[int]]:
     """Check n annotations, and add their faults to found, except ids that occur twice: `with_ids` finds them.
 
+    texts: indices of annotations in which text has been read as numbers.
     Returns the annotations that are kept, and the indices among the n of those with a finding or an RLE.
     """
     marks = Marks(len(items))
-    ids, no_id, id_floats = _to_integers([item.get("id") for item in items])
-    image_ids, no_image, image_floats = _to_integers([item.get("image_id") for item in items])
-    category_ids, no_category, category_floats = _to_integers([item.get("category_id") for item in items])
+    ids = to_integers([item.get("id") for item in items], {})
+    images = to_integers([item.get("image_id") for item in items], known.image_numbers)
+    categories = to_integers([item.get("category_id") for item in items], known.category_numbers)
+    image_ids, category_ids = images.values, categories.values
     sizes = known.sizes[np.searchsorted(known.image_ids, image_ids)]  # (n, 2)
-    marks.drop("annotation-id", no_id)
-    marks.drop("image-unknown", no_image | ~np.isin(image_ids, known.image_ids))
-    marks.drop("category-unknown", no_category | ~np.isin(category_ids, known.category_ids))
+    marks.drop("image-unknown", images.wrong | ~np.isin(image_ids, known.image_ids))
+    marks.drop("category-unknown", categories.wrong | ~np.isin(category_ids, known.category_ids))
     marks.left &= sizes[:, 0] > 0  # a wrong size has been reported with the image
-    marks.note("number-float", id_floats | image_floats | category_floats)
+    marks.note("number-float", ids.floats & ~ids.wrong | images.floats | categories.floats)
+    textual = ids.texts | images.texts | categories.texts
+    textual[list(texts)] = True
+    marks.note("number-text", textual)
     crowd, area = _check_crowd(items, marks), _check_area(items, marks)
     boxes, box_area = check_boxes(items, sizes, marks)
     segmentations = [
@@ -123,34 +133,36 @@ def read_columns(items: Sequence[Item], known: Known, found: Findings) -> tuple[
     ]
     masks = check_masks(segmentations, sizes, boxes)
     marks.left &= ~masks.refused
+    if not texts and (numeric := without_text(items, np.flatnonzero(~marks.left).tolist())):
+        items = [numeric.get(place, item) for place, item in enumerate(items)]
+        return read_columns(items, known, found, list(numeric))
     _note_masks(masks, crowd, marks)
     check_areas(area, box_area, masks, (boxes[:, 2:] - boxes[:, :2]).sum(1) + 1, crowd, sizes, marks)
-    _report(items, ids, image_ids, sizes, marks, found)
+    marks.note("annotation-id", ids.wrong)
+    _report(items, image_ids, sizes, marks, found)
     for fault in masks.faults:
-        text = f"{_named(items[fault.place], ids[fault.place])}: {fault.text}"
+        text = f"{_named(items[fault.place], fault.place)}: {fault.text}"
         image_id = int(image_ids[fault.place])
         found.add(fault.code, text, image_id, fault.count)
     keep = marks.left
     columns = Columns(
-        image_ids[keep], category_ids[keep], ids[keep], boxes[keep], area[keep], crowd[keep], ids[~no_id],
-        masks.packed(keep),
+        image_ids[keep], category_ids[keep], ids.values[keep], boxes[keep], area[keep], crowd[keep],
+        np.flatnonzero(keep), ids.values, masks.packed(keep),
     )  # fmt: skip
     marked = np.concatenate(list(marks.places.values())).tolist()
     return columns, sorted({*marked, *masks.rles, *(fault.place for fault in masks.faults)})
 
 
-def _report(
-    items: Sequence[Item], ids: np.ndarray, image_ids: np.ndarray, sizes: np.ndarray, marks: Marks, found: Findings
-) -> None:
+def _report(items: Sequence[Item], image_ids: np.ndarray, sizes: np.ndarray, marks: Marks, found: Findings) -> None:
     """Add all marks to found, and describe the first few of each kind."""
     for code, places in marks.places.items():
         shown = _first(places, image_ids)
         for place in shown:
-            image_id = None if code in ("annotation-id", "image-unknown") else int(image_ids[place])
+            image_id = None if code == "image-unknown" else int(image_ids[place])
             text = ""
             if found.wants_example(code):
-                text = WORDS[code](items[place], tuple(sizes[place].tolist()))
-                text = text if code == "annotation-id" else f"{_named(items[place], ids[place])}: {text}"
+                words = WORDS[code](items[place], tuple(sizes[place].tolist()))
+                text = f"{_named(items[place], place)}: {words}"
             found.add(code, text, image_id)
         if len(places) > len(shown):
             found.add(code, "", count=len(places) - len(shown))
@@ -162,29 +174,12 @@ def _first(places: np.ndarray, image_ids: np.ndarray) -> list[int]:
     return places[np.union1d(np.sort(first)[:SHOWN], np.arange(min(EXAMPLES, len(places))))].tolist()
 
 
-def _named(item: Item, number: int) -> str:
-    """Return words that name an annotation: its place in an export, or its id in a COCO file."""
-    return item.get("place") or f"annotation {number}"
-
-
-def _to_integers(values: list[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return values (n,) as int64, 0 if not a 64-bit integer; (n,) bool which are not; and which are written as 5.0."""
-    if set(map(type, values)) <= {int}:
-        with suppress(OverflowError):
-            return np.array(values, dtype=np.int64), *np.zeros((2, len(values)), dtype=bool)
-    numbers = list(map(to_integer, values))
-    return (
-        np.array([number or 0 for number in numbers], dtype=np.int64),
-        np.array([number is None for number in numbers]),
-        np.array([type(value) is float for value in values]),
-    )
-
-
-def to_integer(value: Any) -> int | None:
-    """Return a 64-bit integer, reading 5.0 as 5; None for anything else."""
-    if type(value) is float and value.is_integer():
-        value = int(value)
-    return value if type(value) is int and -(2**63) < value < 2**63 else None
+def _named(item: Item, place: int) -> str:
+    """Return words that name an annotation: its place in an export, its id, or its index in the file's list."""
+    number = to_integer(item.get("id"))
+    if "place" in item or number is not None:
+        return item.get("place") or f"annotation {number}"
+    return f"annotations[{place}]" + ("" if item.get("id") is None else f" (id {brief(item['id'])})")
 
 
 def _check_crowd(items: Sequence[Item], marks: Marks) -> np.ndarray:
@@ -226,8 +221,10 @@ def _note_masks(masks: CheckedMasks, crowd: np.ndarray, marks: Marks) -> None:
 def end_to_end(parts: Iterable[Columns]) -> Columns:
     """Join the columns of at least one part.  Frees parts one by one, so as not to hold 30 million points twice."""
     joined = [bytearray() for _ in (*Columns._fields[:-1], *Masks._fields)]
+    before = 0  # annotations in the parts so far
     for part in parts:
-        arrays = (*part[:-1], *part.masks)
+        arrays = (*part._replace(places=part.places + before)[:-1], *part.masks)
+        before += len(part.all_ids)
         for column, values in zip(joined, arrays, strict=True):
             column += values.tobytes()
     columns = [
@@ -241,15 +238,16 @@ def end_to_end(parts: Iterable[Columns]) -> Columns:
 def with_ids(columns: Columns, found: Findings) -> Columns:
     """Find annotation ids of a file that occur twice or are below 1.
 
-    If any is below 1, all annotations are renumbered, because COCO's evaluators read id 0 as "no match".
+    If any is below 1 or missing, all annotations are numbered by their place in the file, from 1: nothing refers to
+    their ids, and COCO's evaluators read id 0 as "no match".
     """
-    again = np.ones(len(columns.all_ids), dtype=bool)
-    again[np.unique(columns.all_ids, return_index=True)[1]] = False
-    for number in columns.all_ids[again].tolist():
+    given = columns.all_ids[columns.all_ids != NO_ID]
+    again = np.ones(len(given), dtype=bool)
+    again[np.unique(given, return_index=True)[1]] = False
+    for number in given[again].tolist():
         found.add("annotation-id-twice", f"annotation id {number} occurs twice, expected unique ids")
     numbers = columns.annotation_ids
-    low = numbers[numbers < 1]
+    low = numbers[(numbers < 1) & (numbers != NO_ID)]
     if len(low):
         found.add("annotation-id-low", f"annotation id {low[0]}", count=len(numbers))
-        numbers = np.arange(1, len(numbers) + 1)
-    return columns._replace(annotation_ids=numbers)
+    return columns._replace(annotation_ids=columns.places + 1) if (numbers < 1).any() else columns

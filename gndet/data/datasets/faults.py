@@ -3,6 +3,7 @@
 To add a check, add a row to FAULTS, and a line that raises `Fault` or calls `Findings.add` with its code.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ FAULTS: dict[str, Kind] = {
     "json-unreadable": Kind(REFUSED, "annotation files that cannot be read", "check data.root and annotations"),
     "json-archive": Kind(REFUSED, "archives given as annotations", "unpack it yourself; gndet does not open archives"),
     "json-broken": Kind(REFUSED, "files that are not JSON", "export the file again; it may be truncated"),
-    "json-other": Kind(REFUSED, "JSON files that are not in COCO's format", _AS_COCO),
+    "json-other": Kind(REFUSED, "files that are not in COCO's format", _AS_COCO),
     "json-nan": Kind(NOTED, "values NaN or Infinity, which JSON does not allow", "other programs may reject the file"),
     # exports of labelling tools
     "data-unknown": Kind(
@@ -47,7 +48,11 @@ FAULTS: dict[str, Kind] = {
     "set-twice": Kind(
         REFUSED, "sets that are there twice", "data.train.annotations or data.train.kind chooses (data.val, too)"
     ),
-    "text-encoding": Kind(REFUSED, "text files in another encoding than UTF-8", "save them as UTF-8"),
+    "text-encoding": Kind(
+        REFUSED,
+        "text files in another encoding than UTF-8",
+        "save them as UTF-8; an editor may have written Latin-1, Windows-1252 or GBK",
+    ),
     "xml-broken": Kind(REFUSED, "files that are not well-formed XML", "export them again"),
     "yaml-broken": Kind(REFUSED, "YOLO data files that cannot be used", "train, val and names are its keys"),
     "labels-missing": Kind(
@@ -100,21 +105,42 @@ FAULTS: dict[str, Kind] = {
     "category-id-twice": Kind(REFUSED, "category ids that occur twice", _UNIQUE),
     "category-name": Kind(REFUSED, "categories without a name", "name them"),
     "category-name-twice": Kind(REFUSED, "category names that occur twice", "merge these categories, or rename one"),
+    "category-name-number": Kind(FIXED, "category names that are numbers, taken as text", ""),
+    "category-id-text": Kind(
+        FIXED, "categories whose id is a name, numbered in memory", "results have these numbers as category_id"
+    ),
+    "category-left-out": Kind(
+        FIXED, "categories left out: they have no object and only group others or repeat a name", ""
+    ),
     "category-gaps": Kind(FIXED, "categories mapped to labels from 0 on, because their ids have gaps", ""),
     "category-unused": Kind(NOTED, "categories without an object", "data.classes selects the classes to learn"),
     # images
     "image-id": Kind(
         REFUSED, "images whose id is not an integer from 0 to 2**63 - 1", "number the images, and image_id with them"
     ),
+    "image-id-text": Kind(
+        FIXED, "images whose id is a name, numbered in the file's order", "results have these numbers as image_id"
+    ),
     "image-id-twice": Kind(REFUSED, "image ids that occur twice", _UNIQUE),
     "image-size": Kind(REFUSED, "images without a valid width and height", "give width and height in pixels"),
+    "size-missing": Kind(FIXED, "images without width or height, read from the pictures", ""),
     "image-pixels": Kind(REFUSED, "images over data.max_pixels", "scale or crop them, or raise data.max_pixels"),
     "image-empty": Kind(NOTED, "images without an object", "data.keep_empty=true trains on them as background"),
     # their files
     "folder-missing": Kind(REFUSED, "image folders that cannot be listed", "check data.root and images"),
     "file-name": Kind(REFUSED, "images without a file_name", "name the picture, relative to the image folder"),
     "file-escape": Kind(
-        REFUSED, "pictures outside the image folder", "file_name must be relative, without .., and links stay inside"
+        REFUSED,
+        "pictures outside the image folder",
+        "file_name must be relative, without ..; data.follow_links=true follows links to files",
+    ),
+    "file-unclear": Kind(
+        REFUSED, "file names whose end fits two files, or that share a file", "make file_name relative to the folder"
+    ),
+    "file-backslash": Kind(FIXED, "file names with \\ taken as /", ""),
+    "file-by-end": Kind(FIXED, "pictures found by the end of a path or URL", "check the first few"),
+    "file-foreign": Kind(
+        NOTED, "file names that are URLs, absolute, or lead up", "their pictures are found by the last part of the name"
     ),
     "file-missing": Kind(REFUSED, "pictures that are not there", "is this the folder? upper and lower case matter"),
     "file-empty": Kind(REFUSED, "picture files of 0 bytes", _PICTURE),
@@ -127,9 +153,17 @@ FAULTS: dict[str, Kind] = {
         "write them beside it: labelme_export_json FILE -o FOLDER makes img.png; name it as imagePath says",
     ),
     "file-in-both": Kind(NOTED, "file names in both train and val", _IN_BOTH),
+    "lvis-federated": Kind(
+        NOTED, "files of LVIS", "gndet trains and scores them as COCO: a class that was not looked for counts as absent"
+    ),
     # annotations
     "number-float": Kind(FIXED, "ids or sides written as 5.0, read as 5", ""),
-    "annotation-id": Kind(REFUSED, "annotations whose id is not a 64-bit integer", "number the annotations"),
+    "number-text": Kind(FIXED, "images, categories or annotations with numbers written as text, read as numbers", ""),
+    "annotation-id": Kind(
+        FIXED,
+        "annotations without an integer id: all are numbered by their place in the file",
+        "nothing refers to them",
+    ),
     "annotation-id-twice": Kind(REFUSED, "annotation ids that occur twice", _UNIQUE),
     "annotation-id-low": Kind(
         FIXED, "annotations renumbered from 1, because an id was below 1", "COCO's metric reads id 0 as 'no match'"
@@ -259,6 +293,7 @@ FAULTS: dict[str, Kind] = {
 }
 COUNTED = ("area", "box", "boxes", "crowd", "ignore", "mask", "segmentation")  # codes that begin so count annotations
 SKIPPABLE = ("file-empty", "picture-unreadable", "picture-crash")  # with data.skip_unreadable
+_LISTED = re.compile(r"(?<=^annotations\[)\d+")  # the place of an annotation in the list of its part
 
 
 class Fault(DataError):
@@ -283,10 +318,11 @@ class Findings:
         image_ids = () if image_id is None else (image_id,)
         self._merge(Finding(code, *FAULTS[code], count, (example,), image_ids))
 
-    def take(self, later: Iterable[Finding]) -> None:
-        """Add the findings of a later part of the same data set."""
+    def take(self, later: Iterable[Finding], before: int = 0) -> None:
+        """Add the findings of a later part of the same data set; before: how many annotations precede the part."""
         for finding in later:
-            self._merge(finding)
+            examples = tuple(_LISTED.sub(lambda place: f"{int(place[0]) + before}", text) for text in finding.examples)
+            self._merge(finding._replace(examples=examples))
 
     def _merge(self, new: Finding) -> None:
         if new.code in self._found:

@@ -1,17 +1,19 @@
-"""Find the files of an image folder by name, never outside it; each subfolder is listed once."""
+"""Find the files of an image folder by name, never outside it; each subfolder is listed once.
+
+A name that was written on another machine (`file_names`) is found by its end, if only one file fits.
+"""
 
 import difflib
 import errno
 import hashlib
-import json
 import os
-import re
 import unicodedata
-from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.file_names import is_foreign, readings, split_name
 from gndet.data.datasets.segmentation import brief
 
 HEAD = 512  # first bytes of a file, enough to tell its kind
@@ -19,6 +21,8 @@ ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z
 PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")  # JPEG .. JPEG 2000
 EMPTY, XML, PICTURE, FILE = "an empty file", "an XML file", "a picture", "a file"
 ABSENT = (errno.ENOENT, errno.ENOTDIR)  # the folder does not exist, which needs no further reason
+NO_FILE = "is a broken link, a folder or a device"
+LINKED = "is reached by a link that leads out of the image folder"
 MAX_COMPARED = 20_000  # names compared to find the nearest; more would take seconds
 
 
@@ -32,39 +36,97 @@ class File(NamedTuple):
     why: str = ""  # the same in words
 
 
+class Found(NamedTuple):
+    """A picture that was found by its name."""
+
+    path: str  # below the folder, spelled as on disk
+    size: int  # bytes
+    code: str = ""  # of FAULTS, if the name had to be read in another way
+
+
 class ImageFolder:
     """An image folder, whose subfolders are listed as names are looked up."""
 
-    def __init__(self, home: Path) -> None:
-        """home: the folder.  Raises Fault if it cannot be listed."""
+    def __init__(self, home: Path, follow_links: bool = False) -> None:
+        """home: the folder; follow_links: use files behind links that lead out of it.
+
+        Raises Fault if it cannot be listed.
+        """
         try:
             with os.scandir(home):
                 pass
         except (OSError, ValueError) as error:
             kind = what_is(read_head(home)) if os.path.isfile(home) else getattr(error, "strerror", None) or str(error)
             raise Fault("folder-missing", f"{home}: {kind}, expected a folder of pictures") from None
-        self.home = home
+        self.home, self.follow_links = home, follow_links
         self._home = os.path.realpath(home)
         self._listings: dict[str, dict[str, File]] = {}
         self._troubles: dict[str, str] = {}  # why a subfolder cannot be listed
+        self._leaves: dict[
+            str, list[tuple[str, File]]
+        ] = {}  # all files by NFC name, with their paths; see `_same_leaf`
 
-    def find(self, name: Any, suggest: bool) -> tuple[str, int]:
-        """Find the picture with a file_name, in either Unicode form.
+    def find(self, name: Any, suggest: bool) -> Found:
+        """Find the picture with a file_name, in either Unicode form; read a name of another machine by its end.
 
-        Returns its path below the folder, spelled as on disk, and its size in bytes.
         suggest: if it is missing, name the nearest file.  Raises Fault for a picture that cannot be used.
         """
-        parent, leaf = split_name(name)
+        try:
+            parent, leaf = split_name(name)
+        except Fault as fault:
+            if fault.code == "file-name":
+                raise
+            absent = fault
+        else:
+            entry = self._entry(parent, leaf)
+            if entry is not None:
+                return _usable(*entry)
+            trouble = f", which cannot be listed: {self._troubles[parent]}" if parent in self._troubles else ""
+            absent = Fault("file-missing", f"is {'' if trouble else 'not '}in {self.home / parent}{trouble}")
+        otherwise = self._find_otherwise(name)
+        if otherwise is None:
+            raise Fault(absent.code, f"{absent}{self._hint(name) if suggest else ''}")
+        return otherwise
+
+    def _entry(self, parent: str, leaf: str) -> tuple[str, File] | None:
+        """Return a file of a subfolder with its path, both spelled as on disk; None if it is not there."""
         folder = self._stored(parent)
         found = _get(self._listing(folder), leaf)
-        if found is None:
-            if folder in self._troubles:
-                trouble = f"{self.home / parent}, which cannot be listed: {self._troubles[folder]}"
-                raise Fault("file-missing", f"is in {trouble}")
-            raise Fault("file-missing", f"is not in {self.home / parent}{self._hint(parent, leaf) if suggest else ''}")
-        if found.fault:
-            raise Fault(found.fault, found.why)
-        return f"{folder}/{found.name}" if folder else found.name, found.size
+        return (f"{folder}/{found.name}" if folder else found.name, found) if found else None
+
+    def _find_otherwise(self, name: str) -> Found | None:
+        """Find a picture by a name with backslashes, or by the longest end of its name that is a path in the folder.
+
+        Raises Fault if several files fit the name equally well.
+        """
+        if "\\" in name and not is_foreign(name):
+            entry = self._entry(*split_name(name.replace("\\", "/")))
+            if entry is not None:
+                return _usable(*entry, code="file-backslash")
+        for parts in readings(name):
+            candidates = self._same_leaf(parts[-1])
+            common = [_common_end(path.split("/"), parts) for path, _ in candidates]
+            best = [candidate for candidate, num in zip(candidates, common, strict=True) if num == max(common)]
+            if len(best) > 1:
+                paths = " and ".join(path for path, _ in sorted(best)[:2])
+                raise Fault("file-unclear", f"is not in {self.home}; both {paths} end like it")
+            if best and len(best[0][0].split("/")) == max(common):
+                return _usable(*best[0], code="file-by-end")
+        return None
+
+    def _same_leaf(self, leaf: str) -> list[tuple[str, File]]:
+        """List the files of this name in the folder and all folders below it, except hidden and linked ones."""
+        pending = [] if self._leaves else [""]
+        while pending:
+            folder = pending.pop()
+            for file in {file.name: file for file in self._listing(folder).values()}.values():
+                path = f"{folder}/{file.name}" if folder else file.name
+                place = self.home / path
+                if file.why == NO_FILE and os.path.isdir(place) and not os.path.islink(place):
+                    pending += [] if file.name.startswith(".") else [path]
+                else:
+                    self._leaves.setdefault(_nfc(file.name), []).append((path, file))
+        return self._leaves.get(_nfc(leaf), [])
 
     def _stored(self, parent: str) -> str:
         """Return a subfolder spelled as on disk, its parts in either Unicode form; parent itself if it is missing."""
@@ -78,18 +140,18 @@ class ImageFolder:
             stored = f"{stored}/{entry.name}" if stored else entry.name
         return stored
 
-    def _hint(self, parent: str, leaf: str) -> str:
-        """Suggest what a missing name may have meant: a file further up, another folder, or another file."""
-        parts = parent.split("/") if parent else []
-        for start in range(1, len(parts) + 1):
-            folder = "/".join(parts[start:])
-            if _get(self._listing(folder), leaf) is not None:
-                return f"; it is in {self.home / folder}: file_name is relative to the image folder"
+    def _hint(self, name: str) -> str:
+        """Suggest what a missing name may have meant: a file in another folder, or one with another name."""
+        for parts in readings(name):
+            if elsewhere := sorted(self._same_leaf(parts[-1])):
+                path = self.home / elsewhere[0][0]
+                return f"; {path.name} is in {path.parent}: file_name is relative to the image folder"
+        parts = [] if is_foreign(name) or "\\" in name else [part for part in name.split("/") if part not in ("", ".")]
         for end, part in enumerate(parts):
             listing = self._listing("/".join(parts[:end]))
             if _get(listing, part) is None:
                 return _nearest(part, listing)
-        return _nearest(leaf, self._listing(parent))
+        return _nearest(readings(name)[-1][-1], self._listing("")) if readings(name) else ""
 
     def subfolders(self) -> list[str]:
         """Return the folders listed so far, relative to home."""
@@ -106,7 +168,7 @@ class ImageFolder:
     def _listing(self, parent: str) -> dict[str, File]:
         if parent not in self._listings:
             try:
-                self._listings[parent] = _list(self.home / parent, self._home)
+                self._listings[parent] = _list(self.home / parent, self._home, self.follow_links)
             except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
                 self._listings[parent] = {}
                 if isinstance(error, OSError) and error.errno not in ABSENT:
@@ -114,35 +176,39 @@ class ImageFolder:
         return self._listings[parent]
 
 
-def split_name(name: Any) -> tuple[str, str]:
-    """Split a file_name into folder and file.  Raises Fault for a name that is not text, is absolute, or leads up."""
-    if not isinstance(name, str) or not name:
-        raise Fault("file-name", "is not the name of a file in the image folder")
-    *parents, leaf = [part for part in name.split("/") if part not in ("", ".")] or [""]
-    if name.startswith("/") or ".." in parents or leaf == "..":
-        raise Fault("file-escape", "leads out of the image folder")
-    return "/".join(parents), leaf
+def _usable(path: str, file: File, code: str = "") -> Found:
+    """Return a file that was found.  Raises Fault if it cannot be used."""
+    if file.fault:
+        raise Fault(file.fault, file.why)
+    return Found(path, file.size, code)
 
 
-def _list(folder: Path, home: str) -> dict[str, File]:
+def _common_end(path: list[str], other: list[str]) -> int:
+    """Count the last parts that two paths have in common, in either Unicode form."""
+    pairs = zip(reversed(path), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: _nfc(pair[0]) == _nfc(pair[1]), pairs))
+
+
+def _list(folder: Path, home: str, follow_links: bool) -> dict[str, File]:
     """List the files of a folder by name and by NFC name; links out of home and entries that are not files get a fault.
 
     Raises OSError or ValueError if the folder cannot be listed.
     """
     with os.scandir(folder) as entries:
         inside = _is_inside(folder, home)
-        files = [_look(entry, inside, home) for entry in entries]
-    return {unicodedata.normalize("NFC", file.name): file for file in files} | {file.name: file for file in files}
+        files = [_look(entry, inside, home, follow_links) for entry in entries]
+    return {_nfc(file.name): file for file in files} | {file.name: file for file in files}
 
 
-def _look(entry: os.DirEntry, inside: bool, home: str) -> File:
+def _look(entry: os.DirEntry, inside: bool, home: str, follow_links: bool) -> File:
     """Describe an entry; an entry that cannot be accessed does not hide the others."""
     try:
-        if not inside or (entry.is_symlink() and not _is_inside(entry.path, home)):
-            why = "is reached by a link that leads out of the image folder"
-            return File(entry.name, 0, 0, "file-escape", why)
+        if not inside:
+            return File(entry.name, 0, 0, "file-escape", LINKED)
+        if entry.is_symlink() and not _is_inside(entry.path, home) and not (follow_links and entry.is_file()):
+            return File(entry.name, 0, 0, "file-escape", f"{LINKED}; data.follow_links=true follows links to files")
         if not entry.is_file():
-            return File(entry.name, 0, 0, "file-missing", "is a broken link, a folder or a device")
+            return File(entry.name, 0, 0, "file-missing", NO_FILE)
         stat = entry.stat()
     except OSError as error:
         return File(entry.name, 0, 0, "file-missing", f"cannot be accessed: {error.strerror}")
@@ -154,8 +220,12 @@ def _is_inside(path: str | Path, home: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(home)
 
 
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _get(listing: dict[str, File], name: str) -> File | None:
-    return listing.get(name) or listing.get(unicodedata.normalize("NFC", name))
+    return listing.get(name) or listing.get(_nfc(name))
 
 
 def _nearest(name: str, listing: dict[str, File]) -> str:
@@ -190,39 +260,3 @@ def what_is(head: bytes) -> str:
     if head.startswith(PICTURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP"):
         return PICTURE
     return FILE
-
-
-NAMES_TRIED = 100
-
-
-def guess_folder(path: Path) -> Path | None:
-    """Find a folder, beside a JSON file or its folder, that has one of its pictures or is named after it.
-
-    For annotations/instances_train2017.json, try train2017, images/train2017 and images first, then all others.
-    """
-    stem = path.stem.split("_", 1)[-1]
-    with suppress(OSError):  # the reader reports what it cannot read
-        names, named = _first_names(path), []
-        for base in path.absolute().parents[:2] if names else ():
-            alike = [base / stem, base / "images" / stem]
-            named += alike
-            for folder in [*alike, base / "images", base / path.stem, base, *sorted(base.iterdir())]:
-                if any(os.path.isfile(folder / name) for name in names):
-                    return folder
-        return next(filter(Path.is_dir, named), None)
-    return None
-
-
-def _first_names(path: Path) -> list[str]:
-    """List the first pictures that a JSON file names, except names that cannot be in a folder beside it."""
-    text, names = path.read_bytes() if path.is_file() else b"", []
-    for found in re.finditer(rb'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', text):
-        try:
-            name = json.loads(found[1])
-        except ValueError:
-            continue
-        if name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts:
-            names.append(name.encode("utf-8", "replace").decode())
-        if len(names) == NAMES_TRIED:
-            break
-    return names

@@ -69,6 +69,17 @@ def read_around(path: Path, cuts: list[Cut]) -> bytes:
     return text
 
 
+def as_utf8(text: bytes) -> bytes:
+    """Return JSON text in UTF-8 that may be in UTF-16 or UTF-32; text that is in none of them stays as it is."""
+    encoding = json.detect_encoding(text)
+    if encoding.startswith("utf-8"):
+        return text
+    try:
+        return text.decode(encoding).encode()
+    except UnicodeError:
+        return text
+
+
 def read_parts(path: Path, cuts: list[Cut], known: Known, found: Findings) -> Columns:
     """Read and check the annotations in worker processes.  Raises NotInParts, and MachineError if one is killed."""
 
@@ -76,12 +87,13 @@ def read_parts(path: Path, cuts: list[Cut], known: Known, found: Findings) -> Co
         raise MachineError(f"{path}: a process that read it was killed: out of memory?")
 
     def parts() -> Iterator[Columns]:
-        workers = min(usable_cores(), len(cuts))
+        workers, before = min(usable_cores(), len(cuts)), 0
         for _, result in map_ahead(partial(_read_part, path, known), cuts, workers=workers, on_death=give_up):
             if isinstance(result, Failure):
                 raise MachineError(f"{path}: a process that read it failed:\n{result.text}")
             columns, noted = result
-            found.take(noted.listed())
+            found.take(noted.listed(), before)
+            before += len(columns.all_ids)
             yield columns
 
     return end_to_end(parts())

@@ -162,6 +162,14 @@ def relabeled(record: Record, labels: np.ndarray) -> Record:
     )
 
 
+def relabel(records: Sequence[Record], labels: np.ndarray) -> Sequence[Record]:
+    """Apply `relabeled` to all records; packed ones stay packed."""
+    if not isinstance(records, PackedRecords):
+        return [relabeled(record, labels) for record in records]
+    before = records.labels
+    return replace(records, labels=labels if before is None else np.where(before < 0, -1, labels[before]))
+
+
 class Counts(NamedTuple):
     """How many objects the N images of a data set have."""
 

@@ -23,9 +23,10 @@ from gndet.data.datasets.exports.via import open_via
 from gndet.data.datasets.exports.voc import open_voc
 from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, refuse, skipping_unreadable
-from gndet.data.datasets.image_folder import guess_folder
+from gndet.data.datasets.file_names import below
+from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import Source, choose, find_sets, source_of
-from gndet.data.datasets.packed import PackedRecords, count_objects, relabeled
+from gndet.data.datasets.packed import PackedRecords, count_objects, relabel
 from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.datasets.splitting import chosen
@@ -73,17 +74,17 @@ def _read(cfg: DatasetConfig, data: DataConfig, tell: Tell | None) -> Dataset:
     except Fault as fault:
         found = Findings()
         found.add(fault.code, str(fault))
-        return Dataset(str(Path(data.root).expanduser() / cfg.annotations), (), (), [], found.listed())
+        return Dataset(str(below(data.root, cfg.annotations)), (), (), [], found.listed())
 
 
 def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
     """Find where a data set lies, and in which format.  Raises Fault if it is not there."""
     if cfg.share is not None:
         cfg = data.train
-    root, split = Path(data.root).expanduser(), cfg.split or "train"
-    images = root / Path(cfg.images).expanduser() if cfg.images else None
+    root, split = below(data.root, ""), cfg.split or "train"
+    images = below(data.root, cfg.images) if cfg.images else None
     if cfg.annotations:
-        return source_of(root / Path(cfg.annotations).expanduser(), images, cfg.kind, split)
+        return source_of(below(data.root, cfg.annotations), images, cfg.kind, split)
     source = choose(root, find_sets(root, cfg.kind), split)
     return source if images is None else source._replace(images=images)
 
@@ -122,7 +123,8 @@ def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> 
     """Inspect data.train as training needs it (masks: with masks), and data.val.  `between` compares the two."""
     train = inspect_dataset(data.train, data, masks=masks, tell=tell)
     train = train if data.keep_empty else find_objects(train)
-    val = inspect_dataset(data.val, data, tell=tell)
+    val = inspect_dataset(data.val, data, known=train.classes, tell=tell)
+    train = _taken_back(train, val.classes)
     return (train, val) if masks else (without_masks(train), without_masks(val))
 
 
@@ -138,7 +140,7 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
         dataset = dataset._replace(findings=findings)
     found = Findings()
     if data.classes is not None and dataset.classes:
-        dataset = _with_classes(dataset, data.classes, found)
+        dataset = _with_classes(_taken_back(dataset, data.classes), data.classes, found)
     if masks and any(finding.code == "mask-missing" for finding in dataset.findings):
         dataset = without_masks(dataset)
         _find_missing_masks(dataset.records, found)
@@ -146,14 +148,34 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
 
 
 def with_known(dataset: Dataset, known: Sequence[str]) -> Dataset:
-    """Add classes that do not occur in annotations that declare none: a set may lack a rare class."""
+    """Add classes that do not occur in annotations that declare none, or were left out: a set may lack a rare class."""
+    dataset = _taken_back(dataset, known)
     classes = tuple(sorted({*dataset.classes, *known}))
     if dataset.declared or classes == dataset.classes or not isinstance(dataset.records, PackedRecords):
         return dataset
     labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
     note = f"{len(classes) - len(labels)} of the {len(classes)} classes do not occur"
-    records, ids = replace(dataset.records, labels=labels), tuple(range(1, len(classes) + 1))
+    records, ids = relabel(dataset.records, labels), tuple(range(1, len(classes) + 1))
     return dataset._replace(classes=classes, category_ids=ids, records=records, notes=(*dataset.notes, note))
+
+
+def _taken_back(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    """Take back the named classes that the reader of a data set left out: another set has objects of them."""
+    missing = {number: name for number, name in dataset.left_out if name in classes and name not in dataset.classes}
+    if not missing:
+        return dataset
+    names = dict(zip(dataset.category_ids, dataset.classes, strict=True)) | missing
+    category_ids, found = tuple(sorted(names)), Findings()
+    for finding in dataset.findings:
+        count = finding.count - len(missing) * (finding.code == "category-left-out")
+        found.take([finding._replace(count=count)] if count else [])
+    for number, name in missing.items():
+        found.add("category-unused", f"category {number}: {brief(name)}")
+    records = relabel(dataset.records, np.searchsorted(category_ids, dataset.category_ids))
+    return dataset._replace(
+        classes=tuple(names[number] for number in category_ids), category_ids=category_ids, records=records,
+        findings=found.listed(), left_out=tuple(pair for pair in dataset.left_out if pair[0] not in missing),
+    )  # fmt: skip
 
 
 def without_masks(dataset: Dataset) -> Dataset:
@@ -184,13 +206,8 @@ def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> 
     old = [dataset.classes.index(name) for name in names]
     labels = np.full(len(dataset.classes), -1)
     labels[old] = np.arange(len(names))
-    if isinstance(dataset.records, PackedRecords):
-        before = dataset.records.labels  # of `with_known`
-        records: Sequence[Record] = replace(dataset.records, labels=labels if before is None else labels[before])
-    else:
-        records = [relabeled(record, labels) for record in dataset.records]
     category_ids = tuple(dataset.category_ids[index] for index in old)
-    return dataset._replace(classes=names, category_ids=category_ids, records=records)
+    return dataset._replace(classes=names, category_ids=category_ids, records=relabel(dataset.records, labels))
 
 
 def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
@@ -205,9 +222,13 @@ def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
         text = "the list is empty, expected names of categories"
     else:
         return ""
-    known = ", ".join(map(printable, classes[:KNOWN]))
+    return f"data.classes: {text}; the file has {named_briefly(classes)}"
+
+
+def named_briefly(classes: Sequence[str]) -> str:
+    """Return the first KNOWN names of classes, and the number of the others."""
     more = f" and {len(classes) - KNOWN} more" if len(classes) > KNOWN else ""
-    return f"data.classes: {text}; the file has {known}{more}"
+    return ", ".join(map(printable, classes[:KNOWN])) + more
 
 
 def find_objects(dataset: Dataset) -> Dataset:

@@ -18,10 +18,16 @@ from rich.console import Console
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
-from gndet.data.datasets.faults import REFUSED, Fault, Findings
+from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
 from gndet.data.datasets.formats import sniff
+<<<<<<< HEAD
 from gndet.data.datasets.image_folder import PICTURE, guess_folder, read_head, what_is
 from gndet.data.datasets.layout import Source, sets_at
+=======
+from gndet.data.datasets.guess import guess_folder
+from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
+from gndet.data.datasets.layout import Source, find_sets, source_of
+>>>>>>> 1be1916 (coco: ids, names, sizes and categories with one meaning are read)
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import (
@@ -40,9 +46,9 @@ from gndet.files import make_room_for, text_table, write_whole
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 
-NAMES_TRIED = 100  # file names of a JSON file to try when looking for its image folder
 ALONE = (  # options that matter for data checked without a config
-    "data.cache", "data.classes", "data.exif", "data.max_pixels", "data.max_unreadable", "data.pixel_range",
+    "data.cache", "data.classes", "data.exif", "data.follow_links", "data.max_pixels", "data.max_unreadable",
+    "data.pixel_range",
     "data.skip_unreadable", "model.masks",
 )  # fmt: skip
 REMEDIES = {  # for data checked without a config
@@ -50,6 +56,7 @@ REMEDIES = {  # for data checked without a config
     "data-unknown": "expected a data folder, an annotation file, or a config (.yaml)",
     "set-twice": "check each of them by itself",
     "folder-missing": "--image-folder names the folder of the pictures",
+    "file-foreign": "--image-folder names the folder of the pictures; they are found by the last part of the name",
     "file-missing": "does --image-folder name their folder? upper and lower case matter",
 }
 
@@ -179,10 +186,12 @@ def _read_alone(plan: Plan, sources: dict[str, Source], show: Show) -> list[Chec
 
 
 def _remedied(checked: Checked) -> Checked:
-    """Give findings the remedies of data without a config."""
-    findings = checked.dataset.findings
-    changed = tuple(finding._replace(remedy=REMEDIES.get(finding.code, finding.remedy)) for finding in findings)
-    return checked._replace(dataset=checked.dataset._replace(findings=changed))
+    """Give findings the remedies of data without a config; refuse names that no folder of pictures can have."""
+    changed = []
+    for finding in checked.dataset.findings:
+        severity = REFUSED if finding.code == "file-foreign" else finding.severity
+        changed.append(finding._replace(remedy=REMEDIES.get(finding.code, finding.remedy), severity=severity))
+    return checked._replace(dataset=checked.dataset._replace(findings=in_order(changed)))
 
 
 def _read_source(source: Source, plan: Plan, show: Show) -> Dataset:

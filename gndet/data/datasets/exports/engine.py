@@ -12,8 +12,9 @@ import numpy as np
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import cached
-from gndet.data.datasets.coco import assemble, gc_paused, read_images
+from gndet.data.datasets.coco import assemble, gc_paused
 from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
+from gndet.data.datasets.entries import read_images
 from gndet.data.datasets.exports.pictures import Export, Picture
 from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import ImageFolder
@@ -50,7 +51,7 @@ def inspect_export(
     found = Findings()
     try:
         export = open_export(annotations, images, split)
-        files = ImageFolder(export.images)
+        files = ImageFolder(export.images, data.follow_links)
         reading = Reading.of(data)
         read = partial(_inspect, export, annotations, files, reading, found)
         way = (open_export.__name__, split)
@@ -127,7 +128,7 @@ def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int)
     found = Findings()
 
     def size_of(file_name: str) -> tuple[int, int]:
-        path, _ = files.find(file_name, suggest=found.wants_example("file-missing"))
+        path = files.find(file_name, suggest=found.wants_example("file-missing")).path
         return picture_size(files.home / path, reading)
 
     pictures: list[Picture] = []
@@ -157,6 +158,6 @@ def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int)
             items.append(item | {
                 "id": len(items) + 1, "image_id": number, "category_id": names.get(item["category"], 0)
             })  # fmt: skip
-    images, sizes = read_images(entries, files, reading.max_pixels, found)
+    images, sizes = read_images(entries, files, reading, found)
     columns, _ = read_columns(items, Known.of(sizes, names.values()), found)
     return Part(len(pictures), images, [] if export.classes else list(names), columns, found.listed())

@@ -20,14 +20,9 @@ from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
 from gndet.data.datasets.formats import sniff
-<<<<<<< HEAD
-from gndet.data.datasets.image_folder import PICTURE, guess_folder, read_head, what_is
-from gndet.data.datasets.layout import Source, sets_at
-=======
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
-from gndet.data.datasets.layout import Source, find_sets, source_of
->>>>>>> 1be1916 (coco: ids, names, sizes and categories with one meaning are read)
+from gndet.data.datasets.layout import Source, sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import (

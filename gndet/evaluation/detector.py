@@ -17,7 +17,8 @@ from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, load_config, override_words, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.images import Reading, picture_size
-from gndet.data.datasets.reading import named_briefly, read_dataset
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError

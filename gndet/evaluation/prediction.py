@@ -20,7 +20,7 @@ from hotcoco.mask import decode
 from PIL import Image
 from torch import Tensor
 
-from gndet.data.datasets.segmentation import printable
+from gndet.data.datasets.segmentation import named_briefly, printable
 from gndet.data.datasets.tracing import joined, trace
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.drawing import draw_detections
@@ -125,7 +125,7 @@ class Prediction:
             return self.classes.index(name)
         nearest = difflib.get_close_matches(name, self.classes, 1, 0.5)
         meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
-        raise ConfigError(f"{name!r} is not a class of this detector{meant} knows {', '.join(self.classes)}")
+        raise ConfigError(f"{name!r} is not a class of this detector{meant} knows {named_briefly(self.classes)}")
 
     def _taken(self, places: np.ndarray) -> "Prediction":
         given = {field.name: getattr(self, field.name) for field in fields(self)}

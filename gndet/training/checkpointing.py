@@ -21,6 +21,7 @@ from torch import Tensor
 
 import gndet
 from gndet.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, point, prune, save_checkpoint
+from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
 from gndet.training.batch_size import checkpoint_bytes
@@ -198,8 +199,8 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
     """Raise TrainingError if a resumed run would not be the same run."""
     if tuple(saved.meta["classes"]) != run.train_set.classes:
         raise TrainingError(
-            f"{saved.path}: trained for the classes {', '.join(saved.meta['classes'])}, the data now has "
-            f"{', '.join(run.train_set.classes)}; choose another out=FOLDER"
+            f"{saved.path}: trained for the classes {named_briefly(saved.meta['classes'])}, the data now has "
+            f"{named_briefly(run.train_set.classes)}; choose another out=FOLDER"
         )
     if any(saved.meta[key] != run.data[key] for key in ("data", "masks")):
         raise TrainingError(

@@ -64,6 +64,7 @@ NAMES = {  # code, where the picture is
     "train/sub/001.png": ("file-by-end", "sub/001.png"),
     "http://example.org/set/001.png": ("file-by-end", "001.png"),
     "https://bucket.example.org/set/001.png?X=1&Y=a/b.png": ("file-by-end", "001.png"),
+    "https://example.org/001.png#top": ("file-by-end", "001.png"),
     "https://example.org/a%20b/my%20cup.png": ("file-by-end", "my cup.png"),
     "s3://bucket/sub/001.png": ("file-by-end", "sub/001.png"),
     "file:///C:/sub/001.png": ("file-by-end", "sub/001.png"),
@@ -168,6 +169,14 @@ def test_a_linked_folder_and_a_broken_link_stay_refused(tmp_path: Path) -> None:
     annotations(file, "more/001.png", "gone.png")
     dataset = inspect_file(file, file.parent, DataConfig(cache="", follow_links=True))
     assert dataset.refused and not len(dataset.records)
+
+
+def test_a_link_that_git_wrote_as_text_is_named(tmp_path: Path) -> None:
+    file = annotations(tmp_path / "file.json", "001.png")
+    (tmp_path / "001.png").write_text("../../blobs/001.png")
+    lines: list[str] = []
+    assert not check(str(file), ["data.cache="], lines.append, images=True)
+    assert "a link written as text" in "\n".join(lines)
 
 
 def test_a_changed_target_of_a_link_is_read_again(tmp_path: Path) -> None:

@@ -29,12 +29,12 @@ def is_foreign(name: str) -> bool:
 def readings(name: str) -> list[list[str]]:
     """List what a name may mean on this machine: the parts of a path, of which the last is the file.
 
-    The name as it is comes first, then without the query of a URL, then the paths in the query, then all unquoted.
-    Empty for a name that no file can have.
+    The name as it is comes first, then without what follows ? or #, then the paths in the query of a URL, then all
+    unquoted.  Empty for a name that no file can have.
     """
     if "\0" in name or re.search("[\ud800-\udfff]", name):
         return []
-    path, _, query = name.partition("?")
+    path, query = re.split("[?#]", name)[0], name.partition("?")[2]
     texts = [name, path, *(pair.partition("=")[2] for pair in query.split("&"))]
     texts += list(map(_unquoted, texts))
     split = [re.split(r"[/\\]+", text) for text in dict.fromkeys(texts)]

@@ -7,6 +7,7 @@ import difflib
 import errno
 import hashlib
 import os
+import re
 import unicodedata
 from itertools import takewhile
 from pathlib import Path
@@ -252,6 +253,8 @@ def what_is(head: bytes) -> str:
         return "an archive, which is not opened"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer (git lfs pull fetches the file)"
+    if re.fullmatch(rb"(\.\./)+[^\0\n]+", head):
+        return "a link written as text (git does so where links are off)"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if text[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "a web page"

@@ -27,7 +27,7 @@ from gndet.data.datasets.file_names import below
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import Source, choose, find_sets, source_of
 from gndet.data.datasets.packed import PackedRecords, count_objects, relabel
-from gndet.data.datasets.segmentation import brief, printable
+from gndet.data.datasets.segmentation import brief, named_briefly, printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.datasets.splitting import chosen
 from gndet.data.records import Dataset, Finding, Record, Tell
@@ -35,7 +35,7 @@ from gndet.data.records import Dataset, Finding, Record, Tell
 OPENERS: dict[str, Opener] = {
     "cvat": open_cvat, "labelme": open_labelme, "via": open_via, "voc": open_voc, "yolo": open_yolo,
 }  # fmt: skip
-LISTED, KNOWN = 5, 10  # how many differing names to show, and how many known ones
+LISTED = 5  # how many differing names to show
 
 
 def read_dataset(
@@ -223,12 +223,6 @@ def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
     else:
         return ""
     return f"data.classes: {text}; the file has {named_briefly(classes)}"
-
-
-def named_briefly(classes: Sequence[str]) -> str:
-    """Return the first KNOWN names of classes, and the number of the others."""
-    more = f" and {len(classes) - KNOWN} more" if len(classes) > KNOWN else ""
-    return ", ".join(map(printable, classes[:KNOWN])) + more
 
 
 def find_objects(dataset: Dataset) -> Dataset:

@@ -3,6 +3,7 @@
 Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; pixel i covers [i, i + 1).
 """
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -104,6 +105,12 @@ def printable(text: str) -> str:
     """Return text from a file in a form fit for a terminal: at most 60 characters, control characters escaped."""
     plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:61])
     return plain if len(plain) <= 60 else plain[:57] + "..."
+
+
+def named_briefly(names: Sequence[str]) -> str:
+    """Return the first 10 of many names from a file, and the number of the others."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(map(printable, names[:10])) + more
 
 
 def brief(value: Any) -> str:

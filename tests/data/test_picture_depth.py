@@ -14,7 +14,7 @@ from PIL import Image
 from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.datasets.images import Reading, Unusual, picture_record, picture_size, read_image
-from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.errors import ConfigError, DataError
 from gndet.toolbox.check.check import check
 
@@ -179,7 +179,7 @@ def test_check_tells_the_values_and_the_range_that_suits_the_set(tmp_path: Path)
     most = max(values.max() for values in pictures.values())
     assert passed and found["picture-16bit"]["count"] == 3 and found["picture-dim"]["count"] == 3
     assert f"8.png: values 0 to {pictures['8.png'].max()} of 65535" in text
-    assert f"the set's values go from 0 to {most}: data.pixel_range=[0,4095] maps them to 0 to 255" in text
+    assert f"their values go from 0 to {most}: data.pixel_range=[0,4095] maps them to 0 to 255" in text
 
 
 def test_check_tells_of_values_that_the_range_clips(tmp_path: Path) -> None:
@@ -225,10 +225,32 @@ def test_a_header_tells_the_depth(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", values_of(4095, 3))
     unusual = Unusual()
     assert picture_size(tmp_path / "a.png", Reading(), unusual) == SHAPE
-    assert unusual.found == [("picture-16bit", "16 bits per channel")]
+    assert unusual.depth == 16
 
 
 @pytest.mark.parametrize("text", ["[4095,0]", "[5,5]", "[0]", "[0,.inf]"])
 def test_a_range_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.pixel_range"):
         with_overrides(Config(), [f"data.pixel_range={text}"], "a test")
+
+
+def test_training_and_check_tell_the_range_of_the_first_pictures_without_decoding_all(tmp_path: Path) -> None:
+    pictures = {f"{i}.png": values_of(4000) for i in range(2)} | {"8.png": values_of(200).astype(np.uint8)}
+    path = data_set(tmp_path / "data", pictures)
+    part = DatasetConfig(annotations=str(path), images=str(tmp_path / "data" / "images"))
+    dataset = inspect_dataset(part, DataConfig(cache="", train=part))
+    most = max(values.max() for values in pictures.values())
+    words = "2 of the first 2 pictures of more than 8 bits per channel hardly fit their range"
+    advice = f"their values go from 0 to {most}: data.pixel_range=[0,4095] maps them to 0 to 255"
+    assert dataset.notes == (f"{words}; {advice}",)
+    assert inspect_dataset(part, DataConfig(cache="", train=part, pixel_range=RANGE)).notes == ()
+    _, _, text = report_of(tmp_path, path)
+    assert "hardly fit" not in text and text.count(advice) == 1  # said by the finding
+
+
+def test_training_on_32_bits_is_refused_before_it_starts(tmp_path: Path) -> None:
+    path = data_set(tmp_path / "data", {"a.tif": values_of(200).astype(np.float32)})
+    part = DatasetConfig(annotations=str(path), images=str(tmp_path / "data" / "images"))
+    with pytest.raises(DataError, match=r"picture-range \(1\).*(?s:.*)data\.pixel_range=\[0,255\] maps them"):
+        read_dataset(part, DataConfig(cache="", train=part))
+    assert len(read_dataset(part, DataConfig(cache="", train=part, pixel_range=(0, 255))).records) == 1

@@ -94,6 +94,6 @@ def judge(values: np.ndarray, pixel_range: tuple[float, float] | None) -> tuple[
     return "", words
 
 
-def fitting_range(least: float, most: float) -> tuple[float, float]:
+def suited_range(least: float, most: float) -> tuple[float, float]:
     """Return the data.pixel_range that suits pictures with values from least to most."""
     return min(0, math.floor(least)), next((top for top in TOPS if most <= top), math.ceil(most))

@@ -75,6 +75,7 @@ class Unusual:
 
     def __init__(self) -> None:
         self.found: list[tuple[str, str]] = []  # code of FAULTS, and words
+        self.depth = 8  # bits per channel
         self.values: tuple[float, float] | None = None  # least and largest of a picture of more than 8 bits per channel
 
 
@@ -134,17 +135,14 @@ def _decoded(image: Image.Image, path: Path, unusual: Unusual | None) -> tuple[I
     try:
         image.load()
     except OSError as error:
-        found = (
-            None if error.errno in MACHINE_ERRORS or image.format != "JPEG" or not path.is_file() else read_short(path)
-        )
+        is_short = error.errno not in MACHINE_ERRORS and image.format == "JPEG" and path.is_file()
+        found = read_short(path) if is_short else None
         if found is None:
             raise
         image, made_up = found
         if unusual is not None:
-            rows = (
-                f"the last {made_up} of {image.height} rows are made up" if made_up else "only its end mark is missing"
-            )
-            unusual.found.append(("picture-truncated", rows))
+            rows = f"the last {made_up} of {image.height} rows are made up"
+            unusual.found.append(("picture-truncated", rows if made_up else "only its end mark is missing"))
     return image, depth, _orientation(image)
 
 
@@ -164,14 +162,14 @@ def _refuse_size(path: Path, found: tuple[int, ...], size: tuple[int, int], side
 def picture_size(path: Path, reading: Reading = DEFAULT, unusual: Unusual | None = None) -> tuple[int, int]:
     """Return the height and width of a picture as `read_image` would return it, without decoding it.
 
-    unusual: takes what the header tells of animations and of more than 8 bits per channel.
+    unusual: takes what the header tells of animations and of the depth.
     Raises as `read_image` does for what the header tells; decoding may still find the picture broken.
     """
     with _opened(path, reading.max_pixels) as image:
         width, height = image.size
         depth = depth_of(image)
         if unusual is not None:
-            unusual.found += [("picture-16bit", depth.words)] if depth.bits > 8 else []
+            unusual.depth = depth.bits
             unusual.found += _animation(image)
         if image.format == "PNG" and not _has_late_metadata(path):
             sideways = Image.Image.getexif(image).get(ORIENTATION, 1) in SIDEWAYS  # PNG's getexif decodes the picture

@@ -24,6 +24,7 @@ from gndet.data.datasets.exports.voc import open_voc
 from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, refuse, skipping_unreadable
 from gndet.data.datasets.file_names import below
+from gndet.data.datasets.first_pictures import look_at_first
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import Source, choose, find_sets, source_of
 from gndet.data.datasets.packed import PackedRecords, count_objects, relabel
@@ -138,6 +139,10 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
         unreadable = sum(finding.count for finding in dataset.findings if finding.code in SKIPPABLE)
         findings = skipping_unreadable(dataset.findings, unreadable, num, data.max_unreadable)
         dataset = dataset._replace(findings=findings)
+    if isinstance(dataset.records, PackedRecords) and dataset.records.digests is None:  # not decoded by gndet check
+        refused, notes = look_at_first(dataset.records)
+        findings = in_order(dataset.findings + refused)
+        dataset = dataset._replace(findings=findings, notes=(*dataset.notes, *notes))
     found = Findings()
     if data.classes is not None and dataset.classes:
         dataset = _with_classes(_taken_back(dataset, data.classes), data.classes, found)

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import keep_pictures
-from gndet.data.datasets.deep_pictures import fitting_range
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, several, skipping_unreadable
+from gndet.data.datasets.first_pictures import with_range
 from gndet.data.datasets.images import Reading, Unusual, read_image
 from gndet.data.datasets.segmentation import printable
-from gndet.data.records import Dataset, Finding
+from gndet.data.records import Dataset
 from gndet.data.workers import Death, Failure, map_ahead, usable_cores
 from gndet.errors import DataError
 from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
@@ -31,7 +31,6 @@ from gndet.toolbox.check.report import Checked
 TIME_LIMIT = 120.0  # seconds per picture; 100 million pixels take a while
 IMAGES, COLUMNS = 16, 4  # of the contact sheet: images, images per row
 SIDE = 640  # pixels of the longer side of an image
-RANGED = ("picture-range", "picture-dim", "picture-clipped")  # data.pixel_range changes them
 BARE = ("picture-size", "picture-unrotated")  # drawn without boxes: boxes for another size would be misplaced
 INVISIBLE = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # on the sheet
 
@@ -66,7 +65,8 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     reading = Reading.of(data)
     pictures = [PictureFile(records.path(i), record.size, reading) for i, record in enumerate(records)]
     decoded = list(_with_progress(decode_all(pictures, usable_cores()), len(pictures), title, show, console))
-    found = _with_range(_faults(decoded, pictures, [record.image_id for record in records]).listed(), decoded, reading)
+    listed = _faults(decoded, pictures, [record.image_id for record in records]).listed()
+    found = with_range(listed, [picture.values for picture in decoded if picture.values], reading.pixel_range)
     records.note_digests({i: int(picture.digest[:16] or "0", 16) for i, picture in enumerate(decoded)})
     keep_pictures(records, found)
     earlier = [finding for finding in dataset.findings if not finding.code.startswith("picture-")]
@@ -74,7 +74,8 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     if data.skip_unreadable:
         unreadable = sum(any(code in SKIPPABLE for code, _ in picture.faults) for picture in decoded)
         findings = skipping_unreadable(findings, unreadable, len(pictures), data.max_unreadable)
-    earlier_notes = (note for note in dataset.notes if "decoded by gndet check" not in note)
+    replaced = ("decoded by gndet check", "data.pixel_range")  # of an earlier check, and of the first pictures
+    earlier_notes = (note for note in dataset.notes if not any(words in note for words in replaced))
     notes = (*earlier_notes, f"{several(len(pictures), 'picture')} decoded")
     return checked._replace(dataset=dataset._replace(findings=findings, notes=notes))
 
@@ -91,21 +92,6 @@ def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list
         if other != path:
             found.add("picture-twice", f"image {image_id}: {path} is equal to {other}", image_id)
     return found
-
-
-def _with_range(findings: Iterable[Finding], decoded: Sequence[Decoded], reading: Reading) -> tuple[Finding, ...]:
-    """Name the data.pixel_range that suits all pictures of the set in the remedies of RANGED."""
-    values = [picture.values for picture in decoded if picture.values is not None]
-    if not values:
-        return tuple(findings)
-    least, most = min(low for low, _ in values), max(high for _, high in values)
-    fitting = fitting_range(least, most)
-    words = f"the set's values go from {least:g} to {most:g}: "
-    if fitting == (reading.pixel_range or (0, 65535)):
-        words += "bring the pictures to one range of values"
-    else:
-        words += f"data.pixel_range=[{fitting[0]:g},{fitting[1]:g}] maps them to 0 to 255"
-    return tuple(found._replace(remedy=words) if found.code in RANGED else found for found in findings)
 
 
 def _with_progress(

@@ -6,6 +6,7 @@ pictures, except for their detections, which are kept in columns.
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -62,7 +63,8 @@ def predict(
     video_names = unique_names([video.stem for video in rates], ".mp4")
     _refuse_overwriting(out, [*names, *video_names, *reserved], [*found.pictures, *found.videos], crops)
     make_folder(out, "--out")
-    for line in [*found.notes, *(line for finding in told.listed() for line in describe_finding(finding))]:
+    unusual = [describe_finding(finding._replace(remedy="")) for finding in told.listed()]
+    for line in itertools.chain(found.notes, *unusual):
         show(line)
 
     def report(drawn: Drawn) -> None:
@@ -91,8 +93,11 @@ def _size(file: Path, reading: Reading, told: Findings) -> tuple[int, int]:
     """Return a picture's height and width, and tell what its header shows to be unusual."""
     unusual = Unusual()
     size = picture_size(file, reading, unusual)
+    if unusual.depth == 16:
+        low, high = reading.pixel_range or (0, 65535)
+        unusual.found.append(("picture-16bit", f"values {low:g} to {high:g} become 0 to 255 (data.pixel_range)"))
     for code, words in unusual.found:
-        told.add(code, f"{printable(str(file))}: {words}")
+        told.add(code, f"{printable(file.name)}: {words}")
     return size
 
 

@@ -9,6 +9,8 @@ import pytest
 from exported import assert_equal, boxes, coco_tree, codes, inspected, inspected_alone, read_tree, words, write
 from PIL import Image
 
+from gndet.config.schema import DataConfig
+from gndet.data.datasets.exports.engine import inspect_export
 from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.layout import find_sets, sets_at
 from gndet.data.records import Dataset
@@ -230,6 +232,36 @@ def test_class_names_are_found(tmp_path: Path, case: str) -> None:
     assert dataset.classes == names and dataset.records[0].labels.tolist() == [0, 1]
     assert codes(dataset) == ({"names-missing": 1} if case == "none at all" else {})
     assert any("nc" in note for note in dataset.notes) == (case == "a wrong count")
+
+
+def test_classes_without_names_are_the_numbers_of_the_training_set_in_both_sets(tmp_path: Path) -> None:
+    text = f"{BOX}2 0.5 0.5 0.2 0.2\n"
+    train, val = inspected_alone(write(tmp_path, PAIR | {"labels/train/a.txt": text}))
+    assert train.classes == val.classes == ("0", "2") and val.records[0].labels.tolist() == [0]
+    write(tmp_path, {"labels/train/a.txt": f"{text}-1 0.5 0.5 0.2 0.2\n0.5 0.5 0.5 0.2 0.2\n"})
+    assert codes(inspected_alone(tmp_path)[0]) == {"row-class": 2, "names-missing": 1}
+
+
+def test_a_change_of_any_file_that_was_read_is_seen_in_spite_of_the_cache(tmp_path: Path) -> None:
+    files = {
+        "obj.data": "train = train.txt\nnames = obj.names",
+        "obj.names": "cell",
+        "train.txt": "set/a.png\nset/b.png",
+    }
+    home = write(tmp_path / "data", files | {"set/a.png": None, "set/b.png": None, "set/a.txt": BOX, "set/b.txt": ""})
+    data = DataConfig(root=str(home), cache=str(tmp_path / "cache"))
+
+    def read_again() -> tuple[tuple[str, ...], dict[str, list[list[float]]]]:
+        dataset = inspect_export(open_yolo, home, None, "train", data)
+        return dataset.classes, boxes(dataset)
+
+    assert read_again() == (("cell",), {"a.png": [PIXELS], "b.png": []})
+    write(home, {"obj.names": "cup"})
+    assert read_again() == (("cup",), {"a.png": [PIXELS], "b.png": []})
+    write(home, {"train.txt": "set/a.png"})
+    assert read_again() == (("cup",), {"a.png": [PIXELS]})
+    write(home, {"set/a.txt": BOX * 2 + OUTLINE.replace("1 ", "0 ", 1)})
+    assert len(read_again()[1]["a.png"]) == 2
 
 
 BROKEN = {

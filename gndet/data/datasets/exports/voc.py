@@ -47,7 +47,8 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
     if annotations.suffix.lower() == ".txt" or (home.parent / MAIN).is_dir():
         home = next((place for place in home.parents if _xml_folder(place)), home)
     found: Found = []
-    files, lists = _find_files(annotations, home, split, images is not None, found)
+    whole = files_below(home, (".xml",)) if annotations.is_dir() else []
+    files, lists = _find_files(annotations, home, whole, split, images is not None, found)
     if not files:
         raise Fault("folder-missing", f"{annotations}: no XML file there")
     pictures = Listings(PICTURES)
@@ -62,15 +63,13 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
         listing, below = pictures.of(places[folder]), os.path.relpath(places[folder], root)
         below = "" if below == "." else f"{below}/"
         units += [(os.path.join(folder, name), below, tuple(listing.get(stem_of(name), ()))) for name in names]
-    if annotations.is_dir():
-        whole = files_below(home, (".xml",))
-        found += _unlabeled(set(places.values()), whole, pictures)
-    zero = counted_from_0(str(home), whole if annotations.is_dir() else files)
+    found += _unlabeled(set(places.values()), whole, pictures)
+    zero = counted_from_0(str(home), whole or files)
     found += [("box-from-0", zero)] if zero else []
     notes = ["masks in SegmentationObject are not read"] if (home / "SegmentationObject").is_dir() else []
     parse = partial(parse_voc, str(home), 0 if zero else 1)
     classes, labelmap = _declared(home)
-    paths = [*lists, *labelmap, *(home / file for file in files)]
+    paths = [*lists, *labelmap, *(home / file for file in whole or files)]  # all of them decide how corners count
     return Export(units, parse, classes, Path(root), paths, tuple(found), tuple(notes))
 
 
@@ -81,9 +80,9 @@ def voc_sets(home: Path) -> list[str]:
 
 
 def _find_files(
-    annotations: Path, home: Path, split: str, is_given: bool, found: Found
+    annotations: Path, home: Path, whole: Sequence[str], split: str, is_given: bool, found: Found
 ) -> tuple[list[str], list[Path]]:
-    """Return the XML files of a set, relative to home, and the lists that were read."""
+    """Return the XML files of a set, relative to home, and the lists that were read; whole: all files below home."""
     if annotations.suffix.lower() == ".xml" and not annotations.is_dir():
         return [annotations.name], []
     if annotations.is_file():
@@ -95,7 +94,7 @@ def _find_files(
             known = sorted({path.stem for found_in in sets.values() for path in found_in.values()})
             raise set_missing(home, split, known)
         return [file for root, path in lists.items() for file in _listed(path, root, home, found)], [*lists.values()]
-    return of_set(home, files_below(home, (".xml",)), split, is_given), []
+    return of_set(home, whole, split, is_given), []
 
 
 def _lists_of_sets(home: Path) -> dict[Path, dict[str, Path]]:

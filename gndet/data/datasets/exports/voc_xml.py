@@ -7,7 +7,7 @@ programs count from 0 and mean the edges; where 0 occurs, or parts of pixels are
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
@@ -22,7 +22,6 @@ FRACTIONS = 0.1  # share of boxes with parts of pixels from which on corners are
 _ENCODING = re.compile(rb"""^<\?xml[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)["'][^>]*\?>""")
 
 Unit = tuple[str, str, tuple[str, ...]]  # XML file, folder of its picture ("" or ending in /), pictures of its stem
-Object = tuple[str, list[float], ElementTree.Element]  # words of what is wrong or "", corners, element
 
 
 def parse_voc(home: str, first: int, unit: Unit, size_of: SizeOf) -> list[Picture]:
@@ -37,8 +36,10 @@ def parse_voc(home: str, first: int, unit: Unit, size_of: SizeOf) -> list[Pictur
     file = shown(file)
     name = _choose_picture(file, (root.findtext("filename") or "").strip(), names, found)
     for number, item in enumerate(root.findall("object"), start=1):
-        place, label = f"{file}, object {number}", (item.findtext("name") or "").strip()
-        fault, corners = _corners(item)
+        parts = {part.tag: part for part in item}
+        texts = {tag: (part.text or "").strip() for tag, part in parts.items()}
+        place, label = f"{file}, object {number}", texts.get("name", "")
+        fault, corners = _corners(parts)
         fault = fault or ("" if label else "no name")
         if fault:
             found.append(("object-malformed", f"{place}: {fault}"))
@@ -47,9 +48,9 @@ def parse_voc(home: str, first: int, unit: Unit, size_of: SizeOf) -> list[Pictur
         if x0 > x1 or y0 > y1:
             found.append(("box-swapped", f"{place}: xmin {x0:g}, ymin {y0:g}, xmax {x1:g}, ymax {y1:g}"))
             x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
-        if (item.findtext("difficult") or "").strip() == "1":
+        if texts.get("difficult") == "1":
             found.append(("box-difficult", f"{place}: {brief(label)}"))
-        if item.find("polygon") is not None:
+        if "polygon" in parts:
             found.append(("outline-unread", f"{place}: a polygon beside bndbox"))
         box = [x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first]
         box = box if any(corners) else corners  # 0 0 0 0 is no pixel, but how some programs write that there is none
@@ -100,24 +101,24 @@ def _choose_picture(file: str, tag: str, names: Sequence[str], found: list[tuple
     return names[0]
 
 
-def _corners(item: ElementTree.Element) -> tuple[str, list[float]]:
-    """Return what is wrong with an object's bndbox, or "", and its corners."""
-    box = item.find("bndbox")
-    if box is None:
-        others = ", ".join(child.tag for child in item if child.tag in ("polygon", "robndbox", "segm", "point"))
+def _corners(parts: Mapping[str, ElementTree.Element]) -> tuple[str, list[float]]:
+    """Return what is wrong with an object's bndbox, or "", and its corners; parts: the object's elements by tag."""
+    if "bndbox" not in parts:
+        others = ", ".join(tag for tag in parts if tag in ("polygon", "robndbox", "segm", "point"))
         return f"no bndbox{f', but {others}' if others else ''}", []
-    texts = [box.findtext(side) for side in SIDES]
+    texts = {side.tag: side.text for side in parts["bndbox"]}
     try:
-        return "", [float(text or "") for text in texts]
+        return "", [float(texts.get(side) or "") for side in SIDES]
     except ValueError:
-        return f"bndbox {brief(texts)}, expected numbers {', '.join(SIDES)}", []
+        return f"bndbox {brief([texts.get(side) for side in SIDES])}, expected numbers {', '.join(SIDES)}", []
 
 
 def _size(root: ElementTree.Element) -> tuple[Any, Any] | None:
     """Return height and width; None if they are missing or 0, as some programs write them."""
     sides: list[Any] = []
+    texts = {side.tag: side.text for size in root.findall("size") for side in size}
     for side in ("height", "width"):
-        text = (root.findtext(f"size/{side}") or "").strip()
+        text = (texts.get(side) or "").strip()
         try:
             number = float(text or 0)
         except ValueError:
@@ -139,7 +140,7 @@ def counted_from_0(home: str, files: Sequence[str]) -> str:
         except Fault:
             continue  # reported when it is parsed
         for number, item in enumerate(items, start=1):
-            fault, corners = _corners(item)
+            fault, corners = _corners({part.tag: part for part in item})
             if fault or corners[0] == corners[2] or corners[1] == corners[3] or not math.isfinite(sum(corners)):
                 continue
             if any(0 <= value < 1 for value in corners):

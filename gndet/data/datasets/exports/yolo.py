@@ -25,8 +25,8 @@ from gndet.data.datasets.exports.folders import (
     shown,
 )
 from gndet.data.datasets.exports.pictures import Export
-from gndet.data.datasets.exports.yolo_files import Group, Labels, in_folder, in_list, in_tree, sets_in_folder
-from gndet.data.datasets.exports.yolo_rows import Unit, classes_in, parse_labels, refuse_other_rows
+from gndet.data.datasets.exports.yolo_files import Group, Labels, Opened, in_folder, in_list, in_tree, sets_in_folder
+from gndet.data.datasets.exports.yolo_rows import Unit, parse_labels, refuse_other_rows
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief
 
@@ -56,7 +56,7 @@ def yolo_sets(annotations: Path) -> list[str]:
     named = dict.fromkeys(ALIASES[key] for key in tree if key in ALIASES and tree[key])
     if file and "test" in named:
         try:
-            _find_pictures(annotations, file, tree, None, "test", [])
+            _find_pictures(annotations, file, tree, None, "test", Opened([], []))
         except Fault:
             del named["test"]
     return list(named) or sets_in_folder(annotations if annotations.is_dir() else annotations.parent)
@@ -73,8 +73,8 @@ def _open(annotations: Path, images: Path | None, split: str, outlines: bool) ->
     annotations = entered(annotations)
     file, tree = _find_tree(annotations)
     folder = annotations if annotations.is_dir() else annotations.parent
-    notes: list[str] = []
-    groups = _find_pictures(annotations, file, tree, images, split, notes)
+    opened = Opened([file] if file else [], [])
+    groups = _find_pictures(annotations, file, tree, images, split, opened)
     root = common_folder([place for place, _ in groups])
     matched = Labels(folder)
     units: list[Unit] = []
@@ -82,22 +82,19 @@ def _open(annotations: Path, images: Path | None, split: str, outlines: bool) ->
         below = os.path.relpath(place, root)
         prefix = "" if below == "." else f"{below}/"
         units += [(prefix + name, label) for name, label in matched.match(place, names)]
-    labels = [label for _, label in units if label]
+    home, labels = str(folder), [label for _, label in units if label]
     if not labels:
-        words = (
-            f"none of {len(units)} pictures in {root} has one; looked in {', '.join(list(matched.listings.known)[:4])}"
-        )
-        raise Fault("labels-missing", words)
-    home = str(folder)
+        places = ", ".join(list(matched.listings.known)[:SHOWN])
+        raise Fault("labels-missing", f"none of {len(units)} pictures in {root} has one; looked in {places}")
     refuse_other_rows(home, labels, _num_keypoints(tree), outlines)
-    classes, names_file = _find_names(file, tree, folder, [root, os.path.dirname(os.path.join(home, labels[0]))], notes)
+    near = [folder, Path(root), Path(home, labels[0]).parent]
+    classes = (_names_of(file, tree, opened) if file else {}) or _names_near(near, opened)
     found = matched.strays()
     if not classes:
-        classes = classes_in(home, labels)
         found.append(("names-missing", f"{folder}: neither names in a data.yaml nor a classes.txt"))
-    files = [path for path in (file, names_file) if path] + [Path(home, label) for label in labels]
+    files = opened.files + [Path(home, label) for label in labels]
     parse = partial(parse_labels, home, classes)
-    return Export(units, parse, tuple(classes.values()), Path(root), files, tuple(found), tuple(notes))
+    return Export(units, parse, tuple(classes.values()) or None, Path(root), files, tuple(found), tuple(opened.notes))
 
 
 def _find_tree(annotations: Path) -> tuple[Path | None, Tree]:
@@ -119,14 +116,14 @@ def _find_tree(annotations: Path) -> tuple[Path | None, Tree]:
 
 
 def _find_pictures(
-    annotations: Path, file: Path | None, tree: Tree, images: Path | None, split: str, notes: list[str]
+    annotations: Path, file: Path | None, tree: Tree, images: Path | None, split: str, opened: Opened
 ) -> list[Group]:
     """Return the pictures of a split by folder.  Raises Fault if there is no such split, or no picture in it."""
     keys = [key for key in tree if key in ALIASES and tree[key]]
     if annotations.is_file() and file is None:
-        groups = in_list(annotations, [annotations.parent, *([images] if images else [])])
+        groups = in_list(annotations, [annotations.parent, *([images] if images else [])], opened)
     elif images or file is None or not keys:
-        groups = in_folder(images or (file.parent if file else annotations), split, is_given=images is not None)
+        groups = in_folder(images or (file.parent if file else annotations), split, images is not None, opened)
     else:
         chosen = [key for key in keys if split in ("", ALIASES[key])]
         if not chosen:
@@ -135,7 +132,7 @@ def _find_pictures(
         groups = []
         for key in chosen:
             values = tree[key] if isinstance(tree[key], list) else [tree[key]]
-            groups += [group for value in values for group in in_tree(str(value), bases, notes, f"{file}: {key}")]
+            groups += [group for value in values for group in in_tree(str(value), bases, f"{file}: {key}", opened)]
     if not any(names for _, names in groups):
         raise Fault("folder-missing", f"{groups[0][0]}: no pictures there; `images` names their folder")
     return [_inmost(*group) for group in groups if group[1]]
@@ -175,38 +172,35 @@ def _plain(node: yaml.Node | None, depth: int) -> Any:
     return None
 
 
-def _find_names(
-    file: Path | None, tree: Tree, folder: Path, near: Sequence[str], notes: list[str]
-) -> tuple[dict[int, str], Path | None]:
-    """Return the classes by number, {} if they have no names, and the file of names that was read.
-
-    near: other folders that may have one; the two above each are searched, too.
-    """
-    if classes := _names_of(file, tree, notes) if file else {}:
-        return classes, None
-    starts = [*map(Path, near), folder]
-    places = [folder, *(place for start in starts for place in (start, *start.absolute().parents[:2]))]
+def _names_near(folders: Sequence[Path], opened: Opened) -> dict[int, str]:
+    """Return the classes that a file in one of these folders, or in the two above each, names; {} if there is none."""
+    places = [folders[0], *(place for start in folders for place in (start, *start.absolute().parents[:2]))]
     for place in dict.fromkeys(places):
         for path in (place / name for name in NAMES):
             if path.is_file():
-                notes.append(f"class names from {shown(str(path))}")
-                return _unique(dict(enumerate(read_text(path).rstrip().splitlines())), path), path
-        if place != folder and place.is_dir():
-            other, content = _find_tree(place)
-            if other and (classes := _names_of(other, content, notes)):
-                notes.append(f"class names from {shown(str(other))}")
-                return classes, other
-    return {}, None
+                opened.notes.append(f"class names from {shown(str(path))}")
+                return _unique(dict(enumerate(_lines(path, opened))), path)
+        file, tree = _find_tree(place)
+        if file and (classes := _names_of(file, tree, opened)):
+            opened.notes.append(f"class names from {shown(str(file))}")
+            opened.files.append(file)
+            return classes
+    return {}
 
 
-def _names_of(file: Path, tree: Tree, notes: list[str]) -> dict[int, str]:
+def _lines(path: Path, opened: Opened) -> list[str]:
+    opened.files.append(path)
+    return read_text(path).rstrip().splitlines()
+
+
+def _names_of(file: Path, tree: Tree, opened: Opened) -> dict[int, str]:
     """Return the class names of a data.yaml: a list, a map by number, a file, or by their count."""
     names, count = tree.get("names"), str(tree.get("nc", tree.get("classes")) or "")
     if isinstance(names, str) and names:
         listed = next((place for place in candidates(names, [file.parent]) if place.is_file()), None)
         if listed is None:
             raise Fault("yaml-broken", f"{file}: names: {brief(names)}, expected a list, or a file of names")
-        names = read_text(listed).rstrip().splitlines()
+        names = _lines(listed, opened)
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not names:
@@ -218,7 +212,7 @@ def _names_of(file: Path, tree: Tree, notes: list[str]) -> dict[int, str]:
     if min(classes) < 0 or not all(isinstance(name, str) for name in classes.values()):
         raise Fault("yaml-broken", f"{file}: names: {brief(tree['names'])}, expected a name for each class number")
     if count and count != str(len(classes)):
-        notes.append(f"{file}: nc is {brief(count)}, but there are {len(classes)} names, which are used")
+        opened.notes.append(f"{file}: nc is {brief(count)}, but there are {len(classes)} names, which are used")
     return _unique(classes, file)
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from gndet.data.datasets.exports.folders import (
     ALIASES,
@@ -29,7 +30,14 @@ TRIED = 3  # pictures of a list that are looked for to find its folder
 Group = tuple[str, list[str]]  # a folder, and the pictures in it, relative to it
 
 
-def in_folder(folder: Path, split: str, is_given: bool) -> list[Group]:
+class Opened(NamedTuple):
+    """What was read on the way to the pictures and names of an export."""
+
+    files: list[Path]
+    notes: list[str]  # lines to show
+
+
+def in_folder(folder: Path, split: str, is_given: bool, opened: Opened) -> list[Group]:
     """Find the pictures of a set by folders, or lists, named train, val, test.
 
     A folder of labels stands for the folder of pictures beside it.  is_given: as in `folders.of_set`, which raises
@@ -41,7 +49,7 @@ def in_folder(folder: Path, split: str, is_given: bool) -> list[Group]:
             folder, pictures = Path(other), files_below(other, PICTURES)
     lists = _lists(folder)
     if split and split in lists:
-        return in_list(lists[split], [folder])
+        return in_list(lists[split], [folder], opened)
     return [(str(folder), of_set(folder, pictures, split, is_given))]
 
 
@@ -63,7 +71,7 @@ def _is_list(path: Path) -> bool:
     return False
 
 
-def in_tree(text: str, bases: Sequence[Path], notes: list[str], key: str) -> list[Group]:
+def in_tree(text: str, bases: Sequence[Path], key: str, opened: Opened) -> list[Group]:
     """Find the pictures of a value of data.yaml: a folder, or a list of pictures.  Raises Fault if it is not there."""
     path = next((place for place in candidates(text, bases) if place.exists()), None)
     if path is None:
@@ -71,14 +79,15 @@ def in_tree(text: str, bases: Sequence[Path], notes: list[str], key: str) -> lis
         raise Fault("folder-missing", f"{key} {text!r}: not found; tried {places}")
     path = Path(os.path.normpath(path))
     if path != Path(os.path.normpath(bases[0] / text)):
-        notes.append(f"{key} {shown(text)} is taken for {shown(str(path))}")
+        opened.notes.append(f"{key} {shown(text)} is taken for {shown(str(path))}")
     if not path.is_file():
         return [(str(path), files_below(path, PICTURES))]
-    return in_list(path, [path.parent, *bases])
+    return in_list(path, [path.parent, *bases], opened)
 
 
-def in_list(path: Path, bases: Sequence[Path]) -> list[Group]:
+def in_list(path: Path, bases: Sequence[Path], opened: Opened) -> list[Group]:
     """Find the pictures that a text file lists, a path per line, perhaps as they were on another machine."""
+    opened.files.append(path)
     folders: dict[str, list[str]] = {}
     for line in read_text(path).splitlines():
         parent, _, name = line.strip().replace("\\", "/").rpartition("/")

@@ -62,7 +62,10 @@ def _is_number(word: str) -> bool:
 
 
 def parse_labels(home: str, names: dict[int, str], unit: Unit, size_of: SizeOf) -> list[Picture]:
-    """Read the objects of a picture.  home: the folder that label files are relative to; names: of the classes."""
+    """Read the objects of a picture.
+
+    home: the folder that label files are relative to; names: of the classes, by number; {}: numbers are their names.
+    """
     file_name, label = unit
     try:
         size = size_of(file_name)
@@ -81,7 +84,8 @@ def parse_labels(home: str, names: dict[int, str], unit: Unit, size_of: SizeOf) 
         else:
             if len(numbers) == SCORED:
                 found.append(("row-score", f"{place}: sixth number {numbers[-1]:g}"))
-            objects.append(_to_pixels(numbers, size) | {"category": names[int(numbers[0])], "place": place})
+            name = names[int(numbers[0])] if names else f"{numbers[0]:g}"
+            objects.append(_to_pixels(numbers, size) | {"category": name, "place": place})
         seen.add(numbers)
     return [Picture(file_name, size, objects, tuple(found))]
 
@@ -96,7 +100,9 @@ def _fault_of(numbers: Row, names: dict[int, str]) -> tuple[str, str] | None:
             return "row-malformed", f"the sixth number is {numbers[-1]:g}, expected a score from 0 to 1"
     elif num != BOX and (num < OUTLINE or num % 2 == 0):
         return "row-malformed", f"{several(num, 'number')}, expected {BOX} for a box, or a class and at least 3 points"
-    if numbers[0] not in names:
+    if not names and (numbers[0] < 0 or not numbers[0].is_integer()):
+        return "row-class", f"class {numbers[0]:g}, expected a whole number from 0 on"
+    if names and numbers[0] not in names:
         hint = "; are the classes numbered from 1?" if numbers[0] == max(names) + 1 else ""
         return "row-class", f"class {numbers[0]:g}, expected one of 0 to {max(names)}{hint}"
     if min(numbers[1:]) < LOW or max(numbers[1:]) > HIGH:
@@ -168,10 +174,3 @@ def _has_points(numbers: Row) -> bool:
     reach_x, reach_y = w * (0.5 + INSIDE), h * (0.5 + INSIDE)
     pairs = zip(numbers[BOX::2], numbers[BOX + 1 :: 2], strict=True)
     return all((abs(a - x) <= reach_x and abs(b - y) <= reach_y) or a == b == 0 for a, b in pairs)
-
-
-def classes_in(home: str, labels: Iterable[str]) -> dict[int, str]:
-    """Name classes by their numbers, from 0 to the largest that occurs; for exports that name none."""
-    numbers = (row[0] for _, row in _all_rows(home, labels))
-    largest = max((int(number) for number in numbers if 0 <= number < 10_000), default=0)
-    return {number: str(number) for number in range(largest + 1)}

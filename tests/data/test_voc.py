@@ -71,7 +71,7 @@ def test_boxes_in_vocs_layout_are_those_of_the_coco_file(tmp_path: Path, data_ro
     for split, tree in trees.items():
         dataset = read(tmp_path, split)
         assert_equal(dataset, read_tree(tmp_path, tree, tmp_path / "JPEGImages"))
-        assert codes(dataset) == ({} if first else {"box-from-0": 1})
+        assert codes(dataset) == ({} if first else {"corners-from-0": 1})
 
 
 XML = xml()
@@ -163,8 +163,8 @@ def test_classes_of_labelmap_are_in_its_order_and_others_are_sorted(tmp_path: Pa
 
 COUNTING = {
     "from 1": (item((1, 1, 64, 48)), [0, 0, 64, 48], {}),
-    "from 0": (item((0, 5, 64, 48)), [0, 5, 64, 48], {"box-from-0": 1}),
-    "parts of pixels": (item((10.5, 5, 20.25, 48)), [10.5, 5, 20.25, 48], {"box-from-0": 1}),
+    "from 0": (item((0, 5, 64, 48)), [0, 5, 64, 48], {"corners-from-0": 1}),
+    "parts of pixels": (item((10.5, 5, 20.25, 48)), [10.5, 5, 20.25, 48], {"corners-from-0": 1}),
     "an empty box at 0 says nothing": (
         item((5, 5, 20, 20)) + item((0, 0, 0, 0)), [4, 4, 20, 20], {"box-empty": 1}
     ),

@@ -265,7 +265,7 @@ def test_a_change_of_any_file_that_was_read_is_seen_in_spite_of_the_cache(tmp_pa
 
 
 BROKEN = {
-    "not YAML": ("names: [cell", "yaml-broken", "not valid YAML"),
+    "not YAML": ("names:\n  [cell", "yaml-broken", "line 2: not valid YAML: expected ',' or ']'"),
     "a name twice": ("names: [cell, cell]", "category-name-twice", "'cell' occurs twice"),
     "a class without a number": ("names: {cell: 0}", "yaml-broken", "a name for each class number"),
     "a class within a class": ("names: [[cell]]", "yaml-broken", "a name for each class number"),
@@ -405,7 +405,10 @@ def test_a_list_of_a_set_makes_no_strays_of_the_other_set(tmp_path: Path) -> Non
 
 def test_no_label_at_all_is_refused_with_the_folders_that_were_looked_in(tmp_path: Path) -> None:
     dataset = read(write(tmp_path, {"images/a.png": None, "text/b.txt": BOX, "classes.txt": "cell"}))
-    assert codes(dataset) == {"labels-missing": 1} and f"looked in {tmp_path}/labels" in words(dataset)
+    assert codes(dataset) == {"labels-missing": 1} and "like 'a.png'" in words(dataset)
+    assert f"looked in {tmp_path}/labels" in words(dataset)
+    write(tmp_path, {"labels/b.txt": BOX})
+    assert f"{tmp_path}/labels has 'b.txt'" in words(read(tmp_path))
 
 
 def test_shares_are_of_the_picture_as_its_exif_turns_it(tmp_path: Path) -> None:

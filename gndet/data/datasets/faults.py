@@ -83,7 +83,7 @@ FAULTS: dict[str, Kind] = {
     "row-twice": Kind(FIXED, "rows equal to an earlier row of their file, left out", ""),
     "row-score": Kind(FIXED, "rows with a sixth number, a score, which is left out", "are these predictions?"),
     "box-swapped": Kind(FIXED, "boxes with exchanged corners, exchanged back", ""),
-    "box-from-0": Kind(
+    "corners-from-0": Kind(
         FIXED, "exports whose corners are counted from 0, so that 1 is not taken off", "VOC counts pixels from 1"
     ),
     "picture-renamed": Kind(FIXED, "annotation files that name another picture; the one of their own name is read", ""),

@@ -65,7 +65,7 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
         units += [(os.path.join(folder, name), below, tuple(listing.get(stem_of(name), ()))) for name in names]
     found += _unlabeled(set(places.values()), whole, pictures)
     zero = counted_from_0(str(home), whole or files)
-    found += [("box-from-0", zero)] if zero else []
+    found += [("corners-from-0", zero)] if zero else []
     notes = ["masks in SegmentationObject are not read"] if (home / "SegmentationObject").is_dir() else []
     parse = partial(parse_voc, str(home), 0 if zero else 1)
     classes, labelmap = _declared(home)

@@ -27,13 +27,12 @@ from gndet.data.datasets.exports.folders import (
 from gndet.data.datasets.exports.pictures import Export
 from gndet.data.datasets.exports.yolo_files import Group, Labels, Opened, in_folder, in_list, in_tree, sets_in_folder
 from gndet.data.datasets.exports.yolo_rows import Unit, parse_labels, refuse_other_rows
-from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.faults import Fault, several
 from gndet.data.datasets.segmentation import brief
 
 YAML, DARKNET = (".yaml", ".yml"), ".data"
 NAMES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")  # a class name per line
 USUAL = ("data", "dataset", "obj")  # names of data.yaml and of Darknet's file
-SHOWN = 4  # folders that were looked in
 Tree = dict[str, Any]  # text, lists of text, or mappings of text, by key
 
 
@@ -84,8 +83,10 @@ def _open(annotations: Path, images: Path | None, split: str, outlines: bool) ->
         units += [(prefix + name, label) for name, label in matched.match(place, names)]
     home, labels = str(folder), [label for _, label in units if label]
     if not labels:
-        places = ", ".join(list(matched.listings.known)[:SHOWN])
-        raise Fault("labels-missing", f"none of {len(units)} pictures in {root} has one; looked in {places}")
+        words = (
+            f"{several(len(units), 'picture')} in {root}, like {brief(units[0][0])}, but no label file of such a name"
+        )
+        raise Fault("labels-missing", f"{words}; {matched.what_is_there()}")
     refuse_other_rows(home, labels, _num_keypoints(tree), outlines)
     near = [folder, Path(root), Path(home, labels[0]).parent]
     classes = (_names_of(file, tree, opened) if file else {}) or _names_near(near, opened)
@@ -156,8 +157,11 @@ def _read_tree(file: Path) -> Tree:
         return {key.strip(): value.strip() for key, value in pairs}
     try:
         tree = _plain(yaml.compose(text, yaml.SafeLoader), depth=2)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise Fault("yaml-broken", f"{file}, line {line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise Fault("yaml-broken", f"{file}: not valid YAML: {error}") from None
+        raise Fault("yaml-broken", f"{file}: not valid YAML: {brief(str(error))}") from None
     return tree if isinstance(tree, dict) else {}
 
 

@@ -22,9 +22,11 @@ from gndet.data.datasets.exports.folders import (
 from gndet.data.datasets.exports.yolo_rows import Found
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
+from gndet.data.datasets.segmentation import brief
 
 NOT_LABELS = ("classes", "predefined_classes", "trainval", "notes", *ALIASES)  # names of other .txt files
 IMAGES = ("images", "jpegimages", "image", "imgs", "img")  # folders whose labels lie in a folder beside them
+SHOWN = 4  # folders that were looked in
 TRIED = 3  # pictures of a list that are looked for to find its folder
 
 Group = tuple[str, list[str]]  # a folder, and the pictures in it, relative to it
@@ -132,11 +134,23 @@ class Labels:
         pictures = os.path.join(folder, parent) if parent else folder
         above, name = os.path.split(pictures)
         direct = [*swapped(pictures, IMAGES, ("labels", "Labels")), pictures]
-        others = [os.path.join(self.home, parent), self.home, f"{pictures}/labels", f"{above}/labels/{name}"]
+        others = [
+            *([f"{self.home}/{parent}"] if parent else []),
+            self.home,
+            f"{pictures}/labels",
+            f"{above}/labels/{name}",
+        ]
         best = self.listings.fullest([*direct, *others], stems)
         if best in direct:
             self._beside.setdefault(best, set()).add(pictures)
         return best
+
+    def what_is_there(self) -> str:
+        """Say which label file the folders hold that were looked in, or which folders these are."""
+        for folder, listing in self.listings.known.items():
+            if names := [names[0] for stem, names in listing.items() if _may_be_label(stem)]:
+                return f"{shown(folder)} has {brief(names[0])}"
+        return f"looked in {', '.join(map(shown, list(self.listings.known)[:SHOWN]))}"
 
     def strays(self) -> Found:
         """Return the label files for which there is no picture."""
@@ -145,6 +159,10 @@ class Labels:
         for folder, places in self._beside.items():
             stems = {stem for place in places for stem in pictures.of(place)}
             for stem, (name, *_) in self.listings.of(folder).items():
-                if stem not in stems and stem.lower() not in NOT_LABELS and not stem.lower().startswith("readme"):
+                if stem not in stems and _may_be_label(stem):
                     found.append(("label-stray", f"{shown(os.path.join(folder, name))}: no picture of this name"))
         return found
+
+
+def _may_be_label(stem: str) -> bool:
+    return stem.lower() not in NOT_LABELS and not stem.lower().startswith("readme")

@@ -58,6 +58,14 @@ ODD = [
     {"segmentation": [[10, 10, 60, 60, 60, 10, 10, 60]]},
     {"segmentation": [[10, 10, 10.1, 60, 10, 60], [3, 3, 3, 9, 3, 5]]},
     {"segmentation": [[0, 0, 50, 0, 50, 50, 0, 50], [1, 2]]}, {"extra": {"a": [{}, {"b": 1}]}},
+    {"ignore": 1}, {"ignore": 0}, {"ignore": "1"}, {"ignore": [1]}, {"ignore": True, "iscrowd": 1},
+    {"bbox": []}, {"bbox": [], "segmentation": []}, {"bbox": None, "segmentation": None}, {"bbox": [None] * 4},
+    {"bbox": None, "segmentation": {"size": [80, 100], "counts": [10, 20, 7970]}}, {"bbox": [], "segmentation": "x"},
+    {"attributes": {"rotation": 30.0}}, {"attributes": {"rotation": 1}, "segmentation": []}, {"attributes": [3]},
+    {"attributes": {"rotation": 10**400}}, {"attributes": {"rotation": "x"}}, {"area": 0}, {"area": 5e3},
+    {"segmentation": [0, 0, 9, 0, 9, 9]}, {"segmentation": [[0, 0], [9, 0], [9, 9]]}, {"segmentation": [[], [7, 7]]},
+    {"segmentation": [[[0, 0], [9, 0], [9, 9]]]}, {"segmentation": [[[0, 0, 9, 0, 9, 9]], [[1, 1], [5, 1], [1, 5]]]},
+    {"segmentation": [{"size": [80, 100], "counts": [10, 20, 7970]}]}, {"segmentation": [[[]]]},
 ]  # fmt: skip
 
 

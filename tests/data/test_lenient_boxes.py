@@ -140,6 +140,11 @@ def test_the_box_of_a_turned_rectangle_encloses_its_corners(tmp_path: Path, degr
     assert "rotation" in finding(dataset, "box-rotated").examples[0]
 
 
+def test_a_box_that_leaves_the_image_by_its_turn_is_clipped_without_a_doubt_about_its_numbers(tmp_path: Path) -> None:
+    dataset = read(tmp_path, {"bbox": [60, 41, 29, 28], "attributes": {"rotation": 45}, "segmentation": None})
+    assert set(found(dataset)) == {"box-rotated", "box-clipped", "mask-missing"}
+
+
 @pytest.mark.parametrize(
     "attributes",
     [None, {}, [], "x", {"rotation": 0.0}, {"rotation": 360}, {"rotation": 180.0}, {"rotation": None},

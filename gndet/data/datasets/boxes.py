@@ -41,6 +41,7 @@ def check_boxes(items: Sequence[dict[str, Any]], sizes: np.ndarray, marks: Marks
     outside = (right <= 0) | (bottom <= 0) | (x >= image_width) | (y >= image_height)
     marks.drop("box-outside", outside & (over > ROUNDING))
     marks.note("box-clipped", over > ROUNDING)
+    over[marks.places.get("box-rotated", [])] = 0  # a turned rectangle may overhang; its numbers are right
     marks.note("box-overhang", over > OVERHANG)
     marks.note("box-tiny", (width < 1) | (height < 1))
     return boxes, width * height

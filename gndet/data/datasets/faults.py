@@ -224,7 +224,8 @@ FAULTS: dict[str, Kind] = {
     "boxes-normalized": Kind(
         REFUSED,
         "boxes whose numbers all lie in 0 to 1",
-        "bbox is in pixels: multiply x and width by the image's width, y and height by its height",
+        "bbox is in pixels: multiply x and width by the image's width, y and height by its height; "
+        "YOLO's text files are read as they are",
     ),
     "boxes-xyxy": Kind(
         REFUSED,

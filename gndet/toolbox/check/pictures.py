@@ -32,7 +32,10 @@ TIME_LIMIT = 120.0  # seconds per picture; 100 million pixels take a while
 IMAGES, COLUMNS = 16, 4  # of the contact sheet: images, images per row
 SIDE = 640  # pixels of the longer side of an image
 BARE = ("picture-size", "picture-unrotated")  # drawn without boxes: boxes for another size would be misplaced
-INVISIBLE = ("image-empty", "crowd", "number-float", "area-missing", "mask-missing", "picture-mode")  # on the sheet
+INVISIBLE = (  # on the sheet
+    "image-empty", "crowd", "number-float", "area-missing", "area-wrong", "area-odd", "area-box", "box-none",
+    "mask-missing", "picture-mode",
+)  # fmt: skip
 
 Show = Callable[[str], None]
 

@@ -124,10 +124,10 @@ def test_other_boxes_stay_refused(tmp_path: Path) -> None:
 # --- turned boxes
 
 
-@pytest.mark.parametrize("degrees", [30.0, 45, -20, 90, 135.5, 330, 720 + 10])
-def test_the_box_of_a_turned_rectangle_encloses_its_corners(tmp_path: Path, degrees: float) -> None:
+@pytest.mark.parametrize("degrees", [30.0, 45, -20, 90, 135.5, 330, 720 + 10, "15.5"])
+def test_the_box_of_a_turned_rectangle_encloses_its_corners(tmp_path: Path, degrees: Any) -> None:
     dataset = read(tmp_path, {"attributes": {"occluded": False, "rotation": degrees}, "segmentation": []}, good=1)
-    angle, (x, y, width, height) = math.radians(degrees), BOX
+    angle, (x, y, width, height) = math.radians(float(degrees)), BOX
     corners = [
         (x + width / 2 + dx * math.cos(angle) - dy * math.sin(angle),
          y + height / 2 + dx * math.sin(angle) + dy * math.cos(angle))
@@ -148,7 +148,8 @@ def test_a_box_that_leaves_the_image_by_its_turn_is_clipped_without_a_doubt_abou
 @pytest.mark.parametrize(
     "attributes",
     [None, {}, [], "x", {"rotation": 0.0}, {"rotation": 360}, {"rotation": 180.0}, {"rotation": None},
-     {"rotation": "left"}, {"rotation": True}, {"occluded": True}, {"rotation": [30]}],
+     {"rotation": "left"}, {"rotation": "nan"}, {"rotation": ""}, {"rotation": True}, {"rotation": [30]},
+     {"occluded": True}],
 )  # fmt: skip
 def test_a_box_that_is_not_turned_stays(tmp_path: Path, attributes: Any) -> None:
     dataset = read(tmp_path, {"attributes": attributes})

@@ -4,6 +4,7 @@ Letters: n annotations, m of them.  Boxes are float64 pixels of the original, xy
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -94,6 +95,10 @@ def _boxes_of_masks(segmentations: Sequence[Any], sizes: np.ndarray) -> np.ndarr
 def _turns(attributes: Sequence[Any]) -> np.ndarray:
     """Return CVAT's `rotation` of n annotations in degrees, (n,); 0 where `attributes` holds none, or not a number."""
     values = [value.get("rotation", 0) if type(value) is dict else 0 for value in attributes]
+    for place, value in enumerate(values):
+        if type(value) is str:
+            with suppress(ValueError):
+                values[place] = float(value)
     degrees = to_floats(values)
     return np.where(np.isfinite(degrees), degrees, 0)
 

@@ -9,14 +9,19 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 from faults.tiny import CONFIG
+from PIL import Image
 
 import gndet
 from gndet.cli.main import main
 from gndet.config.loading import load_config, override_words
+from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.shapes import draw_image
 from gndet.errors import CheckpointError, ConfigError, DataError, TrainingError
 
 pytestmark = pytest.mark.usefixtures("thin")
+LOW = {"box_head": {"score_threshold": 0.01}}  # an untrained detector is sure of nothing
 
 
 @pytest.fixture
@@ -108,10 +113,9 @@ def test_overrides_from_python_are_those_of_the_command_line(config: Path) -> No
 def test_a_run_and_its_checkpoints_are_loaded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(trained.parent))
     picture = draw_image(seed=3, index=0, size=64)
-    low = {"box_head": {"score_threshold": 0.01}}
-    expected = gndet.load(trained, model=low).predict(picture, 0.0)
+    expected = gndet.load(trained, model=LOW).predict(picture, 0.0)
     for path in (str(trained), trained / "last", "~/out"):
-        detector = gndet.load(path, model=low)
+        detector = gndet.load(path, model=LOW)
         assert detector.classes == ("disc", "box", "triangle", "star") and len(detector.category_ids) == 4
         assert detector.config.model.box_head.score_threshold == 0.01 and not detector.model.training
         assert detector.predict(picture, 0.0).boxes.tolist() == expected.boxes.tolist() != []
@@ -149,6 +153,19 @@ def test_evaluation_from_python_is_that_of_the_command_line(
         detector.evaluate("missing.yaml")
 
 
-def test_evaluation_on_a_folder_reads_that_folder(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["_annotations.coco.json", "valid/_annotations.coco.json"])
+def test_evaluation_takes_a_folder_of_data_and_an_annotation_file(trained: Path, tmp_path: Path, layout: str) -> None:
+    detector, file = gndet.load(trained, model=LOW), tmp_path / layout
+    dataset = read_dataset(DatasetConfig(kind="shapes", count=4, size=64, seed=9), DataConfig())
+    file.parent.mkdir(exist_ok=True)
+    for record in dataset.records:
+        Image.fromarray(record.load()).save(file.parent / f"{record.image_id}.png")
+    records = [record._replace(file_name=f"{record.image_id}.png") for record in dataset.records]
+    file.write_text(json.dumps(to_coco(dataset._replace(records=records))))
+    config = load_config("quickstart", override_words({"data": {"val": {"count": 4, "size": 64, "seed": 9}}}))
+    expected = detector.evaluate(config)
+    assert str(detector.evaluate(tmp_path)) == str(detector.evaluate(str(file))) == str(expected)
+    assert expected.evaluation.box.summary["AR"] > 0
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=str(tmp_path)):
-        gndet.load(trained, data={"val": {"kind": "coco", "annotations": "a.json"}}).evaluate(tmp_path)
+        detector.evaluate(tmp_path / "empty")

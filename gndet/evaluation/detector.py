@@ -15,8 +15,9 @@ from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict, load_config, override_words, with_overrides
-from gndet.config.schema import Config
+from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.datasets.images import Reading, picture_size
+from gndet.data.datasets.layout import find_sets
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
@@ -205,8 +206,9 @@ class Detector:
     def evaluate(self, data: Path_ | Config | None = None) -> Scores:
         """Score the detector by COCO's metrics.  Returns {"box/AP": 0.41, ...}; printed, it is a table.
 
-        data: a folder of data, or a config (a file, a packaged name, or a Config) whose data.val is used; None for the
-        data.val that the detector was trained with.  Pictures are resized as in training, whatever the config says.
+        data: a data folder (its set val, or its only one), an annotation file, or a config (a YAML file, a packaged
+        name or a Config), whose data.val is used; None for the data.val that the detector was trained with.  Pictures
+        are resized as the detector's config says.
         Raises DataError, also if the classes of the data differ from the detector's, and ConfigError.
         """
         config = self.config if data is None else self.config.model_copy(update={"data": self._data_of(data)})
@@ -214,15 +216,21 @@ class Detector:
         _, evaluation = evaluate_checkpoint(detector, Process(0, 1, self.model.device))
         return Scores(evaluation)
 
-    def _data_of(self, data: Path_ | Config) -> Any:
-        """Return the section `data` of a config, or of a folder, with the sizes that the network sees."""
+    def _data_of(self, data: Path_ | Config) -> DataConfig:
+        """Return the section `data` of a config or for files, with the sizes that the network sees."""
         own = self.config.data
-        if not isinstance(data, Config):
-            path = Path(data).expanduser()
-            if path.is_dir():
-                return with_overrides(self.config, override_words({"data.root": str(path)}), "evaluate").data
-            data = load_config(path)
-        return data.data.model_copy(update={name: getattr(own, name) for name in SEEN})
+        seen = {name: getattr(own, name) for name in SEEN}
+        if isinstance(data, Config):
+            return data.data.model_copy(update=seen)
+        path = Path(data).expanduser()
+        if not path.is_dir() and (not path.is_file() or path.suffix in (".yaml", ".yml")):
+            return load_config(path).data.model_copy(update=seen)
+        if path.is_dir():
+            root, sets = path, find_sets(path, "auto")
+            only = DatasetConfig(split=next(iter(sets)) if len(sets) == 1 else "val")
+        else:
+            root, only = path.parent, DatasetConfig(annotations=path.name)
+        return own.model_copy(update={"root": str(root), "train": only, "val": only})
 
 
 def _warn(reasons: Iterable[str]) -> None:

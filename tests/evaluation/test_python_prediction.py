@@ -21,6 +21,9 @@ from pycocotools.coco import COCO
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.cli.main import main
+from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.segmentation import to_rle
 from gndet.data.datasets.shapes import draw_image
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector, load
@@ -473,6 +476,30 @@ def test_yolo_rows_draw_the_masks_again_and_hold_the_boxes(
     halves = rows[:, 3:] * (120, 64) / 2
     assert np.allclose(np.hstack((centers - halves, centers + halves)), plain.boxes, atol=1e-3)
     assert np.array_equal(rows[:, 0], plain.labels)
+
+
+@pytest.mark.parametrize("form", ["labelme", "yolo"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_its_labels_are_read_as_a_data_set(
+    detector: Detector, boxes_only: Detector, folder: Path, form: str, masks: bool
+) -> None:
+    """Objects whose mask has no pixel are left out: they are written as their boxes."""
+    found = list((detector if masks else boxes_only).predict(folder, 0.0))
+    found = [one[one.results.areas > 0] for one in found] if masks else found
+    for one in found:
+        file = one.path.with_suffix(".json" if form == "labelme" else ".txt")
+        (one.to_labelme if form == "labelme" else one.to_yolo)(file)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in detector.classes))
+    data = DataConfig(root=str(folder), cache="")
+    dataset = read_dataset(DatasetConfig(kind=form), data)
+    assert len(dataset.records) == len(found)
+    for one, record in zip(found, dataset.records, strict=True):
+        assert record.size == one.size and sorted(one.names) == sorted(dataset.classes[n] for n in record.labels)
+        if masks:
+            read = sorted(coco_mask.decode(to_rle(mask, one.size)).tobytes() for mask in record.segmentations)
+            assert read == sorted(mask.tobytes() for mask in one.masks)
+        else:
+            assert np.allclose(np.sort(record.boxes, axis=0), np.sort(one.boxes, axis=0), atol=1e-3)
 
 
 # --- memory

@@ -1,4 +1,4 @@
-"""`gndet convert-data SOURCE OUT --to coco|yolo [key=value ...]`."""
+"""`gndet convert-data SOURCE OUT --to coco|yolo [--image-folder FOLDER] [key=value ...]`."""
 
 from pathlib import Path
 
@@ -11,6 +11,9 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("source", help="data folder, annotation file, or config (its data.train and data.val)")
     verb.add_argument("out", type=Path, help="new or empty folder for the copy, pictures included")
     verb.add_argument("--to", choices=("coco", "yolo"), required=True, help="format of the copy")
+    verb.add_argument(
+        "--image-folder", type=Path, metavar="FOLDER", help="pictures of an annotation file (default: search near it)"
+    )
     add_overrides(verb)
 
 
@@ -18,5 +21,5 @@ def run(options: Options) -> int:
     """Write the copy."""
     from gndet.toolbox.convert_data import convert_data
 
-    convert_data(options.source, options.out, options.to, options.overrides, say)
+    convert_data(options.source, options.out, options.to, options.overrides, say, options.image_folder)
     return 0

@@ -32,16 +32,19 @@ DIGITS = 6  # of YOLO's fractions: a hundredth of a pixel in a picture 10,000 pi
 Show = Callable[[str], None]
 
 
-def convert_data(source: str, out: Path, to: str, overrides: list[str], show: Show) -> None:
+def convert_data(
+    source: str, out: Path, to: str, overrides: list[str], show: Show, image_folder: Path | None = None
+) -> None:
     """Write a copy of all sets of a folder, an annotation file or a config.
 
     out: a new or empty folder; to: coco (OUT/annotations/instances_SET.json, OUT/SET/) or yolo (OUT/data.yaml,
-    OUT/images/SET/, OUT/labels/SET/).  Boxes are clipped to their picture.
+    OUT/images/SET/, OUT/labels/SET/).  Boxes are clipped to their picture.  image_folder: the pictures of an annotation
+    file; by default, a folder near it is used.
     Raises DataError for data that is refused, ConfigError, and OutputError for a folder that holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is not an empty folder; gndet writes the copy into a new or empty one")
-    sets = _read(source, overrides, show)
+    sets = _read(source, overrides, show, image_folder)
     refuse_all({dataset.name: dataset.findings for dataset in sets.values()})
     for name, dataset in sets.items():
         if not isinstance(dataset.records, PackedRecords):
@@ -53,14 +56,14 @@ def convert_data(source: str, out: Path, to: str, overrides: list[str], show: Sh
         show(f"{name or ALL}: {several(len(dataset.records), 'image')} of {dataset.name} -> {out}{fixed}")
 
 
-def _read(source: str, overrides: list[str], show: Show) -> dict[str, Dataset]:
+def _read(source: str, overrides: list[str], show: Show, image_folder: Path | None) -> dict[str, Dataset]:
     path = find_config(source).expanduser()
     if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None:
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data
     try:
-        found = sets_at(path)
+        found = sets_at(path, image_folder and image_folder.expanduser())
     except Fault as fault:
         raise DataError(f"{fault}\nexpected a data folder, an annotation file or a config") from None
     datasets = {name: inspect_source(where, data, show) for name, where in found.items()}
@@ -129,8 +132,12 @@ def _plain(number: float) -> str:
 
 
 def _clipped(record: Record) -> Record:
+    """Clip the boxes to the picture; a box that changes loses area, too."""
     height, width = record.size
-    return record._replace(boxes=record.boxes.clip(0, [width, height, width, height]))
+    boxes = record.boxes.clip(0, [width, height, width, height])
+    inside = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    area = np.where((boxes != record.boxes).any(1), np.minimum(record.area, inside), record.area)
+    return record._replace(boxes=boxes, area=area)
 
 
 def _copy(records: PackedRecords, index: int, folder: Path, stems: set[str] | None = None) -> str:

@@ -34,13 +34,13 @@ SETTLED = 2_000_000_000  # ns after which a file system's clock has surely advan
 
 def cached(
     cache: str, path: Path, files: ImageFolder | None, reading: Reading, read: Callable[[], Dataset],
-    tell: Tell | None = None, sources: Sequence[Path] = (), way: tuple[str, ...] = (),
+    tell: Tell | None = None, sources: Sequence[Path] = (), way: tuple[str, ...] = (), units: str = "",
 ) -> Dataset:  # fmt: skip
     """Return the data set of annotations and their image folder from the cache; if missing, read and cache it.
 
     cache: data.cache, "" for none.  Processes that want the same data set take turns; tell: called with a line if this
     one has to wait.  path: the annotation file; or what names an export of many files, which are the sources.  way: the
-    format and set, if it is not a COCO file.
+    format and set, if it is not a COCO file; units: a hash of what the export consists of.
     Raises ConfigError for a cache in the image folder, OSError for an unreadable annotation file, and what read raises.
     """
     if not cache:
@@ -59,7 +59,7 @@ def cached(
                 if tell is not None:
                     tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-        entry = _Entry(home, path, files, reading, sources)
+        entry = _Entry(home, path, files, reading, sources, units)
         if (dataset := entry.load()) is not None:
             return dataset
         digest = entry.digest()  # before reading: a change meanwhile must not be cached as the new file's content
@@ -86,6 +86,7 @@ class _Entry(NamedTuple):
     files: ImageFolder | None
     reading: Reading
     sources: Sequence[Path]  # the annotation files of an export
+    units: str
 
     def load(self) -> Dataset | None:
         """Return the saved data set, with what `gndet check --images` found; None if no entry can be trusted."""
@@ -165,7 +166,8 @@ class _Entry(NamedTuple):
 
     def _inputs(self, subfolders: list[str]) -> dict[str, str]:
         """Return what else must be unchanged, besides the annotation file and what the entry's name encodes."""
-        return {"reader": _reader(), "listing": self.files.digest(subfolders) if self.files else ""}
+        listing = self.files.digest(subfolders) if self.files else ""
+        return {"reader": _reader(), "listing": listing, "units": self.units}
 
 
 def keep_pictures(records: Sequence[Record], findings: Sequence[Finding]) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from collections.abc import Iterable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,6 +158,11 @@ class ImageFolder:
     def subfolders(self) -> list[str]:
         """Return the folders listed so far, relative to home."""
         return sorted(self._listings)
+
+    def look_into(self, subfolders: Iterable[str]) -> None:
+        """List subfolders in which another process has looked for pictures."""
+        for folder in subfolders:
+            self._listing(folder)
 
     def digest(self, subfolders: list[str]) -> str:
         """Hash the names, sizes, times and faults of the files in these subfolders."""

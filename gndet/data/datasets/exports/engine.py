@@ -3,6 +3,7 @@
 Letters: N pictures, n objects.  Each part numbers its pictures, objects and classes from 1; joining renumbers them.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ class Part(NamedTuple):
     names: list[str]  # of the classes that occur, if the export declares none; a category id is an index from 1
     columns: Columns
     findings: tuple[Finding, ...]
+    subfolders: list[str]  # of the image folder, in which its pictures were looked for
 
 
 def inspect_export(
@@ -55,8 +57,9 @@ def inspect_export(
         reading = Reading.of(data)
         read = partial(_inspect, export, annotations, files, reading, found)
         way = (open_export.__name__, split)
+        units = hashlib.sha256(repr(export.units).encode("utf-8", "surrogateescape")).hexdigest()
         with gc_paused():
-            dataset = cached(data.cache, annotations, files, reading, read, tell, export.files, way)
+            dataset = cached(data.cache, annotations, files, reading, read, tell, export.files, way, units)
         return dataset._replace(notes=(*export.notes, *dataset.notes))
     except Fault as fault:
         found.add(fault.code, str(fault))
@@ -82,6 +85,7 @@ def _inspect(export: Export, annotations: Path, files: ImageFolder, reading: Rea
             annotation_ids=part.columns.annotation_ids + num_objects,
         ))  # fmt: skip
         found.take(_shifted(part.findings, num_pictures))
+        files.look_into(part.subfolders)
         num_pictures += part.num
         num_objects += int(part.columns.all_ids.max(initial=0))
     _note_twins(images, found)
@@ -92,13 +96,13 @@ def _inspect(export: Export, annotations: Path, files: ImageFolder, reading: Rea
 
 
 def _shifted(findings: tuple[Finding, ...], by: int) -> Iterator[Finding]:
-    """Renumber the images of findings."""
-    for finding in findings:
+    """Renumber the images of findings; without pictures that occur twice, which `_note_twins` notes for all parts."""
+    for finding in (finding for finding in findings if finding.code != "file-twice"):
         yield finding._replace(image_ids=tuple(number + by for number in finding.image_ids))
 
 
 def _note_twins(images: list[Image], found: Findings) -> None:
-    """Note pictures that occur twice; a part cannot see those of another."""
+    """Note pictures that occur twice, in one part or in two."""
     owners: dict[str, str] = {}
     for image in images:
         if image.path in owners:
@@ -160,4 +164,6 @@ def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int)
             })  # fmt: skip
     images, sizes = read_images(entries, files, reading, found)
     columns, _ = read_columns(items, Known.of(sizes, names.values()), found)
-    return Part(len(pictures), images, [] if export.classes else list(names), columns, found.listed())
+    return Part(
+        len(pictures), images, [] if export.classes else list(names), columns, found.listed(), files.subfolders()
+    )

@@ -15,12 +15,13 @@ import yaml
 
 from gndet.config.loading import find_config, load_config, with_overrides
 from gndet.config.schema import Config
+from gndet.data.datasets.classes import with_known
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.faults import Fault, refuse_all, several
 from gndet.data.datasets.formats import sniff
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.packed import PackedRecords
-from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, with_known
+from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source
 from gndet.data.datasets.tracing import joined, outlines_of
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError, OutputError

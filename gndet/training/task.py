@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from gndet.config.schema import Config
+from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import NOTED, refuse_all, share
 from gndet.data.datasets.packed import count_objects
 from gndet.data.datasets.plausible import limit_notes
-from gndet.data.datasets.reading import between, inspect_both
+from gndet.data.datasets.reading import inspect_both
 from gndet.data.records import Dataset
 from gndet.distributed.signals import StopSignals
 from gndet.training.log import Log

@@ -22,8 +22,9 @@ from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets import cache as cache_module
 from gndet.data.datasets.cache import keep_pictures
 from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.comparing import between
 from gndet.data.datasets.packed import Packed
-from gndet.data.datasets.reading import between, inspect_both, inspect_dataset, read_dataset
+from gndet.data.datasets.reading import inspect_both, inspect_dataset, read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, DataError
 from gndet.toolbox.check.check import check

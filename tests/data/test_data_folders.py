@@ -10,9 +10,10 @@ import pytest
 from exported import codes, picture, words, write
 
 from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.layout import find_sets, set_of
-from gndet.data.datasets.reading import between, inspect_both, inspect_dataset, read_dataset
+from gndet.data.datasets.reading import inspect_both, inspect_dataset, read_dataset
 from gndet.errors import DataError
 from gndet.toolbox.check.check import check
 

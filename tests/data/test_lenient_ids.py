@@ -13,10 +13,11 @@ from pycocotools.coco import COCO
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets import json_parts
 from gndet.data.datasets.coco import inspect_file, to_coco
+from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import FAULTS
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.ids import to_integer
-from gndet.data.datasets.reading import between, inspect_both
+from gndet.data.datasets.reading import inspect_both
 from gndet.data.records import Dataset
 from gndet.toolbox.check.check import check
 

@@ -2,19 +2,16 @@
 
 `layout` finds out what the files are.  Each kind has a reader that checks them and keeps what is valid; faults go to
 `Dataset.findings`, and `faults` decides their outcomes.  This file applies the options that all kinds share (share,
-limit, classes, masks) and compares train with val.
+limit, classes, masks); `comparing` compares train with val.
 """
 
-import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 
 from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.data.datasets.classes import taken_back, with_classes, with_known
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.exports.cvat import open_cvat
 from gndet.data.datasets.exports.engine import Opener, inspect_export
@@ -27,16 +24,15 @@ from gndet.data.datasets.file_names import below
 from gndet.data.datasets.first_pictures import look_at_first
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import Source, choose, find_sets, source_of
-from gndet.data.datasets.packed import PackedRecords, count_objects, relabel
-from gndet.data.datasets.segmentation import brief, named_briefly, printable
+from gndet.data.datasets.packed import PackedRecords, count_objects
+from gndet.data.datasets.segmentation import printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.datasets.splitting import chosen
-from gndet.data.records import Dataset, Finding, Record, Tell
+from gndet.data.records import Dataset, Record, Tell
 
 OPENERS: dict[str, Opener] = {
     "cvat": open_cvat, "labelme": open_labelme, "via": open_via, "voc": open_voc, "yolo": open_yolo,
 }  # fmt: skip
-LISTED = 5  # how many differing names to show
 
 
 def read_dataset(
@@ -125,7 +121,7 @@ def inspect_both(data: DataConfig, *, masks: bool, tell: Tell | None = None) -> 
     train = inspect_dataset(data.train, data, masks=masks, tell=tell)
     train = train if data.keep_empty else find_objects(train)
     val = inspect_dataset(data.val, data, known=train.classes, tell=tell)
-    train = _taken_back(train, val.classes)
+    train = taken_back(train, val.classes)
     return (train, val) if masks else (without_masks(train), without_masks(val))
 
 
@@ -145,42 +141,11 @@ def as_configured(dataset: Dataset, limit: int | None, data: DataConfig, *, mask
         dataset = dataset._replace(findings=findings, notes=(*dataset.notes, *notes))
     found = Findings()
     if data.classes is not None and dataset.classes:
-        dataset = _with_classes(_taken_back(dataset, data.classes), data.classes, found)
+        dataset = with_classes(taken_back(dataset, data.classes), data.classes, found)
     if masks and any(finding.code == "mask-missing" for finding in dataset.findings):
         dataset = without_masks(dataset)
         _find_missing_masks(dataset.records, found)
     return _with_findings(dataset, found)
-
-
-def with_known(dataset: Dataset, known: Sequence[str]) -> Dataset:
-    """Add classes that do not occur in annotations that declare none, or were left out: a set may lack a rare class."""
-    dataset = _taken_back(dataset, known)
-    classes = tuple(sorted({*dataset.classes, *known}))
-    if dataset.declared or classes == dataset.classes or not isinstance(dataset.records, PackedRecords):
-        return dataset
-    labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
-    note = f"{len(classes) - len(labels)} of the {len(classes)} classes do not occur"
-    records, ids = relabel(dataset.records, labels), tuple(range(1, len(classes) + 1))
-    return dataset._replace(classes=classes, category_ids=ids, records=records, notes=(*dataset.notes, note))
-
-
-def _taken_back(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    """Take back the named classes that the reader of a data set left out: another set has objects of them."""
-    missing = {number: name for number, name in dataset.left_out if name in classes and name not in dataset.classes}
-    if not missing:
-        return dataset
-    names = dict(zip(dataset.category_ids, dataset.classes, strict=True)) | missing
-    category_ids, found = tuple(sorted(names)), Findings()
-    for finding in dataset.findings:
-        count = finding.count - len(missing) * (finding.code == "category-left-out")
-        found.take([finding._replace(count=count)] if count else [])
-    for number, name in missing.items():
-        found.add("category-unused", f"category {number}: {brief(name)}")
-    records = relabel(dataset.records, np.searchsorted(category_ids, dataset.category_ids))
-    return dataset._replace(
-        classes=tuple(names[number] for number in category_ids), category_ids=category_ids, records=records,
-        findings=found.listed(), left_out=tuple(pair for pair in dataset.left_out if pair[0] not in missing),
-    )  # fmt: skip
 
 
 def without_masks(dataset: Dataset) -> Dataset:
@@ -200,36 +165,6 @@ def _with_findings(dataset: Dataset, found: Findings) -> Dataset:
     return dataset._replace(findings=in_order(dataset.findings + found.listed()))
 
 
-def _with_classes(dataset: Dataset, names: tuple[str, ...], found: Findings) -> Dataset:
-    """Keep the objects of the named classes; a label becomes an index into names."""
-    if fault := _wrong_choice(names, dataset.classes):
-        found.add("classes-choice", fault)
-        return dataset
-    if len(names) < len(dataset.classes):
-        note = f"only {len(names)} of {len(dataset.classes)} classes are used; the findings are of the whole file"
-        dataset = dataset._replace(notes=(*dataset.notes, note))
-    old = [dataset.classes.index(name) for name in names]
-    labels = np.full(len(dataset.classes), -1)
-    labels[old] = np.arange(len(names))
-    category_ids = tuple(dataset.category_ids[index] for index in old)
-    return dataset._replace(classes=names, category_ids=category_ids, records=relabel(dataset.records, labels))
-
-
-def _wrong_choice(names: tuple[str, ...], classes: tuple[str, ...]) -> str:
-    """Return what is wrong with a list of class names, or "" if nothing is."""
-    unknown = [name for name in names if name not in classes]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if unknown:
-        text = f"not in the file: {_with_nearest(unknown, classes)}"
-    elif twice:
-        text = f"named twice: {', '.join(map(brief, twice[:LISTED]))}"
-    elif not names:
-        text = "the list is empty, expected names of categories"
-    else:
-        return ""
-    return f"data.classes: {text}; the file has {named_briefly(classes)}"
-
-
 def find_objects(dataset: Dataset) -> Dataset:
     """Refuse a data set in which no image has an object other than a crowd region: there is nothing to train on."""
     if dataset.refused or count_objects(dataset.records).trainable.any():
@@ -237,71 +172,3 @@ def find_objects(dataset: Dataset) -> Dataset:
     found = Findings()
     found.add("objects-none", f"{len(dataset.records)} images, none with an object other than a crowd region")
     return _with_findings(dataset, found)
-
-
-def between(train: Dataset, val: Dataset) -> tuple[Finding, ...]:
-    """Find conflicts between two sets: different classes, or images in both, by name, by file or by content.
-
-    Content is compared only if `gndet check --images` has decoded both sets.
-    """
-    found = Findings()
-    if train.classes and val.classes and train.classes != val.classes:
-        found.add("classes-differ", _differences(train.classes, val.classes))
-    if not isinstance(train.records, PackedRecords) or not isinstance(val.records, PackedRecords):
-        return found.listed()
-    home, val_home = os.path.realpath(train.records.folder), os.path.realpath(val.records.folder)
-    names, places, seen = {}, {}, {}
-    for image_id, name, path, digest in train.records.files():
-        place = os.path.normpath(f"{home}/{path}")
-        names[name] = places[place] = image_id, name, place
-        if digest:
-            seen[digest] = places[place]
-    for image_id, name, path, digest in val.records.files():
-        place = os.path.normpath(f"{val_home}/{path}")
-        if twin := places.get(place) or names.get(name):
-            _note_twin(found, "file-in-both", twin, (image_id, name, place))
-        if digest in seen and seen[digest][2] != place:
-            _note_twin(found, "picture-in-both", seen[digest], (image_id, name, place))
-    return found.listed()
-
-
-_File = tuple[int, str, str]  # image id, file_name, path
-
-
-def _note_twin(found: Findings, code: str, train: _File, val: _File) -> None:
-    text, ids = "", f"image {train[0]} of train, {val[0]} of val"
-    if code == "picture-in-both":
-        text = f"{ids}: {val[2]} is equal to {train[2]}"
-    elif found.wants_example(code):  # comparing takes a while
-        names = ", ".join(map(brief, dict.fromkeys((train[1], val[1]))))
-        text = f"{names}: {ids}; {_compare_files(Path(train[2]), Path(val[2]))}"
-    found.add(code, text, val[0])
-
-
-def _differences(train: Sequence[str], val: Sequence[str]) -> str:
-    only_train, only_val = ([name for name in a if name not in b] for a, b in ((train, val), (val, train)))
-    if not only_train and not only_val:
-        pairs = enumerate(zip_longest(train, val, fillvalue="nothing"))  # a name may occur twice, refused elsewhere
-        label, (name, other) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
-        return f"the same names in another order: label {label} is {brief(name)} in train, {brief(other)} in val"
-    parts = ((only_train, "train", val), (only_val, "val", train))
-    return "; ".join(f"only {which} has {_with_nearest(names, others)}" for names, which, others in parts if names)
-
-
-def _with_nearest(names: Sequence[str], known: Sequence[str]) -> str:
-    shown = []
-    for name in names[:LISTED]:
-        same = [other for other in known if other.strip().casefold() == name.strip().casefold()]
-        close = same or difflib.get_close_matches(name, known, n=1)
-        shown.append(brief(name) + (f" (nearest: {brief(close[0])})" if close else ""))
-    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-
-
-def _compare_files(path: Path, other: Path) -> str:
-    try:
-        if path.resolve() == other.resolve():
-            return "one file"
-        equal = path.stat().st_size == other.stat().st_size
-    except (OSError, RuntimeError):  # RuntimeError: circular links
-        return "not compared"
-    return "two files of the same size" if equal else "two files of that name"

@@ -17,7 +17,9 @@ from rich.console import Console
 
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
+from gndet.data.datasets.classes import with_known
 from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
 from gndet.data.datasets.formats import sniff
 from gndet.data.datasets.guess import guess_folder
@@ -25,15 +27,7 @@ from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
 from gndet.data.datasets.layout import Source, sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.plausible import limit_notes
-from gndet.data.datasets.reading import (
-    as_configured,
-    between,
-    inspect_both,
-    inspect_source,
-    source_in,
-    with_known,
-    without_masks,
-)  # fmt: skip
+from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, source_in, without_masks
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
 from gndet.evaluation.drawing import save_picture

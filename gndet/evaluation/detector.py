@@ -103,8 +103,9 @@ class Detector:
 
         Batch independence: what is found in a picture does not depend on the other pictures of its list: to the last
         bit where the shapes of canvas and batch agree, otherwise within 1e-5 (scores; boxes, as a share of the
-        picture's longer side) by rounding.  If config.model.batch_coupling() names a coupling (BN, padding: plain), a
-        picture's numbers depend on how much padding the batch gives it; batch=1 gives every picture none.  The numbers
+        picture's longer side), by rounding in float32; bf16, the default on a GPU, rounds more.  If
+        config.model.batch_coupling() names a coupling (BN, padding: plain), a picture's numbers depend on how much
+        padding the batch gives it; batch=1 gives every picture none.  The numbers
         are those of `gndet predict` and of evaluation with the same batches.
         Several threads may call this.  Neither the model nor the pixels of an array change.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gndet.data.datasets.segmentation import named_briefly, printable
 from gndet.data.datasets.tracing import joined, trace
-from gndet.errors import ConfigError, OutputError
+from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.drawing import draw_detections
 from gndet.evaluation.results import Results
 from gndet.files import make_room_for, write_whole, written_whole
@@ -142,13 +142,14 @@ class Prediction:
         where = f"{printable(self.path.name)}{at}, " if self.path else ""
         return f"<Prediction of {len(self)} in {where}{self.size[0]} x {self.size[1]}: {listed}>"
 
-    def _repr_png_(self) -> bytes:
-        """Draw the picture for a notebook."""
-        picture = self.draw()
+    def _repr_png_(self) -> bytes | None:
+        """Draw the picture for a notebook, which shows repr instead if the picture can no longer be read."""
+        try:
+            picture = self.draw()
+        except DataError:
+            return None
         picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        content = io.BytesIO()
-        picture.save(content, "PNG")
-        return content.getvalue()
+        return _png(picture)
 
     def draw(self, file: str | Path | None = None) -> Image.Image:
         """Draw the objects on the picture, enlarged if it is small; `p[p.scores > 0.7].draw()` leaves some out.
@@ -201,11 +202,11 @@ class Prediction:
             for kind, points in drawn:
                 shape = {"label": name, "points": points.tolist(), "group_id": group, "shape_type": kind, "flags": {}}
                 shapes.append(shape)
-        is_file = self.path is not None and self.seconds is None
+        path = self.path if self.seconds is None else None
         content: dict[str, Any] = {
             "version": "5.5.0", "flags": {}, "shapes": shapes,
-            "imagePath": os.path.relpath(self.path, file.parent) if self.path and is_file else f"{file.stem}.png",
-            "imageData": None if is_file else base64.b64encode(_png(Image.fromarray(self.load()))).decode("ascii"),
+            "imagePath": os.path.relpath(_real(path), _real(file).parent) if path else f"{file.stem}.png",
+            "imageData": None if path else base64.b64encode(_png(Image.fromarray(self.load()))).decode("ascii"),
             "imageHeight": self.size[0], "imageWidth": self.size[1],
         }  # fmt: skip
         write_whole(file, json.dumps(content, ensure_ascii=False, indent=2))
@@ -240,6 +241,11 @@ def _new_file(file: str | Path, method: str) -> Path:
         raise OutputError(f"{method} {path}: exists; choose another name")
     make_room_for(path, method)
     return path
+
+
+def _real(file: Path) -> Path:
+    """Resolve the links of a file's folder, but not the file itself: its target may have another name."""
+    return file.parent.resolve() / file.name
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -5,6 +5,7 @@ n pictures.  A folder gives its own pictures, not those of its subfolders; a pat
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ def find_sources(words: Sequence[str]) -> Sources:
             found, others = list_folder(path)
             if not found:
                 raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}){_elsewhere(path, others)}")
+        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(word)):
+            raise DataError(f"{word}: is an address; gndet downloads nothing, so save the file and name it")
         elif glob.has_magic(str(word)):
             found, others = _files_matching(str(path))
         else:

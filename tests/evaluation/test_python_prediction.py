@@ -136,6 +136,7 @@ def test_exif_turns_a_file_and_a_pil_image_alike(detector: Detector, tmp_path: P
         ([np.zeros((8, 9, 3), np.uint8), "no.png"], r"picture 1 of the list: no\.png: no such picture"),
         (["."], "a list holds single pictures"),
         ("no.png", r"no\.png: no such picture"),
+        ("https://example.org/a.png?b", "is an address; gndet downloads nothing"),
     ],
     ids=str,
 )
@@ -372,8 +373,11 @@ def test_it_draws_what_gndet_predict_draws(trained: Path, detector: Detector, fo
     drawn = found.draw(tmp_path / "new" / "mine.png")
     assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(out / "1.png")))
     assert np.array_equal(np.asarray(drawn), np.asarray(Image.open(tmp_path / "new" / "mine.png")))
-    shown = Image.open(io.BytesIO(found._repr_png_()))
-    assert shown.size == drawn.size
+    assert Image.open(io.BytesIO(found._repr_png_())).size == drawn.size
+    (folder / "1.png").unlink()
+    assert found._repr_png_() is None
+    with pytest.raises(DataError, match=r"1\.png"):
+        found.draw()
 
 
 def test_no_file_of_the_user_is_replaced(detector: Detector, folder: Path, tmp_path: Path) -> None:

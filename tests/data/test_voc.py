@@ -273,6 +273,8 @@ def test_a_missing_picture_is_named_and_pictures_without_xml_are_noted(tmp_path:
 def test_an_xml_file_that_a_list_names_and_that_is_missing_is_named(tmp_path: Path) -> None:
     dataset = one(tmp_path, XML, **{"ImageSets/Main/train.txt": "a\nb\n"})
     assert codes(dataset) == {"json-unreadable": 1} and "there is no Annotations/b.xml" in words(dataset)
+    write(tmp_path, {"ImageSets/Main/train.txt": "b\n"})
+    assert "there is no Annotations/b.xml" in words(read(tmp_path))
 
 
 ENCODINGS = {

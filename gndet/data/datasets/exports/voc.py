@@ -50,7 +50,7 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
     whole = files_below(home, (".xml",)) if annotations.is_dir() else []
     files, lists = _find_files(annotations, home, whole, split, images is not None, found)
     if not files:
-        raise Fault("folder-missing", f"{annotations}: no XML file there")
+        raise Fault(*(found or [("folder-missing", f"{annotations}: no XML file there")])[0])
     pictures = Listings(PICTURES)
     by_folder: dict[str, list[str]] = {}
     for file in files:

@@ -4,13 +4,15 @@ import csv
 import errno
 import io
 import os
+import re
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gndet.errors import OutputError
 
+ENDS = 16_384  # bytes at the start and at the end of a file, in which marks are
 TEMPORARY = ".tmp-"  # prefix of files being written; checkpoint.sweep deletes those that a killed run left
 
 
@@ -68,13 +70,73 @@ class LineFile:
         self._file.close()
 
 
-def make_room_for(file: Path, option: str) -> None:
-    """Make the folder for an output file that an option names.  Raises OutputError if the file cannot be written."""
-    if file.is_dir():
-        raise OutputError(f"{option} {file}: is a folder, expected the name of a file")
+class Kind(NamedTuple):
+    """A kind of output file, and how gndet recognizes one that it wrote itself."""
+
+    words: str  # what such a file is, e.g. "a page of gndet report"
+    mark: bytes  # regular expression that gndet's own files match; searched in their first and last 16 kB
+
+
+def report_kind(verb: str) -> Kind:
+    """Return the kind of the JSON report of a verb, an object whose first key is "gndet"."""
+    return Kind(f"a report of gndet {verb}", rb'\A\{\s*"gndet": "%s"' % verb.encode())
+
+
+def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Path] = ()) -> None:
+    """Raise OutputError if the output file that an option names would cost the user a file; else make its folder.
+
+    An existing file is replaced only if it is empty or has the mark of its kind, that is, if gndet wrote it for such an
+    option.  A mark is part of the content: it stays in copies, and nothing is kept beside the output.  The files of a
+    run have no marks, so no option replaces them.  kind: None if every existing file stays.
+    data: the files and folders that the command reads; an output is none of them, and lies in none of them.
+    """
+    real = Path(os.path.realpath(file))
+    for path in data:
+        if any(is_same(place, path) for place in (real, *real.parents)):
+            raise OutputError(
+                f"{option} {file}: is among your data ({path}); gndet writes nothing there, choose another name"
+            )
+    try:
+        if reason := _why_not(file, kind):
+            raise OutputError(f"{option} {file}: {reason}")
+    except OSError as error:
+        raise OutputError(f"{option} {file}: cannot write this file: {error.strerror}") from None
     make_folder(file.parent, option)
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise OutputError(f"{option} {file}: cannot write this file: Permission denied")
+
+
+def _why_not(file: Path, kind: Kind | None) -> str:
+    """Return why gndet does not replace what has this name; "" if it may, or if nothing has."""
+    if file.is_symlink():
+        return f"is a link to {os.path.realpath(file)}; name that file itself, or choose another name"
+    if file.is_dir():
+        return "exists; choose another name" if kind is None else "is a folder, expected the name of a file"
+    if file.exists() and not file.is_file():
+        return "is a device or a pipe, expected the name of a file"
+    if not file.exists() or (kind is not None and (not file.stat().st_size or is_own(file, kind))):
+        return ""
+    if kind is None:
+        return "exists; choose another name"
+    replaced = "only files that gndet wrote are replaced"
+    return f"exists and is not {kind.words}: {replaced}; choose another name, or remove this file"
+
+
+def is_own(file: Path, kind: Kind) -> bool:
+    """Return whether a file has the mark of a kind.  Raises OSError."""
+    with file.open("rb") as opened:
+        ends = opened.read(ENDS)
+        opened.seek(max(opened.seek(0, os.SEEK_END) - ENDS, len(ends)))
+        ends += opened.read()
+    return re.search(kind.mark, ends, re.DOTALL) is not None
+
+
+def is_same(first: Path, second: Path) -> bool:
+    """Return whether two paths lead to one file, also through links, or would if it existed."""
+    try:
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):
+        return os.path.realpath(first) == os.path.realpath(second)
 
 
 def make_folder(folder: Path, option: str) -> None:

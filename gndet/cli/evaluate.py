@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of
-from gndet.files import make_room_for
 
 
 def add(verbs: Verbs) -> None:
@@ -16,20 +15,24 @@ def add(verbs: Verbs) -> None:
 
 def run(options: Options) -> int:
     """Print the metrics; with --out, write the detections."""
+    from gndet.checkpoint import resolve
+    from gndet.data.datasets.reading import user_paths
     from gndet.distributed.process import process
     from gndet.evaluation.detector import evaluate_checkpoint, load_detector
     from gndet.evaluation.evaluate import evaluation_table
-    from gndet.evaluation.results import save_results
+    from gndet.evaluation.results import RESULTS, save_results
+    from gndet.files import refuse_output
 
-    if options.out:
-        make_room_for(options.out, "--out")
     with process(device_of(options.overrides)) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
+        if options.out:
+            data = [resolve(options.checkpoint), *user_paths(detector.config.data)]
+            refuse_output(options.out, "--out", RESULTS, data)
         dataset, evaluation = evaluate_checkpoint(detector, proc)
         if proc.first:
             print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
             print(evaluation_table(evaluation))
             if options.out:
-                save_results(options.out, evaluation.results)
+                save_results(options.out, evaluation.results, marked=True)
                 print(f"{len(evaluation.results)} detections -> {options.out}")
     return 0

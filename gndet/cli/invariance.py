@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from gndet.cli.arguments import Options, Verbs, add_overrides, say
-from gndet.files import make_room_for
 
 
 def add(verbs: Verbs) -> None:
@@ -20,13 +19,15 @@ def run(options: Options) -> int:
     from gndet.config.loading import load_config
 
     cfg = load_config(options.config, options.overrides)
+    from gndet.data.datasets.reading import user_paths
     from gndet.distributed.process import process
+    from gndet.files import refuse_output, report_kind, write_whole
     from gndet.toolbox.invariance.invariance import check_invariance, json_report
 
     if options.out:
-        make_room_for(options.out, "--out")
+        refuse_output(options.out, "--out", report_kind("invariance"), user_paths(cfg.data))
     with process(cfg.device) as proc:
         report = check_invariance(cfg, options.images, proc, say)
     if options.out:
-        options.out.write_text(json_report(report), encoding="utf-8")
+        write_whole(options.out, json_report(report))
     return 0 if report.passed else 1

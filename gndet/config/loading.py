@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gndet.config.presets import without_conventions
-from gndet.config.schema import Config
+from gndet.config.schema import Config, DataConfig
 from gndet.errors import ConfigError
 
 MAX_CONFIG_BYTES = 200_000  # a config fits on a page; an annotation file is YAML too and would be parsed for hours
@@ -70,6 +70,12 @@ def config_files(path: str | Path) -> list[Path]:
     files: list[Path] = []
     _read_chain(find_config(path), {}, files)
     return files
+
+
+def named_paths(data: DataConfig) -> list[Path]:
+    """Return the annotation files and image folders that a config names."""
+    names = (name for part in (data.train, data.val) for name in (part.annotations, part.images))
+    return [Path(os.path.expanduser(data.root), os.path.expanduser(name)) for name in names if name]
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config:

@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
+from gndet.errors import OutputError
 from gndet.evaluation.fonts import class_name, drawable, font
+from gndet.files import Kind
 
 MIN_SIDE = 640  # pixels of the longer side; a smaller picture is enlarged so that labels are legible
 MAX_LABELS = 40  # with more objects, labels would cover the picture
@@ -25,6 +28,8 @@ GOLDEN_ANGLE = 0.381966  # of a full turn: successive hues stay far apart for an
 MASK_OPACITY = 0.4
 GAP = 8  # pixels between pictures
 PAPER = (255, 255, 255)
+# a text of PNG, a comment of JPEG
+PICTURE = Kind("a picture that gndet drew", rb"\A(\x89PNG.*tEXtSoftware\x00gndet|\xff\xd8.*\xff\xfe\x00\x07gndet)")
 
 
 def color(index: int) -> tuple[int, int, int]:
@@ -200,3 +205,16 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
     """Write a picture (H, W, 3) uint8 in the format of the path's suffix; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
+
+
+def save_marked(path: Path, picture: np.ndarray, compression: int = 6) -> None:
+    """Write a picture (H, W, 3) uint8 as PNG or JPEG, with the mark of PICTURE, into an existing folder.
+
+    compression: zlib's level of a PNG file.  Raises OutputError.
+    """
+    text = PngInfo()
+    text.add_text("Software", "gndet")
+    try:
+        Image.fromarray(picture).save(path, pnginfo=text, comment=b"gndet", compress_level=compression)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path}: cannot write the picture: {getattr(error, 'strerror', None) or error}") from None

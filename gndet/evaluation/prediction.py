@@ -22,10 +22,10 @@ from torch import Tensor
 
 from gndet.data.datasets.segmentation import named_briefly, printable
 from gndet.data.datasets.tracing import joined, trace
-from gndet.errors import ConfigError, DataError, OutputError
-from gndet.evaluation.drawing import draw_detections
+from gndet.errors import ConfigError, DataError
+from gndet.evaluation.drawing import PICTURE, draw_detections, save_marked
 from gndet.evaluation.results import Results
-from gndet.files import make_room_for, write_whole, written_whole
+from gndet.files import refuse_output, write_whole
 
 if TYPE_CHECKING:
     import supervision
@@ -154,17 +154,14 @@ class Prediction:
     def draw(self, file: str | Path | None = None) -> Image.Image:
         """Draw the objects on the picture, enlarged if it is small; `p[p.scores > 0.7].draw()` leaves some out.
 
-        file: where to write the drawing, in the format of its suffix; it must not exist.
+        file: where to write the drawing, in the format of its suffix; only a drawing of gndet is replaced.
         Raises DataError if the picture can no longer be read, and OutputError.
         """
         drawn = Image.fromarray(draw_detections(self.load(), self.results, self.classes, self.category_ids, 0.0))
         if file is not None:
-            path = _new_file(file, "draw")
-            try:
-                with written_whole(path) as partial:
-                    drawn.save(partial)
-            except ValueError as error:  # a suffix that Pillow does not know
-                raise OutputError(f"draw {path}: {error}") from None
+            path = Path(file).expanduser()
+            refuse_output(path, "draw", PICTURE)
+            save_marked(path, np.asarray(drawn))
         return drawn
 
     def to_torchvision(self) -> dict[str, Tensor]:
@@ -237,9 +234,7 @@ class Prediction:
 def _new_file(file: str | Path, method: str) -> Path:
     """Make the folder of a file.  Raises OutputError if the file exists: labels that were edited are the user's."""
     path = Path(file).expanduser()
-    if path.exists():
-        raise OutputError(f"{method} {path}: exists; choose another name")
-    make_room_for(path, method)
+    refuse_output(path, method, None)
     return path
 
 

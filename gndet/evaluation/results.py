@@ -16,9 +16,12 @@ import numpy as np
 from hotcoco import mask as hotcoco_mask
 from pycocotools import mask as coco_mask
 
-from gndet.files import written_whole
+from gndet.files import Kind, written_whole
 
 WRITTEN_AT_ONCE = 10_000  # detections held in memory as text
+# whitespace that spells "gndet" in bits: the mark of a list of results, which has no place for a word
+SIGNATURE = "".join("\t" if bit == "1" else " " for letter in b"gndet" for bit in f"{letter:08b}")
+RESULTS = Kind("a file of detections that gndet wrote for --out", rb"\]\n" + SIGNATURE.encode() + rb"\n\Z")
 FIELDS = ("image_ids", "category_ids", "boxes", "scores", "sizes", "areas")
 
 
@@ -109,13 +112,14 @@ def mask_areas(masks: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array(hotcoco_mask.area(list(masks)), dtype=np.float64)
 
 
-def save_results(path: Path, results: Results) -> None:
-    """Write COCO results as JSON, whole or not at all.  Raises OutputError."""
+def save_results(path: Path, results: Results, *, marked: bool = False) -> None:
+    """Write COCO results as JSON, whole or not at all; marked: with the mark of RESULTS.  Raises OutputError."""
     with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         for first in range(0, len(results), WRITTEN_AT_ONCE):
             text = json.dumps(list(results[first : first + WRITTEN_AT_ONCE]))
             file.write(("[" if first == 0 else ", ") + text[1:-1])
         file.write("]" if len(results) else "[]")
+        file.write(f"\n{SIGNATURE}\n" if marked else "")
 
 
 Paste = Literal["exact", "rounded", "detectron"]

@@ -3,6 +3,7 @@
 (h, w) frame.  Pictures are (h, w, 3) uint8 RGB, upright as a player shows them.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -12,13 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gndet.errors import DataError, OutputError
-from gndet.files import written_whole
+from gndet.files import Kind, written_whole
 
 try:
     import av
 except ImportError:
     av = None  # type: ignore[assignment]  # the extra `video` is not installed
 
+MARK = b"\0\0\0\x0dfreegndet"  # a box that players skip: its length in 4 bytes, its type, its content
+VIDEO = Kind("a video that gndet drew", re.escape(MARK) + rb"\Z")
 ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first available is used; the last is FFmpeg's own
 CLOCK = 90_000  # ticks per second of written files: MPEG's, a multiple of every usual frame rate
 USUAL_RATE = Fraction(25)  # frames per second if a file does not state them
@@ -107,6 +110,9 @@ def video_writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray, f
                     container.mux(stream.encode())
             if stream is None:
                 partial.unlink()
+            else:
+                with partial.open("ab") as file:
+                    file.write(MARK)
     except av.FFmpegError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 

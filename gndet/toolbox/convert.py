@@ -13,8 +13,8 @@ from gndet.config.presets import DATA
 from gndet.config.schema import Config, ModelConfig, NormConfig
 from gndet.data.datasets.images import Reading, find_pictures, picture_record, picture_size
 from gndet.data.records import Dataset
-from gndet.errors import ConfigError, OutputError
-from gndet.files import text_table
+from gndet.errors import ConfigError
+from gndet.files import refuse_output, text_table
 from gndet.weights.convert import Fate
 from gndet.weights.foreign.export import TOOLKITS, export_weights
 from gndet.weights.foreign.files import write_torch
@@ -40,8 +40,7 @@ def convert(
         raise ConfigError(
             f"{refused[0]}: gndet convert takes --policy, --damp and --count, and of train only train.source"
         )
-    if out.exists():
-        raise OutputError(f"{out}: exists; choose another name")
+    refuse_output(out, "OUT", None, filter(Path.is_dir, pictures))
     if policy == "calibrate" and not pictures:
         raise ConfigError("--policy calibrate needs pictures to fit on: name files or folders with --images")
     source, cfg = _read(where, overrides)

@@ -286,7 +286,7 @@ def test_no_file_of_the_user_is_overwritten(tmp_path: Path, name: str) -> None:
     before = (data.folder / name).read_bytes()
     with pytest.raises(OutputError, match=r"among your data|not a report of gndet check"):
         check(str(data.folder / "config.yaml"), [], lambda _: None, out=data.folder / name)
-    with pytest.raises(OutputError, match=r"expected a name like|among your data"):
+    with pytest.raises(OutputError, match=r"not a picture that gndet drew|among your data"):
         check(str(data.folder / "config.yaml"), [], lambda _: None, sheet=data.folder / name)
     assert (data.folder / name).read_bytes() == before
 

@@ -183,8 +183,15 @@ def test_no_picture_is_overwritten_and_each_has_a_name(trained: Path, tmp_path: 
 def test_no_crop_is_overwritten_by_crops(detector: Detector, folder: Path) -> None:
     (folder / "crops").mkdir()
     shutil.copy(folder / "a.png", folder / "crops" / "a.png")
-    with pytest.raises(OutputError, match="would overwrite"):
+    with pytest.raises(OutputError, match="not a picture that gndet drew"):
         run(detector, [folder / "crops"], folder, crops=True)
+    run(detector, [folder / "a.png"], folder / "out", threshold=0.0, crops=True)
+    crop = next((folder / "out" / "crops").rglob("a-1-*.png"))
+    shutil.copy(folder / "a.png", folder / "out" / "a.png")
+    with pytest.raises(OutputError, match="would overwrite"):
+        run(detector, [folder / "a.png"], folder, crops=True)
+    with pytest.raises(OutputError, match="would overwrite"):
+        run(detector, [folder / "out" / "a.png", crop], folder / "out", crops=True)
 
 
 @pytest.mark.parametrize("bad", ["missing.jpg", "empty.jpg", "text.jpg", "text.mp4"])

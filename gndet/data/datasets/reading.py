@@ -6,10 +6,13 @@ limit, classes, masks); `comparing` compares train with val.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from gndet.config.loading import named_paths
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.classes import taken_back, with_classes, with_known
 from gndet.data.datasets.coco import inspect_file
@@ -84,6 +87,18 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
         return source_of(below(data.root, cfg.annotations), images, cfg.kind, split)
     source = choose(root, find_sets(root, cfg.kind), split)
     return source if images is None else source._replace(images=images)
+
+
+def user_paths(data: DataConfig) -> list[Path]:
+    """Return the annotations and image folders of a config, named or found: gndet writes nothing onto or into them."""
+    paths = named_paths(data)
+    for part in (data.train, data.val):
+        if part.kind != "shapes":
+            with suppress(Fault):  # the reader reports it
+                kind, annotations, images, _ = source_in(part, data)
+                images = images or (guess_folder(annotations) if kind == "coco" else None)
+                paths += [annotations, *([images] if images else [])]
+    return paths
 
 
 def inspect_source(source: Source, data: DataConfig, tell: Tell | None = None, named: str = "auto") -> Dataset:

@@ -9,13 +9,13 @@ from gndet.config.loading import find_config, load_config
 from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import refuse
-from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.reading import read_dataset, user_paths
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
-from gndet.files import csv_table, make_folder, make_room_for, text_table, write_whole
+from gndet.files import csv_table, refuse_output, report_kind, text_table, write_whole
 from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
-from gndet.toolbox.analysis.tables import Table, all_tables, known
+from gndet.toolbox.analysis.tables import FILES, Table, all_tables, known
 from gndet.training.run_folder import CONFIG, DETECTIONS
 
 SHOWN = 20  # rows per table on the terminal; the files hold all rows
@@ -40,11 +40,12 @@ def analyze(
     suspected annotations to list.  Raises ConfigError, DataError or OutputError before it writes anything.
     """
     dataset, results, limit = read_subject(source, data, overrides)
-    kind = chosen_kind(dataset, results, kind)
+    kind, inputs = chosen_kind(dataset, results, kind), _inputs(source, data, overrides)
     if json_file:
-        make_room_for(json_file, "--json")
+        refuse_output(json_file, "--json", report_kind("analyze"), inputs)
     if csv_folder:
-        make_folder(csv_folder, "--csv")
+        for name, file in FILES.items():
+            refuse_output(csv_folder / name, "--csv", file, inputs)
     found = make_analysis(dataset, results, kind=kind, max_detections=limit)
     tables = all_tables(found, dataset, images)
     counts = f"{len(dataset.records)} images, {len(results)} detections"
@@ -90,6 +91,14 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
     return dataset, read_results(path, dataset), cfg.evaluation.max_detections
 
 
+def _inputs(source: Path, data: str | None, overrides: Sequence[str]) -> list[Path]:
+    """Return the files and folders that hold the subject: detections, and annotations or the data of a config."""
+    named = find_config(str(source / CONFIG) if source.is_dir() else data or "")
+    if named.suffix in (".yaml", ".yml"):
+        return user_paths(load_config(named, overrides).data)
+    return [source, named]
+
+
 def terminal_table(table: Table) -> str:
     """Return a table for the terminal, with fractions in percent and at most SHOWN rows."""
     rows = [table.columns, *([_shown(value) for value in row] for row in table.rows[:SHOWN])]
@@ -109,7 +118,8 @@ def analysis_json(found: Analysis, tables: Sequence[Table]) -> dict[str, Any]:
     whole = {"AP": found.intervals.ap, "AP50": found.intervals.ap50}
     listed = {table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in tables}
     return {
-        "kind": found.kind, "summary": {name: known(value) for name, value in found.metrics.summary.items()},
+        "gndet": "analyze", "kind": found.kind,
+        "summary": {name: known(value) for name, value in found.metrics.summary.items()},
         "intervals": {name: list(map(known, ends)) for name, ends in whole.items()},
         "draws": found.intervals.draws, "threshold": found.threshold,
         "error_totals": {name: found.errors.delta_ap[name] for name in ("FP", "FN")},

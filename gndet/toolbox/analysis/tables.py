@@ -1,13 +1,27 @@
 """The analysis as tables, which the terminal, the CSV files, the JSON file and the report share."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 from gndet.data.records import Dataset
+from gndet.files import Kind
 from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.errors import KINDS
 
 ALL = "all classes"
+COLUMNS = {
+    "classes": ("class", "images", "objects", "AP", "AP low", "AP high", "AP50", "AR"),
+    "errors": ("kind", "what", "count", "AP50 gained"),
+    "thresholds": ("class", "threshold", "precision", "recall", "F1"),
+    "images": ("image", "id", "found", "false", "missed", "F1"),
+    "suspects": ("image", "image id", "kind", "annotation", "annotated", "found", "score"),
+}  # of the tables with fixed columns
+HEADS = {name: rb"\A" + re.escape(",".join(columns).encode()) + rb"\n" for name, columns in COLUMNS.items()}
+FILES = {
+    f"{name}.csv": Kind(f"the table {name} of gndet analyze", head)
+    for name, head in (HEADS | {"confusion": rb"\Aannotated,.*\nnothing,"}).items()
+}  # the CSV files; a mark of their own would disturb what reads them
 
 
 class Table(NamedTuple):
@@ -31,15 +45,13 @@ def class_table(found: Analysis) -> Table:
     objects = sum(row["num_objects"] for row in found.metrics.per_class)
     ends = (known(summary["AP"]), *map(known, whole), known(summary["AP50"]), known(summary["AR"]))
     rows.append((ALL, images, objects, *ends))
-    columns = ("class", "images", "objects", "AP", "AP low", "AP high", "AP50", "AR")
-    return Table("classes", f"{found.kind} AP per class, with 95 % intervals over images", columns, rows)
+    return _table("classes", f"{found.kind} AP per class, with 95 % intervals over images", rows)
 
 
 def threshold_table(found: Analysis) -> Table:
     """Return the score threshold with the highest F1 for each class."""
     rows = [(name, *map(known, best)) for name, best in zip((*found.matches.classes, ALL), found.best, strict=True)]
-    return Table("thresholds", "score threshold with the highest F1, at IoU 0.5",
-                 ("class", "threshold", "precision", "recall", "F1"), rows)  # fmt: skip
+    return _table("thresholds", "score threshold with the highest F1, at IoU 0.5", rows)
 
 
 def error_table(found: Analysis) -> Table:
@@ -47,8 +59,7 @@ def error_table(found: Analysis) -> Table:
     delta, counts = found.errors.delta_ap, found.errors.counts
     rows = [(kind, words, counts[kind], known(delta[kind])) for kind, words in KINDS.items()]
     rows.sort(key=lambda row: -(row[3] or 0.0))
-    return Table("errors", "kinds of mistakes at IoU 0.5, and the AP50 that fixing all of one kind would gain",
-                 ("kind", "what", "count", "AP50 gained"), rows)  # fmt: skip
+    return _table("errors", "kinds of mistakes at IoU 0.5, and the AP50 that fixing all of one kind would gain", rows)
 
 
 def confusion_table(found: Analysis) -> Table:
@@ -66,8 +77,7 @@ def image_table(found: Analysis, dataset: Dataset, count: int) -> Table:
          known(found.f1[index]))
         for index in found.worst(count)
     ]  # fmt: skip
-    return Table("images", f"worst images, scores >= {found.threshold:.2f}",
-                 ("image", "id", "found", "false", "missed", "F1"), rows)  # fmt: skip
+    return _table("images", f"worst images, scores >= {found.threshold:.2f}", rows)
 
 
 def suspect_table(found: Analysis, dataset: Dataset, count: int) -> Table:
@@ -78,8 +88,11 @@ def suspect_table(found: Analysis, dataset: Dataset, count: int) -> Table:
          suspect.score)
         for suspect in found.suspects[:count]
     ]  # fmt: skip
-    columns = ("image", "image id", "kind", "annotation", "annotated", "found", "score")
-    return Table("suspects", "annotations that may be wrong: a confident detection contradicts them", columns, rows)
+    return _table("suspects", "annotations that may be wrong: a confident detection contradicts them", rows)
+
+
+def _table(name: str, title: str, rows: list[tuple[Any, ...]]) -> Table:
+    return Table(name, title, COLUMNS[name], rows)
 
 
 def all_tables(found: Analysis, dataset: Dataset, images: int) -> list[Table]:

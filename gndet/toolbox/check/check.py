@@ -6,13 +6,10 @@ never among the user's data.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
 from rich.console import Console
 
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
@@ -23,15 +20,14 @@ from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
 from gndet.data.datasets.formats import sniff
 from gndet.data.datasets.guess import guess_folder
-from gndet.data.datasets.image_folder import PICTURE, read_head, what_is
 from gndet.data.datasets.layout import Source, sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.plausible import limit_notes
-from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, source_in, without_masks
+from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths, without_masks
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
-from gndet.evaluation.drawing import save_picture
-from gndet.files import make_room_for, text_table, write_whole
+from gndet.evaluation.drawing import PICTURE, save_marked
+from gndet.files import is_same, refuse_output, report_kind, text_table, write_whole
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 
@@ -58,8 +54,7 @@ class Plan(NamedTuple):
     data: DataConfig
     masks: bool | None  # model.masks; None if not given
     sources: dict[str, Source] | None  # of a folder or file, by set ("" if it has no name); None for a config
-    folders: list[Path]  # that hold pictures
-    kept: list[Path]  # the user's files, never overwritten
+    kept: list[Path]  # the user's files and folders; nothing is written onto one or into one
     fault: Fault | None = None  # why a folder or file has no sets
     cfg: Config | None = None  # whose limits the data may exceed
 
@@ -119,7 +114,7 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
     try:
         sources = sets_at(path, folder)
     except Fault as fault:
-        return Plan(cfg.data, masks, {"": Source("", path)}, [], [path], fault)
+        return Plan(cfg.data, masks, {"": Source("", path)}, [] if path.is_dir() else [path], fault)
     if folder is not None and path.is_dir():
         sources = {name: found._replace(images=folder) for name, found in sources.items()}
     for name, found in sources.items():
@@ -128,21 +123,16 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
                 show(f"{path}: looking for its pictures in {near} (--image-folder names another)")
             sources[name] = found._replace(images=near.absolute())
     folders = [path] if path.is_dir() else [found.images for found in sources.values() if found.images]
-    return Plan(cfg.data, masks, sources, folders, [path, *(found.annotations for found in sources.values())])
+    kept = [path, *(found.annotations for found in sources.values()), *folders]
+    return Plan(cfg.data, masks, sources, kept)
 
 
 def _plan_config(source: str, overrides: Sequence[str], image_folder: Path | None) -> Plan:
     cfg = load_config(source, overrides)
     if image_folder is not None:
         raise OutputError(f"--image-folder {image_folder}: is only for data without a config; {source} names its own")
-    found = []
-    for part in (cfg.data.train, cfg.data.val):
-        if part.kind != "shapes":
-            with suppress(Fault):  # the reader reports it
-                found.append(source_in(part, cfg.data))
-    folders = [part.images for part in found if part.images]
-    kept = [*config_files(find_config(source)), *(part.annotations for part in found)]
-    return Plan(cfg.data, cfg.model.masks, None, folders, kept, cfg=cfg)
+    kept = [*config_files(find_config(source)), *user_paths(cfg.data)]
+    return Plan(cfg.data, cfg.model.masks, None, kept, cfg=cfg)
 
 
 def _read_both(plan: Plan, show: Show) -> list[Checked]:
@@ -200,34 +190,14 @@ def _pictures_of(dataset: Dataset) -> Path | None:
 
 def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
     """Raise OutputError for a result that cannot be written, or that would overwrite one of the user's files."""
-    if sheet and out and _is_same(sheet, out):
+    if sheet and out and is_same(sheet, out):
         raise OutputError(f"{out}: is given to --sheet and to --json, expected two different files")
-    for file in filter(None, (sheet, out)):
-        for kept in plan.kept:
-            if _is_same(file, kept):
-                raise OutputError(f"{file}: is among your data ({kept}); gndet writes nothing there, choose another")
-        for folder in plan.folders:
-            if Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
-                raise OutputError(f"{file}: is among your data ({folder}); gndet writes nothing there, choose another")
-    if sheet is not None:
-        known = Image.registered_extensions()
-        if known.get(sheet.suffix.lower()) not in Image.SAVE:
-            raise OutputError(f"{sheet}: cannot write a picture of this kind, expected a name like sheet.png")
-        if sheet.is_file() and (head := read_head(sheet)) and what_is(head) != PICTURE:
-            raise OutputError(f"{sheet}: exists and is not a picture; choose another file")
-    if out is not None and out.is_file() and (head := read_head(out)) and b'"refused"' not in head[:20]:
-        raise OutputError(f"{out}: exists and is not a report of gndet check; choose another file")
-    if sheet is not None:
-        make_room_for(sheet, "--sheet")
-    if out is not None:
-        make_room_for(out, "--json")
-
-
-def _is_same(first: Path, second: Path) -> bool:
-    try:
-        return os.path.samefile(first, second)
-    except (OSError, ValueError):
-        return os.path.realpath(first) == os.path.realpath(second)
+    if sheet:
+        refuse_output(sheet, "--sheet", PICTURE, plan.kept)
+    if sheet and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise OutputError(f"{sheet}: cannot write a picture of this kind, expected a name like sheet.png")
+    if out:
+        refuse_output(out, "--json", report_kind("check"), plan.kept)
 
 
 def _write_sheet(sets: list[Checked], sheet: Path, show: Show) -> None:
@@ -238,8 +208,5 @@ def _write_sheet(sets: list[Checked], sheet: Path, show: Show) -> None:
         reason = "no image is left to draw" if shown else "there is no image folder to draw from"
         show(f"\n{reason}: {sheet} is not written")
         return
-    try:
-        save_picture(sheet, picture)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{sheet}: cannot write the picture: {error}") from None
+    save_marked(sheet, picture)
     show(f"\npictures -> {sheet}")

@@ -106,7 +106,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 
 def json_report(sets: list[Checked], both: Sequence[Finding], *, refused: bool) -> dict[str, Any]:
-    """Return the report as {"refused": bool, "sets": [{"set", "findings", "summary", ...}], "both": findings}."""
+    """Return the report: {"gndet", "refused": bool, "sets": [{"set", "findings", "summary", ...}], "both": [...]}."""
     parts = [
         {
             "set": name, "annotations": dataset.name, "images": str(folder) if folder else None,
@@ -115,7 +115,7 @@ def json_report(sets: list[Checked], both: Sequence[Finding], *, refused: bool) 
         }
         for name, dataset, folder in sets
     ]  # fmt: skip
-    return {"refused": refused, "sets": parts, "both": [_plain(finding) for finding in both]}
+    return {"gndet": "check", "refused": refused, "sets": parts, "both": [_plain(finding) for finding in both]}
 
 
 def _plain(finding: Finding) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import gndet
-from gndet.config.loading import load_config
-from gndet.errors import OutputError
-from gndet.files import make_room_for, write_whole
+from gndet.config.loading import load_config, named_paths
+from gndet.files import refuse_output, report_kind, write_whole
 from gndet.toolbox.doctor import machine
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
 from gndet.toolbox.doctor.inside import PATIENCE
@@ -38,10 +37,9 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
     folder.  json_file: where to write the report as JSON.  Returns whether everything works; warnings do not count.
     Raises ConfigError or OutputError before it tries anything.
     """
-    if config is not None:
-        load_config(config, overrides)
+    data = named_paths(load_config(config, overrides).data) if config is not None else []
     if json_file is not None:
-        refuse_output(json_file)
+        refuse_output(json_file, "--json", report_kind("doctor"), data)
     sections: dict[str, list[Fact]] = {}
     for found in examine([config, *overrides] if config else []):
         if isinstance(found, str):
@@ -54,7 +52,7 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
     healthy, words = all(fact.mark != "wrong" for fact in facts), health_verdict(facts)
     if json_file is not None:
         parts = [{"title": title, "facts": [fact._asdict() for fact in section]} for title, section in sections.items()]
-        report = {"healthy": healthy, "verdict": words, "sections": parts}
+        report = {"gndet": "doctor", "healthy": healthy, "verdict": words, "sections": parts}
         write_whole(json_file, json.dumps(report, indent=1) + "\n")
     show(f"\n{words}")
     return healthy
@@ -96,14 +94,3 @@ def follow(process: subprocess.Popen, stderr: BinaryIO) -> Iterator[str | Fact]:
         words = f": {lines[-1]}" if lines and status > 0 else ""
         how = f"status {status}" if status > 0 else f"signal {-status} ({signal.strsignal(-status)})"
         yield Fact(title, f"{trying} ended the process with {how}{words}; the rest was not tried", "wrong")
-
-
-def refuse_output(file: Path) -> None:
-    """Raise OutputError if the report cannot be written, or would overwrite another kind of file."""
-    make_room_for(file, "--json")
-    if not file.is_file():
-        return
-    with file.open("rb") as opened:
-        head = opened.read(20)
-    if head and not head.startswith(b'{\n "healthy"'):
-        raise OutputError(f"{file}: exists and is not a report of gndet doctor; choose another file")

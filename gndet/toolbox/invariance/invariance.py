@@ -263,4 +263,4 @@ def json_report(report: Report) -> str:
     """Return the whole report as JSON; NaN and infinity, which JSON lacks, become null."""
     leaks = [leak._asdict() for leak in report.leaks]
     parts = {"passed": report.passed, "differences": report.differences, "flips": report.flips, "leaks": leaks}
-    return to_json(parts, indent=1, inf_nan_mode="null").decode()
+    return to_json({"gndet": "invariance"} | parts, indent=1, inf_nan_mode="null").decode()

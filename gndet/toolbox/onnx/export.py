@@ -17,16 +17,17 @@ import torch
 from torchvision.transforms.v2 import functional
 
 import gndet
+from gndet.checkpoint import resolve
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
 from gndet.data.batches.transforms import resized
 from gndet.data.datasets.images import Reading, read_image
-from gndet.data.datasets.reading import read_dataset
+from gndet.data.datasets.reading import read_dataset, user_paths
 from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
-from gndet.files import make_room_for, written_whole
+from gndet.files import Kind, refuse_output, written_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.toolbox.onnx.model import INPUT, OUTPUTS, OnePicture, own_operators
 
@@ -37,6 +38,7 @@ except ImportError:
     onnx = onnxruntime = None  # type: ignore[assignment]  # the extra `onnx` is not installed
 
 Show = Callable[[str], None]
+EXPORTED = Kind("a file of gndet export", rb"\n\x05gndet\x12[^\n]{,99}\Z")  # the last entry of its metadata
 FIRST_OPSET, LAST_OPSET = 17, 20  # first with half-pixel RoIAlign; last that the TorchScript exporter supports
 BOXES, SCORES, MASKS = 0.01, 1e-4, 1e-3  # largest differences: pixels, scores, probabilities
 SMALLER = 0.75  # scale of the second picture that is compared if the file takes any size
@@ -67,9 +69,9 @@ def export(
         raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
     if not FIRST_OPSET <= opset <= LAST_OPSET:
         raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, which torch's exporter can write")
-    make_room_for(file, "--onnx")
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
+        refuse_output(file, "--onnx", EXPORTED, [resolve(checkpoint), *user_paths(detector.config.data)])
         detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
         masks = masks and detector.config.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
@@ -127,9 +129,13 @@ def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]
     values: dict[str, Any] = {
         "classes": detector.classes, "category_ids": detector.category_ids, "shortest_edge": data.shortest_edge_test,
         "max_edge": data.max_edge, "antialias": data.antialias, "size": size,
-        "mask_paste": cfg.model.mask_paste, "gndet": gndet.__version__, "torch": torch.__version__,
+        "mask_paste": cfg.model.mask_paste, "torch": torch.__version__,
     }  # fmt: skip
-    return {key: json.dumps(value) for key, value in values.items()} | {"config": config_to_yaml(cfg)}
+    named = {key: json.dumps(value) for key, value in values.items()}
+    return named | {
+        "config": config_to_yaml(cfg),
+        "gndet": json.dumps(gndet.__version__),
+    }  # the mark of EXPORTED is last
 
 
 def comparison_pictures(

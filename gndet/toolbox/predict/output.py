@@ -4,6 +4,7 @@ n objects of a picture score at least the threshold, best first.  Pictures are (
 """
 
 import json
+import os
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -13,25 +14,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
 from gndet.data.workers import usable_cores
-from gndet.errors import OutputError
 from gndet.evaluation.behind import to_host
 from gndet.evaluation.detector import Detector
-from gndet.evaluation.drawing import captioned, draw_detections, grid, shrunk
+from gndet.evaluation.drawing import PICTURE, captioned, draw_detections, grid, save_marked, shrunk
 from gndet.evaluation.evaluate import to_results
-from gndet.evaluation.results import Results, join, save_results
-from gndet.evaluation.video import Frame
-from gndet.files import make_folder, text_table, write_whole
+from gndet.evaluation.results import RESULTS, Results, join, save_results
+from gndet.evaluation.video import VIDEO, Frame
+from gndet.files import Kind, make_folder, text_table, write_whole
 from gndet.structures import Detections
 
 TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, pictures per row, longer side in pixels
 COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's default 6, for a fifth more bytes
 MAX_THREADS = 8
+PREDICTIONS, IMAGES, SHEET, CROPS = "predictions.json", "images.json", "sheet.png", "crops"
+CROP = re.compile(r".*-\d+-\d\.\d\d\.png", re.DOTALL)  # name of an object's crop
+LISTS: dict[str, Kind] = {
+    PREDICTIONS: RESULTS, IMAGES: Kind("a list of pictures of gndet predict", rb'\A\{"info": \{"description": "gndet')
+}  # fmt: skip
 
 
 class Wanted(NamedTuple):
@@ -72,8 +76,7 @@ class Output:
         On a CPU, take turns: torch's threads wait for each other, so one that has to share its core delays them all.
         """
         self.detector, self.out, self.wanted, self.overlap = detector, out, wanted, overlap
-        folders = unique_names([re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_" for name in detector.classes])
-        self.folders = dict(zip(detector.category_ids, folders, strict=True))
+        self.folders = dict(zip(detector.category_ids, crop_folders(detector.classes), strict=True))
         num = min(MAX_THREADS, usable_cores())
         self.threads, self.most = ThreadPoolExecutor(num), 2 * num  # most: batches to hold in memory until drawn
         self.waiting: list[tuple[Callable[[], list[Drawn]], Callable[[Drawn], None]]] = []
@@ -132,7 +135,7 @@ class Output:
             shown = found.take(order[found.scores[order] >= self.wanted.threshold])
             picture = draw_detections(image, shown, classes, ids, self.wanted.threshold)
             if task.file:
-                save_png(task.file, picture)
+                save_marked(task.file, picture, COMPRESSION)
             if self.wanted.crops:
                 self._save_crops(task.name, image, shown)
             tile = None
@@ -149,22 +152,23 @@ class Output:
         for number, (box, score, category) in enumerate(columns, start=1):
             left, top = near = np.minimum(np.floor(box[:2]).astype(int), size - 1)
             right, bottom = np.maximum(np.ceil(box[:2] + box[2:]).astype(int), near + 1)
-            folder = self.out / "crops" / self.folders[category]
+            folder = self.out / CROPS / self.folders[category]
             make_folder(folder, "--out")
-            save_png(folder / f"{name}-{number}-{score:.2f}.png", image[top:bottom, left:right])
+            save_marked(folder / f"{name}-{number}-{score:.2f}.png", image[top:bottom, left:right], COMPRESSION)
 
     def save(self, show: Callable[[str], None]) -> None:
         """Write the contact sheet and the detections of all pictures, and show a summary."""
         self.finish()
         results, classes, ids = join(self.results), self.detector.classes, self.detector.category_ids
         categories = [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
-        file = self.out / "predictions.json"
-        save_results(file, results)
-        images = {"images": self.images, "categories": categories, "annotations": []}
-        write_whole(self.out / "images.json", json.dumps(images))
+        file = self.out / PREDICTIONS
+        save_results(file, results, marked=True)
+        info = {"description": "gndet predict"}
+        images = {"info": info, "images": self.images, "categories": categories, "annotations": []}
+        write_whole(self.out / IMAGES, json.dumps(images))
         if self.tiles:
-            save_png(self.out / "sheet.png", grid(self.tiles, COLUMNS))
-            show(f"contact sheet of {len(self.tiles)} pictures -> {self.out / 'sheet.png'}")
+            save_marked(self.out / SHEET, grid(self.tiles, COLUMNS), COMPRESSION)
+            show(f"contact sheet of {len(self.tiles)} pictures -> {self.out / SHEET}")
         shown = results.take(np.flatnonzero(results.scores >= self.wanted.threshold))
         names, rows = dict(zip(ids, classes, strict=True)), []
         for category, num in Counter(shown.category_ids.tolist()).most_common():
@@ -174,6 +178,23 @@ class Output:
         show(f"objects with a score of {self.wanted.threshold} or more:")
         show(text_table([["class", "objects", "images"], *rows, total]))
         show(f"{len(results)} detections, with lower scores too -> {file} (COCO results; image ids in images.json)")
+
+
+def crop_folders(classes: Sequence[str]) -> list[str]:
+    """Return the name of each class's folder of crops."""
+    return unique_names([re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_" for name in classes])
+
+
+def output_kinds(
+    out: Path, pictures: Sequence[str], videos: Sequence[str], classes: Sequence[str], wanted: Wanted
+) -> dict[Path, Kind]:
+    """Return the files that may be written, with the kind of each; of the crops only what already has such a name."""
+    kinds = dict.fromkeys(pictures, PICTURE) | dict.fromkeys(videos, VIDEO) | LISTS
+    kinds |= {SHEET: PICTURE} if wanted.sheet else {}
+    folders = [out / CROPS, *(out / CROPS / name for name in crop_folders(classes))] if wanted.crops else []
+    crops = [file for folder in folders if folder.is_dir() for file in folder.iterdir() if CROP.fullmatch(file.name)]
+    crops += [folder for folder in folders if os.path.lexists(folder) and not folder.is_dir()]
+    return {out / name: kind for name, kind in kinds.items()} | dict.fromkeys(crops, PICTURE)
 
 
 def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str] = ()) -> list[str]:
@@ -186,11 +207,3 @@ def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str]
         taken.add(f"{name}{suffix}".casefold())
         unique.append(f"{name}{suffix}")
     return unique
-
-
-def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write (h, w, 3) uint8.  Raises OutputError if that fails."""
-    try:
-        Image.fromarray(picture).save(path, compress_level=COMPRESSION)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -7,23 +7,25 @@ pictures, except for their detections, which are kept in columns.
 import contextlib
 import difflib
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 
-from gndet.data.datasets.faults import Findings, describe_finding
+from gndet.data.datasets.faults import Findings, describe_finding, several
 from gndet.data.datasets.images import Reading, Unusual, picture_size
 from gndet.data.datasets.segmentation import printable
 from gndet.errors import ConfigError, DataError, OutputError
 from gndet.evaluation.detector import Detector
+from gndet.evaluation.drawing import PICTURE
 from gndet.evaluation.evaluate import detect
 from gndet.evaluation.portions import Portion, picture_portions, video_portions
-from gndet.evaluation.sources import Pictures, find_sources, measured
+from gndet.evaluation.sources import Pictures, Sources, find_sources, measured
 from gndet.evaluation.video import video_rate, video_writer
-from gndet.files import make_folder
-from gndet.toolbox.predict.output import Drawn, DrawTask, Output, Wanted, unique_names
+from gndet.files import Kind, is_own, refuse_output
+from gndet.toolbox.predict.output import PREDICTIONS, SHEET, Drawn, DrawTask, Output, Wanted, output_kinds, unique_names
 
 TILE_SECONDS = 1.0  # between frames of a video on the contact sheet: closer ones look alike
 FRAMES_PER_LINE = 100  # of progress
@@ -50,7 +52,8 @@ def predict(
     picture would be overwritten or the folder cannot be made.
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
-    data, num, found = detector.config.data, detector.config.evaluation.images_per_gpu, find_sources(sources)
+    data, num = detector.config.data, detector.config.evaluation.images_per_gpu
+    found = without_own_drawings(find_sources(sources), out)
     reading, told = Reading.of(data), Findings()
     sizes, broken = measured(found.pictures, found.named, lambda file: _size(file, reading, told))
     rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, reading.max_pixels))
@@ -58,11 +61,10 @@ def predict(
     if broken and not sizes and not rates:
         raise DataError(f"none of {len(broken)} file(s) can be read; {next(iter(broken.values()))}")
     pictures = Pictures(sizes, reading)
-    reserved = ("sheet.png",) if sheet else ()
+    reserved = (SHEET,) if sheet else ()
     names = unique_names([file.stem for file in pictures.files], ".png", reserved)
     video_names = unique_names([video.stem for video in rates], ".mp4")
-    _refuse_overwriting(out, [*names, *video_names, *reserved], [*found.pictures, *found.videos], crops)
-    make_folder(out, "--out")
+    _refuse_outputs(output_kinds(out, names, video_names, detector.classes, wanted), [*found.pictures, *found.videos])
     unusual = [describe_finding(finding._replace(remedy="")) for finding in told.listed()]
     for line in itertools.chain(found.notes, *unusual):
         show(line)
@@ -112,15 +114,40 @@ def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int
     return [ids[name] for name in classes or ids]
 
 
-def _refuse_overwriting(out: Path, names: Sequence[str], files: Sequence[Path], crops: bool) -> None:
-    """Raise OutputError if one of the names in `out`, or a crop, may overwrite an input file."""
-    inputs = {file.resolve() for file in files}
-    taken = {(out / name).resolve() for name in names} & inputs
-    if crops:
-        folder = (out / "crops").resolve()
-        taken |= {file for file in inputs if folder in file.parents}
-    if taken:
-        raise OutputError(f"--out {out}: would overwrite the picture {min(taken)}; choose another folder")
+def without_own_drawings(found: Sources, out: Path) -> Sources:
+    """Leave out, and note, what gndet drew into `out` before, unless it is named.  Raises DataError if all is."""
+    home, others = out.resolve(), [file for file in found.pictures if file not in found.named]
+    own = {file for file in others if home in file.resolve().parents and is_drawn(file)}
+    if not own:
+        return found
+    pictures = [file for file in found.pictures if file not in own]
+    text = f"{out}: {several(len(own), 'picture')} passed over, which gndet drew"
+    if not pictures and not found.videos:
+        raise DataError(f"{text}; there is no other")
+    return found._replace(pictures=pictures, notes=[*found.notes, text])
+
+
+def is_drawn(file: Path) -> bool:
+    """Return whether gndet drew a picture; not if it cannot be read."""
+    try:
+        return is_own(file, PICTURE)
+    except OSError:
+        return False
+
+
+def _refuse_outputs(files: dict[Path, Kind], inputs: Sequence[Path]) -> None:
+    """Raise OutputError if a file that may be written is an input, or is not gndet's own; else make its folder."""
+    taken = set(map(_identity, inputs))
+    for file, kind in files.items():
+        if file.exists() and _identity(file) in taken:
+            raise OutputError(f"--out {file.parent}: would overwrite the picture {file}; choose another folder")
+        if os.path.lexists(file) or file.name == PREDICTIONS:
+            refuse_output(file, "--out", kind)
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_dev, status.st_ino
 
 
 def _detect(

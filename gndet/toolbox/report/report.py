@@ -5,13 +5,17 @@ from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from gndet.config.loading import load_config
+from gndet.data.datasets.reading import user_paths
 from gndet.errors import DataError, GndetError
-from gndet.files import make_room_for, write_whole
+from gndet.files import Kind, refuse_output, write_whole
 from gndet.toolbox.analysis.study_results import is_study
 from gndet.toolbox.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
 from gndet.toolbox.report.blocks import Section, escape
 from gndet.toolbox.report.record import read_run
-from gndet.training.run_folder import REPORT
+from gndet.training.run_folder import CONFIG, REPORT
+
+PAGE = Kind("a page of gndet report", rb'<meta name="generator" content="gndet">')
 
 Show = Callable[[str], None]
 
@@ -23,17 +27,24 @@ def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[
     comparison.html in the first of several folders.  overrides: changes to the runs' configs, e.g. if data has moved.
     Raises DataError for a folder without a run, ConfigError, and OutputError if the file cannot be written.
     """
+    path = out or folders[0] / (REPORT if len(folders) == 1 else "comparison.html")
+    if out or path.parent.is_dir():
+        refuse_output(path, "--out", PAGE, _data_of(folders, overrides) if out else ())
     if any(map(is_study, folders)):
         if len(folders) > 1:
             raise DataError("a report covers one norm study alone; to compare its runs, name folders of its cells/")
         html = page(f"gndet: {folders[0].absolute().name}", str(folders[0]), [study.section(folders[0])])
     else:
         html = run_page(folders[0], overrides) if len(folders) == 1 else comparison_page(folders, overrides)
-    path = out or folders[0] / (REPORT if len(folders) == 1 else "comparison.html")
-    make_room_for(path, "--out")
     write_whole(path, html)
     show(f"report -> {path} ({len(html.encode()) / 1e3:,.0f} kB; opens from disk in any browser)")
     return path
+
+
+def _data_of(folders: Sequence[Path], overrides: Sequence[str]) -> list[Path]:
+    """Return the files and folders of the runs' data."""
+    configs = [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()]
+    return [path for config in configs for path in user_paths(load_config(config, overrides).data)]
 
 
 def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
@@ -79,6 +90,7 @@ def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="gndet">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="color-scheme" content="light dark">

@@ -45,7 +45,7 @@ def train(
     {"box/AP": ...}.  Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and Preempted after
     a signal; the progress is saved first.
     """
-    out, total = Path(cfg.out), total_updates(cfg.train.schedule, cfg.train.global_batch)
+    out, total = Path(cfg.out).expanduser(), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as ending, ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import os
 import re
+from pathlib import Path
 
 Options = argparse.Namespace
 Verbs = argparse._SubParsersAction
@@ -22,6 +24,11 @@ def add_overrides(verb: argparse.ArgumentParser, text: str = OVERRIDES) -> None:
 def device_of(overrides: list[str]) -> str:
     """Return the device that the overrides ask for: auto, cpu or cuda."""
     return next((word.split("=", 1)[1] for word in overrides if word.startswith("device=")), "auto")
+
+
+def path(text: str) -> Path:
+    """Parse a path; ~ stands for the home folder, also where the shell left it (--out=~/found)."""
+    return Path(os.path.expanduser(text))
 
 
 def one_or_more(text: str) -> int:

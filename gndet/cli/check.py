@@ -1,8 +1,6 @@
 """`gndet check CONFIG_OR_JSON [key=value ...] [--images] [--sheet FILE] [--json FILE]`."""
 
-from pathlib import Path
-
-from gndet.cli.arguments import Options, Verbs, add_overrides, say
+from gndet.cli.arguments import Options, Verbs, add_overrides, path, say
 
 
 def add(verbs: Verbs) -> None:
@@ -12,10 +10,10 @@ def add(verbs: Verbs) -> None:
     add_overrides(verb)
     verb.add_argument("--images", action="store_true", help="also decode every picture")
     verb.add_argument(
-        "--image-folder", type=Path, metavar="FOLDER", help="pictures of an annotation file (default: search near it)"
+        "--image-folder", type=path, metavar="FOLDER", help="pictures of an annotation file (default: search near it)"
     )
-    verb.add_argument("--sheet", type=Path, metavar="FILE", help="draw images with boxes and masks into this PNG file")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the report here as JSON")
+    verb.add_argument("--sheet", type=path, metavar="FILE", help="draw images with boxes and masks into this PNG file")
+    verb.add_argument("--json", type=path, metavar="FILE", help="write the report here as JSON")
 
 
 def run(options: Options) -> int:

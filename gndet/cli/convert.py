@@ -1,8 +1,6 @@
 """`gndet convert SOURCE OUT [--to gn|TOOLKIT] [--policy P] [--images ...] [key=value ...]`."""
 
-from pathlib import Path
-
-from gndet.cli.arguments import Options, Verbs, add_overrides, one_or_more, zero_or_more
+from gndet.cli.arguments import Options, Verbs, add_overrides, one_or_more, path, zero_or_more
 
 
 def add(verbs: Verbs) -> None:
@@ -11,7 +9,7 @@ def add(verbs: Verbs) -> None:
         "convert", help="convert weights from another toolkit, from BN to GN, or to another toolkit"
     )
     verb.add_argument("source", help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors), or a name")
-    verb.add_argument("out", type=Path, help="checkpoint folder to write; with --to TOOLKIT, a .pth file")
+    verb.add_argument("out", type=path, help="checkpoint folder to write; with --to TOOLKIT, a .pth file")
     verb.add_argument(
         "--to", choices=("gn", "detectron2", "torchvision", "mmdetection"), help="gn (replace BN), or a toolkit"
     )
@@ -21,7 +19,7 @@ def add(verbs: Verbs) -> None:
     )  # fmt: skip
     verb.add_argument("--channels-per-group", type=one_or_more, default=16, help="of the GN layers (default: 16)")
     verb.add_argument("--damp", type=zero_or_more, default=1.0, help="same as train.norm_damp (default: 1)")
-    verb.add_argument("--images", type=Path, nargs="+", default=[], help="pictures or folders to calibrate and test on")
+    verb.add_argument("--images", type=path, nargs="+", default=[], help="pictures or folders to calibrate and test on")
     verb.add_argument(
         "--count", type=one_or_more, default=32, help="pictures that --policy calibrate uses (default: 32)"
     )

@@ -1,16 +1,14 @@
 """`gndet evaluate RUN_OR_CHECKPOINT [key=value ...] [--out FILE]`."""
 
-from pathlib import Path
-
-from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of, path
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("evaluate", help="compute the COCO metrics of a checkpoint")
-    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    verb.add_argument("checkpoint", type=path, help=CHECKPOINT)
     add_overrides(verb)
-    verb.add_argument("--out", type=Path, metavar="FILE", help="write the detections here as COCO results (JSON)")
+    verb.add_argument("--out", type=path, metavar="FILE", help="write the detections here as COCO results (JSON)")
 
 
 def run(options: Options) -> int:

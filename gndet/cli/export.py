@@ -1,21 +1,19 @@
 """`gndet export CHECKPOINT --onnx FILE [--size HxW] [--no-masks] [--opset N] [--picture FILE]`."""
 
-from pathlib import Path
-
-from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, height_and_width, one_or_more, say
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, height_and_width, one_or_more, path, say
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("export", help="export a detector to ONNX and compare it with torch on a picture")
-    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="ONNX file to write")
+    verb.add_argument("checkpoint", type=path, help=CHECKPOINT)
+    verb.add_argument("--onnx", type=path, required=True, metavar="FILE", help="ONNX file to write")
     verb.add_argument(
         "--size", type=height_and_width, metavar="480x640", help="fix the input size, e.g. 480x640 (default: dynamic)"
     )
     verb.add_argument("--no-masks", action="store_true", help="export only the boxes of a detector with masks")
     verb.add_argument("--opset", type=one_or_more, default=17, help="ONNX opset, 17 to 20 (default: 17)")
-    verb.add_argument("--picture", type=Path, metavar="FILE", help="picture to compare on (default: one of data.val)")
+    verb.add_argument("--picture", type=path, metavar="FILE", help="picture to compare on (default: one of data.val)")
     add_overrides(verb)
 
 

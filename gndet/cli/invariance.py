@@ -1,8 +1,6 @@
 """`gndet invariance CONFIG [key=value ...] [--images N] [--out FILE]`."""
 
-from pathlib import Path
-
-from gndet.cli.arguments import Options, Verbs, add_overrides, say
+from gndet.cli.arguments import Options, Verbs, add_overrides, path, say
 
 
 def add(verbs: Verbs) -> None:
@@ -11,7 +9,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("config", help="config with the training images and the model")
     add_overrides(verb)
     verb.add_argument("--images", type=int, default=4, metavar="N", help="images to compare, 4 to 16 (default: 4)")
-    verb.add_argument("--out", type=Path, metavar="FILE", help="write the report here as JSON")
+    verb.add_argument("--out", type=path, metavar="FILE", help="write the report here as JSON")
 
 
 def run(options: Options) -> int:

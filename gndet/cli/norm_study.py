@@ -1,8 +1,6 @@
 """`gndet norm-study CONFIG [--norms ...] [--images-per-gpu ...] [--seeds N] [--budget T]`."""
 
-from pathlib import Path
-
-from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides, duration, names, numbers, one_or_more, say
+from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides, duration, names, numbers, one_or_more, path, say
 
 
 def add(verbs: Verbs) -> None:
@@ -21,7 +19,7 @@ def add(verbs: Verbs) -> None:
         help="images per update: images per GPU x ranks, as in the paper (scaled), or the config's value (fixed)",
     )  # fmt: skip
     verb.add_argument("--jobs", type=one_or_more, help="runs at once (default: one per GPU; one on a CPU)")
-    verb.add_argument("--out", type=Path, metavar="FOLDER", help="study folder (default: runs/norm-study-CONFIG)")
+    verb.add_argument("--out", type=path, metavar="FOLDER", help="study folder (default: runs/norm-study-CONFIG)")
     add_overrides(verb)
 
 

@@ -1,19 +1,20 @@
 """`gndet predict CHECKPOINT SOURCE ... --out FOLDER [--threshold T] [--classes a,b] [--save-crops] [--sheet]`."""
 
-from pathlib import Path
+from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides
 
-from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, device_of, fraction, names, one_or_more, say
+# isort: split
+from gndet.cli.arguments import device_of, fraction, names, one_or_more, path, say
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("predict", help="detect objects in pictures and videos, and draw them")
-    verb.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    verb.add_argument("checkpoint", type=path, help=CHECKPOINT)
     verb.add_argument(
         "sources", nargs="+", metavar="SOURCE", help="pictures, videos, folders, or patterns like 'a/**/*.jpg'"
     )
     verb.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="folder for the pictures and predictions.json"
+        "--out", type=path, required=True, metavar="FOLDER", help="folder for the pictures and predictions.json"
     )
     verb.add_argument(
         "--threshold", type=fraction, default=0.5, metavar="T", help="lowest score of a drawn object (default: 0.5)"

@@ -51,7 +51,7 @@ def find_config(name: str | Path) -> Path:
 
     Anything in the working folder comes first.  Raises ConfigError for a bare word that names neither.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if os.path.exists(path) or path.suffix or len(path.parts) != 1:
         return path
     known = {file.stem: file for file in sorted(PACKAGED.glob("*.yaml"))}

@@ -4,14 +4,15 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from gndet.checkpoint import Checkpoint, newest_checkpoint, sweep
+from gndet.checkpoint import Checkpoint, newest_checkpoint, run_checkpoints, sweep
 from gndet.config.loading import config_from_dict, config_to_yaml
 from gndet.config.schema import Config
+from gndet.data.datasets.reading import user_paths
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
@@ -28,6 +29,7 @@ SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral if images do not de
 
 # The content of a run folder, besides checkpoints/, last and best (checkpoint.py).
 CONFIG = "config.yaml"
+HEAD = "# written by gndet train: the config of this run, with all its defaults\n"  # of config.yaml
 METRICS = "metrics.jsonl"
 NORMS = "norms.jsonl"
 NORMS_START = "norms-start.safetensors"  # gamma and beta at the start of the run
@@ -49,14 +51,20 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     """Find an unfinished run to resume.  Only stale temporary files are touched.
 
     Returns the newest whole checkpoint, or None, and one line per damaged checkpoint that was passed over.  Raises
-    TrainingError on every rank if the folder holds a finished run, a different run, or something else.
+    TrainingError on every rank if the folder holds a finished run, a different run, or something else, or if it holds
+    the data and would be moved aside.
     """
     if fresh:
+        for path in user_paths(cfg.data):
+            if out.resolve() in (path.resolve(), *path.resolve().parents):
+                raise TrainingError(
+                    f"--fresh would move {out} aside, with your data in it ({path}); choose another out"
+                )
         return None, []
     saved, damaged, refusal = None, list[str](), list[str]()
     if proc.first:
         try:
-            if (out / CONFIG).exists():
+            if is_run(out):
                 sweep(out)
             saved, damaged = newest_checkpoint(out)
             refuse_other_run(cfg, out, saved)
@@ -86,7 +94,7 @@ def make_run(cfg: Config, out: Path, proc: Process) -> None:
     if proc.first:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / CONFIG, config_to_yaml(cfg))
+            write_whole(out / CONFIG, HEAD + config_to_yaml(cfg))
             for marker in (PREEMPTED, FAILED):
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:
@@ -104,9 +112,10 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
         return
     if not out.is_dir():
         raise OutputError(f"out: {out} is a file, expected a folder for the run")
-    if not (out / CONFIG).exists():
-        if any(path.name not in (LOCK, PREEMPTED) for path in out.iterdir()):
-            raise TrainingError(f"{out}: holds files but no run (no config.yaml); {ways}")
+    if not is_run(out):
+        if not is_empty(out):
+            other = "no config.yaml" if not (out / CONFIG).exists() else "gndet did not write its config.yaml"
+            raise TrainingError(f"{out}: holds files but no run ({other}); {ways}")
         return
     if saved is None:
         return  # stopped before its first checkpoint: nothing can be lost
@@ -120,6 +129,19 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
         raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
 
 
+def is_run(out: Path) -> bool:
+    """Return whether gndet wrote the config.yaml of a folder, or there are checkpoints of a run."""
+    with suppress(OSError):
+        if (out / CONFIG).is_file():  # opening a pipe would wait
+            return (out / CONFIG).read_bytes().startswith(HEAD.encode()) or bool(run_checkpoints(out))
+    return False
+
+
+def is_empty(out: Path) -> bool:
+    """Return whether a folder holds nothing but what a run that was stopped early leaves."""
+    return all(path.name in (LOCK, PREEMPTED) for path in out.iterdir())
+
+
 def flat(cfg: Config) -> dict[str, Any]:
     """Return a config as {"train.optimizer.lr": 0.02, ...}."""
 
@@ -131,9 +153,10 @@ def flat(cfg: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def locked(out: Path, proc: Process) -> Iterator[None]:
+def locked(out: Path, proc: Process, is_own: Callable[[Path], bool] = is_run) -> Iterator[None]:
     """Prevent two runs from training into the same folder while the context lasts; create a missing folder.
 
+    A folder of the user's, with files but not is_own, is not locked: nothing is written into it.
     Raises TrainingError on every rank if another run holds the lock.  A lock ends with its process, and loader
     processes do not inherit it.  A folder that is not writable, or on a file system without locks, is not locked.
     A folder that was created here and is still empty at the end is removed.
@@ -142,8 +165,9 @@ def locked(out: Path, proc: Process) -> Iterator[None]:
     if proc.first:
         with suppress(OSError):
             out.mkdir(parents=True, exist_ok=True)
-            file = (out / LOCK).open("a+", encoding="utf-8")
-            refusal = _lock(file, out)
+            if is_own(out) or is_empty(out):
+                file = (out / LOCK).open("a+", encoding="utf-8")
+                refusal = _lock(file, out)
     try:
         for text in all_gather(refusal, proc)[0]:
             raise TrainingError(text)

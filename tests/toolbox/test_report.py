@@ -24,6 +24,7 @@ from gndet.toolbox.report.overview import run_verdict
 from gndet.toolbox.report.record import _read, read_run
 from gndet.toolbox.report.report import write_report
 from gndet.train import train
+from gndet.training.run_folder import HEAD
 
 pytestmark = pytest.mark.usefixtures("thin")
 SECTIONS = ("summary", "training", "quality", "errors", "pictures", "norms", "data", "batches", "setup")
@@ -124,7 +125,7 @@ def test_a_report_that_cannot_be_made_does_not_hide_how_the_run_ended(
 ) -> None:
     out = tmp_path / "run"
     (out / "report.html").mkdir(parents=True)  # cannot be written to
-    (out / "config.yaml").write_text("")  # a run that was stopped before its first checkpoint
+    (out / "config.yaml").write_text(HEAD)  # a run that was stopped before its first checkpoint
     assert main(["train", str(config), f"out={out}", "train.schedule.updates=1"]) == 0
     assert "no report was written" in capsys.readouterr().out
     assert (out / "last").exists() and not (out / "FAILED").exists()

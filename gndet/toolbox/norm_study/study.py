@@ -28,6 +28,7 @@ from gndet.toolbox.analysis.study_results import (
     Study,
     is_study,
     metrics_of,
+    read_study,
     study_cells,
     study_table,
     study_verdict,
@@ -64,8 +65,10 @@ def study(
     places = slots(cfg.device, jobs)
     if folder.exists() and not is_study(folder) and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise OutputError(f"{folder}: holds files but no study (no {STUDY}); choose another --out FOLDER")
+    if is_study(folder):
+        read_study(folder)  # another program's study.json is refused before anything is written beside it
     new = begin(cfg, config, overrides, cells, batch, len(places))
-    with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu"))):
+    with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu")), is_study):
         work = Work(folder, resume_study(folder, new, show), cfg, places, stop, show)
         try:
             work.prepare(budget)

@@ -11,7 +11,6 @@ The first two draw FOLDER/images.png and FOLDER/updates.png.
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -33,6 +32,7 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
+from gndet.distributed.children import python_command, safe_children
 from gndet.distributed.process import Process, keep_freed_memory, place
 from gndet.modeling.build import build_model
 from gndet.training.gradient_buckets import Buckets, sum_gradients
@@ -108,7 +108,7 @@ def updates(folder: Path, number: int) -> None:
     """Train a tiny detector for `number` updates, and show how its memory and speed develop."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [f"out={folder / 'run'}", f"train.schedule.updates={number}"]
-    command = [sys.executable, "-m", "gndet.cli", "train", "configs/quickstart.yaml", "--fresh", *TINY, *words]
+    command = python_command("gndet.cli", "train", "configs/quickstart.yaml", "--fresh", *TINY, *words)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
@@ -138,7 +138,7 @@ def processes(size: tuple[int, int], rounds: int) -> None:
         ("1 rank, 2 images", 1, "none"), ("2 ranks, no all-reduce", 2, "none"),
         ("2 ranks, all-reduce at the end", 2, "end"), ("2 ranks, all-reduce overlapped", 2, "meanwhile"),
     ):  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, safe_children():
             mp.spawn(timed_updates, (world, how, size, rounds, Path(folder)), nprocs=world)
             whole, waited = torch.load(Path(folder, "times"))
         alone = alone or median(whole)

@@ -10,13 +10,14 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import matplotlib
 import torch
 from safetensors.torch import load_file
+
+from gndet.distributed.children import python_command
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,7 +44,7 @@ def train(out: Path, norm: str, precision: str, split: str) -> None:
         f"train.precision={precision}", f"train.images_per_gpu={images}", *OVERRIDES,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // world, 1))}
-    subprocess.run([sys.executable, "-m", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(python_command(*words), check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
 def losses(out: Path) -> torch.Tensor:

@@ -11,11 +11,11 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gndet.checkpoint import load_checkpoint, resolve, save_checkpoint
+from gndet.distributed.children import python_command
 
 GN = "model.norm={kind: gn, channels_per_group: 16}"
 STARTS = {
@@ -56,7 +56,7 @@ def score(folder: Path) -> dict[str, float]:
 def run(words: list[str], folder: Path) -> dict[str, float]:
     """Train in a process with one thread, unless the run is finished; return its score."""
     if not (folder / "metrics.jsonl").exists() or '"evaluation"' not in (folder / "metrics.jsonl").read_text():
-        command = [sys.executable, "-m", "gndet.cli", "train", *words, f"out={folder}", "--fresh"]
+        command = python_command("gndet.cli", "train", *words, f"out={folder}", "--fresh")
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")

@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gndet.distributed.children import safe_children
 from gndet.errors import ConfigError, GndetError, MachineError
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")  # libraries' own settings
@@ -157,7 +158,8 @@ def _process(subject: Subject, threads: int) -> Iterator[_Runner]:
     context = multiprocessing.get_context("spawn")
     own_end, child_end = context.Pipe()
     process = context.Process(target=_serve, args=(child_end, threads), name=f"benchmark-{subject.name}")
-    process.start()
+    with safe_children():
+        process.start()
     child_end.close()
     try:
         with suppress(ConnectionError):  # the process has died: its first answer tells

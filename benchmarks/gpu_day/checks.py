@@ -90,7 +90,8 @@ def tests(note: Notes) -> None:
     note("files", files)
     workers = ["-n", "0"] if CPU else ["-n", "5", "--dist", "load"]
     only = ["-k", "test_gpu or limit"] if CPU else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", "--tb=short", "--maxfail=20"]
+    options = ["-q", "-p", "no:cacheprovider", "-rfE", "--tb=short", "--maxfail=20"]
+    command = [sys.executable, "-P", "-m", "pytest", *options]
     status, text, seconds = run([*command, *workers, *only, *files], note.left)
     note("status", status)
     note("seconds", round(seconds, 1))

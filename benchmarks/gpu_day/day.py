@@ -84,8 +84,8 @@ class Day:
         words = ["part", part.function, str(self.logs / f"{part.name}.json"), f"{limit:.1f}"]
         with (self.logs / f"{part.name}.log").open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu_day", *words], stdout=log, stderr=log, start_new_session=True,
-                cwd=ROOT, env=self.environment,
+                [sys.executable, "-P", "-m", "benchmarks.gpu_day", *words], stdout=log, stderr=log,
+                start_new_session=True, cwd=ROOT, env=self.environment,
             )  # fmt: skip
         return Running(part, process, began, began + limit)
 
@@ -173,7 +173,7 @@ def environment(work: Path, data: Path) -> dict[str, str]:
     if missing := missing_wheels(data / "wheels"):
         print("installing", ", ".join(wheel.name.partition("-")[0] for wheel in missing), flush=True)
         site = work / "site"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+        command = [sys.executable, "-P", "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--no-cache-dir", "--target", str(site), *map(str, missing)], check=True)
         paths.append(str(site))
     if before := os.environ.get("PYTHONPATH"):

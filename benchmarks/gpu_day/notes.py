@@ -92,4 +92,4 @@ def run(command: list[str], limit: float, **variables: str) -> tuple[int, str, f
 
 def gndet(*words: str) -> list[str]:
     """Return the command line of a verb."""
-    return [sys.executable, "-m", "gndet.cli", *words]
+    return [sys.executable, "-P", "-m", "gndet.cli", *words]

@@ -43,7 +43,7 @@ def fetch_wheels(folder: Path, python: str) -> None:
     platforms = [f"--platform=manylinux_{version}_x86_64" for version in LINUX]
     platforms += ["--platform=manylinux2014_x86_64", "--platform=manylinux2010_x86_64", "--platform=manylinux1_x86_64"]
     target = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}", *platforms]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     subprocess.run([*command, *target, *map(requirement, (*PACKAGES, *TESTING))], check=True)
 
 

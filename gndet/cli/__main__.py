@@ -1,5 +1,11 @@
 """`python -m gndet.cli VERB ...`, the same as `gndet VERB ...`."""
 
+import os
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] == os.getcwd():
+    del sys.path[0]  # put there by -m: a user's numpy.py in the current folder would be imported
+
 from gndet.cli.main import main
 
 if __name__ == "__main__":  # loader processes may import this file again

@@ -17,6 +17,7 @@ from gndet.cli import analyze, check, config, convert, convert_data, doctor, eva
 
 # isort: split
 from gndet.cli import invariance, norm_study, norms, predict, report, train
+from gndet.distributed.children import safe_children
 from gndet.errors import GndetError, Preempted
 
 FILES = (
@@ -29,7 +30,8 @@ VERBS = {file.__name__.rpartition(".")[2].replace("_", "-"): file for file in FI
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    return exit_status(f"gndet {options.verb}", lambda: VERBS[options.verb].run(options))
+    with safe_children():
+        return exit_status(f"gndet {options.verb}", lambda: VERBS[options.verb].run(options))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -61,7 +61,7 @@ def train_run(
         cfg = with_overrides(config, words, "gndet.train")
     else:
         cfg = load_config(Path(config).expanduser(), words)
-    metrics, out = _train(cfg, fresh=fresh, progress=progress), Path(cfg.out)
+    metrics, out = _train(cfg, fresh=fresh, progress=progress), Path(cfg.out).expanduser()
     report = out / REPORT
     return TrainedRun(out, metrics, report if cfg.train.report and report.is_file() else None)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from gndet.distributed.children import safe_children
 from gndet.distributed.watch import Watch
 from gndet.errors import ConfigError
 
@@ -69,7 +70,7 @@ def spawn(function: Callable[..., None], world: int, device: str, *args: Any) ->
 
     function (defined at module level) and args are pickled.  Raises torch.multiprocessing's errors if a rank fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, safe_children():
         mp.spawn(_spawned, (function, world, device, f"file://{folder}/rendezvous", args), nprocs=world)
 
 

@@ -8,24 +8,17 @@ import itertools
 import json
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-import gndet
 from gndet.config.loading import load_config, named_paths
+from gndet.distributed.children import python_command
 from gndet.files import refuse_output, report_kind, write_whole
 from gndet.toolbox.doctor import machine
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
 from gndet.toolbox.doctor.inside import PATIENCE
-
-# -P keeps the current folder, whose files may shadow packages, off the path; gndet's folder is added in any case
-START = (
-    "import runpy, sys; sys.path.append(sys.argv.pop(1)); "
-    "runpy.run_module('gndet.toolbox.doctor.inside', run_name='__main__')"
-)
 
 Show = Callable[[str], None]
 
@@ -62,7 +55,7 @@ def examine(arguments: Sequence[str]) -> Iterator[str | Fact]:
     """Yield section titles (str) and facts.  arguments: config file and overrides, if any."""
     yield "gndet doctor"
     yield from machine.facts()
-    command = [sys.executable, "-P", "-c", START, str(Path(gndet.__file__).parent.parent), *arguments]
+    command = python_command("gndet.toolbox.doctor.inside", *arguments)
     with tempfile.TemporaryFile() as stderr, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as child:
         try:
             yield from follow(child, stderr)

@@ -1,4 +1,4 @@
-"""Run `gndet train` and end with the parent process: `python -m gndet.toolbox.norm_study.child train CONFIG ...`.
+"""Run `gndet train` and end with the parent process: the main program of a cell, with the arguments of `gndet`.
 
 Without this a killed study would leave its training processes running.
 """

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from gndet.data.workers import usable_cores
+from gndet.distributed.children import python_command
 from gndet.distributed.signals import Stop, StopSignals
 
 POLL = 0.1
@@ -81,10 +81,10 @@ def run_jobs(
 
 def _start(job: Job, place: dict[str, str]) -> _Running:
     """Start a job in its own session, so that Ctrl-C reaches it only through this process."""
-    command = [sys.executable, "-m", "gndet.toolbox.norm_study.child", "train", job.config, *job.overrides]
+    command = python_command("gndet.toolbox.norm_study.child", "train", job.config, *job.overrides, f"out={job.out}")
     with job.log.open("ab") as log:
         process = subprocess.Popen(
-            [*command, f"out={job.out}"], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, **place},
         )  # fmt: skip
     return _Running(job, process, time.monotonic(), place)

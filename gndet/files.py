@@ -90,12 +90,7 @@ def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Pat
     run have no marks, so no option replaces them.  kind: None if every existing file stays.
     data: the files and folders that the command reads; an output is none of them, and lies in none of them.
     """
-    real = Path(os.path.realpath(file))
-    for path in data:
-        if any(is_same(place, path) for place in (real, *real.parents)):
-            raise OutputError(
-                f"{option} {file}: is among your data ({path}); gndet writes nothing there, choose another name"
-            )
+    refuse_among(file, option, data)
     try:
         if reason := _why_not(file, kind):
             raise OutputError(f"{option} {file}: {reason}")
@@ -104,6 +99,16 @@ def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Pat
     make_folder(file.parent, option)
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise OutputError(f"{option} {file}: cannot write this file: Permission denied")
+
+
+def refuse_among(output: Path, option: str, data: Iterable[Path]) -> None:
+    """Raise OutputError if an output is one of the files and folders that are read, or lies in one, by any name."""
+    real = Path(os.path.realpath(output))
+    for path in data:
+        if any(is_same(place, path) for place in (real, *real.parents)):
+            raise OutputError(
+                f"{option} {output}: is among your data ({path}); gndet writes nothing there, choose another name"
+            )
 
 
 def _why_not(file: Path, kind: Kind | None) -> str:

@@ -160,7 +160,7 @@ class Prediction:
         drawn = Image.fromarray(draw_detections(self.load(), self.results, self.classes, self.category_ids, 0.0))
         if file is not None:
             path = Path(file).expanduser()
-            refuse_output(path, "draw", PICTURE)
+            refuse_output(path, "draw", PICTURE, [self.path] if self.path else ())
             save_marked(path, np.asarray(drawn))
         return drawn
 

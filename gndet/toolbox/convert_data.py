@@ -21,11 +21,11 @@ from gndet.data.datasets.faults import Fault, refuse_all, several
 from gndet.data.datasets.formats import sniff
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.packed import PackedRecords
-from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source
+from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths
 from gndet.data.datasets.tracing import joined, outlines_of
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError, OutputError
-from gndet.files import make_folder, write_whole
+from gndet.files import make_folder, refuse_among, write_whole
 
 ALL = "all"  # what a set without a name is called in the copy
 DIGITS = 6  # of YOLO's fractions: a hundredth of a pixel in a picture 10,000 pixels wide
@@ -45,6 +45,7 @@ def convert_data(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is not an empty folder; gndet writes the copy into a new or empty one")
+    refuse_among(out, "OUT", _read_from(source, overrides))
     sets = _read(source, overrides, show, image_folder)
     refuse_all({dataset.name: dataset.findings for dataset in sets.values()})
     for name, dataset in sets.items():
@@ -57,9 +58,18 @@ def convert_data(
         show(f"{name or ALL}: {several(len(dataset.records), 'image')} of {dataset.name} -> {out}{fixed}")
 
 
+def _is_config(path: Path) -> bool:
+    return path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None
+
+
+def _read_from(source: str, overrides: list[str]) -> list[Path]:
+    path = find_config(source).expanduser()
+    return user_paths(load_config(source, overrides).data) if _is_config(path) else [path]
+
+
 def _read(source: str, overrides: list[str], show: Show, image_folder: Path | None) -> dict[str, Dataset]:
     path = find_config(source).expanduser()
-    if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None:
+    if _is_config(path):
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data

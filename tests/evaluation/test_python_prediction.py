@@ -391,10 +391,23 @@ def test_no_file_of_the_user_is_replaced(detector: Detector, folder: Path, tmp_p
         found.to_labelme(tmp_path / "mine.json")
     with pytest.raises(OutputError, match=r"to_yolo .*mine\.txt: exists"):
         found.to_yolo(tmp_path / "mine.txt")
-    with pytest.raises(OutputError, match=r"draw .*a\.xyz"):
+    with pytest.raises(OutputError, match=r"a\.xyz: cannot write the picture"):
         found.draw(tmp_path / "a.xyz")
     assert (folder / "1.png").read_bytes() == picture and (tmp_path / "mine.json").read_text() == "{}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "mine.json", "mine.txt"]
+
+
+def test_a_drawing_of_gndet_is_drawn_again_but_not_onto_its_own_picture(
+    detector: Detector, folder: Path, tmp_path: Path
+) -> None:
+    for _ in range(2):
+        detector.predict(folder / "1.png").draw(tmp_path / "a.png")
+    drawn = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(OutputError, match=r"draw .*a\.png: is among your data"):
+        detector.predict(tmp_path / "a.png").draw(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(drawn[:-1] + b"?" * 20_000)  # damaged, and still known by its start
+    detector.predict(folder / "1.png").draw(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == drawn
 
 
 # --- other libraries

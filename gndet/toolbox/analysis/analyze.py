@@ -39,13 +39,9 @@ def analyze(
     json_file, csv_folder: where to write the whole analysis.  images: how many of the worst images and of the
     suspected annotations to list.  Raises ConfigError, DataError or OutputError before it writes anything.
     """
+    _refuse_outputs(source, data, overrides, json_file, csv_folder)
     dataset, results, limit = read_subject(source, data, overrides)
-    kind, inputs = chosen_kind(dataset, results, kind), _inputs(source, data, overrides)
-    if json_file:
-        refuse_output(json_file, "--json", report_kind("analyze"), inputs)
-    if csv_folder:
-        for name, file in FILES.items():
-            refuse_output(csv_folder / name, "--csv", file, inputs)
+    kind = chosen_kind(dataset, results, kind)
     found = make_analysis(dataset, results, kind=kind, max_detections=limit)
     tables = all_tables(found, dataset, images)
     counts = f"{len(dataset.records)} images, {len(results)} detections"
@@ -91,12 +87,21 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
     return dataset, read_results(path, dataset), cfg.evaluation.max_detections
 
 
-def _inputs(source: Path, data: str | None, overrides: Sequence[str]) -> list[Path]:
-    """Return the files and folders that hold the subject: detections, and annotations or the data of a config."""
+def _refuse_outputs(
+    source: Path, data: str | None, overrides: Sequence[str], json_file: Path | None, csv_folder: Path | None
+) -> None:
+    """Raise OutputError if an output cannot be written, or would replace what gndet did not write."""
     named = find_config(str(source / CONFIG) if source.is_dir() else data or "")
-    if named.suffix in (".yaml", ".yml"):
-        return user_paths(load_config(named, overrides).data)
-    return [source, named]
+    if not (named.is_file() and source.exists()):
+        return  # read_subject says what is missing
+    is_config = named.suffix in (".yaml", ".yml")
+    read = user_paths(load_config(named, overrides).data) if is_config else [named]
+    read += [source] if source.is_file() else []
+    if json_file:
+        refuse_output(json_file, "--json", report_kind("analyze"), read)
+    if csv_folder:
+        for name, kind in FILES.items():
+            refuse_output(csv_folder / name, "--csv", kind, read)
 
 
 def terminal_table(table: Table) -> str:

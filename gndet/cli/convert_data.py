@@ -1,5 +1,7 @@
 """`gndet convert-data SOURCE OUT --to coco|yolo [--image-folder FOLDER] [key=value ...]`."""
 
+from pathlib import Path
+
 from gndet.cli.arguments import Options, Verbs, add_overrides, path, say
 
 

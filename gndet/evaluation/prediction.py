@@ -154,15 +154,16 @@ class Prediction:
     def draw(self, file: str | Path | None = None) -> Image.Image:
         """Draw the objects on the picture, enlarged if it is small; `p[p.scores > 0.7].draw()` leaves some out.
 
-        file: where to write the drawing, in the format of its suffix; only a drawing of gndet is replaced.
+        file: where to write the drawing, in the format of its suffix; only another drawing of gndet is replaced.
         Raises DataError if the picture can no longer be read, and OutputError.
         """
-        drawn = Image.fromarray(draw_detections(self.load(), self.results, self.classes, self.category_ids, 0.0))
-        if file is not None:
-            path = Path(file).expanduser()
-            refuse_output(path, "draw", PICTURE, [self.path] if self.path else ())
-            save_marked(path, np.asarray(drawn))
-        return drawn
+        path = None if file is None else Path(file).expanduser()
+        if path:
+            refuse_output(path, "draw", PICTURE, [self.path] if self.path else [])
+        drawn = draw_detections(self.load(), self.results, self.classes, self.category_ids, 0.0)
+        if path:
+            save_marked(path, drawn)
+        return Image.fromarray(drawn)
 
     def to_torchvision(self) -> dict[str, Tensor]:
         """Return tensors as torchvision's detectors do, but with labels from 0, as in `classes`; all are copies.

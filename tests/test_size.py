@@ -35,23 +35,24 @@ def test_six_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py", "py.typed"}
 
 
-def test_the_library_has_at_most_22_600_lines() -> None:
-    """1,300 of them are the Triton kernels for GPUs."""
-    assert lines(FILES) <= 22_600
+def test_the_library_has_at_most_28_400_lines() -> None:
+    """1,300 of them are the Triton kernels for GPUs, and 2,300 the readers of labelling tools' exports."""
+    assert lines(FILES) <= 28_400
 
 
-def test_training_loads_at_most_94_files_of_14_000_lines() -> None:
+def test_training_loads_at_most_130_files_of_18_700_lines() -> None:
+    """Opening a data set of any format takes 40 of them, 6,000 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 94 and lines(loaded) <= 14_000
+    assert len(loaded) <= 130 and lines(loaded) <= 18_700
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 
-def test_the_trainer_is_read_in_35_files_of_4_700_lines() -> None:
+def test_the_trainer_is_read_in_35_files_of_4_800_lines() -> None:
     path = reading_path()
     assert path[0] == ROOM / "train.py" and len(path) == len(set(path)) >= 25
     assert all(file.is_file() for file in path)
-    assert len(path) <= 35 and lines(path) <= 4_700
+    assert len(path) <= 35 and lines(path) <= 4_800
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -1,7 +1,5 @@
 """`gndet convert-data SOURCE OUT --to coco|yolo [--image-folder FOLDER] [key=value ...]`."""
 
-from pathlib import Path
-
 from gndet.cli.arguments import Options, Verbs, add_overrides, path, say
 
 
@@ -12,7 +10,7 @@ def add(verbs: Verbs) -> None:
     verb.add_argument("out", type=path, help="new or empty folder for the copy, pictures included")
     verb.add_argument("--to", choices=("coco", "yolo"), required=True, help="format of the copy")
     verb.add_argument(
-        "--image-folder", type=Path, metavar="FOLDER", help="pictures of an annotation file (default: search near it)"
+        "--image-folder", type=path, metavar="FOLDER", help="pictures of an annotation file (default: search near it)"
     )
     add_overrides(verb)
 

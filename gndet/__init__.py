@@ -9,11 +9,11 @@
 `gndet --help` answer at once.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gndet.cli.train import train_run as train
+    from gndet.cli.train import train_run as train_run
     from gndet.evaluation.detector import Detector, load
     from gndet.evaluation.prediction import Prediction
 
@@ -22,16 +22,24 @@ __all__ = ("Detector", "Prediction", "__version__", "load", "train")
 
 
 def __getattr__(name: str) -> object:
-    """Import what is first used.  `gndet.train` is a module that can be called, see its end."""
-    places = {
-        "load": "gndet.evaluation.detector", "Detector": "gndet.evaluation.detector",
-        "Prediction": "gndet.evaluation.prediction",
-    }  # fmt: skip
+    """Import what is first used.  `gndet.train` is a module that can be called; the call is `train_run`."""
     if name == "train":
-        return import_module("gndet.train")
-    if name not in places:
-        raise AttributeError(f"module 'gndet' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(places[name]), name)
+        import gndet.train as module
+
+        return module
+    if name == "train_run":
+        from gndet.cli.train import train_run
+
+        return train_run
+    if name in ("Detector", "load"):
+        from gndet.evaluation import detector
+
+        return getattr(detector, name)
+    if name == "Prediction":
+        from gndet.evaluation.prediction import Prediction
+
+        return Prediction
+    raise AttributeError(f"module 'gndet' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:

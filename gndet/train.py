@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+import gndet
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
 from gndet.distributed.collectives import all_gather
@@ -202,8 +202,8 @@ class _CallableModule(ModuleType):
     """Let `gndet.train(...)` be a call: once this module is imported, the package's attribute `train` is the module."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Train as the command line does; see `train_run` in gndet/cli/train.py."""
-        return import_module("gndet.cli.train").train_run(*arguments, **options)
+        """Train as the command line does: `train_run` in gndet/cli/train.py."""
+        return gndet.train_run(*arguments, **options)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -179,17 +179,28 @@ def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) 
 
     An outline may overhang the image; numbers farther out belong to another image.
     """
+    if _are_near(polygons, sizes):
+        return polygons
     owner = np.repeat(polygons.owner, polygons.lengths)  # of each number
     limit = sizes.max(1)[owner]
     wrong = np.flatnonzero(~((polygons.points >= -limit) & (polygons.points <= 2 * limit)))
-    if not len(wrong):
-        return polygons
     places, index = np.unique(owner[wrong], return_index=True)
     values = list(chain.from_iterable(polygons.raw))
     for place, number in zip(places.tolist(), wrong[index].tolist(), strict=True):
         expected = f"expected a number from {-limit[number]} to {2 * limit[number]}"
         faults.append(MaskFault(place, "polygon-number", f"polygon coordinate {brief(values[number])}, {expected}"))
     return polygons.only(~np.isin(polygons.owner, places))
+
+
+def _are_near(polygons: Polygons, sizes: np.ndarray) -> bool:
+    """Return whether all coordinates are numbers near their image, by the extremes of each polygon: NaN is neither."""
+    filled = polygons.lengths > 0
+    starts = offsets(polygons.lengths)[:-1][filled]
+    if not len(starts):
+        return True
+    limit = sizes.max(1)[polygons.owner[filled]]
+    low, high = np.minimum.reduceat(polygons.points, starts), np.maximum.reduceat(polygons.points, starts)
+    return bool(((low >= -limit) & (high <= 2 * limit)).all())
 
 
 def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:

@@ -3,6 +3,8 @@
 import csv
 import errno
 import io
+import itertools
+import mimetypes
 import os
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -77,6 +79,11 @@ class Kind(NamedTuple):
     mark: bytes  # regular expression that gndet's own files match; searched in their first and last 16 kB
 
 
+# any picture of gndet: options write one with the key Software, runs and studies with the key Source
+DRAWN = Kind("a picture of gndet", rb"\A(\x89PNG.*tEXt\w+\x00gndet|\xff\xd8.*\xff\xfe\x00\x07gndet)")
+LOOKED_AT = 8  # pictures of a folder, to tell gndet's from the user's
+
+
 def report_kind(verb: str) -> Kind:
     """Return the kind of the JSON report of a verb, an object whose first key is "gndet"."""
     return Kind(f"a report of gndet {verb}", rb'\A\{\s*"gndet": "%s"' % verb.encode())
@@ -87,10 +94,14 @@ def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Pat
 
     An existing file is replaced only if it is empty or has the mark of its kind, that is, if gndet wrote it for such an
     option.  A mark is part of the content: it stays in copies, and nothing is kept beside the output.  The files of a
-    run have no marks, so no option replaces them.  kind: None if every existing file stays.
-    data: the files and folders that the command reads; an output is none of them, and lies in none of them.
+    run do not have it, so no option replaces them.  kind: None if every existing file stays.
+    data: the files and folders that the command reads; an output is none of them, nor does it lie in one of them beside
+    pictures of the user: an image folder may be a whole project, with its pictures further down and its runs elsewhere.
     """
-    refuse_among(file, option, data)
+    data = list(data)
+    refuse_among(file, option, [path for path in data if is_same(file, path)])
+    if data and _is_beside_pictures(file):
+        refuse_among(file, option, data)
     try:
         if reason := _why_not(file, kind):
             raise OutputError(f"{option} {file}: {reason}")
@@ -109,6 +120,21 @@ def refuse_among(output: Path, option: str, data: Iterable[Path]) -> None:
             raise OutputError(
                 f"{option} {output}: is among your data ({path}); gndet writes nothing there, choose another name"
             )
+
+
+def _is_beside_pictures(output: Path) -> bool:
+    """Return whether the first pictures in the folder of an output, or in the nearest that exists, are the user's."""
+    folder = next(place for place in Path(os.path.realpath(output)).parents if place.is_dir())
+    with os.scandir(folder) as entries:
+        pictures = (Path(entry) for entry in entries if entry.is_file() and _is_picture(entry.name))
+        try:
+            return not all(is_own(picture, DRAWN) for picture in itertools.islice(pictures, LOOKED_AT))
+        except OSError:  # a picture that gndet may not read is not its own
+            return True
+
+
+def _is_picture(name: str) -> bool:
+    return (mimetypes.guess_type(name, strict=False)[0] or "").startswith("image/")
 
 
 def _why_not(file: Path, kind: Kind | None) -> str:

@@ -82,7 +82,7 @@ STEPS = [
     "train tiny.yaml out=run train.schedule.updates=2 data.workers=1 train.report=true",
     "evaluate run data.workers=1 --out found.json", "predict run images data.workers=1 --out drawn",
     "analyze run --csv tables --json analysis.json", "report run --out page.html", "convert run out --to torchvision",
-    "export run --onnx run.onnx --size 64x64",
+    "export run --onnx run.onnx --size 64x64", "convert-data ann.json copy --to yolo",
 ]  # fmt: skip
 STARTING = [
     "doctor --json doctor.json", "invariance tiny.yaml --out invariance.json",

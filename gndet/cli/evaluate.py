@@ -13,7 +13,6 @@ def add(verbs: Verbs) -> None:
 
 def run(options: Options) -> int:
     """Print the metrics; with --out, write the detections."""
-    from gndet.checkpoint import resolve
     from gndet.data.datasets.reading import user_paths
     from gndet.distributed.process import process
     from gndet.evaluation.detector import evaluate_checkpoint, load_detector
@@ -24,8 +23,7 @@ def run(options: Options) -> int:
     with process(device_of(options.overrides)) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc)
         if options.out:
-            data = [resolve(options.checkpoint), *user_paths(detector.config.data)]
-            refuse_output(options.out, "--out", RESULTS, data)
+            refuse_output(options.out, "--out", RESULTS, user_paths(detector.config.data))
         dataset, evaluation = evaluate_checkpoint(detector, proc)
         if proc.first:
             print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")

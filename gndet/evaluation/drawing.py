@@ -204,7 +204,7 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 def save_picture(path: Path, picture: np.ndarray) -> None:
     """Write a picture (H, W, 3) uint8 in the format of the path's suffix; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(picture).save(path, pnginfo=_text("Source"))
 
 
 def save_marked(path: Path, picture: np.ndarray, compression: int = 6) -> None:
@@ -212,9 +212,14 @@ def save_marked(path: Path, picture: np.ndarray, compression: int = 6) -> None:
 
     compression: zlib's level of a PNG file.  Raises OutputError.
     """
-    text = PngInfo()
-    text.add_text("Software", "gndet")
     try:
-        Image.fromarray(picture).save(path, pnginfo=text, comment=b"gndet", compress_level=compression)
+        Image.fromarray(picture).save(path, pnginfo=_text("Software"), comment=b"gndet", compress_level=compression)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot write the picture: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _text(key: str) -> PngInfo:
+    """Return the text of a PNG file that tells gndet's pictures from the user's: `files.DRAWN`."""
+    text = PngInfo()
+    text.add_text(key, "gndet")
+    return text

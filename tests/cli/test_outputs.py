@@ -70,7 +70,8 @@ ROWS = [
 ]  # fmt: skip
 WHOLE = ("convert-data", "norm-study", "train")  # take a folder of their own, and refuse one of the user's by its name
 INPUTS = {
-    ("analyze", "source"), ("check", "image_folder"), ("convert", "images"), ("evaluate", "checkpoint"),
+    ("analyze", "source"), ("check", "image_folder"), ("convert", "images"), ("convert-data", "image_folder"),
+    ("evaluate", "checkpoint"),
     ("export", "checkpoint"), ("export", "picture"), ("predict", "checkpoint"), ("report", "runs"),
 }  # fmt: skip
 BOX = {"image_id": 1, "category_id": 1, "bbox": [1.0, 2.0, 3.0, 4.0], "score": 0.5}
@@ -237,9 +238,7 @@ def test_no_option_replaces_a_part_of_a_run(part: str, home: Path, capsys: pytes
         assert part.rpartition("/")[2] in refused(home, f"{command} run/{part}", capsys)
 
 
-def test_a_checkpoint_gets_no_file_and_a_drawing_of_a_run_stays(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "among your data" in refused(home, "evaluate run --out run/last/new.json", capsys)
-    assert "among your data" in refused(home, "export run --onnx run/best/new.onnx", capsys)
+def test_a_drawing_and_the_detections_of_a_run_stay(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "photo.jpg").rename(home / "predictions.jpg")
     assert "predictions.png: exists" in refused(home, "predict run predictions.jpg --out run", capsys)
     (home / "run" / "predictions.png").unlink()
@@ -269,6 +268,25 @@ def test_no_input_is_replaced_under_any_of_its_names_and_no_image_folder_gets_a_
     words = [*command.split(), target, "data.root=.", "data.val={kind: coco, annotations: ann.json, images: images}"]
     assert main(words) == 2
     assert "among your data" in capsys.readouterr().err and content(home) == before
+
+
+@pytest.mark.parametrize("target", ["new.json", "run/new.json", "later/new.json", "out/new.json"])
+def test_beside_a_projects_folders_of_pictures_there_is_room(
+    target: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image folder may be the project itself, if the names of the files lead into its folders."""
+    tree = json.loads((home / "ann.json").read_text())
+    tree["images"] = [image | {"file_name": f"images/{image['file_name']}"} for image in tree["images"]]
+    (home / "ann.json").write_text(json.dumps(tree))
+    assert main(["predict", "run", "photo.jpg", "--out", "out"]) == 0
+    (home / "photo.jpg").unlink()
+    words = ["data.root=.", "data.val={kind: coco, annotations: ann.json, images: .}"]
+    assert main(["evaluate", "run", "--out", target, *words]) == 0
+    assert main(["check", "ann.json", "--json", target.replace("new", "report")]) == 0
+    for place in ("images/new.json", "images/deep/new.json"):
+        assert main(["evaluate", "run", "--out", place, *words]) == 2
+        assert main(["check", "ann.json", "--json", place]) == 2
+    assert capsys.readouterr().err.count("among your data") == 4 and not (home / "images" / "deep").exists()
 
 
 def test_an_input_is_kept_even_if_gndet_wrote_it_for_this_option(

@@ -340,7 +340,7 @@ def test_data_that_is_refused_is_a_finding(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(inside, "STEPS", {"loading": "data loader", "room": "disk"})
     said = list(inside.rows([str(REPOSITORY / "configs/bccd_r18_gn_scratch.yaml"), f"data.root={tmp_path}"]))
     wrong = [row for row in said if row.get("mark") == "wrong"]
-    assert [row["name"] for row in wrong] == ["data loader"] and "instances_train.json" in wrong[0]["text"]
+    assert [row["name"] for row in wrong] == ["data loader"] and f"{tmp_path}: is empty" in wrong[0]["text"]
     assert {"run folder"} <= {row.get("name") for row in said}  # the steps after it still run
 
 

@@ -90,13 +90,14 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
 
 
 def user_paths(data: DataConfig) -> list[Path]:
-    """Return the annotations and image folders of a config, named or found: gndet writes nothing onto or into them."""
+    """Return the annotation files and folders of a config, named or found: gndet writes nothing among them."""
     paths = named_paths(data)
     for part in (data.train, data.val):
         if part.kind != "shapes":
             with suppress(Fault):  # the reader reports it
                 kind, annotations, images, _ = source_in(part, data)
-                images = images or (guess_folder(annotations) if kind == "coco" else None)
+                home = annotations if annotations.is_dir() else annotations.parent
+                images = images or (guess_folder(annotations) if kind == "coco" else home)
                 paths += [annotations, *([images] if images else [])]
     return paths
 

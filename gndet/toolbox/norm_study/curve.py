@@ -24,7 +24,7 @@ def draw_curve(study: Study, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+        figure.savefig(partial, format="png", dpi=120, metadata={"Source": "gndet"})
 
 
 def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:

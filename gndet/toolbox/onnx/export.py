@@ -17,7 +17,6 @@ import torch
 from torchvision.transforms.v2 import functional
 
 import gndet
-from gndet.checkpoint import resolve
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
 from gndet.data.batches.transforms import resized
@@ -71,7 +70,7 @@ def export(
         raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, which torch's exporter can write")
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc)
-        refuse_output(file, "--onnx", EXPORTED, [resolve(checkpoint), *user_paths(detector.config.data)])
+        refuse_output(file, "--onnx", EXPORTED, user_paths(detector.config.data))
         detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
         masks = masks and detector.config.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)

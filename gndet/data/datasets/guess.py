@@ -11,6 +11,7 @@ from gndet.data.datasets.file_names import is_foreign, readings
 from gndet.data.datasets.json_parts import as_utf8
 
 NAMES_TRIED = 100  # file names of an annotation file to look for
+APART = re.compile(r".*annot.*|anns?|labels?|jsons?|gt", re.IGNORECASE)  # names of folders that hold no pictures
 _NAME = rb'"%s"\s*:\s*("(?:[^"\\]|\\.)*")'
 
 
@@ -18,7 +19,8 @@ def guess_folder(path: Path) -> Path | None:
     """Find the folder, beside a JSON file or its folder, that has most of its first pictures or is named after it.
 
     For annotations/instances_train2017.json, try train2017, images/train2017 and images first, then all others; of
-    folders that have equally many pictures, the first is taken.
+    folders that have equally many pictures, the first is taken.  What lies beside the folder of the file is another
+    data set, unless that folder is named after annotations.
     """
     stem = path.stem.split("_", 1)[-1]
     best, most = None, (0, 0)
@@ -40,7 +42,8 @@ def guess_folder(path: Path) -> Path | None:
 def _candidates(bases: Sequence[Path], stem: str, whole: str) -> Iterator[Path]:
     for base in bases:
         yield from (base / stem, base / "images" / stem, base / "images", base / whole, base)
-        yield from sorted(entry for entry in base.iterdir() if entry.is_dir())
+        if base == bases[0] or APART.fullmatch(bases[0].name):
+            yield from sorted(entry for entry in base.iterdir() if entry.is_dir())
 
 
 def _count_hits(folder: Path, names: list[str]) -> tuple[int, int]:

@@ -1,11 +1,28 @@
 """Folders as strangers bring them: without pictures, with a folder around them, with other data beside them."""
 
+import json
 from pathlib import Path
 
-from exported import write
-from test_data_folders import COCO
+import pytest
+from exported import codes, write
+from test_data_folders import COCO, CVAT, LABELME, LAYOUTS, YOLO, data_of
 
+from gndet.config.schema import DatasetConfig
+from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.guess import guess_folder
+from gndet.data.datasets.layout import find_sets
+from gndet.data.datasets.reading import inspect_dataset
+from gndet.data.records import Dataset
+
+BOX = [8.0, 6.0, 24.0, 18.0]
+
+
+def read(root: Path, split: str = "train", **named: str) -> Dataset:
+    return inspect_dataset(DatasetConfig(split=split, **named), data_of(root))
+
+
+def words(dataset: Dataset) -> str:
+    return "\n".join(text for found in dataset.findings for text in (*found.examples, found.remedy))
 
 
 def test_pictures_of_another_data_set_beside_the_export_are_not_taken(tmp_path: Path) -> None:
@@ -13,3 +30,43 @@ def test_pictures_of_another_data_set_beside_the_export_are_not_taken(tmp_path: 
     assert guess_folder(tmp_path / "mine" / "result.json") is None
     write(tmp_path, {"mine/annotations/file.json": COCO, "mine/pics/a.png": None})
     assert guess_folder(tmp_path / "mine" / "annotations" / "file.json") == tmp_path / "mine" / "pics"
+
+
+@pytest.mark.parametrize("layout", ["Roboflow, COCO", "Roboflow, YOLO", "VOC", "CVAT for images", "LabelMe", "VIA"])
+def test_the_only_folder_that_holds_data_is_read(tmp_path: Path, layout: str) -> None:
+    write(tmp_path / "export", LAYOUTS[layout][2])
+    write(tmp_path, {"__MACOSX/export/._data.yaml": b"\0\5", "docs/index.html": "<html>", "unlabeled/b.png": None})
+    (record,) = read(tmp_path).records
+    assert record.boxes.tolist() == [BOX]
+
+
+def test_folders_of_labelmes_files_make_one_set(tmp_path: Path) -> None:
+    write(
+        tmp_path, {f"day{day}/{name}": text for day in "123" for name, text in (("a.json", LABELME), ("a.png", None))}
+    )
+    assert {record.file_name for record in read(tmp_path).records} == {f"day{day}/a.png" for day in "123"}
+
+
+def test_labelmes_files_in_a_folder_labels_are_not_taken_for_yolos(tmp_path: Path) -> None:
+    write(tmp_path, {"images/a.png": None, "labels/a.json": LABELME})
+    assert find_sets(tmp_path)[""].kind == "labelme" and read(tmp_path).records[0].boxes.tolist() == [BOX]
+
+
+def test_several_data_sets_in_a_folder_are_named(tmp_path: Path) -> None:
+    for task in ("task_1", "task_2"):
+        write(tmp_path / task, {"annotations.xml": CVAT, "images/a.png": None})
+    assert "task_1 (cvat) and task_2 (cvat); give one of them" in words(read(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["train/_annotations.createml.json", "a/b/x.json"])
+def test_a_format_that_is_not_read_is_named_in_folders_below(tmp_path: Path, name: str) -> None:
+    content = json.dumps([{"image": "a.png", "annotations": [{"label": "cup", "coordinates": {"x": 1, "y": 2}}]}])
+    write(tmp_path, {name: content, "train/a.png": None, "valid/a.png": None})
+    with pytest.raises(Fault, match="CreateML's JSON; export"):
+        find_sets(tmp_path)
+
+
+def test_rows_in_a_folder_of_annotations_are_read(tmp_path: Path) -> None:
+    write(tmp_path, {"images/a.png": None, "annotations/a.txt": YOLO, "annotations/classes.txt": "cup\n"})
+    dataset = read(tmp_path)
+    assert dataset.classes == ("cup",) and dataset.records[0].boxes.tolist() == [BOX] and not codes(dataset)

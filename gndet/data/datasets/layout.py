@@ -46,19 +46,17 @@ class Listing(NamedTuple):
 def find_sets(root: Path, kind: str = "auto") -> dict[str, Source]:
     """Find the sets of a folder; kind: only those of this format.
 
-    Looks at its files, then into folders named after sets, then into its only folder.
-    Raises Fault if there is none, if there are two of one name, or if the folder cannot be listed.
+    Looks at its files, then into folders named after sets, then into its only folder that holds data; folders of
+    LabelMe's files make one set.  Raises Fault if there is none, if there are two of one name, or if the folder cannot
+    be listed.
     """
     try:
-        found, folders = _sets_in(root, kind), _list(root).folders
-        if not found:
-            for folder in folders:
-                if (name := set_of(folder.name)) is not None:
-                    found += [(name, source) for _, source in _sets_in(folder, kind)]
+        found, folders = _sets_of(root, kind), _list(root).folders
         if not found and len(folders) == 1:
             return find_sets(folders[0], kind)
+        found = found or _sets_below(root, folders, kind)
     except OSError as error:
-        raise Fault("data-unknown", f"{root}: cannot be listed: {error.strerror}") from None
+        raise Fault("data-unknown", f"{error.filename}: cannot be listed: {error.strerror}") from None
     if not found:
         raise Fault("data-unknown", f"{root}: {_what_is_there(root)}")
     return _one_of_each(root, found)
@@ -103,11 +101,29 @@ def set_of(name: str) -> str | None:
     return SETS[found[1]] if found else None
 
 
+def _sets_of(folder: Path, kind: str) -> list[tuple[str, Source]]:
+    """List the sets that the files of a folder describe, or its folders that are named after sets."""
+    named = [(place, name) for place in _list(folder).folders if (name := set_of(place.name)) is not None]
+    return _sets_in(folder, kind) or [(name, source) for place, name in named for _, source in _sets_in(place, kind)]
+
+
 def _sets_in(folder: Path, kind: str) -> list[tuple[str, Source]]:
     """List the sets that the files of a folder describe, of all formats or of one: (name, source)."""
     listed = _list(folder)
     found = [*_yolo_in(listed), *_json_in(listed), *_xml_in(listed)]
     return [(name, source) for name, source in found if kind in ("auto", source.kind)]
+
+
+def _sets_below(root: Path, folders: Sequence[Path], kind: str) -> list[tuple[str, Source]]:
+    """Return the sets of the only one of these folders that holds data, or one set of folders of LabelMe's files."""
+    found = {folder: sets for folder in _readable(folders) if (sets := _sets_of(folder, kind))}
+    listed = [pair for sets in found.values() for pair in sets]
+    if len(found) < 2:
+        return listed
+    if {source.kind for _, source in listed} == {"labelme"}:
+        return [("", Source("labelme", root))]
+    names = " and ".join(f"{folder.name} ({sets[0][1].kind})" for folder, sets in list(found.items())[:2])
+    raise Fault("set-twice", f"{root}: holds {len(found)} data sets, {names}; give one of them")
 
 
 def _one_of_each(root: Path, found: list[tuple[str, Source]]) -> dict[str, Source]:
@@ -128,8 +144,7 @@ def _yolo_in(listed: Listing) -> list[tuple[str, Source]]:
     files = [listed.home / name for name in YOLO_FILES if listed.home / name in listed.files]
     files += [file for file in listed.files if file.suffix in (".yaml", ".yml") and file not in files][:LOOKED_AT]
     described = next((file for file in files if sniff(file) == "yolo"), None)
-    folders = {folder.name for folder in listed.folders}
-    if described is None and folders.isdisjoint(("labels", "obj_train_data")) and not _has_labels(listed.files):
+    if described is None and not _has_labels(listed.files) and not any(map(_holds_rows, listed.folders)):
         return []
     where = described or listed.home
     return [(name, Source("yolo", where, None, name)) for name in yolo_sets(where)]
@@ -139,6 +154,15 @@ def _has_labels(files: list[Path]) -> bool:
     """Return whether text files lie beside pictures of the same names."""
     pictures = {file.stem for file in files if file.suffix.lower() in PICTURES}
     return any(file.suffix == ".txt" and file.stem in pictures for file in files)
+
+
+def _holds_rows(folder: Path) -> bool:
+    """Return whether a folder holds label files: by its name, unless it holds JSON or XML instead, or by a file."""
+    if folder.name in ("labels", "obj_train_data"):
+        suffixes = {os.path.splitext(name)[1].lower() for name in os.listdir(folder)}
+        return ".txt" in suffixes or suffixes.isdisjoint((".json", ".xml"))
+    texts = [name for name in os.listdir(folder) if name.endswith(".txt")] if folder.name.lower() in ANNOTATIONS else []
+    return any(sniff(folder / name) == "yolo" for name in texts[:LOOKED_AT])
 
 
 def _json_in(listed: Listing) -> list[tuple[str, Source]]:
@@ -157,7 +181,7 @@ def _json_in(listed: Listing) -> list[tuple[str, Source]]:
 
 def _xml_in(listed: Listing) -> list[tuple[str, Source]]:
     """Find CVAT's XML file, and VOC's files here, in or below `Annotations`, or in the folders of a devkit."""
-    for home in (listed, *_annotations_in(listed, ANNOTATIONS)):
+    for home in (listed, *_annotations_in(listed, (*ANNOTATIONS, "labels"))):
         files = [file for file in home.files if file.suffix.lower() == ".xml"]
         if not files and home is not listed:
             files = [home.home / name for name in files_below(home.home, (".xml",))]
@@ -181,24 +205,33 @@ def _cvat_in(file: Path) -> list[tuple[str, Source]]:
     return [(name, Source("cvat", file, None, name)) for name in subsets] or alone
 
 
-def _annotations_in(listed: Listing, names: Sequence[str] = ("annotations",)) -> list[Listing]:
-    return [_list(folder) for folder in listed.folders if folder.name.lower() in names]
+def _annotations_in(listed: Listing, names: Sequence[str] = ("annotations", "labels")) -> list[Listing]:
+    folders = [folder for folder in listed.folders if folder.name.lower() in names]
+    return [_list(folder) for folder in folders if folder.name != "labels" or not _holds_rows(folder)]
 
 
 def _list(folder: Path) -> Listing:
     """List a folder by name, without hidden entries.  Raises OSError."""
     with os.scandir(folder) as entries:
-        visible = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        visible = sorted(
+            (entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith((".", "__MACOSX"))
+        )
     files = [folder / name for name, is_folder in visible if not is_folder]
     return Listing(folder, files, [folder / name for name, is_folder in visible if is_folder])
 
 
+def _readable(folders: Sequence[Path]) -> list[Path]:
+    return [folder for folder in folders[:LOOKED_AT] if os.access(folder, os.R_OK | os.X_OK)]
+
+
 def _what_is_there(root: Path) -> str:
-    """Say in a few words what a folder holds instead of a data set."""
-    listed = _list(root)
-    for file in listed.files[:LOOKED_AT]:
-        if file.suffix.lower() not in PICTURES and (named := name_format(file)):
-            return f"{file.name}: {named}"
+    """Say in a few words what a folder holds instead of a data set: the first known format, here or two levels down."""
+    level = [listed := _list(root)]
+    for _ in range(3):
+        for file in [file for home in level for file in home.files[:LOOKED_AT]]:
+            if file.suffix.lower() not in PICTURES and (named := name_format(file)):
+                return f"{file.relative_to(root)}: {named}"
+        level = [_list(folder) for home in level for folder in _readable(home.folders)][:LOOKED_AT]
     names = [entry.name for entry in (*listed.folders, *listed.files)]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"holds {shown}" if names else "is empty"

@@ -70,3 +70,43 @@ def test_rows_in_a_folder_of_annotations_are_read(tmp_path: Path) -> None:
     write(tmp_path, {"images/a.png": None, "annotations/a.txt": YOLO, "annotations/classes.txt": "cup\n"})
     dataset = read(tmp_path)
     assert dataset.classes == ("cup",) and dataset.records[0].boxes.tolist() == [BOX] and not codes(dataset)
+
+
+def test_pictures_in_a_folder_of_their_own_find_their_labels(tmp_path: Path) -> None:
+    write(tmp_path, {"pics/a.png": None, "pics/b.png": None, "labels/a.txt": YOLO, "classes.txt": "cup\n"})
+    for named in ({}, {"images": "pics"}):
+        assert {record.file_name: record.boxes.tolist() for record in read(tmp_path, **named).records} == {
+            "a.png": [BOX], "b.png": [],
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("files", [
+    {"pics/a.png": None, "one/a.txt": YOLO, "two/a.txt": YOLO}, {"x/a.png": None, "y/a.png": None, "one/a.txt": YOLO},
+])  # fmt: skip
+def test_labels_of_one_name_are_not_guessed(tmp_path: Path, files: dict[str, str | None]) -> None:
+    write(tmp_path, files | {"data.yaml": "train: [pics, x, y]\nnames: [cup]\n"})
+    for folder in ("pics", "x", "y"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    assert codes(read(tmp_path)) == {"file-unclear": 1}
+
+
+def test_labels_of_another_set_are_not_taken(tmp_path: Path) -> None:
+    write(tmp_path, {"images/train/a.png": None, "images/val/a.png": None, "labels/train/a.txt": YOLO})
+    assert codes(read(tmp_path, "val")) == {"labels-missing": 1} and not codes(read(tmp_path)).get("labels-missing")
+
+
+def test_lists_of_pictures_that_lie_elsewhere_divide_the_folder_that_is_named(tmp_path: Path) -> None:
+    """As CVAT exports a project without its pictures."""
+    for part, name in (("train", "a"), ("valid", "b")):
+        write(tmp_path, {f"{part}.txt": f"data/obj_{part}_data/{name}.png\n", f"obj_{part}_data/{name}.txt": YOLO})
+    write(tmp_path, {"obj.data": "train = data/train.txt\nvalid = data/valid.txt\nnames = data/obj.names\n"})
+    write(tmp_path, {"obj.names": "cup\n", "pics/a.png": None, "pics/b.png": None})
+    assert codes(read(tmp_path)) == {"folder-missing": 1}
+    for split, name in (("train", "a.png"), ("val", "b.png")):
+        (record,) = read(tmp_path, split, images="pics").records
+        assert record.file_name == name and record.boxes.tolist() == [BOX]
+
+
+def test_labels_without_pictures_are_named(tmp_path: Path) -> None:
+    write(tmp_path, {"labels/a.txt": YOLO, "classes.txt": "cup\n"})
+    assert "no pictures there, but 2 text files, like 'labels/a.txt'" in words(read(tmp_path))

@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gndet.data.datasets.exports.folders import (
     children,
     common_folder,
     entered,
+    files_below,
     read_text,
     set_missing,
     shown,
@@ -81,6 +83,8 @@ def _open(annotations: Path, images: Path | None, split: str, outlines: bool) ->
         below = os.path.relpath(place, root)
         prefix = "" if below == "." else f"{below}/"
         units += [(prefix + name, label) for name, label in matched.match(place, names)]
+    if not any(label for _, label in units):
+        units = matched.anywhere(root, [name for name, _ in units])
     home, labels = str(folder), [label for _, label in units if label]
     if not labels:
         words = (
@@ -122,21 +126,30 @@ def _find_pictures(
     """Return the pictures of a split by folder.  Raises Fault if there is no such split, or no picture in it."""
     keys = [key for key in tree if key in ALIASES and tree[key]]
     if annotations.is_file() and file is None:
-        groups = in_list(annotations, [annotations.parent, *([images] if images else [])], opened)
-    elif images or file is None or not keys:
+        groups = in_list(annotations, [*([images] if images else []), annotations.parent], opened)
+    elif file is None or not keys:
         groups = in_folder(images or (file.parent if file else annotations), split, images is not None, opened)
     else:
         chosen = [key for key in keys if split in ("", ALIASES[key])]
         if not chosen:
             raise set_missing(file, split, keys)
         bases = [file.parent / os.path.expanduser(str(tree.get("path") or "")).replace("\\", "/"), file.parent]
-        groups = []
-        for key in chosen:
-            values = tree[key] if isinstance(tree[key], list) else [tree[key]]
-            groups += [group for value in values for group in in_tree(str(value), bases, f"{file}: {key}", opened)]
+        texts = [(key, str(value)) for key in chosen for value in _as_list(tree[key])]
+        near = [images] if images else []
+        if images and not all(text.endswith(".txt") for _, text in texts):  # lists tell the sets of a single folder
+            groups = in_folder(images, split, True, opened)
+        else:
+            found = (in_tree(text, bases, f"{file}: {key}", near, opened) for key, text in texts)
+            groups = list(chain.from_iterable(found))
     if not any(names for _, names in groups):
-        raise Fault("folder-missing", f"{groups[0][0]}: no pictures there; `images` names their folder")
+        labels = files_below(groups[0][0], (".txt",))
+        words = f", but {several(len(labels), 'text file')}, like {brief(labels[-1])}" if labels else ""
+        raise Fault("folder-missing", f"{groups[0][0]}: no pictures there{words}; `images` names their folder")
     return [_inmost(*group) for group in groups if group[1]]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _inmost(folder: str, names: list[str]) -> Group:

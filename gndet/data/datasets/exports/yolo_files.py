@@ -19,7 +19,7 @@ from gndet.data.datasets.exports.folders import (
     stem_of,
     swapped,
 )
-from gndet.data.datasets.exports.yolo_rows import Found
+from gndet.data.datasets.exports.yolo_rows import Found, Unit
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
 from gndet.data.datasets.segmentation import brief
@@ -73,8 +73,11 @@ def _is_list(path: Path) -> bool:
     return False
 
 
-def in_tree(text: str, bases: Sequence[Path], key: str, opened: Opened) -> list[Group]:
-    """Find the pictures of a value of data.yaml: a folder, or a list of pictures.  Raises Fault if it is not there."""
+def in_tree(text: str, bases: Sequence[Path], key: str, near: Sequence[Path], opened: Opened) -> list[Group]:
+    """Find the pictures of a value of data.yaml: a folder, or a list of pictures, which may lie in the folders `near`.
+
+    Raises Fault if it is not there.
+    """
     path = next((place for place in candidates(text, bases) if place.exists()), None)
     if path is None:
         places = ", ".join(dict.fromkeys(shown(str(place)) for place in candidates(text, bases)))
@@ -84,7 +87,7 @@ def in_tree(text: str, bases: Sequence[Path], key: str, opened: Opened) -> list[
         opened.notes.append(f"{key} {shown(text)} is taken for {shown(str(path))}")
     if not path.is_file():
         return [(str(path), files_below(path, PICTURES))]
-    return in_list(path, [path.parent, *bases], opened)
+    return in_list(path, [*near, path.parent, *bases], opened)
 
 
 def in_list(path: Path, bases: Sequence[Path], opened: Opened) -> list[Group]:
@@ -102,12 +105,12 @@ def in_list(path: Path, bases: Sequence[Path], opened: Opened) -> list[Group]:
 
 def _holder(parent: str, names: list[str], bases: Sequence[Path]) -> Path:
     """Return the folder that holds the first of these pictures; the most literal one if none does."""
-    places = [Path(os.path.normpath(place)) for place in candidates(parent or ".", bases, least=0)]
+    places = [Path(os.path.normpath(place)) for place in (*candidates(parent or ".", bases, least=0), bases[0])]
     return next((place for place in places if any((place / name).is_file() for name in names[:TRIED])), places[0])
 
 
 class Labels:
-    """The label files beside pictures, or in a folder `labels` beside the folder `images`."""
+    """The label files beside pictures, in a folder `labels` beside the folder `images`, or in any other folder."""
 
     def __init__(self, home: Path) -> None:
         """home: the folder of the annotations; label files in it are named relative to it."""
@@ -124,8 +127,9 @@ class Labels:
         for parent, pictures in below.items():
             place = self._choose(folder, parent, {stem for _, stem in pictures})
             listing = self.listings.of(place)
-            if f"{place}/".startswith(f"{self.home}/"):
-                place = os.path.relpath(place, self.home)
+            if place == self.home:
+                place = ""
+            place = place.removeprefix(f"{self.home}/")
             for name, stem in pictures:
                 yield name, os.path.join(place, listing[stem][0]) if stem in listing else ""
 
@@ -145,6 +149,28 @@ class Labels:
             self._beside.setdefault(best, set()).add(pictures)
         return best
 
+    def anywhere(self, root: str, names: list[str]) -> list[Unit]:
+        """Match pictures that have no label file in a usual folder with text files anywhere below home, by name.
+
+        A folder of another set than the picture's is left out.  names: relative to root.  Raises Fault if a picture has
+        two label files, or two pictures have one.
+        """
+        texts: dict[str, list[tuple[str, str]]] = {}  # by stem: files relative to home, with the sets of their folders
+        for text in files_below(self.home, (".txt",)):
+            if _may_be_label(stem := stem_of(os.path.basename(text))):
+                texts.setdefault(stem, []).append((text, _set_of(text)))
+        units, owners = [], dict[str, str]()
+        for name in names:
+            mine = _set_of(os.path.relpath(os.path.join(root, name), self.home))
+            near = texts.get(stem_of(os.path.basename(name)), [])
+            found = [text for text, other in near if not (mine and other) or mine == other]
+            if len(found) > 1:
+                raise _unclear(name, found)
+            if found and owners.setdefault(found[0], name) != name:
+                raise _unclear(found[0], [owners[found[0]], name])
+            units.append((name, found[0] if found else ""))
+        return units
+
     def what_is_there(self) -> str:
         """Say which label file the folders hold that were looked in, or which folders these are."""
         for folder, listing in self.listings.known.items():
@@ -162,6 +188,15 @@ class Labels:
                 if stem not in stems and _may_be_label(stem):
                     found.append(("label-stray", f"{shown(os.path.join(folder, name))}: no picture of this name"))
         return found
+
+
+def _unclear(file: str, others: Sequence[str]) -> Fault:
+    return Fault("file-unclear", f"{shown(file)}: both {shown(others[0])} and {shown(others[1])} have its name")
+
+
+def _set_of(file: str) -> str:
+    """Return the set of the first folder of a path that is named after one, "" if none is."""
+    return next((ALIASES[part] for part in os.path.dirname(file).lower().split(os.sep) if part in ALIASES), "")
 
 
 def _may_be_label(stem: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from exported import codes, write
-from test_data_folders import COCO, CVAT, LABELME, LAYOUTS, YOLO, data_of
+from test_data_folders import COCO, CVAT, DATA_YAML, LABELME, LAYOUTS, VOC, YOLO, data_of
 
 from gndet.config.schema import DatasetConfig
 from gndet.data.datasets.faults import Fault
@@ -13,6 +13,7 @@ from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import find_sets
 from gndet.data.datasets.reading import inspect_dataset
 from gndet.data.records import Dataset
+from gndet.toolbox.check.check import check
 
 BOX = [8.0, 6.0, 24.0, 18.0]
 
@@ -110,3 +111,89 @@ def test_lists_of_pictures_that_lie_elsewhere_divide_the_folder_that_is_named(tm
 def test_labels_without_pictures_are_named(tmp_path: Path) -> None:
     write(tmp_path, {"labels/a.txt": YOLO, "classes.txt": "cup\n"})
     assert "no pictures there, but 2 text files, like 'labels/a.txt'" in words(read(tmp_path))
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_folders_with_a_year_are_sets(tmp_path: Path, lists: bool) -> None:
+    for part in ("train2017", "val2017"):
+        write(tmp_path, {f"images/{part}/{part[0]}.png": None, f"labels/{part}/{part[0]}.txt": YOLO})
+        write(tmp_path, {f"{part}.txt": f"./images/{part}/{part[0]}.png\n"} if lists else {})
+    assert list(find_sets(tmp_path)) == ["train", "val"]
+    for split, name in (("train", "t.png"), ("val", "v.png")):
+        assert [record.file_name for record in read(tmp_path, split).records] == [name]
+
+
+def test_an_export_of_a_training_set_alone_names_the_share(tmp_path: Path) -> None:
+    """As Roboflow exports it: its data.yaml names all three sets."""
+    write(tmp_path, {"data.yaml": DATA_YAML, "train/images/a.png": None, "train/labels/a.txt": YOLO})
+    assert not read(tmp_path).refused
+    assert codes(read(tmp_path, "val")) == {"set-missing": 1} and "data.val.share=0.2" in words(read(tmp_path, "val"))
+
+
+def test_pictures_of_vocs_xml_are_found_in_a_folder_of_any_name(tmp_path: Path) -> None:
+    write(tmp_path, {"labels_xml/a.xml": VOC, "photos/a.png": None})
+    assert [record.boxes.tolist() for record in read(tmp_path).records] == [[BOX]]
+
+
+def test_a_turned_box_in_vocs_xml_becomes_the_box_around_it(tmp_path: Path) -> None:
+    turned = VOC.replace("</object>", "<attributes><attribute><name>rotation</name><value>90.0</value></attribute>"
+                         "</attributes></object>")  # fmt: skip
+    write(tmp_path, {"Annotations/a.xml": turned, "JPEGImages/a.png": None})
+    dataset = read(tmp_path)
+    assert codes(dataset) == {"box-rotated": 1}
+    assert dataset.records[0].boxes.round(6).tolist() == [[10, 4, 22, 20]]  # 16 x 12 around 16, 12
+
+
+def test_pictures_are_found_where_labelmes_files_say(tmp_path: Path) -> None:
+    for name, path in (("one", "../photos/a.png"), ("two", "..\\\\photos\\\\a.png")):
+        write(tmp_path / name, {"marked/a.json": LABELME.replace("a.png", path), "photos/a.png": None})
+        assert [record.boxes.tolist() for record in read(tmp_path / name).records] == [[BOX]]
+
+
+def test_check_of_a_folder_refuses_a_class_that_only_val_has(tmp_path: Path) -> None:
+    write(tmp_path, {"train/a.json": LABELME, "train/a.png": None, "val/b.png": None})
+    write(tmp_path, {"val/b.json": LABELME.replace("a.png", "b.png").replace("cup", "fork")})
+    lines: list[str] = []
+    assert not check(str(tmp_path), ["data.cache="], lines.append)
+    assert "only val has 'fork'" in "\n".join(lines)
+
+
+def test_a_missing_picture_is_not_compared_with_annotation_files(tmp_path: Path) -> None:
+    write(tmp_path, {"a.json": LABELME.replace("a.png", "a.jpg"), "a.jpg.txt": "x"})
+    assert codes(read(tmp_path)) == {"file-missing": 1} and "nearest" not in words(read(tmp_path))
+
+
+def test_a_missing_key_is_called_missing_and_a_repeated_category_row_is_left_out(tmp_path: Path) -> None:
+    content = json.loads(COCO)
+    content["images"].append({"id": 2, "filename": "b.png", "width": 64, "height": 48})
+    content["categories"] *= 2
+    write(tmp_path, {"file.json": json.dumps(content), "a.png": None})
+    dataset = read(tmp_path)
+    assert codes(dataset) == {"file-name": 1, "category-left-out": 1, "area-missing": 1}
+    assert "image 2: file_name is missing; it has id, filename, width, height" in words(dataset)
+
+
+OTHERS = {  # what is named, in which files
+    "Label Studio's CSV": {"a.csv": "image,id,label,annotator,annotation_id\n/data/a.png,1,cup,1,1\n"},
+    "a CSV table of boxes": {"a.csv": "cup,10,20,20,30,a.png,96,72\nfork,1,2,20,30,a.png,96,72\n"},
+    "VisDrone": {"annotations/a.txt": "684,8,273,116,0,0,0,0\n406,119,265,70,0,0,0,0\n", "images/a.png": None},
+    "DOTA's labels": {"labelTxt/a.txt": "imagesource:GoogleEarth\ngsd:0.1\n1 1 9 1 9 9 1 9 plane 0\n"},
+    "OpenImages' CSV": {"b.csv": "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n", "images/a.png": None},
+    "Hugging Face's metadata.jsonl": {"train/metadata.jsonl": '{"file_name": "a.png", "objects": {"bbox": []}}\n'},
+    "BDD100K's JSON": {
+        "labels/det/a.json": '[{"name": "a.png", "labels": [{"box2d": {"x1": 1}}]}]',
+        "images/a.png": None,
+    },
+    "an archive; unpack it": {"export.zip": b"PK\x03\x04\0\0"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_export_in_another_format_is_named(tmp_path: Path, name: str) -> None:
+    dataset = read(write(tmp_path, OTHERS[name]))
+    assert codes(dataset) == {"data-unknown": 1} and name in words(dataset)
+
+
+def test_kittis_rows_are_named(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": None, "a.txt": "Car 0.00 0 -1.57 10.0 20.0 30.0 50.0 1.5 1.6 3.7 1.0 1.5 8.0 -1.5\n"})
+    assert "as KITTI writes its labels" in words(read(tmp_path))

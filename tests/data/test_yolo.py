@@ -204,7 +204,7 @@ def test_a_test_set_that_data_yaml_names_but_that_is_not_there_does_not_count(tm
 def test_a_folder_that_is_not_there_is_not_taken_for_another(tmp_path: Path) -> None:
     files = {"images/a.png": None, "labels/a.txt": BOX, "data.yaml": YAML.replace("images/val", "../valid/images")}
     dataset = read(write(tmp_path, files), "val")
-    assert codes(dataset) == {"folder-missing": 1} and "valid/images" in words(dataset)
+    assert codes(dataset) == {"set-missing": 1} and "valid/images" in words(dataset)
     missing = read(write(tmp_path / "labels only", {"labels/a.txt": BOX, "classes.txt": "cell"}))
     assert codes(missing) == {"folder-missing": 1} and "no pictures there" in words(missing)
 

@@ -11,9 +11,10 @@ from gndet.data.datasets.ids import NO_NAMES, Numbers, number_names, number_of, 
 from gndet.data.datasets.image_folder import Found, ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.packed import Image
-from gndet.data.datasets.segmentation import brief
+from gndet.data.datasets.segmentation import brief, printable
 
 UNKNOWN = (None, "", 0)  # what exporters write for a side that they do not know
+KEYS_SHOWN = 8  # of an image that lacks one of them
 FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # keys of LVIS's images
 
 Item = dict[str, Any]
@@ -38,7 +39,12 @@ def numbered(items: list[Item], kind: str, found: Findings) -> dict[Any, int]:
 def read_categories(items: list[Item], numbers: Numbers, found: Findings) -> dict[int, Category]:
     """Check the categories.  Returns them by id; names may occur twice, see `settle_categories`."""
     categories: dict[int, Category] = {}
+    rows: set[str] = set()
     for place, item in enumerate(items):
+        if (row := repr(item)) in rows:
+            found.add("category-left-out", f"categories[{place}]: {brief(item.get('name'))}, equal to an earlier row")
+            continue
+        rows.add(row)
         number = _new_id(item, place, "category", numbers, categories, found)
         if number is None:
             continue
@@ -154,7 +160,10 @@ def _find_file(
     try:
         path, size, code = _seek(item, files, found.wants_example("file-missing"))  # suggesting takes a while
     except Fault as fault:
-        found.add(fault.code, f"{_named(item)}: {_file_words(item)} {fault}", number)
+        words = f"{_file_words(item)} {fault}"
+        if _name_key(item) not in item:
+            words = f"file_name is missing; it has {', '.join(map(printable, list(item)[:KEYS_SHOWN]))}"
+        found.add(fault.code, f"{_named(item)}: {words}", number)
         return None
     owner = owners.setdefault(path, item)
     if size and not code and owner is item:

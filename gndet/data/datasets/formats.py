@@ -135,7 +135,7 @@ FORMATS: tuple[Format, ...] = (  # the first that fits
            lambda form: form.kind == "list" and (form.has("annotations", "bbox") or form.has("objects", "bbox"))),
     # JSON Lines
     Format("a manifest of SageMaker", _CONVERT, lambda form: form.kind == "lines" and form.has("source-ref")),
-    Format("Hugging Face's metadata.jsonl", _CONVERT, lambda form: form.kind == "lines" and form.has("file_name")),
+    Format("Hugging Face's metadata.jsonl", _CONVERT, lambda form: form.kind != "list" and form.has("file_name")),
     Format("JSON Lines, one object per line", _CONVERT, lambda form: form.kind == "lines"),
     # XML
     Format("CVAT's XML", "leave kind: auto", _is_cvat, "cvat"),
@@ -150,12 +150,16 @@ FORMATS: tuple[Format, ...] = (  # the first that fits
     Format("OpenImages' CSV", _CONVERT, lambda form: form.heading("^ImageID,")),
     Format("a CSV table of boxes", _CONVERT,
            lambda form: form.heading(r",.*\b(x_?min|x1|xtl|bbox\w*)\b|\bx_?min\b.*,")),
-    Format("a CSV table of boxes", _CONVERT, lambda form: form.rows(rf"[^,]+,(?:{_NUMBER},){{4}}[^,]+")),
-    Format("DOTA's labels of turned boxes", _CONVERT, lambda form: form.rows(rf"(?:{_NUMBER} ){{8}}\S.* [0-2]")),
+    Format("Label Studio's CSV", _LABEL_STUDIO, lambda form: form.heading(r"\bannotation_id\b")),
+    Format("DOTA's labels of turned boxes", _CONVERT,
+           lambda form: form.rows(rf"(?:{_NUMBER} ){{8}}\S.* [0-2]") or form.heading("^imagesource:")),
     Format("KITTI's labels of one picture", _CONVERT, lambda form: form.rows(rf"[A-Za-z_]+(?: {_NUMBER}){{14,15}}")),
     Format("a table of boxes (MOT, VisDrone)", _CONVERT,
            lambda form: form.rows(rf"(?:{_NUMBER},\s*){{7,9}}{_NUMBER},?")),
+    Format("a CSV table of boxes", _CONVERT, lambda form: form.rows(rf"[^,]+,(?:{_NUMBER},){{4}}[^,]+(?:,\d+,\d+)?")),
     # binary files
+    Format("an archive", "unpack it; gndet does not open archives",
+           lambda form: form.text.startswith(("PK\3\4", "\x1f\x8b", "Rar!", "7z"))),
     Format("TensorFlow's TFRecord", _CONVERT, lambda form: form.kind == "binary" and "image/" in form.text),
     Format("a Parquet table", _CONVERT, lambda form: form.text.startswith("PAR1")),
     Format("an HDF5 file", _CONVERT, lambda form: form.text.startswith("\x89HDF")),

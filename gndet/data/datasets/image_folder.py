@@ -25,6 +25,7 @@ EMPTY, XML, PICTURE, FILE = "an empty file", "an XML file", "a picture", "a file
 ABSENT = (errno.ENOENT, errno.ENOTDIR)  # the folder does not exist, which needs no further reason
 NO_FILE = "is a broken link, a folder or a device"
 LINKED = "is reached by a link that leads out of the image folder"
+ANNOTATIONS = (".json", ".xml", ".txt", ".csv", ".yaml")  # what no missing picture may mean
 MAX_COMPARED = 20_000  # names compared to find the nearest; more would take seconds
 
 
@@ -237,8 +238,9 @@ def _get(listing: dict[str, File], name: str) -> File | None:
 
 def _nearest(name: str, listing: dict[str, File]) -> str:
     """Suggest which file was meant: the name in another case, or the closest name."""
-    same = [known for known in listing if known.casefold() == name.casefold()]
-    close = same or difflib.get_close_matches(name, list(listing)[:MAX_COMPARED], n=1)
+    others = [known for known in listing if not known.lower().endswith(ANNOTATIONS)]
+    same = [known for known in others if known.casefold() == name.casefold()]
+    close = same or difflib.get_close_matches(name, others[:MAX_COMPARED], n=1)
     return f"; the nearest name there is {brief(close[0])}" if close else ""
 
 

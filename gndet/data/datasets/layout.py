@@ -47,13 +47,17 @@ def find_sets(root: Path, kind: str = "auto") -> dict[str, Source]:
     """Find the sets of a folder; kind: only those of this format.
 
     Looks at its files, then into folders named after sets, then into its only folder that holds data; folders of
-    LabelMe's files make one set.  Raises Fault if there is none, if there are two of one name, or if the folder cannot
-    be listed.
+    VOC's or LabelMe's files are one data set.  Raises Fault if there is none, if there are two of one name, or if a
+    folder cannot be listed.
     """
     try:
-        found, folders = _sets_of(root, kind), _list(root).folders
+        found, (_, files, folders) = _sets_of(root, kind), _list(root)
         if not found and len(folders) == 1:
-            return find_sets(folders[0], kind)
+            try:
+                return find_sets(folders[0], kind)
+            except Fault as fault:
+                if fault.code != "data-unknown" or not files:  # else the files of this folder may be of a known format
+                    raise
         found = found or _sets_below(root, folders, kind)
     except OSError as error:
         raise Fault("data-unknown", f"{error.filename}: cannot be listed: {error.strerror}") from None
@@ -115,9 +119,11 @@ def _sets_in(folder: Path, kind: str) -> list[tuple[str, Source]]:
 
 
 def _sets_below(root: Path, folders: Sequence[Path], kind: str) -> list[tuple[str, Source]]:
-    """Return the sets of the only one of these folders that holds data, or one set of folders of LabelMe's files."""
+    """Return the sets of the only one of these folders that holds data; VOC's or LabelMe's folders are one data set."""
     found = {folder: sets for folder in _readable(folders) if (sets := _sets_of(folder, kind))}
     listed = [pair for sets in found.values() for pair in sets]
+    if listed and {source.kind for _, source in listed} == {"voc"}:  # the pictures may lie in another folder
+        return [(name, Source("voc", root, None, name)) for name in voc_sets(root)]
     if len(found) < 2:
         return listed
     if {source.kind for _, source in listed} == {"labelme"}:
@@ -159,10 +165,13 @@ def _has_labels(files: list[Path]) -> bool:
 def _holds_rows(folder: Path) -> bool:
     """Return whether a folder holds label files: by its name, unless it holds JSON or XML instead, or by a file."""
     if folder.name in ("labels", "obj_train_data"):
-        suffixes = {os.path.splitext(name)[1].lower() for name in os.listdir(folder)}
-        return ".txt" in suffixes or suffixes.isdisjoint((".json", ".xml"))
+        return _has_below(folder, ".txt") or not _has_below(folder, ".json", ".xml")
     texts = [name for name in os.listdir(folder) if name.endswith(".txt")] if folder.name.lower() in ANNOTATIONS else []
     return any(sniff(folder / name) == "yolo" for name in texts[:LOOKED_AT])
+
+
+def _has_below(folder: Path, *suffixes: str) -> bool:
+    return any(name.lower().endswith(suffixes) for _, _, names in os.walk(folder) for name in names)
 
 
 def _json_in(listed: Listing) -> list[tuple[str, Source]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
-from gndet.data.datasets.classes import with_known
+from gndet.data.datasets.classes import taken_back, with_known
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
@@ -150,7 +150,8 @@ def _read_alone(plan: Plan, sources: dict[str, Source], show: Show) -> list[Chec
     known = sorted({name for dataset in datasets.values() for name in dataset.classes})
     rows, sets = [("set", "format", "annotations", "pictures", "images")], []
     for name, dataset in datasets.items():
-        dataset = as_configured(with_known(dataset, known), None, plan.data, masks=bool(plan.masks))
+        dataset = with_known(taken_back(dataset, known), datasets["train"].classes if "train" in datasets else known)
+        dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
         if plan.masks is False:
             dataset = without_masks(dataset)
         folder = sources[name].images if sources[name].kind == "coco" else _pictures_of(dataset)

@@ -16,7 +16,7 @@ from xml.parsers import expat
 
 from gndet.data.datasets.exports.cvat_shapes import Attributes, Shape, add_object, to_integer, to_size
 from gndet.data.datasets.exports.files import find_images
-from gndet.data.datasets.exports.folders import ALIASES, SPLITS, set_missing
+from gndet.data.datasets.exports.folders import SPLITS, set_missing, set_named
 from gndet.data.datasets.exports.geometry import Findings, Item, Size, join_groups
 from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
@@ -92,7 +92,7 @@ def cvat_sets(path: Path) -> list[str]:
 
 
 def _set_of(subset: str | None) -> str | None:
-    return ALIASES.get((subset or "").lower())
+    return set_named(subset or "") or None
 
 
 def _in_split(path: Path, subsets: list[str | None], split: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Find files in the folders of an export, and what its folders and lists call the sets train, val and test."""
 
 import os
+import re
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -9,7 +10,13 @@ from pathlib import Path
 from gndet.data.datasets.faults import Fault
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_NUMBER = re.compile(r"[-_ ]?\d+$")
 ALIASES = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
+
+
+def set_named(name: str) -> str:
+    """Return which set a folder or list is named after, as in `valid` or `train2017`; "" if none."""
+    return ALIASES.get(_NUMBER.sub("", name.lower()), "")
 
 
 def files_below(folder: str | Path, suffixes: tuple[str, ...]) -> list[str]:
@@ -103,7 +110,7 @@ def by_set(files: Sequence[str]) -> dict[str, list[str]]:
     for file in files:
         parent = file.rpartition("/")[0]
         if parent not in known:
-            known[parent] = next((ALIASES[part] for part in parent.lower().split("/") if part in ALIASES), "")
+            known[parent] = next(filter(None, map(set_named, parent.split("/"))), "")
         found.setdefault(known[parent], []).append(file)
     if "" in found and len(found) > 1 and "train" not in found:
         found["train"] = found.pop("")
@@ -119,7 +126,7 @@ def of_set(folder: Path, files: Sequence[str], split: str, is_given: bool) -> li
     found = by_set(files)
     if not split or not files:
         return list(files)
-    is_named = split in [ALIASES.get(part.lower()) for part in folder.parts[-2:]]
+    is_named = split in map(set_named, folder.parts[-2:])
     if list(found) == [""] and (split == "train" or is_given or is_named):
         return found[""]
     if split not in found:

@@ -54,7 +54,8 @@ def open_labelme(annotations: Path, images: Path | None, split: str) -> Export:
     others = len(found) - len(units)
     notes = (f"{others} of {len(found)} JSON files are not LabelMe's; they are left out",) if others else ()
     if images is None:
-        images = find_images(home, FOLDERS, [posixpath.splitext(unit)[0] for unit in units])
+        folders = (*FOLDERS, _stated_folder(home / units[0]))
+        images = find_images(home, folders, [posixpath.splitext(unit)[0] for unit in units])
     files = [home / name for name in units]
     return Export(units, partial(_parse_file, home, images), None, images, files, notes=notes)
 
@@ -62,6 +63,17 @@ def open_labelme(annotations: Path, images: Path | None, split: str) -> Export:
 def _is_labelme(path: Path) -> bool:
     with path.open("rb") as file:  # most files show it at once: an export may have 100,000
         return b'"shapes"' in file.read(HEAD) or sniff(path) == "labelme"
+
+
+def _stated_folder(path: Path) -> str:
+    """Return the folder of the picture that a file names, relative to the file; "" if it is none here."""
+    try:
+        content = read_json(path)
+    except (Fault, OSError):  # reported when it is parsed
+        return ""
+    stated = content.get("imagePath") if isinstance(content, dict) else None
+    folder = posixpath.dirname(stated.replace("\\", "/")) if isinstance(stated, str) else ""
+    return "" if folder.startswith("/") or ":" in folder else folder
 
 
 def _parse_file(home: Path, images: Path, name: str, size_of: SizeOf) -> list[Picture]:

@@ -149,7 +149,11 @@ def _picture_folder(home: Path, folder: str, images: Path | None, names: Sequenc
     if any(stem_of(name) in pictures.of(best) for name in names):
         return best
     tags = {stem_of(tag) for tag in _file_names(place, names[:ASKED])}
-    return pictures.fullest([place for place in places if os.path.isdir(place)] or places, tags)
+    best = pictures.fullest([place for place in places if os.path.isdir(place)] or places, tags)
+    if images or not tags.isdisjoint(pictures.of(best)):
+        return best
+    below = {str(home / os.path.dirname(name)) for name in files_below(home, PICTURES)}
+    return pictures.fullest([best, *sorted(below)], {stem_of(name) for name in names} | tags)
 
 
 def _file_names(folder: str, names: Sequence[str]) -> Iterator[str]:

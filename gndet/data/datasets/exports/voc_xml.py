@@ -54,7 +54,8 @@ def parse_voc(home: str, first: int, unit: Unit, size_of: SizeOf) -> list[Pictur
             found.append(("outline-unread", f"{place}: a polygon beside bndbox"))
         box = [x0 - first, y0 - first, x1 - x0 + first, y1 - y0 + first]
         box = box if any(corners) else corners  # 0 0 0 0 is no pixel, but how some programs write that there is none
-        objects.append({"bbox": box, "category": label, "place": place})
+        turn = {"attributes": {"rotation": turn}} if (turn := _turn(parts)) else {}
+        objects.append({"bbox": box, "category": label, "place": place} | turn)
     return [Picture(below + name, _size(root), objects, tuple(found))]
 
 
@@ -111,6 +112,12 @@ def _corners(parts: Mapping[str, ElementTree.Element]) -> tuple[str, list[float]
         return "", [float(texts.get(side) or "") for side in SIDES]
     except ValueError:
         return f"bndbox {brief([texts.get(side) for side in SIDES])}, expected numbers {', '.join(SIDES)}", []
+
+
+def _turn(parts: Mapping[str, ElementTree.Element]) -> str | None:
+    """Return the attribute `rotation` of an object, degrees as CVAT writes them; None if it has none."""
+    listed = parts["attributes"].findall("attribute") if "attributes" in parts else []
+    return next((item.findtext("value") for item in listed if item.findtext("name") == "rotation"), None)
 
 
 def _size(root: ElementTree.Element) -> tuple[Any, Any] | None:

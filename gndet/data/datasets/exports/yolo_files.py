@@ -15,6 +15,7 @@ from gndet.data.datasets.exports.folders import (
     files_below,
     of_set,
     read_text,
+    set_named,
     shown,
     stem_of,
     swapped,
@@ -62,8 +63,8 @@ def sets_in_folder(folder: Path) -> list[str]:
 
 def _lists(folder: Path) -> dict[str, Path]:
     """Return the lists of pictures that are named after sets, by set."""
-    texts = [path for path in children(folder) if path.stem.lower() in ALIASES and path.suffix.lower() == ".txt"]
-    return {ALIASES[path.stem.lower()]: path for path in texts if _is_list(path)}
+    texts = [path for path in children(folder) if set_named(path.stem) and path.suffix.lower() == ".txt"]
+    return {set_named(path.stem): path for path in texts if _is_list(path)}
 
 
 def _is_list(path: Path) -> bool:
@@ -81,7 +82,8 @@ def in_tree(text: str, bases: Sequence[Path], key: str, near: Sequence[Path], op
     path = next((place for place in candidates(text, bases) if place.exists()), None)
     if path is None:
         places = ", ".join(dict.fromkeys(shown(str(place)) for place in candidates(text, bases)))
-        raise Fault("folder-missing", f"{key} {text!r}: not found; tried {places}")
+        code = "folder-missing" if key.endswith(": train") else "set-missing"
+        raise Fault(code, f"{key} {text!r}: not found; tried {places}")
     path = Path(os.path.normpath(path))
     if path != Path(os.path.normpath(bases[0] / text)):
         opened.notes.append(f"{key} {shown(text)} is taken for {shown(str(path))}")
@@ -196,7 +198,7 @@ def _unclear(file: str, others: Sequence[str]) -> Fault:
 
 def _set_of(file: str) -> str:
     """Return the set of the first folder of a path that is named after one, "" if none is."""
-    return next((ALIASES[part] for part in os.path.dirname(file).lower().split(os.sep) if part in ALIASES), "")
+    return next(filter(None, map(set_named, os.path.dirname(file).split(os.sep))), "")
 
 
 def _may_be_label(stem: str) -> bool:

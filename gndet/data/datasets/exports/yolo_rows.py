@@ -50,6 +50,8 @@ def _no_numbers(words: list[str]) -> str:
         return "expected numbers between spaces, with a decimal point"
     if len(words) in (CORNERS, CORNERS + 1) and not _is_number(words[CORNERS - 1]):
         return "corners and a class name, as DOTA writes oriented boxes (OBB)"
+    if len(words) in (15, 16) and not _is_number(words[0]):
+        return "a class name and 14 or 15 numbers, as KITTI writes its labels"
     return "expected numbers"
 
 

@@ -169,3 +169,8 @@ def test_evaluation_takes_a_folder_of_data_and_an_annotation_file(trained: Path,
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=str(tmp_path)):
         detector.evaluate(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"missing\.json: cannot read the annotation file: No such file"):
+        detector.evaluate(tmp_path / "missing.json")
+    copy = tmp_path / "empty"
+    assert main(["convert-data", str(file), str(copy), "--to", "yolo"]) == 0
+    assert str(detector.evaluate(copy / "data.yaml")) == str(detector.evaluate(copy))

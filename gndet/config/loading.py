@@ -46,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _validated(tree, origin, str(path))
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | os.PathLike[str]) -> Path:
     """Return the path of a config: a file, or the packaged config of this name, like `quickstart`.
 
     Anything in the working folder comes first.  Raises ConfigError for a bare word that names neither.

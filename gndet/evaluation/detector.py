@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config.loading import config_from_dict, load_config, override_words, with_overrides
+from gndet.config.loading import config_from_dict, find_config, load_config, override_words, with_overrides
 from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.images import Reading, picture_size
-from gndet.data.datasets.layout import find_sets
+from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
@@ -32,7 +33,7 @@ from gndet.evaluation.evaluate import (
     scalars,
     to_results,
 )  # fmt: skip
-from gndet.evaluation.inputs import FILE, is_picture, records_of
+from gndet.evaluation.inputs import FILE, is_one_picture, records_of
 from gndet.evaluation.portions import Portion, picture_portions, video_portions
 from gndet.evaluation.prediction import Prediction
 from gndet.evaluation.sources import Pictures, Sources, find_sources, measured
@@ -115,7 +116,7 @@ class Detector:
         num = self._checked(threshold, batch, every)
         if isinstance(source, list | tuple):
             return self._predict_all(source, threshold, num)
-        if not isinstance(source, FILE) or is_picture(source):
+        if not isinstance(source, FILE) or is_one_picture(source):
             return self._predict_all([source], threshold, num)[0]
         found = find_sources([os.fspath(source)])
         for note in found.notes:
@@ -223,14 +224,12 @@ class Detector:
         seen = {name: getattr(own, name) for name in SEEN}
         if isinstance(data, Config):
             return data.data.model_copy(update=seen)
-        path = Path(data).expanduser()
-        if not path.is_dir() and (not path.is_file() or path.suffix in (".yaml", ".yml")):
+        path = find_config(data)
+        if is_config(path):
             return load_config(path).data.model_copy(update=seen)
-        if path.is_dir():
-            root, sets = path, find_sets(path, "auto")
-            only = DatasetConfig(split=next(iter(sets)) if len(sets) == 1 else "val")
-        else:
-            root, only = path.parent, DatasetConfig(annotations=path.name)
+        sets = sets_at(path)
+        root, name = (path, "") if path.is_dir() else (path.parent, path.name)
+        only = DatasetConfig(annotations=name, split=next(iter(sets)) if len(sets) == 1 else "val")
         return own.model_copy(update={"root": str(root), "train": only, "val": only})
 
 

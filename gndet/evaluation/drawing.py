@@ -20,7 +20,7 @@ from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 from gndet.errors import OutputError
 from gndet.evaluation.fonts import class_name, drawable, font
-from gndet.files import Kind
+from gndet.files import Kind, refuse_output
 
 MIN_SIDE = 640  # pixels of the longer side; a smaller picture is enlarged so that labels are legible
 MAX_LABELS = 40  # with more objects, labels would cover the picture
@@ -28,7 +28,7 @@ GOLDEN_ANGLE = 0.381966  # of a full turn: successive hues stay far apart for an
 MASK_OPACITY = 0.4
 GAP = 8  # pixels between pictures
 PAPER = (255, 255, 255)
-# a text of PNG, a comment of JPEG
+MARKED = (".png", ".jpg", ".jpeg")  # suffixes of drawings: the mark is a text of PNG, a comment of JPEG
 PICTURE = Kind("a picture that gndet drew", rb"\A(\x89PNG.*tEXtSoftware\x00gndet|\xff\xd8.*\xff\xfe\x00\x07gndet)")
 
 
@@ -207,8 +207,15 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
     Image.fromarray(picture).save(path, pnginfo=_text("Source"))
 
 
+def refuse_drawing(file: Path, option: str, data: Iterable[Path] = ()) -> None:
+    """Raise OutputError if the drawing that an option names cannot be written, as `refuse_output` does."""
+    refuse_output(file, option, PICTURE, data)
+    if file.suffix.lower() not in MARKED:
+        raise OutputError(f"{option} {file}: cannot write it, expected a name that ends in {', '.join(MARKED)}")
+
+
 def save_marked(path: Path, picture: np.ndarray, compression: int = 6) -> None:
-    """Write a picture (H, W, 3) uint8 as PNG or JPEG, with the mark of PICTURE, into an existing folder.
+    """Write a picture (H, W, 3) uint8 in a format of MARKED, with the mark of PICTURE, into an existing folder.
 
     compression: zlib's level of a PNG file.  Raises OutputError.
     """

@@ -13,19 +13,19 @@ from torch import Tensor
 from gndet.data.datasets.images import Reading, picture_record, picture_size, pixels_of
 from gndet.data.records import Record
 from gndet.errors import DataError
-from gndet.evaluation.sources import VIDEOS
+from gndet.evaluation.sources import VIDEOS, refuse_address
 
 FILE = (str, os.PathLike)
 PIXELS = (Image.Image, np.ndarray, Tensor)
-TAKEN = "the path of a picture, a PIL image, or a (height, width, 3) uint8 RGB array or tensor"
+TAKEN = "the path of a picture, a PIL image, a (height, width, 3) uint8 RGB array or tensor, or a list of these"
 
 
-def is_picture(source: object) -> bool:
+def is_one_picture(source: object) -> bool:
     """Return whether a source is one picture: pixels, or a file that is no video."""
     if not isinstance(source, FILE):
         return isinstance(source, PIXELS)
-    path = Path(source).expanduser()
-    return path.is_file() and path.suffix.lower() not in VIDEOS
+    path = os.path.expanduser(source)
+    return os.path.isfile(path) and not path.lower().endswith(VIDEOS)
 
 
 def records_of(pictures: Sequence[Any], reading: Reading) -> list[Record]:
@@ -46,12 +46,13 @@ def records_of(pictures: Sequence[Any], reading: Reading) -> list[Record]:
 def _record(picture: Any, image_id: int, reading: Reading) -> Record:
     if isinstance(picture, FILE):
         path = Path(picture).expanduser()
-        if not is_picture(path):
-            what = "a folder or a video" if path.exists() else "no such picture"
+        if not is_one_picture(path):
+            refuse_address(os.fspath(picture))
+            what = "a folder or a video" if os.path.exists(path) else "no such picture"
             raise DataError(f"{path}: {what}; a list holds single pictures, a pattern or a folder stands alone")
         return picture_record(image_id, path, picture_size(path, reading), reading)
     if isinstance(picture, Image.Image):
-        pixels = pixels_of(picture, reading)
+        pixels = _checked(pixels_of(picture, reading))
     elif isinstance(picture, Tensor | np.ndarray):
         pixels = _checked(picture)
     else:
@@ -68,7 +69,10 @@ def _checked(array: np.ndarray | Tensor) -> np.ndarray:
     dtype = str(array.dtype).removeprefix("torch.")
     if remedy := _wrong_shape(shape, kind) or _wrong_type(dtype, kind):
         raise DataError(f"got {'an' if kind == 'array' else 'a'} {kind} of shape {shape} and type {dtype}; {remedy}")
-    pixels = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    try:
+        pixels = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
+    except (NotImplementedError, TypeError) as error:  # a meta tensor, a sparse one
+        raise DataError(f"got a tensor without an array of pixels: {error}") from None
     return np.require(pixels, requirements=("C", "W"))
 
 

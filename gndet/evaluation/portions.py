@@ -7,9 +7,12 @@ import contextlib
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from gndet.config.schema import DataConfig
 from gndet.data.batches.batch import collate
@@ -70,4 +73,4 @@ def _decoded(video: Path, data: DataConfig, num: int, every: int, first: int) ->
 def _frame_record(image_id: int, video: Path, frame: Frame) -> Record:
     height, width = frame.pixels.shape[:2]
     record = picture_record(image_id, Path(f"{video}#t={frame.seconds:.3f}"), (height, width))
-    return record._replace(load=lambda: frame.pixels)
+    return record._replace(load=partial(np.asarray, frame.pixels))  # can be pickled

@@ -23,7 +23,7 @@ from torch import Tensor
 from gndet.data.datasets.segmentation import named_briefly, printable
 from gndet.data.datasets.tracing import joined, trace
 from gndet.errors import ConfigError, DataError
-from gndet.evaluation.drawing import PICTURE, draw_detections, save_marked
+from gndet.evaluation.drawing import draw_detections, refuse_drawing, save_marked
 from gndet.evaluation.results import Results
 from gndet.files import refuse_output, write_whole
 
@@ -118,6 +118,8 @@ class Prediction:
         places = np.asarray(index)
         if places.ndim == 0 and places.dtype.kind in "iu":
             return next(iter(self._taken(np.arange(len(self))[places, None])))
+        if places.ndim != 1:
+            raise IndexError(f"got {index!r}, expected a mask, a slice, a list of places, a place, or a class name")
         return self._taken(np.arange(len(self))[places if places.size else places.astype(np.int64)])
 
     def _label(self, name: str) -> int:
@@ -154,12 +156,12 @@ class Prediction:
     def draw(self, file: str | Path | None = None) -> Image.Image:
         """Draw the objects on the picture, enlarged if it is small; `p[p.scores > 0.7].draw()` leaves some out.
 
-        file: where to write the drawing, in the format of its suffix; only another drawing of gndet is replaced.
+        file: where to write the drawing, as PNG or JPEG; only another drawing of gndet is replaced.
         Raises DataError if the picture can no longer be read, and OutputError.
         """
         path = None if file is None else Path(file).expanduser()
         if path:
-            refuse_output(path, "draw", PICTURE, [self.path] if self.path else [])
+            refuse_drawing(path, "draw", [self.path] if self.path else [])
         drawn = draw_detections(self.load(), self.results, self.classes, self.category_ids, 0.0)
         if path:
             save_marked(path, drawn)
@@ -185,7 +187,7 @@ class Prediction:
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Return COCO results with the category ids of the detector's data: boxes xywh, masks as run-length codes."""
-        return [row | {"image_id": image_id} for row in self.results]
+        return [row | {"image_id": int(image_id)} for row in self.results]
 
     def to_labelme(self, file: str | Path) -> None:
         """Write a LabelMe JSON file: a polygon per part of a mask, or rectangles.

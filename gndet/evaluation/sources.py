@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gndet.data.datasets.faults import several
-from gndet.data.datasets.images import PICTURES, Reading, is_picture, list_folder, picture_record
+from gndet.data.datasets.images import PICTURES, Reading, is_picture, picture_record
 from gndet.data.records import Record
 from gndet.errors import DataError
 
@@ -41,25 +41,31 @@ def find_sources(words: Sequence[str]) -> Sources:
     files: dict[Path, None] = {}
     named, notes = set(), list[str]()
     for word in words:
-        path, others = Path(os.path.expanduser(word)), list[Path]()
-        if path.is_file():
+        name, others = os.path.expanduser(word), list[Path]()
+        path = Path(name)
+        if os.path.isfile(name):
             found = [path]
             named.add(path)
-        elif path.is_dir():
-            found, others = list_folder(path)
+        elif os.path.isdir(name):
+            found, others = _files_in(path)
             if not found:
                 raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)}){_elsewhere(path, others)}")
-        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(word)):
-            raise DataError(f"{word}: is an address; gndet downloads nothing, so save the file and name it")
-        elif glob.has_magic(str(word)):
-            found, others = _files_matching(str(path))
         else:
-            raise DataError(f"{word}: no such picture, video, folder or pattern")
+            refuse_address(word)
+            if not glob.has_magic(name):
+                raise DataError(f"{word or repr(word)}: no such picture, video, folder or pattern")
+            found, others = _files_matching(name)
         files |= dict.fromkeys(found)
         notes += [f"{word}: {_passed_over(path, others)}"] if others else []
     videos = [file for file in files if file.suffix.lower() in VIDEOS]
     pictures = [file for file in files if file.suffix.lower() not in VIDEOS]
     return Sources(pictures, videos, frozenset(named), notes)
+
+
+def refuse_address(word: str) -> None:
+    """Raise DataError for an address, like https://..."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", word):
+        raise DataError(f"{word}: is an address; gndet downloads nothing, so save the file and name it")
 
 
 def _elsewhere(folder: Path, others: Sequence[Path]) -> str:
@@ -80,6 +86,13 @@ def _passed_over(path: Path, others: Sequence[Path]) -> str:
     if folders:
         parts.append(f"{several(folders, 'folder')}, which '{glob.escape(str(path))}/**/*' would search")
     return f"passed over {', '.join(parts)}"
+
+
+def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """List a folder without hidden entries.  Returns its pictures, by suffix, and all other entries, both by name."""
+    visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    pictures = [entry for entry in visible if is_picture(entry)]
+    return pictures, [entry for entry in visible if not is_picture(entry)]
 
 
 def _files_matching(pattern: str) -> tuple[list[Path], list[Path]]:

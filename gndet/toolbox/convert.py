@@ -11,9 +11,10 @@ from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
 from gndet.config.presets import DATA
 from gndet.config.schema import Config, ModelConfig, NormConfig
-from gndet.data.datasets.images import Reading, find_pictures, picture_record, picture_size
+from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError
+from gndet.evaluation.sources import Pictures, find_sources
 from gndet.files import refuse_output, text_table
 from gndet.weights.convert import Fate
 from gndet.weights.foreign.export import TOOLKITS, export_weights
@@ -120,6 +121,6 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
 
 def _pictures(paths: Sequence[Path], reading: Reading) -> Dataset:
     """Return pictures as a data set without objects.  Raises DataError if the paths hold none."""
-    files = enumerate(find_pictures(paths), start=1)
-    records = [picture_record(number, file, picture_size(file, reading), reading) for number, file in files]
-    return Dataset(", ".join(map(str, paths)), (), (), records)
+    found = find_sources(list(map(str, paths)))
+    sizes = {file: picture_size(file, reading) for file in (*found.pictures, *found.videos)}  # refuses a video
+    return Dataset(", ".join(map(str, paths)), (), (), Pictures(sizes, reading))

@@ -18,7 +18,7 @@ from gndet.config.schema import Config
 from gndet.data.datasets.classes import with_known
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.faults import Fault, refuse_all, several
-from gndet.data.datasets.formats import sniff
+from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths
@@ -58,18 +58,14 @@ def convert_data(
         show(f"{name or ALL}: {several(len(dataset.records), 'image')} of {dataset.name} -> {out}{fixed}")
 
 
-def _is_config(path: Path) -> bool:
-    return path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None
-
-
 def _read_from(source: str, overrides: list[str]) -> list[Path]:
-    path = find_config(source).expanduser()
-    return user_paths(load_config(source, overrides).data) if _is_config(path) else [path]
+    path = find_config(source)
+    return user_paths(load_config(source, overrides).data) if is_config(path) else [path]
 
 
 def _read(source: str, overrides: list[str], show: Show, image_folder: Path | None) -> dict[str, Dataset]:
-    path = find_config(source).expanduser()
-    if _is_config(path):
+    path = find_config(source)
+    if is_config(path):
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data

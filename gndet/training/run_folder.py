@@ -107,7 +107,7 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
 
     saved: the newest whole checkpoint in the folder.
     """
-    ways = "choose another out=FOLDER, or give --fresh to move the old one aside"
+    ways = "choose another out=FOLDER, or move the old one aside with --fresh (in Python: fresh=True)"
     if not out.exists():
         return
     if not out.is_dir():

@@ -137,6 +137,14 @@ def test_exif_turns_a_file_and_a_pil_image_alike(detector: Detector, tmp_path: P
         (["."], "a list holds single pictures"),
         ("no.png", r"no\.png: no such picture"),
         ("https://example.org/a.png?b", "is an address; gndet downloads nothing"),
+        (["https://example.org/a.png"], "https://example.org/a.png: is an address"),
+        ("", "'': no such picture"),
+        ("a" * 5000, "no such picture"),
+        (["a" * 5000], "no such picture"),
+        (Image.new("RGB", (0, 3)), "at least one pixel"),
+        (Image.fromarray(np.ones((8, 9), np.int32)), r"values 1 to 1, expected 8 or 16 bits.*data\.pixel_range"),
+        (torch.zeros(8, 9, 3, dtype=torch.uint8, device="meta"), "a tensor without an array of pixels"),
+        (torch.zeros(8, 9, 3, dtype=torch.uint8).to_sparse(), "a tensor without an array of pixels"),
     ],
     ids=str,
 )
@@ -198,7 +206,7 @@ def test_numbers_are_those_of_gndet_predict(trained: Path, detector: Detector, f
     found = list(detector.predict(folder, 0.0, batch=2))
     assert [row for n, one in enumerate(found, start=1) for row in one.to_coco(n)] == written
     assert [one.path.name for one in found] == [f"{n}.png" for n in range(5)]
-    results = COCO(str(out / "images.json")).loadRes(found[0].to_coco(1))
+    results = COCO(str(out / "images.json")).loadRes(found[0].to_coco(np.int64(1)))
     assert len(results.anns) == len(found[0]) > 3
 
 
@@ -285,6 +293,7 @@ def test_a_video_gives_its_frames(detector: Detector, tmp_path: Path, pictures: 
     assert [one.seconds for one in found] == pytest.approx([0, 0.3, 0.6], abs=1e-3)
     assert {one.path for one in found} == {tmp_path / "a.mp4"} and "a.mp4 at 0.30 s" in repr(found[1])
     assert_equal(found[2], detector.predict(frames[2].pixels, 0.0, batch=1))
+    assert np.array_equal(pickle.loads(pickle.dumps(found[2])).load(), frames[2].pixels)
 
 
 # --- a Prediction as a container
@@ -306,7 +315,7 @@ def test_indexing_keeps_all_fields_together(detector: Detector, pictures: list[n
     assert name in found and "cat" not in found
     with pytest.raises(ConfigError, match=r"'dsic' is not a class.*did you mean 'disc'\? It knows disc, box"):
         found["dsic"]
-    for wrong in (99, np.ones(2, dtype=bool)):
+    for wrong in (99, np.ones(2, dtype=bool), True, [[0]]):
         with pytest.raises(IndexError):
             found[wrong]
 
@@ -391,7 +400,7 @@ def test_no_file_of_the_user_is_replaced(detector: Detector, folder: Path, tmp_p
         found.to_labelme(tmp_path / "mine.json")
     with pytest.raises(OutputError, match=r"to_yolo .*mine\.txt: exists"):
         found.to_yolo(tmp_path / "mine.txt")
-    with pytest.raises(OutputError, match=r"a\.xyz: .*extension"):
+    with pytest.raises(OutputError, match=r"a\.xyz: cannot write it"):
         found.draw(tmp_path / "a.xyz")
     found.draw(tmp_path / "drawn.png")
     again = detector.predict(tmp_path / "drawn.png", 0.02)
@@ -406,8 +415,10 @@ def test_no_file_of_the_user_is_replaced(detector: Detector, folder: Path, tmp_p
 def test_a_drawing_of_gndet_is_drawn_again_but_not_onto_its_own_picture(
     detector: Detector, folder: Path, tmp_path: Path
 ) -> None:
-    for _ in range(2):
-        detector.predict(folder / "1.png").draw(tmp_path / "a.png")
+    for name in ("a.png", "b.jpg", "a.png", "b.jpg"):
+        detector.predict(folder / "1.png").draw(tmp_path / name)
+    with pytest.raises(OutputError, match=r"a\.webp: cannot write it, expected a name that ends in \.png, \.jpg"):
+        detector.predict(folder / "1.png").draw(tmp_path / "a.webp")
     drawn = (tmp_path / "a.png").read_bytes()
     with pytest.raises(OutputError, match=r"draw .*a\.png: is among your data"):
         detector.predict(tmp_path / "a.png").draw(tmp_path / "a.png")

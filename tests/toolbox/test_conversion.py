@@ -192,7 +192,7 @@ def test_what_is_written_for_torchvision_reads_back(
         (["{folder}/run", "{out}", "--to", "gn", "--policy", "calibrate"],
          "--policy calibrate needs pictures to fit on: name files or folders with --images"),
         (["{folder}/run", "{out}", "--to", "gn", "--policy", "calibrate", "--images", "{out}"],
-         "{out}: no such picture or folder"),
+         "{out}: no such picture, video, folder or pattern"),
         (["{folder}/pictures/0.png", "{out}", "--to", "gn"], "{folder}/pictures/0.png: "),
         (["{folder}/pictures", "{out}", "--to", "gn"], "{folder}/pictures: "),
         (["{folder}/nothing.pth", "{out}"], "{folder}/nothing.pth: there is no such file or folder"),

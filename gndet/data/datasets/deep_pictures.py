@@ -35,7 +35,8 @@ def depth_of(image: Image.Image) -> Depth:
     """Return the depth of an opened picture that is not decoded yet."""
     if image.mode == "F" or image.mode.startswith("I"):
         stored: Any = getattr(image, "tag_v2", {}).get(258)  # TIFF's BitsPerSample
-        return Depth(int(stored[0]) if stored else 32 if image.mode == "F" else 16, "")
+        unknown = image.mode == "F" or (image.mode == "I" and image.format is None)  # of a picture made in memory
+        return Depth(int(stored[0]) if stored else 32 if unknown else 16, "")
     tile: Any = getattr(image, "tile", None)
     layout = tile[0].args if tile else ""
     layout = layout[0] if isinstance(layout, tuple) and layout else layout

@@ -186,6 +186,11 @@ def sniff(path: Path) -> str | None:
     return found.kind or None if found else None
 
 
+def is_config(path: Path) -> bool:
+    """Return whether a path is meant as a config of gndet, not as data: a YAML file, but none of YOLO's."""
+    return path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None
+
+
 def _first(form: Form) -> Format | None:
     return next((row for row in FORMATS if row.fits(form)), None)
 

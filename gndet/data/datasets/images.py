@@ -3,7 +3,7 @@
 import errno
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -224,32 +224,9 @@ def _orientation(image: Image.Image) -> Any:
     return image.getexif().get(ORIENTATION, 1)
 
 
-def list_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """List a folder without hidden entries.  Returns its pictures, by suffix, and all other entries, both by name."""
-    visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    pictures = [entry for entry in visible if is_picture(entry)]
-    return pictures, [entry for entry in visible if not is_picture(entry)]
-
-
 def is_picture(path: Path) -> bool:
     """Return whether a file is a picture by its suffix."""
     return path.suffix.lower() in PICTURES
-
-
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """List the given files, and the pictures of the given folders by name.  Raises DataError if a path has none."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            pictures, _ = list_folder(path)
-            if not pictures:
-                raise DataError(f"{path}: no pictures in this folder ({', '.join(PICTURES)})")
-            files += pictures
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DataError(f"{path}: no such picture or folder")
-    return files
 
 
 def picture_record(image_id: int, file: Path, size: tuple[int, int], reading: Reading = DEFAULT) -> Record:

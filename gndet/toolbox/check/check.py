@@ -18,7 +18,7 @@ from gndet.data.datasets.classes import taken_back, with_known
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
-from gndet.data.datasets.formats import sniff
+from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import Source, sets_at
 from gndet.data.datasets.packed import PackedRecords
@@ -26,7 +26,7 @@ from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths, without_masks
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError
-from gndet.evaluation.drawing import PICTURE, save_marked
+from gndet.evaluation.drawing import refuse_drawing, save_marked
 from gndet.files import is_same, refuse_output, report_kind, text_table, write_whole
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
@@ -102,14 +102,13 @@ def check(
 def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show: Show) -> Plan:
     """Decide what to check.  Raises ConfigError and OutputError."""
     path = find_config(source)
-    if path.suffix.lower() in (".yaml", ".yml") and not path.is_dir() and sniff(path) is None:
+    if is_config(path):
         return _plan_config(source, overrides, image_folder)
     for text in overrides:
         if text.partition("=")[0].strip() not in ALONE:
             raise ConfigError(f"override {text!r}: has no effect on data without a config; {', '.join(ALONE)} do")
     cfg = with_overrides(Config(), overrides, "the defaults")
     masks = cfg.model.masks if any(text.startswith("model.masks") for text in overrides) else None
-    path = path.expanduser()
     folder = image_folder.expanduser().absolute() if image_folder else None
     try:
         sources = sets_at(path, folder)
@@ -194,9 +193,7 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
     if sheet and out and is_same(sheet, out):
         raise OutputError(f"{out}: is given to --sheet and to --json, expected two different files")
     if sheet:
-        refuse_output(sheet, "--sheet", PICTURE, plan.kept)
-    if sheet and sheet.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise OutputError(f"{sheet}: cannot write a picture of this kind, expected a name like sheet.png")
+        refuse_drawing(sheet, "--sheet", plan.kept)
     if out:
         refuse_output(out, "--json", report_kind("check"), plan.kept)
 

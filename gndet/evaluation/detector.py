@@ -36,8 +36,7 @@ from gndet.evaluation.evaluate import (
 from gndet.evaluation.inputs import FILE, is_one_picture, records_of
 from gndet.evaluation.portions import Portion, picture_portions, video_portions
 from gndet.evaluation.prediction import Prediction
-from gndet.evaluation.sources import Pictures, Sources, find_sources, measured
-from gndet.evaluation.video import video_rate
+from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
 
@@ -154,13 +153,9 @@ class Detector:
         Raises DataError at once if no file can be read.
         """
         reading = Reading.of(self.config.data)
-        sizes, broken = measured(found.pictures, found.named, lambda file: picture_size(file, reading))
-        rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, reading.max_pixels))
-        broken |= broken_videos
-        if not sizes and not rates:
-            raise DataError(f"none of {len(broken)} file(s) can be read; {next(iter(broken.values()))}")
-        _warn(broken.values())
-        return self._stream(Pictures(sizes, reading), rates, found.named, threshold, num, every)
+        readable = read_headers(found, reading, lambda file: picture_size(file, reading))
+        _warn(readable.broken.values())
+        return self._stream(Pictures(readable.sizes, reading), readable.rates, found.named, threshold, num, every)
 
     def _stream(
         self, pictures: Pictures, videos: Iterable[Path], named: frozenset[Path], threshold: float, num: int, every: int

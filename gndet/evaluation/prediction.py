@@ -8,7 +8,7 @@ import difflib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +112,7 @@ class Prediction:
         A whole number gives the dict of that object.  Raises ConfigError for the name of no class.
         """
         if isinstance(index, str):
-            return self[self.labels == self._label(index)]
+            return self[self.labels == class_label(index, self.classes)]
         if isinstance(index, slice):
             return self._taken(np.arange(len(self))[index])
         places = np.asarray(index)
@@ -121,13 +121,6 @@ class Prediction:
         if places.ndim != 1:
             raise IndexError(f"got {index!r}, expected a mask, a slice, a list of places, a place, or a class name")
         return self._taken(np.arange(len(self))[places if places.size else places.astype(np.int64)])
-
-    def _label(self, name: str) -> int:
-        if name in self.classes:
-            return self.classes.index(name)
-        nearest = difflib.get_close_matches(name, self.classes, 1, 0.5)
-        meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
-        raise ConfigError(f"{name!r} is not a class of this detector{meant} knows {named_briefly(self.classes)}")
 
     def _taken(self, places: np.ndarray) -> "Prediction":
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -232,6 +225,15 @@ class Prediction:
         if self.results.codes is None:
             return ([] for _ in range(len(self)))
         return map(trace, self._masks())
+
+
+def class_label(name: str, classes: Sequence[str], option: str = "") -> int:
+    """Return the label of a class of a detector.  Raises ConfigError for another name, which an option may give."""
+    if name in classes:
+        return classes.index(name)
+    nearest = difflib.get_close_matches(name, classes, 1, 0.5)
+    meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
+    raise ConfigError(f"{option}{name!r} is not a class of this detector{meant} knows {named_briefly(classes)}")
 
 
 def _new_file(file: str | Path, method: str) -> Path:

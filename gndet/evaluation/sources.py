@@ -7,19 +7,19 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from gndet.data.datasets.faults import several
 from gndet.data.datasets.images import PICTURES, Reading, is_picture, picture_record
 from gndet.data.records import Record
 from gndet.errors import DataError
+from gndet.evaluation.video import video_rate
 
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")  # suffixes; a GIF is a picture
 SUFFIXES = 5  # kinds of files to list among those passed over
-
-Value = TypeVar("Value")
 
 
 class Sources(NamedTuple):
@@ -127,19 +127,33 @@ class Pictures(Sequence[Record]):
         return picture_record(place + 1, file, self.sizes[file], self.reading)
 
 
-def measured(
-    files: Sequence[Path], named: Container[Path], measure: Callable[[Path], Value]
-) -> tuple[dict[Path, Value], dict[Path, str]]:
-    """Measure each file.  Returns {file: value} of the readable files, and {file: reason} of the unreadable ones.
+class Readable(NamedTuple):
+    """The files of sources whose headers can be read."""
 
-    Raises the DataError of an unreadable file that was named.
+    sizes: dict[Path, tuple[int, int]]  # height, width of the pictures
+    rates: dict[Path, Fraction]  # frames per second of the videos
+    broken: dict[Path, str]  # the reasons of the others
+
+
+def read_headers(found: Sources, reading: Reading, size_of: Callable[[Path], tuple[int, int]]) -> Readable:
+    """Read the header of each picture with size_of, and of each video.
+
+    Raises the DataError of an unreadable file that was named, and DataError if no file can be read.
     """
-    values, broken = {}, {}
-    for file in files:
-        try:
-            values[file] = measure(file)
-        except DataError as error:
-            if file in named:
-                raise
-            broken[file] = str(error)
-    return values, broken
+    readable = Readable({}, {}, {})
+    reads: list[tuple[list[Path], dict, Callable[[Path], Any]]] = [
+        (found.pictures, readable.sizes, size_of),
+        (found.videos, readable.rates, lambda file: video_rate(file, reading.max_pixels)),
+    ]
+    for files, values, read in reads:
+        for file in files:
+            try:
+                values[file] = read(file)
+            except DataError as error:
+                if file in found.named:
+                    raise
+                readable.broken[file] = str(error)
+    if readable.broken and not readable.sizes and not readable.rates:
+        first = next(iter(readable.broken.values()))
+        raise DataError(f"none of {len(readable.broken)} file(s) can be read; {first}")
+    return readable

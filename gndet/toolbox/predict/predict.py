@@ -5,7 +5,6 @@ pictures, except for their detections, which are kept in columns.
 """
 
 import contextlib
-import difflib
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -17,13 +16,14 @@ import torch
 from gndet.data.datasets.faults import Findings, describe_finding, several
 from gndet.data.datasets.images import Reading, Unusual, picture_size
 from gndet.data.datasets.segmentation import printable
-from gndet.errors import ConfigError, DataError, OutputError
+from gndet.errors import DataError, OutputError
 from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import PICTURE
 from gndet.evaluation.evaluate import detect
 from gndet.evaluation.portions import Portion, picture_portions, video_portions
-from gndet.evaluation.sources import Pictures, Sources, find_sources, measured
-from gndet.evaluation.video import video_rate, video_writer
+from gndet.evaluation.prediction import class_label
+from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
+from gndet.evaluation.video import video_writer
 from gndet.files import Kind, is_own, refuse_output
 from gndet.toolbox.predict.output import PREDICTIONS, SHEET, Drawn, DrawTask, Output, Wanted, output_kinds, unique_names
 
@@ -55,11 +55,7 @@ def predict(
     data, num = detector.config.data, detector.config.evaluation.images_per_gpu
     found = without_own_drawings(find_sources(sources), out)
     reading, told = Reading.of(data), Findings()
-    sizes, broken = measured(found.pictures, found.named, lambda file: _size(file, reading, told))
-    rates, broken_videos = measured(found.videos, found.named, lambda file: video_rate(file, reading.max_pixels))
-    broken |= broken_videos
-    if broken and not sizes and not rates:
-        raise DataError(f"none of {len(broken)} file(s) can be read; {next(iter(broken.values()))}")
+    sizes, rates, broken = read_headers(found, reading, lambda file: _size(file, reading, told))
     pictures = Pictures(sizes, reading)
     reserved = (SHEET,) if sheet else ()
     names = unique_names([file.stem for file in pictures.files], ".png", reserved)
@@ -105,13 +101,8 @@ def _size(file: Path, reading: Reading, told: Findings) -> tuple[int, int]:
 
 def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int]:
     """Look up the category ids of named classes, or of all.  Raises ConfigError for an unknown class."""
-    ids = dict(zip(detector.classes, detector.category_ids, strict=True))
-    for name in classes or ():
-        if name not in ids:
-            nearest = difflib.get_close_matches(name, ids, 1, 0.5)
-            meant = f"; did you mean {nearest[0]!r}? It" if nearest else "; it"
-            raise ConfigError(f"--classes: {name!r} is not a class of this detector{meant} knows {', '.join(ids)}")
-    return [ids[name] for name in classes or ids]
+    names = detector.classes if classes is None else classes
+    return [detector.category_ids[class_label(name, detector.classes, "--classes: ")] for name in names]
 
 
 def without_own_drawings(found: Sources, out: Path) -> Sources:

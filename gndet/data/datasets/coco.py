@@ -29,7 +29,7 @@ from gndet.data.records import Dataset, Tell
 
 LISTS = ("images", "annotations", "categories")
 KEYS_SHOWN = 8  # of a file that lacks one of them
-MOST_NAMED = 1 << 16  # bytes of a text that name its format
+FIRST = 1 << 16  # bytes that hold the first annotation, unless it is of another format and long
 
 
 def inspect_file(path: Path, folder: Path | None, data: DataConfig, tell: Tell | None = None) -> Dataset:
@@ -161,12 +161,12 @@ def _parse(path: Path, text: bytes, found: Findings) -> dict[str, list[dict[str,
         where = f"byte {error.start} ({error.object[error.start]:#04x})"
         raise Fault("text-encoding", f"{path}: {where} is not {error.encoding.upper()}") from None
     except (ValueError, RecursionError) as error:
-        named = name_format(text[:MOST_NAMED])
+        named = name_format(path)
         raise Fault(
             "json-other" if named else "json-broken", f"{path}: {named or f'not a JSON file: {error}'}"
         ) from None
     missing = [key for key in LISTS if not isinstance(tree, dict) or key not in tree]
-    if missing and (named := name_format(tree)):
+    if missing and (named := name_format(path)):
         raise Fault("json-other", f"{path}: {named}")
     if not isinstance(tree, dict):
         raise Fault("json-other", f"{path}: a JSON {type(tree).__name__}, expected an object, as in COCO's format")
@@ -196,12 +196,12 @@ def _refuse_other_annotations(path: Path, cuts: list[Cut], items: list[dict[str,
     if cuts:
         with path.open("rb") as file, suppress(ValueError):
             file.seek(cuts[0][0])
-            first = json.JSONDecoder().raw_decode(file.read(MOST_NAMED).decode("utf-8", "ignore").lstrip())[0]
+            first = json.JSONDecoder().raw_decode(file.read(FIRST).decode("utf-8", "ignore").lstrip())[0]
     if (
         isinstance(first, dict)
         and "bbox" not in first
         and "segmentation" not in first
-        and (named := name_format({"annotations": [first]}))
+        and (named := name_format(json.dumps({"annotations": [first]})))
     ):
         raise Fault("json-other", f"{path}: {named}")
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gndet.data.datasets.columns import MAX_SIDE, Size
+from gndet.data.datasets.columns import MAX_SIDE, Item, Size
 from gndet.data.datasets.faults import Fault, Findings
 from gndet.data.datasets.file_names import is_foreign, readings, split_name
 from gndet.data.datasets.ids import NO_NAMES, Numbers, number_names, number_of, to_integer
@@ -16,8 +16,6 @@ from gndet.data.datasets.segmentation import brief, printable
 UNKNOWN = (None, "", 0)  # what exporters write for a side that they do not know
 KEYS_SHOWN = 8  # of an image that lacks one of them
 FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")  # keys of LVIS's images
-
-Item = dict[str, Any]
 
 
 class Category(NamedTuple):

@@ -7,13 +7,11 @@ import codecs
 import os
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 HEAD = 64 << 10  # bytes of the beginning of a file, and of its end, that are looked at
 DEPTH = 4  # keys of JSON that are nested deeper are not looked at
-ITEMS, FIELDS = 3, 100  # of each list and object of parsed JSON that are looked at
 
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]')
 _LATE = re.compile(r'"(images|annotations|categories|shapes)"\s*:\s*\[|"(imagePath|imageHeight)"\s*:')
@@ -27,7 +25,7 @@ class Form(NamedTuple):
 
     kind: str  # JSON: object, list or lines; else xml, text or binary
     keys: frozenset[tuple[str, ...]]  # JSON: each key with those around it, lists passed over
-    text: str  # "" for parsed JSON
+    text: str
 
     def has(self, *keys: str) -> bool:
         """Return whether there is a value at these nested keys; "*" is any key."""
@@ -166,10 +164,10 @@ FORMATS: tuple[Format, ...] = (  # the first that fits
 )  # fmt: skip
 
 
-def name_format(content: Any) -> str | None:
+def name_format(content: str | bytes | Path) -> str | None:
     """Name the format of annotations that are not COCO's, and say what to do; None if it is unknown.
 
-    content: parsed JSON, the beginning of a file as text or bytes, or the path of a file.
+    content: the beginning of a file as text or bytes, or the path of a file.
     """
     form = _form_of_file(content) if isinstance(content, Path) else form_of(content)
     found = _first(form) if form else None
@@ -214,15 +212,13 @@ def _form_of_file(path: Path) -> Form | None:
     return form
 
 
-def form_of(content: Any) -> Form:
-    """Describe parsed JSON, or the beginning of a file as text or bytes."""
+def form_of(content: str | bytes) -> Form:
+    """Describe the beginning of a file."""
     if isinstance(content, bytes):
         encoding = next((name for mark, name in _BOMS.items() if content.startswith(mark)), "utf-8")
         if encoding != "utf-16" and b"\0" in content:
             return Form("binary", frozenset(), content.decode("latin-1"))
         content = content.decode(encoding, "replace")
-    if not isinstance(content, str):
-        return Form("list" if isinstance(content, list) else "object", frozenset(_walk(content, ())), "")
     text = content.lstrip()
     if text.startswith("<"):
         return Form("xml", frozenset(), text)
@@ -230,17 +226,6 @@ def form_of(content: Any) -> Form:
         return Form("text", frozenset(), text)
     kind = "lines" if _LINES.match(text) else "object" if text.startswith("{") else "list"
     return Form(kind, frozenset(_scan(text)), text)
-
-
-def _walk(value: Any, around: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield the keys of parsed JSON, with those around them."""
-    if isinstance(value, list):
-        for item in value[:ITEMS]:
-            yield from _walk(item, around)
-    elif isinstance(value, dict) and len(around) < DEPTH:
-        for key, item in islice(value.items(), FIELDS):
-            yield (*around, key)
-            yield from _walk(item, (*around, key))
 
 
 def _scan(text: str) -> Iterator[tuple[str, ...]]:

@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gndet.data.datasets.exports.cvat import cvat_sets
-from gndet.data.datasets.exports.folders import files_below
+from gndet.data.datasets.exports.folders import ALIASES, SPLITS, files_below
 from gndet.data.datasets.exports.voc import ANNOTATIONS, MAIN, voc_sets
 from gndet.data.datasets.exports.yolo import yolo_sets
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.images import PICTURES
 
-SETS = {  # names of a set in names of folders and files
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+SETS = ALIASES | {"dev": "val"}  # names of a set in names of annotation files, and of folders beside each other
 _SET = re.compile(rf"(?<![a-z])({'|'.join(sorted(SETS, key=len, reverse=True))})(?![a-z])")
 LOOKED_AT = 50  # files of a folder whose content is looked at: an export with a file per picture may hold thousands
 YOLO_FILES = ("data.yaml", "data.yml", "obj.data")  # YOLO's files that describe the whole export
@@ -142,7 +139,7 @@ def _one_of_each(root: Path, found: list[tuple[str, Source]]) -> dict[str, Sourc
             both = f"{sets[name].kind}: {sets[name].annotations}, and {source.kind}: {source.annotations}"
             raise Fault("set-twice", f"{root}: {name or 'the set'} is there twice: {both}")
         sets[name] = source
-    return {name: sets[name] for name in sorted(sets, key=[*dict.fromkeys(SETS.values()), ""].index)}
+    return {name: sets[name] for name in sorted(sets, key=[*SPLITS, ""].index)}
 
 
 def _yolo_in(listed: Listing) -> list[tuple[str, Source]]:

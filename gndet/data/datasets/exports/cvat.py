@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
 
+from gndet.data.datasets.columns import Item, Size
 from gndet.data.datasets.exports.cvat_shapes import Attributes, Shape, add_object, to_integer, to_size
 from gndet.data.datasets.exports.files import find_images
 from gndet.data.datasets.exports.folders import SPLITS, set_missing, set_named
-from gndet.data.datasets.exports.geometry import Findings, Item, Size, join_groups
-from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
+from gndet.data.datasets.exports.geometry import join_groups
+from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import read_head
 from gndet.data.datasets.images import PICTURES
@@ -217,7 +218,7 @@ def _parse_image(path: Path, folder: Path, encoding: str | None, unit: Unit, siz
         content = file.read(unit.end - unit.start)
     name, size = "", None
     items: list[tuple[Any, Item]] = []
-    findings: Findings = []
+    findings: Found = []
 
     def handle(depth: int, element: str, attributes: Attributes, line: int) -> None:
         nonlocal name, size
@@ -229,7 +230,7 @@ def _parse_image(path: Path, folder: Path, encoding: str | None, unit: Unit, siz
 
     _read_elements(path, io.BytesIO(content), unit.line, encoding, handle)
     objects = join_groups(items, lambda: size or size_of(name), findings)
-    return [Picture(name, size, objects, tuple(findings))]
+    return [Picture(name, size, objects, findings)]
 
 
 def _file_name(folder: Path, attributes: Attributes) -> str:
@@ -246,7 +247,7 @@ def _parse_video(folder: Path, size: Size | None, path: Path, size_of: SizeOf) -
     frames = _frames(folder)
     order = sorted(frames)
     items: dict[int, list[tuple[Any, Item]]] = {number: [] for number in order}
-    findings: dict[int, Findings] = {number: [] for number in order}
+    findings: dict[int, Found] = {number: [] for number in order}
     track: Attributes = {}
     last: int | None = None  # the frame of the track's last shape, if it is inside the picture
     tasks = set()
@@ -285,7 +286,7 @@ def _parse_video(folder: Path, size: Size | None, path: Path, size_of: SizeOf) -
     pictures = []
     for number in sorted(findings):
         objects = join_groups(items.get(number, []), size_in(number), findings[number])
-        pictures.append(Picture(name_of(number), size, objects, tuple(findings[number])))
+        pictures.append(Picture(name_of(number), size, objects, findings[number]))
     return pictures
 
 

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gndet.data.datasets.exports.geometry import Findings, Item, Size, check_window, ellipse, window_rle
+from gndet.data.datasets.columns import Item, Size
+from gndet.data.datasets.exports.geometry import check_window, ellipse, window_rle
+from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief, printable
 
@@ -24,7 +26,7 @@ class Shape(NamedTuple):
     place: str
 
 
-def add_object(shape: Shape, size: Callable[[], Size], items: list[tuple[Any, Item]], findings: Findings) -> None:
+def add_object(shape: Shape, size: Callable[[], Size], items: list[tuple[Any, Item]], findings: Found) -> None:
     """Add a shape to the objects with its group, or to the findings what is wrong with it."""
     try:
         if shape.element in OTHERS:
@@ -94,11 +96,7 @@ def _mask(attributes: Attributes, size: Size) -> Item:
         raise Fault("shape-malformed", f"rle {brief(text)}, expected whole numbers with commas between them") from None
     if min(runs) < 0 or sum(runs) != width * height:
         raise Fault("rle-counts", f"run lengths add up to {sum(runs)}, expected {width} x {height}")
-    window = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
-    mask = window_rle(window, left, top, size)
-    if mask is None:
-        raise Fault("mask-empty", f"a mask of {width} x {height} pixels at {left}, {top}")
-    return mask
+    return window_rle(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width), left, top, size)
 
 
 def to_size(height: str | None, width: str | None) -> Size | None:

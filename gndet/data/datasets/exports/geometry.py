@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from gndet.data.datasets.columns import Item, Size
+from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import MAX_PIXELS
 from gndet.data.datasets.masks import check_segmentation
@@ -18,10 +20,6 @@ from gndet.data.datasets.segmentation import printable, to_rle
 
 FLATNESS = 0.05  # pixels: how far the outline of an ellipse may lie inside it
 MAX_CORNERS = 720  # of the outline of an ellipse
-
-Size = tuple[int, int]  # height, width
-Item = dict[str, Any]  # an object of a Picture
-Findings = list[tuple[str, str]]  # code of FAULTS, words
 
 
 def box_around(points: Iterable[Sequence[float]]) -> list[float]:
@@ -52,12 +50,13 @@ def check_window(left: int, top: int, height: int, width: int, size: Size) -> No
         raise Fault("shape-malformed", f"{where}, in a picture of {size[1]} x {size[0]}")
 
 
-def window_rle(window: np.ndarray, left: int, top: int, size: Size) -> Item | None:
+def window_rle(window: np.ndarray, left: int, top: int, size: Size) -> Item:
     """Return a mask (h, w) bool, whose first pixel is left, top, as an RLE of a picture of size height, width.
 
-    What lies outside the picture is cut off.  Returns None if nothing is left.
+    What lies outside the picture is cut off.  Raises Fault if nothing is left.
     """
     height, width = size
+    words = f"a mask of {window.shape[1]} x {window.shape[0]} pixels at {left}, {top}"
     window = window[max(-top, 0) : max(height - top, 0), max(-left, 0) : max(width - left, 0)]
     left, top = max(left, 0), max(top, 0)
     columns, rows = np.nonzero(np.diff(window.astype(np.int8), axis=0, prepend=0, append=0).T)
@@ -65,12 +64,12 @@ def window_rle(window: np.ndarray, left: int, top: int, size: Size) -> Item | No
     touching = 2 * np.flatnonzero(edges[1:-1:2] == edges[2::2])  # a run goes on at the top of the next column
     edges = np.delete(edges, np.concatenate((touching + 1, touching + 2)))
     if not len(edges):
-        return None
+        raise Fault("mask-empty", words)
     ends = [height * width] if edges[-1] < height * width else []
     return {"size": [height, width], "counts": np.diff([0, *edges.tolist(), *ends]).tolist()}
 
 
-def join_groups(items: Sequence[tuple[Any, Item]], size: Callable[[], Size], findings: Findings) -> list[Item]:
+def join_groups(items: Sequence[tuple[Any, Item]], size: Callable[[], Size], findings: Found) -> list[Item]:
     """Join the objects of one class and group to one object, as the tools do themselves when they write COCO's JSON.
 
     items: group and object; an object whose group is None stays alone.  size: returns height, width of the picture.

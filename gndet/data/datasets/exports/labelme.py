@@ -12,19 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gndet.data.datasets.columns import Item, Size
 from gndet.data.datasets.exports.files import find_images, read_json
 from gndet.data.datasets.exports.folders import files_below, shown
-from gndet.data.datasets.exports.geometry import (
-    Findings,
-    Item,
-    Size,
-    box_around,
-    check_window,
-    ellipse,
-    join_groups,
-    window_rle,
-)
-from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
+from gndet.data.datasets.exports.geometry import box_around, check_window, ellipse, join_groups, window_rle
+from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import HEAD
@@ -81,7 +73,7 @@ def _parse_file(home: Path, images: Path, name: str, size_of: SizeOf) -> list[Pi
     content = read_json(home / name)
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         raise Fault("data-unknown", f"{home / name}: not LabelMe's: shapes is not a list")
-    findings: Findings = []
+    findings: Found = []
     file_name = _find_picture(images, name, content, size_of, findings)
     sides = content.get("imageHeight"), content.get("imageWidth")
 
@@ -98,10 +90,10 @@ def _parse_file(home: Path, images: Path, name: str, size_of: SizeOf) -> list[Pi
         except Fault as fault:
             findings.append((fault.code, f"{place}: {fault}"))
     stated = None if None in sides else sides
-    return [Picture(file_name, stated, join_groups(items, size, findings), tuple(findings))]
+    return [Picture(file_name, stated, join_groups(items, size, findings), findings)]
 
 
-def _find_picture(images: Path, name: str, content: dict[str, Any], size_of: SizeOf, findings: Findings) -> str:
+def _find_picture(images: Path, name: str, content: dict[str, Any], size_of: SizeOf, findings: Found) -> str:
     """Return the name of the picture of a file, from imagePath, which is relative to the file, or from the file's name.
 
     Raises Fault if the picture is missing, but embedded in the file.
@@ -177,7 +169,4 @@ def _mask(text: Any, points: list[list[float]], size: Size) -> Item:
             window = np.asarray(image.convert("L")) > 0
     except DECODER_ERRORS as error:
         raise Fault("shape-malformed", f"mask {brief(text)}, expected a PNG in base64: {error}") from None
-    mask = window_rle(window, left, top, size)
-    if mask is None:
-        raise Fault("mask-empty", f"a mask of {width} x {height} pixels at {left}, {top}")
-    return mask
+    return window_rle(window, left, top, size)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+Found = list[tuple[str, str]]  # what is wrong: codes of FAULTS, and words that begin with the place
 SizeOf = Callable[[str], tuple[int, int]]  # file_name -> height, width of the picture, upright; raises Fault
 
 
@@ -17,7 +18,7 @@ class Picture(NamedTuple):
     file_name: str  # relative to the image folder
     size: tuple[Any, Any] | None  # height, width as the export states them; None: read from the picture's header
     objects: list[dict[str, Any]]
-    findings: tuple[tuple[str, str], ...] = ()  # (code of FAULTS, words that begin with the place)
+    findings: Sequence[tuple[str, str]] = ()  # as in Found
 
 
 class Export(NamedTuple):
@@ -28,5 +29,5 @@ class Export(NamedTuple):
     classes: tuple[str, ...] | None  # in label order; None: the names that occur, sorted
     images: Path  # the folder that file_name is relative to
     files: Sequence[Path]  # every annotation file, for the key of the cache
-    findings: tuple[tuple[str, str], ...] = ()  # (code of FAULTS, words)
+    findings: Sequence[tuple[str, str]] = ()  # as in Found
     notes: tuple[str, ...] = ()  # lines to show

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from gndet.data.datasets.columns import Item
 from gndet.data.datasets.exports.files import find_images, read_json
 from gndet.data.datasets.exports.folders import read_text
-from gndet.data.datasets.exports.geometry import Findings, Item, ellipse, with_box
-from gndet.data.datasets.exports.pictures import Export, Picture, SizeOf
+from gndet.data.datasets.exports.geometry import ellipse, with_box
+from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import read_head
@@ -166,7 +167,7 @@ def _options(declared: Any) -> dict[str, str]:
 def _parse(chosen: str | None, names: dict[str, str], unit: Unit, size_of: SizeOf) -> list[Picture]:
     """Parse the regions of a picture."""
     objects: list[Item] = []
-    findings: Findings = []
+    findings: Found = []
     for region in unit.regions:
         try:
             values = [ALONE] if chosen is None else _values(region.attributes, chosen)
@@ -177,7 +178,7 @@ def _parse(chosen: str | None, names: dict[str, str], unit: Unit, size_of: SizeO
             objects.append(with_box({"category": category, "place": region.place} | _geometry(region.shape)))
         except Fault as fault:
             findings.append((fault.code, f"{region.place}: {fault}"))
-    return [Picture(unit.file_name, None, objects, tuple(findings))]
+    return [Picture(unit.file_name, None, objects, findings)]
 
 
 def _geometry(shape: Any) -> Item:

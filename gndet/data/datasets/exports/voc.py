@@ -21,7 +21,7 @@ from gndet.data.datasets.exports.folders import (
     stem_of,
     swapped,
 )
-from gndet.data.datasets.exports.pictures import Export
+from gndet.data.datasets.exports.pictures import Export, Found
 from gndet.data.datasets.exports.voc_xml import Unit, counted_from_0, parse_voc, read_xml
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
@@ -30,8 +30,6 @@ ANNOTATIONS = ("annotations", "annotation", "xmls", "xml")  # folders of XML fil
 IMAGES = ("JPEGImages", "images", "Images", "imgs", "img")  # folders of pictures beside them
 MAIN = Path("ImageSets", "Main")  # folder of the lists of the sets
 ASKED = 20  # XML files that are asked for the names of their pictures
-
-Found = list[tuple[str, str]]  # codes of FAULTS with words
 
 
 def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
@@ -70,7 +68,7 @@ def open_voc(annotations: Path, images: Path | None, split: str) -> Export:
     parse = partial(parse_voc, str(home), 0 if zero else 1)
     classes, labelmap = _declared(home)
     paths = [*lists, *labelmap, *(home / file for file in whole or files)]  # all of them decide how corners count
-    return Export(units, parse, classes, Path(root), paths, tuple(found), tuple(notes))
+    return Export(units, parse, classes, Path(root), paths, found, tuple(notes))
 
 
 def voc_sets(home: Path) -> list[str]:

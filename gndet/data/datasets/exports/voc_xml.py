@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from gndet.data.datasets.exports.folders import shown, stem_of
-from gndet.data.datasets.exports.pictures import Picture, SizeOf
+from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief
 
@@ -31,7 +31,7 @@ def parse_voc(home: str, first: int, unit: Unit, size_of: SizeOf) -> list[Pictur
     """
     file, below, names = unit
     root = read_xml(home, file)
-    found: list[tuple[str, str]] = []
+    found: Found = []
     objects = []
     file = shown(file)
     name = _choose_picture(file, (root.findtext("filename") or "").strip(), names, found)
@@ -56,7 +56,7 @@ def parse_voc(home: str, first: int, unit: Unit, size_of: SizeOf) -> list[Pictur
         box = box if any(corners) else corners  # 0 0 0 0 is no pixel, but how some programs write that there is none
         turn = {"attributes": {"rotation": turn}} if (turn := _turn(parts)) else {}
         objects.append({"bbox": box, "category": label, "place": place} | turn)
-    return [Picture(below + name, _size(root), objects, tuple(found))]
+    return [Picture(below + name, _size(root), objects, found)]
 
 
 def read_xml(home: str, file: str) -> ElementTree.Element:
@@ -86,7 +86,7 @@ def _parse(text: bytes) -> ElementTree.Element:
         return ElementTree.fromstring(text[declared.end() :].decode(declared[1].decode()))
 
 
-def _choose_picture(file: str, tag: str, names: Sequence[str], found: list[tuple[str, str]]) -> str:
+def _choose_picture(file: str, tag: str, names: Sequence[str], found: Found) -> str:
     """Return which picture an XML file is of: the one of its own name, as VOC's lists mean it, else the one it names.
 
     tag: its filename; names: the pictures that have its own name.

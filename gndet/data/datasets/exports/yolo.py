@@ -99,7 +99,7 @@ def _open(annotations: Path, images: Path | None, split: str, outlines: bool) ->
         found.append(("names-missing", f"{folder}: neither names in a data.yaml nor a classes.txt"))
     files = opened.files + [Path(home, label) for label in labels]
     parse = partial(parse_labels, home, classes)
-    return Export(units, parse, tuple(classes.values()) or None, Path(root), files, tuple(found), tuple(opened.notes))
+    return Export(units, parse, tuple(classes.values()) or None, Path(root), files, found, tuple(opened.notes))
 
 
 def _find_tree(annotations: Path) -> tuple[Path | None, Tree]:

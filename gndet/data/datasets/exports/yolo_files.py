@@ -20,7 +20,8 @@ from gndet.data.datasets.exports.folders import (
     stem_of,
     swapped,
 )
-from gndet.data.datasets.exports.yolo_rows import Found, Unit
+from gndet.data.datasets.exports.pictures import Found
+from gndet.data.datasets.exports.yolo_rows import Unit
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
 from gndet.data.datasets.segmentation import brief

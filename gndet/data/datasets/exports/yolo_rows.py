@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 
 from gndet.data.datasets.exports.folders import read_text, shown
-from gndet.data.datasets.exports.pictures import Picture, SizeOf
+from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault, several
 from gndet.data.datasets.segmentation import brief
 
@@ -20,7 +20,6 @@ LOW, HIGH = -1, 2  # no box of a picture lies beyond these shares; pixels do
 
 Row = tuple[float, ...]
 Rows = list[tuple[int, Row]]  # with their lines
-Found = list[tuple[str, str]]  # codes of FAULTS with words
 Unit = tuple[str, str]  # file_name, label file relative to home or absolute; "" if the picture has none
 
 
@@ -89,7 +88,7 @@ def parse_labels(home: str, names: dict[int, str], unit: Unit, size_of: SizeOf) 
             name = names[int(numbers[0])] if names else f"{numbers[0]:g}"
             objects.append(_to_pixels(numbers, size) | {"category": name, "place": place})
         seen.add(numbers)
-    return [Picture(file_name, size, objects, tuple(found))]
+    return [Picture(file_name, size, objects, found)]
 
 
 def _fault_of(numbers: Row, names: dict[int, str]) -> tuple[str, str] | None:

@@ -14,11 +14,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -102,6 +103,18 @@ def map_ahead(
             yield item, result
     finally:
         close()
+
+
+def read_in_processes(read: Callable[[Any], Any], items: Sequence[Any], path: Path) -> Generator[Any, None, None]:
+    """Yield read(item) for each part of a path, in order, computed by several processes.
+
+    Raises MachineError if one of them is killed or fails, and the GndetErrors of read.
+    """
+    killed = MachineError(f"{path}: a process that read it was killed: out of memory?")
+    for _, result in map_ahead(read, items, workers=min(usable_cores(), len(items)), on_death=lambda *_: killed):
+        if isinstance(result, Failure):
+            raise MachineError(f"{path}: a process that read it failed:\n{result.text}")
+        yield result
 
 
 def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, main: int) -> None:

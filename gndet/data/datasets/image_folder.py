@@ -65,9 +65,7 @@ class ImageFolder:
         self._home = os.path.realpath(home)
         self._listings: dict[str, dict[str, File]] = {}
         self._troubles: dict[str, str] = {}  # why a subfolder cannot be listed
-        self._leaves: dict[
-            str, list[tuple[str, File]]
-        ] = {}  # all files by NFC name, with their paths; see `_same_leaf`
+        self._leaves: dict[str, list[tuple[str, File]]] = {}  # all files with their paths, by NFC name
 
     def find(self, name: Any, suggest: bool) -> Found:
         """Find the picture with a file_name, in either Unicode form; read a name of another machine by its end.

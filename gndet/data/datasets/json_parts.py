@@ -16,8 +16,8 @@ import orjson
 
 from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
 from gndet.data.datasets.faults import Findings
-from gndet.data.workers import Death, Failure, map_ahead, usable_cores
-from gndet.errors import GndetError, MachineError
+from gndet.data.workers import read_in_processes
+from gndet.errors import GndetError
 
 PART = 8 << 20  # bytes of a part; as Python objects it takes ten times that
 LEAST = 4 << 20  # a smaller file is read as a whole: processes would cost more than they save
@@ -83,15 +83,9 @@ def as_utf8(text: bytes) -> bytes:
 def read_parts(path: Path, cuts: list[Cut], known: Known, found: Findings) -> Columns:
     """Read and check the annotations in worker processes.  Raises NotInParts, and MachineError if one is killed."""
 
-    def give_up(cut: Cut, death: Death, _: int) -> None:
-        raise MachineError(f"{path}: a process that read it was killed: out of memory?")
-
     def parts() -> Iterator[Columns]:
-        workers, before = min(usable_cores(), len(cuts)), 0
-        for _, result in map_ahead(partial(_read_part, path, known), cuts, workers=workers, on_death=give_up):
-            if isinstance(result, Failure):
-                raise MachineError(f"{path}: a process that read it failed:\n{result.text}")
-            columns, noted = result
+        before = 0
+        for columns, noted in read_in_processes(partial(_read_part, path, known), cuts, path):
             found.take(noted.listed(), before)
             before += len(columns.all_ids)
             yield columns

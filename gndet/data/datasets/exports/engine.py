@@ -23,8 +23,7 @@ from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.packed import Image
 from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Finding, Tell
-from gndet.data.workers import Death, Failure, map_ahead, usable_cores
-from gndet.errors import MachineError
+from gndet.data.workers import read_in_processes
 
 Opener = Callable[[Path, Path | None, str], Export]  # (annotations, image folder or None, set)
 PART = 1000  # units parsed at once
@@ -114,17 +113,7 @@ def _parts(export: Export, files: ImageFolder, reading: Reading) -> Iterator[Par
     """Parse and check the units of an export, in processes if there are many.  Raises MachineError if one is killed."""
     starts = range(0, len(export.units), PART)
     read = partial(_read_part, export, files, reading)
-    if len(starts) < 2:
-        yield read(0)
-        return
-
-    def give_up(start: int, death: Death, _: int) -> None:
-        raise MachineError(f"{export.images}: a process that read its annotations was killed: out of memory?")
-
-    for _, result in map_ahead(read, starts, workers=min(usable_cores(), len(starts)), on_death=give_up):
-        if isinstance(result, Failure):
-            raise MachineError(f"{export.images}: a process that read its annotations failed:\n{result.text}")
-        yield result
+    return iter([read(0)]) if len(starts) < 2 else read_in_processes(read, starts, export.images)
 
 
 def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int) -> Part:

@@ -22,7 +22,7 @@ __all__ = ("Detector", "Prediction", "__version__", "load", "train")
 
 
 def __getattr__(name: str) -> object:
-    """Import what is first used.  `gndet.train` is a module that can be called; the call is `train_run`."""
+    """Import a public name when it is first used.  `gndet.train` is a module; calling it calls `train_run`."""
     if name == "train":
         import gndet.train as module
 

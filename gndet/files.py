@@ -90,7 +90,7 @@ def report_kind(verb: str) -> Kind:
 
 
 def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Path] = ()) -> None:
-    """Raise OutputError if the output file that an option names would cost the user a file; else make its folder.
+    """Raise OutputError if the output file that an option names would replace a file of the user; else make its folder.
 
     An existing file is replaced only if it is empty or has the mark of its kind, that is, if gndet wrote it for such an
     option.  A mark is part of the content: it stays in copies, and nothing is kept beside the output.  The files of a
@@ -113,7 +113,7 @@ def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Pat
 
 
 def refuse_among(output: Path, option: str, data: Iterable[Path]) -> None:
-    """Raise OutputError if an output is one of the files and folders that are read, or lies in one, by any name."""
+    """Raise OutputError if an output is one of the files and folders that are read, or lies in one, under any name."""
     real = Path(os.path.realpath(output))
     for path in data:
         if any(is_same(place, path) for place in (real, *real.parents)):

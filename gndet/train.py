@@ -199,7 +199,7 @@ def show_batches(run: Run, taken: list[Loaded], log: Log) -> None:
 
 
 class _CallableModule(ModuleType):
-    """Let `gndet.train(...)` be a call: once this module is imported, the package's attribute `train` is the module."""
+    """Make `gndet.train(...)` a call: once this module is imported, the package's attribute `train` is the module."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Train as the command line does: `train_run` in gndet/cli/train.py."""

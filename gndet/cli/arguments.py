@@ -27,7 +27,7 @@ def device_of(overrides: list[str]) -> str:
 
 
 def path(text: str) -> Path:
-    """Parse a path; ~ stands for the home folder, also where the shell left it (--out=~/found)."""
+    """Parse a path; expand ~ where the shell does not (--out=~/found)."""
     return Path(os.path.expanduser(text))
 
 

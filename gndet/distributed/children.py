@@ -1,4 +1,4 @@
-"""Interpreters that gndet starts, itself or through a library: none of them imports from the current folder.
+"""Start Python interpreters, directly or through a library, that import nothing from the current folder.
 
 `python -m` and `python -c` put the current folder first on the path, where a user's numpy.py, or a folder gndet, would
 be imported instead of the package.  -P and the variable PYTHONSAFEPATH prevent that.
@@ -28,7 +28,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 @contextmanager
 def safe_children() -> Iterator[None]:
-    """Keep the current folder off the path of every interpreter that is started in the context, and of its own.
+    """Keep the current folder off the path of every interpreter started in the context, and of its children.
 
     multiprocessing starts ranks and its resource tracker, and torch.compile starts its workers, without -P.
     """

@@ -37,7 +37,7 @@ def _has(letter: str) -> bool:
 
 
 def drawable(text: str) -> str:
-    """Return a text with the letters that the font lacks escaped, as in \\u76d8."""
+    """Escape the letters of a text that the font lacks, as in \\u76d8."""
     composed = unicodedata.normalize("NFC", text)
     return "".join(letter if _has(letter) else ascii(letter)[1:-1] for letter in composed)
 

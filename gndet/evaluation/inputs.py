@@ -63,7 +63,7 @@ def _record(picture: Any, image_id: int, reading: Reading) -> Record:
 def _checked(array: np.ndarray | Tensor) -> np.ndarray:
     """Return the pixels of an array as torch takes them: a copy only if they are read-only or strided backward.
 
-    Raises DataError that names the remedy for any other shape or type than (h, w, 3) uint8.
+    Raises DataError that names the remedy for pixels that are not (h, w, 3) uint8.
     """
     kind, shape = "tensor" if isinstance(array, Tensor) else "array", tuple(array.shape)
     dtype = str(array.dtype).removeprefix("torch.")
@@ -77,7 +77,7 @@ def _checked(array: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _wrong_shape(shape: tuple[int, ...], kind: str) -> str:
-    """Return the remedy for pixels of another shape than (h, w, 3); "" for these."""
+    """Return the remedy for pixels whose shape is not (h, w, 3); "" for these."""
     move = "permute" if kind == "tensor" else "transpose"
     match shape:
         case _ if 0 in shape:
@@ -104,7 +104,7 @@ def _wrong_shape(shape: tuple[int, ...], kind: str) -> str:
 
 
 def _wrong_type(dtype: str, kind: str) -> str:
-    """Return the remedy for numbers of another type than uint8; "" for these."""
+    """Return the remedy for numbers whose type is not uint8; "" for these."""
     to_uint8 = "byte()" if kind == "tensor" else "astype(np.uint8)"
     if dtype == "uint8":
         return ""

@@ -1,4 +1,4 @@
-"""Check the boxes of annotations; compute those that a file leaves to its masks, or states before a turn.
+"""Check the boxes of annotations; compute missing boxes from masks, and upright boxes around turned ones.
 
 Letters: n annotations, m of them.  Boxes are float64 pixels of the original, xywh in the file.
 """
@@ -49,7 +49,7 @@ def check_boxes(items: Sequence[dict[str, Any]], sizes: np.ndarray, marks: Marks
 
 
 def _find_boxes(boxes: np.ndarray, items: Sequence[dict[str, Any]], sizes: np.ndarray, marks: Marks) -> None:
-    """Set boxes xywh (n, 4) that are missing to those of their masks; drop annotations that state to have neither."""
+    """Set boxes xywh (n, 4) that are missing to those of their masks; drop annotations with neither."""
     empty = [place for place in np.flatnonzero(marks.left).tolist() if items[place].get("bbox") in EMPTY]
     boxes[empty] = _boxes_of_masks([items[place].get("segmentation") for place in empty], sizes[empty])
     missing, stated = np.zeros((2, len(items)), dtype=bool)

@@ -50,7 +50,7 @@ FAULTS: dict[str, Kind] = {
     ),
     "text-encoding": Kind(
         REFUSED,
-        "text files in another encoding than UTF-8",
+        "text files that are not in UTF-8",
         "save them as UTF-8; an editor may have written Latin-1, Windows-1252 or GBK",
     ),
     "xml-broken": Kind(REFUSED, "files that are not well-formed XML", "export them again"),
@@ -235,13 +235,11 @@ FAULTS: dict[str, Kind] = {
     "box-tiny": Kind(NOTED, "boxes under 1 pixel wide or high", "is bbox in pixels, not in 0 to 1?"),
     # masks
     "segmentation-malformed": Kind(REFUSED, "segmentations that are neither polygons nor an RLE", _POLYGON),
-    "segmentation-shape": Kind(
-        FIXED, "segmentations written in another way than COCO's, read as polygons or an RLE", ""
-    ),
+    "segmentation-shape": Kind(FIXED, "segmentations that are not in COCO's form, read as polygons or an RLE", ""),
     "polygon-number": Kind(REFUSED, "polygons with a coordinate that is not a number near the image", _POLYGON),
     "polygon-short": Kind(FIXED, "polygons with fewer than 3 points, or half a point, dropped", _POLYGON),
     "rle-malformed": Kind(REFUSED, "RLE masks that do not hold run lengths", _RLE),
-    "rle-size": Kind(REFUSED, "RLE masks of another size than their image", _RLE),
+    "rle-size": Kind(REFUSED, "RLE masks that differ in size from their image", _RLE),
     "rle-counts": Kind(REFUSED, "RLE masks that do not fill their image", _RLE),
     "mask-empty": Kind(FIXED, "masks without a pixel dropped", "remove these objects, or draw their masks"),
     "mask-missing": Kind(NOTED, "objects without a mask", "model.masks=false trains on boxes only"),
@@ -255,7 +253,7 @@ FAULTS: dict[str, Kind] = {
     "picture-pixels": Kind(REFUSED, "pictures over data.max_pixels", "scale or crop them, or raise data.max_pixels"),
     "picture-size": Kind(
         REFUSED,
-        "pictures of another size than the annotation file says",
+        "pictures that differ in size from what the annotation file says",
         "use the version that was annotated, or correct width and height",
     ),
     "picture-unrotated": Kind(
@@ -376,7 +374,7 @@ def skipping_unreadable(findings: Iterable[Finding], unreadable: int, images: in
 
 
 def share(finding: Finding) -> str:
-    """Return how many have a fault; unless each is to be corrected by itself, also of how many: "4 of 6"."""
+    """Return how many have a fault, and of how many unless each must be corrected by itself: "4 of 6"."""
     alone = not finding.of or (finding.severity == REFUSED and not finding.code.startswith("boxes-"))
     return str(finding.count) if alone else f"{finding.count} of {finding.of}"
 

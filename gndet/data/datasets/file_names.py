@@ -43,7 +43,7 @@ def readings(name: str) -> list[list[str]]:
 
 
 def _unquoted(text: str) -> str:
-    """Return a text of a URL with %20 and the like as the letters that they stand for."""
+    """Decode %20 and the like in the text of a URL."""
     return _QUOTED.sub(lambda found: bytes.fromhex(found[0].replace("%", "")).decode("utf-8", "replace"), text)
 
 

@@ -1,4 +1,4 @@
-"""Look at the first pictures of a data set, before a run starts, for values that need data.pixel_range.
+"""Look for values that need data.pixel_range in the first pictures of a data set, before a run starts.
 
 Only files that may have more than 8 bits per channel are opened, and only those that have are decoded.
 """

@@ -79,7 +79,7 @@ def without_text(items: Sequence[dict[str, Any]], places: Iterable[int]) -> dict
 
 
 def _as_numbers(value: Any) -> Any:
-    """Return a value with each text in it that is a number as this number; an RLE keeps its compressed counts."""
+    """Replace the texts in a value that are numbers by these numbers; an RLE keeps its compressed counts."""
     if type(value) is list:
         return [_as_numbers(part) for part in value]
     if type(value) is dict:

@@ -98,7 +98,7 @@ def read_image(
 
 
 def pixels_of(image: Image.Image, reading: Reading) -> np.ndarray:
-    """Return the pixels of a picture that Pillow holds as `read_image` returns those of its file: a copy.
+    """Return a copy of the pixels of a PIL image, converted as `read_image` converts a file.
 
     Raises DataError.
     """

@@ -70,7 +70,7 @@ def read_around(path: Path, cuts: list[Cut]) -> bytes:
 
 
 def as_utf8(text: bytes) -> bytes:
-    """Return JSON text in UTF-8 that may be in UTF-16 or UTF-32; text that is in none of them stays as it is."""
+    """Convert JSON text from UTF-16 or UTF-32 to UTF-8; leave any other text as it is."""
     encoding = json.detect_encoding(text)
     if encoding.startswith("utf-8"):
         return text

@@ -1,10 +1,10 @@
-"""Record which annotations have which fault."""
+"""Record the faults of annotations."""
 
 import numpy as np
 
 
 class Marks:
-    """Record which of n annotations have which fault.  Refused or dropped annotations are not checked further."""
+    """Record the faults of n annotations.  Refused or dropped annotations are not checked further."""
 
     def __init__(self, num: int) -> None:
         self.left = np.ones(num, dtype=bool)  # those still being checked

@@ -92,8 +92,8 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
     """Check n segmentations as they are in a file.
 
     sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: if given, polygons must cover a pixel.
-    Reads outlines of another shape than COCO's if they are clear.  Drops refused segmentations, polygons with fewer
-    than 3 points, and RLEs without a pixel.
+    Reads outlines that are not in COCO's form if only one reading is possible.  Drops refused segmentations, polygons
+    with fewer than 3 points, and RLEs without a pixel.
     """
     faults: list[MaskFault] = []
     polygons, in_form = _read_polygons(segmentations)
@@ -254,7 +254,7 @@ def _is_large(polygons: Polygons, doubled: np.ndarray, sizes: np.ndarray) -> np.
 def _check_rle(rle: Any, size: tuple[int, int]) -> tuple[dict[str, Any], int]:
     """Return an RLE with only its size and counts, compressed, and the number of its pixels.
 
-    Raises Fault for a value that is not an RLE, has another size than the image, does not fill it, or is empty.
+    Raises Fault for a value that is not an RLE, differs in size from the image, does not fill it, or is empty.
     """
     if type(rle) is not dict:
         raise Fault("segmentation-malformed", f"segmentation {brief(rle)}, expected a list of polygons or an RLE")

@@ -1,4 +1,4 @@
-"""Read the outlines of tools that write COCO's `segmentation` in another shape, where only one reading is possible."""
+"""Read outlines that are not in COCO's form, where only one reading is possible."""
 
 from itertools import chain
 from typing import Any
@@ -7,7 +7,7 @@ POINTS = 3  # the fewest points of a polygon
 
 
 def in_coco_form(segmentation: list[Any]) -> Any:
-    """Return a segmentation that is a list, in COCO's form if it has another one that is clear.
+    """Convert a segmentation that is a list to COCO's form if only one reading is possible.
 
     The other forms are one flat polygon [x0, y0, x1, y1, ...]; points as pairs, [[x, y], ...] or [[[x, y], ...], ...];
     polygons in one list too many; and a list that holds one RLE.  Anything else is returned as it is.

@@ -1,4 +1,4 @@
-"""Judge the numbers of a whole data set: what no annotation shows by itself.
+"""Find faults that show only in the numbers of a whole data set, not in a single annotation.
 
 Letters: N images, n objects.  Boxes are float64 pixels of the original, xyxy (4, n).
 """
@@ -23,7 +23,7 @@ MANY_CLASSES = 500  # beyond Objects365's 365
 
 
 def judge_boxes(packed: Packed, found: Findings) -> None:
-    """Refuse boxes in another format than COCO's, [x, y, width, height] in pixels; note masks away from their box."""
+    """Refuse boxes that are not COCO's [x, y, width, height] in pixels; note masks away from their box."""
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
     boxes, extents = packed.boxes.T.copy(), _extents(packed, image).T.copy()  # (4, n) x0, y0, x1, y1
     sides = packed.sizes[image].T[::-1]  # (2, n) width, height of the image

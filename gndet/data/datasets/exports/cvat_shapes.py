@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
 
 def add_object(shape: Shape, size: Callable[[], Size], items: list[tuple[Any, Item]], findings: Found) -> None:
-    """Add a shape to the objects with its group, or to the findings what is wrong with it."""
+    """Add a shape and its group to the items; if it is faulty, add a finding instead."""
     try:
         if shape.element in OTHERS:
             raise Fault("shape-other", f"a {shape.element}")
@@ -83,7 +83,7 @@ def _points(text: str) -> list[float]:
 
 
 def _mask(attributes: Attributes, size: Size) -> Item:
-    """Return a mask, whose runs go along the rows of a window and begin outside, as an RLE of the picture's size."""
+    """Turn a mask, whose runs go along the rows of a window and begin outside, into an RLE of the picture's size."""
     numbers = _numbers(attributes, "left", "top", "width", "height")
     if not all(map(math.isfinite, numbers)):
         raise Fault("shape-malformed", f"left, top, width, height {brief(numbers)}, expected whole numbers")

@@ -95,7 +95,7 @@ def _inspect(export: Export, annotations: Path, files: ImageFolder, reading: Rea
 
 
 def _shifted(findings: tuple[Finding, ...], by: int) -> Iterator[Finding]:
-    """Renumber the images of findings; without pictures that occur twice, which `_note_twins` notes for all parts."""
+    """Renumber the images of findings; drop `file-twice`, which `_note_twins` finds for all parts."""
     for finding in (finding for finding in findings if finding.code != "file-twice"):
         yield finding._replace(image_ids=tuple(number + by for number in finding.image_ids))
 

@@ -33,7 +33,7 @@ def find_images(home: Path, folders: Sequence[str], names: Sequence[str]) -> Pat
 
 
 def _hits(folder: Path, names: Sequence[str]) -> int:
-    """Count the names that are there, as they are, by their last part, or, for names without a suffix, with one."""
+    """Count the names that are in a folder: as given, by their last part, or with the suffix of a picture added."""
     found = 0
     for name in names:
         name = name.replace("\\", "/")

@@ -155,7 +155,7 @@ def _points(points: Any) -> list[list[float]]:
 
 
 def _mask(text: Any, points: list[list[float]], size: Size) -> Item:
-    """Return a mask, a PNG in base64 that fills the window from the first point to the last, as an RLE."""
+    """Decode a mask, a PNG in base64 that fills the window from the first point to the last.  Returns an RLE."""
     x, y, width, height = box_around(points)
     if not math.isfinite(x + y + width + height):
         raise Fault("shape-malformed", f"points {brief(points)}, expected numbers")

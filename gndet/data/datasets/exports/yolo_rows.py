@@ -92,7 +92,7 @@ def parse_labels(home: str, names: dict[int, str], unit: Unit, size_of: SizeOf) 
 
 
 def _fault_of(numbers: Row, names: dict[int, str]) -> tuple[str, str] | None:
-    """Return the code and words of what is wrong with a row, None if nothing is."""
+    """Return the fault of a row, its code and words; None if there is none."""
     num = len(numbers)
     if not math.isfinite(sum(numbers)):
         return "row-malformed", "a number that is not finite"

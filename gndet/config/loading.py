@@ -72,10 +72,15 @@ def config_files(path: str | Path) -> list[Path]:
     return files
 
 
+def below(root: str, name: str) -> Path:
+    """Return the path of a file or folder that is given relative to root; `~` is the user's home in both."""
+    return Path(os.path.expanduser(root), os.path.expanduser(name))
+
+
 def named_paths(data: DataConfig) -> list[Path]:
     """Return the annotation files and image folders that a config names."""
     names = (name for part in (data.train, data.val) for name in (part.annotations, part.images))
-    return [Path(os.path.expanduser(data.root), os.path.expanduser(name)) for name in names if name]
+    return [below(data.root, name) for name in names if name]
 
 
 def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config:

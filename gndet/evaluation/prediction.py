@@ -56,11 +56,8 @@ class Prediction:
     @cached_property
     def boxes(self) -> np.ndarray:
         """(N, 4) float32 xyxy, inside the picture."""
-        return np.concatenate((self._corners, self._corners + self.results.boxes[:, 2:]), axis=1).astype(np.float32)
-
-    @property
-    def _corners(self) -> np.ndarray:
-        return self.results.boxes[:, :2]
+        corner, sides = np.split(self.results.boxes, 2, axis=1)
+        return np.hstack((corner, corner + sides)).astype(np.float32)
 
     @cached_property
     def scores(self) -> np.ndarray:
@@ -123,8 +120,7 @@ class Prediction:
         return self._taken(np.arange(len(self))[places if places.size else places.astype(np.int64)])
 
     def _taken(self, places: np.ndarray) -> "Prediction":
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Prediction(**given | {"results": self.results.take(places)})
+        return Prediction(**self.__getstate__() | {"results": self.results.take(places)})
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: not the arrays that were made on access."""

@@ -1,8 +1,6 @@
 """Read file names that were written on another machine: with backslashes, as URLs, as absolute paths, or leading up."""
 
-import os
 import re
-from pathlib import Path
 from typing import Any
 
 from gndet.data.datasets.faults import Fault
@@ -45,8 +43,3 @@ def readings(name: str) -> list[list[str]]:
 def _unquoted(text: str) -> str:
     """Decode %20 and the like in the text of a URL."""
     return _QUOTED.sub(lambda found: bytes.fromhex(found[0].replace("%", "")).decode("utf-8", "replace"), text)
-
-
-def below(root: str, name: str) -> Path:
-    """Return the path of a file or folder that is given relative to root; `~` is the user's home in both."""
-    return Path(os.path.expanduser(root), os.path.expanduser(name))

@@ -79,13 +79,13 @@ def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
     kind: its format, or auto.  Raises Fault if it is not one that gndet reads.
     """
     if path.is_dir():
-        found = choose(path, find_sets(path, kind), split)
+        found = choose_set(path, find_sets(path, kind), split)
         return found if images is None else found._replace(images=images)
     known = kind if kind != "auto" else sniff(path) or "coco"  # the reader of COCO's JSON says what is wrong with it
     return Source(known, path, images, split)
 
 
-def choose(root: Path, found: dict[str, Source], split: str) -> Source:
+def choose_set(root: Path, found: dict[str, Source], split: str) -> Source:
     """Return the set `split` of a folder, or its only one if it has no names.  Raises Fault if it is not there."""
     if split in found:
         return found[split]

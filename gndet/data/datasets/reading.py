@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gndet.config.loading import named_paths
+from gndet.config.loading import below, named_paths
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.classes import taken_back, with_classes, with_known
 from gndet.data.datasets.coco import inspect_file
@@ -23,14 +23,13 @@ from gndet.data.datasets.exports.via import open_via
 from gndet.data.datasets.exports.voc import open_voc
 from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, refuse, skipping_unreadable
-from gndet.data.datasets.file_names import below
 from gndet.data.datasets.first_pictures import look_at_first
 from gndet.data.datasets.guess import guess_folder
-from gndet.data.datasets.layout import Source, choose, find_sets, source_of
+from gndet.data.datasets.layout import Source, choose_set, find_sets, source_of
 from gndet.data.datasets.packed import PackedRecords, count_objects
 from gndet.data.datasets.segmentation import printable
 from gndet.data.datasets.shapes import read_shapes
-from gndet.data.datasets.splitting import chosen
+from gndet.data.datasets.splitting import choose_share
 from gndet.data.records import Dataset, Record, Tell
 
 OPENERS: dict[str, Opener] = {
@@ -85,7 +84,7 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
     images = below(data.root, cfg.images) if cfg.images else None
     if cfg.annotations:
         return source_of(below(data.root, cfg.annotations), images, cfg.kind, split)
-    source = choose(root, find_sets(root, cfg.kind), split)
+    source = choose_set(root, find_sets(root, cfg.kind), split)
     return source if images is None else source._replace(images=images)
 
 
@@ -124,7 +123,7 @@ def _shared(dataset: Dataset, cfg: DatasetConfig, data: DataConfig) -> Dataset:
     share = data.val.share
     if share is None or not (_is_train(cfg, data) or cfg.share) or not isinstance(dataset.records, PackedRecords):
         return dataset
-    taken = chosen(dataset.records, len(dataset.classes), share, data.val.seed)
+    taken = choose_share(dataset.records, len(dataset.classes), share, data.val.seed)
     places = np.flatnonzero(taken if cfg.share else ~taken)
     part = "data.val takes them" if cfg.share else "data.val takes the others"
     note = f"{len(places)} of {len(taken)} images: {part} (share {share:g}, seed {data.val.seed})"

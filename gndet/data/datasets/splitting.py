@@ -11,7 +11,7 @@ from gndet.data.records import Record
 _COPY = re.compile(r"\.rf\.[0-9A-Za-z]{8,}(?=\.|$)")  # Roboflow names the augmented copies of a picture so
 
 
-def chosen(records: Sequence[Record], num_classes: int, share: float, seed: int) -> np.ndarray:
+def choose_share(records: Sequence[Record], num_classes: int, share: float, seed: int) -> np.ndarray:
     """Choose about a share of N images such that the images of each class are divided by that share, too.
 
     From the rarest class on, the images of a class that are not yet assigned are divided in a random order (iterative

@@ -101,9 +101,16 @@ def _interpolate(values: np.ndarray, start: float, end: float, side: int) -> np.
     return values[low] * (1 - share) + values[high] * share
 
 
+def shown(text: str) -> str:
+    """Return text from a file in a form fit for a terminal: control characters escaped."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def printable(text: str) -> str:
-    """Return text from a file in a form fit for a terminal: at most 60 characters, control characters escaped."""
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:61])
+    """Return text from a file in a form fit for a terminal, at most 60 characters of it."""
+    plain = shown(text[:61])
     return plain if len(plain) <= 60 else plain[:57] + "..."
 
 

@@ -1,17 +1,21 @@
-"""Find files in the folders of an export, and what its folders and lists call the sets train, val and test."""
+"""Find and read the files of an export, and tell which of its folders and lists are the sets train, val and test."""
 
+import json
 import os
 import re
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.images import PICTURES
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _NUMBER = re.compile(r"[-_ ]?\d+$")
 ALIASES = {alias: split for split, aliases in SPLITS.items() for alias in aliases}
+TRIED = 100  # names looked for in each folder
 
 
 def set_named(name: str) -> str:
@@ -167,6 +171,33 @@ def read_text(path: str | Path) -> str:
         raise Fault("text-encoding", f"{path}: {error.reason} at byte {error.start}, expected UTF-8") from None
 
 
-def shown(name: str) -> str:
-    """Return the path of a file in a form fit for a terminal."""
-    return name if name.isprintable() else ascii(name)[1:-1]
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file in UTF-8, UTF-16 or UTF-32.  Raises Fault, and OSError."""
+    try:
+        return json.loads(path.read_bytes())
+    except UnicodeDecodeError as error:
+        raise Fault("text-encoding", f"{path}: {error.reason} at byte {error.start}, expected UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise Fault("json-broken", f"{path}: not a JSON file: {error}") from None
+
+
+def find_images(home: Path, folders: Sequence[str], names: Sequence[str]) -> Path:
+    """Return the folder that holds most of the first pictures, the first of those that hold equally many.
+
+    home: the folder of the annotations; folders: relative to home; names: of the pictures, with or without a suffix,
+    perhaps with folders of another machine.  Returns home if no folder holds any of them.
+    """
+    found = {folder: _hits(home / folder, names[:TRIED]) for folder in folders if (home / folder).is_dir()}
+    best = max(found, key=lambda folder: found[folder], default="")
+    return home / best if found.get(best) else home
+
+
+def _hits(folder: Path, names: Sequence[str]) -> int:
+    """Count the names that are in a folder: as given, by their last part, or with the suffix of a picture added."""
+    found = 0
+    for name in names:
+        name = name.replace("\\", "/")
+        suffixes = ("",) if name.lower().endswith(PICTURES) else ("", *PICTURES, ".PNG")
+        tried = (f"{start}{suffix}" for start in dict.fromkeys((name, name.rpartition("/")[2])) for suffix in suffixes)
+        found += any((folder / path).is_file() for path in tried if path)
+    return found

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from gndet.data.datasets.exports.folders import shown, stem_of
+from gndet.data.datasets.exports.folders import stem_of
 from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.segmentation import brief
+from gndet.data.datasets.segmentation import brief, shown
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 SAMPLE = 500  # XML files that are looked at to find out how corners are counted

@@ -8,10 +8,11 @@ from exported import codes, write
 from test_data_folders import COCO, CVAT, DATA_YAML, LABELME, LAYOUTS, VOC, YOLO, data_of
 
 from gndet.config.schema import DatasetConfig
+from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import find_sets
-from gndet.data.datasets.reading import inspect_dataset
+from gndet.data.datasets.reading import inspect_both, inspect_dataset
 from gndet.data.records import Dataset
 from gndet.toolbox.check.check import check
 
@@ -197,3 +198,31 @@ def test_an_export_in_another_format_is_named(tmp_path: Path, name: str) -> None
 def test_kittis_rows_are_named(tmp_path: Path) -> None:
     write(tmp_path, {"a.png": None, "a.txt": "Car 0.00 0 -1.57 10.0 20.0 30.0 50.0 1.5 1.6 3.7 1.0 1.5 8.0 -1.5\n"})
     assert "as KITTI writes its labels" in words(read(tmp_path))
+
+
+def test_a_val_set_in_coco_json_may_lack_a_class_of_train_anywhere_in_the_order(tmp_path: Path) -> None:
+    train, val = json.loads(COCO), json.loads(COCO)
+    train["categories"] = [{"id": number, "name": name} for number, name in ((3, "bowl"), (5, "cup"), (8, "fork"))]
+    train["annotations"][0]["category_id"] = 5
+    write(tmp_path, {"train.json": json.dumps(train), "val.json": json.dumps(val), "images/a.png": None})
+    first, second = inspect_both(data_of(tmp_path), masks=False)
+    assert first.classes == second.classes == ("bowl", "cup", "fork")
+    assert second.category_ids == (2, 1, 3) and second.records[0].labels.tolist() == [1]  # 1 as in the file
+    assert not second.refused and "classes-differ" not in [found.code for found in between(first, second)]
+
+
+def test_a_val_set_with_a_class_that_train_lacks_stays_refused(tmp_path: Path) -> None:
+    val = json.loads(COCO)
+    val["categories"].append({"id": 2, "name": "fork"})
+    write(tmp_path, {"train.json": COCO, "val.json": json.dumps(val), "images/a.png": None})
+    assert "classes-differ" in [found.code for found in between(*inspect_both(data_of(tmp_path), masks=False))]
+
+
+def test_xml_in_another_encoding_than_it_declares_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": None, "a.xml": VOC.replace("cup", "pl\xe4te").encode("latin-1")})
+    assert codes(read(tmp_path)) == {"text-encoding": 1}
+
+
+def test_images_and_labels_may_be_written_in_any_case(tmp_path: Path) -> None:
+    write(tmp_path, {"Images/a.png": None, "Labels/a.txt": YOLO, "classes.txt": "cup\n"})
+    assert [record.boxes.tolist() for record in read(tmp_path).records] == [[BOX]]

@@ -300,7 +300,7 @@ FETCH = '<!DOCTYPE a [<!ENTITY f SYSTEM "file:///etc/hostname">]>'
 BROKEN = {
     "cut off": (XML[:-20], "xml-broken", "Annotations/a.xml"),
     "empty": ("", "xml-broken", "no element found"),
-    "another encoding": (xml(item(name="Zürich")).encode("latin-1"), "xml-broken", "not well-formed"),
+    "another encoding": (xml(item(name="Zürich")).encode("latin-1"), "text-encoding", "expected UTF-8"),
     "an encoding that nobody knows": ('<?xml version="1.0" encoding="klingon"?>' + XML, "xml-broken", "klingon"),
     "entities": (xml(item(name="&b;"), head=BOMB), "xml-broken", "declares entities"),
     "entities in UTF-16": (xml(item(name="&b;"), head=BOMB).encode("utf-16"), "xml-broken", "declares entities"),

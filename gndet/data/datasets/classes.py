@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from itertools import count
 
 import numpy as np
 
@@ -14,14 +15,21 @@ LISTED = 5  # how many names to show
 
 
 def with_known(dataset: Dataset, known: Sequence[str]) -> Dataset:
-    """Add classes that do not occur in annotations that declare none, or were left out: a set may lack a rare class."""
+    """Add classes of another set that a set lacks, if its own classes are in the same order or it declares none."""
     dataset = taken_back(dataset, known)
     classes = tuple(sorted({*dataset.classes, *known}))
-    if dataset.declared or classes == dataset.classes or not isinstance(dataset.records, PackedRecords):
+    if dataset.declared:
+        lacking = tuple(name for name in known if name in dataset.classes) == dataset.classes
+        classes = tuple(known) if lacking else dataset.classes
+    if classes == dataset.classes or not isinstance(dataset.records, PackedRecords):
         return dataset
     labels = np.array([classes.index(name) for name in dataset.classes], dtype=np.int64)
     note = f"{len(classes) - len(labels)} of the {len(classes)} classes do not occur"
     records, ids = relabel(dataset.records, labels), tuple(range(1, len(classes) + 1))
+    if dataset.declared:  # results keep the numbers of the file
+        numbers = dict(zip(dataset.classes, dataset.category_ids, strict=True))
+        unused = count(max(dataset.category_ids, default=0) + 1)
+        ids = tuple(numbers[name] if name in numbers else next(unused) for name in classes)
     return dataset._replace(classes=classes, category_ids=ids, records=records, notes=(*dataset.notes, note))
 
 

@@ -161,7 +161,7 @@ def _has_labels(files: list[Path]) -> bool:
 
 def _holds_rows(folder: Path) -> bool:
     """Return whether a folder holds label files: by its name, unless it holds JSON or XML instead, or by a file."""
-    if folder.name in ("labels", "obj_train_data"):
+    if folder.name.lower() in ("labels", "obj_train_data"):
         return _has_below(folder, ".txt") or not _has_below(folder, ".json", ".xml")
     texts = [name for name in os.listdir(folder) if name.endswith(".txt")] if folder.name.lower() in ANNOTATIONS else []
     return any(sniff(folder / name) == "yolo" for name in texts[:LOOKED_AT])
@@ -213,7 +213,7 @@ def _cvat_in(file: Path) -> list[tuple[str, Source]]:
 
 def _annotations_in(listed: Listing, names: Sequence[str] = ("annotations", "labels")) -> list[Listing]:
     folders = [folder for folder in listed.folders if folder.name.lower() in names]
-    return [_list(folder) for folder in folders if folder.name != "labels" or not _holds_rows(folder)]
+    return [_list(folder) for folder in folders if folder.name.lower() != "labels" or not _holds_rows(folder)]
 
 
 def _list(folder: Path) -> Listing:

@@ -54,7 +54,7 @@ def inspect_dataset(
 ) -> Dataset:
     """Read like `read_dataset`, but list what is refused in the findings; the records hold the rest.
 
-    known: classes that annotations that declare none may lack; by default, those of data.train.
+    known: classes that the set may lack; by default, those of data.train, if the set declares none.
     tell: called with a line before a long wait.
     """
     dataset = _read(cfg, data, tell)

@@ -9,7 +9,7 @@ from gndet.config.loading import find_config, load_config
 from gndet.config.schema import Config, DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import refuse
-from gndet.data.datasets.reading import read_dataset, user_paths
+from gndet.data.datasets.reading import inspect_dataset, read_dataset, user_paths
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
@@ -79,7 +79,7 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
     cfg = Config()
     if find_config(data).suffix in (".yaml", ".yml"):
         cfg = load_config(data, overrides)
-        dataset = read_dataset(cfg.data.val, cfg.data)
+        dataset = read_dataset(cfg.data.val, cfg.data, known=inspect_dataset(cfg.data.train, cfg.data).classes)
     elif Path(data).is_file():
         dataset = refuse(inspect_file(Path(data).absolute(), None, DataConfig()))  # the pictures are not needed
     else:

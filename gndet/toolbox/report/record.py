@@ -5,6 +5,7 @@ Reading changes nothing in the folder, so a run in progress can be reported on.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median_high
 from typing import Any, NamedTuple, TypeVar
@@ -111,7 +112,8 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
         [entry for entry in entries or () if entry["kind"] == kind] for kind in ("train", "evaluation")
     )
     train_set = _read("data.train", missing, read_dataset, cfg.data.train, cfg.data)
-    val_set = _read("data.val", missing, read_dataset, cfg.data.val, cfg.data)
+    read_val = partial(read_dataset, known=train_set.classes if train_set else ())
+    val_set = _read("data.val", missing, read_val, cfg.data.val, cfg.data)
     if train_set is None or val_set is None:
         missing.append("data: if the data has moved, set data.root=PATH")
     results = analysis = None

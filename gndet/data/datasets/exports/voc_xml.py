@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
-from gndet.data.datasets.exports.folders import stem_of
+from gndet.data.datasets.exports.folders import read_text, stem_of
 from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.segmentation import brief, shown
@@ -68,6 +68,8 @@ def read_xml(home: str, file: str) -> ElementTree.Element:
     except OSError as error:
         raise Fault("json-unreadable", f"{shown(file)}: {error.strerror}") from None
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
+        if text.lstrip().startswith(b"<") and not _ENCODING.match(text):
+            read_text(os.path.join(home, file))  # raises the Fault of another encoding
         raise Fault("xml-broken", f"{shown(file)}: {error}") from None
     if root.tag != "annotation":
         raise Fault("data-unknown", f"{shown(file)}: its outermost element is {brief(root.tag)}, VOC's is 'annotation'")

@@ -226,3 +226,27 @@ def test_xml_in_another_encoding_than_it_declares_is_named(tmp_path: Path) -> No
 def test_images_and_labels_may_be_written_in_any_case(tmp_path: Path) -> None:
     write(tmp_path, {"Images/a.png": None, "Labels/a.txt": YOLO, "classes.txt": "cup\n"})
     assert [record.boxes.tolist() for record in read(tmp_path).records] == [[BOX]]
+
+
+EMBEDDED = LABELME.replace("a.png", "b.png").replace("null", '"iVBORw0KGgo="', 1)
+HALF = {  # exports that are refused because of a picture that is left out, beside one that is right
+    "picture-unreadable": {
+        "images/a.png": None, "images/b.png": "<!DOCTYPE html>", "labels/a.txt": YOLO, "labels/b.txt": YOLO},
+    "picture-embedded": {"a.png": None, "a.json": LABELME, "b.json": EMBEDDED},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", HALF)
+def test_decoding_the_pictures_forgets_no_picture_that_the_reader_left_out(tmp_path: Path, code: str) -> None:
+    write(tmp_path / "set", HALF[code])
+    for _ in range(2):  # the second time from the cache
+        lines: list[str] = []
+        assert not check(str(tmp_path / "set"), [f"data.cache={tmp_path}/cache"], lines.append, images=True)
+        assert f"refused: {code}" in lines[-1] and sum(f"E {code} (1)" in line for line in lines) == 1
+
+
+def test_labelmes_files_and_a_coco_file_of_them_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
+    write(tmp_path, {"a.json": LABELME, "a.png": None, "annotations.json": COCO})
+    assert codes(read(tmp_path)) == {"set-twice": 1}
+    for kind in ("labelme", "coco"):
+        assert [record.boxes.tolist() for record in read(tmp_path, kind=kind).records] == [[BOX]]

@@ -176,12 +176,11 @@ def _json_in(listed: Listing) -> list[tuple[str, Source]]:
     for home in (listed, *_annotations_in(listed)):
         files = [file for file in home.files if file.suffix.lower() in (".json", ".csv")]
         kinds = {file: sniff(file) for file in files[:LOOKED_AT]}
-        if "labelme" in kinds.values():
-            return [("", Source("labelme", home.home))]
+        labelme = [("", Source("labelme", home.home))] if "labelme" in kinds.values() else []
         read = [file for file, kind in kinds.items() if kind in ("coco", "via")]
         main = [file for file in read if file.name.startswith("instances")]  # beside COCO's captions and keypoints
-        if found := main or read:
-            return [(set_of(file.stem) or "", Source(str(kinds[file]), file)) for file in found]
+        if labelme or read:
+            return [*labelme, *((set_of(file.stem) or "", Source(str(kinds[file]), file)) for file in main or read)]
     return []
 
 

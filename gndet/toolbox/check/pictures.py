@@ -18,11 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import keep_pictures
-from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, several, skipping_unreadable
-from gndet.data.datasets.first_pictures import with_range
+from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, several, skipping_unreadable
+from gndet.data.datasets.first_pictures import RANGED, with_range
 from gndet.data.datasets.images import Reading, Unusual, read_image
 from gndet.data.datasets.segmentation import printable
-from gndet.data.records import Dataset
+from gndet.data.records import Dataset, Finding
 from gndet.data.workers import Death, Failure, map_ahead, usable_cores
 from gndet.errors import DataError
 from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
@@ -32,6 +32,7 @@ TIME_LIMIT = 120.0  # seconds per picture; 100 million pixels take a while
 IMAGES, COLUMNS = 16, 4  # of the contact sheet: images, images per row
 SIDE = 640  # pixels of the longer side of an image
 BARE = ("picture-size", "picture-unrotated")  # drawn without boxes: boxes for another size would be misplaced
+BY_READER = ("picture-embedded", "picture-renamed", "picture-unlabeled")  # found without decoding
 INVISIBLE = (  # on the sheet
     "image-empty", "crowd", "number-float", "area-missing", "area-wrong", "area-odd", "area-box", "box-none",
     "mask-missing", "picture-mode",
@@ -72,8 +73,9 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     found = with_range(listed, [picture.values for picture in decoded if picture.values], reading.pixel_range)
     records.note_digests({i: int(picture.digest[:16] or "0", 16) for i, picture in enumerate(decoded)})
     keep_pictures(records, found)
-    earlier = [finding for finding in dataset.findings if not finding.code.startswith("picture-")]
-    findings = in_order([*earlier, *found])
+    ids, merged = {record.image_id for record in records}, Findings()
+    merged.take([*(finding for finding in dataset.findings if not _is_replaced(finding, ids)), *found])
+    findings = merged.listed()
     if data.skip_unreadable:
         unreadable = sum(any(code in SKIPPABLE for code, _ in picture.faults) for picture in decoded)
         findings = skipping_unreadable(findings, unreadable, len(pictures), data.max_unreadable)
@@ -81,6 +83,12 @@ def decode_pictures(checked: Checked, data: DataConfig, show: Show, console: Con
     earlier_notes = (note for note in dataset.notes if not any(words in note for words in replaced))
     notes = (*earlier_notes, f"{several(len(pictures), 'picture')} decoded")
     return checked._replace(dataset=dataset._replace(findings=findings, notes=notes))
+
+
+def _is_replaced(finding: Finding, ids: set[int]) -> bool:
+    """Return whether a finding is of an earlier look at the pictures with these ids, not of the reader."""
+    earlier = finding.code.startswith("picture-") and finding.code not in BY_READER
+    return earlier and (finding.code in RANGED or not ids.isdisjoint(finding.image_ids))
 
 
 def _faults(decoded: list[Decoded], pictures: list[PictureFile], image_ids: list[int]) -> Findings:

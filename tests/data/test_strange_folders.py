@@ -250,3 +250,20 @@ def test_labelmes_files_and_a_coco_file_of_them_are_refused_until_one_is_chosen(
     assert codes(read(tmp_path)) == {"set-twice": 1}
     for kind in ("labelme", "coco"):
         assert [record.boxes.tolist() for record in read(tmp_path, kind=kind).records] == [[BOX]]
+
+
+@pytest.mark.parametrize("layout", ["Roboflow, VOC", "Roboflow, YOLO", "LabelMe, sets"])
+def test_a_folder_that_is_named_for_val_is_val_whatever_its_name(tmp_path: Path, layout: str) -> None:
+    write(tmp_path, LAYOUTS[layout][2])
+    part = "valid" if (tmp_path / "valid").is_dir() else "val"
+    (tmp_path / part).rename(tmp_path / "fold 3")
+    dataset = read(tmp_path, "val", annotations="fold 3")
+    assert [record.boxes.tolist() for record in dataset.records] == [[BOX]] and not dataset.refused
+
+
+def test_the_root_may_be_a_file(tmp_path: Path) -> None:
+    write(tmp_path, LAYOUTS["Ultralytics"][2] | LAYOUTS["Label Studio, COCO"][2])
+    for name in ("data.yaml", "result.json"):
+        assert [record.boxes.tolist() for record in read(tmp_path / name).records] == [[BOX]]
+    assert not read(tmp_path / "data.yaml", "val").refused
+    assert codes(read(tmp_path / "result.json", "val")) == {"set-missing": 1}

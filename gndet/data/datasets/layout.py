@@ -79,7 +79,8 @@ def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
     kind: its format, or auto.  Raises Fault if it is not one that gndet reads.
     """
     if path.is_dir():
-        found = choose_set(path, find_sets(path, kind), split)
+        sets = find_sets(path, kind)
+        found = sets[""] if list(sets) == [""] else choose_set(path, sets, split)  # a folder that is named is that set
         return found if images is None else found._replace(images=images)
     known = kind if kind != "auto" else sniff(path) or "coco"  # the reader of COCO's JSON says what is wrong with it
     return Source(known, path, images, split)

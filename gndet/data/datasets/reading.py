@@ -25,7 +25,7 @@ from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, in_order, refuse, skipping_unreadable
 from gndet.data.datasets.first_pictures import look_at_first
 from gndet.data.datasets.guess import guess_folder
-from gndet.data.datasets.layout import Source, choose_set, find_sets, source_of
+from gndet.data.datasets.layout import Source, choose_set, find_sets, sets_at, source_of
 from gndet.data.datasets.packed import PackedRecords, count_objects
 from gndet.data.datasets.segmentation import printable
 from gndet.data.datasets.shapes import read_shapes
@@ -84,7 +84,7 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
     images = below(data.root, cfg.images) if cfg.images else None
     if cfg.annotations:
         return source_of(below(data.root, cfg.annotations), images, cfg.kind, split)
-    source = choose_set(root, find_sets(root, cfg.kind), split)
+    source = choose_set(root, sets_at(root) if root.is_file() else find_sets(root, cfg.kind), split)
     return source if images is None else source._replace(images=images)
 
 

@@ -35,9 +35,9 @@ def test_six_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py", "py.typed"}
 
 
-def test_the_library_has_at_most_28_400_lines() -> None:
+def test_the_library_has_at_most_28_500_lines() -> None:
     """1,300 of them are the Triton kernels for GPUs, and 2,300 the readers of labelling tools' exports."""
-    assert lines(FILES) <= 28_400
+    assert lines(FILES) <= 28_500
 
 
 def test_training_loads_at_most_130_files_of_18_700_lines() -> None:

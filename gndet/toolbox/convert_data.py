@@ -15,13 +15,14 @@ import yaml
 
 from gndet.config.loading import find_config, load_config, with_overrides
 from gndet.config.schema import Config
-from gndet.data.datasets.classes import with_known
+from gndet.data.datasets.classes import with_common_classes
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.faults import Fault, refuse_all, several
 from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths
+from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.datasets.tracing import joined, outlines_of
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError, OutputError
@@ -41,7 +42,8 @@ def convert_data(
     out: a new or empty folder; to: coco (OUT/annotations/instances_SET.json, OUT/SET/) or yolo (OUT/data.yaml,
     OUT/images/SET/, OUT/labels/SET/).  Boxes are clipped to their picture.  image_folder: the pictures of an annotation
     file; by default, a folder near it is used.
-    Raises DataError for data that is refused, ConfigError, and OutputError for a folder that holds something.
+    Raises DataError for data that is refused and for sets of different classes, ConfigError, and OutputError for a
+    folder that holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is not an empty folder; gndet writes the copy into a new or empty one")
@@ -51,6 +53,9 @@ def convert_data(
     for name, dataset in sets.items():
         if not isinstance(dataset.records, PackedRecords):
             raise DataError(f"{name or ALL}: {dataset.name}: has no picture files to copy")
+        if dataset.classes != (first := next(iter(sets.values()))).classes:
+            words = f"has the classes {named_briefly(dataset.classes)}, others {named_briefly(first.classes)}"
+            raise DataError(f"{name}: {words}; data.classes selects common ones")
     make_folder(out, "OUT")
     {"coco": _write_coco, "yolo": _write_yolo}[to](sets, out, show)
     for name, dataset in sets.items():
@@ -74,10 +79,8 @@ def _read(source: str, overrides: list[str], show: Show, image_folder: Path | No
     except Fault as fault:
         raise DataError(f"{fault}\nexpected a data folder, an annotation file or a config") from None
     datasets = {name: inspect_source(where, data, show) for name, where in found.items()}
-    known = sorted({name for dataset in datasets.values() for name in dataset.classes})
-    return {
-        name: as_configured(with_known(dataset, known), None, data, masks=False) for name, dataset in datasets.items()
-    }
+    common = with_common_classes(datasets)
+    return {name: as_configured(dataset, None, data, masks=False) for name, dataset in common.items()}
 
 
 def _write_coco(sets: dict[str, Dataset], out: Path, show: Show) -> None:

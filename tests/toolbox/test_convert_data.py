@@ -126,6 +126,15 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, taken: str) ->
         convert_data(str(source), out, "coco", [], lambda line: None)
 
 
+def test_sets_of_different_classes_are_refused(tmp_path: Path) -> None:
+    other = tree(BOX).replace('"cup"', '"bowl"')
+    for part, content in (("train", tree(BOX)), ("valid", other)):
+        write(tmp_path / "data" / part, {"_annotations.coco.json": content, "a.png": None})
+    with pytest.raises(DataError, match=r"val: has the classes .*bowl.*others .*cup"):
+        convert_data(str(tmp_path / "data"), tmp_path / "copy", "yolo", [], lambda line: None)
+    assert not (tmp_path / "copy").exists()
+
+
 def test_drawn_data_has_no_files_to_copy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no picture files"):
         convert_data("quickstart", tmp_path / "copy", "coco", ["data.train.count=2"], lambda line: None)

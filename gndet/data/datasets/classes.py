@@ -33,6 +33,13 @@ def with_known(dataset: Dataset, known: Sequence[str]) -> Dataset:
     return dataset._replace(classes=classes, category_ids=ids, records=records, notes=(*dataset.notes, note))
 
 
+def with_common_classes(datasets: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Give the sets of an export, by name, the classes of train, or of all sets: a set may lack a class."""
+    known = sorted({name for dataset in datasets.values() for name in dataset.classes})
+    wanted = datasets["train"].classes if "train" in datasets else known
+    return {name: with_known(taken_back(dataset, known), wanted) for name, dataset in datasets.items()}
+
+
 def taken_back(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     """Take back the named classes that the reader of a data set left out: another set has objects of them."""
     missing = {number: name for number, name in dataset.left_out if name in classes and name not in dataset.classes}

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
 from gndet.config.schema import Config, DataConfig
-from gndet.data.datasets.classes import taken_back, with_known
+from gndet.data.datasets.classes import with_common_classes
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import REFUSED, Fault, Findings, in_order
@@ -146,19 +146,16 @@ def _read_alone(plan: Plan, sources: dict[str, Source], show: Show) -> list[Chec
         found.add(plan.fault.code, str(plan.fault))
         return [_remedied(Checked("", Dataset(str(sources[""].annotations), (), (), [], found.listed()), None))]
     datasets = {name: _read_source(source, plan, show) for name, source in sources.items()}
-    known = sorted({name for dataset in datasets.values() for name in dataset.classes})
     rows, sets = [("set", "format", "annotations", "pictures", "images")], []
-    for name, dataset in datasets.items():
-        dataset = with_known(taken_back(dataset, known), datasets["train"].classes if "train" in datasets else known)
+    for name, dataset in with_common_classes(datasets).items():
         dataset = as_configured(dataset, None, plan.data, masks=bool(plan.masks))
         if plan.masks is False:
             dataset = without_masks(dataset)
         folder = sources[name].images if sources[name].kind == "coco" else _pictures_of(dataset)
         sets.append(_remedied(Checked(name, dataset, folder)))
+        kind, annotations, *_ = sources[name]
         pictures = str(folder) if folder else "not found"
-        rows.append(
-            (name or "all", sources[name].kind, str(sources[name].annotations), pictures, str(len(dataset.records)))
-        )
+        rows.append((name or "all", kind, str(annotations), pictures, str(len(dataset.records))))
     for line in text_table(rows, left=range(4)).splitlines():
         show(line)
     return sets

@@ -20,6 +20,7 @@ from hotcoco.mask import decode
 from PIL import Image
 from torch import Tensor
 
+from gndet.data.datasets.exports.yolo_rows import row_of
 from gndet.data.datasets.segmentation import named_briefly, printable
 from gndet.data.datasets.tracing import joined, trace
 from gndet.errors import ConfigError, DataError
@@ -207,13 +208,12 @@ class Prediction:
         join the parts and holes of a mask to one outline.  The file is empty if nothing was found.
         Raises OutputError, also if the file exists.
         """
-        file, (height, width), rows = _new_file(file, "to_yolo"), self.size, []
+        file, rows = _new_file(file, "to_yolo"), []
         for label, box, outlines in zip(self.labels, self.boxes.astype(np.float64), self._outlines(), strict=True):
-            if self.results.codes is None:
-                points = np.array([(box[:2] + box[2:]) / 2, box[2:] - box[:2]])
-            else:
-                points = joined(outlines) if outlines else box[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
-            rows.append(" ".join([str(label), *(f"{number:.6f}" for number in (points / (width, height)).ravel())]))
+            outline = joined(outlines) if outlines else None
+            if outline is None and self.results.codes is not None:  # a mask without a pixel
+                outline = box[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 2)
+            rows.append(row_of(label, box, outline, self.size))
         write_whole(file, "".join(f"{row}\n" for row in rows))
 
     def _outlines(self) -> Iterator[list[np.ndarray]]:

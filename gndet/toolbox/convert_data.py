@@ -6,7 +6,7 @@ in the copy.  Pictures are copied as they are, so that an EXIF orientation goes 
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gndet.config.loading import find_config, load_config, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.classes import with_common_classes
 from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.exports.yolo_rows import row_of
 from gndet.data.datasets.faults import Fault, refuse_all, several
 from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.layout import sets_at
@@ -29,7 +30,6 @@ from gndet.errors import DataError, OutputError
 from gndet.files import make_folder, refuse_among, write_whole
 
 ALL = "all"  # what a set without a name is called in the copy
-DIGITS = 6  # of YOLO's fractions: a hundredth of a pixel in a picture 10,000 pixels wide
 
 Show = Callable[[str], None]
 
@@ -103,14 +103,18 @@ def _write_yolo(sets: dict[str, Dataset], out: Path, show: Show) -> None:
         for index, record in enumerate(records):
             picture = _copy(records, index, out / "images" / (name or ALL), stems)
             kept = _clipped(record)
-            rows = [(label, outline) for label, outline in _rows(kept) if outline is not None]
-            text = "".join(f"{label} {' '.join(_plain(number) for number in outline)}\n" for label, outline in rows)
+            columns = zip(kept.labels.tolist(), kept.crowd, kept.boxes, kept.segmentations, strict=True)
+            objects = [(label, box, mask) for label, is_crowd, box, mask in columns if not is_crowd]
+            text = "".join(
+                row_of(label, box, mask and joined(outlines_of(mask, kept.size)), kept.size) + "\n"
+                for label, box, mask in objects
+            )
             label_file = (out / "labels" / (name or ALL) / picture).with_suffix(".txt")
             label_file.parent.mkdir(parents=True, exist_ok=True)
             label_file.write_text(text, encoding="utf-8")
             crowd += int(record.crowd.sum())
-            boxes += sum(len(outline) == 4 for _, outline in rows)
-            outlines += sum(len(outline) > 4 for _, outline in rows)
+            boxes += sum(mask is None for *_, mask in objects)
+            outlines += sum(mask is not None for *_, mask in objects)
     paths = {name or "train": f"images/{name or ALL}" for name in sets}
     names = dict(enumerate(next(iter(sets.values())).classes))
     content = yaml.safe_dump({"path": ".", **paths, "names": names}, sort_keys=False, allow_unicode=True)
@@ -119,26 +123,6 @@ def _write_yolo(sets: dict[str, Dataset], out: Path, show: Show) -> None:
         show(f"{several(crowd, 'crowd region')} left out, which YOLO's format does not know")
     if boxes and outlines:
         show(f"{boxes} objects have a box only, {outlines} an outline: gndet reads both; Ultralytics' trainer does not")
-
-
-def _rows(record: Record) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Yield the label and the numbers of each object in fractions of the picture: cx cy w h, or x1 y1 x2 y2 ..."""
-    height, width = record.size
-    for label, crowd, box, mask in zip(
-        record.labels.tolist(), record.crowd, record.boxes, record.segmentations, strict=True
-    ):
-        if crowd:
-            yield label, None
-        elif mask is None:
-            x0, y0, x1, y1 = box
-            yield label, np.array([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]) / [width, height, width, height]
-        else:
-            outline = joined(outlines_of(mask, record.size)) / [width, height]
-            yield label, outline.clip(0, 1).ravel()
-
-
-def _plain(number: float) -> str:
-    return f"{number:.{DIGITS}f}".rstrip("0").rstrip(".")
 
 
 def _clipped(record: Record) -> Record:

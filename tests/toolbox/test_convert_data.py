@@ -109,6 +109,13 @@ def test_crowd_regions_and_mixed_rows_are_told(tmp_path: Path) -> None:
     assert rows == ["0 0.25 0.25 0.25 0.25", "0 0.125 0.125 0.375 0.125 0.375 0.375"]
 
 
+def test_outlines_of_four_points_are_not_taken_for_oriented_boxes(tmp_path: Path) -> None:
+    square = BOX | {"segmentation": [[8, 6, 24, 6, 24, 18, 8, 18]]}
+    convert_data(str(small(tmp_path / "data", square)), tmp_path / "copy", "yolo", [], lambda line: None)
+    copy = read(tmp_path / "copy")
+    assert copy.records[0].boxes.tolist() == [[8, 6, 24, 18]] and copy.records[0].segmentations[0] is not None
+
+
 def test_pictures_of_one_stem_keep_their_own_labels(tmp_path: Path) -> None:
     second = BOX | {"id": 2, "image_id": 2, "bbox": [1, 1, 9, 9]}
     source = small(tmp_path / "data", BOX, second, names=("a.png", "a.bmp"))

@@ -1,4 +1,4 @@
-"""Read the rows of YOLO's label files: boxes and outlines, as shares of the picture's width and height.
+"""Read and write the rows of YOLO's label files: boxes and outlines, as shares of the picture's width and height.
 
 A row is `class cx cy w h` or `class x1 y1 x2 y2 x3 y3 ...`, told apart row by row.  Some programs write other things in
 files of this kind: corners of oriented boxes, keypoints, scores, pixels.
@@ -8,6 +8,8 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from gndet.data.datasets.exports.folders import read_text
 from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault, several
@@ -16,11 +18,25 @@ from gndet.data.datasets.segmentation import brief, shown
 BOX, SCORED, CORNERS, OUTLINE = 5, 6, 9, 7  # numbers of a row: a box, with its score, 4 corners, the least outline
 POSE = 11  # the least numbers of a row that may be a box with keypoints of two numbers each: three of them
 INSIDE = 0.1  # share of a box's sides by which a keypoint may leave it
+DIGITS = 6  # of a share that is written: a hundredth of a pixel in a picture 10,000 pixels wide
 LOW, HIGH = -1, 2  # no box of a picture lies beyond these shares; pixels do
 
 Row = tuple[float, ...]
 Rows = list[tuple[int, Row]]  # with their lines
 Unit = tuple[str, str]  # file_name, label file relative to home or absolute; "" if the picture has none
+
+
+def row_of(label: int, box: np.ndarray, outline: np.ndarray | None, size: tuple[int, int]) -> str:
+    """Write an object as a row: `label cx cy w h`, or with an outline (V, 2) x, y `label x1 y1 x2 y2 ...`.
+
+    box (4,) xyxy and outline in pixels; size: height, width.  A fifth point, equal to the fourth, keeps an outline of
+    four points apart from an oriented box.
+    """
+    points = np.array([(box[:2] + box[2:]) / 2, box[2:] - box[:2]]) if outline is None else outline
+    if len(points) == 4:
+        points = np.concatenate((points, points[-1:]))
+    shares = (points / size[::-1]).clip(0, 1).ravel()
+    return " ".join([str(label), *(f"{share:.{DIGITS}f}".rstrip("0").rstrip(".") for share in shares)])
 
 
 def read_rows(home: str, label: str) -> tuple[Rows, Found]:

@@ -130,3 +130,8 @@ def test_an_unknown_name_is_reported_with_the_packaged_ones(tmp_path: Path, monk
         load_config("configs/quickstart.yaml")
     with pytest.raises(ConfigError, match=r"^runs/mine: cannot read the config: No such file or directory$"):
         load_config("runs/mine")
+
+
+def test_a_data_folder_in_place_of_a_config_names_the_config_that_trains_on_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"cannot read the config: .*; own_data data\.root={tmp_path} trains on"):
+        load_config(tmp_path)

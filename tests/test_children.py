@@ -28,10 +28,12 @@ CANARY = "open({!r}, 'a').write({!r})\nraise ImportError('from the current folde
 SCRIPT = f"""
 import sys
 from gndet.cli.main import main
+from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import spawn
 from gndet.modeling import resnet
 resnet.WIDTH = {THIN}
 def meet(proc):
+    all_gather([proc.rank], proc)  # a rank that leaves at once may hang up while the other still connects
     if proc.first:
         print("the ranks have met", flush=True)
 if __name__ == "__main__":

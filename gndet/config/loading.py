@@ -159,12 +159,12 @@ def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     try:
-        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+        if os.path.isfile(path) and path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: a config has at most {MAX_CONFIG_BYTES} bytes, this file has more")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         packaged = os.path.join(PACKAGED, f"{path.stem}.yaml")
-        hint = f"; own_data data.root={path} trains on the data in a folder" if path.is_dir() else ""
+        hint = f"; own_data data.root={path} trains on the data in a folder" if os.path.isdir(path) else ""
         hint = f"; the packaged config of this name is {packaged}" if os.path.isfile(packaged) else hint
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:

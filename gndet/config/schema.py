@@ -338,7 +338,9 @@ class DataConfig(Section):
     def _a_share_is_taken_from_train(self) -> "DataConfig":
         if self.train.share is not None:
             raise ValueError("train.share: only val takes a share, of the images of train; set val.share")
-        if self.val.share is not None and (self.val.annotations or self.val.images or self.train.kind == "shapes"):
+        if self.val.share is not None and self.train.kind == "shapes":
+            raise ValueError("val.share takes images of train, whose pictures are drawn; val.count draws some for val")
+        if self.val.share is not None and (self.val.annotations or self.val.images):
             raise ValueError("val.share takes images of train; val.share=null lets val have annotations and images")
         return self
 

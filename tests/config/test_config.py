@@ -49,6 +49,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("seed: 1\nseed: 2\n", r"a\.yaml:2: key seed is given twice"),
         ("model: {norm: {kind: bn, padding: masked}}\n", r"padding: masked is not available for kind: bn"),
         ("data: {train: {share: 0.5}}\n", r"a\.yaml:1: data: train\.share: only val takes a share"),
+        ("data: {train: {kind: shapes}, val: {share: 0.2}}\n", r"a\.yaml:1: data: val\.share takes .* are drawn"),
         ("data: {val: {share: 0.2, images: x}}\n", r"a\.yaml:1: data: val\.share takes images of train"),
         ("train: {global_batch: 3, images_per_gpu: 4}\n", r"train\.images_per_gpu: 4 is more than .*batch: 3"),
         (

@@ -182,6 +182,12 @@ def test_a_share_divides_one_set(tmp_path: Path) -> None:
     assert {record.file_name for record in read_dataset(moved.val, moved).records} == names[1]
 
 
+def test_a_share_comes_before_the_shapes_of_a_config(tmp_path: Path) -> None:
+    """As in `gndet train quickstart data.train.kind=auto data.val.share=0.25 data.root=FOLDER`."""
+    data = data_of(export_of(tmp_path, 8), share=0.25, kind="shapes")
+    assert len(read_dataset(data.val, data).records) == 2
+
+
 def test_the_share_holds_with_a_cache_a_limit_and_chosen_classes(tmp_path: Path) -> None:
     tree = {"root": str(export_of(tmp_path / "data", 40)), "cache": str(tmp_path / "cache"), "classes": ["bowl"]}
     data = DataConfig.model_validate(tree | {"val": {"share": 0.25}, "train": {"limit": 7}})

@@ -13,6 +13,11 @@ from exported import coco_tree
 from faults.tiny import CONFIG
 
 from gndet.config.loading import config_from_dict
+from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.reading import read_dataset
+from gndet.evaluation.coco_metrics import coco_metrics, coco_truths
+from gndet.evaluation.results import from_coco
 from gndet.train import train
 from gndet.training.log import read_metrics
 
@@ -115,18 +120,24 @@ WRITERS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 
 
-def trained(data_root: Path, folder: Path, kind: str) -> tuple[list[float], dict[str, float]]:
-    """Write an export, and train ten updates on it.  Returns the losses and the metrics."""
+def export(data_root: Path, folder: Path, kind: str) -> Path:
+    """Write an export with its pictures.  Returns its folder."""
     images = images_of(data_root)
     (folder / "data" / "images").mkdir(parents=True)
     for name in images:
         shutil.copy(data_root / "bccd" / "val" / name, folder / "data" / "images")
     classes = sorted({label for items in images.values() for label, _ in items})
     WRITERS[kind](folder / "data", images, classes, (480, 640))
+    return folder / "data"
+
+
+def trained(data_root: Path, folder: Path, kind: str) -> tuple[list[float], dict[str, float]]:
+    """Write an export, and train ten updates on it.  Returns the losses and the metrics."""
+    root = export(data_root, folder, kind)
     tree = deepcopy(CONFIG)
     tree["model"] |= {"masks": False}
     tree["data"] = {
-        "root": str(folder / "data"), "val": {"share": 0.25}, "shortest_edge": [64], "shortest_edge_test": 64,
+        "root": str(root), "val": {"share": 0.25}, "shortest_edge": [64], "shortest_edge_test": 64,
         "max_edge": 96, "workers": 0,
     }  # fmt: skip
     tree["train"] |= {"schedule": {"updates": 10, "warmup": 2, "reference_batch": 2}, "log_every": 1}
@@ -150,3 +161,29 @@ def test_ten_updates_and_the_ap_are_those_of_the_coco_file(
     np.testing.assert_allclose(losses, truth[0], rtol=1e-6)
     assert metrics.keys() == truth[1].keys()
     np.testing.assert_allclose([*metrics.values()], [*truth[1].values()], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_detections_beside_the_objects_have_the_ap_that_they_have_on_the_coco_file(
+    data_root: Path, tmp_path: Path, kind: str
+) -> None:
+    """After ten updates AP is nearly 0, so this takes the boxes of the COCO file, moved and scored at random."""
+    sets = [
+        read_dataset(
+            DatasetConfig(split="train"), DataConfig(root=str(export(data_root, tmp_path / name, name)), cache="")
+        )
+        for name in dict.fromkeys(("coco", kind))
+    ]
+    rng = np.random.default_rng(0)
+    found = [
+        {"image_id": item["image_id"], "category_id": item["category_id"], "score": float(rng.uniform()),
+         "bbox": (np.array(item["bbox"]) + rng.normal(0, 0.1, 4) * item["bbox"][2]).tolist()}
+        for item in to_coco(sets[0])["annotations"]
+    ]  # fmt: skip
+    scores = [
+        coco_metrics(coco_truths(one, masks=False), from_coco(found), engine="hotcoco", max_detections=100)[
+            "bbox"
+        ].summary
+        for one in sets
+    ]
+    assert 0.2 < scores[0]["AP"] < 0.8 and scores[0] == pytest.approx(scores[-1], abs=1e-9)

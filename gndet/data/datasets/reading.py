@@ -65,7 +65,7 @@ def inspect_dataset(
 
 
 def _read(cfg: DatasetConfig, data: DataConfig, tell: Tell | None) -> Dataset:
-    if cfg.kind == "shapes":
+    if cfg.kind == "shapes" and cfg.share is None:
         return read_shapes(cfg, data)
     try:
         named = data.train.kind if cfg.share is not None else cfg.kind

@@ -41,7 +41,7 @@ from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
 
 Picture = Image.Image | np.ndarray | Tensor
-Path_ = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 # of a data set's config, what says how the network sees a picture, not how it is read
 SEEN = ("shortest_edge_test", "max_edge", "antialias", "canvas_multiple", "exact_canvas")
 
@@ -89,7 +89,7 @@ class Detector:
         self, source: list[Any] | tuple[Any, ...], threshold: float = 0.5, batch: int | None = None, *, every: int = 1
     ) -> list[Prediction]: ...
     @overload
-    def predict(self, source: Path_, threshold: float = 0.5, batch: int | None = None, *, every: int = 1) -> Any: ...
+    def predict(self, source: AnyPath, threshold: float = 0.5, batch: int | None = None, *, every: int = 1) -> Any: ...
     def predict(self, source: Any, threshold: float = 0.5, batch: int | None = None, *, every: int = 1) -> Any:
         """Detect objects in a picture, in several, or in a video.
 
@@ -200,7 +200,7 @@ class Detector:
     def _on_gpu(self) -> bool:
         return self.model.device.type == "cuda"
 
-    def evaluate(self, data: Path_ | Config | None = None) -> Scores:
+    def evaluate(self, data: AnyPath | Config | None = None) -> Scores:
         """Score the detector by COCO's metrics.  Returns {"box/AP": 0.41, ...}; printed, it is a table.
 
         data: a data folder (its set val, or its only one), an annotation file, or a config (a YAML file, a packaged
@@ -213,7 +213,7 @@ class Detector:
         _, evaluation = evaluate_checkpoint(detector, Process(0, 1, self.model.device))
         return Scores(evaluation)
 
-    def _data_of(self, data: Path_ | Config) -> DataConfig:
+    def _data_of(self, data: AnyPath | Config) -> DataConfig:
         """Return the section `data` of a config or for files, with the sizes that the network sees."""
         own = self.config.data
         seen = {name: getattr(own, name) for name in SEEN}
@@ -233,7 +233,7 @@ def _warn(reasons: Iterable[str]) -> None:
         warnings.warn(f"left out: {reason}", stacklevel=4)
 
 
-def load(path: Path_, device: str = "auto", **overrides: Any) -> Detector:
+def load(path: AnyPath, device: str = "auto", **overrides: Any) -> Detector:
     """Load a trained detector.
 
     path: a run folder (its best checkpoint), a checkpoint folder, or a folder that `gndet convert` wrote.  Averaged

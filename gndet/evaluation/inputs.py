@@ -71,7 +71,7 @@ def _checked(array: np.ndarray | Tensor) -> np.ndarray:
         raise DataError(f"got {'an' if kind == 'array' else 'a'} {kind} of shape {shape} and type {dtype}; {remedy}")
     try:
         pixels = array.detach().cpu().numpy() if isinstance(array, Tensor) else np.asarray(array)
-    except (NotImplementedError, TypeError) as error:  # a meta tensor, a sparse one
+    except (NotImplementedError, TypeError) as error:  # what torch raises for meta and for sparse tensors
         raise DataError(f"got a tensor without an array of pixels: {error}") from None
     return np.require(pixels, requirements=("C", "W"))
 

@@ -22,14 +22,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gndet.errors import CheckpointError
-from gndet.files import TEMPORARY
+from gndet.files import create, folder_written_whole, remove, sweep, sync_folder, temporary_name
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # inside a run folder: their folder, and links into it
-ASIDE = ".old-"  # prefix of a checkpoint that is being replaced; sweep() restores it if its successor is missing
 
 
 class Checkpoint(NamedTuple):
@@ -61,22 +60,12 @@ def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: di
     "optimizer") and key.  meta: values that JSON can hold.  Only one process may write at a time.
     Raises CheckpointError with the path and the reason (disk full, no permission); the existing checkpoint stays.
     """
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}-{os.getpid()}")
-    aside = folder.with_name(ASIDE + folder.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        _write_folder(temporary, groups, meta)
-        if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
-        os.rename(temporary, folder)
-        _sync(folder.parent)
+        with folder_written_whole(folder) as temporary:
+            _write_files(temporary, groups, meta)
     except OSError as error:
-        _put_back(aside)
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{folder}: cannot save the checkpoint: {error.strerror or error}") from error
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkpoint:
@@ -138,13 +127,13 @@ def point(run: Path, name: str, folder: Path) -> None:
 
     Raises CheckpointError if the link cannot be written.
     """
-    temporary = run / (TEMPORARY + name)
+    temporary = temporary_name(run / name)
     try:
-        temporary.unlink(missing_ok=True)
         os.symlink(os.path.relpath(folder, run), temporary)
         os.replace(temporary, run / name)
-        _sync(run)
+        sync_folder(run)
     except OSError as error:
+        remove(temporary)
         raise CheckpointError(f"{run / name}: cannot point it at {folder.name}: {error.strerror}") from error
 
 
@@ -157,7 +146,7 @@ def prune(run: Path, keep_last: int) -> None:
     for folder in run_checkpoints(run)[keep_last:]:
         if folder.resolve() in linked:
             continue
-        temporary = folder.with_name(TEMPORARY + folder.name)
+        temporary = temporary_name(folder)
         try:
             os.rename(folder, temporary)  # a kill during removal must not leave a damaged checkpoint
             shutil.rmtree(temporary)
@@ -165,18 +154,10 @@ def prune(run: Path, keep_last: int) -> None:
             raise CheckpointError(f"{folder}: cannot remove the checkpoint: {error.strerror}") from error
 
 
-def sweep(run: Path) -> None:
-    """Remove what a killed process left in a run folder; only the process that writes to the folder may call this.
-
-    A checkpoint that was moved aside is restored if its successor is missing.
-    """
-    for aside in (run / CHECKPOINTS).glob(f"{ASIDE}*"):
-        _put_back(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-    for temporary in (run / CHECKPOINTS).glob(f"{TEMPORARY}*"):
-        shutil.rmtree(temporary, ignore_errors=True)
-    for link in run.glob(f"{TEMPORARY}*"):
-        link.unlink()
+def sweep_run(run: Path) -> None:
+    """Remove what a killed process left in a run folder, as `sweep` does."""
+    sweep(run / CHECKPOINTS)
+    sweep(run)
 
 
 def resolve(path: Path) -> Path:
@@ -195,44 +176,26 @@ def resolve(path: Path) -> Path:
     )
 
 
-def _write_folder(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-    """Write and sync all files of a checkpoint, the manifest last."""
-    folder.mkdir()
+def _write_files(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+    """Write and flush all files of a checkpoint, the manifest last."""
     files = {}
-    for name, tensors in groups.items():
+    for group, tensors in groups.items():
         copies = {  # copies: safetensors refuses tensors that share memory
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, tensor in tensors.items()
         }
-        files[name + TENSORS] = _write(folder / (name + TENSORS), safetensors.torch.save(copies))
+        files[group + TENSORS] = _write(folder / (group + TENSORS), safetensors.torch.save(copies))
     files[META] = _write(folder / META, json.dumps(meta, indent=1).encode())
     _write(folder / MANIFEST, _Manifest(format=1, files=files).model_dump_json(indent=1).encode())
-    _sync(folder)
 
 
 def _write(path: Path, data: bytes) -> _File:
     """Write one file through to the disk; return its entry in the manifest."""
-    with open(path, "wb") as file:
+    with create(path) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return _File(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _sync(folder: Path) -> None:
-    """Sync a folder's entries; otherwise a power cut may undo a rename."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _put_back(aside: Path) -> None:
-    """Restore a checkpoint that was moved aside if its successor is missing."""
-    folder = aside.with_name(aside.name.removeprefix(ASIDE))
-    if aside.exists() and not folder.exists():
-        os.rename(aside, folder)
 
 
 def _read(path: Path, *, at_most: int | None = None, exactly: int | None = None) -> bytes:

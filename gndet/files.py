@@ -1,57 +1,226 @@
-"""Output folders and files: files written whole or not at all, files that grow by whole lines, tables."""
+"""The one way to write a file, and the checks of outputs that options name; text tables.
+
+Every file of gndet gets a new name that nobody can guess, is written whole and flushed, and is then renamed.  So a kill
+or a full disk leaves the old file or the new one, and no link that somebody planted in a folder is written through.
+The writer holds a lock on its temporary file; `sweep` removes those that nobody holds, which a kill has left.
+"""
 
 import csv
 import errno
+import fcntl
 import io
 import itertools
 import mimetypes
 import os
 import re
+import secrets
+import shutil
+import socket
+import stat
+import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from gndet.errors import OutputError
 
 ENDS = 16_384  # bytes at the start and at the end of a file, in which marks are
-TEMPORARY = ".tmp-"  # prefix of files being written; checkpoint.sweep deletes those that a killed run left
+TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")  # names of files and folders that are being written
+ASIDE = ".old-"  # prefix of a folder that is being replaced
+
+
+def create(path: Path) -> BinaryIO:
+    """Create a file to write and read, locked until it is closed.  Raises OSError if anything has its name."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    _try_lock(descriptor)
+    return os.fdopen(descriptor, "w+b")
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, then rename it to `path`; a kill leaves either the old file or the new one.
+def written_whole(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Yield a binary file to write to, which takes the name `path` at the end.
 
-    The temporary path has the same suffix.  The old file stays after an error, or if nothing was written.
-    Raises OutputError from an OSError.
+    A kill leaves the old file or the new one; after an error the old file stays.  A link of this name is replaced, not
+    followed.  sync: flush the file to the disk first; without that, a power cut may leave it empty.  Raises
+    OutputError from an OSError.
     """
-    partial = path.with_name(TEMPORARY + path.name)
+    partial = temporary_name(path)
     try:
-        yield partial
-        if partial.exists():
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())  # otherwise a power cut after the rename could leave an empty file
+        with create(partial) as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
             os.replace(partial, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file whole or not at all; text as UTF-8.  Raises OutputError."""
-    data = content.encode("utf-8", errors="replace") if isinstance(content, str) else content
-    with written_whole(path) as partial, open(partial, "wb") as file:
-        file.write(data)
+def write_whole(path: Path, content: str | bytes | memoryview, *, sync: bool = True) -> None:
+    """Write a file as `written_whole` does; text as UTF-8.  Raises OutputError."""
+    with written_whole(path, sync=sync) as file:
+        file.write(content.encode("utf-8", errors="replace") if isinstance(content, str) else content)
+
+
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to `create` files in, which takes the name `folder` at the end and is flushed.
+
+    A folder of this name is moved aside, replaced, then removed; after an error it stays.  A kill leaves one of the
+    two, though perhaps aside, from where `sweep` restores it.  Raises OSError.
+    """
+    temporary, aside = temporary_name(folder), folder.with_name(ASIDE + folder.name)
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        _try_lock(descriptor)
+        yield temporary
+        os.fsync(descriptor)
+        if folder.exists():
+            remove(aside)
+            os.rename(folder, aside)
+        os.rename(temporary, folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        with suppress(OSError):
+            _put_back(aside)
+        remove(temporary)
+        raise
+    finally:
+        os.close(descriptor)
+    remove(aside)
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file to append to, unbuffered; a missing file is created.  Raises OSError for a link, a pipe, a folder."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe would wait
+    return os.fdopen(_regular(path, flags), "ab", buffering=0)
+
+
+def lock_file(path: Path, wait: float) -> BinaryIO:
+    """Lock a file until it is closed or the process ends; processes that are forked do not inherit the lock.
+
+    A missing file is created.  wait: seconds to try.  Raises BlockingIOError, whose text names the owner, if another
+    process holds the lock, and OSError for a folder that is not writable or a file system without locks.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
+            path.unlink()  # another folder may share the file: a copy that consists of links
+        file = os.fdopen(_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK), "r+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_same_as_open(path, file):  # it may have been removed in the meantime
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                file.truncate()
+                file.flush()
+                return file
+        except (BlockingIOError, PermissionError):  # locked by another process
+            if time.monotonic() > deadline:
+                owner = file.read().decode(errors="replace").strip()
+                file.close()
+                raise BlockingIOError(errno.EAGAIN, owner) from None
+            time.sleep(0.2)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def is_same_as_open(path: Path, file: BinaryIO | int) -> bool:
+    """Return whether a path, without following a link, leads to an open file or folder."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(file if isinstance(file, int) else file.fileno()))
+    except OSError:
+        return False
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left in a folder; what a live process is writing stays.  Errors are ignored.
+
+    A folder that was moved aside is restored if its successor is missing.
+    """
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            path = folder / name
+            if name.startswith(ASIDE):
+                with suppress(OSError):
+                    _put_back(path)
+                remove(path)
+            elif TEMPORARY.fullmatch(name) and not _is_being_written(path):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with its content, if it is there; errors are ignored."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries; otherwise a power cut may undo a rename.  Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a new name beside a path, which nobody can guess and `sweep` knows."""
+    return path.with_name(f".tmp-{secrets.token_hex(16)}")
+
+
+def _regular(path: Path, flags: int) -> int:
+    """Open a regular file.  Raises OSError."""
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return descriptor
+
+
+def _try_lock(descriptor: int) -> None:
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_being_written(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def _put_back(aside: Path) -> None:
+    """Restore a folder that was moved aside if its successor is missing.  Raises OSError."""
+    folder = aside.with_name(aside.name.removeprefix(ASIDE))
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
 
 
 class LineFile:
     """A text file that grows by whole lines and survives a full disk: pending lines are written once there is room."""
 
     def __init__(self, path: Path) -> None:
-        """Open a file for appending.  Raises OSError."""
-        self._file = path.open("ab", buffering=0)
+        """Open a file for appending, as `open_to_append` does.  Raises OSError."""
+        self._file = open_to_append(path)
         self._pending = b""
 
     def append(self, line: str) -> None:
@@ -90,6 +259,12 @@ def report_kind(verb: str) -> Kind:
 
 
 def refuse_output(file: Path, option: str, kind: Kind | None, data: Iterable[Path] = ()) -> None:
+    """Raise OutputError as `refuse_file` does; else make the file's folder, and sweep it."""
+    refuse_file(file, option, kind, data)
+    sweep(file.parent)
+
+
+def refuse_file(file: Path, option: str, kind: Kind | None, data: Iterable[Path] = ()) -> None:
     """Raise OutputError if the output file that an option names would replace a file of the user; else make its folder.
 
     An existing file is replaced only if it is empty or has the mark of its kind, that is, if gndet wrote it for such an

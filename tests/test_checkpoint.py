@@ -25,7 +25,7 @@ from gndet.checkpoint import (
     resolve,
     run_checkpoints,
     save_checkpoint,
-    sweep,
+    sweep_run,
 )
 from gndet.errors import CheckpointError
 
@@ -202,7 +202,7 @@ def test_a_crash_at_every_step_leaves_a_whole_checkpoint(tmp_path: Path, after: 
             FailAt(patch, (*STEPS, "rmdir"), k, after, Crash())
             save_replace_and_point(run)
         load_checkpoint(resolve(run))
-        sweep(run)
+        sweep_run(run)
         newest, passed_over = newest_checkpoint(run)
         assert newest is not None and not passed_over and not leftovers(run)
         assert torch.equal(newest.groups["optimizer"]["step"], torch.tensor(newest.meta["update"]))
@@ -222,7 +222,7 @@ def test_a_checkpoint_being_replaced_survives_a_crash_between_the_renames(tmp_pa
         with pytest.raises(Crash):
             save(tmp_path, 1, mark=2)
     assert not folder_of(tmp_path, 1).exists()
-    sweep(tmp_path)
+    sweep_run(tmp_path)
     assert load_checkpoint(folder_of(tmp_path, 1)).meta["mark"] == 1
 
 
@@ -296,7 +296,7 @@ def test_the_newest_checkpoint_loads_after_a_kill_at_any_time(tmp_path: Path) ->
         acknowledged = int((run / "done").read_text() or newest.meta["update"])
         assert newest.meta["update"] in (acknowledged, acknowledged + 1)
         assert torch.equal(newest.groups["model"]["w"], torch.full((50_000,), float(newest.meta["update"])))
-        sweep(run)
+        sweep_run(run)
         assert not leftovers(run)
 
 

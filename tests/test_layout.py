@@ -10,7 +10,8 @@ from conftest import REPOSITORY
 
 FLOORS = (
     ("errors", "structures", "ops"),
-    ("config", "distributed", "checkpoint", "files"),
+    ("files",),
+    ("config", "distributed", "checkpoint"),
     ("modeling", "data"),
     ("weights", "evaluation"),
     ("training",),

@@ -35,16 +35,16 @@ def test_six_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py", "py.typed"}
 
 
-def test_the_library_has_at_most_28_500_lines() -> None:
+def test_the_library_has_at_most_29_600_lines() -> None:
     """1,300 of them are the Triton kernels for GPUs, and 2,300 the readers of labelling tools' exports."""
-    assert lines(FILES) <= 28_500
+    assert lines(FILES) <= 29_600
 
 
-def test_training_loads_at_most_130_files_of_18_700_lines() -> None:
+def test_training_loads_at_most_130_files_of_19_400_lines() -> None:
     """Opening a data set of any format takes 40 of them, 6,000 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 130 and lines(loaded) <= 18_700
+    assert len(loaded) <= 130 and lines(loaded) <= 19_400
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 

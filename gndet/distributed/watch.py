@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gndet.distributed.signals import Stop
-from gndet.errors import Preempted
+from gndet.errors import OutputError, Preempted
+from gndet.files import written_whole
 
 BEAT = 0.25  # seconds between two heartbeats of a rank
 GRACE = 5.0  # seconds beyond the timeout for the collective itself to fail, before the process is ended
@@ -92,8 +93,8 @@ class Watch:
         if self.report is None:
             return
         path = self.report.with_name(f"{self.report.name}-process{self.rank}.txt")
-        with suppress(OSError), path.open("w", encoding="utf-8") as file:  # the disk may be full, or be what hangs
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n")
+        with suppress(OutputError), written_whole(path) as file:  # the disk may be full, or be what hangs
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n".encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
 

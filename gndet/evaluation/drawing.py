@@ -20,7 +20,7 @@ from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 from gndet.errors import OutputError
 from gndet.evaluation.fonts import class_name, drawable, font
-from gndet.files import Kind, refuse_output
+from gndet.files import Kind, refuse_output, written_whole
 
 MIN_SIDE = 640  # pixels of the longer side; a smaller picture is enlarged so that labels are legible
 MAX_LABELS = 40  # with more objects, labels would cover the picture
@@ -202,9 +202,9 @@ def grid(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
-    """Write a picture (H, W, 3) uint8 in the format of the path's suffix; create missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, pnginfo=_text("Source"))
+    """Write a picture (H, W, 3) uint8 as PNG into an existing folder.  Raises OutputError."""
+    with written_whole(path) as file:
+        Image.fromarray(picture).save(file, "PNG", pnginfo=_text("Source"))
 
 
 def refuse_drawing(file: Path, option: str, data: Iterable[Path] = ()) -> None:
@@ -219,10 +219,10 @@ def save_marked(path: Path, picture: np.ndarray, compression: int = 6) -> None:
 
     compression: zlib's level of a PNG file.  Raises OutputError.
     """
-    try:
-        Image.fromarray(picture).save(path, pnginfo=_text("Software"), comment=b"gndet", compress_level=compression)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path}: cannot write the picture: {getattr(error, 'strerror', None) or error}") from None
+    options: dict[str, Any] = {"pnginfo": _text("Software"), "comment": b"gndet", "compress_level": compression}
+    # not flushed: that would take longer than drawing, and predict writes the list of its pictures last
+    with written_whole(path, sync=False) as file:
+        Image.fromarray(picture).save(file, Image.registered_extensions()[path.suffix.lower()], **options)
 
 
 def _text(key: str) -> PngInfo:

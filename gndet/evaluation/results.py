@@ -114,12 +114,12 @@ def mask_areas(masks: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def save_results(path: Path, results: Results, *, marked: bool = False) -> None:
     """Write COCO results as JSON, whole or not at all; marked: with the mark of RESULTS.  Raises OutputError."""
-    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         for first in range(0, len(results), WRITTEN_AT_ONCE):
             text = json.dumps(list(results[first : first + WRITTEN_AT_ONCE]))
-            file.write(("[" if first == 0 else ", ") + text[1:-1])
-        file.write("]" if len(results) else "[]")
-        file.write(f"\n{SIGNATURE}\n" if marked else "")
+            file.write((("[" if first == 0 else ", ") + text[1:-1]).encode())
+        file.write(b"]" if len(results) else b"[]")
+        file.write(f"\n{SIGNATURE}\n".encode() if marked else b"")
 
 
 Paste = Literal["exact", "rounded", "detectron"]

@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,30 +89,29 @@ def video_writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray, f
     rate: frames per second that the encoder expects.  Pictures are scaled to the size of the first one, whose edges are
     rounded up to even numbers.  After an error, or without pictures, no file is left.  Raises OutputError.
     """
-    stream, start, last = None, 0.0, -1  # seconds of the first picture, ticks of the last one
+    container: Any = None
+    stream: Any = None
+    start, last = 0.0, -1  # start: seconds of the first picture; last: ticks of the last
     try:
-        with written_whole(path) as partial:
-            with av.open(str(partial), "w", format="mp4") as container:
+        with ExitStack() as stack:
 
-                def write(pixels: np.ndarray, seconds: float) -> None:
-                    nonlocal stream, start, last
-                    even = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
-                    if stream is None:
-                        stream, start = _add_stream(container, rate, even.shape[:2]), seconds
-                    frame = av.VideoFrame.from_ndarray(even, format="rgb24")
-                    frame = frame.reformat(stream.width, stream.height, "yuv420p")
-                    last = max(round((seconds - start) * CLOCK), last + 1)  # times must increase
-                    frame.pts, frame.time_base = last, Fraction(1, CLOCK)
-                    container.mux(stream.encode(frame))
+            def write(pixels: np.ndarray, seconds: float) -> None:
+                nonlocal container, stream, start, last
+                even = np.pad(pixels, ((0, pixels.shape[0] % 2), (0, pixels.shape[1] % 2), (0, 0)), mode="edge")
+                if container is None:
+                    file = stack.enter_context(written_whole(path))
+                    stack.callback(lambda: file.write(MARK))
+                    container = stack.enter_context(av.open(file, "w", format="mp4"))
+                    stream, start = _add_stream(container, rate, even.shape[:2]), seconds
+                frame = av.VideoFrame.from_ndarray(even, format="rgb24")
+                frame = frame.reformat(stream.width, stream.height, "yuv420p")
+                last = max(round((seconds - start) * CLOCK), last + 1)  # times must increase
+                frame.pts, frame.time_base = last, Fraction(1, CLOCK)
+                container.mux(stream.encode(frame))
 
-                yield write
-                if stream is not None:
-                    container.mux(stream.encode())
-            if stream is None:
-                partial.unlink()
-            else:
-                with partial.open("ab") as file:
-                    file.write(MARK)
+            yield write
+            if container is not None:
+                container.mux(stream.encode())
     except av.FFmpegError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 

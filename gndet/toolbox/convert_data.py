@@ -5,7 +5,7 @@ in the copy.  Pictures are copied as they are, so that an EXIF orientation goes 
 """
 
 import json
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.datasets.tracing import joined, outlines_of
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError, OutputError
-from gndet.files import make_folder, refuse_among, write_whole
+from gndet.files import TEMPORARY, folder_written_whole, make_folder, refuse_among, sweep, write_whole
 
 ALL = "all"  # what a set without a name is called in the copy
+WHOLE = "copy"  # folder in OUT that is written whole before its content moves up
 
 Show = Callable[[str], None]
 
@@ -45,7 +46,7 @@ def convert_data(
     Raises DataError for data that is refused and for sets of different classes, ConfigError, and OutputError for a
     folder that holds something.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not TEMPORARY.fullmatch(name) for name in os.listdir(out))):
         raise OutputError(f"{out}: is not an empty folder; gndet writes the copy into a new or empty one")
     refuse_among(out, "OUT", _read_from(source, overrides))
     sets = _read(source, overrides, show, image_folder)
@@ -57,7 +58,16 @@ def convert_data(
             words = f"has the classes {named_briefly(dataset.classes)}, others {named_briefly(first.classes)}"
             raise DataError(f"{name}: {words}; data.classes selects common ones")
     make_folder(out, "OUT")
-    {"coco": _write_coco, "yolo": _write_yolo}[to](sets, out, show)
+    sweep(out)
+    whole = out / WHOLE
+    try:
+        with folder_written_whole(whole) as folder:
+            {"coco": _write_coco, "yolo": _write_yolo}[to](sets, folder, show)
+        for name in os.listdir(whole):
+            os.rename(whole / name, out / name)
+        whole.rmdir()
+    except OSError as error:
+        raise OutputError(f"{error.filename or out}: cannot write the copy: {error.strerror}") from error
     for name, dataset in sets.items():
         fixed = "".join(f"; {count} {what}" for what, count in dataset.fixes.items())
         show(f"{name or ALL}: {several(len(dataset.records), 'image')} of {dataset.name} -> {out}{fixed}")
@@ -111,7 +121,7 @@ def _write_yolo(sets: dict[str, Dataset], out: Path, show: Show) -> None:
             )
             label_file = (out / "labels" / (name or ALL) / picture).with_suffix(".txt")
             label_file.parent.mkdir(parents=True, exist_ok=True)
-            label_file.write_text(text, encoding="utf-8")
+            write_whole(label_file, text, sync=False)
             crowd += int(record.crowd.sum())
             boxes += sum(mask is None for *_, mask in objects)
             outlines += sum(mask is not None for *_, mask in objects)
@@ -148,5 +158,5 @@ def _copy(records: PackedRecords, index: int, folder: Path, stems: set[str] | No
             name = Path(f"{stem}-{number}{name.suffix}")
         stems.add(str(name.with_suffix("")))
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, folder / name)
+    write_whole(folder / name, Path(source).read_bytes(), sync=False)
     return name.as_posix()

@@ -185,6 +185,8 @@ class Log:
                 raise OSError(self._failed[METRICS])
             try:
                 if self._board is None:
+                    if (self._out / BOARD).is_symlink():
+                        (self._out / BOARD).unlink()  # it would lead out of the run folder
                     self._board = SummaryWriter(str(self._out / BOARD), purge_step=self._purge_step)
                 add(self._board)
                 self._board.flush()
@@ -266,6 +268,8 @@ def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
 
     The file is replaced as a whole; a line without `kind` belongs to an evaluation.
     """
+    if path.is_symlink() and not path.exists():
+        path.unlink()  # nothing is written through it
     if not path.exists():
         return
 

@@ -9,8 +9,6 @@ Letters: B images.
 import itertools
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,7 +24,7 @@ from gndet.data.batches.batch import split
 from gndet.data.batches.stream import Loaded
 from gndet.distributed.collectives import all_gather
 from gndet.errors import TrainingError
-from gndet.files import TEMPORARY
+from gndet.files import create, folder_written_whole
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch
 from gndet.training.log import Log
@@ -135,19 +133,20 @@ def _hooks(model: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
 
 def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
     """Write a report whole or not at all.  Returns a text that says where it is, or why it could not be written."""
-    temporary = folder.with_name(TEMPORARY + folder.name)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for number, loaded in enumerate(taken):
-            tensors = loaded.batch._asdict() | {
-                f"gt.{name}": field for name, field in loaded.batch.gt._asdict().items()
-            }
-            content = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items() if name != "gt"}
-            (temporary / f"batch-{number}.safetensors").write_bytes(safetensors.torch.save(content))
-        (temporary / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        if folder.parent.is_symlink():  # it would lead out of the run folder
+            folder.parent.unlink()
+        folder.parent.mkdir(exist_ok=True)
+        with folder_written_whole(folder) as temporary:
+            for number, loaded in enumerate(taken):
+                tensors = loaded.batch._asdict() | {
+                    f"gt.{name}": field for name, field in loaded.batch.gt._asdict().items()
+                }
+                content = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items() if name != "gt"}
+                with create(temporary / f"batch-{number}.safetensors") as file:
+                    file.write(safetensors.torch.save(content))
+            with create(temporary / "report.json") as file:
+                file.write(json.dumps(report, indent=1).encode())
     except OSError as error:
         return f"not written to {folder}: {error.strerror}"
     return f"written to {folder}"

@@ -1,22 +1,19 @@
 """The run folder: its file names, its creation, whether a run may resume in it, and its lock (one run at a time)."""
 
-import fcntl
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from gndet.checkpoint import Checkpoint, newest_checkpoint, run_checkpoints, sweep
+from gndet.checkpoint import Checkpoint, newest_checkpoint, run_checkpoints, sweep_run
 from gndet.config.loading import config_from_dict, config_to_yaml
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import user_paths
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, TrainingError
-from gndet.files import write_whole
+from gndet.files import lock_file, sweep, write_whole
 
 # Options that may differ when a run resumes, because none of them changes what is learned.
 NEUTRAL = (
@@ -65,7 +62,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     if proc.first:
         try:
             if is_run(out):
-                sweep(out)
+                sweep_run(out)
             saved, damaged = newest_checkpoint(out)
             refuse_other_run(cfg, out, saved)
         except GndetError as error:
@@ -163,11 +160,16 @@ def locked(out: Path, proc: Process, is_own: Callable[[Path], bool] = is_run) ->
     """
     refusal, file, made = [], None, not out.exists()
     if proc.first:
-        with suppress(OSError):
+        try:
             out.mkdir(parents=True, exist_ok=True)
             if is_own(out) or is_empty(out):
-                file = (out / LOCK).open("a+", encoding="utf-8")
-                refusal = _lock(file, out)
+                file = lock_file(out / LOCK, LOCK_WAIT)
+                sweep(out)
+        except BlockingIOError as error:
+            owner = error.strerror
+            refusal = [f"{out}: another process trains into this folder: {owner}; choose another out=FOLDER"]
+        except OSError:
+            pass
     try:
         for text in all_gather(refusal, proc)[0]:
             raise TrainingError(text)
@@ -179,25 +181,6 @@ def locked(out: Path, proc: Process, is_own: Callable[[Path], bool] = is_run) ->
                     (out / LOCK).unlink()
                     out.rmdir()
             file.close()
-
-
-def _lock(file: TextIO, out: Path) -> list[str]:
-    """Lock an open file within LOCK_WAIT seconds.  Returns [], or a list with the reason why that failed."""
-    deadline = time.monotonic() + LOCK_WAIT
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):  # locked by another process
-            if time.monotonic() > deadline:
-                file.seek(0)
-                owner = file.read().strip()
-                return [f"{out}: another process trains into this folder: {owner}; choose another out=FOLDER"]
-            time.sleep(0.2)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return []
 
 
 def mark(out: Path, marker: str, why: str) -> None:

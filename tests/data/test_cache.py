@@ -149,7 +149,7 @@ def test_a_process_waits_for_another_that_reads_the_same(data: Hostile, tmp_path
     (home,) = (path for path in (tmp_path / "done").iterdir() if path.is_dir())
     (tmp_path / "c").mkdir()
     with (tmp_path / "c" / f"{home.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that is reading the data does
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # as another process that is reading the data does
         reader = subprocess.Popen([sys.executable, "-c", READ, str(data.folder), str(tmp_path / "c")])
         while not holds(reader.pid, lock.name):
             assert reader.poll() is None
@@ -270,26 +270,36 @@ def test_without_a_folder_no_picture_is_looked_at_and_nothing_kept(data: Hostile
     assert len(list((tmp_path / "c").glob("*/pictures.json"))) == 1  # the one of val
 
 
-def test_a_file_in_the_place_of_an_entry_is_named(data: Hostile, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_an_entry_is_replaced(data: Hostile, tmp_path: Path) -> None:
     read(data, tmp_path / "c")
     (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
     shutil.rmtree(home)
     home.touch()
-    assert f"{home} cannot be written" in read(data, tmp_path / "c").notes[0]
+    assert read(data, tmp_path / "c").notes == () and home.is_dir()
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "r+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_a_process_that_waits_for_another_says_so(data: Hostile, tmp_path: Path) -> None:
     read(data, tmp_path / "c")
     (lock,) = (tmp_path / "c").glob("*.lock")
     told: list[str] = []
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    words = [sys.executable, "-c", HOLD, str(lock)]
+    holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
 
-        def tell(line: str) -> None:
-            told.append(line)
-            fcntl.flock(file, fcntl.LOCK_UN)
+    def tell(line: str) -> None:
+        told.append(line)
+        holder.communicate()  # closes its stdin, which ends it
 
-        inspect_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c")), tell=tell)
+    inspect_dataset(CFG, DataConfig(root=str(data.folder), cache=str(tmp_path / "c")), tell=tell)
     assert len(told) == 1 and f"waiting for another process that is reading it ({lock})" in told[0]
 
 
@@ -306,7 +316,7 @@ def test_a_part_of_the_pictures_is_not_taken_for_all(data: Hostile, tmp_path: Pa
 def test_what_a_killed_process_left_is_swept(data: Hostile, tmp_path: Path) -> None:
     read(data, tmp_path / "c")
     (home,) = (path for path in (tmp_path / "c").iterdir() if path.is_dir())
-    os.rename(home, f"{home}.partial")  # killed before the rename
+    home.rename(home.with_name(f".tmp-{'0' * 32}"))  # killed before the rename
     assert_equal(read(data, ""), read(data, tmp_path / "c"))
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [home.name, f"{home.name}.lock"]
 

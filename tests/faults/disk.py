@@ -122,7 +122,7 @@ def fill_after(folder: Path, room: Disk, name: str, updates: list[int]) -> Start
     """Start a run whose disk is full from update 3 on, also for its checkpoint; it waits after the given updates."""
     run = start(folder, f"disk/{name}", *SAVING, faults={"gate": [3, *updates]})
     run.wait_for("update 2/")
-    while not (run.out / CHECKPOINTS / "update-0000002").exists() or (run.out / ".tmp-last").exists():
+    while not (run.out / CHECKPOINTS / "update-0000002").exists() or list(run.out.glob(".tmp-*")):
         check(None in run.statuses(), run.tail())
         time.sleep(POLL)
     run.wait_for("fault: gate 3")

@@ -27,7 +27,7 @@ from faults.tiny import THIN, note
 from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
-from gndet.training import run_folder
+from gndet.training import checkpointing, run_folder
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
 
@@ -141,14 +141,26 @@ def slow_evaluation(seconds: float) -> None:
 
 def _before_files(call: Callable[[int, int], None]) -> None:
     """Call call(update, file) before each file of a checkpoint is written; file counts from 1."""
-    write, files = checkpoint._write, Counter[Path]()
+    write, files, saving = checkpoint._write, Counter[Path](), _update_being_saved()
 
     def wrapped(path: Path, data: bytes) -> Any:
         files[path.parent] += 1
-        call(int(path.parent.name.removeprefix(checkpoint.TEMPORARY).split("-")[1]), files[path.parent])
+        call(saving[0], files[path.parent])
         return write(path, data)
 
     checkpoint._write = wrapped
+
+
+def _update_being_saved() -> list[int]:
+    """Return a list whose only number is the update of the checkpoint that is being saved."""
+    save, saving = checkpointing.save_checkpoint, [0]
+
+    def wrapped(folder: Path, *arguments: Any) -> None:
+        saving[0] = int(folder.name.removeprefix("update-"))
+        save(folder, *arguments)
+
+    checkpointing.save_checkpoint = wrapped
+    return saving
 
 
 def slow_save(seconds: float, from_update: int) -> None:
@@ -236,10 +248,10 @@ def watch_rng() -> None:
 
 def no_room(update: int, times: int) -> None:
     """Let the disk be full for the first attempts to save an update: half of the first file is written."""
-    write, left = checkpoint._write, [times]
+    write, left, saving = checkpoint._write, [times], _update_being_saved()
 
     def wrapped(path: Path, data: bytes) -> Any:
-        if left[0] and path.parent.name.startswith(f"{checkpoint.TEMPORARY}update-{update:07d}"):
+        if left[0] and saving[0] == update:
             left[0] -= 1
             path.write_bytes(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -20,7 +20,7 @@ from torch import nn
 from faults.launch import call
 from faults.tiny import check, write_config
 from gndet import checkpoint
-from gndet.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint, run_checkpoints, sweep
+from gndet.checkpoint import CHECKPOINTS, load_checkpoint, newest_checkpoint, run_checkpoints, sweep_run
 from gndet.config.loading import load_config
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
@@ -116,7 +116,7 @@ def check_whole(out: Path, *values: int) -> int:
     Returns how many temporary files had to be swept.
     """
     swept = len([*out.glob(".tmp-*"), *(out / CHECKPOINTS).glob(".tmp-*"), *(out / CHECKPOINTS).glob(".old-*")])
-    sweep(out)
+    sweep_run(out)
     newest, damaged = newest_checkpoint(out)
     check(newest is not None and not damaged, f"{out}: damage after a kill: {damaged}")
     numbers = {float(x) for tensors in newest.groups.values() for tensor in tensors.values() for x in tensor.unique()}

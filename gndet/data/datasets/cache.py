@@ -7,14 +7,13 @@ inode are unchanged since it was last hashed, so a start does not look at every 
 """
 
 import datetime
-import fcntl
 import functools
 import hashlib
 import json
-import shutil
+import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from gndet.data.datasets.images import Reading
 from gndet.data.datasets.packed import Packed, PackedRecords
 from gndet.data.records import Dataset, Finding, Record, Tell
 from gndet.errors import ConfigError, DataError, OutputError
-from gndet.files import write_whole
+from gndet.files import create, folder_written_whole, lock_file, remove, sweep, write_whole
 
 FACTS, PICTURES = "facts.json", "pictures.json"
 SETTLED = 2_000_000_000  # ns after which a file system's clock has surely advanced
@@ -47,23 +46,29 @@ def cached(
         return read()
     try:
         home = _home(Path(cache).expanduser(), path, files, reading, way)
-        Path(f"{home}.lock").touch()
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         trouble = _unwritable(getattr(error, "filename", None) or cache, error)
         return read()._replace(notes=(trouble,))
-    with open(f"{home}.lock", "w") as lock:
-        with suppress(OSError):  # a file system without locks: at worst two processes read the data
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if tell is not None:
-                    tell(f"{path}: waiting for another process that is reading it ({home}.lock)")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+    with _turn(home.with_name(f"{home.name}.lock"), path, tell):
         entry = _Entry(home, path, files, reading, sources, units)
         if (dataset := entry.load()) is not None:
             return dataset
         digest = entry.digest()  # before reading: a change meanwhile must not be cached as the new file's content
         return entry.save(read(), digest)
+
+
+@contextmanager
+def _turn(lock: Path, path: Path, tell: Tell | None) -> Iterator[None]:
+    """Wait until no other process reads the data set at a path."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a file system without locks: at worst two processes read the data
+            try:
+                stack.enter_context(lock_file(lock, wait=0))
+            except BlockingIOError:
+                if tell is not None:
+                    tell(f"{path}: waiting for another process that is reading it ({lock})")
+                stack.enter_context(lock_file(lock, wait=math.inf))
+        yield
 
 
 def _home(root: Path, path: Path, files: ImageFolder | None, reading: Reading, way: tuple[str, ...]) -> Path:
@@ -138,26 +143,24 @@ class _Entry(NamedTuple):
 
         If it cannot be saved, returns the data set as it is, with a note that says why.
         """
-        partial = self.home.with_name(f"{self.home.name}.partial")
         subfolders = self.files.subfolders() if self.files else []
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            hashes = {}
-            records: Any = dataset.records  # packed
-            for name, values in records.packed._asdict().items():
-                np.save(partial / f"{name}.npy", values, allow_pickle=False)
-                hashes[name] = _hash(partial / f"{name}.npy")
-            facts = {
-                "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": digest,
-                "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
-                "findings": dataset.findings, "declared": dataset.declared, "left_out": dataset.left_out,
-            }  # fmt: skip
-            _write_sealed(partial / FACTS, facts)
-            shutil.rmtree(self.home, ignore_errors=True)
-            partial.rename(self.home)
+            sweep(self.home.parent)
+            remove(self.home)
+            with folder_written_whole(self.home) as partial:
+                hashes = {}
+                records: Any = dataset.records  # packed
+                for name, values in records.packed._asdict().items():
+                    with create(partial / f"{name}.npy") as file:
+                        np.save(file, values, allow_pickle=False)
+                    hashes[name] = _hash(partial / f"{name}.npy")
+                facts = {
+                    "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": digest,
+                    "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
+                    "findings": dataset.findings, "declared": dataset.declared, "left_out": dataset.left_out,
+                }  # fmt: skip
+                _write_sealed(partial / FACTS, facts)
         except (OSError, OutputError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             reason: Any = error.__cause__ or error  # the cause of an OutputError is the OSError
             place = reason.filename2 or reason.filename or self.home.parent
             return dataset._replace(notes=(_unwritable(place, reason),))
@@ -249,6 +252,7 @@ def _reader() -> str:
 def _write_sealed(path: Path, body: dict[str, Any]) -> None:
     """Write JSON with its hash, whole or not at all.  Raises OutputError."""
     text = json.dumps(body)
+    sweep(path.parent)
     write_whole(path, hashlib.sha256(text.encode()).hexdigest() + "\n" + text)
 
 

@@ -10,8 +10,10 @@ import itertools
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 from pydantic_core import to_json
 from torch import Tensor
@@ -23,7 +25,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError
-from gndet.files import text_table
+from gndet.files import text_table, write_whole
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
 from gndet.toolbox.invariance.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
@@ -47,6 +49,7 @@ from gndet.training.update import backward
 from gndet.weights.load import initial_model
 
 MIN_IMAGES, MAX_IMAGES = 4, 16
+MODEL, RESULT = "model.safetensors", "result.safetensors"  # files that two ranks share
 REMEDIES = {
     "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in and frozen_bn; bn cannot do this",
     "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, does not mix the images of a batch",
@@ -200,9 +203,9 @@ def compare_two_processes(
     device = model.device
     release(device)  # the two ranks may have to share this process's GPU
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(model.state_dict(), f"{folder}/model.pt")
+        _save(model.state_dict(), folder, MODEL)
         spawn(share_of_two, 2, device.type, samples, num_classes, cfg, folder)
-        got = torch.load(f"{folder}/result.pt", map_location=device, weights_only=True)
+        got = {name: tensor.to(device) for name, tensor in safetensors.torch.load_file(f"{folder}/{RESULT}").items()}
     singles = [batch_of([sample], model, cfg) for sample in samples]
     model.zero_grad()
     with kept_statistics(model):
@@ -215,14 +218,19 @@ def share_of_two(proc: Process, samples: list[Sample], num_classes: int, cfg: Co
     """Run as one of two ranks: process its share of the images in one batch; rank 0 writes the sum of both ranks."""
     model = build_model(cfg.model, num_classes).to(proc.device, torch.float64)
     model = model.to(memory_format=torch.channels_last)
-    model.load_state_dict(torch.load(f"{folder}/model.pt", map_location=proc.device, weights_only=True))
+    model.load_state_dict(safetensors.torch.load_file(f"{folder}/{MODEL}"))
     (share,) = micro_batches(len(samples), len(samples), proc.rank, proc.world)
     batch = batch_of([samples[i] for i in share], model.train(), cfg)
     losses = backward(model, nullcontext, [batch], len(share), cfg)
     sum_gradients(model, proc)
     losses = {name: all_reduce_sum(loss, proc) for name, loss in losses.items()}
     if proc.first:
-        torch.save(losses | parameter_groups(model), f"{folder}/result.pt")
+        _save(losses | parameter_groups(model), folder, RESULT)
+
+
+def _save(tensors: dict[str, Tensor], folder: str, name: str) -> None:
+    copies = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    write_whole(Path(folder) / name, safetensors.torch.save(copies))
 
 
 def differences_table(report: Report, dtype: str) -> str:

@@ -23,8 +23,8 @@ def draw_curve(study: Study, path: Path) -> None:
         axes.set_ylabel(f"{METRICS[metric]}, %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    with written_whole(path) as partial:
-        figure.savefig(partial, format="png", dpi=120, metadata={"Source": "gndet"})
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Source": "gndet"})
 
 
 def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from gndet.data.workers import usable_cores
 from gndet.distributed.children import python_command
 from gndet.distributed.signals import Stop, StopSignals
+from gndet.files import open_to_append
 
 POLL = 0.1
 PATIENCE = 120.0  # seconds for a run to save its state when asked to stop
@@ -82,7 +83,7 @@ def run_jobs(
 def _start(job: Job, place: dict[str, str]) -> _Running:
     """Start a job in its own session, so that Ctrl-C reaches it only through this process."""
     command = python_command("gndet.toolbox.norm_study.child", "train", job.config, *job.overrides, f"out={job.out}")
-    with job.log.open("ab") as log:
+    with open_to_append(job.log) as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, **place},

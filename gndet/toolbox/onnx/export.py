@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError
 from gndet.evaluation.detector import Detector, load_detector
-from gndet.files import Kind, refuse_output, written_whole
+from gndet.files import Kind, refuse_output, write_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.toolbox.onnx.model import INPUT, OUTPUTS, OnePicture, own_operators
 
@@ -74,12 +75,11 @@ def export(
         detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
         masks = masks and detector.config.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
-        with written_whole(file) as partial:
-            _write(detector, partial, pictures[0], size, masks, opset)
-            passed = compare_with_torch(detector, partial, pictures, name, masks, show)
-            if not passed:
-                partial.unlink()
-    if not passed:
+        model = _convert(detector, pictures[0], size, masks, opset)
+        passed = compare_with_torch(detector, model, pictures, name, masks, show)
+    if passed:
+        write_whole(file, model)
+    else:
         before = ", the existing file is unchanged" if file.exists() else ""
         show(f"{file}: not written{before}; expected boxes within {BOXES} px, scores {SCORES}, masks {MASKS}")
         return False
@@ -91,31 +91,29 @@ def export(
     return True
 
 
-def _write(
-    detector: Detector, file: Path, picture: torch.Tensor, size: tuple[int, int] | None, masks: bool, opset: int
-) -> None:
-    """Trace the detector on a picture (H, W, 3), and add the metadata.
+def _convert(detector: Detector, picture: torch.Tensor, size: tuple[int, int] | None, masks: bool, opset: int) -> bytes:
+    """Trace the detector on a picture (H, W, 3), and add the metadata.  Returns the content of the file.
 
     Raises OutputError if torch's exporter fails or writes invalid ONNX.
     """
     names = list(OUTPUTS if masks else OUTPUTS[:-1])
     axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
     try:
-        with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
+        with torch.no_grad(), own_operators(opset), warnings.catch_warnings(), TemporaryDirectory() as folder:
             warnings.simplefilter("ignore")  # one per traced shape, and the exporter's deprecation
             torch.onnx.export(
-                OnePicture(detector.model, masks), (picture,), str(file), dynamo=False, opset_version=opset,
-                input_names=[INPUT], output_names=names, dynamic_axes=axes,
+                OnePicture(detector.model, masks), (picture,), f"{folder}/model.onnx", dynamo=False,
+                opset_version=opset, input_names=[INPUT], output_names=names, dynamic_axes=axes,
                 training=torch.onnx.TrainingMode.PRESERVE,  # else torch 2.14 merges BN into convolutions wrongly
             )  # fmt: skip
-        model = onnx.load(str(file))
+            model = onnx.load(f"{folder}/model.onnx")
         for key, value in metadata(detector, size).items():
             model.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(model)
     except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter raises RuntimeErrors
         reason = _first_line(error)
         raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
-    onnx.save(model, str(file))
+    return bytes(model.SerializeToString())
 
 
 def _first_line(error: Exception) -> str:
@@ -189,11 +187,11 @@ def by_torch(model: DetectionModel, picture: torch.Tensor, *, masks: bool) -> Fo
     return Found(boxes, scores, labels.astype(np.int64), found.masks[0][kept].float().numpy() if masks else None)
 
 
-def session(file: Path) -> Any:
-    """Open an onnxruntime session on the CPU."""
+def session(model: Path | bytes) -> Any:
+    """Open an onnxruntime session on the CPU.  model: a file, or its content."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def by_onnxruntime(running: Any, picture: np.ndarray) -> Found:
@@ -227,15 +225,15 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
 
 
 def compare_with_torch(
-    detector: Detector, file: Path, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
+    detector: Detector, model: bytes, pictures: Sequence[torch.Tensor], name: str, masks: bool, show: Show
 ) -> bool:
-    """Compare the file with torch on each picture and show the differences.  Returns whether they are small."""
+    """Compare a file's content with torch on each picture and show the differences.  Returns whether they are small."""
     (least, most), passed, count = detector.config.model.detection_limits, True, 0
     for picture in pictures:
         expected = by_torch(detector.model, picture, masks=masks)
         where = f"{name}, {picture.shape[0]} x {picture.shape[1]}"
         try:
-            found = by_onnxruntime(session(file), picture.numpy())
+            found = by_onnxruntime(session(model), picture.numpy())
         except Exception as error:  # the common base of onnxruntime's errors
             show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
             return False

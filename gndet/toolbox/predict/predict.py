@@ -24,7 +24,7 @@ from gndet.evaluation.portions import Portion, picture_portions, video_portions
 from gndet.evaluation.prediction import class_label
 from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
 from gndet.evaluation.video import video_writer
-from gndet.files import Kind, is_own, refuse_output
+from gndet.files import Kind, is_own, refuse_file, sweep
 from gndet.toolbox.predict.output import PREDICTIONS, SHEET, Drawn, DrawTask, Output, Wanted, output_kinds, unique_names
 
 TILE_SECONDS = 1.0  # between frames of a video on the contact sheet: closer ones look alike
@@ -133,7 +133,9 @@ def _refuse_outputs(files: dict[Path, Kind], inputs: Sequence[Path]) -> None:
         if file.exists() and _identity(file) in taken:
             raise OutputError(f"--out {file.parent}: would overwrite the picture {file}; choose another folder")
         if os.path.lexists(file) or file.name == PREDICTIONS:
-            refuse_output(file, "--out", kind)
+            refuse_file(file, "--out", kind)
+    for folder in {file.parent for file in files}:
+        sweep(folder)
 
 
 def _identity(file: Path) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import yaml
 from faults.tiny import CONFIG
 from PIL import Image
 from pycocotools.coco import COCO
+from writing import only_by_the_writer
 
 from gndet.cli.arguments import path
 from gndet.cli.main import VERBS, main, parser
@@ -104,7 +105,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
     folder = tmp_path_factory.mktemp("outputs")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"device": "cpu"}))
     cfg = load_config(folder / "tiny.yaml", [f"out={folder / 'run'}", "train.schedule.updates=2", "train.vis_images=2"])
-    train(cfg)
+    with only_by_the_writer(folder) as written:
+        train(cfg)
+    assert written >= {"config.yaml", "metrics.jsonl", "norms.jsonl", "meta.json", "last", "best", "predictions.png"}
     dataset = read_shapes(cfg.data.val, cfg.data)
     (folder / "ann.json").write_text(json.dumps(to_coco(dataset)))
     (folder / "images").mkdir()
@@ -192,7 +195,9 @@ def test_a_second_run_replaces_what_the_first_wrote_and_an_empty_file(row: Row, 
     for name in row.files:
         (home / name).parent.mkdir(exist_ok=True)
         (home / name).touch()
-    assert main(row.words.split()) == 0
+    with only_by_the_writer(home) as written:
+        assert main(row.words.split()) == 0
+    assert written >= {Path(name).name for name in row.files}
     for name in row.files:
         assert (home / name).stat().st_size
         os.utime(home / name, (0, 0))

@@ -28,7 +28,7 @@ from gndet.training.run_folder import STALLED, locked, make_run, move_aside
 from gndet.training.setup import set_up
 from gndet.training.task import TASKS
 from gndet.training.update import UpdateState, compute_gradients, make_update, read, reads_late
-from gndet.training.validation import draw, refuse_unreadable
+from gndet.training.validation import draw, drawing_may_fail, refuse_unreadable
 
 
 def train(
@@ -195,7 +195,8 @@ def show_batches(run: Run, taken: list[Loaded], log: Log) -> None:
     """Log the first training pictures to TensorBoard, as the network receives them."""
     places = [(loaded, place) for loaded in taken for place in range(len(loaded.image_ids))]
     for i, (loaded, place) in enumerate(places[: run.cfg.train.vis_images]):
-        log.picture(0, f"train/{i}", draw(loaded, place, run.train_set.classes))
+        with drawing_may_fail(f"train/{i}", log):
+            log.picture(0, f"train/{i}", draw(loaded, place, run.train_set.classes))
 
 
 class _CallableModule(ModuleType):

@@ -1,6 +1,7 @@
 """Draw objects: boxes, masks and labels on an image; put pictures side by side or in a grid.
 
-n objects, (H, W) image.  Images are (H, W, 3) uint8 RGB, boxes (n, 4) xyxy in the pixels of the image.
+n objects.  Boxes (n, 4) xyxy and masks are in the pixels of a picture (h, w); images (H, W, 3) uint8 RGB are the picture
+or a smaller copy of it.  Masks are decoded one at a time, each within its box: memory does not grow with their number.
 torchvision.utils.draw_bounding_boxes is not used: its labels hide small objects, run out of the picture and are crossed
 by later boxes; it needs a font file for any size but 10 px; and it outlines no masks.
 """
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as coco_mask
 
+from gndet.data.datasets.masks import run_lengths
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Record
 from gndet.errors import OutputError
@@ -44,52 +46,81 @@ def draw_objects(
     boxes: np.ndarray,
     labels: Sequence[str],
     class_indices: Sequence[int],
-    masks: Iterable[np.ndarray | None] | None = None,
+    masks: Iterable[Any] = (),
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Draw boxes, labels and masks; later objects cover earlier ones.
 
-    image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colors; masks: n of
-    (H, W) bool or None, used one at a time.  Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
+    image (H, W, 3) uint8 RGB; boxes (n, 4); n labels; n class indices, which choose the colors; masks: n checked
+    segmentations (polygons, RLE or None), or none; size (h, w), by default that of the image.
+    Returns (H', W', 3) uint8, enlarged if the longer side is below MIN_SIDE.
     With more than MAX_LABELS objects, labels are left out, and so are boxes of objects with a mask.
     """
-    height, width = image.shape[:2]
-    scale = max(1.0, MIN_SIDE / max(height, width))
-    size = (round(width * scale), round(height * scale))
-    pixels = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)).astype(np.float32)
-    line = max(2, round(max(size) / 400))
+    height, width = size = size or (image.shape[0], image.shape[1])
+    scale = max(1.0, MIN_SIDE / max(image.shape))
+    drawn = (round(image.shape[1] * scale), round(image.shape[0] * scale))  # width, height
+    pixels = np.array(Image.fromarray(image).resize(drawn, Image.Resampling.BICUBIC))
+    line = max(2, round(max(drawn) / 400))
     colors = [color(index) for index in class_indices]
     has_mask = np.zeros(len(colors), dtype=bool)
-    for index, mask in enumerate(() if masks is None else masks):
-        if mask is not None:
-            has_mask[index] = True
-            _tint(pixels, mask, colors[index], line)
-    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    for index, segmentation in enumerate(masks):
+        if segmentation is not None:
+            has_mask[index] = _tint(pixels, to_rle(segmentation, size), colors[index], line)
+    picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * np.tile(np.array(size) / (width, height), 2)
-    boxes = np.clip(boxes, 0, [*size, *size] - np.ones(4))
+    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * np.tile(np.array(drawn) / (width, height), 2)
+    boxes = np.clip(boxes, 0, [*drawn, *drawn] - np.ones(4))
     crowded = len(boxes) > MAX_LABELS
     for box, masked, tint in zip(boxes, has_mask, colors, strict=True):
         if not (masked and crowded):
             draw.rectangle(tuple(box.round()), outline=tint, width=line)
     if not crowded:
-        letters = font(max(12, round(max(size) / 55)))
+        letters = font(max(12, round(max(drawn) / 55)))
         for box, label, tint in zip(boxes, labels, colors, strict=True):
-            _label(draw, box, drawable(label), tint, letters, size)
+            _label(draw, box, drawable(label), tint, letters, drawn)
     return np.asarray(picture)
 
 
-def _tint(pixels: np.ndarray, mask: np.ndarray, tint: tuple[int, int, int], line: int) -> None:
-    """Blend a mask's color into the pixels in place, with a solid outline, `line` pixels wide, inside the mask."""
-    whole = Image.fromarray(mask).resize(pixels.shape[1::-1], Image.Resampling.NEAREST)
-    left, top, right, bottom = whole.getbbox() or (0, 0, 0, 0)  # an empty mask
-    inside = np.asarray(whole)[top:bottom, left:right]
+def _tint(pixels: np.ndarray, code: dict[str, Any], tint: tuple[int, int, int], line: int) -> bool:
+    """Blend a mask's color into the pixels in place, with a solid outline, `line` pixels wide, inside the mask.
+
+    code: compressed RLE of the picture's size (h, w).  Returns whether the mask covers a pixel.
+    """
+    top, left, window = mask_window(code)
+    rows, y = _sampled(code["size"][0], pixels.shape[0], top, window.shape[0])
+    columns, x = _sampled(code["size"][1], pixels.shape[1], left, window.shape[1])
+    inside = window[y[:, None], x]
     core = np.pad(inside, line)
     for axis in (0, 1):
         core = core & np.roll(core, line, axis) & np.roll(core, -line, axis)
     core = core[line:-line, line:-line]
-    region = pixels[top:bottom, left:right]
-    region[inside] += MASK_OPACITY * (tint - region[inside])
-    region[inside & ~core] = tint
+    region, levels = pixels[rows, columns], np.arange(256)
+    for channel, level in enumerate(tint):
+        values = region[..., channel]
+        blended = (levels + MASK_OPACITY * (level - levels)).round().astype(np.uint8)  # of each level
+        np.copyto(values, blended[values], where=inside)
+        values[inside & ~core] = level
+    return bool(inside.any())
+
+
+def _sampled(size: int, drawn: int, start: int, length: int) -> tuple[slice, np.ndarray]:
+    """Choose the pixels of a picture of `size` that stand, along one axis, for `drawn` pixels: those at their centers.
+
+    Returns the drawn pixels that are within [start, start + length) of the picture, and their places from `start`.
+    """
+    centers = ((np.arange(drawn) + 0.5) * (size / drawn)).astype(int)
+    first, end = np.searchsorted(centers, [start, start + length])
+    return slice(first, end), centers[first:end] - start
+
+
+def mask_window(code: dict[str, Any]) -> tuple[int, int, np.ndarray]:
+    """Decode a compressed RLE within its box.  Returns the first row and column of the box, and (rows, columns) bool."""
+    height, counts = code["size"][0], code["counts"]
+    left, top, across, down = coco_mask.toBbox(code).astype(int).tolist()
+    ends = np.cumsum(run_lengths(counts if isinstance(counts, str) else counts.decode("ascii")), dtype=np.int64)
+    ends = ends.clip(left * height, (left + across) * height)  # runs go down the columns
+    inside = np.repeat(np.arange(len(ends)) % 2 == 1, np.diff(ends, prepend=left * height))
+    return top, left, inside.reshape(across, height)[:, top : top + down].T
 
 
 def _label(
@@ -114,14 +145,13 @@ def _label(
 def draw_ground_truth(image: np.ndarray, record: Record, classes: Sequence[str]) -> np.ndarray:
     """Draw a record's objects; crowd regions are labeled as such.
 
-    image (H, W, 3) uint8 of the record's size.  Returns what `draw_objects` does.
+    image (H, W, 3) uint8, the record's picture or a smaller copy.  Returns what `draw_objects` does.
     """
     labels = [
         f"{class_name(classes, label)} (crowd)" if crowd else class_name(classes, label)
         for label, crowd in zip(record.labels, record.crowd, strict=True)
     ]
-    masks = (_decode(segmentation, record.size) for segmentation in record.segmentations)
-    return draw_objects(image, record.boxes, labels, record.labels.tolist(), masks)
+    return draw_objects(image, record.boxes, labels, record.labels.tolist(), record.segmentations, record.size)
 
 
 def draw_detections(
@@ -130,33 +160,26 @@ def draw_detections(
     classes: Sequence[str],
     category_ids: Sequence[int],
     threshold: float,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Draw the COCO results of one image that score at least `threshold`, the best one on top.
 
-    image (H, W, 3) uint8; results: boxes xywh in pixels of the image; category_ids: the id of each class in the file.
-    Returns what `draw_objects` does.
+    image (H, W, 3) uint8; results: boxes xywh in pixels of the picture; category_ids: the id of each class in the file;
+    size (h, w), by default that of the image.  Returns what `draw_objects` does.
     """
     shown = sorted((row for row in results if row["score"] >= threshold), key=lambda row: row["score"])
     boxes = np.array([row["bbox"] for row in shown], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     indices = [category_ids.index(row["category_id"]) for row in shown]
     labels = [f"{class_name(classes, index)} {row['score']:.2f}" for index, row in zip(indices, shown, strict=True)]
-    masks = (_decode(row.get("segmentation"), image.shape[:2]) for row in shown)
-    return draw_objects(image, boxes, labels, indices, masks)
+    return draw_objects(image, boxes, labels, indices, [row.get("segmentation") for row in shown], size)
 
 
-def _decode(segmentation: Any, size: tuple[int, int]) -> np.ndarray | None:
-    if segmentation is None:
-        return None
-    return coco_mask.decode(to_rle(segmentation, size)).astype(bool)
-
-
-def shrunk(image: np.ndarray, record: Record, longest: int) -> tuple[np.ndarray, Record]:
-    """Shrink a picture and its boxes to at most `longest` pixels on the longer side; masks keep their size."""
+def shrunk(image: np.ndarray, longest: int) -> np.ndarray:
+    """Shrink a picture to at most `longest` pixels on the longer side."""
     picture = Image.fromarray(image)
     picture.thumbnail((longest, longest), Image.Resampling.BOX, reducing_gap=None)
-    scale = np.tile(np.divide(picture.size, image.shape[1::-1]), 2)
-    return np.asarray(picture), record._replace(boxes=record.boxes * scale)
+    return np.asarray(picture)
 
 
 def placard(text: str, side: int) -> np.ndarray:

@@ -1,18 +1,27 @@
 """Evaluate a run during training: on all ranks, interrupted by a request to stop, with example pictures."""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from gndet.data.batches.stream import Loaded
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, broadcast, raise_on_all
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import GndetError, TrainingError
+from gndet.errors import DataError, GndetError, TrainingError
 from gndet.evaluation.coco_metrics import RECALLS
-from gndet.evaluation.drawing import draw_detections, draw_ground_truth, draw_objects, grid, save_picture, side_by_side
+from gndet.evaluation.drawing import (
+    draw_detections,
+    draw_ground_truth,
+    draw_objects,
+    grid,
+    save_picture,
+    shrunk,
+    side_by_side,
+)
 from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
 from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import paste_masks, save_results
@@ -22,6 +31,7 @@ from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
+PICTURE_SIDE = 1344  # pixels of the longer side of a drawn picture: that of the usual canvas (data.max_edge 1333)
 STRIPE, SHADES = 16, (150, 120)  # of drawn padding: width of a stripe in pixels, and the gray values
 
 
@@ -92,33 +102,45 @@ def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None
     """Draw the first validation images, ground truth beside detections, to predictions.png and TensorBoard."""
     data, pictures = run.val_set, []
     for record in data.records[: run.cfg.train.vis_images]:
-        try:
-            image = record.load()
-        except GndetError:
-            continue  # the evaluation has reported it
-        found = evaluation.results.of_image(record.image_id)
-        left = draw_ground_truth(image, record, data.classes)
-        right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD)
-        pictures.append(side_by_side(left, right, ("ground truth", "detections")))
-        log.picture(done, f"val/{len(pictures) - 1}", pictures[-1])
+        with drawing_may_fail(f"image {record.image_id}", log):
+            try:
+                image = shrunk(record.load(), PICTURE_SIDE)
+            except DataError:
+                continue  # the evaluation has reported it
+            found = evaluation.results.of_image(record.image_id)
+            left = draw_ground_truth(image, record, data.classes)
+            right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD, record.size)
+            pictures.append(side_by_side(left, right, ("ground truth", "detections")))
+            log.picture(done, f"val/{len(pictures) - 1}", pictures[-1])
     if pictures:
-        log.attempt(PREDICTIONS, partial(save_picture, run.out / PREDICTIONS, grid(pictures, columns=2)))
+        with drawing_may_fail(PREDICTIONS, log):
+            log.attempt(PREDICTIONS, partial(save_picture, run.out / PREDICTIONS, grid(pictures, columns=2)))
+
+
+@contextmanager
+def drawing_may_fail(what: str, log: Log) -> Iterator[None]:
+    """Let a run survive whatever goes wrong while a picture is drawn, lack of memory too; the log says it."""
+    try:
+        yield
+    except Exception as error:  # a picture is never worth a run
+        log.message(f"could not draw {what} ({type(error).__name__}: {error}); the run goes on without this picture")
 
 
 def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
-    """Draw one image of a batch on its canvas, with stripes in the padding.  Returns (H', W', 3) uint8."""
+    """Draw one image of a batch on its canvas, with stripes in the padding.
+
+    Returns (H', W', 3) uint8, drawn at PICTURE_SIDE if the canvas is larger.
+    """
     batch = loaded.batch
-    image = batch.images[place].permute(1, 2, 0).numpy().copy()
-    height, width = batch.sizes[place].tolist()
-    row, column = np.indices(image.shape[:2])
-    stripes = np.where((row + column) // STRIPE % 2 == 0, *SHADES)
-    padding = (row >= height) | (column >= width)
-    image[padding] = stripes[padding][:, None]
+    canvas = tuple(batch.images.shape[2:])
+    image = shrunk(batch.images[place].permute(1, 2, 0).numpy(), PICTURE_SIDE).copy()
+    height, width = np.ceil(batch.sizes[place].numpy() * (image.shape[0] / canvas[0])).astype(int)
+    diagonal = np.add.outer(*map(np.arange, image.shape[:2]))
+    stripes = np.where(diagonal // STRIPE % 2 == 0, *SHADES)[..., None]
+    image[height:], image[:, width:] = stripes[height:], stripes[:, width:]
     valid = batch.gt.valid[place]
     boxes = batch.gt.boxes[place][valid].numpy().astype(np.float64)
     labels = batch.gt.labels[place][valid].tolist()
-    masks = None
-    if batch.gt.masks.shape[-1]:
-        codes = paste_masks(batch.gt.masks[place][valid].float().numpy(), boxes, image.shape[:2])
-        masks = (coco_mask.decode(code).astype(bool) for code in codes)
-    return draw_objects(image, boxes, [class_name(classes, label) for label in labels], labels, masks)
+    with_masks = batch.gt.masks.shape[-1] > 0
+    masks = paste_masks(batch.gt.masks[place][valid].float().numpy(), boxes, canvas) if with_masks else ()
+    return draw_objects(image, boxes, [class_name(classes, label) for label in labels], labels, masks, canvas)

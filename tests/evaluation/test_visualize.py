@@ -1,10 +1,12 @@
 """Pictures: what is drawn where, and that nothing is drawn outside."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
@@ -12,6 +14,10 @@ from gndet.evaluation import drawing as visualize
 
 GRAY = np.full((700, 900, 3), 120, dtype=np.uint8)
 BOX = np.array([[100.0, 200.0, 300.0, 400.0]])
+
+
+def coded(mask: np.ndarray) -> dict[str, Any]:
+    return coco_mask.encode(np.asfortranarray(mask))
 
 
 def changed(picture: np.ndarray, image: np.ndarray = GRAY) -> np.ndarray:
@@ -50,7 +56,7 @@ def test_labels_are_left_out_if_they_would_cover_the_picture() -> None:
 def test_a_mask_tints_its_pixels_and_no_others() -> None:
     mask = np.zeros(GRAY.shape[:2], dtype=bool)
     mask[220:380, 120:280] = True
-    picture = visualize.draw_objects(GRAY, BOX, ["cat"], [0], [mask])
+    picture = visualize.draw_objects(GRAY, BOX, ["cat"], [0], [coded(mask)])
     wanted = GRAY[0, 0] + visualize.MASK_OPACITY * (np.array(visualize.color(0)) - GRAY[0, 0])
     assert (np.abs(picture[225:375, 125:275] - wanted) <= 1).all()
     assert (picture[220, 120:280] == visualize.color(0)).all()  # outline
@@ -61,7 +67,7 @@ def test_a_small_picture_is_enlarged_with_its_objects() -> None:
     image = np.zeros((64, 32, 3), dtype=np.uint8)
     mask = np.zeros((64, 32), dtype=bool)
     mask[32:48, 16:24] = True
-    picture = visualize.draw_objects(image, np.array([[16.0, 32, 24, 48]]), [""], [1], [mask])
+    picture = visualize.draw_objects(image, np.array([[16.0, 32, 24, 48]]), [""], [1], [coded(mask)])
     assert picture.shape == (visualize.MIN_SIDE, visualize.MIN_SIDE // 2, 3)
     factor = visualize.MIN_SIDE // 64
     assert changed(picture, np.zeros_like(picture))[32 * factor : 48 * factor, 16 * factor : 24 * factor].all()

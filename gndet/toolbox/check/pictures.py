@@ -186,13 +186,12 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
     """Draw an image with its objects, without them if its picture has another size, or a placeholder if unreadable."""
     record = dataset.records[index]
     try:
-        small, scaled = shrunk(record.load(), record, SIDE)
-        return draw_ground_truth(small, scaled, [printable(name) for name in dataset.classes])
+        return draw_ground_truth(shrunk(record.load(), SIDE), record, [printable(name) for name in dataset.classes])
     except DataError as error:
         if isinstance(error, Fault) and error.code in BARE:
             records: Any = dataset.records  # packed
             picture = read_image(records.path(index), None, records.reading)
-            return draw_objects(shrunk(picture, record, SIDE)[0], np.zeros((0, 4)), [], [])
+            return draw_objects(shrunk(picture, SIDE), np.zeros((0, 4)), [], [])
         return placard(str(error), SIDE)
 
 

@@ -141,7 +141,7 @@ class Output:
             tile = None
             if self.wanted.sheet and task.tile and len(self.tiles) < TILES:
                 caption = f"{printable(Path(task.record.file_name).name)}: {len(shown)}"
-                tile = captioned(shrunk(picture, task.record, TILE_SIDE)[0], caption)
+                tile = captioned(shrunk(picture, TILE_SIDE), caption)
             done.append(Drawn(task, found, len(shown), None if task.file else picture, tile))
         return done
 

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco_mask
 
-from gndet.data.datasets.segmentation import printable, to_rle
+from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
 from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
@@ -132,35 +131,33 @@ def chosen_pictures(found: Analysis, seed: int) -> Tags:
 
 def draw_pair(record: Record, found: Analysis, index: int, results: Results, dataset: Dataset) -> np.ndarray:
     """Draw an image's ground truth beside its detections.  Raises DataError if the picture cannot be read."""
-    small, scaled = shrunk(record.load(), record, SIDE)
+    small = shrunk(record.load(), SIDE)
     matches = found.matches
     lost = set(matches.object_ids[(matches.object_image == index) & (matches.object_index[:, 0] < 0)].tolist())
     unfound = np.array([id in lost for id in record.annotation_ids.tolist()], dtype=bool) & ~record.crowd
     names = tuple(printable(name) for name in dataset.classes)
-    left = draw_ground_truth(small, scaled, names)
+    left = draw_ground_truth(small, record, names)
     if unfound.any():
-        left = _marked(left, scaled, unfound, small.shape)
+        left = _marked(left, record, unfound)
     rows = np.flatnonzero((matches.image == index) & (matches.scores >= found.threshold))
     rows = rows[np.argsort(matches.scores[rows], kind="stable")]  # the best on top
     taken = results.take(matches.index[rows])
     boxes = taken.boxes.copy()
     boxes[:, 2:] += boxes[:, :2]
-    boxes *= np.tile(np.array(small.shape[1::-1]) / np.array(record.size[::-1]), 2)
     labels = [
         f"{class_name(names, label)} {score:.2f}{f' {kind}' if kind else ''}"
         for label, score, kind in zip(matches.label[rows], taken.scores, found.errors.kind[rows], strict=True)
     ]
-    codes = (taken.masks() or []) if found.kind == "mask" else []
-    masks = (coco_mask.decode(to_rle(code, record.size)).astype(bool) for code in codes)
-    right = draw_objects(small, boxes, labels, matches.label[rows].tolist(), masks)
+    codes = (taken.masks() or ()) if found.kind == "mask" else ()
+    right = draw_objects(small, boxes, labels, matches.label[rows].tolist(), codes, record.size)
     return side_by_side(left, right, ("ground truth", f"detections, score >= {found.threshold:.2f}"))
 
 
-def _marked(picture: np.ndarray, record: Record, which: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Draw a red frame around objects.  record: scaled to `size`; the picture may be an enlargement of that size."""
+def _marked(picture: np.ndarray, record: Record, which: np.ndarray) -> np.ndarray:
+    """Draw a red frame around objects.  The picture may be smaller or larger than the record's."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     for box in record.boxes[which]:
-        left, top, right, bottom = (round(float(side) * picture.shape[0] / size[0]) for side in box)
+        left, top, right, bottom = (round(float(side) * picture.shape[0] / record.size[0]) for side in box)
         draw.rectangle((left - 4, top - 4, right + 4, bottom + 4), outline=(255, 0, 0), width=3)
     return np.asarray(image)

@@ -18,8 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
-from gndet.errors import DataError, OutputError
-from gndet.files import LineFile, write_whole
+from gndet.errors import OutputError
+from gndet.files import LineFile
+from gndet.training.logged import read_metrics as read_metrics  # documented as a name of this module
+from gndet.training.logged import truncate
 from gndet.training.run_folder import BOARD, METRICS
 
 BOARD_GROUPS = {"train": "train", "evaluation": "val"}  # prefixes of numbers in TensorBoard
@@ -60,7 +62,7 @@ class Log:
             return
         try:
             out.mkdir(parents=True, exist_ok=True)
-            truncate(out / METRICS, last_kept, evaluation_due)
+            truncate(out / METRICS, last_kept, evaluation_due, self.message)
             self._files[METRICS] = LineFile(out / METRICS)
         except OSError as error:
             raise OutputError(f"{error.filename or out}: cannot write the log: {error.strerror}") from None
@@ -246,36 +248,3 @@ def _train_line(values: dict[str, float]) -> str:
         "eta_s": lambda value: f"eta {timedelta(seconds=round(value)) if math.isfinite(value) else '?'}",
     }
     return "  ".join(write(values[name]) for name, write in shown.items() if name in values)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl: a dict per line with update, kind and the values, None for values that were not finite.
-
-    A last line that a killed run left half-written is skipped.  Raises DataError for any other broken line.
-    """
-    lines, entries = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
-    for number, line in enumerate(lines, start=1):
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise DataError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}: {error}") from None
-    return entries
-
-
-def truncate(path: Path, last_update: int, evaluation_due: bool) -> None:
-    """Drop the lines of later updates, a half-written line, and that of an evaluation that will be repeated.
-
-    The file is replaced as a whole; a line without `kind` belongs to an evaluation.
-    """
-    if path.is_symlink() and not path.exists():
-        path.unlink()  # nothing is written through it
-    if not path.exists():
-        return
-
-    def is_kept(entry: dict[str, Any]) -> bool:
-        if entry["update"] == last_update and entry.get("kind", "evaluation") == "evaluation":
-            return not evaluation_due
-        return entry["update"] <= last_update
-
-    write_whole(path, "".join(f"{json.dumps(entry)}\n" for entry in read_metrics(path) if is_kept(entry)))

@@ -23,7 +23,8 @@ from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers
 from gndet.files import text_table, write_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Batch
-from gndet.training.log import Log, read_metrics, truncate
+from gndet.training.log import Log
+from gndet.training.logged import Entry, Tell, is_norms, read_metrics, truncate
 from gndet.training.memory import out_of_memory, release
 from gndet.training.optim import peak_learning_rate
 from gndet.training.run import Progress, Run
@@ -44,7 +45,7 @@ class NormWatch:
         self._cells = self._padded = 0  # pixels of the training batches' canvases
         self._on = run.proc.first and run.cfg.train.norm_images > 0 and bool(norm_layers(run.model))
         if run.proc.first:
-            truncate(run.out / NORMS, progress.update or -1, progress.evaluation_due)
+            truncate(run.out / NORMS, progress.update or -1, progress.evaluation_due, log.message, is_norms)
         if progress.update == 0:
             self.measure(0)
 
@@ -102,9 +103,9 @@ class NormWatch:
         return [collate(part, cfg.data.canvas_multiple, cfg.data.exact_canvas) for part in full]
 
 
-def read_norms(folder: Path) -> list[dict[str, Any]]:
-    """Read a run's norms.jsonl, a dict per line; [] if it is missing.  Raises DataError for a broken line."""
-    return read_metrics(folder / NORMS) if (folder / NORMS).is_file() else []
+def read_norms(folder: Path, tell: Tell | None = None) -> list[Entry]:
+    """Read a run's norms.jsonl as `read_metrics` reads metrics.jsonl: a dict per line with update, layers, padding."""
+    return read_metrics(folder / NORMS, tell, is_ours=is_norms)
 
 
 def read_start(folder: Path) -> Start | None:

@@ -364,4 +364,4 @@ def test_the_most_serious_finding_comes_first(trained: Path) -> None:
 
 
 def test_without_a_record_the_section_says_so(tmp_path: Path) -> None:
-    assert "No norms.jsonl in this run" in section(tmp_path).html
+    assert "No measurement in norms.jsonl" in section(tmp_path).html

@@ -23,13 +23,15 @@ UNKNOWN = None, None  # for a layer without such a pair of numbers
 
 def section(folder: Path) -> Section:
     """Return the section of a run folder, or one that says that norms.jsonl is missing or broken."""
+    left_out: list[str] = []
     try:
-        entries = [entry for entry in read_norms(folder) if entry.get("layers")]
+        entries = [entry for entry in read_norms(folder, left_out.append) if entry["layers"]]
     except DataError as error:
         return blocks.section("norms", TITLE, blocks.notice("bad", str(error)))
+    told = [blocks.notice("warn", words) for words in left_out]
     if not entries:
-        words = f"No {NORMS} in this run: train.norm_images is 0, or the model has no norm layers."
-        return blocks.section("norms", TITLE, blocks.notice("plain", words))
+        words = f"No measurement in {NORMS}: train.norm_images is 0, or the model has no norm layers."
+        return blocks.section("norms", TITLE, *told, blocks.notice("plain", words))
     last = entries[-1]
     layers = last["layers"]
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(layer["kind"] for layer in layers).items())
@@ -41,7 +43,7 @@ def section(folder: Path) -> Section:
         f"{len(entries)} times on the first validation images.{share}"
     )
     return blocks.section(
-        "norms", TITLE, *(blocks.notice(kind, f"{_capital(words)}.") for kind, words in norm_findings(last)),
+        "norms", TITLE, *told, *(blocks.notice(kind, f"{_capital(words)}.") for kind, words in norm_findings(last)),
         blocks.heading(f"Layer by layer, after update {last['update']}"), blocks.beside(*_by_layer(layers)),
         *([blocks.heading("Over training"), _over_training(entries)] if len(entries) > 1 else []),
         _table(layers), lead=lead,

@@ -18,7 +18,7 @@ from gndet.data.records import Dataset
 from gndet.errors import DataError, GndetError
 from gndet.evaluation.results import Results
 from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
-from gndet.training.log import read_metrics
+from gndet.training.logged import read_metrics
 from gndet.training.optim import total_updates
 from gndet.training.run_folder import CONFIG, DETECTIONS, FAILED, METRICS, PREEMPTED
 
@@ -105,7 +105,8 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     if newest is None:
         missing.append("checkpoints: there is none yet, so environment and weight sources are unknown")
     log, detections = folder / METRICS, folder / DETECTIONS
-    entries = _read("curves", missing, read_metrics, log) if log.is_file() else []
+    last = total_updates(cfg.train.schedule, cfg.train.global_batch)
+    entries = _read("curves", missing, read_metrics, log, lambda words: missing.append(f"curves: {words}"), last)
     if entries == []:
         missing.append(f"curves: nothing was logged in {METRICS} yet")
     train, evaluations = (
@@ -117,7 +118,7 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     if train_set is None or val_set is None:
         missing.append("data: if the data has moved, set data.root=PATH")
     results = analysis = None
-    if not detections.is_file():
+    if not detections.exists():
         missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
     elif val_set is None:
         missing.append("detections: these cannot be analyzed without the data set")

@@ -201,9 +201,20 @@ def _parse(text: str, source: str, place: Callable[..., str], keys: tuple[str, .
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None:
             note(node, keys, 1)
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date like 2001-99-99
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, OverflowError, ValueError) as error:  # the latter two: "\UFFFFFFFF"
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that names the line of a value that is not of its kind, like 2001-99-99 or `!!int ""`."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # what parsing any text as any kind raises
+            words = f"{_brief(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, words, node.start_mark) from None
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) -> None:

@@ -23,11 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from gndet.distributed.children import end_with_parent
 from gndet.errors import GndetError, MachineError
 
 PREFETCH = 4  # items queued per worker
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the whole process group gets them; the main process decides
-POLL = 1.0  # seconds between checks that the main process is alive
 GRACE = 3.0  # seconds for a worker to finish its item when the pool closes, and to exit once its pipe is broken
 CAUSES: dict[int, str] = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
 
@@ -124,11 +124,9 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
     signal.set_wakeup_fd(-1)  # the main process's pipe: a write to it would look like a signal to the main process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED)
     ours.close()  # otherwise the pipe would stay open after the main process drops its end
+    end_with_parent(main, grace=0)  # the pipe alone does not tell: other processes may hold its main end
     try:
         while True:
-            while not theirs.poll(POLL):
-                if os.getppid() != main:  # the pipe alone does not tell: other processes may hold its main end
-                    return
             item = theirs.recv()
             try:
                 result = work(item)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from gndet.distributed.children import safe_children
+from gndet.distributed.children import end_with_parent, safe_children
 from gndet.distributed.watch import Watch
 from gndet.errors import ConfigError
 
@@ -77,6 +77,8 @@ def spawn(function: Callable[..., None], world: int, device: str, *args: Any) ->
 def _spawned(
     rank: int, function: Callable[..., None], world: int, device: str, rendezvous: str, args: tuple[Any, ...]
 ) -> None:
+    if (parent := mp.parent_process()) and parent.pid:
+        end_with_parent(parent.pid)
     torch.set_num_threads(max(torch.get_num_threads() // world, 1))
     gpus = torch.cuda.device_count()
     with _member(device, False, rank, world, rank % max(gpus, 1), rendezvous, nccl=world <= gpus) as proc:

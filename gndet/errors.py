@@ -42,3 +42,24 @@ class Preempted(GndetError):
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
         self.status = status
+
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",  # torch on a CPU
+    "bad allocation", "std::bad_alloc",  # C++
+    "unable to mmap", "Cannot allocate memory",  # the system
+    "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
+    "_STATUS_ALLOC_FAILED",  # cuDNN 8, cuBLAS
+    "_ALLOCATION_FAILED",  # cuDNN 9
+    "CUDA error: out of memory",  # the driver, to torch
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",  # the driver, when Triton loads or launches a kernel
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that memory ran out; libraries below torch have their own words for it."""
+    named = any(
+        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
+    )  # torch's; nothing is imported here
+    return named or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)

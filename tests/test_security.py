@@ -322,6 +322,7 @@ ALLOWED_IMPORTS = {
     ("__init__.py", "importlib"): "the names of gndet, when they are first used",
     ("train.py", "importlib"): "gndet.cli.train, when gndet.train is called",
     ("evaluation/fonts.py", "importlib"): "finds matplotlib's folder without importing it",
+    ("data/workers.py", "pickle"): "results of gndet's own processes, which come through their pipes",
     ("weights/foreign/files.py", "pickle"): "its unpickler looks nothing up: tests/weights/test_weight_files.py",
     ("weights/foreign/files.py", "zipfile"): "lists the names in a file of torch.save",
     (
@@ -343,6 +344,7 @@ BANNED_CALLS = (
     | {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "shutil.unpack_archive"}
 )
 ALLOWED_CALLS = {
+    ("data/workers.py", "pickle.loads"): "results of gndet's own processes, which come through their pipes",
     ("__init__.py", "import_module"): "the names of gndet, when they are first used",
     ("train.py", "import_module"): "gndet.cli.train, when gndet.train is called",
     ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names in that file",

@@ -1,13 +1,17 @@
 """A pool of forked processes that compute items ahead, in order, and are replaced when they die.
 
 Each worker has its own pipe and shares nothing else, so the pool notices a death as soon as it waits for that worker.
+The arrays of a result come in a file in memory, which needs neither /dev/shm nor, once it is mapped, an open file.
 Why not concurrent.futures: one death breaks the whole executor, exit waits for every item that was started, and its
 workers outlive a main process that is killed.  Why not torch's DataLoader: its workers share locks that a killed worker
 may never release, it looks for deaths only every 5 seconds, and its SIGCHLD handler raises anywhere in the main thread.
 """
 
+import mmap
 import multiprocessing
 import os
+import pickle
+import resource
 import signal
 import socket
 import threading
@@ -24,12 +28,15 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from gndet.distributed.children import end_with_parent
-from gndet.errors import GndetError, MachineError
+from gndet.errors import GndetError, MachineError, out_of_memory
 
 PREFETCH = 4  # items queued per worker
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the whole process group gets them; the main process decides
 GRACE = 3.0  # seconds for a worker to finish its item when the pool closes, and to exit once its pipe is broken
-CAUSES: dict[int, str] = {signal.SIGKILL: "out of memory?", signal.SIGBUS: "shared memory full?"}
+CAUSES: dict[int, str] = {signal.SIGKILL: "out of memory?"}
+SMALL = 1 << 16  # bytes: a smaller result goes through the pipe
+ALIGNED = 64  # bytes: arrays start at multiples of it in memory, as PyTorch's do
+REMEDY = "lower data.workers (0: no processes)"
 
 
 class Death(Exception):
@@ -47,7 +54,7 @@ class Death(Exception):
 
 
 class Failure(NamedTuple):
-    """The traceback of an exception in a worker: a bug, or not enough memory."""
+    """The traceback of an exception in a worker: a bug."""
 
     text: str
 
@@ -71,7 +78,7 @@ def map_ahead(
     on_death: called with the item that a worker died on, the Death, and how many workers in a row have died on it.
     It returns a result to use instead, or None to compute the item again.
     time_limit: seconds to wait for an item, from when its turn has come, before its worker is killed.
-    Raises MachineError if no process can be started.
+    Raises MachineError if a process cannot be started, or if memory or open files run out.
     """
     pool: list[_Worker] = []  # items are dealt to the workers in turn
     close = Finalize(None, _end, (pool,), exitpriority=0)  # also at exit, before multiprocessing waits for the workers
@@ -129,17 +136,107 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
         while True:
             item = theirs.recv()
             try:
-                result = work(item)
+                parts = _packed(work(item))
             except GndetError as error:
-                result = error
-            except Exception:  # of any kind: the main process reports it
-                result = Failure(traceback.format_exc())
-            try:
-                theirs.send(result)  # tensors travel in shared memory
-            except (OSError, RuntimeError):  # no shared memory or file descriptor left
-                theirs.send(Failure(traceback.format_exc()))
+                parts = _packed(error)
+            except Exception as error:  # of any kind: the main process reports it
+                full = MachineError(f"a loader process ran out of memory: {REMEDY}")
+                parts = _packed(full if out_of_memory(error) else Failure(traceback.format_exc()))
+            _send(theirs, parts)
     except (EOFError, ConnectionError):
         return  # the main process has finished or died
+
+
+def _packed(result: Any) -> list[bytes | memoryview]:
+    """Pickle a result.  Returns the pickle, and the memory of each array."""
+    arrays: list[pickle.PickleBuffer] = []
+    pickled = pickle.dumps(result, protocol=5, buffer_callback=arrays.append)
+    return [pickled, *(array.raw() for array in arrays)]
+
+
+def _send(connection: Connection, parts: Sequence[bytes | memoryview]) -> None:
+    """Send the parts of a result in a file in memory, or where there can be none, through the pipe, which is slower.
+
+    Such a file needs neither /dev/shm nor the life of this process.
+    """
+    connection.send([len(part) for part in parts])
+    with _socket(connection) as pipe:
+        try:
+            with _memory_file(parts) as file:
+                socket.send_fds(pipe, [b"F"], [file])
+                return
+        except ConnectionError:
+            raise
+        except OSError:  # the system has no such files, or a limit: of memory, of the size of files, of open files
+            pipe.sendall(b"P")
+    for part in parts:
+        connection.send_bytes(part)
+
+
+def _receive(connection: Connection) -> Any:
+    """Return a result that was sent.  Raises MachineError if this process has no open file or no memory left for it."""
+    lengths = connection.recv()
+    with _socket(connection) as pipe:
+        kind, files, *_ = socket.recv_fds(pipe, 1, 1)
+    if not kind:
+        raise EOFError
+    if kind == b"P":
+        pickled, *arrays = [bytearray(connection.recv_bytes()) for _ in lengths]
+        return pickle.loads(pickled, buffers=arrays)
+    if not files:
+        raise MachineError(f"too many open files: raise the limit (ulimit -n 4096), or {REMEDY}")
+    content, parts, start = _content(*files), list[memoryview](), 0
+    for length in lengths:
+        parts.append(content[start : start + length])
+        start += length + -length % ALIGNED
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+@contextmanager
+def _socket(connection: Connection) -> Iterator[socket.socket]:
+    """Use a pipe as the socket that it is, without another open file."""
+    pipe = socket.socket(fileno=connection.fileno())
+    pipe.settimeout(None)  # whatever socket.setdefaulttimeout says
+    try:
+        yield pipe
+    finally:
+        pipe.detach()
+
+
+@contextmanager
+def _memory_file(parts: Sequence[bytes | memoryview]) -> Iterator[int]:
+    """Open a file in memory that holds the parts.  Raises OSError if they are small, or if there can be none."""
+    if not hasattr(os, "memfd_create") or sum(map(len, parts)) < SMALL:
+        raise OSError
+    file = os.memfd_create("gndet")
+    try:
+        for part in parts:
+            for piece in (memoryview(part), memoryview(bytes(-len(part) % ALIGNED))):
+                while piece:
+                    piece = piece[os.write(file, piece) :]
+        yield file
+    finally:
+        os.close(file)
+
+
+def _content(file: int) -> memoryview:
+    """Map an open file into memory, and close it.  Raises MachineError.
+
+    Python's mapping holds a file open, so the content is copied instead if half of the allowed files are open.
+    """
+    try:
+        with suppress(OSError):
+            os.close(lowest := os.dup(file))  # all numbers below it are taken
+            if lowest < resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2:
+                return memoryview(mmap.mmap(file, 0))
+        content, done = memoryview(bytearray(os.fstat(file).st_size)), 0
+        while done < len(content):
+            done += os.preadv(file, [content[done:]], done)
+        return content
+    except MemoryError:
+        raise MachineError(f"no memory for a batch: {REMEDY}") from None
+    finally:
+        os.close(file)
 
 
 @contextmanager
@@ -171,12 +268,8 @@ class _Worker:
     """A worker process and its unanswered items, oldest first."""
 
     def __init__(self, work: Callable[[Any], Any], items: Iterable[Any] = ()) -> None:
-        """items: those left by a worker that died.  They are sent one at a time, to find the one that kills.
-
-        They include items that the dead worker had answered: tensors in shared memory are lost with their process.
-        """
-        self.items = deque(items)
-        self.sent, self.trial = 0, len(self.items)
+        """items: those that a worker left which died."""
+        self.items, self.sent = deque(items), 0
         with _interrupts_held():
             try:
                 self.connection, theirs = multiprocessing.Pipe()
@@ -185,7 +278,7 @@ class _Worker:
                 self.process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
                 self.process.start()
             except OSError as error:
-                raise MachineError(f"a loader process cannot be started: {error}") from None
+                raise MachineError(f"a loader process cannot be started: {error.strerror or error}: {REMEDY}") from None
             theirs.close()  # otherwise the pipe would stay open when the process ends
         self._send()
 
@@ -195,8 +288,8 @@ class _Worker:
         self._send()
 
     def _send(self) -> None:
-        """Send the unsent items; during a trial, only the oldest."""
-        while self.sent < (1 if self.trial else len(self.items)):
+        """Send the unsent items."""
+        while self.sent < len(self.items):
             try:
                 self.connection.send(self.items[self.sent])
             except ConnectionError:
@@ -208,14 +301,13 @@ class _Worker:
         try:
             ready = wait([self.connection, self.process.sentinel], time_limit)
             if self.connection in ready:
-                result = self.connection.recv()
+                result = _receive(self.connection)
                 self.items.popleft()
-                self.sent, self.trial = self.sent - 1, max(self.trial - 1, 0)
-                self._send()
+                self.sent -= 1
                 return result
             if not ready:
                 self.process.kill()
-        except (EOFError, OSError):  # the pipe, or the shared memory of a finished item, died with the process
+        except (EOFError, OSError):  # the pipe died with the process
             ready = [self.process.sentinel]
             self.process.join(GRACE)
             if self.process.exitcode is None:
@@ -227,7 +319,7 @@ class _Worker:
 def _end(pool: list[_Worker]) -> None:
     """End the workers by shutting down their pipes; kill those that do not finish within GRACE seconds."""
     for worker in pool:
-        with socket.socket(fileno=os.dup(worker.connection.fileno())) as pipe, suppress(OSError):
+        with _socket(worker.connection) as pipe, suppress(OSError):
             pipe.shutdown(socket.SHUT_RDWR)  # closing is not enough: processes forked later hold the pipe, too
         worker.connection.close()
     deadline = time.monotonic() + GRACE

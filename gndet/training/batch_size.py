@@ -10,8 +10,8 @@ from gndet.config.schema import Config, TrainConfig
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.collectives import all_reduce_min
 from gndet.distributed.process import Process
-from gndet.errors import ConfigError
-from gndet.training.memory import MIB, free_memory, largest_fitting, limited, out_of_memory, release
+from gndet.errors import ConfigError, out_of_memory
+from gndet.training.memory import MIB, free_memory, largest_fitting, limited, release
 from gndet.training.run import Run
 from gndet.training.update import backward, clear_gradients, resident_bytes
 

@@ -12,15 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
-_OUT_OF_MEMORY = (
-    "DefaultCPUAllocator",  # torch on a CPU
-    "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
-    "_STATUS_ALLOC_FAILED",  # cuDNN 8, cuBLAS
-    "_ALLOCATION_FAILED",  # cuDNN 9
-    "CUDA error: out of memory",  # the driver, to torch
-    "CUDA driver error: out of memory",
-    "Triton Error [CUDA]: out of memory",  # the driver, when Triton loads or launches a kernel
-)
 
 
 @contextmanager
@@ -80,11 +71,6 @@ class TensorBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Return whether an error means that memory ran out; libraries below torch have their own words for it."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def free_memory(device: torch.device) -> int:

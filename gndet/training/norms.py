@@ -19,13 +19,14 @@ from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.stream import Loaded
 from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample
+from gndet.errors import out_of_memory
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
 from gndet.files import text_table, write_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Batch
 from gndet.training.log import Log
 from gndet.training.logged import Entry, Tell, is_norms, read_metrics, truncate
-from gndet.training.memory import out_of_memory, release
+from gndet.training.memory import release
 from gndet.training.optim import peak_learning_rate
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import NORMS, NORMS_START

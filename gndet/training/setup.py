@@ -20,13 +20,13 @@ from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import micro_batches
 from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.process import Process, place
-from gndet.errors import ConfigError, DataError, TrainingError
+from gndet.errors import ConfigError, DataError, TrainingError, out_of_memory
 from gndet.modeling.recompute import set_memory
 from gndet.training.averaging import WeightAverage
 from gndet.training.batch_size import enough_memory, images_at_once
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
 from gndet.training.gpu_notes import slower_operators, tf32
-from gndet.training.memory import out_of_memory, release
+from gndet.training.memory import release
 from gndet.training.norms import audit, summary
 from gndet.training.optim import make_optimizer
 from gndet.training.run import Progress, Run

@@ -20,10 +20,10 @@ from gndet.data.batches.stream import Replay
 from gndet.distributed.collectives import all_gather, all_reduce_min, all_reduce_sum, broadcast, exchange
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import GndetError, TrainingError
+from gndet.errors import GndetError, TrainingError, out_of_memory
 from gndet.structures import Batch
 from gndet.training.gradient_buckets import Buckets, sum_gradients
-from gndet.training.memory import MIB, limited, out_of_memory, release
+from gndet.training.memory import MIB, limited, release
 from gndet.training.run import Progress, Run
 
 

@@ -11,7 +11,7 @@ from gndet.data.batches.stream import Loaded
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, broadcast, raise_on_all
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import DataError, GndetError, TrainingError
+from gndet.errors import DataError, GndetError, TrainingError, out_of_memory
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.evaluation.drawing import (
     draw_detections,
@@ -26,7 +26,6 @@ from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table
 from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import paste_masks, save_results
 from gndet.training.log import Log
-from gndet.training.memory import out_of_memory
 from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 

@@ -3,7 +3,6 @@
 Processes and signals are real.  The truth is the stream of a single process without faults.
 """
 
-import faulthandler
 import functools
 import multiprocessing
 import os
@@ -149,16 +148,6 @@ def test_t25_a_picture_that_kills_is_named_by_its_image(dataset: Dataset) -> Non
     batches = stream(dataset._replace(records=records), workers=2, images_per_gpu=1)
     with pytest.raises(DataError, match=rf"preparing image\(s\) {record.image_id}, and so did"):
         list(batches)
-
-
-def full_memory(item: int) -> None:
-    faulthandler.disable()  # pytest's would print a dump
-    os.kill(os.getpid(), signal.SIGBUS)
-
-
-def test_t25_a_process_that_dies_of_full_shared_memory_says_what_helps() -> None:
-    with pytest.raises(DataError, match=r"signal 7 \(shared memory full\?\).*--shm-size"):
-        list(simple(full_memory))
 
 
 def end_by_itself(item: int) -> None:

@@ -16,9 +16,10 @@ from run_files import load, losses
 from gndet.cli.main import main
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.process import process
+from gndet.errors import out_of_memory
 from gndet.structures import Batch, GroundTruth
 from gndet.train import train
-from gndet.training.memory import MIB, limited, out_of_memory
+from gndet.training.memory import MIB, limited
 from gndet.training.setup import build_run
 from gndet.training.update import backward, to_device
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gndet.training.memory import TensorBytes, largest_fitting, limited, out_of_memory
+from gndet.errors import out_of_memory
+from gndet.training.memory import TensorBytes, largest_fitting, limited
 
 CPU = torch.device("cpu")
 

@@ -232,8 +232,7 @@ def prefetch(
         if deaths > 1:
             raise DataError(
                 f"{death} while preparing {describe(item)}, and so did the one before it; data.workers=0 "
-                "shows the cause; if memory is short, lower data.workers; if shared memory is full (signal 7), give "
-                "the container more (docker run --shm-size=8g)"
+                "shows the cause; if memory is short, lower data.workers"
             )
         if notify:
             notify(f"{death} while preparing {describe(item)}; restarted")
@@ -246,17 +245,35 @@ def prefetch(
         for item, result in results:
             if isinstance(result, Failure):
                 raise RuntimeError(f"in a loader process, while preparing {describe(item)}:\n{result.text}")
-            yield _pinned(result) if pin_memory else result
+            batch = _mapped(_from_memory, _Memory, result) if workers else result
+            # a GPU can read pinned memory asynchronously
+            yield _mapped(Tensor.pin_memory, Tensor, batch) if pin_memory else batch
 
 
 def _on_one_thread(load: Callable[[Any], Any], item: Any) -> Any:
-    """Load an item with a single thread, because the workers share the cores."""
+    """Load an item with a single thread, because the workers share the cores.  Its tensors become their memory."""
     torch.set_num_threads(1)
-    return load(item)
+    return _mapped(_to_memory, Tensor, load(item))
 
 
-def _pinned(value: Any) -> Any:
-    """Copy the tensors of nested NamedTuples into pinned memory, which a GPU can read asynchronously."""
-    if isinstance(value, Tensor):
-        return value.pin_memory()
-    return type(value)(*map(_pinned, value)) if hasattr(value, "_fields") else value
+class _Memory(NamedTuple):
+    """A tensor as `map_ahead` passes it on: NumPy may lose the order of its dimensions in memory."""
+
+    values: np.ndarray  # (n,) all of its storage
+    layout: tuple[Sequence[int], Sequence[int], int]  # shape, strides, offset
+
+
+def _to_memory(tensor: Tensor) -> _Memory:
+    values = tensor.new_empty(0).set_(tensor.untyped_storage())
+    return _Memory(values.numpy(), (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
+
+
+def _from_memory(memory: _Memory) -> Tensor:
+    return torch.from_numpy(memory.values).as_strided(*memory.layout)
+
+
+def _mapped(function: Callable[[Any], Any], kind: type, value: Any) -> Any:
+    """Apply a function to the values of a kind in nested NamedTuples."""
+    if isinstance(value, kind):
+        return function(value)
+    return type(value)(*(_mapped(function, kind, part) for part in value)) if hasattr(value, "_fields") else value

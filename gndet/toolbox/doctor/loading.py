@@ -1,30 +1,21 @@
-"""Measure how fast pictures become batches; check shared memory and the open-file limit for loader processes."""
+"""Measure how fast pictures become batches; check the limit of open files for loader processes."""
 
 import contextlib
 import resource
-import shutil
 import time
-from pathlib import Path
-
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from gndet.config.schema import Config, DataConfig, DatasetConfig
-from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.data.workers import PREFETCH, usable_cores
+from gndet.data.workers import usable_cores
 from gndet.toolbox.doctor.facts import Fact, Facts
 
 PICTURES = 64  # most pictures to load
 SECONDS = 2.0  # about the length of each of the two measurements
 SIZE = 480  # side in pixels of the pictures drawn without a config
-SHARED = Path("/dev/shm")
-DOCKER = 64 << 20  # bytes: Docker's default
-USUAL = 110 << 20  # bytes of 8 batches of two COCO pictures at 800/1333, each with masks of 60 objects
-OTHER_FILES = 200  # open files of a run besides its batches: libraries, logs, pipes
-MIB = 2**20
+OTHER_FILES = 200  # open files of a run besides its loader processes: libraries, logs, data
+FILES = 3  # per loader process: its pipe, what tells its end, a batch on its way
 
 
 def facts(cfg: Config | None) -> Facts:
@@ -52,8 +43,6 @@ def facts(cfg: Config | None) -> Facts:
         speed = max(speed, 1e-9)
     images = images_per_batch(used)
     yield Fact("data wait", f"none if training on {images} images takes {1000 * images / speed:.0f} ms or more")
-    needed = batch_bytes(dataset, used) * workers * PREFETCH if cfg else USUAL
-    yield shared_memory(needed, workers, SHARED)
     yield open_files(workers, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
@@ -89,34 +78,11 @@ def rate(dataset: Dataset, cfg: Config, workers: int) -> tuple[float, list[str]]
     return count / (time.perf_counter() - before), deaths
 
 
-def batch_bytes(dataset: Dataset, cfg: Config) -> int:
-    """Return the size in bytes of the largest batch of these pictures."""
-    batch = largest_batch(dataset, cfg.data, images_per_batch(cfg), masks=cfg.model.masks)
-    return sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-
-
-def shared_memory(needed: int, workers: int, folder: Path) -> Fact:
-    """Judge the room for batches that loader processes have prepared.  needed: bytes."""
-    name = "shared memory"
-    if not folder.is_dir():
-        text = f"no {folder}: loader processes need it; set data.workers=0 to load without them"
-        return Fact(name, text, "wrong" if workers else "")
-    total, _, free = shutil.disk_usage(folder)
-    text = f"{total / MIB:,.0f} MiB, {free / MIB:,.0f} free; {workers} loader processes may hold {needed / MIB:,.0f}"
-    ways = "docker run --shm-size=8g, or fewer data.workers"
-    if workers and free < needed:
-        return Fact(name, f"{text}: {ways}", "warning" if total > needed else "wrong")
-    if workers and total <= DOCKER:
-        return Fact(name, f"{text}: Docker's default of 64 MB is too small for large pictures: {ways}", "warning")
-    return Fact(name, text, "ok")
-
-
 def open_files(workers: int, limit: int) -> Fact:
-    """Judge the limit of open files; each tensor of a waiting batch takes one."""
+    """Judge the limit of open files."""
     if limit == resource.RLIM_INFINITY:
         return Fact("open files", "no limit", "ok")
-    leaves = 7  # tensors of a Batch
-    needed = workers * PREFETCH * leaves + OTHER_FILES
+    needed = workers * FILES + OTHER_FILES
     text = f"at most {limit}; a run with {workers} loader processes needs up to {needed}"
     if limit < needed:
         text += f": raise the limit (ulimit -n {max(4096, needed)}) or lower data.workers"

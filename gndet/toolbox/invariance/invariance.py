@@ -24,7 +24,7 @@ from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
-from gndet.errors import ConfigError
+from gndet.errors import ConfigError, out_of_memory
 from gndet.files import text_table, write_whole
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
@@ -44,7 +44,7 @@ from gndet.toolbox.invariance.measure import (
 )
 from gndet.toolbox.invariance.samples import choose_samples, wider_mate, within_memory
 from gndet.training.gradient_buckets import sum_gradients
-from gndet.training.memory import free_memory, out_of_memory, release
+from gndet.training.memory import free_memory, release
 from gndet.training.update import backward
 from gndet.weights.load import initial_model
 

@@ -212,7 +212,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # what parsing any text as any kind raises
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):  # of parsing any text as any kind
             words = f"{_brief(node.value)} is no {node.tag.rpartition(':')[2]}"
             raise yaml.constructor.ConstructorError(None, None, words, node.start_mark) from None
 

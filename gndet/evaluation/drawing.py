@@ -1,7 +1,8 @@
 """Draw objects: boxes, masks and labels on an image; put pictures side by side or in a grid.
 
-n objects.  Boxes (n, 4) xyxy and masks are in the pixels of a picture (h, w); images (H, W, 3) uint8 RGB are the picture
-or a smaller copy of it.  Masks are decoded one at a time, each within its box: memory does not grow with their number.
+n objects.  Boxes (n, 4) xyxy and masks are in the pixels of a picture (h, w); images (H, W, 3) uint8 RGB are the
+picture or a smaller copy of it.  Masks are decoded one at a time, each within its box: memory does not grow with their
+number.
 torchvision.utils.draw_bounding_boxes is not used: its labels hide small objects, run out of the picture and are crossed
 by later boxes; it needs a font file for any size but 10 px; and it outlines no masks.
 """
@@ -114,7 +115,7 @@ def _sampled(size: int, drawn: int, start: int, length: int) -> tuple[slice, np.
 
 
 def mask_window(code: dict[str, Any]) -> tuple[int, int, np.ndarray]:
-    """Decode a compressed RLE within its box.  Returns the first row and column of the box, and (rows, columns) bool."""
+    """Decode a compressed RLE within its box.  Returns the box's first row and column, and (rows, columns) bool."""
     height, counts = code["size"][0], code["counts"]
     left, top, across, down = coco_mask.toBbox(code).astype(int).tolist()
     ends = np.cumsum(run_lengths(counts if isinstance(counts, str) else counts.decode("ascii")), dtype=np.int64)

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 from gndet.errors import OutputError
 
 ENDS = 16_384  # bytes at the start and at the end of a file, in which marks are
+LONGEST = 200  # bytes of a name made from a user's text: file systems take 255, with a number, a suffix and the like
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")  # names of files and folders that are being written
 ASIDE = ".old-"  # prefix of a folder that is being replaced
 
@@ -365,3 +366,10 @@ def csv_table(rows: Iterable[Sequence[Any]]) -> str:
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows(rows)
     return file.getvalue()
+
+
+def cut_name(name: str) -> str:
+    """Cut a name to LONGEST bytes, between letters."""
+    while len(os.fsencode(name)) > LONGEST:
+        name = name[:-1]
+    return name

@@ -27,7 +27,7 @@ from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.datasets.tracing import joined, outlines_of
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError, OutputError
-from gndet.files import TEMPORARY, folder_written_whole, make_folder, refuse_among, sweep, write_whole
+from gndet.files import TEMPORARY, cut_name, folder_written_whole, make_folder, refuse_among, sweep, write_whole
 
 ALL = "all"  # what a set without a name is called in the copy
 WHOLE = "copy"  # folder in OUT that is written whole before its content moves up
@@ -152,11 +152,11 @@ def _copy(records: PackedRecords, index: int, folder: Path, stems: set[str] | No
     source = records.path(index)
     name = Path(source).relative_to(records.folder)
     if stems is not None:
-        stem, number = str(name.with_suffix("")), 1
-        while str(name.with_suffix("")) in stems:
+        stem, number = cut_name(name.stem), 1
+        while (taken := str(name.with_suffix("")).casefold()) in stems:  # some disks do not know upper from lower case
             number += 1
-            name = Path(f"{stem}-{number}{name.suffix}")
-        stems.add(str(name.with_suffix("")))
+            name = name.with_name(f"{stem}-{number}{name.suffix}")
+        stems.add(taken)
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     write_whole(folder / name, Path(source).read_bytes(), sync=False)
     return name.as_posix()

@@ -124,6 +124,14 @@ def test_pictures_of_one_stem_keep_their_own_labels(tmp_path: Path) -> None:
     assert {record.file_name: round(record.boxes[0, 0]) for record in copy.records} == {"a.png": 8, "a-2.bmp": 1}
 
 
+def test_numbered_names_fit_and_differ_not_only_in_case(tmp_path: Path) -> None:
+    names = ("ü" * 125 + ".png", "ü" * 125 + ".bmp", "A.png", "a.bmp")
+    boxes = [BOX | {"id": place, "image_id": place} for place in range(1, 5)]
+    convert_data(str(small(tmp_path / "data", *boxes, names=names)), tmp_path / "copy", "yolo", [], lambda line: None)
+    copied = {record.file_name for record in read(tmp_path / "copy").records}
+    assert copied == {names[0], "ü" * 100 + "-2.bmp", "A.png", "a-2.bmp"}
+
+
 @pytest.mark.parametrize("taken", ["file", "folder"])
 def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, taken: str) -> None:
     source, out = small(tmp_path / "data", BOX), tmp_path / "copy"

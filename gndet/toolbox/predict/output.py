@@ -25,7 +25,7 @@ from gndet.evaluation.drawing import PICTURE, captioned, draw_detections, grid, 
 from gndet.evaluation.evaluate import to_results
 from gndet.evaluation.results import RESULTS, Results, join, save_results
 from gndet.evaluation.video import VIDEO, Frame
-from gndet.files import Kind, make_folder, text_table, write_whole
+from gndet.files import Kind, cut_name, make_folder, text_table, write_whole
 from gndet.structures import Detections
 
 TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, pictures per row, longer side in pixels
@@ -185,6 +185,11 @@ def crop_folders(classes: Sequence[str]) -> list[str]:
     return unique_names([re.sub(r"[^\w .+()-]", "_", name).strip(" .") or "_" for name in classes])
 
 
+def frame_names(stem: str) -> str:
+    """Return the regular expression of the names of a video's frames, which its crops have."""
+    return rf"{re.escape(stem)}-f\d{{6,}}"
+
+
 def output_kinds(
     out: Path, pictures: Sequence[str], videos: Sequence[str], classes: Sequence[str], wanted: Wanted
 ) -> dict[Path, Kind]:
@@ -197,13 +202,16 @@ def output_kinds(
     return {out / name: kind for name, kind in kinds.items()} | dict.fromkeys(crops, PICTURE)
 
 
-def unique_names(names: Sequence[str], suffix: str = "", reserved: Sequence[str] = ()) -> list[str]:
-    """Append the suffix to each name; number names that repeat an earlier or reserved one, ignoring case."""
-    unique: list[str] = []
-    taken = {name.casefold() for name in reserved}
-    for number, name in enumerate(names, start=1):
-        while f"{name}{suffix}".casefold() in taken:
+def unique_names(names: Sequence[str], suffix: str = "", reserved: str = "") -> list[str]:
+    """Append the suffix to each name; number names that repeat an earlier one or match `reserved`, ignoring case.
+
+    reserved: a regular expression of names without the suffix.  Names of more than LONGEST bytes are cut.
+    """
+    unique, taken, kept = list[str](), set[str](), re.compile(reserved.casefold())
+    for number, long_name in enumerate(names, start=1):
+        name = cut_name(long_name)
+        while name.casefold() in taken or kept.fullmatch(name.casefold()):
             name = f"{name}-{number}"
-        taken.add(f"{name}{suffix}".casefold())
+        taken.add(name.casefold())
         unique.append(f"{name}{suffix}")
     return unique

@@ -25,7 +25,17 @@ from gndet.evaluation.prediction import class_label
 from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
 from gndet.evaluation.video import video_writer
 from gndet.files import Kind, is_own, refuse_file, sweep
-from gndet.toolbox.predict.output import PREDICTIONS, SHEET, Drawn, DrawTask, Output, Wanted, output_kinds, unique_names
+from gndet.toolbox.predict.output import (
+    PREDICTIONS,
+    SHEET,
+    Drawn,
+    DrawTask,
+    Output,
+    Wanted,
+    frame_names,
+    output_kinds,
+    unique_names,
+)
 
 TILE_SECONDS = 1.0  # between frames of a video on the contact sheet: closer ones look alike
 FRAMES_PER_LINE = 100  # of progress
@@ -57,9 +67,9 @@ def predict(
     reading, told = Reading.of(data), Findings()
     sizes, rates, broken = read_headers(found, reading, lambda file: _size(file, reading, told))
     pictures = Pictures(sizes, reading)
-    reserved = (SHEET,) if sheet else ()
-    names = unique_names([file.stem for file in pictures.files], ".png", reserved)
     video_names = unique_names([video.stem for video in rates], ".mp4")
+    reserved = [frame_names(Path(name).stem) for name in video_names] + [Path(SHEET).stem] * sheet
+    names = unique_names([file.stem for file in pictures.files], ".png", "|".join(reserved))
     _refuse_outputs(output_kinds(out, names, video_names, detector.classes, wanted), [*found.pictures, *found.videos])
     unusual = [describe_finding(finding._replace(remedy="")) for finding in told.listed()]
     for line in itertools.chain(found.notes, *unusual):

@@ -1,0 +1,221 @@
+"""A command is killed before each of its file operations, or one of them fails; then the same command is given again.
+
+The folder must then hold what it holds after an unbroken command, bit for bit, and nothing else.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from PIL import Image
+
+from faults.host import host
+from faults.operations import COUNT, KILL
+from faults.tiny import CONFIG, SPEEDS, check
+from gndet.training.run_folder import BOARD
+
+Words = tuple[str, ...]
+TRAIN = (
+    "train", "tiny.yaml", "out=run", "train.schedule.updates=2", "train.eval_every=1", "train.checkpoint_every=1",
+    "train.keep_last=1", "train.vis_images=1",
+)  # fmt: skip
+COCO = (
+    "data.root=data", "data.train.kind=coco", "data.train.annotations=a.json", "data.train.images=img",
+    "data.val.kind=coco", "data.val.annotations=a.json", "data.val.images=img", "data.cache=cache",
+)  # fmt: skip
+BOARD_OPERATIONS = 6  # operations on TensorBoard's files at which a sampled walk stops a command
+FINISHED = "this run is finished"
+TIMES = {"seconds", "speed", "date", "budget"}  # keys of study.json that differ from time to time
+FLAKY = re.compile(r"\d+([.,:]\d+)*|<svg.*?</svg>", re.DOTALL)  # numbers and charts of a page: speeds and times
+
+
+class Command(NamedTuple):
+    """A command and the commands that make the folder it starts in."""
+
+    name: str
+    words: Words
+    before: tuple[Words, ...] = ()
+    stopped_at: str = ""  # the last command of `before` is killed before the first operation with this text
+    done: str = ""  # what the command may say, with status 2, when it has nothing left to do
+    only: str = ""  # consider only the operations that match this pattern
+
+
+COMMANDS = (
+    Command("a new run", TRAIN, done=FINISHED),
+    Command("--fresh", (*TRAIN, "--fresh"), before=((*TRAIN, "seed=7"),)),
+    Command("a resumed run", TRAIN, before=(TRAIN,), stopped_at="update-0000002/manifest", done=FINISHED),
+    Command("a run with its report", (*TRAIN, "train.report=true"), done=FINISHED, only="report"),
+    Command("report", ("report", "run"), before=(TRAIN,)),
+    Command("check with the cache", ("check", "tiny.yaml", "--images", *COCO)),
+    Command("train with the cache", (*TRAIN, *COCO), done=FINISHED, only="cache"),
+    Command("convert", ("convert", "run", "out"), before=(TRAIN,), done="exists"),
+    Command("convert to a file", ("convert", "run", "out.pth", "--to", "torchvision"), before=(TRAIN,), done="exists"),
+    Command("convert-data", ("convert-data", "data/a.json", "out", "--to", "yolo"), done="is not an empty folder"),
+    Command("evaluate", ("evaluate", "run", "--out", "found.json"), before=(TRAIN,)),
+    Command("predict", ("predict", "run", "data/img", "--out", "found", "--threshold", "0"), before=(TRAIN,)),
+    Command(
+        "norm-study",
+        ("norm-study", "tiny.yaml", "--norms", "gn", "--images-per-gpu", "1", "--seeds", "1", "--out", "study",
+         "train.schedule.updates=2"),
+    ),
+)  # fmt: skip
+
+
+class Walk:
+    """A command that is stopped at its operations, one after the other, in copies of one folder."""
+
+    def __init__(self, command: Command, home: Path) -> None:
+        """Make the folder that the command starts in, and an unbroken one; count the operations."""
+        self.command, self.home = command, home
+        self.start, self.case = home / "start", home / "case"
+        make_start(self.start)
+        for number, words in enumerate(command.before, 1):
+            last = number == len(command.before) and command.stopped_at
+            if not last:
+                self._run(words, folder=self.start)
+                continue
+            shutil.copytree(self.start, self.case, symlinks=True)
+            made = operations(self._run(words, COUNT)[1])
+            self._run(words, KILL, next(i for i, what in enumerate(made, 1) if command.stopped_at in what))
+            self.case.rename(self.start)
+        status, text = self._again(COUNT)
+        check(status == 0, f"{command.name}: ended with {status}: {text}")
+        self.made = operations(text)
+        self.unbroken = content(self.case)
+
+    def numbers(self, most: int | None, seed: int = 0) -> list[int]:
+        """Return the operations to stop at: all, or a sample of `most`."""
+        wanted = [i for i, what in enumerate(self.made, 1) if re.search(self.command.only, what)]
+        if most is None:
+            return wanted
+        draw = random.Random(f"{seed} {self.command.name}")
+        board = [i for i in wanted if f"/{BOARD}/" in self.made[i - 1]]
+        rest = [i for i in wanted if i not in set(board)]
+        few = draw.sample(board, min(len(board), BOARD_OPERATIONS))
+        return sorted([*few, *draw.sample(rest, min(len(rest), most))])
+
+    def broken(self, how: str, number: int) -> Iterator[str]:
+        """Stop the command at an operation and give it again.  Yields each promise that is broken."""
+        status, text = self._again(how, number)
+        reached = f"operation {number}: " in text
+        what = f"{how} at {number}"
+        if reached:
+            what += f" ({re.search(rf'operation {number}: (.*)', text)[1]})"
+        if "Traceback" in text:
+            yield f"{what}: a traceback: {text[-1500:]}"
+        if how == KILL:
+            if status != (-signal.SIGKILL if reached else 0):
+                yield f"{what}: ended with {status}: {text[-1500:]}"
+        elif status not in (0, 2) and not (status == 1 and self.command.name == "norm-study"):
+            yield f"{what}: status {status}: {text[-1500:]}"
+        said, (status, text) = text, self._run(self.command.words)
+        if "Traceback" in text:
+            yield f"{what}: the same command: a traceback: {text[-1500:]}"
+        if status and not (status == 2 and self.command.done and self.command.done in text):
+            yield f"{what}: the same command: status {status}: {text[-800:]}"
+        if lines := list(different(self.unbroken, content(self.case), self.command)):
+            yield f"{what}: then {'; '.join(lines[:6])}{f'; and {len(lines) - 6} more' if lines[6:] else ''}"
+
+    def _again(self, how: str = "", number: int = 0) -> tuple[int, str]:
+        shutil.rmtree(self.case, ignore_errors=True)
+        shutil.copytree(self.start, self.case, symlinks=True)
+        return self._run(self.command.words, how, number)
+
+    def _run(self, words: Words, how: str = "", number: int = 0, folder: Path | None = None) -> tuple[int, str]:
+        """Run a command in a folder, by default the case.  Returns its status and its output."""
+        folder, log = folder or self.case, self.home / "log.txt"
+        log.unlink(missing_ok=True)
+        variables = {"HOME": str(self.home / "home")}
+        pid = host().fork(folder, log, variables, "faults.operations:main", how, number, str(folder), list(words))
+        while (status := host().status(pid)) is None:
+            time.sleep(0.005)
+        return status, log.read_text(encoding="utf-8", errors="replace")
+
+
+def make_start(folder: Path) -> None:
+    """Make a folder with a config and a data set of four pictures."""
+    (folder / "data" / "img").mkdir(parents=True)
+    tree: dict[str, Any] = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    for number in range(1, 5):
+        name = f"{number}.png"
+        Image.new("RGB", (64, 64), (number * 50, 80, 0)).save(folder / "data" / "img" / name)
+        tree["images"].append({"id": number, "file_name": name, "width": 64, "height": 64})
+        box = {"id": number, "image_id": number, "category_id": 1, "bbox": [8, 8, 30, 20], "area": 600, "iscrowd": 0}
+        tree["annotations"].append(box | {"segmentation": [[8, 8, 38, 8, 38, 28, 8, 28]]})
+    (folder / "data" / "a.json").write_text(json.dumps(tree))
+    config = json.loads(json.dumps(CONFIG | {"device": "cpu"}))
+    config["model"]["norm"]["channels_per_group"] = 4
+    config["data"]["val"]["count"] = 1
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+
+
+def operations(text: str) -> list[str]:
+    """Return the operations that a counted command printed."""
+    return re.findall(r"(?m)^operation: (.*)$", text)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Return what each path below a folder holds, without times and speeds, by relative path."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {path.readlink()}"
+        elif path.is_dir():
+            found[name] = "folder"
+        elif path.parent.name == BOARD and path.name.startswith("events.out.tfevents."):
+            continue  # one more for each time that a run is continued; its name holds the time
+        else:
+            found[name] = lasting(path)
+    return found
+
+
+def lasting(path: Path) -> Any:
+    """Return what a file holds that does not differ from time to time."""
+    data = path.read_bytes()
+    match path.name:
+        case _ if path.name.endswith(".lock"):
+            return "lock"
+        case _ if path.parent.name == "logs":
+            return "log"
+        case "metrics.jsonl":
+            return [{k: v for k, v in json.loads(line).items() if k not in SPEEDS} for line in data.splitlines()]
+        case "study.json":
+            return without(json.loads(data), TIMES)
+        case "study.csv":
+            return re.sub(rb",done,[\d.]+,", b",done,", data)
+        case "study.png":
+            return "curve"
+        case "facts.json" | "pictures.json":
+            return without(json.loads(data.partition(b"\n")[2]), {"trusted", "inputs", "date"})
+        case "report.html":
+            return FLAKY.sub("", data.decode())
+    return data
+
+
+def without(tree: Any, keys: set[str]) -> Any:
+    """Return JSON without some keys."""
+    if isinstance(tree, dict):
+        return {key: without(value, keys) for key, value in tree.items() if key not in keys}
+    return [without(value, keys) for value in tree] if isinstance(tree, list) else tree
+
+
+def different(unbroken: dict[str, Any], found: dict[str, Any], command: Command) -> Iterator[str]:
+    """Name what differs between two folders."""
+    for name in sorted(unbroken.keys() | found.keys()):
+        if command.name == "--fresh" and re.match("run-old-[2-9]", name):
+            continue  # given twice, it moves two runs aside
+        if name not in found:
+            yield f"{name} is missing"
+        elif name not in unbroken:
+            yield f"{name} is left over"
+        elif unbroken[name] != found[name]:
+            one, two = (str(tree[name])[:300] for tree in (unbroken, found))
+            yield f"{name} differs: {two}, unbroken: {one}"

@@ -8,6 +8,12 @@ class GndetError(Exception):
     """Base class of all errors that a user can cause."""
 
 
+def in_one_line(error: Exception) -> str:
+    """Say in one line what went wrong, for the few places that go on whatever happens."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, GndetError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 class ConfigError(GndetError):
     """A config file or an override is wrong."""
 

@@ -1,8 +1,7 @@
 """Draw objects: boxes, masks and labels on an image; put pictures side by side or in a grid.
 
-n objects.  Boxes (n, 4) xyxy and masks are in the pixels of a picture (h, w); images (H, W, 3) uint8 RGB are the
-picture or a smaller copy of it.  Masks are decoded one at a time, each within its box: memory does not grow with their
-number.
+n objects.  Boxes (n, 4) xyxy and masks are in pixels of a picture (h, w); an image (H, W, 3) uint8 RGB is that picture
+or a smaller copy of it.  Masks are decoded one at a time, each within its box: memory does not grow with their number.
 torchvision.utils.draw_bounding_boxes is not used: its labels hide small objects, run out of the picture and are crossed
 by later boxes; it needs a font file for any size but 10 px; and it outlines no masks.
 """

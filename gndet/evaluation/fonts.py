@@ -15,6 +15,7 @@ from PIL import ImageFont, features
 NO_LETTER = "\U0010ffff"  # no font has it
 RIGHT_TO_LEFT = ("R", "AL", "AN")  # classes of unicodedata.bidirectional
 PROBE = 16  # pixels
+LONGEST = 60  # letters of a name, as `printable` shows on the terminal
 
 
 @cache
@@ -43,6 +44,10 @@ def drawable(text: str) -> str:
 
 
 def class_name(classes: Sequence[str], label: int) -> str:
-    """Return the name of a class to draw: `class N`, N its label from 0, if the font lacks a letter of it."""
-    composed = unicodedata.normalize("NFC", classes[label])
-    return composed if all(map(_has, composed)) else f"class {label}"
+    """Return the name of a class to draw, at most LONGEST letters of it.
+
+    Returns `class N`, N its label from 0, if the font lacks a letter of it or there is none to see.
+    """
+    name = classes[label] if len(classes[label]) <= LONGEST else f"{classes[label][: LONGEST - 1]}…"
+    composed = unicodedata.normalize("NFC", name)
+    return composed if composed.strip() and all(map(_has, composed)) else f"class {label}"

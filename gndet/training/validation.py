@@ -11,7 +11,7 @@ from gndet.data.batches.stream import Loaded
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, broadcast, raise_on_all
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import DataError, GndetError, TrainingError, out_of_memory
+from gndet.errors import DataError, GndetError, TrainingError, in_one_line, out_of_memory
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.evaluation.drawing import (
     draw_detections,
@@ -122,7 +122,7 @@ def drawing_may_fail(what: str, log: Log) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a picture is never worth a run
-        log.message(f"could not draw {what} ({type(error).__name__}: {error}); the run goes on without this picture")
+        log.message(f"could not draw {what} ({in_one_line(error)}); the run goes on without this picture")
 
 
 def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
@@ -131,7 +131,7 @@ def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:
     Returns (H', W', 3) uint8, drawn at PICTURE_SIDE if the canvas is larger.
     """
     batch = loaded.batch
-    canvas = tuple(batch.images.shape[2:])
+    canvas = batch.images.shape[2], batch.images.shape[3]
     image = shrunk(batch.images[place].permute(1, 2, 0).numpy(), PICTURE_SIDE).copy()
     height, width = np.ceil(batch.sizes[place].numpy() * (image.shape[0] / canvas[0])).astype(int)
     diagonal = np.add.outer(*map(np.arange, image.shape[:2]))

@@ -122,5 +122,5 @@ def test_pictures_are_put_in_rows_and_captions_above(tmp_path: Path) -> None:
     pair = visualize.side_by_side(GRAY, GRAY, ("ground truth", "detections"))
     assert (pair == 120).all(-1).sum() >= 2 * 700 * 900
     assert (pair[:30].sum(-1) < 100).any()  # the captions
-    visualize.save_picture(tmp_path / "new" / "pair.png", pair)
-    assert (np.asarray(Image.open(tmp_path / "new" / "pair.png")) == pair).all()
+    visualize.save_picture(tmp_path / "pair.png", pair)
+    assert (np.asarray(Image.open(tmp_path / "pair.png")) == pair).all()

@@ -160,7 +160,7 @@ def test_detections_of_other_data_are_reported_and_not_analyzed(finished: Path, 
         file.write('{"update": 6, "kind"')
     (out / "norms.jsonl").write_text("{broken\n{}\n")
     page = Page(write_report([out], None, [], str))
-    assert "norms.jsonl:1: expected a JSON object" in page.text
+    assert "norms.jsonl:1: 2 line(s) are left out" in page.text
     assert "1 of 1 detections do not belong to" in page.text and "image_id 5" in page.text
     assert "chart-pr" not in page.ids and "chart-loss" in page.ids
 

@@ -25,7 +25,7 @@ from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths, without_masks
 from gndet.data.records import Dataset
-from gndet.errors import ConfigError, OutputError
+from gndet.errors import ConfigError, OutputError, in_one_line
 from gndet.evaluation.drawing import refuse_drawing, save_marked
 from gndet.files import is_same, refuse_output, report_kind, text_table, write_whole
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
@@ -196,11 +196,14 @@ def _refuse_outputs(plan: Plan, sheet: Path | None, out: Path | None) -> None:
 
 
 def _write_sheet(sets: list[Checked], sheet: Path, show: Show) -> None:
-    """Draw and write the contact sheet.  Raises OutputError."""
-    shown = [checked for checked in sets if checked.has_pictures]
-    picture = contact_sheet([(checked.name, checked.dataset) for checked in shown])
+    """Draw and write the contact sheet; say so if that fails.  Raises OutputError."""
+    shown, picture = [checked for checked in sets if checked.has_pictures], None
+    reason = "no image is left to draw" if shown else "there is no image folder to draw from"
+    try:
+        picture = contact_sheet([(checked.name, checked.dataset) for checked in shown])
+    except Exception as error:  # what was found stands
+        reason = f"the pictures could not be drawn: {in_one_line(error)}"
     if picture is None:
-        reason = "no image is left to draw" if shown else "there is no image folder to draw from"
         show(f"\n{reason}: {sheet} is not written")
         return
     save_marked(sheet, picture)

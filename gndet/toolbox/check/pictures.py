@@ -24,7 +24,7 @@ from gndet.data.datasets.images import Reading, Unusual, read_image
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
 from gndet.data.workers import Death, Failure, map_ahead, usable_cores
-from gndet.errors import DataError
+from gndet.errors import DataError, in_one_line
 from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
 from gndet.toolbox.check.report import Checked
 
@@ -183,7 +183,7 @@ def contact_sheet(datasets: Sequence[tuple[str, Dataset]]) -> np.ndarray | None:
 
 
 def _drawn(dataset: Dataset, index: int) -> np.ndarray:
-    """Draw an image with its objects, without them if its picture has another size, or a placeholder if unreadable."""
+    """Draw an image with its objects, without them if its picture has another size, or a placeholder if that fails."""
     record = dataset.records[index]
     try:
         return draw_ground_truth(shrunk(record.load(), SIDE), record, [printable(name) for name in dataset.classes])
@@ -193,6 +193,8 @@ def _drawn(dataset: Dataset, index: int) -> np.ndarray:
             picture = read_image(records.path(index), None, records.reading)
             return draw_objects(shrunk(picture, SIDE), np.zeros((0, 4)), [], [])
         return placard(str(error), SIDE)
+    except Exception as error:  # the other images stand
+        return placard(f"{printable(record.file_name)} could not be drawn: {in_one_line(error)}", SIDE)
 
 
 def choose_images(dataset: Dataset, num: int) -> dict[int, list[str]]:

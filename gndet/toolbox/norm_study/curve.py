@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,6 +16,13 @@ STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  #
 
 def draw_curve(study: Study, path: Path) -> None:
     """Draw AP against images per GPU, or against the number of groups, with 95 % intervals; write a PNG."""
+    with matplotlib.rc_context({"text.parse_math": False}):  # a name with $ is no formula
+        figure = _figure(study)
+        with written_whole(path) as file:
+            figure.savefig(file, format="png", dpi=120, metadata={"Source": "gndet"})
+
+
+def _figure(study: Study) -> Figure:
     metrics = metrics_of(study)
     figure = Figure(figsize=(6 * len(metrics), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -23,8 +31,7 @@ def draw_curve(study: Study, path: Path) -> None:
         axes.set_ylabel(f"{METRICS[metric]}, %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    with written_whole(path) as file:
-        figure.savefig(file, format="png", dpi=120, metadata={"Source": "gndet"})
+    return figure
 
 
 def _draw_sizes(axes: Axes, study: Study, metric: str) -> None:
@@ -47,5 +54,5 @@ def _draw_groups(axes: Axes, study: Study, metric: str) -> None:
 
 def _line(axes: Axes, i: int, x: list[float], means: list[Mean], label: str) -> None:
     halves = [0.0 if math.isnan(mean.half) else mean.half for mean in means]
-    axes.errorbar(x, [mean.mean for mean in means], yerr=halves, label=label, capsize=3, linewidth=1.5,
+    axes.errorbar(x, [mean.mean for mean in means], yerr=halves, label=f" {label}", capsize=3, linewidth=1.5,
                   linestyle=STYLES[i % len(STYLES)], marker=MARKERS[i % len(MARKERS)])  # fmt: skip

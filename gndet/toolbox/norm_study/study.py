@@ -17,7 +17,7 @@ from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError
+from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError, in_one_line
 from gndet.files import make_folder
 from gndet.toolbox.analysis.study_results import (
     CURVE,
@@ -244,10 +244,12 @@ class Work:
             self.show("\n" + study_table(study, metric))
         self.show("\n" + "\n".join(study_verdict(study)))
         if metrics_of(study):
-            draw_curve(study, self.folder / CURVE)
-            self.show(
-                f"\ncurve -> {self.folder / CURVE}\ncells -> {self.folder / STUDY}\nnext: gndet report {self.folder}"
-            )
+            try:
+                draw_curve(study, self.folder / CURVE)
+                self.show(f"\ncurve -> {self.folder / CURVE}")
+            except Exception as error:  # the numbers stand
+                self.show(f"\n{CURVE} could not be drawn: {in_one_line(error)}")
+            self.show(f"cells -> {self.folder / STUDY}\nnext: gndet report {self.folder}")
         return not any(result.state == "failed" for result in study.results)
 
 

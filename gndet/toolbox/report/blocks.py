@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -14,14 +15,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from gndet.errors import in_one_line
+
 MAX_SIDE = 720  # pixels of a picture's longer side
 QUALITY = 82  # of the JPEGs
+MOST_ROWS, MOST_LETTERS = 1500, 1000  # of a table, of a cell: what data may hold is unlimited, a page is not
+# control characters, and those that reorder the text around them
+HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 Cell = str | tuple[float, str]  # text; or a number to sort by, and its text
 
 
 def escape(words: object) -> str:
-    """Return text escaped for HTML; lone surrogates of a file name become question marks."""
-    return html.escape(str(words).encode("utf-8", "replace").decode("utf-8"))
+    """Return text escaped for HTML, and visible: see `visible`."""
+    return html.escape(visible(str(words)))
+
+
+def visible(text: str) -> str:
+    """Return text with control characters as escapes; lone surrogates of a file name become question marks."""
+    plain = text.encode("utf-8", "replace").decode("utf-8")
+    return HIDDEN.sub(lambda found: ascii(found[0])[1:-1], plain)
 
 
 class Section(NamedTuple):
@@ -37,6 +49,11 @@ def section(id: str, title: str, *blocks: str, lead: str = "") -> Section:
     parts = [f'<section id="{escape(id)}">', f"<h2>{escape(title)}</h2>"]
     parts += [f'<p class="lead">{escape(lead)}</p>'] if lead else []
     return Section(id, title, "\n".join([*parts, *filter(None, blocks), "</section>"]))
+
+
+def failed(id: str, title: str, error: Exception) -> Section:
+    """Return the section that stands where one could not be made."""
+    return section(id, title, notice("bad", f"This section could not be made: {in_one_line(error)}"))
 
 
 def heading(words: str) -> str:
@@ -64,8 +81,12 @@ def sortable_table(
 ) -> str:
     """Return a table that is sorted by clicking a column's head; tables of 9 or more rows get a search field.
 
-    picks: for each row the tag of the pictures that a click on the row shows, or "".
+    picks: for each row the tag of the pictures that a click on the row shows, or "".  Of more than MOST_ROWS rows, the
+    first ones and the last one are shown.
     """
+    if len(rows) > MOST_ROWS:
+        caption, first = f"{caption}; {MOST_ROWS:,} of {len(rows):,} rows", slice(MOST_ROWS - 1)
+        rows, picks = [*rows[first], rows[-1]], picks[first]  # the last row has the totals, and no pictures
     parts = [f'<div class="table" id="{escape(id)}"><p class="caption">{escape(caption)}</p>']
     if len(rows) > 8:
         parts.append(f'<input type="search" class="filter" placeholder="filter {len(rows)} rows" aria-label="filter">')
@@ -79,7 +100,8 @@ def sortable_table(
 
 def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
-        return f"<td>{escape(cell)}</td>"
+        text = cell if len(cell) <= MOST_LETTERS else f"{cell[:MOST_LETTERS]}…"
+        return f"<td>{escape(text)}</td>"
     value = cell[0] if math.isfinite(cell[0]) else -1e300  # undefined values sort last
     return f'<td class="number" data-value="{value:.10g}">{escape(cell[1])}</td>'
 

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from gndet.toolbox.report.blocks import escape
+from gndet.toolbox.report.blocks import escape, visible
 
 INK, GRID, PAPER = "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0102{number:02x}" for number in range(0x10, 0x18))
@@ -30,7 +30,9 @@ VARIABLES = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} | {
 STYLES = ("-", "--", "-.", ":")  # the next style is used when the colors repeat
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 FLAT = 56  # characters of column labels that fit without rotation
-NAMES_PER_ROW = 4  # of a legend
+NAMES_PER_ROW, LETTERS_PER_ROW = 4, 84  # of a legend
+MOST_LETTERS = 60  # of a name in a legend
+LARGEST = 1e38  # about that of float32; matplotlib cannot scale an axis to that of float64
 WIDTH = 6.4  # inches of 72 units; the page scales it
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
@@ -97,12 +99,27 @@ def _for_page(text: str, name: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)  # a style would apply to the whole page
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r'id="([\w.]+)"', lambda m: f'id="{name}-{m[1]}"', text)
-    text = re.sub(r'(xlink:href="#|url\(#)([\w.]+)', lambda m: f"{m[1]}{name}-{m[2]}", text)
-    for color, variable in VARIABLES.items():
-        text = text.replace(color, variable)
-    text = re.sub(r" font-family: [^;\"]*sans-serif;", "", text)
+    text = re.sub(r"<[^>]*>", lambda tag: _tag_for_page(tag[0], name), text)  # what is between the tags are names
     return text.replace("<svg", '<svg role="img"', 1)
+
+
+def _tag_for_page(tag: str, name: str) -> str:
+    tag = re.sub(r'id="([\w.]+)"', lambda m: f'id="{name}-{m[1]}"', tag)
+    tag = re.sub(r'(xlink:href="#|url\(#)([\w.]+)', lambda m: f"{m[1]}{name}-{m[2]}", tag)
+    for color, variable in VARIABLES.items():
+        tag = tag.replace(color, variable)
+    return re.sub(r" font-family: [^;\"]*sans-serif;", "", tag)
+
+
+def _drawable(values: Values) -> np.ndarray:
+    """Return values as floats; those that are missing or too large for an axis are nan."""
+    numbers = np.array(values, dtype=np.float64)
+    return np.where(np.abs(numbers) <= LARGEST, numbers, np.nan)
+
+
+def _cleaned(line: Series) -> Series:
+    low, high = (None if edge is None else _drawable(edge) for edge in (line.low, line.high))
+    return Series(_label(line.name), line.x, _drawable(line.y), low, high)
 
 
 def lines(
@@ -114,17 +131,17 @@ def lines(
 
     log_y: use a logarithmic axis if all values are positive.  doubling: ticks of an x axis to base 2.
     """
-    drawn = [(number, line) for number, line in enumerate(series) if np.isfinite(line.y).any()]
+    drawn = [(number, line) for number, line in enumerate(map(_cleaned, series)) if np.isfinite(line.y).any()]
     if not drawn:
         return ""
-    rows = -(-len(drawn) // NAMES_PER_ROW) if len(drawn) > 1 else 0
+    in_row = min(max(LETTERS_PER_ROW // (6 + max(len(line.name) for _, line in drawn)), 1), NAMES_PER_ROW)
+    rows = -(-len(drawn) // in_row) if len(drawn) > 1 else 0
     room = 0.22 * rows  # for the legend above the axes
     with chart(name, caption, x_label, y_label, height=3.1 + room, top=0.12 + room) as (axes, html):
         for number, line in drawn:
             color, style = SERIES[number % len(SERIES)], STYLES[number // len(SERIES) % len(STYLES)]
             marker = MARKERS[number % len(MARKERS)] if len(line.x) <= 12 else None
-            label = f" {line.name}" if line.name.startswith("_") else line.name  # matplotlib hides names with _
-            axes.plot(line.x, line.y, style, color=color, label=label, linewidth=1.8, marker=marker, markersize=5)
+            axes.plot(line.x, line.y, style, color=color, label=line.name, linewidth=1.8, marker=marker, markersize=5)
             if line.low is not None and line.high is not None:
                 axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
         values = (part for _, line in drawn for part in (line.y, line.low, line.high) if part is not None)
@@ -137,7 +154,7 @@ def lines(
             axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set(xlim=x_range, ylim=y_range)
         if rows:
-            axes.legend(loc="lower left", bbox_to_anchor=(-0.08, 1), ncols=NAMES_PER_ROW, frameon=False, fontsize=10,
+            axes.legend(loc="lower left", bbox_to_anchor=(-0.08, 1), ncols=in_row, frameon=False, fontsize=10,
                         borderpad=0.1)  # fmt: skip
     return html[0]
 
@@ -146,25 +163,32 @@ def bars(
     name: str, labels: Sequence[str], values: Sequence[float], caption: str, *, x_label: str,
     low: Sequence[float] | None = None, high: Sequence[float] | None = None,
 ) -> str:  # fmt: skip
-    """Draw horizontal bars, the first on top; low and high are the ends of their intervals."""
-    with chart(name, caption, x_label, "", height=0.7 + 0.3 * len(labels), left=_room(labels)) as (axes, html):
-        places = np.arange(len(labels))
-        axes.barh(places, values, color=SERIES[0], height=0.7)
+    """Draw horizontal bars, the first on top; low and high are the ends of their intervals.
+
+    Returns "" if no value is finite.
+    """
+    lengths, names = _drawable(values), [_short(label) for label in labels]
+    if not np.isfinite(lengths).any():
+        return ""
+    with chart(name, caption, x_label, "", height=0.7 + 0.3 * len(names), left=_room(names)) as (axes, html):
+        places = np.arange(len(names))
+        axes.barh(places, lengths, color=SERIES[0], height=0.7)
         if low is not None and high is not None:
-            axes.hlines(places, low, high, color=INK, linewidth=1.4)
-        axes.set_yticks(places, [_short(label) for label in labels])
+            axes.hlines(places, _drawable(low), _drawable(high), color=INK, linewidth=1.4)
+        axes.set_yticks(places, names)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     return html[0]
 
 
 def histogram(name: str, values: Values, caption: str, *, x_label: str, y_label: str, log_x: bool = False) -> str:
-    """Draw a histogram of the finite values (with log_x, the positive ones)."""
-    numbers = np.asarray(values, dtype=np.float64)
+    """Draw a histogram of the finite values (with log_x, the positive ones); return "" if there are none."""
+    numbers = _drawable(values)
     numbers = numbers[np.isfinite(numbers) & ((numbers > 0) | (not log_x))]
+    if not len(numbers):
+        return ""
     with chart(name, caption, x_label, y_label, height=2.6) as (axes, html):
-        if len(numbers):
-            axes.hist(numbers, bins=_edges(numbers, log_x).tolist(), color=SERIES[0])
+        axes.hist(numbers, bins=_edges(numbers, log_x).tolist(), color=SERIES[0])
         if log_x:
             axes.set_xscale("log")
             _plain_ticks(axes.xaxis)
@@ -177,16 +201,16 @@ def _edges(numbers: np.ndarray, log_x: bool) -> np.ndarray:
     low, high = numbers.min(), numbers.max()
     if not log_x and high - low < 40 and (numbers == numbers.round()).all():
         return np.arange(low, high + 2) - 0.5
-    high = high if low < high else low + 1
+    high = high if low < high else low + max(1.0, abs(low))
     return np.geomspace(low, high, 31) if log_x else np.linspace(low, high, 31)
 
 
 def heat(name: str, matrix: np.ndarray, labels: Sequence[str], caption: str, *, x_label: str, y_label: str) -> str:
     """Draw a matrix (n, n) of counts, shaded by their share of the row, with numbers if they fit."""
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    n, names, room = len(labels), [_short(label) for label in labels], _room(labels)
-    small = n <= 12
-    flat = small and n * max(map(len, labels)) <= FLAT
+    n, names = len(labels), [_short(label) for label in labels]
+    room, small = _room(names), n <= 12
+    flat = small and n * max(map(len, names)) <= FLAT
     below = 0.55 if flat else 0.3 + room
     height = below + 0.2 + 0.34 * n
     with chart(name, caption, x_label, y_label, height=height, left=0.25 + room, bottom=below) as (axes, html):
@@ -208,9 +232,16 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def _room(labels: Sequence[str]) -> float:
-    return 0.25 + 0.085 * max((len(_short(label)) for label in labels), default=0)
+def _room(names: Sequence[str]) -> float:
+    return 0.25 + 0.085 * max(map(len, names), default=0)
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= 22 else f"{label[:20]}…"
+def _label(name: str, letters: int = MOST_LETTERS) -> str:
+    """Return a name of any text on one line; matplotlib hides what is empty or begins with _ from legends."""
+    words = " ".join(visible(name[: 2 * letters]).split()) or "(no name)"
+    words = words if len(words) <= letters else f"{words[: letters - 2]}…"
+    return f" {words}" if words.startswith("_") else words
+
+
+def _short(name: str) -> str:
+    return _label(name, 22)

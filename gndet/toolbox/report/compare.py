@@ -15,20 +15,18 @@ from gndet.training.run_folder import UNSET, flat
 Gain = tuple[float, Interval] | str  # AP gained over the first run and its interval, or why there is no comparison
 
 
-def sections(runs: Mapping[str, RunRecord]) -> list[Section]:
-    """Return the sections of a page that compares each of two or more named runs with the first."""
+def _summary(runs: Mapping[str, RunRecord]) -> Section:
+    """Return the section that compares each of two or more named runs with the first."""
     first = next(iter(runs))
     gains = {name: ap_gain(runs[first], run) for name, run in runs.items() if name != first}
     words = [blocks.notice(kind, line) for kind, line in comparison_verdict(runs, gains)]
     notes = [
         blocks.notice("plain", f"Missing here: {name}: {line}") for name, run in runs.items() for line in run.missing
     ]
-    summary = blocks.section(
+    return blocks.section(
         "summary", "Comparison", *words, _scores(runs, gains), *notes,
         lead=f"Differences are relative to {first}; their 95 % intervals use the same draws of the same images.",
     )  # fmt: skip
-    curves = blocks.section("training", "Training", blocks.beside(*_curves(runs)))
-    return [summary, curves, _classes(runs), _configs(runs)]
 
 
 def ap_gain(first: RunRecord, second: RunRecord) -> Gain:
@@ -77,7 +75,7 @@ def _scores(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> str:
     return blocks.sortable_table("runs", columns, rows, "AP in percent")
 
 
-def _curves(runs: Mapping[str, RunRecord]) -> list[str]:
+def _curves(runs: Mapping[str, RunRecord]) -> Section:
     wanted = (
         ("loss", "train", "loss", 1.0, "total loss"),
         ("box-ap", "evaluations", "box/AP", 100.0, "box AP, percent"),
@@ -95,7 +93,7 @@ def _curves(runs: Mapping[str, RunRecord]) -> list[str]:
         figures.append(
             charts.lines(f"chart-{id}", series, caption, x_label="images seen", y_label=caption, x_range=(0, None))
         )
-    return figures
+    return blocks.section("training", "Training", blocks.beside(*figures))
 
 
 def _classes(runs: Mapping[str, RunRecord]) -> Section:
@@ -122,3 +120,9 @@ def _configs(runs: Mapping[str, RunRecord]) -> Section:
             rows.append([key, *values])
     table = blocks.sortable_table("differences", ("option", *runs), rows, "options in which the runs differ")
     return blocks.section("setup", "Configs", table if rows else blocks.paragraph("Their configs are equal."))
+
+
+SECTIONS = {
+    "summary": ("Comparison", _summary), "training": ("Training", _curves), "classes": ("Classes", _classes),
+    "setup": ("Configs", _configs),
+}  # fmt: skip

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
-from gndet.errors import DataError
+from gndet.errors import in_one_line
 from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
 from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import Results
@@ -40,17 +40,15 @@ ADVICE = {
 }  # fmt: skip
 
 
-def sections(run: RunRecord) -> list[Section]:
-    """Return the sections on mistakes and on validation pictures; [] if detections or data are missing."""
-    found, dataset, results = run.analysis, run.val_set, run.results
-    if found is None or dataset is None or results is None:
-        return []
+def section(run: RunRecord) -> Section | None:
+    """Return the section with kinds of mistakes, the worst images, and annotations that may be wrong.
+
+    Returns None if detections or data are missing.
+    """
+    found, dataset = run.analysis, run.val_set
+    if found is None or dataset is None:
+        return None
     tags = chosen_pictures(found, run.cfg.seed)
-    return [_mistakes(found, dataset, tags), _pictures(found, dataset, results, tags)]
-
-
-def _mistakes(found: Analysis, dataset: Dataset, tags: Tags) -> Section:
-    """Return the section with kinds of mistakes, the worst images, and annotations that may be wrong."""
 
     def picks(images: Iterable[int]) -> list[str]:
         return [f"image:{image}" if image in tags else "" for image in images]
@@ -73,29 +71,37 @@ def _mistakes(found: Analysis, dataset: Dataset, tags: Tags) -> Section:
     )  # fmt: skip
 
 
-def _pictures(found: Analysis, dataset: Dataset, results: Results, tags: Tags) -> Section:
-    """Return the section of validation pictures: best, worst, random, and a few per class and kind of mistake."""
-    drawn, unreadable = [], 0
+def pictures_section(run: RunRecord) -> Section | None:
+    """Return the section of validation pictures: best, worst, random, and a few per class and kind of mistake.
+
+    Returns None if detections or data are missing.
+    """
+    found, dataset, results = run.analysis, run.val_set, run.results
+    if found is None or dataset is None or results is None:
+        return None
+    tags = chosen_pictures(found, run.cfg.seed)
+    drawn, undrawn = [], []
     for index, names in tags.items():
         record = dataset.records[index]
         try:
             image = draw_pair(record, found, index, results, dataset)
-        except DataError:
-            unreadable += 1
+        except Exception as error:  # the other pictures stand
+            undrawn.append(in_one_line(error))
             continue
         hit, wrong, missed = found.counts[index]
         counts = f"{hit} found, {wrong} false, {missed} missed, F1 {100 * found.f1[index]:.0f}"
         drawn.append(GalleryPicture(image, f"{printable(record.file_name)}: {counts}", sorted(names)))
     filters = {tag: tag for tag in ("worst", "best", "random", "suspect")}
     filters |= {f"error:{kind}": title for kind, title in TITLES.items()}
-    filters |= {f"class:{name}": name for name in found.matches.classes}
+    filters |= {f"class:{label}": printable(name) for label, name in enumerate(found.matches.classes)}
     present = set().union(*tags.values())
     lead = (
         f"Ground truth beside the detections that score at least {found.threshold:.2f}, the best threshold over all "
         "classes. A false detection is labeled with its kind of mistake. An object that no detection matches, "
         "whatever its score, has a red frame in the ground truth."
     )
-    notes = [blocks.notice("warn", f"{unreadable} picture(s) could not be read")] if unreadable else []
+    undrawn_words = f"{len(undrawn)} picture(s) could not be drawn; the first: {undrawn[0]}" if undrawn else ""
+    notes = [blocks.notice("warn", undrawn_words)] if undrawn else []
     shown = [(tag, name) for tag, name in filters.items() if tag in present]
     gallery = blocks.gallery("val-pictures", drawn, filters=shown, side=WIDE)
     return blocks.section("pictures", "Validation pictures", *notes, gallery, lead=lead)
@@ -113,9 +119,9 @@ def chosen_pictures(found: Analysis, seed: int) -> Tags:
     ]
     wanted += [(f"error:{kind}", EACH, matches.image[by_score[errors.kind[by_score] == kind]]) for kind in KINDS]
     wanted.append(("error:Miss", EACH, matches.object_image[errors.missed]))
-    for label, name in enumerate(matches.classes):
+    for label in np.unique(matches.object_label).tolist():
         objects = (matches.object_label == label) & ~matches.object_ignored
-        wanted.append((f"class:{name}", EACH, matches.object_image[objects]))
+        wanted.append((f"class:{label}", EACH, matches.object_image[objects]))
     tags: Tags = {}
     for tag, limit, images in wanted:
         for image in list(dict.fromkeys(map(int, images)))[:limit]:
@@ -124,7 +130,7 @@ def chosen_pictures(found: Analysis, seed: int) -> Tags:
     shown = matches.scores >= found.threshold
     for image, names in tags.items():  # add tags for everything else that the image shows
         names.add(f"image:{image}")
-        names |= {f"class:{matches.classes[k]}" for k in matches.object_label[matches.object_image == image]}
+        names |= {f"class:{label}" for label in matches.object_label[matches.object_image == image]}
         names |= {f"error:{kind}" for kind in errors.kind[(matches.image == image) & shown] if kind}
     return tags
 

@@ -16,6 +16,7 @@ from gndet.toolbox.report.record import RunRecord
 
 FORMS = {"id": "d", "image id": "d", "annotation": "d", "threshold": ".2f", "score": ".2f"}  # other columns by type
 MOST_CURVES = 7  # classes whose curves are drawn: those with the most objects
+MOST_CONFUSED = 40  # classes of the confusion matrix, which grows with their square
 
 
 def section(run: RunRecord) -> Section:
@@ -32,7 +33,7 @@ def section(run: RunRecord) -> Section:
     return blocks.section(
         "quality", "Detections",
         blocks.beside(_precision_recall(found, shown), _f1(found, shown)),
-        shown_table(class_table(found), picks=[f"class:{name}" for name in found.matches.classes],
+        shown_table(class_table(found), picks=[f"class:{label}" for label in range(len(found.matches.classes))],
                     note=f" ({found.intervals.draws} draws); click a class for its pictures"),
         shown_table(threshold_table(found)),
         _confusion(found),
@@ -73,12 +74,15 @@ def _series(
 
 def _confusion(found: Analysis) -> str:
     names = [*found.matches.classes, "nothing"]
-    used = np.flatnonzero(found.confusion.any(0) | found.confusion.any(1))
+    counts = found.confusion.sum(0) + found.confusion.sum(1)
+    used = np.sort(np.argsort(-counts, kind="stable")[: min(np.count_nonzero(counts), MOST_CONFUSED)])
     if not len(used):
         return ""
     matrix = found.confusion[np.ix_(used, used)]
     labels = [names[index] for index in used]
     caption = f"confusion matrix at IoU 0.5, scores >= {found.threshold:.2f}: annotated class by detected class"
+    if len(used) < np.count_nonzero(counts):
+        caption += f"; the {len(used)} classes that occur most, `gndet analyze --csv` writes all"
     return charts.heat("chart-confusion", matrix, labels, caption, x_label="found", y_label="annotated")
 
 

@@ -3,7 +3,6 @@
 Reading changes nothing in the folder, so a run in progress can be reported on.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from gndet.config.loading import load_config
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.errors import DataError, GndetError
+from gndet.errors import DataError, in_one_line
 from gndet.evaluation.results import Results
 from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
 from gndet.training.logged import read_metrics
@@ -123,18 +122,21 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     elif val_set is None:
         missing.append("detections: these cannot be analyzed without the data set")
     elif (results := _read("detections", missing, read_results, detections, val_set)) is not None:
-        kind = chosen_kind(val_set, results)
-        analysis = make_analysis(val_set, results, kind=kind, max_detections=cfg.evaluation.max_detections)
+        analyze = partial(make_analysis, max_detections=cfg.evaluation.max_detections)
+        analysis = _read("detections", missing, lambda: analyze(val_set, results, kind=chosen_kind(val_set, results)))
     meta = newest.meta if newest else {}
+    if newest and not all(type(meta.get(key)) is int for key in ("update", "total_updates")):
+        missing.append(f"checkpoint: {newest.path}: its meta.json does not say how far the run had come")
+        meta = {}
     return RunRecord(folder, cfg, meta, train, evaluations, train_set, val_set, results, analysis, missing)
 
 
 def _read(what: str, missing: list[str], read: Callable[..., T], *arguments: Any) -> T | None:
-    """Return what `read` returns; if the file is broken or unreadable, note it as missing and return None."""
+    """Return what `read` returns; if that fails, for whatever reason, note it as missing and return None."""
     try:
         return read(*arguments)
-    except (GndetError, OSError) as error:
-        missing.append(f"{what}: {error}")
+    except Exception as error:  # what else the folder holds is reported
+        missing.append(f"{what}: {in_one_line(error)}")
         return None
 
 
@@ -142,9 +144,10 @@ def training_time(run: RunRecord) -> str:
     """Return about how long the updates took, by the logged speed; "" if nothing was logged."""
     seconds, before = 0.0, 0
     for entry in run.train:
-        if entry.get("images_per_s"):
-            seconds += (entry["update"] - before) * run.cfg.train.global_batch / entry["images_per_s"]
+        if (speed := entry.get("images_per_s") or 0) > 0:
+            seconds += (entry["update"] - before) * run.cfg.train.global_batch / speed
         before = entry["update"]
     if not seconds:
         return ""
-    return time.strftime("%-H:%M h" if seconds >= 3600 else "%-M:%S min", time.gmtime(seconds))
+    minutes, hours = seconds // 60, seconds // 3600
+    return f"{hours:.0f}:{minutes % 60:02.0f} h" if hours else f"{minutes:.0f}:{seconds // 1 % 60:02.0f} min"

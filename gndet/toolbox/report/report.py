@@ -1,23 +1,43 @@
 """`gndet report`: write one HTML page that shows a run's data, its training, its mistakes and its norm layers."""
 
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 from gndet.config.loading import load_config
 from gndet.data.datasets.reading import user_paths
-from gndet.errors import DataError, GndetError
+from gndet.errors import DataError, in_one_line
 from gndet.files import Kind, refuse_output, write_whole
-from gndet.toolbox.analysis.study_results import is_study
-from gndet.toolbox.report import batches, compare, labels, mistakes, norms, overview, quality, setup, study, training
+from gndet.toolbox.analysis.study_results import is_study, read_study
+from gndet.toolbox.report import (
+    batches,
+    blocks,
+    compare,
+    labels,
+    mistakes,
+    norms,
+    overview,
+    quality,
+    setup,
+    study,
+    training,
+)  # fmt: skip
 from gndet.toolbox.report.blocks import Section, escape
-from gndet.toolbox.report.record import read_run
+from gndet.toolbox.report.record import RunRecord, read_run
 from gndet.training.run_folder import CONFIG, REPORT
 
+T = TypeVar("T")
 PAGE = Kind("a page of gndet report", rb'<meta name="generator" content="gndet">')
 
 Show = Callable[[str], None]
+SECTIONS: dict[str, tuple[str, Callable[[RunRecord], Section | None]]] = {  # of a run: id, title, what makes it
+    "summary": ("Summary", overview.section), "training": ("Training", training.section),
+    "quality": ("Detections", quality.section), "errors": ("Mistakes", mistakes.section),
+    "pictures": ("Validation pictures", mistakes.pictures_section),
+    "norms": (norms.TITLE, lambda run: norms.section(run.folder)), "data": ("Data", labels.section),
+    "batches": ("Training batches", batches.section), "setup": ("How it was made", setup.section),
+}  # fmt: skip
 
 
 def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[str], show: Show) -> Path:
@@ -33,9 +53,11 @@ def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[
     if any(map(is_study, folders)):
         if len(folders) > 1:
             raise DataError("a report covers one norm study alone; to compare its runs, name folders of its cells/")
-        html = page(f"gndet: {folders[0].absolute().name}", str(folders[0]), [study.section(folders[0])])
+        html = study_page(folders[0], show)
+    elif len(folders) == 1:
+        html = run_page(folders[0], overrides, show)
     else:
-        html = run_page(folders[0], overrides) if len(folders) == 1 else comparison_page(folders, overrides)
+        html = comparison_page(folders, overrides, show)
     write_whole(path, html)
     show(f"report -> {path} ({len(html.encode()) / 1e3:,.0f} kB; opens from disk in any browser)")
     return path
@@ -47,34 +69,47 @@ def _data_of(folders: Sequence[Path], overrides: Sequence[str]) -> list[Path]:
     return [path for config in configs for path in user_paths(load_config(config, overrides).data)]
 
 
-def run_page(folder: Path, overrides: Sequence[str] = ()) -> str:
+def made(kinds: Mapping[str, tuple[str, Callable[[T], Section | None]]], subject: T, show: Show) -> list[Section]:
+    """Make the sections of a page; where one fails, for whatever reason, a notice stands, and `show` gets a line."""
+    sections = []
+    for id, (title, make) in kinds.items():
+        try:
+            sections += [section] if (section := make(subject)) else []
+        except Exception as error:  # the other sections stand
+            show(f"report: the section {title} could not be made: {in_one_line(error)}")
+            sections.append(blocks.failed(id, title, error))
+    return sections
+
+
+def run_page(folder: Path, overrides: Sequence[str], show: Show) -> str:
     """Return the page of one run."""
     run = read_run(folder, overrides)
-    sections = [
-        overview.section(run), training.section(run), quality.section(run), *mistakes.sections(run),
-        norms.section(folder), labels.section(run), batches.section(run), setup.section(run),
-    ]  # fmt: skip
     val = f" on {run.val_set.name}" if run.val_set else ""
-    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", sections)
+    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", made(SECTIONS, run, show))
 
 
-def comparison_page(folders: Sequence[Path], overrides: Sequence[str] = ()) -> str:
-    """Return the page that compares runs."""
+def comparison_page(folders: Sequence[Path], overrides: Sequence[str], show: Show) -> str:
+    """Return the page that compares runs.  Raises DataError if a folder is named twice."""
     names = [folder.absolute().name for folder in folders]
     if len(set(names)) < len(names):
-        names = list(map(str, folders))
+        names = [str(folder.absolute()) for folder in folders]
+    if len(set(names)) < len(names):
+        raise DataError(f"{max(names, key=names.count)}: named twice, expected different run folders")
     runs = {name: read_run(folder, overrides) for name, folder in zip(names, folders, strict=True)}
-    return page(f"gndet: {' and '.join(names)}", "runs compared", compare.sections(runs))
+    return page(f"gndet: {' and '.join(names)}", "runs compared", made(compare.SECTIONS, runs, show))
+
+
+def study_page(folder: Path, show: Show) -> str:
+    """Return the page of a norm study."""
+    return page(f"gndet: {folder.absolute().name}", str(folder), made(study.SECTIONS, read_study(folder), show))
 
 
 def report_on_ending(folder: Path, show: Show) -> None:
     """Write the report of a run that has just ended; a failure here must not hide how the run ended."""
     try:
         write_report([folder], None, (), show)
-    except GndetError as error:
-        show(f"no report was written: {error}")
-    except Exception:  # a bug of ours; the run itself is done and saved
-        show(f"no report was written; `gndet report {folder}` tries again:\n{traceback.format_exc(limit=-3)}")
+    except Exception as error:  # the run itself is done and saved
+        show(f"no report was written; `gndet report {folder}` tries again: {in_one_line(error)}")
 
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

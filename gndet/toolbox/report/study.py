@@ -1,7 +1,6 @@
 """The report's section on a norm study."""
 
 import shlex
-from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +12,6 @@ from gndet.toolbox.analysis.study_results import (
     images_per_gpu,
     metrics_of,
     percent_mean,
-    read_study,
     study_verdict,
     variant_title,
 )
@@ -21,15 +19,13 @@ from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.blocks import Section
 
 
-def section(folder: Path) -> Section:
-    """Return the section of a study.  Raises DataError if study.json cannot be read."""
-    study = read_study(folder)
+def section(study: Study) -> Section:
+    """Return the section with the verdict, the curves and the tables of a study."""
     parts = [blocks.notice("plain", line) for line in study_verdict(study)]
     parts += [blocks.paragraph(f"Rule: {study.rule}."), blocks.paragraph(_schedule(study))]
     parts += [blocks.notice("warn", note) for note in study.notes]
     parts.append(blocks.beside(*(_chart(study, metric) for metric in metrics_of(study))))
     parts += [_table(study, metric) for metric in metrics_of(study)]
-    parts += [_cells(study), blocks.preformatted(study_command(study))]
     return blocks.section("study", "Norm study", *parts, lead=f"{study.config}, {study.date}")
 
 
@@ -78,8 +74,8 @@ def _table(study: Study, metric: str) -> str:
     return blocks.sortable_table(f"study-table-{metric.replace('/', '-')}", head, rows, caption)
 
 
-def _cells(study: Study) -> str:
-    """Return the table of all cells with their states and the reasons for failures."""
+def cells_section(study: Study) -> Section:
+    """Return the section with all cells, their states, the reasons for failures, and the command."""
     shown = metrics_of(study)
     rows = []
     for r in study.results:
@@ -87,4 +83,8 @@ def _cells(study: Study) -> str:
         rows.append([variant_title(r.variant), blocks.number(r.images), blocks.number(r.seed), r.state, *scores,
                      blocks.number(r.seconds, ".0f"), r.reason])  # fmt: skip
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
-    return blocks.sortable_table("study-cells", head, rows, "All cells")
+    table = blocks.sortable_table("study-cells", head, rows, "All cells")
+    return blocks.section("cells", "Cells", table, blocks.preformatted(study_command(study)))
+
+
+SECTIONS = {"study": ("Norm study", section), "cells": ("Cells", cells_section)}

@@ -115,7 +115,7 @@ class Walk:
                 yield f"{what}: ended with {status}: {text[-1500:]}"
         elif status not in (0, 2) and not (status == 1 and self.command.name == "norm-study"):
             yield f"{what}: status {status}: {text[-1500:]}"
-        said, (status, text) = text, self._run(self.command.words)
+        _said, (status, text) = text, self._run(self.command.words)
         if "Traceback" in text:
             yield f"{what}: the same command: a traceback: {text[-1500:]}"
         if status and not (status == 2 and self.command.done and self.command.done in text):

@@ -17,12 +17,12 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from gndet.errors import CheckpointError
-from gndet.files import create, folder_written_whole, remove, sweep, sync_folder, temporary_name
+from gndet.files import create, folder_written_whole, remove, sweep, sync_folder, temporary_name, valid_text
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
@@ -90,13 +90,12 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
         data = _verified(folder, name, entry)
         try:
             if name == META:
-                meta = TypeAdapter(dict[str, Any]).validate_json(data)
+                meta = _parsed(data)
             elif name.removesuffix(TENSORS) in wanted:
                 tensors[name.removesuffix(TENSORS)] = safetensors.torch.load(data)
-        except ValidationError as error:
-            raise CheckpointError(f"{folder / name}: not a JSON object: {error.errors()[0]['msg']}") from None
-        except SafetensorError as error:
-            raise CheckpointError(f"{folder / name}: not a safetensors file: {error}") from None
+        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a nest, a type torch lacks
+            expected = "a JSON object" if name == META else "a safetensors file"
+            raise CheckpointError(f"{folder / name}: not {expected}: {error}") from None
     if meta is None:
         raise CheckpointError(f"{folder / MANIFEST}: damaged: it does not list {META}")
     return Checkpoint(folder, tensors, meta)
@@ -211,6 +210,19 @@ def _read(path: Path, *, at_most: int | None = None, exactly: int | None = None)
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """Parse meta.json, which may hold whatever `json.dumps` writes; class names become valid Unicode.
+
+    Raises ValueError or RecursionError.
+    """
+    meta = json.loads(text)
+    if not isinstance(meta, dict):
+        raise ValueError(f"a JSON {type(meta).__name__}")
+    if isinstance(meta.get("classes"), list):
+        meta["classes"] = [valid_text(name) if isinstance(name, str) else name for name in meta["classes"]]
+    return meta
 
 
 def _verified(folder: Path, name: str, entry: _File) -> bytes:

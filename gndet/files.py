@@ -354,8 +354,21 @@ def make_folder(folder: Path, option: str) -> None:
         raise OutputError(f"{option} {folder}: cannot make this folder: {error.strerror}") from None
 
 
+def shown(text: str) -> str:
+    """Return text from a file in a form fit for a line of a terminal: control characters escaped."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def valid_text(text: str) -> str:
+    """Replace halves of characters (lone surrogates) by U+FFFD, and join two halves: most libraries take no others."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def text_table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
     """Pad the columns of rows to their widest cells; the columns with an index in `left` are left-aligned."""
+    rows = [list(map(shown, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     template = "  ".join(f"{{:{'<' if column in left else '>'}{width}}}" for column, width in enumerate(widths))
     return "\n".join(template.format(*row).rstrip() for row in rows)

@@ -40,6 +40,8 @@ def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
     For masks, objects without a mask become crowd regions over their boxes: detections there do not count.
     """
     truth = to_coco(dataset)
+    for image in truth["images"]:
+        del image["file_name"]  # hotcoco takes only valid Unicode, and the name of a file may be any bytes
     without = ["segmentation" not in annotation for annotation in truth["annotations"]]
     if not masks or all(without):
         return {"bbox": truth}

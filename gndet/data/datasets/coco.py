@@ -16,7 +16,7 @@ import numpy as np
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.cache import cached
 from gndet.data.datasets.columns import Columns, Known, read_columns, with_ids
-from gndet.data.datasets.entries import Category, numbered, read_categories, read_images, settle_categories
+from gndet.data.datasets.entries import Category, numbered, read_categories, read_images, settle_categories, valid_names
 from gndet.data.datasets.faults import Fault, Findings, in_order, with_totals
 from gndet.data.datasets.formats import name_format
 from gndet.data.datasets.image_folder import FILE, HEAD, XML, ImageFolder, what_is
@@ -116,7 +116,7 @@ def assemble(
 
     name: of the data set; folder: of the pictures; found: the findings so far, to which the notes are added.
     """
-    category_ids = tuple(sorted(names))
+    category_ids, names = tuple(sorted(names)), valid_names(names, found)
     packed = pack(images, objects, category_ids)
     judge_boxes(packed, found)
     for category_id in np.setdiff1d(category_ids, objects.category_ids).tolist():

@@ -12,6 +12,7 @@ from gndet.data.datasets.image_folder import Found, ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.packed import Image
 from gndet.data.datasets.segmentation import brief, printable
+from gndet.files import valid_text
 
 UNKNOWN = (None, "", 0)  # what exporters write for a side that they do not know
 KEYS_SHOWN = 8  # of an image that lacks one of them
@@ -29,7 +30,7 @@ def numbered(items: list[Item], kind: str, found: Findings) -> dict[Any, int]:
     """Number the images or categories if some of their ids are names; {} if none is.  kind: "image" or "category"."""
     numbers = number_names([item.get("id") for item in items])
     for name, number in numbers.items():
-        if type(name) is str:
+        if name != number:
             found.add(f"{kind}-id-text", f"{kind} id {brief(name)} becomes {number}")
     return numbers
 
@@ -87,6 +88,17 @@ def settle_categories(
         text = f"ids from {min(names)} to {number}; id {number}, {brief(names[number])}, is label {label}"
         found.add("category-gaps", text, count=len(names))
     return names, tuple((number, categories[number].name) for number in sorted(left_out))
+
+
+def valid_names(names: Mapping[int, str], found: Findings) -> dict[int, str]:
+    """Make the names of categories, by id, valid Unicode: a JSON or YAML file may hold half of a character."""
+    valid = {number: valid_text(name) for number, name in names.items()}
+    for number in (number for number in names if names[number] != valid[number]):
+        name = brief(valid[number])
+        found.add("category-name-cut", f"category {number}: name {brief(names[number])} becomes {name}")
+        if list(valid.values()).count(valid[number]) > 1:
+            found.add("category-name-twice", f"category {number}: name {name} occurs twice, expected unique names")
+    return valid
 
 
 def read_images(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import count, filterfalse
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,23 +49,29 @@ def to_integers(values: list[Any], numbers: Numbers) -> Integers:
 
 def number_of(value: Any, numbers: Numbers) -> int | None:
     """Return the number that an id is, or that a name has; None if it has none."""
-    if type(value) is str and value in numbers:
+    if type(value) in (str, int) and value in numbers:
         return numbers[value]
     number = to_integer(value)
     return numbers.get(number) if numbers else number
 
 
 def number_names(ids: Sequence[Any]) -> dict[Any, int]:
-    """Number the ids of a list in which some are names, texts that are no integers.  Returns {} if none is.
+    """Number the ids of a list in which some are names: texts that are no integers, or integers beyond 64 bits.
 
-    Integers stay as they are; the texts follow them in the order of the list.
+    Returns {} if none is.  Other integers stay as they are; the texts and the large integers follow them in the order
+    of the list, or take the numbers that are left if nothing fits behind them.
     """
-    if not any(type(value) is str and value.strip() and to_integer(value) is None for value in ids):
+    if not any(_may_be_name(value) and to_integer(value) is None for value in ids):
         return {}
-    integers = {number for value in ids if type(value) is not str and (number := to_integer(value)) is not None}
-    texts = dict.fromkeys(value for value in ids if type(value) is str and value.strip())
-    first = max(integers, default=0) + 1
-    return {number: number for number in integers} | {text: first + place for place, text in enumerate(texts)}
+    integers = {number for value in ids if not _may_be_name(value) and (number := to_integer(value)) is not None}
+    highest = max(integers, default=0)
+    unused = filterfalse(integers.__contains__, count(highest + 1 if highest < 2**62 else 1))
+    names = dict.fromkeys(filter(_may_be_name, ids))
+    return {number: number for number in integers} | dict(zip(names, unused, strict=False))
+
+
+def _may_be_name(value: Any) -> bool:
+    return bool(value.strip()) if type(value) is str else type(value) is int and value >= 2**63
 
 
 def without_text(items: Sequence[dict[str, Any]], places: Iterable[int]) -> dict[int, dict[str, Any]]:

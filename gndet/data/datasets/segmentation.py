@@ -12,6 +12,7 @@ from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 
 from gndet.data.records import MASK_SIDE
+from gndet.files import shown
 
 MAX_FRAME_REACH = 16  # how many box sides a polygon may leave its box by; beyond, its outline is too long to trace
 
@@ -99,13 +100,6 @@ def _interpolate(values: np.ndarray, start: float, end: float, side: int) -> np.
     high = (low + 1).clip(max=len(values) - 1)
     share = (place - low)[:, None]
     return values[low] * (1 - share) + values[high] * share
-
-
-def shown(text: str) -> str:
-    """Return text from a file in a form fit for a terminal: control characters escaped."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def printable(text: str) -> str:

@@ -4,7 +4,7 @@ The detections come from gndet or from a file in COCO's results format.  `make_a
 package's modules; `gndet analyze` and the report show them.
 """
 
-import math
+import json
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -159,11 +159,18 @@ def read_results(path: Path, dataset: Dataset) -> Results:
 
 def _parse(path: Path) -> list[Any]:
     try:
-        listed = orjson.loads(path.read_bytes())
+        if not path.is_file():  # opening a pipe would wait
+            raise DataError(f"{path}: not a file, expected detections (COCO's results format)")
+        text = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot read this file: {error.strerror}") from None
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON: {error}") from None
+    try:
+        listed = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        try:
+            listed = json.loads(text)  # takes what Python writes: NaN, half of an emoji, integers of any size
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not JSON: {error}") from None
     if isinstance(listed, dict) and "annotations" in listed:
         raise DataError(f"{path}: holds annotations, expected detections: a list of image_id, category_id, bbox, score")
     if not isinstance(listed, list):
@@ -192,7 +199,7 @@ def _checked(detection: Any, sizes: dict[int, tuple[int, int]], categories: set[
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 def _code(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import HEAD
 from gndet.data.datasets.images import DECODER_ERRORS, PICTURES
-from gndet.data.datasets.segmentation import brief, printable, shown
+from gndet.data.datasets.segmentation import brief, printable
+from gndet.files import shown
 
 FOLDERS = ("", "images", "../images", "../JPEGImages", "..", "../img")  # where the pictures may lie, from the files
 OUTLINES = ("polygon", "rotation", "oriented_rectangle", "quadrilateral")

@@ -18,12 +18,11 @@ def add(verbs: Verbs) -> None:
 
 def run(options: Options) -> int:
     """Check a data set.  Returns 1 if it is refused."""
-    from rich.console import Console
-
+    from gndet.cli.console import EscapingConsole
     from gndet.toolbox.check.check import check
 
     passed = check(
         options.source, options.overrides, say, image_folder=options.image_folder,
-        images=options.images, sheet=options.sheet, out=options.json, console=Console(),
+        images=options.images, sheet=options.sheet, out=options.json, console=EscapingConsole(),
     )  # fmt: skip
     return 0 if passed else 1

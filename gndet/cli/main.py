@@ -5,7 +5,6 @@ that need it, so --help answers at once.
 """
 
 import argparse
-import io
 import os
 import re
 import select
@@ -17,6 +16,7 @@ from gndet.cli import analyze, check, config, convert, convert_data, doctor, eva
 
 # isort: split
 from gndet.cli import invariance, norm_study, norms, predict, report, train
+from gndet.cli.terminal import escaped_output
 from gndet.distributed.children import safe_children
 from gndet.errors import GndetError, Preempted
 
@@ -29,8 +29,8 @@ VERBS = {file.__name__.rpartition(".")[2].replace("_", "-"): file for file in FI
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
-    with safe_children():
+    with escaped_output(), safe_children():
+        options = parse(sys.argv[1:] if arguments is None else arguments)
         return exit_status(f"gndet {options.verb}", lambda: VERBS[options.verb].run(options))
 
 
@@ -60,8 +60,6 @@ def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) 
 
 def exit_status(command: str, run: Callable[[], int]) -> int:
     """Run a command.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names in data may not fit the terminal's encoding
     try:
         status = run()
         sys.stdout.flush()

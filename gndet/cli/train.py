@@ -67,12 +67,11 @@ def train_run(
 
 
 def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
-    from rich.console import Console
-
+    from gndet.cli.console import EscapingConsole
     from gndet.toolbox.report.report import report_on_ending
     from gndet.train import train
 
-    console = Console()
+    console = EscapingConsole()
 
     def write_report(out: Path) -> None:
         if cfg.train.report:

@@ -323,8 +323,8 @@ ALLOWED_IMPORTS = {
     ("train.py", "importlib"): "gndet.cli.train, when gndet.train is called",
     ("evaluation/fonts.py", "importlib"): "finds matplotlib's folder without importing it",
     ("data/workers.py", "pickle"): "results of gndet's own processes, which come through their pipes",
-    ("weights/foreign/files.py", "pickle"): "its unpickler looks nothing up: tests/weights/test_weight_files.py",
-    ("weights/foreign/files.py", "zipfile"): "lists the names in a file of torch.save",
+    ("weights/foreign/unpickling.py", "pickle"): "it looks nothing up: tests/weights/test_weight_files.py",
+    ("weights/foreign/files.py", "zipfile"): "reads uncompressed records of a file of torch.save, unpacks none",
     (
         "toolbox/doctor/doctor.py",
         "subprocess",

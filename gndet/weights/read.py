@@ -3,6 +3,7 @@
 K classes; the background is the last row of the layer BACKGROUND.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,6 +98,17 @@ def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ..
             alike = not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3
             identity[layer.partition(".")[0]].append(alike)
     return tuple(part for part in parts if identity[part] and all(identity[part]))
+
+
+def nonfinite(tensors: dict[str, Tensor]) -> str:
+    """Name the tensors with NaN or infinite values, with their counts; "" if there is none."""
+    wrong = []
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            least, most = tensor.aminmax()  # NaN if there is one; faster than to look at each value
+            if not (math.isfinite(least) and math.isfinite(most)):
+                wrong.append(f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()})")
+    return ", ".join(wrong[:MAX_NAMED]) + (", ..." if len(wrong) > MAX_NAMED else "")
 
 
 def first_few(lines: Sequence[str]) -> list[str]:

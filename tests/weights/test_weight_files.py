@@ -392,24 +392,18 @@ def test_a_torchscript_archive_is_refused(tmp_path: Path) -> None:
     assert failure(tmp_path / "a.pt").startswith("a TorchScript archive, which is a program; expected weights: save")
 
 
-ODD_TENSORS: dict[str, tuple[Callable[[], Tensor], str]] = {
-    "sparse": (
-        lambda: torch.eye(3).to_sparse(),
-        "w is a torch.sparse_coo tensor on cpu, torch.float32; expected dense",
-    ),
-    "meta": (
-        lambda: torch.ones(2, device="meta"),
-        "w is a torch.strided tensor on meta, torch.float32; expected dense",
-    ),
-    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), "torch.qint8; expected dense"),
+ODD_TENSORS: dict[str, Callable[[], Tensor]] = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "meta": lambda: torch.ones(2, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
 }
 
 
 @pytest.mark.parametrize("name", ODD_TENSORS)
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_that_are_not_dense_values_are_refused(tmp_path: Path, name: str) -> None:
-    make, message = ODD_TENSORS[name]
-    assert message in failure(zipped(tmp_path / "a.pth", {"w": make()}))
+    text = failure(zipped(tmp_path / "a.pth", {"w": ODD_TENSORS[name]()}))
+    assert text.startswith("holds a sparse or quantized tensor, or one without values (torch._utils._rebuild_")
 
 
 def test_files_that_are_not_weight_files_are_distinguished(tmp_path: Path) -> None:

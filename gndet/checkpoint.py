@@ -2,7 +2,8 @@
 
 Nothing is pickled.  A folder is written under a temporary name and synced file by file, its manifest (size and sha256
 of every other file) last.  Then it is renamed.  A kill or a power cut at any moment leaves the previous checkpoint.
-A run folder holds checkpoints/update-0001200/..., and `last` and `best`, relative links into checkpoints/.
+A run folder holds checkpoints/update-0001200/..., and `last` and `best`, relative links into checkpoints/.  Where links
+cannot be made they are files that hold the path; in a copy of a run they may be copied folders, or missing.
 """
 
 import hashlib
@@ -11,7 +12,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,14 +23,24 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gndet.errors import CheckpointError
-from gndet.files import create, folder_written_whole, remove, sweep, sync_folder, temporary_name, valid_text
+from gndet.errors import CheckpointError, OutputError
+from gndet.files import (
+    create,
+    folder_written_whole,
+    remove,
+    sweep,
+    sync_folder,
+    temporary_name,
+    valid_text,
+    write_whole,
+)
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # inside a run folder: their folder, and links into it
+UPDATE = "update-{:07d}"  # name of a checkpoint folder of a run
 
 
 class Checkpoint(NamedTuple):
@@ -56,12 +68,13 @@ class _Manifest(BaseModel, extra="forbid"):
 def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     """Write a checkpoint so that it is whole or absent after a crash at any moment.
 
-    folder: destination; an existing checkpoint is replaced.  groups: tensors on any device, by group ("model", "ema",
-    "optimizer") and key.  meta: values that JSON can hold.  Only one process may write at a time.
+    folder: destination; an existing checkpoint is replaced, and a missing parent is made, but not the parent's parent:
+    a run folder may have been moved.  groups: tensors on any device, by group ("model", "ema", "optimizer") and key.
+    meta: values that JSON can hold.  Only one process may write at a time.
     Raises CheckpointError with the path and the reason (disk full, no permission); the existing checkpoint stays.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(exist_ok=True)
         with folder_written_whole(folder) as temporary:
             _write_files(temporary, groups, meta)
     except OSError as error:
@@ -102,15 +115,27 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
 
 
 def run_checkpoints(run: Path) -> list[Path]:
-    """List the checkpoint folders of a run, the newest update first, without opening them."""
-    found = [path for path in (run / CHECKPOINTS).glob("update-*") if re.fullmatch(r"update-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("update-")), reverse=True)
+    """List the checkpoint folders of a run, the newest update first, without opening them.
+
+    Returns [] if the run has no folder of checkpoints.  Raises CheckpointError if it has one that cannot be read.
+    """
+    folder = run / CHECKPOINTS
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if re.fullmatch(r"update-[0-9]{1,18}", entry.name)]
+    except OSError as error:
+        if not os.path.lexists(folder):
+            return []
+        leads = f"it is a link to {os.readlink(folder)}: " if folder.is_symlink() else ""
+        raise CheckpointError(f"{folder}: cannot read the checkpoints: {leads}{error.strerror}") from None
+    return [folder / name for name in sorted(names, key=lambda name: int(name.removeprefix("update-")), reverse=True)]
 
 
 def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
     """Read the newest checkpoint of a run that passes verification.
 
-    Returns it, or None if there is none, and one line for each newer, damaged checkpoint that was passed over.
+    Returns it, or None if there is none, and one line for each newer, damaged checkpoint that was passed over.  Raises
+    CheckpointError if the folder of checkpoints cannot be read.
     """
     passed_over: list[str] = []
     for folder in run_checkpoints(run):
@@ -122,28 +147,86 @@ def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def point(run: Path, name: str, folder: Path) -> None:
-    """Make run/name (LAST, BEST) a relative link to a checkpoint folder, atomically.
+    """Let run/name (LAST, BEST) lead to a checkpoint folder, atomically: a relative link, or a file with its path.
 
-    Raises CheckpointError if the link cannot be written.
+    Raises CheckpointError if neither can be written.
     """
-    temporary = temporary_name(run / name)
+    temporary, target = temporary_name(run / name), os.path.relpath(folder, run)
     try:
-        os.symlink(os.path.relpath(folder, run), temporary)
-        os.replace(temporary, run / name)
+        try:
+            os.symlink(target, temporary)
+            os.replace(temporary, run / name)
+        except OSError:  # exFAT, SMB and some cloud mounts have no links
+            write_whole(run / name, f"{target}\n")
         sync_folder(run)
-    except OSError as error:
+    except (OSError, OutputError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
+        raise CheckpointError(f"{run / name}: cannot let it lead to a checkpoint: {reason}") from error
+    finally:
         remove(temporary)
-        raise CheckpointError(f"{run / name}: cannot point it at {folder.name}: {error.strerror}") from error
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Remove the checkpoints of a run except the newest keep_last and those that `last` and `best` point at.
+def led_to(path: Path) -> Path:
+    """Return the checkpoint folder that a path stands for: of a file `last` or `best`, the one that it names."""
+    if os.path.isfile(path):
+        with suppress(CheckpointError):
+            text = _read(path, at_most=200).decode(errors="replace").strip()
+            if re.fullmatch(rf"{CHECKPOINTS}/update-[0-9]+", text):
+                return path.parent / text
+    return path
+
+
+def mend_links(run: Path, newest: Checkpoint) -> list[str]:
+    """Let `last` and `best` lead to the newest and the best checkpoint.  Returns a line for each that cannot."""
+    problems = []
+    for name, folder in ((LAST, newest.path), (BEST, best_checkpoint(newest.path, newest.meta))):
+        if folder is not None and os.path.isdir(folder) and not _is_same(led_to(run / name), folder):
+            try:
+                point(run, name, folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+    return problems
+
+
+def adopt_copies(run: Path) -> None:
+    """Make links of `last` and `best` if they are copies of checkpoints: some tools copy what links lead to.
+
+    A copy replaces a checkpoint that is missing or damaged, and is removed beside a whole one.  A damaged copy stays.
+    """
+    for copy in (run / LAST, run / BEST):
+        if copy.is_symlink() or not os.path.isfile(copy / MANIFEST):
+            continue
+        with suppress(CheckpointError, OSError):
+            update = load_checkpoint(copy, ()).meta.get("update")
+            if type(update) is int:
+                folder = run / CHECKPOINTS / UPDATE.format(update)
+                _adopt(copy, folder)
+                point(run, copy.name, folder)
+
+
+def _adopt(copy: Path, folder: Path) -> None:
+    """Move a whole copy of a checkpoint to its place, or remove it if its place holds a whole one.  Raises OSError."""
+    folder.parent.mkdir(exist_ok=True)
+    discarded = temporary_name(folder)  # sweep() removes it after a kill
+    try:
+        load_checkpoint(folder, ())
+        os.rename(copy, discarded)
+    except CheckpointError:
+        if os.path.lexists(folder):
+            os.rename(folder, discarded)
+        os.rename(copy, folder)
+        sync_folder(folder.parent)
+    remove(discarded)
+
+
+def prune(run: Path, keep_last: int, best: Path | None = None) -> None:
+    """Remove the checkpoints of a run except the newest keep_last, the best, and those that `last` and `best` lead to.
 
     keep_last: at least 1.  Raises CheckpointError if a checkpoint cannot be removed.
     """
-    linked = {(run / name).resolve() for name in (LAST, BEST)}
+    kept = [os.path.realpath(path) for path in (led_to(run / LAST), led_to(run / BEST), best) if path is not None]
     for folder in run_checkpoints(run)[keep_last:]:
-        if folder.resolve() in linked:
+        if os.path.realpath(folder) in kept:
             continue
         temporary = temporary_name(folder)
         try:
@@ -166,13 +249,41 @@ def resolve(path: Path) -> Path:
     Returns the checkpoint folder with links resolved; it is not verified.
     Raises CheckpointError that says what was expected and what the path holds.
     """
-    for folder in (path, path / BEST, path / LAST, *run_checkpoints(path)):
-        if (folder / MANIFEST).is_file():
-            return folder.resolve()
+    for folder in _places(path):
+        if os.path.isfile(folder / MANIFEST):
+            return Path(os.path.realpath(folder))
     raise CheckpointError(
         f"{path}: neither a gndet checkpoint (a folder with {MANIFEST}) nor a run folder "
         f"(with {BEST}, {LAST} or {CHECKPOINTS}/update-...): {_describe(path)}"
     )
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Yield where the checkpoint that a path refers to may be, the most likely place first."""
+    yield led_to(path)
+    best, last = led_to(path / BEST), led_to(path / LAST)
+    try:
+        folders = run_checkpoints(path)
+    except CheckpointError:
+        yield from (best, last)  # they may be copies
+        raise
+    if folders and not _is_same(last, folders[0]):  # there are no links, or a kill came before they were changed
+        for folder in folders:
+            with suppress(CheckpointError):
+                yield best_checkpoint(folder, load_checkpoint(folder, ()).meta) or folder
+                yield folder
+                break
+    yield from (best, last, *folders)
+
+
+def best_checkpoint(newest: Path, meta: dict[str, Any]) -> Path | None:
+    """Return the folder of the best checkpoint of a run by the meta of its newest; None if there is none yet."""
+    update = meta.get("best_update")
+    return newest.with_name(UPDATE.format(update)) if type(update) is int and update > 0 else None
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _write_files(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:

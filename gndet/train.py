@@ -19,12 +19,13 @@ from gndet.distributed.process import limit_waiting, process
 from gndet.distributed.signals import StopSignals
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
+from gndet.training.folder import locked
 from gndet.training.log import Log
 from gndet.training.nonfinite import pass_over
 from gndet.training.norms import NormWatch
 from gndet.training.optim import learning_rate, total_updates
 from gndet.training.run import Meter, Progress, Run
-from gndet.training.run_folder import STALLED, locked, make_run, move_aside
+from gndet.training.run_folder import STALLED, make_run, may_write, move_aside
 from gndet.training.setup import set_up
 from gndet.training.task import TASKS
 from gndet.training.update import UpdateState, compute_gradients, make_update, read, reads_late
@@ -53,20 +54,23 @@ def train(
         assert watch is not None
         watch.stopping, watch.on_stop = (lambda: stop.asked), stop.ask
         # --- the run folder, the data, the model
-        stack.enter_context(locked(out, proc))
+        lock = ending.enter_context(ExitStack())  # until the report is written
+        folder = lock.enter_context(locked(out, proc, may_write))
         with stopped_early(out, proc, stop):
             run, progress, size, notes = set_up(cfg, out, fresh, proc)
         if fresh:
             move_aside(out, proc)
-            stack.enter_context(locked(out, proc))
-        make_run(cfg, out, proc)
+            lock.close()
+            folder = lock.enter_context(locked(out, proc, may_write))
+        make_run(cfg, folder, proc)
+        run = run._replace(out=folder)
         if proc.first:
-            ending.enter_context(marked(out, at_end))
+            ending.enter_context(marked(folder, at_end))
         watch.report = out / STALLED
         limit_waiting(proc, cfg.train.timeout_s)
         state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)
         log = Log(
-            out, total_updates=total, first_update=progress.update, evaluation_due=progress.evaluation_due,
+            folder, total_updates=total, first_update=progress.update, evaluation_due=progress.evaluation_due,
             console=console, enabled=proc.first,
         )  # fmt: skip
         stack.enter_context(log)
@@ -121,6 +125,8 @@ def train(
                     stream = updates(run, progress.update, total, size, meter, log)
             # --- what is due: log, evaluate, save
             done = update = progress.update
+            if folder.is_moved:
+                stop.ask()  # all ranks save and stop before the next update
             if due(done, cfg.train.log_every, total):
                 numbers = progress.take_means() | meter.read() | {"lr": lr, "images_at_once": size}
                 log.train(done, numbers | {"eta_s": meter.seconds_per_update * (total - done)})

@@ -12,6 +12,7 @@ import hashlib
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,17 @@ import torchvision
 from torch import Tensor
 
 import gndet
-from gndet.checkpoint import BEST, CHECKPOINTS, LAST, Checkpoint, point, prune, save_checkpoint
+from gndet.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    UPDATE,
+    Checkpoint,
+    best_checkpoint,
+    point,
+    prune,
+    save_checkpoint,
+)
 from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
@@ -35,7 +46,8 @@ class Saver:
     def __init__(self, run: Run, total: int, say: Callable[[str], None], best: Best | None = None) -> None:
         """total: updates of the whole run.  say: called with each message.  best: the best so far of a resumed run."""
         self._run, self._total, self._say = run, total, say
-        self._written: tuple[Future[str], Best | None] | None = None  # the write in progress, the best it records
+        self._written: tuple[Future[list[str]], Best | None] | None = None  # the write in progress, its best
+        self._warned: set[str] = set()
         self._last: tuple[int, bool] | None = None  # update and evaluation_due of the newest checkpoint
         self._progress = Progress()  # of the newest checkpoint
         self._best: Best | None = best  # in the newest checkpoint on the disk
@@ -50,6 +62,9 @@ class Saver:
         if not self._run.proc.first:
             return
         self.wait()
+        if self._run.out.is_removed:  # the error that ends the run says so
+            self.failed = CheckpointError(f"{self._run.out.named}: the folder was removed")
+            return
         if self._lost is not None and self._lost.update == progress.update:
             progress.best = self._lost  # the same state is saved again
         self._lost = None
@@ -78,7 +93,7 @@ class Saver:
             return
         (written, best), self._written = self._written, None
         try:
-            warning = written.result()
+            warnings = written.result()
         except Exception as error:  # e.g. MemoryError: in any case the checkpoint is missing
             reason = error if isinstance(error, CheckpointError) else f"{self._run.out}: cannot save: {error!r}"
             self.failed = CheckpointError(str(reason))
@@ -88,22 +103,24 @@ class Saver:
                 self._lost, self._progress.best = self._progress.best, self._best
             return
         self.failed, self._best = None, best
-        if warning:
-            self._say(warning)
+        for warning in warnings:
+            if warning not in self._warned:
+                self._say(warning)
+        self._warned.update(warnings)
 
-    def _write(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], is_best: bool) -> str:
-        """Write a checkpoint.  Returns why old checkpoints could not be removed, or ""."""
-        out = self._run.out
-        folder = out / CHECKPOINTS / f"update-{meta['update']:07d}"
+    def _write(self, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any], is_best: bool) -> list[str]:
+        """Write a checkpoint.  Returns why links could not be written or old checkpoints not be removed."""
+        out, warnings = self._run.out.path, []
+        folder = out / CHECKPOINTS / UPDATE.format(meta["update"])
         save_checkpoint(folder, groups, meta)
-        if is_best:
-            point(out, BEST, folder)
-        point(out, LAST, folder)
-        try:
-            prune(out, self._run.cfg.train.keep_last)
-        except CheckpointError as error:
-            return str(error)
-        return ""
+        best = best_checkpoint(folder, meta)
+        steps = [partial(point, out, name, folder) for name in ((BEST, LAST) if is_best else (LAST,))]
+        for step in (*steps, partial(prune, out, self._run.cfg.train.keep_last, best)):
+            try:
+                step()
+            except CheckpointError as error:  # this checkpoint is whole
+                warnings.append(str(error))
+        return warnings
 
     def _groups(self) -> dict[str, dict[str, Tensor]]:
         run = self._run
@@ -181,11 +198,6 @@ def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
     Raises TrainingError for a difference that is not allowed.
     """
     refuse_drift(run, saved)
-    if run.proc.first:  # a kill may have prevented the links
-        point(run.out, LAST, saved.path)
-        best = saved.path.with_name(f"update-{saved.meta['best_update'] or 0:07d}")
-        if saved.meta["best_update"] and best.is_dir():
-            point(run.out, BEST, best)
     progress = Progress.from_meta(saved.meta)
     run.model.load_state_dict(saved.groups["model"])
     load_optimizer_tensors(run.optimizer, run.model, saved.groups["optimizer"])

@@ -11,6 +11,7 @@ from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.training.checkpointing import Saver
+from gndet.training.folder import WorkFolder
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import BOARD, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
@@ -18,18 +19,19 @@ from gndet.training.update import UpdateState, read
 
 
 @contextmanager
-def marked(out: Path, at_end: Callable[[Path], None]) -> Iterator[None]:
-    """Mark a run that an error ended, and call at_end(out), except after a signal, when there is no time."""
+def marked(out: WorkFolder, at_end: Callable[[Path], None]) -> Iterator[None]:
+    """Mark a run that an error ended, and call at_end(its folder), except after a signal, when there is no time."""
     try:
         yield
     except Preempted:
         raise
     except Exception as error:
-        with suppress(OutputError):  # the original error matters more
-            mark(out, FAILED, f"{type(error).__name__}: {error}")
-        at_end(out)
+        if not out.is_removed:
+            with suppress(OutputError):  # the original error matters more
+                mark(out.path, FAILED, f"{type(error).__name__}: {error}")
+            at_end(out.path)
         raise
-    at_end(out)
+    at_end(out.path)
 
 
 @contextmanager
@@ -72,11 +74,14 @@ def rescued(
         yield
     except Stop:
         keep(run, progress, state, saver)
+        if run.out.is_moved and run.proc.first:
+            raise run.out.error(f"after update {progress.update} of {total}") from None
         if saver.failed:
             raise TrainingError(
                 f"stopped by a signal after update {progress.update}, not saved: {saver.failed}"
             ) from None
-        raise preempted(run.out, f"after update {progress.update} of {total}, and saved", stop, run.proc) from None
+        when = f"after update {progress.update} of {total}, and saved"
+        raise preempted(run.out.path, when, stop, run.proc) from None
     except BaseException:
         if progress.update or state.unread:
             keep(run, progress, state, saver)
@@ -105,9 +110,11 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
     saver.wait()
     if saver.failed:  # try again: the disk may have room now
         saver.save(progress, at_once=True)
+    if run.out.is_moved and run.proc.first:
+        raise run.out.error("the run is finished")
     if saver.failed:
         raise TrainingError(f"{run.out}: the run is finished, but its last checkpoint is missing: {saver.failed}")
-    log.message(closing_words(run.out, progress))
+    log.message(closing_words(run.out.path, progress))
     if lost := log.lost():
         raise OutputError(f"{run.out}: the run is finished and saved, but these files are incomplete: {lost}")
 

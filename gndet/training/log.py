@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gndet.errors import OutputError
 from gndet.files import LineFile
+from gndet.training.folder import WorkFolder
 from gndet.training.logged import read_metrics as read_metrics  # documented as a name of this module
 from gndet.training.logged import truncate
 from gndet.training.run_folder import BOARD, METRICS
@@ -33,7 +34,7 @@ class Log:
 
     def __init__(
         self,
-        out: Path,
+        out: Path | WorkFolder,
         *,
         total_updates: int,
         first_update: int = 0,
@@ -61,7 +62,6 @@ class Log:
         if not enabled:
             return
         try:
-            out.mkdir(parents=True, exist_ok=True)
             truncate(out / METRICS, last_kept, evaluation_due, self.message)
             self._files[METRICS] = LineFile(out / METRICS)
         except OSError as error:

@@ -69,7 +69,7 @@ class NormWatch:
             start = safetensors.torch.save(affine(run.model))
             log.attempt(NORMS_START, partial(write_whole, run.out / NORMS_START, start))
         try:
-            layers = measure(run.model, self._images, run.autocast, read_start(run.out))
+            layers = measure(run.model, self._images, run.autocast, read_start(run.out.path))
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

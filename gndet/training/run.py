@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -18,6 +17,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.modeling.detection_model import DetectionModel
 from gndet.training.averaging import WeightAverage
+from gndet.training.folder import WorkFolder
 from gndet.training.gradient_buckets import Buckets
 
 
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
     cfg: Config
     asked: Config  # the user's config; norm_policy: hybrid changes the norms in cfg
-    out: Path
+    out: WorkFolder
     proc: Process
     train_set: Dataset
     val_set: Dataset

@@ -1,19 +1,36 @@
-"""The run folder: its file names, its creation, whether a run may resume in it, and its lock (one run at a time)."""
+"""The run folder: its file names, its creation, and whether a run may begin or resume in it."""
 
+import math
+import os
+import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gndet.checkpoint import Checkpoint, newest_checkpoint, run_checkpoints, sweep_run
-from gndet.config.loading import config_from_dict, config_to_yaml
+from gndet.checkpoint import (
+    BEST,
+    CHECKPOINTS,
+    LAST,
+    META,
+    Checkpoint,
+    adopt_copies,
+    best_checkpoint,
+    mend_links,
+    newest_checkpoint,
+    prune,
+    run_checkpoints,
+    sweep_run,
+)
+from gndet.config.loading import config_from_dict, config_to_yaml, load_config
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import user_paths
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
-from gndet.errors import GndetError, OutputError, TrainingError
-from gndet.files import lock_file, sweep, write_whole
+from gndet.errors import CheckpointError, ConfigError, GndetError, OutputError, TrainingError
+from gndet.files import write_whole
+from gndet.training.folder import LOCK, WorkFolder
 
 # Options that may differ when a run resumes, because none of them changes what is learned.
 NEUTRAL = (
@@ -36,85 +53,129 @@ PREDICTIONS = "predictions.png"  # ground truth beside detections
 REPORT = "report.html"
 NONFINITE = "nonfinite"  # reports of losses and gradients that were not finite
 STALLED = "stalled"  # stalled-process0.txt: the stacks of a rank that hung or lost the others
-LOCK = ".lock"
 PREEMPTED = "PREEMPTED"  # a signal ended the run; the same command resumes it
 FAILED = "FAILED"  # an error ended the run, with its message; the same command may resume it
 
-LOCK_WAIT = 10.0  # seconds that a killed run's process may take to end
+PARTIAL = "config.yaml.partial"  # what a kill left of config.yaml in earlier versions
+AGAIN = "; put it back, or start over with --fresh, which moves this folder aside (in Python: fresh=True)"
 UNSET = "not set"  # a key that only the other config has
 
 
 def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
-    """Find an unfinished run to resume.  Only stale temporary files are touched.
+    """Find an unfinished run to resume.  Only stale temporary files, `last` and `best` are touched.
 
-    Returns the newest whole checkpoint, or None, and one line per damaged checkpoint that was passed over.  Raises
-    TrainingError on every rank if the folder holds a finished run, a different run, or something else, or if it holds
-    the data and would be moved aside.
+    Returns the newest whole checkpoint, or None, and lines: damaged checkpoints that were passed over, links that could
+    not be written.  Raises TrainingError on every rank if the folder holds a finished run, a different run, one whose
+    checkpoints are gone, or something else; with fresh, if it may not be moved aside.
     """
-    if fresh:
-        for path in user_paths(cfg.data):
-            if out.resolve() in (path.resolve(), *path.resolve().parents):
-                raise TrainingError(
-                    f"--fresh would move {out} aside, with your data in it ({path}); choose another out"
-                )
-        return None, []
-    saved, damaged, refusal = None, list[str](), list[str]()
+    by_rank = [part[0] for part in all_gather([fresh], proc)]
+    if len(set(by_rank)) > 1:
+        given = ", ".join(str(rank) for rank, flag in enumerate(by_rank) if flag)
+        raise TrainingError(f"{out}: --fresh was given to rank {given} only; give all ranks the same options")
+    saved, damaged, notes, refusal = None, list[str](), list[str](), list[str]()
     if proc.first:
         try:
-            if is_run(out):
-                sweep_run(out)
-            saved, damaged = newest_checkpoint(out)
-            refuse_other_run(cfg, out, saved)
+            if fresh:
+                refuse_to_move(cfg, out)
+            else:
+                saved, damaged, notes = look_for_run(out)
+                refuse_other_run(cfg, out, saved, damaged)
         except GndetError as error:
             refusal = [str(error)]
     for text in all_gather(refusal, proc)[0]:
         raise TrainingError(text)
-    if not proc.first:  # after the sweep of rank 0
+    if not proc.first and not fresh:  # after rank 0 has put the folder in order
         saved, damaged = newest_checkpoint(out)
-    if damaged and saved is None:
-        raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts over", *damaged]))
-    return saved, damaged
+    return saved, [*damaged, *notes]
+
+
+def look_for_run(out: Path) -> tuple[Checkpoint | None, list[str], list[str]]:
+    """Put a run folder in order, and read its newest whole checkpoint.
+
+    Returns it, a line for each damaged one, and one for each link that cannot be written.  Raises CheckpointError.
+    """
+    if not is_run(out):
+        return None, [], []
+    sweep_run(out)
+    adopt_copies(out)
+    try:
+        saved, damaged = newest_checkpoint(out)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{AGAIN}") from None
+    if saved is None:
+        return None, damaged, []
+    if "asked" not in saved.meta:
+        raise CheckpointError(f"{saved.path}: not a checkpoint of a run: its {META} has no `asked`; choose another out")
+    return saved, damaged, mend_links(out, saved)
+
+
+def refuse_to_move(cfg: Config, out: Path) -> None:
+    """Raise TrainingError if --fresh would move aside a folder that is no run, or one in which other things lie."""
+    if not os.path.isdir(out) or is_empty(out):
+        return
+    inside = [(path, f"your data in it ({path})") for path in user_paths(cfg.data)]
+    inside += [(Path(), "the current folder in it"), (Path(os.path.expanduser("~")), "your home in it")]
+    inside += [(path / "x", f"another run in it ({path})") for path in out.iterdir() if path.is_dir() and is_run(path)]
+    for path, what in inside:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise TrainingError(f"--fresh would move {out} aside, with {what}; choose another out")
+    if not is_run(out):
+        raise TrainingError(f"{out}: holds files but no run; --fresh moves only runs aside; choose another out=FOLDER")
 
 
 def move_aside(out: Path, proc: Process) -> None:
-    """Rename a folder that is not empty to OUT-old-1, or the next free number.  Raises OutputError."""
+    """Rename a run folder to OUT-old-1, or the next free number; a link to it stays.  Raises OutputError."""
     if proc.first and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         try:
-            number = next(i for i in range(1, 10_000) if not Path(f"{out}-old-{i}").exists())
-            out.rename(f"{out}-old-{number}")
+            real = Path(os.path.realpath(out))
+            number = next(i for i in range(1, 10_000) if not os.path.lexists(f"{real}-old-{i}"))
+            real.rename(f"{real}-old-{number}")
+            real.mkdir()
         except OSError as error:
             raise OutputError(f"out: {out}: cannot move it aside: {error.strerror}") from None
 
 
-def make_run(cfg: Config, out: Path, proc: Process) -> None:
-    """Create the folder, write config.yaml, and remove the markers of an earlier end.  Raises OutputError."""
+def make_run(cfg: Config, folder: WorkFolder, proc: Process) -> None:
+    """Make the folder a run: make checkpoints/, write config.yaml, and remove the markers of an earlier end.
+
+    A record without checkpoints/ is therefore that of a run whose checkpoints are gone.  Raises OutputError, and
+    TrainingError if the folder was moved.
+    """
     if proc.first:
+        out = folder.named
+        if folder.is_moved:
+            raise folder.error("before the first update")
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             write_whole(out / CONFIG, HEAD + config_to_yaml(cfg))
-            for marker in (PREEMPTED, FAILED):
+            for marker in (PREEMPTED, FAILED, PARTIAL):
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
     all_gather([], proc)  # other ranks wait for the folder
 
 
-def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
-    """Raise TrainingError if the folder holds another run, a finished run, or something else.
+def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None, damaged: list[str]) -> None:
+    """Raise TrainingError if the folder holds another run, a finished run, one without its checkpoints, or no run.
 
-    saved: the newest whole checkpoint in the folder.
+    saved: the newest whole checkpoint in the folder.  damaged: a line for each damaged one.
     """
     ways = "choose another out=FOLDER, or move the old one aside with --fresh (in Python: fresh=True)"
-    if not out.exists():
+    if not os.path.lexists(out):
         return
-    if not out.is_dir():
+    if not os.path.exists(out):
+        raise OutputError(f"out: {out} is a link to {os.readlink(out)}, which is not there; choose another out=FOLDER")
+    if not os.path.isdir(out):
         raise OutputError(f"out: {out} is a file, expected a folder for the run")
     if not is_run(out):
         if not is_empty(out):
             other = "no config.yaml" if not (out / CONFIG).exists() else "gndet did not write its config.yaml"
-            raise TrainingError(f"{out}: holds files but no run ({other}); {ways}")
+            raise TrainingError(f"{out}: holds files but no run ({other}); choose another out=FOLDER")
         return
     if saved is None:
+        if damaged:
+            raise TrainingError("\n".join([f"{out}: no checkpoint is whole; --fresh starts over", *damaged]))
+        refuse_lost(out)
         return  # stopped before its first checkpoint: nothing can be lost
     neutral = (*NEUTRAL, "out") if cfg.model.batch_coupling() else (*NEUTRAL, *SPLIT, "out")
     old, new = flat(config_from_dict(saved.meta["asked"], str(saved.path))), flat(cfg)
@@ -123,20 +184,75 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None) -> None:
         lines = [f"  {key}: {old.get(key, UNSET)!r} there, {new.get(key, UNSET)!r} now" for key in changed[:8]]
         raise TrainingError("\n".join([f"{out}: holds a run of another config; {ways}", *lines]))
     if saved.meta["update"] >= saved.meta["total_updates"] and not saved.meta["evaluation_due"]:
+        if not damaged:  # a kill may have come between the last checkpoint and the removal of older ones
+            with suppress(CheckpointError):
+                prune(out, old["train.keep_last"], best_checkpoint(saved.path, saved.meta))
         raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
+
+
+def refuse_lost(out: Path) -> None:
+    """Raise TrainingError if a run without checkpoints has had some by its record, which a new start would empty."""
+    updates, links = logged_updates(out), [name for name in (LAST, BEST) if os.path.lexists(out / name)]
+    if links or updates > updates_without_checkpoint(out):
+        said = f"`{links[0]}` led to a checkpoint" if links else f"{updates} updates are logged"
+        there = "holds no checkpoint" if (out / CHECKPOINTS).is_dir() else "is not there"
+        raise TrainingError(f"{out}: of this run {said}, but {out / CHECKPOINTS} {there}{AGAIN}")
+
+
+def logged_updates(out: Path) -> int:
+    """Return the last update in the record of a run; 0 if there is none."""
+    updates = [0]
+    for path in (out / METRICS, out / NORMS):
+        if os.path.isfile(path):  # opening a pipe would wait
+            with suppress(OSError):
+                updates += map(int, re.findall(rb'"update": *(\d{1,15})\b', path.read_bytes()))
+    return max(updates)
+
+
+def updates_without_checkpoint(out: Path) -> float:
+    """Return how many updates a run may have logged without having saved: until its second checkpoint is due.
+
+    The first is then on the disk.  0 if there is no folder for them, which a run makes before its first update.
+    """
+    if not os.path.lexists(out / CHECKPOINTS):
+        return 0
+    try:
+        cfg = load_config(out / CONFIG, []).train
+    except ConfigError:
+        return math.inf
+    due = [every * k for every in (cfg.eval_every, cfg.checkpoint_every) if every > 0 for k in (1, 2)]
+    return sorted({*due, math.inf})[1 if due else 0]
 
 
 def is_run(out: Path) -> bool:
     """Return whether gndet wrote the config.yaml of a folder, or there are checkpoints of a run."""
-    with suppress(OSError):
-        if (out / CONFIG).is_file():  # opening a pipe would wait
-            return (out / CONFIG).read_bytes().startswith(HEAD.encode()) or bool(run_checkpoints(out))
+    with suppress(OSError, CheckpointError):
+        if os.path.isfile(out / CONFIG):  # opening a pipe would wait
+            with (out / CONFIG).open("rb") as file:
+                if file.read(len(HEAD)) == HEAD.encode():
+                    return True
+        return bool(run_checkpoints(out))
     return False
 
 
 def is_empty(out: Path) -> bool:
-    """Return whether a folder holds nothing but what a run that was stopped early leaves."""
-    return all(path.name in (LOCK, PREEMPTED) for path in out.iterdir())
+    """Return whether a folder holds nothing but what a run that ended before its first update may leave."""
+
+    def is_left(path: Path) -> bool:
+        if path.name == CHECKPOINTS:
+            return path.is_dir() and not any(path.iterdir())
+        if path.name == CONFIG:
+            return path.is_file() and not path.stat().st_size
+        return path.name in (LOCK, PREEMPTED, PARTIAL, BOARD) or path.name.startswith(".tmp-")
+
+    with suppress(OSError):
+        return all(is_left(path) for path in out.iterdir())
+    return False
+
+
+def may_write(out: Path) -> bool:
+    """Return whether a folder is a run or empty, so that gndet may write into it."""
+    return is_run(out) or is_empty(out)
 
 
 def flat(cfg: Config) -> dict[str, Any]:
@@ -147,40 +263,6 @@ def flat(cfg: Config) -> dict[str, Any]:
             yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
     return dict(walk(cfg.model_dump(mode="json"), ""))
-
-
-@contextmanager
-def locked(out: Path, proc: Process, is_own: Callable[[Path], bool] = is_run) -> Iterator[None]:
-    """Prevent two runs from training into the same folder while the context lasts; create a missing folder.
-
-    A folder of the user's, with files but not is_own, is not locked: nothing is written into it.
-    Raises TrainingError on every rank if another run holds the lock.  A lock ends with its process, and loader
-    processes do not inherit it.  A folder that is not writable, or on a file system without locks, is not locked.
-    A folder that was created here and is still empty at the end is removed.
-    """
-    refusal, file, made = [], None, not out.exists()
-    if proc.first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            if is_own(out) or is_empty(out):
-                file = lock_file(out / LOCK, LOCK_WAIT)
-                sweep(out)
-        except BlockingIOError as error:
-            owner = error.strerror
-            refusal = [f"{out}: another process trains into this folder: {owner}; choose another out=FOLDER"]
-        except OSError:
-            pass
-    try:
-        for text in all_gather(refusal, proc)[0]:
-            raise TrainingError(text)
-        yield
-    finally:
-        if file is not None:
-            if made and not refusal and [path.name for path in out.glob("*")] in ([], [LOCK]):
-                with suppress(OSError):
-                    (out / LOCK).unlink()
-                    out.rmdir()
-            file.close()
 
 
 def mark(out: Path, marker: str, why: str) -> None:

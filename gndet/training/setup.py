@@ -25,6 +25,7 @@ from gndet.modeling.recompute import set_memory
 from gndet.training.averaging import WeightAverage
 from gndet.training.batch_size import enough_memory, images_at_once
 from gndet.training.checkpointing import fingerprint, mask_fingerprint, restore, room_for_checkpoints
+from gndet.training.folder import WorkFolder
 from gndet.training.gpu_notes import slower_operators, tf32
 from gndet.training.memory import release
 from gndet.training.norms import audit, summary
@@ -122,7 +123,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     data = {"data": fingerprint(train_set), "val_data": fingerprint(val_set)}
     data["masks"] = mask_fingerprint(train_set) if cfg.model.masks else ""
     run = Run(
-        cfg, asked, out, proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
+        cfg, asked, WorkFolder(out), proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
         compiled(model, cfg.train, proc.device), buckets,
     )  # fmt: skip
     return run, notes

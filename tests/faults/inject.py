@@ -27,7 +27,7 @@ from faults.tiny import THIN, note
 from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
-from gndet.training import checkpointing, run_folder
+from gndet.training import checkpointing, folder
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
 
@@ -91,7 +91,7 @@ def signal_within(number: int, update: int, part: int) -> None:
 
 def lock_wait(seconds: float) -> None:
     """Let a run wait so many seconds for the lock of its folder."""
-    run_folder.LOCK_WAIT = seconds
+    folder.LOCK_WAIT = seconds
 
 
 def gate(*updates: int) -> None:

@@ -26,6 +26,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.training.averaging import WeightAverage
 from gndet.training.checkpointing import Saver
+from gndet.training.folder import WorkFolder
 from gndet.training.optim import make_optimizer
 from gndet.training.run import Best, Progress, Run
 
@@ -84,7 +85,22 @@ def small_run(out: Path, keep_last: int) -> tuple[Run, Saver]:
     optimizer.step()
     proc = Process(0, 1, torch.device("cpu"))
     average = WeightAverage(model, 0.9)
-    run = Run(cfg, cfg, out, proc, train_set, val_set, model, average, optimizer, nullcontext, {}, None, model, None)
+    run = Run(
+        cfg,
+        cfg,
+        WorkFolder(out),
+        proc,
+        train_set,
+        val_set,
+        model,
+        average,
+        optimizer,
+        nullcontext,
+        {},
+        None,
+        model,
+        None,
+    )
     return run, Saver(run, 10**6, print)
 
 
@@ -143,11 +159,11 @@ def walk(folder: str) -> int:
             out = Path(folder) / "run"
             shutil.rmtree(out, ignore_errors=True)
             shutil.copytree(base, out, symlinks=True)
-            if not killed_at(run._replace(out=out), update, point):
+            if not killed_at(run._replace(out=WorkFolder(out)), update, point):
                 break
             swept += check_whole(out, 2, 30)
-            fresh = Saver(run._replace(out=out), 10**6, print)
-            save(run._replace(out=out), fresh, 4, best=4)
+            fresh = Saver(run._replace(out=WorkFolder(out)), 10**6, print)
+            save(run._replace(out=WorkFolder(out)), fresh, 4, best=4)
             fresh.wait()
             kept = [path.name for path in run_checkpoints(out)]
             check(kept == ["update-0000004"], f"after a kill at point {point} and another save there are {kept}")

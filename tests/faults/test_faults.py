@@ -41,6 +41,7 @@ def test_the_promise_is_kept(scenario: Scenario, runs: Path, capsys: pytest.Capt
 def write_run(out: Path, value: float, loss: float, update: int = 1) -> Path:
     """Write a run folder with a checkpoint of one number and a line of metrics."""
     folder = out / "checkpoints" / "update-0000001"
+    out.mkdir()
     meta = dict.fromkeys(PROGRESS) | {"update": update}
     save_checkpoint(folder, {"model": {"weight": torch.tensor([value])}}, meta)
     point(out, "last", folder)

@@ -37,9 +37,10 @@ from gndet.toolbox.analysis.study_results import (
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, resume_study, variants
+from gndet.training.folder import locked
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS as METRICS_FILE
-from gndet.training.run_folder import locked
+from gndet.training.run_folder import is_empty
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
 MEASURED_IMAGES = 32  # least images of a calibration run; its second half is timed
@@ -68,7 +69,7 @@ def study(
     if is_study(folder):
         read_study(folder)  # another program's study.json is refused before anything is written beside it
     new = begin(cfg, config, overrides, cells, batch, len(places))
-    with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu")), is_study):
+    with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu")), _may_write):
         work = Work(folder, resume_study(folder, new, show), cfg, places, stop, show)
         try:
             work.prepare(budget)
@@ -77,6 +78,10 @@ def study(
             work.note_stopped()
             raise Preempted(f"{folder}: stopped by a signal; run the same command to continue", stop.status) from None
     return work.conclude()
+
+
+def _may_write(folder: Path) -> bool:
+    return is_study(folder) or is_empty(folder)
 
 
 class Work:
@@ -255,11 +260,11 @@ class Work:
 
 def finished(run: Path) -> dict[str, float | None] | None:
     """Return the metrics of a run folder if its run is finished and evaluated, else None."""
-    for folder in run_checkpoints(run)[:1]:
-        try:
-            meta = load_checkpoint(folder, ()).meta
-        except CheckpointError:
-            return None  # the run, when resumed, skips this checkpoint too
+    try:
+        newest = [load_checkpoint(folder, ()).meta for folder in run_checkpoints(run)[:1]]
+    except CheckpointError:
+        return None  # the run, when resumed, skips this checkpoint too, or says why there are none
+    for meta in newest:
         if meta["update"] >= meta["total_updates"] and not meta.get("evaluation_due") and meta["metrics"]:
             return dict(meta["metrics"])
     return None

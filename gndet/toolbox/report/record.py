@@ -99,7 +99,8 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
         raise DataError(f"{folder}: not a run folder, it has no {CONFIG} ({holds})")
     cfg = load_config(folder / CONFIG, overrides)
     missing: list[str] = []
-    checkpoints = (_read("checkpoint", missing, load_checkpoint, path, ()) for path in run_checkpoints(folder))
+    paths = _read("checkpoints", missing, run_checkpoints, folder) or []
+    checkpoints = (_read("checkpoint", missing, load_checkpoint, path, ()) for path in paths)
     newest = next((checkpoint for checkpoint in checkpoints if checkpoint is not None), None)
     if newest is None:
         missing.append("checkpoints: there is none yet, so environment and weight sources are unknown")

@@ -1,0 +1,160 @@
+"""The folder of a run or a study while a process works in it: locked, and known even if it is moved meanwhile."""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from gndet.checkpoint import CHECKPOINTS
+from gndet.distributed.collectives import all_gather
+from gndet.distributed.process import Process
+from gndet.errors import TrainingError
+from gndet.files import lock_file, sweep
+
+LOCK = ".lock"
+LOCK_WAIT = 10.0  # seconds that a killed run's process may take to end
+
+
+class WorkFolder:
+    """A folder known by device and inode once it is open, so that what is written goes to it wherever it is moved."""
+
+    def __init__(self, named: Path) -> None:
+        """named: the path that the user gave."""
+        self.named = named
+        self._descriptor: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the folder is now; if it was removed, a path at which nothing can be made."""
+        if self._descriptor is None or not self.is_moved:
+            return self.named
+        held = Path(f"/proc/self/fd/{self._descriptor}")
+        with suppress(OSError):
+            place = Path(os.readlink(held))
+            if os.path.samestat(os.stat(place), os.fstat(self._descriptor)):
+                return place
+        return held
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the named path no longer leads to this folder; not because a disk does not answer."""
+        if self._descriptor is None:
+            return False
+        try:
+            return not os.path.samestat(os.stat(self.named), os.fstat(self._descriptor))
+        except OSError as error:
+            return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the folder was removed."""
+        return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
+
+    def error(self, when: str) -> TrainingError:
+        """Return the error that ends a run whose folder was moved.  when: what was done, e.g. "after update 7"."""
+        if self.is_removed:
+            return TrainingError(f"{self.named}: this folder was removed while it was in use, {when}; nothing is left")
+        return TrainingError(
+            f"{self.named}: this folder was moved to {self.path} while it was in use, {when}, and saved there; "
+            f"move it back, or go on with out={self.path}"
+        )
+
+    def open(self) -> None:
+        """Open the folder, if that is possible."""
+        self.close()
+        with suppress(OSError):
+            self._descriptor = os.open(self.named, os.O_RDONLY | os.O_DIRECTORY)
+
+    def lock(self) -> None:
+        """Lock the folder until it is closed, whatever is removed from it.  Raises BlockingIOError."""
+        if self._descriptor is not None:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:  # e.g. NFS locks no folders; the lock file remains
+                pass
+
+    def close(self) -> None:
+        """Close the folder, and unlock it also for forked processes."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@contextmanager
+def locked(out: Path, proc: Process, is_own: Callable[[Path], bool]) -> Iterator[WorkFolder]:
+    """Prevent two runs from training into the same folder while the context lasts; create a missing folder.
+
+    A folder of the user's, for which is_own is false, gets no lock file: nothing is written into it.
+    Raises TrainingError on every rank if another run holds the lock.  A lock ends with its process.  A folder that
+    cannot be opened, or on a file system without locks, is not locked.
+    Folders that were created here and hold nothing at the end are removed.
+    """
+    refusal, folder = list[str](), WorkFolder(out)
+    made = [path for path in (out, *out.parents) if not path.exists()] if proc.first else []
+    with ExitStack() as stack:
+        stack.callback(folder.close)
+        if proc.first:
+            stack.callback(_remove_empty, out, made)
+            try:
+                _open_and_lock(folder)
+                if is_own(out):
+                    stack.callback(lock_file(out / LOCK, LOCK_WAIT).close)
+                    sweep(out)
+            except BlockingIOError:
+                made.clear()
+                refusal = [f"{out}: another process trains into this folder: {_owner(out)}; choose another out=FOLDER"]
+            except OSError:
+                pass
+        for text in all_gather(refusal, proc)[0]:
+            raise TrainingError(text)
+        if not proc.first:
+            folder.open()
+        yield folder
+
+
+def _open_and_lock(folder: WorkFolder) -> None:
+    """Create, open and lock a folder within LOCK_WAIT seconds.  Raises BlockingIOError, or OSError if it cannot be."""
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        folder.named.mkdir(parents=True, exist_ok=True)
+        folder.open()
+        with suppress(BlockingIOError):
+            folder.lock()
+            if not folder.is_moved:  # --fresh of another process may have moved it aside in the meantime
+                return
+        if time.monotonic() > deadline:
+            raise BlockingIOError
+        time.sleep(0.2)
+
+
+def _owner(out: Path) -> str:
+    """Return the process that a lock file names."""
+    with suppress(OSError):
+        descriptor = os.open(out / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(200).decode(errors="replace").strip()
+    return "unknown"
+
+
+def _remove_empty(out: Path, made: list[Path]) -> None:
+    """Remove folders that were made for a run that wrote nothing."""
+    with suppress(OSError):
+        if made and {path.name for path in out.iterdir()} <= {LOCK, CHECKPOINTS}:
+            if (out / CHECKPOINTS).exists():
+                (out / CHECKPOINTS).rmdir()
+            (out / LOCK).unlink(missing_ok=True)
+            for folder in made:
+                folder.rmdir()

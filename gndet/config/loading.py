@@ -14,8 +14,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gndet.config.presets import without_conventions
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import NOT_UNICODE, Config, DataConfig
 from gndet.errors import ConfigError
+from gndet.files import valid_text
 
 MAX_CONFIG_BYTES = 200_000  # a config fits on a page; an annotation file is YAML too and would be parsed for hours
 MAX_CONFIG_NODES = 20_000  # expanded aliases count: an alias bomb stops here
@@ -224,6 +225,8 @@ def _override(tree: dict[str, Any], overrides: Sequence[str], origin: Origin) ->
         keys = tuple(key.strip().split("."))
         if not separator or not all(keys):
             raise ConfigError(f"{source}: expected key=value, like train.global_batch=8")
+        if valid_text(value) != value:
+            raise ConfigError(f"{source}: got {_brief(value)}, {NOT_UNICODE}")
         change = _parse(value, source, lambda _, source=source: source, keys, origin)
         if not value.strip() and dict(_fields()).get(".".join(keys)) is str:
             change = ""  # the shell removes the quotes of key=''

@@ -4,11 +4,12 @@ The comment behind an option, or above it, says what the option does [unit], the
 `docs/make_configuration.py` turns these comments into docs/configuration.md.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from gndet.config.presets import PRESETS, beneath
+from gndet.files import valid_text
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -19,8 +20,19 @@ Clip = Literal["edges", "pixels"]  # boxes end at the picture's edges, or inside
 RoIAlign = Literal["aligned", "unaligned", "detectron"]
 
 
+NOT_UNICODE = "which is not valid Unicode (UTF-8); rename it, or start gndet in this folder"
+
+
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """A part of the config: immutable, and it refuses unknown keys."""
+    """A part of the config: immutable, and it refuses unknown keys and texts that are not valid Unicode."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and valid_text(text) != text:
+                raise ValueError(f"got {text!r}, {NOT_UNICODE}")
+        return value
 
 
 class NormConfig(Section):

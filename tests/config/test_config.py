@@ -1,11 +1,15 @@
 """The config reader: chains, overrides, and its messages about mistakes."""
 
+import os
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPOSITORY
+from pydantic import ValidationError
 
 from gndet.config.loading import config_files, config_from_dict, config_to_yaml, load_config, with_overrides
+from gndet.config.schema import Config
 from gndet.errors import ConfigError
 
 
@@ -136,3 +140,16 @@ def test_an_unknown_name_is_reported_with_the_packaged_ones(tmp_path: Path, monk
 def test_a_data_folder_in_place_of_a_config_names_the_config_that_trains_on_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"cannot read the config: .*; own_data data\.root={tmp_path} trains on"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a\ud83d", os.fsdecode(b"caf\xe9")], ids=["half an emoji", "Latin-1"])
+def test_a_text_that_is_not_unicode_is_refused_with_its_key(tmp_path: Path, text: str) -> None:
+    words = "which is not valid Unicode"
+    with pytest.raises(ConfigError, match=f"override .*{words}.* start gndet in this folder"):
+        load_config("quickstart", [f"out={text}"])
+    for value in ({"out": text}, {"data": {"root": text}}, {"data": {"classes": ["cat", text]}}):
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(value))
+        with pytest.raises(ConfigError, match=rf"c.yaml:\d: (out|data.root|data.classes): got .*{words}"):
+            load_config(tmp_path / "c.yaml")
+    with pytest.raises(ValidationError, match=words):
+        Config(out=text)

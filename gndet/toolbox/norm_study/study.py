@@ -14,11 +14,11 @@ import torch
 
 from gndet.checkpoint import load_checkpoint, run_checkpoints, save_checkpoint
 from gndet.config.loading import load_config
-from gndet.config.schema import Config
+from gndet.config.schema import NOT_UNICODE, Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import CheckpointError, OutputError, Preempted, TrainingError, in_one_line
-from gndet.files import make_folder
+from gndet.errors import CheckpointError, ConfigError, OutputError, Preempted, TrainingError, in_one_line
+from gndet.files import make_folder, valid_text
 from gndet.toolbox.analysis.study_results import (
     CURVE,
     METRICS,
@@ -61,6 +61,8 @@ def study(
     """
     cfg = load_config(config, overrides)
     folder = out or Path("runs") / f"norm-study-{Path(config).stem}"
+    if wrong := [path for path in (str(config), str(folder)) if valid_text(path) != path]:
+        raise ConfigError(f"got {wrong[0]}, {NOT_UNICODE}")  # study.json and the options of the cells name it
     kinds = variants(norms, groups)
     cells = study_cells(kinds, sorted(set(images_per_gpu)), range(cfg.seed, cfg.seed + seeds))
     places = slots(cfg.device, jobs)

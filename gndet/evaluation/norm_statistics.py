@@ -201,13 +201,13 @@ def _gamma_numbers(name: str, gamma: np.ndarray, beta: np.ndarray, start: Start 
 
     drift: L2 norm of the change of gamma, and of beta, relative to gamma at the start, or to ones if that was zero.
     """
-    size = np.abs(gamma)
-    before = None if start is None or f"{name}.weight" not in start else _array(start[f"{name}.weight"])
-    usual = 1.0 if before is None else max(1.0, float(np.median(np.abs(before))))
-    drift = None
-    if start is not None and before is not None and before.shape == gamma.shape:
-        scale = np.linalg.norm(before) or math.sqrt(len(before))
-        drift = [np.linalg.norm(gamma - before) / scale, np.linalg.norm(beta - _array(start[f"{name}.bias"])) / scale]
+    size, keys = np.abs(gamma), (f"{name}.weight", f"{name}.bias")
+    known = [_array(start[key]) for key in keys if start is not None and key in start]
+    usual, drift = 1.0, None
+    if [values.shape for values in known] == [gamma.shape, beta.shape]:  # else the file is of another model
+        usual = max(1.0, float(np.median(np.abs(known[0]))))
+        scale = np.linalg.norm(known[0]) or math.sqrt(len(gamma))
+        drift = [np.linalg.norm(now - before) / scale for now, before in zip((gamma, beta), known, strict=True)]
     return {
         "gamma": [gamma.min(), np.median(gamma), gamma.max()], "dead": _share(size <= DEAD * max(1.0, np.median(size))),
         "exploding": _share(~(size <= EXPLODING * usual)), "drift": drift,

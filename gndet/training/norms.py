@@ -110,10 +110,11 @@ def read_norms(folder: Path, tell: Tell | None = None) -> list[Entry]:
 
 
 def read_start(folder: Path) -> Start | None:
-    """Read gamma and beta from the start of a run; None if they are unknown."""
+    """Read gamma and beta from the start of a run; None if they are unknown, or if gndet did not write the file."""
+    path = folder / NORMS_START
     try:
-        return safetensors.torch.load_file(folder / NORMS_START)
-    except (OSError, SafetensorError):
+        return safetensors.torch.load_file(path) if path.is_file() else None  # opening a pipe would wait
+    except (OSError, SafetensorError, KeyError, RuntimeError, TypeError):  # KeyError: a type that torch lacks
         return None
 
 

@@ -3,15 +3,21 @@
 import json
 import os
 import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from models import make_batch, small_model
 from rich.console import Console
+from safetensors.torch import save
 
 from gndet.errors import DataError
+from gndet.evaluation.norm_statistics import measure
 from gndet.training.log import Log, read_metrics
 from gndet.training.logged import is_norms, truncate
+from gndet.training.norms import read_start
 
 GOOD = [{"update": u, "kind": "train", "loss": 1 / u, "lr": 0.1} for u in range(1, 40)] + [
     {"update": 39, "kind": "evaluation", "box/AP": 0.5, "box/APs": None}
@@ -149,3 +155,28 @@ def test_lines_of_norms_are_told_from_foreign_ones() -> None:
                 assert not is_norms(line | {"layers": [LAYER | {key: value}]}), (key, value)
     assert not is_norms(line | {"padding": "x"}) and not is_norms(line | {"layers": None})
     assert not is_norms({"update": 1, "layers": [17], "padding": 0})
+
+
+STEM = "backbone.stem.norm"
+HEAD = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+STARTS: dict[str, Any] = {
+    "empty": b"",
+    "not safetensors": b"\xff" * 100,
+    "a type that torch lacks": len(HEAD).to_bytes(8, "little") + HEAD + b"\0",
+    "weight alone": save({f"{STEM}.weight": torch.ones(64)}),
+    "bias alone": save({f"{STEM}.bias": torch.ones(64)}),
+    "bias of another size": save({f"{STEM}.weight": torch.ones(64), f"{STEM}.bias": torch.ones(5)}),
+    "another model": save({f"{STEM}.weight": torch.ones(2), f"{STEM}.bias": torch.ones(2)}),
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+}
+
+
+def test_a_foreign_file_of_the_start_leaves_the_drift_unknown(tmp_path: Path) -> None:
+    model = small_model()
+    for name, content in STARTS.items():
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "norms-start.safetensors"
+        path.write_bytes(content) if isinstance(content, bytes) else content(path)
+        layers = measure(model, [make_batch([(64, 64)])], nullcontext, read_start(tmp_path / name))
+        assert {layer.numbers["name"]: layer.numbers["drift"] for layer in layers}[STEM] is None, name

@@ -4,6 +4,7 @@ The folder must then hold what it holds after an unbroken command, bit for bit, 
 """
 
 import json
+import os
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ import yaml
 from PIL import Image
 
 from faults.host import host
+from faults.launch import PATIENCE, next_log
 from faults.operations import COUNT, KILL
 from faults.tiny import CONFIG, SPEEDS, check
 from gndet.training.run_folder import BOARD
@@ -79,11 +81,11 @@ class Walk:
         for number, words in enumerate(command.before, 1):
             last = number == len(command.before) and command.stopped_at
             if not last:
-                self._run(words, folder=self.start)
+                self._call(words, folder=self.start)
                 continue
             shutil.copytree(self.start, self.case, symlinks=True)
-            made = operations(self._run(words, COUNT)[1])
-            self._run(words, KILL, next(i for i, what in enumerate(made, 1) if command.stopped_at in what))
+            made = operations(self._call(words, COUNT)[1])
+            self._call(words, KILL, next(i for i, what in enumerate(made, 1) if command.stopped_at in what))
             self.case.rename(self.start)
         status, text = self._again(COUNT)
         check(status == 0, f"{command.name}: ended with {status}: {text}")
@@ -104,39 +106,49 @@ class Walk:
     def broken(self, how: str, number: int) -> Iterator[str]:
         """Stop the command at an operation and give it again.  Yields each promise that is broken."""
         status, text = self._again(how, number)
-        reached = f"operation {number}: " in text
-        what = f"{how} at {number}"
-        if reached:
-            what += f" ({re.search(rf'operation {number}: (.*)', text)[1]})"
-        if "Traceback" in text:
-            yield f"{what}: a traceback: {text[-1500:]}"
-        if how == KILL:
-            if status != (-signal.SIGKILL if reached else 0):
-                yield f"{what}: ended with {status}: {text[-1500:]}"
-        elif status not in (0, 2) and not (status == 1 and self.command.name == "norm-study"):
-            yield f"{what}: status {status}: {text[-1500:]}"
-        _said, (status, text) = text, self._run(self.command.words)
-        if "Traceback" in text:
-            yield f"{what}: the same command: a traceback: {text[-1500:]}"
-        if status and not (status == 2 and self.command.done and self.command.done in text):
-            yield f"{what}: the same command: status {status}: {text[-800:]}"
-        if lines := list(different(self.unbroken, content(self.case), self.command)):
+        reached = re.search(rf"operation {number}: (.*)", text)
+        what = f"{how} at {number}{f' ({reached[1]})' if reached else ''}"
+        right = (-signal.SIGKILL if reached else 0,) if how == KILL else (0, 1, 2)
+        yield from (f"{what}: {line}" for line in wrong(status, text, right))
+        not_saved = "cannot save the checkpoint" in text
+        status, text = self._call(self.command.words)
+        right = (0, 2) if self.command.done and self.command.done in text else (0,)
+        yield from (f"{what}, then the same command: {line}" for line in wrong(status, text, right))
+        lines = different(self.unbroken, content(self.case))
+        if self.command.name == "--fresh":  # given twice, it moves two runs aside
+            lines = [line for line in lines if not re.match("run-old-[2-9]", line)]
+        if not_saved and how != KILL:  # as it said: the first checkpoint is missing, so the second is the best
+            first = r"run/(best|checkpoints/update-0000001|checkpoints/update-0000002/(meta|manifest)\.json differs)"
+            lines = [line for line in lines if not re.match(first, line)]
+        if lines:
             yield f"{what}: then {'; '.join(lines[:6])}{f'; and {len(lines) - 6} more' if lines[6:] else ''}"
 
-    def _again(self, how: str = "", number: int = 0) -> tuple[int, str]:
+    def _again(self, how: str = "", number: int = 0) -> tuple[int | None, str]:
         shutil.rmtree(self.case, ignore_errors=True)
         shutil.copytree(self.start, self.case, symlinks=True)
-        return self._run(self.command.words, how, number)
+        return self._call(self.command.words, how, number)
 
-    def _run(self, words: Words, how: str = "", number: int = 0, folder: Path | None = None) -> tuple[int, str]:
-        """Run a command in a folder, by default the case.  Returns its status and its output."""
-        folder, log = folder or self.case, self.home / "log.txt"
-        log.unlink(missing_ok=True)
-        variables = {"HOME": str(self.home / "home")}
-        pid = host().fork(folder, log, variables, "faults.operations:main", how, number, str(folder), list(words))
-        while (status := host().status(pid)) is None:
-            time.sleep(0.005)
-        return status, log.read_text(encoding="utf-8", errors="replace")
+    def _call(self, words: Words, how: str = "", number: int = 0, folder: Path | None = None) -> tuple[int | None, str]:
+        return run(words, folder or self.case, self.home, how, number)
+
+
+def run(
+    words: Words, folder: Path, home: Path, how: str = "", number: int = 0, limit: float = PATIENCE
+) -> tuple[int | None, str]:
+    """Run a command in a folder as `operations.main` does; home: the user's.
+
+    Returns its status, None if it was killed after `limit` seconds, and its output.
+    """
+    log = next_log(home)
+    pid = host().fork(folder, log, {"HOME": str(home)}, "faults.operations:main", how, number, str(folder), list(words))
+    deadline = time.monotonic() + limit
+    while (status := host().status(pid)) is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if status is None:
+        os.kill(pid, signal.SIGKILL)
+    text = log.read_text(encoding="utf-8", errors="surrogateescape")
+    log.unlink()
+    return status, text
 
 
 def make_start(folder: Path) -> None:
@@ -168,8 +180,8 @@ def content(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = f"link to {path.readlink()}"
-        elif path.is_dir():
-            found[name] = "folder"
+        elif not path.is_file():
+            found[name] = "folder" if path.is_dir() else "pipe"
         elif path.parent.name == BOARD and path.name.startswith("events.out.tfevents."):
             continue  # one more for each time that a run is continued; its name holds the time
         else:
@@ -207,15 +219,25 @@ def without(tree: Any, keys: set[str]) -> Any:
     return [without(value, keys) for value in tree] if isinstance(tree, list) else tree
 
 
-def different(unbroken: dict[str, Any], found: dict[str, Any], command: Command) -> Iterator[str]:
+def wrong(status: int | None, text: str, right: tuple[int, ...]) -> Iterator[str]:
+    """Say what is wrong with the end of a command: a traceback, a status that is not right."""
+    if "Traceback" in text:
+        frames = re.findall(r'File "\S*/(\S+)", line (\d+)', text)
+        error = re.search(r"(?m)^Traceback (?:.*\n)(?:\s.*\n)+(.*)", text)
+        yield f"a traceback: {error[1][:300] if error else ''}, from {' '.join(':'.join(frame) for frame in frames[-8:])}"
+    if status not in right:
+        yield f"status {status}: {text[-600:]}"
+
+
+def different(unbroken: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """Name what differs between two folders."""
+    lines = []
     for name in sorted(unbroken.keys() | found.keys()):
-        if command.name == "--fresh" and re.match("run-old-[2-9]", name):
-            continue  # given twice, it moves two runs aside
         if name not in found:
-            yield f"{name} is missing"
+            lines.append(f"{name} is missing")
         elif name not in unbroken:
-            yield f"{name} is left over"
+            lines.append(f"{name} is left over")
         elif unbroken[name] != found[name]:
             one, two = (str(tree[name])[:300] for tree in (unbroken, found))
-            yield f"{name} differs: {two}, unbroken: {one}"
+            lines.append(f"{name} differs: {two}, unbroken: {one}")
+    return lines

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -87,7 +88,7 @@ class Operations:
         place = _place(where, folder)
         if not place.startswith(self._root + "/"):
             return
-        self.made.append(f"{what} {os.path.relpath(place, self._root)}")
+        self.made.append(f"{what} {re.sub('[0-9a-f]{32}', '*', os.path.relpath(place, self._root))}")
         number = len(self.made)
         if self.how == KILL and number == self._number:
             os.write(1, f"killed before operation {number}: {self.made[-1]}\n".encode())
@@ -155,6 +156,8 @@ class Written(io.FileIO):
 
     def write(self, data: Any) -> int:
         """Write in two halves."""
+        if not len(data):
+            return 0
         Written.step("write", self.fileno())
         view = memoryview(data).cast("B")
         half = super().write(view[: len(view) // 2])

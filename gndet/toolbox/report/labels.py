@@ -50,10 +50,10 @@ def section(run: RunRecord) -> Section:
     sets = {
         name: read_labels(dataset, data.shortest_edge_test, data.max_edge)
         for name, dataset in (("train", run.train_set), ("val", run.val_set))
-        if dataset is not None
+        if dataset is not None and len(dataset.records)
     }
     if not sets:
-        return blocks.section("data", "Data", blocks.notice("warn", "The data could not be read."))
+        return blocks.section("data", "Data", blocks.notice("warn", "The data could not be read, or has no image."))
     name, shown = next(iter(sets.items()))
     classes = next(dataset.classes for dataset in (run.train_set, run.val_set) if dataset is not None)
     seen = f"sizes of objects as the network sees them (shortest edge {data.shortest_edge_test})"

@@ -22,7 +22,7 @@ from gndet.toolbox.report.record import RunRecord
 Tags = dict[int, set[str]]  # of the pictures to show, by index in the data set
 
 BEST, WORST, RANDOM, EACH = 6, 12, 6, 3  # pictures; EACH is per class and per kind of mistake
-MOST = 48  # pictures in total
+MOST, MOST_FILTERS = 48, 60  # pictures in total, and buttons; a click on a row of the tables selects other classes
 SIDE = 480  # pixels of a picture's longer side
 WIDE = 980  # pixels of two pictures side by side
 LISTED = 50  # rows
@@ -103,7 +103,7 @@ def pictures_section(run: RunRecord) -> Section | None:
     undrawn_words = f"{len(undrawn)} picture(s) could not be drawn; the first: {undrawn[0]}" if undrawn else ""
     notes = [blocks.notice("warn", undrawn_words)] if undrawn else []
     shown = [(tag, name) for tag, name in filters.items() if tag in present]
-    gallery = blocks.gallery("val-pictures", drawn, filters=shown, side=WIDE)
+    gallery = blocks.gallery("val-pictures", drawn, filters=shown[:MOST_FILTERS], side=WIDE)
     return blocks.section("pictures", "Validation pictures", *notes, gallery, lead=lead)
 
 

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from gndet.data.datasets.segmentation import named_briefly
 from gndet.toolbox.analysis.bootstrap import Interval
 from gndet.toolbox.analysis.errors import TITLES
 from gndet.toolbox.report import blocks
@@ -68,8 +69,10 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
             if count := contradicted[kind]:
                 yield "warn", f"{count} {words}; they are listed under Mistakes, the most confident first."
         if few := [row["name"] for row in run.analysis.metrics.per_class if row["num_objects"] < FEW]:
-            names = f"{', '.join(few[:8])}{' ...' if len(few) > 8 else ''}"
-            yield "warn", f"Classes with fewer than {FEW} objects in data.val, so their AP says little: {names}."
+            yield (
+                "warn",
+                f"Classes with fewer than {FEW} objects in data.val, so their AP says little: {named_briefly(few)}.",
+            )
     waits = [entry["data_wait"] for entry in run.train[1:] if entry.get("data_wait") is not None]
     if waits and (share := sum(waits) / len(waits)) > WAITING:
         yield "warn", f"Data-bound: waiting for data took {100 * share:.0f} % of the time; raise data.workers."

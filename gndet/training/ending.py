@@ -1,5 +1,6 @@
 """How a run ends: finished, stopped by a signal, or failed.  Its progress is saved first."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from gndet.training.checkpointing import Saver
 from gndet.training.folder import WorkFolder
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
-from gndet.training.run_folder import BOARD, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
+from gndet.training.run_folder import BOARD, CONFIG, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
 from gndet.training.update import UpdateState, read
 
 
@@ -115,7 +116,8 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
     if saver.failed:
         raise TrainingError(f"{run.out}: the run is finished, but its last checkpoint is missing: {saver.failed}")
     log.message(closing_words(run.out.path, progress))
-    if lost := log.lost():
+    gone = [f"{name}: removed by another program" for name in (CONFIG, METRICS) if not os.path.lexists(run.out / name)]
+    if lost := "; ".join(filter(None, [log.lost(), *(gone if run.proc.first else [])])):
         raise OutputError(f"{run.out}: the run is finished and saved, but these files are incomplete: {lost}")
 
 

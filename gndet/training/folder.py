@@ -107,7 +107,7 @@ def locked(out: Path, proc: Process, is_own: Callable[[Path], bool]) -> Iterator
     with ExitStack() as stack:
         stack.callback(folder.close)
         if proc.first:
-            stack.callback(_remove_empty, out, made)
+            stack.callback(_remove_empty, folder, made)
             try:
                 _open_and_lock(folder)
                 if is_own(out):
@@ -149,12 +149,13 @@ def _owner(out: Path) -> str:
     return "unknown"
 
 
-def _remove_empty(out: Path, made: list[Path]) -> None:
-    """Remove folders that were made for a run that wrote nothing."""
+def _remove_empty(folder: WorkFolder, made: list[Path]) -> None:
+    """Remove the folders that were made for a run that wrote nothing."""
+    out = folder.named
     with suppress(OSError):
-        if made and {path.name for path in out.iterdir()} <= {LOCK, CHECKPOINTS}:
+        if made and not folder.is_moved and {path.name for path in out.iterdir()} <= {LOCK, CHECKPOINTS}:
             if (out / CHECKPOINTS).exists():
                 (out / CHECKPOINTS).rmdir()
             (out / LOCK).unlink(missing_ok=True)
-            for folder in made:
-                folder.rmdir()
+            for path in made:
+                path.rmdir()

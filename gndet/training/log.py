@@ -185,11 +185,14 @@ class Log:
         with self._may_fail(BOARD):
             if METRICS in self._failed:  # otherwise the writer's thread would die with a traceback
                 raise OSError(self._failed[METRICS])
+            place = self._out / BOARD
+            if self._board is not None and not (self._board.log_dir == str(place) and place.is_dir()):
+                self._board = None  # its folder was moved or removed, and its thread opens the file by name
             try:
                 if self._board is None:
-                    if (self._out / BOARD).is_symlink():
-                        (self._out / BOARD).unlink()  # it would lead out of the run folder
-                    self._board = SummaryWriter(str(self._out / BOARD), purge_step=self._purge_step)
+                    if place.is_symlink():
+                        place.unlink()  # it would lead out of the run folder
+                    self._board = SummaryWriter(str(place), purge_step=self._purge_step)
                 add(self._board)
                 self._board.flush()
                 self._purge_step = None

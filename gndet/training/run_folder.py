@@ -130,7 +130,8 @@ def move_aside(out: Path, proc: Process) -> None:
             real = Path(os.path.realpath(out))
             number = next(i for i in range(1, 10_000) if not os.path.lexists(f"{real}-old-{i}"))
             real.rename(f"{real}-old-{number}")
-            real.mkdir()
+            if out.is_symlink():
+                real.mkdir()
         except OSError as error:
             raise OutputError(f"out: {out}: cannot move it aside: {error.strerror}") from None
 

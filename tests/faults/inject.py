@@ -94,6 +94,12 @@ def lock_wait(seconds: float) -> None:
     folder.LOCK_WAIT = seconds
 
 
+def fresh_for(rank: int) -> None:
+    """Let one rank of a run look for it as if it had been given --fresh."""
+    set_up = train.set_up
+    train.set_up = lambda cfg, out, fresh, proc: set_up(cfg, out, proc.rank == rank, proc)
+
+
 def gate(*updates: int) -> None:
     """After each of these updates, report it and wait until `launch.Started.open_gate` is called."""
 
@@ -315,8 +321,9 @@ def count_resources(path: str, every: int) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     fault.__name__: fault
     for fault in (
-        signal_after, signal_within, lock_wait, gate, slow_pictures, slow_evaluation, slow_save, kill_while_saving,
-        long_save, not_finite, watch_rng, no_room, spoil_picture, deadly_picture, trace, count_resources,
+        signal_after, signal_within, lock_wait, fresh_for, gate, slow_pictures, slow_evaluation, slow_save,
+        kill_while_saving, long_save, not_finite, watch_rng, no_room, spoil_picture, deadly_picture, trace,
+        count_resources,
     )
 }  # fmt: skip
 

@@ -211,7 +211,7 @@ def test_a_run_with_absurd_records_has_its_page(finished: Path, tmp_path: Path) 
         {"update": 2, "kind": "evaluation", "box/AP": 1e299, "mask/AP": -1e299, "box/AP50": None},
     ]  # fmt: skip
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in strange))
-    saved = load_checkpoint(out / "last", ())
+    saved = load_checkpoint((out / "last").resolve(), ())
     save_checkpoint(saved.path, {}, saved.meta | {"update": "x", "versions": [1], "nonfinite": {}})
     write_report([out], None, (), told.append)
     page = (out / "report.html").read_text()

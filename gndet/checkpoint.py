@@ -15,11 +15,11 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -36,7 +36,8 @@ from gndet.files import (
 )
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST = 1_000_000  # bytes; it lists a handful of files
+MAX_MANIFEST, MAX_FILES = 1_000_000, 32  # bytes, and files that it may list
+MAX_META = 1 << 25  # bytes; in memory its values take a multiple
 META = "meta.json"
 TENSORS = ".safetensors"  # suffix of a group's file
 CHECKPOINTS, LAST, BEST = "checkpoints", "last", "best"  # inside a run folder: their folder, and links into it
@@ -62,7 +63,7 @@ class _Manifest(BaseModel, extra="forbid"):
     """The content of manifest.json."""
 
     format: Literal[1]
-    files: dict[str, _File]
+    files: Annotated[dict[str, _File], Field(max_length=MAX_FILES)]
 
 
 def save_checkpoint(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
@@ -295,7 +296,10 @@ def _write_files(folder: Path, groups: dict[str, dict[str, Tensor]], meta: dict[
             for key, tensor in tensors.items()
         }
         files[group + TENSORS] = _write(folder / (group + TENSORS), safetensors.torch.save(copies))
-    files[META] = _write(folder / META, json.dumps(meta, indent=1).encode())
+    text = json.dumps(meta, indent=1).encode()
+    if len(text) > MAX_META:  # it could not be read again
+        raise CheckpointError(f"{folder / META}: {len(text)} bytes, expected at most {MAX_META}")
+    files[META] = _write(folder / META, text)
     _write(folder / MANIFEST, _Manifest(format=1, files=files).model_dump_json(indent=1).encode())
 
 
@@ -340,7 +344,7 @@ def _verified(folder: Path, name: str, entry: _File) -> bytes:
     """Read one file of a checkpoint and compare it with its entry in the manifest."""
     if Path(name).name != name or "\0" in name:
         raise CheckpointError(f"{folder / MANIFEST}: lists {name!r}, which is outside the checkpoint")
-    data = _read(folder / name, exactly=entry.bytes)
+    data = _read(folder / name, exactly=entry.bytes, at_most=MAX_META if name == META else None)
     if hashlib.sha256(data).hexdigest() != entry.sha256:
         raise CheckpointError(f"{folder / name}: damaged: its sha256 differs from the manifest's")
     return data

@@ -21,7 +21,8 @@ def run(options: Options) -> int:
     from gndet.files import refuse_output
 
     with process(device_of(options.overrides)) as proc:
-        detector = load_detector(options.checkpoint, options.overrides, proc)
+        say = print if proc.first else lambda _: None
+        detector = load_detector(options.checkpoint, options.overrides, proc, say)
         if options.out:
             refuse_output(options.out, "--out", RESULTS, user_paths(detector.config.data))
         dataset, evaluation = evaluate_checkpoint(detector, proc)

@@ -33,7 +33,7 @@ def run(options: Options) -> int:
     from gndet.toolbox.predict.predict import predict
 
     with process(device_of(options.overrides)) as proc:
-        detector = load_detector(options.checkpoint, options.overrides, proc)
+        detector = load_detector(options.checkpoint, options.overrides, proc, say)
         predict(
             detector, options.sources, options.out, proc.device, say, threshold=options.threshold,
             classes=options.classes, crops=options.save_crops, sheet=options.sheet, every=options.every,

@@ -13,8 +13,11 @@ from gndet.files import valid_text
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Edge = Annotated[int, Field(ge=16)]  # pixels
-Five = tuple[Positive, Positive, Positive, Positive, Positive]
+# upper limits keep a stranger's checkpoint from asking for absurd memory; anchors have ids up to this side
+MAX_EDGE = 16_384  # pixels
+Edge = Annotated[int, Field(ge=16, le=MAX_EDGE)]  # pixels
+Side = Annotated[float, Field(gt=0, le=MAX_EDGE)]  # pixels
+Five = tuple[Side, Side, Side, Side, Side]
 Clip = Literal["edges", "pixels"]  # boxes end at the picture's edges, or inside its last pixel (Detectron)
 # to half pixels (detectron2, mmdetection) or not (torchvision; detectron: last pixel left out)
 RoIAlign = Literal["aligned", "unaligned", "detectron"]
@@ -113,7 +116,9 @@ class BackboneConfig(Section):
 class FPNConfig(Section):
     """Feature pyramid P2 to P6 (Lin et al. 2017)."""
 
-    channels: int = Field(256, ge=1)  # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
+    channels: int = Field(
+        256, ge=1, le=8192
+    )  # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
 
 
@@ -125,7 +130,7 @@ class RPNConfig(Section):
     # anchor height / width. Source: Ren et al. 2015, 3.1.1
     aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=16)
     # 3x3 convolutions before the predictors (torchvision's v2 models: 2). Source: Ren et al. 2015
-    num_convs: int = Field(1, ge=1)
+    num_convs: int = Field(1, ge=1, le=32)
     norm: NormConfig | None = NormConfig(kind="none")  # the RPN has no norm in any toolkit; null takes model.norm
     # exact corners (detectron2), corners rounded to pixels (torchvision), or Detectron's rounding
     anchors: Literal["exact", "rounded", "detectron"] = "exact"
@@ -137,16 +142,22 @@ class RPNConfig(Section):
     # an anchor is positive from this IoU on. Source: Ren et al. 2015, 3.1.2
     positive_iou: float = Field(0.7, ge=0, le=1)
     negative_iou: float = Field(0.3, ge=0, le=1)  # an anchor is negative below this IoU. Source: Ren et al. 2015, 3.1.2
-    anchors_per_image: int = Field(256, ge=2)  # anchors sampled for the loss. Source: Ren et al. 2015, 3.1.3
+    anchors_per_image: int = Field(
+        256, ge=2, le=1_000_000
+    )  # anchors sampled for the loss. Source: Ren et al. 2015, 3.1.3
     # largest share of positives among the sampled anchors. Source: Ren et al. 2015, 3.1.3
     positive_fraction: float = Field(0.5, gt=0, le=1)
     nms_threshold: float = Field(0.7, gt=0, le=1)  # IoU above which NMS drops a proposal. Source: Ren et al. 2015, 3.3
-    pre_nms_train: int = Field(2000, ge=1)  # candidates per level and image before NMS, in training. Source: detectron2
+    pre_nms_train: int = Field(
+        2000, ge=1, le=100_000
+    )  # candidates per level and image before NMS, in training. Source: detectron2
     # candidates per level and image before NMS, in evaluation. Source: detectron2
-    pre_nms_test: int = Field(1000, ge=1)
+    pre_nms_test: int = Field(1000, ge=1, le=100_000)
     # proposals per image after NMS, in training; never per batch. Source: detectron2
-    post_nms_train: int = Field(1000, ge=1)
-    post_nms_test: int = Field(1000, ge=1)  # proposals per image after NMS, in evaluation. Source: detectron2
+    post_nms_train: int = Field(1000, ge=1, le=100_000)
+    post_nms_test: int = Field(
+        1000, ge=1, le=100_000
+    )  # proposals per image after NMS, in evaluation. Source: detectron2
     min_size: float = Field(0.0, ge=0)  # drop proposals with a side of at most this [pixels] (torchvision: 0.001)
     clip: Clip = "edges"  # clip boxes to the picture's edges, or to its last pixel (Detectron: pixels)
     # transition of the smooth L1 loss; 0 is plain L1 (Detectron: 1/9). Source: detectron2
@@ -158,16 +169,20 @@ class BoxHeadConfig(Section):
 
     # two fully connected layers (Lin et al. 2017), or four convolutions and one. Source: Wu & He 2018, 4.2
     kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
-    conv_channels: int = Field(256, ge=1)  # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
-    num_convs: int = Field(4, ge=1)  # number of convolutions of 4conv1fc. Source: Wu & He 2018, 4.2
-    fc_channels: int = Field(1024, ge=1)  # width of the fully connected layers [channels]. Source: Lin et al. 2017
+    conv_channels: int = Field(
+        256, ge=1, le=8192
+    )  # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
+    num_convs: int = Field(4, ge=1, le=32)  # number of convolutions of 4conv1fc. Source: Wu & He 2018, 4.2
+    fc_channels: int = Field(
+        1024, ge=1, le=65_536
+    )  # width of the fully connected layers [channels]. Source: Lin et al. 2017
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part; the 2fc head has no norm
-    pool_size: int = Field(7, ge=1)  # side of the RoIAlign output [cells]. Source: He et al. 2017, figure 4
+    pool_size: int = Field(7, ge=1, le=64)  # side of the RoIAlign output [cells]. Source: He et al. 2017, figure 4
     # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
-    sampling_ratio: int = Field(2, ge=0)
+    sampling_ratio: int = Field(2, ge=0, le=16)
     # aligned: shifted by half a pixel (detectron2); unaligned (torchvision); detectron: last pixel left out
     roi_align: RoIAlign = "aligned"
-    regions_per_image: int = Field(512, ge=1)  # regions sampled for the loss. Source: Lin et al. 2017, 5.2
+    regions_per_image: int = Field(512, ge=1, le=100_000)  # regions sampled for the loss. Source: Lin et al. 2017, 5.2
     # largest share of positives among the sampled regions. Source: Girshick 2015, 2.3
     positive_fraction: float = Field(0.25, gt=0, le=1)
     positive_iou: float = Field(0.5, ge=0, le=1)  # a region is positive from this IoU on. Source: Girshick 2015, 2.3
@@ -178,19 +193,21 @@ class BoxHeadConfig(Section):
     clip: Clip = "edges"  # clip boxes to the picture's edges, or to its last pixel (Detectron: pixels)
     # IoU above which NMS drops a detection of the same class. Source: Detectron
     nms_threshold: float = Field(0.5, gt=0, le=1)
-    detections_per_image: int = Field(100, ge=1)  # largest number of detections. Source: He et al. 2017, 3.1
+    detections_per_image: int = Field(
+        100, ge=1, le=100_000
+    )  # largest number of detections. Source: He et al. 2017, 3.1
 
 
 class MaskHeadConfig(Section):
     """Mask head: convolutions, a deconvolution to 28 x 28, one mask per class (He et al. 2017)."""
 
-    channels: int = Field(256, ge=1)  # width of the convolutions [channels]. Source: He et al. 2017, figure 4
-    num_convs: int = Field(4, ge=1)  # convolutions before the deconvolution. Source: He et al. 2017, figure 4
+    channels: int = Field(256, ge=1, le=8192)  # width of the convolutions [channels]. Source: He et al. 2017, figure 4
+    num_convs: int = Field(4, ge=1, le=32)  # convolutions before the deconvolution. Source: He et al. 2017, figure 4
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
     # side of the RoIAlign output [cells]; masks have twice that. Source: He et al. 2017, figure 4
-    pool_size: int = Field(14, ge=1)
+    pool_size: int = Field(14, ge=1, le=64)
     # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
-    sampling_ratio: int = Field(2, ge=0)
+    sampling_ratio: int = Field(2, ge=0, le=16)
     # aligned: shifted by half a pixel (detectron2); unaligned (torchvision); detectron: last pixel left out
     roi_align: RoIAlign = "aligned"
     # binary: threshold the mask targets at 0.5; soft: keep their fractions (torchvision: soft)
@@ -293,7 +310,7 @@ class DatasetConfig(Section):
     share: float | None = Field(None, gt=0, lt=1)
     limit: int | None = Field(None, ge=1)  # use the first so many images only [images]
     count: int = Field(400, ge=1)  # shapes: size of the data set [images]
-    size: int = Field(160, ge=64)  # shapes: side of the square picture [pixels]
+    size: int = Field(160, ge=64, le=4096)  # shapes: side of the square picture [pixels]
     # shapes: another seed draws other pictures; share: another seed takes other images
     seed: int = Field(0, ge=0, lt=1 << 63)
 
@@ -308,12 +325,12 @@ class DataConfig(Section):
     # training: resize the shorter edge to one of these, drawn per image [pixels]. Source: detectron2
     shortest_edge: tuple[Edge, ...] = Field((640, 672, 704, 736, 768, 800), min_length=1)
     # evaluation: resize the shorter edge to this [pixels]. Source: Lin et al. 2017, 5.1
-    shortest_edge_test: int = Field(800, ge=16)
-    max_edge: int = Field(1333, ge=16)  # upper limit of the longer edge [pixels]. Source: Detectron
+    shortest_edge_test: Edge = 800
+    max_edge: Edge = 1333  # upper limit of the longer edge [pixels]. Source: Detectron
     flip: float = Field(0.5, ge=0, le=1)  # probability of a left-right flip. Source: Detectron
     flip_vertical: float = Field(0.0, ge=0, le=1)  # probability of an upside-down flip
     keep_empty: bool = False  # train on images without objects, too
-    workers: int = Field(2, ge=0)  # loader processes per rank; results do not depend on it
+    workers: int = Field(2, ge=0, le=512)  # loader processes per rank; results do not depend on it
     max_pixels: int = Field(100_000_000, ge=1, le=2_000_000_000)  # refuse a larger picture before decoding it [pixels]
     exif: Literal["turn", "stored"] = "turn"  # turn pictures as their EXIF orientation says, or take them as stored
     # pictures of more than 8 bits per channel: the values that become black and white; null: 0 and 65535 of 16 bits
@@ -323,7 +340,7 @@ class DataConfig(Section):
     cache: str = "~/.cache/gndet"  # folder that keeps checked data sets between starts; '' keeps nothing
     max_unreadable: float = Field(0.01, ge=0, le=1)  # stop when more than this share of a data set cannot be read
     antialias: bool = True  # filter when shrinking, as PIL and detectron2 do; false: as torchvision and OpenCV do
-    canvas_multiple: int = Field(32, ge=1)  # round canvas edges up to a multiple of this [pixels]
+    canvas_multiple: int = Field(32, ge=1, le=1024)  # round canvas edges up to a multiple of this [pixels]
     exact_canvas: bool = True  # add no padding to a batch whose pictures have one size; false: round up even then
     # training: the only canvases, as (height, width) [pixels]; train.compile makes one graph for each; empty: any
     # canvas
@@ -463,8 +480,10 @@ class EvaluationConfig(Section):
 
     # hotcoco is fast; pycocotools is the reference and gives the same numbers
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
-    max_detections: int = Field(100, ge=1)  # scored per image and class; raise it for crowded images. Source: COCO
-    images_per_gpu: int = Field(1, ge=1)  # images that a rank detects at once [images]
+    max_detections: int = Field(
+        100, ge=1, le=100_000
+    )  # scored per image and class; raise it for crowded images. Source: COCO
+    images_per_gpu: int = Field(1, ge=1, le=4096)  # images that a rank detects at once [images]
 
 
 class Config(Section):

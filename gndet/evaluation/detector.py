@@ -13,15 +13,14 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config.loading import config_from_dict, find_config, load_config, override_words, with_overrides
+from gndet.config.loading import find_config, load_config, override_words, with_overrides
 from gndet.config.schema import Config, DataConfig, DatasetConfig
 from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import named_briefly
-from gndet.data.records import Dataset
+from gndet.data.records import Dataset, Tell
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError
 from gndet.evaluation.evaluate import (
@@ -37,8 +36,8 @@ from gndet.evaluation.inputs import FILE, is_one_picture, records_of
 from gndet.evaluation.portions import Portion, picture_portions, video_portions
 from gndet.evaluation.prediction import Prediction
 from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
-from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.trained import build_trained, read_trained
 
 Picture = Image.Image | np.ndarray | Tensor
 AnyPath = str | os.PathLike[str]
@@ -244,34 +243,22 @@ def load(path: AnyPath, device: str = "auto", **overrides: Any) -> Detector:
     return load_detector(Path(path).expanduser(), override_words(overrides), alone(str(device)))
 
 
-def load_detector(path: Path, overrides: Sequence[str], proc: Process) -> Detector:
+def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tell = warnings.warn) -> Detector:
     """Load the model of a checkpoint or run folder (its best checkpoint), with averaged weights if there are any.
 
-    overrides: `key=value` words that change its config.  Raises CheckpointError, ConfigError.
+    overrides: `key=value` words that change its config.  tell: called with a line about weights that are not finite.
+    Raises CheckpointError, ConfigError.
     """
-    folder = resolve(path)
-    saved = load_checkpoint(folder)
-    source = f"{folder}/meta.json"
-    missing = [key for key in ("config", "classes", "category_ids") if key not in saved.meta]
-    if missing or "model" not in saved.groups:
-        raise CheckpointError(f"{source}: not a checkpoint of a detector, it lacks {', '.join(missing) or 'model'}")
-    classes, category_ids = saved.meta["classes"], saved.meta["category_ids"]
-    for listed, kind in ((classes, str), (category_ids, int)):
-        if not isinstance(listed, list) or any(type(item) is not kind for item in listed):
-            raise CheckpointError(f"{source}: classes or category_ids are not lists of names and whole numbers")
-    if len(classes) != len(category_ids):
-        raise CheckpointError(f"{source}: {len(classes)} classes, but {len(category_ids)} category_ids")
-    cfg = with_overrides(config_from_dict(saved.meta["config"], source), overrides, source)
-    model, state = build_model(cfg.model, max(len(classes), 1)), saved.groups.get("ema", saved.groups["model"])
-    found, needed = (dict.fromkeys(key.partition(".")[0] for key in keys) for keys in (state, model.state_dict()))
-    if needed.keys() - found.keys():  # `gndet convert` writes only the parts that its source holds
-        raise CheckpointError(f"{folder}: holds only {', '.join(found)}, not a whole detector; use it as train.weights")
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: its weights do not fit the model of its config: {error}") from None
+    trained = read_trained(path)
+    if len(trained.classes) != len(trained.category_ids):
+        counts = f"{len(trained.classes)} classes, but {len(trained.category_ids)} category_ids"
+        raise CheckpointError(f"{trained.path}/meta.json: {counts}")
+    cfg = with_overrides(trained.config, overrides, f"{trained.path}/meta.json")
+    model = build_trained(trained, cfg.model)
+    if trained.nonfinite:
+        tell(f"warning: {trained.fault}")
     model, autocast = place(model.eval(), cfg.train.precision, proc)
-    return Detector(model, cfg, tuple(classes), tuple(category_ids), autocast)
+    return Detector(model, cfg, trained.classes, trained.category_ids, autocast)
 
 
 def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Evaluation]:

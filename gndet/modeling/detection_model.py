@@ -39,8 +39,10 @@ class DetectionModel(nn.Module, ABC):
 
     def __init__(self, pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float]) -> None:
         super().__init__()
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean)[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std)[:, None, None], persistent=False)
+        # no checkpoint has these two, so they exist on the CPU even if the model is built on the meta device
+        mean, std = torch.tensor(pixel_mean, device="cpu"), torch.tensor(pixel_std, device="cpu")
+        self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
+        self.register_buffer("pixel_std", std[:, None, None], persistent=False)
 
     @property
     def device(self) -> torch.device:

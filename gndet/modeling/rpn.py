@@ -33,7 +33,8 @@ class RPN(nn.Module):
         self.cfg, self.strides = cfg, tuple(strides)
         self.num_anchors, self.memory = len(cfg.aspect_ratios), "fast"
         sizes = zip(cfg.anchor_sizes, self.strides, strict=True)
-        cells = [cell_anchors(size, cfg.aspect_ratios, stride, cfg.anchors) for size, stride in sizes]
+        with torch.device("cpu"):  # no checkpoint has them, so they exist even if the model is built on the meta device
+            cells = [cell_anchors(size, cfg.aspect_ratios, stride, cfg.anchors) for size, stride in sizes]
         self.register_buffer("cells", torch.stack(cells), persistent=False)  # (L, A, 4) float32
         conv = conv_factory(norm)
         self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))

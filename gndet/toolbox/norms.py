@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config.loading import config_from_dict, load_config, with_overrides
+from gndet.config.loading import load_config, with_overrides
 from gndet.data.datasets.reading import read_dataset
-from gndet.errors import CheckpointError, DataError
-from gndet.modeling.build import build_model
+from gndet.errors import DataError
+from gndet.modeling.trained import build_trained, read_trained
 from gndet.training.norms import Audit, audit, audit_table, summary
 from gndet.weights.load import initial_model, padding_warnings
 
@@ -41,19 +40,11 @@ def _audit_config(where: str, overrides: Sequence[str]) -> tuple[Audit, list[str
 
 def _audit_checkpoint(path: Path, overrides: Sequence[str]) -> tuple[Audit, list[str]]:
     """Audit the model of a checkpoint; of its EMA weights if it has them."""
-    saved = load_checkpoint(resolve(path))
-    for key in ("config", "classes"):
-        if key not in saved.meta:
-            raise CheckpointError(f"{saved.path}: its meta.json has no {key}; was it saved by gndet?")
-    trained = config_from_dict(saved.meta["config"], str(saved.path))
-    cfg = with_overrides(trained, overrides, str(saved.path))
-    model = build_model(cfg.model, max(len(saved.meta["classes"]), 1))
-    state = saved.groups.get("ema", saved.groups.get("model", {}))
-    held = {key.partition(".")[0] for key in state}  # a checkpoint may hold a backbone alone
-    absent = {key: tensor for key, tensor in model.state_dict().items() if key.partition(".")[0] not in held}
-    try:
-        model.load_state_dict(absent | state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{saved.path}: its weights do not fit the model of its config: {error}") from None
-    notes = padding_warnings(trained.model, cfg.model)
-    return audit(model, cfg, saved.meta.get("norms"), world=saved.meta.get("processes", 1)), notes
+    trained = read_trained(path)
+    cfg = with_overrides(trained.config, overrides, str(trained.path))
+    model = build_trained(trained, cfg.model, whole=False)  # a checkpoint may hold a backbone alone
+    notes = [f"warning: {trained.fault}"] if trained.nonfinite else []
+    notes += padding_warnings(trained.config.model, cfg.model)
+    norms, world = trained.meta.get("norms"), trained.meta.get("processes")
+    norms = norms if isinstance(norms, dict) else None
+    return audit(model, cfg, norms, world=world if isinstance(world, int) else 1), notes

@@ -35,6 +35,7 @@ from gndet.checkpoint import (
 from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
+from gndet.modeling.trained import nonfinite
 from gndet.training.batch_size import checkpoint_bytes
 from gndet.training.optim import load_optimizer_tensors, optimizer_tensors
 from gndet.training.run import Best, Progress, Run
@@ -198,6 +199,12 @@ def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
     Raises TrainingError for a difference that is not allowed.
     """
     refuse_drift(run, saved)
+    for group in ("model", "ema"):
+        if wrong := nonfinite(saved.groups.get(group, {})):
+            raise TrainingError(
+                f"{saved.path}: NaN or infinite values in {group}: {wrong}; the run cannot go on from these weights: "
+                "remove this folder to go on from the checkpoint before it, or choose another out=FOLDER"
+            )
     progress = Progress.from_meta(saved.meta)
     run.model.load_state_dict(saved.groups["model"])
     load_optimizer_tensors(run.optimizer, run.model, saved.groups["optimizer"])

@@ -16,6 +16,7 @@ from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.trained import first_few
 from gndet.weights.convert import Fate, measure_norms
 from gndet.weights.policy import (
     AS_IN_FILE,
@@ -26,7 +27,7 @@ from gndet.weights.policy import (
     reference_norms,
     with_policy,
 )
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, first_few, read_source
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ

@@ -3,7 +3,6 @@
 K classes; the background is the last row of the layer BACKGROUND.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +10,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gndet.checkpoint import load_checkpoint, resolve
-from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
+from gndet.modeling.trained import model_without_memory, read_trained
 
 PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head")  # parts that a file may hold
 STEM = "backbone.stem.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # rows per class
-MAX_NAMED = 5  # tensors or keys that an error names
 
 
 class Source(NamedTuple):
@@ -59,32 +56,27 @@ def read_source(weights: str, cfg: SourceConfig) -> Source:
 
 def _gndet(path: Path, cfg: SourceConfig) -> Source:
     """Read a gndet checkpoint: its averaged weights if it has any, else its weights."""
-    checkpoint = load_checkpoint(resolve(path))
-    meta, groups = checkpoint.meta, checkpoint.groups
-    for key, kind in (("classes", list), ("config", dict)):
-        if not isinstance(meta.get(key), kind):
-            raise CheckpointError(f"{checkpoint.path}: its meta.json has no {key}; was it saved by gndet?")
-    config = config_from_dict(meta["config"], f"{checkpoint.path}: config in meta.json")
-    group = "ema" if "ema" in groups else "model"
-    if group not in groups:
-        raise CheckpointError(f"{checkpoint.path}: no group ema or model; it has {', '.join(groups)}")
+    trained = read_trained(path)
+    if trained.nonfinite:
+        raise CheckpointError(trained.fault)
+    model_without_memory(trained, trained.config.model)
     allowed = ("classes", "differences")  # the other options describe files of other toolkits
     if stated := [name for name, value in cfg if name not in allowed and value not in (None, "auto", "gndet")]:
         raise ConfigError(
-            f"train.source.{stated[0]}: {checkpoint.path} is a gndet checkpoint, which describes itself; remove the "
+            f"train.source.{stated[0]}: {trained.path} is a gndet checkpoint, which describes itself; remove the "
             "option: it is for files of other toolkits"
         )
-    state, classes = groups[group], tuple(meta["classes"])
+    state, classes, meta = trained.state, trained.classes, trained.meta
     if cfg.classes and len(cfg.classes) != len(classes):
         raise ConfigError(
-            f"{checkpoint.path}: train.source.classes names {len(cfg.classes)} classes, its heads have {len(classes)}"
+            f"{trained.path}: train.source.classes names {len(cfg.classes)} classes, its heads have {len(classes)}"
         )
     parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
     return Source(
-        str(checkpoint.path), "gndet", state, config.model, parts,
+        str(trained.path), "gndet", state, trained.config.model, parts,
         cfg.classes or (classes if meta.get("classes_named", True) else None), len(classes), fused_parts(state, parts),
-        [f"loaded {checkpoint.path}, group {group}, update {meta.get('update', 'unknown')}"], [],
-        config, tuple(meta.get("category_ids", ())) or None,
+        [f"loaded {trained.path}, group {trained.group}, update {meta.get('update', 'unknown')}"], [],
+        trained.config, trained.category_ids or None,
     )  # fmt: skip
 
 
@@ -98,20 +90,3 @@ def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ..
             alike = not mean.any() and bool((var == var[0]).all()) and abs(float(var[0]) - 1) < 1e-3
             identity[layer.partition(".")[0]].append(alike)
     return tuple(part for part in parts if identity[part] and all(identity[part]))
-
-
-def nonfinite(tensors: dict[str, Tensor]) -> str:
-    """Name the tensors with NaN or infinite values, with their counts; "" if there is none."""
-    wrong = []
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel():
-            least, most = tensor.aminmax()  # NaN if there is one; faster than to look at each value
-            if not (math.isfinite(least) and math.isfinite(most)):
-                wrong.append(f"{name} ({int((~tensor.isfinite()).sum())} of {tensor.numel()})")
-    return ", ".join(wrong[:MAX_NAMED]) + (", ..." if len(wrong) > MAX_NAMED else "")
-
-
-def first_few(lines: Sequence[str]) -> list[str]:
-    """Return the first MAX_NAMED lines, and a line that says how many more there are."""
-    more = [f"and {len(lines) - MAX_NAMED} more"] if len(lines) > MAX_NAMED else []
-    return [*lines[:MAX_NAMED], *more]

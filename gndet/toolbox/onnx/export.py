@@ -70,7 +70,7 @@ def export(
     if not FIRST_OPSET <= opset <= LAST_OPSET:
         raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, which torch's exporter can write")
     with process("cpu") as proc:
-        detector = load_detector(checkpoint, overrides, proc)
+        detector = load_detector(checkpoint, overrides, proc, show)
         refuse_output(file, "--onnx", EXPORTED, user_paths(detector.config.data))
         detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
         masks = masks and detector.config.model.masks

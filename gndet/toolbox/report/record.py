@@ -10,18 +10,20 @@ from statistics import median_high
 from typing import Any, NamedTuple, TypeVar
 
 from gndet.checkpoint import load_checkpoint, run_checkpoints
-from gndet.config.loading import load_config
+from gndet.config.loading import load_config, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.errors import DataError, in_one_line
 from gndet.evaluation.results import Results
+from gndet.modeling.trained import nonfinite, without_cache
 from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
 from gndet.training.logged import read_metrics
 from gndet.training.optim import total_updates
 from gndet.training.run_folder import CONFIG, DETECTIONS, FAILED, METRICS, PREEMPTED
 
 T = TypeVar("T")
+WEIGHTS = "finite weights"  # first words of the line on weights that are not finite
 
 
 class RunRecord(NamedTuple):
@@ -98,10 +100,14 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
         holds = f"it holds {names}" if names else "it is empty"
         raise DataError(f"{folder}: not a run folder, it has no {CONFIG} ({holds})")
     cfg = load_config(folder / CONFIG, overrides)
+    data = with_overrides(without_cache(load_config(folder / CONFIG)), overrides, str(folder / CONFIG)).data
     missing: list[str] = []
     paths = _read("checkpoints", missing, run_checkpoints, folder) or []
-    checkpoints = (_read("checkpoint", missing, load_checkpoint, path, ()) for path in paths)
+    checkpoints = (_read("checkpoint", missing, load_checkpoint, path) for path in paths)
     newest = next((checkpoint for checkpoint in checkpoints if checkpoint is not None), None)
+    for group in ("model", "ema"):
+        if newest and (wrong := nonfinite(newest.groups.get(group, {}))):
+            missing.append(f"{WEIGHTS}: NaN or infinite values in {group} of {newest.path}: {wrong}")
     if newest is None:
         missing.append("checkpoints: there is none yet, so environment and weight sources are unknown")
     log, detections = folder / METRICS, folder / DETECTIONS
@@ -112,9 +118,9 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     train, evaluations = (
         [entry for entry in entries or () if entry["kind"] == kind] for kind in ("train", "evaluation")
     )
-    train_set = _read("data.train", missing, read_dataset, cfg.data.train, cfg.data)
+    train_set = _read("data.train", missing, read_dataset, data.train, data)
     read_val = partial(read_dataset, known=train_set.classes if train_set else ())
-    val_set = _read("data.val", missing, read_val, cfg.data.val, cfg.data)
+    val_set = _read("data.val", missing, read_val, data.val, data)
     if train_set is None or val_set is None:
         missing.append("data: if the data has moved, set data.root=PATH")
     results = analysis = None

@@ -24,7 +24,7 @@ from gndet.toolbox.report import (
     training,
 )  # fmt: skip
 from gndet.toolbox.report.blocks import Section, escape
-from gndet.toolbox.report.record import RunRecord, read_run
+from gndet.toolbox.report.record import WEIGHTS, RunRecord, read_run
 from gndet.training.run_folder import CONFIG, REPORT
 
 T = TypeVar("T")
@@ -81,9 +81,18 @@ def made(kinds: Mapping[str, tuple[str, Callable[[T], Section | None]]], subject
     return sections
 
 
+def _read(folder: Path, overrides: Sequence[str], show: Show) -> RunRecord:
+    """Read a run; `show` gets a line if its weights are not finite."""
+    run = read_run(folder, overrides)
+    for line in run.missing:
+        if line.startswith(WEIGHTS):
+            show(f"report: no {line}")
+    return run
+
+
 def run_page(folder: Path, overrides: Sequence[str], show: Show) -> str:
     """Return the page of one run."""
-    run = read_run(folder, overrides)
+    run = _read(folder, overrides, show)
     val = f" on {run.val_set.name}" if run.val_set else ""
     return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", made(SECTIONS, run, show))
 
@@ -95,7 +104,7 @@ def comparison_page(folders: Sequence[Path], overrides: Sequence[str], show: Sho
         names = [str(folder.absolute()) for folder in folders]
     if len(set(names)) < len(names):
         raise DataError(f"{max(names, key=names.count)}: named twice, expected different run folders")
-    runs = {name: read_run(folder, overrides) for name, folder in zip(names, folders, strict=True)}
+    runs = {name: _read(folder, overrides, show) for name, folder in zip(names, folders, strict=True)}
     return page(f"gndet: {' and '.join(names)}", "runs compared", made(compare.SECTIONS, runs, show))
 
 

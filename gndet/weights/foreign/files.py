@@ -17,8 +17,8 @@ from torch import Tensor
 
 from gndet.errors import CheckpointError
 from gndet.files import write_whole
+from gndet.modeling.trained import MAX_NAMED, nonfinite
 from gndet.weights.foreign.unpickling import Array, Names, Unfit, Unpickler
-from gndet.weights.read import MAX_NAMED, nonfinite
 
 ZIP = b"PK"  # torch.save since torch 1.6
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before: two bytes of protocol, then torch's magic number, pickled

@@ -11,9 +11,9 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
+from gndet.modeling.trained import MAX_NAMED
 from gndet.weights.foreign.files import WeightFile
 from gndet.weights.foreign.names import FORMATS, STAGES, ConvNames, file_key
-from gndet.weights.read import MAX_NAMED
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
 CAFFE_MEAN, NO_STD = (122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)  # Detectron's, here as RGB

@@ -17,10 +17,11 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
+from gndet.modeling.trained import MAX_NAMED, first_few
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, MAX_NAMED, STEM, Source, first_few, fused_parts
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, fused_parts
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k

@@ -1,7 +1,6 @@
 """Watch which files this process opens for writing, and how."""
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from gndet.files import TEMPORARY
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-# written by libraries: TensorBoard's events, and what torch and matplotlib keep in their own folders
-FOREIGN = re.compile(r"events\.out\.tfevents\..*")
 
 _watched: list[tuple[str, list[str], set[str]]] = []  # folder, wrong calls, names that were written
 
@@ -29,7 +26,7 @@ def _look(event: str, arguments: tuple[Any, ...]) -> None:
         return
     name, mode, flags = arguments
     path = Path(os.path.abspath(os.fsdecode(name))) if isinstance(name, str | bytes | os.PathLike) else None
-    if path is None or not str(path).startswith(folder) or not flags & WRITES or FOREIGN.fullmatch(path.name):
+    if path is None or not str(path).startswith(folder) or not flags & WRITES:
         return
     is_temporary = any(TEMPORARY.fullmatch(part) for part in path.parts)
     is_new = is_temporary and flags & NEW == NEW

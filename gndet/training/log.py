@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import summary
 
 from gndet.errors import OutputError
 from gndet.files import LineFile
+from gndet.training.board import Board
 from gndet.training.folder import WorkFolder
 from gndet.training.logged import read_metrics as read_metrics  # documented as a name of this module
 from gndet.training.logged import truncate
@@ -54,11 +57,11 @@ class Log:
         self._failed: dict[str, str] = {}  # what could not be written yet, and why
         self._again: dict[str, Callable[[], None]] = {}  # how to write it when there is room again
         self._files: dict[str, LineFile] = {}
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
         self._numbers = self._scores = ""
         self._live = None
         last_kept = first_update or -1
-        self._purge_step: int | None = last_kept + 1  # TensorBoard hides older entries from this step on
+        self._first_step = last_kept + 1  # TensorBoard hides older entries from this step on
         if not enabled:
             return
         try:
@@ -66,7 +69,7 @@ class Log:
             self._files[METRICS] = LineFile(out / METRICS)
         except OSError as error:
             raise OutputError(f"{error.filename or out}: cannot write the log: {error.strerror}") from None
-        self._to_board(lambda board: None)
+        self._to_board(first_update)
         if self._console is not None and self._console.is_terminal:
             columns = (BarColumn(None), MofNCompleteColumn(), TextColumn("updates  {task.percentage:.0f} %"))
             self._progress = Progress(*columns, expand=True)
@@ -103,23 +106,21 @@ class Log:
 
     def picture(self, update: int, tag: str, picture: np.ndarray) -> None:
         """Log a picture (H, W, 3) uint8 to TensorBoard."""
-        self._to_board(lambda board: board.add_image(tag, picture, update, dataformats="HWC"))
+        self._to_board(update, lambda: summary.image(tag, picture, dataformats="HWC"))
 
     def precision_recall(self, update: int, tag: str, precision: Sequence[float], recall: np.ndarray) -> None:
         """Log a precision-recall curve (ascending recall) to TensorBoard; COCO has no counts, so they are zero."""
         zeros = np.zeros(len(recall))
         falling = np.array(precision)[::-1], np.array(recall)[::-1]
         self._to_board(
-            lambda board: board.add_pr_curve_raw(
-                tag, zeros, zeros, zeros, zeros, *falling, update, num_thresholds=len(recall)
-            )
+            update, lambda: summary.pr_curve_raw(tag, zeros, zeros, zeros, zeros, *falling, num_thresholds=len(recall))
         )
 
     def histogram(self, update: int, tag: str, values: np.ndarray) -> None:
         """Log the distribution of values to TensorBoard; non-finite values are left out."""
         finite = values[np.isfinite(values)]
         if finite.size:
-            self._to_board(lambda board: board.add_histogram(tag, finite, update, bins=HISTOGRAM_BINS))
+            self._to_board(update, lambda: summary.histogram(tag, finite, HISTOGRAM_BINS))
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Append a line to a JSON-lines file of the run folder; if the disk is full, it is written later."""
@@ -148,7 +149,7 @@ class Log:
         for what, write in list(self._again.items()):
             self.attempt(what, write)
         if BOARD in self._failed:
-            self._to_board(lambda board: None)
+            self._to_board(0, Summary)
         return "; ".join(f"{what}: {reason}" for what, reason in self._failed.items())
 
     def message(self, text: str) -> None:
@@ -178,27 +179,15 @@ class Log:
             with self._console_may_fail():
                 self._live.update(Group(self._progress, Text("  ".join(filter(None, texts)))), refresh=True)
 
-    def _to_board(self, add: Callable[[SummaryWriter], None]) -> None:
-        """Write to TensorBoard.  What cannot be written is lost; a new file is started when there is room again."""
+    def _to_board(self, update: int, *summaries: Callable[[], Summary]) -> None:
+        """Write to TensorBoard; what cannot be written is lost."""
         if not self.enabled:
             return
         with self._may_fail(BOARD):
-            if METRICS in self._failed:  # otherwise the writer's thread would die with a traceback
-                raise OSError(self._failed[METRICS])
-            place = self._out / BOARD
-            if self._board is not None and not (self._board.log_dir == str(place) and place.is_dir()):
-                self._board = None  # its folder was moved or removed, and its thread opens the file by name
-            try:
-                if self._board is None:
-                    if place.is_symlink():
-                        place.unlink()  # it would lead out of the run folder
-                    self._board = SummaryWriter(str(place), purge_step=self._purge_step)
-                add(self._board)
-                self._board.flush()
-                self._purge_step = None
-            except OSError:
-                self._board = None  # its thread has ended
-                raise
+            if self._board is None or self._board.is_removed:
+                self._board = Board(self._out / BOARD, self._first_step)
+            for make in summaries:
+                self._board.add(make(), update)
 
     @contextmanager
     def _console_may_fail(self) -> Iterator[None]:
@@ -230,11 +219,8 @@ class Log:
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self.append(METRICS, {"update": update, "kind": kind, **line})
 
-        def add(board: SummaryWriter) -> None:
-            for name, value in numbers.items():
-                board.add_scalar(f"{BOARD_GROUPS[kind]}/{name}", value, update)
-
-        self._to_board(add)
+        group = BOARD_GROUPS[kind]
+        self._to_board(update, *(partial(summary.scalar, f"{group}/{name}", value) for name, value in numbers.items()))
 
 
 def _train_line(values: dict[str, float]) -> str:

@@ -147,7 +147,7 @@ def _lines(path: Path, is_ours: Callable[[Entry], bool]) -> Iterator[tuple[bytes
     except FileNotFoundError:
         return
     except OSError as error:
-        raise DataError(f"{path}: cannot read what the run logged: {error.strerror}") from None
+        raise DataError(f"{path}: cannot read what the run logged: {error.strerror}; move it away") from None
 
 
 def _parsed(line: bytes) -> Entry | None:

@@ -116,6 +116,17 @@ def test_file_names_of_any_bytes_are_found_and_scored(tmp_path: Path) -> None:
     assert list(read_results(tmp_path / "results.json", dataset)) == list(from_coco(rows))
 
 
+def test_a_name_of_other_bytes_from_another_machine_is_found_by_its_end(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9/im\xff.png")
+    path = written(tmp_path, ["a"], [name])
+    for other in (f"/home/them/{name}", f"C:\\{name}".replace("/", "\\"), f"https://there/{name}?x=1"):
+        path.write_text(json.dumps(tree_of(["a"], [other])))
+        (record,) = read(path, tmp_path / "cache").records
+        assert record.load().shape == (20, 20, 3) and record.file_name == other
+    path.write_text(json.dumps(tree_of(["a"], ["/home/a\ud83d.png"])))  # no file has half of a character
+    assert [one.code for one in read(path, tmp_path / "cache").findings if one.severity == "E"] == ["file-escape"]
+
+
 def odd_value(rng: random.Random, depth: int = 0) -> Any:
     kind = rng.randrange(9 if depth < 4 else 7)
     if kind == 7:

@@ -30,7 +30,7 @@ def readings(name: str) -> list[list[str]]:
     The name as it is comes first, then without what follows ? or #, then the paths in the query of a URL, then all
     unquoted.  Empty for a name that no file can have.
     """
-    if "\0" in name or re.search("[\ud800-\udfff]", name):
+    if "\0" in name or re.search("[\ud800-\udc7f\udd00-\udfff]", name):  # the rest stands for bytes
         return []
     path, query = re.split("[?#]", name)[0], name.partition("?")[2]
     texts = [name, path, *(pair.partition("=")[2] for pair in query.split("&"))]

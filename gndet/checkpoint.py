@@ -88,7 +88,7 @@ def load_checkpoint(folder: Path, groups: Sequence[str] | None = None) -> Checkp
     groups: names of the groups to return (default: all).
     Raises CheckpointError that names the file and its fault, or lists the groups that the checkpoint has.
     """
-    if not (folder / MANIFEST).is_file():
+    if not os.path.isfile(folder / MANIFEST):
         raise CheckpointError(f"{folder}: not a gndet checkpoint: {_describe(folder)}")
     try:
         manifest = _Manifest.model_validate_json(_read(folder / MANIFEST, at_most=MAX_MANIFEST))
@@ -352,11 +352,14 @@ def _verified(folder: Path, name: str, entry: _File) -> bytes:
 
 def _describe(path: Path) -> str:
     """Describe what is at a path that is not a checkpoint."""
-    if (path.parent / MANIFEST).is_file():
+    if os.path.isfile(path.parent / MANIFEST):
         return f"it is a file of the checkpoint {path.parent}; name this folder"
-    if path.is_file():
+    if os.path.isfile(path):
         return "it is a file; train.weights and gndet convert read files of other toolkits"
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return "there is no such folder"
-    names = sorted(child.name for child in path.iterdir())
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as error:
+        return f"the folder cannot be read: {error.strerror}"
     return f"the folder holds {', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}"

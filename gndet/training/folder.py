@@ -14,6 +14,7 @@ from gndet.distributed.process import Process
 from gndet.errors import TrainingError
 from gndet.files import lock_file, sweep
 
+CONFIG = "config.yaml"
 LOCK = ".lock"
 LOCK_WAIT = 10.0  # seconds that a killed run's process may take to end
 
@@ -56,7 +57,10 @@ class WorkFolder:
     def error(self, when: str) -> TrainingError:
         """Return the error that ends a run whose folder was moved.  when: what was done, e.g. "after update 7"."""
         if self.is_removed:
-            return TrainingError(f"{self.named}: this folder was removed while it was in use, {when}; nothing is left")
+            return TrainingError(
+                f"{self.named}: this folder was removed, or moved to another disk, while it was in use, {when}, "
+                "and nothing more could be saved"
+            )
         return TrainingError(
             f"{self.named}: this folder was moved to {self.path} while it was in use, {when}, and saved there; "
             f"move it back, or go on with out={self.path}"
@@ -100,7 +104,7 @@ def locked(out: Path, proc: Process, is_own: Callable[[Path], bool]) -> Iterator
     A folder of the user's, for which is_own is false, gets no lock file: nothing is written into it.
     Raises TrainingError on every rank if another run holds the lock.  A lock ends with its process.  A folder that
     cannot be opened, or on a file system without locks, is not locked.
-    Folders that were created here and hold nothing at the end are removed.
+    Folders that were created here and hold no record at the end are removed.
     """
     refusal, folder = list[str](), WorkFolder(out)
     made = [path for path in (out, *out.parents) if not path.exists()] if proc.first else []
@@ -150,12 +154,13 @@ def _owner(out: Path) -> str:
 
 
 def _remove_empty(folder: WorkFolder, made: list[Path]) -> None:
-    """Remove the folders that were made for a run that wrote nothing."""
+    """Remove the folders that were made for a run that recorded nothing, e.g. on a full disk."""
     out = folder.named
     with suppress(OSError):
-        if made and not folder.is_moved and {path.name for path in out.iterdir()} <= {LOCK, CHECKPOINTS}:
+        if made and not folder.is_moved and {path.name for path in out.iterdir()} <= {LOCK, CONFIG, CHECKPOINTS}:
             if (out / CHECKPOINTS).exists():
                 (out / CHECKPOINTS).rmdir()
+            (out / CONFIG).unlink(missing_ok=True)
             (out / LOCK).unlink(missing_ok=True)
             for path in made:
                 path.rmdir()

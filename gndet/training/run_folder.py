@@ -30,6 +30,7 @@ from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, GndetError, OutputError, TrainingError
 from gndet.files import write_whole
+from gndet.training.folder import CONFIG as CONFIG
 from gndet.training.folder import LOCK, WorkFolder
 
 # Options that may differ when a run resumes, because none of them changes what is learned.
@@ -42,7 +43,6 @@ NEUTRAL = (
 SPLIT = ("train.images_per_gpu", "data.canvases")  # neutral if images do not depend on each other
 
 # The content of a run folder, besides checkpoints/, last and best (checkpoint.py).
-CONFIG = "config.yaml"
 HEAD = "# written by gndet train: the config of this run, with all its defaults\n"  # of config.yaml
 METRICS = "metrics.jsonl"
 NORMS = "norms.jsonl"
@@ -196,7 +196,8 @@ def refuse_lost(out: Path) -> None:
     updates, links = logged_updates(out), [name for name in (LAST, BEST) if os.path.lexists(out / name)]
     if links or updates > updates_without_checkpoint(out):
         said = f"`{links[0]}` led to a checkpoint" if links else f"{updates} updates are logged"
-        there = "holds no checkpoint" if (out / CHECKPOINTS).is_dir() else "is not there"
+        empty = os.path.lexists(out / CHECKPOINTS)
+        there = "holds no checkpoint: removed, or not saved on a full disk" if empty else "is not there"
         raise TrainingError(f"{out}: of this run {said}, but {out / CHECKPOINTS} {there}{AGAIN}")
 
 

@@ -117,7 +117,7 @@ def test_a_removed_folder_ends_the_run_and_nothing_is_made_anew(folder: Path, wo
     run.open_gate(3)
     run.wait()
     assert run.statuses()[0] == 2 and not run.out.exists()
-    assert f"{run.out}: this folder was removed" in run.text and "Traceback" not in run.text
+    assert f"{run.out}: this folder was removed, or moved to another disk" in run.text and "Traceback" not in run.text
     finish(folder, "run", *OPTIONS, world=world)
     check_same(run.out, unbroken(folder, *OPTIONS, world=world), "begun again")
 

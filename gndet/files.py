@@ -27,6 +27,7 @@ from gndet.errors import OutputError
 
 ENDS = 16_384  # bytes at the start and at the end of a file, in which marks are
 LONGEST = 200  # bytes of a name made from a user's text: file systems take 255, with a number, a suffix and the like
+LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; NAME_MAX and PATH_MAX of Linux <limits.h>
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")  # names of files and folders that are being written
 ASIDE = ".old-"  # prefix of a folder that is being replaced
 
@@ -336,6 +337,19 @@ def is_own(file: Path, kind: Kind) -> bool:
         opened.seek(max(opened.seek(0, os.SEEK_END) - ENDS, len(ends)))
         ends += opened.read()
     return re.search(kind.mark, ends, re.DOTALL) is not None
+
+
+def path_fault(path: str | Path) -> str:
+    """Return why no file can have this path, whatever the folder; "" if one can."""
+    try:
+        name = os.fsencode(path)
+    except UnicodeEncodeError:
+        return "no file can have this name: it holds a character that UTF-8 cannot encode"
+    if b"\0" in name:
+        return "no file can have this name: it holds a NUL character"
+    if len(name) >= LONGEST_PATH or any(len(part) > LONGEST_NAME for part in name.split(b"/")):
+        return f"no file can have this name: it has more than {LONGEST_NAME} bytes, or its path {LONGEST_PATH}"
+    return ""
 
 
 def is_same(first: Path, second: Path) -> bool:

@@ -1,6 +1,7 @@
 """Train a detector: `train(cfg)` reads from top to bottom.  An update is an optimizer step over global_batch images."""
 
 import math
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
@@ -46,7 +47,7 @@ def train(
     {"box/AP": ...}.  Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and Preempted after
     a signal; the progress is saved first.
     """
-    out, total = Path(cfg.out).expanduser(), total_updates(cfg.train.schedule, cfg.train.global_batch)
+    out, total = Path(os.path.expanduser(cfg.out)), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as ending, ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))

@@ -3,8 +3,12 @@
 import os
 import sys
 
-if __name__ == "__main__" and not sys.flags.safe_path and sys.path[0] == os.getcwd():
-    del sys.path[0]  # put there by -m: a user's numpy.py in the current folder would be imported
+if __name__ == "__main__" and not sys.flags.safe_path:
+    try:
+        if sys.path[0] == os.getcwd():
+            del sys.path[0]  # put there by -m: a user's numpy.py in the current folder would be imported
+    except OSError:  # the current folder was removed, as main() will say
+        pass
 
 from gndet.cli.main import main
 

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from gndet.files import path_fault
+
 Options = argparse.Namespace
 Verbs = argparse._SubParsersAction
 
@@ -28,7 +30,14 @@ def device_of(overrides: list[str]) -> str:
 
 def path(text: str) -> Path:
     """Parse a path; expand ~ where the shell does not (--out=~/found)."""
-    return Path(os.path.expanduser(text))
+    return Path(os.path.expanduser(file_name(text)))
+
+
+def file_name(text: str) -> str:
+    """Parse a name that may be that of a file."""
+    if fault := path_fault(text):
+        raise argparse.ArgumentTypeError(f"{text[:200]!r}: {fault}")
+    return text
 
 
 def one_or_more(text: str) -> int:

@@ -1,12 +1,14 @@
 """`gndet check CONFIG_OR_JSON [key=value ...] [--images] [--sheet FILE] [--json FILE]`."""
 
-from gndet.cli.arguments import Options, Verbs, add_overrides, path, say
+from gndet.cli.arguments import Options, Verbs, add_overrides, file_name, path, say
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("check", help="check a data set for errors before training on it")
-    verb.add_argument("source", help="config (its data.train and data.val), data folder, or annotation file")
+    verb.add_argument(
+        "source", type=file_name, help="config (its data.train and data.val), data folder, or annotation file"
+    )
     add_overrides(verb)
     verb.add_argument("--images", action="store_true", help="also decode every picture")
     verb.add_argument(

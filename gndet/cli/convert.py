@@ -1,6 +1,6 @@
 """`gndet convert SOURCE OUT [--to gn|TOOLKIT] [--policy P] [--images ...] [key=value ...]`."""
 
-from gndet.cli.arguments import Options, Verbs, add_overrides, one_or_more, path, zero_or_more
+from gndet.cli.arguments import Options, Verbs, add_overrides, file_name, one_or_more, path, zero_or_more
 
 
 def add(verbs: Verbs) -> None:
@@ -8,7 +8,9 @@ def add(verbs: Verbs) -> None:
     verb = verbs.add_parser(
         "convert", help="convert weights from another toolkit, from BN to GN, or to another toolkit"
     )
-    verb.add_argument("source", help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors), or a name")
+    verb.add_argument(
+        "source", type=file_name, help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors), or a name"
+    )
     verb.add_argument("out", type=path, help="checkpoint folder to write; with --to TOOLKIT, a .pth file")
     verb.add_argument(
         "--to", choices=("gn", "detectron2", "torchvision", "mmdetection"), help="gn (replace BN), or a toolkit"

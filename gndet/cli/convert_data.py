@@ -1,12 +1,14 @@
 """`gndet convert-data SOURCE OUT --to coco|yolo [--image-folder FOLDER] [key=value ...]`."""
 
-from gndet.cli.arguments import Options, Verbs, add_overrides, path, say
+from gndet.cli.arguments import Options, Verbs, add_overrides, file_name, path, say
 
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
     verb = verbs.add_parser("convert-data", help="write a checked copy of a data set in another format")
-    verb.add_argument("source", help="data folder, annotation file, or config (its data.train and data.val)")
+    verb.add_argument(
+        "source", type=file_name, help="data folder, annotation file, or config (its data.train and data.val)"
+    )
     verb.add_argument("out", type=path, help="new or empty folder for the copy, pictures included")
     verb.add_argument("--to", choices=("coco", "yolo"), required=True, help="format of the copy")
     verb.add_argument(

@@ -5,11 +5,16 @@ that need it, so --help answers at once.
 """
 
 import argparse
+import io
 import os
 import re
 import select
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
 
 from gndet import __version__
 from gndet.cli import analyze, check, config, convert, convert_data, doctor, evaluate, export
@@ -18,7 +23,7 @@ from gndet.cli import analyze, check, config, convert, convert_data, doctor, eva
 from gndet.cli import invariance, norm_study, norms, predict, report, train
 from gndet.cli.terminal import escaped_output
 from gndet.distributed.children import safe_children
-from gndet.errors import GndetError, Preempted
+from gndet.errors import GndetError, OutputError, Preempted
 
 FILES = (
     train, evaluate, predict, export, report, analyze, norm_study, doctor, invariance, convert, norms, check,
@@ -29,6 +34,7 @@ VERBS = {file.__name__.rpartition(".")[2].replace("_", "-"): file for file in FI
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
+    open_closed_streams()
     with escaped_output(), safe_children():
         options = parse(sys.argv[1:] if arguments is None else arguments)
         return exit_status(f"gndet {options.verb}", lambda: VERBS[options.verb].run(options))
@@ -60,31 +66,79 @@ def parse(arguments: Sequence[str], top: argparse.ArgumentParser | None = None) 
 
 def exit_status(command: str, run: Callable[[], int]) -> int:
     """Run a command.  Returns its exit status; a user error prints its message without a traceback and returns 2."""
+    words = ""
     try:
+        _require_current_folder()
         status = run()
         sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        if not _is_reader_gone():
-            raise  # a pipe other than stdout
-        return 141  # what a shell reports: 128 + SIGPIPE
     except Preempted as end:
-        if str(end):  # only rank 0 has a message
-            print(f"{command}: {end}", file=sys.stderr)
-        return end.status
+        status, words = end.status, str(end)  # only rank 0 has a message
     except GndetError as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 2
+        status, words = 2, str(error)
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        return 130
+        status, words = 130, "interrupted"
+    except (OSError, MemoryError, RecursionError) as error:
+        status, words = _machine_error(error)
+    if words:
+        with suppress(OSError):
+            print(f"{command}: {words}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):  # Python flushes them when it exits, and would change the status
+        with suppress(ValueError):
+            if _is_unwritable(stream):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return status
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that the caller closed, as `>&-` does: otherwise a file of gndet would get their numbers.
+
+    What a library writes to number 2 would go into that file.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False)))
+
+
+def _require_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise OutputError("the current folder was removed; change to one that exists") from None
+
+
+def _machine_error(error: OSError | MemoryError | RecursionError) -> tuple[int, str]:
+    """Return the exit status and the message of an error for which no part of gndet has better words."""
+    if isinstance(error, BrokenPipeError) and _is_reader_gone():
+        return 141, ""  # what a shell reports: 128 + SIGPIPE
+    if isinstance(error, OSError) and error.filename is None and _is_unwritable(sys.stdout, "\n"):
+        return 2, f"cannot write to the standard output: {error.strerror or error}; give it another place"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in reversed(frames) if "gndet" in Path(frame.filename).parts), frames[-1])
+    where = f"(in {place.name}, {Path(place.filename).name}:{place.lineno})"
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return 2, f"{error.filename}: {error.strerror}; mend this file or folder, or choose another {where}"
+        return 2, f"{error.strerror or error}; gndet doctor checks this machine {where}"
+    if isinstance(error, MemoryError):
+        return 2, f"out of memory; end other programs, or take smaller pictures or fewer at once {where}"
+    return 2, f"a file is nested too deeply {where}"
+
+
+def _is_unwritable(stream: TextIO, text: str = "") -> bool:
+    """Return whether a stream cannot take a text and what was printed to it before."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 def _is_reader_gone() -> bool:
-    """Return whether the reader of stdout has gone, as `| head -1` does; if so, discard further output."""
+    """Return whether the reader of stdout has gone, as `| head -1` does."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # poll reports errors without being asked
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout when it exits
-    return True
+    return bool(poll.poll(0))

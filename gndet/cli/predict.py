@@ -3,7 +3,7 @@
 from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides
 
 # isort: split
-from gndet.cli.arguments import device_of, fraction, names, one_or_more, path, say
+from gndet.cli.arguments import device_of, file_name, fraction, names, one_or_more, path, say
 
 
 def add(verbs: Verbs) -> None:
@@ -11,8 +11,9 @@ def add(verbs: Verbs) -> None:
     verb = verbs.add_parser("predict", help="detect objects in pictures and videos, and draw them")
     verb.add_argument("checkpoint", type=path, help=CHECKPOINT)
     verb.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="pictures, videos, folders, or patterns like 'a/**/*.jpg'"
-    )
+        "sources", type=file_name, nargs="+", metavar="SOURCE",
+        help="pictures, videos, folders, or patterns like 'a/**/*.jpg'",
+    )  # fmt: skip
     verb.add_argument(
         "--out", type=path, required=True, metavar="FOLDER", help="folder for the pictures and predictions.json"
     )

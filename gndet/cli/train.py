@@ -1,5 +1,6 @@
 """`gndet train CONFIG [key=value ...] [--fresh]`, and `gndet.train(...)` from Python: train, then write the report."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -60,8 +61,8 @@ def train_run(
     if isinstance(config, Config):
         cfg = with_overrides(config, words, "gndet.train")
     else:
-        cfg = load_config(Path(config).expanduser(), words)
-    metrics, out = _train(cfg, fresh=fresh, progress=progress), Path(cfg.out).expanduser()
+        cfg = load_config(os.path.expanduser(config), words)
+    metrics, out = _train(cfg, fresh=fresh, progress=progress), Path(os.path.expanduser(cfg.out))
     report = out / REPORT
     return TrainedRun(out, metrics, report if cfg.train.report and report.is_file() else None)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from gndet.config.presets import without_conventions
 from gndet.config.schema import NOT_UNICODE, Config, DataConfig
 from gndet.errors import ConfigError
-from gndet.files import valid_text
+from gndet.files import path_fault, valid_text
 
 MAX_CONFIG_BYTES = 200_000  # a config fits on a page; an annotation file is YAML too and would be parsed for hours
 MAX_CONFIG_NODES = 20_000  # expanded aliases count: an alias bomb stops here
@@ -159,10 +159,16 @@ def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
 
 
 def _read_text(path: Path) -> str:
+    if fault := path_fault(path):
+        raise ConfigError(f"{_brief(str(path))}: {fault}")
     try:
-        if os.path.isfile(path) and path.stat().st_size > MAX_CONFIG_BYTES:
+        if path.is_fifo() and not str(path).startswith("/dev/fd/"):  # <(command) of a shell
+            raise ConfigError(f"{path}: is a pipe, expected a YAML file")
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)
+        if len(content) > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: a config has at most {MAX_CONFIG_BYTES} bytes, this file has more")
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except OSError as error:
         packaged = os.path.join(PACKAGED, f"{path.stem}.yaml")
         hint = f"; own_data data.root={path} trains on the data in a folder" if os.path.isdir(path) else ""

@@ -6,10 +6,19 @@ The comment behind an option, or above it, says what the option does [unit], the
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from gndet.config.presets import PRESETS, beneath
-from gndet.files import valid_text
+from gndet.files import path_fault, valid_text
+
+
+def _a_file_can_have(path: str) -> str:
+    if fault := path_fault(path):
+        raise ValueError(fault)
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_a_file_can_have)]
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -303,8 +312,9 @@ class DatasetConfig(Section):
 
     # auto: what the files are; shapes: pictures drawn from a seed
     kind: Literal["auto", "coco", "yolo", "voc", "labelme", "cvat", "via", "shapes"] = "auto"
-    annotations: str = ""  # the file or folder with the annotations, relative to data.root; empty: found in data.root
-    images: str = ""  # the image folder, relative to data.root; empty: found near the annotations
+    # the file or folder with the annotations, relative to data.root; empty: found in data.root
+    annotations: FileName = ""
+    images: FileName = ""  # the image folder, relative to data.root; empty: found near the annotations
     split: str = ""  # which set of a folder that holds several: train, val, test (default: the name of the section)
     # val: take this share of the images of data.train, which then trains on the others
     share: float | None = Field(None, gt=0, lt=1)
@@ -318,7 +328,7 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     """Data sets, sizes and augmentation."""
 
-    root: str = "datasets"  # folder of the data; `annotations` and `images` are relative to it
+    root: FileName = "datasets"  # folder of the data; `annotations` and `images` are relative to it
     train: DatasetConfig = DatasetConfig(split="train")
     val: DatasetConfig = DatasetConfig(split="val")
     classes: tuple[str, ...] | None = None  # names of the classes to use, in this order; null uses all
@@ -337,7 +347,7 @@ class DataConfig(Section):
     pixel_range: tuple[float, float] | None = None
     follow_links: bool = False  # read pictures behind links that lead out of the image folder, as DVC makes them
     skip_unreadable: bool = False  # leave out the pictures that `gndet check` could not read, and train on the rest
-    cache: str = "~/.cache/gndet"  # folder that keeps checked data sets between starts; '' keeps nothing
+    cache: FileName = "~/.cache/gndet"  # folder that keeps checked data sets between starts; '' keeps nothing
     max_unreadable: float = Field(0.01, ge=0, le=1)  # stop when more than this share of a data set cannot be read
     antialias: bool = True  # filter when shrinking, as PIL and detectron2 do; false: as torchvision and OpenCV do
     canvas_multiple: int = Field(32, ge=1, le=1024)  # round canvas edges up to a multiple of this [pixels]
@@ -432,7 +442,7 @@ class TrainConfig(Section):
 
     # start from this: a gndet run or checkpoint, a file of another toolkit, or the name of torchvision or timm
     # weights
-    weights: str = ""
+    weights: FileName = ""
     source: SourceConfig = SourceConfig()
     # what to do with a part whose norm in the file differs from the model's; see [fine-tuning](fine_tuning.md)
     norm_policy: Literal["error", "hybrid", "convert", "calibrate", "affine", "reinit"] = "error"
@@ -490,7 +500,7 @@ class Config(Section):
     """The config of a run."""
 
     task: Literal["detection"] = "detection"  # what to train
-    out: str = ""  # run folder; empty: runs/NAME for NAME.yaml
+    out: FileName = ""  # run folder; empty: runs/NAME for NAME.yaml
     seed: int = Field(0, ge=0, lt=1 << 63)  # seed of weights, order, augmentation and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
     deterministic: bool = False  # use deterministic GPU algorithms; a CPU is always deterministic

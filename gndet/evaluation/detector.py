@@ -240,7 +240,7 @@ def load(path: AnyPath, device: str = "auto", **overrides: Any) -> Detector:
     `gndet.train`, e.g. model={"box_head": {"score_threshold": 0.01}}.
     Nothing is downloaded, and no code of the file is run.  Raises CheckpointError, ConfigError.
     """
-    return load_detector(Path(path).expanduser(), override_words(overrides), alone(str(device)))
+    return load_detector(Path(os.path.expanduser(path)), override_words(overrides), alone(str(device)))
 
 
 def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tell = warnings.warn) -> Detector:

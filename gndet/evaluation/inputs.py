@@ -45,7 +45,7 @@ def records_of(pictures: Sequence[Any], reading: Reading) -> list[Record]:
 
 def _record(picture: Any, image_id: int, reading: Reading) -> Record:
     if isinstance(picture, FILE):
-        path = Path(picture).expanduser()
+        path = Path(os.path.expanduser(picture))
         if not is_one_picture(path):
             refuse_address(os.fspath(picture))
             what = "a folder or a video" if os.path.exists(path) else "no such picture"

@@ -149,7 +149,7 @@ class Prediction:
         file: where to write the drawing, as PNG or JPEG; only another drawing of gndet is replaced.
         Raises DataError if the picture can no longer be read, and OutputError.
         """
-        path = None if file is None else Path(file).expanduser()
+        path = None if file is None else Path(os.path.expanduser(file))
         if path:
             refuse_drawing(path, "draw", [self.path] if self.path else [])
         drawn = draw_detections(self.load(), self.results, self.classes, self.category_ids, 0.0)
@@ -234,7 +234,7 @@ def class_label(name: str, classes: Sequence[str], option: str = "") -> int:
 
 def _new_file(file: str | Path, method: str) -> Path:
     """Make the folder of a file.  Raises OutputError if the file exists: labels that were edited are the user's."""
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     refuse_output(path, method, None)
     return path
 

@@ -79,7 +79,7 @@ def _elsewhere(folder: Path, others: Sequence[Path]) -> str:
 def _passed_over(path: Path, others: Sequence[Path]) -> str:
     """Count the entries that are neither pictures nor videos, by suffix; name the pattern that goes into folders."""
     folders = sum(other.is_dir() for other in others)
-    suffixes = Counter(other.suffix.lower() or "without suffix" for other in others if not other.is_dir())
+    suffixes = Counter(_kind(other) for other in others if not other.is_dir())
     parts = [f"{num} {suffix}" for suffix, num in suffixes.most_common(SUFFIXES)]
     left = suffixes.total() - sum(num for _, num in suffixes.most_common(SUFFIXES))
     parts += [f"{left} of other kinds"] if left else []
@@ -88,11 +88,15 @@ def _passed_over(path: Path, others: Sequence[Path]) -> str:
     return f"passed over {', '.join(parts)}"
 
 
+def _kind(other: Path) -> str:
+    return f"{other.name!r} that is no file" if is_picture(other) else other.suffix.lower() or "without suffix"
+
+
 def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """List a folder without hidden entries.  Returns its pictures, by suffix, and all other entries, both by name."""
     visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    pictures = [entry for entry in visible if is_picture(entry)]
-    return pictures, [entry for entry in visible if not is_picture(entry)]
+    pictures = [entry for entry in visible if is_picture(entry) and entry.is_file()]
+    return pictures, sorted(set(visible).difference(pictures))
 
 
 def _files_matching(pattern: str) -> tuple[list[Path], list[Path]]:

@@ -85,7 +85,7 @@ def _read(source: str, overrides: list[str], show: Show, image_folder: Path | No
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data
     try:
-        found = sets_at(path, image_folder and image_folder.expanduser())
+        found = sets_at(path, image_folder and Path(os.path.expanduser(image_folder)))
     except Fault as fault:
         raise DataError(f"{fault}\nexpected a data folder, an annotation file or a config") from None
     datasets = {name: inspect_source(where, data, show) for name, where in found.items()}

@@ -29,6 +29,7 @@ from gndet.training.logged import truncate
 from gndet.training.run_folder import BOARD, METRICS
 
 BOARD_GROUPS = {"train": "train", "evaluation": "val"}  # prefixes of numbers in TensorBoard
+LONGEST_ETA = 1e9  # seconds, 30 years; timedelta holds no more than 8.6e13
 HISTOGRAM_BINS = 30  # TensorBoard shows this many; its default of 1,500 takes ten times as long
 
 
@@ -234,6 +235,6 @@ def _train_line(values: dict[str, float]) -> str:
         "images_per_s": lambda value: f"{value:.3g} images/s",
         "data_wait": lambda value: f"data wait {100 * value:.0f} %",
         "memory_mib": lambda value: f"{value:.0f} MiB",
-        "eta_s": lambda value: f"eta {timedelta(seconds=round(value)) if math.isfinite(value) else '?'}",
+        "eta_s": lambda value: f"eta {timedelta(seconds=round(value)) if value < LONGEST_ETA else '?'}",
     }
     return "  ".join(write(values[name]) for name, write in shown.items() if name in values)

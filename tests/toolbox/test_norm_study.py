@@ -52,6 +52,7 @@ from gndet.toolbox.norm_study.plan import (
 from gndet.toolbox.norm_study.study import Work, finished, study
 from gndet.toolbox.report.report import study_page, write_report
 from gndet.toolbox.report.study import study_command
+from gndet.training.folder import WorkFolder
 
 OVERRIDES = ("train.schedule.updates=4", "train.ema=0", "model.masks=false")
 GRID = {"norms": ("gn", "bn", "sync_bn"), "groups": None, "images_per_gpu": (1,), "seeds": 1, "batch": "scaled"}
@@ -434,7 +435,7 @@ def test_a_signal_ends_what_is_running(config: str, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with StopSignals() as stop, pytest.raises(Stop):
-        run_jobs(jobs, [{}], stop, started, lambda *_: None)
+        run_jobs(jobs, [{}], stop.poll, started, lambda *_: None)
     assert begun_jobs == ["a"] and not trainings(tmp_path / "study")
 
 
@@ -442,7 +443,7 @@ def test_a_stopped_study_leaves_no_running_cell(config: str, tmp_path: Path) -> 
     grid = begun(config)
     grid.results[0].state = "running"
     (tmp_path / "cells").mkdir()
-    Work(tmp_path, grid, load_config(config), [{}], StopSignals(), print).note_stopped()
+    Work(WorkFolder(tmp_path), grid, load_config(config), [{}], StopSignals(), print).note_stopped()
     assert states(tmp_path)["gn-1-seed0"] == "pending"
 
 
@@ -458,9 +459,11 @@ def test_a_run_that_is_not_finished_is_not_taken_for_one(resumed: tuple[Path, st
 def test_last_words_quote_a_failed_run(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("loading\ngndet train: x.yaml: wrong\n  more of it\n")
-    assert last_words(log, 2) == "x.yaml: wrong\n  more of it"
-    log.write_text("loading\nupdate 3\n")
-    assert last_words(log, -9) == "ended by signal 9: loading\nupdate 3"
+    assert last_words(log, 0, 2) == "x.yaml: wrong\n  more of it"
+    before = log.stat().st_size
+    with log.open("a") as file:
+        file.write("loading\nupdate 3\n")
+    assert last_words(log, before, -9) == "ended by signal 9: loading\nupdate 3"  # not the error of an earlier command
 
 
 def test_jobs_on_a_cpu_share_its_cores() -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -45,7 +46,7 @@ def cached(
     if not cache:
         return read()
     try:
-        home = _home(Path(cache).expanduser(), path, files, reading, way)
+        home = _home(Path(os.path.expanduser(cache)), path, files, reading, way)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         trouble = _unwritable(getattr(error, "filename", None) or cache, error)
         return read()._replace(notes=(trouble,))

@@ -85,12 +85,15 @@ def without_text(items: Sequence[dict[str, Any]], places: Iterable[int]) -> dict
     return changed
 
 
-def _as_numbers(value: Any) -> Any:
-    """Replace the texts in a value that are numbers by these numbers; an RLE keeps its compressed counts."""
-    if type(value) is list:
-        return [_as_numbers(part) for part in value]
-    if type(value) is dict:
-        return {key: part if type(part) is str else _as_numbers(part) for key, part in value.items()}
+def _as_numbers(value: Any, depth: int = 3) -> Any:
+    """Replace the texts in a value that are numbers by these numbers; an RLE keeps its compressed counts.
+
+    depth: how deep to look; the numbers of polygons lie two lists deep.
+    """
+    if type(value) is list and depth:
+        return [_as_numbers(part, depth - 1) for part in value]
+    if type(value) is dict and depth:
+        return {key: part if type(part) is str else _as_numbers(part, depth - 1) for key, part in value.items()}
     if type(value) is not str or not _NUMBER.fullmatch(value):
         return value
     number = to_integer(value)

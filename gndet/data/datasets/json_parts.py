@@ -112,10 +112,12 @@ def _read_part(path: Path, known: Known, cut: Cut) -> tuple[Columns, Findings]:
     return columns, found
 
 
-def _is_huge(value: Any) -> bool:
-    """Return whether a value holds a number beyond 64 bits: the fast parser turns such integers into floats."""
-    if isinstance(value, dict):
-        return any(map(_is_huge, value.values()))
-    if isinstance(value, list):
-        return any(map(_is_huge, value))
+def _is_huge(value: Any, depth: int = 4) -> bool:
+    """Return whether a value holds a number beyond 64 bits: the fast parser turns such integers into floats.
+
+    depth: how deep to look; an object, its segmentation and a polygon hold numbers, what lies deeper is no number.
+    """
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and any(_is_huge(part, depth - 1) for part in inner)
     return type(value) is float and abs(value) >= 2.0**63

@@ -120,4 +120,6 @@ def brief(value: Any) -> str:
         text = repr(value)
     except ValueError:  # an integer of more than 4,300 digits, Python's limit
         text = "a huge integer"
+    except RecursionError:
+        text = "a deeply nested value"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gndet.errors import DataError
 from gndet.files import csv_table, text_table, write_whole
@@ -67,7 +67,7 @@ class Study(BaseModel):
     notes: list[str] = []
     versions: dict[str, str] = {}
     date: str = ""
-    results: list[CellResult]
+    results: list[CellResult] = Field(min_length=1)
 
     @property
     def variants(self) -> list[str]:
@@ -268,7 +268,8 @@ def read_study(folder: Path) -> Study:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: not a norm study of this version: {where}: {first['msg']}") from None
+        what = f"not a norm study of this version: {where}: {first['msg']}"
+        raise DataError(f"{path}: {what}; restore this file, or choose another folder") from None
 
 
 def write_study(folder: Path, study: Study) -> None:

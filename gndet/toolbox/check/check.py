@@ -6,6 +6,7 @@ never among the user's data.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +110,7 @@ def _plan(source: str, overrides: Sequence[str], image_folder: Path | None, show
             raise ConfigError(f"override {text!r}: has no effect on data without a config; {', '.join(ALONE)} do")
     cfg = with_overrides(Config(), overrides, "the defaults")
     masks = cfg.model.masks if any(text.startswith("model.masks") for text in overrides) else None
-    folder = image_folder.expanduser().absolute() if image_folder else None
+    folder = Path(os.path.expanduser(image_folder)).absolute() if image_folder else None
     try:
         sources = sets_at(path, folder)
     except Fault as fault:

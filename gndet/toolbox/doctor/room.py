@@ -24,7 +24,7 @@ def facts(cfg: Config | None) -> Facts:
     size = checkpoint_bytes(model, used.train)
     yield disk("run folder" if cfg else "this folder", Path(cfg.out if cfg else "."), size, used.train.keep_last + 2)
     if used.data.cache:
-        yield cache(Path(used.data.cache).expanduser())
+        yield cache(Path(os.path.expanduser(used.data.cache)))
 
 
 def disk(name: str, folder: Path, size: int, count: int) -> Fact:

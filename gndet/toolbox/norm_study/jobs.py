@@ -14,7 +14,6 @@ import torch
 
 from gndet.data.workers import usable_cores
 from gndet.distributed.children import python_command
-from gndet.distributed.signals import Stop, StopSignals
 from gndet.files import open_to_append
 
 POLL = 0.1
@@ -36,6 +35,7 @@ class _Running(NamedTuple):
     job: Job
     process: subprocess.Popen[bytes]
     began: float
+    before: int  # bytes that earlier commands wrote to the log
     place: dict[str, str]
 
 
@@ -55,26 +55,26 @@ def slots(device: str, jobs: int | None) -> list[dict[str, str]]:
 
 
 def run_jobs(
-    jobs: Sequence[Job], places: Sequence[dict[str, str]], stop: StopSignals, started: Callable[[Job], None],
-    ended: Callable[[Job, float, int], None],
+    jobs: Sequence[Job], places: Sequence[dict[str, str]], look: Callable[[], None], started: Callable[[Job], None],
+    ended: Callable[[Job, float, str], None],
 ) -> None:  # fmt: skip
     """Run jobs, one per place at a time.
 
-    started: called with a job.  ended: called with a job, its seconds and its exit status.  On a signal, asks the
-    running jobs to stop so that they can be resumed, waits for them, and raises Stop.
+    look: called again and again; what it raises asks the running jobs to stop so that they can be resumed, and is
+    raised once they have.  started: called with a job.  ended: called with a job, its seconds and its last words.
     """
     waiting, free, running = deque(jobs), list(places), list[_Running]()
     try:
         while waiting or running:
-            if stop.asked:
-                raise Stop
+            look()
             while waiting and free:
                 running.append(_start(waiting.popleft(), free.pop(0)))
                 started(running[-1].job)
             for run in [run for run in running if run.process.poll() is not None]:
                 running.remove(run)
                 free.append(run.place)
-                ended(run.job, time.monotonic() - run.began, run.process.returncode)
+                said = last_words(run.job.log, run.before, run.process.returncode)
+                ended(run.job, time.monotonic() - run.began, said)
             time.sleep(POLL)
     finally:
         _end(running)
@@ -84,11 +84,12 @@ def _start(job: Job, place: dict[str, str]) -> _Running:
     """Start a job in its own session, so that Ctrl-C reaches it only through this process."""
     command = python_command("gndet.toolbox.norm_study.child", "train", job.config, *job.overrides, f"out={job.out}")
     with open_to_append(job.log) as log:
+        before = log.tell()
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, **place},
         )  # fmt: skip
-    return _Running(job, process, time.monotonic(), place)
+    return _Running(job, process, time.monotonic(), before, place)
 
 
 def _end(running: Sequence[_Running]) -> None:
@@ -105,9 +106,16 @@ def _end(running: Sequence[_Running]) -> None:
             run.process.wait()
 
 
-def last_words(log: Path, status: int) -> str:
-    """Return what a failed run printed last: its error, or its last lines with the exit status."""
-    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def last_words(log: Path, before: int, status: int) -> str:
+    """Return what a run printed last: its error, or its last lines with the exit status.
+
+    before: how many bytes of its log are older.
+    """
+    try:
+        text = log.read_bytes()[before:].decode(errors="replace")
+    except OSError as error:
+        text = f"{log}: {error.strerror}"
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     errors = [i for i, line in enumerate(lines) if line.startswith("gndet train: ")]
     quoted = lines[errors[-1] :] if errors else lines[-3:]
     text = "\n".join(quoted).removeprefix("gndet train: ")[-REASON:]

@@ -131,11 +131,14 @@ def cell_overrides(cell: CellResult, begun: Study) -> list[str]:
 def resume_study(folder: Path, new: Study, show: Callable[[str], None]) -> Study:
     """Return the study of a folder with the cells of the new study added, or the new study if the folder has none.
 
-    A resumed study keeps its measured speed and its shortened schedule.  Raises OutputError if its settings differ.
+    A resumed study keeps its measured speed and its shortened schedule.  Raises OutputError if its settings differ and
+    it has begun to train.
     """
     if not is_study(folder):
         return new
     old = read_study(folder)
+    if old.speed is None and not any(result.state in ("done", "failed") for result in old.results):
+        return new  # it failed, or was killed, while it measured
     if changed := _changed_settings(old, new):
         raise OutputError("\n".join([f"{folder}: a study with other settings; choose another --out", *changed[:8]]))
     known = {result.name: result for result in old.results if result.state in ("done", "failed")}

@@ -4,6 +4,7 @@ This gives the batch-size curve of Wu & He 2018 (figure 1) on your own data or, 
 (table 3).  The same command continues a stopped study: it skips finished cells and resumes unfinished runs.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -35,9 +36,9 @@ from gndet.toolbox.analysis.study_results import (
     write_study,
 )
 from gndet.toolbox.norm_study.curve import draw_curve
-from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
+from gndet.toolbox.norm_study.jobs import Job, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, resume_study, variants
-from gndet.training.folder import locked
+from gndet.training.folder import WorkFolder, locked
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import is_empty
@@ -66,20 +67,21 @@ def study(
     kinds = variants(norms, groups)
     cells = study_cells(kinds, sorted(set(images_per_gpu)), range(cfg.seed, cfg.seed + seeds))
     places = slots(cfg.device, jobs)
-    if folder.exists() and not is_study(folder) and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise OutputError(f"{folder}: holds files but no study (no {STUDY}); choose another --out FOLDER")
     if is_study(folder):
         read_study(folder)  # another program's study.json is refused before anything is written beside it
+    elif os.path.lexists(folder) and not is_empty(folder):
+        raise OutputError(f"{folder}: holds files but no study (no {STUDY}); choose another --out FOLDER")
     new = begin(cfg, config, overrides, cells, batch, len(places))
-    with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu")), _may_write):
-        work = Work(folder, resume_study(folder, new, show), cfg, places, stop, show)
+    with StopSignals() as stop, locked(folder, Process(0, 1, torch.device("cpu")), _may_write) as locked_folder:
+        work = Work(locked_folder, resume_study(folder, new, show), cfg, places, stop, show)
         try:
             work.prepare(budget)
             work.run()
         except Stop:
             work.note_stopped()
             raise Preempted(f"{folder}: stopped by a signal; run the same command to continue", stop.status) from None
-    return work.conclude()
+        work.conclude()
+    return not any(result.state == "failed" for result in work.study.results)
 
 
 def _may_write(folder: Path) -> bool:
@@ -90,16 +92,41 @@ class Work:
     """A study in progress: its folder, its cells, and the places (GPUs or cores) that run them."""
 
     def __init__(
-        self, folder: Path, study: Study, cfg: Config, places: list[dict[str, str]], stop: StopSignals,
+        self, locked_folder: WorkFolder, study: Study, cfg: Config, places: list[dict[str, str]], stop: StopSignals,
         show: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.folder, self.study, self.cfg, self.places, self.stop, self.show = folder, study, cfg, places, stop, show
+        self.study, self.cfg, self.places, self.stop, self.show = study, cfg, places, stop, show
+        self.folder, self._locked = locked_folder.named, locked_folder
+
+    def save(self) -> None:
+        """Write study.json and study.csv.  Raises OutputError, also if the folder is no longer where it was."""
+        self.require_folder()
+        write_study(self.folder, self.study)
+
+    def look(self) -> None:
+        """Raise Stop after a signal, and OutputError as `require_folder` does."""
+        self.stop.poll()
+        self.require_folder()
+
+    def require_folder(self) -> None:
+        """Raise OutputError if the folder was renamed, removed or replaced while the study ran."""
+        if self._locked.is_moved:
+            where = "removed" if self._locked.is_removed else f"moved to {self._locked.path}"
+            raise OutputError(
+                f"{self.folder}: this folder was {where} while the study ran; put it back, and run the same command to "
+                "continue"
+            )
 
     def prepare(self, budget: float | None) -> None:
-        """Make the folders, find finished cells, measure the speed, and fit the schedule to the budget."""
+        """Make the folders, find finished cells, measure the speed, and fit the schedule to the budget.
+
+        study.json comes first: a study that fails or is killed from then on goes on with the same command.
+        """
         began = time.monotonic()
+        self.save()
         for name in (CELLS, LOGS):
             make_folder(self.folder / name, "--out")
+        shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)  # of a study that was killed
         study, show = self.study, self.show
         counts = f"{len(study.variants)} norms x {len(study.sizes)} sizes x seeds: {len(study.results)} cells"
         show(f"{counts} -> {self.folder}\n{study.rule}")
@@ -112,7 +139,7 @@ class Work:
         if study.speed is None and self.waiting():
             study.speed = self.measure()
         self._plan_time(budget, resumed, time.monotonic() - began)
-        write_study(self.folder, study)
+        self.save()
 
     def _plan_time(self, budget: float | None, resumed: bool, spent: float) -> None:
         """Show how long the rest takes; shorten the schedule of a new study that would exceed the budget."""
@@ -153,30 +180,29 @@ class Work:
             sizes = [cell.images for cell in self.waiting() if cell.variant == variant]
             ends = sorted({min(sizes), max(sizes)})
             self.show(f"measuring {variant} at {' and '.join(map(str, ends))} images per GPU ...")
-            shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
             try:
-                speed = self._speed(variant, ends)
+                return self._speed(variant, ends)
             except TrainingError as error:
                 reason = str(error)
-                continue
-            shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
-            return speed
+            finally:
+                shutil.rmtree(self.folder / CALIBRATION, ignore_errors=True)
         raise TrainingError(f"{self.folder}: no cell could be measured; the last one: {reason}")
 
     def _speed(self, variant: str, sizes: Sequence[int]) -> Speed:
         """Measure a variant at these sizes, with as many runs at once as in the study.  Raises TrainingError."""
-        took: dict[str, float] = {}
+        took: dict[str, tuple[float, str]] = {}
         runs = [(size, *self._calibration(variant, size, number))
                 for number, size in zip(range(max(len(sizes), len(self.places))), cycle(sizes))]  # fmt: skip
-        run_jobs([job for _, job, _ in runs], self.places, self.stop, lambda _: None,
-                 lambda job, seconds, _: took.update({job.name: seconds}))  # fmt: skip
+        run_jobs([job for _, job, _ in runs], self.places, self.look, lambda _: None,
+                 lambda job, seconds, said: took.update({job.name: (seconds, said)}))  # fmt: skip
         per_image, overhead = dict.fromkeys(sizes, 0.0), 0.0
         for size, job, images in runs:
+            seconds, said = took[job.name]
             if finished(job.out) is None:
-                raise TrainingError(f"{job.name}: {last_words(job.log, 1)}")
+                raise TrainingError(f"{job.name}: {said}")
             logged = [line["images_per_s"] for line in read_metrics(job.out / METRICS_FILE) if line["kind"] == "train"]
             per_image[size] = max(per_image[size], 1 / logged[-1])
-            overhead = max(overhead, took[job.name] - images / logged[-1])
+            overhead = max(overhead, seconds - images / logged[-1])
         return Speed(per_image=per_image, overhead=overhead)
 
     def _calibration(self, variant: str, size: int, number: int) -> tuple[Job, int]:
@@ -212,9 +238,9 @@ class Work:
 
         def started(job: Job) -> None:
             cells[job.name].state = "running"
-            write_study(self.folder, self.study)
+            self.save()
 
-        def ended(job: Job, seconds: float, status: int) -> None:
+        def ended(job: Job, seconds: float, said: str) -> None:
             nonlocal done
             done += 1
             cell = cells[job.name]
@@ -224,29 +250,37 @@ class Work:
                 reached = {title: cell.metrics.get(metric) for metric, title in METRICS.items()}
                 words = ", ".join(f"{title} {100 * ap:.1f}" for title, ap in reached.items() if ap is not None)
             else:
-                cell.state, cell.reason = "failed", last_words(job.log, status)
+                cell.state, cell.reason = "failed", said
                 words = f"failed: {cell.reason}"
             left = (time.monotonic() - began) / done * (len(jobs) - done)
             self.show(f"[{done}/{len(jobs)}] {cell.name}: {words} ({_clock(seconds)}); about {_clock(left)} left")
-            write_study(self.folder, self.study)
+            self.save()
 
-        run_jobs(jobs, self.places, self.stop, started, ended)
+        run_jobs(jobs, self.places, self.look, started, ended)
 
     def note_stopped(self) -> None:
         """Reset running cells to pending and write study.json."""
         for cell in self.study.results:
             cell.state = "pending" if cell.state == "running" else cell.state
-        write_study(self.folder, self.study)
+        self.save()
 
-    def conclude(self) -> bool:
-        """Fill in copied cells, draw the curve, show the results.  Returns whether no cell failed."""
+    def conclude(self) -> None:
+        """Fill in copied cells, show the results, draw the curve."""
         study = self.study
         by_name = {result.name: result for result in study.results}
         for result in study.results:
             if result.state == "copied":
                 source = by_name[f"bn-{result.images}-seed{result.seed}"]
                 result.metrics = source.metrics if source.state == "done" else {}
-        write_study(self.folder, study)
+        self.save()
+        try:
+            with self.stop.at_once():
+                self._show_results()
+        except Stop:
+            self.show("stopped by a signal; every cell has run, and the same command shows the results and draws them")
+
+    def _show_results(self) -> None:
+        study = self.study
         for metric in metrics_of(study):
             self.show("\n" + study_table(study, metric))
         self.show("\n" + "\n".join(study_verdict(study)))
@@ -257,7 +291,6 @@ class Work:
             except Exception as error:  # the numbers stand
                 self.show(f"\n{CURVE} could not be drawn: {in_one_line(error)}")
             self.show(f"cells -> {self.folder / STUDY}\nnext: gndet report {self.folder}")
-        return not any(result.state == "failed" for result in study.results)
 
 
 def finished(run: Path) -> dict[str, float | None] | None:

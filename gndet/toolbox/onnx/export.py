@@ -154,6 +154,8 @@ def comparison_pictures(
 
 def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.ndarray], str]:
     if path is not None:
+        if not path.is_file():  # opening a pipe would wait
+            raise DataError(f"--picture {path}: no such picture")
         return [read_image(path, None, Reading.of(cfg.data))], str(path)
     pictures, reason = [], "it has no pictures"
     try:

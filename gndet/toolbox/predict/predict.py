@@ -117,8 +117,8 @@ def _category_ids(detector: Detector, classes: Sequence[str] | None) -> list[int
 
 def without_own_drawings(found: Sources, out: Path) -> Sources:
     """Leave out, and note, what gndet drew into `out` before, unless it is named.  Raises DataError if all is."""
-    home, others = out.resolve(), [file for file in found.pictures if file not in found.named]
-    own = {file for file in others if home in file.resolve().parents and is_drawn(file)}
+    home, others = Path(os.path.realpath(out)), [file for file in found.pictures if file not in found.named]
+    own = {file for file in others if home in Path(os.path.realpath(file)).parents and is_drawn(file)}
     if not own:
         return found
     pictures = [file for file in found.pictures if file not in own]

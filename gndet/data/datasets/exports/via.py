@@ -192,7 +192,7 @@ def _geometry(shape: Any) -> Item:
         if len(x) < 3:
             raise Fault("polygon-short", f"a polygon of {len(x)} points")
         return {"segmentation": [[number for point in zip(x, y, strict=True) for number in point]]}
-    if name not in NUMBERS:
+    if not isinstance(name, str) or name not in NUMBERS:
         known = isinstance(name, str) and name
         raise Fault("shape-other" if known else "shape-malformed", f"a {name}" if known else f"shape {brief(shape)}")
     numbers = [shape.get(key) for key in NUMBERS[name]]

@@ -53,7 +53,7 @@ class Preempted(GndetError):
 _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",  # torch on a CPU
     "bad allocation", "std::bad_alloc",  # C++
-    "unable to mmap", "Cannot allocate memory",  # the system
+    "unable to mmap", "Cannot allocate memory", "failed to map segment",  # the system
     "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
     "_STATUS_ALLOC_FAILED",  # cuDNN 8, cuBLAS
     "_ALLOCATION_FAILED",  # cuDNN 9
@@ -69,3 +69,8 @@ def out_of_memory(error: BaseException) -> bool:
         kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
     )  # torch's; nothing is imported here
     return named or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

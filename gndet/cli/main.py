@@ -21,6 +21,7 @@ from gndet.cli import analyze, check, config, convert, convert_data, doctor, eva
 
 # isort: split
 from gndet.cli import invariance, norm_study, norms, predict, report, train
+from gndet.cli.limits import limit_reached
 from gndet.cli.terminal import escaped_output
 from gndet.distributed.children import safe_children
 from gndet.errors import GndetError, OutputError, Preempted
@@ -77,8 +78,8 @@ def exit_status(command: str, run: Callable[[], int]) -> int:
         status, words = 2, str(error)
     except KeyboardInterrupt:
         status, words = 130, "interrupted"
-    except (OSError, MemoryError, RecursionError) as error:
-        status, words = _machine_error(error)
+    except Exception as error:
+        status, words = _machine_error(command.rpartition(" ")[2], error)
     if words:
         with suppress(OSError):
             print(f"{command}: {words}", file=sys.stderr)
@@ -109,8 +110,15 @@ def _require_current_folder() -> None:
         raise OutputError("the current folder was removed; change to one that exists") from None
 
 
-def _machine_error(error: OSError | MemoryError | RecursionError) -> tuple[int, str]:
-    """Return the exit status and the message of an error for which no part of gndet has better words."""
+def _machine_error(verb: str, error: Exception) -> tuple[int, str]:
+    """Return the exit status and the message of an error for which no part of gndet has better words.
+
+    Raises the error if neither a user, a disk nor a limit of the machine can cause it.
+    """
+    if words := limit_reached(verb, error):
+        return 2, words
+    if not isinstance(error, OSError | RecursionError):
+        raise error
     if isinstance(error, BrokenPipeError) and _is_reader_gone():
         return 141, ""  # what a shell reports: 128 + SIGPIPE
     if isinstance(error, OSError) and error.filename is None and _is_unwritable(sys.stdout, "\n"):
@@ -122,8 +130,6 @@ def _machine_error(error: OSError | MemoryError | RecursionError) -> tuple[int, 
         if error.filename is not None:
             return 2, f"{error.filename}: {error.strerror}; mend this file or folder, or choose another {where}"
         return 2, f"{error.strerror or error}; gndet doctor checks this machine {where}"
-    if isinstance(error, MemoryError):
-        return 2, f"out of memory; end other programs, or take smaller pictures or fewer at once {where}"
     return 2, f"a file is nested too deeply {where}"
 
 

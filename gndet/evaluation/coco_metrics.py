@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from gndet.data.datasets.coco import gc_paused, to_coco
 from gndet.data.records import Dataset
+from gndet.errors import MachineError, first_line
 from gndet.evaluation.results import Results
 
 Kind = Literal["bbox", "segm"]
@@ -71,8 +72,14 @@ def _accumulate(scorer: hotcoco.COCOeval | COCOeval, max_detections: int) -> Non
     params = scorer.params
     params.maxDets = [1, min(10, max_detections), max_detections]  # the engines sort them
     scorer.params = params
-    scorer.evaluate()
-    scorer.accumulate()
+    try:
+        scorer.evaluate()
+        scorer.accumulate()
+    except BaseException as error:  # a panic of hotcoco, as when it cannot start its threads, is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        ways = "raise the limit of processes (ulimit -u), or set evaluation.engine=pycocotools or RAYON_NUM_THREADS=1"
+        raise MachineError(f"hotcoco cannot score: {first_line(error)}: {ways}") from None
 
 
 def coco_metrics(

@@ -20,7 +20,7 @@ from gndet.data.batches.stream import test_batches
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process
-from gndet.errors import DataError
+from gndet.errors import DataError, GndetError, out_of_memory
 from gndet.evaluation.behind import Behind
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
@@ -154,15 +154,15 @@ def evaluate(
     """Detect on all ranks and score on rank 0; every rank gets the same metrics.
 
     autocast: makes the context in which the model runs.
-    Raises, on every rank: DataError if any rank does, and what `score_shares` raises.
+    Raises, on every rank: DataError if any rank cannot go on, and what `score_shares` raises.
     """
-    share, refusal = Share(from_coco([]), []), ""
+    share, failure = Share(from_coco([]), []), None
     try:
         share = detect_share(model, dataset, cfg, proc, autocast=autocast)
-    except DataError as error:  # the other ranks would wait for this one
-        refusal = str(error)
-    if refusals := [text for (text,) in all_gather([refusal], proc) if text]:
-        raise DataError("\n".join(refusals))
+    except GndetError as error:  # the other ranks would wait for this one
+        failure = error
+    if refusals := [text for (text,) in all_gather([str(failure or "")], proc) if text]:
+        raise failure or DataError("\n".join(refusals))
     return score_shares(share, dataset, cfg, proc)
 
 
@@ -176,21 +176,23 @@ def score_shares(share: Share, dataset: Dataset, cfg: Config, proc: Process) -> 
     assert sorted(seen) == sorted(order), f"{len(seen)} images seen, not each of {len(order)} once"
     results = join(part for (part,) in gather_to_first([share.results], proc)).in_order_of(order)
     outcome = all_gather([_score(dataset, results, cfg)] if proc.first else [], proc)[0][0]
-    if isinstance(outcome, str):
-        raise RuntimeError(f"rank 0 could not score the detections:\n{outcome}")
+    if isinstance(outcome, Exception):
+        raise outcome
     box, mask = outcome
     return Evaluation(box, mask, results)
 
 
-def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | str:
-    """Score boxes and masks.  Returns the traceback if that fails, because the other ranks wait for an answer."""
+def _score(dataset: Dataset, results: Results, cfg: Config) -> tuple[Metrics, Metrics | None] | Exception:
+    """Score boxes and masks.  Returns the error if that fails, because the other ranks wait for an answer."""
     try:
         metrics = coco_metrics(
             coco_truths(dataset, masks=cfg.model.masks), results, engine=cfg.evaluation.engine,
             max_detections=cfg.evaluation.max_detections,
         )  # fmt: skip
-    except Exception:  # every rank raises it
-        return traceback.format_exc()
+    except Exception as error:  # every rank raises it
+        if isinstance(error, GndetError) or out_of_memory(error):
+            return error
+        return RuntimeError(f"rank 0 could not score the detections:\n{traceback.format_exc()}")
     return metrics["bbox"], metrics.get("segm")
 
 

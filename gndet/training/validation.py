@@ -61,7 +61,7 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
             )  # fmt: skip
     except (Stop, GndetError) as error:
         failure = error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         failure = TrainingError(

@@ -5,12 +5,12 @@ max_edge, antialias; or a fixed size); its outputs are boxes (D, 4) float32 xyxy
 labels (D,) int64 (metadata: classes, category_ids), and masks (D, 28, 28), probabilities in the frame of the box.
 """
 
+import io
 import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.reading import read_dataset, user_paths
 from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
-from gndet.errors import CheckpointError, DataError, GndetError, OutputError
+from gndet.errors import CheckpointError, DataError, GndetError, OutputError, first_line, out_of_memory
 from gndet.evaluation.detector import Detector, load_detector
 from gndet.files import Kind, refuse_output, write_whole
 from gndet.modeling.detection_model import DetectionModel
@@ -98,26 +98,26 @@ def _convert(detector: Detector, picture: torch.Tensor, size: tuple[int, int] | 
     """
     names = list(OUTPUTS if masks else OUTPUTS[:-1])
     axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
+    content = io.BytesIO()
     try:
-        with torch.no_grad(), own_operators(opset), warnings.catch_warnings(), TemporaryDirectory() as folder:
+        with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one per traced shape, and the exporter's deprecation
             torch.onnx.export(
-                OnePicture(detector.model, masks), (picture,), f"{folder}/model.onnx", dynamo=False,
-                opset_version=opset, input_names=[INPUT], output_names=names, dynamic_axes=axes,
+                OnePicture(detector.model, masks), (picture,),
+                content,  # type: ignore[arg-type]  # torch's annotation is that of its other exporter
+                dynamo=False, opset_version=opset, input_names=[INPUT], output_names=names, dynamic_axes=axes,
                 training=torch.onnx.TrainingMode.PRESERVE,  # else torch 2.14 merges BN into convolutions wrongly
             )  # fmt: skip
-            model = onnx.load(f"{folder}/model.onnx")
+        model = onnx.load_from_string(content.getvalue())
         for key, value in metadata(detector, size).items():
             model.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(model)
     except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter raises RuntimeErrors
-        reason = _first_line(error)
+        if out_of_memory(error):
+            raise
+        reason = first_line(error)
         raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     return bytes(model.SerializeToString())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
@@ -219,7 +219,7 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     except KeyError as error:
         raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
     except Exception as error:  # the common base of onnxruntime's errors
-        raise CheckpointError(f"{file}: onnxruntime cannot load it: {_first_line(error)}") from None
+        raise CheckpointError(f"{file}: onnxruntime cannot load it: {first_line(error)}") from None
     size = facts["size"] or resized(picture.shape[:2], facts["shortest_edge"], facts["max_edge"])
     found = by_onnxruntime(running, _resize(picture, size, facts["antialias"]).numpy())
     scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
@@ -237,7 +237,9 @@ def compare_with_torch(
         try:
             found = by_onnxruntime(session(model), picture.numpy())
         except Exception as error:  # the common base of onnxruntime's errors
-            show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {_first_line(error)}")
+            if out_of_memory(error):
+                raise
+            show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {first_line(error)}")
             return False
         full = len(expected.scores) == most  # then detections beyond the limit may score as high as the worst kept one
         difference = detection_difference(expected, found, float(expected.scores.min()) if full else least)

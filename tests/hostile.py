@@ -100,6 +100,7 @@ def make_bad_objects(data: Hostile) -> None:
         data.object(segmentation=value)  # segmentation-malformed
     for value in (SQUARE, [[SQUARE]], [[2, 2], [12, 2], [12, 12], [2, 12]]):
         data.object(segmentation=value)  # segmentation-shape
+    data.object(segmentation=[[-40, 2, 80, 12] * 17_000])  # mask-long
     data.object(segmentation=rle | {"counts": [1, 2]})  # rle-counts
     data.object(segmentation=rle | {"counts": [HEIGHT * WIDTH + 1, -1]})  # rle-counts
     data.object(segmentation=rle | {"size": [WIDTH, HEIGHT]})  # rle-size
@@ -119,7 +120,7 @@ BAD_OBJECTS = {
     "box-malformed": ("E", 7), "box-tiny": ("N", 1), "crowd": ("N", 2), "crowd-polygon": ("N", 1),
     "crowd-value": ("E", 1), "area-value": ("E", 1), "area-missing": ("F", 1), "polygon-short": ("F", 3),
     "polygon-number": ("E", 8), "segmentation-malformed": ("E", 4), "rle-counts": ("E", 2), "rle-size": ("E", 1),
-    "rle-malformed": ("E", 1), "mask-empty": ("F", 1), "mask-missing": ("N", 3), "mask-elsewhere": ("N", 1),
+    "rle-malformed": ("E", 1), "mask-long": ("E", 1), "mask-empty": ("F", 1), "mask-missing": ("N", 3), "mask-elsewhere": ("N", 1),
     "image-unknown": ("E", 2), "category-unknown": ("E", 1), "annotation-id-twice": ("E", 1),
     "box-missing": ("F", 2), "box-none": ("F", 1), "box-rotated": ("F", 1), "ignore-flag": ("F", 1),
     "area-wrong": ("F", 2), "area-odd": ("N", 1), "area-box": ("N", 1), "segmentation-shape": ("F", 3),

@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from gndet.data.datasets.coco import gc_paused, to_coco
+from gndet.data.datasets.segmentation import MERGED_AT_ONCE, to_rle
 from gndet.data.records import Dataset
 from gndet.errors import MachineError, first_line
 from gndet.evaluation.results import Results
@@ -41,6 +42,8 @@ def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
     For masks, objects without a mask become crowd regions over their boxes: detections there do not count.
     """
     truth = to_coco(dataset)
+    if masks:
+        _merge_many_polygons(truth)
     for image in truth["images"]:
         del image["file_name"]  # hotcoco takes only valid Unicode, and the name of a file may be any bytes
     without = ["segmentation" not in annotation for annotation in truth["annotations"]]
@@ -56,6 +59,16 @@ def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
             annotation = annotation | {"iscrowd": 1, "segmentation": [corners]}
         annotations.append(annotation)
     return {"bbox": truth, "segm": truth | {"annotations": annotations}}
+
+
+def _merge_many_polygons(truth: dict[str, Any]) -> None:
+    """Replace the polygons of objects that have thousands by an RLE: the engines would merge them one by one."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        polygons = annotation.get("segmentation")
+        if isinstance(polygons, list) and len(polygons) > MERGED_AT_ONCE:
+            code = to_rle(polygons, sizes[annotation["image_id"]])
+            annotation["segmentation"] = code | {"counts": code["counts"].decode("ascii")}
 
 
 def evaluated(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> hotcoco.COCOeval:

@@ -183,6 +183,7 @@ FAULTS: dict[str, Kind] = {
     "rle-malformed": Kind(REFUSED, "RLE masks that do not hold run lengths", _RLE),
     "rle-size": Kind(REFUSED, "RLE masks that differ in size from their image", _RLE),
     "rle-counts": Kind(REFUSED, "RLE masks that do not fill their image", _RLE),
+    "mask-long": Kind(REFUSED, "masks whose outline is too long to trace", "draw these outlines more coarsely"),
     "mask-empty": Kind(FIXED, "masks without a pixel dropped", "remove these objects, or draw their masks"),
     "mask-missing": Kind(NOTED, "objects without a mask", "model.masks=false trains on boxes only"),
     "mask-needed": Kind(REFUSED, "objects without a mask, where masks are trained",

@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
 from gndet.data.datasets.outlines import in_coco_form
-from gndet.data.datasets.segmentation import brief, has_pixels
+from gndet.data.datasets.segmentation import MAX_OUTLINE, brief, has_pixels, outline_lengths
 
 NUMBERS = {int, float}
 MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
@@ -110,7 +110,7 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
             rles[place], areas[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
-    polygons = _drop_short(_refuse_far(polygons, sizes, faults), faults)
+    polygons = _refuse_long(_drop_short(_refuse_far(polygons, sizes, faults), faults), sizes, faults)
     doubled = _doubled_areas(polygons)
     if boxes is not None:
         kept = _drawn(polygons, doubled, boxes, sizes, faults)
@@ -211,6 +211,24 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
     return polygons.only(~short)
 
 
+def _refuse_long(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
+    """Refuse objects whose outlines are too long to trace."""
+    # an edge spans at most three pictures: few outlines can be too long, and only these are measured
+    most = np.bincount(polygons.owner, polygons.lengths / 2 * 3 * sizes.max(1)[polygons.owner], len(sizes))
+    if (most <= MAX_OUTLINE).all():
+        return polygons
+    suspected = polygons.only((most > MAX_OUTLINE)[polygons.owner])
+    lengths = outline_lengths(suspected.points.reshape(-1, 2), suspected.lengths // 2)
+    pixels = np.bincount(suspected.owner, lengths, len(sizes))
+    for place in np.flatnonzero(pixels > MAX_OUTLINE).tolist():
+        faults.append(MaskFault(place, "mask-long", _too_long(f"an outline of {pixels[place]:,.0f} pixels")))
+    return polygons.only((pixels <= MAX_OUTLINE)[polygons.owner])
+
+
+def _too_long(what: str) -> str:
+    return f"{what}, expected at most {MAX_OUTLINE:,}"
+
+
 def _drawn(
     polygons: Polygons, doubled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]
 ) -> np.ndarray:
@@ -259,6 +277,8 @@ def _check_rle(rle: Any, size: tuple[int, int]) -> tuple[dict[str, Any], int]:
     if type(rle) is not dict:
         raise Fault("segmentation-malformed", f"segmentation {brief(rle)}, expected a list of polygons or an RLE")
     counts = rle.get("counts")
+    if isinstance(counts, str | list) and len(counts) > MAX_OUTLINE:
+        raise Fault("mask-long", _too_long(f"RLE counts of length {len(counts):,}"))
     if isinstance(counts, str):
         runs = run_lengths(counts)
     elif isinstance(counts, list) and set(map(type, counts)) <= {int}:

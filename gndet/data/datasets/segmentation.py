@@ -15,6 +15,8 @@ from gndet.data.records import MASK_SIDE
 from gndet.files import shown
 
 MAX_FRAME_REACH = 16  # how many box sides a polygon may leave its box by; beyond, its outline is too long to trace
+MAX_OUTLINE = 4_000_000  # pixels of an object's outline, or runs of its RLE: tracing it takes a second and 200 MB
+MERGED_AT_ONCE = 64  # merging thousands of polygons one by one takes the square of their number
 
 
 def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
@@ -32,7 +34,10 @@ def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, in
 def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Turn a checked segmentation into one compressed RLE of the image's size (height, width)."""
     if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+        parts = coco_mask.frPyObjects(segmentation, *size)
+        while len(parts) > MERGED_AT_ONCE:
+            parts = [coco_mask.merge(parts[i : i + MERGED_AT_ONCE]) for i in range(0, len(parts), MERGED_AT_ONCE)]
+        return coco_mask.merge(parts)
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, *size)
     return segmentation
@@ -57,7 +62,9 @@ def box_frame_masks(segmentations: list[Any], boxes: np.ndarray, size: tuple[int
 
 
 def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int) -> list[list[np.ndarray] | None]:
-    """Map the polygons of n objects into the frames of their boxes (n, 4); None if they reach too far out of it.
+    """Map the polygons of n objects into the frames of their boxes (n, 4).
+
+    None stands for polygons that reach too far out of their frame, or are too long to trace there.
 
     Returns n lists of polygons (2 x points,) x0, y0, x1, ... in cells of the S x S frame.
     """
@@ -72,9 +79,22 @@ def into_frames(outlines: list[list[list[float]]], boxes: np.ndarray, side: int)
     points = (points - boxes[point_owner, :2]) * scale[point_owner]
     first = np.flatnonzero(np.diff(point_owner, prepend=-1))  # an object's first point; each has a polygon
     near = np.maximum.reduceat(np.abs(points).max(1), first) <= MAX_FRAME_REACH * side
+    if len(points) * 2 * MAX_FRAME_REACH * side > MAX_OUTLINE:
+        near &= np.bincount(owner, outline_lengths(points, lengths // 2)) <= MAX_OUTLINE
     moved = iter(np.split(points.ravel(), lengths.cumsum()[:-1]))
     lists = [[next(moved) for _ in outline] for outline in outlines]
     return [polygons if ok else None for polygons, ok in zip(lists, near, strict=True)]
+
+
+def outline_lengths(points: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return how many pixels COCO's tracing steps along each of P closed polygons, (P,).
+
+    points (N, 2), end to end; counts (P,): of each polygon, at least 1.
+    """
+    end = counts.cumsum()
+    following = np.arange(1, len(points) + 1)
+    following[end - 1] = end - counts  # the last point joins the first
+    return np.add.reduceat(np.abs(points[following] - points).max(1), end - counts)
 
 
 def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:

@@ -390,9 +390,13 @@ def text_table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> st
 
 def csv_table(rows: Iterable[Sequence[Any]]) -> str:
     """Return rows as CSV, with numbers in full precision and None as an empty cell."""
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows(rows)
-    return file.getvalue()
+
+    def line(row: Sequence[Any]) -> str:
+        file = io.StringIO(newline="")
+        csv.writer(file, lineterminator="\r\n").writerow(row)  # quotes cells that hold one of these two
+        return file.getvalue().removesuffix("\r\n") + "\n"
+
+    return "".join(map(line, rows))
 
 
 def cut_name(name: str) -> str:

@@ -1,6 +1,8 @@
 """What can be written can be read: texts of any code points and bytes go through data, caches, checkpoints, results."""
 
+import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -85,7 +87,10 @@ def test_class_names_of_any_code_points_become_valid_and_are_told(tmp_path: Path
     "".join(first.classes).encode()  # no surrogate is left
     table = text_table([["class"], *([name] for name in names)])
     assert table.isascii() or all(line.isprintable() for line in table.splitlines())
-    assert len(table.splitlines()) == COUNT + 1 and csv_table([names])
+    assert len(table.splitlines()) == COUNT + 1
+    for ends in ("\r", "\n", "\r\n", '"', ",", "\u2028"):
+        rows = [[name, f"{ends}{name}{ends}"] for name in first.classes]
+        assert list(csv.reader(io.StringIO(csv_table(rows), newline=""))) == rows
 
 
 def test_two_names_that_become_one_are_refused(tmp_path: Path) -> None:

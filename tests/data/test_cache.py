@@ -102,6 +102,38 @@ def test_a_changed_file_or_folder_is_read_again(data: Hostile, tmp_path: Path) -
     assert read(data, cache, max_pixels=100).findings[0].code == "image-pixels"
 
 
+@pytest.mark.parametrize("way", ["written over", "put back from a copy", "renamed over", "another link"])
+def test_a_picture_that_was_replaced_with_its_size_and_date_counts_as_changed(tmp_path: Path, way: str) -> None:
+    data = Hostile(tmp_path / "data")
+    path = data.image(suffix="bmp")
+    data.write()
+    spoiled, cache = b"\0" * path.stat().st_size, f"data.cache={tmp_path / 'c'}"
+    kept = tmp_path / "kept.bmp"
+    shutil.copy2(path, kept)
+    assert check(str(data.folder / "file.json"), [cache], lambda _: None, images=True)
+    assert read(data, tmp_path / "c").notes[0].endswith("unchanged since")
+    before = path.stat()
+    if way in ("renamed over", "another link"):
+        other = path.with_name("other")
+        other.write_bytes(spoiled)
+        os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if way == "renamed over":
+            other.rename(path)
+        else:
+            path.unlink()
+            path.symlink_to(other.name)
+    else:
+        path.write_bytes(spoiled)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    assert read(data, tmp_path / "c").notes == ()  # not taken for the one that was decoded
+    assert not check(str(data.folder / "file.json"), [cache], lambda _: None, images=True)
+    assert read(data, tmp_path / "c").refused
+    if way == "put back from a copy":
+        shutil.copy2(kept, path)  # as cp -p, rsync -a and tar do
+        assert not read(data, tmp_path / "c").refused
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "facts", "other version", "no facts", "object array"])
 def test_a_damaged_cache_is_not_used(data: Hostile, tmp_path: Path, damage: str) -> None:
     plain = read(data, "")

@@ -105,4 +105,5 @@ def test_objects_of_many_polygons_score_as_their_union(tmp_path: Path) -> None:
     assert truths["segm"]["annotations"][0]["segmentation"] == mask
     found = {"image_id": 1, "category_id": 1, "bbox": [x, y, width, height], "score": 0.5, "segmentation": mask}
     for engine in ("hotcoco", "pycocotools"):
-        assert coco_metrics(truths, from_coco([found]), engine=engine, max_detections=100)["segm"].summary["AP"] == pytest.approx(1)
+        metrics = coco_metrics(truths, from_coco([found]), engine=engine, max_detections=100)
+        assert metrics["segm"].summary["AP"] == pytest.approx(1)

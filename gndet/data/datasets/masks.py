@@ -214,12 +214,12 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
 def _refuse_long(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Refuse objects whose outlines are too long to trace."""
     # an edge spans at most three pictures: few outlines can be too long, and only these are measured
-    most = np.bincount(polygons.owner, polygons.lengths / 2 * 3 * sizes.max(1)[polygons.owner], len(sizes))
-    if (most <= MAX_OUTLINE).all():
+    may_be_long = np.bincount(polygons.owner, polygons.lengths // 2, len(sizes)) * 3 * sizes.max(1) > MAX_OUTLINE
+    if not may_be_long.any():
         return polygons
-    suspected = polygons.only((most > MAX_OUTLINE)[polygons.owner])
-    lengths = outline_lengths(suspected.points.reshape(-1, 2), suspected.lengths // 2)
-    pixels = np.bincount(suspected.owner, lengths, len(sizes))
+    measured = polygons.only(may_be_long[polygons.owner])
+    lengths = outline_lengths(measured.points.reshape(-1, 2), measured.lengths // 2)
+    pixels = np.bincount(measured.owner, lengths, len(sizes))
     for place in np.flatnonzero(pixels > MAX_OUTLINE).tolist():
         faults.append(MaskFault(place, "mask-long", _too_long(f"an outline of {pixels[place]:,.0f} pixels")))
     return polygons.only((pixels <= MAX_OUTLINE)[polygons.owner])

@@ -214,7 +214,8 @@ def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
 def _refuse_long(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Refuse objects whose outlines are too long to trace."""
     # an edge spans at most three pictures: few outlines can be too long, and only these are measured
-    may_be_long = np.bincount(polygons.owner, polygons.lengths // 2, len(sizes)) * 3 * sizes.max(1) > MAX_OUTLINE
+    points, longer = np.bincount(polygons.owner, polygons.lengths // 2, len(sizes)), np.maximum(*sizes.T)  # (n,)
+    may_be_long = points * 3 * longer > MAX_OUTLINE
     if not may_be_long.any():
         return polygons
     measured = polygons.only(may_be_long[polygons.owner])

@@ -31,6 +31,7 @@ from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 PICTURE_SIDE = 1344  # pixels of the longer side of a drawn picture: that of the usual canvas (data.max_edge 1333)
+MOST_PICTURES = 8  # pairs of pictures in predictions.png, of 10 MB each in memory; TensorBoard has all of them
 STRIPE, SHADES = 16, (150, 120)  # of drawn padding: width of a stripe in pixels, and the gray values
 
 
@@ -99,8 +100,8 @@ def refuse_unreadable(run: Run, role: str, dataset: Dataset, unreadable: dict[in
 
 def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None:
     """Draw the first validation images, ground truth beside detections, to predictions.png and TensorBoard."""
-    data, pictures = run.val_set, []
-    for record in data.records[: run.cfg.train.vis_images]:
+    data, pictures = run.val_set, list[np.ndarray]()
+    for number, record in enumerate(data.records[: run.cfg.train.vis_images]):
         with drawing_may_fail(f"image {record.image_id}", log):
             try:
                 image = shrunk(record.load(), PICTURE_SIDE)
@@ -109,8 +110,9 @@ def show_examples(run: Run, done: int, log: Log, evaluation: Evaluation) -> None
             found = evaluation.results.of_image(record.image_id)
             left = draw_ground_truth(image, record, data.classes)
             right = draw_detections(image, found, data.classes, data.category_ids, PICTURE_THRESHOLD, record.size)
-            pictures.append(side_by_side(left, right, ("ground truth", "detections")))
-            log.picture(done, f"val/{len(pictures) - 1}", pictures[-1])
+            pair = side_by_side(left, right, ("ground truth", "detections"))
+            pictures += [pair] if len(pictures) < MOST_PICTURES else []
+            log.picture(done, f"val/{number}", pair)
     if pictures:
         with drawing_may_fail(PREDICTIONS, log):
             log.attempt(PREDICTIONS, partial(save_picture, run.out / PREDICTIONS, grid(pictures, columns=2)))

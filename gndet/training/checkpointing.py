@@ -4,8 +4,8 @@ Training waits for the copy.  It waits for the writing only if the previous chec
 does not end the run: the next checkpoint is written when it is due.  If the last one fails, the run ends with an error.
 
 A resume is refused if the training data or the classes changed, or if the number of ranks changed and images depend on
-their batch.  What may affect rounding, such as new versions or a GPU's own algorithms, and new validation data are
-reported in one line.
+their batch.  What may affect rounding, such as new versions or a GPU's own algorithms, new validation data, and
+changed picture files are reported in a line each: a picture that was unreadable may have been mended.
 """
 
 import hashlib
@@ -32,6 +32,7 @@ from gndet.checkpoint import (
     prune,
     save_checkpoint,
 )
+from gndet.data.datasets.packed import file_hashes
 from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
@@ -190,6 +191,15 @@ def mask_fingerprint(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
+def evaluation_fingerprint(dataset: Dataset, masks: bool) -> str:
+    """Return a hash of what else an evaluation depends on: picture files, category ids, areas and, if masks, masks."""
+    digest = hashlib.sha256(repr((dataset.category_ids, file_hashes(dataset.records))).encode())
+    for record in dataset.records:
+        digest.update(record.area.tobytes() + b"|")
+    digest.update(mask_fingerprint(dataset).encode() if masks else b"")
+    return digest.hexdigest()
+
+
 ROUNDING = ("images_per_gpu", "memory", "compile")  # options of `train` that affect rounding only
 
 
@@ -226,6 +236,11 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
             f"{saved.path}: trained on other images or objects than {run.train_set.name} now holds; put the data back, "
             "or choose another out=FOLDER with train.weights set to this run"
         )
+    if saved.meta.get("names", run.data["names"]) != run.data["names"]:  # checkpoints before this hash have none
+        raise TrainingError(
+            f"{saved.path}: trained on pictures of other file names than {run.train_set.name} now has; put the data "
+            "back, or choose another out=FOLDER with train.weights set to this run"
+        )
     before, coupling = saved.meta["processes"], run.cfg.model.batch_coupling()
     if coupling and before != run.proc.world:
         raise TrainingError(
@@ -250,6 +265,8 @@ def drift(run: Run, saved: Checkpoint) -> list[str]:
     lines = []
     if changed:
         lines.append(f"not bit-exact from here on, but with the same images, order and recipe: {', '.join(changed)}")
-    if saved.meta["val_data"] != run.data["val_data"]:
+    if saved.meta.get("pictures", run.data["pictures"]) != run.data["pictures"]:
+        lines.append(f"{run.train_set.name}: picture files differ from those before, perhaps because some were mended")
+    if any(saved.meta.get(key, run.data[key]) != run.data[key] for key in ("val_data", "val_rest")):
         lines.append(f"{run.val_set.name}: differs from the data of earlier evaluations; `best` compares both")
     return lines

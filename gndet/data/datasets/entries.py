@@ -118,7 +118,8 @@ def read_images(
         if number is not None:
             size = sizes[number] = _read_size(item, number, files, path, reading, found)
         if number is not None and size is not None and path is not None:
-            images.append(Image(number, item.get("file_name") or path, path, size))
+            length = files.length(path) if files else 0
+            images.append(Image(number, item.get("file_name") or path, path, size, length))
     if any(FEDERATED[0] in item or FEDERATED[1] in item for item in items):
         found.add("lvis-federated", f"images have {' or '.join(FEDERATED)}")
     return images, sizes

@@ -156,6 +156,11 @@ class ImageFolder:
                 return _nearest(part, listing)
         return _nearest(readings(name)[-1][-1], self._listing("")) if readings(name) else ""
 
+    def length(self, path: str) -> int:
+        """Return the length in bytes of a file that was found."""
+        parent, _, leaf = path.rpartition("/")
+        return self._listing(parent)[leaf].size
+
     def subfolders(self) -> list[str]:
         """Return the folders listed so far, relative to home."""
         return sorted(self._listings)

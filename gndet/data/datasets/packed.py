@@ -6,8 +6,10 @@ values[first[i]:first[i + 1]].  Letters: N images, n objects, P polygons.
 """
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,8 @@ from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.masks import offsets
 from gndet.data.records import Record
 
+SAMPLED = 16  # picture files whose content is hashed; all would take minutes
+
 
 class Image(NamedTuple):
     """An image that is kept."""
@@ -27,6 +31,7 @@ class Image(NamedTuple):
     file_name: str  # as in the annotation file
     path: str  # below the image folder, as on disk
     size: tuple[int, int]
+    length: int  # of the file, in bytes; 0 without an image folder
 
 
 class Packed(NamedTuple):
@@ -38,6 +43,7 @@ class Packed(NamedTuple):
     names_first: np.ndarray  # (N + 1,) int64
     paths: np.ndarray
     paths_first: np.ndarray
+    lengths: np.ndarray  # (N,) int64 bytes of the picture files
     objects_first: np.ndarray  # (N + 1,) into the n objects
     boxes: np.ndarray  # (n, 4) float64 xyxy
     labels: np.ndarray  # (n,) int64
@@ -70,6 +76,7 @@ def pack(images: Sequence[Image], objects: Columns, category_ids: Sequence[int])
     return Packed(
         image_ids=image_ids, sizes=np.array([image.size for image in images], dtype=np.int64).reshape(-1, 2),
         names=names, names_first=names_first, paths=paths, paths_first=paths_first,
+        lengths=np.array([image.length for image in images], dtype=np.int64),
         objects_first=np.searchsorted(place, np.arange(len(images) + 1)),
         boxes=objects.boxes[order],
         labels=np.searchsorted(np.array(category_ids, dtype=np.int64), objects.category_ids[order]),
@@ -146,6 +153,23 @@ class PackedRecords(Sequence[Record]):
             name = _text(self.packed.names, self.packed.names_first, place)
             path = _text(self.packed.paths, self.packed.paths_first, place)
             yield int(self.packed.image_ids[place]), name, path, 0 if self.digests is None else int(self.digests[place])
+
+
+def file_hashes(records: Sequence[Record]) -> tuple[str, str]:
+    """Return a hash of the names of the picture files, and one of their lengths and of the content of SAMPLED files.
+
+    No records are made.  Drawn pictures have no files: both are "".
+    """
+    if not isinstance(records, PackedRecords):
+        return "", ""
+    packed, names = records.packed, hashlib.sha256()
+    for place in records.places:
+        names.update(packed.names[packed.names_first[place] : packed.names_first[place + 1]].tobytes() + b"\0")
+    content = hashlib.sha256(packed.lengths[np.array(records.places, dtype=np.int64)].astype("<i8").tobytes())
+    for index in np.linspace(0, len(records) - 1, min(SAMPLED, len(records)), dtype=int).tolist():
+        with suppress(OSError), records.path(index).open("rb") as file:  # training says what cannot be read
+            content.update(file.read(1 << 20))
+    return names.hexdigest(), content.hexdigest()
 
 
 def relabeled(record: Record, labels: np.ndarray) -> Record:

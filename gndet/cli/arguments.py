@@ -41,16 +41,16 @@ def file_name(text: str) -> str:
 
 
 def one_or_more(text: str) -> int:
-    """Parse a whole number, 1 or more."""
-    if not re.fullmatch(r"0*[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more")
+    """Parse a whole number of at most nine digits, 1 or more."""
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number, 1 or more, of at most nine digits")
     return int(text)
 
 
 def zero_or_more(text: str) -> float:
     """Parse a number, 0 or more."""
-    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number, 0 or more")
+    if not re.fullmatch(r"\d{1,9}(\.\d*)?|\.\d+", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, 0 or more, of at most nine digits")
     return float(text)
 
 
@@ -77,7 +77,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 def duration(text: str) -> float:
     """Parse a time like 90s, 30m, 2h or 1.5h.  Returns seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smh])", text)
     if not match or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a time like 90s, 30m or 2h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
@@ -85,7 +85,7 @@ def duration(text: str) -> float:
 
 def height_and_width(text: str) -> tuple[int, int]:
     """Parse the size of a picture, like 480x640, each 64 or more.  Returns (height, width) in pixels."""
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    found = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text)
     if not found or min(map(int, found.groups())) < 64:
-        raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, 64 or more each")
+        raise argparse.ArgumentTypeError(f"{text}: expected HEIGHTxWIDTH in pixels, 64 to 99999 each")
     return int(found[1]), int(found[2])

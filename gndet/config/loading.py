@@ -160,7 +160,7 @@ def _read_chain(path: Path, origin: Origin, seen: list[Path]) -> dict[str, Any]:
 
 def _read_text(path: Path) -> str:
     if fault := path_fault(path):
-        raise ConfigError(f"{_brief(str(path))}: {fault}")
+        raise ConfigError(f"{_brief(str(path))}: cannot read the config: {fault}")
     try:
         if path.is_fifo() and not str(path).startswith("/dev/fd/"):  # <(command) of a shell
             raise ConfigError(f"{path}: is a pipe, expected a YAML file")
@@ -208,13 +208,13 @@ def _parse(text: str, source: str, place: Callable[..., str], keys: tuple[str, .
         node = yaml.compose(text, yaml.SafeLoader)
         if node is not None:
             note(node, keys, 1)
-        return yaml.load(text, _Loader)
+        return None if node is None else _Values("").construct_document(node)
     except (yaml.YAMLError, RecursionError, OverflowError, ValueError) as error:  # the latter two: "\UFFFFFFFF"
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
 
 
-class _Loader(yaml.SafeLoader):
-    """A safe loader that names the line of a value that is not of its kind, like 2001-99-99 or `!!int ""`."""
+class _Values(yaml.SafeLoader):
+    """Makes values of YAML's nodes; an error names the line of one that is not of its kind, like 2001-99-99."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

@@ -6,7 +6,7 @@ The comment behind an option, or above it, says what the option does [unit], the
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from gndet.config.presets import PRESETS, beneath
 from gndet.files import path_fault, valid_text
@@ -44,6 +44,14 @@ class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         for text in value if isinstance(value, list | tuple) else (value,):
             if isinstance(text, str) and valid_text(text) != text:
                 raise ValueError(f"got {text!r}, {NOT_UNICODE}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _fits_into_32_bits(cls, value: Any, field: ValidationInfo) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if field.field_name != "seed" and any(isinstance(n, int) and n.bit_length() > 31 for n in numbers):
+            raise ValueError("expected integers of less than 2^31")
         return value
 
 
@@ -475,7 +483,7 @@ class TrainConfig(Section):
     # a loss or gradient is not finite. stop: end the run; skip:N: skip up to N such updates, then stop
     on_nonfinite: str = Field("stop", pattern=r"^(stop|skip:[1-9]\d{0,5})$")
     # how long a rank waits for the others before it considers one lost and ends the run [seconds]
-    timeout_s: float = Field(600.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0, le=10_000_000)
 
     @field_validator("images_per_gpu", mode="before")
     @classmethod

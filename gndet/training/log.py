@@ -30,6 +30,7 @@ from gndet.training.run_folder import BOARD, METRICS
 
 BOARD_GROUPS = {"train": "train", "evaluation": "val"}  # prefixes of numbers in TensorBoard
 LONGEST_ETA = 1e9  # seconds, 30 years; timedelta holds no more than 8.6e13
+LARGEST_SHOWN = 1e12  # beyond, float64 has no room for the bins around equal values
 HISTOGRAM_BINS = 30  # TensorBoard shows this many; its default of 1,500 takes ten times as long
 
 
@@ -118,8 +119,8 @@ class Log:
         )
 
     def histogram(self, update: int, tag: str, values: np.ndarray) -> None:
-        """Log the distribution of values to TensorBoard; non-finite values are left out."""
-        finite = values[np.isfinite(values)]
+        """Log the distribution of values to TensorBoard; values that are not finite, or huge, are left out."""
+        finite = values[np.abs(values) < LARGEST_SHOWN]
         if finite.size:
             self._to_board(update, lambda: summary.histogram(tag, finite, HISTOGRAM_BINS))
 

@@ -44,6 +44,7 @@ from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import is_empty
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
+MOST_CELLS = 10_000
 MEASURED_IMAGES = 32  # least images of a calibration run; its second half is timed
 MEASURED_UPDATES = {"cpu": 8, "cuda": 80}  # least updates; a GPU spends its first seconds choosing kernels
 
@@ -64,9 +65,11 @@ def study(
     folder = out or Path("runs") / f"norm-study-{Path(config).stem}"
     if wrong := [path for path in (str(config), str(folder)) if valid_text(path) != path]:
         raise ConfigError(f"got {wrong[0]}, {NOT_UNICODE}")  # study.json and the options of the cells name it
-    kinds = variants(norms, groups)
-    cells = study_cells(kinds, sorted(set(images_per_gpu)), range(cfg.seed, cfg.seed + seeds))
-    places = slots(cfg.device, jobs)
+    kinds, sizes = variants(norms, groups), sorted(set(images_per_gpu))
+    if (count := len(kinds) * len(sizes) * seeds) > MOST_CELLS:
+        raise ConfigError(f"--seeds: {count} cells, expected at most {MOST_CELLS}")
+    cells = study_cells(kinds, sizes, range(cfg.seed, cfg.seed + seeds))
+    places = slots(cfg.device, jobs and min(jobs, count))
     if is_study(folder):
         read_study(folder)  # another program's study.json is refused before anything is written beside it
     elif os.path.lexists(folder) and not is_empty(folder):

@@ -82,6 +82,8 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
                 refuse_other_run(cfg, out, saved, damaged)
         except GndetError as error:
             refusal = [str(error)]
+        except OSError as error:
+            refusal = [f"out: {error.filename or out}: cannot read the run folder: {error.strerror}"]
     for text in all_gather(refusal, proc)[0]:
         raise TrainingError(text)
     if not proc.first and not fresh:  # after rank 0 has put the folder in order
@@ -115,7 +117,8 @@ def refuse_to_move(cfg: Config, out: Path) -> None:
         return
     inside = [(path, f"your data in it ({path})") for path in user_paths(cfg.data)]
     inside += [(Path(), "the current folder in it"), (Path(os.path.expanduser("~")), "your home in it")]
-    inside += [(path / "x", f"another run in it ({path})") for path in out.iterdir() if path.is_dir() and is_run(path)]
+    folders = filter(os.path.isdir, out.iterdir())
+    inside += [(path, f"another run in it ({path})") for path in folders if is_run(path)]
     for path, what in inside:
         if out.resolve() in (path.resolve(), *path.resolve().parents):
             raise TrainingError(f"--fresh would move {out} aside, with {what}; choose another out")
@@ -159,7 +162,8 @@ def make_run(cfg: Config, folder: WorkFolder, proc: Process) -> None:
 def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None, damaged: list[str]) -> None:
     """Raise TrainingError if the folder holds another run, a finished run, one without its checkpoints, or no run.
 
-    saved: the newest whole checkpoint in the folder.  damaged: a line for each damaged one.
+    saved: the newest whole checkpoint in the folder.  damaged: a line for each damaged one.  Raises OutputError if it
+    is no folder, and OSError if it cannot be read.
     """
     ways = "choose another out=FOLDER, or move the old one aside with --fresh (in Python: fresh=True)"
     if not os.path.lexists(out):
@@ -168,9 +172,10 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None, damaged: 
         raise OutputError(f"out: {out} is a link to {os.readlink(out)}, which is not there; choose another out=FOLDER")
     if not os.path.isdir(out):
         raise OutputError(f"out: {out} is a file, expected a folder for the run")
+    os.listdir(out)  # it may not be readable
     if not is_run(out):
         if not is_empty(out):
-            other = "no config.yaml" if not (out / CONFIG).exists() else "gndet did not write its config.yaml"
+            other = "no config.yaml" if not os.path.lexists(out / CONFIG) else "gndet did not write its config.yaml"
             raise TrainingError(f"{out}: holds files but no run ({other}); choose another out=FOLDER")
         return
     if saved is None:

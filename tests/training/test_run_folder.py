@@ -111,6 +111,25 @@ def test_a_disk_that_does_not_answer_is_not_an_empty_one(
     assert content(run) == before
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_folder_that_may_not_be_read_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    real = os.listdir, os.scandir, os.stat
+
+    def refusing(call: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(path: object = ".", **options: object) -> object:
+            inside = run in Path(str(path)).parents
+            if inside or (path == run and call is not real[2]):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, **options)
+
+        return wrapped
+
+    for name, call in zip(("listdir", "scandir", "stat"), real, strict=True):
+        monkeypatch.setattr(os, name, refusing(call))
+    with pytest.raises(TrainingError, match=r"run: cannot read the run folder: Permission denied$"):
+        find_run(config_of(run), run, fresh, ALONE)
+
+
 def begun(folder: Path, updates: int) -> None:
     """Write what a run holds that was killed before its first checkpoint."""
     (folder / "checkpoints").mkdir(parents=True)
@@ -124,7 +143,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_until_two_were_du
         begun(tmp_path / str(updates), updates)
         assert find_run(load(made, "run"), tmp_path / str(updates), False, ALONE) == (None, [])
     begun(tmp_path / "5", 5)  # the save after update 2 was on the disk before the one after update 4 began
-    with pytest.raises(TrainingError, match=r"5 updates are logged, but .*checkpoints holds no checkpoint; put it"):
+    with pytest.raises(
+        TrainingError, match=r"5 updates are logged, but .*checkpoints holds no checkpoint: .*; put it back"
+    ):
         find_run(load(made, "run"), tmp_path / "5", False, ALONE)
 
 

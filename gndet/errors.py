@@ -54,6 +54,7 @@ _OUT_OF_MEMORY = (
     "DefaultCPUAllocator",  # torch on a CPU
     "bad allocation", "std::bad_alloc",  # C++
     "unable to mmap", "Cannot allocate memory", "failed to map segment",  # the system
+    "could not create a primitive", "could not execute a primitive",  # oneDNN
     "unable to find an engine",  # cuDNN, when no algorithm's workspace fits
     "_STATUS_ALLOC_FAILED",  # cuDNN 8, cuBLAS
     "_ALLOCATION_FAILED",  # cuDNN 9

@@ -49,7 +49,7 @@ def train(
     """
     out, total = Path(os.path.expanduser(cfg.out)), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as ending, ExitStack() as stack:
-        stop = stack.enter_context(StopSignals())
+        stop = ending.enter_context(StopSignals())
         proc = stack.enter_context(process(cfg.device, cfg.deterministic, watched=True))
         watch = proc.watch
         assert watch is not None
@@ -66,7 +66,7 @@ def train(
         make_run(cfg, folder, proc)
         run = run._replace(out=folder)
         if proc.first:
-            ending.enter_context(marked(folder, at_end))
+            ending.enter_context(marked(folder, at_end, stop, console))
         watch.report = out / STALLED
         limit_waiting(proc, cfg.train.timeout_s)
         state, meter = UpdateState(), Meter(proc.device, cfg.train.global_batch)

@@ -6,6 +6,7 @@ within `at_once()` the signal itself does.  A second signal ends the process at 
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
@@ -102,8 +103,16 @@ class StopSignals:
                     now = time.monotonic()
                     first_at = first_at or now
                     if now - first_at > SAME:
+                        _say("gndet: a second signal ended this process at once; what was saved before stays\n")
                         os._exit(128 + number[0])
 
     def _note(self, number: int) -> None:
         if not self.number:
             self.number = number
+
+
+def _say(text: str) -> None:
+    """Write to stderr, unless that would wait."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, text.encode())

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rich.console import Console
+
 from gndet.checkpoint import BEST, LAST
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
@@ -20,8 +22,24 @@ from gndet.training.update import UpdateState, read
 
 
 @contextmanager
-def marked(out: WorkFolder, at_end: Callable[[Path], None]) -> Iterator[None]:
-    """Mark a run that an error ended, and call at_end(its folder), except after a signal, when there is no time."""
+def marked(
+    out: WorkFolder, at_end: Callable[[Path], None], stop: StopSignals, console: Console | None
+) -> Iterator[None]:
+    """Mark a run that an error ended, and call at_end(its folder), except after a signal, when there is no time.
+
+    A signal that comes later breaks off at_end only: the run has ended.
+    """
+
+    def end() -> None:
+        try:
+            with stop.at_once():
+                at_end(out.path)
+        except Stop:
+            text = f"no report was written, because a signal came; `gndet report {out}` writes it"
+            with suppress(OSError):  # the terminal may be gone
+                if console is not None:
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     try:
         yield
     except Preempted:
@@ -30,9 +48,9 @@ def marked(out: WorkFolder, at_end: Callable[[Path], None]) -> Iterator[None]:
         if not out.is_removed:
             with suppress(OutputError):  # the original error matters more
                 mark(out.path, FAILED, f"{type(error).__name__}: {error}")
-            at_end(out.path)
+            end()
         raise
-    at_end(out.path)
+    end()
 
 
 @contextmanager

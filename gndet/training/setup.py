@@ -7,7 +7,7 @@ compilation later, and a failure is reported before anything is written.
 import shutil
 import time
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
 
     Returns the run, its progress, the number of images at once, and lines to log.
     """
+    options = cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
+    refuse_difference({"config": options}, out, proc)  # before ranks could do different things
     saved, notes = find_run(cfg, out, fresh, proc)
     run, built = build_run(cfg, out, proc, saved)
     notes, progress = [*built, *notes], Progress()
@@ -56,7 +58,8 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
         progress.unreadable = all_gather([still_unreadable(run, progress)], proc)[0][0]
         total = saved.meta["total_updates"]
         notes += [f"continuing after update {progress.update} of {total} ({saved.path})", *changed]
-    refuse_difference(run, progress, saved)
+    checkpoint = None if saved is None else f"{saved.path.name}, update {progress.update}"
+    refuse_difference({"checkpoint": checkpoint, "data": run.data}, out, proc)
     size, saved_size = images_at_once(run), progress.images_at_once
     if saved is not None and saved.meta["asked"]["train"]["images_per_gpu"] == cfg.train.images_per_gpu:
         size = min(size, saved_size or size)  # memory ran out with more images before
@@ -73,21 +76,16 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
     return run, progress, size, notes
 
 
-def refuse_difference(run: Run, progress: Progress, saved: Checkpoint | None) -> None:
-    """Raise TrainingError, on all ranks, if one of them has a different checkpoint, data or config.
+def refuse_difference(mine: dict[str, Any], out: Path, proc: Process) -> None:
+    """Raise TrainingError, on all ranks, if one of them has another value than rank 0; mine: values by name.
 
     Each rank reads its own files, so on machines without a shared disk the gradients of two runs could be summed.
     """
-    cfg = run.cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
-    mine = {
-        "checkpoint": None if saved is None else f"{saved.path.name}, update {progress.update}", "data": run.data,
-        "config": cfg,
-    }  # fmt: skip
-    by_rank = [part[0] for part in all_gather([mine], run.proc)]
+    by_rank = [part[0] for part in all_gather([mine], proc)]
     for rank, other in enumerate(by_rank):
         if wrong := [name for name in mine if other[name] != by_rank[0][name]]:
             raise TrainingError(
-                f"{run.out}: rank {rank} differs from rank 0 in its {' and '.join(wrong)}; all ranks need the "
+                f"{out}: rank {rank} differs from rank 0 in its {' and '.join(wrong)}; all ranks need the "
                 "same config and data, and one folder `out` on a shared disk"
             )
 

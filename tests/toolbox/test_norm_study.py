@@ -38,6 +38,7 @@ from gndet.toolbox.analysis.study_results import (
     study_verdict,
     write_study,
 )
+from gndet.toolbox.norm_study.cells import finished
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, last_words, run_jobs, slots
 from gndet.toolbox.norm_study.plan import (
@@ -49,7 +50,7 @@ from gndet.toolbox.norm_study.plan import (
     resume_study,
     variants,
 )
-from gndet.toolbox.norm_study.study import Work, finished, study
+from gndet.toolbox.norm_study.study import Work, study
 from gndet.toolbox.report.report import study_page, write_report
 from gndet.toolbox.report.study import study_command
 from gndet.training.folder import WorkFolder

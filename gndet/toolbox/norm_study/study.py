@@ -13,12 +13,11 @@ from pathlib import Path
 
 import torch
 
-from gndet.checkpoint import load_checkpoint, run_checkpoints, save_checkpoint
 from gndet.config.loading import load_config
 from gndet.config.schema import NOT_UNICODE, Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
-from gndet.errors import CheckpointError, ConfigError, OutputError, Preempted, TrainingError, in_one_line
+from gndet.errors import ConfigError, OutputError, Preempted, TrainingError, in_one_line
 from gndet.files import make_folder, valid_text
 from gndet.toolbox.analysis.study_results import (
     CURVE,
@@ -35,6 +34,7 @@ from gndet.toolbox.analysis.study_results import (
     study_verdict,
     write_study,
 )
+from gndet.toolbox.norm_study.cells import drop_optimizer, finished
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, resume_study, variants
@@ -105,6 +105,14 @@ class Work:
         """Write study.json and study.csv.  Raises OutputError, also if the folder is no longer where it was."""
         self.require_folder()
         write_study(self.folder, self.study)
+
+    def note(self) -> None:
+        """Save, unless there is no room now: the next save holds everything."""
+        try:
+            if not self._locked.is_moved:
+                write_study(self.folder, self.study)
+        except OutputError as error:
+            self.show(f"{error}; the study goes on and tries again")
 
     def look(self) -> None:
         """Raise Stop after a signal, and OutputError as `require_folder` does."""
@@ -241,7 +249,7 @@ class Work:
 
         def started(job: Job) -> None:
             cells[job.name].state = "running"
-            self.save()
+            self.note()
 
         def ended(job: Job, seconds: float, said: str) -> None:
             nonlocal done
@@ -257,7 +265,7 @@ class Work:
                 words = f"failed: {cell.reason}"
             left = (time.monotonic() - began) / done * (len(jobs) - done)
             self.show(f"[{done}/{len(jobs)}] {cell.name}: {words} ({_clock(seconds)}); about {_clock(left)} left")
-            self.save()
+            self.note()
 
         run_jobs(jobs, self.places, self.look, started, ended)
 
@@ -294,26 +302,6 @@ class Work:
             except Exception as error:  # the numbers stand
                 self.show(f"\n{CURVE} could not be drawn: {in_one_line(error)}")
             self.show(f"cells -> {self.folder / STUDY}\nnext: gndet report {self.folder}")
-
-
-def finished(run: Path) -> dict[str, float | None] | None:
-    """Return the metrics of a run folder if its run is finished and evaluated, else None."""
-    try:
-        newest = [load_checkpoint(folder, ()).meta for folder in run_checkpoints(run)[:1]]
-    except CheckpointError:
-        return None  # the run, when resumed, skips this checkpoint too, or says why there are none
-    for meta in newest:
-        if meta["update"] >= meta["total_updates"] and not meta.get("evaluation_due") and meta["metrics"]:
-            return dict(meta["metrics"])
-    return None
-
-
-def drop_optimizer(run: Path) -> None:
-    """Drop the optimizer's state from a finished run's last checkpoint, which saves up to two thirds of its size."""
-    for folder in run_checkpoints(run)[:1]:
-        saved = load_checkpoint(folder)
-        groups = {name: tensors for name, tensors in saved.groups.items() if name != "optimizer"}
-        save_checkpoint(folder, groups, saved.meta)
 
 
 def _clock(seconds: float) -> str:

@@ -34,6 +34,10 @@ class TrainingError(GndetError):
     """A training run cannot continue: a non-finite loss, an output folder in use."""
 
 
+class RunFinished(TrainingError):
+    """The run of this config is finished; rank 0 raises it."""
+
+
 class ProcessLost(TrainingError):
     """Another rank of the run did not take part in a collective."""
 

@@ -69,8 +69,10 @@ def train_run(
 
 def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
     from gndet.cli.console import EscapingConsole
+    from gndet.errors import RunFinished
     from gndet.toolbox.report.report import report_on_ending
     from gndet.train import train
+    from gndet.training.run_folder import REPORT
 
     console = EscapingConsole()
 
@@ -83,4 +85,10 @@ def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
             if progress:
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    return train(cfg, fresh=fresh, console=console if progress else None, at_end=write_report)
+    try:
+        return train(cfg, fresh=fresh, console=console if progress else None, at_end=write_report)
+    except RunFinished:
+        out = Path(cfg.out).expanduser()
+        if not os.path.lexists(out / REPORT):  # a kill may have come before
+            write_report(out)
+        raise

@@ -28,7 +28,7 @@ from gndet.config.schema import Config
 from gndet.data.datasets.reading import user_paths
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
-from gndet.errors import CheckpointError, ConfigError, GndetError, OutputError, TrainingError
+from gndet.errors import CheckpointError, ConfigError, GndetError, OutputError, RunFinished, TrainingError
 from gndet.files import write_whole
 from gndet.training.folder import CONFIG as CONFIG
 from gndet.training.folder import LOCK, WorkFolder
@@ -72,7 +72,7 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
     if len(set(by_rank)) > 1:
         given = ", ".join(str(rank) for rank, flag in enumerate(by_rank) if flag)
         raise TrainingError(f"{out}: --fresh was given to rank {given} only; give all ranks the same options")
-    saved, damaged, notes, refusal = None, list[str](), list[str](), list[str]()
+    saved, damaged, notes, refusal = None, list[str](), list[str](), list[GndetError]()
     if proc.first:
         try:
             if fresh:
@@ -81,11 +81,12 @@ def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkp
                 saved, damaged, notes = look_for_run(out)
                 refuse_other_run(cfg, out, saved, damaged)
         except GndetError as error:
-            refusal = [str(error)]
+            refusal = [error]
         except OSError as error:
-            refusal = [f"out: {error.filename or out}: cannot read the run folder: {error.strerror}"]
-    for text in all_gather(refusal, proc)[0]:
-        raise TrainingError(text)
+            words = f"out: {error.filename or out}: cannot read the run folder: {error.strerror}"
+            refusal = [TrainingError(words)]
+    for text in all_gather(list(map(str, refusal)), proc)[0]:
+        raise refusal[0] if refusal and isinstance(refusal[0], RunFinished) else TrainingError(text)
     if not proc.first and not fresh:  # after rank 0 has put the folder in order
         saved, damaged = newest_checkpoint(out)
     return saved, [*damaged, *notes]
@@ -193,7 +194,7 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None, damaged: 
         if not damaged:  # a kill may have come between the last checkpoint and the removal of older ones
             with suppress(CheckpointError):
                 prune(out, old["train.keep_last"], best_checkpoint(saved.path, saved.meta))
-        raise TrainingError(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
+        raise RunFinished(f"{out}: this run is finished ({saved.meta['update']} updates); {ways}")
 
 
 def refuse_lost(out: Path) -> None:

@@ -13,9 +13,10 @@ from faults.tiny import CONFIG
 from run_files import forget, load
 
 from gndet.checkpoint import adopt_copies, load_checkpoint, point, prune, resolve, run_checkpoints
+from gndet.cli.train import train_run
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
-from gndet.errors import GndetError, OutputError, TrainingError
+from gndet.errors import GndetError, OutputError, RunFinished, TrainingError
 from gndet.train import train
 from gndet.training import folder as work_folder
 from gndet.training.folder import WorkFolder, locked
@@ -211,6 +212,15 @@ def test_links_that_are_missing_or_wrong_are_put_right_also_in_a_finished_run(ma
         with pytest.raises(TrainingError, match="this run is finished"):
             train(config_of(out))
         assert content(out) == before
+
+
+def test_the_same_command_writes_the_report_that_a_kill_prevented(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made.parent / "run", tmp_path / "run", symlinks=True)
+    shutil.copy(made, tmp_path)
+    cfg = config_of(tmp_path / "run", "train.report=true")
+    with pytest.raises(RunFinished, match="this run is finished"):
+        train_run(cfg, progress=False)
+    assert (tmp_path / "run" / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def without_links(patch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from gndet.errors import DataError, OutputError
 from gndet.files import TEMPORARY, cut_name, folder_written_whole, make_folder, refuse_among, sweep, write_whole
 
 ALL = "all"  # what a set without a name is called in the copy
-WHOLE = "copy"  # folder in OUT that is written whole before its content moves up
+WHOLE = ".gndet-copy"  # folder in OUT that is written whole before its content moves up
 
 Show = Callable[[str], None]
 
@@ -46,6 +46,8 @@ def convert_data(
     Raises DataError for data that is refused and for sets of different classes, ConfigError, and OutputError for a
     folder that holds something.
     """
+    if (out / WHOLE).is_dir():  # a kill came while its content moved up
+        _move_up(out)
     if out.exists() and (not out.is_dir() or any(not TEMPORARY.fullmatch(name) for name in os.listdir(out))):
         raise OutputError(f"{out}: is not an empty folder; gndet writes the copy into a new or empty one")
     refuse_among(out, "OUT", _read_from(source, overrides))
@@ -59,18 +61,25 @@ def convert_data(
             raise DataError(f"{name}: {words}; data.classes selects common ones")
     make_folder(out, "OUT")
     sweep(out)
-    whole = out / WHOLE
     try:
-        with folder_written_whole(whole) as folder:
+        with folder_written_whole(out / WHOLE) as folder:
             {"coco": _write_coco, "yolo": _write_yolo}[to](sets, folder, show)
-        for name in os.listdir(whole):
-            os.rename(whole / name, out / name)
-        whole.rmdir()
     except OSError as error:
         raise OutputError(f"{error.filename or out}: cannot write the copy: {error.strerror}") from error
+    _move_up(out)
     for name, dataset in sets.items():
         fixed = "".join(f"; {count} {what}" for what, count in dataset.fixes.items())
         show(f"{name or ALL}: {several(len(dataset.records), 'image')} of {dataset.name} -> {out}{fixed}")
+
+
+def _move_up(out: Path) -> None:
+    """Move the whole copy from its folder in OUT to OUT.  Raises OutputError."""
+    try:
+        for name in os.listdir(out / WHOLE):
+            os.rename(out / WHOLE / name, out / name)
+        (out / WHOLE).rmdir()
+    except OSError as error:
+        raise OutputError(f"{error.filename or out}: cannot move the copy up: {error.strerror}") from error
 
 
 def _read_from(source: str, overrides: list[str]) -> list[Path]:

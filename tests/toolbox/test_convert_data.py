@@ -141,6 +141,16 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path, taken: str) ->
         convert_data(str(source), out, "coco", [], lambda line: None)
 
 
+def test_a_copy_that_a_kill_left_half_moved_is_whole_after_the_same_command(tmp_path: Path) -> None:
+    source, out = small(tmp_path / "data", BOX), tmp_path / "copy"
+    convert_data(str(source), out, "coco", [], lambda line: None)
+    (out / ".gndet-copy").mkdir()
+    (out / "all").rename(out / ".gndet-copy" / "all")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        convert_data(str(source), out, "coco", [], lambda line: None)
+    assert {path.name for path in out.iterdir()} == {"annotations", "all"} and len(read(out).records) == 1
+
+
 def test_sets_of_different_classes_are_refused(tmp_path: Path) -> None:
     other = tree(BOX).replace('"cup"', '"bowl"')
     for part, content in (("train", tree(BOX)), ("valid", other)):

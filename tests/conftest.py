@@ -41,6 +41,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if all(named) or sys.gettrace() is not None else WORKERS
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that tries every case of the fault tests that usually take a sample."""
+    parser.addoption("--all-faults", action="store_true", help="no samples: every file operation, 500 damaged runs")
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module
 def pytest_runtest_setup() -> None:
     """Seed the global random number generators: the numbers of a test do not depend on the tests before it."""

@@ -19,7 +19,7 @@ from PIL import Image
 
 from faults.host import host
 from faults.launch import PATIENCE, next_log
-from faults.operations import COUNT, KILL
+from faults.operations import COUNT, FULL, GROWING, KILL
 from faults.tiny import CONFIG, SPEEDS, check
 from gndet.training.run_folder import BOARD
 
@@ -32,7 +32,7 @@ COCO = (
     "data.root=data", "data.train.kind=coco", "data.train.annotations=a.json", "data.train.images=img",
     "data.val.kind=coco", "data.val.annotations=a.json", "data.val.images=img", "data.cache=cache",
 )  # fmt: skip
-BOARD_OPERATIONS = 6  # operations on TensorBoard's files at which a sampled walk stops a command
+BOARD_EVERY = 25  # of the operations on TensorBoard's file, every 25th is tried
 FINISHED = "this run is finished"
 TIMES = {"seconds", "speed", "date", "budget"}  # keys of study.json that differ from time to time
 FLAKY = re.compile(r"\d+([.,:]\d+)*|<svg.*?</svg>", re.DOTALL)  # numbers and charts of a page: speeds and times
@@ -47,13 +47,14 @@ class Command(NamedTuple):
     stopped_at: str = ""  # the last command of `before` is killed before the first operation with this text
     done: str = ""  # what the command may say, with status 2, when it has nothing left to do
     only: str = ""  # consider only the operations that match this pattern
+    after: str = ""  # consider only those after the last operation with this text
 
 
 COMMANDS = (
     Command("a new run", TRAIN, done=FINISHED),
     Command("--fresh", (*TRAIN, "--fresh"), before=((*TRAIN, "seed=7"),)),
-    Command("a resumed run", TRAIN, before=(TRAIN,), stopped_at="update-0000002/manifest", done=FINISHED),
-    Command("a run with its report", (*TRAIN, "train.report=true"), done=FINISHED, only="report"),
+    Command("a resumed run", TRAIN, before=(TRAIN,), stopped_at="rename run/checkpoints/update-0000002", done=FINISHED),
+    Command("a run with its report", (*TRAIN, "train.report=true"), done=FINISHED, after="write run/norms.jsonl"),
     Command("report", ("report", "run"), before=(TRAIN,)),
     Command("check with the cache", ("check", "tiny.yaml", "--images", *COCO)),
     Command("train with the cache", (*TRAIN, *COCO), done=FINISHED, only="cache"),
@@ -86,22 +87,25 @@ class Walk:
             shutil.copytree(self.start, self.case, symlinks=True)
             made = operations(self._call(words, COUNT)[1])
             self._call(words, KILL, next(i for i, what in enumerate(made, 1) if command.stopped_at in what))
+            shutil.rmtree(self.start)
             self.case.rename(self.start)
         status, text = self._again(COUNT)
         check(status == 0, f"{command.name}: ended with {status}: {text}")
         self.made = operations(text)
         self.unbroken = content(self.case)
 
-    def numbers(self, most: int | None, seed: int = 0) -> list[int]:
-        """Return the operations to stop at: all, or a sample of `most`."""
-        wanted = [i for i, what in enumerate(self.made, 1) if re.search(self.command.only, what)]
-        if most is None:
-            return wanted
-        draw = random.Random(f"{seed} {self.command.name}")
+    def numbers(self, how: str, most: int | None) -> list[int]:
+        """Return the operations to stop at: a random sample of `most`, or all; few of TensorBoard's."""
+        first = max(
+            (i for i, what in enumerate(self.made, 1) if self.command.after and self.command.after in what), default=1
+        )
+        wanted = [i for i in range(first, len(self.made) + 1) if re.search(self.command.only, self.made[i - 1])]
         board = [i for i in wanted if f"/{BOARD}/" in self.made[i - 1]]
-        rest = [i for i in wanted if i not in set(board)]
-        few = draw.sample(board, min(len(board), BOARD_OPERATIONS))
-        return sorted([*few, *draw.sample(rest, min(len(rest), most))])
+        wanted = sorted({*wanted} - {*board} | {*board[::BOARD_EVERY]})
+        if how == FULL:
+            wanted = [i for i in wanted if self.made[i - 1].partition(" ")[0] in GROWING]
+        draw = random.Random(f"{how} {self.command.name}")
+        return wanted if most is None else sorted(draw.sample(wanted, min(len(wanted), most)))
 
     def broken(self, how: str, number: int) -> Iterator[str]:
         """Stop the command at an operation and give it again.  Yields each promise that is broken."""
@@ -110,7 +114,7 @@ class Walk:
         what = f"{how} at {number}{f' ({reached[1]})' if reached else ''}"
         right = (-signal.SIGKILL if reached else 0,) if how == KILL else (0, 1, 2)
         yield from (f"{what}: {line}" for line in wrong(status, text, right))
-        not_saved = "cannot save the checkpoint" in text
+        not_saved, said = "cannot save the checkpoint" in text, "these files are incomplete: " in text
         status, text = self._call(self.command.words)
         right = (0, 2) if self.command.done and self.command.done in text else (0,)
         yield from (f"{what}, then the same command: {line}" for line in wrong(status, text, right))
@@ -120,6 +124,8 @@ class Walk:
         if not_saved and how != KILL:  # as it said: the first checkpoint is missing, so the second is the best
             first = r"run/(best|checkpoints/update-0000001|checkpoints/update-0000002/(meta|manifest)\.json differs)"
             lines = [line for line in lines if not re.match(first, line)]
+        if said:  # as it said: its last lines and pictures could not be written
+            lines = [line for line in lines if not re.match(r"run/(FAILED|\w+\.(jsonl|json|png|safetensors))", line)]
         if lines:
             yield f"{what}: then {'; '.join(lines[:6])}{f'; and {len(lines) - 6} more' if lines[6:] else ''}"
 
@@ -162,10 +168,15 @@ def make_start(folder: Path) -> None:
         box = {"id": number, "image_id": number, "category_id": 1, "bbox": [8, 8, 30, 20], "area": 600, "iscrowd": 0}
         tree["annotations"].append(box | {"segmentation": [[8, 8, 38, 8, 38, 28, 8, 28]]})
     (folder / "data" / "a.json").write_text(json.dumps(tree))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_config()))
+
+
+def tiny_config() -> dict[str, Any]:
+    """Return a config for the CPU and a network of operations.WIDTH."""
     config = json.loads(json.dumps(CONFIG | {"device": "cpu"}))
     config["model"]["norm"]["channels_per_group"] = 4
     config["data"]["val"]["count"] = 1
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return config
 
 
 def operations(text: str) -> list[str]:
@@ -224,7 +235,8 @@ def wrong(status: int | None, text: str, right: tuple[int, ...]) -> Iterator[str
     if "Traceback" in text:
         frames = re.findall(r'File "\S*/(\S+)", line (\d+)', text)
         error = re.search(r"(?m)^Traceback (?:.*\n)(?:\s.*\n)+(.*)", text)
-        yield f"a traceback: {error[1][:300] if error else ''}, from {' '.join(':'.join(frame) for frame in frames[-8:])}"
+        where = " ".join(":".join(frame) for frame in frames[-8:])
+        yield f"a traceback: {error[1][:300] if error else ''}, from {where}"
     if status not in right:
         yield f"status {status}: {text[-600:]}"
 

@@ -20,7 +20,8 @@ VERBS = {
     "train": TRAIN,
 }
 FOREIGN: tuple[Any, ...] = (
-    None, 3, "text", [], {}, [[]], {"update": 2}, {"format": 1, "files": {}}, [{"image_id": "x"}], {"a": {"b": [1e999]}},
+    None, 3, "text", [], {}, [[]], {"update": 2}, {"format": 1, "files": {}}, [{"image_id": "x"}],
+    {"a": {"b": [1e999]}},
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ CHANGES = {  # audit events, and the place of the path and of its folder's descr
 GROWING = ("open", "write", "sync", "os.mkdir", "os.symlink", "os.link")  # these fail on a full disk
 KILL, FAIL, FULL, COUNT = "kill", "fail", "full", "count"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_open, _fsync = io.open, os.fsync
+_open = io.open
 
 
 def main(how: str, number: int, root: str, arguments: Sequence[str]) -> int:
@@ -68,8 +68,7 @@ class Operations:
         builtins.open = io.open = written
 
         def fsync(file: Any) -> None:
-            self.step("sync", file if isinstance(file, int) else file.fileno())
-            _fsync(file)
+            self.step("sync", file if isinstance(file, int) else file.fileno())  # a kill loses nothing unsynced
 
         os.fsync = fsync
 

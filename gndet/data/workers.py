@@ -54,9 +54,10 @@ class Death(Exception):
 
 
 class Failure(NamedTuple):
-    """The traceback of an exception in a worker: a bug."""
+    """The traceback of an exception in a worker: a bug, or a lack of memory."""
 
     text: str
+    out_of_memory: bool
 
 
 def usable_cores() -> int:
@@ -140,8 +141,7 @@ def _serve(work: Callable[[Any], Any], ours: Connection, theirs: Connection, mai
             except GndetError as error:
                 parts = _packed(error)
             except Exception as error:  # of any kind: the main process reports it
-                full = MachineError(f"a loader process ran out of memory: {REMEDY}")
-                parts = _packed(full if out_of_memory(error) else Failure(traceback.format_exc()))
+                parts = _packed(Failure(traceback.format_exc(), out_of_memory(error)))
             _send(theirs, parts)
     except (EOFError, ConnectionError):
         return  # the main process has finished or died

@@ -20,8 +20,8 @@ from gndet.data.batches.batch import collate, most_objects
 from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample, train_sample
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record, Tell
-from gndet.data.workers import Death, Failure, map_ahead
-from gndet.errors import DataError
+from gndet.data.workers import REMEDY, Death, Failure, map_ahead
+from gndet.errors import DataError, MachineError
 from gndet.ops.noise import Stream, hash_ints
 from gndet.structures import Batch
 
@@ -243,6 +243,8 @@ def prefetch(
         results = map_ahead(functools.partial(_on_one_thread, load), items, workers=workers, on_death=retry)
     with closing(results):
         for item, result in results:
+            if isinstance(result, Failure) and result.out_of_memory:
+                raise MachineError(f"a loader process ran out of memory: {REMEDY}")
             if isinstance(result, Failure):
                 raise RuntimeError(f"in a loader process, while preparing {describe(item)}:\n{result.text}")
             batch = _mapped(_from_memory, _Memory, result) if workers else result

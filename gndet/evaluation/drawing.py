@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from pycocotools import mask as coco_mask
 
-from gndet.data.datasets.masks import run_lengths
-from gndet.data.datasets.segmentation import to_rle
+from gndet.data.datasets.segmentation import mask_window, to_rle
 from gndet.data.records import Record
 from gndet.errors import OutputError
 from gndet.evaluation.fonts import class_name, drawable, font
@@ -111,16 +109,6 @@ def _sampled(size: int, drawn: int, start: int, length: int) -> tuple[slice, np.
     centers = ((np.arange(drawn) + 0.5) * (size / drawn)).astype(int)
     first, end = np.searchsorted(centers, [start, start + length])
     return slice(first, end), centers[first:end] - start
-
-
-def mask_window(code: dict[str, Any]) -> tuple[int, int, np.ndarray]:
-    """Decode a compressed RLE within its box.  Returns the box's first row and column, and (rows, columns) bool."""
-    height, counts = code["size"][0], code["counts"]
-    left, top, across, down = coco_mask.toBbox(code).astype(int).tolist()
-    ends = np.cumsum(run_lengths(counts if isinstance(counts, str) else counts.decode("ascii")), dtype=np.int64)
-    ends = ends.clip(left * height, (left + across) * height)  # runs go down the columns
-    inside = np.repeat(np.arange(len(ends)) % 2 == 1, np.diff(ends, prepend=left * height))
-    return top, left, inside.reshape(across, height)[:, top : top + down].T
 
 
 def _label(

@@ -16,9 +16,9 @@ from pycocotools.coco import COCO
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
-from gndet.data.datasets.masks import check_masks, check_segmentation, run_lengths
+from gndet.data.datasets.masks import check_masks, check_segmentation
 from gndet.data.datasets.reading import read_dataset
-from gndet.data.datasets.segmentation import box_frame_masks, to_rle
+from gndet.data.datasets.segmentation import box_frame_masks, run_lengths, to_rle
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 

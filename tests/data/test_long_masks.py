@@ -13,7 +13,14 @@ from gndet.config.schema import DataConfig
 from gndet.data.datasets import segmentation
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.masks import check_masks
-from gndet.data.datasets.segmentation import MAX_OUTLINE, box_frame_masks, into_frames, outline_lengths, to_rle
+from gndet.data.datasets.segmentation import (
+    MAX_OUTLINE,
+    box_frame_masks,
+    into_frames,
+    mask_window,
+    outline_lengths,
+    to_rle,
+)
 from gndet.evaluation.coco_metrics import coco_metrics, coco_truths
 from gndet.evaluation.results import from_coco
 
@@ -81,6 +88,25 @@ def test_an_outline_too_long_for_the_frame_of_its_box_is_traced_in_the_picture()
     assert into_frames([[points]], box, 112) == [None]
     assert into_frames([[points[:600]]], box, 112) != [None]
     assert box_frame_masks([[points]], box, (SIDE, SIDE), 112).shape == (1, 112, 112)
+
+
+def test_an_rle_is_sampled_in_the_frame_of_its_box_as_when_it_is_decoded_whole() -> None:
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(1, 60, (200, 2)):
+        mask = np.zeros((height, width), dtype=np.uint8)
+        y, x = rng.integers(height), rng.integers(width)
+        mask[y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = 1
+        box = np.sort(rng.uniform(0, 1, (2, 2)) * [width, height], axis=0).ravel()
+        code = coco_mask.encode(np.asfortranarray(mask))
+        top, left, window = mask_window(code)
+        whole = np.zeros_like(mask)
+        whole[top : top + window.shape[0], left : left + window.shape[1]] = window
+        assert (whole == mask).all() and window[0].any() and window[:, -1].any()
+        centers = [first + (np.arange(28) + 0.5) * (last - first) / 28 - 0.5 for first, last in (box[1::2], box[::2])]
+        rows = np.stack([np.interp(centers[0], range(height), column) for column in mask.T])  # (w, S)
+        expected = np.stack([np.interp(centers[1], range(width), row) for row in rows.T]) >= 0.5
+        drawn = box_frame_masks([code], box[None], (height, width), 28)[0]
+        assert (drawn != expected).mean() < 0.01  # halves are rounded
 
 
 def test_thousands_of_polygons_make_the_mask_of_their_union() -> None:

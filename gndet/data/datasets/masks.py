@@ -15,10 +15,9 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
 from gndet.data.datasets.outlines import in_coco_form
-from gndet.data.datasets.segmentation import MAX_OUTLINE, brief, has_pixels, outline_lengths
+from gndet.data.datasets.segmentation import MAX_OUTLINE, brief, has_pixels, outline_lengths, run_lengths
 
 NUMBERS = {int, float}
-MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 
 
 class Masks(NamedTuple):
@@ -300,26 +299,3 @@ def _check_rle(rle: Any, size: tuple[int, int]) -> tuple[dict[str, Any], int]:
     if isinstance(counts, list):
         counts = coco_mask.frPyObjects({"size": size, "counts": counts}, *size)["counts"].decode("ascii")
     return {"size": list(size), "counts": counts}, pixels
-
-
-def run_lengths(counts: str) -> list[int]:
-    """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
-
-    A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
-    follow, bit 4 of the last is the sign.  The fourth number and later ones are differences to the number two before.
-    Raises Fault for a string that does not hold run lengths.
-    """
-    code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
-    if code.size == 0:
-        return []
-    ends = np.flatnonzero(code & 0x20 == 0)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if code.min() < 0 or code.max() > 63 or code[-1] & 0x20 or lengths.max() > MAX_CHAIN:
-        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, not a compressed run-length string")
-    place = np.arange(code.size) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((code & 0x1F) << 5 * place, starts)
-    runs -= np.where(code[ends] & 0x10, 1 << 5 * lengths, 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs.tolist()

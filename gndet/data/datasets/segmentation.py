@@ -11,11 +11,13 @@ import numpy as np
 from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 
+from gndet.data.datasets.faults import Fault
 from gndet.data.records import MASK_SIDE
 from gndet.files import shown
 
 MAX_FRAME_REACH = 16  # how many box sides a polygon may leave its box by; beyond, its outline is too long to trace
 MAX_OUTLINE = 4_000_000  # pixels of an object's outline, or runs of its RLE: tracing it takes a second and 200 MB
+MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 MERGED_AT_ONCE = 64  # merging thousands of polygons one by one takes the square of their number
 
 
@@ -107,18 +109,23 @@ def _draw(outlines: list[list[np.ndarray]], side: int) -> np.ndarray:
 
 def _sample_rle(rle: dict[str, Any], box: np.ndarray, side: int) -> np.ndarray:
     """Sample the mask of an RLE on a side x side grid over the box; bilinear, threshold 0.5."""
-    mask = coco_mask.decode(rle)  # (h, w) uint8
-    rows = _interpolate(mask, box[1], box[3], side)  # (S, w)
-    return _interpolate(rows.T, box[0], box[2], side).T >= 0.5
+    (height, width), (top, left, window) = rle["size"], mask_window(rle)
+    window = np.pad(window.T, 1).T  # around its box, the mask is empty
+    rows = _interpolate(window, top - 1, height, box[1], box[3], side)  # (S, w)
+    return _interpolate(rows.T, left - 1, width, box[0], box[2], side).T >= 0.5
 
 
-def _interpolate(values: np.ndarray, start: float, end: float, side: int) -> np.ndarray:
-    """Interpolate rows (n, m) linearly at the centers of `side` cells from start to end.  Returns (S, m)."""
+def _interpolate(values: np.ndarray, first: int, size: int, start: float, end: float, side: int) -> np.ndarray:
+    """Interpolate rows linearly at the centers of `side` cells from start to end.
+
+    values (n, m): the rows from `first` on, of `size` rows; the others are like the nearest of them.  Returns (S, m).
+    """
     place = start + (np.arange(side) + 0.5) * ((end - start) / side) - 0.5
-    place = place.clip(0, len(values) - 1)
+    place = place.clip(0, size - 1)
     low = np.floor(place).astype(int)
-    high = (low + 1).clip(max=len(values) - 1)
+    high = (low + 1).clip(max=size - 1)
     share = (place - low)[:, None]
+    low, high = ((row - first).clip(0, len(values) - 1) for row in (low, high))
     return values[low] * (1 - share) + values[high] * share
 
 
@@ -143,3 +150,36 @@ def brief(value: Any) -> str:
     except RecursionError:
         text = "a deeply nested value"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def mask_window(code: dict[str, Any]) -> tuple[int, int, np.ndarray]:
+    """Decode a compressed RLE within its box.  Returns the box's first row and column, and (rows, columns) bool."""
+    height, counts = code["size"][0], code["counts"]
+    left, top, across, down = coco_mask.toBbox(code).astype(int).tolist()
+    ends = np.cumsum(run_lengths(counts if isinstance(counts, str) else counts.decode("ascii")), dtype=np.int64)
+    ends = ends.clip(left * height, (left + across) * height)  # runs go down the columns
+    inside = np.repeat(np.arange(len(ends)) % 2 == 1, np.diff(ends, prepend=left * height))
+    return top, left, inside.reshape(across, height)[:, top : top + down].T
+
+
+def run_lengths(counts: str) -> list[int]:
+    """Read the run lengths of a compressed RLE, to check them (format: rleFrString in COCO's maskApi.c).
+
+    A number is a chain of characters of 5 bits each, low bits first, in ASCII 48 to 111: bit 5 says that more
+    follow, bit 4 of the last is the sign.  The fourth number and later ones are differences to the number two before.
+    Raises Fault for a string that does not hold run lengths.
+    """
+    code = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if code.size == 0:
+        return []
+    ends = np.flatnonzero(code & 0x20 == 0)
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    lengths = ends - starts + 1
+    if code.min() < 0 or code.max() > 63 or code[-1] & 0x20 or lengths.max() > MAX_CHAIN:
+        raise Fault("rle-malformed", f"RLE counts {brief(counts)}, not a compressed run-length string")
+    place = np.arange(code.size) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((code & 0x1F) << 5 * place, starts)
+    runs -= np.where(code[ends] & 0x10, 1 << 5 * lengths, 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs.tolist()

@@ -81,9 +81,10 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
         log.evaluation(done, scalars(evaluation), evaluation_table(evaluation))
         log.attempt(DETECTIONS, partial(save_results, run.out / DETECTIONS, evaluation.results))
         show_examples(run, done, log, evaluation)
-        for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
-            for name, precision in metrics.curves.items() if metrics else ():
-                log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
+        with drawing_may_fail("the curves of precision and recall", log):
+            for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
+                for name, precision in metrics.curves.items() if metrics else ():
+                    log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
     return scalars(evaluation)
 
 
@@ -124,7 +125,7 @@ def drawing_may_fail(what: str, log: Log) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a picture is never worth a run
-        log.message(f"could not draw {what} ({in_one_line(error)}); the run goes on without this picture")
+        log.message(f"could not draw {what} ({in_one_line(error)}); the run goes on without it")
 
 
 def draw(loaded: Loaded, place: int, classes: tuple[str, ...]) -> np.ndarray:

@@ -23,6 +23,7 @@ from gndet.evaluation.results import Results, from_coco
 from gndet.toolbox.analysis.analysis import make_analysis
 from gndet.toolbox.check.pictures import contact_sheet
 from gndet.toolbox.report.mistakes import draw_pair
+from gndet.train import show_batches
 from gndet.training import validation
 from gndet.training.log import Log
 
@@ -110,8 +111,13 @@ def test_a_drawing_that_fails_is_told_and_ends_nothing(dataset: Dataset, results
     records = [good._replace(image_id=2, boxes=np.zeros((1, 7))), good._replace(size=(0, 0)), good]
     broken = dataset._replace(records=records, classes=())
     run: Any = SimpleNamespace(val_set=broken, out=tmp_path, cfg=SimpleNamespace(train=SimpleNamespace(vis_images=9)))
+    run.train_set = broken
     console = Console(record=True, width=200)
     with Log(tmp_path, total_updates=1, console=console) as log:
         validation.show_examples(run, 1, log, SimpleNamespace(results=results))  # type: ignore[arg-type]
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        sample = Sample(image, torch.zeros(1, 4), torch.ones(1, dtype=torch.int64), torch.zeros(1, 0, 0).bool(), 0)
+        show_batches(run, [Loaded(collate([sample], 1), (1,), ())], log)  # its class has no name
     text = console.export_text()
-    assert text.count("the run goes on without this picture") == 3 and "could not draw image 2 (" in text
+    assert text.count("the run goes on without it") == 4
+    assert "could not draw image 2 (" in text and "could not draw train/0 (IndexError: " in text

@@ -107,7 +107,7 @@ def locked(out: Path, proc: Process, is_own: Callable[[Path], bool]) -> Iterator
     Folders that were created here and hold no record at the end are removed.
     """
     refusal, folder = list[str](), WorkFolder(out)
-    made = [path for path in (out, *out.parents) if not path.exists()] if proc.first else []
+    made = [path for path in (out, *out.parents) if not os.path.exists(path)] if proc.first else []
     with ExitStack() as stack:
         stack.callback(folder.close)
         if proc.first:

@@ -129,7 +129,7 @@ def refuse_to_move(cfg: Config, out: Path) -> None:
 
 def move_aside(out: Path, proc: Process) -> None:
     """Rename a run folder to OUT-old-1, or the next free number; a link to it stays.  Raises OutputError."""
-    if proc.first and out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+    if proc.first and os.path.isdir(out) and any(path.name != LOCK for path in out.iterdir()):
         try:
             real = Path(os.path.realpath(out))
             number = next(i for i in range(1, 10_000) if not os.path.lexists(f"{real}-old-{i}"))
@@ -167,7 +167,9 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None, damaged: 
     is no folder, and OSError if it cannot be read.
     """
     ways = "choose another out=FOLDER, or move the old one aside with --fresh (in Python: fresh=True)"
-    if not os.path.lexists(out):
+    try:
+        os.lstat(out)
+    except (FileNotFoundError, NotADirectoryError):
         return
     if not os.path.exists(out):
         raise OutputError(f"out: {out} is a link to {os.readlink(out)}, which is not there; choose another out=FOLDER")
@@ -233,12 +235,12 @@ def updates_without_checkpoint(out: Path) -> float:
 
 
 def is_run(out: Path) -> bool:
-    """Return whether gndet wrote the config.yaml of a folder, or there are checkpoints of a run."""
-    with suppress(OSError, CheckpointError):
-        if os.path.isfile(out / CONFIG):  # opening a pipe would wait
-            with (out / CONFIG).open("rb") as file:
-                if file.read(len(HEAD)) == HEAD.encode():
-                    return True
+    """Return whether gndet wrote the config.yaml of a folder, or there are checkpoints of a run.  Raises OSError."""
+    if os.path.isfile(out / CONFIG):  # opening a pipe would wait
+        with (out / CONFIG).open("rb") as file:
+            if file.read(len(HEAD)) == HEAD.encode():
+                return True
+    with suppress(CheckpointError):
         return bool(run_checkpoints(out))
     return False
 

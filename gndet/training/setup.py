@@ -4,6 +4,7 @@ train.compile makes one graph per canvas and number of images, all before the fi
 compilation later, and a failure is reported before anything is written.
 """
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -67,7 +68,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
             notes.append(f"not bit-exact from here on: images at once {saved_size} -> {size}")
     notes += summary(audit(run.model, run.cfg, run.norms, proc.world, images=size))
     notes += compile_ahead(run, size)
-    existing = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    existing = next(folder for folder in (out, *out.absolute().parents) if os.path.isdir(folder))
     notes += filter(None, [room_for_checkpoints(run, shutil.disk_usage(existing).free)])
     notes.append(
         f"{cfg.train.global_batch} images per update over {proc.world} rank(s) on {proc.device.type}, {size} at once"

@@ -127,7 +127,7 @@ def test_a_run_folder_that_may_not_be_read_is_one_line(run: Path, monkeypatch: p
 
     for name, call in zip(("listdir", "scandir", "stat"), real, strict=True):
         monkeypatch.setattr(os, name, refusing(call))
-    with pytest.raises(TrainingError, match=r"run: cannot read the run folder: Permission denied$"):
+    with pytest.raises(TrainingError, match=r"run\S*: cannot read the run folder: Permission denied$"):
         find_run(config_of(run), run, fresh, ALONE)
 
 
@@ -144,9 +144,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_until_two_were_du
         begun(tmp_path / str(updates), updates)
         assert find_run(load(made, "run"), tmp_path / str(updates), False, ALONE) == (None, [])
     begun(tmp_path / "5", 5)  # the save after update 2 was on the disk before the one after update 4 began
-    with pytest.raises(
-        TrainingError, match=r"5 updates are logged, but .*checkpoints holds no checkpoint: .*; put it back"
-    ):
+    with pytest.raises(TrainingError, match=r"5 updates are logged, but .*checkpoints holds no checkpoint: .*; put"):
         find_run(load(made, "run"), tmp_path / "5", False, ALONE)
 
 

@@ -27,6 +27,7 @@ from faults.tiny import THIN, note
 from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
+from gndet.toolbox.report import report
 from gndet.training import checkpointing, folder
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
@@ -143,6 +144,22 @@ def slow_evaluation(seconds: float) -> None:
         return detect_share(*arguments, on_image=slowly, **options)
 
     run_evaluation.detect_share = wrapped
+
+
+def slow_report(seconds: float, deaf: bool = False) -> None:
+    """Let the report at the end of a run take some seconds.  deaf: it swallows the first signal, as a library may."""
+
+    def slowly(*_: Any) -> None:
+        try:
+            say("slow report")
+            time.sleep(seconds)
+        except BaseException:
+            if not deaf:
+                raise
+            say("deaf report")
+            time.sleep(seconds)
+
+    report.report_on_ending = slowly
 
 
 def _before_files(call: Callable[[int, int], None]) -> None:
@@ -323,7 +340,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     for fault in (
         signal_after, signal_within, lock_wait, fresh_for, gate, slow_pictures, slow_evaluation, slow_save,
         kill_while_saving, long_save, not_finite, watch_rng, no_room, spoil_picture, deadly_picture, trace,
-        count_resources,
+        count_resources, slow_report,
     )
 }  # fmt: skip
 

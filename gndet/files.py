@@ -368,6 +368,19 @@ def make_folder(folder: Path, option: str) -> None:
         raise OutputError(f"{option} {folder}: cannot make this folder: {error.strerror}") from None
 
 
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove a folder that was made in this context and that an error left empty."""
+    is_new = not folder.exists()
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if is_new:
+                folder.rmdir()
+        raise
+
+
 def shown(text: str) -> str:
     """Return text from a file in a form fit for a line of a terminal: control characters escaped."""
     if text.isprintable():

@@ -19,7 +19,9 @@ def add(verbs: Verbs) -> None:
 
 def run(options: Options) -> int:
     """Write the copy."""
+    from gndet.files import removed_if_empty
     from gndet.toolbox.convert_data import convert_data
 
-    convert_data(options.source, options.out, options.to, options.overrides, say, options.image_folder)
+    with removed_if_empty(options.out):
+        convert_data(options.source, options.out, options.to, options.overrides, say, options.image_folder)
     return 0

@@ -31,9 +31,10 @@ def run(options: Options) -> int:
     """Detect objects and draw them."""
     from gndet.distributed.process import process
     from gndet.evaluation.detector import load_detector
+    from gndet.files import removed_if_empty
     from gndet.toolbox.predict.predict import predict
 
-    with process(device_of(options.overrides)) as proc:
+    with removed_if_empty(options.out), process(device_of(options.overrides)) as proc:
         detector = load_detector(options.checkpoint, options.overrides, proc, say)
         predict(
             detector, options.sources, options.out, proc.device, say, threshold=options.threshold,

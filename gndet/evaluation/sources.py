@@ -7,7 +7,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,12 @@ def find_sources(words: Sequence[str]) -> Sources:
         else:
             refuse_address(word)
             if not glob.has_magic(name):
-                raise DataError(f"{word or repr(word)}: no such picture, video, folder or pattern")
+                what = (
+                    "is neither a file nor a folder"
+                    if os.path.exists(name)
+                    else "no such picture, video, folder or pattern"
+                )
+                raise DataError(f"{word or repr(word)}: {what}")
             found, others = _files_matching(name)
         files |= dict.fromkeys(found)
         notes += [f"{word}: {_passed_over(path, others)}"] if others else []
@@ -89,7 +94,9 @@ def _passed_over(path: Path, others: Sequence[Path]) -> str:
 
 
 def _kind(other: Path) -> str:
-    return f"{other.name!r} that is no file" if is_picture(other) else other.suffix.lower() or "without suffix"
+    suffix = other.suffix.lower()
+    is_meant = (is_picture(other) or suffix in VIDEOS) and not other.is_file()
+    return f"{other.name!r} that is no file" if is_meant else suffix or "without suffix"
 
 
 def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -104,13 +111,40 @@ def _files_matching(pattern: str) -> tuple[list[Path], list[Path]]:
 
     Raises DataError if it matches no picture and no video.
     """
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    found = sorted(set(map(Path, _matches(pattern))))
     files = [file for file in found if (is_picture(file) or file.suffix.lower() in VIDEOS) and file.is_file()]
     if not files:
         others = f", but {len(found)} other file(s) or folder(s)" if found else ""
         raise DataError(f"{pattern}: matches no picture and no video{others}; a pattern is like 'folder/**/*.jpg'")
     taken = set(files)
     return files, [file for file in found if file not in taken and not file.is_dir()]
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield what a pattern matches as `glob` does, but enter no folder twice: links that lead back would never end."""
+    several_folders = re.search(r"(?:^|(?<=/))\*\*(?:/+|$)", pattern)
+    if several_folders is None:
+        yield from glob.glob(pattern)
+        return
+    start, rest = pattern[: several_folders.start()], pattern[several_folders.end() :] or "*"
+    for base in glob.glob(start) if start else ["."]:
+        for folder in _folders_below(base):
+            yield from _matches(os.path.join(glob.escape(folder), rest))
+
+
+def _folders_below(base: str) -> Iterator[str]:
+    """Yield a folder and all below it, without hidden ones; those behind links come last, and none comes twice."""
+    waiting, seen = [base], set()
+    while waiting:
+        for folder, names, _ in os.walk(waiting.pop(0)):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                names.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            waiting += [link for name in names if os.path.islink(link := os.path.join(folder, name))]
+            yield folder
 
 
 class Pictures(Sequence[Record]):

@@ -3,12 +3,13 @@
 Limits are real, and set in a process of their own.
 """
 
+import resource
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
-from limits import Ended, gndet, little_memory
+from limits import Ended, gndet, limit, little_memory
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("thin")
@@ -68,3 +69,10 @@ def test_a_check_is_done_or_says_that_memory_ran_out(trained: Path, tmp_path: Pa
         ended = gndet(tmp_path, *check, before=little_memory(mib))
         if ended.status != 0:
             assert_one_line(ended, "check", "out of memory (", "lower data.workers")
+
+
+def test_a_full_disk_leaves_nothing_of_a_prediction(trained: Path, folder: Path, tmp_path: Path) -> None:
+    predict = ["predict", trained, folder, "--out", tmp_path / "p", "data.workers=0", "data.shortest_edge_test=64"]
+    words = ["a.png: cannot write it: File too large"]
+    assert_one_line(gndet(tmp_path, *predict, before=limit(resource.RLIMIT_FSIZE, 10_000)), "predict", *words)
+    assert not (tmp_path / "p").exists()

@@ -1,5 +1,9 @@
 """A folder or pattern gives its pictures and videos, and counts what it passes over; a refusal says where to look."""
 
+import contextlib
+import glob
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -80,3 +84,44 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, picture: Image.Image, monkey
     picture.save(tmp_path / "a.png")
     for word in ("~", "~/a.png", "~/*.png"):
         assert find_sources([word]).pictures == [tmp_path / "a.png"]
+
+
+def test_a_pattern_matches_what_glob_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "x/b.png", "x/y/c.png", "x/y/.d.png", ".x/e.png", "x/[1]/f.png", "xy/g.png", "xy/z/h.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    patterns = ["**/*.png", "*.png", "x/**/*.png", "x*/**/*", "**", "**/y/*", "./**/*.png", "**/**/?.png", "x**/*.png"]
+    for pattern in [*patterns, f"{tmp_path}/**/*.png", f"{tmp_path}//**//*.png"]:
+        expected = sorted(set(map(Path, glob.glob(pattern, recursive=True))))
+        assert find_sources([pattern]).pictures == [file for file in expected if file.is_file()]
+
+
+def test_links_that_lead_back_end_no_search_and_double_no_picture(tmp_path: Path, picture: Image.Image) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    picture.save(tmp_path / "in" / "deep" / "a.png")
+    for name, target in (("up", ".."), ("here", "."), ("deep/top", "../.."), ("aside", "deep"), ("lost", "gone")):
+        (tmp_path / "in" / name).symlink_to(target)
+    assert find_sources([f"{tmp_path}/in/**/*.png"]).pictures == [tmp_path / "in" / "deep" / "a.png"]
+    with pytest.raises(DataError, match="1 picture below it"):
+        find_sources([str(tmp_path / "in")])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".mp4"])
+def test_pipes_sockets_devices_and_lost_links_are_left_out_and_named(
+    tmp_path: Path, picture: Image.Image, suffix: str
+) -> None:
+    picture.save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"loop{suffix}").symlink_to(f"loop{suffix}")
+    (tmp_path / f"null{suffix}").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path):  # a socket's path must be short
+        server.bind(f"socket{suffix}")
+        for word in (str(tmp_path), f"{tmp_path}/*"):
+            found = find_sources([word])
+            assert found.pictures == [tmp_path / "a.png"] and not found.videos
+            assert all(
+                f"'{name}{suffix}' that is no file" in found.notes[0] for name in ("pipe", "loop", "null", "socket")
+            )
+        with pytest.raises(DataError, match="is neither a file nor a folder"):
+            find_sources([f"pipe{suffix}"])

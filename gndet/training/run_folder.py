@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,10 +27,11 @@ from gndet.config.schema import Config
 from gndet.data.datasets.reading import user_paths
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
-from gndet.errors import CheckpointError, ConfigError, GndetError, OutputError, RunFinished, TrainingError
-from gndet.files import write_whole
+from gndet.errors import CheckpointError, ConfigError, DataError, GndetError, OutputError, RunFinished, TrainingError
+from gndet.files import TEMPORARY, write_whole
 from gndet.training.folder import CONFIG as CONFIG
 from gndet.training.folder import LOCK, WorkFolder
+from gndet.training.logged import read_metrics
 
 # Options that may differ when a run resumes, because none of them changes what is learned.
 NEUTRAL = (
@@ -56,7 +56,6 @@ STALLED = "stalled"  # stalled-process0.txt: the stacks of a rank that hung or l
 PREEMPTED = "PREEMPTED"  # a signal ended the run; the same command resumes it
 FAILED = "FAILED"  # an error ended the run, with its message; the same command may resume it
 
-PARTIAL = "config.yaml.partial"  # what a kill left of config.yaml in earlier versions
 AGAIN = "; put it back, or start over with --fresh, which moves this folder aside (in Python: fresh=True)"
 UNSET = "not set"  # a key that only the other config has
 
@@ -153,7 +152,7 @@ def make_run(cfg: Config, folder: WorkFolder, proc: Process) -> None:
         try:
             (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             write_whole(out / CONFIG, HEAD + config_to_yaml(cfg))
-            for marker in (PREEMPTED, FAILED, PARTIAL):
+            for marker in (PREEMPTED, FAILED):
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
@@ -212,10 +211,9 @@ def refuse_lost(out: Path) -> None:
 def logged_updates(out: Path) -> int:
     """Return the last update in the record of a run; 0 if there is none."""
     updates = [0]
-    for path in (out / METRICS, out / NORMS):
-        if os.path.isfile(path):  # opening a pipe would wait
-            with suppress(OSError):
-                updates += map(int, re.findall(rb'"update": *(\d{1,15})\b', path.read_bytes()))
+    for name in (METRICS, NORMS):
+        with suppress(DataError):
+            updates += [entry["update"] for entry in read_metrics(out / name, is_ours=lambda _: True)]
     return max(updates)
 
 
@@ -251,9 +249,7 @@ def is_empty(out: Path) -> bool:
     def is_left(path: Path) -> bool:
         if path.name == CHECKPOINTS:
             return path.is_dir() and not any(path.iterdir())
-        if path.name == CONFIG:
-            return path.is_file() and not path.stat().st_size
-        return path.name in (LOCK, PREEMPTED, PARTIAL, BOARD) or path.name.startswith(".tmp-")
+        return path.name in (LOCK, PREEMPTED) or TEMPORARY.fullmatch(path.name) is not None
 
     with suppress(OSError):
         return all(is_left(path) for path in out.iterdir())

@@ -20,7 +20,6 @@ from gndet.distributed.process import limit_waiting, process
 from gndet.distributed.signals import StopSignals
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
-from gndet.training.folder import locked
 from gndet.training.log import Log
 from gndet.training.nonfinite import pass_over
 from gndet.training.norms import NormWatch
@@ -31,6 +30,7 @@ from gndet.training.setup import set_up
 from gndet.training.task import TASKS
 from gndet.training.update import UpdateState, compute_gradients, make_update, read, reads_late
 from gndet.training.validation import draw, drawing_may_fail, refuse_unreadable
+from gndet.training.work_folder import locked
 
 
 def train(

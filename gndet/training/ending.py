@@ -14,11 +14,11 @@ from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
 from gndet.training.checkpointing import Saver
-from gndet.training.folder import WorkFolder
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import BOARD, CONFIG, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
 from gndet.training.update import UpdateState, read
+from gndet.training.work_folder import WorkFolder
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from torch.utils.tensorboard import summary
 from gndet.errors import OutputError
 from gndet.files import LineFile
 from gndet.training.board import Board
-from gndet.training.folder import WorkFolder
 from gndet.training.logged import read_metrics as read_metrics  # documented as a name of this module
 from gndet.training.logged import truncate
 from gndet.training.run_folder import BOARD, METRICS
+from gndet.training.work_folder import WorkFolder
 
 BOARD_GROUPS = {"train": "train", "evaluation": "val"}  # prefixes of numbers in TensorBoard
 LONGEST_ETA = 1e9  # seconds, 30 years; timedelta holds no more than 8.6e13

@@ -17,8 +17,8 @@ from gndet.data.records import Dataset
 from gndet.distributed.process import Process
 from gndet.modeling.detection_model import DetectionModel
 from gndet.training.averaging import WeightAverage
-from gndet.training.folder import WorkFolder
 from gndet.training.gradient_buckets import Buckets
+from gndet.training.work_folder import WorkFolder
 
 
 class Run(NamedTuple):

@@ -29,9 +29,9 @@ from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, DataError, GndetError, OutputError, RunFinished, TrainingError
 from gndet.files import TEMPORARY, write_whole
-from gndet.training.folder import CONFIG as CONFIG
-from gndet.training.folder import LOCK, WorkFolder
 from gndet.training.logged import read_metrics
+from gndet.training.work_folder import CONFIG as CONFIG
+from gndet.training.work_folder import LOCK, WorkFolder
 
 # Options that may differ when a run resumes, because none of them changes what is learned.
 NEUTRAL = (

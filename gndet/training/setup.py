@@ -33,7 +33,6 @@ from gndet.training.checkpointing import (
     restore,
     room_for_checkpoints,
 )
-from gndet.training.folder import WorkFolder
 from gndet.training.gpu_notes import slower_operators, tf32
 from gndet.training.memory import release
 from gndet.training.norms import audit, summary
@@ -42,6 +41,7 @@ from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
 from gndet.training.task import TASKS
 from gndet.training.update import backward, buckets_for, clear_gradients, running_statistics
+from gndet.training.work_folder import WorkFolder
 
 
 def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Progress, int, list[str]]:

@@ -26,9 +26,9 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process
 from gndet.training.averaging import WeightAverage
 from gndet.training.checkpointing import Saver
-from gndet.training.folder import WorkFolder
 from gndet.training.optim import make_optimizer
 from gndet.training.run import Best, Progress, Run
+from gndet.training.work_folder import WorkFolder
 
 KILLS = 30
 STEPS = ("mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "fsync")  # of the protocol, in os

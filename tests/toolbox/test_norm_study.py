@@ -53,7 +53,7 @@ from gndet.toolbox.norm_study.plan import (
 from gndet.toolbox.norm_study.study import Work, study
 from gndet.toolbox.report.report import study_page, write_report
 from gndet.toolbox.report.study import study_command
-from gndet.training.folder import WorkFolder
+from gndet.training.work_folder import WorkFolder
 
 OVERRIDES = ("train.schedule.updates=4", "train.ema=0", "model.masks=false")
 GRID = {"norms": ("gn", "bn", "sync_bn"), "groups": None, "images_per_gpu": (1,), "seeds": 1, "batch": "scaled"}

@@ -19,8 +19,8 @@ from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, RunFinished, TrainingError
 from gndet.train import train
 from gndet.training import folder as work_folder
-from gndet.training.folder import WorkFolder, locked
 from gndet.training.run_folder import HEAD, find_run, make_run, may_write, move_aside
+from gndet.training.work_folder import WorkFolder, locked
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("thin")]
 ALONE = Process(0, 1, torch.device("cpu"))

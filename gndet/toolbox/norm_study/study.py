@@ -38,10 +38,10 @@ from gndet.toolbox.norm_study.cells import drop_optimizer, finished
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, run_jobs, slots
 from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, resume_study, variants
-from gndet.training.folder import WorkFolder, locked
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import is_empty
+from gndet.training.work_folder import WorkFolder, locked
 
 CELLS, LOGS, CALIBRATION = "cells", "logs", "calibration"
 MOST_CELLS = 10_000

@@ -1,4 +1,7 @@
-"""The folder of a run or a study while a process works in it: locked, and known even if it is moved meanwhile."""
+"""The folder in which a run or a study works: locked, and known even if it is moved meanwhile.
+
+The files of a run in it, and whether a run may begin there, are in run_folder.py.
+"""
 
 import errno
 import fcntl

@@ -94,7 +94,7 @@ def rescued(
     except Stop:
         keep(run, progress, state, saver)
         if run.out.is_moved and run.proc.first:
-            raise run.out.error(f"after update {progress.update} of {total}") from None
+            raise run.out.error(f"after update {progress.update} of {total}", saver.failed) from None
         if saver.failed:
             raise TrainingError(
                 f"stopped by a signal after update {progress.update}, not saved: {saver.failed}"
@@ -130,7 +130,7 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
     if saver.failed:  # try again: the disk may have room now
         saver.save(progress, at_once=True)
     if run.out.is_moved and run.proc.first:
-        raise run.out.error("the run is finished")
+        raise run.out.error("the run is finished", saver.failed)
     if saver.failed:
         raise TrainingError(f"{run.out}: the run is finished, but its last checkpoint is missing: {saver.failed}")
     log.message(closing_words(run.out.path, progress))

@@ -14,11 +14,12 @@ from pathlib import Path
 from gndet.checkpoint import CHECKPOINTS
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
-from gndet.errors import TrainingError
+from gndet.errors import GndetError, TrainingError
 from gndet.files import lock_file, sweep
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
+HELD = "/proc/self/fd"  # where Linux shows open folders by number
 LOCK_WAIT = 10.0  # seconds that a killed run's process may take to end
 
 
@@ -35,7 +36,7 @@ class WorkFolder:
         """Where the folder is now; if it was removed, a path at which nothing can be made."""
         if self._descriptor is None or not self.is_moved:
             return self.named
-        held = Path(f"/proc/self/fd/{self._descriptor}")
+        held = Path(f"{HELD}/{self._descriptor}")
         with suppress(OSError):
             place = Path(os.readlink(held))
             if os.path.samestat(os.stat(place), os.fstat(self._descriptor)):
@@ -57,16 +58,21 @@ class WorkFolder:
         """Whether the folder was removed."""
         return self._descriptor is not None and os.fstat(self._descriptor).st_nlink == 0
 
-    def error(self, when: str) -> TrainingError:
-        """Return the error that ends a run whose folder was moved.  when: what was done, e.g. "after update 7"."""
+    def error(self, when: str, unsaved: GndetError | None = None) -> TrainingError:
+        """Return the error that ends a run whose folder was moved.
+
+        when: what was done, e.g. "after update 7".  unsaved: why it could not be saved where the folder is now.
+        """
         if self.is_removed:
             return TrainingError(
                 f"{self.named}: this folder was removed, or moved to another disk, while it was in use, {when}, "
                 "and nothing more could be saved"
             )
+        there, done = self.path, f"not saved: {unsaved}" if unsaved else "saved there"
+        where = f"moved to {there}" if there.parent != Path(HELD) else "moved, or another is mounted over it"
         return TrainingError(
-            f"{self.named}: this folder was moved to {self.path} while it was in use, {when}, and saved there; "
-            f"move it back, or go on with out={self.path}"
+            f"{self.named}: this folder was {where} while it was in use, {when}, and {done}; move it back, or go on "
+            f"with out={there}"
         )
 
     def open(self) -> None:

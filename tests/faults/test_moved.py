@@ -56,8 +56,7 @@ def listed(path: Path) -> list[str] | str | bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-@pytest.mark.parametrize("what", MOVES)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("what", "world"), [*((what, 1) for what in MOVES), ("replaced by an empty folder", 2)])
 def test_a_run_whose_folder_is_moved_saves_there_and_ends(folder: Path, what: str, world: int) -> None:
     run = start(folder, "run", *OPTIONS, faults={"gate": [3]}, world=world)
     run.wait_for("fault: gate 3")

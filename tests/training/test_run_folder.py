@@ -18,7 +18,7 @@ from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.errors import GndetError, OutputError, RunFinished, TrainingError
 from gndet.train import train
-from gndet.training import folder as work_folder
+from gndet.training import work_folder
 from gndet.training.run_folder import HEAD, find_run, make_run, may_write, move_aside
 from gndet.training.work_folder import WorkFolder, locked
 

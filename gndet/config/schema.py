@@ -256,7 +256,7 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _conventions_are_defaults(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("compat") in PRESETS:
+        if isinstance(values, dict) and isinstance(values.get("compat"), str) and values["compat"] in PRESETS:
             return beneath(PRESETS[values["compat"]], values)
         return values
 

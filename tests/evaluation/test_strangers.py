@@ -154,7 +154,7 @@ ABSURD = {
 }  # fmt: skip
 ABSURD_TOO = [
     ("model.rpn", {"anchor_sizes": [32, 64, 128, 256, 1e9]}), ("model.rpn", {"pre_nms_test": 10**12}),
-    ("model.box_head", {"detections_per_image": 10**12}), ("data", {"workers": 10**5}),
+    ("model.box_head", {"detections_per_image": 10**12}), ("data", {"workers": 10**5}), ("model", {"compat": {}}),
     ("data", {"shortest_edge_test": 10**6}), ("data", {"max_edge": 10**6}), ("data", {"canvas_multiple": 10**6}),
 ]  # fmt: skip
 

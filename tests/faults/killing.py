@@ -86,6 +86,8 @@ class Walk:
                 continue
             shutil.copytree(self.start, self.case, symlinks=True)
             made = operations(self._call(words, COUNT)[1])
+            shutil.rmtree(self.case)
+            shutil.copytree(self.start, self.case, symlinks=True)
             self._call(words, KILL, next(i for i, what in enumerate(made, 1) if command.stopped_at in what))
             shutil.rmtree(self.start)
             self.case.rename(self.start)

@@ -233,6 +233,7 @@ class Work:
     def refresh(self, result: CellResult) -> None:
         """Update a cell's state from its run folder; its metrics stay known when cells/ is removed later."""
         run = self.folder / CELLS / result.name
+        sweep_run(run)  # no run does it any more once the cell is finished
         if result.state == "done":
             return
         if metrics := finished(run):

@@ -24,16 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gndet.errors import CheckpointError, OutputError
-from gndet.files import (
-    create,
-    folder_written_whole,
-    remove,
-    sweep,
-    sync_folder,
-    temporary_name,
-    valid_text,
-    write_whole,
-)
+from gndet.files import create, folder_written_whole, remove, sweep, sync_folder, temporary_name, write_whole
+from gndet.text import valid_text
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST, MAX_FILES = 1_000_000, 32  # bytes, and files that it may list

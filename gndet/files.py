@@ -1,14 +1,12 @@
-"""The one way to write a file, and the checks of outputs that options name; text tables.
+"""The one way to write a file, and the checks of outputs that options name.
 
 Every file of gndet gets a new name that nobody can guess, is written whole and flushed, and is then renamed.  So a kill
 or a full disk leaves the old file or the new one, and no link that somebody planted in a folder is written through.
 The writer holds a lock on its temporary file; `sweep` removes those that nobody holds, which a kill has left.
 """
 
-import csv
 import errno
 import fcntl
-import io
 import itertools
 import mimetypes
 import os
@@ -18,10 +16,10 @@ import shutil
 import socket
 import stat
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from gndet.errors import OutputError
 
@@ -379,37 +377,6 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
             if is_new:
                 folder.rmdir()
         raise
-
-
-def shown(text: str) -> str:
-    """Return text from a file in a form fit for a line of a terminal: control characters escaped."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def valid_text(text: str) -> str:
-    """Replace halves of characters (lone surrogates) by U+FFFD, and join two halves: most libraries take no others."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def text_table(rows: Sequence[Sequence[str]], left: Container[int] = (0,)) -> str:
-    """Pad the columns of rows to their widest cells; the columns with an index in `left` are left-aligned."""
-    rows = [list(map(shown, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    template = "  ".join(f"{{:{'<' if column in left else '>'}{width}}}" for column, width in enumerate(widths))
-    return "\n".join(template.format(*row).rstrip() for row in rows)
-
-
-def csv_table(rows: Iterable[Sequence[Any]]) -> str:
-    """Return rows as CSV, with numbers in full precision and None as an empty cell."""
-
-    def line(row: Sequence[Any]) -> str:
-        file = io.StringIO(newline="")
-        csv.writer(file, lineterminator="\r\n").writerow(row)  # quotes cells that hold one of these two
-        return file.getvalue().removesuffix("\r\n") + "\n"
-
-    return "".join(map(line, rows))
 
 
 def cut_name(name: str) -> str:

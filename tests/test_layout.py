@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 FLOORS = (
-    ("errors", "structures", "ops"),
+    ("errors", "text", "structures", "ops"),
     ("files",),
     ("config", "distributed", "checkpoint"),
     ("modeling", "data"),

@@ -30,9 +30,10 @@ def reading_path() -> list[Path]:
     return [REPOSITORY / name for name in re.findall(r"(?m)^\d+\. \[`(gndet/[^`]+)`\]", PATH.read_text())]
 
 
-def test_six_modules_and_py_typed_are_at_the_root() -> None:
+def test_seven_modules_and_py_typed_are_at_the_root() -> None:
     names = {path.name for path in ROOM.iterdir() if path.is_file()}
-    assert names == {"__init__.py", "train.py", "checkpoint.py", "files.py", "structures.py", "errors.py", "py.typed"}
+    modules = {"__init__", "train", "checkpoint", "files", "structures", "text", "errors"}
+    assert names == {f"{module}.py" for module in modules} | {"py.typed"}
 
 
 def test_the_library_has_at_most_29_600_lines() -> None:

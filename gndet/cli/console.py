@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from gndet.cli.terminal import EscapingStream, escaped
+from gndet.cli.terminal import EscapingStream
+from gndet.text import escaped
 
 
 class EscapingConsole(Console):

@@ -1,20 +1,13 @@
 """What the command line prints: texts from data, checkpoints and file names are shown and never steer the terminal."""
 
 import io
-import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO, cast
 
-# control characters but line break and tab, what reverses the order of letters, and surrogates, which no encoding has
-STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def escaped(text: str) -> str:
-    """Replace what would steer a terminal by escapes like \\x1b."""
-    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+from gndet.text import escaped
 
 
 class EscapingStream:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from gndet.config.presets import without_conventions
 from gndet.config.schema import NOT_UNICODE, Config, DataConfig
 from gndet.errors import ConfigError
-from gndet.files import path_fault, valid_text
+from gndet.files import path_fault
+from gndet.text import valid_text
 
 MAX_CONFIG_BYTES = 200_000  # a config fits on a page; an annotation file is YAML too and would be parsed for hours
 MAX_CONFIG_NODES = 20_000  # expanded aliases count: an alias bomb stops here

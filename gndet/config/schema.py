@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
 
 from gndet.config.presets import PRESETS, beneath
-from gndet.files import path_fault, valid_text
+from gndet.files import path_fault
+from gndet.text import valid_text
 
 
 def _a_file_can_have(path: str) -> str:

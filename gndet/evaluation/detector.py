@@ -19,7 +19,6 @@ from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.reading import read_dataset
-from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset, Tell
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError
@@ -38,6 +37,7 @@ from gndet.evaluation.prediction import Prediction
 from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
 from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.trained import build_trained, read_trained
+from gndet.text import named_briefly
 
 Picture = Image.Image | np.ndarray | Tensor
 AnyPath = str | os.PathLike[str]

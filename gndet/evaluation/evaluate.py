@@ -24,9 +24,9 @@ from gndet.errors import DataError, GndetError, out_of_memory
 from gndet.evaluation.behind import Behind
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
-from gndet.files import text_table
 from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Batch, Detections
+from gndet.text import text_table
 
 CLASS_COLUMNS = ("AP", "AP50", "AR")
 

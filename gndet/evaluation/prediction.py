@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 
 from gndet.data.datasets.exports.yolo_rows import row_of
-from gndet.data.datasets.segmentation import named_briefly, printable
 from gndet.data.datasets.tracing import joined, trace
 from gndet.errors import ConfigError, DataError
 from gndet.evaluation.drawing import draw_detections, refuse_drawing, save_marked
 from gndet.evaluation.results import Results
 from gndet.files import refuse_output, write_whole
+from gndet.text import named_briefly, printable
 
 if TYPE_CHECKING:
     import supervision

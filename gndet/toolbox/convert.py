@@ -15,7 +15,8 @@ from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError
 from gndet.evaluation.sources import Pictures, find_sources
-from gndet.files import refuse_output, text_table
+from gndet.files import refuse_output
+from gndet.text import text_table
 from gndet.weights.convert import Fate
 from gndet.weights.foreign.export import TOOLKITS, export_weights
 from gndet.weights.foreign.files import write_torch

@@ -23,11 +23,11 @@ from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.layout import sets_at
 from gndet.data.datasets.packed import PackedRecords
 from gndet.data.datasets.reading import as_configured, inspect_both, inspect_source, user_paths
-from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.datasets.tracing import joined, outlines_of
 from gndet.data.records import Dataset, Record
 from gndet.errors import DataError, OutputError
 from gndet.files import TEMPORARY, cut_name, folder_written_whole, make_folder, refuse_among, sweep, write_whole
+from gndet.text import named_briefly
 
 ALL = "all"  # what a set without a name is called in the copy
 WHOLE = ".gndet-copy"  # folder in OUT that is written whole before its content moves up

@@ -33,10 +33,10 @@ from gndet.checkpoint import (
     save_checkpoint,
 )
 from gndet.data.datasets.packed import file_hashes
-from gndet.data.datasets.segmentation import named_briefly
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
 from gndet.modeling.trained import nonfinite
+from gndet.text import named_briefly
 from gndet.training.batch_size import checkpoint_bytes
 from gndet.training.optim import load_optimizer_tensors, optimizer_tensors
 from gndet.training.run import Best, Progress, Run

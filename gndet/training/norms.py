@@ -21,9 +21,10 @@ from gndet.data.batches.stream import Loaded
 from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample
 from gndet.errors import out_of_memory
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
-from gndet.files import text_table, write_whole
+from gndet.files import write_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.structures import Batch
+from gndet.text import text_table
 from gndet.training.log import Log
 from gndet.training.logged import Entry, Tell, is_norms, read_metrics, truncate
 from gndet.training.memory import release

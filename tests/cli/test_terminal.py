@@ -17,7 +17,8 @@ from rich.text import Text
 
 from gndet.cli import main as cli
 from gndet.cli.console import EscapingConsole
-from gndet.cli.terminal import EscapingStream, escaped, escaped_output
+from gndet.cli.terminal import EscapingStream, escaped_output
+from gndet.text import escaped
 
 STEERING = [
     *range(9),

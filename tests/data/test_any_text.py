@@ -23,7 +23,7 @@ from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, DataError
 from gndet.evaluation.coco_metrics import coco_metrics, coco_truths
 from gndet.evaluation.results import from_coco, save_results
-from gndet.files import csv_table, text_table, valid_text
+from gndet.text import csv_table, text_table, valid_text
 from gndet.toolbox.analysis.analysis import read_results
 
 RANGES = [(0x1, 0x20), (0x20, 0x7F), (0x7F, 0xA1), (0x300, 0x370), (0x590, 0x600), (0x2000, 0x2070), (0xD800, 0xE000),

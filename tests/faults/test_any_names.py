@@ -16,7 +16,7 @@ import gndet.train
 from faults.tiny import CONFIG
 from gndet.checkpoint import load_checkpoint
 from gndet.cli.main import main
-from gndet.files import valid_text
+from gndet.text import valid_text
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("thin")]
 

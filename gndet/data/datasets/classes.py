@@ -8,8 +8,8 @@ import numpy as np
 
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.packed import PackedRecords, relabel
-from gndet.data.datasets.segmentation import brief, named_briefly
 from gndet.data.records import Dataset
+from gndet.text import brief, named_briefly
 
 LISTED = 5  # how many names to show
 

@@ -24,8 +24,8 @@ from gndet.data.datasets.images import Reading
 from gndet.data.datasets.json_parts import Cut, NotInParts, read_around, read_parts, take_apart
 from gndet.data.datasets.packed import Image, PackedRecords, pack
 from gndet.data.datasets.plausible import judge_boxes
-from gndet.data.datasets.segmentation import brief, printable
 from gndet.data.records import Dataset, Tell
+from gndet.text import brief, printable
 
 LISTS = ("images", "annotations", "categories")
 KEYS_SHOWN = 8  # of a file that lacks one of them

@@ -16,7 +16,7 @@ from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings
 from gndet.data.datasets.ids import NO_ID, Numbers, to_integer, to_integers, without_text
 from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
-from gndet.data.datasets.segmentation import brief
+from gndet.text import brief
 
 MAX_SIDE = 65_535  # pixels, JPEG's limit
 

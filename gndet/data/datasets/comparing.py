@@ -8,8 +8,8 @@ from pathlib import Path
 from gndet.data.datasets.classes import with_nearest
 from gndet.data.datasets.faults import Findings
 from gndet.data.datasets.packed import PackedRecords
-from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Finding
+from gndet.text import brief
 
 _File = tuple[int, str, str]  # image id, file_name, path
 

@@ -11,8 +11,7 @@ from gndet.data.datasets.ids import NO_NAMES, Numbers, number_names, number_of, 
 from gndet.data.datasets.image_folder import Found, ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.packed import Image
-from gndet.data.datasets.segmentation import brief, printable
-from gndet.files import valid_text
+from gndet.text import brief, printable, valid_text
 
 UNKNOWN = (None, "", 0)  # what exporters write for a side that they do not know
 KEYS_SHOWN = 8  # of an image that lacks one of them

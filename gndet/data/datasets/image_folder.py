@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.file_names import is_foreign, readings, split_name
-from gndet.data.datasets.segmentation import brief
+from gndet.text import brief
 
 HEAD = 512  # first bytes of a file, enough to tell its kind
 ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")  # zip .. rar

@@ -15,7 +15,8 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
 from gndet.data.datasets.outlines import in_coco_form
-from gndet.data.datasets.segmentation import MAX_OUTLINE, brief, has_pixels, outline_lengths, run_lengths
+from gndet.data.datasets.segmentation import MAX_OUTLINE, has_pixels, outline_lengths, run_lengths
+from gndet.text import brief
 
 NUMBERS = {int, float}
 

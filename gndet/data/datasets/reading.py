@@ -27,10 +27,10 @@ from gndet.data.datasets.first_pictures import look_at_first
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.layout import Source, choose_set, find_sets, sets_at, source_of
 from gndet.data.datasets.packed import PackedRecords, count_objects
-from gndet.data.datasets.segmentation import printable
 from gndet.data.datasets.shapes import read_shapes
 from gndet.data.datasets.splitting import choose_share
 from gndet.data.records import Dataset, Record, Tell
+from gndet.text import printable
 
 OPENERS: dict[str, Opener] = {
     "cvat": open_cvat, "labelme": open_labelme, "via": open_via, "voc": open_voc, "yolo": open_yolo,

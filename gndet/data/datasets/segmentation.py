@@ -3,7 +3,6 @@
 Letters: n objects, S mask side. Boxes are xyxy float64 pixels of the original; pixel i covers [i, i + 1).
 """
 
-from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,7 +12,7 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import Fault
 from gndet.data.records import MASK_SIDE
-from gndet.files import shown
+from gndet.text import brief
 
 MAX_FRAME_REACH = 16  # how many box sides a polygon may leave its box by; beyond, its outline is too long to trace
 MAX_OUTLINE = 4_000_000  # pixels of an object's outline, or runs of its RLE: tracing it takes a second and 200 MB
@@ -127,29 +126,6 @@ def _interpolate(values: np.ndarray, first: int, size: int, start: float, end: f
     share = (place - low)[:, None]
     low, high = ((row - first).clip(0, len(values) - 1) for row in (low, high))
     return values[low] * (1 - share) + values[high] * share
-
-
-def printable(text: str) -> str:
-    """Return text from a file in a form fit for a terminal, at most 60 characters of it."""
-    plain = shown(text[:61])
-    return plain if len(plain) <= 60 else plain[:57] + "..."
-
-
-def named_briefly(names: Sequence[str]) -> str:
-    """Return the first 10 of many names from a file, and the number of the others."""
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(map(printable, names[:10])) + more
-
-
-def brief(value: Any) -> str:
-    """Return a value from a file as text of at most 60 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of more than 4,300 digits, Python's limit
-        text = "a huge integer"
-    except RecursionError:
-        text = "a deeply nested value"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def mask_window(code: dict[str, Any]) -> tuple[int, int, np.ndarray]:

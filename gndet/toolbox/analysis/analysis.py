@@ -15,11 +15,12 @@ from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.masks import check_segmentation
-from gndet.data.datasets.segmentation import brief, to_rle
+from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths, evaluated
 from gndet.evaluation.results import Results, from_coco
+from gndet.text import brief
 from gndet.toolbox.analysis.bootstrap import Intervals, ap_intervals
 from gndet.toolbox.analysis.errors import Errors, sort_errors
 from gndet.toolbox.analysis.matches import Curves, Matches, best_thresholds, read_matches, score_curves, true_positives

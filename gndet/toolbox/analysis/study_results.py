@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gndet.errors import DataError
-from gndet.files import csv_table, text_table, write_whole
+from gndet.files import write_whole
+from gndet.text import csv_table, text_table
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # prefix of the variants of a group ablation: groups-1, groups-8, groups-channels

@@ -28,7 +28,8 @@ from gndet.data.datasets.reading import as_configured, inspect_both, inspect_sou
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError, OutputError, in_one_line
 from gndet.evaluation.drawing import refuse_drawing, save_marked
-from gndet.files import is_same, refuse_output, report_kind, text_table, write_whole
+from gndet.files import is_same, refuse_output, report_kind, write_whole
+from gndet.text import text_table
 from gndet.toolbox.check.pictures import contact_sheet, decode_pictures
 from gndet.toolbox.check.report import Checked, finding_lines, json_report, report_lines
 

@@ -21,11 +21,11 @@ from gndet.data.datasets.cache import keep_pictures
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, several, skipping_unreadable
 from gndet.data.datasets.first_pictures import RANGED, with_range
 from gndet.data.datasets.images import Reading, Unusual, read_image
-from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
 from gndet.data.workers import Death, Failure, map_ahead, usable_cores
 from gndet.errors import DataError, in_one_line
 from gndet.evaluation.drawing import captioned, draw_ground_truth, draw_objects, grid, placard, shrunk
+from gndet.text import printable
 from gndet.toolbox.check.report import Checked
 
 TIME_LIMIT = 120.0  # seconds per picture; 100 million pixels take a while

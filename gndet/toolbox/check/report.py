@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gndet.data.datasets.faults import SEVERITIES, describe_finding, several
-from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Finding
-from gndet.files import text_table
+from gndet.text import printable, text_table
 
 SIDES = ("widths", "heights")
 LISTED_CLASSES = 100  # others are only counted

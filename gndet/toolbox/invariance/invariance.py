@@ -25,9 +25,10 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.collectives import all_reduce_sum
 from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, out_of_memory
-from gndet.files import text_table, write_whole
+from gndet.files import write_whole
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import DetectionModel
+from gndet.text import text_table
 from gndet.toolbox.invariance.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
 from gndet.toolbox.invariance.measure import (
     COSINE,

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import torch
 
+from gndet.checkpoint import sweep_run
 from gndet.config.loading import load_config
 from gndet.config.schema import NOT_UNICODE, Config
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, OutputError, Preempted, TrainingError, in_one_line
-from gndet.files import make_folder, valid_text
+from gndet.files import make_folder
+from gndet.text import valid_text
 from gndet.toolbox.analysis.study_results import (
     CURVE,
     METRICS,

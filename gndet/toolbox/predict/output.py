@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
 from gndet.data.workers import usable_cores
 from gndet.evaluation.behind import to_host
@@ -25,8 +24,9 @@ from gndet.evaluation.drawing import PICTURE, captioned, draw_detections, grid, 
 from gndet.evaluation.evaluate import to_results
 from gndet.evaluation.results import RESULTS, Results, join, save_results
 from gndet.evaluation.video import VIDEO, Frame
-from gndet.files import Kind, cut_name, make_folder, text_table, write_whole
+from gndet.files import Kind, cut_name, make_folder, write_whole
 from gndet.structures import Detections
+from gndet.text import printable, text_table
 
 TILES, COLUMNS, TILE_SIDE = 24, 6, 480  # of the contact sheet: pictures, pictures per row, longer side in pixels
 COMPRESSION = 1  # of PNG files: a fifth of the time of Pillow's default 6, for a fifth more bytes

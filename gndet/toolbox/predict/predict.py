@@ -15,7 +15,6 @@ import torch
 
 from gndet.data.datasets.faults import Findings, describe_finding, several
 from gndet.data.datasets.images import Reading, Unusual, picture_size
-from gndet.data.datasets.segmentation import printable
 from gndet.errors import DataError, OutputError
 from gndet.evaluation.detector import Detector
 from gndet.evaluation.drawing import PICTURE
@@ -25,6 +24,7 @@ from gndet.evaluation.prediction import class_label
 from gndet.evaluation.sources import Pictures, Sources, find_sources, read_headers
 from gndet.evaluation.video import video_writer
 from gndet.files import Kind, is_own, refuse_file, sweep
+from gndet.text import printable
 from gndet.toolbox.predict.output import (
     PREDICTIONS,
     SHEET,

@@ -5,12 +5,12 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gndet.data.datasets.segmentation import printable
 from gndet.data.records import Dataset, Record
 from gndet.errors import in_one_line
 from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
 from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import Results
+from gndet.text import printable
 from gndet.toolbox.analysis.analysis import Analysis
 from gndet.toolbox.analysis.errors import KINDS, TITLES
 from gndet.toolbox.analysis.tables import error_table, image_table, suspect_table

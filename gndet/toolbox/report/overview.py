@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from gndet.data.datasets.segmentation import named_briefly
+from gndet.text import named_briefly
 from gndet.toolbox.analysis.bootstrap import Interval
 from gndet.toolbox.analysis.errors import TITLES
 from gndet.toolbox.report import blocks

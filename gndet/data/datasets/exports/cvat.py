@@ -22,7 +22,7 @@ from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import read_head
 from gndet.data.datasets.images import PICTURES
-from gndet.data.datasets.segmentation import brief, printable
+from gndet.text import brief, printable
 
 FOLDERS = ("images", "images/default", "", "data", "../images")  # where the pictures may lie, from the XML file
 OUTLINED = (None, "any", "rectangle", "polygon", "mask", "ellipse")  # types of labels whose shapes are objects

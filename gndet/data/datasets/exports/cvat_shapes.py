@@ -10,7 +10,7 @@ from gndet.data.datasets.columns import Item, Size
 from gndet.data.datasets.exports.geometry import check_window, ellipse, window_rle
 from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.segmentation import brief, printable
+from gndet.text import brief, printable
 
 OTHERS = ("polyline", "points", "cuboid", "skeleton", "tag")  # what is no object
 

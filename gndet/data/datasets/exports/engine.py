@@ -21,9 +21,9 @@ from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.packed import Image
-from gndet.data.datasets.segmentation import brief
 from gndet.data.records import Dataset, Finding, Tell
 from gndet.data.workers import read_in_processes
+from gndet.text import brief
 
 Opener = Callable[[Path, Path | None, str], Export]  # (annotations, image folder or None, set)
 PART = 1000  # units parsed at once

@@ -16,7 +16,8 @@ from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import MAX_PIXELS
 from gndet.data.datasets.masks import check_segmentation
-from gndet.data.datasets.segmentation import printable, to_rle
+from gndet.data.datasets.segmentation import to_rle
+from gndet.text import printable
 
 FLATNESS = 0.05  # pixels: how far the outline of an ellipse may lie inside it
 MAX_CORNERS = 720  # of the outline of an ellipse

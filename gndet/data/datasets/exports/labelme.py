@@ -20,8 +20,7 @@ from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import HEAD
 from gndet.data.datasets.images import DECODER_ERRORS, PICTURES
-from gndet.data.datasets.segmentation import brief, printable
-from gndet.files import shown
+from gndet.text import brief, printable, shown
 
 FOLDERS = ("", "images", "../images", "../JPEGImages", "..", "../img")  # where the pictures may lie, from the files
 OUTLINES = ("polygon", "rotation", "oriented_rectangle", "quadrilateral")

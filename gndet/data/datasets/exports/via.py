@@ -18,7 +18,7 @@ from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import read_head
-from gndet.data.datasets.segmentation import brief, printable
+from gndet.text import brief, printable
 
 FOLDERS = ("", "images", "../images", "..")  # where the pictures may lie, from the file
 CLASS_NAMES = ("class", "label", "category", "name", "type", "object")  # of the attribute that is the class

@@ -24,7 +24,7 @@ from gndet.data.datasets.exports.pictures import Export, Found
 from gndet.data.datasets.exports.voc_xml import Unit, counted_from_0, parse_voc, read_xml
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
-from gndet.files import shown
+from gndet.text import shown
 
 ANNOTATIONS = ("annotations", "annotation", "xmls", "xml")  # folders of XML files
 IMAGES = ("JPEGImages", "images", "Images", "imgs", "img")  # folders of pictures beside them

@@ -14,8 +14,7 @@ from xml.etree import ElementTree
 from gndet.data.datasets.exports.folders import read_text, stem_of
 from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
-from gndet.data.datasets.segmentation import brief
-from gndet.files import shown
+from gndet.text import brief, shown
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 SAMPLE = 500  # XML files that are looked at to find out how corners are counted

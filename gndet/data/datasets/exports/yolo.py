@@ -29,8 +29,7 @@ from gndet.data.datasets.exports.pictures import Export
 from gndet.data.datasets.exports.yolo_files import Group, Labels, Opened, in_folder, in_list, in_tree, sets_in_folder
 from gndet.data.datasets.exports.yolo_rows import Unit, parse_labels, refuse_other_rows
 from gndet.data.datasets.faults import Fault, several
-from gndet.data.datasets.segmentation import brief
-from gndet.files import shown
+from gndet.text import brief, shown
 
 YAML, DARKNET = (".yaml", ".yml"), ".data"
 NAMES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")  # a class name per line

@@ -23,8 +23,7 @@ from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.exports.yolo_rows import Unit
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
-from gndet.data.datasets.segmentation import brief
-from gndet.files import shown
+from gndet.text import brief, shown
 
 NOT_LABELS = ("classes", "predefined_classes", "trainval", "notes", *ALIASES)  # names of other .txt files
 IMAGES = ("images", "jpegimages", "image", "imgs", "img")  # folders whose labels lie in a folder beside them

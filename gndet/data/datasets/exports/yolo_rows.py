@@ -13,8 +13,7 @@ import numpy as np
 from gndet.data.datasets.exports.folders import read_text
 from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault, several
-from gndet.data.datasets.segmentation import brief
-from gndet.files import shown
+from gndet.text import brief, shown
 
 BOX, SCORED, CORNERS, OUTLINE = 5, 6, 9, 7  # numbers of a row: a box, with its score, 4 corners, the least outline
 POSE = 11  # the least numbers of a row that may be a box with keypoints of two numbers each: three of them

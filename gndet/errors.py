@@ -8,12 +8,6 @@ class GndetError(Exception):
     """Base class of all errors that a user can cause."""
 
 
-def in_one_line(error: Exception) -> str:
-    """Say in one line what went wrong, for the few places that go on whatever happens."""
-    text = " ".join(str(error).split())
-    return text if isinstance(error, GndetError) else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
 class ConfigError(GndetError):
     """A config file or an override is wrong."""
 
@@ -70,12 +64,13 @@ _OUT_OF_MEMORY = (
 
 def out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory ran out; libraries below torch have their own words for it."""
-    named = any(
-        kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__
-    )  # torch's; nothing is imported here
+    # by name: torch, whose error it is, takes seconds to import
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
     return named or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def in_one_line(error: BaseException) -> str:
+    """Say in one line what went wrong.  Of a library's error, the type and the first line: a stack may follow."""
+    if isinstance(error, GndetError):
+        return " ".join(str(error).split())
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from gndet.data.datasets.coco import gc_paused, to_coco
 from gndet.data.datasets.segmentation import MERGED_AT_ONCE, to_rle
 from gndet.data.records import Dataset
-from gndet.errors import MachineError, first_line
+from gndet.errors import MachineError, in_one_line
 from gndet.evaluation.results import Results
 
 Kind = Literal["bbox", "segm"]
@@ -92,7 +92,7 @@ def _accumulate(scorer: hotcoco.COCOeval | COCOeval, max_detections: int) -> Non
         if type(error).__name__ != "PanicException":
             raise
         ways = "raise the limit of processes (ulimit -u), or set evaluation.engine=pycocotools or RAYON_NUM_THREADS=1"
-        raise MachineError(f"hotcoco cannot score: {first_line(error)}: {ways}") from None
+        raise MachineError(f"hotcoco cannot score: {in_one_line(error)}: {ways}") from None
 
 
 def coco_metrics(

@@ -25,7 +25,7 @@ from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.reading import read_dataset, user_paths
 from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
-from gndet.errors import CheckpointError, DataError, GndetError, OutputError, first_line, out_of_memory
+from gndet.errors import CheckpointError, DataError, GndetError, OutputError, in_one_line, out_of_memory
 from gndet.evaluation.detector import Detector, load_detector
 from gndet.files import Kind, refuse_output, write_whole
 from gndet.modeling.detection_model import DetectionModel
@@ -115,7 +115,7 @@ def _convert(detector: Detector, picture: torch.Tensor, size: tuple[int, int] | 
     except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter raises RuntimeErrors
         if out_of_memory(error):
             raise
-        reason = first_line(error)
+        reason = in_one_line(error)
         raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
     return bytes(model.SerializeToString())
 
@@ -219,7 +219,7 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     except KeyError as error:
         raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
     except Exception as error:  # the common base of onnxruntime's errors
-        raise CheckpointError(f"{file}: onnxruntime cannot load it: {first_line(error)}") from None
+        raise CheckpointError(f"{file}: onnxruntime cannot load it: {in_one_line(error)}") from None
     size = facts["size"] or resized(picture.shape[:2], facts["shortest_edge"], facts["max_edge"])
     found = by_onnxruntime(running, _resize(picture, size, facts["antialias"]).numpy())
     scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
@@ -239,7 +239,7 @@ def compare_with_torch(
         except Exception as error:  # the common base of onnxruntime's errors
             if out_of_memory(error):
                 raise
-            show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {first_line(error)}")
+            show(f"mismatch on {where}: onnxruntime {onnxruntime.__version__} cannot run it: {in_one_line(error)}")
             return False
         full = len(expected.scores) == most  # then detections beyond the limit may score as high as the worst kept one
         difference = detection_difference(expected, found, float(expected.scores.min()) if full else least)

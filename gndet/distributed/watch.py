@@ -93,7 +93,7 @@ class Watch:
         if self.report is None:
             return
         path = self.report.with_name(f"{self.report.name}-process{self.rank}.txt")
-        with suppress(OutputError), written_whole(path) as file:  # the disk may be full, or be what hangs
+        with suppress(OutputError), written_whole(path) as file:  # the disk may be full
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n\n".encode())
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
@@ -140,12 +140,12 @@ class Watch:
                 self._report(f"rank {self.rank} {self.where()}: no progress for {quiet:.0f} s; the run is not stopped")
 
     def _report(self, text: str) -> None:
-        self.dump(text)
         with suppress(OSError):
             print(f"gndet: {text}", file=sys.stderr, flush=True)
+        self._ask(lambda: self.dump(text))  # a disk that hangs must not keep this process from ending
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Ask the store in a separate thread.  Returns None if it does not answer within GRACE seconds."""
+        """Ask the store or a disk in a separate thread.  Returns None if it does not answer within GRACE seconds."""
         answers: list[Any] = []
 
         def ask() -> None:

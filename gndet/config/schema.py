@@ -19,8 +19,8 @@ def _a_file_can_have(path: str) -> str:
     return path
 
 
+NOT_UNICODE = "which is not valid Unicode (UTF-8); rename it, or start gndet in this folder"
 FileName = Annotated[str, AfterValidator(_a_file_can_have)]
-
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # upper limits keep a stranger's checkpoint from asking for absurd memory; anchors have ids up to this side
@@ -31,9 +31,6 @@ Five = tuple[Side, Side, Side, Side, Side]
 Clip = Literal["edges", "pixels"]  # boxes end at the picture's edges, or inside its last pixel (Detectron)
 # to half pixels (detectron2, mmdetection) or not (torchvision; detectron: last pixel left out)
 RoIAlign = Literal["aligned", "unaligned", "detectron"]
-
-
-NOT_UNICODE = "which is not valid Unicode (UTF-8); rename it, or start gndet in this folder"
 
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -134,9 +131,8 @@ class BackboneConfig(Section):
 class FPNConfig(Section):
     """Feature pyramid P2 to P6 (Lin et al. 2017)."""
 
-    channels: int = Field(
-        256, ge=1, le=8192
-    )  # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
+    # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
+    channels: int = Field(256, ge=1, le=8192)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
 
 
@@ -160,22 +156,19 @@ class RPNConfig(Section):
     # an anchor is positive from this IoU on. Source: Ren et al. 2015, 3.1.2
     positive_iou: float = Field(0.7, ge=0, le=1)
     negative_iou: float = Field(0.3, ge=0, le=1)  # an anchor is negative below this IoU. Source: Ren et al. 2015, 3.1.2
-    anchors_per_image: int = Field(
-        256, ge=2, le=1_000_000
-    )  # anchors sampled for the loss. Source: Ren et al. 2015, 3.1.3
+    # anchors sampled for the loss. Source: Ren et al. 2015, 3.1.3
+    anchors_per_image: int = Field(256, ge=2, le=1_000_000)
     # largest share of positives among the sampled anchors. Source: Ren et al. 2015, 3.1.3
     positive_fraction: float = Field(0.5, gt=0, le=1)
     nms_threshold: float = Field(0.7, gt=0, le=1)  # IoU above which NMS drops a proposal. Source: Ren et al. 2015, 3.3
-    pre_nms_train: int = Field(
-        2000, ge=1, le=100_000
-    )  # candidates per level and image before NMS, in training. Source: detectron2
+    # candidates per level and image before NMS, in training. Source: detectron2
+    pre_nms_train: int = Field(2000, ge=1, le=100_000)
     # candidates per level and image before NMS, in evaluation. Source: detectron2
     pre_nms_test: int = Field(1000, ge=1, le=100_000)
     # proposals per image after NMS, in training; never per batch. Source: detectron2
     post_nms_train: int = Field(1000, ge=1, le=100_000)
-    post_nms_test: int = Field(
-        1000, ge=1, le=100_000
-    )  # proposals per image after NMS, in evaluation. Source: detectron2
+    # proposals per image after NMS, in evaluation. Source: detectron2
+    post_nms_test: int = Field(1000, ge=1, le=100_000)
     min_size: float = Field(0.0, ge=0)  # drop proposals with a side of at most this [pixels] (torchvision: 0.001)
     clip: Clip = "edges"  # clip boxes to the picture's edges, or to its last pixel (Detectron: pixels)
     # transition of the smooth L1 loss; 0 is plain L1 (Detectron: 1/9). Source: detectron2
@@ -187,13 +180,11 @@ class BoxHeadConfig(Section):
 
     # two fully connected layers (Lin et al. 2017), or four convolutions and one. Source: Wu & He 2018, 4.2
     kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
-    conv_channels: int = Field(
-        256, ge=1, le=8192
-    )  # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
+    # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
+    conv_channels: int = Field(256, ge=1, le=8192)
     num_convs: int = Field(4, ge=1, le=32)  # number of convolutions of 4conv1fc. Source: Wu & He 2018, 4.2
-    fc_channels: int = Field(
-        1024, ge=1, le=65_536
-    )  # width of the fully connected layers [channels]. Source: Lin et al. 2017
+    # width of the fully connected layers [channels]. Source: Lin et al. 2017
+    fc_channels: int = Field(1024, ge=1, le=65_536)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part; the 2fc head has no norm
     pool_size: int = Field(7, ge=1, le=64)  # side of the RoIAlign output [cells]. Source: He et al. 2017, figure 4
     # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
@@ -211,9 +202,8 @@ class BoxHeadConfig(Section):
     clip: Clip = "edges"  # clip boxes to the picture's edges, or to its last pixel (Detectron: pixels)
     # IoU above which NMS drops a detection of the same class. Source: Detectron
     nms_threshold: float = Field(0.5, gt=0, le=1)
-    detections_per_image: int = Field(
-        100, ge=1, le=100_000
-    )  # largest number of detections. Source: He et al. 2017, 3.1
+    # largest number of detections. Source: He et al. 2017, 3.1
+    detections_per_image: int = Field(100, ge=1, le=100_000)
 
 
 class MaskHeadConfig(Section):
@@ -499,9 +489,8 @@ class EvaluationConfig(Section):
 
     # hotcoco is fast; pycocotools is the reference and gives the same numbers
     engine: Literal["hotcoco", "pycocotools"] = "hotcoco"
-    max_detections: int = Field(
-        100, ge=1, le=100_000
-    )  # scored per image and class; raise it for crowded images. Source: COCO
+    # scored per image and class; raise it for crowded images. Source: COCO
+    max_detections: int = Field(100, ge=1, le=100_000)
     images_per_gpu: int = Field(1, ge=1, le=4096)  # images that a rank detects at once [images]
 
 

@@ -8,14 +8,12 @@ their batch.  What may affect rounding, such as new versions or a GPU's own algo
 changed picture files are reported in a line each: a picture that was unreadable may have been mended.
 """
 
-import hashlib
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor
@@ -32,8 +30,6 @@ from gndet.checkpoint import (
     prune,
     save_checkpoint,
 )
-from gndet.data.datasets.packed import file_hashes
-from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, TrainingError
 from gndet.modeling.trained import nonfinite
 from gndet.text import named_briefly
@@ -166,38 +162,6 @@ def room_for_checkpoints(run: Run, free_bytes: float) -> str:
         f"{run.out}: {free_bytes / 1e6:.0f} MB are free on the disk; the run may need {count} checkpoints of "
         f"{each:.0f} MB at once"
     )
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Return a hash of a data set: ids and sizes of images, boxes and classes of objects."""
-    digest = hashlib.sha256()
-    for record in dataset.records:
-        digest.update(np.array([record.image_id, *record.size, len(record.labels)]).tobytes())
-        digest.update(record.boxes.tobytes() + record.labels.tobytes() + record.crowd.tobytes())
-    return digest.hexdigest()
-
-
-def mask_fingerprint(dataset: Dataset) -> str:
-    """Return a hash of the objects' polygons and run lengths as written in the annotation file."""
-    digest = hashlib.sha256()
-    for record in dataset.records:
-        for segmentation in record.segmentations:
-            if isinstance(segmentation, list):
-                for polygon in segmentation:
-                    digest.update(np.array([len(polygon), *polygon], dtype=np.float64).tobytes())
-            else:
-                digest.update(repr(segmentation).encode())
-            digest.update(b"|")
-    return digest.hexdigest()
-
-
-def evaluation_fingerprint(dataset: Dataset, masks: bool) -> str:
-    """Return a hash of what else an evaluation depends on: picture files, category ids, areas and, if masks, masks."""
-    digest = hashlib.sha256(repr((dataset.category_ids, file_hashes(dataset.records))).encode())
-    for record in dataset.records:
-        digest.update(record.area.tobytes() + b"|")
-    digest.update(mask_fingerprint(dataset).encode() if masks else b"")
-    return digest.hexdigest()
 
 
 ROUNDING = ("images_per_gpu", "memory", "compile")  # options of `train` that affect rounding only

@@ -19,20 +19,14 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config, TrainConfig
 from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import micro_batches
-from gndet.data.datasets.packed import file_hashes
+from gndet.data.datasets.fingerprints import fingerprints
 from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError, out_of_memory
 from gndet.modeling.recompute import set_memory
 from gndet.training.averaging import WeightAverage
 from gndet.training.batch_size import enough_memory, images_at_once
-from gndet.training.checkpointing import (
-    evaluation_fingerprint,
-    fingerprint,
-    mask_fingerprint,
-    restore,
-    room_for_checkpoints,
-)
+from gndet.training.checkpointing import restore, room_for_checkpoints
 from gndet.training.gpu_notes import slower_operators, tf32
 from gndet.training.memory import release
 from gndet.training.norms import audit, summary
@@ -126,10 +120,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     report = audit(model, cfg, norms, proc.world)
     if report.errors:
         raise ConfigError("\n".join(report.errors))
-    data = {"data": fingerprint(train_set), "val_data": fingerprint(val_set)}
-    data["masks"] = mask_fingerprint(train_set) if cfg.model.masks else ""
-    data["names"], data["pictures"] = file_hashes(train_set.records)
-    data["val_rest"] = evaluation_fingerprint(val_set, cfg.model.masks)
+    data = fingerprints(train_set, val_set, cfg.model.masks)
     run = Run(
         cfg, asked, WorkFolder(out), proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
         compiled(model, cfg.train, proc.device), buckets,

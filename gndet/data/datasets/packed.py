@@ -6,10 +6,8 @@ values[first[i]:first[i + 1]].  Letters: N images, n objects, P polygons.
 """
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +18,6 @@ from gndet.data.datasets.columns import Columns
 from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.masks import offsets
 from gndet.data.records import Record
-
-SAMPLED = 16  # picture files whose content is hashed; all would take minutes
 
 
 class Image(NamedTuple):
@@ -153,23 +149,6 @@ class PackedRecords(Sequence[Record]):
             name = _text(self.packed.names, self.packed.names_first, place)
             path = _text(self.packed.paths, self.packed.paths_first, place)
             yield int(self.packed.image_ids[place]), name, path, 0 if self.digests is None else int(self.digests[place])
-
-
-def file_hashes(records: Sequence[Record]) -> tuple[str, str]:
-    """Return a hash of the names of the picture files, and one of their lengths and of the content of SAMPLED files.
-
-    No records are made.  Drawn pictures have no files: both are "".
-    """
-    if not isinstance(records, PackedRecords):
-        return "", ""
-    packed, names = records.packed, hashlib.sha256()
-    for place in records.places:
-        names.update(packed.names[packed.names_first[place] : packed.names_first[place + 1]].tobytes() + b"\0")
-    content = hashlib.sha256(packed.lengths[np.array(records.places, dtype=np.int64)].astype("<i8").tobytes())
-    for index in np.linspace(0, len(records) - 1, min(SAMPLED, len(records)), dtype=int).tolist():
-        with suppress(OSError), records.path(index).open("rb") as file:  # training says what cannot be read
-            content.update(file.read(1 << 20))
-    return names.hexdigest(), content.hexdigest()
 
 
 def relabeled(record: Record, labels: np.ndarray) -> Record:

@@ -28,7 +28,7 @@ from gndet import checkpoint, train
 from gndet.data.datasets import shapes
 from gndet.modeling import resnet
 from gndet.toolbox.report import report
-from gndet.training import checkpointing, folder
+from gndet.training import checkpointing, work_folder
 from gndet.training import update as micro_batch
 from gndet.training import validation as run_evaluation
 
@@ -92,7 +92,7 @@ def signal_within(number: int, update: int, part: int) -> None:
 
 def lock_wait(seconds: float) -> None:
     """Let a run wait so many seconds for the lock of its folder."""
-    folder.LOCK_WAIT = seconds
+    work_folder.LOCK_WAIT = seconds
 
 
 def fresh_for(rank: int) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from PIL import ImageFont, features
 
+from gndet.text import LONGEST
+
 NO_LETTER = "\U0010ffff"  # no font has it
 RIGHT_TO_LEFT = ("R", "AL", "AN")  # classes of unicodedata.bidirectional
 PROBE = 16  # pixels
-LONGEST = 60  # letters of a name, as `printable` shows on the terminal
 
 
 @cache

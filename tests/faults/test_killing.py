@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from faults.killing import COMMANDS, FAIL, FULL, KILL, Command, Walk
+from faults.killing import COMMANDS, Command, Walk
 from faults.launch import cleared
+from faults.operations import FAIL, FULL, KILL
 
 pytestmark = pytest.mark.faults
 SAMPLES = {KILL: 5, FAIL: 2, FULL: 2}  # operations per command

@@ -80,7 +80,7 @@ def folder_written_whole(folder: Path) -> Iterator[Path]:
         _try_lock(descriptor)
         yield temporary
         os.fsync(descriptor)
-        if folder.exists():
+        if os.path.lexists(folder):
             remove(aside)
             os.rename(folder, aside)
         os.rename(temporary, folder)
@@ -109,8 +109,8 @@ def lock_file(path: Path, wait: float) -> BinaryIO:
     """
     deadline = time.monotonic() + wait
     while True:
-        if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
-            path.unlink()  # another folder may share the file: a copy that consists of links
+        if is_shared(path):
+            path.unlink()
         file = os.fdopen(_regular(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK), "r+b")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,6 +129,11 @@ def lock_file(path: Path, wait: float) -> BinaryIO:
             file.close()
             raise
         file.close()
+
+
+def is_shared(path: Path) -> bool:
+    """Return whether a path is a link, or a file with another name, which may lie in a copy that consists of links."""
+    return path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)
 
 
 def is_same_as_open(path: Path, file: BinaryIO | int) -> bool:

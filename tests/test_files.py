@@ -1,6 +1,7 @@
 """The one way to write a file: whole or not at all, through no link, with nothing left after a kill."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,19 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), folder_written_whole(tmp_path / "entry"):
         raise ZeroDivisionError
     assert names(tmp_path) == ["entry"] and names(tmp_path / "entry") == ["new.txt"]
+
+
+def test_a_folder_replaces_whatever_has_its_name(tmp_path: Path) -> None:
+    entry, mine = tmp_path / "run" / "entry", tmp_path / "mine"
+    entry.parent.mkdir()
+    mine.mkdir()
+    for make in (entry.touch, lambda: os.mkfifo(entry), lambda: entry.symlink_to("nowhere"),
+                 lambda: entry.symlink_to(entry), lambda: entry.symlink_to(mine)):  # fmt: skip
+        make()
+        with folder_written_whole(entry) as folder:
+            create(folder / "new.txt").close()
+        assert names(entry.parent) == ["entry"] and names(entry) == ["new.txt"] and not names(mine)
+        shutil.rmtree(entry)
 
 
 WRITER = """

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gndet.errors import DataError
-from gndet.files import write_whole
+from gndet.files import is_shared, write_whole
 
 LONGEST = 1 << 24  # bytes of a line; 300 norm layers take 200 kB
 LARGEST = 1e300  # of a number; beyond, drawing it overflows
@@ -118,7 +118,7 @@ def truncate(
         return entry["update"] <= last_update
 
     lines = list(_lines(path, is_ours))
-    if lines or path.is_symlink():  # nothing is written through a link
+    if lines or is_shared(path):  # nothing is written through a link
         write_whole(path, b"".join(line for line, entry in lines if entry is None or is_kept(entry)))
         _tell(path, [number for number, (_, entry) in enumerate(lines, start=1) if entry is None], tell)
 

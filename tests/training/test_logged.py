@@ -136,6 +136,16 @@ def test_what_is_not_a_file_is_said_and_a_link_is_not_written_through(tmp_path: 
     assert not (tmp_path / "nowhere").exists() and len(read_metrics(path)) == 1
 
 
+def test_a_file_with_another_name_is_not_written_to(tmp_path: Path) -> None:
+    mine, path = tmp_path / "mine", tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    mine.touch()
+    os.link(mine, path)
+    with Log(path.parent, total_updates=50) as log:
+        log.train(1, {"loss": 1.0})
+    assert not mine.read_bytes() and len(read_metrics(path)) == 1
+
+
 def test_a_log_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path / "metrics.jsonl", [*good()[:5], b"\0", *good()[5:]])
     with Log(tmp_path, total_updates=50, first_update=40, console=Console(width=1000)):

@@ -49,6 +49,8 @@ def read_trained(path: Path) -> Trained:
     classes, ids = meta["classes"], meta.get("category_ids", [])
     if not (_are_all(classes, str) and _are_all(ids, int)):
         raise CheckpointError(f"{source}: classes or category_ids are not lists of names and whole numbers")
+    if wrong := [number for number in ids if not 0 <= number < 2**63]:
+        raise CheckpointError(f"{source}: category_ids: got {wrong[0]}, expected numbers from 0 to 2**63 - 1")
     group = "ema" if "ema" in saved.groups else "model"
     if group not in saved.groups:
         raise CheckpointError(f"{saved.path}: no group ema or model; it has {', '.join(saved.groups)}")

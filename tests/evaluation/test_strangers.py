@@ -165,6 +165,15 @@ def test_absurd_options_of_a_checkpoint_are_named(run: Path, section: str, value
     assert any(f"{section}.{name}" in refusal(run) for name in values)
 
 
+@pytest.mark.parametrize("number", [2**63, 2**70, -1])
+def test_category_ids_that_no_data_set_has_are_refused(run: Path, number: int) -> None:
+    def edit(saved: Checkpoint) -> None:
+        saved.meta["category_ids"][-1] = number
+
+    change(run, edit)
+    assert f"meta.json: category_ids: got {number}, expected" in refusal(run)
+
+
 def refusal(run: Path) -> str:
     with pytest.raises(gndet.errors.GndetError) as refused:
         gndet.load(run)

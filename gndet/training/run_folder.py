@@ -155,7 +155,8 @@ def make_run(cfg: Config, folder: WorkFolder, proc: Process) -> None:
             for marker in (PREEMPTED, FAILED):
                 (out / marker).unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"out: {out}: cannot write the run folder: {error.strerror}") from None
+            where = error.filename or out
+            raise OutputError(f"out: {where}: cannot write the run folder: {error.strerror}") from None
     all_gather([], proc)  # other ranks wait for the folder
 
 
@@ -199,11 +200,14 @@ def refuse_other_run(cfg: Config, out: Path, saved: Checkpoint | None, damaged: 
 
 
 def refuse_lost(out: Path) -> None:
-    """Raise TrainingError if a run without checkpoints has had some by its record, which a new start would empty."""
+    """Raise TrainingError if a run without checkpoints has had some by its record, which a new start would empty.
+
+    A run makes the folder for them before anything else.
+    """
     updates, links = logged_updates(out), [name for name in (LAST, BEST) if os.path.lexists(out / name)]
-    if links or updates > updates_without_checkpoint(out):
+    empty = os.path.lexists(out / CHECKPOINTS)
+    if links or not empty or updates > updates_without_checkpoint(out):
         said = f"`{links[0]}` led to a checkpoint" if links else f"{updates} updates are logged"
-        empty = os.path.lexists(out / CHECKPOINTS)
         there = "holds no checkpoint: removed, or not saved on a full disk" if empty else "is not there"
         raise TrainingError(f"{out}: of this run {said}, but {out / CHECKPOINTS} {there}{AGAIN}")
 
@@ -220,10 +224,8 @@ def logged_updates(out: Path) -> int:
 def updates_without_checkpoint(out: Path) -> float:
     """Return how many updates a run may have logged without having saved: until its second checkpoint is due.
 
-    The first is then on the disk.  0 if there is no folder for them, which a run makes before its first update.
+    The first is then on the disk.
     """
-    if not os.path.lexists(out / CHECKPOINTS):
-        return 0
     try:
         cfg = load_config(out / CONFIG, []).train
     except ConfigError:

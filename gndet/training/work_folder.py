@@ -167,9 +167,11 @@ def _remove_empty(folder: WorkFolder, made: list[Path]) -> None:
     out = folder.named
     with suppress(OSError):
         if made and not folder.is_moved and {path.name for path in out.iterdir()} <= {LOCK, CONFIG, CHECKPOINTS}:
+            if any((out / CHECKPOINTS).glob("*")):
+                return
+            (out / CONFIG).unlink(missing_ok=True)  # first: with it alone, the run seems to have lost its checkpoints
             if (out / CHECKPOINTS).exists():
                 (out / CHECKPOINTS).rmdir()
-            (out / CONFIG).unlink(missing_ok=True)
             (out / LOCK).unlink(missing_ok=True)
             for path in made:
                 path.rmdir()

@@ -80,6 +80,13 @@ OUT_OF_REACH: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda c: [shutil.rmtree(c), (c.parent / "metrics.jsonl").unlink(), (c.parent / "norms.jsonl").unlink()],
         "`last` led to a checkpoint",
     ),
+    "removed, the log and links too": (
+        lambda c: (
+            [shutil.rmtree(c)]
+            + [(c.parent / name).unlink() for name in ("metrics.jsonl", "norms.jsonl", "last", "best")]
+        ),
+        "0 updates are logged, but .*checkpoints is not there",
+    ),
     "damaged": (lambda c: [os.truncate(path, 9) for path in c.rglob("meta.json")], "no checkpoint is whole"),
 }
 
@@ -188,6 +195,13 @@ def test_a_start_on_a_full_disk_is_one_line_and_leaves_nothing(
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["FAILED", "PREEMPTED"])
+def test_a_folder_in_the_place_of_a_marker_is_named(run: Path, name: str) -> None:
+    (run / name).mkdir()
+    with pytest.raises(OutputError, match=f"out: {run / name}: cannot write the run folder: Is a directory"):
+        train(config_of(run))
 
 
 def test_links_that_are_missing_or_wrong_are_put_right_also_in_a_finished_run(made: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ COMMON = {"copy", "move", "rename", "replace", "symlink", "link"}  # also method
 MODULES = {"os", "shutil", "onnx"}
 ALLOWED = {
     "checkpoint.py": {"os.symlink", "os.replace", "os.rename"},  # under a temporary name; a folder on its removal
-    "training/run_folder.py": {"out.rename"},  # --fresh moves a run aside
+    "training/run_folder.py": {"real.rename"},  # --fresh moves a run aside
     "toolbox/convert_data.py": {"os.rename"},  # of the parts of a whole copy
 }
 

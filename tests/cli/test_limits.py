@@ -35,7 +35,7 @@ ENGINE = "evaluation.engine=pycocotools"
 LARGE = ["data.shortest_edge_test=1200", "data.max_edge=2000"]
 
 
-@pytest.mark.parametrize("mib", [3, 60])
+@pytest.mark.parametrize("mib", [3, 20])
 def test_memory_that_runs_out_names_the_options_that_lower_it(
     trained: Path, folder: Path, tmp_path: Path, mib: float
 ) -> None:

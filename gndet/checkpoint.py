@@ -148,9 +148,10 @@ def point(run: Path, name: str, folder: Path) -> None:
     try:
         try:
             os.symlink(target, temporary)
-            os.replace(temporary, run / name)
         except OSError:  # exFAT, SMB and some cloud mounts have no links
             write_whole(run / name, f"{target}\n")
+        else:
+            os.replace(temporary, run / name)
         sync_folder(run)
     except (OSError, OutputError) as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error

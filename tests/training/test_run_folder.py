@@ -16,7 +16,7 @@ from gndet.checkpoint import adopt_copies, load_checkpoint, point, prune, resolv
 from gndet.cli.train import train_run
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
-from gndet.errors import GndetError, OutputError, RunFinished, TrainingError
+from gndet.errors import CheckpointError, GndetError, OutputError, RunFinished, TrainingError
 from gndet.train import train
 from gndet.training import work_folder
 from gndet.training.run_folder import HEAD, find_run, make_run, may_write, move_aside
@@ -195,6 +195,19 @@ def test_a_start_on_a_full_disk_is_one_line_and_leaves_nothing(
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == []
+
+
+def test_a_link_that_a_disk_refuses_once_leaves_the_old_link(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    newest, older = (run / "checkpoints" / f"update-{update:07d}" for update in (2, 1))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(CheckpointError, match="last: cannot let it lead to a checkpoint: Input/output error"):
+        point(run, "last", older)
+    monkeypatch.undo()
+    assert (run / "last").is_symlink() and (run / "last").resolve() == newest.resolve()
+    assert not list(run.glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("name", ["FAILED", "PREEMPTED"])

@@ -264,7 +264,8 @@ def _places(path: Path) -> Iterator[Path]:
     if folders and not _is_same(last, folders[0]):  # there are no links, or a kill came before they were changed
         for folder in folders:
             with suppress(CheckpointError):
-                yield best_checkpoint(folder, load_checkpoint(folder, ()).meta) or folder
+                known = best_checkpoint(folder, load_checkpoint(folder, ()).meta)
+                yield known or (best if best.is_symlink() else folder)
                 yield folder
                 break
     yield from (best, last, *folders)

@@ -1,6 +1,5 @@
 """Run `gndet` in a forked process under limits of the machine; the fork spares it the seconds that the imports take."""
 
-import ctypes
 import multiprocessing
 import os
 import re
@@ -15,6 +14,7 @@ import torch
 
 from gndet.cli.main import main
 
+HELD: list[bytearray] = []  # memory that a child takes away from itself
 PATIENCE = 120.0  # seconds, after which a process is taken to hang
 
 
@@ -74,8 +74,13 @@ def little_memory(mib: float) -> Callable[[], None]:
     """Return a function that leaves the process this much more memory than it has."""
 
     def lower() -> None:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed does not count
-        size = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-        limit(resource.RLIMIT_AS, (size << 10) + int(mib * 2**20))()
+        size = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (size, hard))
+        try:
+            while True:
+                HELD.append(bytearray(1 << 18))  # what earlier tests have freed does not count
+        except MemoryError:
+            resource.setrlimit(resource.RLIMIT_AS, (size + int(mib * 2**20), hard))
 
     return lower

@@ -125,6 +125,7 @@ def test_a_report_that_cannot_be_made_does_not_hide_how_the_run_ended(
 ) -> None:
     out = tmp_path / "run"
     (out / "report.html").mkdir(parents=True)  # cannot be written to
+    (out / "checkpoints").mkdir()
     (out / "config.yaml").write_text(HEAD)  # a run that was stopped before its first checkpoint
     assert main(["train", str(config), f"out={out}", "train.schedule.updates=1"]) == 0
     assert "no report was written" in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_a_section_that_fails_is_told_and_the_others_stand() -> None:
     assert sections[2] == fine and "MemoryError" in sections[0].html and "&lt;key&gt;" in sections[3].html
     assert told == [
         "report: the section A could not be made: MemoryError",
-        "report: the section B could not be made: ValueError: two lines $",
+        "report: the section B could not be made: ValueError: two",
         "report: the section E could not be made: KeyError: '<key>'",
     ]
 

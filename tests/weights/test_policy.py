@@ -363,7 +363,7 @@ def test_another_pixel_std_is_folded_into_the_stem(
     ("key", "change", "message"),
     [
         ("running_var", lambda x: -x, r"backbone\.res5\.1\.conv2\.norm: running variance of channel 0 is -"),
-        ("running_mean", None, r"backbone\.res5\.1\.conv2\.norm\.running_mean: absent from the file"),
+        ("running_mean", None, r"(.|\n)*backbone\.res5\.1\.conv2\.norm\.running_mean: absent from the file"),
         (
             "weight",
             lambda x: x[:8],
@@ -378,10 +378,11 @@ def test_a_load_that_fails_names_file_and_layer_and_leaves_the_model_untouched(
     old = state.pop(f"backbone.res5.1.conv2.norm.{key}")
     if change is not None:
         state[f"backbone.res5.1.conv2.norm.{key}"] = change(old).clone()
-    source = read_source(save(tmp_path / "a", config(BN), state, ALONE), cfg.train.source)
+    saved = save(tmp_path / "a", config(BN), state, ALONE)
     model = build_model(cfg.model, len(CLASSES))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(CheckpointError, match=rf"{tmp_path / 'a'}: {message}"):
+        source = read_source(saved, cfg.train.source)  # compares the shapes
         load_weights(model, source, CLASSES, cfg)
     assert same(model.state_dict(), before)
 

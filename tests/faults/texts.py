@@ -17,6 +17,7 @@ from PIL import Image
 
 from faults.killing import run, tiny_config, wrong
 from gndet.checkpoint import load_checkpoint
+from gndet.errors import GndetError
 
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")  # raw in an output
 NAME_BYTES = 255  # of a file name
@@ -116,8 +117,9 @@ class Hostile:
     def __init__(self, folder: Path, seed: int, count: int) -> None:
         """Write the data set and a config that trains on it."""
         draw = random.Random(f"texts {seed}")
-        self.folder, self.root = folder, folder / file_names(draw, 1)[0]
-        self.classes = list({valid(text): text for text in texts(draw, 2 * count) if text}.values())[:count]
+        # a config is text: it refuses a data.root of other bytes, with its key
+        self.folder, self.root = folder, folder / next(name for name in file_names(draw, 50) if valid(name) == name)
+        self.classes = list({valid(text): text for text in texts(draw, 2 * count) if text.strip()}.values())[:count]
         folders = ["", *(name[:-4] for name in file_names(draw, count // 10))]
         self.names = [f"{draw.choice(folders)}/{name}".lstrip("/") for name in file_names(draw, count)]
         tree: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
@@ -174,7 +176,7 @@ class Hostile:
         for read in (self._checkpoint, self._copy, self._predictions, self._page, self._others):
             try:
                 yield from read()
-            except (OSError, ValueError, KeyError) as error:
+            except (GndetError, OSError, ValueError, KeyError) as error:
                 yield f"{read.__name__}: cannot be read back: {error!r}"
 
     def _checkpoint(self) -> Iterator[str]:

@@ -136,7 +136,9 @@ def _write_yolo(sets: dict[str, Dataset], out: Path, show: Show) -> None:
             outlines += sum(mask is not None for *_, mask in objects)
     paths = {name or "train": f"images/{name or ALL}" for name in sets}
     names = dict(enumerate(next(iter(sets.values())).classes))
-    content = yaml.safe_dump({"path": ".", **paths, "names": names}, sort_keys=False, allow_unicode=True)
+    tree = {"path": ".", **paths, "names": names}
+    # PyYAML leaves the line break U+0085 unescaped, and reads it as a space
+    content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=not any("\x85" in name for name in names.values()))
     write_whole(out / "data.yaml", content)  # last: it says that all is there
     if crowd:
         show(f"{several(crowd, 'crowd region')} left out, which YOLO's format does not know")

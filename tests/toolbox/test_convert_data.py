@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from exported import codes, write
 from labeled import first_pictures
 from pycocotools import mask as coco_mask
@@ -163,3 +164,14 @@ def test_sets_of_different_classes_are_refused(tmp_path: Path) -> None:
 def test_drawn_data_has_no_files_to_copy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no picture files"):
         convert_data("quickstart", tmp_path / "copy", "coco", ["data.train.count=2"], lambda line: None)
+
+
+@pytest.mark.parametrize("line_break", ["\x85", "\u2028", "\u2029"])
+def test_class_names_with_line_breaks_of_unicode_stay_in_data_yaml(tmp_path: Path, line_break: str) -> None:
+    names = [f"cup{line_break}", f"ünder{line_break}ground"]
+    small(tmp_path / "data", BOX)
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    content = json.loads(tree(BOX)) | {"categories": categories}
+    (tmp_path / "data" / "result.json").write_text(json.dumps(content))
+    convert_data(str(tmp_path / "data"), tmp_path / "copy", "yolo", [], lambda line: None)
+    assert yaml.safe_load((tmp_path / "copy" / "data.yaml").read_bytes())["names"] == dict(enumerate(names))

@@ -118,7 +118,7 @@ def truncate(
         return entry["update"] <= last_update
 
     lines = list(_lines(path, is_ours))
-    if lines or is_shared(path):  # nothing is written through a link
+    if path.exists() or is_shared(path):  # nothing is written through a link
         write_whole(path, b"".join(line for line, entry in lines if entry is None or is_kept(entry)))
         _tell(path, [number for number, (_, entry) in enumerate(lines, start=1) if entry is None], tell)
 

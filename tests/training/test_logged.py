@@ -111,6 +111,14 @@ def test_a_last_line_that_a_kill_cut_is_passed_over_without_a_word(tmp_path: Pat
     assert read_metrics(path, said.append) == GOOD and not said
 
 
+def test_a_line_cut_before_any_other_is_dropped_and_the_next_one_is_not_appended_to_it(tmp_path: Path) -> None:
+    path, said = tmp_path / "metrics.jsonl", list[str]()
+    path.write_bytes(b'{"update": 1, "kin')
+    with Log(tmp_path, total_updates=50) as log:
+        log.train(1, {"loss": 1.0})
+    assert [entry["loss"] for entry in read_metrics(path, said.append)] == [1.0] and not said
+
+
 def test_what_is_not_a_file_is_said_and_a_link_is_not_written_through(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     path.mkdir(parents=True)

@@ -211,7 +211,7 @@ def lasting(path: Path) -> Any:
         case _ if path.parent.name == "logs":
             return "log"
         case "metrics.jsonl":
-            return [{k: v for k, v in json.loads(line).items() if k not in SPEEDS} for line in data.splitlines()]
+            return [record(line) for line in data.splitlines()]
         case "study.json":
             return without(json.loads(data), TIMES)
         case "study.csv":
@@ -223,6 +223,14 @@ def lasting(path: Path) -> Any:
         case "report.html":
             return FLAKY.sub("", data.decode())
     return data
+
+
+def record(line: bytes) -> Any:
+    """Return a line of metrics.jsonl without speeds; as it is if a kill cut it, in a run that --fresh moved aside."""
+    try:
+        return without(json.loads(line), set(SPEEDS))
+    except ValueError:
+        return line
 
 
 def without(tree: Any, keys: set[str]) -> Any:

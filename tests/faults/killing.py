@@ -260,6 +260,7 @@ def different(unbroken: dict[str, Any], found: dict[str, Any]) -> list[str]:
         elif name not in unbroken:
             lines.append(f"{name} is left over")
         elif unbroken[name] != found[name]:
-            one, two = (str(tree[name])[:300] for tree in (unbroken, found))
-            lines.append(f"{name} differs: {two}, unbroken: {one}")
+            one, two = (str(tree[name]) for tree in (unbroken, found))
+            start = max(len(os.path.commonprefix([one, two])) - 60, 0)
+            lines.append(f"{name} differs: {two[start : start + 300]}, unbroken: {one[start : start + 300]}")
     return lines

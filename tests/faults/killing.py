@@ -35,7 +35,9 @@ COCO = (
 BOARD_EVERY = 25  # of the operations on TensorBoard's file, every 25th is tried
 FINISHED = "this run is finished"
 TIMES = {"seconds", "speed", "date", "budget"}  # keys of study.json that differ from time to time
-FLAKY = re.compile(r"\d+([.,:]\d+)*|<svg.*?</svg>", re.DOTALL)  # numbers and charts of a page: speeds and times
+FLAKY = re.compile(  # what shows speeds and times in a page: numbers, charts, and a notice
+    r'\d+([.,:]\d+)*|<svg.*?</svg>|<p class="notice warn">Data-bound:.*?</p>', re.DOTALL
+)
 
 
 class Command(NamedTuple):

@@ -263,6 +263,7 @@ def different(unbroken: dict[str, Any], found: dict[str, Any]) -> list[str]:
             lines.append(f"{name} is left over")
         elif unbroken[name] != found[name]:
             one, two = (str(tree[name]) for tree in (unbroken, found))
-            start = max(len(os.path.commonprefix([one, two])) - 60, 0)
+            first = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), 0)
+            start = max(first - 60, 0)
             lines.append(f"{name} differs: {two[start : start + 300]}, unbroken: {one[start : start + 300]}")
     return lines

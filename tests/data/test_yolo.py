@@ -270,7 +270,7 @@ BROKEN = {
     "a class without a number": ("names: {cell: 0}", "yaml-broken", "a name for each class number"),
     "a class within a class": ("names: [[cell]]", "yaml-broken", "a name for each class number"),
     "a file that is not there": ("names: none.names", "yaml-broken", "a file of names"),
-    "huge": ("#" * 300_000, "yaml-broken", "over 200000 bytes"),
+    "huge": ("#" * 4_000_001, "yaml-broken", "over 4,000,000 bytes"),
     "UTF-16 without a mark": ("names: [cell]".encode("utf-16-le"), "yaml-broken", "not valid YAML"),
     "Latin-1": ("names: [Zürich]".encode("latin-1"), "text-encoding", "expected UTF-8"),
 }
@@ -282,6 +282,15 @@ def test_a_data_yaml_that_cannot_be_used_is_named(tmp_path: Path, case: str) -> 
     write(tmp_path, PAIR | {"data.yaml": text})
     dataset = read(tmp_path / "data.yaml")
     assert codes(dataset) == {code: 1} and expected in words(dataset) and "data.yaml" in words(dataset)
+
+
+def test_a_data_yaml_may_name_ten_thousand_classes(tmp_path: Path) -> None:
+    """V3Det has 13,204."""
+    names = "".join(f"  {number}: a class named {number}\n" for number in range(10_000))
+    row = BOX.replace("0 ", "9999 ", 1)
+    write(tmp_path, PAIR | {"data.yaml": f"train: images/train\nnames:\n{names}", "labels/train/a.txt": row})
+    dataset = read(tmp_path / "data.yaml")
+    assert dataset.classes[-1] == "a class named 9999" and dataset.records[0].labels.tolist() == [9999]
 
 
 def test_nothing_in_a_data_yaml_is_run(tmp_path: Path) -> None:

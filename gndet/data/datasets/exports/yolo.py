@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from gndet.config.loading import MAX_CONFIG_BYTES
 from gndet.data.datasets.exports.folders import (
     ALIASES,
     candidates,
@@ -34,6 +33,7 @@ from gndet.text import brief, shown
 YAML, DARKNET = (".yaml", ".yml"), ".data"
 NAMES = ("classes.txt", "obj.names", "_darknet.labels", "predefined_classes.txt")  # a class name per line
 USUAL = ("data", "dataset", "obj")  # names of data.yaml and of Darknet's file
+MAX_BYTES = 4_000_000  # of a data.yaml; 13,000 classes take 500 kB, and reading takes 5 s per MB
 Tree = dict[str, Any]  # text, lists of text, or mappings of text, by key
 
 
@@ -161,8 +161,8 @@ def _inmost(folder: str, names: list[str]) -> Group:
 
 def _read_tree(file: Path) -> Tree:
     """Read a data.yaml, or a Darknet file of `key = value` lines, as text.  Raises Fault."""
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise Fault("yaml-broken", f"{file}: over {MAX_CONFIG_BYTES} bytes, expected names and folders")
+    if file.stat().st_size > MAX_BYTES:
+        raise Fault("yaml-broken", f"{file}: over {MAX_BYTES:,} bytes, expected names and folders")
     text = read_text(file)
     if file.suffix.lower() == DARKNET:
         pairs = [line.split("=", 1) for line in text.splitlines() if "=" in line]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gndet.config.schema import NormConfig
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.valid_area import ValidArea
-from gndet.ops.conv3x3 import MinimalConvolution, winograd_supports
+from gndet.ops.conv3x3 import Convolution, Convolved, fastest
 
 
 class StandardizedConv2d(nn.Conv2d):
@@ -32,7 +32,7 @@ class ConvNorm(nn.Module):
     The convolution has a bias only if no norm follows.
     regions: the layer will see many small maps, one per region.
     cheap: in a tower, recompute its result instead of keeping it; by default True for 1x1 convolutions.
-    `winograd`: run a 3x3 convolution by minimal filtering on a CPU (set by DetectionModel.choose_convolutions).
+    `way`: how a CPU computes the convolution in float32 (set by `choose_ways`).
     `memory`: what `tower` keeps for the backward pass (train.memory); outside a tower everything is kept ("fast").
     """
 
@@ -44,7 +44,8 @@ class ConvNorm(nn.Module):
         layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
         self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm.kind == "none")
         self.norm = make_norm(norm, out_channels)
-        self.relu, self.regions, self.memory, self.winograd = relu, regions, "fast", False
+        self.relu, self.regions, self.memory = relu, regions, "fast"
+        self.way: type[Convolution] = Convolution
         self.cheap = kernel == 1 if cheap is None else cheap
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
@@ -53,21 +54,30 @@ class ConvNorm(nn.Module):
         return F.relu(x, inplace=True) if self.relu else x
 
     def convolve(self, x: Tensor) -> Tensor:
-        """Run the convolution alone, by minimal filtering if that is faster."""
-        if x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type) or not self.by_winograd():
+        """Run the convolution alone, in the fastest way."""
+        way = Convolution if torch.is_autocast_enabled(x.device.type) else self.way_for(x.dtype)
+        if way is Convolution:
             return self.conv(x)
-        y = MinimalConvolution.apply(x, self.weight())
+        y = Convolved.apply(x, self.weight(), self.conv.stride[0], way)
         return y if self.conv.bias is None else y + self.conv.bias[:, None, None]
 
-    def by_winograd(self) -> bool:
-        """Return whether float32 maps are convolved by minimal filtering."""
-        supported = winograd_supports(self.conv.weight, self.conv.stride)
-        return self.winograd and supported and not torch.compiler.is_compiling()
+    def way_for(self, dtype: torch.dtype) -> type[Convolution]:
+        """Return how maps of a dtype are convolved: torch's way, except for float32 on a CPU."""
+        weight = self.conv.weight
+        chosen = weight.device.type == "cpu" and weight.dtype == dtype == torch.float32
+        return self.way if chosen and not torch.compiler.is_compiling() else Convolution
 
     def weight(self) -> Tensor:
         """Return the weight (out, in, kh, kw) that the convolution applies: standardized, if the config says so."""
         conv = self.conv
         return conv.standardize(conv.weight) if isinstance(conv, StandardizedConv2d) else conv.weight
+
+
+def choose_ways(part: nn.Module, side: float) -> None:
+    """Set how a CPU computes the convolutions of a part whose maps are about side x side."""
+    for module in part.modules():
+        if isinstance(module, ConvNorm):
+            module.way = fastest(module.conv.weight, module.conv.stride[0], side)
 
 
 ConvFactory = Callable[..., ConvNorm]  # (in_channels, out_channels, kernel, stride=1, relu=True)

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.conv_norm import ConvNorm, choose_ways
 from gndet.modeling.detection_model import PROBED_REGIONS, Choices, DetectionModel, Rectified, RegionHead
 from gndet.modeling.fpn import FPN, LEVELS
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
 from gndet.modeling.rpn import RPN
-from gndet.ops.conv3x3 import winograd_pays
 from gndet.ops.roi_align import Pyramid, extended, pyramid_level
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
 ROI_LEVELS = 4  # the heads pool from P2..P5
+REGION = 7  # pixels along a side of a region in the box head
 
 
 class MaskRCNN(DetectionModel):
@@ -134,12 +134,10 @@ class MaskRCNN(DetectionModel):
         return [self.rpn, *self.heads]
 
     def choose_convolutions(self, shortest_edge: int) -> None:
-        """Run 3x3 convolutions by minimal filtering on a CPU if their maps are large enough for it to be faster."""
-        large = [stride for stride in self.strides if winograd_pays(shortest_edge, stride)]
-        stages = zip(self.backbone.stages(), self.strides[:-1], strict=True)  # no stage has P6's stride
-        parts: list[nn.Module] = [stage for stage, stride in stages if stride in large]
-        parts += [self.fpn.get_submodule(f"output{level}") for level in LEVELS if 2**level in large]
-        parts += self.after_features() if large[1:] else []
-        for module in (module for part in parts for module in part.modules()):
-            if isinstance(module, ConvNorm):
-                module.winograd = True
+        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+        for stage, stride in zip(self.backbone.stages(), self.strides[:-1], strict=True):  # no stage has P6's stride
+            choose_ways(stage, shortest_edge / stride)
+        for level in LEVELS:
+            choose_ways(self.fpn.get_submodule(f"output{level}"), shortest_edge / 2**level)
+        for part in self.after_features():  # they see maps of all sizes or many regions
+            choose_ways(part, max(shortest_edge / self.strides[1], REGION))

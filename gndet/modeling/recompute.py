@@ -28,7 +28,8 @@ from gndet.modeling.norms.group_norm import gradients, normalize, renormalize
 from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm, NoNorm
 from gndet.modeling.norms.triton_kernels import usable
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding
-from gndet.ops.conv3x3 import Convolution, samples_at_once
+from gndet.ops.conv3x3 import Convolution, Winograd
+from gndet.ops.winograd import samples_at_once
 
 _aten = torch.ops.aten
 
@@ -38,7 +39,7 @@ class Layer(NamedTuple):
 
     stride: int
     padding: int
-    winograd: bool
+    way: type[Convolution]
     cheap: bool  # recompute its convolution instead of keeping the result
     groups: int  # 0: no statistics; a frozen norm is folded into weight and bias
     eps: float
@@ -110,7 +111,7 @@ def tower(
         settings[-1] = settings[-1]._replace(relu=True)
     if layers[0].memory == "lean":  # the whole part is recomputed already: do not compute its input a third time
         make_input = None
-    in_parts = layers[0].regions and any(setting.winograd for setting in settings)
+    in_parts = layers[0].regions and any(setting.way is Winograd for setting in settings)
     at_once = samples_at_once(size[0], size[1]) if in_parts else len(x)
     with torch.autocast(device, enabled=False):
         return _Tower.apply(tuple(settings), at_once, make_input, x, residual, *_weights_as(dtype, tensors))
@@ -132,9 +133,9 @@ def _split(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Laye
     """Split a ConvNorm into a Layer and its weight, bias, gamma and beta; fold a frozen norm into weight and bias."""
     norm, weight, bias = layer.norm, layer.weight(), layer.conv.bias
     area = area if norm.masked else None
-    by_winograd = dtype == torch.float32 and layer.by_winograd()
+    way = layer.way_for(dtype)
     cheap = layer.cheap and not (layer.regions and layer.memory == "lean")
-    plain = Layer(layer.conv.stride[0], layer.conv.padding[0], by_winograd, cheap, 0, 0.0, area, layer.relu)
+    plain = Layer(layer.conv.stride[0], layer.conv.padding[0], way, cheap, 0, 0.0, area, layer.relu)
     if isinstance(norm, GroupNorm):
         return plain._replace(groups=norm.groups, eps=norm.eps), (weight, None, norm.weight, norm.bias)
     if isinstance(norm, FrozenBatchNorm):
@@ -232,7 +233,7 @@ Norms = list[tuple[Part, Part]]  # gamma and beta of each layer
 def _parts(layers: Sequence[Layer], tensors: Sequence[Part]) -> tuple[list[Convolution], Norms]:
     by_layer = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
     convs = [
-        Convolution(weight, bias, layer.stride, layer.padding, layer.winograd)
+        layer.way(weight, bias, layer.stride, layer.padding)
         for layer, (weight, bias, _, _) in zip(layers, by_layer, strict=True)
     ]
     return convs, [(gamma, beta) for _, _, gamma, beta in by_layer]

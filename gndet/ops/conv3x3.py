@@ -1,12 +1,11 @@
-"""3x3 convolutions on a CPU by Winograd's minimal filtering F(4x4, 3x3) (Lavin & Gray 2016, sections 4.1 and 4.3).
+"""Convolutions, and which way to compute one is the fastest: torch's own, Winograd's, or one matrix product.
 
-A tile of 4 x 4 outputs takes 36 multiplications per pair of input and output channel instead of 144; the transforms
-cost little in comparison.  In float32 the error is 5e-6 of the largest value; that of a direct convolution is 2e-6.
-Maps are (n, H, W, C) here, channels last.  Letters: n samples, t tiles, C input and K output channels.
+Only 3x3 convolutions in float32 on a CPU have a choice.  Winograd's way (winograd.py) saves multiplications on large
+maps.  On small maps with many channels nearly all of the time goes into the weight, which torch copies into a layout of
+its own in each pass.  The product of the map's patches with the weight as it lies in memory copies nothing.
+Maps are (n, C, H, W), channels last in memory.  Letters: n samples, C input and K output channels.
 """
 
-from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,214 +13,161 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gndet.ops.winograd import (
+    TILE,
+    backward_weight,
+    convolve,
+    transform_weight,
+    weight_from_transformed,
+    weight_gradient,
+)
+
 _aten = torch.ops.aten
-TILE, PATCH = 4, 6  # outputs along a side of a tile, and the inputs that they depend on
-TILES = 256  # transformed at once, so that they and their 36 products stay in the cache
-MIN_CHANNELS = 64  # with fewer, the transforms of the tiles cost more than they save
-MIN_TILES = 64  # with fewer per map, the transforms of the weight cost more than they save
-
-# Lavin & Gray 2016, equation 4.3 ff: Y = A^T [ (G g G^T) * (B^T d B) ] A
-_INPUT = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)  # B^T
-_WEIGHT = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)  # G
-_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))  # A^T
-
-
-def winograd_supports(weight: Tensor, stride: tuple[int, ...]) -> bool:
-    """Return whether a convolution with weight (K, C, kh, kw) can run this way, and is faster on large maps."""
-    plain = weight.shape[2:] == (3, 3) and stride == (1, 1) and min(weight.shape[:2]) >= MIN_CHANNELS
-    return plain and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-def winograd_pays(shortest_edge: int, stride: int) -> bool:
-    """Return whether maps of pictures with that shortest edge, in pixels, are large enough to be faster."""
-    return (shortest_edge / stride / TILE) ** 2 >= MIN_TILES
-
-
-def samples_at_once(height: int, width: int) -> int:
-    """Return how many maps of that size make up TILES tiles, at least one."""
-    return max(TILES // (-(-height // TILE) * -(-width // TILE)), 1)
-
-
-def transform_weight(weight: Tensor) -> Tensor:
-    """Return G g G^T of a weight (K, C, 3, 3), in the form that `convolve` takes, (36, C, K)."""
-    out_channels, in_channels = weight.shape[:2]
-    taps = weight.permute(2, 3, 1, 0).reshape(9, -1)
-    return (_kron(_WEIGHT) @ taps).view(PATCH * PATCH, in_channels, out_channels)
-
-
-def backward_weight(weight: Tensor) -> Tensor:
-    """Return the weight that maps a gradient from output to input: channels swapped, turned by 180 degrees."""
-    return weight.transpose(0, 1).flip(2, 3)
-
-
-def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve zero-padded x (n, H, W, C) with a transformed weight (36, C, K).  Returns (n, H, W, K)."""
-    num, height, width, _ = x.shape
-    y = x.new_empty(num, height, width, weight.shape[2])
-    for samples, rows, patches in _patches(x):
-        products = torch.bmm(_transformed(_INPUT, patches), weight)  # (36, t, K)
-        tiles = _apply(_OUTPUT, products.view(PATCH, PATCH, -1))  # (4, 4, t * K)
-        tiles = tiles.view(TILE, TILE, len(samples), len(rows), -(-width // TILE), -1).permute(2, 3, 0, 4, 1, 5)
-        tiles = tiles.reshape(len(samples), TILE * len(rows), -1, weight.shape[2])
-        top = TILE * rows.start
-        bottom = min(TILE * rows.stop, height)
-        y[samples.start : samples.stop, top:bottom] = tiles[:, : bottom - top, :width]
-    return y
-
-
-def weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
-    """Add the gradient of the transformed weight to total (36, C, K).
-
-    x (n, H, W, C) is the input, grad (n, H, W, K) the gradient of the output.
-    """
-    height, width, channels = grad.shape[1:]
-    across = -(-width // TILE)
-    for samples, rows, patches in _patches(x):
-        top, bottom = TILE * rows.start, min(TILE * rows.stop, height)
-        part = grad[samples.start : samples.stop, top:bottom]
-        part = F.pad(part, (0, 0, 0, TILE * across - width, 0, TILE * len(rows) - (bottom - top)))
-        tiles = part.view(len(samples), len(rows), TILE, across, TILE, channels).permute(2, 4, 0, 1, 3, 5)
-        products = _transformed(tuple(zip(*_OUTPUT, strict=True)), tiles)  # (36, t, K)
-        total.baddbmm_(_transformed(_INPUT, patches).transpose(1, 2), products)
-
-
-def weight_from_transformed(gradient: Tensor) -> Tensor:
-    """Return the gradient (K, C, 3, 3) of a weight from the gradient (36, C, K) of its transform."""
-    in_channels, out_channels = gradient.shape[1:]
-    taps = _kron(_WEIGHT).t() @ gradient.reshape(PATCH * PATCH, -1)
-    return taps.view(3, 3, in_channels, out_channels).permute(3, 2, 0, 1)
+MIN_CHANNELS = 64  # with fewer, transforming the tiles costs more than Winograd's way saves
+MIN_TILES = 64  # with fewer per map, transforming the weight does
+MIN_WEIGHT = 32  # numbers of the weight per number of the maps, from which on the product is faster
 
 
 class Convolution:
-    """A convolution of maps (n, C, H, W) that prepares its weight once and sums the gradients of all calls."""
+    """A convolution of maps (n, C, H, W), computed by torch, that sums the gradients of all calls."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int, minimal: bool) -> None:
-        """minimal: use minimal filtering; only for a weight and stride that `winograd_supports`."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
         self.weight, self.bias = weight, bias
         self._sides = (stride, stride), (padding, padding), (1, 1)
-        self._transformed = transform_weight(weight) if minimal else None
-        self._backward_weight: Tensor | None = None  # the transformed weight that takes gradients back
         self._grad_weight: Tensor | None = None
         self._grad_bias: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve x (n, C, H, W)."""
-        if self._transformed is None:
-            return _aten.convolution(x, self.weight, self.bias, *self._sides, False, (0, 0), 1)
-        y = convolve(_channels_last(x), self._transformed).permute(0, 3, 1, 2)
-        return y if self.bias is None else y.add_(self.bias[:, None, None])
+        return _aten.convolution(x, self.weight, self.bias, *self._sides, False, (0, 0), 1)
 
     def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
         """Add to the gradients of weight and bias.  Returns the gradient of x if wanted, else None."""
-        if self._transformed is not None:
-            return self._minimal_backward(self._transformed, _channels_last(grad), _channels_last(x), wanted)
         bias = None if self.bias is None else self.bias.shape
         mask = [wanted, self.weight.requires_grad, self.bias is not None and self.bias.requires_grad]
         grad_x, grad_weight, grad_bias = _aten.convolution_backward(
             grad, x, self.weight, bias, *self._sides, False, (0, 0), 1, mask
         )
-        self._grad_weight = grad_weight if self._grad_weight is None else self._grad_weight + grad_weight
-        self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
+        self._add(grad_weight, grad_bias)
         return grad_x
 
-    def _minimal_backward(self, transformed: Tensor, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
-        """Do the same for channels-last maps; sum the gradient of the transformed weight, not of the weight."""
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the summed gradients of weight and bias; None for one that is not trained."""
+        return self._grad_weight, self._grad_bias
+
+    def _add(self, grad_weight: Tensor | None, grad_bias: Tensor | None) -> None:
+        if grad_weight is not None:
+            self._grad_weight = grad_weight if self._grad_weight is None else self._grad_weight + grad_weight
+        if grad_bias is not None:
+            self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
+
+
+class Winograd(Convolution):
+    """A 3x3 convolution with stride 1 and padding 1 by minimal filtering; it transforms its weight once."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> None:
+        super().__init__(weight, bias, stride, padding)
+        self._transformed = transform_weight(weight)
+        self._backward_weight: Tensor | None = None  # the transformed weight that takes gradients back
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (n, C, H, W)."""
+        y = convolve(_channels_last(x), self._transformed).permute(0, 3, 1, 2)
+        return y if self.bias is None else y.add_(self.bias[:, None, None])
+
+    def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """Do what `Convolution.backward` does; sums the gradient of the transformed weight."""
         if self.weight.requires_grad:
             if self._grad_weight is None:
-                self._grad_weight = torch.zeros_like(transformed)
-            weight_gradient(x, grad, self._grad_weight)
+                self._grad_weight = torch.zeros_like(self._transformed)
+            weight_gradient(_channels_last(x), _channels_last(grad), self._grad_weight)
         if self.bias is not None and self.bias.requires_grad:
-            grad_bias = grad.sum((0, 1, 2))
-            self._grad_bias = grad_bias if self._grad_bias is None else self._grad_bias + grad_bias
+            self._add(None, grad.sum((0, 2, 3)))
         if not wanted:
             return None
         if self._backward_weight is None:
             self._backward_weight = transform_weight(backward_weight(self.weight))
-        return convolve(grad, self._backward_weight).permute(0, 3, 1, 2)
+        return convolve(_channels_last(grad), self._backward_weight).permute(0, 3, 1, 2)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """Return the summed gradients of weight and bias; None for one that is not trained."""
-        if self._grad_weight is None or self._transformed is None:
-            return self._grad_weight, self._grad_bias
-        return weight_from_transformed(self._grad_weight), self._grad_bias
+        weight = None if self._grad_weight is None else weight_from_transformed(self._grad_weight)
+        return weight, self._grad_bias
 
 
-class MinimalConvolution(torch.autograd.Function):
-    """The convolution of x (n, C, H, W) with weight (K, C, 3, 3), stride 1, padding 1, by minimal filtering."""
+class Product(Convolution):
+    """A 3x3 convolution with padding 1 as a product of patches and weight: rows of a result depend on no other row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (n, C, H, W)."""
+        patches = self._patches(x)
+        y = patches.flatten(3).flatten(0, 2) @ self.weight.flatten(1).t()
+        y = y.view(*patches.shape[:3], -1).permute(0, 3, 1, 2)
+        return y if self.bias is None else y.add_(self.bias[:, None, None])
+
+    def backward(self, grad: Tensor, x: Tensor, wanted: bool) -> Tensor | None:
+        """Do what `Convolution.backward` does."""
+        rows = _channels_last(grad).flatten(0, 2)  # (n * H' * W', K)
+        if self.weight.requires_grad:
+            patches = self._patches(x).flatten(3).flatten(0, 2)
+            self._add((rows.t() @ patches).view_as(self.weight), None)
+        if self.bias is not None and self.bias.requires_grad:
+            self._add(None, rows.sum(0))
+        if not wanted:
+            return None
+        return self._sum(rows @ self.weight.flatten(1), grad.shape, x.shape)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """Return the patches of zero-padded x (n, C, H, W) as a view (n, H', W', C, 3, 3), in the weight's order."""
+        (stride, _), *_ = self._sides
+        num, channels, height, width = x.shape
+        padded = F.pad(_channels_last(x), (0, 0, 1, 1, 1, 1))
+        sample, row, column, _ = padded.stride()
+        shape = (num, (height - 1) // stride + 1, (width - 1) // stride + 1, channels, 3, 3)
+        return padded.as_strided(shape, (sample, stride * row, stride * column, 1, row, column))
+
+    def _sum(self, patches: Tensor, shape: torch.Size, shape_x: torch.Size) -> Tensor:
+        """Add up patches (n * H' * W', 9 * C) where `_patches` takes them from.  Returns (n, C, H, W) of shape_x."""
+        (stride, _), *_ = self._sides
+        num, channels, height, width = shape_x
+        patches = patches.view(num, *shape[2:], channels, 3, 3)
+        total = patches.new_zeros(num, height + 2, width + 2, channels)
+        bottom, right = (stride * (side - 1) + 1 for side in shape[2:])
+        for i in range(3):
+            for j in range(3):
+                total[:, i : i + bottom : stride, j : j + right : stride] += patches[..., i, j]
+        return total[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+
+
+def fastest(weight: Tensor, stride: int, side: float) -> type[Convolution]:
+    """Return the fastest way for a convolution with weight (K, C, kh, kw) whose results are about side x side."""
+    if weight.shape[2:] != (3, 3):
+        return Convolution
+    out_channels, in_channels = weight.shape[:2]
+    if weight.numel() >= MIN_WEIGHT * side**2 * (in_channels + out_channels):
+        return Product
+    large = min(in_channels, out_channels) >= MIN_CHANNELS and (side / TILE) ** 2 >= MIN_TILES
+    return Winograd if large and stride == 1 else Convolution
+
+
+class Convolved(torch.autograd.Function):
+    """The convolution of x (n, C, H, W) with weight (K, C, 3, 3), padding 1, in a given way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, way: type[Convolution]) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return Convolution(weight, None, 1, 1, minimal=True).forward(x)
+        ctx.stride, ctx.way = stride, way
+        return way(weight, None, stride, 1).forward(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        convolution = Convolution(weight, None, 1, 1, minimal=True)
+        convolution = ctx.way(weight, None, ctx.stride, 1)
         grad_x = convolution.backward(grad, x, ctx.needs_input_grad[0])
-        return grad_x, convolution.gradients()[0]
+        return grad_x, convolution.gradients()[0], None, None
 
 
 def _channels_last(x: Tensor) -> Tensor:
     """View maps (n, C, H, W) as (n, H, W, C)."""
     return x.permute(0, 2, 3, 1)
-
-
-def _patches(x: Tensor) -> Iterator[tuple[range, range, Tensor]]:
-    """Cut x (n, H, W, C) into overlapping patches, about TILES at a time.
-
-    Yields the ranges of samples and of rows of tiles, and the patches as a view (6, 6, samples, rows, tiles across, C).
-    """
-    num, height, width, channels = x.shape
-    down, across = -(-height // TILE), -(-width // TILE)
-    count, rows_at_once = samples_at_once(height, width), min(max(TILES // across, 1), down)
-    for first in range(0, num, count):
-        samples = range(first, min(first + count, num))
-        for row in range(0, down, rows_at_once):
-            rows = range(row, min(row + rows_at_once, down))
-            top, bottom = TILE * rows.start - 1, TILE * rows.stop + 1  # of the padded input
-            part = x[samples.start : samples.stop, max(top, 0) : min(bottom, height)]
-            edges = (0, 0, 1, TILE * across + 1 - width, max(-top, 0), max(bottom - height, 0))
-            part = F.pad(part, edges)
-            sample, line, column, _ = part.stride()
-            shape = (PATCH, PATCH, len(samples), len(rows), across, channels)
-            yield samples, rows, part.as_strided(shape, (line, column, sample, TILE * line, TILE * column, 1))
-
-
-def _transformed(matrix: tuple[tuple[float, ...], ...], tiles: Tensor) -> Tensor:
-    """Transform tiles (side, side, ..., C) along both sides.  Returns (36, t, C)."""
-    return _apply(matrix, tiles.reshape(*tiles.shape[:2], -1)).view(PATCH * PATCH, -1, tiles.shape[-1])
-
-
-def _apply(matrix: tuple[tuple[float, ...], ...], tiles: Tensor) -> Tensor:
-    """Multiply tiles (m, m, N) along both sides by a matrix (k, m).  Returns (k, k, N)."""
-    factor, side = _tensor(matrix), tiles.shape[0]
-    across = factor @ tiles.reshape(side, -1)  # (k, m * N)
-    return torch.matmul(factor, across.view(len(matrix), side, -1))
-
-
-@cache
-def _tensor(matrix: tuple[tuple[float, ...], ...]) -> Tensor:
-    return torch.tensor(matrix, dtype=torch.float32)
-
-
-@cache
-def _kron(matrix: tuple[tuple[float, ...], ...]) -> Tensor:
-    """Return the transform along both sides of a flattened tile, computed in float64."""
-    factor = torch.tensor(matrix, dtype=torch.float64)
-    return torch.kron(factor, factor).float()

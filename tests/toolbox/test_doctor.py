@@ -28,6 +28,7 @@ from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm
 from gndet.ops import conv3x3, matching_kernels, nms_kernels, roi_align, roi_align_kernels
+from gndet.ops.conv3x3 import Product, Winograd
 from gndet.toolbox.doctor import devices, inside, kernels, loading, packages, room
 from gndet.toolbox.doctor import doctor as package
 from gndet.toolbox.doctor.doctor import doctor, follow
@@ -153,8 +154,10 @@ PADDED = {"plain padded", "channels last padded"}
         (torch, "group_norm", BF16, {"plain", "channels last"}),
         (group_norm, "gradients", FLOAT, PADDED),
         (group_norm, "_normalize_crops", FLOAT, PADDED),
-        (conv3x3, "convolve", kernels.winograd, {"result", "gradient"}),
-        (conv3x3, "weight_from_transformed", kernels.winograd, {"gradient of the weight"}),
+        (conv3x3, "convolve", partial(kernels.convolution, Winograd), {"result", "gradient"}),
+        (conv3x3, "weight_from_transformed", partial(kernels.convolution, Winograd), {"gradient of the weight"}),
+        (Product, "_sum", partial(kernels.convolution, Product), {"gradient"}),
+        (Product, "_patches", partial(kernels.convolution, Product), {"result", "gradient of the weight"}),
         (roi_align, "_pool_bags", partial(kernels.roi_align, CPU, torch.float32), {"regions", "gradient"}),
     ],
 )
@@ -173,7 +176,10 @@ def test_a_kernel_that_is_off_by_one_percent_is_found(
 
 def test_every_kernel_is_tried_with_a_tolerance_that_finds_a_percent() -> None:
     names = {name: tolerance for name, tolerance, _ in kernels.comparisons(CPU)}
-    assert set(names) == {"group norm float32", "group norm bfloat16", "Winograd", "metrics", "NMS", "RoIAlign float32"}
+    assert set(names) == {
+        "group norm float32", "group norm bfloat16", "Winograd", "small convolutions", "metrics", "NMS",
+        "RoIAlign float32",
+    }  # fmt: skip
     assert all(tolerance < 1e-2 for name, tolerance in names.items() if "bfloat16" not in name)
     on_gpu = {name for name, *_ in kernels.comparisons(torch.device("cuda", 0))}
     assert {"group norm float16", "RoIAlign float16", "RoIAlign bfloat16"} < on_gpu

@@ -21,7 +21,7 @@ from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.ops import matching_kernels, nms_kernels, roi_align_kernels
-from gndet.ops.conv3x3 import MinimalConvolution
+from gndet.ops.conv3x3 import Convolution, Convolved, Product, Winograd
 from gndet.ops.matching import nms_keep
 from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
@@ -61,7 +61,8 @@ def comparisons(device: torch.device) -> Iterator[tuple[str, float, Callable[[],
         if dtype != torch.float16 or device.type == "cuda":  # gndet does not compute in float16 on a CPU
             yield f"group norm {str(dtype).removeprefix('torch.')}", tolerance, partial(group_norm, device, dtype)
     if device.type == "cpu":
-        yield "Winograd", TOLERANCES[torch.float32], winograd
+        yield "Winograd", TOLERANCES[torch.float32], partial(convolution, Winograd)
+        yield "small convolutions", TOLERANCES[torch.float32], partial(convolution, Product)
         yield "metrics", 0.0, metrics
     yield "NMS", 0.0, partial(nms, device)
     for dtype, tolerance in TOLERANCES.items():
@@ -122,10 +123,10 @@ def exact_group_norm(x: Tensor, gamma: Tensor, beta: Tensor, sizes: tuple[tuple[
     return y
 
 
-def winograd() -> Errors:
-    """Compare the minimal-filtering convolution, forward and backward, with torch's in float64."""
+def convolution(way: type[Convolution]) -> Errors:
+    """Compare a way of computing 3x3 convolutions, forward and backward, with torch's in float64."""
     x, weight, grad = noise((2, 64, 20, 25), 0), noise((96, 64, 3, 3), 1) / 24, noise((2, 96, 20, 25), 2)
-    found = with_gradients(MinimalConvolution.apply, grad, x, weight)
+    found = with_gradients(lambda x, weight: Convolved.apply(x, weight, 1, way), grad, x, weight)
     exact = with_gradients(partial(F.conv2d, padding=1), grad, x.double(), weight.double())
     names = ("result", "gradient", "gradient of the weight")
     return dict(zip(names, map(relative_error, found, exact), strict=True))

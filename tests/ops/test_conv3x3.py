@@ -9,7 +9,7 @@ from torch import Tensor
 from gndet.config.schema import BoxHeadConfig, FPNConfig, NormConfig
 from gndet.modeling.conv_norm import ConvNorm, choose_ways
 from gndet.modeling.recompute import set_memory
-from gndet.ops import winograd
+from gndet.ops import conv3x3, winograd
 from gndet.ops.conv3x3 import Convolution, Convolved, Product, Winograd, fastest
 
 SHAPES = [
@@ -21,6 +21,11 @@ SHAPES = [
     (1, 5, 230),
     (2, 130, 3),
 ]  # samples, height, width
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv3x3, "MULTIPLIES_FAST", False)
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -97,14 +102,18 @@ def conv_norm(kind: str = "gn", way: type[Convolution] = Winograd) -> ConvNorm:
     return layer
 
 
-def test_the_fastest_way_depends_on_kernel_stride_channels_and_size() -> None:
+def test_the_fastest_way_depends_on_kernel_stride_channels_size_and_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fastest(torch.empty(64, 64, 3, 3), 1, side=32) is Winograd
     for shape, stride, side in (((64, 64, 1, 1), 1, 32), ((64, 64, 3, 3), 2, 32), ((32, 64, 3, 3), 1, 32)):
         assert fastest(torch.empty(shape), stride, side) is Convolution
     assert fastest(torch.empty(64, 64, 3, 3), 1, side=31) is Convolution
     for stride in (1, 2):
-        assert fastest(torch.empty(512, 512, 3, 3), stride, side=8) is Product
-        assert fastest(torch.empty(512, 512, 3, 3), stride, side=9) is Convolution
+        assert fastest(torch.empty(512, 512, 3, 3), stride, side=13) is Product
+        assert fastest(torch.empty(512, 512, 3, 3), stride, side=14) is Convolution
+    assert fastest(torch.empty(128, 128, 3, 3), 1, side=2) is Convolution
+    monkeypatch.setattr(conv3x3, "MULTIPLIES_FAST", True)
+    assert fastest(torch.empty(64, 64, 3, 3), 1, side=32) is Convolution
+    assert fastest(torch.empty(512, 512, 3, 3), 1, side=13) is Product
 
 
 def test_another_way_is_used_only_in_float32_on_a_cpu() -> None:
@@ -140,7 +149,7 @@ def test_a_step_has_the_same_losses_and_gradients_in_every_way(memory: str, way:
         if expected:
             model.choose_convolutions(edge)
         else:
-            choose_ways(model, 10)
+            choose_ways(model, 20)
         assert set(ways(model).values()) == expected
         model.zero_grad()
         losses = model(make_batch([(96, 128), (128, 80)]))
@@ -161,12 +170,13 @@ def ways(model: torch.nn.Module) -> dict[str, type[Convolution]]:
 
 
 def test_the_way_is_chosen_by_picture_size_for_each_stage() -> None:
-    model, small, large = small_model(), {"backbone.res5"}, {"backbone.res2", "fpn.output2"}
+    model = small_model(fpn=FPNConfig(channels=64), box_head=BoxHeadConfig(conv_channels=64))
+    small, large = {"backbone.res4", "backbone.res5"}, {"backbone.res2", "fpn.output2"}
     large_too = {"backbone.res3", "backbone.res4", "fpn.output3", "fpn.output4"}
-    after = {"rpn.convs", "box_head.convs", "mask_head.convs"}
+    after = {"rpn.convs", "box_head.convs"}
     for edge, products, filtered in (
         (124, small, set()),
-        (160, small, large),
+        (160, {"backbone.res5"}, large),
         (800, set(), large | large_too | after),
     ):
         model.choose_convolutions(edge)

@@ -111,7 +111,11 @@ def _member(
         # when torchrun restarts ranks, it keeps the store with the addresses of the dead ranks
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    yield Process(rank, world, chosen)
+    threads = torch.get_num_threads()
+    try:
+        yield Process(rank, world, chosen)
+    finally:
+        torch.set_num_threads(threads)  # a run of a small network uses one
     if world > 1:  # not after an error: this would wait for a lost rank
         dist.destroy_process_group()
 

@@ -140,15 +140,16 @@ class Saver:
             "total_updates": self._total, "processes": run.proc.world, "device": run.proc.device.type,
             "config": run.cfg.model_dump(mode="json"), "asked": run.asked.model_dump(mode="json"), "norms": run.norms,
             "classes": list(run.train_set.classes), "category_ids": list(run.train_set.category_ids),
-            "versions": versions(),
+            "versions": versions(run),
         }  # fmt: skip
 
 
-def versions() -> dict[str, str]:
+def versions(run: Run) -> dict[str, str]:
     """Return the versions of the software that runs the training, and its number of threads."""
+    threads = run.threads if run.threads > 1 else torch.get_num_threads()
     return {
         "gndet": gndet.__version__, "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "threads": str(torch.get_num_threads()),
+        "torchvision": torchvision.__version__, "threads": str(threads),
     }  # fmt: skip
 
 
@@ -219,7 +220,7 @@ def drift(run: Run, saved: Checkpoint) -> list[str]:
     On a GPU it does not with `deterministic: false`: cuDNN may choose convolutions that add in any order.
     """
     before = {key: saved.meta[key] for key in ("processes", "device")} | saved.meta["versions"]
-    now = {"processes": run.proc.world, "device": run.proc.device.type} | versions()
+    now = {"processes": run.proc.world, "device": run.proc.device.type} | versions(run)
     for key in ROUNDING:
         before[f"train.{key}"] = saved.meta["asked"]["train"][key]
         now[f"train.{key}"] = getattr(run.asked.train, key)

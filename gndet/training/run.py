@@ -38,6 +38,7 @@ class Run(NamedTuple):
     norms: dict[str, str]  # origin of each norm layer that train.weights provides
     forward: nn.Module  # the training forward: the model, compiled if train.compile says so
     buckets: Buckets | None  # buffers for gradients that are summed; None: autograd allocates gradients
+    threads: int = 1  # images to compute side by side, in one thread each
 
     @property
     def detector(self) -> DetectionModel:

@@ -33,6 +33,7 @@ from gndet.training.norms import audit, summary
 from gndet.training.optim import make_optimizer
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import find_run
+from gndet.training.side_by_side import image_threads
 from gndet.training.task import TASKS
 from gndet.training.update import backward, buckets_for, clear_gradients, running_statistics
 from gndet.training.work_folder import WorkFolder
@@ -123,8 +124,11 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     data = fingerprints(train_set, val_set, cfg.model.masks)
     run = Run(
         cfg, asked, WorkFolder(out), proc, train_set, val_set, model, average, optimizer, autocast, data, norms,
-        compiled(model, cfg.train, proc.device), buckets,
+        compiled(model, cfg.train, proc.device), buckets, image_threads(cfg, model, proc),
     )  # fmt: skip
+    if run.threads > 1:
+        torch.set_num_threads(1)  # operators leave the other cores to the other images; `process` undoes this
+        notes.append(f"{run.threads} images side by side, each in a thread")
     return run, notes
 
 

@@ -25,6 +25,7 @@ from gndet.structures import Batch
 from gndet.training.gradient_buckets import Buckets, sum_gradients
 from gndet.training.memory import MIB, limited, release
 from gndet.training.run import Progress, Run
+from gndet.training.side_by_side import add_gradients, total
 
 
 def resident_bytes(run: Run) -> int:
@@ -119,7 +120,8 @@ def attempt(
         try:
             with at_once():
                 room, last = partial(_room, run), partial(_last_pass, run, stop)
-                return backward(run.forward, run.autocast, batches, size, run.cfg, room, poll, last), size, ""
+                losses = backward(run.forward, run.autocast, batches, size, run.cfg, room, poll, last, run.threads)
+                return losses, size, ""
         except Stop:
             return {}, size, ""
         except GndetError as error:
@@ -204,28 +206,39 @@ def backward(
     room: Callable[[], AbstractContextManager] = nullcontext,
     before: Callable[[], None] = lambda: None,
     last: Callable[[], AbstractContextManager] = nullcontext,
+    threads: int = 1,
 ) -> dict[str, Tensor]:
     """Add the gradients of batches, split into parts of `size` images, to the parameters' gradients.
 
-    before() is called before each part; room() wraps each part; last() wraps the last backward pass.
+    before() is called before each part; room() wraps each part; last() wraps the last backward pass.  threads: compute
+    so many images of a part side by side, see side_by_side.py.
     Returns the sums of the losses / global_batch, on the device.
     """
     device = next(model.parameters()).device
+    canvases = cfg.data.canvas_multiple, cfg.data.exact_canvas, cfg.data.canvases
+
+    def losses_of(part: Batch) -> dict[str, Tensor]:
+        with autocast():
+            losses = model(to_device(part, device))  # {name: (B,)}
+        return {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
+
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, start=1):
-        parts = split(batch, size, cfg.data.canvas_multiple, cfg.data.exact_canvas, cfg.data.canvases)
+        parts = split(batch, size, *canvases)
         for part in parts:
             before()
             with room():
                 if cfg.train.compile == "reduce-overhead":
                     torch.compiler.cudagraph_mark_step_begin()  # the outputs of the previous run may be overwritten
-                with autocast():
-                    losses = model(to_device(part, device))  # {name: (B,)}
-                means = {name: loss.sum() / cfg.train.global_batch for name, loss in losses.items()}
-                with last() if number == len(batches) and part is parts[-1] else nullcontext():
-                    sum(means.values()).backward()
+                shares = split(part, -(-len(part.images) // threads), *canvases)
+                if len(shares) > 1:
+                    means = add_gradients(losses_of, shares, model)
+                else:
+                    means = losses_of(part)
+                    with last() if number == len(batches) and part is parts[-1] else nullcontext():
+                        total(means).backward()
                 sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in means.items()}
-                del losses, means
+                del means
     return sums
 
 

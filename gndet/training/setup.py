@@ -21,6 +21,7 @@ from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import micro_batches
 from gndet.data.datasets.fingerprints import fingerprints
 from gndet.distributed.collectives import all_gather, broadcast
+from gndet.distributed.neighbors import core_time, taken_by_others
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError, out_of_memory
 from gndet.modeling.recompute import set_memory
@@ -45,6 +46,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
     Returns the run, its progress, the number of images at once, and lines to log.
     """
     options = cfg.model_dump(mode="json", exclude={"device": True, "data": {"root", "cache", "workers"}})
+    since = core_time()
     refuse_difference({"config": options}, out, proc)  # before ranks could do different things
     saved, notes = find_run(cfg, out, fresh, proc)
     run, built = build_run(cfg, out, proc, saved)
@@ -69,6 +71,8 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
         f"{cfg.train.global_batch} images per update over {proc.world} rank(s) on {proc.device.type}, {size} at once"
     )
     notes += tf32(cfg.train.precision, proc.device)
+    if proc.world == 1 and (taken := taken_by_others(since)):
+        notes.append(f"{taken}; updates take longer")
     return run, progress, size, notes
 
 

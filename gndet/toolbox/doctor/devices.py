@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import torch
 
 from gndet.config.schema import Config
 from gndet.data.workers import usable_cores
+from gndet.distributed.neighbors import core_time, taken_by_others
 from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
+OBSERVED = 0.5  # seconds in which other processes are watched
 LITTLE = 2 << 30  # bytes: a run of the quickstart takes 1 GiB, torch and data included
 DRIVER = Path("/proc/driver/nvidia/version")
 SETTINGS = r"MALLOC_|OMP_|MKL_|GLIBC_TUNABLES|LD_PRELOAD|PYTORCH_\w*ALLOC_CONF|CUDA_VISIBLE_DEVICES"
@@ -42,6 +45,10 @@ def cores() -> Fact:
     most = max(int(min(usable, quota or usable)), 1)
     if threads > most:
         return Fact("cores", f"{text}: more threads than cores is slow; set OMP_NUM_THREADS={most}", "warning")
+    since = core_time()
+    time.sleep(OBSERVED)
+    if taken := taken_by_others(since):
+        return Fact("cores", f"{text}; {taken}, so training is slower: stop them or wait", "warning")
     return Fact("cores", text)
 
 

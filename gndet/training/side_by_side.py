@@ -39,7 +39,7 @@ def add_gradients(losses_of: Callable[[Batch], Means], parts: Sequence[Batch], m
     """Add the gradients of parts of a micro-batch to the parameters', each part in its own thread.
 
     losses_of: computes the losses of a part, which are summed.  Gradients and losses are added in the order of the
-    parts, however fast the threads are.  Returns the summed losses, detached.
+    parts, however fast the threads are.  Returns the summed losses, float64.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -70,7 +70,7 @@ def total(means: Means) -> Tensor:
 
 
 def _detached(means: Means) -> Means:
-    return {name: mean.detach() for name, mean in means.items()}
+    return {name: mean.detach().double() for name, mean in means.items()}
 
 
 @cache

@@ -1,5 +1,6 @@
 """Collectives between the ranks of a run.  Each raises ProcessLost, which names the rank that did not take part."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,10 +21,15 @@ def exchange(proc: Process) -> Iterator[None]:
         with proc.watch.waiting() if proc.watch else nullcontext():
             yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[
+            0
+        ]  # without the place in gloo's source
         if proc.watch is None:
             raise ProcessLost(f"rank {proc.rank}: the others did not respond: {reason}") from error
-        text = f"rank {proc.rank} {proc.watch.where()}: the others did not respond: {proc.watch.others()} ({reason})"
+        text = (
+            f"rank {proc.rank} {proc.watch.where()}: the others did not respond: {proc.watch.others()} ({reason}); "
+            "the same command continues from the last checkpoint"
+        )
         proc.watch.dump(text)
         raise ProcessLost(text) from error
 

@@ -1,10 +1,13 @@
 """A rank of a run: its number, device and memory allocator.  Only this file reads the environment."""
 
 import ctypes
+import fcntl
 import os
+import socket
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -16,13 +19,15 @@ from torch import nn
 
 from gndet.distributed.children import end_with_parent, safe_children
 from gndet.distributed.watch import Watch
-from gndet.errors import ConfigError
+from gndet.errors import ConfigError, ProcessLost
 
 Model = TypeVar("Model", bound=nn.Module)
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # variables that torchrun sets; defaults without it
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the new and old names
 START_TIMEOUT = 600.0  # seconds for ranks to connect and read their data, and for rank 0 to calibrate
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
+_INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names gloo's network interface
+_SIOCGIFADDR = 0x8915  # <linux/sockios.h>: asks for the IPv4 address of an interface
 
 
 class Process(NamedTuple):
@@ -105,12 +110,7 @@ def _member(
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if on_gpu and nccl else "gloo"
-        limit = timedelta(seconds=START_TIMEOUT)
-        store, *_ = next(dist.rendezvous(rendezvous, rank, world, timeout=limit))
-        # when torchrun restarts ranks, it keeps the store with the addresses of the dead ranks
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+        _connect("cpu:gloo,cuda:nccl" if on_gpu and nccl else "gloo", rank, world, rendezvous)
     threads = torch.get_num_threads()
     try:
         yield Process(rank, world, chosen)
@@ -118,6 +118,40 @@ def _member(
         torch.set_num_threads(threads)  # a run of a small network uses one
     if world > 1:  # not after an error: this would wait for a lost rank
         dist.destroy_process_group()
+
+
+def _connect(backend: str, rank: int, world: int, rendezvous: str) -> None:
+    """Make the group of all ranks within START_TIMEOUT.  Raises ProcessLost."""
+    limit, first = timedelta(seconds=START_TIMEOUT), os.environ.get("MASTER_ADDR", "")
+    try:
+        store, *_ = next(dist.rendezvous(rendezvous, rank, world, timeout=limit))
+        # when torchrun restarts ranks, it keeps the store with the addresses of the dead ranks
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        if _INTERFACE not in os.environ and (name := _interface_to(first)):
+            os.environ[_INTERFACE] = name
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"rank {rank} could not connect to the other ranks ({str(error).splitlines()[0]}); they met at {first}, on "
+            f"network interface {os.environ.get(_INTERFACE, 'unknown')}, which {_INTERFACE} can name"
+        ) from error
+
+
+def _interface_to(address: str) -> str | None:
+    """Return the network interface through which this machine reaches an address; None if it is its own loopback.
+
+    gloo by itself takes the address of the host name.  On many machines that is 127.0.0.1, which other nodes cannot
+    reach.
+    """
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # any port: this sends nothing, it only chooses a route
+        own = probe.getsockname()[0]
+        for _, name in () if own.startswith("127.") else socket.if_nameindex():
+            with suppress(OSError):  # an interface without an IPv4 address
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == own:
+                    return name
+    return None
 
 
 def _check_device(device: str) -> None:

@@ -21,10 +21,8 @@ from gndet.files import written_whole
 
 BEAT = 0.25  # seconds between two heartbeats of a rank
 GRACE = 5.0  # seconds beyond the timeout for the collective itself to fail, before the process is ended
-GONE = (
-    "rank 0, or the torchrun that started it, was killed or does not answer: it hosts the store through which ranks "
-    "communicate"
-)
+LOST = "stopped or killed, or the network is down"
+GONE = f"rank 0, or the torchrun that started it, does not answer: {LOST}"
 STOPPED, FAILED = "watch/stop", "watch/failed"  # keys: a rank was asked to stop; a rank left with an error
 LEAST_QUIET = 60.0  # minimum seconds without progress before the stacks of a rank are written
 
@@ -79,7 +77,7 @@ class Watch:
             if beat is None or before is None:
                 silent.append(f"rank {rank} never answered")
             elif beat["count"] == before["count"]:
-                silent.append(f"rank {rank} does not answer: stopped or killed {_where(beat)}")
+                silent.append(f"rank {rank} does not answer: {LOST}; it was last seen {_where(beat)}")
             else:
                 rest.append(f"rank {rank} is alive, {_where(beat)}")
         return "; ".join(silent + rest)

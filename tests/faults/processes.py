@@ -79,7 +79,7 @@ def stopped_rank(folder: Path, launched: bool = False) -> str:
     check(run.statuses()[0] not in (0, None), f"ended with {run.statuses()}: {run.tail()}")
     report = run.out / "stalled-process0.txt"
     check(report.exists(), f"no {report.name}: {run.tail()}")
-    words = "rank 1 does not answer: stopped or killed after update "
+    words = "rank 1 does not answer: stopped or killed"
     check(words in run.text, f"{words!r} expected: {run.tail()}")
     check(words in report.read_text() and "train.py" in report.read_text(), f"{report}: {report.read_text()[:800]}")
     said = run.text[run.text.index(words) :].split(",")[0]

@@ -126,7 +126,7 @@ class Started:
 
 def start(folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 1) -> Started:
     """Start `gndet train` into folder/name, with `world` ranks, without torchrun."""
-    home, log, words = _prepare(folder, name, overrides, faults)
+    home, log, words = prepare(folder, name, overrides, faults)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
     pids = [
         host().fork(home, log, meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, MAIN, words)
@@ -174,7 +174,7 @@ def torchrun(
     folder: Path, name: str, *overrides: str, faults: Faults | None = None, world: int = 2, restarts: int = 0
 ) -> Started:
     """Start `gndet train` into folder/name under torchrun, which restarts the ranks up to `restarts` times."""
-    home, log, words = _prepare(folder, name, overrides, faults)
+    home, log, words = prepare(folder, name, overrides, faults)
     options = ["--standalone", f"--nproc_per_node={world}", f"--max_restarts={restarts}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "faults.inject", *words]
     with log.open("ab") as file:
@@ -240,9 +240,7 @@ def next_log(home: Path) -> Path:
     return log
 
 
-def _prepare(
-    folder: Path, name: str, overrides: tuple[str, ...], faults: Faults | None
-) -> tuple[Path, Path, list[str]]:
+def prepare(folder: Path, name: str, overrides: tuple[str, ...], faults: Faults | None) -> tuple[Path, Path, list[str]]:
     """Return the working directory of a run, its next log, and the arguments of `inject.main`."""
     home = (folder / "processes" / name).resolve()
     home.mkdir(parents=True, exist_ok=True)

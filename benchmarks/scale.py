@@ -3,7 +3,7 @@
     python -m benchmarks.scale images FOLDER [--counts 1000,10000,118000]   start-up, and input pipeline per image
     python -m benchmarks.scale updates FOLDER [--updates 2000]              memory, and time per update
     python -m benchmarks.scale processes [--size 320x416] [--rounds 3]      two gloo ranks compared with one
-    python -m benchmarks.scale cluster [--step-ms 100]                      8 GPUs and several nodes (calculated)
+    python -m benchmarks.scale cluster [--step-ms 100] [--steps 8]          8 GPUs and several nodes (calculated)
 
 The first two draw FOLDER/images.png and FOLDER/updates.png.
 """
@@ -28,7 +28,7 @@ from benchmarks.report import machine
 from benchmarks.scene import CLASSES, NEAR, make_scenes
 from benchmarks.step import SETTINGS, guide, near, to_batch
 from gndet.cli.arguments import height_and_width
-from gndet.config.loading import config_from_dict
+from gndet.config.loading import config_from_dict, load_config
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
@@ -193,31 +193,46 @@ class Link(NamedTuple):
     share: float = 0.8
 
 
+CONFIGS = ("configs/mask_rcnn_r50_fpn_scratch_gn_3x.yaml", "configs/quickstart.yaml")
+COCO_CLASSES, SHAPES = 80, 4  # of their data
 LINKS = (
     Link("8 GPUs, NVLink 4", 450, 8), Link("8 GPUs, PCIe 4 x16", 31.5, 8),
-    Link("2 nodes, 400 Gb/s", 50, 2), Link("4 nodes, 100 Gb/s", 12.5, 4), Link("4 nodes, 10 Gb/s", 1.25, 4),
+    Link("2 nodes, 400 Gb/s", 50, 2), Link("4 nodes, 100 Gb/s", 12.5, 4), Link("2 nodes, 10 Gb/s", 1.25, 2),
+    Link("4 nodes, 10 Gb/s", 1.25, 4),
 )  # fmt: skip
 
 
-def cluster(step_ms: float) -> None:
+def cluster(step_ms: float, steps: int) -> None:
     """Calculate, from bytes and link rates, what the gradient all-reduce would cost between GPUs and nodes.
 
     A ring sends 2 (n - 1) / n of the bytes over each link, in each direction at once; several nodes form a ring of
     nodes.  The backward pass is assumed to take two thirds of a step and to hide everything but the last bucket.
+    steps: accumulated per update in the last column.
     """
-    cfg = config_from_dict({"model": SETTINGS["gn"]}, "benchmarks/scale.py")
-    buckets = Buckets(build_model(cfg.model, CLASSES), Process(0, 1, torch.device("cpu"))).buckets
-    size, last = sum(bucket.flat.nbytes for bucket in buckets), buckets[-1].flat.nbytes
-    print(f"calculated, not measured: {size / 1e6:.0f} MB of gradients per update, {step_ms:g} ms per step on one GPU")
+    for name in CONFIGS:
+        size, last = gradient_bytes(name)
+        print(f"{name}: {size / 1e6:.1f} MB of gradients per update, of which {last / 1e6:.1f} MB in the last bucket")
+    size, last = gradient_bytes(CONFIGS[0])
+    print(f"calculated for the first, not measured: {step_ms:g} ms per step on one GPU")
     for link in LINKS:
         rate = link.gigabytes * link.share * 1e9
         ring = 2 * (link.members - 1) / link.members
         whole, final = (1e3 * ring * part / rate for part in (size, last))
         exposed = max(final, whole - step_ms * 2 / 3)
         print(
-            f"{link.name:22s} {whole:8.1f} ms for the all-reduce, {exposed:7.1f} ms not hidden: efficiency "
-            f"{step_ms / (step_ms + exposed):.0%} (at the end of the step: {step_ms / (step_ms + whole):.0%})"
+            f"{link.name:22s} {ring * size / 1e6:4.0f} MB per link, {whole:8.1f} ms for the all-reduce, "
+            f"{exposed:7.1f} ms not hidden: efficiency {step_ms / (step_ms + exposed):.0%} (at the end of the step: "
+            f"{step_ms / (step_ms + whole):.0%}; {steps} steps per update: "
+            f"{steps * step_ms / (steps * step_ms + exposed):.0%})"
         )
+
+
+def gradient_bytes(config: str) -> tuple[int, int]:
+    """Return the bytes of a model's gradients, which each update sums, and of its last bucket."""
+    cfg = load_config(config, [])
+    classes = SHAPES if cfg.data.train.kind == "shapes" else COCO_CLASSES
+    buckets = Buckets(build_model(cfg.model, classes), Process(0, 1, torch.device("cpu"))).buckets
+    return sum(bucket.flat.nbytes for bucket in buckets), buckets[-1].flat.nbytes
 
 
 def main() -> None:
@@ -235,6 +250,7 @@ def main() -> None:
     part.add_argument("--rounds", type=int, default=3)
     part = parts.add_parser("cluster")
     part.add_argument("--step-ms", type=float, default=100.0)
+    part.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     if options.part == "images":
         images(options.folder, [int(count) for count in options.counts.split(",")])
@@ -243,7 +259,7 @@ def main() -> None:
     elif options.part == "processes":
         processes(options.size, options.rounds)
     else:
-        cluster(options.step_ms)
+        cluster(options.step_ms, options.steps)
 
 
 if __name__ == "__main__":

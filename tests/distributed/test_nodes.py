@@ -15,11 +15,9 @@ from benchmarks.nodes import Nodes, NoNamespaces
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 OPTIONS = ("train.checkpoint_every=1", "train.schedule.updates=6")  # 2 images per update: one on each node
-CUT_S, TIMEOUT_S = 5.0, 3.0
+CUT_S, TIMEOUT_S = 5.0, 10.0
 GATE = 3  # the update after which a run waits for the link to be cut
-# what an end takes beyond train.timeout_s: two questions to a store that does not answer, 5 s each, and what a busy
-# machine needs to end two processes and torchrun
-END_S = 40.0
+WITHIN_S = 150.0  # for the end of both nodes: less than the default train.timeout_s, and enough on a busy machine
 
 
 @pytest.fixture
@@ -87,7 +85,7 @@ def test_both_nodes_end_when_the_link_stays_cut_and_the_same_command_goes_on(nod
     folder = runs / "long"
     folder.mkdir()
     run = torchrun(nodes, folder, f"train.timeout_s={TIMEOUT_S}", gate=True)
-    seconds = run.wait(cut_at_the_gate(nodes, run), within=TIMEOUT_S + END_S)
+    seconds = run.wait(cut_at_the_gate(nodes, run), within=WITHIN_S)
     assert run.statuses() == [1, 1], f"{seconds}: {run.tail()}"  # torchrun's own status
     said = [line for line in run.text.splitlines() if line.startswith("gndet train: ")]
     assert len(said) == 2 and all("the network is down" in line for line in said), run.tail()

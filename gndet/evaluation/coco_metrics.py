@@ -7,6 +7,9 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import hotcoco
@@ -22,6 +25,8 @@ from gndet.evaluation.results import Results
 
 Kind = Literal["bbox", "segm"]
 EXACT = 2**53  # float64 holds the integers up to here
+AT_ONCE = 24 << 20  # bytes of detections to match at once; matching takes up to six times that
+RECORD = 200  # bytes of a detection beside its mask's code
 IOU_50, IOU_75 = 0, 5  # indices into COCO's IoU thresholds 0.50, 0.55 ... 0.95
 ALL, SMALL, MEDIUM, LARGE = range(4)  # indices into COCO's area ranges: any, below 32 x 32, up to 96 x 96, above
 RECALLS = np.linspace(0.0, 1.0, 101)  # recalls at which COCO samples the precision
@@ -72,23 +77,44 @@ def _merge_many_polygons(truth: dict[str, Any]) -> None:
 
 
 def evaluated(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> hotcoco.COCOeval:
-    """Return hotcoco's evaluator after matching objects of any size; detection i of the results has the id i + 1."""
-    ((_, scorer),) = _hotcoco({kind: truth}, results)
-    params = scorer.params
+    """Return hotcoco's evaluator after matching objects of any size; detection i of the results has the id i + 1.
+
+    It holds all detections and masks, so that each match can be looked up.
+    """
+    expected = hotcoco.COCO(truth)
+    if max(np.abs(ids).max(initial=0) for ids in (results.image_ids, results.category_ids)) > EXACT:
+        found = expected.loadRes(list(results))  # a table holds floats
+    else:
+        table = _table(results.image_ids, results.category_ids, results.boxes, results.scores)
+        found = expected.loadRes(table, segmentation=results.masks())
+    if kind == "segm" and len(results):  # hotcoco used the areas of the boxes
+        found.update_anns(ids=np.arange(1, len(results) + 1), area=results.areas)
+    scorer = hotcoco.COCOeval(expected, found, kind)
+    params = _limited(scorer.params, max_detections)
     params.areaRng, params.areaRngLbl = [[0, 1e10]], ["all"]
     scorer.params = params
-    _accumulate(scorer, max_detections)
+    with _told():
+        scorer.evaluate()
+        scorer.accumulate()
     return scorer
 
 
-def _accumulate(scorer: hotcoco.COCOeval | COCOeval, max_detections: int) -> None:
-    params = scorer.params
+def _table(image_ids: np.ndarray, category_ids: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return n detections in the form of hotcoco, (n, 7) float64: image, box xywh, score, category."""
+    return np.column_stack((image_ids, boxes, scores, category_ids))
+
+
+def _limited(params: Any, max_detections: int) -> Any:
     params.maxDets = [1, min(10, max_detections), max_detections]  # the engines sort them
-    scorer.params = params
+    return params
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raise MachineError for a panic of hotcoco, as when it cannot start its threads; it is no Exception."""
     try:
-        scorer.evaluate()
-        scorer.accumulate()
-    except BaseException as error:  # a panic of hotcoco, as when it cannot start its threads, is no Exception
+        yield
+    except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
         ways = "raise the limit of processes (ulimit -u), or set evaluation.engine=pycocotools or RAYON_NUM_THREADS=1"
@@ -108,57 +134,98 @@ def coco_metrics(
     max_detections: number of detections that count per image and class, by descending score.  For segm a detection's
     size is the area of its mask, as in detectron2, not of its box.
     """
-    metrics = {}
-    with gc_paused(), contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        for kind, scorer in (_hotcoco if engine == "hotcoco" else _pycocotools)(truths, results):
-            _accumulate(scorer, max_detections)
-            # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: the same without recalls
-            scored: Any = scorer.eval
-            precision, recall = (scored[key] for key in ("precision", "recall"))
-            metrics[kind] = _metrics(precision, recall, truths[kind], list(scorer.params.catIds))
-            del scorer  # otherwise hotcoco copies the results when their areas change
-    return metrics
+    accumulated = _hotcoco if engine == "hotcoco" else _pycocotools
+
+    def metrics(kind: Kind) -> Metrics:
+        scorer: Any = accumulated(truths[kind], results, kind, max_detections)
+        # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: the same without recalls
+        precision, recall = (scorer.eval[key] for key in ("precision", "recall"))
+        return _metrics(precision, recall, truths[kind])
+
+    # hotcoco matches without the interpreter's lock, so that one kind is matched while the other is converted
+    threads = ThreadPoolExecutor(len(truths) if engine == "hotcoco" else 1)
+    with gc_paused(), contextlib.redirect_stdout(io.StringIO()), threads:  # pycocotools prints
+        return dict(zip(truths, threads.map(metrics, truths), strict=True))
 
 
-def _hotcoco(truths: Mapping[Kind, dict[str, Any]], results: Results) -> Iterator[tuple[Kind, hotcoco.COCOeval]]:
-    """Yield a scorer per kind; ground truth and results are converted once for all of them."""
-    found, converted, masks = None, {}, results.masks()
-    for kind, truth in truths.items():
-        if id(truth) not in converted:
-            converted[id(truth)] = hotcoco.COCO(truth)
-        found = found or _found(converted[id(truth)], results, masks)
-        if kind == "segm" and len(results):  # hotcoco used the areas of the boxes
-            found.update_anns(ids=np.arange(1, len(results) + 1), area=results.areas)
-        yield kind, hotcoco.COCOeval(converted[id(truth)], found, kind)
+def _hotcoco(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> hotcoco.COCOeval:
+    """Match AT_ONCE bytes of images, objects and detections at a time, and keep only who matches whom.
+
+    Images and categories are numbered in the order of their ids: hotcoco's table holds floats, not integers of 64 bits.
+    """
+    images, categories = (sorted(truth[key], key=itemgetter("id")) for key in ("images", "categories"))
+    image_numbers, class_numbers = (
+        {row["id"]: number for number, row in enumerate(rows)} for rows in (images, categories)
+    )
+    image, label = _numbers(results.image_ids, image_numbers), _numbers(results.category_ids, class_numbers)
+    rows = np.flatnonzero((image >= 0) & (label >= 0))
+    rows = rows[image[rows].argsort(kind="stable")]  # within an image, detections of one score stay in order
+    objects: list[list[dict[str, Any]]] = [[] for _ in images]
+    fields = {"bbox", "area", "iscrowd"} | ({"segmentation"} if kind == "segm" else set())
+    for annotation in truth["annotations"]:
+        number = image_numbers[annotation["image_id"]]
+        own = {"image_id": number, "category_id": class_numbers[annotation["category_id"]]}
+        objects[number].append({key: annotation[key] for key in fields & annotation.keys()} | own)
+    params = _limited(hotcoco.Params(kind), max_detections)
+    numbered = [{"id": number, "name": str(number)} for number in class_numbers.values()]
+    stream = hotcoco.StreamingEval(numbered, kind, params=params)
+    with _told():
+        for first, last, part in _parts(image[rows], len(images), results, rows):
+            found, shown = results.take(rows[part]), enumerate(images[first:last], first)
+            boxes, masks = found.boxes, None
+            if kind == "segm":  # the size of a row is its box's; who matches whom is decided by the masks alone
+                boxes, masks = found.areas[:, None] * (0, 0, 1, 0) + (0, 0, 0, 1), found.masks()
+            table = _table(image[rows[part]], label[rows[part]], boxes, found.scores)
+            sizes = [{"id": number, "height": row["height"], "width": row["width"]} for number, row in shown]
+            stream.update(sizes, list(chain.from_iterable(objects[first:last])), table, segmentation=masks)
+        scorer = stream.finalize()
+        scorer.accumulate()
+    return scorer
 
 
-def _found(truth: hotcoco.COCO, results: Results, masks: Any) -> hotcoco.COCO:
-    """Return the results in hotcoco's form, numbered from 1."""
-    ids = np.stack((results.image_ids, results.category_ids), axis=1)  # (n, 2)
-    if (np.abs(ids) > EXACT).any():
-        return truth.loadRes(list(results))  # the table below holds floats
-    table = np.column_stack((ids[:, 0], results.boxes, results.scores, ids[:, 1]))  # (n, 7)
-    return truth.loadRes(table, segmentation=masks)
+def _numbers(ids: np.ndarray, numbers: dict[int, int]) -> np.ndarray:
+    """Return the number of each id (n,), or -1 if it has none.  numbers: {id: number}, ascending from 0 on."""
+    known = np.array(list(numbers), dtype=np.int64)
+    place = np.searchsorted(known, ids)
+    return np.where(np.isin(ids, known), place, -1)
 
 
-def _pycocotools(truths: Mapping[Kind, dict[str, Any]], results: Results) -> Iterator[tuple[Kind, COCOeval]]:
-    for kind, truth in truths.items():
-        # pycocotools writes into the annotations
-        truth = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
-        shape = "bbox" if kind == "bbox" else "segmentation"  # if a bbox is present, segm takes the box's area
-        keys = ("image_id", "category_id", "score", shape)
-        expected, found = COCO(), COCO()
-        expected.dataset = truth
-        expected.createIndex()
-        if len(results):
-            found = expected.loadRes([{key: result[key] for key in keys} for result in results])
-        else:  # loadRes needs a first result
-            found.dataset = truth | {"annotations": []}
-            found.createIndex()
-        yield kind, COCOeval(expected, found, kind)
+def _parts(images: np.ndarray, count: int, results: Results, rows: np.ndarray) -> Iterator[tuple[int, int, slice]]:
+    """Cut images 0 to count - 1 into parts of AT_ONCE bytes, or of one image.
+
+    images (n,): the image of each detection, ascending; rows (n,): its index in the results.
+    Yields the first image, the image after the last, and the part's detections.
+    """
+    starts = np.searchsorted(images, np.arange(count + 1))
+    codes = np.array(list(map(len, results.codes or ())), dtype=np.int64)
+    size = RECORD + (codes[rows] if len(codes) else np.zeros(len(rows), dtype=np.int64))  # (n,)
+    before = np.append(0, size.cumsum())[starts] + RECORD * np.arange(count + 1)
+    firsts = np.flatnonzero(np.diff(before[:-1] // AT_ONCE, prepend=-1)).tolist()
+    for first, last in pairwise([*firsts, count]):
+        yield first, last, slice(starts[first], starts[last])
 
 
-def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, category_ids: list[int]) -> Metrics:
+def _pycocotools(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> COCOeval:
+    # pycocotools writes into the annotations
+    truth = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
+    shape = "bbox" if kind == "bbox" else "segmentation"  # if a bbox is present, segm takes the box's area
+    keys = ("image_id", "category_id", "score", shape)
+    expected, found = COCO(), COCO()
+    expected.dataset = truth
+    expected.createIndex()
+    if len(results):
+        found = expected.loadRes([{key: result[key] for key in keys} for result in results])
+    else:  # loadRes needs a first result
+        found.dataset = truth | {"annotations": []}
+        found.createIndex()
+    scorer = COCOeval(expected, found, kind)
+    _limited(scorer.params, max_detections)
+    scorer.evaluate()
+    scorer.accumulate()
+    return scorer
+
+
+def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict[str, Any]) -> Metrics:
     """Read the numbers from the arrays like pycocotools' summarize(), but for any limit instead of only 100."""
     summary = {
         "AP": precision[:, :, :, ALL, -1],
@@ -179,7 +246,7 @@ def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict, cate
     num_objects = Counter(category for category, _ in objects)
     num_images = Counter(category for category, _ in set(objects))
     per_class, curves = [], {}
-    for index, id in enumerate(category_ids):
+    for index, id in enumerate(sorted(names)):  # the engines' order
         curve = precision[IOU_50, :, index, ALL, -1]  # (101,)
         per_class.append({
             "name": names[id], "AP": _mean(precision[:, :, index, ALL, -1]), "AP50": _mean(curve),

@@ -7,7 +7,7 @@ Masks are pasted into pictures as COCO run-length codes.  n detections, S mask s
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ class Results(Sequence[dict[str, Any]]):
                 result["segmentation"] = mask | {"counts": mask["counts"].decode("ascii")}
             yield result
 
-    def masks(self) -> list[dict[str, Any]] | None:
+    def masks(self) -> list[Any] | None:
         """Return the n masks in pycocotools' form, {"size": [h, w], "counts": bytes}; None without masks."""
         if self.codes is None:
             return None
@@ -92,19 +92,29 @@ def join(parts: Iterable[Results]) -> Results:
 
 def from_coco(results: Sequence[dict[str, Any]]) -> Results:
     """Convert COCO results, all with compressed run-length codes or all without, to columns."""
-    codes, sizes, areas = None, np.zeros((len(results), 2), dtype=np.int64), np.zeros(len(results))
+    return with_areas(without_areas(results))
+
+
+def without_areas(results: Sequence[dict[str, Any]]) -> Results:
+    """Do the same, but leave the areas of masks 0."""
+    codes, sizes = None, np.zeros((len(results), 2), dtype=np.int64)
     if all("segmentation" in result for result in results):
         masks = [result["segmentation"] for result in results]
         codes = [mask["counts"].encode("ascii") for mask in masks]
-        sizes = np.array([mask["size"] for mask in masks], dtype=np.int64).reshape(-1, 2)
-        areas = mask_areas(masks)
+        sizes = np.fromiter(chain.from_iterable([mask["size"] for mask in masks]), np.int64).reshape(-1, 2)
+    boxes = np.fromiter(chain.from_iterable([result["bbox"] for result in results]), np.float64).reshape(-1, 4)
     return Results(
         image_ids=np.array([result["image_id"] for result in results], dtype=np.int64),
         category_ids=np.array([result["category_id"] for result in results], dtype=np.int64),
-        boxes=np.fromiter(chain.from_iterable(result["bbox"] for result in results), np.float64).reshape(-1, 4),
-        scores=np.array([result["score"] for result in results], dtype=np.float64),
-        sizes=sizes, areas=areas, codes=codes,
+        boxes=boxes, scores=np.array([result["score"] for result in results], dtype=np.float64),
+        sizes=sizes, areas=np.zeros(len(results)), codes=codes,
     )  # fmt: skip
+
+
+def with_areas(results: Results) -> Results:
+    """Count the pixels of the masks.  Raises ValueError for a code that is malformed or overfills its picture."""
+    masks = results.masks()
+    return results if masks is None else replace(results, areas=mask_areas(masks))
 
 
 def mask_areas(masks: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -46,13 +46,13 @@ def take_apart(path: Path) -> list[Cut]:
             following = [key for key in keys if text.find(key, 0, start) < 0]
             places = [text.rfind(key, max(after - reach, start), after) for key in following]
             after = min((place for place in places if place >= 0), default=after)
-        return list(_cuts(text, start, text.rfind(b"]", start, after)))
+        return list(cut_between_objects(text, start, text.rfind(b"]", start, after), PART))
 
 
-def _cuts(text: mmap, start: int, end: int) -> Iterator[Cut]:
-    """Cut [start, end) between objects, PART bytes at a time."""
+def cut_between_objects(text: mmap, start: int, end: int, size: int) -> Iterator[Cut]:
+    """Cut [start, end) between objects, `size` bytes at a time."""
     while start < end:
-        comma = _CUT.search(text, start + PART, end)
+        comma = _CUT.search(text, start + size, end)
         stop = comma.start(1) if comma else end
         yield start, stop
         start = stop + 1

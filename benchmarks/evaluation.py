@@ -1,14 +1,21 @@
-"""`python -m benchmarks eval`: time COCO's metrics of boxes and masks, starting from detections in memory.
+"""`python -m benchmarks eval`: time COCO's metrics of boxes and masks, from two files in COCO's formats, by stage.
 
-gndet keeps detections in columns.  pycocotools (used by torchvision's reference scripts) and hotcoco (used by gndet)
-take lists of dicts, once with boxes and once with masks; in the latter case mask areas decide what is small or large.
+gndet reads detections into columns and checks them.  pycocotools (used by torchvision's reference scripts) and hotcoco
+(used by gndet) read them twice, once with boxes and once with masks; in the latter case mask areas decide what is small
+or large.
 """
 
 import argparse
 import contextlib
 import functools
 import io
-from collections.abc import Callable
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hotcoco
@@ -17,72 +24,95 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from benchmarks.peer_evaluation import read_files
 from benchmarks.report import machine, table
 from benchmarks.scene import CATEGORIES, CLASSES, OBJECTS, Scene, make_scenes
-from benchmarks.turns import Subject, Work, take_turns
+from benchmarks.turns import Subject, Work, peak_mib, take_turns
 from gndet.evaluation.coco_metrics import coco_metrics
-from gndet.evaluation.results import from_coco
 
 SIZE = (480, 640)  # height, width of the pictures
 SCENES = 32  # synthetic scenes; pictures repeat them with other scores
 NEAR, RIGHT = 0.5, 0.85  # share of detections near an object; share of these that have its class
 FACTS = ("box AP", "mask AP")
+STAGES = ("truth s", "read s", "score s", "read MiB", "score MiB")  # MiB: the peak until the stage's end
+LISTED = ("hotcoco", "pycocotools")
 
 Truth, Found = dict[str, Any], list[dict[str, Any]]
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Time all three on the same synthetic detections, and show their AP."""
+    """Time all asked for on the same synthetic files, and show their AP."""
     num, each = options.num, options.detections
-    say(f"COCO metrics of boxes and masks: {num} pictures, {num * each} detections")
-    subjects = [
-        Subject("gndet", gndet_subject, (num, each)),
-        Subject("hotcoco", listed_subject, ("hotcoco", num, each)),
-        Subject("pycocotools", listed_subject, ("pycocotools", num, each)),
-    ]
-    turns = take_turns(subjects, options.rounds, threads=options.threads, warmup=0, say=say)
-    say(f"\n{machine(options.threads)}\n{table(turns, against='pycocotools', facts=FACTS)}")
+    with TemporaryDirectory() as folder:
+        files = write(Path(folder), num, each)
+        mib = files[1].stat().st_size / 2**20
+        say(f"COCO metrics of boxes and masks: {num} pictures, {num * each} detections, {mib:.0f} MiB of JSON")
+        subjects = [Subject("gndet", gndet_subject, files)]
+        subjects += [Subject(name, listed_subject, (name, *files)) for name in LISTED if name not in options.without]
+        turns = take_turns(subjects, options.rounds, threads=options.threads, warmup=0, fresh=True, say=say)
+    against = subjects[-1].name
+    say(f"\n{machine(options.threads)}\n{table(turns, against=against, facts=(*STAGES, *FACTS))}")
 
 
-def gndet_subject(num: int, each: int) -> Work:
-    """Return the work of gndet's metrics on results in columns."""
-    truth, found = detected(num, each)
-    results = from_coco(found)
-    del found  # a run holds only the columns
-    return functools.partial(_gndet_scores, truth, results)
+def write(folder: Path, num: int, each: int) -> tuple[Path, Path]:
+    """Write the data set and the detections of `detected` to a folder.  Returns their paths."""
+    paths = folder / "truth.json", folder / "detections.json"
+    for path, tree in zip(paths, detected(num, each), strict=True):
+        path.write_text(json.dumps(tree))
+    return paths
 
 
-def _gndet_scores(truth: Truth, results: Any) -> dict[str, float]:
-    metrics = coco_metrics({"bbox": truth, "segm": truth}, results, engine="hotcoco", max_detections=100)
-    return dict(zip(FACTS, (metrics[kind].summary["AP"] for kind in ("bbox", "segm")), strict=True))
+class Stages(dict[str, float]):
+    """The seconds and the peak memory of stages."""
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a stage, which may come in parts."""
+        before = time.perf_counter()
+        yield
+        self[f"{name} s"] = self.get(f"{name} s", 0.0) + time.perf_counter() - before
+        self[f"{name} MiB"] = peak_mib(os.getpid())
 
 
-def listed_subject(engine: str, num: int, each: int) -> Work:
+def gndet_subject(truth: Path, found: Path) -> Work:
+    """Return the work of gndet's reader and metrics."""
+    return functools.partial(_gndet_scores, truth, found)
+
+
+def _gndet_scores(truth: Path, found: Path) -> dict[str, float]:
+    stages = Stages()
+    expected, results = read_files(truth, found, stages.timed)
+    with stages.timed("score"):
+        metrics = coco_metrics({"bbox": expected, "segm": expected}, results, engine="hotcoco", max_detections=100)
+    return stages | dict(zip(FACTS, (metrics[kind].summary["AP"] for kind in ("bbox", "segm")), strict=True))
+
+
+def listed_subject(engine: str, truth: Path, found: Path) -> Work:
     """Return the work of an evaluator that takes lists of dicts."""
-    return functools.partial(_listed_scores, engine, *detected(num, each))
+    return functools.partial(_listed_scores, engine, truth, found)
 
 
-def _listed_scores(engine: str, truth: Truth, found: Found) -> dict[str, float]:
-    scores = []
+def _listed_scores(engine: str, truth: Path, found: Path) -> dict[str, float]:
+    stages, scores = Stages(), []
+    opened, evaluator = (hotcoco.COCO, hotcoco.COCOeval) if engine == "hotcoco" else (COCO, COCOeval)
     with contextlib.redirect_stdout(io.StringIO()):
-        expected = hotcoco.COCO(truth) if engine == "hotcoco" else _pycocotools_truth(truth)
-        evaluator = hotcoco.COCOeval if engine == "hotcoco" else COCOeval
-        for kind, left_out in (("bbox", "segmentation"), ("segm", "bbox")):
-            listed = [{key: value for key, value in row.items() if key != left_out} for row in found]
-            scorer = evaluator(expected, expected.loadRes(listed), kind)
-            scorer.evaluate()
-            scorer.accumulate()
-            scorer.summarize()
-            scores.append(float(scorer.stats[0]))
-    return dict(zip(FACTS, scores, strict=True))
-
-
-def _pycocotools_truth(truth: Truth) -> COCO:
-    """Return the ground truth for pycocotools, with copied annotations because pycocotools writes into them."""
-    coco = COCO()
-    coco.dataset = truth | {"annotations": [dict(annotation) for annotation in truth["annotations"]]}
-    coco.createIndex()
-    return coco
+        with stages.timed("truth"):
+            expected = opened(str(truth))
+        for kind in ("bbox", "segm"):
+            with stages.timed("read"):
+                if kind == "bbox":
+                    results = expected.loadRes(str(found))
+                else:  # where there is a box, its area counts
+                    rows = json.loads(found.read_bytes())
+                    results = expected.loadRes([{key: row[key] for key in row if key != "bbox"} for row in rows])
+                    del rows
+            with stages.timed("score"):
+                scorer = evaluator(expected, results, kind)
+                scorer.evaluate()
+                scorer.accumulate()
+                scorer.summarize()
+                scores.append(float(scorer.stats[0]))
+    return stages | dict(zip(FACTS, scores, strict=True))
 
 
 def detected(num: int, each: int) -> tuple[Truth, Found]:

@@ -1,18 +1,21 @@
 """gndet's COCO metrics for a harness that compares evaluators: evaluate(truth, results, kinds).
 
-It reads the detections from a file, which a gndet run never does: there they are in columns from the start.
+It reads and checks the detections of a file, like `gndet analyze`.  In a gndet run they are in columns from the start.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 
 from gndet.data.datasets.coco import gc_paused
 from gndet.evaluation.coco_metrics import coco_metrics
-from gndet.evaluation.results import from_coco
+from gndet.evaluation.results import Results
+from gndet.evaluation.results_file import Known, read_detections
 
 
 def evaluate(truth: str, results: str, kinds: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -21,18 +24,28 @@ def evaluate(truth: str, results: str, kinds: Sequence[str]) -> tuple[dict[str, 
     truth, results: paths of a COCO annotation file and of COCO results for it.
     """
     times: dict[str, float] = {}
-    with gc_paused():
-        with _timed(times, "load_gt"):
-            expected = orjson.loads(Path(truth).read_bytes())
-        with _timed(times, "read.load_dt"):
-            found = from_coco(orjson.loads(Path(results).read_bytes()))
-    with _timed(times, f"{kinds[0]}.evaluate"):  # all kinds at once
+    timed = partial(_timed, times)
+    expected, found = read_files(Path(truth), Path(results), timed)
+    with timed(f"{kinds[0]}.evaluate"):  # all kinds at once
         metrics = coco_metrics(dict.fromkeys(kinds, expected), found, engine="hotcoco", max_detections=100)
     return {kind: list(metrics[kind].summary.values()) for kind in kinds}, times
+
+
+def read_files(
+    truth: Path, results: Path, timed: Callable[[str], AbstractContextManager[None]]
+) -> tuple[dict[str, Any], Results]:
+    """Read a COCO annotation file, without checks, and the detections for it; timed: of the stages truth and read."""
+    with timed("truth"), gc_paused():
+        expected = orjson.loads(truth.read_bytes())
+    with timed("read"):
+        sizes = {image["id"]: (image["height"], image["width"]) for image in expected["images"]}
+        known = Known(sizes, frozenset(category["id"] for category in expected["categories"]))
+        return expected, read_detections(results, known, truth.name)
 
 
 @contextmanager
 def _timed(times: dict[str, float], phase: str) -> Iterator[None]:
     before = time.process_time()
     yield
+    phase = {"truth": "load_gt", "read": "read.load_dt"}.get(phase, phase)  # the harness's names
     times[phase] = time.process_time() - before

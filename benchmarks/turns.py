@@ -142,7 +142,7 @@ class _Runner(NamedTuple):
                     self.process.kill()
                     raise MachineError(f"{self.subject.name}: out of time")
                 waiting = not self.connection.poll(LOOK)
-                peak = max(peak, sum(map(_peak_mib, [self.process.pid, *_descendants(self.process.pid)])))
+                peak = max(peak, sum(map(peak_mib, [self.process.pid, *_descendants(self.process.pid)])))
             wall_s, cpu_s, facts, trouble = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join(PATIENCE)
@@ -221,7 +221,7 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def _peak_mib(pid: int) -> float:
+def peak_mib(pid: int) -> float:
     """Return the peak resident memory of a process in MiB; 0 for a process that has ended.
 
     ru_maxrss would not do, because a spawned process starts with its parent's value.

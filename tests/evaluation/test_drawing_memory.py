@@ -60,11 +60,11 @@ def results(dataset: Dataset) -> Results:
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
-    """Let the process grow by ROOM only."""
+def little_memory(room: int = ROOM) -> Iterator[None]:
+    """Let the process grow by `room` bytes only."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + room, before[1]))
     try:
         yield
     finally:

@@ -22,7 +22,12 @@ WRITTEN_AT_ONCE = 10_000  # detections held in memory as text
 # whitespace that spells "gndet" in bits: the mark of a list of results, which has no place for a word
 SIGNATURE = "".join("\t" if bit == "1" else " " for letter in b"gndet" for bit in f"{letter:08b}")
 RESULTS = Kind("a file of detections that gndet wrote for --out", rb"\]\n" + SIGNATURE.encode() + rb"\n\Z")
+MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel of at least this probability belongs to the object
+AT_ONCE = 1 << 20  # pixels of a mask to compute at once; all 12 million of a large picture take twice the time
+MIN_BOX_EDGE = 1e-3  # pixels; avoids a division by zero for an empty box
 FIELDS = ("image_ids", "category_ids", "boxes", "scores", "sizes", "areas")
+
+Paste = Literal["exact", "rounded", "detectron"]
 
 
 @dataclass(eq=False)
@@ -130,18 +135,6 @@ def save_results(path: Path, results: Results, *, marked: bool = False) -> None:
             file.write((("[" if first == 0 else ", ") + text[1:-1]).encode())
         file.write(b"]" if len(results) else b"[]")
         file.write(f"\n{SIGNATURE}\n".encode() if marked else b"")
-
-
-Paste = Literal["exact", "rounded", "detectron"]
-
-
-MASK_THRESHOLD = 0.5  # Detectron, detectron2: a pixel of at least this probability belongs to the object
-
-
-AT_ONCE = 1 << 20  # pixels of a mask to compute at once; all 12 million of a large picture take twice the time
-
-
-MIN_BOX_EDGE = 1e-3  # pixels; avoids a division by zero for an empty box
 
 
 def paste_masks(

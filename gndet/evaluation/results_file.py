@@ -95,8 +95,13 @@ def _read_part(path: Path, known: Known, cut: Cut) -> Results:
     with path.open("rb") as file:
         file.seek(cut[0])
         text = b"[" + file.read(cut[1] - cut[0]) + b"]"
+    return _columns(_fast_parsed(text), known)
+
+
+def _fast_parsed(text: bytes) -> Any:
+    """Parse JSON.  Raises NotInParts for what Python's parser may still take: NaN, half of an emoji, huge integers."""
     try:
-        return _columns(orjson.loads(text), known)
+        return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise NotInParts(str(error)) from None
 
@@ -167,10 +172,10 @@ def _sum_of_runs(codes: list[bytes]) -> int:
 def _parse(path: Path) -> list[Any]:
     text = path.read_bytes()
     try:
-        listed = orjson.loads(text)
-    except orjson.JSONDecodeError:
+        listed = _fast_parsed(text)
+    except NotInParts:
         try:
-            listed = json.loads(text)  # takes what Python writes: NaN, half of an emoji, integers of any size
+            listed = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON: {error}") from None
     if isinstance(listed, dict) and "annotations" in listed:

@@ -6,8 +6,10 @@ import io
 import json
 import math
 import pickle
+import random
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process
+from gndet.evaluation import coco_metrics as metrics_module
 from gndet.evaluation import evaluate as evaluation
 from gndet.evaluation.coco_metrics import Metrics, coco_metrics
 from gndet.evaluation.results import from_coco, join, paste_masks, save_results
@@ -109,6 +112,30 @@ def test_boxes_and_masks_scored_together_are_those_scored_alone(truth: dict, eng
     few = truth | {"annotations": [row | {"iscrowd": 1} for row in truth["annotations"]]}  # for masks only
     apart = coco_metrics(truths | {"segm": few}, from_coco(results), **options)
     assert apart["bbox"].summary == together["bbox"].summary and math.isnan(apart["segm"].summary["AP"])
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+@pytest.mark.parametrize("at_once", [1, 20_000])
+def test_parts_of_any_size_and_any_order_give_the_same_numbers(
+    truth: dict, kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = random.Random(0).sample(truth["images"], 20)
+    ids = {image["id"] for image in images}
+    few = truth | {"images": images, "annotations": [row for row in truth["annotations"] if row["image_id"] in ids]}
+    results = perturbed(few, seed=6)
+    for place, result in enumerate(results):
+        result["score"] = 0.5 if place % 3 else result["score"]  # ties are ranked by image, then in the file's order
+    order = random.Random(1).sample(range(20), 20)  # images in any order, the detections of one as they were
+    results.sort(key=lambda result: order[sorted(ids).index(result["image_id"])])
+    monkeypatch.setattr(metrics_module, "AT_ONCE", at_once)
+    columns, sizes = from_coco(results), []
+    take = type(columns).take
+    monkeypatch.setattr(type(columns), "take", lambda self, index: sizes.append(len(index)) or take(self, index))
+    metrics = coco_metrics({kind: few}, columns, engine="hotcoco", max_detections=100)[kind]
+    assert list(metrics.summary.values()) == reference_stats(few, results, kind)
+    assert sum(sizes) == len(results)
+    largest = max(Counter(result["image_id"] for result in results).values())
+    assert max(sizes) <= largest + at_once // metrics_module.RECORD
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])

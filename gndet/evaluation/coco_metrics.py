@@ -137,10 +137,9 @@ def coco_metrics(
     accumulated = _hotcoco if engine == "hotcoco" else _pycocotools
 
     def metrics(kind: Kind) -> Metrics:
-        scorer: Any = accumulated(truths[kind], results, kind, max_detections)
+        scored: Any = accumulated(truths[kind], results, kind, max_detections).eval
         # precision (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits); recall: the same without recalls
-        precision, recall = (scorer.eval[key] for key in ("precision", "recall"))
-        return _metrics(precision, recall, truths[kind])
+        return _metrics(scored["precision"], scored["recall"], truths[kind])
 
     # hotcoco matches without the interpreter's lock, so that one kind is matched while the other is converted
     threads = ThreadPoolExecutor(len(truths) if engine == "hotcoco" else 1)
@@ -161,11 +160,13 @@ def _hotcoco(truth: dict[str, Any], results: Results, kind: Kind, max_detections
     rows = np.flatnonzero((image >= 0) & (label >= 0))
     rows = rows[image[rows].argsort(kind="stable")]  # within an image, detections of one score stay in order
     objects: list[list[dict[str, Any]]] = [[] for _ in images]
-    fields = {"bbox", "area", "iscrowd"} | ({"segmentation"} if kind == "segm" else set())
     for annotation in truth["annotations"]:
         number = image_numbers[annotation["image_id"]]
-        own = {"image_id": number, "category_id": class_numbers[annotation["category_id"]]}
-        objects[number].append({key: annotation[key] for key in fields & annotation.keys()} | own)
+        objects[number].append({
+            "image_id": number, "category_id": class_numbers[annotation["category_id"]],
+            "bbox": annotation.get("bbox"), "area": annotation.get("area"), "iscrowd": annotation.get("iscrowd", 0),
+            "segmentation": annotation.get("segmentation") if kind == "segm" else None,
+        })  # fmt: skip
     params = _limited(hotcoco.Params(kind), max_detections)
     numbered = [{"id": number, "name": str(number)} for number in class_numbers.values()]
     stream = hotcoco.StreamingEval(numbered, kind, params=params)
@@ -185,9 +186,9 @@ def _hotcoco(truth: dict[str, Any], results: Results, kind: Kind, max_detections
 
 def _numbers(ids: np.ndarray, numbers: dict[int, int]) -> np.ndarray:
     """Return the number of each id (n,), or -1 if it has none.  numbers: {id: number}, ascending from 0 on."""
-    known = np.array(list(numbers), dtype=np.int64)
-    place = np.searchsorted(known, ids)
-    return np.where(np.isin(ids, known), place, -1)
+    known = np.array([*numbers, 0], dtype=np.int64)
+    place = np.searchsorted(known[:-1], ids)
+    return np.where((known[place] == ids) & (place < len(numbers)), place, -1)
 
 
 def _parts(images: np.ndarray, count: int, results: Results, rows: np.ndarray) -> Iterator[tuple[int, int, slice]]:

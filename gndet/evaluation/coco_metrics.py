@@ -159,6 +159,8 @@ def _hotcoco(truth: dict[str, Any], results: Results, kind: Kind, max_detections
     image, label = _numbers(results.image_ids, image_numbers), _numbers(results.category_ids, class_numbers)
     rows = np.flatnonzero((image >= 0) & (label >= 0))
     rows = rows[image[rows].argsort(kind="stable")]  # within an image, detections of one score stay in order
+    if not np.array_equal(rows, np.arange(len(results))):
+        results, image, label = results.take(rows), image[rows], label[rows]
     objects: list[list[dict[str, Any]]] = [[] for _ in images]
     for annotation in truth["annotations"]:
         number = image_numbers[annotation["image_id"]]
@@ -171,12 +173,12 @@ def _hotcoco(truth: dict[str, Any], results: Results, kind: Kind, max_detections
     numbered = [{"id": number, "name": str(number)} for number in class_numbers.values()]
     stream = hotcoco.StreamingEval(numbered, kind, params=params)
     with _told():
-        for first, last, part in _parts(image[rows], len(images), results, rows):
-            found, shown = results.take(rows[part]), enumerate(images[first:last], first)
+        for first, last, part in _parts(image, len(images), results):
+            found, shown = results[part], enumerate(images[first:last], first)
             boxes, masks = found.boxes, None
             if kind == "segm":  # the size of a row is its box's; who matches whom is decided by the masks alone
                 boxes, masks = found.areas[:, None] * (0, 0, 1, 0) + (0, 0, 0, 1), found.masks()
-            table = _table(image[rows[part]], label[rows[part]], boxes, found.scores)
+            table = _table(image[part], label[part], boxes, found.scores)
             sizes = [{"id": number, "height": row["height"], "width": row["width"]} for number, row in shown]
             stream.update(sizes, list(chain.from_iterable(objects[first:last])), table, segmentation=masks)
         scorer = stream.finalize()
@@ -191,15 +193,14 @@ def _numbers(ids: np.ndarray, numbers: dict[int, int]) -> np.ndarray:
     return np.where((known[place] == ids) & (place < len(numbers)), place, -1)
 
 
-def _parts(images: np.ndarray, count: int, results: Results, rows: np.ndarray) -> Iterator[tuple[int, int, slice]]:
+def _parts(images: np.ndarray, count: int, results: Results) -> Iterator[tuple[int, int, slice]]:
     """Cut images 0 to count - 1 into parts of AT_ONCE bytes, or of one image.
 
-    images (n,): the image of each detection, ascending; rows (n,): its index in the results.
+    images (n,): the image of each detection, ascending.
     Yields the first image, the image after the last, and the part's detections.
     """
     starts = np.searchsorted(images, np.arange(count + 1))
-    codes = np.array(list(map(len, results.codes or ())), dtype=np.int64)
-    size = RECORD + (codes[rows] if len(codes) else np.zeros(len(rows), dtype=np.int64))  # (n,)
+    size = RECORD + np.array(list(map(len, results.codes or ())) or [0] * len(results), dtype=np.int64)  # (n,)
     before = np.append(0, size.cumsum())[starts] + RECORD * np.arange(count + 1)
     firsts = np.flatnonzero(np.diff(before[:-1] // AT_ONCE, prepend=-1)).tolist()
     for first, last in pairwise([*firsts, count]):

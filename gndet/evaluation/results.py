@@ -47,7 +47,8 @@ class Results(Sequence[dict[str, Any]]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            codes = None if self.codes is None else self.codes[index]
+            return Results(**{field: getattr(self, field)[index] for field in FIELDS}, codes=codes)  # views
         return next(iter(self.take(np.array([range(len(self))[index]]))))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import orjson
+import msgspec
 
 from gndet.data.datasets.coco import gc_paused
 from gndet.evaluation.coco_metrics import coco_metrics
@@ -36,7 +36,7 @@ def read_files(
 ) -> tuple[dict[str, Any], Results]:
     """Read a COCO annotation file, without checks, and the detections for it; timed: of the stages truth and read."""
     with timed("truth"), gc_paused():
-        expected = orjson.loads(truth.read_bytes())
+        expected = msgspec.json.decode(truth.read_bytes())
     with timed("read"):
         sizes = {image["id"]: (image["height"], image["width"]) for image in expected["images"]}
         known = Known(sizes, frozenset(category["id"] for category in expected["categories"]))

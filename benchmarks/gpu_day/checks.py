@@ -23,7 +23,7 @@ from gndet.modeling import resnet
 from gndet.modeling.norms.triton_kernels import trouble
 from gndet.train import train
 
-PACKAGES = ("triton", "numpy", "pycocotools", "hotcoco", "pydantic", "orjson", "safetensors", "tensorboard")
+PACKAGES = ("triton", "numpy", "pycocotools", "hotcoco", "pydantic", "msgspec", "safetensors", "tensorboard")
 CARD = "name,memory.total,driver_version,clocks.sm,clocks.max.sm,power.limit,ecc.mode.current"
 KERNEL_TESTS = ("test_gpu*.py", "test_*kernel*.py")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.gpu_day.notes import ROOT
 
 PACKAGES = (  # with wheels below 3 MiB each; a machine with torch usually has the rest of gndet's dependencies
-    "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "orjson", "hotcoco", "pycocotools",
-    "safetensors", "rich", "markdown-it-py", "mdurl", "pygments", "packaging", "pyyaml",
+    "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "msgspec", "pysimdjson", "hotcoco",
+    "pycocotools", "safetensors", "rich", "markdown-it-py", "mdurl", "pygments", "packaging", "pyyaml",
 )  # fmt: skip
 TESTING = ("pytest", "pluggy", "iniconfig", "pytest-xdist", "execnet")
 LINUX = ("2_39", "2_35", "2_34", "2_31", "2_28", "2_27", "2_24", "2_17", "2_12", "2_5")  # versions of glibc

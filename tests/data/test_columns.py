@@ -95,7 +95,7 @@ def one_by_one(items: list[dict[str, Any]], known: Known, found: Findings) -> Co
     parts = []
     for place, item in enumerate(items):
         noted = Findings()
-        parts.append(read_columns([item], known, noted)[0])
+        parts.append(read_columns([item], known, noted))
         found.take(noted.listed(), place)
     return end_to_end(parts)
 
@@ -105,7 +105,7 @@ def test_columns_keep_and_find_what_one_by_one_does(seed: int) -> None:
     content = tree(seed, 120, 10 * (seed % 4) + seed)
     sizes = {image["id"]: (80, 100) if image["width"] == 100 else None for image in content["images"]}
     known, found, found_singly = Known.of(sizes, (3, 7)), Findings(), Findings()
-    at_once, _ = read_columns(content["annotations"], known, found)
+    at_once = read_columns(content["annotations"], known, found)
     singly = one_by_one(content["annotations"], known, found_singly)
     assert found.listed() == found_singly.listed()
     for values, expected in zip((*at_once, *at_once.masks), (*singly, *singly.masks), strict=True):

@@ -9,8 +9,8 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
+from gndet.data.datasets.json_items import column
 from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import check_masks, to_floats
 
@@ -23,7 +23,7 @@ EMPTY: tuple[Any, ...] = (None, [], [None] * 4)  # a bbox that states no box
 
 def check_boxes(items: Sequence[dict[str, Any]], sizes: np.ndarray, marks: Marks) -> tuple[np.ndarray, np.ndarray]:
     """Return the boxes xyxy (n, 4), and the areas (n,) of those that the file states; sizes (n, 2) of their images."""
-    values: list[Any] = [item.get("bbox") for item in items]
+    values = column(items, "bbox")
     if not (set(map(type, values)) <= {list} and set(map(len, values)) <= {4}):
         values = [value if type(value) is list and len(value) == 4 else NO_BOX for value in values]
     boxes = to_floats(list(chain.from_iterable(values))).reshape(-1, 4)
@@ -35,7 +35,7 @@ def check_boxes(items: Sequence[dict[str, Any]], sizes: np.ndarray, marks: Marks
     boxes[:, 2:] += boxes[:, :2]
     right, bottom = boxes[:, 2:].T
     marks.drop("box-empty", (right <= x) | (bottom <= y))  # also true for a width that rounding has lost
-    if any(attributes := [item.get("attributes") for item in items]):
+    if any(attributes := column(items, "attributes")):
         _turn_boxes(boxes, _turns(attributes), items, sizes, marks)
         (x, y), (right, bottom) = boxes[:, :2].T, boxes[:, 2:].T
     over = np.maximum(np.maximum(-x, -y), np.maximum(right - image_width, bottom - image_height))
@@ -80,14 +80,8 @@ def _boxes_of_masks(segmentations: Sequence[Any], sizes: np.ndarray) -> np.ndarr
     sizes (m, 2) height, width of the images.  A refused segmentation gets the whole image: its own fault is reported.
     """
     checked = check_masks(segmentations, sizes)
-    boxes = np.full((len(segmentations), 4), np.nan)
-    points, lengths = checked.polygons.points.reshape(-1, 2), checked.polygons.lengths // 2
-    places, first = np.unique(np.repeat(checked.polygons.owner, lengths), return_index=True)
-    if len(places):
-        low, high = np.minimum.reduceat(points, first), np.maximum.reduceat(points, first)
-        boxes[places] = np.hstack((low, high - low))
-    for place, rle in checked.rles.items():
-        boxes[place] = coco_mask.toBbox(rle)
+    low, high = np.hsplit(checked.extents, 2)
+    boxes = np.where(checked.kept[:, None], np.hstack((low, high - low)), np.nan)
     boxes[checked.refused] = np.pad(sizes[checked.refused, ::-1], ((0, 0), (2, 0)))
     return boxes
 

@@ -118,7 +118,7 @@ def assemble(
     """
     category_ids, names = tuple(sorted(names)), valid_names(names, found)
     packed = pack(images, objects, category_ids)
-    judge_boxes(packed, found)
+    judge_boxes(packed, objects.extents[packed.masks_at], found)
     for category_id in np.setdiff1d(category_ids, objects.category_ids).tolist():
         found.add("category-unused", f"category {category_id}: {brief(names[category_id])}")
     for place in np.flatnonzero(~np.isin(packed.image_ids, objects.image_ids)).tolist():
@@ -144,7 +144,7 @@ def _read(
     images, sizes = read_images(tree.pop("images"), files, reading, found, numbers["images"])
     known = Known.of(sizes, categories)
     known = known._replace(image_numbers=numbers["images"], category_numbers=numbers["categories"])
-    objects = read_parts(path, cuts, known, found) if cuts else read_columns(tree["annotations"], known, found)[0]
+    objects = read_parts(path, cuts, known, found) if cuts else read_columns(tree["annotations"], known, found)
     return images, categories, objects
 
 

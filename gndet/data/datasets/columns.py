@@ -14,6 +14,7 @@ from gndet.data.datasets.areas import check_areas
 from gndet.data.datasets.boxes import check_boxes
 from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings
 from gndet.data.datasets.ids import NO_ID, Numbers, to_integer, to_integers, without_text
+from gndet.data.datasets.json_items import Item, Raw, column
 from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
 from gndet.text import brief
@@ -21,7 +22,6 @@ from gndet.text import brief
 MAX_SIDE = 65_535  # pixels, JPEG's limit
 
 Size = tuple[int, int]  # height, width
-Item = dict[str, Any]  # an annotation as the file has it
 
 
 def _box(item: Item) -> str:
@@ -83,6 +83,7 @@ class Columns(NamedTuple):
     boxes: np.ndarray  # (n, 4) float64 xyxy
     area: np.ndarray  # (n,) float64
     crowd: np.ndarray  # (n,) bool
+    extents: np.ndarray  # (n, 4) float64 xyxy around the mask; zeros without one
     places: np.ndarray  # (n,) int64: index in the file's list
     all_ids: np.ndarray  # int64, of all annotations, including dropped ones; NO_ID if an annotation has none
     masks: Masks  # n
@@ -105,18 +106,15 @@ class Known(NamedTuple):
         return Known(image_ids, np.array([*rows, (0, 0)]), categories, {}, {})
 
 
-def read_columns(
-    items: Sequence[Item], known: Known, found: Findings, texts: Sequence[int] = ()
-) -> tuple[Columns, list[int]]:
+def read_columns(items: Sequence[Item], known: Known, found: Findings, texts: Sequence[int] = ()) -> Columns:
     """Check n annotations, and add their faults to found, except ids that occur twice: `with_ids` finds them.
 
-    texts: indices of annotations in which text has been read as numbers.
-    Returns the annotations that are kept, and the indices among the n of those with a finding or an RLE.
+    texts: indices of annotations in which text has been read as numbers.  Returns the annotations that are kept.
     """
     marks = Marks(len(items))
-    ids = to_integers([item.get("id") for item in items], {})
-    images = to_integers([item.get("image_id") for item in items], known.image_numbers)
-    categories = to_integers([item.get("category_id") for item in items], known.category_numbers)
+    ids = to_integers(column(items, "id"), {})
+    images = to_integers(column(items, "image_id"), known.image_numbers)
+    categories = to_integers(column(items, "category_id"), known.category_numbers)
     image_ids, category_ids = images.values, categories.values
     sizes = known.sizes[np.searchsorted(known.image_ids, image_ids)]  # (n, 2)
     marks.drop("image-unknown", images.wrong | ~np.isin(image_ids, known.image_ids))
@@ -128,9 +126,9 @@ def read_columns(
     marks.note("number-text", textual)
     crowd, area = _check_crowd(items, marks), _check_area(items, marks)
     boxes, box_area = check_boxes(items, sizes, marks)
-    segmentations = [
-        item.get("segmentation") if left else None for item, left in zip(items, marks.left.tolist(), strict=True)
-    ]
+    segmentations = column(items, "segmentation")
+    for place in np.flatnonzero(~marks.left).tolist():
+        segmentations[place] = Raw(b"null") if type(segmentations[place]) is Raw else None
     masks = check_masks(segmentations, sizes, boxes)
     marks.left &= ~masks.refused
     if not texts and (numeric := without_text(items, np.flatnonzero(~marks.left).tolist())):
@@ -145,12 +143,10 @@ def read_columns(
         image_id = int(image_ids[fault.place])
         found.add(fault.code, text, image_id, fault.count)
     keep = marks.left
-    columns = Columns(
+    return Columns(
         image_ids[keep], category_ids[keep], ids.values[keep], boxes[keep], area[keep], crowd[keep],
-        np.flatnonzero(keep), ids.values, masks.packed(keep),
+        masks.extents[keep], np.flatnonzero(keep), ids.values, masks.packed(keep),
     )  # fmt: skip
-    marked = np.concatenate(list(marks.places.values())).tolist()
-    return columns, sorted({*marked, *masks.rles, *(fault.place for fault in masks.faults)})
 
 
 def _report(items: Sequence[Item], image_ids: np.ndarray, sizes: np.ndarray, marks: Marks, found: Findings) -> None:
@@ -184,9 +180,9 @@ def _named(item: Item, place: int) -> str:
 
 def _check_crowd(items: Sequence[Item], marks: Marks) -> np.ndarray:
     """Return which annotations are crowd regions, by iscrowd or ignore, (n,) bool; a missing one means 0."""
-    crowd, wrong = _to_flags([item.get("iscrowd") or 0 for item in items])
+    crowd, wrong = _to_flags(column(items, "iscrowd"))
     ignored = np.zeros_like(crowd)
-    if any(ignore := [item.get("ignore") or 0 for item in items]):
+    if any(ignore := column(items, "ignore")):
         ignored, unclear = _to_flags(ignore)
         wrong |= unclear
     marks.drop("crowd-value", wrong)
@@ -195,14 +191,14 @@ def _check_crowd(items: Sequence[Item], marks: Marks) -> np.ndarray:
 
 
 def _to_flags(values: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Return which of n values are 1 or true, and which are neither that nor 0 or false, (n,) bool."""
-    wrong = np.array([value not in (0, 1) for value in values], dtype=bool)
+    """Return which of n values are 1 or true, and which are neither that nor 0, false or empty, (n,) bool."""
+    wrong = np.array([bool(value) and value != 1 for value in values], dtype=bool)
     return np.array([value == 1 for value in values], dtype=bool), wrong
 
 
 def _check_area(items: Sequence[Item], marks: Marks) -> np.ndarray:
     """Return the areas (n,), NaN for a missing one."""
-    values = [item.get("area") for item in items]
+    values = column(items, "area")
     area, missing = to_floats(values), np.array([value is None for value in values], dtype=bool)
     marks.drop("area-value", ~missing & ~((area >= 0) & (area <= MAX_SIDE**2)))
     return area
@@ -225,8 +221,8 @@ def end_to_end(parts: Iterable[Columns]) -> Columns:
     for part in parts:
         arrays = (*part._replace(places=part.places + before)[:-1], *part.masks)
         before += len(part.all_ids)
-        for column, values in zip(joined, arrays, strict=True):
-            column += values.tobytes()
+        for array, values in zip(joined, arrays, strict=True):
+            array.extend(values)  # its bytes
     columns = [
         np.frombuffer(column, values.dtype).reshape(-1, *values.shape[1:])
         for column, values in zip(joined, arrays, strict=True)

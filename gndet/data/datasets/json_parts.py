@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from functools import partial
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any
 
-import orjson
+import msgspec
 
 from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
 from gndet.data.datasets.faults import Findings
+from gndet.data.datasets.json_items import JsonItems
 from gndet.data.workers import read_in_processes
 from gndet.errors import GndetError
 
-PART = 8 << 20  # bytes of a part; as Python objects it takes ten times that
+PART = 2 << 20  # bytes of a part: what it takes to read it fits into a core's cache
 LEAST = 4 << 20  # a smaller file is read as a whole: processes would cost more than they save
 SHORT = 1 << 20  # the most bytes that "info" and "licenses" take if they follow the list
 _LIST = re.compile(rb'"annotations"\s*:\s*\[')
@@ -95,29 +95,14 @@ def read_parts(path: Path, cuts: list[Cut], known: Known, found: Findings) -> Co
 
 def _read_part(path: Path, known: Known, cut: Cut) -> tuple[Columns, Findings]:
     """Read and check the annotations of one part.  Raises NotInParts."""
+    found = Findings()
     try:
         with path.open("rb") as file:
             file.seek(cut[0])
-            text = b"[" + file.read(cut[1] - cut[0]) + b"]"
-        items = orjson.loads(text)
-    except (OSError, ValueError) as error:
+            items = JsonItems(b"[" + file.read(cut[1] - cut[0]) + b"]")
+        columns = read_columns(items, known, found)
+    except (OSError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise NotInParts(str(error)) from None
-    if set(map(type, items)) != {dict}:
+    if not items:
         raise NotInParts("not a list of objects")
-    found = Findings()
-    columns, odd = read_columns(items, known, found)
-    if any(_is_huge(items[place]) for place in odd):  # the exact parser takes integers of any size
-        found = Findings()
-        columns, _ = read_columns(json.loads(text), known, found)
     return columns, found
-
-
-def _is_huge(value: Any, depth: int = 4) -> bool:
-    """Return whether a value holds a number beyond 64 bits: the fast parser turns such integers into floats.
-
-    depth: how deep to look; an object, its segmentation and a polygon hold numbers, what lies deeper is no number.
-    """
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return depth > 0 and any(_is_huge(part, depth - 1) for part in inner)
-    return type(value) is float and abs(value) >= 2.0**63

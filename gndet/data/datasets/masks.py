@@ -7,15 +7,18 @@ Letters: n objects, P polygons.  Coordinates are pixels of the original.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import chain, compress
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
+from gndet.data.datasets.json_items import Raw, decoded, parse_outlines
 from gndet.data.datasets.outlines import in_coco_form
-from gndet.data.datasets.segmentation import MAX_OUTLINE, has_pixels, outline_lengths, run_lengths
+from gndet.data.datasets.segmentation import MAX_OUTLINE, has_frame_pixels, num_pixels, outline_lengths, run_lengths
 from gndet.text import brief
 
 NUMBERS = {int, float}
@@ -31,20 +34,43 @@ class Masks(NamedTuple):
     texts: np.ndarray  # uint8 ASCII
 
 
-class Polygons(NamedTuple):
+@dataclass(frozen=True)
+class Polygons:
     """The P polygons of n objects."""
 
     owner: np.ndarray  # (P,) int64, ascending: index of the object
     lengths: np.ndarray  # (P,) int64: numbers, two per point
     points: np.ndarray  # float64, end to end; NaN if not a number
-    raw: list[list[Any]]  # P, as in the file
+    index: np.ndarray  # (P,) int64: of the polygon in the file's list of its object
 
     def only(self, keep: np.ndarray) -> "Polygons":
         """Return the polygons that keep (P,) selects."""
         if keep.all():
             return self
         points = self.points[np.repeat(keep, self.lengths)]
-        return Polygons(self.owner[keep], self.lengths[keep], points, list(compress(self.raw, keep)))
+        return Polygons(self.owner[keep], self.lengths[keep], points, self.index[keep])
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """Where the numbers of each polygon begin, and where the last end, (P + 1,)."""
+        return offsets(self.lengths)
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """The box xyxy around each polygon, (4, P); each has a point."""
+        x, y, starts = self.points[::2], self.points[1::2], self.first[:-1] // 2
+        if not len(starts):
+            return np.zeros((4, 0))
+        return np.stack([edge.reduceat(side, starts) for edge in (np.minimum, np.maximum) for side in (x, y)])
+
+    def of(self, place: int) -> range:
+        """Return which polygons an object has."""
+        return range(*np.searchsorted(self.owner, [place, place + 1]).tolist())
+
+    def parts(self, which: range) -> list[list[float]]:
+        """Return the numbers of each of these polygons."""
+        bounds = self.first[which.start : which.stop + 1].tolist()
+        return [self.points[start:end].tolist() for start, end in pairwise(bounds)]
 
 
 class MaskFault(NamedTuple):
@@ -64,6 +90,7 @@ class CheckedMasks(NamedTuple):
     faults: list[MaskFault]  # by ascending place
     refused: np.ndarray  # (n,) bool
     areas: np.ndarray  # (n,) float64 pixels: the sum of the polygons' areas, or the RLE's; 0 without a mask
+    extents: np.ndarray  # (n, 4) float64 xyxy: the box around the mask; zeros without one
 
     @property
     def kept(self) -> np.ndarray:
@@ -74,8 +101,7 @@ class CheckedMasks(NamedTuple):
 
     def mask(self, place: int) -> Any:
         """Return what is kept of a segmentation: a list of polygons, an RLE, or None."""
-        first, end = np.searchsorted(self.polygons.owner, [place, place + 1])
-        return self.polygons.raw[first:end] or self.rles.get(place)
+        return self.polygons.parts(self.polygons.of(place)) or self.rles.get(place)
 
     def packed(self, keep: np.ndarray) -> Masks:
         """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
@@ -89,17 +115,14 @@ class CheckedMasks(NamedTuple):
 
 
 def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarray | None = None) -> CheckedMasks:
-    """Check n segmentations as they are in a file.
+    """Check n segmentations as they are in a file, as Python objects or all as JSON text.
 
     sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: if given, polygons must cover a pixel.
     Reads outlines that are not in COCO's form if only one reading is possible.  Drops refused segmentations, polygons
     with fewer than 3 points, and RLEs without a pixel.
     """
     faults: list[MaskFault] = []
-    polygons, in_form = _read_polygons(segmentations)
-    if 2 in polygons.lengths or np.isnan(polygons.points).any() or not in_form:
-        segmentations = _reshaped(segmentations, faults)
-        polygons, _ = _read_polygons(segmentations)
+    segmentations, polygons = _read_polygons(segmentations, faults)
     outlined = (np.bincount(polygons.owner, minlength=len(segmentations)) > 0).tolist()
     rles: dict[int, dict[str, Any]] = {}
     areas = np.zeros(len(segmentations))
@@ -110,18 +133,40 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
             rles[place], areas[place] = _check_rle(value, tuple(sizes[place].tolist()))
         except Fault as fault:
             faults.append(MaskFault(place, fault.code, str(fault)))
-    polygons = _refuse_long(_drop_short(_refuse_far(polygons, sizes, faults), faults), sizes, faults)
+    polygons = _refuse_far(polygons, segmentations, sizes, faults)
+    polygons = _refuse_long(_drop_short(polygons, faults), sizes, faults)
     doubled = _doubled_areas(polygons)
     if boxes is not None:
-        kept = _drawn(polygons, doubled, boxes, sizes, faults)
+        kept = _drawn(polygons, doubled, segmentations, boxes, sizes, faults)
         polygons, doubled = polygons.only(kept), doubled[kept]
     areas += np.bincount(polygons.owner, doubled / 2, len(segmentations))
     refused = np.zeros(len(segmentations), dtype=bool)
     refused[[fault.place for fault in faults if FAULTS[fault.code].severity == REFUSED]] = True
-    return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused, areas)
+    extents = _extents(polygons, rles, len(segmentations))
+    return CheckedMasks(polygons, rles, sorted(faults, key=lambda fault: fault.place), refused, areas, extents)
 
 
-def _read_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:
+def _read_polygons(segmentations: Sequence[Any], faults: list[MaskFault]) -> tuple[Sequence[Any], Polygons]:
+    """Read the polygons of those that are lists of lists, or clearly meant to be.
+
+    Returns also the segmentations as Python objects in COCO's form, as far as they are clear; outlines may be Raw.
+    """
+    if set(map(type, segmentations)) == {Raw}:
+        parsed = parse_outlines(segmentations)
+        if parsed is not None and 2 not in parsed[1]:
+            shaped = list(segmentations)
+            for place in np.setdiff1d(np.arange(len(shaped)), parsed[0]).tolist():
+                shaped[place] = decoded(shaped[place])
+            return shaped, _indexed(*parsed)
+        segmentations = list(map(decoded, segmentations))
+    polygons, in_form = _join_polygons(segmentations)
+    if 2 in polygons.lengths or np.isnan(polygons.points).any() or not in_form:
+        segmentations = _reshaped(segmentations, faults)
+        polygons, _ = _join_polygons(segmentations)
+    return segmentations, polygons
+
+
+def _join_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:
     """Join the polygons of those that are lists of lists; also return whether all lists are."""
     outlines = [value if type(value) is list else [] for value in segmentations]
     all_lists = set(map(type, chain.from_iterable(outlines))) <= {list}
@@ -130,7 +175,12 @@ def _read_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:
     raw = list(chain.from_iterable(outlines))
     owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
     lengths = np.array(list(map(len, raw)), dtype=np.int64)
-    return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw))), raw), all_lists
+    return _indexed(owner, lengths, to_floats(list(chain.from_iterable(raw)))), all_lists
+
+
+def _indexed(owner: np.ndarray, lengths: np.ndarray, points: np.ndarray) -> Polygons:
+    """Number the polygons of each object."""
+    return Polygons(owner, lengths, points, np.arange(len(owner)) - np.searchsorted(owner, owner))
 
 
 def _reshaped(segmentations: Sequence[Any], faults: list[MaskFault]) -> list[Any]:
@@ -174,7 +224,9 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
 
 
-def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
+def _refuse_far(
+    polygons: Polygons, segmentations: Sequence[Any], sizes: np.ndarray, faults: list[MaskFault]
+) -> Polygons:
     """Refuse objects with a coordinate that is not a number near the image.
 
     An outline may overhang the image; numbers farther out belong to another image.
@@ -185,17 +237,18 @@ def _refuse_far(polygons: Polygons, sizes: np.ndarray, faults: list[MaskFault]) 
     limit = sizes.max(1)[owner]
     wrong = np.flatnonzero(~((polygons.points >= -limit) & (polygons.points <= 2 * limit)))
     places, index = np.unique(owner[wrong], return_index=True)
-    values = list(chain.from_iterable(polygons.raw))
     for place, number in zip(places.tolist(), wrong[index].tolist(), strict=True):
+        values = list(chain.from_iterable(decoded(segmentations[place])))
+        value = values[number - polygons.first[polygons.of(place).start]]
         expected = f"expected a number from {-limit[number]} to {2 * limit[number]}"
-        faults.append(MaskFault(place, "polygon-number", f"polygon coordinate {brief(values[number])}, {expected}"))
+        faults.append(MaskFault(place, "polygon-number", f"polygon coordinate {brief(value)}, {expected}"))
     return polygons.only(~np.isin(polygons.owner, places))
 
 
 def _are_near(polygons: Polygons, sizes: np.ndarray) -> bool:
     """Return whether all coordinates are numbers near their image, by the extremes of each polygon: NaN is neither."""
     filled = polygons.lengths > 0
-    starts = offsets(polygons.lengths)[:-1][filled]
+    starts = polygons.first[:-1][filled]
     if not len(starts):
         return True
     limit = sizes.max(1)[polygons.owner[filled]]
@@ -231,17 +284,20 @@ def _too_long(what: str) -> str:
 
 
 def _drawn(
-    polygons: Polygons, doubled: np.ndarray, boxes: np.ndarray, sizes: np.ndarray, faults: list[MaskFault]
-) -> np.ndarray:
+    polygons: Polygons, doubled: np.ndarray, segmentations: Sequence[Any], boxes: np.ndarray, sizes: np.ndarray,
+    faults: list[MaskFault],
+) -> np.ndarray:  # fmt: skip
     """Return (P,) bool whether the outline covers a pixel of its image or of the finer frame that training uses."""
     drawn = np.ones(len(boxes), dtype=bool)
     drawn[polygons.owner] = False
     drawn[polygons.owner[_is_large(polygons, doubled, sizes)]] = True
+    unsure = polygons.only(~drawn[polygons.owner])
+    drawn[unsure.owner[num_pixels(unsure.parts(range(len(unsure.owner))), sizes[unsure.owner]) > 0]] = True
     for place in np.flatnonzero(~drawn).tolist():
-        first, end = np.searchsorted(polygons.owner, [place, place + 1])
-        outline = polygons.raw[first:end]
-        drawn[place] = has_pixels(outline, boxes[place], tuple(sizes[place].tolist()))
+        which, raw = polygons.of(place), decoded(segmentations[place])
+        drawn[place] = has_frame_pixels(polygons.parts(which), boxes[place], tuple(sizes[place].tolist()))
         if not drawn[place]:
+            outline = [raw[i] for i in polygons.index[which].tolist()]
             faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
     return drawn[polygons.owner]
 
@@ -251,7 +307,7 @@ def _doubled_areas(polygons: Polygons) -> np.ndarray:
     if not len(polygons.owner):
         return np.zeros(0)
     x, y = polygons.points[::2], polygons.points[1::2]
-    first = offsets(polygons.lengths // 2)
+    first = polygons.first // 2
     following = np.arange(1, len(x) + 1)
     following[first[1:] - 1] = first[:-1]  # the last point joins the first
     return np.abs(np.add.reduceat(x * y[following] - y * x[following], first[:-1]))
@@ -259,15 +315,23 @@ def _doubled_areas(polygons: Polygons) -> np.ndarray:
 
 def _is_large(polygons: Polygons, doubled: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return which polygons surely cover a pixel, being thick and inside the image; these need not be drawn."""
-    if not len(polygons.owner):
-        return np.zeros(0, dtype=bool)
-    x, y = polygons.points[::2], polygons.points[1::2]
-    starts, (height, width) = offsets(polygons.lengths // 2)[:-1], sizes[polygons.owner].T
-    left, right = np.minimum.reduceat(x, starts), np.maximum.reduceat(x, starts)
-    top, bottom = np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)
+    (left, top, right, bottom), (height, width) = polygons.bounds, sizes[polygons.owner].T
     inside = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
     # area / perimeter is a lower bound of the radius of a disk inside a convex polygon: 0.5 pixels
     return inside & (doubled >= 2 * (right - left + bottom - top + 1))
+
+
+def _extents(polygons: Polygons, rles: dict[int, dict[str, Any]], num: int) -> np.ndarray:
+    """Return the boxes xyxy around n masks (n, 4), zeros if there is no mask."""
+    extents = np.zeros((4, num))
+    places, first = np.unique(polygons.owner, return_index=True)
+    if len(places):
+        extents[:2, places] = np.minimum.reduceat(polygons.bounds[:2], first, axis=1)
+        extents[2:, places] = np.maximum.reduceat(polygons.bounds[2:], first, axis=1)
+    for place, rle in rles.items():
+        x, y, width, height = coco_mask.toBbox(rle).tolist()
+        extents[:, place] = x, y, x + width, y + height
+    return extents.T.copy()
 
 
 def _check_rle(rle: Any, size: tuple[int, int]) -> tuple[dict[str, Any], int]:

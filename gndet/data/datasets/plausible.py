@@ -6,12 +6,11 @@ Letters: N images, n objects.  Boxes are float64 pixels of the original, xyxy (4
 from collections.abc import Callable
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from gndet.config.schema import Config
 from gndet.data.datasets.boxes import OVERHANG, ROUNDING
 from gndet.data.datasets.faults import Findings
-from gndet.data.datasets.packed import Packed, PackedMasks, count_objects
+from gndet.data.datasets.packed import Packed, count_objects
 from gndet.data.records import Dataset, Record
 
 MATCH = 0.5  # the least IoU that an object's box and the box around its mask should have
@@ -22,10 +21,13 @@ FEWEST = 2  # objects that show that
 MANY_CLASSES = 500  # beyond Objects365's 365
 
 
-def judge_boxes(packed: Packed, found: Findings) -> None:
-    """Refuse boxes that are not COCO's [x, y, width, height] in pixels; note masks away from their box."""
+def judge_boxes(packed: Packed, extents: np.ndarray, found: Findings) -> None:
+    """Refuse boxes that are not COCO's [x, y, width, height] in pixels; note masks away from their box.
+
+    extents (n, 4) xyxy around the masks, zeros without one.
+    """
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
-    boxes, extents = packed.boxes.T.copy(), _extents(packed, image).T.copy()  # (4, n) x0, y0, x1, y1
+    boxes, extents = packed.boxes.T.copy(), extents.T.copy()  # (4, n) x0, y0, x1, y1
     sides = packed.sizes[image].T[::-1]  # (2, n) width, height of the image
 
     def add(code: str, faulty: np.ndarray, words: Callable[[int], str]) -> None:
@@ -91,23 +93,6 @@ def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     common = _area(np.concatenate((np.maximum(boxes[:2], others[:2]), np.minimum(boxes[2:], others[2:]))))
     union = _area(boxes) + _area(others) - common
     return common / np.where(union > 0, union, 1)
-
-
-def _extents(packed: Packed, image: np.ndarray) -> np.ndarray:
-    """Return the boxes around the masks, (n, 4), zeros if there is no mask; image (n,): index of the image."""
-    extents = np.zeros((len(packed.polygons_first) - 1, 4))  # of each mask
-    outlined = np.flatnonzero(np.diff(packed.polygons_first))
-    if len(outlined):
-        points = packed.points.reshape(-1, 2)
-        first = packed.points_first[packed.polygons_first[outlined]] // 2  # masks in order, end to end
-        extents[outlined, :2] = np.minimum.reduceat(points, first)
-        extents[outlined, 2:] = np.maximum.reduceat(points, first)
-    extents = extents[packed.masks_at]
-    for i in np.flatnonzero(np.diff(packed.rles_first)[packed.masks_at]):
-        rle = PackedMasks(packed, range(i, i + 1), tuple(packed.sizes[image[i]].tolist()))[0]
-        x, y, width, height = coco_mask.toBbox(rle).tolist()
-        extents[i] = x, y, x + width, y + height
-    return extents
 
 
 def limit_notes(train: Dataset, val: Dataset, cfg: Config) -> list[str]:

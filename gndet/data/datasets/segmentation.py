@@ -20,13 +20,20 @@ MAX_CHAIN = 7  # characters of a run length: 7 x 5 bits hold every uint32
 MERGED_AT_ONCE = 64  # merging thousands of polygons one by one takes the square of their number
 
 
-def has_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Return whether checked polygons cover a pixel of the image, or of the finer frame of their box.
+def num_pixels(polygons: list[list[float]], sizes: np.ndarray) -> np.ndarray:
+    """Count the pixels of an image that each of P checked polygons covers, (P,); sizes (P, 2) height, width of it."""
+    counts = np.zeros(len(polygons), dtype=np.int64)
+    for size in np.unique(sizes, axis=0).tolist():
+        same = np.flatnonzero((sizes == size).all(1))
+        counts[same] = coco_mask.area(coco_mask.frPyObjects([polygons[i] for i in same.tolist()], *size))
+    return counts
+
+
+def has_frame_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Return whether checked polygons cover a pixel of the frame of their box, which is finer than the image.
 
     box (4,) xyxy in pixels, not empty; size: height, width of the image.
     """
-    if coco_mask.area(to_rle(polygons, size)):
-        return True
     inside = box.clip(0, (*size[::-1], *size[::-1]))
     has_area = (inside[2:] > inside[:2]).all()
     return bool(has_area and box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())

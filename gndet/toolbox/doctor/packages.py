@@ -14,9 +14,9 @@ from gndet.toolbox.doctor.facts import Fact, Facts, reason
 
 NEEDED = {  # {package: module to import}, the module with compiled code if there is one
     "numpy": "numpy", "torch": "torch", "torchvision": "torchvision.ops", "pycocotools": "pycocotools.mask",
-    "hotcoco": "hotcoco", "pillow": "PIL.Image", "orjson": "orjson", "safetensors": "safetensors.torch",
-    "pydantic": "pydantic", "pyyaml": "yaml", "rich": "rich", "tensorboard": "torch.utils.tensorboard",
-    "matplotlib": "matplotlib",
+    "hotcoco": "hotcoco", "pillow": "PIL.Image", "msgspec": "msgspec", "pysimdjson": "csimdjson",
+    "safetensors": "safetensors.torch", "pydantic": "pydantic", "pyyaml": "yaml", "rich": "rich",
+    "tensorboard": "torch.utils.tensorboard", "matplotlib": "matplotlib",
 }  # fmt: skip
 OPTIONAL = {  # {package: (module, what needs it and how to install it)}
     "onnx": ("onnx", "`gndet export`: pip install onnx onnxruntime"),

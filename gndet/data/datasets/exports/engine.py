@@ -152,7 +152,7 @@ def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int)
                 "id": len(items) + 1, "image_id": number, "category_id": names.get(item["category"], 0)
             })  # fmt: skip
     images, sizes = read_images(entries, files, reading, found)
-    columns, _ = read_columns(items, Known.of(sizes, names.values()), found)
+    columns = read_columns(items, Known.of(sizes, names.values()), found)
     return Part(
         len(pictures), images, [] if export.classes else list(names), columns, found.listed(), files.subfolders()
     )

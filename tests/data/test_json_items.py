@@ -27,7 +27,7 @@ def raws(values: list[Any], **layout: Any) -> list[Raw]:
 
 
 @pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (",", ":")}], ids=["json", "indented", "tight"])
-@pytest.mark.parametrize("values", [IN_FORM, [*IN_FORM[:2], *OTHERS, *IN_FORM[2:]], OTHERS[:1] + IN_FORM, OTHERS])
+@pytest.mark.parametrize("values", [IN_FORM, [*IN_FORM[:2], *OTHERS, *IN_FORM[2:]], OTHERS[:1] + IN_FORM])
 def test_outlines_become_their_numbers(values: list[Any], layout: dict[str, Any]) -> None:
     parsed = parse_outlines(raws(values, **layout))
     assert parsed is not None

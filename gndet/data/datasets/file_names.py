@@ -13,8 +13,6 @@ def split_name(name: Any) -> tuple[str, str]:
     """Split a file_name into folder and file.  Raises Fault for a name that is not text, is absolute, or leads up."""
     if not isinstance(name, str) or not name:
         raise Fault("file-name", "is not the name of a file in the image folder")
-    if "/" not in name and name[0] != ".":  # most names
-        return "", name
     *parents, leaf = [part for part in name.split("/") if part not in ("", ".")] or [""]
     if name.startswith("/") or ".." in parents or leaf == "..":
         raise Fault("file-escape", "leads out of the image folder")

@@ -18,7 +18,8 @@ from pycocotools import mask as coco_mask
 from gndet.data.datasets.faults import FAULTS, REFUSED, Fault
 from gndet.data.datasets.json_items import Raw, decoded, parse_outlines
 from gndet.data.datasets.outlines import in_coco_form
-from gndet.data.datasets.segmentation import MAX_OUTLINE, has_frame_pixels, num_pixels, outline_lengths, run_lengths
+from gndet.data.datasets.segmentation import MAX_OUTLINE, box_frame_masks, num_pixels, outline_lengths, run_lengths
+from gndet.data.records import MASK_SIDE
 from gndet.text import brief
 
 NUMBERS = {int, float}
@@ -41,14 +42,13 @@ class Polygons:
     owner: np.ndarray  # (P,) int64, ascending: index of the object
     lengths: np.ndarray  # (P,) int64: numbers, two per point
     points: np.ndarray  # float64, end to end; NaN if not a number
-    index: np.ndarray  # (P,) int64: of the polygon in the file's list of its object
 
     def only(self, keep: np.ndarray) -> "Polygons":
         """Return the polygons that keep (P,) selects."""
         if keep.all():
             return self
         points = self.points[np.repeat(keep, self.lengths)]
-        return Polygons(self.owner[keep], self.lengths[keep], points, self.index[keep])
+        return Polygons(self.owner[keep], self.lengths[keep], points)
 
     @cached_property
     def first(self) -> np.ndarray:
@@ -63,14 +63,9 @@ class Polygons:
             return np.zeros((4, 0))
         return np.stack([edge.reduceat(side, starts) for edge in (np.minimum, np.maximum) for side in (x, y)])
 
-    def of(self, place: int) -> range:
-        """Return which polygons an object has."""
-        return range(*np.searchsorted(self.owner, [place, place + 1]).tolist())
-
-    def parts(self, which: range) -> list[list[float]]:
-        """Return the numbers of each of these polygons."""
-        bounds = self.first[which.start : which.stop + 1].tolist()
-        return [self.points[start:end].tolist() for start, end in pairwise(bounds)]
+    def parts(self, first: int, end: int) -> list[list[float]]:
+        """Return the polygons from first to end - 1, each as its numbers."""
+        return [self.points[i:j].tolist() for i, j in pairwise(self.first[first : end + 1].tolist())]
 
 
 class MaskFault(NamedTuple):
@@ -101,7 +96,7 @@ class CheckedMasks(NamedTuple):
 
     def mask(self, place: int) -> Any:
         """Return what is kept of a segmentation: a list of polygons, an RLE, or None."""
-        return self.polygons.parts(self.polygons.of(place)) or self.rles.get(place)
+        return self.polygons.parts(*np.searchsorted(self.polygons.owner, [place, place + 1])) or self.rles.get(place)
 
     def packed(self, keep: np.ndarray) -> Masks:
         """Pack the segmentations that keep (n,) bool selects; the others must be empty."""
@@ -147,17 +142,14 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
 
 
 def _read_polygons(segmentations: Sequence[Any], faults: list[MaskFault]) -> tuple[Sequence[Any], Polygons]:
-    """Read the polygons of those that are lists of lists, or clearly meant to be.
-
-    Returns also the segmentations as Python objects in COCO's form, as far as they are clear; outlines may be Raw.
-    """
+    """Return the segmentations in COCO's form, as far as they are clear, outlines perhaps Raw; and their polygons."""
     if set(map(type, segmentations)) == {Raw}:
         parsed = parse_outlines(segmentations)
         if parsed is not None and 2 not in parsed[1]:
             shaped = list(segmentations)
             for place in np.setdiff1d(np.arange(len(shaped)), parsed[0]).tolist():
                 shaped[place] = decoded(shaped[place])
-            return shaped, _indexed(*parsed)
+            return shaped, Polygons(*parsed)
         segmentations = list(map(decoded, segmentations))
     polygons, in_form = _join_polygons(segmentations)
     if 2 in polygons.lengths or np.isnan(polygons.points).any() or not in_form:
@@ -175,12 +167,7 @@ def _join_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:
     raw = list(chain.from_iterable(outlines))
     owner = np.repeat(np.arange(len(outlines)), np.array(list(map(len, outlines)), dtype=np.int64))
     lengths = np.array(list(map(len, raw)), dtype=np.int64)
-    return _indexed(owner, lengths, to_floats(list(chain.from_iterable(raw)))), all_lists
-
-
-def _indexed(owner: np.ndarray, lengths: np.ndarray, points: np.ndarray) -> Polygons:
-    """Number the polygons of each object."""
-    return Polygons(owner, lengths, points, np.arange(len(owner)) - np.searchsorted(owner, owner))
+    return Polygons(owner, lengths, to_floats(list(chain.from_iterable(raw)))), all_lists
 
 
 def _reshaped(segmentations: Sequence[Any], faults: list[MaskFault]) -> list[Any]:
@@ -224,9 +211,7 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
 
 
-def _refuse_far(
-    polygons: Polygons, segmentations: Sequence[Any], sizes: np.ndarray, faults: list[MaskFault]
-) -> Polygons:
+def _refuse_far(polygons: Polygons, raw: Sequence[Any], sizes: np.ndarray, faults: list[MaskFault]) -> Polygons:
     """Refuse objects with a coordinate that is not a number near the image.
 
     An outline may overhang the image; numbers farther out belong to another image.
@@ -238,8 +223,8 @@ def _refuse_far(
     wrong = np.flatnonzero(~((polygons.points >= -limit) & (polygons.points <= 2 * limit)))
     places, index = np.unique(owner[wrong], return_index=True)
     for place, number in zip(places.tolist(), wrong[index].tolist(), strict=True):
-        values = list(chain.from_iterable(decoded(segmentations[place])))
-        value = values[number - polygons.first[polygons.of(place).start]]
+        values = list(chain.from_iterable(decoded(raw[place])))
+        value = values[number - polygons.first[np.searchsorted(polygons.owner, place)]]
         expected = f"expected a number from {-limit[number]} to {2 * limit[number]}"
         faults.append(MaskFault(place, "polygon-number", f"polygon coordinate {brief(value)}, {expected}"))
     return polygons.only(~np.isin(polygons.owner, places))
@@ -256,8 +241,13 @@ def _are_near(polygons: Polygons, sizes: np.ndarray) -> bool:
     return bool(((low >= -limit) & (high <= 2 * limit)).all())
 
 
+def _is_short(lengths: Any) -> Any:
+    """Return whether polygons have fewer than 3 points, or half of one."""
+    return (lengths < 6) | (lengths % 2 == 1)
+
+
 def _drop_short(polygons: Polygons, faults: list[MaskFault]) -> Polygons:
-    short = (polygons.lengths < 6) | (polygons.lengths % 2 == 1)
+    short = _is_short(polygons.lengths)
     places, index, counts = np.unique(polygons.owner[short], return_index=True, return_counts=True)
     for place, length, count in zip(places.tolist(), polygons.lengths[short][index], counts.tolist(), strict=True):
         faults.append(MaskFault(place, "polygon-short", f"polygon of {length} numbers", count))
@@ -292,12 +282,15 @@ def _drawn(
     drawn[polygons.owner] = False
     drawn[polygons.owner[_is_large(polygons, doubled, sizes)]] = True
     unsure = polygons.only(~drawn[polygons.owner])
-    drawn[unsure.owner[num_pixels(unsure.parts(range(len(unsure.owner))), sizes[unsure.owner]) > 0]] = True
+    drawn[unsure.owner[num_pixels(unsure.parts(0, len(unsure.owner)), sizes[unsure.owner]) > 0]] = True
     for place in np.flatnonzero(~drawn).tolist():
-        which, raw = polygons.of(place), decoded(segmentations[place])
-        drawn[place] = has_frame_pixels(polygons.parts(which), boxes[place], tuple(sizes[place].tolist()))
+        parts = polygons.parts(*np.searchsorted(polygons.owner, [place, place + 1]))
+        height, width = sizes[place].tolist()
+        box = boxes[place].clip(0, (width, height, width, height))
+        within = (box[2:] > box[:2]).all()
+        drawn[place] = within and box_frame_masks([parts], box[None], (height, width), MASK_SIDE).any()
         if not drawn[place]:
-            outline = [raw[i] for i in polygons.index[which].tolist()]
+            outline = [part for part in decoded(segmentations[place]) if not _is_short(len(part))]
             faults.append(MaskFault(place, "mask-empty", f"no pixel of the image lies in {brief(outline)}"))
     return drawn[polygons.owner]
 

@@ -22,10 +22,7 @@ MANY_CLASSES = 500  # beyond Objects365's 365
 
 
 def judge_boxes(packed: Packed, extents: np.ndarray, found: Findings) -> None:
-    """Refuse boxes that are not COCO's [x, y, width, height] in pixels; note masks away from their box.
-
-    extents (n, 4) xyxy around the masks, zeros without one.
-    """
+    """Refuse boxes that are not COCO's xywh in pixels; note masks, in extents (n, 4) xyxy, away from their box."""
     image = np.searchsorted(packed.objects_first, np.arange(len(packed.boxes)), side="right") - 1  # (n,)
     boxes, extents = packed.boxes.T.copy(), extents.T.copy()  # (4, n) x0, y0, x1, y1
     sides = packed.sizes[image].T[::-1]  # (2, n) width, height of the image

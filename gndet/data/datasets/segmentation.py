@@ -11,7 +11,6 @@ from hotcoco.mask import decode
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import Fault
-from gndet.data.records import MASK_SIDE
 from gndet.text import brief
 
 MAX_FRAME_REACH = 16  # how many box sides a polygon may leave its box by; beyond, its outline is too long to trace
@@ -27,16 +26,6 @@ def num_pixels(polygons: list[list[float]], sizes: np.ndarray) -> np.ndarray:
         same = np.flatnonzero((sizes == size).all(1))
         counts[same] = coco_mask.area(coco_mask.frPyObjects([polygons[i] for i in same.tolist()], *size))
     return counts
-
-
-def has_frame_pixels(polygons: list[list[float]], box: np.ndarray, size: tuple[int, int]) -> bool:
-    """Return whether checked polygons cover a pixel of the frame of their box, which is finer than the image.
-
-    box (4,) xyxy in pixels, not empty; size: height, width of the image.
-    """
-    inside = box.clip(0, (*size[::-1], *size[::-1]))
-    has_area = (inside[2:] > inside[:2]).all()
-    return bool(has_area and box_frame_masks([polygons], inside[None], size, MASK_SIDE).any())
 
 
 def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:

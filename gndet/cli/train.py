@@ -70,7 +70,6 @@ def train_run(
 def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
     from gndet.cli.console import EscapingConsole
     from gndet.errors import RunFinished
-    from gndet.toolbox.report.report import report_on_ending
     from gndet.train import train
     from gndet.training.run_folder import REPORT
 
@@ -78,6 +77,8 @@ def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
 
     def write_report(out: Path) -> None:
         if cfg.train.report:
+            from gndet.toolbox.report.report import report_on_ending  # with matplotlib, for which no start waits
+
             report_on_ending(out, show)
 
     def show(text: str) -> None:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# without the wrapper, which compiles Python code instead if algorithms must be deterministic: only gradients are not
-_roi_align = torch.ops.torchvision.roi_align
+from gndet.ops.torchvision_ops import operators
+
+_roi_align = operators().roi_align  # also if algorithms must be deterministic: only gradients are not
 
 
 def sum_per_image(values: Tensor, mask: Tensor) -> Tensor:

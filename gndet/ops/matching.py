@@ -3,13 +3,15 @@
 B images, M ground-truth slots, N candidates.  NMS is a custom operator, so that a compiled graph can contain it.
 """
 
+from collections.abc import Callable
+
 import torch
-import torchvision
 from torch import Tensor
 
 from gndet.ops import matching_kernels, nms_kernels
 from gndet.ops.boxes import pairwise_iou
 from gndet.ops.noise import Stream
+from gndet.ops.torchvision_ops import operators
 
 MAX_PAIRS = 4_500_000  # of objects and candidates, held at once: 16 slots by the 268,569 anchors of 800 x 1344 pixels
 _FIRST = 1 << 60  # above every rank: lifts the chosen positives over the negatives
@@ -107,8 +109,7 @@ def sample_balanced(label: Tensor, ranks: Tensor, num: int, positive_fraction: f
     return index, order >= _FIRST, order >= 0
 
 
-@torch.library.custom_op("gndet::nms_keep", mutates_args=(), device_types=("cpu", "cuda"))
-def nms_keep(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:
+def _nms_keep(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:
     """Keep the boxes that no better box of their group overlaps by more than threshold.
 
     boxes (B, N, 4) xyxy pixels, in descending order of score; scores (B, N); groups (B, N) int64, e.g. classes;
@@ -121,11 +122,17 @@ def nms_keep(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, thres
     for image in range(boxes.shape[0]):
         for group in groups[image][valid[image]].unique():
             rows = ((groups[image] == group) & valid[image]).nonzero()[:, 0]
-            kept = torchvision.ops.nms(boxes[image, rows], scores[image, rows], threshold)
+            kept = operators().nms(boxes[image, rows], scores[image, rows], threshold)
             keep[image, rows[kept]] = True
     return keep
 
 
-@nms_keep.register_fake
+# not by custom_op: its first call imports torch._dynamo, which takes longer than importing torch
+torch.library.define("gndet::nms_keep", torch.library.infer_schema(_nms_keep, mutates_args=()))
+torch.library.impl("gndet::nms_keep", ("cpu", "cuda"), _nms_keep)
+nms_keep: Callable[..., Tensor] = torch.ops.gndet.nms_keep
+
+
+@torch.library.register_fake("gndet::nms_keep")
 def _(boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:
     return torch.empty_like(valid)

@@ -5,10 +5,9 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
-from gndet.ops import roi_align_kernels
+from gndet.ops import roi_align_kernels, torchvision_ops
 
 Alignment = Literal["aligned", "unaligned", "detectron"]
 OUTSIDE = -1e5  # pixels: left of and above every picture
@@ -93,7 +92,7 @@ def roi_align_pyramid(
     pooled = torch.zeros((), dtype=exact, device=boxes.device)
     for i, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         on_level = (level == i)[:, None]  # regions of other levels lie outside, where nothing is sampled or added
-        part = torchvision.ops.roi_align(
+        part = torchvision_ops.roi_align(
             feature, torch.where(on_level, rois, elsewhere), size, 1.0 / stride, sampling_ratio, aligned=aligned
         )
         pooled = pooled + torch.where(on_level[:, :, None, None], part, 0.0)

@@ -18,10 +18,10 @@ from functools import cache
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gndet.ops import torchvision_ops
 from gndet.ops.self_test import failure
 
 try:
@@ -505,9 +505,11 @@ def usable(maps: Sequence[Tensor]) -> bool:
     return fitting and _working(x.device)
 
 
-@torch.compiler.assume_constant_result  # a compiler that traces the model does not trace the self-test
 def _working(device: torch.device) -> bool:
     return not trouble(device)
+
+
+_working._dynamo_marked_constant = True  # type: ignore[attr-defined]  # or a compiler would trace the self-test
 
 
 @cache
@@ -535,7 +537,7 @@ def _compare(device: torch.device, dtype: torch.dtype, size: int, ratio: int, to
     for i, (x, stride) in enumerate(zip(maps, strides, strict=True)):
         on_level = level == i
         rois = torch.cat([image[:, None], boxes], dim=1)[on_level].double()
-        exact = torchvision.ops.roi_align(x.double(), rois, size, 1 / stride, ratio, aligned=True)
+        exact = torchvision_ops.roi_align(x.double(), rois, size, 1 / stride, ratio, aligned=True)
         slope = torch.ops.torchvision._roi_align_backward(
             grad[on_level].double(), rois, 1 / stride, size, size, *x.shape, ratio, True
         )

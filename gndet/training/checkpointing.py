@@ -9,13 +9,13 @@ changed picture files are reported in a line each: a picture that was unreadable
 """
 
 import platform
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 
 import gndet
@@ -149,7 +149,7 @@ def versions(run: Run) -> dict[str, str]:
     threads = run.threads if run.threads > 1 else torch.get_num_threads()
     return {
         "gndet": gndet.__version__, "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "threads": str(threads),
+        "torchvision": sys.modules["torchvision.version"].__version__, "threads": str(threads),
     }  # fmt: skip
 
 

@@ -17,6 +17,9 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
     It has its state from the start, all zeros, which gives the first step that torch's own state gives.  So memory
     cannot run out in the first step, and a first step that found_inf turns off leaves no state without values.
     """
+    for method in vars(torch.optim.Optimizer).values():  # torch imports torch._dynamo, a long time, only to mark them
+        if getattr(method, "__globals__", {}).get("__name__") == "torch._compile":
+            method.__wrapped__.__dynamo_disable = method.__wrapped__
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": cfg.weight_decay},
         {"params": [], "weight_decay": cfg.norm_weight_decay},

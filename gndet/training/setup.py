@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from gndet.checkpoint import Checkpoint
 from gndet.config.loading import config_from_dict
@@ -170,13 +169,13 @@ def compile_ahead(run: Run, size: int) -> list[str]:
                 clear_gradients(run)
                 batch = largest_batch(run.train_set, data, num, masks=cfg.model.masks)
                 backward(run.forward, run.autocast, [batch], num, cfg)
-    except TorchDynamoException as error:
-        reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
-        raise ConfigError(
-            f"train.compile: {cfg.train.compile}: torch cannot compile the model here: {reason}; it needs a C++ "
-            "compiler, and on a GPU also Triton; train.compile=none needs neither"
-        ) from error
     except RuntimeError as error:
+        if any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):  # importing it takes a second
+            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
+            raise ConfigError(
+                f"train.compile: {cfg.train.compile}: torch cannot compile the model here: {reason}; it needs a C++ "
+                "compiler, and on a GPU also Triton; train.compile=none needs neither"
+            ) from error
         if not out_of_memory(error):
             raise  # out of memory is not an error here: the first update meets it, too, and continues with fewer images
         release(proc.device)

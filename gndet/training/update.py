@@ -4,6 +4,7 @@ The split does not change what is learned if images do not depend on each other 
 an update's gradient is the sum of its images' gradients over global_batch, for any split.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -277,7 +278,8 @@ def make_update(run: Run, state: UpdateState, losses: dict[str, Tensor], norm: T
     state.unread.append(Unread(own, sums, tuple(losses), evaluation_due))
     optimizer: Any = run.optimizer
     optimizer.found_inf = state.halted  # the fused optimizers change nothing if it is 1
-    optimizer.step()
+    with torch.no_grad():  # optimizer.step() would import torch._dynamo, a longer import than torch
+        inspect.unwrap(type(optimizer).step)(optimizer)
     if run.average is not None:
         run.average.update(skip=state.halted)
     if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
+from torchvision.transforms.v2 import functional
 
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches import transforms
@@ -161,6 +162,23 @@ def test_resize_equals_pillow_within_rounding(dataset: Dataset) -> None:
     image = transforms.train_sample(record, DataConfig(shortest_edge=(150,), flip=0), 1, False).image
     truth = np.asarray(Image.fromarray(record.load()).resize((150, 150), Image.Resampling.BILINEAR))
     assert (image.permute(1, 2, 0).int() - torch.from_numpy(truth.astype(np.int32))).abs().max() <= 1
+
+
+@pytest.mark.parametrize("capability", ["as it is", "NO AVX"])
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [(31, 47), (80, 63), (1, 200), (40, 60)])
+@pytest.mark.parametrize("layout", ["as a picture", "flipped", "a channel after the other"])
+def test_resize_is_torchvisions(
+    layout: str, size: tuple[int, int], antialias: bool, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).permute(2, 0, 1)
+    image = {"as a picture": image, "flipped": image.flip(2)}.get(layout, image.contiguous())
+    if capability == "NO AVX":  # torch then resizes floats
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    found = transforms._resize(image, size, antialias)
+    expected = functional.resize(image, list(size), antialias=antialias)
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
 def test_boxes_are_scaled_clipped_and_dropped_when_empty() -> None:

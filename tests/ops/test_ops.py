@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from gndet.ops import matching
+from gndet.ops import matching, torchvision_ops
 from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
 from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
 from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
@@ -279,7 +279,7 @@ def test_regions_of_other_levels_lie_outside_where_nothing_is_sampled(monkeypatc
         pooled_from.append(rois)
         return true(feature, rois, *args, **kwargs)
 
-    monkeypatch.setattr(torchvision.ops, "roi_align", spy)
+    monkeypatch.setattr(torchvision_ops, "roi_align", spy)
     features = [torch.randn(2, 3, 64 // s, 64 // s) for s in STRIDES]
     boxes, image = random_boxes(12, side=1600), torch.arange(12) % 2
     roi_align_pyramid(Pyramid(features, STRIDES), boxes, image, 7, 0)

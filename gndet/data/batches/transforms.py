@@ -3,13 +3,15 @@
 All randomness is a function of the image's key.  Letters: n objects, S mask side, (h, w) picture.
 """
 
+import platform
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from gndet.config.schema import DataConfig
 from gndet.data.datasets.segmentation import box_frame_masks
@@ -82,6 +84,18 @@ def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[i
     return height, width
 
 
+def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """Resize (3, H, W) uint8 bilinearly, as torchvision.transforms.v2 does, whose import takes seconds."""
+    if image.shape[1:] == size:
+        return image
+    native = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
+    batch = image[None]
+    if batch.is_contiguous(memory_format=torch.channels_last):  # torch would not see it by the stride of a batch of 1
+        batch = batch.as_strided(batch.shape, (image.numel(), *image.stride()))
+    resize = partial(F.interpolate, size=list(size), mode="bilinear", align_corners=False, antialias=antialias)
+    return resize(batch)[0] if native else resize(batch.float())[0].round_().byte()
+
+
 def _load_resized(
     record: Record, shortest_edge: int, data: DataConfig, flips: Sequence[int] = ()
 ) -> tuple[Tensor, tuple[float, float]]:
@@ -97,5 +111,5 @@ def _load_resized(
     image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels last: twice as fast to resize
     if flips:
         image = image.flip(list(flips))  # while it is small; resizing is symmetric, so the order does not matter
-    image = functional.resize(image, [height, width], antialias=data.antialias)
+    image = _resize(image, (height, width), data.antialias)
     return image, (height / record.size[0], width / record.size[1])

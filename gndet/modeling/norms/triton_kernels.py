@@ -250,9 +250,11 @@ def trouble(device: torch.device) -> str:
 _WORKING: set[torch.device] = set()  # the devices for which `trouble` has returned ""
 
 
-@torch.compiler.assume_constant_result
 def _known_to_work(device: torch.device) -> bool:
     return device in _WORKING
+
+
+_known_to_work._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports torch._dynamo
 
 
 Shape = tuple[int, int, int, int, int]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gndet.checkpoint import load_checkpoint, resolve
 from gndet.config.loading import config_from_dict
@@ -38,6 +39,12 @@ class Trained(NamedTuple):
     def fault(self) -> str:
         """Say that weights are not finite."""
         return f"{self.path}: NaN or infinite values in {self.nonfinite}; did the training diverge?"
+
+
+class _Unfilled(TorchFunctionMode):  # without random values: on the meta device they import torch._dynamo
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        skip = getattr(func, "__name__", "") in ("normal_", "uniform_")
+        return (args or [kwargs["tensor"]])[0] if skip else func(*args, **(kwargs or {}))
 
 
 def read_trained(path: Path) -> Trained:
@@ -97,7 +104,7 @@ def model_without_memory(trained: Trained, cfg: ModelConfig) -> DetectionModel:
     Raises CheckpointError that names the tensors that do not fit, and ConfigError.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = build_model(cfg, max(len(trained.classes), 1))
     except RuntimeError as error:  # more values than 64 bits count
         raise CheckpointError(f"{trained.path}: no such model can be built: {error}") from None
@@ -133,7 +140,7 @@ def build_trained(trained: Trained, cfg: ModelConfig, *, whole: bool = True) -> 
     counters = {key: torch.zeros(()) for key in shapes if key.endswith(COUNTER)}  # evaluation does not use them
     weights = counters | rest | trained.state
     try:
-        state = {key: torch.empty_like(like, device="cpu").copy_(weights[key]) for key, like in shapes.items()}
+        state = {key: torch.empty(like.shape, dtype=like.dtype).copy_(weights[key]) for key, like in shapes.items()}
         eps = {key: tensor for key, tensor in trained.state.items() if key.endswith(EPS)}
         model.load_state_dict(state | eps, assign=True)
     except (RuntimeError, ValueError) as error:  # an eps that is not one number, or of a layer that has none

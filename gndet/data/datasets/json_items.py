@@ -38,15 +38,13 @@ class JsonItems(Sequence[Item]):
         return {key: decoded(value) for key, value in values.items() if value is not msgspec.UNSET}
 
 
-def column(items: Sequence[Item], key: str) -> list[Any]:
-    """Return the values of a key, None where it is missing; segmentations may be Raw."""
+def column(items: Sequence[Item], key: str) -> list[Any]:  # None where it is missing; segmentations may be Raw
     if not isinstance(items, JsonItems):
         return [item.get(key) for item in items]
     return [None if (value := getattr(row, key)) is msgspec.UNSET else value for row in items.rows]
 
 
-def decoded(value: Any) -> Any:
-    """Return a value as Python objects.  Raises msgspec.DecodeError for a number that is too large for a float."""
+def decoded(value: Any) -> Any:  # raises msgspec.DecodeError for a number that is too large for a float
     return msgspec.json.decode(value) if type(value) is Raw else value
 
 
@@ -72,12 +70,10 @@ def parse_outlines(raws: Sequence[Raw]) -> tuple[np.ndarray, np.ndarray, np.ndar
     depth = np.where(opens, 1, -1).cumsum()  # behind each bracket
     first, last = brackets[opens & (depth == 3)], brackets[~opens & (depth == 2)]
     lengths = np.searchsorted(commas, last) - np.searchsorted(commas, first) + 1
-    # a number beside the inner lists adds a comma, an empty list a length
     if depth.max() > 3 or len(commas) + 1 != lengths.sum() or len(points) != lengths.sum():
-        return None
+        return None  # a number beside the inner lists adds a comma, an empty list a length
     return places[np.searchsorted(ends, first, side="right")], lengths, points
 
 
-def _joined(raws: Sequence[Raw]) -> tuple[bytes, np.ndarray]:
-    """Join n texts to a JSON list.  Returns it, and where the text behind each begins, (n,)."""
+def _joined(raws: Sequence[Raw]) -> tuple[bytes, np.ndarray]:  # a JSON list, and where what follows each begins
     return b"[" + b",".join(raws) + b"]", np.cumsum([len(raw) + 1 for raw in raws], dtype=np.int64) + 1

@@ -63,8 +63,7 @@ class Polygons:
             return np.zeros((4, 0))
         return np.stack([edge.reduceat(side, starts) for edge in (np.minimum, np.maximum) for side in (x, y)])
 
-    def parts(self, first: int, end: int) -> list[list[float]]:
-        """Return the polygons from first to end - 1, each as its numbers."""
+    def parts(self, first: int, end: int) -> list[list[float]]:  # the polygons from first to end - 1
         return [self.points[i:j].tolist() for i, j in pairwise(self.first[first : end + 1].tolist())]
 
 
@@ -113,8 +112,7 @@ def check_masks(segmentations: Sequence[Any], sizes: np.ndarray, boxes: np.ndarr
     """Check n segmentations as they are in a file, as Python objects or all as JSON text.
 
     sizes (n, 2) height, width of the images; boxes (n, 4) xyxy, not empty: if given, polygons must cover a pixel.
-    Reads outlines that are not in COCO's form if only one reading is possible.  Drops refused segmentations, polygons
-    with fewer than 3 points, and RLEs without a pixel.
+    Reads outlines in another form if it is clear.  Drops refused ones, polygons below 3 points, RLEs without a pixel.
     """
     faults: list[MaskFault] = []
     segmentations, polygons = _read_polygons(segmentations, faults)
@@ -158,8 +156,7 @@ def _read_polygons(segmentations: Sequence[Any], faults: list[MaskFault]) -> tup
     return segmentations, polygons
 
 
-def _join_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:
-    """Join the polygons of those that are lists of lists; also return whether all lists are."""
+def _join_polygons(segmentations: Sequence[Any]) -> tuple[Polygons, bool]:  # and whether all lists are of lists
     outlines = [value if type(value) is list else [] for value in segmentations]
     all_lists = set(map(type, chain.from_iterable(outlines))) <= {list}
     if not all_lists:

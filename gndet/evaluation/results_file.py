@@ -14,8 +14,8 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
+import msgspec
 import numpy as np
-import orjson
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.faults import Fault
@@ -101,8 +101,8 @@ def _read_part(path: Path, known: Known, cut: Cut) -> Results:
 def _fast_parsed(text: bytes) -> Any:
     """Parse JSON.  Raises NotInParts for what Python's parser may still take: NaN, half of an emoji, huge integers."""
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NotInParts(str(error)) from None
 
 

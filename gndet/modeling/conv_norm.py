@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig
-from gndet.modeling.norms.layers import make_norm
-from gndet.modeling.norms.valid_area import ValidArea
+from gndet.modeling.norms.layers import FrozenBatchNorm, NoNorm, make_norm, stored_map
+from gndet.modeling.norms.valid_area import ValidArea, clear_padding
+from gndet.ops import fused_conv
 from gndet.ops.conv3x3 import Convolution, Convolved, fastest
 
 
@@ -48,10 +49,43 @@ class ConvNorm(nn.Module):
         self.way: type[Convolution] = Convolution
         self.cheap = kernel == 1 if cheap is None else cheap
 
-    def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        """Map x (B, C, H, W) to (B, out_channels, H/stride, W/stride); area: of the result, or None."""
+    def forward(self, x: Tensor, area: ValidArea | None = None, residual: Tensor | None = None) -> Tensor:
+        """Map x (B, C, H, W) to (B, out_channels, H/stride, W/stride); area: of the result, or None.
+
+        residual: added before a final ReLU, as in a residual block.
+        """
+        if (fused := self._fused(x, area, residual)) is not None:
+            return fused
         x = self.norm(self.convolve(x), area)
-        return F.relu(x, inplace=True) if self.relu else x
+        x = x if residual is None else x + residual
+        return F.relu(x, inplace=True) if self.relu or residual is not None else x
+
+    def _fused(self, x: Tensor, area: ValidArea | None, residual: Tensor | None) -> Tensor | None:
+        """Do the same in one pass over the map, without a gradient; None if that is not possible."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not fused_conv.usable(x) or self.norm._forward_hooks or self.norm._forward_pre_hooks:
+            return None
+        if (folded := self.folded()) is None:
+            return None
+        weight, bias = (None if part is None else part.to(x.dtype) for part in folded)
+        relu = self.relu or residual is not None
+        way, stride, padding = self.way_for(x.dtype), self.conv.stride[0], self.conv.padding[0]
+        if way is Convolution:
+            y = fused_conv.convolve(x, weight, bias, stride, padding, relu=relu, residual=residual)
+        else:
+            y = way(weight, bias, stride, padding).forward(x)
+            y = y if residual is None else y.add_(residual)
+            y = y.relu_() if relu else y
+        return clear_padding(y, area) if getattr(self.norm, "masked", False) else y
+
+    def folded(self) -> tuple[Tensor, Tensor | None] | None:
+        """Return the weight and bias of the convolution with its norm; None if the norm takes statistics."""
+        weight, norm = self.weight(), self.norm
+        if isinstance(norm, FrozenBatchNorm) or (isinstance(norm, nn.BatchNorm2d) and not norm.training):
+            scale, shift = stored_map(norm)
+            return weight * scale[:, None, None, None], shift
+        return (weight, self.conv.bias) if isinstance(norm, NoNorm) else None
 
     def convolve(self, x: Tensor) -> Tensor:
         """Run the convolution alone, in the fastest way."""

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -124,24 +123,22 @@ def _saves_memory(layer: nn.Module) -> bool:
 
 
 def _plain(layers: Iterable[Any], x: Tensor, areas: Sequence[ValidArea | None], residual: Tensor | None) -> Tensor:
-    for layer, area in zip(layers, areas, strict=True):
+    *before, last = zip(layers, areas, strict=True)
+    for layer, area in before:
         x = layer(x, area)
-    return x if residual is None else F.relu(x + residual, inplace=True)
+    return last[0](x, last[1], residual)
 
 
 def _split(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Layer, tuple[Tensor | None, ...]]:
     """Split a ConvNorm into a Layer and its weight, bias, gamma and beta; fold a frozen norm into weight and bias."""
-    norm, weight, bias = layer.norm, layer.weight(), layer.conv.bias
+    norm = layer.norm
     area = area if norm.masked else None
     way = layer.way_for(dtype)
     cheap = layer.cheap and not (layer.regions and layer.memory == "lean")
     plain = Layer(layer.conv.stride[0], layer.conv.padding[0], way, cheap, 0, 0.0, area, layer.relu)
     if isinstance(norm, GroupNorm):
-        return plain._replace(groups=norm.groups, eps=norm.eps), (weight, None, norm.weight, norm.bias)
-    if isinstance(norm, FrozenBatchNorm):
-        scale, bias = norm.map()
-        weight = weight * scale[:, None, None, None]
-    return plain, (weight, bias, None, None)
+        return plain._replace(groups=norm.groups, eps=norm.eps), (layer.weight(), None, norm.weight, norm.bias)
+    return plain, (*layer.folded(), None, None)
 
 
 def _weights_as(dtype: torch.dtype, tensors: list[Tensor | None]) -> list[Tensor | None]:

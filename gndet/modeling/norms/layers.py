@@ -114,15 +114,17 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def map(self) -> tuple[Tensor, Tensor]:
-        """Return the scale and the shift of each channel, (C,)."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        scale, shift = self.map()
+        scale, shift = stored_map(self)
         y = torch.addcmul(shift[:, None, None].to(x.dtype), x, scale[:, None, None].to(x.dtype))
         return clear_padding(y, area) if self.masked else y
+
+
+def stored_map(norm: FrozenBatchNorm | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return the scale and the shift (C,) of each channel, from a norm's stored statistics."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
 
 
 class BatchRenorm(nn.BatchNorm2d):

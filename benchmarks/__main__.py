@@ -1,4 +1,4 @@
-"""`python -m benchmarks step|norm|loader|start|eval [--rounds N] [--threads N] [its own options]`."""
+"""`python -m benchmarks step|norm|loader|start|eval|predict [--rounds N] [--threads N] [its own options]`."""
 
 import argparse
 import functools
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from benchmarks.options import add_all
 from gndet.cli.main import exit_status, parse
 
-MODULES = {"step": "step", "norm": "norm", "loader": "loader", "start": "start", "eval": "evaluation"}
+MODULES = {
+    "step": "step", "norm": "norm", "loader": "loader", "start": "start", "eval": "evaluation", "predict": "predicting",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,15 +54,15 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     say(f"\n{machine(options.threads)}\n{table(turns, against='torchvision', unit='ms', per=num)}\nms: per picture")
 
 
-def draw(folder: Path, num: int) -> tuple[Path, Path]:
+def draw(folder: Path, num: int, size: tuple[int, int] = SIZE) -> tuple[Path, Path]:
     """Write a COCO data set of num synthetic pictures; return its annotation file and its folder of pictures."""
     pictures = folder / "pictures"
     pictures.mkdir()
     images, annotations = [], []
-    for number, scene in enumerate(make_scenes(SIZE, num, 0), start=1):
+    for number, scene in enumerate(make_scenes(size, num, 0), start=1):
         name = f"{number:06d}.jpg"
         Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(pictures / name, quality=QUALITY)
-        images.append({"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
+        images.append({"id": number, "file_name": name, "height": size[0], "width": size[1]})
         annotations += scene.annotations(number, len(annotations) + 1)
     file = folder / "annotations.json"
     file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))

@@ -63,6 +63,17 @@ def evaluation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--without", nargs="+", choices=without, default=(), help="leave out; pycocotools is slow")
 
 
+def predict(parser: argparse.ArgumentParser) -> None:
+    """Time prediction and evaluation against torchvision's model in a plain loop, with the same weights."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="gndet config, e.g. data.workers=0")
+    parser.add_argument(
+        "--network", choices=("r50", "quickstart"), default="r50", help="R50-FPN at 800/1333 or the quickstart's (r50)"
+    )
+    parser.add_argument("--boxes", action="store_true", help="without masks")
+    parser.add_argument("--num", type=one_or_more, default=4, help="pictures per turn (4)")
+    parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of both (float32)")
+
+
 def key_and_values(text: str) -> tuple[str, list[str]]:
     """Parse a config key and its values, e.g. train.memory:fast,lean."""
     key, colon, values = text.partition(":")
@@ -71,7 +82,7 @@ def key_and_values(text: str) -> tuple[str, list[str]]:
     return key, values.split(",")
 
 
-NAMES = {"step": step, "norm": norm, "loader": loader, "start": start, "eval": evaluation}
+NAMES = {"step": step, "norm": norm, "loader": loader, "start": start, "eval": evaluation, "predict": predict}
 
 
 def add_all(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

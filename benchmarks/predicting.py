@@ -50,18 +50,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     with TemporaryDirectory() as folder:
         annotations, pictures = draw(Path(folder), options.num, SIZES[network])
         files = sorted(pictures.iterdir())
-        weights, detector = Path(folder, "peer.pth"), Path(folder, "detector")
-        torch.save(untrained(network, masks, files[:CALIBRATION]).state_dict(), weights)
-        names = ",".join(f'"{category["name"]}"' for category in CATEGORIES)
-        convert(
-            str(weights), detector, [f"train.source.classes=[{names}]"], lambda line: None, to=None, policy="convert",
-            channels_per_group=16, damp=0.0, pictures=(), count=0,
-        )  # fmt: skip
-        edge, longest = EDGES[network]
+        weights, detector = same_weights(Path(folder), network, masks, files)
         overrides = [
-            *SETTINGS[network], "model.box_head.score_threshold=0", f"train.precision={options.precision}",
-            f"data.shortest_edge_test={edge}", f"data.max_edge={longest}", "data.cache=",
-            f"data.val.annotations={annotations}", f"data.val.images={pictures}", *options.overrides,
+            *settings(network), f"train.precision={options.precision}", f"data.val.annotations={annotations}",
+            f"data.val.images={pictures}", *options.overrides,
         ]  # fmt: skip
         say(f"{network}, {'masks' if masks else 'boxes only'}, {options.num} pictures, {options.precision}")
         subjects = [
@@ -73,6 +65,25 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     say(f"\n{machine(options.threads)}")
     say(table(turns, against="torchvision", per=options.num, facts=("detections",)))
     say("s: per picture; detections: per turn")
+
+
+def same_weights(folder: Path, network: str, masks: bool, files: Sequence[Path]) -> tuple[Path, Path]:
+    """Write random weights to a folder: torchvision's file, and gndet's checkpoint made of it.  Returns both."""
+    weights, detector = folder / "peer.pth", folder / "detector"
+    torch.save(untrained(network, masks, files[:CALIBRATION]).state_dict(), weights)
+    names = ",".join(f'"{category["name"]}"' for category in CATEGORIES)
+    convert(
+        str(weights), detector, [f"train.source.classes=[{names}]"], lambda line: None, to=None, policy="convert",
+        channels_per_group=16, damp=0.0, pictures=(), count=0,
+    )  # fmt: skip
+    return weights, detector
+
+
+def settings(network: str) -> list[str]:
+    """Return the overrides with which gndet's detector works as torchvision's."""
+    edge, longest = EDGES[network]
+    own = ["model.box_head.score_threshold=0", f"data.shortest_edge_test={edge}", f"data.max_edge={longest}"]
+    return [*SETTINGS[network], *own, "data.cache="]
 
 
 def predict_subject(checkpoint: Path, overrides: Sequence[str], files: Sequence[Path]) -> Work:

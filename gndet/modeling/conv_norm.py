@@ -68,9 +68,9 @@ class ConvNorm(nn.Module):
             return None
         if (folded := self.folded()) is None:
             return None
-        weight, bias = (None if part is None else part.to(x.dtype) for part in folded)
+        weight, bias = folded[0].to(x.dtype), None if folded[1] is None else folded[1].to(x.dtype)
         relu = self.relu or residual is not None
-        way, stride, padding = self.way_for(x.dtype), self.conv.stride[0], self.conv.padding[0]
+        way, stride, padding = self.way_for(x.dtype), self.conv.stride[0], self.conv.kernel_size[0] // 2
         if way is Convolution:
             y = fused_conv.convolve(x, weight, bias, stride, padding, relu=relu, residual=residual)
         else:

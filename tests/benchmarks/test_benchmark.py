@@ -15,14 +15,19 @@ from conftest import REPOSITORY
 from models import NUM_CLASSES, make_batch, small_model
 from subjects import computing, failing, hanging, holding, noting, timing_itself
 
+from benchmarks.loader import draw
 from benchmarks.options import NAMES
 from benchmarks.parts import memory_by_part
+from benchmarks.predicting import SIZES, decoded, peer_model, same_weights, settings
 from benchmarks.report import machine, table
 from benchmarks.scene import NEAR, PROPOSALS, make_scenes
-from benchmarks.step import guide, near_objects, peer_model, to_batch
+from benchmarks.step import guide, near_objects, to_batch
+from benchmarks.step import peer_model as step_peer
 from benchmarks.turns import Limits, Subject, Turn, take_turns
 from gndet.config.schema import Config, TrainConfig
+from gndet.distributed.process import alone
 from gndet.errors import ConfigError, MachineError
+from gndet.evaluation.detector import load_detector
 from gndet.structures import Proposals
 from gndet.training.memory import MIB, TensorBytes
 from gndet.training.update import backward
@@ -123,6 +128,24 @@ def test_a_table_holds_medians_and_ratios() -> None:
     assert f"torch {torch.__version__}" in machine() and "3 thread(s) each" in machine(3)
 
 
+# --- prediction
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_prediction_finds_what_torchvision_finds(tmp_path: Path, masks: bool) -> None:
+    _, pictures = draw(tmp_path, 2, SIZES["quickstart"])
+    files = sorted(pictures.iterdir())
+    weights, checkpoint = same_weights(tmp_path, "quickstart", masks, files)
+    peer = peer_model("quickstart", masks).eval()
+    peer.load_state_dict(torch.load(weights, weights_only=True))
+    detector = load_detector(checkpoint, settings("quickstart"), alone("cpu"))
+    for file, found in zip(files, detector.predict(list(map(str, files)), threshold=0), strict=True):
+        with torch.inference_mode():
+            expected = peer([decoded(file)])[0]
+        assert len(found) == len(expected["scores"]) == 100 and (found.masks is not None) == masks
+        torch.testing.assert_close(torch.from_numpy(found.scores), expected["scores"], rtol=1e-4, atol=1e-6)
+
+
 # --- the training step
 
 
@@ -160,7 +183,7 @@ def test_both_sides_sample_as_many_regions_for_their_heads() -> None:
     batch = batch._replace(gt=batch.gt._replace(labels=batch.gt.labels % NUM_CLASSES))
     features, areas = model.features(batch.images, batch.sizes, batch.padded)
     regions = model.step(features, areas, batch).regions
-    peer = peer_model("gn", (128, 160)).roi_heads
+    peer = step_peer("gn", (128, 160)).roi_heads
     target = {"boxes": scenes[0].boxes, "labels": scenes[0].labels + 1, "masks": scenes[0].bitmaps()}
     *_, labels, _ = peer.select_training_samples([scenes[0].near], [target])
     assert regions.valid.sum() == len(labels[0]) == 512

@@ -124,11 +124,13 @@ def _apply(matrix: tuple[tuple[float, ...], ...], tiles: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # a later backward pass uses them, too
 def _tensor(matrix: tuple[tuple[float, ...], ...]) -> Tensor:
     return torch.tensor(matrix, dtype=torch.float32)
 
 
 @cache
+@torch.inference_mode(False)
 def _kron(matrix: tuple[tuple[float, ...], ...]) -> Tensor:
     """Return the transform along both sides of a flattened tile, computed in float64."""
     factor = torch.tensor(matrix, dtype=torch.float64)

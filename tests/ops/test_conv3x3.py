@@ -80,6 +80,16 @@ def test_the_product_copies_no_weight() -> None:
     assert allocated < 1.5 * weight.nbytes
 
 
+def test_a_prediction_before_does_not_hinder_training() -> None:
+    for cached in (winograd._tensor, winograd._kron):
+        cached.cache_clear()
+    layer, x = conv_norm(), torch.randn(1, 64, 8, 8)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.conv.weight.grad.isfinite().all()
+
+
 def test_a_sample_s_result_does_not_depend_on_the_other_samples() -> None:
     x, weight = torch.randn(70, 7, 7, 64), winograd.transform_weight(torch.randn(64, 64, 3, 3))
     together = winograd.convolve(x, weight)

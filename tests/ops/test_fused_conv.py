@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gndet.config.schema import NormConfig
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.valid_area import ValidArea
+from gndet.ops.conv3x3 import Convolution, Product, Winograd
 from gndet.ops.fused_conv import usable
 
 KINDS = ("frozen_bn", "bn", "sync_bn", "brn", "none")
@@ -45,16 +46,17 @@ class Operators(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("minimal", [False, True], ids=["direct", "winograd"])
+@pytest.mark.parametrize("way", [Convolution, Winograd, Product])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (7, 2)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_equals_convolution_norm_residual_and_relu_in_float64(
-    kind: str, kernel: int, stride: int, residual: bool, padded: bool, minimal: bool
+    kind: str, kernel: int, stride: int, residual: bool, padded: bool, way: type[Convolution]
 ) -> None:
     layer = layer_of(kind, kernel, stride, relu=not residual)
-    layer.winograd = minimal
+    if kernel == 3 and (stride == 1 or way is not Winograd):
+        layer.way = way
     x, added = maps(), maps(height=-(-13 // stride), width=-(-18 // stride), seed=2) if residual else None
     area = ValidArea.of(torch.tensor([[5, 9], [3, 4]]), -(-13 // stride), -(-18 // stride)) if padded else None
     with torch.inference_mode():

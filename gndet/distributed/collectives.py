@@ -21,9 +21,8 @@ def exchange(proc: Process) -> Iterator[None]:
         with proc.watch.waiting() if proc.watch else nullcontext():
             yield
     except RuntimeError as error:
-        reason = re.sub(r"^\[\S+\] ", "", str(error).splitlines()[0]).split(". ")[
-            0
-        ]  # without the place in gloo's source
+        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = re.sub(r"^\[\S+\] ", "", reason)  # without the place in gloo's source
         if proc.watch is None:
             raise ProcessLost(f"rank {proc.rank}: the others did not respond: {reason}") from error
         text = (

@@ -181,7 +181,7 @@ def keep_freed_memory() -> None:
 def place(model: Model, precision: str, proc: Process) -> tuple[Model, Callable[[], AbstractContextManager]]:
     """Move a model to the device in a precision (train.precision).  Returns it and a factory of autocast contexts."""
     model = model.to(proc.device, torch.float64 if precision == "float64" else None)
-    if proc.device.type == "cuda":  # on a CPU, gradients and the optimizer would copy each weight into its plain layout
+    if proc.device.type == "cuda" or not model.training:  # on a CPU, gradients and the optimizer would copy each weight
         model = model.to(memory_format=torch.channels_last)
     bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")
     return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext

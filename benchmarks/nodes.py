@@ -25,6 +25,7 @@ from benchmarks.slow_link import DEVICE, MTU
 ADDRESSES = ("10.0.0.1", "10.0.0.2")
 PORT = 29500  # torchrun's default; each namespace has its own ports
 REPOSITORY = Path(__file__).resolve().parent.parent
+SLOW_LINK = str(REPOSITORY / "benchmarks" / "slow_link.py")
 
 
 class NoNamespaces(OSError):
@@ -65,7 +66,7 @@ class Nodes:
     def torchrun(self, node: int, *words: str) -> list[str]:
         """Return the command that runs torchrun on a node, with one rank."""
         meeting = [f"--node-rank={node}", f"--master-addr={ADDRESSES[0]}", f"--master-port={PORT}"]
-        run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meeting]
+        run = [sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *meeting]
         return self.command(node, *run, *words)
 
     def cut(self) -> None:
@@ -104,7 +105,7 @@ class Nodes:
     def _join_slowly(self, stack: ExitStack) -> None:
         """Give each node a device whose packets a process of this node hands to that of the other, with the delay."""
         for node, end in enumerate(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)):
-            words = [sys.executable, "-m", "benchmarks.slow_link", str(end.fileno()), str(self._delay_s)]
+            words = [sys.executable, "-P", SLOW_LINK, str(end.fileno()), str(self._delay_s)]
             process = subprocess.Popen(
                 self.command(node, *words), pass_fds=[end.fileno()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE, cwd=REPOSITORY,

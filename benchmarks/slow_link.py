@@ -1,4 +1,4 @@
-"""`python -m benchmarks.slow_link DESCRIPTOR SECONDS`: one end of a link between two network namespaces, with a delay.
+"""`python benchmarks/slow_link.py DESCRIPTOR SECONDS`: one end of a link between two network namespaces, with a delay.
 
 Makes a TUN device in the namespace of this process.  Its packets go to the socket DESCRIPTOR, at whose other end the
 same program runs in the other namespace.  (The kernel's own `tc qdisc add dev DEVICE root netem delay 50ms` does this

@@ -322,6 +322,7 @@ ALLOWED_IMPORTS = {
     ("__init__.py", "importlib"): "the names of gndet, when they are first used",
     ("train.py", "importlib"): "gndet.cli.train, when gndet.train is called",
     ("evaluation/fonts.py", "importlib"): "finds matplotlib's folder without importing it",
+    ("ops/torchvision_ops.py", "importlib"): "torchvision's operators without its package, by names in that file",
     ("data/workers.py", "pickle"): "results of gndet's own processes, which come through their pipes",
     ("weights/foreign/unpickling.py", "pickle"): "it looks nothing up: tests/weights/test_weight_files.py",
     ("weights/foreign/files.py", "zipfile"): "reads uncompressed records of a file of torch.save, unpacks none",
@@ -347,6 +348,7 @@ ALLOWED_CALLS = {
     ("data/workers.py", "pickle.loads"): "results of gndet's own processes, which come through their pipes",
     ("__init__.py", "import_module"): "the names of gndet, when they are first used",
     ("train.py", "import_module"): "gndet.cli.train, when gndet.train is called",
+    ("ops/torchvision_ops.py", "importlib.import_module"): "torchvision and parts of it, by names in that file",
     ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names in that file",
     (
         "toolbox/doctor/packages.py",

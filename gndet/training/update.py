@@ -213,7 +213,8 @@ def backward(
 
     before() is called before each part; room() wraps each part; last() wraps the last backward pass.  threads: compute
     so many images of a part side by side, see side_by_side.py.
-    Returns the sums of the losses / global_batch, on the device; float64, so that a split rounds no float32 sum.
+    Returns the sums of the losses / global_batch, on the device; of several parts in float64, so that a split rounds
+    no float32 sum.
     """
     device = next(model.parameters()).device
     canvases = cfg.data.canvas_multiple, cfg.data.exact_canvas, cfg.data.canvases
@@ -238,7 +239,8 @@ def backward(
                     means = losses_of(part)
                     with last() if number == len(batches) and part is parts[-1] else nullcontext():
                         total(means).backward()
-                sums = {name: sums.get(name, 0.0) + loss.detach().double() for name, loss in means.items()}
+                means = {name: loss.detach() for name, loss in means.items()}
+                sums = {name: sums[name].double() + mean if sums else mean for name, mean in means.items()}
                 del means
     return sums
 

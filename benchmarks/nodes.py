@@ -143,7 +143,12 @@ def train(delay_s: float, updates: int, overrides: Sequence[str]) -> tuple[list[
             )
             for node in (0, 1)
         ]  # fmt: skip
-        if sum(run.wait() for run in runs):  # waits for both
+        try:
+            statuses = [run.wait() for run in runs]
+        finally:
+            for run in runs:
+                run.terminate()  # after an interrupt; torchrun ends its ranks
+        if any(statuses):
             raise SystemExit("the training failed, see above")
         sent = nodes.sent_bytes(1) / updates
         lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]

@@ -89,9 +89,8 @@ def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
     if image.shape[1:] == size:
         return image
     native = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
-    if (batch := image[None]).is_contiguous(
-        memory_format=torch.channels_last
-    ):  # torch would not see it by the stride of a batch of 1
+    batch = image[None]
+    if batch.is_contiguous(memory_format=torch.channels_last):  # torch would not see it by the stride of a batch of 1
         batch = batch.as_strided(batch.shape, (image.numel(), *image.stride()))
     resize = partial(F.interpolate, size=list(size), mode="bilinear", align_corners=False, antialias=antialias)
     return resize(batch)[0] if native else resize(batch.float())[0].round_().byte()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step|norm|loader|start|eval|predict [--rounds N] [--threads N] [its own options]`."""
+"""`python -m benchmarks step|norm|loader|start|eval|predict|commands [--rounds N] [--threads N] [its own options]`."""
 
 import argparse
 import functools
@@ -11,6 +11,7 @@ from gndet.cli.main import exit_status, parse
 
 MODULES = {
     "step": "step", "norm": "norm", "loader": "loader", "start": "start", "eval": "evaluation", "predict": "predicting",
+    "commands": "commands",
 }  # fmt: skip
 
 

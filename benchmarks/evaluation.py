@@ -123,7 +123,7 @@ def detected(num: int, each: int) -> tuple[Truth, Found]:
     images, annotations, found = [], [], []
     for number in range(1, num + 1):
         scene, detections = scenes[number % SCENES], drawn[number % SCENES]
-        images.append({"id": number, "height": SIZE[0], "width": SIZE[1]})
+        images.append({"id": number, "file_name": f"{number:012d}.jpg", "height": SIZE[0], "width": SIZE[1]})
         annotations += scene.annotations(number, len(annotations) + 1)
         scores = np.sort(rng.uniform(0, 1, each))[::-1].tolist()
         found += [{"image_id": number, **row, "score": score} for row, score in zip(detections, scores, strict=True)]

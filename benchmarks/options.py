@@ -74,6 +74,13 @@ def predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of both (float32)")
 
 
+def commands(parser: argparse.ArgumentParser) -> None:
+    """Time gndet's commands from their start: --help, train to its first update, predict, analyze."""
+    parser.add_argument("--only", nargs="+", choices=("help", "train", "predict", "analyze"), help="some of them")
+    parser.add_argument("--num", type=one_or_more, default=5000, help="pictures to analyze, of 100 detections (5000)")
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout of gndet, to compare with")
+
+
 def key_and_values(text: str) -> tuple[str, list[str]]:
     """Parse a config key and its values, e.g. train.memory:fast,lean."""
     key, colon, values = text.partition(":")
@@ -82,7 +89,10 @@ def key_and_values(text: str) -> tuple[str, list[str]]:
     return key, values.split(",")
 
 
-NAMES = {"step": step, "norm": norm, "loader": loader, "start": start, "eval": evaluation, "predict": predict}
+NAMES = {
+    "step": step, "norm": norm, "loader": loader, "start": start, "eval": evaluation, "predict": predict,
+    "commands": commands,
+}  # fmt: skip
 
 
 def add_all(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:

@@ -21,7 +21,8 @@ from gndet.distributed.children import safe_children
 from gndet.errors import ConfigError, GndetError, MachineError
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")  # libraries' own settings
-LOOK = 0.02  # seconds between two readings of the memory of a subject and the processes that it started
+LOOK = 0.02  # seconds between two looks at whether a subject has answered
+COUNT = 10  # looks between two readings of the memory of a subject and the processes that it started
 PATIENCE = 10.0  # seconds that a process has to end by itself
 WALL = "wall s"  # work that times itself, by a GPU's events, returns its seconds under this name
 
@@ -49,7 +50,7 @@ class Turn(NamedTuple):
 
     wall_s: float
     cpu_s: float  # of all its threads, and of the processes that it started and that still live or were waited for
-    peak_mib: float  # resident, since its process began: the sum over processes that live at the same time
+    peak_mib: float  # resident, since its process began; with the processes that it started, shared pages once
     facts: dict[str, float]  # what the work returned, e.g. {"kept MiB": 12.0}
 
 
@@ -134,15 +135,16 @@ class _Runner(NamedTuple):
 
         end: until when, by time.monotonic().  Raises MachineError if it fails, dies or takes longer.
         """
-        peak = 0.0
+        peak, looks = 0.0, 0
         try:
-            waiting = True
-            while waiting:
+            while not self.connection.poll(LOOK):
                 if time.monotonic() > end:
                     self.process.kill()
                     raise MachineError(f"{self.subject.name}: out of time")
-                waiting = not self.connection.poll(LOOK)
-                peak = max(peak, sum(map(peak_mib, [self.process.pid, *_descendants(self.process.pid)])))
+                if looks % COUNT == 0 and (others := _descendants(self.process.pid)):
+                    peak = max(peak, sum(map(shared_mib, [self.process.pid, *others])))
+                looks += 1
+            peak = max(peak, peak_mib(self.process.pid))
             wall_s, cpu_s, facts, trouble = self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join(PATIENCE)
@@ -219,6 +221,15 @@ def _stat(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
+
+
+def shared_mib(pid: int) -> float:
+    """Return the resident memory of a process in MiB, its share of pages that others have, too; 0 if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
 
 
 def peak_mib(pid: int) -> float:

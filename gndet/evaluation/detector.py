@@ -258,6 +258,7 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     if trained.nonfinite:
         tell(f"warning: {trained.fault}")
     model, autocast = place(model.eval(), cfg.train.precision, proc)
+    model.choose_convolutions(min(cfg.data.shortest_edge))  # as in training, so that results have the same bits
     return Detector(model, cfg, trained.classes, trained.category_ids, autocast)
 
 

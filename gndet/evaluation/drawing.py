@@ -28,7 +28,8 @@ GOLDEN_ANGLE = 0.381966  # of a full turn: successive hues stay far apart for an
 MASK_OPACITY = 0.4
 GAP = 8  # pixels between pictures
 PAPER = (255, 255, 255)
-MARKED = (".png", ".jpg", ".jpeg")  # suffixes of drawings: the mark is a text of PNG, a comment of JPEG
+# the format of drawings by suffix: the mark is a text of PNG, a comment of JPEG
+MARKED = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 PICTURE = Kind("a picture that gndet drew", rb"\A(\x89PNG.*tEXtSoftware\x00gndet|\xff\xd8.*\xff\xfe\x00\x07gndet)")
 
 
@@ -233,7 +234,7 @@ def save_marked(path: Path, picture: np.ndarray, compression: int = 6) -> None:
     options: dict[str, Any] = {"pnginfo": _text("Software"), "comment": b"gndet", "compress_level": compression}
     # not flushed: that would take longer than drawing, and predict writes the list of its pictures last
     with written_whole(path, sync=False) as file:
-        Image.fromarray(picture).save(file, Image.registered_extensions()[path.suffix.lower()], **options)
+        Image.fromarray(picture).save(file, MARKED[path.suffix.lower()], **options)
 
 
 def _text(key: str) -> PngInfo:

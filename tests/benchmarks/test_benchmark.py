@@ -24,11 +24,13 @@ from benchmarks.scene import NEAR, PROPOSALS, make_scenes
 from benchmarks.step import guide, near_objects, to_batch
 from benchmarks.step import peer_model as step_peer
 from benchmarks.turns import Limits, Subject, Turn, take_turns
+from benchmarks.typed import subject as command
 from gndet.config.schema import Config, TrainConfig
 from gndet.distributed.process import alone
 from gndet.errors import ConfigError, MachineError
 from gndet.evaluation.detector import load_detector
 from gndet.structures import Proposals
+from gndet.training.log import read_metrics
 from gndet.training.memory import MIB, TensorBytes
 from gndet.training.update import backward
 
@@ -217,3 +219,26 @@ def test_every_benchmark_has_options_and_help() -> None:
             [sys.executable, str(REPOSITORY / "tools/benchmark.py"), name, "--help"], capture_output=True, text=True
         )
         assert done.returncode == 0 and "--rounds" in done.stdout and "--threads" in done.stdout
+
+
+@pytest.mark.slow
+def test_commands_of_two_checkouts_are_timed() -> None:
+    words = ["commands", "--only", "help", "analyze", "--num", "4", "--rounds", "1", "--beside", str(REPOSITORY)]
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools/benchmark.py"), *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "help: gndet train --help\n" in done.stdout and "analyze: gndet analyze" in done.stdout
+    shown = [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("beside ", "here "))]
+    assert shown == ["beside", "here"] * 2
+
+
+def test_a_command_that_fails_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"(?s)gndet analyze nothing: exit status 2.*no such file"):
+        command(REPOSITORY, ["analyze", "nothing"], str(tmp_path))()
+
+
+def test_a_training_ends_once_it_has_logged_an_update(tmp_path: Path) -> None:
+    endless = ["train.schedule.updates=100000", "data.train.count=4", "data.val.count=1", "train.log_every=1"]
+    command(REPOSITORY, ["train", "quickstart", f"out={tmp_path / 'run'}", *endless], str(tmp_path))()
+    assert any(line["kind"] == "train" for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))

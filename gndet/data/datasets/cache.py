@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,12 +150,11 @@ class _Entry(NamedTuple):
             sweep(self.home.parent)
             remove(self.home)
             with folder_written_whole(self.home) as partial:
-                hashes = {}
                 records: Any = dataset.records  # packed
-                for name, values in records.packed._asdict().items():
-                    with create(partial / f"{name}.npy") as file:
-                        np.save(file, values, allow_pickle=False)
-                    hashes[name] = _hash(partial / f"{name}.npy")
+                arrays = records.packed._asdict()
+                with ThreadPoolExecutor(2, "save") as threads:
+                    written = threads.map(functools.partial(_save, partial), arrays, arrays.values())
+                    hashes = dict(zip(arrays, written, strict=True))
                 facts = {
                     "inputs": self._inputs(subfolders), "subfolders": subfolders, "annotations": digest,
                     "files": hashes, "trusted": {}, "classes": dataset.classes, "category_ids": dataset.category_ids,
@@ -240,6 +240,13 @@ def _stat(path: Path) -> list[int]:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save(folder: Path, name: str, values: np.ndarray) -> str:
+    """Write an array to a new file.  Returns the file's hash."""
+    with create(folder / f"{name}.npy") as file:
+        np.save(file, values, allow_pickle=False)
+    return _hash(folder / f"{name}.npy")
 
 
 def _reader() -> str:

@@ -13,7 +13,7 @@ from gndet.evaluation.coco_metrics import RECALLS
 from gndet.toolbox.analysis.matches import Matches
 
 WORK = 5e7  # detections x thresholds x draws: a few seconds
-AT_ONCE = 2e6  # the part of WORK that is held in memory at a time
+AT_ONCE = 1e6  # detections x draws that are held in memory at a time
 FEWEST, MOST = 40, 400  # draws
 Z = 1.96  # standard deviations: 95 % of a normal distribution
 
@@ -72,7 +72,7 @@ def resample(matches: Matches, *, seed: int, draws: int | None = None) -> np.nda
         counted = ~matches.ignored[rows]
         hit = (matches.matched[rows] > 0) & counted
         objects = matches.object_image[(matches.object_label == k) & ~matches.object_ignored]
-        at_once = max(int(AT_ONCE // max(hit.size, 1)), 1)
+        at_once = max(int(AT_ONCE // max(len(rows), 1)), 1)
         for first in range(0, len(weights), at_once):
             part = weights[first : first + at_once]
             ap[first : first + at_once, k] = average_precision(
@@ -87,14 +87,18 @@ def average_precision(hit: np.ndarray, wrong: np.ndarray, weight: np.ndarray, ob
     hit, wrong: (n, T) bool by descending score; weight: (D, n) how often each detection counts; objects: (D,) how many
     there are to find.
     """
-    tp, fp = ((kind[None] * weight[:, :, None]).cumsum(1) for kind in (hit, wrong))  # (D, n, T)
-    precision = tp / (tp + fp + np.spacing(1))
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the best at this or any higher recall
-    recall = tp / np.where(objects > 0, objects, np.nan)[:, None, None]
-    reached = np.searchsorted(RECALLS, recall, side="right")  # number of recalls reached
-    steps = np.diff(reached, axis=1, prepend=0)  # number of recalls that each detection is the first to reach
-    value = (precision * steps).sum(1) / len(RECALLS)
-    return np.where(objects[:, None] > 0, value, np.nan)
+    num = np.where(objects > 0, objects, np.nan)[:, None]
+    before, values = weight.cumsum(1), []  # (D, n) how many detections there are up to each
+    for found, out in zip(hit.T, ~(hit | wrong).T, strict=True):
+        at, uncounted = np.flatnonzero(found), np.flatnonzero(out)  # the precision is highest at hits
+        tp = weight[:, at].cumsum(1)  # (D, hits)
+        skipped = np.pad(weight[:, uncounted].cumsum(1), ((0, 0), (1, 0)))[:, np.searchsorted(uncounted, at)]
+        precision = tp / (before[:, at] - skipped + np.spacing(1))
+        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # the best at this or any higher recall
+        reached = np.searchsorted(RECALLS, tp / num, side="right")  # number of recalls reached
+        steps = np.diff(reached, axis=1, prepend=0)  # number of recalls that each hit is the first to reach
+        values.append((precision * steps).sum(1) / len(RECALLS))
+    return np.where(objects[:, None] > 0, np.stack(values, axis=1), np.nan)
 
 
 def _class_mean(values: np.ndarray) -> np.ndarray:

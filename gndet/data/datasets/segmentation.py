@@ -34,7 +34,7 @@ def to_rle(segmentation: Any, size: tuple[int, int]) -> dict[str, Any]:
         parts = coco_mask.frPyObjects(segmentation, *size)
         while len(parts) > MERGED_AT_ONCE:
             parts = [coco_mask.merge(parts[i : i + MERGED_AT_ONCE]) for i in range(0, len(parts), MERGED_AT_ONCE)]
-        return coco_mask.merge(parts)
+        return coco_mask.merge(parts) if len(parts) != 1 else parts[0]
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, *size)
     return segmentation

@@ -39,6 +39,7 @@ class Metrics(NamedTuple):
     summary: dict[str, float]  # the keys of SUMMARY_COLUMNS, in the order of pycocotools' stats
     per_class: list[dict[str, Any]]  # name, AP, AP50, AR, num_objects, num_images (crowd regions not counted)
     curves: dict[str, list[float]]  # by class name: precision at IoU 0.5 and recalls 0, 0.01 ... 1, if defined
+    precision: np.ndarray  # (10, 101, K) by IoU threshold, recall and class, for objects of any size; -1 if undefined
 
 
 def coco_truths(dataset: Dataset, *, masks: bool) -> dict[Kind, dict[str, Any]]:
@@ -74,29 +75,6 @@ def _merge_many_polygons(truth: dict[str, Any]) -> None:
         if isinstance(polygons, list) and len(polygons) > MERGED_AT_ONCE:
             code = to_rle(polygons, sizes[annotation["image_id"]])
             annotation["segmentation"] = code | {"counts": code["counts"].decode("ascii")}
-
-
-def evaluated(truth: dict[str, Any], results: Results, kind: Kind, max_detections: int) -> hotcoco.COCOeval:
-    """Return hotcoco's evaluator after matching objects of any size; detection i of the results has the id i + 1.
-
-    It holds all detections and masks, so that each match can be looked up.
-    """
-    expected = hotcoco.COCO(truth)
-    if max(np.abs(ids).max(initial=0) for ids in (results.image_ids, results.category_ids)) > EXACT:
-        found = expected.loadRes(list(results))  # a table holds floats
-    else:
-        table = _table(results.image_ids, results.category_ids, results.boxes, results.scores)
-        found = expected.loadRes(table, segmentation=results.masks())
-    if kind == "segm" and len(results):  # hotcoco used the areas of the boxes
-        found.update_anns(ids=np.arange(1, len(results) + 1), area=results.areas)
-    scorer = hotcoco.COCOeval(expected, found, kind)
-    params = _limited(scorer.params, max_detections)
-    params.areaRng, params.areaRngLbl = [[0, 1e10]], ["all"]
-    scorer.params = params
-    with _told():
-        scorer.evaluate()
-        scorer.accumulate()
-    return scorer
 
 
 def _table(image_ids: np.ndarray, category_ids: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -256,7 +234,8 @@ def _metrics(precision: np.ndarray, recall: np.ndarray, ground_truth: dict[str, 
         })  # fmt: skip
         if (curve > -1).all():
             curves[names[id]] = curve.tolist()
-    return Metrics({name: _mean(values) for name, values in summary.items()}, per_class, curves)
+    means = {name: _mean(values) for name, values in summary.items()}
+    return Metrics(means, per_class, curves, summary["AP"].copy())  # a view would keep the whole array
 
 
 def _mean(values: np.ndarray) -> float:

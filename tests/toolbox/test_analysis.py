@@ -106,7 +106,7 @@ def test_matches_are_pycocotools_own(case: tuple) -> None:
 
 def test_precision_arrays_and_summary_are_pycocotools_own(case: tuple) -> None:
     _, _, found, scorer = case
-    np.testing.assert_array_equal(found.precision, scorer.eval["precision"][:, :, :, 0, -1])
+    np.testing.assert_array_equal(found.metrics.precision, scorer.eval["precision"][:, :, :, 0, -1])
     with contextlib.redirect_stdout(io.StringIO()):
         scorer.summarize()
     np.testing.assert_array_equal(

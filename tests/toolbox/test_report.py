@@ -226,7 +226,7 @@ def test_tensorboard_shows_the_same_pictures_and_curves(finished: Path) -> None:
     name = run.analysis.matches.classes[0]
     curve = events.Tensors(f"val/mask {name}")[-1]
     rows = make_ndarray(curve.tensor_proto)  # (6, 101): counts, precision, recall
-    np.testing.assert_allclose(rows[4][::-1], run.analysis.precision[0, :, 0], rtol=1e-6)
+    np.testing.assert_allclose(rows[4][::-1], run.analysis.metrics.precision[0, :, 0], rtol=1e-6)
     np.testing.assert_allclose(rows[5][::-1], np.linspace(0, 1, 101), rtol=1e-6, atol=1e-7)
     assert curve.step == 6
 

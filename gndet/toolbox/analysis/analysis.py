@@ -4,33 +4,33 @@ The detections come from gndet or from a file in COCO's results format.  `make_a
 package's modules; `gndet analyze` and the report show them.
 """
 
-from operator import itemgetter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from gndet.data.records import Dataset
 from gndet.errors import DataError
-from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths, evaluated
+from gndet.evaluation.coco_metrics import Kind, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.results import Results
 from gndet.evaluation.results_file import Known, read_detections
 from gndet.toolbox.analysis.bootstrap import Intervals, ap_intervals
-from gndet.toolbox.analysis.errors import Errors, sort_errors
-from gndet.toolbox.analysis.matches import Curves, Matches, best_thresholds, read_matches, score_curves, true_positives
+from gndet.toolbox.analysis.errors import Errors, confusion, sort_errors
+from gndet.toolbox.analysis.matches import (
+    Curves,
+    Matches,
+    best_thresholds,
+    in_cocos_order,
+    match,
+    rows_by_image,
+    score_curves,
+    true_positives,
+)
+from gndet.toolbox.analysis.overlaps import find_overlaps
+from gndet.toolbox.analysis.suspects import Suspect, find_suspects
 
 DEFAULT_THRESHOLD = 0.5  # if nothing was found, so no threshold is best
-
-
-class Suspect(NamedTuple):
-    """An annotation that may be wrong, or an object that may lack an annotation."""
-
-    image: int  # index in the data set
-    kind: str  # hotcoco's name: wrong_label, missing_annotation ...
-    score: float  # of the detection that contradicts the annotation
-    found: str  # the detection's class
-    annotated: str  # the object's class; "" without an object
-    annotation_id: int  # 0 without an annotation
 
 
 class Analysis(NamedTuple):
@@ -38,7 +38,6 @@ class Analysis(NamedTuple):
 
     kind: str  # box or mask
     metrics: Metrics
-    precision: np.ndarray  # (10, 101, K) COCO's precision by IoU threshold and recall; -1 if undefined
     matches: Matches
     curves: Curves
     best: np.ndarray  # (K + 1, 4) threshold, precision, recall, F1: each class, then all; nan if nothing was found
@@ -83,9 +82,17 @@ def make_analysis(dataset: Dataset, results: Results, *, kind: str, max_detectio
     """
     scored: Kind = "segm" if kind == "mask" else "bbox"
     truth = coco_truths(dataset, masks=kind == "mask")[scored]
-    metrics = coco_metrics({scored: truth}, results, engine="hotcoco", max_detections=max_detections)[scored]
-    scorer: Any = evaluated(truth, results, scored, max_detections)
-    matches = read_matches(scorer, dataset)
+    matches, objects = in_cocos_order(dataset, results, truth, max_detections)
+    found, crowd = results.take(matches.index), np.array([row["iscrowd"] for row in objects], dtype=bool)
+    images = list(rows_by_image(matches, truth))
+    with ThreadPoolExecutor(1) as beside:  # hotcoco matches without the interpreter's lock
+        scores = beside.submit(
+            coco_metrics, {scored: truth}, results, engine="hotcoco", max_detections=max_detections
+        )  # fmt: skip
+        boxes = find_overlaps(images, found, objects, "bbox")
+        overlaps = boxes if kind == "box" else find_overlaps(images, found, objects, "segm")
+        matches = match(matches, overlaps, crowd, found.boxes[:, 2:].prod(1) if kind == "box" else found.areas)
+        metrics = scores.result()[scored]
     curves = score_curves(matches)
     best = best_thresholds(curves)
     threshold = DEFAULT_THRESHOLD if np.isnan(best[-1, 0]) else float(best[-1, 0])
@@ -93,11 +100,10 @@ def make_analysis(dataset: Dataset, results: Results, *, kind: str, max_detectio
     with np.errstate(invalid="ignore"):
         f1 = np.where(counts.any(1), 2 * counts[:, 0] / (2 * counts[:, 0] + counts[:, 1] + counts[:, 2]), 1.0)
     return Analysis(
-        kind=kind, metrics=metrics, precision=scorer.eval["precision"][:, :, :, 0, -1], matches=matches,
-        curves=curves, best=best, intervals=ap_intervals(matches),
-        errors=sort_errors(scorer, matches, results, truth, segm=kind == "mask"),
-        confusion=scorer.confusion_matrix(0.5, max_detections, threshold)["matrix"].astype(np.int64),
-        counts=counts, f1=f1, suspects=_suspects(scorer, matches, threshold), threshold=threshold,
+        kind=kind, metrics=metrics, matches=matches, curves=curves, best=best, intervals=ap_intervals(matches),
+        errors=sort_errors(matches, overlaps, crowd),
+        confusion=confusion(matches, overlaps, crowd, max_detections, threshold),
+        counts=counts, f1=f1, suspects=find_suspects(matches, boxes, threshold), threshold=threshold,
     )  # fmt: skip
 
 
@@ -109,19 +115,6 @@ def image_counts(matches: Matches, threshold: float) -> np.ndarray:
     tp, fp = (np.bincount(matches.image[rows], minlength=images) for rows in (shown & hit, shown & ~hit))
     objects = np.bincount(matches.object_image[~matches.object_ignored], minlength=images)
     return np.stack([tp, fp, objects - tp], axis=1)
-
-
-def _suspects(scorer: Any, matches: Matches, threshold: float) -> list[Suspect]:
-    """Return the annotations that a confident detection contradicts, the most confident first."""
-    index_of = {id: index for index, id in enumerate(matches.image_ids.tolist())}
-    suspects = [
-        Suspect(
-            index_of[row["image_id"]], row["type"], row["dt_score"], row["dt_category"] or "",
-            row.get("gt_category") or "", row.get("gt_id") or 0,
-        )
-        for row in sorted(scorer.image_diagnostics(0.5, threshold)["label_errors"], key=itemgetter("dt_id"))
-    ]  # fmt: skip
-    return sorted(suspects, key=lambda suspect: (-suspect.score, suspect.image))
 
 
 def read_results(path: Path, dataset: Dataset) -> Results:

@@ -1,19 +1,15 @@
 """Classify each mistake after TIDE (Bolya et al., ECCV 2020, section 2.2), with the AP that fixing it would gain.
 
-hotcoco computes how much AP each kind of mistake costs, but does not say which detection is of which kind.  This module
-does, so that the report can show them; a test checks that the counts agree.  n detections, m objects.
+A test checks that the counts and the gains are hotcoco's.  n detections, m objects, p pairs that overlap, K classes.
 """
 
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import hotcoco
 import numpy as np
-from hotcoco import mask as hotcoco_mask
 
-from gndet.data.datasets.segmentation import to_rle
-from gndet.evaluation.results import Results
-from gndet.toolbox.analysis.matches import Matches, false_positives
+from gndet.toolbox.analysis.bootstrap import average_precision
+from gndet.toolbox.analysis.matches import Matches, false_positives, true_positives
+from gndet.toolbox.analysis.overlaps import Overlaps, best_objects, take_objects, turns
 
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which an object counts as found; IoU up to which a detection hits nothing
 KINDS = {
@@ -36,63 +32,97 @@ class Errors(NamedTuple):
     missed: np.ndarray  # (m,) bool: an object that counts and that no fixed Cls or Loc would find: kind Miss
 
 
-def sort_errors(
-    scorer: hotcoco.COCOeval, matches: Matches, results: Results, truth: dict[str, Any], segm: bool
-) -> Errors:
-    """Sort the mistakes by kind.
+def sort_errors(matches: Matches, overlaps: Overlaps, crowd: np.ndarray) -> Errors:
+    """Sort the mistakes by kind; crowd (m,): crowd regions."""
+    false = false_positives(matches)
+    pairs = overlaps.take(false[overlaps.detection])
+    same = matches.label[pairs.detection] == matches.object_label[pairs.object]
+    own, own_object = best_objects(pairs.take(same), len(false))
+    other, other_object = best_objects(pairs.take(~same & ~crowd[pairs.object]), len(false))
+    found = np.append(matches.object_index[:, 0] >= 0, False)[own_object]
+    cases = {  # the first that holds
+        "": ~false,
+        "Loc": (own >= BACKGROUND) & (own <= FOREGROUND),
+        "Cls": other >= FOREGROUND,
+        "Dupe": (own >= FOREGROUND) & found,
+        "Bkg": np.maximum(own, other) <= BACKGROUND,
+    }
+    kind = np.select(list(cases.values()), [np.array(name, dtype="<U4") for name in cases], "Both")
+    target = np.select([kind == "Loc", kind == "Cls"], [own_object, other_object], -1)  # found if the mistake is fixed
+    missed = ~matches.object_ignored & (matches.object_index[:, 0] < 0)
+    missed[target[target >= 0]] = False
+    counts = {name: int((kind == name).sum()) for name in KINDS} | {"Miss": int(missed.sum())}
+    return Errors(_gains(matches, kind, target, missed), counts, kind, missed)
 
-    truth: the data set as `coco_truths` returns it.  segm: compare masks instead of boxes.
+
+def _gains(matches: Matches, kind: np.ndarray, target: np.ndarray, missed: np.ndarray) -> dict[str, float]:
+    """Return how much AP50 is gained, as the mean over classes, if all mistakes of a kind are fixed.
+
+    To fix Cls or Loc, the best detection of each missed object, target (n,), becomes true and takes its class.  All
+    other false detections of the kind disappear.  To fix Miss, missed objects are not counted.
     """
-    tide = scorer.tide_errors(FOREGROUND, BACKGROUND)
-    kind = np.full(len(matches.index), "", dtype="<U4")
-    decided_by = np.zeros(len(kind), dtype=np.int64)  # annotation id of the object that decided the kind; 0: none
-    used = set(matches.matched[:, 0].tolist())
-    classes = dict(zip(matches.object_ids.tolist(), matches.object_label.tolist(), strict=True))
-    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
-    for annotation in truth["annotations"]:
-        objects[annotation["image_id"]].append(annotation)
-    rows = np.flatnonzero(false_positives(matches))
-    rows = rows[np.argsort(matches.image[rows], kind="stable")]
-    for image, group in groupby(rows.tolist(), key=lambda row: matches.image[row]):
-        wrong = list(group)
-        annotations = objects[int(matches.image_ids[image])]
-        found = results.take(matches.index[wrong])
-        crowd = np.array([annotation["iscrowd"] for annotation in annotations], dtype=bool)
-        if segm:
-            size = (truth["images"][image]["height"], truth["images"][image]["width"])
-            shapes: Any = found.masks()
-            drawn = [to_rle(row["segmentation"], size) for row in annotations]
-        else:
-            shapes = found.boxes.tolist()
-            drawn = [row["bbox"] for row in annotations]
-        # (rows, objects); for a crowd, the share of the detection that lies on it
-        ious = np.asarray(hotcoco_mask.iou(shapes, drawn, crowd.tolist())).reshape(len(wrong), len(annotations))
-        labels = np.array([classes[annotation["id"]] for annotation in annotations], dtype=np.int64)
-        taken = np.array([annotation["id"] in used for annotation in annotations], dtype=bool)
-        for row, iou in zip(wrong, ious, strict=True):
-            same = labels == matches.label[row]
-            kind[row], index = _kind(np.where(crowd & ~same, -1.0, iou), same, taken)  # ignore other classes' crowds
-            if index >= 0:
-                decided_by[row] = annotations[index]["id"]
-    nearly = decided_by[np.isin(kind, ("Cls", "Loc"))]  # objects that these detections would find if fixed
-    missed = ~matches.object_ignored & (matches.object_index[:, 0] < 0) & ~np.isin(matches.object_ids, nearly)
-    return Errors(dict(tide["delta_ap"]), dict(tide["counts"]), kind, missed)
+    hit, scores = true_positives(matches), matches.scores
+    lost = ~matches.object_ignored & (matches.object_index[:, 0] < 0)
+    num, num_missed, num_lost = (
+        np.bincount(matches.object_label[which], minlength=len(matches.classes))
+        for which in (~matches.object_ignored, missed, lost)
+    )
+    best = np.flatnonzero(np.append(lost, False)[target])
+    best = best[np.lexsort((matches.index[best], -scores[best], target[best]))]
+    best = best[turns(target[best]) == 0]
+    moved = matches.label.copy()
+    moved[best] = matches.object_label[target[best]]
+    rows = np.flatnonzero(hit | (kind != ""))  # those on crowd regions do not count
+    rows = rows[np.lexsort((-scores[rows], matches.label[rows]))]
+    label, right = matches.label[rows], hit[rows]
+    before = _class_ap(label, right, num)
+    after = {
+        "FP": _class_ap(label[right], right[right], num),
+        "FN": _class_ap(label, right, num - num_lost),
+        "Miss": _class_ap(label, right, num - num_missed),
+    }
+    for name in sorted(KINDS.keys() - after):
+        becomes = np.zeros(len(kind), dtype=bool)
+        becomes[best] = kind[best] == name
+        left = rows[((kind != name) | becomes)[rows]]
+        label = np.where(becomes, moved, matches.label)[left]
+        if name == "Cls":  # of equal scores, those that were of the class come first
+            order = np.lexsort((label != matches.label[left], -scores[left], label))
+            left, label = left[order], label[order]
+        after[name] = _class_ap(label, (hit | becomes)[left], num)
+    return {name: float((ap - before)[num > 0].mean()) if num.any() else 0.0 for name, ap in after.items()}
 
 
-def _kind(iou: np.ndarray, same: np.ndarray, taken: np.ndarray) -> tuple[str, int]:
-    """Return the kind of a false detection and the index of the object that decides it, or -1.
+def _class_ap(label: np.ndarray, hit: np.ndarray, num: np.ndarray) -> np.ndarray:
+    """Return AP50 per class, (K,); 0 without objects.
 
-    iou: with each object of the image.  same: which objects are of the detection's class.  taken: which were found.
+    label, hit (n,): detections by class and then by descending score; num (K,): objects of each class.
     """
-    own, others = np.where(same, iou, -1.0), np.where(same, -1.0, iou)
-    best_own, best_other = (int(overlap.argmax()) if len(overlap) else -1 for overlap in (own, others))
-    top_own, top_other = (float(overlap.max(initial=-1.0)) for overlap in (own, others))
-    if BACKGROUND <= top_own < FOREGROUND:
-        return "Loc", best_own
-    if top_other >= FOREGROUND:
-        return "Cls", best_other
-    if top_own >= FOREGROUND and taken[best_own]:
-        return "Dupe", best_own
-    if max(top_own, top_other) <= BACKGROUND:
-        return "Bkg", -1
-    return "Both", best_other if top_other > top_own else best_own
+    ap, stops = np.zeros(len(num)), np.searchsorted(label, np.arange(len(num) + 1))
+    for k in np.flatnonzero(num):
+        found = hit[stops[k] : stops[k + 1], None]  # (n_k, 1)
+        ap[k] = average_precision(found, ~found, np.ones((1, len(found))), num[k : k + 1].astype(np.float64))[0, 0]
+    return ap
+
+
+def confusion(matches: Matches, overlaps: Overlaps, crowd: np.ndarray, limit: int, threshold: float) -> np.ndarray:
+    """Count the pairs of classes that match at IoU 0.5 if classes do not matter, (K + 1, K + 1) int64.
+
+    Rows are annotated classes, columns detected ones; the last row and column mean nothing.  limit: the number of
+    detections that count per image.  threshold: least score of a detection.
+    """
+    rows = np.flatnonzero(matches.scores >= threshold)
+    rows = rows[np.lexsort((-matches.scores[rows], matches.image_ids[matches.image[rows]]))]
+    rows = rows[turns(matches.image[rows]) < limit]
+    place = np.full(len(matches.index), -1)
+    place[rows] = np.arange(len(rows))
+    pairs = overlaps._replace(detection=place[overlaps.detection])
+    pairs = pairs.take((pairs.detection >= 0) & (pairs.iou >= FOREGROUND) & ~crowd[pairs.object])
+    taken = take_objects(pairs, matches.image[rows], crowd, crowd, np.array([FOREGROUND]))[:, 0]
+    labels, nothing = np.append(matches.object_label, len(matches.classes)), len(matches.classes)
+    unfound = ~crowd
+    unfound[taken[taken >= 0]] = False
+    annotated = np.concatenate([labels[taken], matches.object_label[unfound]])
+    detected = np.concatenate([matches.label[rows], np.full(unfound.sum(), nothing)])
+    size = nothing + 1
+    return np.bincount(annotated * size + detected, minlength=size * size).reshape(size, size)

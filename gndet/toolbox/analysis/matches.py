@@ -1,18 +1,21 @@
-"""Read a COCO evaluator's matches into columns, and compute precision, recall and F1 over the score.
+"""Match detections with objects as COCO does, and compute precision, recall and F1 over the score.
 
-n detections, m objects, T = 10 IoU thresholds, K classes.  hotcoco matches as pycocotools does (a test checks it): per
-image and class, by descending score, each detection takes the free object with the highest IoU.  Crowd regions and the
-detections on them do not count.
+n detections, m objects, T = 10 IoU thresholds, K classes.  As in pycocotools (a test checks it), per image and class
+and by descending score, each detection takes the free object with the highest IoU.  Crowd regions and the detections on
+them do not count.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import hotcoco
 import numpy as np
 
 from gndet.data.records import Dataset
+from gndet.evaluation.results import Results
+from gndet.toolbox.analysis.overlaps import Overlaps, take_objects, turns
 
-IOU_THRESHOLDS = 10  # 0.5 to 0.95
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # pycocotools' own: others differ by rounding
+LARGEST = 1e5**2  # pixels; COCO ignores what is larger
 
 
 class Matches(NamedTuple):
@@ -33,34 +36,66 @@ class Matches(NamedTuple):
     image_ids: np.ndarray  # (images,) int64
 
 
-def read_matches(scorer: hotcoco.COCOeval, dataset: Dataset) -> Matches:
-    """Read the matches of an evaluator whose evaluate() has run on the data set."""
-    label_of = {id: index for index, id in enumerate(dataset.category_ids)}
-    image_of = {record.image_id: index for index, record in enumerate(dataset.records)}
-    parts = [part for part in scorer.evalImgs if part is not None]
-    found, truth = ([part for part in parts if len(part[key])] for key in ("dtIds", "gtIds"))
+def in_cocos_order(dataset: Dataset, results: Results, truth: dict[str, Any], limit: int) -> tuple[Matches, list[Any]]:
+    """Sort detections and objects by image id and class, then by score or as they are in the data set.
 
-    def column(parts: list[dict[str, Any]], key: str, dtype: type) -> np.ndarray:  # (n,), or (n, T) of (T, n) parts
-        return np.concatenate([np.asarray(part[key], dtype=dtype).T for part in parts] or [np.zeros(0, dtype)])
-
-    def repeated(parts: list[dict[str, Any]], key: str, index_of: dict[int, int], count: str) -> np.ndarray:
-        return np.array([index_of[part[key]] for part in parts for _ in part[count]], dtype=np.int64)
-
-    return Matches(
-        index=column(found, "dtIds", np.int64) - 1,
-        label=repeated(found, "category_id", label_of, "dtIds"),
-        image=repeated(found, "image_id", image_of, "dtIds"),
-        scores=column(found, "dtScores", np.float64),
-        matched=column(found, "dtMatches", np.int64).reshape(-1, IOU_THRESHOLDS),
-        ignored=column(found, "dtIgnore", bool).reshape(-1, IOU_THRESHOLDS),
-        object_ids=column(truth, "gtIds", np.int64),
-        object_label=repeated(truth, "category_id", label_of, "gtIds"),
-        object_image=repeated(truth, "image_id", image_of, "gtIds"),
-        object_index=column(truth, "gtMatches", np.int64).reshape(-1, IOU_THRESHOLDS) - 1,
-        object_ignored=column(truth, "gtIgnore", bool),
-        classes=tuple(dataset.classes),
-        image_ids=np.array(list(image_of), dtype=np.int64),
+    truth: the data set as `coco_truths` returns it.  limit: the number of detections that count per image and class.
+    Returns the matches, in which nothing is matched yet, and the m annotations.  Crowd regions come last.
+    """
+    image_ids = np.array([image["id"] for image in truth["images"]], dtype=np.int64)
+    category_ids = np.array(dataset.category_ids, dtype=np.int64)  # ascending
+    image, label = _places(image_ids, results.image_ids), np.searchsorted(category_ids, results.category_ids)
+    index = np.lexsort((-results.scores, label, results.image_ids))
+    index = index[turns((image * len(category_ids) + label)[index]) < limit]
+    rows = truth["annotations"]
+    ids, images, categories = (
+        np.array([row[key] for row in rows], dtype=np.int64) for key in ("id", "image_id", "category_id")
     )
+    ignored = np.array([row["iscrowd"] or row["area"] > LARGEST for row in rows], dtype=bool)
+    order = np.lexsort((ignored, categories, images))
+    nothing = np.zeros((len(index), len(IOU_THRESHOLDS)), dtype=np.int64)
+    return Matches(
+        index=index, label=label[index], image=image[index], scores=results.scores[index],
+        matched=nothing, ignored=nothing.astype(bool),
+        object_ids=ids[order], object_label=np.searchsorted(category_ids, categories[order]),
+        object_image=_places(image_ids, images[order]),
+        object_index=np.full((len(order), len(IOU_THRESHOLDS)), -1), object_ignored=ignored[order],
+        classes=tuple(dataset.classes), image_ids=image_ids,
+    ), [rows[place] for place in order.tolist()]  # fmt: skip
+
+
+def _places(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return at which index each of the wanted ids is; ids: unique."""
+    by_id = ids.argsort()
+    return by_id[np.searchsorted(ids, wanted, sorter=by_id)]
+
+
+def rows_by_image(matches: Matches, truth: dict[str, Any]) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
+    """Yield the rows of detections, the rows of objects and the size (height, width) of each image."""
+    by_id = matches.image_ids.argsort()
+    ends = [
+        np.searchsorted(matches.image_ids[image], matches.image_ids[by_id], side=side).tolist()
+        for image in (matches.image, matches.object_image) for side in ("left", "right")
+    ]  # fmt: skip
+    for image, start, stop, first, last in zip(by_id.tolist(), *ends, strict=True):
+        row = truth["images"][image]
+        yield slice(start, stop), slice(first, last), (row["height"], row["width"])
+
+
+def match(matches: Matches, overlaps: Overlaps, crowd: np.ndarray, areas: np.ndarray) -> Matches:
+    """Match detections with objects of their class; areas (n,) of the detections; crowd (m,): crowd regions."""
+    own = matches.label[overlaps.detection] == matches.object_label[overlaps.object]
+    near = overlaps.take(own & (overlaps.iou >= IOU_THRESHOLDS[0]))
+    group = matches.image * len(matches.classes) + matches.label
+    taken = take_objects(near, group, matches.object_ignored, crowd, IOU_THRESHOLDS)
+    row, threshold = np.nonzero(taken >= 0)
+    chosen = taken[row, threshold]
+    matched, ignored = np.zeros_like(taken), np.repeat(areas[:, None] > LARGEST, taken.shape[1], axis=1)
+    matched[row, threshold] = matches.object_ids[chosen]
+    ignored[row, threshold] = matches.object_ignored[chosen]
+    object_index = np.full_like(matches.object_index, -1)
+    object_index[chosen, threshold] = matches.index[row]  # of a crowd region, the last detection
+    return matches._replace(matched=matched, ignored=ignored, object_index=object_index)
 
 
 def true_positives(matches: Matches) -> np.ndarray:

@@ -49,7 +49,8 @@ def most_common(found: Analysis) -> list[int]:
 
 
 def _precision_recall(found: Analysis, shown: Sequence[int]) -> str:
-    defined = np.where(found.precision[0] < 0, np.nan, found.precision[0])  # (101, K)
+    precision = found.metrics.precision[0]  # (101, K)
+    defined = np.where(precision < 0, np.nan, precision)
     mean = defined[:, ~np.isnan(defined).all(0)].mean(1)
     return charts.lines(
         "chart-pr", _series(found, shown, RECALLS, [*defined.T, mean], "mean of classes"),

@@ -28,9 +28,10 @@ from gndet.data.datasets.reading import user_paths
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, DataError, GndetError, OutputError, RunFinished, TrainingError
+from gndet.files import CONFIG as CONFIG
+from gndet.files import DETECTIONS as DETECTIONS
 from gndet.files import TEMPORARY, write_whole
 from gndet.training.logged import read_metrics
-from gndet.training.work_folder import CONFIG as CONFIG
 from gndet.training.work_folder import LOCK, WorkFolder
 
 # Options that may differ when a run resumes, because none of them changes what is learned.
@@ -48,7 +49,6 @@ METRICS = "metrics.jsonl"
 NORMS = "norms.jsonl"
 NORMS_START = "norms-start.safetensors"  # gamma and beta at the start of the run
 BOARD = "tensorboard"
-DETECTIONS = "detections.json"  # COCO results of the last evaluation
 PREDICTIONS = "predictions.png"  # ground truth beside detections
 REPORT = "report.html"
 NONFINITE = "nonfinite"  # reports of losses and gradients that were not finite

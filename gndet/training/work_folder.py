@@ -15,9 +15,8 @@ from gndet.checkpoint import CHECKPOINTS
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process
 from gndet.errors import GndetError, TrainingError
-from gndet.files import lock_file, sweep
+from gndet.files import CONFIG, lock_file, sweep
 
-CONFIG = "config.yaml"
 LOCK = ".lock"
 HELD = "/proc/self/fd"  # where Linux shows open folders by number
 LOCK_WAIT = 10.0  # seconds that a killed run's process may take to end

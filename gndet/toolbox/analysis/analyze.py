@@ -13,11 +13,10 @@ from gndet.data.datasets.reading import inspect_dataset, read_dataset, user_path
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
-from gndet.files import refuse_output, report_kind, write_whole
+from gndet.files import CONFIG, DETECTIONS, refuse_output, report_kind, write_whole
 from gndet.text import csv_table, text_table
 from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
 from gndet.toolbox.analysis.tables import FILES, Table, all_tables, known
-from gndet.training.run_folder import CONFIG, DETECTIONS
 
 SHOWN = 20  # rows per table on the terminal; the files hold all rows
 

@@ -1,6 +1,7 @@
 """Convolution, norm and ReLU: the building block of the whole network. B images or regions, C channels, (H, W) maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -15,16 +16,54 @@ from gndet.ops.conv3x3 import Convolution, Convolved, fastest
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose weights are standardized per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7)."""
+    """A convolution whose weights are standardized per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7).
+
+    w_hat = (w - mean) / sqrt(var + 1e-10), with the biased variance and no gain (the norm's gamma scales the result):
+    the variant of BiT (Kolesnikov et al. 2020).  Qiao et al.'s own code divides by the unbiased std + 1e-5.  timm's
+    ScaledStdConv2d (Brock et al. 2021), for networks without norms, adds a gain and divides by sqrt(in * kh * kw).
+    """
+
+    shared: Tensor | None = None  # the standardized weights, within `standardized_once`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.standardize(self.weight), self.bias)
+        return self._conv_forward(x, self.standardized(), self.bias)
+
+    def standardized(self) -> Tensor:
+        """Return the weights with which a plain convolution computes the same; (out, in, kh, kw)."""
+        return self.standardize(self.weight) if self.shared is None else self.shared
 
     @staticmethod
     def standardize(weight: Tensor) -> Tensor:
-        """Return the weights with which a plain convolution computes the same; (out, in, kh, kw) like weight."""
-        var, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
-        return (weight - mean) * (var + 1e-10).rsqrt()
+        """Standardize a weight (out, in, kh, kw); the result lies in memory like it.
+
+        This is layer norm without gamma and beta over each row.  Its kernels read a row once for both sums, and the
+        gradient (g - mean(g) - w_hat mean(g w_hat)) / std is one more pass.
+        """
+        by_channel = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        rows = weight.permute(0, 2, 3, 1) if by_channel else weight
+        rows = F.layer_norm(rows, rows.shape[1:], eps=1e-10)
+        return rows.permute(0, 3, 1, 2) if by_channel else rows
+
+
+@contextmanager
+def standardized_once(model: nn.Module, each: Callable[..., Iterable[Tensor]] = map) -> Iterator[dict[Tensor, Tensor]]:
+    """Standardize the weights of a model once for several passes, forward and backward.
+
+    Yields {weight: the tensor that stands for it}; the passes leave the gradient in that tensor.  At the end the
+    gradients, which are sums over the passes, are taken to the weights.  each: a `map` that may use threads.
+    """
+    convs = [module for module in model.modules() if isinstance(module, StandardizedConv2d)]
+    whole = list(each(StandardizedConv2d.standardize, [conv.weight for conv in convs]))
+    shared = [weight.detach().requires_grad_(weight.requires_grad) for weight in whole]
+    try:
+        for conv, weight in zip(convs, shared, strict=True):
+            conv.shared = weight
+        yield {conv.weight: weight for conv, weight in zip(convs, shared, strict=True)}
+    finally:
+        for conv in convs:
+            conv.shared = None
+    used = [(weight, leaf.grad) for weight, leaf in zip(whole, shared, strict=True) if leaf.grad is not None]
+    list(each(lambda pair: torch.autograd.backward(*pair), used))
 
 
 class ConvNorm(nn.Module):
@@ -104,7 +143,7 @@ class ConvNorm(nn.Module):
     def weight(self) -> Tensor:
         """Return the weight (out, in, kh, kw) that the convolution applies: standardized, if the config says so."""
         conv = self.conv
-        return conv.standardize(conv.weight) if isinstance(conv, StandardizedConv2d) else conv.weight
+        return conv.standardized() if isinstance(conv, StandardizedConv2d) else conv.weight
 
 
 def choose_ways(part: nn.Module, side: float) -> None:

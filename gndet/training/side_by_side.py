@@ -7,14 +7,16 @@ an update takes four times as long.  Images do not depend on each other, so each
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import add
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
+from gndet.modeling.conv_norm import standardized_once
 from gndet.structures import Batch
 
 ROOM = 64 << 20  # bytes that the gradients of all threads but the first may take
@@ -41,7 +43,13 @@ def add_gradients(losses_of: Callable[[Batch], Means], parts: Sequence[Batch], m
     losses_of: computes the losses of a part, which are summed.  Gradients and losses are added in the order of the
     parts, however fast the threads are.  Returns the summed losses, float64.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with standardized_once(model, partial(_each, len(parts))) as shared:
+        parameters = [shared.get(parameter, parameter) for parameter in model.parameters() if parameter.requires_grad]
+        return _add_gradients(losses_of, parts, parameters)
+
+
+def _add_gradients(losses_of: Callable[[Batch], Means], parts: Sequence[Batch], parameters: Sequence[Tensor]) -> Means:
+    """Do the same for the gradients of these leaves of the graph."""
 
     def compute(part: Batch) -> tuple[Means, Sequence[Tensor | None]]:
         means = losses_of(part)
@@ -62,6 +70,20 @@ def add_gradients(losses_of: Callable[[Batch], Means], parts: Sequence[Batch], m
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     return sums
+
+
+def _each(threads: int, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Return the results of a function for each item, computed in threads."""
+
+    def results(share: Sequence[Any]) -> list[Any]:
+        return [function(item) for item in share]
+
+    others = [_pool(threads - 1).submit(results, items[first::threads]) for first in range(1, threads)]
+    try:
+        shares = [results(items[::threads]), *(other.result() for other in others)]
+    finally:
+        wait(others)
+    return [shares[i % threads][i // threads] for i in range(len(items))]
 
 
 def total(means: Means) -> Tensor:

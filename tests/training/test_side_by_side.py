@@ -16,7 +16,7 @@ from run_files import last, load, losses
 from torch import Tensor, nn
 
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config
+from gndet.config.schema import Config, NormConfig
 from gndet.distributed.process import Process, process
 from gndet.errors import out_of_memory
 from gndet.structures import Batch
@@ -49,9 +49,9 @@ def gradients(model: nn.Module, batches: Sequence[Batch], threads: int) -> tuple
     return list(found.values()), torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_the_gradient_is_that_of_the_micro_batches(threads: int) -> None:
-    model = small_model().double()
+@pytest.mark.parametrize(("threads", "standardized"), [(2, False), (3, False), (2, True)])
+def test_the_gradient_is_that_of_the_micro_batches(threads: int, standardized: bool) -> None:
+    model = small_model(NormConfig(channels_per_group=16, weight_standardization=standardized)).double()
     batches = [make_batch(SIZES), make_batch(SIZES[:1], first=3), make_batch(SIZES, first=4)]
     (losses_together, together), (losses_apart, apart) = (gradients(model, batches, count) for count in (1, threads))
     torch.testing.assert_close(losses_apart, losses_together, rtol=1e-12, atol=0)

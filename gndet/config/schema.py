@@ -56,10 +56,11 @@ class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 class NormConfig(Section):
     """A normalization layer (Wu & He, "Group Normalization", ECCV 2018)."""
 
-    # gn, ln, in: statistics per image; bn, sync_bn, brn: per batch; frozen_bn: fixed. Source: Wu & He 2018
-    kind: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "none"] = "gn"
-    groups: int = Field(32, ge=1)  # number of channel groups of gn. Source: Wu & He 2018, table 3
-    # size of a channel group of gn [channels]; replaces `groups` when set. Source: Wu & He 2018, table 3
+    # gn, ln, in: statistics per image; bn, sync_bn, brn: per batch; frozen_bn: fixed; frn, evonorm_s0: per image, with
+    # an activation of their own. Source: Wu & He 2018
+    kind: Literal["gn", "bn", "sync_bn", "frozen_bn", "ln", "in", "brn", "frn", "evonorm_s0", "none"] = "gn"
+    groups: int = Field(32, ge=1)  # number of channel groups of gn and evonorm_s0. Source: Wu & He 2018, table 3
+    # size of a channel group [channels]; replaces `groups` when set. Source: Wu & He 2018, table 3
     channels_per_group: int | None = Field(None, ge=1)
     eps: float = Field(1e-5, ge=0)  # added to the variance. Source: torch, Detectron
     # weight of a batch in the running statistics of bn, sync_bn and brn. Source: torch
@@ -86,6 +87,26 @@ class NormConfig(Section):
     def mixes_images(self) -> bool:
         """Whether the statistics span all images, or regions, that are computed at once."""
         return self.kind in ("bn", "sync_bn", "brn")
+
+    @property
+    def activates(self) -> bool:
+        """Whether the layer is its own activation, so that no ReLU follows it."""
+        return self.kind == "evonorm_s0"
+
+    @property
+    def learns_threshold(self) -> bool:
+        """Whether a TLU, max(x, tau) with a learned tau, follows the layer instead of ReLU."""
+        return self.kind == "frn"
+
+    @property
+    def replaces_relu(self) -> bool:
+        """Whether the activations are not ReLU, so that they may be negative."""
+        return self.activates or self.learns_threshold
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether `groups` and `channels_per_group` have an effect."""
+        return self.kind in ("gn", "evonorm_s0")
 
     @property
     def has_running_statistics(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.norms.activating import EvoNormS0, FilterResponseNorm
 from gndet.modeling.norms.layers import (
     NORM_LAYERS,
     BatchRenorm,
@@ -218,7 +219,10 @@ def _kind(layer: nn.Module) -> str:
     """Return the kind of a layer as in NormConfig.kind; GN with one group is "ln", with C groups "in"."""
     if isinstance(layer, GroupNorm):
         return {1: "ln", len(layer.weight): "in"}.get(layer.groups, "gn")
-    kinds = {SyncBatchNorm: "sync_bn", BatchRenorm: "brn", FrozenBatchNorm: "frozen_bn"}
+    kinds = {
+        SyncBatchNorm: "sync_bn", BatchRenorm: "brn", FrozenBatchNorm: "frozen_bn", FilterResponseNorm: "frn",
+        EvoNormS0: "evonorm_s0",
+    }  # fmt: skip
     return kinds.get(type(layer), "bn" if isinstance(layer, nn.BatchNorm2d) else type(layer).__name__)
 
 

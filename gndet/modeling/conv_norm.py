@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig
+from gndet.modeling.norms.activating import Affine, ThresholdLinear
 from gndet.modeling.norms.layers import FrozenBatchNorm, NoNorm, make_norm, stored_map
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding
 from gndet.ops import fused_conv
@@ -70,6 +71,10 @@ class ConvNorm(nn.Module):
     """Convolution, norm and, by default, ReLU.
 
     The convolution has a bias only if no norm follows.
+    relu: whether an activation follows the norm at once.  adds: whether `forward` gets a residual instead, which is
+    added before the activation.  FRN's TLU replaces ReLU in both cases, as in Wu's ResNet-50 with FRN (the paper's
+    ResNets have no activation after the addition).  EvoNorm-S0 is its own activation, so it stands only where relu is
+    true; elsewhere it is `Affine`, and ReLU follows the addition, as in its authors' ResNets.
     regions: the layer will see many small maps, one per region.
     cheap: in a tower, recompute its result instead of keeping it; by default True for 1x1 convolutions.
     `way`: how a CPU computes the convolution in float32 (set by `choose_ways`).
@@ -78,26 +83,29 @@ class ConvNorm(nn.Module):
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True,
-        regions: bool = False, cheap: bool | None = None,
+        adds: bool = False, regions: bool = False, cheap: bool | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
         self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, bias=norm.kind == "none")
-        self.norm = make_norm(norm, out_channels)
-        self.relu, self.regions, self.memory = relu, regions, "fast"
+        self.norm = make_norm(norm, out_channels) if relu or not norm.activates else Affine(out_channels, norm.masked)
+        self.tlu = ThresholdLinear(out_channels, norm.masked) if norm.learns_threshold and (relu or adds) else None
+        self.relu, self.regions, self.memory = relu and not norm.activates, regions, "fast"
         self.way: type[Convolution] = Convolution
         self.cheap = kernel == 1 if cheap is None else cheap
 
     def forward(self, x: Tensor, area: ValidArea | None = None, residual: Tensor | None = None) -> Tensor:
         """Map x (B, C, H, W) to (B, out_channels, H/stride, W/stride); area: of the result, or None.
 
-        residual: added before a final ReLU, as in a residual block.
+        residual: added before a final activation, as in a residual block.
         """
         if (fused := self._fused(x, area, residual)) is not None:
             return fused
         x = self.norm(self.convolve(x), area)
         x = x if residual is None else x + residual
-        return F.relu(x, inplace=True) if self.relu or residual is not None else x
+        if not (self.relu or residual is not None):
+            return x
+        return F.relu(x, inplace=True) if self.tlu is None else self.tlu(x, area)
 
     def _fused(self, x: Tensor, area: ValidArea | None, residual: Tensor | None) -> Tensor | None:
         """Do the same in one pass over the map, without a gradient; None if that is not possible."""

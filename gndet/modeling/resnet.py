@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, conv: ConvFactory) -> None:
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
-        self.conv2 = conv(channels, channels, 3, relu=False)
+        self.conv2 = conv(channels, channels, 3, relu=False, adds=True)
         self.shortcut = _shortcut(in_channels, channels, stride, conv)
 
     @property
@@ -48,7 +49,7 @@ class Bottleneck(nn.Module):
         self.stride_in_1x1 = stride_in_1x1
         self.conv1 = conv(in_channels, channels, 1, stride=stride if stride_in_1x1 else 1)
         self.conv2 = conv(channels, channels, 3, stride=1 if stride_in_1x1 else stride)
-        self.conv3 = conv(channels, channels * 4, 1, relu=False)
+        self.conv3 = conv(channels, channels * 4, 1, relu=False, adds=True)
         self.shortcut = _shortcut(in_channels, channels * 4, stride, conv)
 
     @property
@@ -76,7 +77,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.memory = "fast"
         self.frozen: list[nn.Module] = []
-        self.masked = norm.masked
+        self.masked, self.rectified = norm.masked, not norm.replaces_relu
         block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, stride_in_1x1=cfg.stride_in_1x1)
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
         conv = conv_factory(norm)
@@ -125,8 +126,11 @@ class ResNet(nn.Module):
         return self
 
     def _stem(self, x: Tensor, areas: ValidAreas) -> Tensor:
-        x = F.max_pool2d(self.stem(x, areas[2]), 3, 2, 1)
-        return clear_padding(x, areas[4]) if self.masked else x  # after a ReLU, zeros do not change a maximum
+        x, area = self.stem(x, areas[2]), areas[2]
+        if self.masked and not self.rectified and area is not None:
+            x = torch.where(area.mask, x, -torch.inf)  # after a ReLU, zeros do not change a maximum
+        x = F.max_pool2d(x, 3, 2, 1)
+        return clear_padding(x, areas[4]) if self.masked else x
 
     def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
         """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.

@@ -216,7 +216,7 @@ def _errors(model: DetectionModel, layers: list[NormLayer], cfg: Config) -> Iter
             "set freeze_at=0, or a train.norm_policy that keeps the norms of the weights"
         )
     shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
-    single = [layer for layer in layers if layer.per_group == 1]
+    single = [layer for layer in layers if layer.per_group == 1 and layer.kind != "frn"]  # FRN keeps a number's sign
     cells = _cells(model, shortest) if single else {}
     if alone := [layer for layer in single if cells[layer.name] == 1]:
         yield (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gndet.config.schema import OptimizerConfig, ScheduleConfig
-from gndet.modeling.norms.layers import NORM_LAYERS
+from gndet.modeling.norms.layers import PER_CHANNEL
 
 
 def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -26,7 +26,7 @@ def make_optimizer(cfg: OptimizerConfig, model: nn.Module) -> torch.optim.Optimi
     ]
     for module in model.modules():
         own = (parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad)
-        groups[isinstance(module, NORM_LAYERS)]["params"] += own
+        groups[isinstance(module, PER_CHANNEL)]["params"] += own
     groups = [group for group in groups if group["params"]]
     # fused: one pass over memory; its CPU kernel expects gradients in the memory layout of their parameters
     optimizer: torch.optim.Optimizer

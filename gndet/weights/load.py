@@ -24,6 +24,7 @@ from gndet.weights.policy import (
     carry_norms,
     fate_lines,
     mismatched,
+    own_parameters,
     reference_norms,
     with_policy,
 )
@@ -141,6 +142,7 @@ def _fitting(
     changed = [name for name, fate in fates.items() if not fate.what.startswith(AS_IN_FILE)]
     free = {f"{name}.{key}" for name in changed for key in STATISTICS}
     free |= {name.removesuffix("norm") + "conv.bias" for name in changed}
+    free |= {key for name in changed for key in own_parameters(name)}
     held = {"backbone", *source.parts}
     fitting = {
         key: state[key]

@@ -48,10 +48,11 @@ def _family(norm: NormConfig) -> tuple[object, ...]:
     """Return what decides the meaning of gamma and beta: equal for norms that can load each other's weights."""
     if norm.has_running_statistics:
         return ("bn",)
-    if norm.kind == "gn" and norm.channels_per_group is not None:
-        return ("gn", "channels", norm.channels_per_group)
-    groups = {"gn": norm.groups, "ln": 1}.get(norm.kind)
-    return (("gn" if groups else norm.kind), groups)
+    kind, eps = (norm.kind, norm.eps) if norm.replaces_relu else ("gn", None)  # GN keeps the eps of a file
+    if norm.has_groups and norm.channels_per_group is not None:
+        return (kind, eps, "channels", norm.channels_per_group)
+    groups = norm.groups if norm.has_groups else {"ln": 1}.get(norm.kind)
+    return (kind, eps, groups) if groups else (norm.kind, eps)
 
 
 def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> ModelConfig:
@@ -98,12 +99,13 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
 def _as_override(norm: NormConfig) -> str:
     """Return the value of model.PART.norm that keeps the part as it is."""
     groups = "channels_per_group" if norm.channels_per_group else "groups"
-    return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.kind == "gn" else "")
+    return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.has_groups else "")
 
 
 def _words(norm: NormConfig) -> str:
     standardized = " with weight standardization" if norm.weight_standardization else ""
-    return norm.kind + (f" ({norm.grouping})" if norm.kind == "gn" else "") + standardized
+    eps = f" with eps {norm.eps:g}" if norm.replaces_relu else ""
+    return norm.kind + (f" ({norm.grouping})" if norm.has_groups else "") + eps + standardized
 
 
 def _unable(policy: str, part: str, file_norm: NormConfig, model_norm: NormConfig, source: Source) -> str:
@@ -113,6 +115,8 @@ def _unable(policy: str, part: str, file_norm: NormConfig, model_norm: NormConfi
         return "it keeps BN frozen, but the file has no BN in this part"
     if policy in ("convert", "calibrate") and not to_group:
         return f"it can turn the file's norm into gn, ln or in, not into {model_norm.kind}"
+    if policy in ("convert", "calibrate") and file_norm.replaces_relu:
+        return "the file's activations are not ReLU"
     newly_standardized = model_norm.weight_standardization and not file_norm.weight_standardization
     if policy in ("convert", "calibrate") and newly_standardized:
         return "weight standardization changes the convolutions themselves"
@@ -160,6 +164,8 @@ def _carry(
 ) -> Fate:
     """Convert one norm layer: replace the file's tensors in state, and return what became of it."""
     old: dict[str, Any] = {key: state.pop(f"{name}.{key}", None) for key in (*STATISTICS, "num_batches_tracked", "eps")}
+    for key in own_parameters(name):
+        state.pop(key, None)
     policy = train.norm_policy
     if policy == "reinit" or file_norm.kind == "none":
         state.pop(name.removesuffix("norm") + "conv.bias", None)
@@ -181,6 +187,11 @@ def _carry(
     if new.eps != module.config_eps:
         state[f"{name}.eps"] = torch.tensor(new.eps, dtype=torch.float64)
     return Fate(f"converted from {file_norm.kind}, damp {train.norm_damp:g}", new.expected_error)
+
+
+def own_parameters(norm: str) -> tuple[str, str]:
+    """Return the names of the parameters that only EvoNorm-S0 and only FRN have, for the norm layer of that name."""
+    return f"{norm}.v", f"{norm.removesuffix('norm')}tlu.tau"
 
 
 def _same_eps(name: str, state: dict[str, Tensor], file_norm: NormConfig, model_norm: NormConfig) -> None:
@@ -207,6 +218,8 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
         if part not in differing or not name.endswith(".norm"):
             continue
         file_norm, model_norm = differing[part]
+        if file_norm.replaces_relu or model_norm.replaces_relu:
+            continue  # what follows the norms differs, too
         tensors = {key: state[f"{name}.{key}"] for key in (*STATISTICS, "eps") if f"{name}.{key}" in state}
         norm = file_norm.model_copy(update={"padding": "masked" if model_norm.masked else "plain"})
         if file_norm.kind == "none":  # only the convolution's bias

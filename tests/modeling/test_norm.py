@@ -1,23 +1,29 @@
 """Compare the norms with float64 formulas, with torch and with each other."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from faults.launch import spawn
+from models import make_batch, rows, small_model
 from torch import nn
 
 from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
-from gndet.modeling.conv_norm import ConvNorm
+from gndet.modeling.conv_norm import ConvNorm, StandardizedConv2d, standardized_once
 from gndet.modeling.norms import group_norm
+from gndet.modeling.norms import triton_kernels as norm_kernels
 from gndet.modeling.norms.layers import NORMS, BatchRenorm, GroupNorm, make_norm
 from gndet.modeling.norms.valid_area import ValidArea
 
 B, C, H, W = 3, 8, 6, 7
+MASKABLE = sorted(set(NORMS) - {"bn", "sync_bn", "brn"})
 
 
 def layer(kind: str, **options: object) -> nn.Module:
@@ -70,7 +76,7 @@ def test_every_norm_keeps_shape_and_type_and_has_gamma_and_beta_per_channel(kind
         assert norm.weight.shape == norm.bias.shape == (C,)
 
 
-@pytest.mark.parametrize("kind", ["gn", "ln", "in", "frozen_bn", "none"])
+@pytest.mark.parametrize("kind", MASKABLE)
 def test_masked_norm_of_a_padded_image_is_that_of_the_image_alone(kind: str) -> None:
     norm = layer(kind)
     sizes = torch.tensor([[6, 7], [4, 5], [1, 3]])
@@ -151,6 +157,143 @@ def test_groups_that_do_not_divide_are_an_error_that_names_what_does() -> None:
         make_norm(NormConfig(groups=32), 48)
     with pytest.raises(ConfigError, match=r"channels_per_group: 32 does not divide 48"):
         make_norm(NormConfig(channels_per_group=32), 48)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ["frn", "evonorm_s0"])
+def test_frn_and_evonorm_have_the_formula_and_the_gradient_of_their_papers(kind: str, padded: bool) -> None:
+    norm, sizes = layer(kind, eps=0.3), [(6, 7), (4, 5), (1, 3)] if padded else [(H, W)] * B
+    if kind == "evonorm_s0":
+        norm.v.data = torch.linspace(-2, 2, C).double()
+    area = ValidArea.of(torch.tensor(sizes), H, W) if padded else None
+    x, y = images().numpy(), norm(images(), area).detach().numpy()
+    gamma, beta = norm.weight.detach().numpy(), norm.bias.detach().numpy()
+    for b, (height, width) in enumerate(sizes):
+        for c in range(C):
+            own, group = x[b, c, :height, :width], x[b, c // 2 * 2 : c // 2 * 2 + 2, :height, :width]
+            if kind == "frn":  # Singh & Krishnan 2020: nu^2 is the mean of the squares
+                expected = own / np.sqrt(np.sum(own**2) / own.size + 0.3)
+            else:  # Liu et al. 2020: x sigmoid(v x) / std of the group
+                gate = 1 / (1 + np.exp(-norm.v[c].item() * own))
+                expected = own * gate / np.sqrt(np.sum((group - group.mean()) ** 2) / group.size + 0.3)
+            np.testing.assert_allclose(y[b, c, :height, :width], gamma[c] * expected + beta[c], rtol=1e-12, atol=1e-12)
+    names = [name for name, _ in norm.named_parameters()]
+
+    def run(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(norm, dict(zip(names, values, strict=True)), (x, area))
+
+    assert torch.autograd.gradcheck(run, (images().requires_grad_(), *norm.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["gn", "frn", "evonorm_s0"])
+def test_the_activation_follows_the_norm_at_once_or_the_addition(kind: str) -> None:
+    """FRN's is max(x, tau).  EvoNorm-S0 is its own; without it there is no norm, and ReLU follows the addition."""
+    x, residual = images(), images(7)
+    first, plain, last = (
+        ConvNorm(C, C, 1, norm=NormConfig(kind=kind, groups=4), relu=relu, adds=adds).double()
+        for relu, adds in ((True, False), (False, False), (False, True))
+    )
+    for conv in (first, plain, last):
+        conv.load_state_dict(first.state_dict(), strict=False)
+        if conv.tlu is not None:
+            conv.tlu.tau.data.fill_(-0.4)
+    maps = F.conv2d(x, first.conv.weight)
+    normed = {"evonorm_s0": maps}.get(kind, first.norm(maps))
+    low = -0.4 if kind == "frn" else 0.0
+    torch.testing.assert_close(first(x), first.norm(maps) if kind == "evonorm_s0" else normed.clamp(min=low))
+    torch.testing.assert_close(plain(x), normed)
+    torch.testing.assert_close(last(x, None, residual), (normed + residual).clamp(min=low))
+    assert [conv.tlu is not None for conv in (first, plain, last)] == [kind == "frn", False, kind == "frn"]
+
+
+@pytest.mark.parametrize("kind", ["frn", "evonorm_s0"])
+def test_features_with_negative_activations_do_not_depend_on_the_batch(kind: str) -> None:
+    """The zeros in the padding must not win in the stem's max pooling."""
+    sizes = [(96, 128), (65, 80)]
+    model, batch = small_model(NormConfig(kind=kind, channels_per_group=16)).double(), make_batch(sizes)
+    for name, tensor in model.named_parameters():
+        if name.endswith((".tau", "norm.bias")):
+            tensor.data.fill_(-0.5)
+    together, _ = model.features(batch.images, batch.sizes, batch.padded)
+    for row, (height, width) in enumerate(sizes):
+        alone = rows(batch, row, row + 1)
+        expected, _ = model.features(alone.images[:, :, :height, :width], alone.sizes, False)
+        for level, features in zip(together, expected, strict=True):
+            found = level[row : row + 1, :, : features.shape[2], : features.shape[3]]
+            torch.testing.assert_close(found, features, rtol=1e-10, atol=1e-10)
+
+
+VIDEO = {
+    "gn": lambda: nn.GroupNorm(4, C), "ln": lambda: nn.GroupNorm(1, C), "in": lambda: nn.InstanceNorm3d(C, affine=True),
+    "bn": lambda: nn.BatchNorm3d(C), "sync_bn": lambda: nn.BatchNorm3d(C), "brn": lambda: nn.BatchNorm3d(C),
+    "frozen_bn": lambda: nn.BatchNorm3d(C).eval(), "none": nn.Identity,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(NORMS))
+def test_norms_of_videos_are_torch_s_or_those_of_the_frames_side_by_side(kind: str) -> None:
+    x, weights = torch.randn(2, 2, C, 3, 4, 5, dtype=torch.float64).unbind()
+    norm = layer(kind)
+    reference = VIDEO[kind]().double() if kind in VIDEO else copy.deepcopy(norm)
+    if kind in VIDEO and kind != "none":
+        reference.weight.data, reference.bias.data = norm.weight.data, norm.bias.data
+
+    def results(module: nn.Module, maps: torch.Tensor) -> list[torch.Tensor]:
+        y = module(maps.requires_grad_()).view_as(x)
+        parameters = [getattr(module, name) for name, _ in norm.named_parameters()]
+        grad_x, *others = torch.autograd.grad((y * weights).sum(), [maps, *parameters])
+        return [y, grad_x.view_as(x), *others]
+
+    expected = results(reference, x.clone() if kind in VIDEO else x.flatten(2, 3))
+    torch.testing.assert_close(results(norm, x.clone()), expected, rtol=1e-10, atol=1e-10)
+    if kind in MASKABLE:
+        with pytest.raises(ValueError, match="cannot be padded"):
+            norm(x, ValidArea.of(torch.tensor([[4, 5]] * 2), 4, 5))
+
+
+def test_the_kernels_take_no_videos() -> None:
+    """Not even in a layout that looks like channels last."""
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float32, dim=lambda: 5, is_contiguous=lambda **_: True)
+    assert not norm_kernels.usable(x)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (6, 5, 1, 1)])
+def test_weight_standardization_has_the_formula_and_the_gradient_of_its_papers(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    weight = torch.randn(shape, dtype=torch.float64).add(0.3).contiguous(memory_format=layout)
+    standard = StandardizedConv2d.standardize(weight)
+    rows = weight.reshape(shape[0], -1).numpy()
+    expected = (rows - rows.mean(1, keepdims=True)) / np.sqrt(rows.var(1, keepdims=True) + 1e-10)
+    np.testing.assert_allclose(standard.reshape(shape[0], -1).numpy(), expected, rtol=1e-12, atol=1e-12)
+    assert standard.is_contiguous(memory_format=layout)
+    rounded = StandardizedConv2d.standardize(weight.float())
+    torch.testing.assert_close(rounded, standard.float(), rtol=1e-5, atol=1e-5)
+    assert torch.autograd.gradcheck(StandardizedConv2d.standardize, weight.requires_grad_())
+
+
+def test_weights_that_are_standardized_once_get_the_gradient_of_all_passes() -> None:
+    norm = NormConfig(kind="none", weight_standardization=True)
+    model = nn.ModuleList(ConvNorm(3, C, 3, norm=norm).double() for _ in range(3))
+    model[2].conv.weight.requires_grad_(False)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+
+    def passes() -> None:
+        for part in x.split(1):
+            (model[0](part).square() * model[2](part)).sum().backward()  # the second is not used
+
+    passes()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with standardized_once(model) as shared:
+        assert shared.keys() == {block.conv.weight for block in model}
+        passes()
+        assert model[0].conv.weight.grad is None
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-10)
+    model[0].conv.weight.data *= 2
+    assert all(block.conv.shared is None for block in model)
 
 
 def test_weight_standardization_makes_the_convolution_blind_to_scale_and_shift_of_its_weights() -> None:

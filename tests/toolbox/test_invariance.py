@@ -58,7 +58,13 @@ def report(config: Path, *overrides: str, passes: bool) -> dict:
 
 
 @pytest.mark.faults  # T24
-@pytest.mark.parametrize("overrides", [(), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln"), ("model.norm.kind=frn",),
+        ("model.norm.kind=evonorm_s0", "model.norm.weight_standardization=true"),
+    ],
+)  # fmt: skip
 def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:
     found = report(config, *overrides, passes=True)
     assert found["passed"] and found["leaks"] == []

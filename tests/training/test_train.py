@@ -185,7 +185,7 @@ def test_fine_tuning_carries_class_rows_over_by_name(trained: Path, config: Path
     assert torch.equal(last(config.parent / "second")[frozen], source[frozen.removeprefix("model/")])
 
 
-@pytest.mark.parametrize("kind", ["bn", "frozen_bn", "sync_bn", "brn", "in", "ln"])
+@pytest.mark.parametrize("kind", ["bn", "frozen_bn", "sync_bn", "brn", "in", "ln", "frn", "evonorm_s0"])
 def test_the_norm_is_changed_from_the_command_line_alone(config: Path, kind: str) -> None:
     values = train(load(config, kind, f"model.norm.kind={kind}", "train.schedule.updates=1", "train.images_per_gpu=2"))
     assert 0 <= values["box/AP"] <= 1

@@ -1,10 +1,12 @@
 """The normalization layers, and the one place that turns a config's `norm` into layers.
 
 Every method computes y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel.  The methods differ
-in the set over which mu and var are taken (Wu & He 2018, section 3).  x is (B, C, H, W); G groups.
+in the set over which mu and var are taken (Wu & He 2018, section 3); FRN and EvoNorm-S0 subtract no mean.
+x is (B, C, H, W), or a video's (B, C, T, H, W); G groups.
 
 The images of a batch share a canvas.  A *masked* layer takes its statistics over each picture alone and leaves zeros in
-the padding, so that an image's features do not depend on its batch; `area=None` means that nothing is padded.
+the padding, so that an image's features do not depend on its batch; `area=None` means that nothing is padded, as must
+be so for videos.
 """
 
 from collections.abc import Callable
@@ -17,9 +19,10 @@ from torch.distributed.nn.functional import all_reduce
 
 from gndet.config.schema import NormConfig
 from gndet.errors import ConfigError
+from gndet.modeling.norms.activating import Affine, EvoNormS0, FilterResponseNorm, ThresholdLinear
 from gndet.modeling.norms.group_norm import Normalize
 from gndet.modeling.norms.triton_kernels import usable
-from gndet.modeling.norms.valid_area import ValidArea, clear_padding
+from gndet.modeling.norms.valid_area import ValidArea, along, checked, clear_padding
 
 
 class GroupNorm(nn.Module):
@@ -39,7 +42,7 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         """Normalize x (B, C, H, W); area: of the pictures, or None.  Same shape and type; statistics in float32."""
-        area = area if self.masked else None
+        area = checked(area, x) if self.masked else None
         with torch.autocast(x.device.type, enabled=False):
             if area is None and not usable(x):
                 wide = x.to(self.weight.dtype)
@@ -69,8 +72,12 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         return super().forward(x)
 
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() not in (4, 5):
+            raise ValueError(f"expected maps (B, C, H, W) or (B, C, T, H, W), got {x.dim()} dimensions")
 
-class SyncBatchNorm(nn.BatchNorm2d):
+
+class SyncBatchNorm(BatchNorm):
     """SyncBN: BN's statistics over (B, H, W) of all ranks; plain BN in a single process.
 
     Uses torch.distributed's differentiable all-reduce, so that it runs with gloo on CPUs as well as with NCCL on GPUs.
@@ -85,17 +92,18 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
         wide = x.to(self.running_mean.dtype)
-        total = all_reduce(torch.cat([wide.sum((0, 2, 3)), wide.new_tensor([x[:, 0].numel()])]))
+        dims = (0, *range(2, x.dim()))
+        total = all_reduce(torch.cat([wide.sum(dims), wide.new_tensor([x[:, 0].numel()])]))
         n = total[-1]
         mean = total[:-1] / n  # (C,)
-        centered = wide - mean[:, None, None]
-        var = all_reduce(centered.square().sum((0, 2, 3))) / n
+        centered = wide - along(mean, x)
+        var = all_reduce(centered.square().sum(dims)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centered * along(scale, x) + along(self.bias, x)).to(x.dtype)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -116,8 +124,8 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         scale, shift = stored_map(self)
-        y = torch.addcmul(shift[:, None, None].to(x.dtype), x, scale[:, None, None].to(x.dtype))
-        return clear_padding(y, area) if self.masked else y
+        y = torch.addcmul(along(shift, x).to(x.dtype), x, along(scale, x).to(x.dtype))
+        return clear_padding(y, checked(area, x)) if self.masked else y
 
 
 def stored_map(norm: FrozenBatchNorm | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -127,7 +135,7 @@ def stored_map(norm: FrozenBatchNorm | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-class BatchRenorm(nn.BatchNorm2d):
+class BatchRenorm(BatchNorm):
     """BRN: BN's statistics over (B, H, W), corrected toward the running ones by r and d (Ioffe 2017, algorithm 1).
 
     The limits grow as in section 4.2 of the paper: r_max from 1 to 3 between steps 5,000 and 40,000, d_max from 0 to 5
@@ -142,7 +150,8 @@ class BatchRenorm(nn.BatchNorm2d):
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
         if not self.training:
             return super().forward(x)
-        var, mean = torch.var_mean(x.to(self.running_mean.dtype), (0, 2, 3), correction=0)  # (C,)
+        dims = (0, *range(2, x.dim()))
+        var, mean = torch.var_mean(x.to(self.running_mean.dtype), dims, correction=0)  # (C,)
         std = (var + self.eps).sqrt()
         with torch.no_grad():
             running_std = (self.running_var + self.eps).sqrt()
@@ -157,7 +166,7 @@ class BatchRenorm(nn.BatchNorm2d):
             self.running_var.lerp_(var * n / max(n - 1, 1), self.momentum)
         scale = self.weight * r / std
         shift = self.bias + self.weight * d - mean * scale
-        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+        return (x * along(scale, x) + along(shift, x)).to(x.dtype)
 
 
 class NoNorm(nn.Module):
@@ -168,10 +177,11 @@ class NoNorm(nn.Module):
         self.masked = masked
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
-        return clear_padding(x, area) if self.masked else x
+        return clear_padding(x, checked(area, x)) if self.masked else x
 
 
-def _group_norm(cfg: NormConfig, channels: int) -> nn.Module:
+def _num_groups(cfg: NormConfig, channels: int) -> int:
+    """Return the number of groups.  Raises ConfigError if they do not divide the channels."""
     groups = cfg.groups if cfg.channels_per_group is None else max(channels // cfg.channels_per_group, 1)
     if channels % groups or (cfg.channels_per_group and channels % cfg.channels_per_group):
         fitting = [g for g in range(1, channels + 1) if channels % g == 0]
@@ -181,18 +191,20 @@ def _group_norm(cfg: NormConfig, channels: int) -> nn.Module:
         raise ConfigError(
             f"norm {wanted} does not divide {channels} channels; these do: {', '.join(map(str, fitting))}"
         )
-    return GroupNorm(channels, groups, cfg.eps, cfg.masked)
+    return groups
 
 
 # The norms by name.  To add one, add an entry here and its name to NormConfig.kind in config/schema.py.
 NORMS: dict[str, Callable[[NormConfig, int], nn.Module]] = {
-    "gn": _group_norm,
+    "gn": lambda cfg, channels: GroupNorm(channels, _num_groups(cfg, channels), cfg.eps, cfg.masked),
     "ln": lambda cfg, channels: GroupNorm(channels, 1, cfg.eps, cfg.masked),
     "in": lambda cfg, channels: GroupNorm(channels, channels, cfg.eps, cfg.masked),
     "bn": lambda cfg, channels: BatchNorm(channels, cfg.eps, cfg.momentum),
     "sync_bn": lambda cfg, channels: SyncBatchNorm(channels, cfg.eps, cfg.momentum),
     "frozen_bn": lambda cfg, channels: FrozenBatchNorm(channels, cfg.eps, cfg.masked),
     "brn": lambda cfg, channels: BatchRenorm(channels, cfg.eps, cfg.momentum),
+    "frn": lambda cfg, channels: FilterResponseNorm(channels, cfg.eps, cfg.masked),
+    "evonorm_s0": lambda cfg, channels: EvoNormS0(channels, _num_groups(cfg, channels), cfg.eps, cfg.masked),
     "none": lambda cfg, channels: NoNorm(cfg.masked),
 }
 
@@ -206,5 +218,6 @@ def make_norm(cfg: NormConfig, channels: int) -> nn.Module:
     return NORMS[cfg.kind](cfg, channels)
 
 
-NormModule = GroupNorm | nn.BatchNorm2d | FrozenBatchNorm
-NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm)  # layers whose parameters are gamma and beta
+NormModule = GroupNorm | nn.BatchNorm2d | FrozenBatchNorm | FilterResponseNorm | EvoNormS0
+NORM_LAYERS = (GroupNorm, nn.BatchNorm2d, FrozenBatchNorm, FilterResponseNorm, EvoNormS0)  # with gamma and beta
+PER_CHANNEL = (*NORM_LAYERS, ThresholdLinear, Affine)  # all of whose parameters are one number per channel

@@ -229,7 +229,8 @@ def usable(x: Tensor) -> bool:
 
     A compiler that traces the model must not launch the self-test: it sees only what was decided before.
     """
-    if not (x.is_cuda and x.dtype in DTYPES and x.is_contiguous(memory_format=torch.channels_last)):
+    is_map = x.is_cuda and x.dtype in DTYPES and x.dim() == 4  # not a video's (B, C, T, H, W)
+    if not (is_map and x.is_contiguous(memory_format=torch.channels_last)):
         return False
     return _known_to_work(x.device) if torch.compiler.is_compiling() else not trouble(x.device)
 

@@ -47,3 +47,22 @@ def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Valid
 def clear_padding(x: Tensor, area: ValidArea | None) -> Tensor:
     """Set the padding of x (B, C, H, W) to zero; area None means that nothing is padded."""
     return x if area is None else torch.where(area.mask, x, 0.0)
+
+
+def channel_means(x: Tensor, area: ValidArea | None) -> Tensor:
+    """Return the mean of each channel of x (B, C, H, W) over its map, or only over `area`, as (B, C, 1, 1)."""
+    if area is None:
+        return x.mean(tuple(range(2, x.dim())), keepdim=True)
+    return torch.where(area.mask, x, 0.0).sum((2, 3), keepdim=True) / area.num_cells.to(x.dtype)[:, :, None, None]
+
+
+def along(values: Tensor, x: Tensor) -> Tensor:
+    """View values (C,) so that they broadcast over the maps x (B, C, ...)."""
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def checked(area: ValidArea | None, x: Tensor) -> ValidArea | None:
+    """Return the area.  Raises ValueError if there is one for videos (B, C, T, H, W): it would mask something else."""
+    if area is not None and x.dim() != 4:
+        raise ValueError(f"maps with {x.dim()} dimensions cannot be padded: expected area=None")
+    return area

@@ -64,6 +64,8 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
     norms = cfg.part_norms()
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
+    for part in [part for part in parts if norms[part].replaces_relu]:
+        raise ConfigError(f"model.{part}.norm: {norms[part].kind}; {toolkit} has no such norm and activation")
     if norms["backbone"].kind == "none":
         raise ConfigError(f"model.backbone.norm: none; {toolkit} has no ResNet without norms")
     if toolkit == "torchvision" and cfg.backbone.stride_in_1x1:

@@ -18,6 +18,7 @@ from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batch
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import limit_waiting, process
 from gndet.distributed.signals import StopSignals
+from gndet.evaluation.batch_norm import population_statistics
 from gndet.training.checkpointing import Saver
 from gndet.training.ending import finish, marked, rescued, stopped_early
 from gndet.training.log import Log
@@ -168,12 +169,15 @@ def note_unreadable(run: Run, progress: Progress, taken: list[Loaded], log: Log)
 def evaluate_and_save(
     run: Run, progress: Progress, saver: Saver, log: Log, stop: StopSignals, norms: NormWatch
 ) -> None:
-    """Evaluate the current weights, measure the norm layers, and save a checkpoint."""
+    """Evaluate the current weights, measure the norm layers, and save a checkpoint of what was evaluated."""
     saver.wait()  # before loader processes are forked
-    values = TASKS[run.cfg.task].evaluate(run, progress.update, log, stop)
-    norms.measure(progress.update)
-    progress.evaluated(values)
-    saver.save(progress)
+    with population_statistics(
+        run.detector, lambda: run.train_set, run.cfg, run.proc, run.autocast, stop.at_once, log.message
+    ):
+        values = TASKS[run.cfg.task].evaluate(run, progress.update, log, stop)
+        norms.measure(progress.update)
+        progress.evaluated(values)
+        saver.save(progress)
 
 
 def updates(run: Run, start: int, stop: int, size: int, meter: Meter, log: Log) -> Generator[Replay, None, None]:

@@ -513,6 +513,11 @@ class EvaluationConfig(Section):
     # scored per image and class; raise it for crowded images. Source: COCO
     max_detections: int = Field(100, ge=1, le=100_000)
     images_per_gpu: int = Field(1, ge=1, le=4096)  # images that a rank detects at once [images]
+    # bn, sync_bn: evaluate with the statistics of so many training images instead of running averages; 0: off [images].
+    # Source: Wu & Johnson 2021, section 3
+    precise_bn: int = Field(0, ge=0)
+    # bn, sync_bn, brn: evaluate with the statistics of the images that are detected at once
+    batch_statistics: bool = False
 
 
 class Config(Section):
@@ -547,6 +552,23 @@ class Config(Section):
                     f"data.canvases: none of {', '.join(f'{h} x {w}' for h, w in canvases)} holds {height} x {width}, "
                     "the largest batch that data.shortest_edge, data.max_edge and train.images_per_gpu allow"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _norms_have_the_statistics(self) -> "Config":
+        evaluation, norms = self.evaluation, [self.model.part_norms()[part] for part in self.model.normed_parts]
+        asked = f"evaluation.precise_bn: {evaluation.precise_bn}" if evaluation.precise_bn else ""
+        if asked and evaluation.batch_statistics:
+            raise ValueError(f"{asked} and evaluation.batch_statistics: true are two ways to evaluate; choose one")
+        if evaluation.batch_statistics:
+            asked = "evaluation.batch_statistics: true"
+        if asked and not any(norm.mixes_images for norm in norms):
+            kinds = ", ".join(sorted({norm.kind for norm in norms}))
+            raise ValueError(
+                f"{asked} changes nothing: no norm of the model mixes images (bn, sync_bn, brn); got {kinds}"
+            )
+        if evaluation.precise_bn and any(norm.trains_with_running_statistics for norm in norms):
+            raise ValueError(f"{asked} is not available for brn, which trains with its running averages")
         return self
 
     @model_validator(mode="after")

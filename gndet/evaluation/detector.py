@@ -22,6 +22,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset, Tell
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError
+from gndet.evaluation.batch_norm import population_statistics
 from gndet.evaluation.evaluate import (
     CLASS_COLUMNS,
     Evaluation,
@@ -209,7 +210,7 @@ class Detector:
         """
         config = self.config if data is None else self.config.model_copy(update={"data": self._data_of(data)})
         detector = Detector(self.model, config, self.classes, self.category_ids, self.autocast)
-        _, evaluation = evaluate_checkpoint(detector, Process(0, 1, self.model.device))
+        _, evaluation = evaluate_checkpoint(detector, Process(0, 1, self.model.device), self.config.data)
         return Scores(evaluation)
 
     def _data_of(self, data: AnyPath | Config) -> DataConfig:
@@ -253,7 +254,10 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     if len(trained.classes) != len(trained.category_ids):
         counts = f"{len(trained.classes)} classes, but {len(trained.category_ids)} category_ids"
         raise CheckpointError(f"{trained.path}/meta.json: {counts}")
-    cfg = with_overrides(trained.config, overrides, f"{trained.path}/meta.json")
+    # a run saves what it evaluates: its checkpoints have these statistics already, and its images may be elsewhere
+    evaluation = trained.config.evaluation.model_copy(update={"precise_bn": 0})
+    config = trained.config.model_copy(update={"evaluation": evaluation})
+    cfg = with_overrides(config, overrides, f"{trained.path}/meta.json")
     model = build_trained(trained, cfg.model)
     if trained.nonfinite:
         tell(f"warning: {trained.fault}")
@@ -262,15 +266,31 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     return Detector(model, cfg, trained.classes, trained.category_ids, autocast)
 
 
-def evaluate_checkpoint(detector: Detector, proc: Process) -> tuple[Dataset, Evaluation]:
+def evaluate_checkpoint(
+    detector: Detector, proc: Process, trained_on: DataConfig | None = None
+) -> tuple[Dataset, Evaluation]:
     """Evaluate a detector on its config's data.val.  Returns the data set and the evaluation.
 
-    Raises DataError if the classes of the data set differ from those of the detector.
+    trained_on: where data.train lies, if not in the detector's config; evaluation.precise_bn reads it.
+    Raises DataError if the classes of a data set differ from those of the detector.
     """
-    dataset = read_dataset(detector.config.data.val, detector.config.data, known=detector.classes)
+    cfg, model = detector.config, detector.model
+    dataset = _known_to(detector, cfg.data.val, cfg.data)
+    data = trained_on or cfg.data
+
+    def training_images() -> Dataset:
+        return _known_to(detector, data.train, data, masks=cfg.model.masks)
+
+    with population_statistics(model, training_images, cfg, proc, detector.autocast):
+        return dataset, evaluate(model, dataset, cfg, proc, detector.autocast)
+
+
+def _known_to(detector: Detector, cfg: DatasetConfig, data: DataConfig, masks: bool = False) -> Dataset:
+    """Read a data set.  Raises DataError if its classes differ from those of the detector."""
+    dataset = read_dataset(cfg, data, masks=masks, known=detector.classes)
     if dataset.classes != detector.classes:
         raise DataError(
             f"{dataset.name}: has the classes {named_briefly(dataset.classes)}; the detector knows "
             f"{named_briefly(detector.classes)}; data.classes chooses them by name"
         )
-    return dataset, evaluate(detector.model, dataset, detector.config, proc, detector.autocast)
+    return dataset

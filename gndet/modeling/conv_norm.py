@@ -128,11 +128,14 @@ class ConvNorm(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor | None] | None:
         """Return the weight and bias of the convolution with its norm; None if the norm takes statistics."""
-        weight, norm = self.weight(), self.norm
-        if isinstance(norm, FrozenBatchNorm) or (isinstance(norm, nn.BatchNorm2d) and not norm.training):
-            scale, shift = stored_map(norm)
-            return weight * scale[:, None, None, None], shift
-        return (weight, self.conv.bias) if isinstance(norm, NoNorm) else None
+        norm = self.norm
+        if isinstance(norm, NoNorm):
+            return self.weight(), self.conv.bias
+        takes_its_own = isinstance(norm, nn.BatchNorm2d) and (norm.training or norm.running_mean is None)
+        if not isinstance(norm, FrozenBatchNorm | nn.BatchNorm2d) or takes_its_own:
+            return None
+        scale, shift = stored_map(norm)
+        return self.weight() * scale[:, None, None, None], shift
 
     def convolve(self, x: Tensor) -> Tensor:
         """Run the convolution alone, in the fastest way."""

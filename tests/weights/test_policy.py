@@ -25,6 +25,7 @@ from gndet.modeling.norms.layers import FrozenBatchNorm, GroupNorm
 from gndet.train import train
 from gndet.training.averaging import WeightAverage
 from gndet.weights.convert import compare_with_original, convert_batch_norm
+from gndet.weights.foreign.export import export_weights
 from gndet.weights.load import InitialModel, initial_model, load_weights
 from gndet.weights.policy import reference_norms
 from gndet.weights.read import read_source
@@ -315,6 +316,33 @@ def test_standardized_weights_become_plain_ones_exactly_and_not_the_reverse(tmp_
         start(back, "error", {**plain, "weight_standardization": True})
     with pytest.raises(CheckpointError, match=r"convert is impossible: .*weight standardization changes the conv"):
         start(back, "convert", {"kind": "gn", "groups": 8, "weight_standardization": True})
+
+
+FRN, EVONORM = {"kind": "frn"}, {"kind": "evonorm_s0", "groups": 8}
+
+
+@pytest.mark.parametrize("own", [FRN, EVONORM], ids=str)
+def test_norms_that_replace_relu_load_their_own_weights_and_others_only_by_name(
+    own: dict[str, Any], tmp_path: Path
+) -> None:
+    """tau and v are loaded, or start at 0 and 1, and are not left in a model with ReLU."""
+    model, gn = lived_in(config(own)), lived_in(config(GN))
+    saved = {name: save(tmp_path / name, cfg, net.state_dict()) for name, cfg, net in (
+        ("own", config(own), model), ("gn", config(GN), gn))}  # fmt: skip
+    assert same(start(saved["own"], "error", own).model.state_dict(), model.state_dict())
+    for weights, norm in ((saved["gn"], own), (saved["own"], GN), (saved["own"], {**own, "eps": 0.1})):
+        with pytest.raises(CheckpointError, match="the same numbers mean something else"):
+            start(weights, "error", norm)
+        for policy in ("convert", "calibrate", "hybrid"):
+            with pytest.raises(CheckpointError, match=f"{policy} is impossible"):
+                start(weights, policy, norm)
+    for policy in ("affine", "reinit"):
+        found = start(saved["gn"], policy, own).model.state_dict()
+        new = [tensor for name, tensor in found.items() if name.endswith((".tau", ".v"))]
+        assert new and all(bool((tensor == (own is EVONORM)).all()) for tensor in new)
+        assert start(saved["own"], policy, GN).model.state_dict().keys() == gn.state_dict().keys()
+    with pytest.raises(ConfigError, match=rf"model\.backbone\.norm: {own['kind']}; torchvision has no such norm"):
+        export_weights(model.state_dict(), config(own).model, CLASSES, "torchvision")
 
 
 @pytest.mark.parametrize("file_eps", [0.0, 1e-5, 1e-3])

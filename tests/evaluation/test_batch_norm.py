@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from faults.tiny import CONFIG
 from models import make_batch, small_model
-from run_files import last, load
+from run_files import forget, last, load
 from torch import Tensor, nn
 
 from gndet.cli.main import main
@@ -160,6 +160,19 @@ def test_training_is_the_same_and_checkpoints_hold_what_was_evaluated(runs: Path
     assert all(same[name] for name in trained)  # the averaged weights were evaluated, not these
     changed = {name for name in same if not same[name]}
     assert changed == {name for name in same if name.startswith("ema/") and "running" in name}
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_resumed_run_ends_with_the_same_bits(runs: Path, ema: float) -> None:
+    """Even from a checkpoint after an evaluation, whose running statistics are the population's."""
+    cfg = load(runs / "tiny.yaml", f"resumed-{ema}", "evaluation.precise_bn=6", f"train.ema={ema}")
+    train(cfg)
+    unbroken = last(Path(cfg.out))
+    forget(Path(cfg.out), 6)
+    train(cfg)
+    resumed = last(Path(cfg.out))
+    assert unbroken.keys() == resumed.keys()
+    assert [name for name in unbroken if not torch.equal(unbroken[name], resumed[name])] == []
 
 
 def test_evaluate_estimates_them_if_asked(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,10 +36,11 @@ def test_seven_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {f"{module}.py" for module in modules} | {"py.typed"}
 
 
-def test_the_library_has_at_most_31_700_lines() -> None:
-    """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, and 2,000 keep
-    runs and files from what breaks them: kills, full disks, links, damaged records, strangers' checkpoints."""
-    assert lines(FILES) <= 31_700
+def test_the_library_has_at_most_32_800_lines() -> None:
+    """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 950 are of
+    classification, and 2,000 keep runs and files from what breaks them: kills, full disks, links, damaged records,
+    strangers' checkpoints."""
+    assert lines(FILES) <= 32_800
 
 
 def test_training_loads_at_most_142_files_of_21_200_lines() -> None:
@@ -50,11 +51,11 @@ def test_training_loads_at_most_142_files_of_21_200_lines() -> None:
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 
-def test_the_trainer_is_read_in_35_files_of_5_100_lines() -> None:
+def test_the_trainer_is_read_in_35_files_of_5_300_lines() -> None:
     path = reading_path()
     assert path[0] == ROOM / "train.py" and len(path) == len(set(path)) >= 25
     assert all(file.is_file() for file in path)
-    assert len(path) <= 35 and lines(path) <= 5_100
+    assert len(path) <= 35 and lines(path) <= 5_300
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))

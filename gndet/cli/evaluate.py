@@ -5,7 +5,7 @@ from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, devic
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("evaluate", help="compute the COCO metrics of a checkpoint")
+    verb = verbs.add_parser("evaluate", help="compute the COCO metrics of a checkpoint, or a classifier's error")
     verb.add_argument("checkpoint", type=path, help=CHECKPOINT)
     add_overrides(verb)
     verb.add_argument("--out", type=path, metavar="FILE", help="write the detections here as COCO results (JSON)")
@@ -15,13 +15,23 @@ def run(options: Options) -> int:
     """Print the metrics; with --out, write the detections."""
     from gndet.data.datasets.reading import user_paths
     from gndet.distributed.process import process
+    from gndet.errors import ConfigError
+    from gndet.evaluation.classification import classification_table, evaluate_classifier
     from gndet.evaluation.detector import evaluate_checkpoint, load_detector
     from gndet.evaluation.evaluate import evaluation_table
     from gndet.evaluation.results import RESULTS, save_results
     from gndet.files import refuse_output
+    from gndet.modeling.trained import is_classifier
 
     with process(device_of(options.overrides)) as proc:
         say = print if proc.first else lambda _: None
+        if is_classifier(options.checkpoint):
+            if options.out:
+                raise ConfigError("--out: a classifier has no detections to write")
+            dataset, found = evaluate_classifier(options.checkpoint, options.overrides, proc, say)
+            say(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
+            say(classification_table(found, dataset.classes))
+            return 0
         detector = load_detector(options.checkpoint, options.overrides, proc, say)
         if options.out:
             refuse_output(options.out, "--out", RESULTS, user_paths(detector.config.data))

@@ -5,7 +5,9 @@ from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides, duration,
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("norm-study", help="measure AP against images per GPU for several norms on your data")
+    verb = verbs.add_parser(
+        "norm-study", help="measure AP or error against images per GPU for several norms on your data"
+    )
     verb.add_argument("config", help=CONFIG)
     verb.add_argument("--norms", type=names, default=("gn", "bn"), help="norms, e.g. gn,bn,frozen_bn (default: gn,bn)")
     verb.add_argument("--groups", type=names, help="instead, group counts of gn: 1,2,4,8,16,32,channels (LN to IN)")

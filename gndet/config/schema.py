@@ -136,10 +136,16 @@ class NormConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The backbone: a ResNet (He et al. 2016)."""
+    """The backbone: a ResNet (He et al. 2016) or ResNeXt (Xie et al. 2017), or VGG-16 (Simonyan & Zisserman 2015)."""
 
-    kind: Literal["resnet"] = "resnet"  # backbone network. Source: He et al. 2016
-    depth: Literal[18, 34, 50, 101, 152] = 50  # number of weight layers
+    kind: Literal["resnet", "vgg"] = "resnet"  # backbone network. Source: He et al. 2016
+    depth: Literal[16, 18, 34, 50, 101, 152] = 50  # number of weight layers; 16 with vgg, 18 and more with resnet
+    # resnet: share of the usual channels, for small data and machines (Howard et al. 2017). Source: He et al. 2016
+    width: float = Field(1.0, ge=0.125, le=4)
+    # resnet from depth 50 on: groups of a bottleneck's 3x3 convolution; with ResNeXt 32x4d, 32. Source: Xie et al. 2017
+    cardinality: int = Field(1, ge=1, le=1024)
+    # width of such a group in res2 [channels]; with ResNeXt 32x4d, 4. Source: Xie et al. 2017, table 1
+    group_width: int = Field(64, ge=1, le=1024)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
     # put a bottleneck's stride in its first 1x1 convolution, as MSRA's BN weights do, not in its 3x3
     stride_in_1x1: bool = False
@@ -147,6 +153,16 @@ class BackboneConfig(Section):
     freeze_at: int = Field(0, ge=0, le=5)
     # start the last norm of each block with gamma 0. Source: Goyal et al. 2017, 5.1; Wu & He 2018
     zero_init_last_gamma: bool = False
+
+    @model_validator(mode="after")
+    def _network_exists(self) -> "BackboneConfig":
+        if (self.kind == "vgg") != (self.depth == 16):
+            raise ValueError(f"depth: {self.depth}; vgg has depth 16, and resnet 18, 34, 50, 101 or 152")
+        if self.depth < 50 and (self.cardinality, self.group_width) != (1, 64):
+            raise ValueError("cardinality and group_width are of bottlenecks, which resnet has from depth 50 on")
+        if self.kind == "vgg" and self.width != 1:
+            raise ValueError(f"width: {self.width:g}; vgg has its usual channels only")
+        return self
 
 
 class FPNConfig(Section):
@@ -246,12 +262,25 @@ class MaskHeadConfig(Section):
     paste: Literal["exact", "rounded", "detectron"] = "exact"
 
 
+class ClassifierConfig(Section):
+    """What classifies a picture: pooling, fully connected layers, one logit per class (task: classification)."""
+
+    # side of the map that each picture is pooled to [cells]; VGG with its own head: 7. Source: He et al. 2016
+    pool_size: int = Field(1, ge=1, le=64)
+    # widths of fully connected layers before the logits [channels]; VGG: [4096, 4096]. Source: He et al. 2016
+    fc_channels: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field((), max_length=4)
+    dropout: float = Field(0.0, ge=0, lt=1)  # share of their outputs set to 0 in training (VGG: 0.5)
+    # softmax: cross-entropy; sigmoid: binary cross-entropy, mean over the classes. Source: He et al. 2016
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target spread over all classes (Szegedy et al. 2016)
+
+
 class ModelConfig(Section):
-    """The detector."""
+    """The detector, or the classifier."""
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    detector: Literal["mask_rcnn"] = "mask_rcnn"  # kind of detector. Source: He et al. 2017
+    detector: Literal["mask_rcnn", "classifier"] = "mask_rcnn"  # kind of model; task sets it. Source: He et al. 2017
     neck: Literal["fpn"] = "fpn"  # turns the backbone's stages into levels. Source: Lin et al. 2017
     norm: NormConfig = NormConfig()
     masks: bool = True  # train and predict masks; false makes the model a Faster R-CNN
@@ -264,6 +293,7 @@ class ModelConfig(Section):
     rpn: RPNConfig = RPNConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -285,17 +315,22 @@ class ModelConfig(Section):
     @property
     def region_heads(self) -> tuple[str, ...]:
         """The sections of the region heads, in the order they run."""
+        if self.detector == "classifier":
+            return ()
         return ("box_head", "mask_head") if self.masks else ("box_head",)
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the model: sections of this config, and prefixes of its tensors' names."""
+        if self.detector == "classifier":
+            return ("backbone", "classifier")
         return ("backbone", "fpn", "rpn", *self.region_heads)
 
     @property
     def normed_parts(self) -> tuple[str, ...]:
-        """The parts that may have norm layers: all but a 2fc box head, which has no convolutions."""
-        return tuple(part for part in self.parts if not (part == "box_head" and self.box_head.kind == "2fc"))
+        """The parts that may have norm layers: all with convolutions, which a 2fc box head and a classifier lack."""
+        bare = ("classifier", "box_head") if self.box_head.kind == "2fc" else ("classifier",)
+        return tuple(part for part in self.parts if part not in bare)
 
     @property
     def max_positives(self) -> int:
@@ -320,6 +355,8 @@ class ModelConfig(Section):
                 return f"{key}.kind: {norms[part].kind} takes its statistics over all images that are computed at once"
             if not norms[part].masked and part in ("backbone", "fpn", "rpn"):
                 return f"{key}.padding: plain includes the padding around a picture, which depends on its batch"
+        if "rpn" not in self.parts:
+            return None
         if self.rpn.anchors_in_padding:
             return "model.rpn.anchors_in_padding: true proposes regions in the padding, which depends on the batch"
         if self.rpn.anchor_stride == "canvas":
@@ -330,8 +367,8 @@ class ModelConfig(Section):
 class DatasetConfig(Section):
     """One data set."""
 
-    # auto: what the files are; shapes: pictures drawn from a seed
-    kind: Literal["auto", "coco", "yolo", "voc", "labelme", "cvat", "via", "shapes"] = "auto"
+    # auto: what the files are; folders: a folder of pictures per class; shapes: pictures drawn from a seed
+    kind: Literal["auto", "coco", "yolo", "voc", "labelme", "cvat", "via", "folders", "shapes"] = "auto"
     # the file or folder with the annotations, relative to data.root; empty: found in data.root
     annotations: FileName = ""
     images: FileName = ""  # the image folder, relative to data.root; empty: found near the annotations
@@ -343,6 +380,30 @@ class DatasetConfig(Section):
     size: int = Field(160, ge=64, le=4096)  # shapes: side of the square picture [pixels]
     # shapes: another seed draws other pictures; share: another seed takes other images
     seed: int = Field(0, ge=0, lt=1 << 63)
+
+
+class CropConfig(Section):
+    """How a classifier sees a picture: a part of it in training, its middle in evaluation (Szegedy et al. 2015)."""
+
+    size: Edge = 224  # side of the square that the network sees [pixels]. Source: He et al. 2016
+    # training: least and largest part of the picture's area. Source: Szegedy et al. 2015, section 6
+    area: tuple[float, float] = (0.08, 1.0)
+    # training: least and largest width / height of the part. Source: Szegedy et al. 2015, section 6
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    brightness: Fraction = 0.0  # largest change of the brightness, as a share (fb.resnet.torch: 0.4)
+    contrast: Fraction = 0.0  # largest change of the contrast, as a share (fb.resnet.torch: 0.4)
+    saturation: Fraction = 0.0  # largest change of the saturation, as a share (fb.resnet.torch: 0.4)
+    # standard deviation of the color shift along ImageNet's principal components (fb.resnet.torch: 0.1).
+    # Source: Krizhevsky et al. 2012, 4.1
+    lighting: float = Field(0.0, ge=0, le=10)
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "CropConfig":
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area: got {self.area}, expected two shares of 1, the smaller one first")
+        if self.ratio[0] > self.ratio[1]:
+            raise ValueError(f"ratio: got {self.ratio}, expected the smaller one first")
+        return self
 
 
 class DataConfig(Section):
@@ -357,6 +418,7 @@ class DataConfig(Section):
     # evaluation: resize the shorter edge to this [pixels]. Source: Lin et al. 2017, 5.1
     shortest_edge_test: Edge = 800
     max_edge: Edge = 1333  # upper limit of the longer edge [pixels]. Source: Detectron
+    crop: CropConfig | None = None  # task: classification: the part of a picture that the network sees
     flip: float = Field(0.5, ge=0, le=1)  # probability of a left-right flip. Source: Detectron
     flip_vertical: float = Field(0.0, ge=0, le=1)  # probability of an upside-down flip
     keep_empty: bool = False  # train on images without objects, too
@@ -384,6 +446,16 @@ class DataConfig(Section):
                 f"expected the value of black, then a larger one of white, got {values[0]:g}, {values[1]:g}"
             )
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_crop_sets_the_edges(cls, values: object) -> object:
+        crop = values.get("crop") if isinstance(values, dict) else None
+        size = crop.get("size", 224) if isinstance(crop, dict) else None
+        if not isinstance(values, dict) or not isinstance(size, int):
+            return values
+        edges = {"shortest_edge": [size], "shortest_edge_test": round(size * 256 / 224), "max_edge": MAX_EDGE}
+        return edges | values
 
     @model_validator(mode="before")
     @classmethod
@@ -520,10 +592,16 @@ class EvaluationConfig(Section):
     batch_statistics: bool = False
 
 
+CLASSIFICATION = {  # defaults of task: classification
+    "model": {"detector": "classifier", "masks": False},
+    "data": {"crop": {}, "train": {"kind": "folders"}, "val": {"kind": "folders"}},
+}
+
+
 class Config(Section):
     """The config of a run."""
 
-    task: Literal["detection"] = "detection"  # what to train
+    task: Literal["detection", "classification"] = "detection"  # what to train
     out: FileName = ""  # run folder; empty: runs/NAME for NAME.yaml
     seed: int = Field(0, ge=0, lt=1 << 63)  # seed of weights, order, augmentation and sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU if there is one
@@ -533,9 +611,28 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _classification_has_its_defaults(cls, values: object) -> object:
+        is_one = isinstance(values, dict) and values.get("task") == "classification"
+        return beneath(CLASSIFICATION, values) if is_one and isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _model_fits_the_task(self) -> "Config":
+        is_classifier, crop = self.model.detector == "classifier", self.data.crop
+        if (self.task == "classification") != is_classifier:
+            raise ValueError(f"task: {self.task} does not train model.detector: {self.model.detector}")
+        if is_classifier != (crop is not None):
+            raise ValueError("data.crop: task: classification needs it, and no other task uses it")
+        if is_classifier and self.model.masks:
+            raise ValueError("model.masks: a classifier has no masks; expected false")
+        if is_classifier and self.data.keep_empty:
+            raise ValueError("data.keep_empty: a classifier trains on pictures of a class only; expected false")
+        return self
+
     @model_validator(mode="after")
     def _canvases_hold_all(self) -> "Config":
-        longest = self.data.max_edge
+        longest = self.data.crop.size if self.data.crop else self.data.max_edge
         shorter = min(max(self.data.shortest_edge), longest)
         needed = [(shorter, longest), (longest, shorter)]  # a picture; two of them, one portrait and one landscape:
         needed += [] if self.train.images_per_gpu == 1 else [(longest, longest)]

@@ -42,6 +42,7 @@ from gndet.text import named_briefly
 
 Picture = Image.Image | np.ndarray | Tensor
 AnyPath = str | os.PathLike[str]
+NO_DETECTOR = "a classifier, not a detector; gndet evaluate scores it, and train.weights={} starts a detector from it"
 # of a data set's config, what says how the network sees a picture, not how it is read
 SEEN = ("shortest_edge_test", "max_edge", "antialias", "canvas_multiple", "exact_canvas")
 
@@ -259,6 +260,8 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     config = trained.config.model_copy(update={"evaluation": evaluation})
     cfg = with_overrides(config, overrides, f"{trained.path}/meta.json")
     model = build_trained(trained, cfg.model)
+    if not isinstance(model, DetectionModel):
+        raise CheckpointError(f"{trained.path}: {NO_DETECTOR.format(trained.path)}")
     if trained.nonfinite:
         tell(f"warning: {trained.fault}")
     model, autocast = place(model.eval(), cfg.train.precision, proc)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.modeling.norms.activating import EvoNormS0, FilterResponseNorm
 from gndet.modeling.norms.layers import (
     NORM_LAYERS,
@@ -71,7 +71,7 @@ def affine(model: nn.Module) -> dict[str, Tensor]:
 
 
 def measure(
-    model: DetectionModel, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], start: Start | None
+    model: ImageModel, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager], start: Start | None
 ) -> list[Measured]:
     """Pass images through a detector and its heads, and measure the inputs of its norm layers.
 

@@ -1,22 +1,26 @@
-"""Build a detector from its config: a table of the available kinds of each part, and the code that joins the parts.
+"""Build a model from its config: a table of the available kinds of each part, and the code that joins the parts.
 
 To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to config/schema.py.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
+from gndet.modeling.classifier import ClassHead, Classifier
 from gndet.modeling.detection_model import DetectionModel, RegionHead
 from gndet.modeling.fpn import FPN
+from gndet.modeling.image_model import ImageModel
 from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
+from gndet.modeling.vgg import VGG
 
-BACKBONES: dict[str, Callable[..., ResNet]] = {"resnet": ResNet}  # model.backbone.kind: (options, norm)
+BACKBONES: dict[str, Callable[..., Any]] = {"resnet": ResNet, "vgg": VGG}  # model.backbone.kind: (options, norm)
 NECKS: dict[str, Callable[..., FPN]] = {"fpn": FPN}  # model.neck: (options, norm, channels of the stages)
 HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, norm, channels, num_classes)
     "box_head": BoxHead,
@@ -24,16 +28,14 @@ HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, 
 }
 
 
-def build_model(cfg: ModelConfig, num_classes: int) -> DetectionModel:
-    """Build the detector of a config.  Raises ConfigError naming the part whose norm does not fit its channels."""
+def build_model(cfg: ModelConfig, num_classes: int) -> ImageModel:
+    """Build the model of a config.  Raises ConfigError naming the part whose norm does not fit its channels."""
     return DETECTORS[cfg.detector](cfg, num_classes)
 
 
 def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
     """Build a Mask R-CNN, or a Faster R-CNN if masks are off."""
-    norms = cfg.part_norms()
-    with _part_in_errors("backbone"):
-        backbone = BACKBONES[cfg.backbone.kind](cfg.backbone, norms["backbone"])
+    norms, backbone = cfg.part_norms(), _backbone(cfg)
     with _part_in_errors("fpn"):
         neck = NECKS[cfg.neck](cfg.fpn, norms["fpn"], backbone.channels)
     with _part_in_errors("rpn"):
@@ -45,7 +47,22 @@ def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
     return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
 
 
-DETECTORS: dict[str, Callable[[ModelConfig, int], DetectionModel]] = {"mask_rcnn": _mask_rcnn}  # model.detector
+def _classifier(cfg: ModelConfig, num_classes: int) -> Classifier:
+    """Build a classifier."""
+    backbone = _backbone(cfg)
+    head = ClassHead(cfg.classifier, backbone.channels[-1], num_classes)
+    return Classifier(backbone, head, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
+
+
+def _backbone(cfg: ModelConfig) -> Any:
+    with _part_in_errors("backbone"):
+        return BACKBONES[cfg.backbone.kind](cfg.backbone, cfg.part_norms()["backbone"])
+
+
+DETECTORS: dict[str, Callable[[ModelConfig, int], ImageModel]] = {  # model.detector
+    "mask_rcnn": _mask_rcnn,
+    "classifier": _classifier,
+}
 
 
 @contextmanager

@@ -1,69 +1,26 @@
 """The interfaces of detectors and region heads.  The rest of gndet relies on nothing else.
 
-B images, C channels, L levels, R regions per image, (H, W) canvas; sizes (B, 2) are the pictures' heights and widths.
+B images, R regions per image, (H, W) canvas; sizes (B, 2) are the pictures' heights and widths.
 
-Batch independence: a detector's output for an image depends only on that image and its key.  `features` keeps the
-padding out; `step` samples by the image's key and divides an image's loss by numbers that come from that image alone.
-`choices` and `rectified` let `gndet invariance` check this.
+Batch independence: as `ImageModel` says; a region head samples by the image's key.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, picture_areas
+from gndet.modeling.image_model import ImageModel
+from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.ops.roi_align import Pyramid
 from gndet.structures import Batch, Detections, Regions, Step
 
 PROBED_REGIONS = 64  # per image, that `probe` runs through the heads
-Choices = dict[str, set[tuple[int, ...]]]  # what a step chose for an image, by kind: ids, and what they were assigned
 
 
-class Rectified(NamedTuple):
-    """Modules whose output is positive where a ReLU is open, in the order they run."""
-
-    maps: list[nn.Module]  # return (B, C, H/s, W/s)
-    regions: list[nn.Module]  # return (B * R, ...)
-
-
-class DetectionModel(nn.Module, ABC):
+class DetectionModel(ImageModel):
     """A detector: a backbone, a neck, and the parts that work on the neck's levels."""
-
-    backbone: Any  # a module; its list `frozen` holds the parts that are not trained
-    pixel_mean: Tensor
-    pixel_std: Tensor
-    strides: tuple[int, ...]  # of the levels that `features` returns
-    extends_edges = False  # whether RoIAlign reads a picture's repeated edge beyond the picture, not the padding
-
-    def __init__(self, pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float]) -> None:
-        super().__init__()
-        # no checkpoint has these two, so they exist on the CPU even if the model is built on the meta device
-        mean, std = torch.tensor(pixel_mean, device="cpu"), torch.tensor(pixel_std, device="cpu")
-        self.register_buffer("pixel_mean", mean[:, None, None], persistent=False)
-        self.register_buffer("pixel_std", std[:, None, None], persistent=False)
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the model."""
-        return self.pixel_mean.device
-
-    def normalize(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Tensor, ValidAreas]:
-        """Normalize images (B, 3, H, W) uint8 RGB and zero the padding.  Also returns the pictures' areas by stride."""
-        height, width = images.shape[2:]
-        x = (images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-        if padded:
-            x = torch.where(ValidArea.of(sizes, height, width).mask, x, 0.0)
-        return x.contiguous(memory_format=torch.channels_last), picture_areas(sizes, height, width, padded)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the training losses {name: (B,)}, one per image; each depends only on that image and its key."""
-        return self.step(*self.features(batch.images, batch.sizes, batch.padded), batch).losses
-
-    @abstractmethod
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
-        """Return the levels L x (B, C, H/s, W/s) of images (B, 3, H, W), and the pictures' areas by stride."""
 
     @abstractmethod
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
@@ -72,37 +29,6 @@ class DetectionModel(nn.Module, ABC):
     @abstractmethod
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
         """Detect objects; boxes in canvas pixels, with masks if there is a mask head.  Arguments as in Batch."""
-
-    @abstractmethod
-    def probe(self, images: Tensor, sizes: Tensor, padded: bool, *, copies: int = 1, regions: bool = True) -> None:
-        """Run every layer once for its forward hooks, as calibration, norm statistics and the norm audit need it.
-
-        copies: how many times the batch repeats the same pictures; all copies use the regions of the first, so that
-        they differ by the layers alone.  regions: also run the layers on regions, and not only those on whole maps.
-        """
-
-    @abstractmethod
-    def choices(self, step: Step, image: int) -> Choices:
-        """Return what a step chose for an image, identified by ids and not by positions."""
-
-    @abstractmethod
-    def rectified(self) -> Rectified:
-        """Return the modules that show where ReLUs are open, for the proof of batch independence."""
-
-    @abstractmethod
-    def sees_regions(self, module: str) -> bool:
-        """Return whether the module of that name runs on regions and not on whole maps."""
-
-    @abstractmethod
-    def after_features(self) -> list[nn.Module]:
-        """Return the parts that run after `features`."""
-
-    @abstractmethod
-    def choose_convolutions(self, shortest_edge: int) -> None:
-        """Choose how 3x3 convolutions are computed on a CPU, from the pictures' shortest edge in pixels.
-
-        The choice never depends on the pictures of a batch, so an image's rounding does not depend on its batch mates.
-        """
 
 
 class RegionHead(nn.Module, ABC):

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.conv_norm import ConvNorm, choose_ways
-from gndet.modeling.detection_model import PROBED_REGIONS, Choices, DetectionModel, Rectified, RegionHead
+from gndet.modeling.conv_norm import choose_ways
+from gndet.modeling.detection_model import PROBED_REGIONS, DetectionModel, RegionHead
 from gndet.modeling.fpn import FPN, LEVELS
+from gndet.modeling.image_model import Choices, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
-from gndet.modeling.resnet import BasicBlock, Bottleneck, ResNet
+from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import Pyramid, extended, pyramid_level
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
@@ -121,9 +122,7 @@ class MaskRCNN(DetectionModel):
 
     def rectified(self) -> Rectified:
         """Return the layers of the backbone, the RPN and the first head, which the regions of a Step belong to."""
-        layers = [part for part in self.backbone.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
-        maps = [part for part in [*layers, *self.rpn.convs] if not isinstance(part, ConvNorm) or part.relu]
-        return Rectified(maps, self.heads[0].rectified())
+        return Rectified([*self.backbone.rectified(), *self.rpn.convs], self.heads[0].rectified())
 
     def sees_regions(self, module: str) -> bool:
         """Return whether the module belongs to a head."""
@@ -135,8 +134,7 @@ class MaskRCNN(DetectionModel):
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
-        for stage, stride in zip(self.backbone.stages(), self.strides[:-1], strict=True):  # no stage has P6's stride
-            choose_ways(stage, shortest_edge / stride)
+        self.backbone.choose_convolutions(shortest_edge)
         for level in LEVELS:
             choose_ways(self.fpn.get_submodule(f"output{level}"), shortest_edge / 2**level)
         for part in self.after_features():  # they see maps of all sizes or many regions

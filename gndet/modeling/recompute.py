@@ -119,7 +119,7 @@ def tower(
 def _saves_memory(layer: nn.Module) -> bool:
     """Return whether a layer should keep less than everything, and this file implements its backward pass."""
     known = isinstance(layer, ConvNorm) and isinstance(layer.norm, GroupNorm | FrozenBatchNorm | NoNorm)
-    return known and layer.memory != "fast"
+    return known and layer.memory != "fast" and layer.conv.groups == 1
 
 
 def _plain(layers: Iterable[Any], x: Tensor, areas: Sequence[ValidArea | None], residual: Tensor | None) -> Tensor:

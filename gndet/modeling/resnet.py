@@ -1,4 +1,4 @@
-"""ResNet (He et al. 2016) that returns C2..C5. B images, C channels, (H, W) canvas."""
+"""ResNet (He et al. 2016) and ResNeXt (Xie et al. 2017) that return C2..C5. B images, C channels, (H, W) canvas."""
 
 from functools import partial
 
@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import BackboneConfig, NormConfig
-from gndet.modeling.conv_norm import ConvFactory, ConvNorm, conv_factory
+from gndet.modeling.conv_norm import ConvFactory, ConvNorm, choose_ways, conv_factory, initialize
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, clear_padding
 from gndet.modeling.recompute import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
+STRIDES = (4, 8, 16, 32)  # of C2..C5
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -43,13 +44,16 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, conv: ConvFactory, stride_in_1x1: bool = False
-    ) -> None:
+        self, in_channels: int, channels: int, stride: int, conv: ConvFactory, stride_in_1x1: bool = False,
+        cardinality: int = 1, group_width: int = 64,
+    ) -> None:  # fmt: skip
+        """cardinality, group_width: groups of the 3x3, and their width where channels are 64 (ResNeXt 32x4d: 32, 4)."""
         super().__init__()
         self.stride_in_1x1 = stride_in_1x1
-        self.conv1 = conv(in_channels, channels, 1, stride=stride if stride_in_1x1 else 1)
-        self.conv2 = conv(channels, channels, 3, stride=1 if stride_in_1x1 else stride)
-        self.conv3 = conv(channels, channels * 4, 1, relu=False, adds=True)
+        width = channels * group_width // 64 * cardinality
+        self.conv1 = conv(in_channels, width, 1, stride=stride if stride_in_1x1 else 1)
+        self.conv2 = conv(width, width, 3, stride=1 if stride_in_1x1 else stride, groups=cardinality)
+        self.conv3 = conv(width, channels * 4, 1, relu=False, adds=True)
         self.shortcut = _shortcut(in_channels, channels * 4, stride, conv)
 
     @property
@@ -77,29 +81,26 @@ class ResNet(nn.Module):
         super().__init__()
         self.memory = "fast"
         self.frozen: list[nn.Module] = []
-        self.masked, self.rectified = norm.masked, not norm.replaces_relu
-        block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, stride_in_1x1=cfg.stride_in_1x1)
+        self.masked, self.clamps = norm.masked, not norm.replaces_relu
+        options = {name: getattr(cfg, name) for name in ("stride_in_1x1", "cardinality", "group_width")}
+        block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, **options)
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
         conv = conv_factory(norm)
-        self.stem = conv(3, WIDTH, 7, stride=2)
-        self.channels = tuple(WIDTH * 2**i * expansion for i in range(4))
-        in_channels = WIDTH
+        in_channels = width = round(WIDTH * cfg.width)
+        self.stem = conv(3, width, 7, stride=2)
+        self.channels = tuple(width * 2**i * expansion for i in range(4))
         for i, count in enumerate(BLOCKS[cfg.depth]):
             blocks = []
             for j in range(count):
-                blocks.append(block(in_channels, WIDTH * 2**i, 2 if i and not j else 1, conv))
+                blocks.append(block(in_channels, width * 2**i, 2 if i and not j else 1, conv))
                 in_channels = self.channels[i]
             self.add_module(f"res{i + 2}", nn.ModuleList(blocks))
         self._initialize(cfg.zero_init_last_gamma)
         self.freeze(cfg.freeze_at)
 
     def _initialize(self, zero_init_last_gamma: bool) -> None:
-        """Apply MSRA initialization (He et al. 2015), and set gamma to 0 in each block's last norm if asked for."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Apply MSRA initialization, and set gamma to 0 in each block's last norm if asked for."""
+        initialize(self)
         if zero_init_last_gamma:
             for stage in self.stages():
                 for block in stage:
@@ -110,6 +111,16 @@ class ResNet(nn.Module):
     def stages(self) -> list[nn.ModuleList]:
         """Return res2..res5."""
         return [getattr(self, f"res{i}") for i in (2, 3, 4, 5)]
+
+    def rectified(self) -> list[nn.Module]:
+        """Return the modules that end with a ReLU, in the order they run."""
+        layers = [part for part in self.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
+        return [part for part in layers if not isinstance(part, ConvNorm) or part.relu]
+
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+        for stage, stride in zip(self.stages(), STRIDES, strict=True):
+            choose_ways(stage, shortest_edge / stride)
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
@@ -127,7 +138,7 @@ class ResNet(nn.Module):
 
     def _stem(self, x: Tensor, areas: ValidAreas) -> Tensor:
         x, area = self.stem(x, areas[2]), areas[2]
-        if self.masked and not self.rectified and area is not None:
+        if self.masked and not self.clamps and area is not None:
             x = torch.where(area.mask, x, -torch.inf)  # after a ReLU, zeros do not change a maximum
         x = F.max_pool2d(x, 3, 2, 1)
         return clear_padding(x, areas[4]) if self.masked else x
@@ -140,7 +151,7 @@ class ResNet(nn.Module):
         x = recomputed(self, self._stem, x, areas, cheap=True)
         features = []
         area = areas[4]
-        for stage, stride in zip(self.stages(), (4, 8, 16, 32), strict=True):
+        for stage, stride in zip(self.stages(), STRIDES, strict=True):
             for block in stage:
                 if isinstance(block, BasicBlock):
                     x = recomputed(self, block, x, area, areas[stride])

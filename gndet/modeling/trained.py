@@ -17,7 +17,7 @@ from gndet.config.loading import config_from_dict
 from gndet.config.schema import Config, DataConfig, ModelConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.build import build_model
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 
 MAX_NAMED = 5  # tensors or keys that a message names
 EPS, COUNTER = ".norm.eps", "num_batches_tracked"  # ends of the names of tensors that a norm layer may lack
@@ -65,6 +65,12 @@ def read_trained(path: Path) -> Trained:
     return Trained(saved.path, meta, config, tuple(classes), tuple(ids), group, state, nonfinite(state))
 
 
+def is_classifier(path: Path) -> bool:
+    """Return whether a run or checkpoint folder holds a classifier.  Raises CheckpointError if it is no checkpoint."""
+    config = load_checkpoint(resolve(path), ()).meta.get("config")
+    return isinstance(config, dict) and config.get("task") == "classification"
+
+
 def _are_all(values: Any, kind: type) -> bool:
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
@@ -97,7 +103,7 @@ def first_few(lines: Sequence[str]) -> list[str]:
     return [*lines[:MAX_NAMED], *more]
 
 
-def model_without_memory(trained: Trained, cfg: ModelConfig) -> DetectionModel:
+def model_without_memory(trained: Trained, cfg: ModelConfig) -> ImageModel:
     """Build a model whose tensors have shapes alone (the meta device), and compare it with the weights.
 
     cfg: of the model; it may differ from trained.config.model.  Parts that the checkpoint lacks are not compared.
@@ -122,7 +128,7 @@ def model_without_memory(trained: Trained, cfg: ModelConfig) -> DetectionModel:
     return model
 
 
-def build_trained(trained: Trained, cfg: ModelConfig, *, whole: bool = True) -> DetectionModel:
+def build_trained(trained: Trained, cfg: ModelConfig, *, whole: bool = True) -> ImageModel:
     """Build the model of a checkpoint on the CPU and load its weights; nothing is initialized that it holds.
 
     whole: refuse a checkpoint that lacks parts, as `gndet convert` writes it; otherwise initialize these parts.

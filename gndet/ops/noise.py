@@ -17,6 +17,9 @@ class Stream(IntEnum):
     ANCHORS = 5
     REGIONS = 6
     DRAW = 7
+    CROP = 8
+    COLOR = 9
+    DROPOUT = 10
 
 
 def hash_ints(*values: int) -> int:

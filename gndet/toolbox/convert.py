@@ -113,7 +113,8 @@ def with_group_norm(source: Source, model: ModelConfig, channels_per_group: int)
     """Return the model config with GN in every part that has BN in the source."""
     norm = NormConfig(kind="gn", channels_per_group=channels_per_group)
     kinds = source.model.part_norms()
-    norms = {part: norm if kinds[part].has_running_statistics else kinds[part] for part in source.parts}
+    parts = [part for part in source.parts if part in kinds]  # a classifier's head has no norm
+    norms = {part: norm if kinds[part].has_running_statistics else kinds[part] for part in parts}
     return model.model_copy(
         update={part: getattr(model, part).model_copy(update={"norm": kind}) for part, kind in norms.items()}
         | {"norm": norms.get("backbone", model.norm)}

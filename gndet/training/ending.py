@@ -16,7 +16,17 @@ from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, Traini
 from gndet.training.checkpointing import Saver
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
-from gndet.training.run_folder import BOARD, CONFIG, FAILED, METRICS, NONFINITE, PREDICTIONS, PREEMPTED, mark
+from gndet.training.run_folder import (
+    BOARD,
+    CLASSIFIED,
+    CONFIG,
+    FAILED,
+    METRICS,
+    NONFINITE,
+    PREDICTIONS,
+    PREEMPTED,
+    mark,
+)
 from gndet.training.update import UpdateState, read
 from gndet.training.work_folder import WorkFolder
 
@@ -133,19 +143,21 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
         raise run.out.error("the run is finished", saver.failed)
     if saver.failed:
         raise TrainingError(f"{run.out}: the run is finished, but its last checkpoint is missing: {saver.failed}")
-    log.message(closing_words(run.out.path, progress))
+    log.message(closing_words(run.out.path, progress, run.cfg.task))
     gone = [f"{name}: removed by another program" for name in (CONFIG, METRICS) if not os.path.lexists(run.out / name)]
     if lost := "; ".join(filter(None, [log.lost(), *(gone if run.proc.first else [])])):
         raise OutputError(f"{run.out}: the run is finished and saved, but these files are incomplete: {lost}")
 
 
-def closing_words(out: Path, progress: Progress) -> str:
+def closing_words(out: Path, progress: Progress, task: str = "detection") -> str:
     """Return a text that says where the results are, what was left out, and what to do next."""
-    best = out / BEST
+    best, pictures = out / BEST, (PREDICTIONS, "ground truth beside detections")
+    if task == "classification":
+        pictures = (CLASSIFIED, "the class of each validation picture")
     lines = [
         f"finished. best checkpoint  {best}   (last: {out / LAST})",
         f"          metrics          {out / METRICS}   (tensorboard --logdir {out / BOARD})",
-        f"          predictions      {out / PREDICTIONS}   (ground truth beside detections)",
+        f"          predictions      {out / pictures[0]}   ({pictures[1]})",
     ]
     if progress.unreadable:
         lines.append(
@@ -153,8 +165,7 @@ def closing_words(out: Path, progress: Progress) -> str:
         )
     if progress.nonfinite:
         lines.append(f"left out: {progress.nonfinite} update(s) that were not finite, see {out / NONFINITE}")
-    return "\n".join([
-        *lines,
-        f"next:     gndet evaluate {best}",
-        f"          gndet predict {best} IMAGE_OR_FOLDER --out predictions",
-    ])  # fmt: skip
+    lines.append(f"next:     gndet evaluate {best}")
+    if task == "detection":
+        lines.append(f"          gndet predict {best} IMAGE_OR_FOLDER --out predictions")
+    return "\n".join(lines)

@@ -102,7 +102,8 @@ class Log:
     def evaluation(self, update: int, values: dict[str, float], table: str) -> None:
         """Log an evaluation: values like {"box/AP": 0.41}, and the table to show."""
         self._write("evaluation", update, values)
-        self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in values.items() if name.endswith("/AP"))
+        main = {name: value for name, value in values.items() if name.endswith("/AP") or name == "top1"}
+        self._scores = "  ".join(f"{name} {100 * value:.1f}" for name, value in main.items())
         self._show_below_bar(self._numbers, self._scores)
         self.message(f"evaluation after update {update}/{self._total}\n{table}")
 

@@ -22,7 +22,7 @@ from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample
 from gndet.errors import out_of_memory
 from gndet.evaluation.norm_statistics import Start, affine, measure, norm_layers, rounded
 from gndet.files import write_whole
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.structures import Batch
 from gndet.text import text_table
 from gndet.training.log import Log
@@ -153,9 +153,7 @@ class Audit(NamedTuple):
     errors: list[str]
 
 
-def audit(
-    model: DetectionModel, cfg: Config, norms: dict[str, str] | None, world: int, images: int | None = None
-) -> Audit:
+def audit(model: ImageModel, cfg: Config, norms: dict[str, str] | None, world: int, images: int | None = None) -> Audit:
     """Check a model's norm layers.
 
     model: built from cfg.model.  norms: the origin of each layer that train.weights provides; None: unknown.
@@ -175,9 +173,7 @@ def audit(
     return Audit(layers, list(_warnings(model, layers, cfg, world, images)), list(_errors(model, layers, cfg)))
 
 
-def _warnings(
-    model: DetectionModel, layers: list[NormLayer], cfg: Config, world: int, images: int | None
-) -> Iterable[str]:
+def _warnings(model: ImageModel, layers: list[NormLayer], cfg: Config, world: int, images: int | None) -> Iterable[str]:
     at_once = images or cfg.train.images_per_gpu
     for kind in ("bn", "sync_bn", "brn"):
         live = [layer for layer in layers if layer.kind == kind and layer.trainable]
@@ -195,7 +191,8 @@ def _warnings(
             f"{_name(identity)}: frozen_bn with untouched statistics (mean 0, variance 1) is the identity: "
             "nothing is normalized; load statistics with train.weights"
         )
-    if decayed := [layer for layer in layers if layer.weight_decay]:
+    # ImageNet recipes decay gamma and beta, too (Wu & He 2018, 4.1)
+    if (decayed := [layer for layer in layers if layer.weight_decay]) and cfg.task == "detection":
         yield (
             f"{_name(decayed)}: train.optimizer.norm_weight_decay: {decayed[0].weight_decay:g} pulls gamma and beta to "
             "0; published recipes use 0 (Detectron)"
@@ -207,7 +204,7 @@ def _warnings(
         )
 
 
-def _errors(model: DetectionModel, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
+def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable[str]:
     frozen = {id(module) for part in model.backbone.frozen for module in part.modules()}
     anew = [layer for layer in layers if layer.origin in ANEW]
     if random := [layer for layer in anew if id(model.get_submodule(layer.name)) in frozen]:
@@ -226,7 +223,7 @@ def _errors(model: DetectionModel, layers: list[NormLayer], cfg: Config) -> Iter
         )
 
 
-def _cells(model: DetectionModel, side: int) -> dict[str, int | None]:
+def _cells(model: ImageModel, side: int) -> dict[str, int | None]:
     """Return the smallest number of cells per statistic of each norm layer, for a square picture."""
     blank = Sample(
         torch.zeros(3, side, side, dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64),

@@ -15,7 +15,7 @@ from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded
 from gndet.data.records import Dataset
 from gndet.distributed.process import Process
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.training.averaging import WeightAverage
 from gndet.training.gradient_buckets import Buckets
 from gndet.training.work_folder import WorkFolder
@@ -30,7 +30,7 @@ class Run(NamedTuple):
     proc: Process
     train_set: Dataset
     val_set: Dataset
-    model: DetectionModel
+    model: ImageModel
     average: WeightAverage | None  # the averaged weights, if any
     optimizer: torch.optim.Optimizer
     autocast: Callable[[], AbstractContextManager]
@@ -41,9 +41,9 @@ class Run(NamedTuple):
     threads: int = 1  # images to compute side by side, in one thread each
 
     @property
-    def detector(self) -> DetectionModel:
+    def detector(self) -> ImageModel:
         """The model to evaluate: the averaged weights if there are any."""
-        return self.model if self.average is None else cast(DetectionModel, self.average.module)
+        return self.model if self.average is None else cast(ImageModel, self.average.module)
 
 
 class Best(NamedTuple):
@@ -114,8 +114,8 @@ class Progress:
 
 
 def score(values: Mapping[str, float]) -> float:
-    """Return the score that defines `best`: mask AP, or box AP without masks; undefined counts as 0."""
-    value = values.get("mask/AP", values["box/AP"])
+    """Return the score that defines `best`: mask AP, or box AP without masks, or top-1; undefined counts as 0."""
+    value = next(values[name] for name in ("mask/AP", "box/AP", "top1") if name in values)
     return 0.0 if math.isnan(value) else value
 
 

@@ -15,6 +15,7 @@ from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import inspect_both
 from gndet.data.records import Dataset
 from gndet.distributed.signals import StopSignals
+from gndet.training.classifying import evaluate_classifier
 from gndet.training.log import Log
 from gndet.training.run import Run
 from gndet.training.validation import evaluate_run
@@ -37,7 +38,7 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
         for which, data in sets.items()
     ]
     notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
-    notes += limit_notes(sets["train"], sets["val"], cfg)
+    notes += limit_notes(sets["train"], sets["val"], cfg) if cfg.task == "detection" else []
     for source, found in findings.items():
         noted = (finding for finding in found if finding.severity == NOTED)
         notes += [f"{source}: noted: {finding.code} ({share(finding)}): {finding.what}" for finding in noted]
@@ -52,4 +53,7 @@ class Task(NamedTuple):
     evaluate: Callable[[Run, int, Log, StopSignals], dict[str, float]]  # (run, updates made, log, stop): the metrics
 
 
-TASKS = {"detection": Task(read_both, initial_model, evaluate_run)}  # by Config.task
+TASKS = {  # by Config.task
+    "detection": Task(read_both, initial_model, evaluate_run),
+    "classification": Task(read_both, initial_model, evaluate_classifier),
+}

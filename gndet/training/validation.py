@@ -1,9 +1,10 @@
 """Evaluate a run during training: on all ranks, interrupted by a request to stop, with example pictures."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -25,10 +26,12 @@ from gndet.evaluation.drawing import (
 from gndet.evaluation.evaluate import Evaluation, detect_share, evaluation_table, scalars, score_shares
 from gndet.evaluation.fonts import class_name
 from gndet.evaluation.results import paste_masks, save_results
+from gndet.modeling.detection_model import DetectionModel
 from gndet.training.log import Log
 from gndet.training.run import Run
 from gndet.training.run_folder import DETECTIONS, PREDICTIONS
 
+T = TypeVar("T")
 PICTURE_THRESHOLD = 0.5  # score from which a detection is drawn
 PICTURE_SIDE = 1344  # pixels of the longer side of a drawn picture: that of the usual canvas (data.max_edge 1333)
 MOST_PICTURES = 8  # pairs of pictures in predictions.png, of 10 MB each in memory; TensorBoard has all of them
@@ -38,8 +41,31 @@ STRIPE, SHADES = 16, (150, 120)  # of drawn padding: width of a stripe in pixels
 def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, float]:
     """Evaluate on the validation set; log numbers, pictures, and the detections as COCO results.
 
-    Returns the metrics, {"box/AP": ...}.  Raises, on all ranks, Stop if a rank was asked to stop, and TrainingError if
-    more pictures than data.max_unreadable cannot be read; below that limit they count as pictures without detections.
+    Returns the metrics, {"box/AP": ...}.  Raises, on all ranks, what `on_all_ranks` raises; pictures that cannot be
+    read count as pictures without detections.
+    """
+    detect = partial(
+        detect_share, cast(DetectionModel, run.detector), run.val_set, run.cfg, run.proc, autocast=run.autocast
+    )
+    share = on_all_ranks(run, done, log, stop, detect, "images without detections")
+    evaluation = score_shares(share, run.val_set, run.cfg, run.proc)
+    if run.proc.first:
+        log.evaluation(done, scalars(evaluation), evaluation_table(evaluation))
+        log.attempt(DETECTIONS, partial(save_results, run.out / DETECTIONS, evaluation.results))
+        show_examples(run, done, log, evaluation)
+        with drawing_may_fail("the curves of precision and recall", log):
+            for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
+                for name, precision in metrics.curves.items() if metrics else ():
+                    log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
+    return scalars(evaluation)
+
+
+def on_all_ranks(run: Run, done: int, log: Log, stop: StopSignals, work: Callable[..., T], counted_as: str) -> T:
+    """Run this rank's share of an evaluation: work(on_image=..., unreadable=..., notify=...), as `detect_share` does.
+
+    counted_as: what pictures that cannot be read count as, for the log.  Returns what `work` returns.
+    Raises, on all ranks, Stop if a rank was asked to stop, and TrainingError if memory runs out or if more pictures
+    than data.max_unreadable cannot be read.
     """
     proc = run.proc
     num_images, count = len(range(proc.rank, len(run.val_set.records), proc.world)), itertools.count(1)
@@ -56,10 +82,7 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
     failure: BaseException | None = None
     try:
         with stop.at_once():
-            share = detect_share(
-                run.detector, run.val_set, run.cfg, proc, autocast=run.autocast, on_image=on_image,
-                unreadable=unreadable.__setitem__, notify=log.message,
-            )  # fmt: skip
+            share = work(on_image=on_image, unreadable=unreadable.__setitem__, notify=log.message)
     except (Stop, GndetError) as error:
         failure = error
     except (RuntimeError, MemoryError) as error:
@@ -71,21 +94,12 @@ def evaluate_run(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, 
         )
     # before the next collective, every rank learns whether all ranks have succeeded
     raise_on_all(failure or (Stop() if stop.asked else None), proc)
-    evaluation = score_shares(share, run.val_set, run.cfg, proc)
     unreadable = {image: reason for part in all_gather([unreadable], proc) for image, reason in part[0].items()}
     refuse_unreadable(run, "validation", run.val_set, unreadable)
     if unreadable:
         first = next(iter(unreadable.values()))
-        log.message(f"{len(unreadable)} image(s) cannot be read and count as images without detections: {first}")
-    if proc.first:
-        log.evaluation(done, scalars(evaluation), evaluation_table(evaluation))
-        log.attempt(DETECTIONS, partial(save_results, run.out / DETECTIONS, evaluation.results))
-        show_examples(run, done, log, evaluation)
-        with drawing_may_fail("the curves of precision and recall", log):
-            for part, metrics in (("box", evaluation.box), ("mask", evaluation.mask)):
-                for name, precision in metrics.curves.items() if metrics else ():
-                    log.precision_recall(done, f"val/{part} {name}", precision, RECALLS)
-    return scalars(evaluation)
+        log.message(f"{len(unreadable)} image(s) cannot be read and count as {counted_as}: {first}")
+    return share
 
 
 def refuse_unreadable(run: Run, role: str, dataset: Dataset, unreadable: dict[int, str]) -> None:

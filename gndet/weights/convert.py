@@ -5,6 +5,7 @@ up for every other difference.  The convolutions stay as they are.  B images, C 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from gndet.config.schema import Config
 from gndet.data.batches.batch import sample_batch
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.structures import Batch
 
@@ -127,7 +128,7 @@ def _expected_error(slope: Tensor, mean: Tensor, var: Tensor, groups: int, eps: 
 
 
 def measure_norms(
-    model: DetectionModel, references: dict[str, nn.Module], fates: dict[str, Fate], cfg: Config,
+    model: ImageModel, references: dict[str, nn.Module], fates: dict[str, Fate], cfg: Config,
     images: Dataset | None, *, pyramid: bool,
 ) -> tuple[dict[str, Fate], list[str]]:  # fmt: skip
     """Compare the converted norms with the file's own on images and, for `calibrate`, fit them.
@@ -159,7 +160,7 @@ def measure_norms(
 
 
 def compare_with_original(
-    model: DetectionModel, references: dict[str, nn.Module], batch: Batch, *, fit: bool
+    model: ImageModel, references: dict[str, nn.Module], batch: Batch, *, fit: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Run a converted model and its original side by side in one doubled batch, whose first half is the original's.
 
@@ -180,10 +181,10 @@ def compare_with_original(
         images, sizes = torch.cat([batch.images] * 2), torch.cat([batch.sizes] * 2)
         model.probe(images, sizes, batch.padded, copies=2, regions=any(map(model.sees_regions, references)))
 
-    with (
-        model.backbone.register_forward_hook(partial(note, "C")),
-        model.get_submodule("fpn").register_forward_hook(partial(note, "P")),
-    ):
+    with ExitStack() as hooks:
+        for name, letter in (("backbone", "C"), ("fpn", "P")):
+            if hasattr(model, name):
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(note, letter)))
         layers = run_twins(model, references, run, fit=fit)
     return layers, stages
 

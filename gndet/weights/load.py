@@ -15,7 +15,7 @@ from gndet.config.schema import Config, ModelConfig
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.modeling.trained import first_few
 from gndet.weights.convert import Fate, measure_norms
 from gndet.weights.policy import (
@@ -32,7 +32,8 @@ from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("backbone.depth", "fpn.channels", "rpn.num_convs", "rpn.aspect_ratios"),
+    *("backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
+    *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
 )
@@ -51,7 +52,7 @@ NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differenc
 class InitialModel(NamedTuple):
     """A model to train, and where its weights come from."""
 
-    model: DetectionModel
+    model: ImageModel
     cfg: Config  # norm_policy: hybrid has changed the norm of parts
     notes: list[str]  # the lines of the report
     fates: dict[str, Fate]  # what became of each norm layer that is in the file; the others are new
@@ -97,7 +98,7 @@ def initial_model(
 
 
 def load_weights(
-    model: DetectionModel, source: Source, classes: Sequence[str], cfg: Config
+    model: ImageModel, source: Source, classes: Sequence[str], cfg: Config
 ) -> tuple[list[str], dict[str, Fate]]:
     """Load a source into a model for other classes.
 
@@ -228,7 +229,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     lines += _differences([name for part, name in NOTED if part in parts], file_model, model)
     differing = mismatched(source, model)
     same = [part for part in parts if part not in differing]
-    if source.parts != ("backbone",):  # classifiers see no padding
+    if not {*source.parts} <= {"backbone", "classifier"}:  # classifiers see no padding
         lines += padding_warnings(file_model, model, [part for part in PADDED if part in same])
     for part in [part for part in same if part in model.normed_parts]:
         old, new = file_model.part_norms()[part], model.part_norms()[part]

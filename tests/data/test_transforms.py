@@ -12,7 +12,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional
 
 from gndet.config.schema import DataConfig, DatasetConfig
-from gndet.data.batches import transforms
+from gndet.data.batches import crops, transforms
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import box_frame_masks, into_frames, to_rle
 from gndet.data.records import MASK_SIDE, Dataset, Record
@@ -151,10 +151,10 @@ def test_objects_drawn_together_are_those_drawn_alone() -> None:
 
 
 def test_resize_keeps_the_ratio_and_both_limits() -> None:
-    assert transforms.resized((480, 640), 800, 1333) == (800, 1067)  # as detectron2's ResizeShortestEdge
-    assert transforms.resized((640, 480), 800, 1333) == (1067, 800)
-    assert transforms.resized((427, 1000), 800, 1333) == (569, 1333)
-    assert transforms.resized((1, 5000), 800, 1333) == (1, 1333)
+    assert crops.resized((480, 640), 800, 1333) == (800, 1067)  # as detectron2's ResizeShortestEdge
+    assert crops.resized((640, 480), 800, 1333) == (1067, 800)
+    assert crops.resized((427, 1000), 800, 1333) == (569, 1333)
+    assert crops.resized((1, 5000), 800, 1333) == (1, 1333)
 
 
 def test_resize_equals_pillow_within_rounding(dataset: Dataset) -> None:
@@ -176,7 +176,7 @@ def test_resize_is_torchvisions(
     if capability == "NO AVX":  # torch then resizes floats
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
         monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    found = transforms._resize(image, size, antialias)
+    found = crops.resize(image, size, antialias)
     expected = functional.resize(image, list(size), antialias=antialias)
     assert torch.equal(found, expected) and found.stride() == expected.stride()
 

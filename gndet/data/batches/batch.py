@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gndet.config.schema import DataConfig
-from gndet.data.batches.transforms import Sample, resized, test_sample
+from gndet.data.batches.crops import resized
+from gndet.data.batches.transforms import Sample, test_sample
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import MASK_SIDE, Dataset
 from gndet.structures import Batch, GroundTruth
@@ -104,7 +105,7 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
     has as many objects as the fullest image of the data set, and at least `objects`.  With data.canvases, the batch
     fills the largest canvas.
     """
-    shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist()
+    shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist() if data.crop is None else [(1, 1)]
     edges = (min(data.shortest_edge), max(data.shortest_edge))
     sizes = torch.tensor([resized(shape, edge, data.max_edge) for shape in shapes for edge in edges])  # (.., 2)
     if num == 1:

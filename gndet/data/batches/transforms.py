@@ -3,17 +3,15 @@
 All randomness is a function of the image's key.  Letters: n objects, S mask side, (h, w) picture.
 """
 
-import platform
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gndet.config.schema import DataConfig
+from gndet.data.batches.crops import center_crop, random_crop, resize, resized
 from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE, Record
 from gndet.errors import DataError
@@ -39,9 +37,13 @@ class Sample(NamedTuple):
 def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sample:
     """Load a record for training: resized to one of data.shortest_edge, flipped, without crowd regions.
 
-    Boxes are clipped to the picture, and dropped if empty.  Raises UnreadablePicture and, with masks, DataError for an
-    object without a mask.
+    Boxes are clipped to the picture, and dropped if empty.  With data.crop, the picture is a random part, and its
+    object, the class of the picture, covers it.  Raises UnreadablePicture and, with masks, DataError for an object
+    without a mask.
     """
+    if data.crop is not None:
+        image = random_crop(_loaded(record), data.crop, key, data.flip, data.antialias)
+        return _classified(image, torch.from_numpy(record.labels.copy()), key)
     edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
     across, down = uniform(key, Stream.FLIP) < data.flip, uniform(key, Stream.FLIP_VERTICAL) < data.flip_vertical
     flips = [axis for axis, flipped in ((-1, across), (-2, down)) if flipped]
@@ -71,29 +73,21 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
 
 
 def test_sample(record: Record, data: DataConfig) -> Sample:
-    """Load a record for evaluation: data.shortest_edge_test, no objects (n = 0).  Raises UnreadablePicture."""
+    """Load a record for evaluation: data.shortest_edge_test, with data.crop its middle; no objects (n = 0).
+
+    Raises UnreadablePicture.
+    """
     image, _ = _load_resized(record, data.shortest_edge_test, data)
+    image = image if data.crop is None else center_crop(image, data.crop.size)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
 
 
-def resized(size: tuple[int, int], shortest_edge: int, max_edge: int) -> tuple[int, int]:
-    """Compute the (height, width) whose shorter edge is shortest_edge, or whose longer edge is max_edge if smaller."""
-    scale = min(shortest_edge / min(size), max_edge / max(size))
-    height, width = (max(1, int(edge * scale + 0.5)) for edge in size)
-    return height, width
-
-
-def _resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """Resize (3, H, W) uint8 bilinearly, as torchvision.transforms.v2 does, whose import takes seconds."""
-    if image.shape[1:] == size:
-        return image
-    native = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or platform.machine() in ("aarch64", "arm64")
-    batch = image[None]
-    if batch.is_contiguous(memory_format=torch.channels_last):  # torch would not see it by the stride of a batch of 1
-        batch = batch.as_strided(batch.shape, (image.numel(), *image.stride()))
-    resize = partial(F.interpolate, size=list(size), mode="bilinear", align_corners=False, antialias=antialias)
-    return resize(batch)[0] if native else resize(batch.float())[0].round_().byte()
+def _classified(image: Tensor, labels: Tensor, key: int) -> Sample:
+    """Return a picture (3, h, w) with one object of its class, labels (1,), that covers it."""
+    height, width = image.shape[1:]
+    box = torch.tensor([[0.0, 0.0, width, height]])
+    return Sample(image, box, labels, torch.zeros(1, 0, 0, dtype=torch.bool), key)
 
 
 def _load_resized(
@@ -104,12 +98,16 @@ def _load_resized(
     Returns (3, h, w) uint8, channels last in memory, and the (y, x) scale.  Raises UnreadablePicture.
     """
     height, width = resized(record.size, shortest_edge, data.max_edge)
-    try:
-        pixels = record.load()
-    except DataError as error:
-        raise UnreadablePicture(str(error)) from None
-    image = torch.from_numpy(pixels).permute(2, 0, 1)  # channels last: twice as fast to resize
+    image = _loaded(record)
     if flips:
         image = image.flip(list(flips))  # while it is small; resizing is symmetric, so the order does not matter
-    image = _resize(image, (height, width), data.antialias)
+    image = resize(image, (height, width), data.antialias)
     return image, (height / record.size[0], width / record.size[1])
+
+
+def _loaded(record: Record) -> Tensor:
+    """Load a picture as (3, h, w) uint8, channels last, which is twice as fast to resize.  Raises UnreadablePicture."""
+    try:
+        return torch.from_numpy(record.load()).permute(2, 0, 1)
+    except DataError as error:
+        raise UnreadablePicture(str(error)) from None

@@ -26,7 +26,7 @@ YOLO_FILES = ("data.yaml", "data.yml", "obj.data")  # YOLO's files that describe
 class Source(NamedTuple):
     """Where a data set lies, and in which format."""
 
-    kind: str  # coco, yolo, voc, labelme, cvat, via
+    kind: str  # coco, yolo, voc, labelme, cvat, via, folders
     annotations: Path  # a file, or a folder of files
     images: Path | None = None  # the image folder; None: near the annotations
     split: str = ""  # the set of the annotations that is meant, if they describe several

@@ -16,6 +16,7 @@ from gndet.config.loading import below, named_paths
 from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.classes import taken_back, with_classes, with_known
 from gndet.data.datasets.coco import inspect_file
+from gndet.data.datasets.exports.class_folders import open_class_folders
 from gndet.data.datasets.exports.cvat import open_cvat
 from gndet.data.datasets.exports.engine import Opener, inspect_export
 from gndet.data.datasets.exports.labelme import open_labelme
@@ -33,7 +34,8 @@ from gndet.data.records import Dataset, Record, Tell
 from gndet.text import printable
 
 OPENERS: dict[str, Opener] = {
-    "cvat": open_cvat, "labelme": open_labelme, "via": open_via, "voc": open_voc, "yolo": open_yolo,
+    "cvat": open_cvat, "folders": open_class_folders, "labelme": open_labelme, "via": open_via, "voc": open_voc,
+    "yolo": open_yolo,
 }  # fmt: skip
 
 
@@ -82,6 +84,8 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
         cfg = data.train
     root, split = below(data.root, ""), cfg.split or "train"
     images = below(data.root, cfg.images) if cfg.images else None
+    if cfg.kind == "folders":
+        return Source(cfg.kind, below(data.root, cfg.annotations), images, split)
     if cfg.annotations:
         return source_of(below(data.root, cfg.annotations), images, cfg.kind, split)
     source = choose_set(root, sets_at(root) if root.is_file() else find_sets(root, cfg.kind), split)

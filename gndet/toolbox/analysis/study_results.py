@@ -1,7 +1,8 @@
 """The results of a norm study: its grid of norm x images per GPU x seed, means and intervals over seeds, a verdict.
 
 A study folder holds study.json (a `Study`), study.csv, curve.png, cells/NAME (the run folder of each cell) and
-logs/NAME.txt.  AP is a fraction in the files; it is shown in percent, as in Wu & He 2018.
+logs/NAME.txt.  AP and error are fractions in the files; they are
+shown in percent, as in Wu & He 2018.
 """
 
 import math
@@ -19,7 +20,9 @@ from gndet.text import csv_table, text_table
 
 STUDY, TABLE, CURVE = "study.json", "study.csv", "curve.png"
 GROUPS = "groups-"  # prefix of the variants of a group ablation: groups-1, groups-8, groups-channels
-METRICS = {"box/AP": "box AP", "mask/AP": "mask AP"}  # the verdict uses the first that was measured
+# the verdict uses the first that was measured
+METRICS = {"box/AP": "box AP", "mask/AP": "mask AP", "error": "validation error"}
+LOWER = ("error",)  # metrics of which the smallest is the best
 CONFIDENCE = 0.95  # of all intervals
 
 
@@ -203,7 +206,8 @@ def _best(study: Study, metric: str) -> Iterator[str]:
     if not reached:
         yield f"At {images_per_gpu(size)} no cell is finished."
         return
-    first, *others = sorted(reached, key=lambda v: -mean_of(reached[v]).mean)
+    sign, side = (1, "below") if metric in LOWER else (-1, "above")
+    first, *others = sorted(reached, key=lambda v: sign * mean_of(reached[v]).mean)
     mean = mean_of(reached[first])
     reach = f"{name} {mean.mean:.1f}{_half(mean)} (n = {mean.n})"
     yield f"At {images_per_gpu(size)} {variant_title(first)} is best: {reach}."
@@ -213,7 +217,7 @@ def _best(study: Study, metric: str) -> Iterator[str]:
         gap = mean_difference(reached[first], reached[variant])
         (clear if gap.clear else unclear).append(f"{variant_title(variant)} ({_points(gap)})")
     if clear:
-        yield f"That is clearly above {', '.join(clear)}."
+        yield f"That is clearly {side} {', '.join(clear)}."
     if unclear:
         yield (
             f"It cannot be distinguished from {', '.join(unclear)}: the difference's interval contains 0 or does not "
@@ -224,7 +228,7 @@ def _best(study: Study, metric: str) -> Iterator[str]:
 
 
 def _fall(study: Study, variant: str, metric: str) -> Iterator[str]:
-    """Say whether a variant's AP falls from the largest to the smallest size."""
+    """Say whether a variant's AP or error falls from the largest to the smallest size."""
     small, large = study.sizes[0], study.sizes[-1]
     at_small, at_large = (cell_values(study, variant, size, metric) for size in (small, large))
     if not at_small or not at_large:

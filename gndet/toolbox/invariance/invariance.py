@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import safetensors.torch
 import torch
@@ -27,7 +27,9 @@ from gndet.distributed.process import Process, spawn
 from gndet.errors import ConfigError, out_of_memory
 from gndet.files import write_whole
 from gndet.modeling.build import build_model
+from gndet.modeling.classifier import Classifier
 from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.text import text_table
 from gndet.toolbox.invariance.leaks import COUPLINGS, Leak, find_leaks, kept_statistics
 from gndet.toolbox.invariance.measure import (
@@ -156,7 +158,7 @@ def _say_arrangement(show: Callable[[str], None], precision: str, arrangement: s
 
 
 def compare_arrangements(
-    model: DetectionModel,
+    model: ImageModel,
     samples: list[Sample],
     cfg: Config,
     autocast: Callable[[], AbstractContextManager],
@@ -179,25 +181,28 @@ def compare_arrangements(
     return differences, flipped
 
 
-def compare_detections(differences: Differences, model: DetectionModel, samples: list[Sample], cfg: Config) -> None:
-    """Add the differences between detections of images in a batch and of each image alone."""
+def compare_detections(differences: Differences, model: ImageModel, samples: list[Sample], cfg: Config) -> None:
+    """Add the differences between detections, or logits, of images in a batch and of each image alone."""
     num, everyone = len(samples), [*samples, wider_mate(samples, cfg.model.masks)]
 
     def detected(places: list[int]) -> list[Tensor]:
         batch = batch_of([everyone[i] for i in places], model, cfg)
-        found = model.detect(batch.images, batch.sizes, batch.padded)
+        if isinstance(model, Classifier):
+            return list(model.classify(batch.images, batch.sizes, batch.padded))[:num]
+        found = cast(DetectionModel, model).detect(batch.images, batch.sizes, batch.padded)
         parts = [found.boxes, found.scores[..., None], found.labels[..., None], found.masks.flatten(2)]
         return list(torch.cat([part.double() for part in parts], dim=-1).flatten(1))[:num]
 
     model.eval()
     alone = [detected([i])[0] for i in range(num)]
     for name, places in (("together", list(range(num))), ("beside a wider", list(range(num + 1)))):
-        differences[name]["detections"] = largest_difference(detected(places), alone)
+        what = "logits" if isinstance(model, Classifier) else "detections"
+        differences[name][what] = largest_difference(detected(places), alone)
     model.train()
 
 
 def compare_two_processes(
-    model: DetectionModel, samples: list[Sample], num_classes: int, cfg: Config
+    model: ImageModel, samples: list[Sample], num_classes: int, cfg: Config
 ) -> dict[str, Difference]:
     """Compare losses and gradients of one rank, image by image, with those of two ranks that share the images."""
     cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"global_batch": len(samples)})})

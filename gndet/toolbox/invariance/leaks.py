@@ -8,14 +8,14 @@ canvas, and sampling and normalizers on pyramids that were computed image by ima
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.modeling.norms.valid_area import ValidAreas
-from gndet.structures import Batch, Step
+from gndet.structures import Batch
 
 COUPLINGS = ("padding", "batch statistics", "sampling", "normalizer")
 TOLERANCE = 1e-9  # relative (L2); rounding in float64 stays below 1e-12
@@ -32,7 +32,7 @@ class Leak(NamedTuple):
 Trace = list[tuple[str, Tensor]]  # each module's name and output, in running order
 
 
-def find_leaks(model: DetectionModel, singles: list[Batch], together: Batch) -> list[Leak]:
+def find_leaks(model: ImageModel, singles: list[Batch], together: Batch) -> list[Leak]:
     """Test each coupling on at least two images of different sizes.
 
     model: in float64 and in training mode.  singles: each image on its own canvas.  together: all images on one canvas.
@@ -70,7 +70,7 @@ def _listening(model: nn.Module, note: Callable[[str, nn.Module, Tensor, Tensor]
 
 
 @torch.no_grad()
-def _image_trace(model: DetectionModel, batch: Batch) -> Trace:
+def _image_trace(model: ImageModel, batch: Batch) -> Trace:
     """Return the outputs of the layers that see whole images, module by module."""
     trace: Trace = []
     with kept_statistics(model), _listening(model, lambda name, m, x, out: trace.append((name, out.clone()))):
@@ -114,7 +114,7 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: Batch) -> Iterator[Leak]:
+def _behind_the_pyramid(model: ImageModel, singles: list[Batch], together: Batch) -> Iterator[Leak]:
     """Yield the leaks of the sampling, the heads and the losses, given pyramids that do not leak."""
     with kept_statistics(model):
         pyramids = [model.features(single.images, single.sizes, single.padded) for single in singles]
@@ -134,7 +134,7 @@ def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: B
             if difference > TOLERANCE:
                 mixed.append(Leak("batch statistics", described(model, name), difference))
 
-    def step(pyramid: list[Tensor], areas: ValidAreas, batch: Batch) -> tuple[Step, Trace]:
+    def step(pyramid: list[Tensor], areas: ValidAreas, batch: Batch) -> tuple[Any, Trace]:
         trace.clear()
         extends, model.extends_edges = model.extends_edges, True  # what RoIAlign reads beyond an edge counts as padding
         try:
@@ -149,7 +149,8 @@ def _behind_the_pyramid(model: DetectionModel, singles: list[Batch], together: B
         alone, alone_trace = step(pyramid, single_areas, single)
         same_scores = _first_difference(model, alone_trace, company_trace, i) is None
         got, expected = model.choices(company, i), model.choices(alone, 0)
-        kinds = list(expected) if same_scores else ["sampled anchors"]  # the other choices depend on the scores
+        # the other choices depend on the scores
+        kinds = [kind for kind in expected if same_scores or kind == "sampled anchors"]
         flipped = {kind: len(got[kind] ^ expected[kind]) / max(len(expected[kind]), 1) for kind in kinds}
         if any(flipped.values()):
             kind = next(kind for kind in kinds if flipped[kind])

@@ -12,7 +12,7 @@ from torch import Tensor
 from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import Sample
-from gndet.modeling.detection_model import Choices, DetectionModel
+from gndet.modeling.image_model import Choices, ImageModel
 from gndet.structures import Batch
 from gndet.toolbox.invariance.leaks import kept_statistics, relative
 from gndet.training.update import to_device
@@ -56,13 +56,13 @@ class Result(NamedTuple):
 Flips = dict[str, tuple[int, int]]  # {kind of decision: how many differ, of how many}
 
 
-def batch_of(samples: list[Sample], model: DetectionModel, cfg: Config) -> Batch:
+def batch_of(samples: list[Sample], model: ImageModel, cfg: Config) -> Batch:
     """Return a batch of samples on the model's device."""
     return to_device(collate(samples, cfg.data.canvas_multiple, cfg.data.exact_canvas), model.device)
 
 
 def measure(
-    model: DetectionModel,
+    model: ImageModel,
     samples: list[Sample],
     batches: list[list[int]],
     cfg: Config,
@@ -105,7 +105,7 @@ def measure(
     return result
 
 
-def _backward(model: DetectionModel, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
+def _backward(model: ImageModel, levels: list[Tensor], means: dict[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
     """Add the gradients of all losses to those of RPN and heads.  Returns {loss: its gradient at each level}."""
     heads = [p for part in model.after_features() for p in part.parameters() if p.requires_grad]
     at_pyramid = {}
@@ -124,7 +124,7 @@ def _pictures(maps: Sequence[Tensor], batch: Batch, row: int) -> list[Tensor]:
     return [x[row, :, : -(-height // s), : -(-width // s)].flatten() for x, s in zip(maps, strides, strict=True)]
 
 
-def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
+def parameter_groups(model: ImageModel) -> dict[str, Tensor]:
     """Return one gradient vector per stage of the backbone and per other part of the model."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -136,7 +136,7 @@ def parameter_groups(model: DetectionModel) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _open_relus(model: DetectionModel, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
+def _open_relus(model: ImageModel, maps: list[Tensor], regions: list[Tensor]) -> Iterator[None]:
     """Record where each ReLU is open, in running order: maps (B, C, H/s, W/s) bool, regions (B * R, ...) bool."""
     rectified = model.rectified()
     with ExitStack() as hooks:
@@ -179,7 +179,7 @@ def flips(got: Result, alone: Result) -> Flips:
     for a, b, open_a, open_b in zip(got.choices, alone.choices, got.signs, alone.signs, strict=True):
         sets += [(a[kind], b[kind]) for kind in a]
         bits += zip(open_a.maps, open_b.maps, strict=True)
-        if a["sampled regions"] == b["sampled regions"]:
+        if a.get("sampled regions") == b.get("sampled regions"):
             bits += zip(open_a.regions, open_b.regions, strict=True)
     return {
         "choices": (sum(len(a ^ b) for a, b in sets), sum(len(a) for a, _ in sets)),

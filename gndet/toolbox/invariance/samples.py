@@ -10,7 +10,7 @@ from gndet.config.schema import Config
 from gndet.data.batches.transforms import Sample, train_sample
 from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.errors import ConfigError, DataError
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.ops.noise import hash_ints
 from gndet.toolbox.invariance.leaks import find_leaks
 from gndet.toolbox.invariance.measure import batch_of, compare, measure
@@ -56,7 +56,7 @@ def noise_sample(height: int, width: int, masks: bool) -> Sample:
 
 
 def within_memory(
-    model: DetectionModel, dataset: Dataset, cfg: Config, num: int, free: int, show: Callable[[str], None]
+    model: ImageModel, dataset: Dataset, cfg: Config, num: int, free: int, show: Callable[[str], None]
 ) -> Config:
     """Return the config with images small enough for the comparison of num of them in `free` bytes, and say so.
 
@@ -81,7 +81,7 @@ def within_memory(
     return cfg.model_copy(update={"data": cfg.data.model_copy(update={"shortest_edge": shortest, "max_edge": longest})})
 
 
-def needed_bytes(model: DetectionModel, num: int, cfg: Config) -> Callable[[float], float]:
+def needed_bytes(model: ImageModel, num: int, cfg: Config) -> Callable[[float], float]:
     """Estimate the memory that the comparison of num images takes, as a function of the pixels of the largest.
 
     model: in float64.  It grows linearly with the number of images and with their pixels, so four measurements at small
@@ -98,8 +98,8 @@ def needed_bytes(model: DetectionModel, num: int, cfg: Config) -> Callable[[floa
 
 
 def _peak(
-    task: Callable[[DetectionModel, list[Sample], Config], None],
-    model: DetectionModel,
+    task: Callable[[ImageModel, list[Sample], Config], None],
+    model: ImageModel,
     count: int,
     side: int,
     cfg: Config,
@@ -117,14 +117,14 @@ def _peak(
     return torch.cuda.max_memory_allocated(model.device) - before
 
 
-def _arrange(model: DetectionModel, samples: list[Sample], cfg: Config) -> None:
+def _arrange(model: ImageModel, samples: list[Sample], cfg: Config) -> None:
     """Compare images alone with all of them beside a wider one."""
     everyone, images = [*samples, wider_mate(samples, cfg.model.masks)], list(range(len(samples)))
     alone = measure(model, everyone, [[i] for i in images], cfg, nullcontext)
     compare(measure(model, everyone, [[*images, len(samples)]], cfg, nullcontext), alone)
 
 
-def _search(model: DetectionModel, samples: list[Sample], cfg: Config) -> None:
+def _search(model: ImageModel, samples: list[Sample], cfg: Config) -> None:
     """Search for leaks among images and a wider one."""
     everyone = [*samples, wider_mate(samples, cfg.model.masks)]
     find_leaks(model, [batch_of([sample], model, cfg) for sample in everyone], batch_of(everyone, model, cfg))

@@ -1,4 +1,4 @@
-"""Draw the curve of a norm study as a PNG: AP against images per GPU, or against the number of groups."""
+"""Draw the curve of a norm study as a PNG: AP or error against images per GPU, or against the number of groups."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ STYLES, MARKERS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X")  #
 
 
 def draw_curve(study: Study, path: Path) -> None:
-    """Draw AP against images per GPU, or against the number of groups, with 95 % intervals; write a PNG."""
+    """Draw AP or error against images per GPU, or against the number of groups, with 95 % intervals; write a PNG."""
     with matplotlib.rc_context({"text.parse_math": False}):  # a name with $ is no formula
         figure = _figure(study)
         with written_whole(path) as file:

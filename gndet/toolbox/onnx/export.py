@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional
 import gndet
 from gndet.config.loading import config_to_yaml
 from gndet.config.schema import Config
-from gndet.data.batches.transforms import resized
+from gndet.data.batches.crops import resized
 from gndet.data.datasets.images import Reading, read_image
 from gndet.data.datasets.reading import read_dataset, user_paths
 from gndet.data.datasets.shapes import read_shapes

@@ -80,10 +80,13 @@ def _curves(runs: Mapping[str, RunRecord]) -> Section:
         ("loss", "train", "loss", 1.0, "total loss"),
         ("box-ap", "evaluations", "box/AP", 100.0, "box AP, percent"),
         ("mask-ap", "evaluations", "mask/AP", 100.0, "mask AP, percent"),
+        ("error", "evaluations", "error", 100.0, "top-1 error, percent"),
         ("speed", "train", "images_per_s", 1.0, "images per second"),
     )
     figures = []
     for id, log, key, factor, caption in wanted:
+        if key == "error" and all(run.cfg.task == "detection" for run in runs.values()):
+            continue
         series = []
         for name, run in runs.items():
             entries = [entry for entry in getattr(run, log) if entry.get(key) is not None]

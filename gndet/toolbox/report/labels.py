@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gndet.data.batches.transforms import resized
+from gndet.data.batches.crops import resized
 from gndet.data.records import Dataset
 from gndet.toolbox.report import blocks, charts
 from gndet.toolbox.report.blocks import Section

@@ -35,6 +35,7 @@ def section(run: RunRecord) -> Section:
 def headline_numbers(run: RunRecord) -> list[tuple[str, str]]:
     """Return the numbers that readers look for first, as pairs of name and value."""
     scores = {f"{part} {key}, %": run.last(f"{part}/{key}") for part in ("box", "mask") for key in ("AP", "AP50")}
+    scores |= {"top-1 error, %": run.last("error"), "top-5 accuracy, %": run.last("top5")}
     pairs = [(name, f"{100 * value:.1f}") for name, value in scores.items() if value is not None]
     if run.analysis is not None:
         pairs.append((f"{run.analysis.kind} AP, 95 %", interval(run.analysis.intervals.ap)))
@@ -88,15 +89,15 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
 
 
 def _learning(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """Yield a sentence on how AP developed."""
-    key = "mask/AP" if run.last("mask/AP") is not None else "box/AP"
+    """Yield a sentence on how AP, or a classifier's accuracy, developed."""
+    key = next((key for key in ("mask/AP", "box/AP", "top1") if run.last(key) is not None), "box/AP")
     scores = [(entry["update"], entry[key]) for entry in run.evaluations if entry.get(key) is not None]
     if not scores:
         return
     best_at, best = max(scores, key=lambda score: score[1])
     last_at, last = scores[-1]
-    name = key.replace("/", " ")
-    if last == 0:
+    name = "top-1 accuracy" if key == "top1" else key.replace("/", " ")
+    if last == 0 and key != "top1":
         yield "bad", f"{name} is 0: nothing is found yet. Train longer, or check the training batches and the labels."
     elif best - last > FALL and best_at < last_at:
         fell = f"{name} was best after {best_at:,} updates ({100 * best:.1f}) and has fallen to {100 * last:.1f}"

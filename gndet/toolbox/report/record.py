@@ -124,7 +124,9 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> RunRecord:
     if train_set is None or val_set is None:
         missing.append("data: if the data has moved, set data.root=PATH")
     results = analysis = None
-    if not detections.exists():
+    if cfg.task == "classification":
+        pass  # it has no detections; the section on classes reads its own file
+    elif not detections.exists():
         missing.append("detections: the run was not evaluated yet, so there is no analysis of its mistakes")
     elif val_set is None:
         missing.append("detections: these cannot be analyzed without the data set")

@@ -14,6 +14,7 @@ from gndet.toolbox.report import (
     batches,
     blocks,
     compare,
+    confusion,
     labels,
     mistakes,
     norms,
@@ -27,6 +28,7 @@ from gndet.toolbox.report.blocks import Section, escape
 from gndet.toolbox.report.record import WEIGHTS, RunRecord, read_run
 from gndet.training.run_folder import CONFIG, REPORT
 
+OF_DETECTION = ("quality", "errors", "pictures", "data")  # sections that a classifier has no use for
 T = TypeVar("T")
 PAGE = Kind("a page of gndet report", rb'<meta name="generator" content="gndet">')
 
@@ -34,7 +36,7 @@ Show = Callable[[str], None]
 SECTIONS: dict[str, tuple[str, Callable[[RunRecord], Section | None]]] = {  # of a run: id, title, what makes it
     "summary": ("Summary", overview.section), "training": ("Training", training.section),
     "quality": ("Detections", quality.section), "errors": ("Mistakes", mistakes.section),
-    "pictures": ("Validation pictures", mistakes.pictures_section),
+    "pictures": ("Validation pictures", mistakes.pictures_section), "confusion": ("Classes", confusion.section),
     "norms": (norms.TITLE, lambda run: norms.section(run.folder)), "data": ("Data", labels.section),
     "batches": ("Training batches", batches.section), "setup": ("How it was made", setup.section),
 }  # fmt: skip
@@ -94,7 +96,9 @@ def run_page(folder: Path, overrides: Sequence[str], show: Show) -> str:
     """Return the page of one run."""
     run = _read(folder, overrides, show)
     val = f" on {run.val_set.name}" if run.val_set else ""
-    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", made(SECTIONS, run, show))
+    left_out = OF_DETECTION if run.cfg.task == "classification" else ("confusion",)
+    kinds = {id: kind for id, kind in SECTIONS.items() if id not in left_out}
+    return page(f"gndet: {folder.absolute().name}", f"{folder}{val}", made(kinds, run, show))
 
 
 def comparison_page(folders: Sequence[Path], overrides: Sequence[str], show: Show) -> str:

@@ -33,8 +33,9 @@ def next_commands(run: RunRecord) -> list[str]:
     folder = run.folder
     lines = [f"gndet train {folder / CONFIG} out={folder}-again      # repeats the run"]
     if run.meta:  # there is a checkpoint
+        lines.append(f"gndet evaluate {folder}")
+    if run.meta and run.cfg.task == "detection":
         lines += [
-            f"gndet evaluate {folder}",
             f"gndet predict {folder} IMAGE_OR_FOLDER --out predictions",
             f"gndet analyze {folder} --json analysis.json",
         ]

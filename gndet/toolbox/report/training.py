@@ -18,9 +18,12 @@ def section(run: RunRecord) -> Section:
     losses = sorted({key for entry in run.train for key in entry if key.startswith("loss_")})
     scores = [f"{part}/{key}" for part in ("box", "mask") for key in ("AP", "AP50")]
     train = run.train
+    quality = scores, "AP, percent", "AP (IoU 0.5 to 0.95) and AP50 on data.val"
+    if run.cfg.task == "classification":
+        quality = ["error"], "error, percent", "top-1 error on data.val"
     figures = [
         _figure("loss", train, ["loss", *losses], "loss", "losses, averaged between two log entries"),
-        _figure("ap", run.evaluations, scores, "AP, percent", "AP (IoU 0.5 to 0.95) and AP50 on data.val", 100),
+        _figure("ap", run.evaluations, *quality, 100),
         _figure("lr", train, ["lr"], "learning rate", "learning rate at each log entry"),
         _figure("speed", train, ["images_per_s"], "images/s", "images per second, not counting evaluations and saves"),
         _figure("wait", train, ["data_wait"], "percent", "share of the time spent waiting for data", 100),

@@ -4,12 +4,13 @@ The weights absorb exactly what the toolkit's default settings cannot express: e
 standardization, pixel_std, the channel order. Notes report the remaining differences. K classes.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gndet.config.schema import ModelConfig
+from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.foreign.formats import FACTS
@@ -41,8 +42,8 @@ def export_weights(
     _refuse(cfg, parts, toolkit)
     state = _folded(dict(state), cfg, toolkit)
     norms, tensors = cfg.part_norms(), {}
-    for layer, name in layer_names(toolkit, cfg, parts).items():
-        norm = norms[layer.partition(".")[0]]
+    for layer, name in layer_names("resnet" if "classifier" in parts else toolkit, cfg, parts).items():
+        norm = norms.get(layer.partition(".")[0], NormConfig(kind="none"))  # a classifier's head has no norm
         for parameter in ("weight", "bias", "running_mean", "running_var"):
             key = f"{layer}.{parameter}"
             if key in state:
@@ -56,18 +57,31 @@ def export_weights(
         content = {"model": tensors, "__author__": "gndet", "matching_heuristics": False}
     elif toolkit == "mmdetection":
         content = {"meta": _meta(cfg, classes if named else ()), "state_dict": tensors}
-    return Export(content, tensors, _notes(cfg, parts, len(classes), toolkit))
+    make_notes = _classifier_notes if "classifier" in parts else partial(_notes, parts=parts, toolkit=toolkit)
+    return Export(content, tensors, make_notes(cfg, num_classes=len(classes)))
 
 
 def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
     """Raise ConfigError for a model that the toolkit cannot build."""
     norms = cfg.part_norms()
+    if "classifier" in parts and (
+        toolkit != "torchvision" or cfg.classifier.fc_channels or cfg.classifier.pool_size > 1
+    ):
+        raise ConfigError(f"--to {toolkit}: of classifiers, gndet writes ResNets and ResNeXts for torchvision only")
+    if "classifier" not in parts and cfg.backbone.cardinality > 1:
+        raise ConfigError(
+            f"model.backbone.cardinality: {cfg.backbone.cardinality}; {toolkit} detectors have ResNets only"
+        )
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
     for part in [part for part in parts if norms[part].replaces_relu]:
         raise ConfigError(f"model.{part}.norm: {norms[part].kind}; {toolkit} has no such norm and activation")
     if norms["backbone"].kind == "none":
         raise ConfigError(f"model.backbone.norm: none; {toolkit} has no ResNet without norms")
+    if cfg.backbone.kind != "resnet" or cfg.backbone.width != 1:
+        raise ConfigError(
+            f"model.backbone: {cfg.backbone.kind}, width {cfg.backbone.width:g}; {toolkit} has other ResNets"
+        )
     if toolkit == "torchvision" and cfg.backbone.stride_in_1x1:
         raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
     if "box_head" in parts and len(cfg.rpn.aspect_ratios) != 3:
@@ -101,7 +115,7 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
 
 def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
     """Put the background's row first if the toolkit has it there; a row that gndet lacks is zero."""
-    if layer not in CLASS_ROWS or not FACTS[toolkit].background_first:
+    if layer not in CLASS_ROWS or layer.startswith("classifier.") or not FACTS[toolkit].background_first:
         return tensor
     if layer == BACKGROUND:
         return torch.cat([tensor[-1:], tensor[:-1]])
@@ -136,6 +150,24 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
             f"backbone: depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
         ],
     }[toolkit]
+
+
+def _classifier_notes(cfg: ModelConfig, num_classes: int) -> list[str]:
+    """Say how torchvision builds the same classifier, and how its pictures are prepared."""
+    norm, backbone = cfg.part_norms()["backbone"], cfg.backbone
+    per_group = norm.channels_per_group
+    groups = {"gn": f"channels // {per_group}" if per_group else str(norm.groups), "ln": "1", "in": "channels"}
+    layer = ", norm_layer=torchvision.ops.FrozenBatchNorm2d" if norm.kind == "frozen_bn" else ""
+    if norm.kind in groups:
+        layer = f", norm_layer=lambda channels: torch.nn.GroupNorm({groups[norm.kind]}, channels)"
+    is_wide, width = backbone.cardinality > 1 or backbone.group_width != 64, ""
+    if is_wide:
+        width = f", groups={backbone.cardinality}, width_per_group={backbone.group_width}"
+    mean = [round(x / 255, 6) for x in cfg.pixel_mean]
+    return [
+        f"torchvision.models.resnet{backbone.depth}(num_classes={num_classes}{width}{layer})",
+        f"transforms.Normalize({mean}, [0.229, 0.224, 0.225])",
+    ]
 
 
 def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: str) -> list[str]:

@@ -53,7 +53,7 @@ _BOX, _MASK = "roi_heads.box_predictor.", "roi_heads.mask_head."
 # Names by layer; a format lists only the layers that its files can hold.  rpn: the only convolution, rpn_many: one of
 # several; fc: in the 2fc head, fc_after_convs: in the 4conv1fc head; top: lateral of P5, if its name differs.
 FORMATS: dict[str, dict[str, ConvNames | str]] = {
-    "resnet": _resnet(""),  # classifiers of torchvision and timm
+    "resnet": {**_resnet(""), "class_logits": "fc"},  # classifiers of torchvision and timm
     "torchvision": {
         **_resnet("backbone.body."),
         "lateral": _sequence("backbone.fpn.inner_blocks.{l}"), "output": _sequence("backbone.fpn.layer_blocks.{l}"),
@@ -151,6 +151,7 @@ def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[s
 def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
     """Yield each layer of a model: its part, gndet's name, its name in `names`, and the values of the placeholders."""
     depth = cfg.backbone.depth
+    yield "classifier", "logits", "class_logits", {}
     yield "backbone", "stem", "stem", {}
     for s, count in zip(STAGES, BLOCKS[depth], strict=True):
         for i, k in itertools.product(range(count), (1, 2, 3) if depth >= 50 else (1, 2)):

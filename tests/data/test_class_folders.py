@@ -1,0 +1,117 @@
+"""Pictures in a folder per class are read as ImageNet is laid out, and what is wrong is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from classes import COLORS, write_classes
+
+from gndet.config.loading import load_config
+from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.data.datasets.reading import inspect_both, inspect_dataset, read_dataset
+from gndet.errors import ConfigError, DataError
+from gndet.training.task import read_both
+
+
+def data_of(root: Path, **changes: object) -> DataConfig:
+    return Config.model_validate({"task": "classification", "data": {"root": str(root), "cache": "", **changes}}).data
+
+
+def codes(data: DataConfig, which: str = "val") -> dict[str, str]:
+    return {finding.code: finding.severity for finding in inspect_dataset(getattr(data, which), data).findings}
+
+
+def test_the_classes_are_the_folders_and_each_picture_has_one(tmp_path: Path) -> None:
+    data = data_of(write_classes(tmp_path / "set"))
+    train, val = read_dataset(data.train, data), read_dataset(data.val, data)
+    assert train.classes == val.classes == ("blue", "green", "red") and not train.findings
+    assert [record.file_name for record in val.records][:2] == ["blue/val-blue-0.png", "blue/val-blue-1.png"]
+    for record in train.records:
+        (label,) = record.labels
+        assert record.boxes.tolist() == [[0, 0, 48, 40]] and record.file_name.startswith(train.classes[label])
+        mean = record.load().reshape(-1, 3).mean(0)
+        assert np.abs(mean - COLORS[train.classes[label]]).max() < 10
+
+
+def test_a_list_sets_the_order_of_the_classes(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "classes.txt").write_text("red\n\nblue\ngreen\n")
+    data = data_of(tmp_path)
+    dataset = read_dataset(data.val, data)
+    assert dataset.classes == ("red", "blue", "green") and dataset.records[0].labels.tolist() == [1]
+
+
+def test_a_set_alone_and_a_share_of_train(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"train": 5})
+    data = data_of(tmp_path, val={"share": 0.4})
+    train, val = inspect_both(data, masks=False)
+    assert (len(train.records), len(val.records)) == (9, 6) and train.classes == val.classes
+    alone = data_of(tmp_path / "train", train={"kind": "folders"})
+    assert len(read_dataset(alone.train, alone).records) == 15
+
+
+def test_the_cache_notices_a_new_picture(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "set")
+    data = data_of(root, cache=str(tmp_path / "cache"))
+    assert len(read_dataset(data.train, data).records) == len(read_dataset(data.train, data).records) == 15
+    (root / "train" / "red" / "train-red-0.png").rename(root / "train" / "red" / "another.png")
+    write_classes(tmp_path / "more", {"train": 1})
+    (tmp_path / "more" / "train" / "red" / "train-red-0.png").rename(root / "train" / "red" / "new.png")
+    dataset = read_dataset(data.train, data)
+    assert len(dataset.records) == 16 and {"red/new.png", "red/another.png"} <= {r.file_name for r in dataset.records}
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    root = write_classes(tmp_path)
+    (root / "train" / "red").rename(tmp_path / "aside")
+    assert codes(data_of(root)) == {"class-unknown": "E"}
+    (root / "train" / "red").mkdir()
+    assert codes(data_of(root), "train")["class-empty"] == "E"
+    (root / "val" / "blue" / "val-blue-0.png").write_bytes(b"no picture")
+    (root / "val" / "blue" / "val-blue-1.png").write_bytes(b"")
+    found = codes(data_of(root))
+    assert found["picture-unreadable"] == found["file-empty"] == "E"
+    with pytest.raises(DataError, match=r"no val \(val or valid or validation\); it has train"):
+        (root / "val").rename(tmp_path / "gone")
+        read_both(load(root))
+    with pytest.raises(DataError, match="holds no folder of a class"):
+        empty = data_of(tmp_path / "nowhere")
+        read_dataset(empty.train, empty)
+
+
+def load(root: Path) -> Config:
+    return Config.model_validate({"task": "classification", "data": {"root": str(root), "cache": ""}})
+
+
+def test_a_subset_of_the_classes_leaves_the_other_pictures_without_one(tmp_path: Path) -> None:
+    data = data_of(write_classes(tmp_path), classes=["red", "blue"])
+    dataset = read_dataset(data.val, data)
+    assert dataset.classes == ("red", "blue")
+    assert sorted(label for record in dataset.records for label in record.labels.tolist()) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"task": "classification", "model": {"detector": "mask_rcnn"}}, "does not train model.detector: mask_rcnn"),
+        ({"task": "classification", "model": {"masks": True}}, "a classifier has no masks"),
+        ({"task": "classification", "data": {"crop": None}}, "needs it, and no other task uses it"),
+        ({"task": "classification", "data": {"keep_empty": True}}, "data.keep_empty"),
+        ({"data": {"crop": {}}}, "needs it, and no other task uses it"),
+        ({"task": "classification", "data": {"crop": {"area": [0.5, 0.2]}}}, "the smaller one first"),
+        ({"task": "classification", "data": {"crop": {"ratio": [2, 1]}}}, "the smaller one first"),
+        ({"model": {"backbone": {"kind": "vgg"}}}, "vgg has depth 16"),
+        ({"model": {"backbone": {"depth": 18, "cardinality": 32}}}, "from depth 50 on"),
+    ],
+)
+def test_a_config_that_fits_no_task_is_refused(tmp_path: Path, tree: dict, words: str) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=words):
+        load_config(tmp_path / "config.yaml")
+
+
+def test_the_edges_follow_the_crop() -> None:
+    data = Config.model_validate({"task": "classification", "data": {"crop": {"size": 160}}}).data
+    assert data.shortest_edge == (160,) and data.shortest_edge_test == 183
+    assert data.train == DatasetConfig(kind="folders", split="train")

@@ -38,7 +38,7 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
         for which, data in sets.items()
     ]
     notes += [f"{which}: {note}" for which, data in sets.items() for note in data.notes]
-    notes += limit_notes(sets["train"], sets["val"], cfg) if cfg.task == "detection" else []
+    notes += limit_notes(sets["train"], sets["val"], cfg)
     for source, found in findings.items():
         noted = (finding for finding in found if finding.severity == NOTED)
         notes += [f"{source}: noted: {finding.code} ({share(finding)}): {finding.what}" for finding in noted]

@@ -94,6 +94,8 @@ def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def limit_notes(train: Dataset, val: Dataset, cfg: Config) -> list[str]:
     """Say in a line each which limits of the config the data exceed, and what a metric of them cannot show."""
+    if cfg.task != "detection":
+        return []
     (_, detections_per_image), max_detections = cfg.model.detection_limits, cfg.evaluation.max_detections
     notes = []
     counts = {which: count_objects(dataset.records).trainable for which, dataset in (("train", train), ("val", val))}

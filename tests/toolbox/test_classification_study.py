@@ -45,6 +45,4 @@ def test_a_study_trains_classifiers_and_draws_the_curve(tmp_path: Path) -> None:
     assert study(str(tmp_path / "tiny.yaml"), words, said.append, **grid, budget=None, jobs=None, out=tmp_path / "out")
     assert {cell.state for cell in read_study(tmp_path / "out").results} == {"done"}
     assert "validation error" in "\n".join(said) and Image.open(tmp_path / "out" / "curve.png").width > 300
-    assert "validation error" in study_page(tmp_path / "out", print) and write_report(
-        [tmp_path / "out"], None, (), print
-    )
+    assert "validation error" in study_page(tmp_path / "out", said.append)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (210, 50, 40)}  # by class
+COLORS = {"blue": (80, 90, 180), "green": (80, 170, 80), "red": (190, 70, 70)}  # by class
 CONFIG: dict[str, Any] = {
     "task": "classification", "device": "cpu",
     "model": {"norm": {"kind": "gn", "channels_per_group": 16}, "backbone": {"depth": 18}},
@@ -21,13 +21,17 @@ CONFIG: dict[str, Any] = {
 
 
 def write_classes(root: Path, counts: dict[str, int] | None = None, size: tuple[int, int] = (40, 48)) -> Path:
-    """Write pictures of noise around each class's color: ROOT/train/red/train-red-0.png.  Returns root."""
+    """Write pictures of each class's color, green with upright and red with level stripes, and noise.  Returns root.
+
+    The files are ROOT/train/red/train-red-0.png ...
+    """
+    stripes = 60.0 * (np.indices(size) // 6 % 2 * 2 - 1)[..., None]  # (2, h, w, 1): level, upright
     for split, count in (counts or {"train": 5, "val": 2}).items():
         for label, (name, color) in enumerate(COLORS.items()):
             folder = root / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 rng = np.random.default_rng((label, number, split == "val"))
-                pixels = rng.normal(color, 25, (*size, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{split}-{name}-{number}.png")
+                pixels = rng.normal(color, 25, (*size, 3)) + {"red": stripes[0], "green": stripes[1]}.get(name, 0.0)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{split}-{name}-{number}.png")
     return root

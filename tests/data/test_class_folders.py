@@ -30,7 +30,7 @@ def test_the_classes_are_the_folders_and_each_picture_has_one(tmp_path: Path) ->
     for record in train.records:
         (label,) = record.labels
         assert record.boxes.tolist() == [[0, 0, 48, 40]] and record.file_name.startswith(train.classes[label])
-        mean = record.load().reshape(-1, 3).mean(0)
+        mean = record.load()[:36].reshape(-1, 3).mean(0)  # whole stripes
         assert np.abs(mean - COLORS[train.classes[label]]).max() < 10
 
 

@@ -87,7 +87,7 @@ def test_vgg_is_torchvisions(kind: str) -> None:
     name = "vgg16" if kind == "none" else "vgg16_bn"
     peer = getattr(torchvision.models, name)(num_classes=5).double().eval()
     peer.classifier = nn.Sequential(nn.Linear(25088, 64), nn.ReLU(), nn.Dropout(), nn.Linear(64, 32), nn.ReLU(),
-                                    nn.Dropout(), nn.Linear(32, 5))  # fmt: skip
+                                    nn.Dropout(), nn.Linear(32, 5)).double().eval()  # fmt: skip
     ours, theirs = list(model.state_dict().values()), dict(peer.state_dict())
     if kind == "bn":  # torchvision's convolutions have a bias, which a norm undoes
         biases = {f"features.{i}.bias" for i, layer in enumerate(peer.features) if isinstance(layer, nn.Conv2d)}
@@ -99,7 +99,8 @@ def test_vgg_is_torchvisions(kind: str) -> None:
     peer.load_state_dict(content)
     batch = pictures([(96, 128)] * 2)
     expected = peer(normalized(batch.images))
-    assert (model.classify(batch.images, batch.sizes, False) - expected).abs().max() < 1e-9 * expected.abs().max()
+    # gndet holds the mean and deviation of pixels in float32
+    assert (model.classify(batch.images, batch.sizes, False) - expected).abs().max() < 1e-7 * expected.abs().max()
 
 
 @pytest.mark.parametrize("side", [1, 2, 7])
@@ -151,7 +152,7 @@ def rows(batch: Batch, start: int, stop: int) -> Batch:
 
 @pytest.mark.parametrize("kind", ["gn", "ln", "in", "bn"])
 def test_a_batch_of_32_has_the_gradient_of_32_single_images_unless_a_norm_mixes_them(kind: str) -> None:
-    model = classifier(config(NormConfig(kind=kind))).train()
+    model = classifier(config(NormConfig(kind=kind, groups=8), {"depth": 18, "width": 0.25})).train()
     batch = pictures([(64, 64)] * 32)
     whole = gradient(model, [batch], 32)
     for size in (1, 8):

@@ -43,11 +43,11 @@ def test_the_library_has_at_most_32_800_lines() -> None:
     assert lines(FILES) <= 32_800
 
 
-def test_training_loads_at_most_142_files_of_21_200_lines() -> None:
-    """Opening a data set of any format takes 40 of them, 6,000 lines."""
+def test_training_loads_at_most_149_files_of_21_900_lines() -> None:
+    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 142 and lines(loaded) <= 21_200
+    assert len(loaded) <= 149 and lines(loaded) <= 21_900
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 

@@ -259,12 +259,12 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     evaluation = trained.config.evaluation.model_copy(update={"precise_bn": 0})
     config = trained.config.model_copy(update={"evaluation": evaluation})
     cfg = with_overrides(config, overrides, f"{trained.path}/meta.json")
-    model = build_trained(trained, cfg.model)
-    if not isinstance(model, DetectionModel):
+    built = build_trained(trained, cfg.model)
+    if not isinstance(built, DetectionModel):
         raise CheckpointError(f"{trained.path}: {NO_DETECTOR.format(trained.path)}")
     if trained.nonfinite:
         tell(f"warning: {trained.fault}")
-    model, autocast = place(model.eval(), cfg.train.precision, proc)
+    model, autocast = place(built.eval(), cfg.train.precision, proc)
     model.choose_convolutions(min(cfg.data.shortest_edge))  # as in training, so that results have the same bits
     return Detector(model, cfg, trained.classes, trained.category_ids, autocast)
 

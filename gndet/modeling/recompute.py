@@ -118,8 +118,9 @@ def tower(
 
 def _saves_memory(layer: nn.Module) -> bool:
     """Return whether a layer should keep less than everything, and this file implements its backward pass."""
-    known = isinstance(layer, ConvNorm) and isinstance(layer.norm, GroupNorm | FrozenBatchNorm | NoNorm)
-    return known and layer.memory != "fast" and layer.conv.groups == 1
+    if not isinstance(layer, ConvNorm) or layer.memory == "fast" or layer.conv.groups > 1:
+        return False
+    return isinstance(layer.norm, GroupNorm | FrozenBatchNorm | NoNorm)
 
 
 def _plain(layers: Iterable[Any], x: Tensor, areas: Sequence[ValidArea | None], residual: Tensor | None) -> Tensor:

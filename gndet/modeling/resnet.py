@@ -82,8 +82,10 @@ class ResNet(nn.Module):
         self.memory = "fast"
         self.frozen: list[nn.Module] = []
         self.masked, self.clamps = norm.masked, not norm.replaces_relu
-        options = {name: getattr(cfg, name) for name in ("stride_in_1x1", "cardinality", "group_width")}
-        block = BasicBlock if cfg.depth < 50 else partial(Bottleneck, **options)
+        bottleneck = partial(
+            Bottleneck, stride_in_1x1=cfg.stride_in_1x1, cardinality=cfg.cardinality, group_width=cfg.group_width
+        )
+        block = BasicBlock if cfg.depth < 50 else bottleneck
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
         conv = conv_factory(norm)
         in_channels = width = round(WIDTH * cfg.width)

@@ -21,19 +21,19 @@ from gndet.distributed.collectives import all_reduce_sum, raise_on_all
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop
 from gndet.errors import GndetError
-from gndet.modeling.detection_model import DetectionModel
+from gndet.modeling.image_model import ImageModel
 from gndet.modeling.recompute import keeping_all
 from gndet.structures import Batch
 
 
-def live_layers(model: DetectionModel) -> list[Any]:
-    """Return the BN, SyncBN and BRN layers of a detector that train; those of frozen stages keep their statistics."""
+def live_layers(model: ImageModel) -> list[Any]:
+    """Return the BN, SyncBN and BRN layers of a model that train; those of frozen stages keep their statistics."""
     frozen = {id(module) for part in model.backbone.frozen for module in part.modules()}
     return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d) and id(layer) not in frozen]
 
 
 @contextmanager
-def batch_statistics(model: DetectionModel) -> Iterator[list[Any]]:
+def batch_statistics(model: ImageModel) -> Iterator[list[Any]]:
     """Within this context BN normalizes by what it is given, on this rank; running statistics are untouched.
 
     SyncBN and BRN are plain BN.  Yields the layers.
@@ -50,14 +50,19 @@ def batch_statistics(model: DetectionModel) -> Iterator[list[Any]]:
             layer.running_mean, layer.running_var, layer.training = mean, var, training
 
 
-def statistics_of_detection(model: DetectionModel, cfg: Config) -> AbstractContextManager[Any]:
-    """Return the context in which `cfg` wants objects detected: with evaluation.batch_statistics, or nothing else."""
+def statistics_of_evaluation(model: ImageModel, cfg: Config) -> AbstractContextManager[Any]:
+    """Return the context in which `cfg` wants a model evaluated: with evaluation.batch_statistics, or nothing else."""
     return batch_statistics(model) if cfg.evaluation.batch_statistics else nullcontext()
+
+
+def as_saved(config: Config) -> Config:
+    """Return the config to evaluate a checkpoint of a run: its layers have the statistics of PreciseBN already."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"precise_bn": 0})})
 
 
 @contextmanager
 def population_statistics(
-    model: DetectionModel,
+    model: ImageModel,
     dataset: Callable[[], Dataset],
     cfg: Config,
     proc: Process,
@@ -96,7 +101,7 @@ def population_statistics(
 
 
 def _sums_of_share(
-    model: DetectionModel, dataset: Dataset, cfg: Config, proc: Process,
+    model: ImageModel, dataset: Dataset, cfg: Config, proc: Process,
     autocast: Callable[[], AbstractContextManager], notify: Callable[[str], None] | None,
 ) -> Tensor:  # fmt: skip
     """Return `moment_sums` of this rank's share of the images."""
@@ -110,9 +115,7 @@ def _sums_of_share(
         return moment_sums(model, (part.batch for part in loaded), autocast)
 
 
-def moment_sums(
-    model: DetectionModel, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager]
-) -> Tensor:
+def moment_sums(model: ImageModel, batches: Iterable[Batch], autocast: Callable[[], AbstractContextManager]) -> Tensor:
     """Run the training forward pass on batches; the model stays as it was.
 
     Returns (2 C + 1,) float64 for each layer of `live_layers`, joined: the sums of its input's values and of their

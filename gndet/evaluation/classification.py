@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from gndet.config.loading import with_overrides
-from gndet.config.schema import Config
+from gndet.config.schema import Config, DatasetConfig
 from gndet.data.batches.stream import test_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather
 from gndet.distributed.process import Process, place
 from gndet.errors import DataError
+from gndet.evaluation.batch_norm import as_saved, population_statistics, statistics_of_evaluation
 from gndet.files import write_whole
 from gndet.modeling.classifier import Classifier
 from gndet.modeling.trained import build_trained, read_trained
@@ -86,7 +87,7 @@ def classify_share(
     try:
         for module in in_training:
             module.training = False
-        with contextlib.closing(batches):
+        with contextlib.closing(batches), statistics_of_evaluation(model, cfg):
             for indices, batch, image_ids, skipped in batches:
                 for image_id, reason in skipped:
                     if unreadable is None:
@@ -140,18 +141,24 @@ def evaluate_classifier(
     data set are not the classifier's.
     """
     trained = read_trained(path)
-    cfg = with_overrides(trained.config, overrides, f"{trained.path}/meta.json")
+    cfg = with_overrides(as_saved(trained.config), overrides, f"{trained.path}/meta.json")
     if trained.nonfinite:
         tell(f"warning: {trained.fault}")
     model, autocast = place(build_trained(trained, cfg.model).eval(), cfg.train.precision, proc)
     model.choose_convolutions(min(cfg.data.shortest_edge))
-    dataset = read_dataset(cfg.data.val, cfg.data, known=trained.classes)
-    if dataset.classes != trained.classes:
-        raise DataError(
-            f"{dataset.name}: has the classes {named_briefly(dataset.classes)}; the classifier knows "
-            f"{named_briefly(trained.classes)}; data.classes chooses them by name"
-        )
-    return dataset, classify(cast(Classifier, model), dataset, cfg, proc, autocast)
+
+    def read(which: DatasetConfig) -> Dataset:
+        dataset = read_dataset(which, cfg.data, known=trained.classes)
+        if dataset.classes != trained.classes:
+            raise DataError(
+                f"{dataset.name}: has the classes {named_briefly(dataset.classes)}; the classifier knows "
+                f"{named_briefly(trained.classes)}; data.classes chooses them by name"
+            )
+        return dataset
+
+    dataset = read(cfg.data.val)
+    with population_statistics(model, lambda: read(cfg.data.train), cfg, proc, autocast):
+        return dataset, classify(cast(Classifier, model), dataset, cfg, proc, autocast)
 
 
 def classification_table(found: Classification, classes: tuple[str, ...]) -> str:

@@ -22,7 +22,7 @@ from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset, Tell
 from gndet.distributed.process import Process, alone, place
 from gndet.errors import CheckpointError, ConfigError, DataError
-from gndet.evaluation.batch_norm import population_statistics
+from gndet.evaluation.batch_norm import as_saved, population_statistics
 from gndet.evaluation.evaluate import (
     CLASS_COLUMNS,
     Evaluation,
@@ -255,10 +255,7 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     if len(trained.classes) != len(trained.category_ids):
         counts = f"{len(trained.classes)} classes, but {len(trained.category_ids)} category_ids"
         raise CheckpointError(f"{trained.path}/meta.json: {counts}")
-    # a run saves what it evaluates: its checkpoints have these statistics already, and its images may be elsewhere
-    evaluation = trained.config.evaluation.model_copy(update={"precise_bn": 0})
-    config = trained.config.model_copy(update={"evaluation": evaluation})
-    cfg = with_overrides(config, overrides, f"{trained.path}/meta.json")
+    cfg = with_overrides(as_saved(trained.config), overrides, f"{trained.path}/meta.json")
     built = build_trained(trained, cfg.model)
     if not isinstance(built, DetectionModel):
         raise CheckpointError(f"{trained.path}: {NO_DETECTOR.format(trained.path)}")

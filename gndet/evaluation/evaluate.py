@@ -21,7 +21,7 @@ from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather, gather_to_first
 from gndet.distributed.process import Process
 from gndet.errors import DataError, GndetError, out_of_memory
-from gndet.evaluation.batch_norm import statistics_of_detection
+from gndet.evaluation.batch_norm import statistics_of_evaluation
 from gndet.evaluation.behind import Behind
 from gndet.evaluation.coco_metrics import SUMMARY_COLUMNS, Metrics, coco_metrics, coco_truths
 from gndet.evaluation.results import Paste, Results, from_coco, join, mask_areas, paste_masks
@@ -132,7 +132,7 @@ def detect_share(
         pin_memory=proc.device.type == "cuda", notify=replaced,
     )  # fmt: skip
     seen: list[int] = []
-    with behind, contextlib.closing(batches), statistics_of_detection(model, cfg):
+    with behind, contextlib.closing(batches), statistics_of_evaluation(model, cfg):
         for indices, batch, image_ids, skipped in batches:
             for image_id, reason in skipped:
                 if unreadable is None:

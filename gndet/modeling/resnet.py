@@ -2,13 +2,12 @@
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, choose_ways, conv_factory, initialize
-from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, clear_padding
+from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, below_all, clear_padding
 from gndet.modeling.recompute import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
@@ -140,8 +139,8 @@ class ResNet(nn.Module):
 
     def _stem(self, x: Tensor, areas: ValidAreas) -> Tensor:
         x, area = self.stem(x, areas[2]), areas[2]
-        if self.masked and not self.clamps and area is not None:
-            x = torch.where(area.mask, x, -torch.inf)  # after a ReLU, zeros do not change a maximum
+        if self.masked and not self.clamps:
+            x = below_all(x, area)  # after a ReLU, zeros do not change a maximum
         x = F.max_pool2d(x, 3, 2, 1)
         return clear_padding(x, areas[4]) if self.masked else x
 

@@ -2,7 +2,8 @@
 
 B images, C channels, (H, W) canvas.  Where a map has an odd side, pooling rounds up, as in a ResNet: torchvision rounds
 down, which differs only for pictures whose sides 32 does not divide.
-Batch independence: masked norms leave zeros in the padding, which do not change a maximum after a ReLU.
+Batch independence: masked norms leave zeros in the padding, which do not change a maximum after a ReLU; after other
+activations, pooling excludes the padding.
 """
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.modeling.conv_norm import ConvNorm, choose_ways, conv_factory, initialize
-from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
+from gndet.modeling.norms.valid_area import ValidAreas, below_all, clear_padding
 from gndet.modeling.recompute import tower
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels: configuration D
@@ -25,7 +26,7 @@ class VGG(nn.Module):
     def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
         super().__init__()
         self.frozen: list[nn.Module] = []
-        self.masked = norm.masked
+        self.masked, self.clamps = norm.masked, not norm.replaces_relu
         conv, before = conv_factory(norm), 64
         self.stem = conv(3, before, 3)
         for number, widths in enumerate(STAGES, start=1):
@@ -73,6 +74,7 @@ class VGG(nn.Module):
         features = []
         for stage, stride in zip(self.stages(), STRIDES, strict=True):
             x = tower(stage, x, [areas[stride]] * len(stage))
+            x = below_all(x, areas[stride]) if self.masked and not self.clamps else x
             x = F.max_pool2d(x, 2, ceil_mode=True)
             x = clear_padding(x, areas[2 * stride]) if self.masked else x
             features.append(x)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gndet.config.schema import BackboneConfig, ClassifierConfig, ModelConfig, NormConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.classifier import Classifier, drop_by_key, pool_pictures
+from gndet.modeling.norms.activating import ThresholdLinear
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import set_memory
 from gndet.structures import Batch, GroundTruth
@@ -169,8 +170,14 @@ def test_a_batch_of_32_has_the_gradient_of_32_single_images_unless_a_norm_mixes_
         ({"kind": "vgg", "depth": 16}, {"pool_size": 2, "fc_channels": (32,), "dropout": 0.4, "loss": "sigmoid"}),
     ],
 )
-def test_logits_losses_and_gradients_do_not_depend_on_batch_mates_or_padding(backbone: dict, head: dict) -> None:
-    model = classifier(config(backbone=backbone, **head)).train()
+@pytest.mark.parametrize("kind", ["gn", "frn"])  # after FRN's activation, a map's numbers may be negative
+def test_logits_losses_and_gradients_do_not_depend_on_batch_mates_or_padding(
+    kind: str, backbone: dict, head: dict
+) -> None:
+    model = classifier(config(NormConfig(kind=kind), backbone, **head)).train()
+    for module in model.modules():
+        if isinstance(module, ThresholdLinear):
+            nn.init.uniform_(module.tau, -1, -0.5)
     sizes = [(64, 96), (96, 65), (33, 50)]
     together = pictures(sizes, canvas=(128, 128))
     alone = [pictures([size], first=i) for i, size in enumerate(sizes)]

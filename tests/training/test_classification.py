@@ -17,9 +17,11 @@ from torch import nn
 
 from gndet.checkpoint import load_checkpoint
 from gndet.cli.main import main
+from gndet.config.loading import load_config
 from gndet.data.datasets.reading import read_dataset
+from gndet.distributed.process import alone
 from gndet.errors import CheckpointError, TrainingError
-from gndet.evaluation.classification import UNREAD, Classification, Ranking
+from gndet.evaluation.classification import UNREAD, Classification, Ranking, evaluate_classifier
 from gndet.evaluation.detector import load as load_detector
 from gndet.modeling.classifier import Classifier
 from gndet.modeling.trained import build_trained, read_trained
@@ -178,3 +180,19 @@ def test_metrics_are_those_worked_by_hand() -> None:
     expected = np.zeros((6, 7), dtype=int)
     expected[0, [0, 1, 5]], expected[5, 6] = 1, 1
     assert np.array_equal(found.confusion(6), expected)
+
+
+def test_bn_is_evaluated_with_the_statistics_asked_for(tmp_path: Path) -> None:
+    config = str(write_config(tmp_path))
+    bn = ["model.norm={kind: bn}", "train.schedule.updates=2", f"out={tmp_path / 'run'}"]
+    train(load_config(config, bn))
+    by_option = {
+        option: evaluate_classifier(tmp_path / "run", option.split(), alone("cpu"), print)[1].ranking.scores
+        for option in (
+            "seed=0",
+            "evaluation.precise_bn=6",
+            "evaluation.batch_statistics=true evaluation.images_per_gpu=2",
+        )
+    }
+    running, precise, batch = by_option.values()
+    assert not np.allclose(running, precise) and not np.allclose(running, batch) and not np.allclose(precise, batch)

@@ -49,6 +49,11 @@ def clear_padding(x: Tensor, area: ValidArea | None) -> Tensor:
     return x if area is None else torch.where(area.mask, x, 0.0)
 
 
+def below_all(x: Tensor, area: ValidArea | None) -> Tensor:
+    """Set the padding of x (B, C, H, W) to minus infinity, so that it never is a maximum."""
+    return x if area is None else torch.where(area.mask, x, -torch.inf)
+
+
 def channel_means(x: Tensor, area: ValidArea | None) -> Tensor:
     """Return the mean of each channel of x (B, C, H, W) over its map, or only over `area`, as (B, C, 1, 1)."""
     if area is None:

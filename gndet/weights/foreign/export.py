@@ -74,7 +74,7 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         )
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
-    for part in [part for part in parts if norms[part].replaces_relu]:
+    for part in [part for part in parts if part in norms and norms[part].replaces_relu]:
         raise ConfigError(f"model.{part}.norm: {norms[part].kind}; {toolkit} has no such norm and activation")
     if norms["backbone"].kind == "none":
         raise ConfigError(f"model.backbone.norm: none; {toolkit} has no ResNet without norms")

@@ -29,6 +29,7 @@ from gndet.toolbox.report.report import write_report
 from gndet.train import train
 from gndet.weights.load import initial_model
 
+TWO = "evaluation.images_per_gpu=2"  # one picture's last map is one number per channel
 pytestmark = pytest.mark.usefixtures("thin", "forked_ranks")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from models import make_batch, small_model
 from torch import Tensor, nn
 
 from gndet.config.schema import BackboneConfig, ClassifierConfig, ModelConfig, NormConfig
@@ -201,3 +202,12 @@ def test_vgg_freezes_its_first_stages() -> None:
     model = classifier(config(NormConfig(kind="bn"), {"kind": "vgg", "depth": 16, "freeze_at": 2}))
     frozen = {name.split(".")[1] for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {"stem", "stage1", "stage2"} and not model.backbone.stage1[0].norm.training
+
+
+@pytest.mark.parametrize("backbone", [{"depth": 50, "cardinality": 32, "group_width": 4}, {"kind": "vgg", "depth": 16}])
+def test_a_detector_takes_the_backbones_too(backbone: dict) -> None:
+    model = small_model(NormConfig(channels_per_group=16), backbone=BackboneConfig(**backbone)).double().train()
+    together = make_batch([(64, 96), (96, 65)])
+    losses = model(together)
+    alone = model(make_batch([(64, 96)]))
+    assert all(torch.allclose(alone[name][0], losses[name][0], rtol=1e-9) for name in losses)

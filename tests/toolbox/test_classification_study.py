@@ -29,7 +29,7 @@ def test_the_smallest_error_is_the_best() -> None:
     })  # fmt: skip
     said = study_verdict(found)
     assert said[0].startswith("At 2 images per GPU gn is best: validation error 24.1")
-    assert said[1] == "That is clearly below bn (-10.6 [-10.9, -10.3])."
+    assert said[1] == "That is clearly below bn (-10.6 [-11.0, -10.2])."
     assert any(words.startswith("bn rises from 32 to 2 images per GPU: +11.1") for words in said)
     assert "validation error in percent by images per GPU" in study_table(found, "error")
 

@@ -28,6 +28,7 @@ LONGEST = 200  # bytes of a name made from a user's text: file systems take 255,
 LONGEST_NAME, LONGEST_PATH = 255, 4096  # bytes; NAME_MAX and PATH_MAX of Linux <limits.h>
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{32}")  # names of files and folders that are being written
 CONFIG, DETECTIONS = "config.yaml", "detections.json"  # of a run: its config, and COCO results of its last evaluation
+CLASSIFIED = "classified.json"  # of a classifier's run: the class of each picture in its last evaluation
 ASIDE = ".old-"  # prefix of a folder that is being replaced
 
 

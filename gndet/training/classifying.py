@@ -10,10 +10,10 @@ from gndet.evaluation.classification import (
     join_rankings,
     save_classification,
 )
+from gndet.files import CLASSIFIED
 from gndet.modeling.classifier import Classifier
 from gndet.training.log import Log
 from gndet.training.run import Run
-from gndet.training.run_folder import CLASSIFIED
 from gndet.training.validation import on_all_ranks
 
 

@@ -13,12 +13,12 @@ from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.distributed.watch import BEAT
 from gndet.errors import GndetError, OutputError, Preempted, ProcessLost, TrainingError
+from gndet.files import CLASSIFIED
 from gndet.training.checkpointing import Saver
 from gndet.training.log import Log
 from gndet.training.run import Progress, Run
 from gndet.training.run_folder import (
     BOARD,
-    CLASSIFIED,
     CONFIG,
     FAILED,
     METRICS,

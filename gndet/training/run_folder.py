@@ -49,7 +49,6 @@ METRICS = "metrics.jsonl"
 NORMS = "norms.jsonl"
 NORMS_START = "norms-start.safetensors"  # gamma and beta at the start of the run
 BOARD = "tensorboard"
-CLASSIFIED = "classified.json"  # of a classifier: the class of each picture in the last evaluation
 PREDICTIONS = "predictions.png"  # ground truth beside detections
 REPORT = "report.html"
 NONFINITE = "nonfinite"  # reports of losses and gradients that were not finite

@@ -85,6 +85,7 @@ def test_other_verbs_score_it_or_say_what_it_is(trained: Path, capsys: pytest.Ca
         load_detector(run)
     assert main(["predict", str(run), str(trained.parent / "set"), "--out", str(trained.parent / "drawn")]) == 2
     assert "a classifier, not a detector" in capsys.readouterr().err
+    assert main(["analyze", str(run)]) == 2 and "its report shows its confusions" in capsys.readouterr().err
 
 
 def test_gndet_invariance_passes(trained: Path) -> None:

@@ -13,7 +13,7 @@ from gndet.data.datasets.reading import inspect_dataset, read_dataset, user_path
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.results import Results
-from gndet.files import CONFIG, DETECTIONS, refuse_output, report_kind, write_whole
+from gndet.files import CLASSIFIED, CONFIG, DETECTIONS, refuse_output, report_kind, write_whole
 from gndet.text import csv_table, text_table
 from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis, read_results
 from gndet.toolbox.analysis.tables import FILES, Table, all_tables, known
@@ -70,6 +70,8 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
         path, data = source / DETECTIONS, str(source / CONFIG)
         if not Path(data).is_file():
             raise DataError(f"{source}: not a run folder, it has no {CONFIG}")
+        if (source / CLASSIFIED).is_file():
+            raise DataError(f"{source}: a classifier's run, which has no detections; its report shows its confusions")
         if not path.is_file():
             raise DataError(f"{source}: has no {DETECTIONS}: the run was not evaluated yet; run `gndet evaluate`")
     if not path.is_file():

@@ -8,10 +8,10 @@ import numpy as np
 from gndet.data.records import Dataset
 from gndet.errors import DataError
 from gndet.evaluation.drawing import shrunk
+from gndet.files import CLASSIFIED
 from gndet.toolbox.report import blocks
 from gndet.toolbox.report.blocks import GalleryPicture, Section
 from gndet.toolbox.report.record import RunRecord
-from gndet.training.run_folder import CLASSIFIED
 
 SQUARE = 20  # classes up to which the whole table of confusions is shown
 PAIRS, PICTURES, SIDE = 50, 24, 240  # confusions and wrong pictures that are shown; pixels of a picture's side

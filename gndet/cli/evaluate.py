@@ -37,7 +37,10 @@ def run(options: Options) -> int:
             refuse_output(options.out, "--out", RESULTS, user_paths(detector.config.data))
         dataset, evaluation = evaluate_checkpoint(detector, proc)
         if proc.first:
-            print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
+            chosen = detector.config.evaluation
+            how = f", BN with the statistics of {chosen.precise_bn} training images" if chosen.precise_bn else ""
+            how = ", BN with the statistics of each batch" if chosen.batch_statistics else how
+            print(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images{how}")
             print(evaluation_table(evaluation))
             if options.out:
                 save_results(options.out, evaluation.results, marked=True)

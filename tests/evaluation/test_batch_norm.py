@@ -178,10 +178,13 @@ def test_a_resumed_run_ends_with_the_same_bits(runs: Path, ema: float) -> None:
 def test_evaluate_estimates_them_if_asked(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def table(run: str, *words: str) -> str:
         assert main(["evaluate", str(runs / run / "last"), "device=cpu", *words]) == 0
-        return capsys.readouterr().out.partition("\n")[2]
+        return capsys.readouterr().out
 
-    assert table("average", "evaluation.precise_bn=6") == table("population")
-    assert "AP" in table("average", "evaluation.batch_statistics=true", "evaluation.images_per_gpu=2")
+    first, _, rest = table("average", "evaluation.precise_bn=6").partition("\n")
+    assert first.endswith("BN with the statistics of 6 training images") and "AP" in rest
+    assert table("population").partition("\n")[2] == rest
+    said = table("average", "evaluation.batch_statistics=true", "evaluation.images_per_gpu=2")
+    assert "BN with the statistics of each batch" in said
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 from gndet.evaluation.coco_metrics import RECALLS
 from gndet.toolbox.analysis.matches import Matches
 
-WORK = 5e7  # detections x thresholds x draws: a few seconds
+WORK = 5e7  # detections x thresholds x draws: less than a second
 AT_ONCE = 1e6  # detections x draws that are held in memory at a time
 FEWEST, MOST = 40, 400  # draws
 Z = 1.96  # standard deviations: 95 % of a normal distribution

@@ -44,6 +44,7 @@ class Watch:
         self._quiet_said = False
         self._before: Beats = []  # of all ranks, shortly before the timeout
         self._done = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def at(self, update: int, doing: str) -> None:
         """Note what the main thread does now, after `update` updates; doing: a participle such as "saving"."""
@@ -98,11 +99,15 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         for work in (self._send_beats, self._find_hangs):  # two threads, because the store may hang too
-            threading.Thread(target=work, daemon=True, name="watch").start()
+            thread = threading.Thread(target=work, daemon=True, name="watch")
+            thread.start()
+            self._threads.append(thread)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._done.set()
+        for thread in self._threads:  # one that asked the store while the interpreter ends would abort the process
+            thread.join(GRACE)
         if self._store is not None and kind is not None:
             key = STOPPED if issubclass(kind, Stop | Preempted) else FAILED
             self._ask(lambda: self._store.set(key, str(self.rank)))

@@ -151,7 +151,8 @@ class ConvNorm(nn.Module):
         """Return how maps of a dtype are convolved: torch's way, except for float32 on a CPU."""
         weight = self.conv.weight
         chosen = weight.device.type == "cpu" and weight.dtype == dtype == torch.float32
-        return self.way if chosen and not torch.compiler.is_compiling() else Convolution
+        traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+        return self.way if chosen and not traced else Convolution
 
     def weight(self) -> Tensor:
         """Return the weight (out, in, kh, kw) that the convolution applies: standardized, if the config says so."""

@@ -125,7 +125,7 @@ def run_rank(proc: Process, folder: str) -> None:
     told: list[Any] = []
     evaluation = run(with_bad_picture(shapes()), proc, unreadable=lambda *about: told.append(about))
     found["passed over"] = [plain(evaluation), told]
-    (Path(folder) / f"{proc.rank}.json").write_text(json.dumps(found))
+    (Path(folder) / f"{proc.rank}.json").write_text(json.dumps(found, default=np.ndarray.tolist))
 
 
 def answers(world: int, folder: Path) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def plain(evaluation: Evaluation) -> list[Any]:
 
 def same(a: Any, b: Any) -> bool:
     """Return whether two values are equal bit for bit, where nan equals nan."""
-    return json.dumps(a) == json.dumps(b)
+    return json.dumps(a, default=np.ndarray.tolist) == json.dumps(b, default=np.ndarray.tolist)
 
 
 @pytest.mark.parametrize("world", [2, 3])

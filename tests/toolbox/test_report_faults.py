@@ -215,7 +215,7 @@ def test_a_run_with_absurd_records_has_its_page(finished: Path, tmp_path: Path) 
     save_checkpoint(saved.path, {}, saved.meta | {"update": "x", "versions": [1], "nonfinite": {}})
     write_report([out], None, (), told.append)
     page = (out / "report.html").read_text()
-    assert [f'<section id="{id}"' in page for id in SECTIONS] == [True] * len(SECTIONS)
+    assert [id for id in SECTIONS if f'<section id="{id}"' not in page] == ["confusion"]  # which classifiers have
     assert "5 line(s) are left out" in page and "does not say how far the run had come" in page
     assert "chart-lr" in page and "could not be made" not in page and len(told) == 1
 

@@ -110,7 +110,7 @@ class Failing(PretendedGPU):
 
 
 @each_detector(slowly=True)
-@pytest.mark.parametrize("where", ["modeling.detection_model.forward", "backward"])
+@pytest.mark.parametrize("where", ["modeling.image_model.forward", "backward"])
 def test_memory_that_runs_out_in_a_pass_halves_the_images_and_loses_nothing(
     tmp_path: Path, model: dict[str, Any], where: str
 ) -> None:

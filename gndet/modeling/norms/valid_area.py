@@ -39,8 +39,9 @@ def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> Valid
     """
     areas: ValidAreas = dict.fromkeys((1, 2, 4, 8, 16, 32, 64))
     for stride in areas if padded else ():
+        if stride > 1:
+            sizes, height, width = (sizes + 1) // 2, -(-height // 2), -(-width // 2)
         areas[stride] = ValidArea.of(sizes, height, width)
-        sizes, height, width = (sizes + 1) // 2, -(-height // 2), -(-width // 2)
     return areas
 
 

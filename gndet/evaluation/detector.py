@@ -43,6 +43,8 @@ from gndet.text import named_briefly
 Picture = Image.Image | np.ndarray | Tensor
 AnyPath = str | os.PathLike[str]
 NO_DETECTOR = "a classifier, not a detector; gndet evaluate scores it, and train.weights={} starts a detector from it"
+# shortest edge of the pictures, in pixels, from which minimal filtering is faster: at 800 it is, at 128 it is not
+LARGE = 600
 # of a data set's config, what says how the network sees a picture, not how it is read
 SEEN = ("shortest_edge_test", "max_edge", "antialias", "canvas_multiple", "exact_canvas")
 
@@ -262,7 +264,8 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     if trained.nonfinite:
         tell(f"warning: {trained.fault}")
     model, autocast = place(built.eval(), cfg.train.precision, proc)
-    model.choose_convolutions(min(cfg.data.shortest_edge))  # as in training, so that results have the same bits
+    if cfg.data.shortest_edge_test >= LARGE:
+        model.choose_convolutions(min(cfg.data.shortest_edge))
     return Detector(model, cfg, trained.classes, trained.category_ids, autocast)
 
 

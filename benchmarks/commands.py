@@ -6,6 +6,7 @@ pictures as COCO's val2017 has, with masks.  With --beside, the same commands of
 """
 
 import argparse
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,19 +17,18 @@ import gndet
 from benchmarks import evaluation
 from benchmarks.report import machine, table
 from benchmarks.turns import Subject, take_turns
-from benchmarks.typed import subject
-from gndet.config.loading import load_config
+from benchmarks.typed import command_of, subject
 from gndet.errors import ConfigError
-from gndet.train import train
 
 DETECTIONS = 100  # per picture
+HERE = Path(gndet.__file__).parent.parent
 SMALL = ["data.train.count=200", "data.val.count=20", "train.log_every=1", "train.schedule.updates=2"]
 WITHOUT_MORE = ["train.eval_every=0", "train.norm_images=0", "train.vis_images=0", "train.schedule.warmup=1"]
 
 
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Time the commands asked for, one table per command.  Raises ConfigError if --beside is not a checkout."""
-    checkouts = {"here": Path(gndet.__file__).parent.parent}
+    checkouts = {"here": HERE}
     if options.beside is not None:
         if not (options.beside / "gndet" / "cli").is_dir():
             raise ConfigError(f"--beside: {options.beside}: no gndet/cli in it, expected a checkout of gndet")
@@ -56,7 +56,9 @@ def predicts(folder: Path, options: argparse.Namespace) -> list[str]:
     """Draw a picture, train for two updates, and return the words that let this network predict."""
     picture, run = folder / "picture.jpg", folder / "run"
     Image.effect_noise((640, 480), 60).convert("RGB").save(picture)
-    train(load_config("quickstart", [f"out={run}", *SMALL, *WITHOUT_MORE]))
+    words = ["train", "quickstart", f"out={run}", *SMALL, *WITHOUT_MORE]
+    command, env = command_of(options.beside or HERE, words)  # an older checkout may not read what a newer one wrote
+    subprocess.run(command, env=env, check=True, capture_output=True)
     return ["predict", str(run), str(picture), "--out", str(folder / "predictions")]
 
 

@@ -18,6 +18,11 @@ LOOK = 0.01  # seconds between looks at the log of the run
 LOG = "metrics.jsonl"
 
 
+def command_of(checkout: Path, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the command that runs `gndet WORDS` of a checkout, and its environment."""
+    return python_command("gndet.cli", *words), os.environ | {"PYTHONPATH": str(checkout)}
+
+
 def subject(checkout: Path, words: list[str], folder: str) -> Work:
     """Return the work of running a command of a checkout."""
     return functools.partial(_run, checkout, words, Path(folder))
@@ -27,8 +32,7 @@ def _run(checkout: Path, words: list[str], folder: Path) -> dict[str, float]:
     """Run a command; end a training once it has logged its first update.  Raises MachineError if the command fails."""
     if words[0] == "train":
         shutil.rmtree(folder / "run", ignore_errors=True)
-    env = os.environ | {"PYTHONPATH": str(checkout)}
-    command = python_command("gndet.cli", *words)
+    command, env = command_of(checkout, words)
     with (folder / "said").open("w+") as said:
         process = subprocess.Popen(command, env=env, stdout=said, stderr=subprocess.STDOUT)
         try:

@@ -106,11 +106,11 @@ class Watch:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._done.set()
-        for thread in self._threads:  # one that asked the store while the interpreter ends would abort the process
-            thread.join(GRACE)
         if self._store is not None and kind is not None:
             key = STOPPED if issubclass(kind, Stop | Preempted) else FAILED
             self._ask(lambda: self._store.set(key, str(self.rank)))
+        for thread in self._threads:  # one that asked the store while the interpreter ends would abort the process
+            thread.join(GRACE)
 
     def _send_beats(self) -> None:
         """Write this rank's heartbeats and listen for a stop request, until the run ends."""

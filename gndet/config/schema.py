@@ -223,6 +223,8 @@ class BoxHeadConfig(Section):
     # width of the fully connected layers [channels]. Source: Lin et al. 2017
     fc_channels: int = Field(1024, ge=1, le=65_536)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part; the 2fc head has no norm
+    # whether the last convolution of 4conv1fc has a norm, too; without it a region's features keep their strength
+    norm_last: bool = True
     pool_size: int = Field(7, ge=1, le=64)  # side of the RoIAlign output [cells]. Source: He et al. 2017, figure 4
     # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
     sampling_ratio: int = Field(2, ge=0, le=16)
@@ -241,6 +243,12 @@ class BoxHeadConfig(Section):
     nms_threshold: float = Field(0.5, gt=0, le=1)
     # largest number of detections. Source: He et al. 2017, 3.1
     detections_per_image: int = Field(100, ge=1, le=100_000)
+
+    @model_validator(mode="after")
+    def _has_a_last_norm(self) -> "BoxHeadConfig":
+        if self.kind == "2fc" and not self.norm_last:
+            raise ValueError("norm_last: false; the 2fc head has no norm; leave norm_last out")
+        return self
 
 
 class MaskHeadConfig(Section):

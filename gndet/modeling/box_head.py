@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import BoxHeadConfig, NormConfig
-from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.conv_norm import conv_factory, initialize
 from gndet.modeling.detection_model import RegionHead, image_index
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
@@ -25,19 +25,26 @@ MAX_CANDIDATES = 2000  # best class-wise boxes per image that enter NMS; ten tim
 
 
 class BoxHead(RegionHead):
-    """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores and class-specific box deltas."""
+    """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores and class-specific box deltas.
+
+    A norm per region gives every group of channels the same energy, whatever the region shows.  Before the linear
+    layer this takes away how strongly a feature is there; `norm_last` false leaves out that norm (docs/results.md).
+    """
 
     def __init__(self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
         super().__init__()
         self.cfg, self.num_classes, self.memory = cfg, num_classes, "fast"
-        conv = conv_factory(norm, regions=True)
+        norms = [norm] * (cfg.num_convs if cfg.kind == "4conv1fc" else 0)
+        if norms and not cfg.norm_last:
+            norms[-1] = NormConfig(kind="none")
         self.convs = nn.ModuleList()
-        if cfg.kind == "4conv1fc":
-            for i in range(cfg.num_convs):
-                layer = conv(channels, cfg.conv_channels, 3, cheap=i == cfg.num_convs - 1)
-                nn.init.kaiming_normal_(layer.conv.weight, mode="fan_out", nonlinearity="relu")
-                self.convs.append(layer)
-                channels = cfg.conv_channels
+        for i, norm_of_layer in enumerate(norms):
+            layer = conv_factory(norm_of_layer, regions=True)(
+                channels, cfg.conv_channels, 3, cheap=i == cfg.num_convs - 1
+            )
+            initialize(layer)
+            self.convs.append(layer)
+            channels = cfg.conv_channels
         width = channels * cfg.pool_size**2
         self.fcs = nn.ModuleList()
         for _ in range(2 if cfg.kind == "2fc" else 1):

@@ -35,6 +35,7 @@ SHAPING = (  # options of `model` that decide the shapes; an error about shapes 
     *("backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
     *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
+    "box_head.norm_last",
     *("mask_head.num_convs", "mask_head.channels"),
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)

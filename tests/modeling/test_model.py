@@ -13,11 +13,13 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from gndet.config.schema import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
+from gndet.modeling.box_head import BoxHead
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORMS, FrozenBatchNorm, GroupNorm, NoNorm
 from gndet.modeling.resnet import ResNet
 from gndet.ops.boxes import encode, gather_rows
+from gndet.ops.roi_align import Pyramid
 from gndet.structures import Batch
 
 LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
@@ -249,6 +251,21 @@ def test_masks_off_is_a_faster_rcnn() -> None:
 def test_box_head_layouts(kind: str) -> None:
     head = small_model(box_head=BoxHeadConfig(kind=kind, conv_channels=32, fc_channels=64)).box_head
     assert (len(head.convs), len(head.fcs)) == ((0, 2) if kind == "2fc" else (4, 1))
+
+
+def test_without_its_last_norm_a_box_head_keeps_how_strong_features_are() -> None:
+    """GN forgets the scale of a region; without the norm before the linear layer the scale arrives there."""
+    pyramid = Pyramid([torch.randn(1, 32, 16, 16, dtype=torch.float64)] * 4, (4, 8, 16, 32))
+    doubled = Pyramid([2 * level for level in pyramid.maps], pyramid.strides)
+    boxes = torch.tensor([[[4.0, 4.0, 40.0, 44.0]]], dtype=torch.float64)
+    for norm_last, factor in ((True, 1), (False, 2)):
+        options = BoxHeadConfig(conv_channels=32, num_convs=1, fc_channels=64, norm_last=norm_last)
+        head = BoxHead(options, NormConfig(groups=4, eps=0), 32, num_classes=3).double()
+        torch.testing.assert_close(head(doubled, boxes)[0], factor * head(pyramid, boxes)[0])
+    kinds = [
+        type(conv.norm) for conv in small_model(box_head=BoxHeadConfig(num_convs=3, norm_last=False)).box_head.convs
+    ]
+    assert kinds == [GroupNorm, GroupNorm, NoNorm]
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])

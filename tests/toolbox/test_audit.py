@@ -239,7 +239,7 @@ def test_norms_of_a_config_and_of_its_run(backbone: str, tmp_path: Path, capsys:
     path = REPOSITORY / "configs" / "quickstart.yaml"
     assert main(["norms", str(path), "data.train.count=2"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert sum(line.split()[0].endswith(".norm") and " gn " in line for line in printed) == 30
+    assert sum(line.split()[0].endswith(".norm") and " gn " in line for line in printed) == 31
     assert printed[0].split() == " ".join(COLUMNS).split() and not any("warning" in line for line in printed)
 
     schedule = {"updates": 1, "warmup": 0, "steps": [], "reference_batch": 2}

@@ -217,6 +217,11 @@ def test_an_export_reports_what_the_toolkit_does_differently() -> None:
         (detector("gn", "gn", rpn=RPNConfig(norm=NormConfig())), "detectron2", r"model\.rpn\.norm: gn; detectron2"),
         (detector("none", "gn"), "mmdetection", r"model\.backbone\.norm: none; mmdetection"),
         (detector("gn", "gn", rpn=RPNConfig(aspect_ratios=(1.0,))), "torchvision", r"aspect_ratios: \(1\.0,\)"),
+        (
+            detector("gn", "gn", box_head=BoxHeadConfig(norm_last=False)),
+            "detectron2",
+            r"box_head\.norm_last: false; det",
+        ),
     ],
 )
 def test_a_model_that_the_toolkit_cannot_build_is_refused(cfg: ModelConfig, toolkit: str, message: str) -> None:

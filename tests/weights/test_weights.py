@@ -146,6 +146,7 @@ def test_heads_missing_from_the_file_are_newly_initialized(tmp_path: Path) -> No
             {"box_head": {"conv_channels": 16, "fc_channels": 8, "num_convs": 1}},
             r"box_head\.cls_score\.weight: \[4, 8\] in the file, expected \[4, 24\]",
         ),
+        ({"box_head": {"norm_last": False}}, r"model\.box_head\.norm_last: False in the file, True here"),
     ],
 )
 def test_tensors_of_another_shape_are_refused_with_the_likely_cause(

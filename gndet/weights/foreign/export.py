@@ -84,6 +84,8 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         )
     if toolkit == "torchvision" and cfg.backbone.stride_in_1x1:
         raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
+    if "box_head" in parts and norms["box_head"].kind != "none" and not cfg.box_head.norm_last:
+        raise ConfigError(f"model.box_head.norm_last: false; {toolkit} has the norm after every convolution or none")
     if "box_head" in parts and len(cfg.rpn.aspect_ratios) != 3:
         raise ConfigError(f"model.rpn.aspect_ratios: {cfg.rpn.aspect_ratios}; expected three to export")
 

@@ -130,7 +130,7 @@ class DenseHead(nn.Module):
         # a box without an object stands for itself: with zero loss, and with finite gradients
         target = torch.where(positive[..., None], gather_rows(gt.boxes, assigned.matched), places)
         boxes = torch.where(positive[..., None], torch.cat(decoded, 1), places)
-        central = centerness(target, places)
+        central = centerness(target, places).to(raw.dtype)
         if cfg.box_loss == "giou":
             loc = giou_loss(boxes, target)
         else:

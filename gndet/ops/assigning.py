@@ -39,14 +39,15 @@ def assign_atss(
         first += len(level)
     candidate, real = torch.cat(index, 2), torch.cat(valid, 2)  # (B, M, C)
     boxes = torch.cat(list(anchors))[candidate]  # (B, M, C, 4)
-    iou = torch.where(real, paired_iou(objects[:, :, None], boxes), 0.0)
+    # in float64, in which the sums do not depend on how many candidates the canvas has beyond the picture
+    iou = torch.where(real, paired_iou(objects[:, :, None], boxes), 0.0).double()
     count = real.sum(2, keepdim=True)
     mean = iou.sum(2, keepdim=True) / count.clamp(min=1)
     deviation = torch.where(real, iou - mean, 0.0).square().sum(2, keepdim=True)
     threshold = mean + (deviation / (count - 1).clamp(min=1)).sqrt()  # the unbiased std, as in the authors' code
     positive = real & (iou >= threshold) & (_depth(centers(boxes), objects[:, :, None]) > MIN_DEPTH)
-    overlap = iou.new_full((*gt_valid.shape, first), -1.0)
-    overlap = overlap.scatter(2, candidate, torch.where(positive, iou, -1.0))  # (B, M, N)
+    overlap = objects.new_full((*gt_valid.shape, first), -1.0)
+    overlap = overlap.scatter(2, candidate, torch.where(positive, iou, -1.0).to(overlap.dtype))  # (B, M, N)
     highest, matched = overlap.max(dim=1)
     return matched, highest >= 0
 

@@ -17,11 +17,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "box_head": {"roi_align": "unaligned", "sampling_ratio": 2, "min_size": 1e-2, "loss_beta": 1 / 9},
         "mask_head": {"roi_align": "unaligned", "sampling_ratio": 2, "targets": "soft", "paste": "rounded"},
+        "dense": {
+            "anchors": "rounded", "anchor_stride": "canvas", "anchors_in_padding": True, "offset": 0.0,
+            "box_weight": 1.0, "weigh_by_centerness": False, "positives": "image",
+        },
     },
     "detectron2": {
         "rpn": {"anchors_in_padding": True},
         "box_head": {"sampling_ratio": 0},
         "mask_head": {"sampling_ratio": 0},
+        "dense": {"anchors_in_padding": True, "box_weight": 1.0, "weigh_by_centerness": False},
     },
     "mmdetection": {
         "rpn": {"anchors_in_padding": True},
@@ -35,6 +40,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "box_head": {"roi_align": "detectron", "sampling_ratio": 2, "clip": "pixels", "loss_beta": 1.0},
         "mask_head": {"roi_align": "detectron", "sampling_ratio": 2, "paste": "detectron"},
+    },
+}  # fmt: skip
+
+DETECTOR_DEFAULTS: dict[str, dict[str, Any]] = {  # options with other defaults for a model.detector
+    "retinanet": {
+        "dense": {
+            "conv_bias": False, "assign": "iou", "anchor_sizes": (32, 64, 128, 256, 512),
+            "scales": (1.0, 2 ** (1 / 3), 2 ** (2 / 3)), "aspect_ratios": (0.5, 1.0, 2.0), "offset": 0.0,
+            "quality": "none", "box_loss": "l1", "box_weight": 1.0, "weigh_by_centerness": False, "nms_threshold": 0.5,
+        },
     },
 }  # fmt: skip
 

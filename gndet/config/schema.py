@@ -4,11 +4,12 @@ The comment behind an option, or above it, says what the option does [unit], the
 `docs/make_configuration.py` turns these comments into docs/configuration.md.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from gndet.config.presets import PRESETS, beneath
+from gndet.config.presets import DETECTOR_DEFAULTS, PRESETS, beneath
 from gndet.files import path_fault
 from gndet.text import valid_text
 
@@ -166,11 +167,13 @@ class BackboneConfig(Section):
 
 
 class FPNConfig(Section):
-    """Feature pyramid P2 to P6 (Lin et al. 2017)."""
+    """Feature pyramid P2 to P6 (Lin et al. 2017), or P3 to P7 for dense detectors (Lin et al. 2017, "Focal Loss")."""
 
     # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
     channels: int = Field(256, ge=1, le=8192)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
+    # dense detectors: P6 is a convolution of P5 (FCOS, ATSS) or of C5 (detectron2's RetinaNet, torchvision's v2)
+    p6: Literal["p5", "c5"] = "p5"
 
 
 class RPNConfig(Section):
@@ -270,6 +273,88 @@ class MaskHeadConfig(Section):
     paste: Literal["exact", "rounded", "detectron"] = "exact"
 
 
+class DenseConfig(Section):
+    """Head of the dense detectors FCOS (Tian et al. 2019), with ATSS (Zhang et al. 2020), and RetinaNet (Lin et al. 2017).
+
+    Where RetinaNet has another default, the option names it.
+    """
+
+    num_convs: int = Field(4, ge=1, le=32)  # convolutions of each of the two towers. Source: Lin et al. 2017, section 4
+    norm: NormConfig | None = None  # replaces model.norm as a whole for this part
+    # the towers' convolutions have a bias before a norm, too; retinanet: false. Source: Tian et al. 2019 (code)
+    conv_bias: bool = True
+    # which anchors an object trains. atss: by their overlaps' mean and deviation; center: points near its center, by
+    # size; iou: by IoU, retinanet's default. Source: Zhang et al. 2020, 3.3
+    assign: Literal["atss", "center", "iou"] = "atss"
+    # atss: candidates per level, for each kind of anchor. Source: Zhang et al. 2020, 3.4
+    candidates: int = Field(9, ge=1, le=1000)
+    # center: distance from the object's center within which points are positive [strides]. Source: Tian et al. 2020
+    center_radius: float = Field(1.5, gt=0)
+    # iou: an anchor is positive from this IoU on. Source: Lin et al. 2017, section 4
+    positive_iou: float = Field(0.5, ge=0, le=1)
+    # iou: an anchor is negative below this IoU. Source: Lin et al. 2017, section 4
+    negative_iou: float = Field(0.4, ge=0, le=1)
+    # side of the square anchor on P3 to P7 [pixels]; with fcos it only assigns; retinanet: 32, 64, 128, 256, 512.
+    # Source: Zhang et al. 2020, 3.2
+    anchor_sizes: Five = (64, 128, 256, 512, 1024)
+    # retinanet: sizes per level, as multiples of anchor_sizes: 1, 2^(1/3), 2^(2/3). Source: Lin et al. 2017, section 4
+    scales: tuple[Positive, ...] = Field((1.0,), min_length=1, max_length=16)
+    # anchor height / width; retinanet: 0.5, 1, 2. Source: Zhang et al. 2020, 3.2
+    aspect_ratios: tuple[Positive, ...] = Field((1.0,), min_length=1, max_length=16)
+    # exact sides and corners (detectron2), or rounded to pixels (torchvision)
+    anchors: Literal["exact", "rounded"] = "exact"
+    # place of the anchors' centers in their cell; retinanet: 0, its corner [strides]. Source: Tian et al. 2019, 3.1
+    offset: float = Field(0.5, ge=0, lt=1)
+    # level: 8 to 128; canvas: canvas side // map side, which is not always the stride (torchvision: canvas)
+    anchor_stride: Literal["level", "canvas"] = "level"
+    # train and detect in the padding around a picture, as other toolkits do; couples the images of a batch
+    anchors_in_padding: bool = False
+    # trained beside the box, and multiplies the score: centerness, or the IoU of the box; retinanet: none.
+    # Source: Tian et al. 2019, 3.3
+    quality: Literal["none", "centerness", "iou"] = "centerness"
+    # what measures a box's error; retinanet: l1, of its deltas. Source: Rezatofighi et al. 2019
+    box_loss: Literal["giou", "l1"] = "giou"
+    # weight of the box loss; retinanet: 1 (FCOS, torchvision, detectron2: 1). Source: Zhang et al. 2020 (code)
+    box_weight: float = Field(2.0, gt=0)
+    # weigh the box losses of an image's positives by their centerness; retinanet: false. Source: Tian et al. 2019 (code)
+    weigh_by_centerness: bool = True
+    # what an image's losses are divided by. measure: the mean number of positives per image of data.train, found when
+    # the run starts; a number: that mean; image: the image's own number (torchvision's RetinaNet)
+    positives: Positive | Literal["measure", "image"] = "measure"
+    # score that a class starts with everywhere. Source: Lin et al. 2017, 4.1
+    prior: float = Field(0.01, gt=0, lt=1)
+    pre_nms: int = Field(1000, ge=1, le=100_000)  # candidates per level before NMS. Source: Lin et al. 2017, section 4
+    score_threshold: float = Field(0.05, ge=0, le=1)  # lowest score of a detection. Source: Lin et al. 2017, section 4
+    # IoU above which NMS drops a detection of the same class; retinanet: 0.5. Source: Zhang et al. 2020 (code)
+    nms_threshold: float = Field(0.6, gt=0, le=1)
+    # largest number of detections. Source: Zhang et al. 2020 (code)
+    detections_per_image: int = Field(100, ge=1, le=100_000)
+
+    @property
+    def kinds(self) -> int:
+        """Number of anchors per cell."""
+        return len(self.scales) * len(self.aspect_ratios)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_positives(cls, values: object) -> object:
+        positives = values.get("positives") if isinstance(values, dict) else None
+        is_number = isinstance(positives, int | float) and not isinstance(positives, bool) and 0 < positives < math.inf
+        if positives is not None and not is_number and positives not in ("measure", "image"):
+            raise ValueError(f"positives: got {positives!r}; expected measure, image or a positive number")
+        return values
+
+    @model_validator(mode="after")
+    def _anchors_are_told_apart(self) -> "DenseConfig":
+        if self.kinds > 16:
+            raise ValueError(f"{self.kinds} anchors per cell (scales x aspect_ratios); expected at most 16")
+        if self.assign == "center" and self.kinds > 1:
+            raise ValueError(f"assign: center needs one anchor per cell, got {self.kinds} (scales x aspect_ratios)")
+        if self.negative_iou > self.positive_iou:
+            raise ValueError(f"negative_iou: {self.negative_iou:g} is above positive_iou: {self.positive_iou:g}")
+        return self
+
+
 class ClassifierConfig(Section):
     """What classifies a picture: pooling, fully connected layers, one logit per class (task: classification)."""
 
@@ -288,7 +373,9 @@ class ModelConfig(Section):
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    detector: Literal["mask_rcnn", "classifier"] = "mask_rcnn"  # kind of model; task sets it. Source: He et al. 2017
+    # kind of model: mask_rcnn; fcos and retinanet, dense detectors of boxes (masks: false); classifier, which task sets.
+    # Source: He et al. 2017
+    detector: Literal["mask_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
     neck: Literal["fpn"] = "fpn"  # turns the backbone's stages into levels. Source: Lin et al. 2017
     norm: NormConfig = NormConfig()
     masks: bool = True  # train and predict masks; false makes the model a Faster R-CNN
@@ -301,19 +388,43 @@ class ModelConfig(Section):
     rpn: RPNConfig = RPNConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+    dense: DenseConfig = DenseConfig()
     classifier: ClassifierConfig = ClassifierConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _conventions_are_defaults(cls, values: object) -> object:
-        if isinstance(values, dict) and isinstance(values.get("compat"), str) and values["compat"] in PRESETS:
-            return beneath(PRESETS[values["compat"]], values)
+        for option, defaults in (("compat", PRESETS), ("detector", DETECTOR_DEFAULTS)):
+            name = values.get(option) if isinstance(values, dict) else None
+            if isinstance(values, dict) and isinstance(name, str) and name in defaults:
+                values = beneath(defaults[name], values)
         return values
+
+    @model_validator(mode="after")
+    def _a_dense_detector_has_boxes_only(self) -> "ModelConfig":
+        if self.is_dense and self.masks:
+            raise ValueError(f"masks: detector: {self.detector} finds boxes only; expected model.masks=false")
+        if self.detector == "fcos" and (self.dense.kinds > 1 or self.dense.box_loss == "l1"):
+            raise ValueError(
+                f"dense: fcos has one anchor per cell and box_loss: giou, got {self.dense.kinds} (scales x aspect_ratios) "
+                f"and {self.dense.box_loss}; detector: retinanet takes others"
+            )
+        return self
 
     def part_norms(self) -> dict[str, NormConfig]:
         """Return the norm of each part: its own, or model.norm."""
-        parts = ("backbone", "fpn", "rpn", "box_head", "mask_head")
+        parts = ("backbone", "fpn", "rpn", "box_head", "mask_head", "dense")
         return {part: getattr(self, part).norm or self.norm for part in parts}
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model detects at every cell of the pyramid, without regions."""
+        return self.detector in ("fcos", "retinanet")
+
+    @property
+    def final_head(self) -> str:
+        """The section whose score_threshold, nms_threshold and detections_per_image choose the detections."""
+        return "dense" if self.is_dense else "box_head"
 
     @property
     def mask_paste(self) -> Literal["exact", "rounded", "detectron"]:
@@ -323,7 +434,7 @@ class ModelConfig(Section):
     @property
     def region_heads(self) -> tuple[str, ...]:
         """The sections of the region heads, in the order they run."""
-        if self.detector == "classifier":
+        if self.detector == "classifier" or self.is_dense:
             return ()
         return ("box_head", "mask_head") if self.masks else ("box_head",)
 
@@ -332,7 +443,7 @@ class ModelConfig(Section):
         """The parts of the model: sections of this config, and prefixes of its tensors' names."""
         if self.detector == "classifier":
             return ("backbone", "classifier")
-        return ("backbone", "fpn", "rpn", *self.region_heads)
+        return ("backbone", "fpn", "dense") if self.is_dense else ("backbone", "fpn", "rpn", *self.region_heads)
 
     @property
     def normed_parts(self) -> tuple[str, ...]:
@@ -343,16 +454,18 @@ class ModelConfig(Section):
     @property
     def max_positives(self) -> int:
         """The largest number of positive regions per image in training."""
-        return int(self.box_head.regions_per_image * self.box_head.positive_fraction)
+        return 0 if self.is_dense else int(self.box_head.regions_per_image * self.box_head.positive_fraction)
 
     @property
     def detection_limits(self) -> tuple[float, int]:
         """The lowest score of a detection, and the largest number of detections per image."""
-        return self.box_head.score_threshold, self.box_head.detections_per_image
+        head = getattr(self, self.final_head)
+        return head.score_threshold, head.detections_per_image
 
     def with_score_threshold(self, threshold: float) -> "ModelConfig":
         """Return the config of the same model whose detections have at least this score."""
-        return self.model_copy(update={"box_head": self.box_head.model_copy(update={"score_threshold": threshold})})
+        head = getattr(self, self.final_head).model_copy(update={"score_threshold": threshold})
+        return self.model_copy(update={self.final_head: head})
 
     def batch_coupling(self) -> str | None:
         """Return in words what first makes an image's result depend on its batch; None if nothing does."""
@@ -361,14 +474,15 @@ class ModelConfig(Section):
             key = f"model.{part}.norm" if getattr(self, part).norm else "model.norm"
             if norms[part].mixes_images:
                 return f"{key}.kind: {norms[part].kind} takes its statistics over all images that are computed at once"
-            if not norms[part].masked and part in ("backbone", "fpn", "rpn"):
+            if not norms[part].masked and part in ("backbone", "fpn", "rpn", "dense"):
                 return f"{key}.padding: plain includes the padding around a picture, which depends on its batch"
-        if "rpn" not in self.parts:
+        part = next((part for part in ("rpn", "dense") if part in self.parts), None)
+        if part is None:
             return None
-        if self.rpn.anchors_in_padding:
-            return "model.rpn.anchors_in_padding: true proposes regions in the padding, which depends on the batch"
-        if self.rpn.anchor_stride == "canvas":
-            return "model.rpn.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
+        if getattr(self, part).anchors_in_padding:
+            return f"model.{part}.anchors_in_padding: true places anchors in the padding, which depends on the batch"
+        if getattr(self, part).anchor_stride == "canvas":
+            return f"model.{part}.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
         return None
 
 

@@ -1,12 +1,15 @@
-"""Anchors of a cell and of a feature map, and the integer ids that identify them.
+"""Anchors of a cell, of a feature map and of a pyramid, and the integer ids that identify them.
 
-A anchors per cell, (H, W) map."""
+A anchors per cell, L levels, (H, W) map."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from gndet.modeling.norms.valid_area import ValidAreas
+from gndet.structures import Anchors
 
 AnchorStyle = Literal["exact", "rounded", "detectron"]
 
@@ -45,3 +48,25 @@ def cell_ids(level: int, height: int, width: int, num_anchors: int, device: torc
     row = torch.arange(first, first + (height << 16), 1 << 16, device=device)[:, None, None]
     column = torch.arange(0, width << 4, 1 << 4, device=device)[:, None]
     return (row + (column + torch.arange(num_anchors, device=device))).flatten()
+
+
+def pyramid_anchors(
+    cells: Tensor, strides: Sequence[int], features: Sequence[Tensor], areas: ValidAreas, canvas: Sequence[int], *,
+    in_padding: bool, by_canvas: bool,
+) -> Anchors:  # fmt: skip
+    """Return the anchors of maps L x (B, C, H, W).
+
+    cells (L, A, 4): the anchors of each level's first cell; areas: of the pictures, by stride; canvas (height, width).
+    in_padding: anchors in the padding count as inside.  by_canvas: space them by canvas side // map side, as torchvision
+    does, which is not the stride if the stride does not divide the canvas.
+    """
+    anchors = Anchors([], [], [])
+    for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        num_images, _, height, width = feature.shape
+        area, kinds = None if in_padding else areas[stride], cells.shape[1]
+        valid = feature.new_ones(num_images, height * width, dtype=torch.bool) if area is None else area.mask.flatten(1)
+        steps = (canvas[0] // height, canvas[1] // width) if by_canvas else (stride, stride)
+        anchors.boxes.append(level_anchors(cells[level].float(), steps, height, width))
+        anchors.ids.append(cell_ids(level, height, width, kinds, feature.device))
+        anchors.inside.append(valid[:, :, None].expand(*valid.shape, kinds).flatten(1))
+    return anchors

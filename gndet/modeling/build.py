@@ -11,6 +11,8 @@ from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.classifier import ClassHead, Classifier
+from gndet.modeling.dense import DenseDetector
+from gndet.modeling.dense_head import DenseHead
 from gndet.modeling.detection_model import DetectionModel, RegionHead
 from gndet.modeling.fpn import FPN
 from gndet.modeling.image_model import ImageModel
@@ -47,6 +49,16 @@ def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
     return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
 
 
+def _dense(cfg: ModelConfig, num_classes: int) -> DenseDetector:
+    """Build an FCOS or a RetinaNet."""
+    norms, backbone, distances = cfg.part_norms(), _backbone(cfg), cfg.detector == "fcos"
+    with _part_in_errors("fpn"):
+        neck = NECKS[cfg.neck](cfg.fpn, norms["fpn"], backbone.channels, finest=3)
+    with _part_in_errors("dense"):
+        head = DenseHead(cfg.dense, norms["dense"], neck.channels, neck.strides, num_classes, distances=distances)
+    return DenseDetector(backbone, neck, head, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
+
+
 def _classifier(cfg: ModelConfig, num_classes: int) -> Classifier:
     """Build a classifier."""
     backbone = _backbone(cfg)
@@ -61,6 +73,8 @@ def _backbone(cfg: ModelConfig) -> Any:
 
 DETECTORS: dict[str, Callable[[ModelConfig, int], ImageModel]] = {  # model.detector
     "mask_rcnn": _mask_rcnn,
+    "fcos": _dense,
+    "retinanet": _dense,
     "classifier": _classifier,
 }
 

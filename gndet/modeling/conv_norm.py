@@ -70,7 +70,7 @@ def standardized_once(model: nn.Module, each: Callable[..., Iterable[Tensor]] = 
 class ConvNorm(nn.Module):
     """Convolution, norm and, by default, ReLU.
 
-    The convolution has a bias only if no norm follows.
+    The convolution has a bias only if no norm follows.  bias: it has one in any case (FCOS's heads).
     relu: whether an activation follows the norm at once.  adds: whether `forward` gets a residual instead, which is
     added before the activation.  FRN's TLU replaces ReLU in both cases, as in Wu's ResNet-50 with FRN (the paper's
     ResNets have no activation after the addition).  EvoNorm-S0 is its own activation, so it stands only where relu is
@@ -84,11 +84,11 @@ class ConvNorm(nn.Module):
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True,
-        adds: bool = False, regions: bool = False, cheap: bool | None = None, groups: int = 1,
+        adds: bool = False, regions: bool = False, cheap: bool | None = None, groups: int = 1, bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
-        bias = norm.kind == "none"
+        bias = bias or norm.kind == "none"
         self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.norm = make_norm(norm, out_channels) if relu or not norm.activates else Affine(out_channels, norm.masked)
         self.tlu = ThresholdLinear(out_channels, norm.masked) if norm.learns_threshold and (relu or adds) else None
@@ -137,6 +137,7 @@ class ConvNorm(nn.Module):
         if not isinstance(norm, FrozenBatchNorm | nn.BatchNorm2d) or takes_its_own:
             return None
         scale, shift = stored_map(norm)
+        shift = shift if self.conv.bias is None else shift + scale * self.conv.bias
         return self.weight() * scale[:, None, None, None], shift
 
     def convolve(self, x: Tensor) -> Tensor:

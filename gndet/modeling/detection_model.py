@@ -12,19 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gndet.modeling.image_model import ImageModel
-from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.ops.roi_align import Pyramid
-from gndet.structures import Batch, Detections, Regions, Step
+from gndet.structures import Batch, Detections, Regions
 
 PROBED_REGIONS = 64  # per image, that `probe` runs through the heads
 
 
 class DetectionModel(ImageModel):
     """A detector: a backbone, a neck, and the parts that work on the neck's levels."""
-
-    @abstractmethod
-    def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
-        """Run the training forward pass after `features`; return each image's losses and what was sampled."""
 
     @abstractmethod
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:

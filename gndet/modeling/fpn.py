@@ -1,4 +1,7 @@
-"""Feature pyramid network (Lin et al. 2017): C2..C5 to P2..P6. B images, C channels."""
+"""Feature pyramid network (Lin et al. 2017): C2..C5 to P2..P6, or to P3..P7 for dense detectors. B images, C channels.
+
+Batch independence: each level is cleared in the padding before a convolution reads it, if the norm is masked.
+"""
 
 from collections.abc import Sequence
 
@@ -10,21 +13,29 @@ from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
 from gndet.modeling.recompute import tower
 
-LEVELS = (2, 3, 4, 5)
+LEVELS = (2, 3, 4, 5)  # of the backbone
 
 
 class FPN(nn.Module):
-    """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path; P6 is P5 subsampled by 2."""
+    """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path, and what lies above P5.
 
-    strides = (4, 8, 16, 32, 64)
+    finest 2 (Lin et al. 2017): P2..P5, and P6, which is P5 subsampled by 2.  finest 3 (Lin et al. 2017, "Focal Loss"):
+    P3..P5, P6 by a 3x3 convolution with stride 2 of P5 or C5 (cfg.p6), and P7 by another one after a ReLU, without norms.
+    """
 
-    def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
+    def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int], finest: int = 2) -> None:
         super().__init__()
         conv = conv_factory(norm)
-        self.channels, self.masked = cfg.channels, norm.masked
-        for level, channels in zip(LEVELS, in_channels, strict=True):
-            self.add_module(f"lateral{level}", conv(channels, cfg.channels, 1, relu=False))
+        self.channels, self.masked, self.finest = cfg.channels, norm.masked, finest
+        self.levels, self.strides = LEVELS[finest - 2 :], tuple(2**level for level in range(finest, finest + 5))
+        for level in self.levels:
+            self.add_module(f"lateral{level}", conv(in_channels[level - 2], cfg.channels, 1, relu=False))
             self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False))
+        self.from_c5 = cfg.p6 == "c5"
+        if finest == 3:
+            bare = conv_factory(NormConfig(kind="none", padding="masked" if norm.masked else "plain"))
+            self.p6 = bare(in_channels[-1] if self.from_c5 else cfg.channels, cfg.channels, 3, stride=2, relu=False)
+            self.p7 = bare(cfg.channels, cfg.channels, 3, stride=2, relu=False)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Xavier over fan-in, as Caffe2's XavierFill
@@ -32,16 +43,19 @@ class FPN(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
-        """Map C2..C5 (B, C, H/s, W/s) to P2..P6 (B, channels, H/s, W/s); areas: of the pictures, by stride."""
+        """Map C2..C5 (B, C, H/s, W/s) to the levels of `strides` (B, channels, H/s, W/s); areas: by stride."""
         top = None
         outputs: list[Tensor] = []
-        for level, feature in reversed(list(zip(LEVELS, features, strict=True))):
+        for level in reversed(self.levels):
             area = areas[2**level]
-            x = tower([getattr(self, f"lateral{level}")], feature, [area])
+            x = tower([getattr(self, f"lateral{level}")], features[level - 2], [area])
             if top is not None:
                 upsampled = F.interpolate(top, scale_factor=2.0, mode="nearest")
                 x = x + upsampled[:, :, : x.shape[2], : x.shape[3]]
                 x = clear_padding(x, area) if self.masked else x
             top = x
             outputs.insert(0, tower([getattr(self, f"output{level}")], x, [area]))
-        return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]
+        if self.finest == 2:
+            return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]
+        p6 = self.p6(features[-1] if self.from_c5 else outputs[-1], areas[64])
+        return [*outputs, p6, self.p7(F.relu(p6), areas[128])]

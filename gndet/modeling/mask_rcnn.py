@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gndet.modeling.conv_norm import choose_ways
 from gndet.modeling.detection_model import PROBED_REGIONS, DetectionModel, RegionHead
-from gndet.modeling.fpn import FPN, LEVELS
+from gndet.modeling.fpn import FPN
 from gndet.modeling.image_model import Choices, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.modeling.resnet import ResNet
@@ -135,7 +135,7 @@ class MaskRCNN(DetectionModel):
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
         self.backbone.choose_convolutions(shortest_edge)
-        for level in LEVELS:
+        for level in self.fpn.levels:
             choose_ways(self.fpn.get_submodule(f"output{level}"), shortest_edge / 2**level)
         for part in self.after_features():  # they see maps of all sizes or many regions
             choose_ways(part, max(shortest_edge / self.strides[1], REGION))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import NormConfig, RPNConfig
-from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
+from gndet.modeling.anchors import cell_anchors, pyramid_anchors
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.modeling.recompute import recomputed, tower
@@ -62,20 +62,9 @@ class RPN(nn.Module):
 
     def anchors(self, features: Sequence[Tensor], areas: ValidAreas, canvas: Sequence[int]) -> Anchors:
         """Return the anchors of maps L x (B, C, H, W); areas: of the pictures, by stride; canvas (height, width)."""
-        cfg, anchors = self.cfg, Anchors([], [], [])
-        for level, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            num_images, _, height, width = feature.shape
-            area = None if cfg.anchors_in_padding else areas[stride]
-            cells = (
-                feature.new_ones(num_images, height * width, dtype=torch.bool) if area is None else area.mask.flatten(1)
-            )
-            steps = (stride, stride)
-            if cfg.anchor_stride == "canvas":  # torchvision's: not 64 on P6 if 64 does not divide the canvas
-                steps = (canvas[0] // height, canvas[1] // width)
-            anchors.boxes.append(level_anchors(self.cells[level].float(), steps, height, width))
-            anchors.ids.append(cell_ids(level, height, width, self.num_anchors, feature.device))
-            anchors.inside.append(cells[:, :, None].expand(*cells.shape, self.num_anchors).flatten(1))
-        return anchors
+        cfg, by_canvas = self.cfg, self.cfg.anchor_stride == "canvas"  # torchvision's: not 64 on P6 of every canvas
+        where = self.cells, self.strides, features, areas, canvas
+        return pyramid_anchors(*where, in_padding=cfg.anchors_in_padding, by_canvas=by_canvas)
 
     @torch.no_grad()
     def sample_anchors(self, anchors: Anchors, batch: Batch) -> AnchorSample:

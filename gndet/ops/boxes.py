@@ -29,6 +29,25 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return intersection.div_((area_a + area_b).sub_(intersection).clamp_(min=1e-6))
 
 
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of boxes a and b (..., 4), broadcastable, pair by pair; empty boxes give 0."""
+    intersection, union = overlap(a, b)
+    return intersection / union.clamp(min=1e-6)
+
+
+def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the areas (...) of intersection and union of boxes a and b (..., 4), broadcastable, pair by pair."""
+    width, height = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(-1)
+    (aw, ah), (bw, bh) = ((box[..., 2:] - box[..., :2]).clamp(min=0).unbind(-1) for box in (a, b))
+    intersection = width * height
+    return intersection, aw * ah + bw * bh - intersection
+
+
+def centers(boxes: Tensor) -> Tensor:
+    """Return the centers (..., 2) of boxes (..., 4)."""
+    return (boxes[..., :2] + boxes[..., 2:]) / 2
+
+
 def clip_boxes(boxes: Tensor, sizes: Tensor, *, to_pixels: bool = False) -> Tensor:
     """Limit boxes to their picture.
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gndet.ops.boxes import overlap
 from gndet.ops.torchvision_ops import operators
 
 _roi_align = operators().roi_align  # also if algorithms must be deterministic: only gradients are not
@@ -26,6 +27,25 @@ def smooth_l1(difference: Tensor, beta: float) -> Tensor:
     """Compute smooth L1 (Girshick 2015, eq. 3) with its transition at beta; beta 0 is L1.  Same shape."""
     size = difference.abs()
     return size if beta == 0 else torch.where(size < beta, size.square() / (2 * beta), size - beta / 2)
+
+
+def focal_loss(logits: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Compute the focal loss (Lin et al. 2017, "Focal Loss", eq. 5) of logits for targets bool.  Same shape.
+
+    alpha weighs positives, 1 - alpha negatives; gamma: how much less an easy example counts.
+    """
+    signed = torch.where(targets, logits, -logits)  # of the true answer
+    weight = torch.where(targets, alpha, 1 - alpha)
+    return -weight * torch.sigmoid(-signed).pow(gamma) * F.logsigmoid(signed)
+
+
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Compute 1 - GIoU (Rezatofighi et al. 2019, algorithm 1) of boxes and targets (..., 4), pair by pair; (...)."""
+    intersection, union = overlap(boxes, targets)
+    hull = torch.maximum(boxes[..., 2:], targets[..., 2:]) - torch.minimum(boxes[..., :2], targets[..., :2])
+    area = hull[..., 0] * hull[..., 1]
+    tiny = 1e-7  # as in torchvision and in ATSS's code
+    return 1 - intersection / (union + tiny) + (area - union) / (area + tiny)
 
 
 def mask_targets(masks: Tensor, gt_boxes: Tensor, boxes: Tensor, size: int, *, soft: bool = False) -> Tensor:

@@ -28,7 +28,8 @@ from gndet.weights.policy import (
     reference_norms,
     with_policy,
 )
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
+from gndet.weights.positives import with_positives
+from gndet.weights.read import BACKGROUND, STEM, Source, class_rows, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
@@ -37,6 +38,7 @@ SHAPING = (  # options of `model` that decide the shapes; an error about shapes 
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     "box_head.norm_last",
     *("mask_head.num_convs", "mask_head.channels"),
+    *("detector", "fpn.p6", "dense.num_convs", "dense.conv_bias", "dense.scales", "dense.aspect_ratios", "dense.quality"),
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
@@ -45,16 +47,20 @@ CONVENTIONS = (  # (a part in the file, an option of `model` that changes what i
     ("rpn", "rpn.anchors"),
     ("box_head", "box_head.roi_align"),
     ("mask_head", "mask_head.roi_align"),
+    ("dense", "detector"),
+    ("dense", "dense.anchors"),
+    ("dense", "dense.offset"),
 )
-PADDED = ("backbone", "fpn", "rpn")  # parts that see whole pictures, including the padding
-NOTED = (("rpn", "rpn.anchor_sizes"), ("rpn", "rpn.anchor_stride"))  # differences to report, not to refuse
+PADDED = ("backbone", "fpn", "rpn", "dense")  # parts that see whole pictures, including the padding
+# differences to report, not to refuse
+NOTED = tuple((part, f"{part}.{name}") for part in ("rpn", "dense") for name in ("anchor_sizes", "anchor_stride"))
 
 
 class InitialModel(NamedTuple):
     """A model to train, and where its weights come from."""
 
     model: ImageModel
-    cfg: Config  # norm_policy: hybrid has changed the norm of parts
+    cfg: Config  # norm_policy: hybrid has changed the norm of parts; model.dense.positives has become a number
     notes: list[str]  # the lines of the report
     fates: dict[str, Fate]  # what became of each norm layer that is in the file; the others are new
 
@@ -70,8 +76,8 @@ def initial_model(
 ) -> InitialModel:
     """Build the model that training starts with: initialized from cfg.seed, then, if load, from train.weights.
 
-    classes: in the order of the labels.  images: training images, to fit on (norm_policy: calibrate) and to measure any
-    conversion on.  source: the content of train.weights, if it has been read already.  measure: False to skip fitting
+    classes: in the order of the labels.  images: training images, to fit on (norm_policy: calibrate), to measure any
+    conversion on, and to count the positives of a dense detector (model.dense.positives: measure).  source: the content of train.weights, if it has been read already.  measure: False to skip fitting
     and measuring, if rank 0 does both and broadcasts the weights, or if only the layers matter.
     Raises ConfigError (also for frozen random stages), CheckpointError, DataError; never returns a half-loaded model.
     """
@@ -85,12 +91,14 @@ def initial_model(
     else:
         source = source or read_source(cfg.train.weights, cfg.train.source)
         cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
+    cfg, counted = (cfg, []) if images is None or not load else with_positives(cfg, images)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
         model = build_model(cfg.model, len(classes))
     if source is None:
-        return InitialModel(model, cfg, [], {})
+        return InitialModel(model, cfg, counted, {})
     notes, fates = load_weights(model, source, classes, cfg)
+    notes = [*counted, *notes]
     references = {} if cfg.train.norm_policy == "reinit" else reference_norms(source, model, cfg.model)
     if measure and references:
         fates, report = measure_norms(model, references, fates, cfg, images, pyramid="fpn" in source.parts)
@@ -115,7 +123,7 @@ def load_weights(
         state[STEM] = state[STEM] * scale[:, None, None]
     model_state, known = model.state_dict(), source.classes or ()
     carried = [(classes.index(name), known.index(name)) for name in classes if name in known]
-    fitting, wrong = _fitting(model_state, state, source, fates, carried)
+    fitting, wrong = _fitting(model_state, state, source, fates, carried, cfg.model)
     if wrong:
         cause = _differences(SHAPING, source.model, cfg.model) or [
             "unknown: the options that decide the shapes are the same; was the file edited or cut short?"
@@ -125,7 +133,7 @@ def load_weights(
     notes = [*source.notes, *_compare_conventions(source, cfg)]
     model.load_state_dict(model_state | fitting)
     anew = [key for key in model_state if key not in fitting and not key.endswith(COUNTER)]
-    return [*notes, *_report(fitting, anew, _unused(model_state, state), classes, source)], fates
+    return [*notes, *_report(fitting, anew, _unused(model_state, state), classes, source, cfg.model)], fates
 
 
 def _fitting(
@@ -134,6 +142,7 @@ def _fitting(
     source: Source,
     fates: dict[str, Fate],
     carried: Sequence[tuple[int, int]],
+    model: ModelConfig,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors to load over the model's own, and a line for each that does not fit.
 
@@ -158,7 +167,7 @@ def _fitting(
             if part in held and not key.endswith(COUNTER) and key not in free:
                 wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
             continue
-        rows, expected = CLASS_ROWS.get(layer, 0), tuple(tensor.shape)
+        rows, expected = class_rows(layer, model), tuple(tensor.shape)
         if rows:
             expected = (source.num_classes * rows + (layer == BACKGROUND), *tensor.shape[1:])
         if state[key].shape != expected:
@@ -188,10 +197,11 @@ def _with_rows(model_tensor: Tensor, file_tensor: Tensor, rows: int, carried: Se
 
 
 def _report(
-    fitting: dict[str, Tensor], anew: list[str], unused: list[str], classes: Sequence[str], source: Source
-) -> list[str]:
+    fitting: dict[str, Tensor], anew: list[str], unused: list[str], classes: Sequence[str], source: Source,
+    model: ModelConfig,
+) -> list[str]:  # fmt: skip
     """List what was loaded, by part and by class, and everything that was not loaded."""
-    by_class = [key for key in fitting if key.rpartition(".")[0] in CLASS_ROWS]
+    by_class = [key for key in fitting if class_rows(key.rpartition(".")[0], model)]
     counts = Counter(key.partition(".")[0] for key in fitting if key not in by_class)
     known = source.classes or ()
     names = {

@@ -14,10 +14,11 @@ from gndet.config.schema import Config, ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.trained import model_without_memory, read_trained
 
-PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head", "classifier")  # parts that a file may hold
+PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head", "dense", "classifier")  # parts that a file may hold
 STEM = "backbone.stem.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1, "classifier.logits": 1}  # rows per class
+DENSE = "dense.cls_logits"  # this layer has a row per class and anchor of a cell
 
 
 class Source(NamedTuple):
@@ -78,6 +79,11 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
         [f"loaded {trained.path}, group {trained.group}, update {meta.get('update', 'unknown')}"], [],
         trained.config, trained.category_ids or None,
     )  # fmt: skip
+
+
+def class_rows(layer: str, model: ModelConfig) -> int:
+    """Return how many rows of a layer's tensors belong to a class; 0 for a layer without classes."""
+    return model.dense.kinds if layer == DENSE else CLASS_ROWS.get(layer, 0)
 
 
 def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ...]:

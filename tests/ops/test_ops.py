@@ -5,8 +5,8 @@ import torch
 import torchvision
 
 from gndet.ops import matching, torchvision_ops
-from gndet.ops.boxes import clip_boxes, decode, encode, pairwise_iou
-from gndet.ops.losses import mask_targets, mean_per_image, smooth_l1
+from gndet.ops.boxes import clip_boxes, decode, encode, paired_iou, pairwise_iou
+from gndet.ops.losses import focal_loss, giou_loss, mask_targets, mean_per_image, smooth_l1
 from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
 from gndet.ops.noise import Stream, hash_ints, uniform
 from gndet.ops.roi_align import Pyramid, extend_edges, pyramid_level, roi_align_pyramid
@@ -25,6 +25,34 @@ def test_iou_equals_torchvision() -> None:
     a, b = random_boxes(2, 7), random_boxes(2, 30, seed=1)
     expected = torch.stack([torchvision.ops.box_iou(x, y) for x, y in zip(a, b, strict=True)])
     torch.testing.assert_close(pairwise_iou(a, b), expected)
+
+
+def test_the_iou_of_pairs_is_that_of_all_pairs() -> None:
+    a, b = random_boxes(2, 7), random_boxes(2, 30, seed=1)
+    torch.testing.assert_close(paired_iou(a[:, :, None], b[:, None]), pairwise_iou(a, b))
+    assert paired_iou(torch.zeros(4), torch.zeros(4)) == 0
+
+
+def test_focal_loss_and_giou_loss_with_their_gradients_equal_torchvision_s() -> None:
+    logits = (4 * torch.randn(3, 50, dtype=torch.float64)).requires_grad_()
+    targets = torch.rand(3, 50) < 0.3
+    boxes = random_boxes(2, 60).double().requires_grad_()  # some pairs do not overlap
+    objects = random_boxes(2, 60, seed=1).double()
+    for ours, theirs, x in (
+        (focal_loss(logits, targets, 0.25, 2.0), torchvision.ops.sigmoid_focal_loss(logits, targets.double()), logits),
+        (giou_loss(boxes, objects), torchvision.ops.generalized_box_iou_loss(boxes, objects), boxes),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+        gradients = [torch.autograd.grad(loss.sum(), x)[0] for loss in (ours, theirs)]
+        torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-10)
+
+
+def test_focal_loss_stays_finite_for_extreme_logits() -> None:
+    logits = torch.tensor([-1e4, 1e4, -1e4, 1e4], requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([True, True, False, False]), 0.25, 2.0)
+    torch.testing.assert_close(loss, torch.tensor([2500.0, 0, 0, 7500]))
+    loss.sum().backward()
+    assert logits.grad.isfinite().all()
 
 
 def test_empty_and_inverted_boxes_overlap_nothing() -> None:

@@ -19,7 +19,7 @@ from gndet.training.update import to_device
 
 COSINE = 1e-9  # limit of 1 - cosine; float64 rounding alone stays below it
 RELATIVE = 1e-6  # the same for the relative difference
-STRIDES = (2, 4, 8, 16, 32, 64)  # of the network's maps; a map is ceil(canvas / stride) high
+STRIDES = (2, 4, 8, 16, 32, 64, 128)  # of the network's maps; a map is ceil(canvas / stride) high
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Difference:
 class Signs(NamedTuple):
     """Where each ReLU is open, in packed bits."""
 
-    maps: list[np.ndarray]  # of backbone and RPN, inside the picture
+    maps: list[np.ndarray]  # of backbone and RPN or dense head, inside the picture
     regions: list[np.ndarray]  # of the box head, for the sampled regions
 
 

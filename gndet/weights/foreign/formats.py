@@ -47,6 +47,9 @@ FACTS = {
         "maskrcnn-benchmark", True, CAFFE_MEAN, NO_STD, True, True, "detectron", frozen_eps=0.0
     ),
 }
+# torchvision's weights whose frozen BN has eps 0, as files and by name
+RCNN_V1 = r"(maskrcnn|fasterrcnn)_resnet50_fpn_coco-|(Mask|Faster)RCNN_ResNet50_FPN_W.*V1"
+RETINANET_V1 = r"retinanet_resnet50_fpn_coco-|RetinaNet_ResNet50_FPN_W.*V1"
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
 MARKS = (  # (start of a key, format); the first that fits decides
     ("backbone.bottom_up.", "detectron2"),
@@ -82,6 +85,11 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             lambda match: f"roi_heads.mask_head.{int(match[1]) - 1}.0.{match[2]}",
         ),
     )
+    if "head.regression_head.bbox_ctrness.weight" not in tensors:  # not an FCOS, whose towers are plain sequences
+        rules = (*rules, (
+            r"^(head\.(?:classification|regression)_head\.conv)\.(\d)\.(weight|bias)$",
+            lambda match: f"{match[1]}.{int(match[2]) // 2}.0.{match[3]}",
+        ))  # fmt: skip
     result = {}
     for key, tensor in tensors.items():
         for pattern, new in rules:
@@ -209,7 +217,8 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
     tree: dict[str, Any] = {
         "backbone": {"depth": depth, "stride_in_1x1": depth >= 50 and in_1x1, "norm": backbone_norm}
     }
-    finest = {"L": 2, "l": 0, "u": 1, "last": BLOCKS[depth][0] - 1}
+    is_dense = reader.weight("dense_cls") is not None
+    finest = {"L": 2 + is_dense, "l": 0, "u": 1, "last": BLOCKS[depth][0] - 1}
     lateral, objectness = reader.weight("lateral", **finest), reader.weight("objectness")
     if lateral is not None:
         tree["fpn"] = {"channels": len(lateral), "norm": reader.norm("lateral", **finest)}
@@ -222,9 +231,10 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
         if cfg.anchor_sizes:
             tree["rpn"]["anchor_sizes"] = cfg.anchor_sizes
     tree |= _heads(reader)
+    tree |= _dense(reader, tree["fpn"]) if is_dense and "fpn" in tree else {}
     parts = tuple(tree)
     eps = cfg.norm_eps
-    if eps is None and re.match(r"(maskrcnn|fasterrcnn)_resnet50_fpn_coco-|(Mask|Faster)RCNN_ResNet50_FPN_W.*V1", name):
+    if eps is None and re.match(f"{RCNN_V1}|{RETINANET_V1}", name):
         eps = 0.0  # torchvision sets it for these weights (overwrite_eps)
     for section in tree.values():
         kind = section["norm"]
@@ -236,7 +246,42 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
         }  # fmt: skip
     tree |= {"compat": facts.compat, "pixel_mean": facts.mean, "pixel_std": facts.std, "masks": "mask_head" in parts}
     tree["norm"] = tree["backbone"]["norm"]
+    if is_dense:
+        tree["detector"] = "retinanet" if reader.weight("quality") is None else "fcos"
     return ModelConfig.model_validate(tree), parts
+
+
+def _dense(reader: Reader, fpn: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the config section of a dense detector's head, and note in that of the pyramid what P6 is made from.
+
+    Raises CheckpointError for other anchors than RetinaNet's 9 per cell and FCOS's one.
+    """
+    is_fcos = reader.weight("quality") is not None
+    conv = "fcos_classification" if is_fcos else "retinanet_classification"
+    numbers = [{"n": n, "e": 2 * n, "x": 3 * n, "x1": 3 * n + 1} for n in range(16)]
+    norm = reader.norm(conv, **numbers[0])
+    convs = [place for place in numbers if _named(reader, conv, norm, place) in reader.tensors]
+    boxes, p6 = reader.weight("dense_boxes"), reader.weight("p6")
+    kinds, expected = 0 if boxes is None else len(boxes) // 4, 1 if is_fcos else 9
+    if kinds != expected:
+        raise CheckpointError(f"{reader.path}: {kinds} anchors per cell, expected {expected}")
+    if p6 is not None:
+        fpn["p6"] = "p5" if p6.shape[1] == fpn["channels"] else "c5"
+    section: dict[str, Any] = {"num_convs": max(len(convs), 1), "norm": norm}
+    bias = _named(reader, conv, norm, numbers[0]).removesuffix("weight") + "bias"
+    section["conv_bias"] = norm == "none" or bias in reader.tensors
+    if is_fcos:  # torchvision's
+        section |= {"assign": "center", "score_threshold": 0.2}
+    elif reader.format == "torchvision":  # v2 has GN in the heads
+        section |= {"box_loss": "l1" if norm == "none" else "giou", "detections_per_image": 300}
+    return {"dense": section}
+
+
+def _named(reader: Reader, layer: str, norm: str, numbers: dict[str, int]) -> str:
+    """Return the key of the weight of a convolution that is followed by a norm of that kind."""
+    names = reader.names[layer]
+    assert isinstance(names, ConvNames)
+    return (names.conv if norm != "none" or names.bare is None else names.bare).format(**numbers) + ".weight"
 
 
 def _depth(reader: Reader) -> int:

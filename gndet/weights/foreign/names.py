@@ -2,7 +2,7 @@
 
 Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
 abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number in a stage, n = 0.. and m = 1.. a layer
-of a head, x = 3 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or "gn".
+of a head, x = 3 n, e = 2 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or "gn".
 """
 
 import itertools
@@ -49,6 +49,7 @@ def _detectron2(prefix: str) -> dict[str, ConvNames | str]:
     return {layer: _nested(prefix + name) for layer, name in names.items()}
 
 
+TOWERS = {"classification": "cls_convs", "regression": "box_convs"}  # of a dense head
 _BOX, _MASK = "roi_heads.box_predictor.", "roi_heads.mask_head."
 # Names by layer; a format lists only the layers that its files can hold.  rpn: the only convolution, rpn_many: one of
 # several; fc: in the 2fc head, fc_after_convs: in the 4conv1fc head; top: lateral of P5, if its name differs.
@@ -63,6 +64,11 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
         "fc_after_convs": "roi_heads.box_head.{flat}", "cls_score": _BOX + "cls_score", "bbox_pred": _BOX + "bbox_pred",
         "mask_conv": _sequence(_MASK + "{n}"), "deconv": "roi_heads.mask_predictor.conv5_mask",
         "mask_logits": "roi_heads.mask_predictor.mask_fcn_logits",
+        "p6": "backbone.fpn.extra_blocks.p6", "p7": "backbone.fpn.extra_blocks.p7",
+        **{f"retinanet_{kind}": _sequence(f"head.{kind}_head.conv.{{n}}") for kind in TOWERS},
+        **{f"fcos_{kind}": ConvNames(f"head.{kind}_head.conv.{{x}}", f"head.{kind}_head.conv.{{x1}}") for kind in TOWERS},
+        "dense_cls": "head.classification_head.cls_logits", "dense_boxes": "head.regression_head.bbox_reg",
+        "quality": "head.regression_head.bbox_ctrness",
     },
     "detectron2_backbone": _detectron2(""),
     "detectron2": {
@@ -75,6 +81,10 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
         "box_conv": _nested("roi_heads.box_head.conv{m}"), "fc": "roi_heads.box_head.fc{m}",
         "fc_after_convs": "roi_heads.box_head.fc{m}", "cls_score": _BOX + "cls_score", "bbox_pred": _BOX + "bbox_pred",
         "mask_conv": _nested(_MASK + "mask_fcn{m}"), "deconv": _MASK + "deconv", "mask_logits": _MASK + "predictor",
+        "p6": "backbone.top_block.p6", "p7": "backbone.top_block.p7",
+        "retinanet_classification": ConvNames("head.cls_subnet.{x}", "head.cls_subnet.{x1}", "head.cls_subnet.{e}"),
+        "retinanet_regression": ConvNames("head.bbox_subnet.{x}", "head.bbox_subnet.{x1}", "head.bbox_subnet.{e}"),
+        "dense_cls": "head.cls_score", "dense_boxes": "head.bbox_pred",
     },
     "mmdetection": {
         **_resnet("backbone.", norm="{norm}"),
@@ -159,10 +169,13 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
             if i == 0 and k == 1 and (s > 2 or depth >= 50):
                 yield "backbone", f"res{s}.{i}.shortcut", "shortcut", numbers
             yield "backbone", f"res{s}.{i}.conv{k}", "block", numbers
-    for level, count in zip(STAGES, BLOCKS[depth], strict=True):
-        numbers = {"L": level, "l": level - 2, "u": level - 1, "last": count - 1}
+    levels = list(zip(STAGES, BLOCKS[depth], strict=True))[cfg.is_dense :]
+    for number, (level, count) in enumerate(levels):
+        numbers = {"L": level, "l": number, "u": level - 1, "last": count - 1}
         yield "fpn", f"lateral{level}", "top" if level == 5 and "top" in names else "lateral", numbers
         yield "fpn", f"output{level}", "output", numbers
+    if cfg.is_dense:
+        yield from _dense_layers(cfg)
     for n in range(cfg.rpn.num_convs):
         yield "rpn", f"convs.{n}", "rpn" if cfg.rpn.num_convs == 1 else "rpn_many", {"n": n}
     yield "rpn", "objectness", "objectness", {}
@@ -180,3 +193,15 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
         yield "mask_head", f"convs.{n}", "mask_conv", {"n": n, "m": n + 1}
     yield "mask_head", "deconv", "deconv", {}
     yield "mask_head", "logits", "mask_logits", {}
+
+
+def _dense_layers(cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
+    """Yield the layers of a dense detector above the pyramid's P5, as `_layers` does."""
+    yield "fpn", "p6.conv", "p6", {}
+    yield "fpn", "p7.conv", "p7", {}
+    for (kind, convs), n in itertools.product(TOWERS.items(), range(cfg.dense.num_convs)):
+        yield "dense", f"{convs}.{n}", f"{cfg.detector}_{kind}", {"n": n, "e": 2 * n, "x": 3 * n, "x1": 3 * n + 1}
+    yield "dense", "cls_logits", "dense_cls", {}
+    yield "dense", "boxes", "dense_boxes", {}
+    if cfg.dense.quality != "none":
+        yield "dense", "quality", "quality", {}

@@ -18,10 +18,11 @@ from gndet.config.schema import ModelConfig, SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.trained import MAX_NAMED, first_few
+from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, fused_parts
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, DENSE, STEM, Source, class_rows, fused_parts
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
@@ -31,8 +32,8 @@ CATEGORY_IDS = tuple(id for id, name in enumerate(COCO_ROWS) if name not in ("__
 COCO_NAMES = tuple(COCO_ROWS[id] for id in CATEGORY_IDS)
 PREFIXES = {  # of tensors in the parts that gndet reads
     "resnet": ("conv1.", "bn1.", "layer"),
-    "torchvision": ("backbone.", "rpn.", "roi_heads."),
-    "detectron2": ("backbone.", "proposal_generator.", "roi_heads."),
+    "torchvision": ("backbone.", "rpn.", "roi_heads.", "head."),
+    "detectron2": ("backbone.", "proposal_generator.", "roi_heads.", "head."),
     "detectron2_backbone": ("stem.", "res"),
     "mmdetection": ("backbone.", "neck.", "rpn_head.", "roi_head."),
     "maskrcnn-benchmark": ("backbone.", "rpn.", "roi_heads."),
@@ -112,10 +113,11 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     unused = [key for key in tensors if key not in known]
     _complete_fused(state, model)
     fused = fused_parts(state, parts)
-    _drop_conv_biases(state, names, reader.path)
+    _drop_conv_biases(state, names, reader.path, model)
+    dense_rows.from_file(state, model.dense, format)
     if facts.bgr:
         state[STEM] = state[STEM].flip(1)
-    num_classes = _order_classes(state, format, facts, cfg)
+    num_classes = _order_classes(state, format, facts, cfg, model)
     classes, notes = _classes(num_classes, file, cfg)
     notes = [_assumptions(facts, model, parts, fused), *notes]
     if wrong := _misfits(state, model, parts, num_classes, keys):
@@ -147,17 +149,20 @@ def _refuse_unknown(reader: Reader, unused: list[str]) -> None:
         named = ", ".join(f"{key} {list(reader.tensors[key].shape)}" for key in strange[:MAX_NAMED])
         raise CheckpointError(
             f"{reader.path}: {len(strange)} tensors of parts that gndet reads have no place in its model: {named}; "
-            "expected a plain ResNet-FPN Faster or Mask R-CNN; likely cause: a variant (deformable convolutions, "
+            "expected a plain ResNet-FPN Faster or Mask R-CNN, RetinaNet or FCOS; likely cause: a variant (deformable convolutions, "
             "squeeze-and-excitation, another pyramid or head)"
         )
 
 
-def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str) -> None:
+def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str, model: ModelConfig) -> None:
     """Fold the biases of convolutions before a norm into BN's mean; Detectron's MSRA backbones have zero biases there.
+
+    Those of a dense head stay if its convolutions have biases.
 
     Raises CheckpointError if the norm is GN and the bias is not zero.
     """
-    for norm in [layer for layer in names if layer.endswith(".norm")]:
+    kept = "dense." if model.dense.conv_bias else ()
+    for norm in [layer for layer in names if layer.endswith(".norm") and not layer.startswith(kept)]:
         conv = norm.removesuffix("norm") + "conv"
         bias = state.pop(f"{conv}.bias", None)
         if bias is None or not bias.any():
@@ -167,17 +172,19 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
-def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig) -> int:
+def _order_classes(
+    state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig
+) -> int:
     """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
-    counts = {
-        layer: len(state[f"{layer}.weight"]) // n for layer, n in CLASS_ROWS.items() if f"{layer}.weight" in state
-    }
+    rows = {layer: class_rows(layer, model) for layer in (*CLASS_ROWS, DENSE)}
+    counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
     if not counts:
         return 0
-    total = counts.get(BACKGROUND, counts.get("mask_head.logits", 0) + (not facts.background_first))
+    others = counts.get("mask_head.logits", counts.get(DENSE, 0))
+    total = counts.get(BACKGROUND, others + (not facts.background_first))
     sparse = format == "torchvision" and total == len(COCO_ROWS) != len(cfg.classes or ()) + 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
-    for layer, n in CLASS_ROWS.items():
+    for layer, n in rows.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
             if key not in state:
                 continue
@@ -244,8 +251,11 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
         f"eps {norms['backbone'].eps:g}",
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
         f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
+        f"{model.detector} with {model.dense.kinds} anchor(s) per cell, P6 from {model.fpn.p6.upper()}"
+        if "dense" in parts else "",
         "box deltas by class, fc over (C, H, W)" if detects else "",
-        "background row moved from first to last" if facts.background_first else "",
+        ("background row left out" if "dense" in parts else "background row moved from first to last")
+        if facts.background_first else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]
     return ", ".join(filter(None, words))

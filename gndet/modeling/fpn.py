@@ -1,4 +1,4 @@
-"""Feature pyramid network (Lin et al. 2017): C2..C5 to P2..P6. B images, C channels."""
+"""The necks: the feature pyramid network (Lin et al. 2017), C2..C5 to P2..P6, or one level.  B images, C channels."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import FPNConfig, NormConfig
-from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.conv_norm import choose_ways, conv_factory
 from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
 from gndet.modeling.recompute import tower
 
@@ -16,7 +16,8 @@ LEVELS = (2, 3, 4, 5)
 class FPN(nn.Module):
     """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path; P6 is P5 subsampled by 2."""
 
-    strides = (4, 8, 16, 32, 64)
+    part = "fpn"  # prefix of its tensors' names
+    strides: tuple[int, ...] = (4, 8, 16, 32, 64)
 
     def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
         super().__init__()
@@ -30,6 +31,11 @@ class FPN(nn.Module):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Xavier over fan-in, as Caffe2's XavierFill
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+        for level in LEVELS:
+            choose_ways(self.get_submodule(f"output{level}"), shortest_edge / 2**level)
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
         """Map C2..C5 (B, C, H/s, W/s) to P2..P6 (B, channels, H/s, W/s); areas: of the pictures, by stride."""
@@ -45,3 +51,22 @@ class FPN(nn.Module):
             top = x
             outputs.insert(0, tower([getattr(self, f"output{level}")], x, [area]))
         return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]
+
+
+class OneLevel(nn.Module):
+    """The backbone's last map, at stride 16, as the only level: C4 (He et al. 2016, appendix A), or a dilated C5."""
+
+    part = "level"  # it has no tensors
+    strides: tuple[int, ...] = (16,)
+
+    def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
+        """norm: the backbone's.  in_channels: of its maps, the last of which becomes the level.  cfg has no effect."""
+        super().__init__()
+        self.channels, self.masked = in_channels[-1], norm.masked
+
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Do nothing: there is no convolution."""
+
+    def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
+        """Return the last of the features."""
+        return [features[-1]]

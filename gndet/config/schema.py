@@ -319,24 +319,25 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _parts_fit_the_neck(self) -> "ModelConfig":
-        neck, rpn, kind, depth = self.neck, self.rpn, self.backbone.kind, self.backbone.depth
+        neck, rpn, backbone = self.neck, self.rpn, self.backbone
+        anchors = len(rpn.anchor_sizes) * len(rpn.aspect_ratios)
         if neck == "fpn" and len(rpn.anchor_sizes) != 5:
-            raise ValueError(f"rpn.anchor_sizes: got {len(rpn.anchor_sizes)} sizes; expected 5, one for each of P2 to P6")
-        if (num := len(rpn.anchor_sizes) * len(rpn.aspect_ratios)) > 16 and neck != "fpn":
-            raise ValueError(f"rpn.anchor_sizes: {num} anchors per cell with rpn.aspect_ratios; expected at most 16")
-        if neck != "fpn" and kind != "resnet":
-            raise ValueError(f"neck: {neck} needs the stages of a ResNet; backbone.kind is {kind}")
-        if neck == "dc5" and depth < 50:
-            raise ValueError(f"neck: dc5 dilates bottlenecks, which resnet has from depth 50 on; got depth {depth}")
-        if self.backbone.dilated_blocks != "all" and neck != "dc5":
-            raise ValueError(f"backbone.dilated_blocks: nothing is dilated with neck: {neck}; expected all, or neck: dc5")
+            raise ValueError(f"rpn.anchor_sizes: {len(rpn.anchor_sizes)} sizes; expected 5, one for each of P2 to P6")
+        if neck != "fpn" and anchors > 16:
+            raise ValueError(f"rpn.anchor_sizes: {anchors} anchors per cell with rpn.aspect_ratios; expected up to 16")
+        if neck != "fpn" and backbone.kind != "resnet":
+            raise ValueError(f"neck: {neck} needs the stages of a resnet; got backbone.kind: {backbone.kind}")
+        if neck == "dc5" and backbone.depth < 50:
+            raise ValueError(f"neck: dc5 dilates bottlenecks; expected backbone.depth from 50 on, got {backbone.depth}")
+        if neck != "dc5" and backbone.dilated_blocks != "all":
+            raise ValueError(f"backbone.dilated_blocks: {backbone.dilated_blocks} has an effect with neck: dc5 only")
         if (self.box_head.kind == "res5") != (neck == "c4"):
-            raise ValueError(f"box_head.kind: {self.box_head.kind}; neck: c4 has box_head.kind: res5, and no other neck")
+            raise ValueError(f"box_head.kind: {self.box_head.kind} does not fit neck: {neck}; c4 has res5, and only c4")
         for option in ("pool_size", "sampling_ratio", "roi_align") if neck == "c4" and self.masks else ():
             box, mask = (getattr(head, option) for head in (self.box_head, self.mask_head))
             if box != mask:
-                shared = f"got {mask}, but box_head.{option} is {box}; with neck: c4 both heads share their regions"
-                raise ValueError(f"mask_head.{option}: {shared}")
+                same = f"expected that of box_head, {box}: with neck: c4 the heads share their regions"
+                raise ValueError(f"mask_head.{option}: {mask}; {same}")
         return self
 
     def part_norms(self) -> dict[str, NormConfig]:

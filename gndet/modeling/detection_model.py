@@ -61,9 +61,7 @@ class RegionHead(nn.Module, ABC):
         return []
 
 
-def region_features(
-    pyramid: Pyramid, boxes: Tensor, image: Tensor, cfg: BoxHeadConfig | MaskHeadConfig
-) -> Tensor:
+def region_features(pyramid: Pyramid, boxes: Tensor, image: Tensor, cfg: BoxHeadConfig | MaskHeadConfig) -> Tensor:
     """Pool each region by RoIAlign, and run the backbone's last stage on it in a C4 model.
 
     boxes (R, 4) in images (R,); cfg: of the head.  Returns (R, C, P, P).

@@ -7,7 +7,7 @@ reads beyond the canvas, at any dilation.  res5 on regions normalizes each regio
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ class ResNet(nn.Module):
             blocks = []
             for j in range(count):
                 stride = 2 if i and not j and not dilated else 1
-                more = {"dilation": 2} if dilated and (j or cfg.dilated_blocks == "all") else {}
+                more: dict[str, Any] = {"dilation": 2} if dilated and (j or cfg.dilated_blocks == "all") else {}
                 blocks.append(block(in_channels, width * 2**i, stride, conv, **more))
                 in_channels = channels[i]
             self.add_module(f"res{i + 2}", nn.ModuleList(blocks))

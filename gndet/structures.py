@@ -67,6 +67,7 @@ class Regions(NamedTuple):
     positive: Tensor  # (B, R) bool
     valid: Tensor  # (B, R) bool
     positive_slots: int  # all positives lie in the first positive_slots slots
+    features: Tensor | None = None  # (B, R, C, P, P) what the heads share, in a C4 model
 
 
 class Step(NamedTuple):

@@ -28,8 +28,9 @@ from gndet.weights.read import Source, read_source
 
 NUM_CLASSES = 3
 ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # per class
-BACKGROUND_FIRST = ("torchvision", "detectron", "maskrcnn-benchmark")
-BLUE_FIRST = ("detectron2", "detectron2_backbone", "detectron", "maskrcnn-benchmark")
+BACKGROUND_FIRST = ("torchvision", "detectron", "detectron_c4", "maskrcnn-benchmark")
+ONE_LEVEL = ("detectron2_c4", "detectron2_dc5", "detectron_c4")
+BLUE_FIRST = ("detectron2", "detectron2_backbone", "detectron", "maskrcnn-benchmark", *ONE_LEVEL)
 RPN2 = RPNConfig(num_convs=2)  # torchvision's v2
 LAST_BLOCK = {2: 2, 3: 3, 4: 5, 5: 2}  # of a ResNet-50
 BN_META = """model = dict(backbone=dict(type='ResNet', depth=50, style='pytorch'), rpn_head=dict(bbox_coder=dict(
@@ -189,6 +190,22 @@ def _detectron(norm: str, box: str) -> Rules:
     ]
 
 
+def _detectron2_c4(norm: str, box: str) -> Rules:
+    """res5 belongs to the region heads, and there is neither a pyramid nor a layer before the predictors."""
+    own = {"conv": "", "norm": ".norm"}
+    return [
+        (r"backbone.res5.(\d).(conv\d|shortcut).(conv|norm)", lambda i, k, w: f"roi_heads.res5.{i}.{k}{own[w]}"),
+        *((pattern.replace(r"res(\d)", r"res([234])"), name) for pattern, name in _detectron2(norm, box, "backbone.")),
+    ]
+
+
+def _detectron_c4(norm: str, box: str) -> Rules:
+    """One RPN without the number of a level; res5 has the names that it has in a backbone."""
+    rpn = {"convs.0.conv": "conv_rpn", "objectness": "rpn_cls_logits", "deltas": "rpn_bbox_pred"}
+    mine: Rules = [(f"rpn.{layer}", lambda name=name: name) for layer, name in rpn.items()]
+    return [*mine, *((pattern, name) for pattern, name in _detectron(norm, box) if not pattern.startswith("rpn"))]
+
+
 RULES: dict[str, Callable[[str, str], Rules]] = {
     "resnet": lambda norm, box: _resnet(""),
     "torchvision": _torchvision,
@@ -197,6 +214,9 @@ RULES: dict[str, Callable[[str, str], Rules]] = {
     "mmdetection": _mmdetection,
     "maskrcnn-benchmark": _maskrcnn_benchmark,
     "detectron": _detectron,
+    "detectron2_dc5": lambda norm, box: _detectron2(norm, box, prefix="backbone."),
+    "detectron2_c4": _detectron2_c4,
+    "detectron_c4": _detectron_c4,
 }
 
 
@@ -213,7 +233,8 @@ def named(state: dict[str, Tensor], format: str, norm: str = "bn", box: str = "4
         assert len(found) == 1, layer
         match, name = found[0]
         theirs = name(*(int(group) if group.isdigit() else group for group in match.groups()))
-        result[_blob(theirs, parameter, layer) if format == "detectron" else f"{theirs}.{parameter}"] = tensor
+        is_blob = format.startswith("detectron") and not format.startswith("detectron2")
+        result[_blob(theirs, parameter, layer) if is_blob else f"{theirs}.{parameter}"] = tensor
     assert len(result) == len(state)
     return result
 

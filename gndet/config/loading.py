@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gndet.config.presets import without_conventions
+from gndet.config.presets import NECKS, PRESETS, without_conventions
 from gndet.config.schema import NOT_UNICODE, Config, DataConfig
 from gndet.errors import ConfigError
 from gndet.files import path_fault
@@ -89,8 +89,9 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
     """Apply `key=value` overrides to a Config; errors call its origin `source`."""
     origin: Origin = {}
     tree = cfg.model_dump(mode="json")
-    if any(text.startswith("model.compat=") for text in overrides):
-        tree["model"] = without_conventions(tree["model"])
+    for option, presets in (("compat", PRESETS), ("neck", NECKS)):
+        if any(text.startswith(f"model.{option}=") for text in overrides):
+            tree["model"] = without_conventions(tree["model"], presets)
     _override(tree, overrides, origin)
     return _validated(tree, origin, source)
 

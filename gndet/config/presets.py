@@ -52,6 +52,11 @@ DETECTOR_DEFAULTS: dict[str, dict[str, Any]] = {  # options with other defaults 
         },
     },
 }  # fmt: skip
+_ONE_LEVEL = {"pre_nms_train": 12000, "pre_nms_test": 6000, "post_nms_train": 2000, "post_nms_test": 1000}
+NECKS: dict[str, dict[str, Any]] = {  # by model.neck: detectron2's Base-RCNN-C4.yaml and Base-RCNN-DilatedC5.yaml
+    "c4": {"rpn": _ONE_LEVEL, "box_head": {"kind": "res5", "pool_size": 14}, "mask_head": {"num_convs": 0}},
+    "dc5": {"rpn": _ONE_LEVEL, "box_head": {"kind": "2fc"}},
+}
 
 DATA: dict[str, dict[str, Any]] = {  # options of the section `data` in checkpoints that `gndet convert` writes
     "torchvision": {"antialias": False, "exact_canvas": False},
@@ -61,10 +66,10 @@ DATA: dict[str, dict[str, Any]] = {  # options of the section `data` in checkpoi
 }
 
 
-def without_conventions(model: dict[str, Any]) -> dict[str, Any]:
+def without_conventions(model: dict[str, Any], presets: dict[str, dict[str, Any]] = PRESETS) -> dict[str, Any]:
     """Return the section `model` of a resolved config without the options of any preset, so another one can apply."""
     result = dict(model)
-    for preset in PRESETS.values():
+    for preset in presets.values():
         for part, options in preset.items():
             result[part] = {key: value for key, value in result.get(part, {}).items() if key not in options}
     return result

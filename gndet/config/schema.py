@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from gndet.config.presets import DETECTOR_DEFAULTS, PRESETS, beneath
+from gndet.config.presets import DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
 from gndet.files import path_fault
 from gndet.text import valid_text
 
@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 MAX_EDGE = 16_384  # pixels
 Edge = Annotated[int, Field(ge=16, le=MAX_EDGE)]  # pixels
 Side = Annotated[float, Field(gt=0, le=MAX_EDGE)]  # pixels
-Five = tuple[Side, Side, Side, Side, Side]
+Sizes = Annotated[tuple[Side, ...], Field(min_length=1, max_length=16)]
 Clip = Literal["edges", "pixels"]  # boxes end at the picture's edges, or inside its last pixel (Detectron)
 # to half pixels (detectron2, mmdetection) or not (torchvision; detectron: last pixel left out)
 RoIAlign = Literal["aligned", "unaligned", "detectron"]
@@ -154,6 +154,8 @@ class BackboneConfig(Section):
     freeze_at: int = Field(0, ge=0, le=5)
     # start the last norm of each block with gamma 0. Source: Goyal et al. 2017, 5.1; Wu & He 2018
     zero_init_last_gamma: bool = False
+    # neck dc5: blocks of res5 whose 3x3 is dilated by 2. all (detectron2), or after_first: the others (torchvision)
+    dilated_blocks: Literal["all", "after_first"] = "all"
 
     @model_validator(mode="after")
     def _network_exists(self) -> "BackboneConfig":
@@ -177,10 +179,11 @@ class FPNConfig(Section):
 
 
 class RPNConfig(Section):
-    """Region proposal network (Ren et al. 2015), with one anchor size per level (Lin et al. 2017)."""
+    """Region proposal network (Ren et al. 2015), with one anchor size per level of a pyramid (Lin et al. 2017)."""
 
-    # side of the square anchor on P2 to P6 [pixels]. Source: Lin et al. 2017, 4.1
-    anchor_sizes: Five = (32, 64, 128, 256, 512)
+    # sides of the square anchors: one on each of P2 to P6; all of them on the only level of c4 and dc5 [pixels].
+    # Source: Lin et al. 2017, 4.1
+    anchor_sizes: Sizes = (32, 64, 128, 256, 512)
     # anchor height / width. Source: Ren et al. 2015, 3.1.1
     aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=16)
     # 3x3 convolutions before the predictors (torchvision's v2 models: 2). Source: Ren et al. 2015
@@ -214,18 +217,24 @@ class RPNConfig(Section):
     # transition of the smooth L1 loss; 0 is plain L1 (Detectron: 1/9). Source: detectron2
     loss_beta: float = Field(0.0, ge=0)
 
+    def sizes_by_level(self, num_levels: int) -> list[tuple[float, ...]]:
+        """Return the anchor sizes of each level: all of them if there is only one, else one for each."""
+        return [self.anchor_sizes] if num_levels == 1 else [(size,) for size in self.anchor_sizes]
+
 
 class BoxHeadConfig(Section):
-    """Box head: 2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018)."""
+    """Box head: 2fc (Lin et al. 2017), 4conv1fc (Wu & He 2018), or the backbone's res5 (He et al. 2016)."""
 
-    # two fully connected layers (Lin et al. 2017), or four convolutions and one. Source: Wu & He 2018, 4.2
-    kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
+    # two fully connected layers (Lin et al. 2017), four convolutions and one, or with neck c4 the average of res5,
+    # which runs on each region. Source: Wu & He 2018, 4.2
+    kind: Literal["2fc", "4conv1fc", "res5"] = "4conv1fc"
     # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
     conv_channels: int = Field(256, ge=1, le=8192)
     num_convs: int = Field(4, ge=1, le=32)  # number of convolutions of 4conv1fc. Source: Wu & He 2018, 4.2
     # width of the fully connected layers [channels]. Source: Lin et al. 2017
     fc_channels: int = Field(1024, ge=1, le=65_536)
-    norm: NormConfig | None = None  # replaces model.norm as a whole for this part; the 2fc head has no norm
+    # replaces model.norm as a whole for this part; the 2fc head has no norm, and res5 that of the backbone
+    norm: NormConfig | None = None
     # whether the last convolution of 4conv1fc has a norm, too; without it a region's features keep their strength
     norm_last: bool = True
     pool_size: int = Field(7, ge=1, le=64)  # side of the RoIAlign output [cells]. Source: He et al. 2017, figure 4
@@ -258,9 +267,11 @@ class MaskHeadConfig(Section):
     """Mask head: convolutions, a deconvolution to 28 x 28, one mask per class (He et al. 2017)."""
 
     channels: int = Field(256, ge=1, le=8192)  # width of the convolutions [channels]. Source: He et al. 2017, figure 4
-    num_convs: int = Field(4, ge=1, le=32)  # convolutions before the deconvolution. Source: He et al. 2017, figure 4
+    # convolutions before the deconvolution (neck c4: 0). Source: He et al. 2017, figure 4
+    num_convs: int = Field(4, ge=0, le=32)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
-    # side of the RoIAlign output [cells]; masks have twice that. Source: He et al. 2017, figure 4
+    # side of the RoIAlign output; masks have twice that, or with neck c4 as much [cells]. Source: He et al. 2017,
+    # figure 4
     pool_size: int = Field(14, ge=1, le=64)
     # RoIAlign samples per cell and axis; 0 adapts to the region (detectron2). Source: Detectron
     sampling_ratio: int = Field(2, ge=0, le=16)
@@ -296,7 +307,7 @@ class DenseConfig(Section):
     negative_iou: float = Field(0.4, ge=0, le=1)
     # side of the square anchor on P3 to P7 [pixels]; with fcos it only assigns; retinanet: 32, 64, 128, 256, 512.
     # Source: Zhang et al. 2020, 3.2
-    anchor_sizes: Five = (64, 128, 256, 512, 1024)
+    anchor_sizes: tuple[Side, Side, Side, Side, Side] = (64, 128, 256, 512, 1024)
     # retinanet: sizes per level, as multiples of anchor_sizes: 1, 2^(1/3), 2^(2/3). Source: Lin et al. 2017, section 4
     scales: tuple[Positive, ...] = Field((1.0,), min_length=1, max_length=16)
     # anchor height / width; retinanet: 0.5, 1, 2. Source: Zhang et al. 2020, 3.2
@@ -376,7 +387,9 @@ class ModelConfig(Section):
     # kind of model: mask_rcnn; fcos and retinanet, dense detectors of boxes (masks: false); classifier, which task sets.
     # Source: He et al. 2017
     detector: Literal["mask_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
-    neck: Literal["fpn"] = "fpn"  # turns the backbone's stages into levels. Source: Lin et al. 2017
+    # the levels that RPN and heads work on. fpn: P2 to P6; c4: res4's map, and res5 on each region; dc5: the map of
+    # res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the table. Source: Lin et al. 2017
+    neck: Literal["fpn", "c4", "dc5"] = "fpn"
     norm: NormConfig = NormConfig()
     masks: bool = True  # train and predict masks; false makes the model a Faster R-CNN
     # subtracted from the picture, RGB [0 to 255]. Source: ImageNet statistics, torchvision
@@ -394,21 +407,46 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _conventions_are_defaults(cls, values: object) -> object:
-        for option, defaults in (("compat", PRESETS), ("detector", DETECTOR_DEFAULTS)):
-            name = values.get(option) if isinstance(values, dict) else None
-            if isinstance(values, dict) and isinstance(name, str) and name in defaults:
-                values = beneath(defaults[name], values)
+        for option, presets in (("neck", NECKS), ("compat", PRESETS), ("detector", DETECTOR_DEFAULTS)):
+            chosen = values.get(option) if isinstance(values, dict) else None
+            if isinstance(values, dict) and isinstance(chosen, str) and chosen in presets:
+                values = beneath(presets[chosen], values)
         return values
 
     @model_validator(mode="after")
     def _a_dense_detector_has_boxes_only(self) -> "ModelConfig":
         if self.is_dense and self.masks:
             raise ValueError(f"masks: detector: {self.detector} finds boxes only; expected model.masks=false")
+        if self.is_dense and self.neck != "fpn":
+            raise ValueError(f"neck: {self.neck}; detector: {self.detector} works on the levels of fpn only")
         if self.detector == "fcos" and (self.dense.kinds > 1 or self.dense.box_loss == "l1"):
             raise ValueError(
                 f"dense: fcos has one anchor per cell and box_loss: giou, got {self.dense.kinds} (scales x aspect_ratios) "
                 f"and {self.dense.box_loss}; detector: retinanet takes others"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_the_neck(self) -> "ModelConfig":
+        neck, rpn, backbone = self.neck, self.rpn, self.backbone
+        anchors = len(rpn.anchor_sizes) * len(rpn.aspect_ratios)
+        if neck == "fpn" and len(rpn.anchor_sizes) != 5:
+            raise ValueError(f"rpn.anchor_sizes: {len(rpn.anchor_sizes)} sizes; expected 5, one for each of P2 to P6")
+        if neck != "fpn" and anchors > 16:
+            raise ValueError(f"rpn.anchor_sizes: {anchors} anchors per cell with rpn.aspect_ratios; expected up to 16")
+        if neck != "fpn" and backbone.kind != "resnet":
+            raise ValueError(f"neck: {neck} needs the stages of a resnet; got backbone.kind: {backbone.kind}")
+        if neck == "dc5" and backbone.depth < 50:
+            raise ValueError(f"neck: dc5 dilates bottlenecks; expected backbone.depth from 50 on, got {backbone.depth}")
+        if neck != "dc5" and backbone.dilated_blocks != "all":
+            raise ValueError(f"backbone.dilated_blocks: {backbone.dilated_blocks} has an effect with neck: dc5 only")
+        if (self.box_head.kind == "res5") != (neck == "c4"):
+            raise ValueError(f"box_head.kind: {self.box_head.kind} does not fit neck: {neck}; c4 has res5, and only c4")
+        for option in ("pool_size", "sampling_ratio", "roi_align") if neck == "c4" and self.masks else ():
+            box, mask = (getattr(head, option) for head in (self.box_head, self.mask_head))
+            if box != mask:
+                same = f"expected that of box_head, {box}: with neck: c4 the heads share their regions"
+                raise ValueError(f"mask_head.{option}: {mask}; {same}")
         return self
 
     def part_norms(self) -> dict[str, NormConfig]:
@@ -443,13 +481,17 @@ class ModelConfig(Section):
         """The parts of the model: sections of this config, and prefixes of its tensors' names."""
         if self.detector == "classifier":
             return ("backbone", "classifier")
-        return ("backbone", "fpn", "dense") if self.is_dense else ("backbone", "fpn", "rpn", *self.region_heads)
+        if self.is_dense:
+            return ("backbone", "fpn", "dense")
+        return ("backbone", *(["fpn"] if self.neck == "fpn" else []), "rpn", *self.region_heads)
 
     @property
     def normed_parts(self) -> tuple[str, ...]:
         """The parts that may have norm layers: all with convolutions, which a 2fc box head and a classifier lack."""
-        bare = ("classifier", "box_head") if self.box_head.kind == "2fc" else ("classifier",)
-        return tuple(part for part in self.parts if part not in bare)
+        bare = {
+            "classifier": True, "box_head": self.box_head.kind != "4conv1fc", "mask_head": not self.mask_head.num_convs,
+        }  # fmt: skip
+        return tuple(part for part in self.parts if not bare.get(part))
 
     @property
     def max_positives(self) -> int:
@@ -644,7 +686,7 @@ class SourceConfig(Section):
     weight_standardization: bool | None = None  # its convolutions are weight-standardized
     # conventions that it was trained with
     compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = None
-    anchor_sizes: Five | None = None  # sides of its anchors on P2 to P6 [pixels]
+    anchor_sizes: Sizes | None = None  # sides of its anchors on P2 to P6, or of all on the only level [pixels]
     aspect_ratios: tuple[Positive, Positive, Positive] | None = None  # height / width of its anchors
     classes: tuple[str, ...] | None = None  # its class names, in the order of its labels
     # refuse a model whose conventions differ from the file's, or report them and fine-tune anyway

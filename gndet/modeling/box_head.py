@@ -11,22 +11,24 @@ from torch import Tensor, nn
 
 from gndet.config.schema import BoxHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory, initialize
-from gndet.modeling.detection_model import RegionHead, image_index
+from gndet.modeling.detection_model import RegionHead, image_index, region_features
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
 from gndet.ops.noise import Stream
-from gndet.ops.roi_align import Pyramid, roi_align_pyramid
+from gndet.ops.roi_align import Pyramid
 from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
 
 DELTA_WEIGHTS = (10.0, 5.0)  # scales of (dx, dy) and (dw, dh), as in Detectron
 MAX_CANDIDATES = 2000  # best class-wise boxes per image that enter NMS; ten times what COCO images have
+AT_ONCE = 128  # regions per image that res5 sees at once in detection: 1,000 of them would take 3 GiB
 
 
 class BoxHead(RegionHead):
     """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores and class-specific box deltas.
 
+    Or, in a C4 model, the average of what the backbone's res5 makes of a region (He et al. 2016, appendix A).
     A norm per region gives every group of channels the same energy, whatever the region shows.  Before the linear
     layer this takes away how strongly a feature is there; `norm_last` false leaves out that norm (docs/results.md).
     """
@@ -45,9 +47,9 @@ class BoxHead(RegionHead):
             initialize(layer)
             self.convs.append(layer)
             channels = cfg.conv_channels
-        width = channels * cfg.pool_size**2
+        width = channels if cfg.kind == "res5" else channels * cfg.pool_size**2
         self.fcs = nn.ModuleList()
-        for _ in range(2 if cfg.kind == "2fc" else 1):
+        for _ in range({"2fc": 2, "4conv1fc": 1, "res5": 0}[cfg.kind]):
             fc = nn.Linear(width, cfg.fc_channels)
             nn.init.kaiming_uniform_(fc.weight, a=1)
             nn.init.zeros_(fc.bias)
@@ -60,19 +62,20 @@ class BoxHead(RegionHead):
         nn.init.zeros_(self.cls_score.bias)
         nn.init.zeros_(self.bbox_pred.bias)
 
-    def forward(self, pyramid: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4)."""
-        return recomputed(self, self._predict, pyramid, boxes)
+    def forward(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4).
 
-    def _predict(self, pyramid: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        cfg, (num_images, num_regions) = self.cfg, boxes.shape[:2]
+        features: what `shared` returned for the boxes, if it was called.
+        """
+        return recomputed(self, self._predict, pyramid, boxes, features)
+
+    def _predict(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None) -> tuple[Tensor, Tensor]:
+        num_images, num_regions = boxes.shape[:2]
         image = image_index(num_images, num_regions, boxes.device)
-        pool = partial(
-            roi_align_pyramid, pyramid, boxes.flatten(0, 1), image, cfg.pool_size, cfg.sampling_ratio,
-            cfg.roi_align,
-        )  # fmt: skip
-        x = tower(self.convs, pool(), make_input=pool) if self.convs else pool()
-        x = x.flatten(1)  # (B * R, C * size * size)
+        pool = partial(region_features, pyramid, boxes.flatten(0, 1), image, self.cfg)
+        x = pool() if features is None else features.flatten(0, 1)
+        x = tower(self.convs, x, make_input=pool) if self.convs else x
+        x = x.mean((2, 3)) if self.cfg.kind == "res5" else x.flatten(1)  # (B * R, C) or (B * R, C * size * size)
         for fc in self.fcs:
             x = F.relu(fc(x))
         logits = full(self.cls_score(x)).unflatten(0, (num_images, num_regions))
@@ -103,7 +106,7 @@ class BoxHead(RegionHead):
 
     def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the losses (B,) of the regions, each image's divided by its number of regions."""
-        logits, deltas = self(pyramid, regions.boxes)
+        logits, deltas = self(pyramid, regions.boxes, regions.features)
         target = encode(gather_rows(batch.gt.boxes, regions.matched), regions.boxes, DELTA_WEIGHTS)
         label = regions.labels.clamp(max=self.num_classes - 1)
         delta = deltas.gather(2, label[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]  # (B, R, 4)
@@ -119,7 +122,8 @@ class BoxHead(RegionHead):
     def detect(self, pyramid: Pyramid, found: Proposals, sizes: Tensor) -> Detections:
         """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
         cfg, num_classes = self.cfg, self.num_classes
-        logits, deltas = self(pyramid, found.boxes)
+        parts = [found.boxes] if cfg.kind != "res5" else found.boxes.split(AT_ONCE, dim=1)
+        logits, deltas = (torch.cat(part, dim=1) for part in zip(*[self(pyramid, part) for part in parts], strict=True))
         scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
         usable = found.valid[..., None] & (scores > cfg.score_threshold)
         scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
@@ -134,9 +138,16 @@ class BoxHead(RegionHead):
         no_masks = boxes.new_zeros((*scores.shape, 0, 0))
         return Detections(gather_rows(boxes, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)
 
-    def probe(self, pyramid: Pyramid, boxes: Tensor) -> None:
+    def shared(self, pyramid: Pyramid, boxes: Tensor) -> Tensor | None:
+        """Return what res5 makes of regions (B, R, 4), as (B, R, C, P, P), if this head works on it."""
+        if self.cfg.kind != "res5":
+            return None
+        image = image_index(boxes.shape[0], boxes.shape[1], boxes.device)
+        return region_features(pyramid, boxes.flatten(0, 1), image, self.cfg).unflatten(0, boxes.shape[:2])
+
+    def probe(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None) -> None:
         """Run every layer once on regions (B, R, 4)."""
-        self(pyramid, boxes)
+        self(pyramid, boxes, features)
 
     def rectified(self) -> list[nn.Module]:
         """Return the convolutions and the hidden linear layers."""

@@ -14,7 +14,7 @@ from gndet.modeling.classifier import ClassHead, Classifier
 from gndet.modeling.dense import DenseDetector
 from gndet.modeling.dense_head import DenseHead
 from gndet.modeling.detection_model import DetectionModel, RegionHead
-from gndet.modeling.fpn import FPN
+from gndet.modeling.fpn import FPN, OneLevel
 from gndet.modeling.image_model import ImageModel
 from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.mask_rcnn import MaskRCNN
@@ -23,7 +23,12 @@ from gndet.modeling.rpn import RPN
 from gndet.modeling.vgg import VGG
 
 BACKBONES: dict[str, Callable[..., Any]] = {"resnet": ResNet, "vgg": VGG}  # model.backbone.kind: (options, norm)
-NECKS: dict[str, Callable[..., FPN]] = {"fpn": FPN}  # model.neck: (options, norm, channels of the stages)
+NECKS: dict[str, Callable[..., FPN | OneLevel]] = {  # model.neck: (options, norm, channels of the backbone's maps)
+    "fpn": FPN,
+    "c4": OneLevel,
+    "dc5": OneLevel,
+}
+RES5 = {"c4": "regions", "dc5": "dilated"}  # how a ResNet runs res5, by model.neck
 HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, norm, channels, num_classes)
     "box_head": BoxHead,
     "mask_head": MaskHead,
@@ -39,13 +44,14 @@ def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
     """Build a Mask R-CNN, or a Faster R-CNN if masks are off."""
     norms, backbone = cfg.part_norms(), _backbone(cfg)
     with _part_in_errors("fpn"):
-        neck = NECKS[cfg.neck](cfg.fpn, norms["fpn"], backbone.channels)
+        neck = NECKS[cfg.neck](cfg.fpn, norms["backbone" if cfg.neck in RES5 else "fpn"], backbone.channels)
     with _part_in_errors("rpn"):
         rpn = RPN(cfg.rpn, norms["rpn"], neck.channels, neck.strides)
     heads = {}
     for part in cfg.region_heads:
         with _part_in_errors(part):
-            heads[part] = HEADS[part](getattr(cfg, part), norms[part], neck.channels, num_classes)
+            channels = backbone.region_channels if cfg.neck == "c4" else neck.channels
+            heads[part] = HEADS[part](getattr(cfg, part), norms[part], channels, num_classes)
     return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
 
 
@@ -53,7 +59,7 @@ def _dense(cfg: ModelConfig, num_classes: int) -> DenseDetector:
     """Build an FCOS or a RetinaNet."""
     norms, backbone, distances = cfg.part_norms(), _backbone(cfg), cfg.detector == "fcos"
     with _part_in_errors("fpn"):
-        neck = NECKS[cfg.neck](cfg.fpn, norms["fpn"], backbone.channels, finest=3)
+        neck = FPN(cfg.fpn, norms["fpn"], backbone.channels, finest=3)
     with _part_in_errors("dense"):
         head = DenseHead(cfg.dense, norms["dense"], neck.channels, neck.strides, num_classes, distances=distances)
     return DenseDetector(backbone, neck, head, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
@@ -68,7 +74,8 @@ def _classifier(cfg: ModelConfig, num_classes: int) -> Classifier:
 
 def _backbone(cfg: ModelConfig) -> Any:
     with _part_in_errors("backbone"):
-        return BACKBONES[cfg.backbone.kind](cfg.backbone, cfg.part_norms()["backbone"])
+        options = {"res5": RES5[cfg.neck]} if cfg.neck in RES5 else {}
+        return BACKBONES[cfg.backbone.kind](cfg.backbone, cfg.part_norms()["backbone"], **options)
 
 
 DETECTORS: dict[str, Callable[[ModelConfig, int], ImageModel]] = {  # model.detector

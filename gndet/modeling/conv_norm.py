@@ -78,18 +78,20 @@ class ConvNorm(nn.Module):
     regions: the layer will see many small maps, one per region.
     cheap: in a tower, recompute its result instead of keeping it; by default True for 1x1 convolutions.
     groups: of the convolution (ResNeXt); with more than one, torch computes it in its own way.
+    dilation: of the convolution (DC5); with more than 1, torch computes it in its own way.
     `way`: how a CPU computes the convolution in float32 (set by `choose_ways`).
     `memory`: what `tower` keeps for the backward pass (train.memory); outside a tower everything is kept ("fast").
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel: int, norm: NormConfig, *, stride: int = 1, relu: bool = True,
-        adds: bool = False, regions: bool = False, cheap: bool | None = None, groups: int = 1, bias: bool = False,
+        adds: bool = False, regions: bool = False, cheap: bool | None = None, groups: int = 1, dilation: int = 1,
+        bias: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
-        bias = bias or norm.kind == "none"
-        self.conv = layer(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        bias, padding = bias or norm.kind == "none", dilation * (kernel // 2)
+        self.conv = layer(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
         self.norm = make_norm(norm, out_channels) if relu or not norm.activates else Affine(out_channels, norm.masked)
         self.tlu = ThresholdLinear(out_channels, norm.masked) if norm.learns_threshold and (relu or adds) else None
         self.relu, self.regions, self.memory = relu and not norm.activates, regions, "fast"
@@ -113,7 +115,9 @@ class ConvNorm(nn.Module):
         """Do the same in one pass over the map, without a gradient; None if that is not possible."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.conv.groups > 1 or not fused_conv.usable(x) or self.norm._forward_hooks or self.norm._forward_pre_hooks:
+        if self.conv.groups > 1 or self.conv.dilation[0] > 1 or not fused_conv.usable(x):
+            return None
+        if self.norm._forward_hooks or self.norm._forward_pre_hooks:
             return None
         if (folded := self.folded()) is None:
             return None
@@ -164,7 +168,7 @@ class ConvNorm(nn.Module):
 def choose_ways(part: nn.Module, side: float) -> None:
     """Set how a CPU computes the convolutions of a part whose maps are about side x side."""
     for module in part.modules():
-        if isinstance(module, ConvNorm) and module.conv.groups == 1:
+        if isinstance(module, ConvNorm) and module.conv.groups == 1 and module.conv.dilation[0] == 1:
             module.way = fastest(module.conv.weight, module.conv.stride[0], side)
 
 

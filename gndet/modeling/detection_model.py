@@ -6,13 +6,15 @@ Batch independence: as `ImageModel` says; a region head samples by the image's k
 """
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gndet.config.schema import BoxHeadConfig, MaskHeadConfig
 from gndet.modeling.image_model import ImageModel
-from gndet.ops.roi_align import Pyramid
+from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions
 
 PROBED_REGIONS = 64  # per image, that `probe` runs through the heads
@@ -42,12 +44,25 @@ class RegionHead(nn.Module, ABC):
         """Turn proposals into detections, or extend those of the previous head; sizes (B, 2) of the pictures."""
 
     @abstractmethod
-    def probe(self, pyramid: Pyramid, boxes: Tensor) -> None:
-        """Run every layer once on regions (B, R, 4)."""
+    def probe(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None) -> None:
+        """Run every layer once on regions (B, R, 4); features: of the regions, if the heads share them."""
+
+    def shared(self, pyramid: Pyramid, boxes: Tensor) -> Tensor | None:
+        """Return the features (B, R, C, P, P) of regions (B, R, 4) that all heads work on; None if there are none."""
+        return None
 
     def rectified(self) -> list[nn.Module]:
         """Return the layers whose output (B * R, ...) is positive where a ReLU is open, in the order they run."""
         return []
+
+
+def region_features(pyramid: Pyramid, boxes: Tensor, image: Tensor, cfg: BoxHeadConfig | MaskHeadConfig) -> Tensor:
+    """Pool each region by RoIAlign, and run the backbone's last stage on it in a C4 model.
+
+    boxes (R, 4) in images (R,); cfg: of the head.  Returns (R, C, P, P).
+    """
+    pool = partial(roi_align_pyramid, pyramid, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align)
+    return pool() if pyramid.last_stage is None else pyramid.last_stage(pool)
 
 
 def image_index(num_images: int, num_regions: int, device: torch.device) -> Tensor:

@@ -1,4 +1,5 @@
-"""Feature pyramid network (Lin et al. 2017): C2..C5 to P2..P6, or to P3..P7 for dense detectors. B images, C channels.
+"""The necks: the feature pyramid network (Lin et al. 2017), C2..C5 to P2..P6, or to P3..P7 for dense detectors, or one
+level.  B images, C channels.
 
 Batch independence: each level is cleared in the padding before a convolution reads it, if the norm is masked.
 """
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.schema import FPNConfig, NormConfig
-from gndet.modeling.conv_norm import conv_factory
+from gndet.modeling.conv_norm import choose_ways, conv_factory
 from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
 from gndet.modeling.recompute import tower
 
@@ -20,8 +21,11 @@ class FPN(nn.Module):
     """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path, and what lies above P5.
 
     finest 2 (Lin et al. 2017): P2..P5, and P6, which is P5 subsampled by 2.  finest 3 (Lin et al. 2017, "Focal Loss"):
-    P3..P5, P6 by a 3x3 convolution with stride 2 of P5 or C5 (cfg.p6), and P7 by another one after a ReLU, without norms.
+    P3..P5, P6 by a 3x3 convolution with stride 2 of P5 or C5 (cfg.p6), and P7 by another one after a ReLU, without
+    norms.
     """
+
+    part = "fpn"  # prefix of its tensors' names
 
     def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int], finest: int = 2) -> None:
         super().__init__()
@@ -42,6 +46,11 @@ class FPN(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+        for level in self.levels:
+            choose_ways(self.get_submodule(f"output{level}"), shortest_edge / 2**level)
+
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
         """Map C2..C5 (B, C, H/s, W/s) to the levels of `strides` (B, channels, H/s, W/s); areas: by stride."""
         top = None
@@ -59,3 +68,22 @@ class FPN(nn.Module):
             return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]
         p6 = self.p6(features[-1] if self.from_c5 else outputs[-1], areas[64])
         return [*outputs, p6, self.p7(F.relu(p6), areas[128])]
+
+
+class OneLevel(nn.Module):
+    """The backbone's last map, at stride 16, as the only level: C4 (He et al. 2016, appendix A), or a dilated C5."""
+
+    part = "level"  # it has no tensors
+    strides: tuple[int, ...] = (16,)
+
+    def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
+        """norm: the backbone's.  in_channels: of its maps, the last of which becomes the level.  cfg has no effect."""
+        super().__init__()
+        self.channels, self.masked = in_channels[-1], norm.masked
+
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Do nothing: there is no convolution."""
+
+    def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
+        """Return the last of the features."""
+        return [features[-1]]

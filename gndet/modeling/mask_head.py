@@ -1,4 +1,7 @@
-"""Mask head (He et al. 2017): a 28 x 28 mask per class for each region. P regions, S side of the stored masks."""
+"""Mask head (He et al. 2017): a 28 x 28 mask per class for each region. P regions, S side of the stored masks.
+
+In a C4 model its deconvolution works on what res5 makes of the region, 7 x 7, so that a mask has 14 x 14 cells.
+"""
 
 from functools import partial
 
@@ -8,11 +11,11 @@ from torch import Tensor, nn
 
 from gndet.config.schema import MaskHeadConfig, NormConfig
 from gndet.modeling.conv_norm import conv_factory
-from gndet.modeling.detection_model import RegionHead, image_index
+from gndet.modeling.detection_model import RegionHead, image_index, region_features
 from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import full
 from gndet.ops.losses import mask_targets, mean_per_image
-from gndet.ops.roi_align import Pyramid, roi_align_pyramid
+from gndet.ops.roi_align import Pyramid
 from gndet.structures import Batch, Detections, Regions
 
 
@@ -38,14 +41,22 @@ class MaskHead(RegionHead):
         nn.init.normal_(weight, std=0.001)
         nn.init.zeros_(bias)
 
-    def forward(self, pyramid: Pyramid, boxes: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        """Return mask logits (P, 28, 28) of boxes (P, 4) in images (P,), each for its label in labels (P,)."""
-        return recomputed(self, self._predict, pyramid, boxes, image, labels)
+    def forward(
+        self, pyramid: Pyramid, boxes: Tensor, image: Tensor, labels: Tensor, features: Tensor | None = None
+    ) -> Tensor:
+        """Return mask logits (P, 28, 28) of boxes (P, 4) in images (P,), each for its label in labels (P,).
 
-    def _predict(self, pyramid: Pyramid, boxes: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        cfg = self.cfg
-        pool = partial(roi_align_pyramid, pyramid, boxes, image, cfg.pool_size, cfg.sampling_ratio, cfg.roi_align)
-        x = tower(self.convs, pool(), make_input=pool)
+        features: of the regions, if the heads share them.
+        """
+        return recomputed(self, self._predict, pyramid, boxes, image, labels, features)
+
+    def _predict(
+        self, pyramid: Pyramid, boxes: Tensor, image: Tensor, labels: Tensor, features: Tensor | None
+    ) -> Tensor:
+        pool = partial(region_features, pyramid, boxes, image, self.cfg)
+        x = pool() if features is None else features
+        if self.convs:
+            x = tower(self.convs, x, make_input=pool if features is None else None)
         return full(recomputed(self, self._masks, x, labels, cheap=True))
 
     def _masks(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -59,7 +70,9 @@ class MaskHead(RegionHead):
     def sample(self, regions: Regions, batch: Batch) -> Regions:
         """Keep the slots of the box head's regions that can be positive."""
         num_slots = regions.positive_slots
-        return Regions._make([*(field[:, :num_slots] for field in regions[:-1]), num_slots])
+        *fields, _, features = regions
+        features = None if features is None else features[:, :num_slots]
+        return Regions._make([*(field[:, :num_slots] for field in fields), num_slots, features])
 
     def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the masks' cross-entropy (B,), the mean over each image's positive regions."""
@@ -68,7 +81,8 @@ class MaskHead(RegionHead):
         image = image_index(num_images, num_slots, rows.device)[rows]
         boxes, matched = regions.boxes.flatten(0, 1)[rows], regions.matched.flatten()[rows]
         labels = torch.where(regions.positive, regions.labels, 0).flatten()[rows]
-        logits = self(pyramid, boxes, image, labels)
+        features = None if regions.features is None else regions.features.flatten(0, 1)[rows]
+        logits = self(pyramid, boxes, image, labels, features)
         with torch.no_grad():
             target = mask_targets(
                 batch.gt.masks[image, matched], batch.gt.boxes[image, matched], boxes, logits.shape[-1],
@@ -92,10 +106,11 @@ class MaskHead(RegionHead):
         padded = masks.new_zeros(num_images * num_slots, side, side).index_put((rows,), masks)
         return found._replace(masks=padded.view(num_images, num_slots, side, side))
 
-    def probe(self, pyramid: Pyramid, boxes: Tensor) -> None:
+    def probe(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None) -> None:
         """Run every layer once on regions (B, R, 4), predicting masks of the first class."""
         image = image_index(boxes.shape[0], boxes.shape[1], boxes.device)
-        self(pyramid, boxes.flatten(0, 1), image, torch.zeros_like(image))
+        features = None if features is None else features.flatten(0, 1)
+        self(pyramid, boxes.flatten(0, 1), image, torch.zeros_like(image), features)
 
 
 def _rows(wanted: Tensor) -> Tensor:

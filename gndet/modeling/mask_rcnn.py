@@ -1,9 +1,11 @@
-"""Mask R-CNN (He et al. 2017) on a pyramid (Lin et al. 2017), or Faster R-CNN if the box head is the only head.
+"""Mask R-CNN (He et al. 2017) on a pyramid (Lin et al. 2017) or on one level (C4, DC5), or Faster R-CNN if the box
+head is the only head.
 
 B images, N anchors, K proposals, R regions per image, D detections, (H, W) canvas.
 
 Batch independence: the RPN ignores anchors in the padding and samples by the image's key, as does each region head
 (detection_model.py).  A masked picture's edge is repeated once beyond the picture, so that RoIAlign reads no padding.
+The regions that res5 sees in a C4 model have no padding.
 """
 
 from collections.abc import Mapping
@@ -14,41 +16,56 @@ from torch import Tensor, nn
 
 from gndet.modeling.conv_norm import choose_ways
 from gndet.modeling.detection_model import PROBED_REGIONS, DetectionModel, RegionHead
-from gndet.modeling.fpn import FPN
+from gndet.modeling.fpn import FPN, OneLevel
 from gndet.modeling.image_model import Choices, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
-from gndet.modeling.resnet import ResNet
+from gndet.modeling.resnet import REGION, ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import Pyramid, extended, pyramid_level
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
-ROI_LEVELS = 4  # the heads pool from P2..P5
-REGION = 7  # pixels along a side of a region in the box head
+ROI_LEVELS = 4  # the heads pool from P2..P5, or from the only level
 
 
 class MaskRCNN(DetectionModel):
-    """Backbone, pyramid, RPN, and region heads that run one after the other."""
+    """Backbone, neck, RPN, and region heads that run one after the other."""
 
     def __init__(
-        self, backbone: ResNet, fpn: FPN, rpn: RPN, heads: Mapping[str, RegionHead], *,
+        self, backbone: ResNet, neck: FPN | OneLevel, rpn: RPN, heads: Mapping[str, RegionHead], *,
         pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float],
     ) -> None:  # fmt: skip
         super().__init__(pixel_mean, pixel_std)
         self.backbone: ResNet = backbone
-        self.fpn, self.rpn = fpn, rpn
-        self.head_names, self.strides, self.extends_edges = tuple(heads), fpn.strides, fpn.masked
+        self.neck_name = neck.part
+        self.add_module(neck.part, neck)
+        self.rpn = rpn
+        self.head_names, self.strides, self.extends_edges = tuple(heads), neck.strides, neck.masked
         for name, head in heads.items():
             self.add_module(name, head)
+
+    @property
+    def neck(self) -> FPN | OneLevel:
+        """Return what turns the backbone's maps into levels."""
+        neck: FPN | OneLevel = getattr(self, self.neck_name)
+        return neck
 
     @property
     def heads(self) -> list[RegionHead]:
         """Return the region heads in the order they run."""
         return [getattr(self, name) for name in self.head_names]
 
+    @property
+    def region_stages(self) -> list[nn.ModuleList]:
+        """Return the stages of the backbone that run on regions: res5 in a C4 model."""
+        return self.backbone.after_maps() if isinstance(self.backbone, ResNet) else []
+
     def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
-        """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
+        """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas.
+
+        With another neck than a pyramid it returns the only level.
+        """
         x, areas = self.normalize(images, sizes, padded)
-        return self.fpn(self.backbone(x, areas), areas), areas
+        return self.neck(self.backbone(x, areas), areas), areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
         """Run the training forward pass after P2..P6: loss_rpn_cls, loss_rpn_loc, and the losses of the heads."""
@@ -62,6 +79,8 @@ class MaskRCNN(DetectionModel):
         sampled = []
         for head in self.heads:
             regions = head.sample(regions, batch)
+            if regions.features is None:
+                regions = regions._replace(features=head.shared(pyramid, regions.boxes))
             losses |= head.loss(pyramid, regions, batch)
             sampled.append(regions)
         return Step(losses, sample, proposals, sampled[0])
@@ -88,7 +107,8 @@ class MaskRCNN(DetectionModel):
         strides = self.strides[:ROI_LEVELS]
         valid = [areas[stride] for stride in strides] if self.extends_edges else []
         sizes = [area.sizes for area in valid if area is not None]
-        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None))
+        last_stage = self.backbone.on_regions if self.region_stages else None
+        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None, last_stage))
 
     # --- for inspection: norm statistics, calibration, the proof of batch independence
 
@@ -102,8 +122,9 @@ class MaskRCNN(DetectionModel):
         best = first.boxes[:, :1]  # fills empty slots
         boxes = torch.where(first.valid[..., None], first.boxes, best)  # (B, R, 4)
         boxes = torch.cat([boxes] * copies)
+        features = self.heads[0].shared(pyramid, boxes)
         for head in self.heads:
-            head.probe(pyramid, boxes)
+            head.probe(pyramid, boxes, features)
 
     def choices(self, step: Step, image: int) -> Choices:
         """Return the sampled anchors, the proposals and the sampled regions of an image as ids."""
@@ -113,7 +134,7 @@ class MaskRCNN(DetectionModel):
             return set(map(tuple, torch.stack(rows, dim=1).tolist()))
 
         anchors, proposals, regions = step.anchors, step.proposals, step.regions
-        level = pyramid_level(regions.boxes, ROI_LEVELS)  # that each region is pooled from
+        level = pyramid_level(regions.boxes, len(self.strides[:ROI_LEVELS]))  # that each region is pooled from
         return {
             "sampled anchors": chosen(anchors.valid, anchors.ids, anchors.positive),
             "proposals": chosen(proposals.valid, proposals.ids),
@@ -122,20 +143,21 @@ class MaskRCNN(DetectionModel):
 
     def rectified(self) -> Rectified:
         """Return the layers of the backbone, the RPN and the first head, which the regions of a Step belong to."""
-        return Rectified([*self.backbone.rectified(), *self.rpn.convs], self.heads[0].rectified())
+        regions = self.backbone.rectified_on_regions() if self.region_stages else []
+        return Rectified([*self.backbone.rectified(), *self.rpn.convs], [*regions, *self.heads[0].rectified()])
 
     def sees_regions(self, module: str) -> bool:
-        """Return whether the module belongs to a head."""
-        return module.partition(".")[0] in self.head_names
+        """Return whether the module belongs to a head, or to the backbone's res5 in a C4 model."""
+        is_res5 = bool(self.region_stages) and module.startswith("backbone.res5")
+        return is_res5 or module.partition(".")[0] in self.head_names
 
     def after_features(self) -> list[nn.Module]:
-        """Return the RPN and the heads."""
-        return [self.rpn, *self.heads]
+        """Return the RPN, the stages of the backbone that run on regions, and the heads."""
+        return [self.rpn, *self.region_stages, *self.heads]
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
         self.backbone.choose_convolutions(shortest_edge)
-        for level in self.fpn.levels:
-            choose_ways(self.fpn.get_submodule(f"output{level}"), shortest_edge / 2**level)
-        for part in self.after_features():  # they see maps of all sizes or many regions
-            choose_ways(part, max(shortest_edge / self.strides[1], REGION))
+        self.neck.choose_convolutions(shortest_edge)
+        for part in [self.rpn, *self.heads]:  # they see maps of all sizes or many regions
+            choose_ways(part, max(shortest_edge / self.strides[:2][-1], REGION))

@@ -38,6 +38,7 @@ class Layer(NamedTuple):
 
     stride: int
     padding: int
+    dilation: int
     way: type[Convolution]
     cheap: bool  # recompute its convolution instead of keeping the result
     groups: int  # 0: no statistics; a frozen norm is folded into weight and bias
@@ -136,9 +137,15 @@ def _split(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Laye
     area = area if norm.masked else None
     way = layer.way_for(dtype)
     cheap = layer.cheap and not (layer.regions and layer.memory == "lean")
-    plain = Layer(layer.conv.stride[0], layer.conv.padding[0], way, cheap, 0, 0.0, area, layer.relu)
+    sides = layer.conv.stride[0], layer.conv.padding[0], layer.conv.dilation[0]
+    plain = Layer(*sides, way, cheap, 0, 0.0, area, layer.relu)
     if isinstance(norm, GroupNorm):
-        return plain._replace(groups=norm.groups, eps=norm.eps), (layer.weight(), layer.conv.bias, norm.weight, norm.bias)
+        return plain._replace(groups=norm.groups, eps=norm.eps), (
+            layer.weight(),
+            layer.conv.bias,
+            norm.weight,
+            norm.bias,
+        )
     return plain, (*layer.folded(), None, None)
 
 
@@ -231,7 +238,7 @@ Norms = list[tuple[Part, Part]]  # gamma and beta of each layer
 def _parts(layers: Sequence[Layer], tensors: Sequence[Part]) -> tuple[list[Convolution], Norms]:
     by_layer = [tensors[i : i + 4] for i in range(0, len(tensors), 4)]
     convs = [
-        layer.way(weight, bias, layer.stride, layer.padding)
+        layer.way(weight, bias, layer.stride, layer.padding, layer.dilation)
         for layer, (weight, bias, _, _) in zip(layers, by_layer, strict=True)
     ]
     return convs, [(gamma, beta) for _, _, gamma, beta in by_layer]

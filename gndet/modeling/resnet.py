@@ -1,6 +1,13 @@
-"""ResNet (He et al. 2016) and ResNeXt (Xie et al. 2017) that return C2..C5. B images, C channels, (H, W) canvas."""
+"""ResNet (He et al. 2016) and ResNeXt (Xie et al. 2017) that return C2..C5. B images, C channels, (H, W) canvas.
 
+R regions, P cells a side of a region.
+Batch independence: masked norms leave zeros in the padding, so that a 3x3 convolution reads beyond a picture what it
+reads beyond the canvas, at any dilation.  res5 on regions normalizes each region by itself, which has no padding.
+"""
+
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +19,7 @@ from gndet.modeling.recompute import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
 STRIDES = (4, 8, 16, 32)  # of C2..C5
+REGION = 7  # cells along a side of a region in res5
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -44,14 +52,18 @@ class Bottleneck(nn.Module):
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, conv: ConvFactory, stride_in_1x1: bool = False,
-        cardinality: int = 1, group_width: int = 64,
+        cardinality: int = 1, group_width: int = 64, dilation: int = 1,
     ) -> None:  # fmt: skip
-        """cardinality, group_width: groups of the 3x3, and their width where channels are 64 (ResNeXt 32x4d: 32, 4)."""
+        """cardinality, group_width: groups of the 3x3, and their width where channels are 64 (ResNeXt 32x4d: 32, 4).
+
+        dilation: of the 3x3.
+        """
         super().__init__()
         self.stride_in_1x1 = stride_in_1x1
         width = channels * group_width // 64 * cardinality
         self.conv1 = conv(in_channels, width, 1, stride=stride if stride_in_1x1 else 1)
-        self.conv2 = conv(width, width, 3, stride=1 if stride_in_1x1 else stride, groups=cardinality)
+        stride_in_3x3 = 1 if stride_in_1x1 else stride
+        self.conv2 = conv(width, width, 3, stride=stride_in_3x3, groups=cardinality, dilation=dilation)
         self.conv3 = conv(width, channels * 4, 1, relu=False, adds=True)
         self.shortcut = _shortcut(in_channels, channels * 4, stride, conv)
 
@@ -74,9 +86,16 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactor
 
 
 class ResNet(nn.Module):
-    """The backbone; `channels` holds the channel counts of C2..C5, at strides 4, 8, 16, 32."""
+    """The backbone; `channels` and `strides` are of C2..C5; its stem has stride 4.
 
-    def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
+    res5: "map": C5 has stride 32.  "dilated": C5 has stride 16, because res5 does not stride but dilates (DC5).
+    "regions": `forward` returns C2..C4 only, and res5 runs on regions of C4, in `on_regions` (He et al. 2016, appendix
+    A).  res5 has the same tensors in all three.
+    """
+
+    def __init__(
+        self, cfg: BackboneConfig, norm: NormConfig, res5: Literal["map", "dilated", "regions"] = "map"
+    ) -> None:
         super().__init__()
         self.memory = "fast"
         self.frozen: list[nn.Module] = []
@@ -89,13 +108,23 @@ class ResNet(nn.Module):
         conv = conv_factory(norm)
         in_channels = width = round(WIDTH * cfg.width)
         self.stem = conv(3, width, 7, stride=2)
-        self.channels = tuple(width * 2**i * expansion for i in range(4))
+        channels = [width * 2**i * expansion for i in range(4)]
+        self.strides: tuple[int, ...] = STRIDES
         for i, count in enumerate(BLOCKS[cfg.depth]):
+            dilated, on_regions = ((res5 == kind and i == 3) for kind in ("dilated", "regions"))
+            conv = conv_factory(norm, regions=on_regions)
             blocks = []
             for j in range(count):
-                blocks.append(block(in_channels, width * 2**i, 2 if i and not j else 1, conv))
-                in_channels = self.channels[i]
+                stride = 2 if i and not j and not dilated else 1
+                more: dict[str, Any] = {"dilation": 2} if dilated and (j or cfg.dilated_blocks == "all") else {}
+                blocks.append(block(in_channels, width * 2**i, stride, conv, **more))
+                in_channels = channels[i]
             self.add_module(f"res{i + 2}", nn.ModuleList(blocks))
+        if res5 == "dilated":
+            self.strides = (*STRIDES[:3], STRIDES[2])
+        elif res5 == "regions":
+            self.strides = STRIDES[:3]
+        self.channels, self.region_channels = tuple(channels[: len(self.strides)]), channels[3]
         self._initialize(cfg.zero_init_last_gamma)
         self.freeze(cfg.freeze_at)
 
@@ -113,15 +142,28 @@ class ResNet(nn.Module):
         """Return res2..res5."""
         return [getattr(self, f"res{i}") for i in (2, 3, 4, 5)]
 
+    def on_maps(self) -> list[nn.ModuleList]:
+        """Return the stages that run on whole maps."""
+        return self.stages()[: len(self.strides)]
+
+    def after_maps(self) -> list[nn.ModuleList]:
+        """Return the stages that run on regions."""
+        return self.stages()[len(self.strides) :]
+
     def rectified(self) -> list[nn.Module]:
-        """Return the modules that end with a ReLU, in the order they run."""
-        layers = [part for part in self.modules() if isinstance(part, BasicBlock | Bottleneck | ConvNorm)]
-        return [part for part in layers if not isinstance(part, ConvNorm) or part.relu]
+        """Return the modules on whole maps that end with a ReLU, in the order they run."""
+        return _rectified([self.stem, *self.on_maps()])
+
+    def rectified_on_regions(self) -> list[nn.Module]:
+        """Return the modules on regions that end with a ReLU, in the order they run."""
+        return _rectified(self.after_maps())
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
-        for stage, stride in zip(self.stages(), STRIDES, strict=True):
+        for stage, stride in zip(self.on_maps(), self.strides, strict=True):
             choose_ways(stage, shortest_edge / stride)
+        for stage in self.after_maps():
+            choose_ways(stage, REGION)
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
@@ -147,12 +189,12 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
         """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
 
-        Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
+        Returns maps (B, C, ceil(H/s), ceil(W/s)) at `strides`, zero in the padding if the norm is masked.
         """
         x = recomputed(self, self._stem, x, areas, cheap=True)
         features = []
         area = areas[4]
-        for stage, stride in zip(self.stages(), STRIDES, strict=True):
+        for stage, stride in zip(self.on_maps(), self.strides, strict=True):
             for block in stage:
                 if isinstance(block, BasicBlock):
                     x = recomputed(self, block, x, area, areas[stride])
@@ -161,3 +203,24 @@ class ResNet(nn.Module):
                 area = areas[stride]
             features.append(x)
         return features
+
+    def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
+        """Run the stages after the maps on regions.
+
+        pool: returns the regions' features (R, C, P, P); with train.memory "lean" it is called again in the backward
+        pass.  Returns (R, region_channels, ceil(P/2), ceil(P/2)).
+        """
+        return recomputed(self, self._pooled, pool)
+
+    def _pooled(self, pool: Callable[[], Tensor]) -> Tensor:
+        x = pool()
+        for stage in self.after_maps():
+            for block in stage:
+                x = block(x, None, None)
+        return x
+
+
+def _rectified(parts: Iterable[nn.Module]) -> list[nn.Module]:
+    modules = [module for part in parts for module in part.modules()]
+    layers = [module for module in modules if isinstance(module, BasicBlock | Bottleneck | ConvNorm)]
+    return [layer for layer in layers if not isinstance(layer, ConvNorm) or layer.relu]

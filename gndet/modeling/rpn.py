@@ -1,4 +1,4 @@
-"""Region proposal network on a pyramid (Ren et al. 2015; Lin et al. 2017).
+"""Region proposal network on a pyramid or on one level (Ren et al. 2015; Lin et al. 2017).
 
 B images, M ground-truth slots, N anchors of all levels, K proposals, A anchors per cell, L levels.
 """
@@ -31,10 +31,14 @@ class RPN(nn.Module):
     def __init__(self, cfg: RPNConfig, norm: NormConfig, channels: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.cfg, self.strides = cfg, tuple(strides)
-        self.num_anchors, self.memory = len(cfg.aspect_ratios), "fast"
-        sizes = zip(cfg.anchor_sizes, self.strides, strict=True)
+        self.memory = "fast"
+        on_levels = cfg.sizes_by_level(len(self.strides))  # L x the sizes of a level
+        self.num_anchors = len(on_levels[0]) * len(cfg.aspect_ratios)
         with torch.device("cpu"):  # no checkpoint has them, so they exist even if the model is built on the meta device
-            cells = [cell_anchors(size, cfg.aspect_ratios, stride, cfg.anchors) for size, stride in sizes]
+            cells = [
+                torch.cat([cell_anchors(size, cfg.aspect_ratios, stride, cfg.anchors) for size in sizes])
+                for sizes, stride in zip(on_levels, self.strides, strict=True)
+            ]
         self.register_buffer("cells", torch.stack(cells), persistent=False)  # (L, A, 4) float32
         conv = conv_factory(norm)
         self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in range(cfg.num_convs))

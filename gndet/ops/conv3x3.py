@@ -36,9 +36,9 @@ MULTIPLIES_FAST = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: Fals
 class Convolution:
     """A convolution of maps (n, C, H, W), computed by torch, that sums the gradients of all calls."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int, padding: int, dilation: int = 1) -> None:
         self.weight, self.bias = weight, bias
-        self._sides = (stride, stride), (padding, padding), (1, 1)
+        self._sides = (stride, stride), (padding, padding), (dilation, dilation)
         self._grad_weight: Tensor | None = None
         self._grad_bias: Tensor | None = None
 
@@ -68,10 +68,12 @@ class Convolution:
 
 
 class Winograd(Convolution):
-    """A 3x3 convolution with stride 1 and padding 1 by minimal filtering; it transforms its weight once."""
+    """A 3x3 convolution with stride 1, padding 1, dilation 1 by minimal filtering; it transforms its weight once."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1) -> None:
-        super().__init__(weight, bias, stride, padding)
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 1, dilation: int = 1
+    ) -> None:
+        super().__init__(weight, bias, stride, padding, dilation)
         self._transformed = transform_weight(weight)
         self._backward_weight: Tensor | None = None  # the transformed weight that takes gradients back
 

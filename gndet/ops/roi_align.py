@@ -1,6 +1,6 @@
 """RoIAlign over a feature pyramid. B images, R regions per image, C channels, L levels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +19,8 @@ class Pyramid(NamedTuple):
     maps: Sequence[Tensor]  # L x (B, C, H/s, W/s)
     strides: Sequence[int]
     sizes: Sequence[Tensor] | None = None  # L x (B, 2) height, width in cells: pictures whose edges are to be repeated
+    # runs on what RoIAlign returns, (R, C, P, P), before the heads do: the last stage of the backbone in a C4 model
+    last_stage: Callable[[Callable[[], Tensor]], Tensor] | None = None
 
 
 def pyramid_level(boxes: Tensor, num_levels: int) -> Tensor:
@@ -47,10 +49,11 @@ def extend_edges(feature: Tensor, sizes: Tensor) -> Tensor:
 
 def extended(pyramid: Pyramid) -> Pyramid:
     """Repeat the edges of the pictures in the maps, unless the kernels do it while they pool."""
-    maps, strides, sizes = pyramid
-    if sizes is None or roi_align_kernels.usable(maps):
+    sizes = pyramid.sizes
+    if sizes is None or roi_align_kernels.usable(pyramid.maps):
         return pyramid
-    return Pyramid([extend_edges(x, size) for x, size in zip(maps, sizes, strict=True)], strides)
+    maps = [extend_edges(x, size) for x, size in zip(pyramid.maps, sizes, strict=True)]
+    return pyramid._replace(maps=maps, sizes=None)
 
 
 def roi_align_pyramid(
@@ -71,7 +74,7 @@ def roi_align_pyramid(
 
     On a GPU one kernel pools from all levels; `roi_align_kernels.usable` tells what happens where it cannot.
     """
-    features, strides, sizes = extended(pyramid)
+    features, strides, sizes, _ = extended(pyramid)
     boxes = boxes.nan_to_num(0.0, 0.0, 0.0)  # torchvision's CPU kernel crashes on NaN
     level = pyramid_level(boxes, len(features))  # (R,)
     if alignment == "detectron":

@@ -33,16 +33,27 @@ from gndet.weights.read import BACKGROUND, STEM, Source, class_rows, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
-    *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
+    *("neck", "backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
+    *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes"),
+    *("classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     "box_head.norm_last",
     *("mask_head.num_convs", "mask_head.channels"),
-    *("detector", "fpn.p6", "dense.num_convs", "dense.conv_bias", "dense.scales", "dense.aspect_ratios", "dense.quality"),
+    *(
+        "detector",
+        "fpn.p6",
+        "dense.num_convs",
+        "dense.conv_bias",
+        "dense.scales",
+        "dense.aspect_ratios",
+        "dense.quality",
+    ),
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
     ("backbone", "pixel_mean"),
+    ("rpn", "neck"),
+    ("rpn", "backbone.dilated_blocks"),
     ("rpn", "rpn.aspect_ratios"),
     ("rpn", "rpn.anchors"),
     ("box_head", "box_head.roi_align"),

@@ -99,8 +99,10 @@ def odd_files() -> dict[str, tuple[dict[str, Tensor], str]]:
     """Return tensors of models that gndet does not support, and a word that the error must contain."""
     conv, bias = torch.zeros(64, 64, 1, 1), torch.zeros(4)
     return {
-        "detectron2 C4": ({"backbone.res2.0.conv1.weight": conv, "proposal_generator.rpn_head.conv.bias": bias}, "C4"),
-        "Detectron C4": ({"conv1_w": conv, "res2_0_branch2a_w": conv, "conv_rpn_w": conv}, "C4"),
+        "detectron2's RPN on C4": (
+            {"backbone.res2.0.conv1.weight": conv, "proposal_generator.rpn_head.conv.bias": bias}, "(1, 0, 0, 0)"
+        ),
+        "Detectron on C5": ({"conv1_w": conv, "conv_rpn_w": conv, "fc6_w": conv}, "without a pyramid"),
         "maskrcnn-benchmark C4": ({"roi_heads.box.feature_extractor.head.layer4.0.conv1.weight": conv}, "C4"),
         "mmdetection C4": ({"backbone.layer1.0.bn1.bias": bias, "roi_head.shared_head.layer4.0.bn1.bias": bias}, "C4"),
         "mmdetection 1": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.fc_cls.weight": bias}, "mmdetection 1"),

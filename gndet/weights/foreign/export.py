@@ -42,7 +42,8 @@ def export_weights(
     _refuse(cfg, parts, toolkit)
     state = _folded(dict(state), cfg, toolkit)
     norms, tensors = cfg.part_norms(), {}
-    for layer, name in layer_names("resnet" if "classifier" in parts else toolkit, cfg, parts).items():
+    format = toolkit if cfg.neck == "fpn" else f"{toolkit}_{cfg.neck}"
+    for layer, name in layer_names("resnet" if "classifier" in parts else format, cfg, parts).items():
         norm = norms.get(layer.partition(".")[0], NormConfig(kind="none"))  # a classifier's head has no norm
         for parameter in ("weight", "bias", "running_mean", "running_var"):
             key = f"{layer}.{parameter}"
@@ -72,6 +73,10 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError(
             f"model.backbone.cardinality: {cfg.backbone.cardinality}; {toolkit} detectors have ResNets only"
         )
+    if cfg.neck != "fpn" and toolkit != "detectron2":
+        raise ConfigError(f"model.neck: {cfg.neck}; {toolkit} has no such detector, --to detectron2 writes it")
+    if cfg.backbone.dilated_blocks != "all":
+        raise ConfigError(f"model.backbone.dilated_blocks: {cfg.backbone.dilated_blocks}; {toolkit} dilates all blocks")
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
     for part in [part for part in parts if part in norms and norms[part].replaces_relu]:
@@ -138,8 +143,10 @@ def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
     """List the settings with which the toolkit reads pictures and builds the model like gndet."""
     mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
+    base = {"fpn": "FPN", "c4": "C4", "dc5": "DilatedC5"}[cfg.neck]
     return {
         "detectron2": [
+            f"_BASE_ Base-RCNN-{base}.yaml",
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
             f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.ROI_HEADS.NUM_CLASSES {num_classes}",
         ],
@@ -187,7 +194,7 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
         lines.append(f"differs: norms are masked in this model; in {toolkit} the padding around a picture enters them")
-    preset = ModelConfig.model_validate({"compat": toolkit})
+    preset = ModelConfig.model_validate({"compat": toolkit, "neck": cfg.neck})
     for part in [part for part in parts if part not in ("backbone", "fpn")]:
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
         lines += [

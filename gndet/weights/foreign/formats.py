@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gndet.config.schema import ModelConfig, SourceConfig
+from gndet.config.schema import ModelConfig, RPNConfig, SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
 from gndet.modeling.trained import MAX_NAMED
 from gndet.weights.foreign.files import WeightFile
-from gndet.weights.foreign.names import FORMATS, STAGES, ConvNames, file_key
+from gndet.weights.foreign.names import FORMATS, STAGES, ConvNames, file_key, stage_owner, toolkit_of
 
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
 CAFFE_MEAN, NO_STD = (122.7717, 115.9465, 102.9801), (1.0, 1.0, 1.0)  # Detectron's, here as RGB
@@ -50,9 +50,17 @@ FACTS = {
 # torchvision's weights whose frozen BN has eps 0, as files and by name
 RCNN_V1 = r"(maskrcnn|fasterrcnn)_resnet50_fpn_coco-|(Mask|Faster)RCNN_ResNet50_FPN_W.*V1"
 RETINANET_V1 = r"retinanet_resnet50_fpn_coco-|RetinaNet_ResNet50_FPN_W.*V1"
+FACTS |= {
+    "detectron2_c4": FACTS["detectron2"]._replace(title="detectron2 C4"),
+    "detectron2_dc5": FACTS["detectron2"]._replace(title="detectron2 DC5"),
+    "detectron_c4": FACTS["detectron"]._replace(title="Detectron C4"),
+}
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
 MARKS = (  # (start of a key, format); the first that fits decides
     ("backbone.bottom_up.", "detectron2"),
+    ("roi_heads.res5.", "detectron2_c4"),
+    ("backbone.res2.", "detectron2_dc5"),
+    ("conv_rpn_w", "detectron_c4"),
     ("proposal_generator.", "detectron2"),
     ("roi_heads.box.feature_extractor.", "maskrcnn-benchmark"),
     ("backbone.body.stem.", "maskrcnn-benchmark"),
@@ -103,7 +111,7 @@ def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -
     found = next((format for mark, format in MARKS if any(key.startswith(mark) for key in tensors)), None)
     if refusal := _unsupported(tensors):
         raise CheckpointError(f"{file.path}: {refusal}")
-    if found is None or cfg.format not in ("auto", found.removesuffix("_backbone")):
+    if found is None or cfg.format not in ("auto", toolkit_of(found)):
         expected = f"train.source.format: {cfg.format}" if cfg.format != "auto" else "a known format"
         keys = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(tensors.items())[:MAX_NAMED])
         raise CheckpointError(
@@ -120,9 +128,10 @@ def _unsupported(tensors: dict[str, Tensor]) -> str:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)
 
-    c4 = ("roi_heads.res5.", "conv_rpn_w", "roi_heads.box.feature_extractor.head.", "roi_head.shared_head.")
-    if any(map(has, c4)) or (has("backbone.res2.") and has("proposal_generator.")):
-        return "a C4 or DC5 model, whose heads work on res4 or res5; gndet has only models with a pyramid"
+    if has("roi_heads.box.feature_extractor.head.") or has("roi_head.shared_head."):
+        return "a C4 model of another toolkit than detectron2 and Detectron, whose C4 files gndet reads"
+    if has("conv_rpn_w") and has("fc6_w"):
+        return "a Detectron model that works on res5 without a pyramid; gndet reads such files of detectron2 (DC5)"
     if has("bbox_head.fc_cls") or (has("bbox_head.") and has("backbone.layer1.")):
         return (
             "a model of mmdetection 1 or a one-stage detector (bbox_head at the top); gndet reads the two-stage "
@@ -142,7 +151,7 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
         facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
     if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics, so this is an MSRA backbone of detectron2
         facts = facts._replace(mean=RGB_MEAN, compat="detectron2", frozen_eps=1e-5)
-    if format == "detectron2" and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
+    if format.startswith("detectron2") and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
         mean, std = ([float(f"{x:.6g}") for x in tensors[key].flatten()] for key in PIXEL)  # undo float32's rounding
         bgr = mean[0] <= mean[2]  # blue has the smallest mean of ImageNet; BGR is the default
         mean, std = (mean[::-1], std[::-1]) if bgr else (mean, std)
@@ -206,13 +215,14 @@ class Reader:
             if weight and counter:
                 return "bn"
             if weight:
-                return "frozen_bn" if var or (self.format == "detectron" and kind == "bn") else "gn"
+                return "frozen_bn" if var or (toolkit_of(self.format) == "detectron" and kind == "bn") else "gn"
         return "none"
 
 
 def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tuple[ModelConfig, tuple[str, ...]]:
     """Return the config of the model that fits a file's tensors, and the parts that the file holds."""
     depth, backbone_norm = _depth(reader), reader.norm("stem")
+    neck = {"c4": "c4", "dc5": "dc5"}.get(reader.format.partition("_")[2], "fpn")
     in_1x1 = facts.gn_msra if backbone_norm == "gn" else facts.msra
     tree: dict[str, Any] = {
         "backbone": {"depth": depth, "stride_in_1x1": depth >= 50 and in_1x1, "norm": backbone_norm}
@@ -223,14 +233,8 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
     if lateral is not None:
         tree["fpn"] = {"channels": len(lateral), "norm": reader.norm("lateral", **finest)}
     if objectness is not None:
-        if len(objectness) != 3:
-            raise CheckpointError(f"{reader.path}: {len(objectness)} anchors per cell, expected 3 (ratios 0.5, 1, 2)")
-        num_convs = sum(reader.weight("rpn_many", n=n) is not None for n in range(8))
-        ratios = cfg.aspect_ratios or (0.5, 1.0, 2.0)
-        tree["rpn"] = {"aspect_ratios": ratios, "num_convs": max(num_convs, 1), "norm": "none"}
-        if cfg.anchor_sizes:
-            tree["rpn"]["anchor_sizes"] = cfg.anchor_sizes
-    tree |= _heads(reader)
+        tree["rpn"] = _rpn(reader, cfg, neck, len(objectness))
+    tree |= _heads(reader, neck)
     tree |= _dense(reader, tree["fpn"]) if is_dense and "fpn" in tree else {}
     parts = tuple(tree)
     eps = cfg.norm_eps
@@ -244,7 +248,13 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
             "channels_per_group": facts.channels_per_group,
             "weight_standardization": facts.standardized and kind != "none",
         }  # fmt: skip
-    tree |= {"compat": facts.compat, "pixel_mean": facts.mean, "pixel_std": facts.std, "masks": "mask_head" in parts}
+    tree |= {
+        "compat": facts.compat,
+        "neck": neck,
+        "pixel_mean": facts.mean,
+        "pixel_std": facts.std,
+        "masks": "mask_head" in parts,
+    }
     tree["norm"] = tree["backbone"]["norm"]
     if is_dense:
         tree["detector"] = "retinanet" if reader.weight("quality") is None else "fcos"
@@ -288,7 +298,7 @@ def _depth(reader: Reader) -> int:
     """Return the depth of the ResNet, inferred from its blocks.  Raises CheckpointError if gndet has no such ResNet."""
 
     def conv(s: int, i: int, k: int) -> Tensor | None:
-        return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1])
+        return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1], owner=stage_owner(s))
 
     counts = tuple(next(i for i in range(99) if conv(s, i, 1) is None) for s in STAGES)
     bottleneck = conv(2, 0, 3) is not None
@@ -307,7 +317,19 @@ def _depth(reader: Reader) -> int:
     return depths[0]
 
 
-def _heads(reader: Reader) -> dict[str, dict[str, Any]]:
+def _rpn(reader: Reader, cfg: SourceConfig, neck: str, num_anchors: int) -> dict[str, Any]:
+    """Return the config section of the RPN in the file.  Raises CheckpointError if the anchors of a cell do not fit."""
+    ratios, sizes = cfg.aspect_ratios or (0.5, 1.0, 2.0), cfg.anchor_sizes or RPNConfig().anchor_sizes
+    if num_anchors != (expected := len(ratios) * (1 if neck == "fpn" else len(sizes))):
+        of_sizes = "" if neck == "fpn" else f", sizes {', '.join(f'{size:g}' for size in sizes)}"
+        words = f"expected {expected} (ratios {', '.join(f'{ratio:g}' for ratio in ratios)}{of_sizes})"
+        hint = "" if neck == "fpn" else "; train.source.anchor_sizes states the file's sizes"
+        raise CheckpointError(f"{reader.path}: {num_anchors} anchors per cell, {words}{hint}")
+    num_convs = sum(reader.weight("rpn_many", n=n) is not None for n in range(8))
+    return {"aspect_ratios": ratios, "anchor_sizes": sizes, "num_convs": max(num_convs, 1), "norm": "none"}
+
+
+def _heads(reader: Reader, neck: str) -> dict[str, dict[str, Any]]:
     """Return the config sections of the heads in the file, with the kind of their norm."""
     sections: dict[str, dict[str, Any]] = {}
     scores, deltas, logits = (reader.weight(layer) for layer in ("cls_score", "bbox_pred", "mask_logits"))
@@ -323,10 +345,12 @@ def _heads(reader: Reader) -> dict[str, dict[str, Any]]:
                 f"{reader.names['cls_score']}: class-agnostic boxes, which gndet does not support"
             )
         sections["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}
+        if neck == "c4":
+            sections["box_head"] = {"kind": "res5", "norm": "none"}
         if box_convs:
             convs = {"kind": "4conv1fc", "num_convs": len(box_convs), "conv_channels": len(box_convs[0])}
             sections["box_head"] |= {**convs, "norm": reader.norm("box_conv", **numbers[0])}
     if logits is not None:
-        norm = reader.norm("mask_conv", **numbers[0])
-        sections["mask_head"] = {"num_convs": max(len(mask_convs), 1), "channels": logits.shape[1], "norm": norm}
+        norm, least = reader.norm("mask_conv", **numbers[0]), 0 if neck == "c4" else 1
+        sections["mask_head"] = {"num_convs": max(len(mask_convs), least), "channels": logits.shape[1], "norm": norm}
     return sections

@@ -2,7 +2,8 @@
 
 Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
 abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number in a stage, n = 0.. and m = 1.. a layer
-of a head, x = 3 n, e = 2 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or "gn".
+of a head, x = 3 n, e = 2 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or
+"gn", owner where detectron2's C4 models keep a stage.
 """
 
 import itertools
@@ -124,14 +125,31 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
         "deconv": "conv5_mask", "mask_logits": "mask_fcn_logits",
     },
 }  # fmt: skip
+FORMATS["detectron2_dc5"] = {**FORMATS["detectron2"], **_detectron2("backbone.")}
+FORMATS["detectron2_c4"] = {
+    **FORMATS["detectron2"], **_detectron2("{owner}."), "stem": _nested("backbone.stem.conv1"),
+}  # fmt: skip
+FORMATS["detectron_c4"] = {
+    **FORMATS["detectron"], "rpn": ConvNames("conv_rpn", ""), "objectness": "rpn_cls_logits", "deltas": "rpn_bbox_pred",
+}  # fmt: skip
 
 SUFFIXES = {"weight": "_w", "bias": "_b"}  # of Detectron's convolutions and fully connected layers
 NORM_SUFFIXES = {"weight": "_s", "bias": "_b", "running_mean": "_rm", "running_var": "_riv"}  # of its norms
 
 
+def toolkit_of(format: str) -> str:
+    """Return the toolkit of a format, which may have several of them, like detectron2_c4."""
+    return format.partition("_")[0]
+
+
+def stage_owner(stage: int) -> str:
+    """Return where detectron2's C4 models keep a stage of the ResNet: res5 runs on regions."""
+    return "roi_heads" if stage == 5 else "backbone"
+
+
 def file_key(format: str, layer: str, parameter: str) -> str:
     """Return the key of a layer's parameter ("weight", "bias", "running_mean" ...) in a file of the format."""
-    if format != "detectron":
+    if toolkit_of(format) != "detectron":
         return f"{layer}.{parameter}"
     suffixes = NORM_SUFFIXES if layer.endswith(("_bn", "_gn")) else SUFFIXES
     return layer + suffixes.get(parameter, f"_{parameter}")
@@ -165,7 +183,7 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
     yield "backbone", "stem", "stem", {}
     for s, count in zip(STAGES, BLOCKS[depth], strict=True):
         for i, k in itertools.product(range(count), (1, 2, 3) if depth >= 50 else (1, 2)):
-            numbers = {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1]}
+            numbers = {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1], "owner": stage_owner(s)}
             if i == 0 and k == 1 and (s > 2 or depth >= 50):
                 yield "backbone", f"res{s}.{i}.shortcut", "shortcut", numbers
             yield "backbone", f"res{s}.{i}.conv{k}", "block", numbers
@@ -181,10 +199,10 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
     yield "rpn", "objectness", "objectness", {}
     yield "rpn", "deltas", "deltas", {}
     bare = cfg.box_head.kind == "2fc"
-    convs = 0 if bare else cfg.box_head.num_convs
+    convs = cfg.box_head.num_convs if cfg.box_head.kind == "4conv1fc" else 0
     for n in range(convs):
         yield "box_head", f"convs.{n}", "box_conv", {"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1}
-    for n in range(2 if bare else 1):
+    for n in range({"2fc": 2, "4conv1fc": 1, "res5": 0}[cfg.box_head.kind]):
         numbers = {"n": n, "m": n + 1, "f": 6 + n, "flat": convs + 1}
         yield "box_head", f"fcs.{n}", "fc" if bare else "fc_after_convs", numbers
     yield "box_head", "cls_score", "cls_score", {}

@@ -21,7 +21,7 @@ from gndet.modeling.trained import MAX_NAMED, first_few
 from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
-from gndet.weights.foreign.names import file_key, layer_names
+from gndet.weights.foreign.names import file_key, layer_names, toolkit_of
 from gndet.weights.read import BACKGROUND, CLASS_ROWS, DENSE, STEM, Source, class_rows, fused_parts
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
@@ -99,7 +99,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 
     cfg: what the user states about the file.  origin: the name that the weights were downloaded by, if any.
     Raises CheckpointError, with keys and shapes, if the format is unknown, if a layer or a part of one is missing, or
-    if gndet does not support the model (C4, grouped or deep-stem ResNets, class-agnostic boxes).
+    if gndet does not support the model (grouped or deep-stem ResNets, class-agnostic boxes).
     """
     tensors = renamed(file.tensors)
     format = format_of(file, tensors, cfg)
@@ -117,6 +117,8 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     dense_rows.from_file(state, model.dense, format)
     if facts.bgr:
         state[STEM] = state[STEM].flip(1)
+    if toolkit_of(format) == "detectron" and model.neck != "fpn":
+        _order_anchors(state, len(model.rpn.aspect_ratios))
     num_classes = _order_classes(state, format, facts, cfg, model)
     classes, notes = _classes(num_classes, file, cfg)
     notes = [_assumptions(facts, model, parts, fused), *notes]
@@ -144,13 +146,14 @@ def _complete_fused(state: dict[str, Tensor], model: ModelConfig) -> None:
 
 def _refuse_unknown(reader: Reader, unused: list[str]) -> None:
     """Raise CheckpointError for unknown tensors in a part that gndet reads: without them it computes something else."""
-    strange = [key for key in unused if key.startswith(PREFIXES[reader.format]) and not HARMLESS.search(key)]
+    prefixes = PREFIXES.get(reader.format) or PREFIXES[toolkit_of(reader.format)]
+    strange = [key for key in unused if key.startswith(prefixes) and not HARMLESS.search(key)]
     if strange:
         named = ", ".join(f"{key} {list(reader.tensors[key].shape)}" for key in strange[:MAX_NAMED])
         raise CheckpointError(
             f"{reader.path}: {len(strange)} tensors of parts that gndet reads have no place in its model: {named}; "
-            "expected a plain ResNet-FPN Faster or Mask R-CNN, RetinaNet or FCOS; likely cause: a variant (deformable convolutions, "
-            "squeeze-and-excitation, another pyramid or head)"
+            "expected a plain Faster or Mask R-CNN (ResNet with FPN, C4 or DC5), RetinaNet or FCOS; likely cause: a "
+            "variant (deformable convolutions, squeeze-and-excitation, another pyramid or head)"
         )
 
 
@@ -172,9 +175,15 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
-def _order_classes(
-    state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig
-) -> int:
+def _order_anchors(state: dict[str, Tensor], num_ratios: int) -> None:
+    """Put the rows of a cell's anchors in gndet's order, ratios within sizes; Detectron has sizes within ratios."""
+    for layer, values in (("rpn.objectness", 1), ("rpn.deltas", 4)):
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            if key in state:
+                state[key] = state[key].unflatten(0, (num_ratios, -1, values)).transpose(0, 1).flatten(0, 2)
+
+
+def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig) -> int:
     """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
     rows = {layer: class_rows(layer, model) for layer in (*CLASS_ROWS, DENSE)}
     counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
@@ -252,10 +261,12 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
         f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
         f"{model.detector} with {model.dense.kinds} anchor(s) per cell, P6 from {model.fpn.p6.upper()}"
-        if "dense" in parts else "",
-        "box deltas by class, fc over (C, H, W)" if detects else "",
+        if "dense" in parts
+        else "",
+        "box deltas by class, fc over (C, H, W)" if detects and model.neck != "c4" else "",
         ("background row left out" if "dense" in parts else "background row moved from first to last")
-        if facts.background_first else "",
+        if facts.background_first
+        else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]
     return ", ".join(filter(None, words))

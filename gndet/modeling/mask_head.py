@@ -1,5 +1,6 @@
 """Mask head (He et al. 2017): a 28 x 28 mask per class for each region. P regions, S side of the stored masks."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,11 +18,11 @@ from gndet.structures import Batch, Detections, Regions
 
 
 class MaskHead(RegionHead):
-    """Convolutions, a deconvolution and a 1x1 convolution to num_classes masks."""
+    """Convolutions, a deconvolution and a 1x1 convolution to num_classes masks; stage: whose regions it trains on."""
 
-    def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
+    def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int, stage: int = 0) -> None:
         super().__init__()
-        self.cfg, self.memory = cfg, "fast"
+        self.cfg, self.stage, self.memory = cfg, stage, "fast"
         conv = conv_factory(norm, regions=True)
         self.convs = nn.ModuleList()
         for _ in range(cfg.num_convs):
@@ -60,6 +61,13 @@ class MaskHead(RegionHead):
         """Keep the slots of the box head's regions that can be positive."""
         num_slots = regions.positive_slots
         return Regions._make([*(field[:, :num_slots] for field in regions[:-1]), num_slots])
+
+    def step(
+        self, pyramid: Pyramid, regions: Sequence[Regions], batch: Batch
+    ) -> tuple[dict[str, Tensor], tuple[Regions, ...]]:
+        """Return the losses of the box head's positive regions; as `RegionHead.step`, regions: of each stage."""
+        chosen = self.sample(regions[self.stage], batch)
+        return self.loss(pyramid, chosen, batch), (chosen,)
 
     def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the masks' cross-entropy (B,), the mean over each image's positive regions."""

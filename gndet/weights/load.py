@@ -1,6 +1,6 @@
 """Build the model that training starts with from its config, then load `train.weights` into it.
 
-K classes; the background is the last row of the layer read.BACKGROUND.
+K classes; the background is the last row of a layer that has one (read.has_background).
 """
 
 from collections import Counter
@@ -28,14 +28,15 @@ from gndet.weights.policy import (
     reference_norms,
     with_policy,
 )
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
+from gndet.weights.read import STEM, Source, class_rows, has_background, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
     *("backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
     *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
+    *("detector", "cascade.positive_iou", "cascade.mask_stages", "mask_head.num_convs", "mask_head.channels"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
-    *("mask_head.num_convs", "mask_head.channels"),
+    "box_head.class_agnostic",
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
@@ -43,6 +44,8 @@ CONVENTIONS = (  # (a part in the file, an option of `model` that changes what i
     ("rpn", "rpn.aspect_ratios"),
     ("rpn", "rpn.anchors"),
     ("box_head", "box_head.roi_align"),
+    ("box_head", "cascade.delta_weights"),
+    ("box_head", "cascade.average"),
     ("mask_head", "mask_head.roi_align"),
 )
 PADDED = ("backbone", "fpn", "rpn")  # parts that see whole pictures, including the padding
@@ -157,13 +160,13 @@ def _fitting(
             if part in held and not key.endswith(COUNTER) and key not in free:
                 wrong.append(f"{key}: absent from the file, {list(tensor.shape)} here")
             continue
-        rows, expected = CLASS_ROWS.get(layer, 0), tuple(tensor.shape)
+        rows, expected = class_rows(layer, source.model), tuple(tensor.shape)
         if rows:
-            expected = (source.num_classes * rows + (layer == BACKGROUND), *tensor.shape[1:])
+            expected = (source.num_classes * rows + has_background(layer), *tensor.shape[1:])
         if state[key].shape != expected:
             wrong.append(f"{key}: {list(state[key].shape)} in the file, expected {list(expected)}")
         elif rows:
-            background = [(-1, -1)] if layer == BACKGROUND else []
+            background = [(-1, -1)] if has_background(layer) else []
             fitting[key] = _with_rows(tensor, state[key], rows, [*carried, *background])
         else:
             fitting[key] = state[key]
@@ -190,7 +193,7 @@ def _report(
     fitting: dict[str, Tensor], anew: list[str], unused: list[str], classes: Sequence[str], source: Source
 ) -> list[str]:
     """List what was loaded, by part and by class, and everything that was not loaded."""
-    by_class = [key for key in fitting if key.rpartition(".")[0] in CLASS_ROWS]
+    by_class = [key for key in fitting if class_rows(key.rpartition(".")[0], source.model)]
     counts = Counter(key.partition(".")[0] for key in fitting if key not in by_class)
     known = source.classes or ()
     names = {
@@ -210,7 +213,11 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     """Refuse a model that computes something else from the file's weights.  Returns lines on smaller differences."""
     file_model, model = source.model, cfg.model
     parts = [part for part in source.parts if part in model.parts]
-    ignored = () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)  # basic blocks have no 1x1
+    ignored: tuple[str, ...] = (
+        () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)
+    )  # basic blocks have no 1x1
+    if model.detector != "cascade_rcnn":
+        ignored += ("cascade.delta_weights", "cascade.average")
     names = [name for part, name in CONVENTIONS if part in parts and name not in ignored]
     if model.part_norms()["backbone"].weight_standardization:
         names.append("pixel_std")

@@ -3,6 +3,7 @@
 K classes; the background is the last row of the layer BACKGROUND.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head", "classifier")  # par
 STEM = "backbone.stem.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1, "classifier.logits": 1}  # rows per class
+STAGE = re.compile(r"\.stages\.\d+")  # of a cascade, in the name of a layer
 
 
 class Source(NamedTuple):
@@ -52,6 +54,17 @@ def read_source(weights: str, cfg: SourceConfig) -> Source:
     from gndet.weights.foreign.source import read_foreign
 
     return read_foreign(weights, cfg)
+
+
+def class_rows(layer: str, cfg: ModelConfig) -> int:
+    """Return how many rows of a layer belong to each class; 0 if its rows do not belong to classes."""
+    layer = STAGE.sub("", layer)
+    return 0 if cfg.box_head.class_agnostic and layer == "box_head.bbox_pred" else CLASS_ROWS.get(layer, 0)
+
+
+def has_background(layer: str) -> bool:
+    """Return whether a layer has a row for the background."""
+    return STAGE.sub("", layer) == BACKGROUND
 
 
 def _gndet(path: Path, cfg: SourceConfig) -> Source:

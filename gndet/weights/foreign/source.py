@@ -21,7 +21,7 @@ from gndet.modeling.trained import MAX_NAMED, first_few
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, fused_parts
+from gndet.weights.read import STEM, Source, class_rows, fused_parts, has_background
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
@@ -98,7 +98,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 
     cfg: what the user states about the file.  origin: the name that the weights were downloaded by, if any.
     Raises CheckpointError, with keys and shapes, if the format is unknown, if a layer or a part of one is missing, or
-    if gndet does not support the model (C4, grouped or deep-stem ResNets, class-agnostic boxes).
+    if gndet does not support the model (C4, grouped or deep-stem ResNets).
     """
     tensors = renamed(file.tensors)
     format = format_of(file, tensors, cfg)
@@ -115,7 +115,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     _drop_conv_biases(state, names, reader.path)
     if facts.bgr:
         state[STEM] = state[STEM].flip(1)
-    num_classes = _order_classes(state, format, facts, cfg)
+    num_classes = _order_classes(state, format, facts, cfg, model)
     classes, notes = _classes(num_classes, file, cfg)
     notes = [_assumptions(facts, model, parts, fused), *notes]
     if wrong := _misfits(state, model, parts, num_classes, keys):
@@ -167,24 +167,23 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
-def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig) -> int:
+def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig) -> int:
     """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
-    counts = {
-        layer: len(state[f"{layer}.weight"]) // n for layer, n in CLASS_ROWS.items() if f"{layer}.weight" in state
-    }
-    if not counts:
+    layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
+    rows = {layer: n for layer in layers if (n := class_rows(layer, model))}
+    if not rows:
         return 0
-    total = counts.get(BACKGROUND, counts.get("mask_head.logits", 0) + (not facts.background_first))
+    counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items()}
+    scores = [layer for layer in rows if has_background(layer)]
+    total = counts[scores[0]] if scores else next(iter(counts.values())) + (not facts.background_first)
     sparse = format == "torchvision" and total == len(COCO_ROWS) != len(cfg.classes or ()) + 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
-    for layer, n in CLASS_ROWS.items():
+    for layer, n in rows.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
-            if key not in state:
-                continue
             tensor = state[key].unflatten(0, (-1, n))  # (classes, n, ...)
             if facts.background_first:
                 foreground = tensor[1:] if gather is None else tensor[gather]
-                tensor = torch.cat([foreground, tensor[:1]]) if layer == BACKGROUND else foreground
+                tensor = torch.cat([foreground, tensor[:1]]) if has_background(layer) else foreground
             state[key] = tensor.flatten(0, 1)
     return len(CATEGORY_IDS) if gather is not None else total - 1
 
@@ -244,7 +243,10 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
         f"eps {norms['backbone'].eps:g}",
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
         f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
-        "box deltas by class, fc over (C, H, W)" if detects else "",
+        f"box deltas {'of all classes' if model.box_head.class_agnostic else 'by class'}, fc over (C, H, W)"
+        if detects
+        else "",
+        f"a cascade of {len(model.cascade.positive_iou)} stages" if model.detector == "cascade_rcnn" else "",
         "background row moved from first to last" if facts.background_first else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]

@@ -21,8 +21,8 @@ FORWARD = {  # the methods of a part's forward pass; everything between them is 
     "backbone": ("forward",),
     "fpn": ("forward",),
     "rpn": ("forward", "anchors", "sample_anchors", "loss", "propose"),
-    "box_head": ("sample", "loss"),
-    "mask_head": ("loss",),
+    "box_head": ("step",),
+    "mask_head": ("step",),
 }
 REST = "rest"
 

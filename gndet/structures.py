@@ -77,6 +77,7 @@ class Step(NamedTuple):
     anchors: AnchorSample
     proposals: Proposals
     regions: Regions
+    later: tuple[Regions, ...] = ()  # the regions of a cascade's later stages
 
 
 class Detections(NamedTuple):

@@ -206,12 +206,30 @@ def _detectron_c4(norm: str, box: str) -> Rules:
     return [*mine, *((pattern, name) for pattern, name in _detectron(norm, box) if not pattern.startswith("rpn"))]
 
 
+def _staged(rules: Callable[[str, str], Rules], places: list[str]) -> Callable[[str, str], Rules]:
+    """Add the names of a cascade's stages, whose number follows one of the places."""
+
+    def staged(norm: str, box: str) -> Rules:
+        found = rules(norm, box)
+        for part in ("box_head", "mask_head"):
+            for pattern, name in [rule for rule in found if rule[0].startswith(part)]:
+
+                def in_stage(i: Any, *words: Any, name: Callable[..., str] = name) -> str:
+                    start = next(start for start in places if name(*words).startswith(start))
+                    return name(*words).replace(start, f"{start}{i}.", 1)
+
+                found.append((pattern.replace(part, rf"{part}.stages.(\d)", 1), in_stage))
+        return found
+
+    return staged
+
+
 RULES: dict[str, Callable[[str, str], Rules]] = {
     "resnet": lambda norm, box: _resnet(""),
     "torchvision": _torchvision,
-    "detectron2": _detectron2,
+    "detectron2": _staged(_detectron2, ["roi_heads.box_head.", "roi_heads.box_predictor."]),
     "detectron2_backbone": lambda norm, box: _detectron2(norm, box, prefix=""),
-    "mmdetection": _mmdetection,
+    "mmdetection": _staged(_mmdetection, ["roi_head.bbox_head.", "roi_head.mask_head."]),
     "maskrcnn-benchmark": _maskrcnn_benchmark,
     "detectron": _detectron,
     "detectron2_dc5": lambda norm, box: _detectron2(norm, box, prefix="backbone."),

@@ -5,6 +5,7 @@ import torch
 from gndet.config.schema import (
     BackboneConfig,
     BoxHeadConfig,
+    CascadeConfig,
     FPNConfig,
     MaskHeadConfig,
     ModelConfig,
@@ -35,6 +36,13 @@ def small_config(norm: NormConfig | None = None, **changes: object) -> ModelConf
 def small_model(norm: NormConfig | None = None, seed: int = 0, **changes: object) -> MaskRCNN:
     torch.manual_seed(seed)
     return build_model(small_config(norm, **changes), NUM_CLASSES)
+
+
+def cascade_model(seed: int = 0, box_head: dict[str, object] | None = None, **options: object) -> MaskRCNN:
+    """Return a small Cascade Mask R-CNN; options: of model.cascade."""
+    own = {"class_agnostic": True, **(box_head or {})}
+    changes = {"detector": "cascade_rcnn", "cascade": CascadeConfig(**options)}
+    return small_model(seed=seed, **changes, box_head=small_config().box_head.model_copy(update=own))
 
 
 def make_batch(sizes: list[tuple[int, int]], canvas: tuple[int, int] | None = None, first: int = 0) -> Batch:

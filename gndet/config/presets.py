@@ -57,6 +57,24 @@ NECKS: dict[str, dict[str, Any]] = {  # by model.neck: detectron2's Base-RCNN-C4
     "c4": {"rpn": _ONE_LEVEL, "box_head": {"kind": "res5", "pool_size": 14}, "mask_head": {"num_convs": 0}},
     "dc5": {"rpn": _ONE_LEVEL, "box_head": {"kind": "2fc"}},
 }
+# added to a preset for detector: cascade_rcnn. Sources: detectron2 configs/Misc/cascade_mask_rcnn_R_50_FPN_1x and
+# modeling/roi_heads/cascade_rcnn; mmdetection configs/_base_/models/cascade_mask_rcnn_r50_fpn and models/roi_heads
+_CASCADE: dict[str, Any] = {"rpn": {"post_nms_train": 2000}, "box_head": {"class_agnostic": True}}
+CASCADE_PRESETS: dict[str, dict[str, Any]] = {
+    "gndet": _CASCADE,
+    "torchvision": _CASCADE,
+    "detectron2": _CASCADE,
+    "detectron": _CASCADE,
+    "mmdetection": {
+        "rpn": {"post_nms_train": 2000, "loss_beta": 1 / 9},
+        "box_head": {"class_agnostic": True, "loss_beta": 1.0},
+        "cascade": {
+            "delta_weights": ((10.0, 5.0), (20.0, 10.0), (1 / 0.033, 1 / 0.067)),
+            "loss_weights": (1.0, 0.5, 0.25), "scale_gradient": False, "resample": True, "average": "logits",
+            "mask_stages": "each",
+        },
+    },
+}  # fmt: skip
 
 DATA: dict[str, dict[str, Any]] = {  # options of the section `data` in checkpoints that `gndet convert` writes
     "torchvision": {"antialias": False, "exact_canvas": False},
@@ -69,7 +87,8 @@ DATA: dict[str, dict[str, Any]] = {  # options of the section `data` in checkpoi
 def without_conventions(model: dict[str, Any], presets: dict[str, dict[str, Any]] = PRESETS) -> dict[str, Any]:
     """Return the section `model` of a resolved config without the options of any preset, so another one can apply."""
     result = dict(model)
-    for preset in presets.values():
+    of_cascades = CASCADE_PRESETS.values() if model.get("detector") == "cascade_rcnn" else ()
+    for preset in (*presets.values(), *of_cascades):
         for part, options in preset.items():
             result[part] = {key: value for key, value in result.get(part, {}).items() if key not in options}
     return result

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator, model_validator
 
-from gndet.config.presets import DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
+from gndet.config.presets import CASCADE_PRESETS, DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
 from gndet.files import path_fault
 from gndet.text import valid_text
 
@@ -246,6 +246,8 @@ class BoxHeadConfig(Section):
     # largest share of positives among the sampled regions. Source: Girshick 2015, 2.3
     positive_fraction: float = Field(0.25, gt=0, le=1)
     positive_iou: float = Field(0.5, ge=0, le=1)  # a region is positive from this IoU on. Source: Girshick 2015, 2.3
+    # one box per region for all classes, not one per class; a cascade needs true. Source: Girshick 2015, 2.1
+    class_agnostic: bool = False
     # transition of the smooth L1 loss; 0 is plain L1 (Detectron: 1). Source: detectron2
     loss_beta: float = Field(0.0, ge=0)
     score_threshold: float = Field(0.05, ge=0, le=1)  # lowest score of a detection. Source: Detectron
@@ -366,6 +368,36 @@ class DenseConfig(Section):
         return self
 
 
+class CascadeConfig(Section):
+    """The stages of a Cascade R-CNN (detector: cascade_rcnn): box heads with the options of model.box_head."""
+
+    # a region is positive from this IoU on, per stage; replaces box_head.positive_iou. Source: Cai & Vasconcelos
+    # 2018, 4.1
+    positive_iou: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.5, 0.6, 0.7), min_length=1, max_length=8)
+    # scale of the deltas (dx, dy) and (dw, dh), per stage. Source: detectron2
+    delta_weights: tuple[tuple[Positive, Positive], ...] = ((10.0, 5.0), (20.0, 10.0), (30.0, 15.0))
+    # weight of the losses, per stage (mmdetection: 1, 0.5, 0.25). Source: Cai & Vasconcelos 2018, equation 9
+    loss_weights: tuple[Positive, ...] = (1.0, 1.0, 1.0)
+    # divide the gradient of the box heads' features by the number of stages (mmdetection: false). Source: detectron2
+    scale_gradient: bool = True
+    # later stages: sample refined boxes and ground truth anew (mmdetection), or train on all refined boxes (detectron2)
+    resample: bool = False
+    # what a detection's score averages over the stages: probabilities (scores), or logits (mmdetection). Source:
+    # detectron2
+    average: Literal["scores", "logits"] = "scores"
+    # stage on whose regions the mask head trains; each: a mask head per stage, masks averaged (mmdetection). With
+    # resample: false, all regions of a later stage may be positive, which takes more memory. Source: detectron2
+    mask_stages: Literal["first", "last", "each"] = "first"
+
+    @model_validator(mode="after")
+    def _options_name_the_same_stages(self) -> "CascadeConfig":
+        counts = {name: len(getattr(self, name)) for name in ("positive_iou", "delta_weights", "loss_weights")}
+        if len(set(counts.values())) > 1:
+            words = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            raise ValueError(f"got values for {words}; expected one value of each per stage")
+        return self
+
+
 class ClassifierConfig(Section):
     """What classifies a picture: pooling, fully connected layers, one logit per class (task: classification)."""
 
@@ -384,9 +416,9 @@ class ModelConfig(Section):
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    # kind of model: mask_rcnn; fcos and retinanet, dense detectors of boxes (masks: false); classifier, which task sets.
-    # Source: He et al. 2017
-    detector: Literal["mask_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
+    # kind of model: mask_rcnn; cascade_rcnn (Cai & Vasconcelos 2018); fcos and retinanet, dense detectors of boxes (masks:
+    # false); classifier, which task sets. Source: He et al. 2017
+    detector: Literal["mask_rcnn", "cascade_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
     # the levels that RPN and heads work on. fpn: P2 to P6; c4: res4's map, and res5 on each region; dc5: the map of
     # res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the table. Source: Lin et al. 2017
     neck: Literal["fpn", "c4", "dc5"] = "fpn"
@@ -401,17 +433,35 @@ class ModelConfig(Section):
     rpn: RPNConfig = RPNConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+    cascade: CascadeConfig = CascadeConfig()
     dense: DenseConfig = DenseConfig()
     classifier: ClassifierConfig = ClassifierConfig()
 
     @model_validator(mode="before")
     @classmethod
     def _conventions_are_defaults(cls, values: object) -> object:
-        for option, presets in (("neck", NECKS), ("compat", PRESETS), ("detector", DETECTOR_DEFAULTS)):
-            chosen = values.get(option) if isinstance(values, dict) else None
-            if isinstance(values, dict) and isinstance(chosen, str) and chosen in presets:
-                values = beneath(presets[chosen], values)
+        if not isinstance(values, dict):
+            return values
+        tables: list[tuple[object, dict[str, dict[str, Any]]]] = [
+            (values.get("neck"), NECKS),
+            (values.get("compat", "gndet"), CASCADE_PRESETS if values.get("detector") == "cascade_rcnn" else {}),
+            (values.get("compat"), PRESETS),
+            (values.get("detector"), DETECTOR_DEFAULTS),
+        ]
+        for chosen, defaults in tables:
+            if isinstance(chosen, str) and chosen in defaults:
+                values = beneath(defaults[chosen], values)
         return values
+
+    @model_validator(mode="after")
+    def _cascades_refine_one_box(self) -> "ModelConfig":
+        if self.detector == "cascade_rcnn" and not self.box_head.class_agnostic:
+            raise ValueError(
+                "box_head.class_agnostic: false; a stage of a cascade refines one box per region; expected true"
+            )
+        if self.detector == "cascade_rcnn" and self.neck != "fpn":
+            raise ValueError(f"neck: {self.neck}; detector: cascade_rcnn works on the levels of fpn only")
+        return self
 
     @model_validator(mode="after")
     def _a_dense_detector_has_boxes_only(self) -> "ModelConfig":
@@ -496,7 +546,12 @@ class ModelConfig(Section):
     @property
     def max_positives(self) -> int:
         """The largest number of positive regions per image in training."""
-        return 0 if self.is_dense else int(self.box_head.regions_per_image * self.box_head.positive_fraction)
+        cascade, regions = self.cascade, self.box_head.regions_per_image
+        if self.is_dense:
+            return 0
+        if self.detector == "cascade_rcnn" and cascade.mask_stages != "first" and not cascade.resample:
+            return regions
+        return int(regions * self.box_head.positive_fraction)
 
     @property
     def detection_limits(self) -> tuple[float, int]:

@@ -16,9 +16,9 @@ from gndet.modeling.recompute import recomputed, tower
 from gndet.ops.boxes import clip_boxes, decode, encode, full, gather_rows
 from gndet.ops.losses import mean_per_image, smooth_l1, sum_per_image
 from gndet.ops.matching import best, match, nms_keep, ranks, sample_balanced
-from gndet.ops.noise import Stream
+from gndet.ops.noise import Stream, hash_ints
 from gndet.ops.roi_align import Pyramid
-from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, Proposals, Regions
+from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, GroundTruth, Proposals, Regions
 
 DELTA_WEIGHTS = (10.0, 5.0)  # scales of (dx, dy) and (dw, dh), as in Detectron
 MAX_CANDIDATES = 2000  # best class-wise boxes per image that enter NMS; ten times what COCO images have
@@ -26,16 +26,21 @@ AT_ONCE = 128  # regions per image that res5 sees at once in detection: 1,000 of
 
 
 class BoxHead(RegionHead):
-    """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores and class-specific box deltas.
+    """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores, and box deltas per class or for all.
 
     Or, in a C4 model, the average of what the backbone's res5 makes of a region (He et al. 2016, appendix A).
     A norm per region gives every group of channels the same energy, whatever the region shows.  Before the linear
     layer this takes away how strongly a feature is there; `norm_last` false leaves out that norm (docs/results.md).
     """
 
-    def __init__(self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
+    def __init__(
+        self, cfg: BoxHeadConfig, norm: NormConfig, channels: int, num_classes: int, *,
+        stage: int = 0, delta_weights: tuple[float, float] = DELTA_WEIGHTS,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.cfg, self.num_classes, self.memory = cfg, num_classes, "fast"
+        self.stage, self.delta_weights = stage, delta_weights  # of a cascade
+        self.num_boxes = 1 if cfg.class_agnostic else num_classes  # per region
         norms = [norm] * (cfg.num_convs if cfg.kind == "4conv1fc" else 0)
         if norms and not cfg.norm_last:
             norms[-1] = NormConfig(kind="none")
@@ -56,14 +61,15 @@ class BoxHead(RegionHead):
             self.fcs.append(fc)
             width = cfg.fc_channels
         self.cls_score = nn.Linear(width, num_classes + 1)
-        self.bbox_pred = nn.Linear(width, num_classes * 4)
+        self.bbox_pred = nn.Linear(width, self.num_boxes * 4)
         nn.init.normal_(self.cls_score.weight, std=0.01)
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.cls_score.bias)
         nn.init.zeros_(self.bbox_pred.bias)
 
     def forward(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_classes, 4).
+        """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_boxes, 4).
+
 
         features: what `shared` returned for the boxes, if it was called.
         """
@@ -79,7 +85,7 @@ class BoxHead(RegionHead):
         for fc in self.fcs:
             x = F.relu(fc(x))
         logits = full(self.cls_score(x)).unflatten(0, (num_images, num_regions))
-        deltas = full(self.bbox_pred(x)).view(num_images, num_regions, self.num_classes, 4)
+        deltas = full(self.bbox_pred(x)).view(num_images, num_regions, self.num_boxes, 4)
         return logits, deltas
 
     @torch.no_grad()
@@ -95,20 +101,43 @@ class BoxHead(RegionHead):
         boxes = torch.cat([regions.boxes, gt.boxes], dim=1)
         valid = torch.cat([regions.valid, gt.valid], dim=1)
         matched, label = match(gt.boxes, gt.valid, boxes, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
-        order = ranks(batch.keys, Stream.REGIONS, ids)
+        keys = batch.keys ^ hash_ints(self.stage) if self.stage else batch.keys  # each stage draws anew
+        order = ranks(keys, Stream.REGIONS, ids)
         index, positive, chosen = sample_balanced(label, order, cfg.regions_per_image, cfg.positive_fraction)
-        matched = matched.gather(1, index)
-        labels = torch.where(positive, gt.labels.gather(1, matched), self.num_classes)
-        empty = torch.zeros((), device=boxes.device)
-        boxes = torch.where(chosen[..., None], gather_rows(boxes, index), empty)
+        chosen_boxes = Proposals(gather_rows(boxes, index), ids.gather(1, index), chosen)
         positive_slots = max(int(cfg.regions_per_image * cfg.positive_fraction), 1)
-        return Regions(boxes, ids.gather(1, index), labels, matched, positive, chosen, positive_slots)
+        return self._labeled(chosen_boxes, gt, matched.gather(1, index), positive, positive_slots)
+
+    @torch.no_grad()
+    def take_all(self, regions: Proposals, batch: Batch) -> Regions:
+        """Train on all regions, without the ground truth; any of them may be positive."""
+        cfg, gt, (boxes, _, valid) = self.cfg, batch.gt, regions
+        matched, label = match(gt.boxes, gt.valid, boxes, valid, cfg.positive_iou, cfg.positive_iou, keep_best=False)
+        return self._labeled(regions, gt, matched, label == 1, boxes.shape[1])
+
+    def _labeled(
+        self, regions: Proposals, gt: GroundTruth, matched: Tensor, positive: Tensor, positive_slots: int
+    ) -> Regions:
+        boxes, ids, valid = regions
+        labels = torch.where(positive, gt.labels.gather(1, matched), self.num_classes)
+        boxes = torch.where(valid[..., None], boxes, torch.zeros((), device=boxes.device))
+        return Regions(boxes, ids, labels, matched, positive, valid, positive_slots)
+
+    def step(self, pyramid: Pyramid, regions: Proposals, batch: Batch) -> tuple[dict[str, Tensor], tuple[Regions, ...]]:
+        """Sample regions and return their losses; as `RegionHead.step`."""
+        chosen = self.sample(regions, batch)
+        chosen = chosen._replace(features=self.shared(pyramid, chosen.boxes))
+        return self.loss(pyramid, chosen, batch), (chosen,)
 
     def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the losses (B,) of the regions, each image's divided by its number of regions."""
         logits, deltas = self(pyramid, regions.boxes, regions.features)
-        target = encode(gather_rows(batch.gt.boxes, regions.matched), regions.boxes, DELTA_WEIGHTS)
-        label = regions.labels.clamp(max=self.num_classes - 1)
+        return self.losses(logits, deltas, regions, batch.gt)
+
+    def losses(self, logits: Tensor, deltas: Tensor, regions: Regions, gt: GroundTruth) -> dict[str, Tensor]:
+        """Return the losses of `loss`, given the predictions for the regions."""
+        target = encode(gather_rows(gt.boxes, regions.matched), regions.boxes, self.delta_weights)
+        label = regions.labels.clamp(max=self.num_boxes - 1)
         delta = deltas.gather(2, label[..., None, None].expand(-1, -1, 1, 4))[:, :, 0]  # (B, R, 4)
         cls = F.cross_entropy(logits.flatten(0, 1), regions.labels.flatten(), reduction="none")
         loc = smooth_l1(torch.where(regions.positive[..., None], delta - target, 0.0), self.cfg.loss_beta).sum(-1)
@@ -121,16 +150,26 @@ class BoxHead(RegionHead):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, found: Proposals, sizes: Tensor) -> Detections:
         """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
-        cfg, num_classes = self.cfg, self.num_classes
-        parts = [found.boxes] if cfg.kind != "res5" else found.boxes.split(AT_ONCE, dim=1)
+        parts = [found.boxes] if self.cfg.kind != "res5" else found.boxes.split(AT_ONCE, dim=1)
         logits, deltas = (torch.cat(part, dim=1) for part in zip(*[self(pyramid, part) for part in parts], strict=True))
-        scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
+        return self.select(logits.softmax(-1), deltas, found, sizes)
+
+    def refine(self, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """Apply class-agnostic deltas (B, R, 1, 4) to boxes (B, R, 4), and clip the result to the pictures."""
+        refined = decode(deltas[:, :, 0], boxes, self.delta_weights)
+        return clip_boxes(refined, sizes, to_pixels=self.cfg.clip == "pixels")
+
+    def select(self, scores: Tensor, deltas: Tensor, found: Proposals, sizes: Tensor) -> Detections:
+        """Return the detections of `detect`; scores (B, K, num_classes + 1), deltas (B, K, num_boxes, 4)."""
+        cfg, num_classes = self.cfg, self.num_classes
+        scores = scores[..., :-1]  # (B, K, num_classes)
         usable = found.valid[..., None] & (scores > cfg.score_threshold)
         scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
         scores, index = best(scores, MAX_CANDIDATES)
         label = index % num_classes
-        refined = decode(deltas, found.boxes[:, :, None], DELTA_WEIGHTS).flatten(1, 2)  # (B, K * num_classes, 4)
-        boxes = clip_boxes(gather_rows(refined, index), sizes, to_pixels=cfg.clip == "pixels")
+        row = index // num_classes if cfg.class_agnostic else index
+        refined = decode(deltas, found.boxes[:, :, None], self.delta_weights).flatten(1, 2)
+        boxes = clip_boxes(gather_rows(refined, row), sizes, to_pixels=cfg.clip == "pixels")
         usable = (scores > 0) & boxes.isfinite().all(-1) & (boxes[..., 2:] - boxes[..., :2] > cfg.min_size).all(-1)
         keep = nms_keep(boxes, scores, label, usable, cfg.nms_threshold)
         scores = torch.where(keep, scores, -1.0)

@@ -3,12 +3,14 @@
 To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to config/schema.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
+from gndet.modeling import cascade
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.classifier import ClassHead, Classifier
 from gndet.modeling.dense import DenseDetector
@@ -33,6 +35,10 @@ HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, 
     "box_head": BoxHead,
     "mask_head": MaskHead,
 }
+CASCADE_HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options of model.cascade, as above)
+    "box_head": cascade.CascadeBoxHead,
+    "mask_head": cascade.mask_head,
+}
 
 
 def build_model(cfg: ModelConfig, num_classes: int) -> ImageModel:
@@ -40,8 +46,10 @@ def build_model(cfg: ModelConfig, num_classes: int) -> ImageModel:
     return DETECTORS[cfg.detector](cfg, num_classes)
 
 
-def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
-    """Build a Mask R-CNN, or a Faster R-CNN if masks are off."""
+def _mask_rcnn(
+    cfg: ModelConfig, num_classes: int, head_kinds: Mapping[str, Callable[..., RegionHead]] = HEADS
+) -> DetectionModel:
+    """Build a Mask R-CNN, or a Faster R-CNN if masks are off; head_kinds: as HEADS."""
     norms, backbone = cfg.part_norms(), _backbone(cfg)
     with _part_in_errors("fpn"):
         neck = NECKS[cfg.neck](cfg.fpn, norms["backbone" if cfg.neck in RES5 else "fpn"], backbone.channels)
@@ -51,8 +59,13 @@ def _mask_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
     for part in cfg.region_heads:
         with _part_in_errors(part):
             channels = backbone.region_channels if cfg.neck == "c4" else neck.channels
-            heads[part] = HEADS[part](getattr(cfg, part), norms[part], channels, num_classes)
+            heads[part] = head_kinds[part](getattr(cfg, part), norms[part], channels, num_classes)
     return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
+
+
+def _cascade_rcnn(cfg: ModelConfig, num_classes: int) -> DetectionModel:
+    """Build a Cascade Mask R-CNN, or a Cascade R-CNN if masks are off."""
+    return _mask_rcnn(cfg, num_classes, {part: partial(head, cfg.cascade) for part, head in CASCADE_HEADS.items()})
 
 
 def _dense(cfg: ModelConfig, num_classes: int) -> DenseDetector:
@@ -80,6 +93,7 @@ def _backbone(cfg: ModelConfig) -> Any:
 
 DETECTORS: dict[str, Callable[[ModelConfig, int], ImageModel]] = {  # model.detector
     "mask_rcnn": _mask_rcnn,
+    "cascade_rcnn": _cascade_rcnn,
     "fcos": _dense,
     "retinanet": _dense,
     "classifier": _classifier,

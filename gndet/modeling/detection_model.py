@@ -32,12 +32,11 @@ class RegionHead(nn.Module, ABC):
     """A head on regions of the pyramid's levels."""
 
     @abstractmethod
-    def sample(self, regions: Any, batch: Batch) -> Regions:
-        """Choose the regions to train on, among the proposals or among the regions of the previous head."""
+    def step(self, pyramid: Pyramid, regions: Any, batch: Batch) -> tuple[dict[str, Tensor], tuple[Regions, ...]]:
+        """Choose the regions to train on, among the proposals or among those of the previous head.
 
-    @abstractmethod
-    def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
-        """Return the losses {name: (B,)} of the regions that `sample` chose."""
+        Returns the losses {name: (B,)}, and the regions of each stage: several in a cascade, otherwise one.
+        """
 
     @abstractmethod
     def detect(self, pyramid: Pyramid, found: Any, sizes: Tensor) -> Detections:

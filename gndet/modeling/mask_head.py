@@ -3,6 +3,7 @@
 In a C4 model its deconvolution works on what res5 makes of the region, 7 x 7, so that a mask has 14 x 14 cells.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,11 +21,11 @@ from gndet.structures import Batch, Detections, Regions
 
 
 class MaskHead(RegionHead):
-    """Convolutions, a deconvolution and a 1x1 convolution to num_classes masks."""
+    """Convolutions, a deconvolution and a 1x1 convolution to num_classes masks; stage: whose regions it trains on."""
 
-    def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int) -> None:
+    def __init__(self, cfg: MaskHeadConfig, norm: NormConfig, channels: int, num_classes: int, stage: int = 0) -> None:
         super().__init__()
-        self.cfg, self.memory = cfg, "fast"
+        self.cfg, self.stage, self.memory = cfg, stage, "fast"
         conv = conv_factory(norm, regions=True)
         self.convs = nn.ModuleList()
         for _ in range(cfg.num_convs):
@@ -73,6 +74,13 @@ class MaskHead(RegionHead):
         *fields, _, features = regions
         features = None if features is None else features[:, :num_slots]
         return Regions._make([*(field[:, :num_slots] for field in fields), num_slots, features])
+
+    def step(
+        self, pyramid: Pyramid, regions: Sequence[Regions], batch: Batch
+    ) -> tuple[dict[str, Tensor], tuple[Regions, ...]]:
+        """Return the losses of the box head's positive regions; as `RegionHead.step`, regions: of each stage."""
+        chosen = self.sample(regions[self.stage], batch)
+        return self.loss(pyramid, chosen, batch), (chosen,)
 
     def loss(self, pyramid: Pyramid, regions: Regions, batch: Batch) -> dict[str, Tensor]:
         """Return the masks' cross-entropy (B,), the mean over each image's positive regions."""

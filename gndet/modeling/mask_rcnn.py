@@ -75,15 +75,14 @@ class MaskRCNN(DetectionModel):
         losses = self.rpn.loss(logits, deltas, sample)
         proposals = self.rpn.propose(logits, deltas, anchors, batch.sizes)
         pyramid = self.pooled_levels(features, areas)
-        regions: Proposals | Regions = proposals
-        sampled = []
+        regions: Any = proposals
+        sampled: list[tuple[Regions, ...]] = []
         for head in self.heads:
-            regions = head.sample(regions, batch)
-            if regions.features is None:
-                regions = regions._replace(features=head.shared(pyramid, regions.boxes))
-            losses |= head.loss(pyramid, regions, batch)
+            head_losses, regions = head.step(pyramid, regions, batch)
+            losses |= head_losses
             sampled.append(regions)
-        return Step(losses, sample, proposals, sampled[0])
+        first, *later = sampled[0]
+        return Step(losses, sample, proposals, first, tuple(later))
 
     @torch.no_grad()
     def detect(self, images: Tensor, sizes: Tensor, padded: bool) -> Detections:
@@ -133,13 +132,16 @@ class MaskRCNN(DetectionModel):
             rows = [column[image][valid[image]].long() for column in columns]
             return set(map(tuple, torch.stack(rows, dim=1).tolist()))
 
-        anchors, proposals, regions = step.anchors, step.proposals, step.regions
-        level = pyramid_level(regions.boxes, len(self.strides[:ROI_LEVELS]))  # that each region is pooled from
-        return {
+        anchors, proposals = step.anchors, step.proposals
+        found = {
             "sampled anchors": chosen(anchors.valid, anchors.ids, anchors.positive),
             "proposals": chosen(proposals.valid, proposals.ids),
-            "sampled regions": chosen(regions.valid, regions.ids, regions.labels, regions.matched, level),
         }
+        for i, regions in enumerate((step.regions, *step.later)):
+            level = pyramid_level(regions.boxes, len(self.strides[:ROI_LEVELS]))  # that each region is pooled from
+            kind = f"regions of stage {i}" if i else "sampled regions"
+            found[kind] = chosen(regions.valid, regions.ids, regions.labels, regions.matched, level)
+        return found
 
     def rectified(self) -> Rectified:
         """Return the layers of the backbone, the RPN and the first head, which the regions of a Step belong to."""

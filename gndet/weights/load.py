@@ -1,6 +1,6 @@
 """Build the model that training starts with from its config, then load `train.weights` into it.
 
-K classes; the background is the last row of the layer read.BACKGROUND.
+K classes; the background is the last row of a layer that has one (read.has_background).
 """
 
 from collections import Counter
@@ -29,25 +29,17 @@ from gndet.weights.policy import (
     with_policy,
 )
 from gndet.weights.positives import with_positives
-from gndet.weights.read import BACKGROUND, STEM, Source, class_rows, read_source
+from gndet.weights.read import STEM, Source, class_rows, has_background, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("neck", "backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
-    *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes"),
+    *("detector", "neck", "backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality"),
+    *("backbone.group_width", "fpn.channels", "fpn.p6", "rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes"),
     *("classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
-    "box_head.norm_last",
+    *("box_head.norm_last", "box_head.class_agnostic", "cascade.positive_iou", "cascade.mask_stages"),
     *("mask_head.num_convs", "mask_head.channels"),
-    *(
-        "detector",
-        "fpn.p6",
-        "dense.num_convs",
-        "dense.conv_bias",
-        "dense.scales",
-        "dense.aspect_ratios",
-        "dense.quality",
-    ),
+    *("dense.num_convs", "dense.conv_bias", "dense.scales", "dense.aspect_ratios", "dense.quality"),
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
@@ -57,6 +49,8 @@ CONVENTIONS = (  # (a part in the file, an option of `model` that changes what i
     ("rpn", "rpn.aspect_ratios"),
     ("rpn", "rpn.anchors"),
     ("box_head", "box_head.roi_align"),
+    ("box_head", "cascade.delta_weights"),
+    ("box_head", "cascade.average"),
     ("mask_head", "mask_head.roi_align"),
     ("dense", "detector"),
     ("dense", "dense.anchors"),
@@ -180,11 +174,11 @@ def _fitting(
             continue
         rows, expected = class_rows(layer, model), tuple(tensor.shape)
         if rows:
-            expected = (source.num_classes * rows + (layer == BACKGROUND), *tensor.shape[1:])
+            expected = (source.num_classes * rows + has_background(layer), *tensor.shape[1:])
         if state[key].shape != expected:
             wrong.append(f"{key}: {list(state[key].shape)} in the file, expected {list(expected)}")
         elif rows:
-            background = [(-1, -1)] if layer == BACKGROUND else []
+            background = [(-1, -1)] if has_background(layer) else []
             fitting[key] = _with_rows(tensor, state[key], rows, [*carried, *background])
         else:
             fitting[key] = state[key]
@@ -232,7 +226,11 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     """Refuse a model that computes something else from the file's weights.  Returns lines on smaller differences."""
     file_model, model = source.model, cfg.model
     parts = [part for part in source.parts if part in model.parts]
-    ignored = () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)  # basic blocks have no 1x1
+    ignored: tuple[str, ...] = (
+        () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)
+    )  # basic blocks have no 1x1
+    if model.detector != "cascade_rcnn":
+        ignored += ("cascade.delta_weights", "cascade.average")
     names = [name for part, name in CONVENTIONS if part in parts and name not in ignored]
     if model.part_norms()["backbone"].weight_standardization:
         names.append("pixel_std")

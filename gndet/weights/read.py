@@ -3,6 +3,7 @@
 K classes; the background is the last row of the layer BACKGROUND.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ STEM = "backbone.stem.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1, "classifier.logits": 1}  # rows per class
 DENSE = "dense.cls_logits"  # this layer has a row per class and anchor of a cell
+STAGE = re.compile(r"\.stages\.\d+")  # of a cascade, in the name of a layer
 
 
 class Source(NamedTuple):
@@ -55,6 +57,19 @@ def read_source(weights: str, cfg: SourceConfig) -> Source:
     return read_foreign(weights, cfg)
 
 
+def class_rows(layer: str, cfg: ModelConfig) -> int:
+    """Return how many rows of a layer belong to each class; 0 if its rows do not belong to classes."""
+    layer = STAGE.sub("", layer)
+    if layer == DENSE:
+        return cfg.dense.kinds
+    return 0 if cfg.box_head.class_agnostic and layer == "box_head.bbox_pred" else CLASS_ROWS.get(layer, 0)
+
+
+def has_background(layer: str) -> bool:
+    """Return whether a layer has a row for the background."""
+    return STAGE.sub("", layer) == BACKGROUND
+
+
 def _gndet(path: Path, cfg: SourceConfig) -> Source:
     """Read a gndet checkpoint: its averaged weights if it has any, else its weights."""
     trained = read_trained(path)
@@ -79,11 +94,6 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
         [f"loaded {trained.path}, group {trained.group}, update {meta.get('update', 'unknown')}"], [],
         trained.config, trained.category_ids or None,
     )  # fmt: skip
-
-
-def class_rows(layer: str, model: ModelConfig) -> int:
-    """Return how many rows of a layer's tensors belong to a class; 0 for a layer without classes."""
-    return model.dense.kinds if layer == DENSE else CLASS_ROWS.get(layer, 0)
 
 
 def fused_parts(state: dict[str, Tensor], parts: Sequence[str]) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ SCHEDULES = {
     "1x": (90_000, (60_000, 80_000)),
     "2x": (180_000, (120_000, 160_000)),
     "3x": (270_000, (210_000, 250_000)),
+    "4x": (360_000, (300_000, 340_000)),
+    "9x": (810_000, (750_000, 790_000)),
 }
 PUBLISHED = {  # box AP, mask AP and their source: the other toolkits' recipes that ours follow
     "mask_rcnn_r50_fpn_gn_2x": "box AP 40.3, mask AP 35.7 (Detectron",
@@ -26,6 +28,9 @@ PUBLISHED = {  # box AP, mask AP and their source: the other toolkits' recipes t
     "mask_rcnn_r101_fpn_gn_2x": "box AP 41.8, mask AP 36.8 (Detectron",
     "mask_rcnn_r101_fpn_gn_3x": "box AP 42.3, mask AP 37.2 (Detectron",
     "mask_rcnn_r101_fpn_scratch_gn_3x": "box AP 41.0, mask AP 36.4 (Detectron",
+    "cascade_mask_rcnn_r50_fpn_gn_4x": "box AP 46.1, mask AP 40.1 (tensorpack",
+    "cascade_mask_rcnn_r50_fpn_frozen_bn_1x": "box AP 42.1, mask AP 36.4 (detectron2",
+    "cascade_mask_rcnn_r101_fpn_scratch_gn_9x": "box AP 47.7, mask AP 41.7 (tensorpack",
 }
 
 
@@ -41,13 +46,16 @@ def test_every_config_is_valid(path: Path) -> None:
 def test_the_set_of_recipes_is_whole() -> None:
     kinds = ("gn_1x", "gn_2x", "gn_3x", "scratch_gn_3x", "frozen_bn_1x")
     heads, depths = ("faster_rcnn", "mask_rcnn"), ("r50", "r101")
-    assert {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds} == set(RECIPES)
+    whole = {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds}
+    cascades = {"r50_fpn_gn_1x", "r50_fpn_gn_4x", "r50_fpn_frozen_bn_1x", "r101_fpn_scratch_gn_9x"}
+    assert whole | {f"cascade_mask_rcnn_{name}" for name in cascades} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_what_its_name_says(name: str) -> None:
     cfg = recipe(name)
-    assert cfg.model.masks == name.startswith("mask_rcnn")
+    assert cfg.model.masks == ("mask_rcnn" in name)
+    assert cfg.model.detector == ("cascade_rcnn" if name.startswith("cascade") else "mask_rcnn")
     assert cfg.model.backbone.depth == int(re.search(r"_r(\d+)_", name)[1])
     assert (cfg.train.schedule.updates, cfg.train.schedule.steps) == SCHEDULES[name[-2:]]
     kinds = {part: norm.kind for part, norm in cfg.model.part_norms().items()}
@@ -80,7 +88,7 @@ def test_a_recipe_has_what_all_published_ones_share(name: str) -> None:
     assert (model.fpn.channels, model.mask_head.channels, model.mask_head.num_convs) == (256, 256, 4)
     assert (model.rpn.pre_nms_train, model.rpn.post_nms_train, model.box_head.regions_per_image) == (
         2000,
-        1000,
+        2000 if name.startswith("cascade") else 1000,
         512,
     )
     assert (model.box_head.fc_channels, model.box_head.score_threshold, model.box_head.nms_threshold) == (

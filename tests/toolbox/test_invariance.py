@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from faults.tiny import CONFIG
-from models import make_batch, small_model
+from models import cascade_model, make_batch, small_model
 
 from gndet.cli.main import main
 from gndet.config.loading import load_config
@@ -62,7 +62,7 @@ def report(config: Path, *overrides: str, passes: bool) -> dict:
     "overrides",
     [
         (), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln"), ("model.norm.kind=frn",),
-        ("model.norm.kind=evonorm_s0", "model.norm.weight_standardization=true"),
+        ("model.norm.kind=evonorm_s0", "model.norm.weight_standardization=true"), ("model.detector=cascade_rcnn",),
     ],
 )  # fmt: skip
 def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:
@@ -72,7 +72,8 @@ def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, 
     assert list(columns) == ["together", "in twos", "1 and 3", "permuted", "beside a wider", "2 processes"]
     for column in columns.values():
         assert all(diff["relative"] < 1e-11 and diff["cosine"] < 1e-20 for diff in column.values())
-    groups = {"features P2", "loss_cls", "d loss_cls / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
+    cls = "loss_cls_stage2" if "model.detector=cascade_rcnn" in overrides else "loss_cls"
+    groups = {"features P2", cls, f"d {cls} / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
     assert groups <= set(columns["together"]) and "detections" in columns["beside a wider"]
     for kinds in found["flips"]["float64"].values():
         assert kinds["choices"][0] == 0 < kinds["choices"][1] and kinds["ReLUs"][0] == 0 < kinds["ReLUs"][1]
@@ -118,6 +119,18 @@ def leaks(model: MaskRCNN) -> list[Leak]:
 def test_no_leak_in_a_model_that_keeps_images_apart() -> None:
     assert leaks(small_model()) == []
     assert leaks(small_model(rpn=RPNConfig(anchor_sizes=(16, 32, 64, 96, 128), norm=NormConfig(groups=8)))) == []
+    assert leaks(cascade_model()) == []
+
+
+def test_a_later_stage_that_draws_for_all_images_is_found_as_sampling() -> None:
+    model, generator = cascade_model(resample=True, box_head={"regions_per_image": 8}), torch.Generator().manual_seed(0)
+    last = model.box_head.stages[2]
+    sample: Callable = last.sample
+    last.sample = lambda regions, batch: sample(
+        regions, batch._replace(keys=torch.randint(2**62, batch.keys.shape, generator=generator))
+    )
+    (leak,) = leaks(model)
+    assert (leak.coupling, leak.where) == ("sampling", "regions of stage 2 of an image")
 
 
 def test_a_part_s_own_batch_norm_is_found_in_that_part() -> None:

@@ -47,8 +47,9 @@ def detector(folder: Path, *overrides: str, seed: int = 0) -> Path:
         for name, tensor in model.state_dict().items():
             if "norm." in name and tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
-        model.box_head.cls_score.weight.mul_(30)
-        model.box_head.bbox_pred.weight.mul_(300)
+        for head in getattr(model.box_head, "stages", [model.box_head]):
+            head.cls_score.weight.mul_(30)
+            head.bbox_pred.weight.mul_(300)
         model.rpn.objectness.weight.mul_(10)
     where = folder / f"checkpoint-{seed}"
     meta = {"config": cfg.model_dump(mode="json"), "classes": list(CLASSES), "category_ids": [1, 2, 3, 4]}
@@ -83,6 +84,10 @@ VARIANTS = {
     "frozen_bn, torchvision's conventions": ("model.norm.kind=frozen_bn", "model.compat=torchvision"),
     "gn, weight standardization, adaptive samples": (
         "model.norm.weight_standardization=true", "model.box_head.sampling_ratio=0", "model.mask_head.sampling_ratio=0",
+    ),
+    "cascade": (
+        "model.detector=cascade_rcnn", "model.cascade.mask_stages=each", "model.cascade.average=logits",
+        "model.box_head.score_threshold=0.3",
     ),
 }  # fmt: skip
 SLOW = ("bn", "frozen_bn, torchvision's conventions")

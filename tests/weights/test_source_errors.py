@@ -108,7 +108,6 @@ def odd_files() -> dict[str, tuple[dict[str, Tensor], str]]:
         "mmdetection 1": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.fc_cls.weight": bias}, "mmdetection 1"),
         "RetinaNet": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.retina_cls.weight": bias}, "one-stage"),
         "deep stem": ({"conv1.0.weight": conv, "layer1.0.conv1.weight": conv}, "deep stem"),
-        "cascade": ({"backbone.layer1.0.conv1.weight": conv, "roi_head.bbox_head.0.fc_cls.weight": bias}, "cascade"),
     }  # fmt: skip
 
 
@@ -125,10 +124,15 @@ def test_grouped_and_wide_convolutions_are_refused(tmp_path: Path) -> None:
     assert "[128, 4, 3, 3], expected [64, 64, 3, 3]; grouped" in refusal(saved(tmp_path / "file.pth", tensors))
 
 
-def test_class_agnostic_boxes_are_refused(tmp_path: Path, small: dict[str, Tensor]) -> None:
+def test_boxes_that_are_neither_by_class_nor_of_all_classes_are_refused(
+    tmp_path: Path, small: dict[str, Tensor]
+) -> None:
     tensors = named(small, "detectron2", box="2fc")
-    tensors["roi_heads.box_predictor.bbox_pred.weight"] = torch.zeros(4, 48)
-    assert "4 rows beside 4 of" in (text := refusal(saved(tmp_path / "file.pth", tensors))) and "agnostic" in text
+    tensors["roi_heads.box_predictor.bbox_pred.weight"] = torch.zeros(8, 48)
+    assert "8 rows beside 4 of" in (text := refusal(saved(tmp_path / "file.pth", tensors))) and "4 per class" in text
+    tensors = named(small, "maskrcnn-benchmark", box="2fc")
+    tensors["roi_heads.box.predictor.bbox_pred.weight"] = torch.zeros(8, 48)  # of the background and of all classes
+    assert "class-agnostic boxes are read from detectron2 and" in refusal(saved(tmp_path / "file.pth", tensors))
 
 
 def test_other_numbers_of_anchors_are_refused(tmp_path: Path, small: dict[str, Tensor]) -> None:

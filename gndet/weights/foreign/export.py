@@ -15,7 +15,7 @@ from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.foreign.formats import FACTS
 from gndet.weights.foreign.names import layer_names
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, PARTS, STEM
+from gndet.weights.read import PARTS, STEM, class_rows, has_background
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer in the toolkits
@@ -48,7 +48,7 @@ def export_weights(
         for parameter in ("weight", "bias", "running_mean", "running_var"):
             key = f"{layer}.{parameter}"
             if key in state:
-                tensors[f"{name}.{parameter}"] = _rows(state[key], layer, toolkit).contiguous().clone()
+                tensors[f"{name}.{parameter}"] = _rows(state[key], layer, cfg, toolkit).contiguous().clone()
         has_counter = norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
         if layer.endswith(".norm") and has_counter:  # torch's BatchNorm2d counts batches, frozen layers do not
             counter = state.get(f"{layer}.num_batches_tracked", torch.tensor(0))
@@ -91,6 +91,17 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
     if "box_head" in parts and norms["box_head"].kind != "none" and not cfg.box_head.norm_last:
         raise ConfigError(f"model.box_head.norm_last: false; {toolkit} has the norm after every convolution or none")
+    if "box_head" in parts and toolkit == "torchvision" and cfg.box_head.class_agnostic:
+        raise ConfigError(
+            "model.box_head.class_agnostic: torchvision's detectors have a box per class, and no cascades"
+        )
+    if "mask_head" in parts and cfg.detector == "cascade_rcnn":
+        theirs = {"detectron2": ("first", "last"), "mmdetection": ("each",)}[toolkit]
+        if cfg.cascade.mask_stages not in theirs:
+            heads = "one mask head" if toolkit == "detectron2" else "a mask head per stage"
+            raise ConfigError(
+                f"model.cascade.mask_stages: {cfg.cascade.mask_stages}; a cascade of {toolkit} has {heads}"
+            )
     if "box_head" in parts and len(cfg.rpn.aspect_ratios) != 3:
         raise ConfigError(f"model.rpn.aspect_ratios: {cfg.rpn.aspect_ratios}; expected three to export")
 
@@ -120,13 +131,14 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
     return state
 
 
-def _rows(tensor: Tensor, layer: str, toolkit: str) -> Tensor:
+def _rows(tensor: Tensor, layer: str, cfg: ModelConfig, toolkit: str) -> Tensor:
     """Put the background's row first if the toolkit has it there; a row that gndet lacks is zero."""
-    if layer not in CLASS_ROWS or layer.startswith("classifier.") or not FACTS[toolkit].background_first:
+    rows = class_rows(layer, cfg)
+    if not rows or layer.startswith("classifier.") or not FACTS[toolkit].background_first:
         return tensor
-    if layer == BACKGROUND:
+    if has_background(layer):
         return torch.cat([tensor[-1:], tensor[:-1]])
-    return torch.cat([tensor.new_zeros(CLASS_ROWS[layer], *tensor.shape[1:]), tensor])
+    return torch.cat([tensor.new_zeros(rows, *tensor.shape[1:]), tensor])
 
 
 def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -143,8 +155,11 @@ def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
     """List the settings with which the toolkit reads pictures and builds the model like gndet."""
     mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
+    agnostic, is_cascade, cascade = cfg.box_head.class_agnostic, cfg.detector == "cascade_rcnn", cfg.cascade
+    weights = [[xy, xy, wh, wh] for xy, wh in cascade.delta_weights]
+    ious = list(cascade.positive_iou)
     base = {"fpn": "FPN", "c4": "C4", "dc5": "DilatedC5"}[cfg.neck]
-    return {
+    settings = {
         "detectron2": [
             f"_BASE_ Base-RCNN-{base}.yaml",
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
@@ -159,6 +174,19 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
             f"backbone: depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
         ],
     }[toolkit]
+    more = {
+        "detectron2": [
+            "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True" if agnostic else "",
+            f"MODEL.ROI_HEADS.NAME CascadeROIHeads, MODEL.ROI_BOX_CASCADE_HEAD.IOUS {ious}, BBOX_REG_WEIGHTS {weights}"
+            if is_cascade else "",
+        ],
+        "mmdetection": [
+            "bbox_head: reg_class_agnostic=True" if agnostic else "",
+            f"roi_head: type='CascadeRoIHead'; target_stds by stage: {[[1 / w for w in stage] for stage in weights]}"
+            if is_cascade else "",
+        ],
+    }  # fmt: skip
+    return settings + list(filter(None, more.get(toolkit, [])))
 
 
 def _classifier_notes(cfg: ModelConfig, num_classes: int) -> list[str]:
@@ -194,8 +222,9 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
         lines.append(f"differs: norms are masked in this model; in {toolkit} the padding around a picture enters them")
-    preset = ModelConfig.model_validate({"compat": toolkit, "neck": cfg.neck})
-    for part in [part for part in parts if part not in ("backbone", "fpn")]:
+    preset = ModelConfig.model_validate({"compat": toolkit, "neck": cfg.neck, "detector": cfg.detector})
+    sections = [part for part in parts if part not in ("backbone", "fpn")]
+    for part in sections + ["cascade"] * (cfg.detector == "cascade_rcnn"):
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
         lines += [
             f"differs: {part}.{option} is {options[option]} in this model, {defaults[option]} by {toolkit}'s default"

@@ -3,6 +3,7 @@
 C channels, K classes.
 """
 
+import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ FACTS |= {
     "detectron2_dc5": FACTS["detectron2"]._replace(title="detectron2 DC5"),
     "detectron_c4": FACTS["detectron"]._replace(title="Detectron C4"),
 }
+NUM_STAGES = 3  # of a cascade in every toolkit
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
 MARKS = (  # (start of a key, format); the first that fits decides
     ("backbone.bottom_up.", "detectron2"),
@@ -139,8 +141,6 @@ def _unsupported(tensors: dict[str, Tensor]) -> str:
         )
     if has("conv1.0.weight") or has("backbone.stem.0."):
         return "a ResNet with a deep stem (three 3x3 convolutions, like resnet50d); gndet has only the 7x7 stem"
-    if has("roi_heads.box_predictor.0.") or has("roi_head.bbox_head.0."):
-        return "a cascade, which gndet does not support"
     return ""
 
 
@@ -197,19 +197,27 @@ class Reader:
 
     def weight(self, layer: str, **numbers: Any) -> Tensor | None:
         """Return the weight of a layer, or of a convolution with or without a norm."""
-        name = self.names.get(layer)
+        name, numbers = self.names.get(layer), {"stage": "", **numbers}
         for template in (name.conv, name.bare) if isinstance(name, ConvNames) else (name,):
             key = file_key(self.format, template.format(**numbers), "weight") if template else ""
             if key in self.tensors:
                 return self.tensors[key]
         return None
 
+    def stages(self, layer: str) -> int:
+        """Return how many stages of a cascade have the layer; 0 if it is not in stages."""
+        template = self.names.get(layer)
+        if not isinstance(template, str) or "{stage}" not in template:
+            return 0
+        return next(i for i in itertools.count() if self.weight(layer, stage=f"{i}.") is None)
+
     def norm(self, layer: str, **numbers: Any) -> str:
         """Return the kind of the norm after a convolution: gn, bn, frozen_bn or none."""
         names = self.names[layer]
         assert isinstance(names, ConvNames)
         for kind in ("bn", "gn"):
-            name = names.norm.format(norm=kind, conv1="res_conv1" if kind == "bn" else "conv1", **numbers)
+            places = {"stage": "", "conv1": "res_conv1" if kind == "bn" else "conv1", **numbers}
+            name = names.norm.format(norm=kind, **places)
             keys = ("weight", "num_batches_tracked", "running_var")
             weight, counter, var = (file_key(self.format, name, key) in self.tensors for key in keys)
             if weight and counter:
@@ -237,6 +245,7 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
     tree |= _heads(reader, neck)
     tree |= _dense(reader, tree["fpn"]) if is_dense and "fpn" in tree else {}
     parts = tuple(tree)
+    cascade = _cascade(reader)
     eps = cfg.norm_eps
     if eps is None and re.match(f"{RCNN_V1}|{RETINANET_V1}", name):
         eps = 0.0  # torchvision sets it for these weights (overwrite_eps)
@@ -255,7 +264,7 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
         "pixel_std": facts.std,
         "masks": "mask_head" in parts,
     }
-    tree["norm"] = tree["backbone"]["norm"]
+    tree |= {"norm": tree["backbone"]["norm"], **cascade}
     if is_dense:
         tree["detector"] = "retinanet" if reader.weight("quality") is None else "fcos"
     return ModelConfig.model_validate(tree), parts
@@ -329,28 +338,52 @@ def _rpn(reader: Reader, cfg: SourceConfig, neck: str, num_anchors: int) -> dict
     return {"aspect_ratios": ratios, "anchor_sizes": sizes, "num_convs": max(num_convs, 1), "norm": "none"}
 
 
+def _cascade(reader: Reader) -> dict[str, Any]:
+    """Return the options of a cascade in the file; empty if it holds none.  Raises CheckpointError for another one."""
+    num, num_masks = reader.stages("cls_score"), reader.stages("mask_logits")
+    if not num:
+        return {}
+    if num != NUM_STAGES or num_masks not in (0, NUM_STAGES):
+        raise CheckpointError(
+            f"{reader.path}: a cascade of {num} stages with {num_masks} mask heads in stages; expected "
+            f"{NUM_STAGES} stages, whose IoU thresholds and scales of deltas are known, and 0 or {NUM_STAGES}"
+        )
+    has_one = reader.weight("mask_logits") is not None
+    stages = {"cascade": {"mask_stages": "each" if num_masks else "first"}} if num_masks or has_one else {}
+    return {"detector": "cascade_rcnn", **stages}
+
+
 def _heads(reader: Reader, neck: str) -> dict[str, dict[str, Any]]:
     """Return the config sections of the heads in the file, with the kind of their norm."""
     sections: dict[str, dict[str, Any]] = {}
-    scores, deltas, logits = (reader.weight(layer) for layer in ("cls_score", "bbox_pred", "mask_logits"))
-    numbers = [{"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1} for n in range(16)]
+    box_stage, mask_stage = ("0." if reader.stages(layer) else "" for layer in ("cls_score", "mask_logits"))
+    scores, deltas = (reader.weight(layer, stage=box_stage) for layer in ("cls_score", "bbox_pred"))
+    logits = reader.weight("mask_logits", stage=mask_stage)
+    box_places, mask_places = (
+        [{"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1, "stage": stage} for n in range(16)]
+        for stage in (box_stage, mask_stage)
+    )
     box_convs, mask_convs = (
-        [conv for conv in (reader.weight(layer, **place) for place in numbers) if conv is not None]
-        for layer in ("box_conv", "mask_conv")
+        [conv for conv in (reader.weight(layer, **place) for place in places) if conv is not None]
+        for layer, places in (("box_conv", box_places), ("mask_conv", mask_places))
     )
     if scores is not None and deltas is not None:
-        if len(deltas) != 4 * (len(scores) - (not FACTS[reader.format].background_first)):
+        background_first = FACTS[reader.format].background_first
+        by_class = len(deltas) == 4 * (len(scores) - (not background_first))
+        if not by_class and (len(deltas) != 4 or background_first):
             raise CheckpointError(
                 f"{reader.path}: {reader.names['bbox_pred']} has {len(deltas)} rows beside {len(scores)} of "
-                f"{reader.names['cls_score']}: class-agnostic boxes, which gndet does not support"
+                f"{reader.names['cls_score']}: expected 4 per class"
+                + ("; class-agnostic boxes are read from detectron2 and mmdetection only" if background_first else "")
             )
         sections["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}
+        sections["box_head"]["class_agnostic"] = not by_class or bool(box_stage)
         if neck == "c4":
             sections["box_head"] = {"kind": "res5", "norm": "none"}
         if box_convs:
             convs = {"kind": "4conv1fc", "num_convs": len(box_convs), "conv_channels": len(box_convs[0])}
-            sections["box_head"] |= {**convs, "norm": reader.norm("box_conv", **numbers[0])}
+            sections["box_head"] |= {**convs, "norm": reader.norm("box_conv", **box_places[0])}
     if logits is not None:
-        norm, least = reader.norm("mask_conv", **numbers[0]), 0 if neck == "c4" else 1
+        norm, least = reader.norm("mask_conv", **mask_places[0]), 0 if neck == "c4" else 1
         sections["mask_head"] = {"num_convs": max(len(mask_convs), least), "channels": logits.shape[1], "norm": norm}
     return sections

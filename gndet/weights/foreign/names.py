@@ -3,7 +3,8 @@
 Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
 abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number in a stage, n = 0.. and m = 1.. a layer
 of a head, x = 3 n, e = 2 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or
-"gn", owner where detectron2's C4 models keep a stage.
+"gn", owner where detectron2's C4 models keep a stage, stage "0.", "1." and so on in a cascade whose head has stages,
+otherwise empty.
 """
 
 import itertools
@@ -79,8 +80,9 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
         "rpn_many": _nested("proposal_generator.rpn_head.conv.conv{n}"),
         "objectness": "proposal_generator.rpn_head.objectness_logits",
         "deltas": "proposal_generator.rpn_head.anchor_deltas",
-        "box_conv": _nested("roi_heads.box_head.conv{m}"), "fc": "roi_heads.box_head.fc{m}",
-        "fc_after_convs": "roi_heads.box_head.fc{m}", "cls_score": _BOX + "cls_score", "bbox_pred": _BOX + "bbox_pred",
+        "box_conv": _nested("roi_heads.box_head.{stage}conv{m}"), "fc": "roi_heads.box_head.{stage}fc{m}",
+        "fc_after_convs": "roi_heads.box_head.{stage}fc{m}",
+        "cls_score": _BOX + "{stage}cls_score", "bbox_pred": _BOX + "{stage}bbox_pred",
         "mask_conv": _nested(_MASK + "mask_fcn{m}"), "deconv": _MASK + "deconv", "mask_logits": _MASK + "predictor",
         "p6": "backbone.top_block.p6", "p7": "backbone.top_block.p7",
         "retinanet_classification": ConvNames("head.cls_subnet.{x}", "head.cls_subnet.{x1}", "head.cls_subnet.{e}"),
@@ -92,11 +94,12 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
         "lateral": _module("neck.lateral_convs.{l}"), "output": _module("neck.fpn_convs.{l}"),
         "rpn": ConvNames("rpn_head.rpn_conv", ""), "rpn_many": _module("rpn_head.rpn_conv.{n}"),
         "objectness": "rpn_head.rpn_cls", "deltas": "rpn_head.rpn_reg",
-        "box_conv": _module("roi_head.bbox_head.shared_convs.{n}"), "fc": "roi_head.bbox_head.shared_fcs.{n}",
-        "fc_after_convs": "roi_head.bbox_head.shared_fcs.{n}",
-        "cls_score": "roi_head.bbox_head.fc_cls", "bbox_pred": "roi_head.bbox_head.fc_reg",
-        "mask_conv": _module("roi_head.mask_head.convs.{n}"), "deconv": "roi_head.mask_head.upsample",
-        "mask_logits": "roi_head.mask_head.conv_logits",
+        "box_conv": _module("roi_head.bbox_head.{stage}shared_convs.{n}"),
+        "fc": "roi_head.bbox_head.{stage}shared_fcs.{n}",
+        "fc_after_convs": "roi_head.bbox_head.{stage}shared_fcs.{n}",
+        "cls_score": "roi_head.bbox_head.{stage}fc_cls", "bbox_pred": "roi_head.bbox_head.{stage}fc_reg",
+        "mask_conv": _module("roi_head.mask_head.{stage}convs.{n}"), "deconv": "roi_head.mask_head.{stage}upsample",
+        "mask_logits": "roi_head.mask_head.{stage}conv_logits",
     },
     "maskrcnn-benchmark": {
         **_resnet("backbone.body.", stem="stem."),
@@ -198,19 +201,30 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
         yield "rpn", f"convs.{n}", "rpn" if cfg.rpn.num_convs == 1 else "rpn_many", {"n": n}
     yield "rpn", "objectness", "objectness", {}
     yield "rpn", "deltas", "deltas", {}
-    bare = cfg.box_head.kind == "2fc"
+    yield from _heads(cfg)
+
+
+def _heads(cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
+    """Yield the layers of the region heads as `_layers` does."""
+    is_cascade, bare = cfg.detector == "cascade_rcnn", cfg.box_head.kind == "2fc"
+    stages = [f"{i}." for i in range(len(cfg.cascade.positive_iou))] if is_cascade else [""]
     convs = cfg.box_head.num_convs if cfg.box_head.kind == "4conv1fc" else 0
-    for n in range(convs):
-        yield "box_head", f"convs.{n}", "box_conv", {"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1}
-    for n in range({"2fc": 2, "4conv1fc": 1, "res5": 0}[cfg.box_head.kind]):
-        numbers = {"n": n, "m": n + 1, "f": 6 + n, "flat": convs + 1}
-        yield "box_head", f"fcs.{n}", "fc" if bare else "fc_after_convs", numbers
-    yield "box_head", "cls_score", "cls_score", {}
-    yield "box_head", "bbox_pred", "bbox_pred", {}
-    for n in range(cfg.mask_head.num_convs):
-        yield "mask_head", f"convs.{n}", "mask_conv", {"n": n, "m": n + 1}
-    yield "mask_head", "deconv", "deconv", {}
-    yield "mask_head", "logits", "mask_logits", {}
+    for stage in stages:
+        prefix = f"stages.{stage}" if stage else ""
+        for n in range(convs):
+            numbers = {"n": n, "m": n + 1, "x": 3 * n, "x1": 3 * n + 1, "stage": stage}
+            yield "box_head", f"{prefix}convs.{n}", "box_conv", numbers
+        for n in range({"2fc": 2, "4conv1fc": 1, "res5": 0}[cfg.box_head.kind]):
+            numbers = {"n": n, "m": n + 1, "f": 6 + n, "flat": convs + 1, "stage": stage}
+            yield "box_head", f"{prefix}fcs.{n}", "fc" if bare else "fc_after_convs", numbers
+        yield "box_head", f"{prefix}cls_score", "cls_score", {"stage": stage}
+        yield "box_head", f"{prefix}bbox_pred", "bbox_pred", {"stage": stage}
+    for stage in stages if cfg.cascade.mask_stages == "each" else [""]:
+        prefix = f"stages.{stage}" if stage else ""
+        for n in range(cfg.mask_head.num_convs):
+            yield "mask_head", f"{prefix}convs.{n}", "mask_conv", {"n": n, "m": n + 1, "stage": stage}
+        yield "mask_head", f"{prefix}deconv", "deconv", {"stage": stage}
+        yield "mask_head", f"{prefix}logits", "mask_logits", {"stage": stage}
 
 
 def _dense_layers(cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:

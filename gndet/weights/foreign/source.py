@@ -22,7 +22,7 @@ from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names, toolkit_of
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, DENSE, STEM, Source, class_rows, fused_parts
+from gndet.weights.read import STEM, Source, class_rows, fused_parts, has_background
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
@@ -99,7 +99,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 
     cfg: what the user states about the file.  origin: the name that the weights were downloaded by, if any.
     Raises CheckpointError, with keys and shapes, if the format is unknown, if a layer or a part of one is missing, or
-    if gndet does not support the model (grouped or deep-stem ResNets, class-agnostic boxes).
+    if gndet does not support the model (grouped or deep-stem ResNets).
     """
     tensors = renamed(file.tensors)
     format = format_of(file, tensors, cfg)
@@ -185,22 +185,21 @@ def _order_anchors(state: dict[str, Tensor], num_ratios: int) -> None:
 
 def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig) -> int:
     """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
-    rows = {layer: class_rows(layer, model) for layer in (*CLASS_ROWS, DENSE)}
-    counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
-    if not counts:
+    layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
+    rows = {layer: n for layer in layers if (n := class_rows(layer, model))}
+    if not rows:
         return 0
-    others = counts.get("mask_head.logits", counts.get(DENSE, 0))
-    total = counts.get(BACKGROUND, others + (not facts.background_first))
+    counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items()}
+    scores = [layer for layer in rows if has_background(layer)]
+    total = counts[scores[0]] if scores else next(iter(counts.values())) + (not facts.background_first)
     sparse = format == "torchvision" and total == len(COCO_ROWS) != len(cfg.classes or ()) + 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
     for layer, n in rows.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
-            if key not in state:
-                continue
             tensor = state[key].unflatten(0, (-1, n))  # (classes, n, ...)
             if facts.background_first:
                 foreground = tensor[1:] if gather is None else tensor[gather]
-                tensor = torch.cat([foreground, tensor[:1]]) if layer == BACKGROUND else foreground
+                tensor = torch.cat([foreground, tensor[:1]]) if has_background(layer) else foreground
             state[key] = tensor.flatten(0, 1)
     return len(CATEGORY_IDS) if gather is not None else total - 1
 
@@ -263,7 +262,10 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
         f"{model.detector} with {model.dense.kinds} anchor(s) per cell, P6 from {model.fpn.p6.upper()}"
         if "dense" in parts
         else "",
-        "box deltas by class, fc over (C, H, W)" if detects and model.neck != "c4" else "",
+        f"box deltas {'of all classes' if model.box_head.class_agnostic else 'by class'}, fc over (C, H, W)"
+        if detects and model.neck != "c4"
+        else "",
+        f"a cascade of {len(model.cascade.positive_iou)} stages" if model.detector == "cascade_rcnn" else "",
         ("background row left out" if "dense" in parts else "background row moved from first to last")
         if facts.background_first
         else "",

@@ -13,6 +13,7 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
+from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.formats import FACTS
 from gndet.weights.foreign.names import layer_names
 from gndet.weights.read import BACKGROUND, CLASS_ROWS, PARTS, STEM
@@ -41,6 +42,7 @@ def export_weights(
     parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
     _refuse(cfg, parts, toolkit)
     state = _folded(dict(state), cfg, toolkit)
+    dense_rows.to_file(state, cfg.dense, toolkit, background=FACTS[toolkit].background_first)
     norms, tensors = cfg.part_norms(), {}
     for layer, name in layer_names("resnet" if "classifier" in parts else toolkit, cfg, parts).items():
         norm = norms.get(layer.partition(".")[0], NormConfig(kind="none"))  # a classifier's head has no norm
@@ -72,6 +74,8 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError(
             f"model.backbone.cardinality: {cfg.backbone.cardinality}; {toolkit} detectors have ResNets only"
         )
+    if "dense" in parts:
+        _refuse_dense(cfg, toolkit)
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
     for part in [part for part in parts if part in norms and norms[part].replaces_relu]:
@@ -86,6 +90,23 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
     if "box_head" in parts and len(cfg.rpn.aspect_ratios) != 3:
         raise ConfigError(f"model.rpn.aspect_ratios: {cfg.rpn.aspect_ratios}; expected three to export")
+
+
+def _refuse_dense(cfg: ModelConfig, toolkit: str) -> None:
+    """Raise ConfigError for a dense detector that the toolkit cannot build."""
+    known = {"fcos": ("torchvision",), "retinanet": ("torchvision", "detectron2")}[cfg.detector]
+    if toolkit not in known:
+        raise ConfigError(f"--to {toolkit}: gndet writes model.detector: {cfg.detector} for {' and '.join(known)} only")
+    like = ModelConfig.model_validate({"detector": cfg.detector, "masks": False, "compat": toolkit}).dense
+    wanted = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
+    wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios")}
+    if cfg.part_norms()["dense"].kind != "none":  # without a norm, every convolution has a bias
+        wanted["conv_bias"] = cfg.detector == "fcos" or toolkit == "detectron2"
+    for name, value in wanted.items():
+        if (got := getattr(cfg.dense, name)) != value:
+            raise ConfigError(f"model.dense.{name}: {got}; {toolkit}'s {cfg.detector} has {value}")
+    if cfg.part_norms()["dense"].kind == "none" and cfg.detector == "fcos":
+        raise ConfigError("model.dense.norm: none; torchvision's fcos has GN")
 
 
 def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:
@@ -103,7 +124,10 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
         elif f"{layer}.bias" in state and not norm.has_running_statistics:
             eps = float(state.pop(f"{layer}.eps", norm.eps))
             if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2; a tiny eps stands for 0
-                weight = (weight.double() * (EPS / max(eps, 1e-12)) ** 0.5).float()
+                scale = (EPS / max(eps, 1e-12)) ** 0.5
+                weight = (weight.double() * scale).float()
+                if (bias := state.get(key.removesuffix("weight") + "bias")) is not None:
+                    state[key.removesuffix("weight") + "bias"] = (bias.double() * scale).float()
         state[key] = weight
     if toolkit != "mmdetection":  # mmdetection takes any pixel_std
         scale = torch.tensor(FACTS[toolkit].std) / torch.tensor(cfg.pixel_std)
@@ -136,10 +160,11 @@ def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
     """List the settings with which the toolkit reads pictures and builds the model like gndet."""
     mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
+    head = "RETINANET" if cfg.is_dense else "ROI_HEADS"
     return {
         "detectron2": [
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
-            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.ROI_HEADS.NUM_CLASSES {num_classes}",
+            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.{head}.NUM_CLASSES {num_classes}",
         ],
         "torchvision": [
             f"image_mean {[round(x / 255, 6) for x in mean]}, image_std [0.229, 0.224, 0.225], num_classes "
@@ -185,7 +210,7 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
         lines.append(f"differs: norms are masked in this model; in {toolkit} the padding around a picture enters them")
-    preset = ModelConfig.model_validate({"compat": toolkit})
+    preset = ModelConfig.model_validate({"compat": toolkit, "detector": cfg.detector, "masks": cfg.masks})
     for part in [part for part in parts if part not in ("backbone", "fpn")]:
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
         lines += [

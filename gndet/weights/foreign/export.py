@@ -13,6 +13,7 @@ from torch import Tensor
 from gndet.config.schema import ModelConfig, NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
+from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.formats import FACTS
 from gndet.weights.foreign.names import layer_names
 from gndet.weights.read import PARTS, STEM, class_rows, has_background
@@ -41,6 +42,7 @@ def export_weights(
     parts = tuple(part for part in PARTS if any(key.startswith(f"{part}.") for key in state))
     _refuse(cfg, parts, toolkit)
     state = _folded(dict(state), cfg, toolkit)
+    dense_rows.to_file(state, cfg.dense, toolkit, background=FACTS[toolkit].background_first)
     norms, tensors = cfg.part_norms(), {}
     format = toolkit if cfg.neck == "fpn" else f"{toolkit}_{cfg.neck}"
     for layer, name in layer_names("resnet" if "classifier" in parts else format, cfg, parts).items():
@@ -77,6 +79,8 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError(f"model.neck: {cfg.neck}; {toolkit} has no such detector, --to detectron2 writes it")
     if cfg.backbone.dilated_blocks != "all":
         raise ConfigError(f"model.backbone.dilated_blocks: {cfg.backbone.dilated_blocks}; {toolkit} dilates all blocks")
+    if "dense" in parts:
+        _refuse_dense(cfg, toolkit)
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
     for part in [part for part in parts if part in norms and norms[part].replaces_relu]:
@@ -106,6 +110,23 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError(f"model.rpn.aspect_ratios: {cfg.rpn.aspect_ratios}; expected three to export")
 
 
+def _refuse_dense(cfg: ModelConfig, toolkit: str) -> None:
+    """Raise ConfigError for a dense detector that the toolkit cannot build."""
+    known = {"fcos": ("torchvision",), "retinanet": ("torchvision", "detectron2")}[cfg.detector]
+    if toolkit not in known:
+        raise ConfigError(f"--to {toolkit}: gndet writes model.detector: {cfg.detector} for {' and '.join(known)} only")
+    like = ModelConfig.model_validate({"detector": cfg.detector, "masks": False, "compat": toolkit}).dense
+    wanted = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
+    wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios")}
+    if cfg.part_norms()["dense"].kind != "none":  # without a norm, every convolution has a bias
+        wanted["conv_bias"] = cfg.detector == "fcos" or toolkit == "detectron2"
+    for name, value in wanted.items():
+        if (got := getattr(cfg.dense, name)) != value:
+            raise ConfigError(f"model.dense.{name}: {got}; {toolkit}'s {cfg.detector} has {value}")
+    if cfg.part_norms()["dense"].kind == "none" and cfg.detector == "fcos":
+        raise ConfigError("model.dense.norm: none; torchvision's fcos has GN")
+
+
 def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:
     """Fold into the weights what the toolkit's layers cannot express."""
     norms = cfg.part_norms()
@@ -121,7 +142,10 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
         elif f"{layer}.bias" in state and not norm.has_running_statistics:
             eps = float(state.pop(f"{layer}.eps", norm.eps))
             if eps != EPS:  # GN of s x with eps is GN of x with eps / s^2; a tiny eps stands for 0
-                weight = (weight.double() * (EPS / max(eps, 1e-12)) ** 0.5).float()
+                scale = (EPS / max(eps, 1e-12)) ** 0.5
+                weight = (weight.double() * scale).float()
+                if (bias := state.get(key.removesuffix("weight") + "bias")) is not None:
+                    state[key.removesuffix("weight") + "bias"] = (bias.double() * scale).float()
         state[key] = weight
     if toolkit != "mmdetection":  # mmdetection takes any pixel_std
         scale = torch.tensor(FACTS[toolkit].std) / torch.tensor(cfg.pixel_std)
@@ -158,12 +182,13 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
     agnostic, is_cascade, cascade = cfg.box_head.class_agnostic, cfg.detector == "cascade_rcnn", cfg.cascade
     weights = [[xy, xy, wh, wh] for xy, wh in cascade.delta_weights]
     ious = list(cascade.positive_iou)
-    base = {"fpn": "FPN", "c4": "C4", "dc5": "DilatedC5"}[cfg.neck]
+    base = "RetinaNet" if cfg.is_dense else {"fpn": "RCNN-FPN", "c4": "RCNN-C4", "dc5": "RCNN-DilatedC5"}[cfg.neck]
+    head = "RETINANET" if cfg.is_dense else "ROI_HEADS"
     settings = {
         "detectron2": [
-            f"_BASE_ Base-RCNN-{base}.yaml",
+            f"_BASE_ Base-{base}.yaml",
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
-            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.ROI_HEADS.NUM_CLASSES {num_classes}",
+            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.{head}.NUM_CLASSES {num_classes}",
         ],
         "torchvision": [
             f"image_mean {[round(x / 255, 6) for x in mean]}, image_std [0.229, 0.224, 0.225], num_classes "
@@ -222,7 +247,9 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
         lines.append(f"differs: norms are masked in this model; in {toolkit} the padding around a picture enters them")
-    preset = ModelConfig.model_validate({"compat": toolkit, "neck": cfg.neck, "detector": cfg.detector})
+    preset = ModelConfig.model_validate(
+        {"compat": toolkit, "neck": cfg.neck, "detector": cfg.detector, "masks": cfg.masks}
+    )
     sections = [part for part in parts if part not in ("backbone", "fpn")]
     for part in sections + ["cascade"] * (cfg.detector == "cascade_rcnn"):
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()

@@ -1,0 +1,200 @@
+"""Files of dense detectors become the same network in gndet, and torchvision and detectron2 read what gndet writes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign import read, weights
+from torch import Tensor, nn
+from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+
+from gndet.config.schema import Config, ModelConfig, SourceConfig
+from gndet.errors import CheckpointError, ConfigError
+from gndet.modeling.build import build_model
+from gndet.weights.foreign.export import export_weights
+from gndet.weights.foreign.files import WeightFile, write_torch
+from gndet.weights.foreign.source import understand
+from gndet.weights.load import load_weights
+from gndet.weights.read import Source, read_source
+
+BUILDERS = {"v1": retinanet_resnet50_fpn, "v2": retinanet_resnet50_fpn_v2, "fcos": fcos_resnet50_fpn}
+CLASSES = ("ant", "bee", "cow")
+UNNAMED = SourceConfig(classes=CLASSES)
+RETINANET = {"detector": "retinanet", "masks": False, "fpn": {"channels": 32, "p6": "c5", "norm": {"kind": "none"}}}
+
+
+def of_torchvision(kind: str, num_classes: int = 3) -> nn.Module:
+    """Return a detector of torchvision with random weights, biases too."""
+    torch.manual_seed(0)
+    model = BUILDERS[kind](weights=None, weights_backbone=None, num_classes=num_classes + 1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def without_background(state: dict[str, Tensor], rows: int = 4) -> dict[str, Tensor]:
+    """Return torchvision's tensors without the rows of the class that stands for nothing."""
+    name = "head.classification_head.cls_logits."
+    return {k: v.unflatten(0, (-1, rows))[:, 1:] if k.startswith(name) else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_state_dict_of_torchvision_is_read_and_exported_as_it_was(tmp_path: Path, kind: str) -> None:
+    model = of_torchvision(kind)
+    source = understand(WeightFile(tmp_path / "file.pth", model.state_dict(), {}), UNNAMED)
+    assert source.parts == ("backbone", "fpn", "dense") and source.num_classes == 3 and not source.unused
+    cfg = source.model
+    assert (cfg.detector, cfg.fpn.p6, cfg.dense.conv_bias, cfg.dense.box_loss) == {
+        "v1": ("retinanet", "p5", True, "l1"), "v2": ("retinanet", "c5", False, "giou"),
+        "fcos": ("fcos", "p5", True, "giou"),
+    }[kind]  # fmt: skip
+    export = export_weights(source.state, cfg, CLASSES, "torchvision")
+    got, expected = without_background(export.tensors), without_background(model.state_dict())
+    assert got.keys() == expected.keys() and all(torch.equal(got[key], expected[key]) for key in got)
+    fresh = BUILDERS[kind](weights=None, weights_backbone=None, num_classes=4)
+    fresh.load_state_dict(export.tensors)
+    scores = fresh.head([torch.randn(1, 256, 2, 2)] * 5)["cls_logits"].sigmoid()
+    assert scores[..., 0].max() < 1e-20 < scores[..., 1:].min()
+    write_torch(tmp_path / "again.pth", export.content)
+    again = read_source(str(tmp_path / "again.pth"), UNNAMED)
+    assert again.model == cfg and all(torch.equal(again.state[key], value) for key, value in source.state.items())
+
+
+def test_classes_of_coco_are_picked_from_torchvision_s_91_rows() -> None:
+    model = of_torchvision("fcos", 90)
+    source = understand(WeightFile(Path("file.pth"), model.state_dict(), {}), SourceConfig())
+    scores = model.head.classification_head.cls_logits.weight
+    assert source.num_classes == 80 and source.classes[11] == "stop sign"  # id 13: COCO has no 12
+    assert torch.equal(source.state["dense.cls_logits.weight"][11], scores[13])
+
+
+def test_names_of_torchvision_s_older_files_and_their_eps() -> None:
+    state = {}
+    for key, tensor in of_torchvision("v1").state_dict().items():
+        key = re.sub(r"(_head\.conv)\.(\d)\.0\.", lambda match: f"{match[1]}.{2 * int(match[2])}.", key)
+        state[re.sub(r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2.", key)] = tensor
+    new = understand(WeightFile(Path("any.pth"), of_torchvision("v1").state_dict(), {}), UNNAMED)
+    old = understand(WeightFile(Path("retinanet_resnet50_fpn_coco-eeacb38b.pth"), state, {}), UNNAMED)
+    assert all(torch.equal(old.state[key], value) for key, value in new.state.items())
+    assert (old.model.backbone.norm.eps, new.model.backbone.norm.eps) == (0, 1e-5)
+
+
+# --- detectron2's RetinaNet
+
+
+def retinanet(norm: str = "none", **dense: object) -> ModelConfig:
+    parts = {"backbone": {"depth": 18, "norm": {"kind": "frozen_bn"}}, "dense": {"norm": {"kind": norm}, **dense}}
+    return ModelConfig.model_validate({**RETINANET, **parts, "compat": "detectron2", "norm": {"kind": "frozen_bn"}})
+
+
+def of_detectron2(state: dict[str, Tensor], normed: bool) -> dict[str, Tensor]:
+    """Return tensors as detectron2 names them, written from a description of its modules."""
+    kinds, subnets = 9, {"cls": "cls_subnet", "box": "bbox_subnet"}
+    step = 3 if normed else 2  # convolution, norm and ReLU in a sequence
+    result = {}
+    for key, value in state.items():
+        layer, _, parameter = key.rpartition(".")
+        if key == "backbone.stem.conv.weight":
+            value = value.flip(1)
+        if layer == "dense.cls_logits":  # anchor by anchor
+            value = value.unflatten(0, (3, kinds)).transpose(0, 1).flatten(0, 1)
+        name = layer.replace("backbone.stem", "backbone.bottom_up.stem.conv1")
+        name = re.sub(r"^backbone\.res", "backbone.bottom_up.res", name)
+        name = re.sub(r"^fpn\.(lateral|output)", r"backbone.fpn_\1", name)
+        name = re.sub(r"^fpn\.(p[67])", r"backbone.top_block.\1", name)
+        name = name.replace("dense.cls_logits", "head.cls_score").replace("dense.boxes", "head.bbox_pred")
+        if match := re.match(r"dense\.(cls|box)_convs\.(\d)\.(conv|norm)", name):
+            place = step * int(match[2]) + (match[3] == "norm")
+            result[f"head.{subnets[match[1]]}.{place}.{parameter}"] = value
+            continue
+        result[f"{re.sub(r'[.]conv$', '', name)}.{parameter}"] = value
+    return result
+
+
+@pytest.mark.parametrize("norm", ["none", "gn"])
+def test_a_file_of_detectron2_is_read_and_exported_as_it_was(tmp_path: Path, norm: str) -> None:
+    cfg = retinanet(norm, conv_bias=True)
+    state = weights(cfg)
+    file = of_detectron2(state, norm == "gn")
+    assert f"head.cls_subnet.{9 if norm == 'gn' else 6}.bias" in file
+    source = read(tmp_path / "model.pth", file, UNNAMED)
+    assert source.format == "detectron2" and not source.unused and source.num_classes == 3
+    assert all(torch.equal(source.state[key], value) for key, value in state.items())
+    assert source.model.dense.model_copy(update={"norm": None}) == cfg.dense.model_copy(update={"norm": None})
+    export = export_weights(source.state, source.model, CLASSES, "detectron2")
+    assert export.tensors.keys() == file.keys()
+    assert all(torch.equal(export.tensors[key], value) for key, value in file.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file.pop("head.cls_subnet.4.weight"), r"head\.cls_subnet"),
+        (lambda file: file.pop("backbone.top_block.p7.bias"), r"p7\.bias .*absent in the file"),
+        (lambda file: file.update({"head.ctrness.weight": torch.zeros(1, 32, 3, 3)}), r"head\.ctrness\.weight"),
+        (
+            lambda file: file.update({"head.bbox_pred.weight": torch.zeros(12, 32, 3, 3)}),
+            "3 anchors per cell, expected 9",
+        ),
+    ],
+)
+def test_what_is_missing_or_unknown_is_refused(tmp_path: Path, change: Any, words: str) -> None:
+    file = of_detectron2(weights(retinanet()), normed=False)
+    change(file)
+    with pytest.raises(CheckpointError, match=words):
+        read(tmp_path / "model.pth", file, UNNAMED)
+
+
+# --- fine-tuning and refusals
+
+
+def source_of(cfg: ModelConfig) -> Source:
+    state = weights(cfg)
+    return Source("file", "gndet", state, cfg, ("backbone", "fpn", "dense"), CLASSES, 3, (), [], [])
+
+
+def test_rows_of_known_classes_carry_over_to_other_data() -> None:
+    cfg = retinanet(positives=10)
+    source, classes = source_of(cfg), ("cow", "dog", "ant")
+    model = build_model(cfg, 3)
+    before = model.dense.cls_logits.weight.clone()
+    load_weights(model, source, classes, Config.model_validate({"model": cfg.model_dump()}))
+    rows, theirs = (
+        tensor.view(3, 9, 32, 3, 3)
+        for tensor in (model.dense.cls_logits.weight, source.state["dense.cls_logits.weight"])
+    )
+    assert torch.equal(rows[0], theirs[2]) and torch.equal(rows[2], theirs[0])
+    assert torch.equal(rows[1], before.view(3, 9, 32, 3, 3)[1])
+    assert torch.equal(model.dense.boxes.weight, source.state["dense.boxes.weight"])
+
+
+def test_another_convention_is_refused() -> None:
+    cfg = retinanet(positives=10)
+    other = cfg.model_copy(update={"dense": cfg.dense.model_copy(update={"offset": 0.5})})
+    with pytest.raises(CheckpointError, match=r"model\.dense\.offset: 0\.0 in the file, 0\.5 here"):
+        load_weights(
+            build_model(other, 3), source_of(cfg), CLASSES, Config.model_validate({"model": other.model_dump()})
+        )
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "model", "words"),
+    [
+        ("mmdetection", {"detector": "retinanet"}, "model.detector: retinanet for torchvision and detectron2 only"),
+        ("detectron2", {"detector": "fcos"}, "model.detector: fcos for torchvision only"),
+        (
+            "torchvision",
+            {"detector": "fcos", "dense": {"quality": "iou"}},
+            "model.dense.quality: iou; .* has centerness",
+        ),
+        ("torchvision", {"detector": "retinanet", "dense": {"scales": [1.0]}}, r"model\.dense\.scales: \(1\.0,\)"),
+    ],
+)
+def test_what_a_toolkit_cannot_build_is_not_exported(toolkit: str, model: dict[str, Any], words: str) -> None:
+    cfg = ModelConfig.model_validate({**model, "masks": False, "backbone": {"depth": 18}, "fpn": {"channels": 32}})
+    with pytest.raises(ConfigError, match=words):
+        export_weights(weights(cfg), cfg, CLASSES, toolkit)

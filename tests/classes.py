@@ -57,9 +57,10 @@ def random_classifier(folder: Path, *overrides: str) -> Path:
             if "norm." in name and tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
         model.classifier.logits.weight.normal_(0, 1)
-        seen = [torch.randint(low, low + 60, (3, 32, 32)) for low in (0, 60, 120, 180)]
-        images, sizes = torch.stack(seen).byte(), torch.tensor([[32, 32]] * 4)
-        model.classifier.logits.bias.sub_(model.eval().classify(images, sizes, False).mean(0))  # no class always wins
+        seen = torch.stack([torch.randint(low, low + 60, (3, 64, 64)) for low in (0, 60, 120, 180)]).byte()
+        std, mean = torch.std_mean(model.eval().classify(seen, torch.tensor([[64, 64]] * 4), False), 0)
+        model.classifier.logits.weight.div_(std[:, None])  # no class always wins
+        model.classifier.logits.bias.sub_(mean).div_(std)
     meta = {"config": cfg.model_dump(mode="json"), "classes": list(COLORS), "category_ids": [1, 2, 3]}
     save_checkpoint(folder / "checkpoint", {"model": model.state_dict()}, meta)
     return folder / "checkpoint"

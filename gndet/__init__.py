@@ -5,7 +5,7 @@
     detector = gndet.load("runs/cells")
     found = detector.predict("photo.jpg")
 
-`load`, `train`, `Detector` and `Prediction` are imported when they are first used, so that `import gndet` and
+`load`, `load_classifier`, `train` and the classes are imported when they are first used, so that `import gndet` and
 `gndet --help` answer at once.
 """
 
@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from gndet.cli.train import train_run as train
     from gndet.cli.train import train_run as train_run
     from gndet.evaluation.detector import Detector, load
+    from gndet.evaluation.picture_classifier import ClassPrediction, PictureClassifier, load_classifier
     from gndet.evaluation.prediction import Prediction
 
 __version__ = "0.1.0"
-__all__ = ("Detector", "Prediction", "__version__", "load", "train")
+__all__ = (
+    "ClassPrediction", "Detector", "PictureClassifier", "Prediction", "__version__", "load", "load_classifier", "train",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
@@ -35,6 +38,10 @@ def __getattr__(name: str) -> object:
         from gndet.evaluation import detector
 
         return getattr(detector, name)
+    if name in ("ClassPrediction", "PictureClassifier", "load_classifier"):
+        from gndet.evaluation import picture_classifier
+
+        return getattr(picture_classifier, name)
     if name == "Prediction":
         from gndet.evaluation.prediction import Prediction
 

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
 from PIL import Image
+
+from gndet.checkpoint import save_checkpoint
+from gndet.config.loading import load_config
+from gndet.modeling.build import build_model
 
 COLORS = {"blue": (80, 90, 180), "green": (80, 170, 80), "red": (190, 70, 70)}  # by class
 CONFIG: dict[str, Any] = {
@@ -35,3 +41,26 @@ def write_classes(root: Path, counts: dict[str, int] | None = None, size: tuple[
                 pixels = rng.normal(color, 25, (*size, 3)) + {"red": stripes[0], "green": stripes[1]}.get(name, 0.0)
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{split}-{name}-{number}.png")
     return root
+
+
+def random_classifier(folder: Path, *overrides: str) -> Path:
+    """Save a checkpoint of a classifier of random weights and norms, whose probabilities differ.  Returns its folder.
+
+    Its data.root is folder/set.
+    """
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"data": CONFIG["data"] | {"root": str(folder / "set")}}))
+    cfg = load_config(folder / "tiny.yaml", [f"out={folder / 'run'}", *overrides])
+    torch.manual_seed(0)
+    model = build_model(cfg.model, len(COLORS))
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if "norm." in name and tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+        model.classifier.logits.weight.normal_(0, 1)
+        seen = torch.stack([torch.randint(low, low + 60, (3, 64, 64)) for low in (0, 60, 120, 180)]).byte()
+        std, mean = torch.std_mean(model.eval().classify(seen, torch.tensor([[64, 64]] * 4), False), 0)
+        model.classifier.logits.weight.div_(std[:, None])  # no class always wins
+        model.classifier.logits.bias.sub_(mean).div_(std)
+    meta = {"config": cfg.model_dump(mode="json"), "classes": list(COLORS), "category_ids": [1, 2, 3]}
+    save_checkpoint(folder / "checkpoint", {"model": model.state_dict()}, meta)
+    return folder / "checkpoint"

@@ -16,9 +16,10 @@ def run(options: Options) -> int:
     from gndet.data.datasets.reading import user_paths
     from gndet.distributed.process import process
     from gndet.errors import ConfigError
-    from gndet.evaluation.classification import classification_table, evaluate_classifier
+    from gndet.evaluation.classification import classification_table
     from gndet.evaluation.detector import evaluate_checkpoint, load_detector
     from gndet.evaluation.evaluate import evaluation_table
+    from gndet.evaluation.picture_classifier import evaluate_classifier, load_picture_classifier
     from gndet.evaluation.results import RESULTS, save_results
     from gndet.files import refuse_output
     from gndet.modeling.trained import is_classifier
@@ -28,7 +29,8 @@ def run(options: Options) -> int:
         if is_classifier(options.checkpoint):
             if options.out:
                 raise ConfigError("--out: a classifier has no detections to write")
-            dataset, found = evaluate_classifier(options.checkpoint, options.overrides, proc, say)
+            classifier = load_picture_classifier(options.checkpoint, options.overrides, proc, say)
+            dataset, found = evaluate_classifier(classifier, proc)
             say(f"{options.checkpoint} on {dataset.name}: {len(dataset.records)} images")
             say(classification_table(found, dataset.classes))
             return 0

@@ -5,7 +5,7 @@ from gndet.cli.arguments import CHECKPOINT, Options, Verbs, add_overrides, heigh
 
 def add(verbs: Verbs) -> None:
     """Add the verb and its arguments."""
-    verb = verbs.add_parser("export", help="export a detector to ONNX and compare it with torch on a picture")
+    verb = verbs.add_parser("export", help="export a detector or a classifier to ONNX, and compare it with torch")
     verb.add_argument("checkpoint", type=path, help=CHECKPOINT)
     verb.add_argument("--onnx", type=path, required=True, metavar="FILE", help="ONNX file to write")
     verb.add_argument(
@@ -18,9 +18,19 @@ def add(verbs: Verbs) -> None:
 
 
 def run(options: Options) -> int:
-    """Export a detector.  Returns 1 if the ONNX file and torch differ."""
+    """Export a detector or a classifier.  Returns 1 if the ONNX file and torch differ."""
+    from gndet.errors import ConfigError
+    from gndet.modeling.trained import is_classifier
+    from gndet.toolbox.onnx.classifier import export_classifier
     from gndet.toolbox.onnx.export import export
 
+    if is_classifier(options.checkpoint):
+        if given := [name for name, value in (("--size", options.size), ("--no-masks", options.no_masks)) if value]:
+            raise ConfigError(f"{given[0]}: {options.checkpoint} is a classifier, whose pictures data.crop.size limits")
+        equal = export_classifier(
+            options.checkpoint, options.onnx, options.overrides, say, opset=options.opset, picture=options.picture
+        )
+        return 0 if equal else 1
     equal = export(
         options.checkpoint, options.onnx, options.overrides, say, size=options.size,
         masks=not options.no_masks, opset=options.opset, picture=options.picture,

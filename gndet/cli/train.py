@@ -10,6 +10,7 @@ from gndet.cli.arguments import CONFIG, Options, Verbs, add_overrides
 if TYPE_CHECKING:
     from gndet.config.schema import Config
     from gndet.evaluation.detector import Detector
+    from gndet.evaluation.picture_classifier import PictureClassifier
 
 
 def add(verbs: Verbs) -> None:
@@ -40,6 +41,12 @@ class TrainedRun(NamedTuple):
         from gndet.evaluation.detector import load
 
         return load(self.folder, device, **overrides)
+
+    def load_classifier(self, device: str = "auto", **overrides: Any) -> "PictureClassifier":
+        """Load the best checkpoint of a run of task: classification, as `gndet.load_classifier` does."""
+        from gndet.evaluation.picture_classifier import load_classifier
+
+        return load_classifier(self.folder, device, **overrides)
 
 
 def train_run(

@@ -3,29 +3,27 @@
 n pictures, K classes.  The ranks of a run share the pictures; rank 0 gets all of them.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from gndet.config.loading import with_overrides
-from gndet.config.schema import Config, DatasetConfig
-from gndet.data.batches.stream import test_batches
-from gndet.data.datasets.reading import read_dataset
+from gndet.config.schema import Config
 from gndet.data.records import Dataset
 from gndet.distributed.collectives import all_gather
-from gndet.distributed.process import Process, place
+from gndet.distributed.process import Process
 from gndet.errors import DataError
-from gndet.evaluation.batch_norm import as_saved, population_statistics, statistics_of_evaluation
+from gndet.evaluation.batch_norm import statistics_of_evaluation
+from gndet.evaluation.evaluate import compute_share, evaluating
 from gndet.files import write_whole
 from gndet.modeling.classifier import Classifier
-from gndet.modeling.trained import build_trained, read_trained
-from gndet.text import named_briefly, text_table
+from gndet.structures import Batch
+from gndet.text import text_table
 
 RANKED = 5  # classes of a picture that are kept, the most likely first
 UNREAD = -1  # in place of a class: the picture could not be read, which counts as an error
@@ -37,7 +35,7 @@ class Ranking(NamedTuple):
 
     index: np.ndarray  # type: ignore[assignment]  # hides tuple.index; (n,) int64 in dataset.records
     classes: np.ndarray  # (n, RANKED) int64, the most likely first; UNREAD where there is none
-    scores: np.ndarray  # (n,) float64: probability of the first, by softmax
+    scores: np.ndarray  # (n,) float64: probability of the first
 
 
 class Classification(NamedTuple):
@@ -75,38 +73,32 @@ def classify_share(
     notify: Callable[[str], None] | None = None,
 ) -> Ranking:
     """Rank the classes of this rank's share of the pictures.  Arguments and errors as in `evaluate.detect_share`."""
-    batches = test_batches(
-        dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=proc.rank, world=proc.world,
-        pin_memory=proc.device.type == "cuda", notify=notify,
-    )  # fmt: skip
-    share = len(range(proc.rank, len(dataset.records), proc.world))
-    ranking = Ranking(
-        np.arange(proc.rank, len(dataset.records), proc.world), np.full((share, RANKED), UNREAD), np.zeros(share)
-    )
-    in_training = [module for module in model.modules() if module.training]
-    try:
-        for module in in_training:
-            module.training = False
-        with contextlib.closing(batches), statistics_of_evaluation(model, cfg):
-            for indices, batch, image_ids, skipped in batches:
-                for image_id, reason in skipped:
-                    if unreadable is None:
-                        raise DataError(reason)
-                    unreadable(image_id, reason)
-                if batch is not None:
-                    images, sizes = (part.to(proc.device, non_blocking=True) for part in (batch.images, batch.sizes))
-                    with torch.inference_mode(), autocast():
-                        scores = model.classify(images, sizes, batch.padded).double().softmax(1)  # (B, K)
-                    best = scores.topk(min(RANKED, scores.shape[1]))
-                    rows = (np.array(indices) - proc.rank) // proc.world
-                    ranking.classes[rows, : best.indices.shape[1]] = best.indices.cpu().numpy()
-                    ranking.scores[rows] = best.values[:, 0].cpu().numpy()
-                for image_id in image_ids:
-                    on_image(image_id)
-    finally:
-        for module in in_training:
-            module.training = True
+    index = np.arange(proc.rank, len(dataset.records), proc.world)
+    ranking = Ranking(index, np.full((len(index), RANKED), UNREAD), np.zeros(len(index)))
+
+    def compute(indices: list[int], batch: Batch) -> None:
+        found = probabilities(model, batch, proc.device, autocast)
+        best = found.topk(min(RANKED, found.shape[1]))
+        rows = (np.array(indices) - proc.rank) // proc.world
+        ranking.classes[rows, : best.indices.shape[1]] = best.indices.numpy()
+        ranking.scores[rows] = best.values[:, 0].numpy()
+
+    with evaluating(model), statistics_of_evaluation(model, cfg):
+        compute_share(compute, dataset, cfg, proc, on_image=on_image, unreadable=unreadable, notify=notify)
     return ranking
+
+
+def probabilities(
+    model: Classifier, batch: Batch, device: torch.device, autocast: Callable[[], AbstractContextManager]
+) -> Tensor:
+    """Return the probability of each class for each image of a batch, (B, K) float64 on the CPU.
+
+    Arguments as in `evaluate.detect`.
+    """
+    images, sizes = (part.to(device, non_blocking=True) for part in (batch.images, batch.sizes))
+    with evaluating(model), torch.inference_mode(), autocast():
+        logits = model.classify(images, sizes, batch.padded)
+    return model.classifier.probabilities(logits.double()).cpu()
 
 
 def join_rankings(share: Ranking, dataset: Dataset, proc: Process) -> Classification:
@@ -129,36 +121,6 @@ def classify(
 ) -> Classification:
     """Evaluate a classifier; every rank gets the result.  Raises DataError for a picture that cannot be read."""
     return join_rankings(classify_share(model, dataset, cfg, proc, autocast=autocast), dataset, proc)
-
-
-def evaluate_classifier(
-    path: Path, overrides: Sequence[str], proc: Process, tell: Callable[[str], None]
-) -> tuple[Dataset, Classification]:
-    """Evaluate the classifier of a run or checkpoint folder on its config's data.val.
-
-    overrides: `key=value` words that change its config.  tell: called with a line about weights that are not finite.
-    Returns the data set and the outcome.  Raises CheckpointError, ConfigError and DataError, also if the classes of the
-    data set are not the classifier's.
-    """
-    trained = read_trained(path)
-    cfg = with_overrides(as_saved(trained.config), overrides, f"{trained.path}/meta.json")
-    if trained.nonfinite:
-        tell(f"warning: {trained.fault}")
-    model, autocast = place(build_trained(trained, cfg.model).eval(), cfg.train.precision, proc)
-    model.choose_convolutions(min(cfg.data.shortest_edge))
-
-    def read(which: DatasetConfig) -> Dataset:
-        dataset = read_dataset(which, cfg.data, known=trained.classes)
-        if dataset.classes != trained.classes:
-            raise DataError(
-                f"{dataset.name}: has the classes {named_briefly(dataset.classes)}; the classifier knows "
-                f"{named_briefly(trained.classes)}; data.classes chooses them by name"
-            )
-        return dataset
-
-    dataset = read(cfg.data.val)
-    with population_statistics(model, lambda: read(cfg.data.train), cfg, proc, autocast):
-        return dataset, classify(cast(Classifier, model), dataset, cfg, proc, autocast)
 
 
 def classification_table(found: Classification, classes: tuple[str, ...]) -> str:

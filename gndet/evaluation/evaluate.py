@@ -6,14 +6,14 @@ the canvas; boxes in results are xywh pixels of the original picture, as in the 
 
 import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gndet.config.schema import Config
 from gndet.data.batches.stream import test_batches
@@ -91,15 +91,54 @@ def detect(
     model in evaluation mode may be used by several threads.
     """
     images, sizes = (part.to(device, non_blocking=True) for part in (batch.images, batch.sizes))
+    with evaluating(model), torch.inference_mode(), autocast():
+        return model.detect(images, sizes, batch.padded)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within this context a model is in evaluation mode; then each module has its own mode again."""
     in_training = [module for module in model.modules() if module.training]
     try:
         for module in in_training:
             module.training = False
-        with torch.inference_mode(), autocast():
-            return model.detect(images, sizes, batch.padded)
+        yield
     finally:
         for module in in_training:
             module.training = True
+
+
+def compute_share(
+    compute: Callable[[list[int], Batch], None],
+    dataset: Dataset,
+    cfg: Config,
+    proc: Process,
+    *,
+    on_image: Callable[[int], None] = lambda image_id: None,
+    unreadable: Callable[[int, str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> None:
+    """Call compute(indices in dataset.records, batch) with each test batch of this rank's share of a data set.
+
+    on_image: called with the id of each image after its batch; an error that it raises ends the work.  unreadable:
+    called with the image id and the reason if a picture cannot be read; its batch lacks it.  notify: called with a
+    message if a loader process was killed and replaced.
+    Without `unreadable`, raises DataError for a picture that cannot be read.
+    """
+    batches = test_batches(
+        dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=proc.rank, world=proc.world,
+        pin_memory=proc.device.type == "cuda", notify=notify,
+    )  # fmt: skip
+    with contextlib.closing(batches):
+        for indices, batch, image_ids, skipped in batches:
+            for image_id, reason in skipped:
+                if unreadable is None:
+                    raise DataError(reason)
+                unreadable(image_id, reason)
+            if batch is not None:
+                compute(indices, batch)
+            for image_id in image_ids:
+                on_image(image_id)
 
 
 def detect_share(
@@ -115,36 +154,26 @@ def detect_share(
 ) -> Share:
     """Detect objects in this rank's share of the data set.
 
-    autocast: makes the context in which the model runs.  on_image: called with the id of each image after detection; an
-    error that it raises ends the work.  unreadable: called with the image id and the reason if a picture cannot be
-    read; the picture has no detections.  notify: called with a message if a loader process was killed and replaced.
-    Without `unreadable`, raises DataError for a picture that cannot be read.
+    autocast: makes the context in which the model runs.  The other arguments, and what is raised, as in
+    `compute_share`; a picture that cannot be read has no detections.
     """
-    paste, behind = cfg.model.mask_paste, Behind(proc.device)
+    behind, seen = Behind(proc.device), list[int]()
+
+    def compute(indices: list[int], batch: Batch) -> None:
+        make = partial(to_results, indices=indices, sizes=batch.sizes, dataset=dataset, paste=cfg.model.mask_paste)
+        behind.add(detect(model, batch, proc.device, autocast), make)
+
+    def done(image_id: int) -> None:
+        seen.append(image_id)
+        on_image(image_id)
 
     def replaced(message: str) -> None:
         behind.finish()  # the next thing is a fork
         if notify:
             notify(message)
 
-    batches = test_batches(
-        dataset, cfg.data, images_per_gpu=cfg.evaluation.images_per_gpu, rank=proc.rank, world=proc.world,
-        pin_memory=proc.device.type == "cuda", notify=replaced,
-    )  # fmt: skip
-    seen: list[int] = []
-    with behind, contextlib.closing(batches), statistics_of_evaluation(model, cfg):
-        for indices, batch, image_ids, skipped in batches:
-            for image_id, reason in skipped:
-                if unreadable is None:
-                    raise DataError(reason)
-                unreadable(image_id, reason)
-            if batch is not None:
-                detections = detect(model, batch, proc.device, autocast)
-                make = partial(to_results, indices=indices, sizes=batch.sizes, dataset=dataset, paste=paste)
-                behind.add(detections, make)
-            for image_id in image_ids:
-                seen.append(image_id)
-                on_image(image_id)
+    with behind, statistics_of_evaluation(model, cfg):
+        compute_share(compute, dataset, cfg, proc, on_image=done, unreadable=unreadable, notify=replaced)
         behind.finish()
     return Share(join(behind.results), seen)
 

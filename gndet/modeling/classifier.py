@@ -65,6 +65,10 @@ class ClassHead(nn.Module):
         target = F.one_hot(labels, logits.shape[1]).to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[1]
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities (B, K) of logits: by softmax, or with loss: sigmoid, each class by itself."""
+        return logits.softmax(1) if self.cfg.loss == "softmax" else logits.sigmoid()
+
 
 def pool_pictures(x: Tensor, area: ValidArea | None, side: int) -> Tensor:
     """Average maps x (B, C, H, W) over side x side cells of each picture, as adaptive pooling of each alone does.

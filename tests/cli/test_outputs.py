@@ -402,7 +402,7 @@ def test_every_refusal_comes_before_anything_is_computed(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The data of the config is missing: a command that read it would say so."""
-    monkeypatch.setattr("gndet.evaluation.detector.read_dataset", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("gndet.evaluation.trained_model.read_dataset", lambda *_: pytest.fail("read"))
     (home / "a.json").write_text("[]")
     assert "a.json: exists" in refused(home, "evaluate run --out a.json", capsys)
 

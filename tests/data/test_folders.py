@@ -42,6 +42,49 @@ def test_a_list_sets_the_order_of_the_classes(tmp_path: Path) -> None:
     assert dataset.classes == ("red", "blue", "green") and dataset.records[0].labels.tolist() == [1]
 
 
+LISTS = {  # file, its text, the classes in order, and the classes of the folders blue, green and red
+    "folder and name": (
+        "classes.txt", "red ripe, really\nblue\tthe sea\n\ngreen\n", ("ripe, really", "the sea", "green"),
+        ("the sea", "green", "ripe, really"),
+    ),
+    "a class without a folder": (
+        "classes.txt", "red\nred fox\nblue\ngreen\n", ("red", "red fox", "blue", "green"), ("blue", "green", "red"),
+    ),
+    "synsets": (
+        "LOC_synset_mapping.txt", "n01440764 tench\nred crane, bird\nblue crane\n",
+        ("crane (blue)", "green", "crane (red)"), ("crane (blue)", "green", "crane (red)"),
+    ),
+    "index": (
+        "imagenet_class_index.json", '{"0": ["red", "rose"], "1": ["blue", "sky"]}', ("sky", "green", "rose"),
+        ("sky", "green", "rose"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "classes", "by_folder"), LISTS.values(), ids=LISTS)
+def test_a_list_gives_folders_readable_names(
+    tmp_path: Path, name: str, text: str, classes: tuple[str, ...], by_folder: tuple[str, ...]
+) -> None:
+    folders = dict(zip(("blue", "green", "red"), by_folder, strict=True))
+    write_classes(tmp_path, {"train": 2, "val": 1})
+    (tmp_path / name).write_text(text)
+    data = data_of(tmp_path, cache=str(tmp_path.parent / "cache"))
+    for dataset in (*inspect_both(data, masks=False), read_dataset(data.val, data)):
+        assert dataset.classes == classes
+        found = {record.file_name.partition("/")[0]: dataset.classes[record.labels[0]] for record in dataset.records}
+        assert found == folders
+    (tmp_path / name).unlink()
+    assert read_dataset(data.val, data).classes == ("blue", "green", "red")  # the cache noticed
+
+
+def test_an_index_of_another_form_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"train": 1})
+    (tmp_path / "imagenet_class_index.json").write_text('{"0": "tench"}')
+    data = data_of(tmp_path)
+    with pytest.raises(DataError, match=r'imagenet_class_index\.json: expected \{"0": \["n01440764", "tench"\]'):
+        read_dataset(data.train, data)
+
+
 def test_a_set_alone_and_a_share_of_train(tmp_path: Path) -> None:
     write_classes(tmp_path, {"train": 5})
     data = data_of(tmp_path, val={"share": 0.4})

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from classes import random_classifier, write_classes
 from faults.tiny import CONFIG
 from models import make_batch, small_model
 from run_files import forget, last, load
@@ -185,6 +186,16 @@ def test_evaluate_estimates_them_if_asked(runs: Path, capsys: pytest.CaptureFixt
     assert table("population").partition("\n")[2] == rest
     said = table("average", "evaluation.batch_statistics=true", "evaluation.images_per_gpu=2")
     assert "BN with the statistics of each batch" in said
+
+
+def test_a_picture_too_small_for_its_own_statistics_is_refused_by_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(tmp_path / "set")  # their last map, of a crop of 32 x 32 pixels, is one value per channel
+    checkpoint = random_classifier(tmp_path, "model.norm={kind: bn}")
+    words = ["evaluate", str(checkpoint), "evaluation.batch_statistics=true"]
+    assert main(words) == 2 and main([*words, "evaluation.images_per_gpu=2"]) == 0
+    assert "evaluation.images_per_gpu: 1 with such a small picture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

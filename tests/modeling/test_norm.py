@@ -126,6 +126,17 @@ def test_a_group_of_one_value_gives_beta_for_any_batch_size() -> None:
     assert torch.allclose(layer(x[:1]).flatten(), layer.bias) and torch.equal(layer(x)[:1], layer(x[:1]))
 
 
+@pytest.mark.parametrize("kind", ["bn", "sync_bn"])
+def test_bn_of_one_value_names_the_option_and_the_way_on(kind: str) -> None:
+    norm, x = layer(kind), images()[:1, :, :1, :1]
+    with pytest.raises(ConfigError, match=r"train\.images_per_gpu: 1 .* no variance; .*model\.norm\.kind: gn"):
+        norm.train()(x)
+    assert norm.train()(images()[:2, :, :1, :1]).isfinite().all() and norm.eval()(x).isfinite().all()
+    norm.running_mean = norm.running_var = None  # as evaluation.batch_statistics leaves it
+    with pytest.raises(ConfigError, match=r"evaluation\.images_per_gpu: 1 .* leave out evaluation\.batch_statistics"):
+        norm(x)
+
+
 def test_frozen_bn_is_bn_in_evaluation_and_trains_nothing() -> None:
     reference, frozen = nn.BatchNorm2d(C).double(), layer("frozen_bn")
     reference(images(3))

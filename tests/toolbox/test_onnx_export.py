@@ -132,7 +132,7 @@ def test_boxes_are_in_the_pixels_of_the_picture_that_was_given(exported: Path, p
     assert config_from_dict(yaml.safe_load(about["config"]), "metadata").model.norm.kind == "gn"
     with process("cpu") as proc:
         model = load_detector(exported / "checkpoint-0", [], proc).model
-    image = onnx_export._resize(small, (64, 85), True)
+    image = onnx_export.resize_picture(small, (64, 85), True)
     expected = by_torch(model, image, masks=True)
     boxes = expected.boxes * np.tile([120 / 85, 90 / 64], 2)
     assert not detection_difference(expected._replace(boxes=boxes), run_onnx(file, small), 0.2).wrong

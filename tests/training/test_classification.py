@@ -21,8 +21,9 @@ from gndet.config.loading import load_config
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import alone
 from gndet.errors import CheckpointError, TrainingError
-from gndet.evaluation.classification import UNREAD, Classification, Ranking, evaluate_classifier
+from gndet.evaluation.classification import UNREAD, Classification, Ranking
 from gndet.evaluation.detector import load as load_detector
+from gndet.evaluation.picture_classifier import evaluate_classifier, load_picture_classifier
 from gndet.modeling.classifier import Classifier
 from gndet.modeling.trained import build_trained, read_trained
 from gndet.toolbox.report.report import write_report
@@ -83,8 +84,8 @@ def test_other_verbs_score_it_or_say_what_it_is(trained: Path, capsys: pytest.Ca
     assert main(["check", str(trained), "--images"]) == 0
     with pytest.raises(CheckpointError, match="a classifier, not a detector"):
         load_detector(run)
-    assert main(["predict", str(run), str(trained.parent / "set"), "--out", str(trained.parent / "drawn")]) == 2
-    assert "a classifier, not a detector" in capsys.readouterr().err
+    pictures = [str(trained.parent / "set" / "val" / "red"), "--out", str(trained.parent / "classes")]
+    assert main(["predict", str(run), *pictures]) == 0 and "val-red-0.png: " in capsys.readouterr().out
     assert main(["analyze", str(run)]) == 2 and "its report shows its confusions" in capsys.readouterr().err
 
 
@@ -189,7 +190,9 @@ def test_bn_is_evaluated_with_the_statistics_asked_for(tmp_path: Path) -> None:
     bn = ["model.norm={kind: bn}", "train.schedule.updates=2", f"out={tmp_path / 'run'}"]
     train(load_config(config, bn))
     by_option = {
-        option: evaluate_classifier(tmp_path / "run", option.split(), alone("cpu"), print)[1].ranking.scores
+        option: evaluate_classifier(
+            load_picture_classifier(tmp_path / "run", option.split(), alone("cpu")), alone("cpu")
+        )[1].ranking.scores
         for option in (
             "seed=0",
             "evaluation.precise_bn=6",

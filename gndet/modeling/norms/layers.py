@@ -24,6 +24,13 @@ from gndet.modeling.norms.group_norm import Normalize
 from gndet.modeling.norms.triton_kernels import usable
 from gndet.modeling.norms.valid_area import ValidArea, along, checked, clear_padding
 
+ONE_VALUE = {  # what BN says of a map with one value per channel, by whether it trains
+    True: "train.images_per_gpu: 1 with such a small picture leaves BN one value per channel, which has no variance; "
+    "compute more images at once, use larger pictures (data.shortest_edge, data.crop.size), or model.norm.kind: gn",
+    False: "evaluation.images_per_gpu: 1 with such a small picture leaves BN one value per channel, which has no "
+    "variance; compute more images at once, or leave out evaluation.batch_statistics",
+}
+
 
 class GroupNorm(nn.Module):
     """GN: statistics per sample, over (H, W) and the C/G channels of a group (Wu & He 2018, eq. 7).
@@ -67,9 +74,14 @@ class GroupNorm(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BN: statistics over (B, H, W) of one channel; running averages at test time (Ioffe & Szegedy 2015)."""
+    """BN: statistics over (B, H, W) of one channel; running averages at test time (Ioffe & Szegedy 2015).
+
+    Raises ConfigError for one value per channel where it takes the batch's statistics: one value has no variance.
+    """
 
     def forward(self, x: Tensor, area: ValidArea | None = None) -> Tensor:
+        if (self.training or self.running_mean is None) and x[:, 0].numel() == 1:
+            raise ConfigError(ONE_VALUE[self.training])
         return super().forward(x)
 
     def _check_input_dim(self, x: Tensor) -> None:

@@ -27,6 +27,7 @@ from gndet.data.datasets.shapes import read_shapes
 from gndet.distributed.process import process
 from gndet.errors import CheckpointError, DataError, GndetError, OutputError, in_one_line, out_of_memory
 from gndet.evaluation.detector import Detector, load_detector
+from gndet.evaluation.trained_model import TrainedModel
 from gndet.files import Kind, refuse_output, write_whole
 from gndet.modeling.detection_model import DetectionModel
 from gndet.toolbox.onnx.model import INPUT, OUTPUTS, OnePicture, own_operators
@@ -65,17 +66,17 @@ def export(
     Returns whether the results are equal; if not, no file is written.  Raises CheckpointError, ConfigError, DataError,
     OutputError.
     """
-    if onnx is None or onnxruntime is None:
-        raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
-    if not FIRST_OPSET <= opset <= LAST_OPSET:
-        raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, which torch's exporter can write")
+    refuse_export(opset)
     with process("cpu") as proc:
         detector = load_detector(checkpoint, overrides, proc, show)
         refuse_output(file, "--onnx", EXPORTED, user_paths(detector.config.data))
         detector.model.float()  # NonMaxSuppression and RoIAlign take float32 only
         masks = masks and detector.config.model.masks
         pictures, name = comparison_pictures(detector, picture, size, show)
-        model = _convert(detector, pictures[0], size, masks, opset)
+        names = list(OUTPUTS if masks else OUTPUTS[:-1])
+        axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
+        about = metadata(detector, size=size, mask_paste=detector.config.model.mask_paste)
+        model = converted(OnePicture(detector.model, masks), pictures[0], names, axes, about, opset)
         passed = compare_with_torch(detector, model, pictures, name, masks, show)
     if passed:
         write_whole(file, model)
@@ -91,42 +92,51 @@ def export(
     return True
 
 
-def _convert(detector: Detector, picture: torch.Tensor, size: tuple[int, int] | None, masks: bool, opset: int) -> bytes:
-    """Trace the detector on a picture (H, W, 3), and add the metadata.  Returns the content of the file.
+def refuse_export(opset: int) -> None:
+    """Raise OutputError without the extra `onnx`, and for an opset that torch cannot write."""
+    if onnx is None or onnxruntime is None:
+        raise OutputError("gndet export needs onnx and onnxruntime: pip install onnx onnxruntime")
+    if not FIRST_OPSET <= opset <= LAST_OPSET:
+        raise OutputError(f"--opset {opset}: expected {FIRST_OPSET} to {LAST_OPSET}, which torch's exporter can write")
 
+
+def converted(
+    module: torch.nn.Module, picture: torch.Tensor, names: Sequence[str], axes: dict[str, dict[int, str]],
+    about: dict[str, str], opset: int,
+) -> bytes:  # fmt: skip
+    """Trace a module on a picture (H, W, 3), and add the metadata.  Returns the content of the file.
+
+    names: of the outputs; axes: the names of the dimensions that may differ.
     Raises OutputError if torch's exporter fails or writes invalid ONNX.
     """
-    names = list(OUTPUTS if masks else OUTPUTS[:-1])
-    axes = {name: {0: "detections"} for name in names} | ({} if size else {INPUT: {0: "height", 1: "width"}})
     content = io.BytesIO()
     try:
         with torch.no_grad(), own_operators(opset), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one per traced shape, and the exporter's deprecation
             torch.onnx.export(
-                OnePicture(detector.model, masks), (picture,),
+                module, (picture,),
                 content,  # type: ignore[arg-type]  # torch's annotation is that of its other exporter
-                dynamo=False, opset_version=opset, input_names=[INPUT], output_names=names, dynamic_axes=axes,
+                dynamo=False, opset_version=opset, input_names=[INPUT], output_names=list(names), dynamic_axes=axes,
                 training=torch.onnx.TrainingMode.PRESERVE,  # else torch 2.14 merges BN into convolutions wrongly
             )  # fmt: skip
         model = onnx.load_from_string(content.getvalue())
-        for key, value in metadata(detector, size).items():
+        for key, value in about.items():
             model.metadata_props.add(key=key, value=value)
         onnx.checker.check_model(model)
     except (RuntimeError, onnx.checker.ValidationError) as error:  # torch's exporter raises RuntimeErrors
         if out_of_memory(error):
             raise
         reason = in_one_line(error)
-        raise OutputError(f"torch {torch.__version__} cannot write this detector as ONNX: {reason}") from error
+        raise OutputError(f"torch {torch.__version__} cannot write this model as ONNX: {reason}") from error
     return bytes(model.SerializeToString())
 
 
-def metadata(detector: Detector, size: tuple[int, int] | None) -> dict[str, str]:
-    """Return the metadata of the file: JSON values, and the config as YAML."""
-    cfg, data = detector.config, detector.config.data
+def metadata(trained: TrainedModel, **more: Any) -> dict[str, str]:
+    """Return the metadata of the file: JSON values, with `more` of them, and the config as YAML."""
+    cfg, data = trained.config, trained.config.data
     values: dict[str, Any] = {
-        "classes": detector.classes, "category_ids": detector.category_ids, "shortest_edge": data.shortest_edge_test,
-        "max_edge": data.max_edge, "antialias": data.antialias, "size": size,
-        "mask_paste": cfg.model.mask_paste, "torch": torch.__version__,
+        "classes": trained.classes, "category_ids": trained.category_ids, "shortest_edge": data.shortest_edge_test,
+        "max_edge": data.max_edge, "antialias": data.antialias, **more, "torch": torch.__version__,
     }  # fmt: skip
     named = {key: json.dumps(value) for key, value in values.items()}
     return named | {
@@ -140,19 +150,20 @@ def comparison_pictures(
 ) -> tuple[list[torch.Tensor], str]:
     """Return pictures (H, W, 3) uint8 as the network sees them, and their source.  Raises DataError."""
     data = detector.config.data
-    candidates, name = _candidates(detector.config, path, show)
+    candidates, name = candidate_pictures(detector.config, path, show)
     pictures = [
-        _resize(image, size or resized(image.shape[:2], data.shortest_edge_test, data.max_edge), data.antialias)
+        resize_picture(image, size or resized(image.shape[:2], data.shortest_edge_test, data.max_edge), data.antialias)
         for image in candidates
     ]
     best = max(pictures, key=lambda picture: len(by_torch(detector.model, picture, masks=False).scores))
     if size:
         return [best], name
     smaller = tuple(max(32, math.ceil(side * SMALLER)) for side in best.shape[:2])
-    return [best, _resize(best.numpy(), smaller, data.antialias)], name
+    return [best, resize_picture(best.numpy(), smaller, data.antialias)], name
 
 
-def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.ndarray], str]:
+def candidate_pictures(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.ndarray], str]:
+    """Return the picture at a path, or else some of data.val, or else drawn shapes, and their source."""
     if path is not None:
         if not path.is_file():  # opening a pipe would wait
             raise DataError(f"--picture {path}: no such picture")
@@ -174,7 +185,7 @@ def _candidates(cfg: Config, path: Path | None, show: Show) -> tuple[list[np.nda
     return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes"
 
 
-def _resize(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.Tensor:
+def resize_picture(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.Tensor:
     """Resize (H, W, 3) uint8 as gndet does for evaluation.  Returns (h, w, 3), dense."""
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # a copy: Pillow's arrays are not writable
     return functional.resize(image, list(size), antialias=antialias).permute(1, 2, 0).contiguous()
@@ -208,6 +219,18 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     `gndet.evaluation.results.paste_masks` pastes the masks into the picture.  Raises DataError for another array,
     CheckpointError for a file that `export` did not write, and OutputError without onnxruntime.
     """
+    running, facts = opened(file, picture, ("size", "shortest_edge", "max_edge", "antialias"))
+    size = facts["size"] or resized(picture.shape[:2], facts["shortest_edge"], facts["max_edge"])
+    found = by_onnxruntime(running, resize_picture(picture, size, facts["antialias"]).numpy())
+    scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
+    return found._replace(boxes=found.boxes * np.tile(scale, 2).astype(np.float32))
+
+
+def opened(file: Path, picture: np.ndarray, keys: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """Check a picture, and open a session with an exported file.  Returns it and those keys of the metadata.
+
+    Raises as `run_onnx` does.
+    """
     if onnxruntime is None:
         raise OutputError("running an ONNX file needs onnxruntime: pip install onnx onnxruntime")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
@@ -215,15 +238,11 @@ def run_onnx(file: Path, picture: np.ndarray) -> Found:
     try:
         running = session(file)
         stored = running.get_modelmeta().custom_metadata_map
-        facts = {key: json.loads(stored[key]) for key in ("size", "shortest_edge", "max_edge", "antialias")}
+        return running, {key: json.loads(stored[key]) for key in keys}
     except KeyError as error:
         raise CheckpointError(f"{file}: its metadata lack {error.args[0]}; `gndet export` did not write it") from None
     except Exception as error:  # the common base of onnxruntime's errors
         raise CheckpointError(f"{file}: onnxruntime cannot load it: {in_one_line(error)}") from None
-    size = facts["size"] or resized(picture.shape[:2], facts["shortest_edge"], facts["max_edge"])
-    found = by_onnxruntime(running, _resize(picture, size, facts["antialias"]).numpy())
-    scale = np.array(picture.shape[1::-1]) / np.array([size[1], size[0]])
-    return found._replace(boxes=found.boxes * np.tile(scale, 2).astype(np.float32))
 
 
 def compare_with_torch(

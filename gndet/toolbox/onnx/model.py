@@ -1,7 +1,7 @@
-"""The detector as a graph of ONNX operators: the module to trace, and the ONNX form of two operators.
+"""The detector, or the classifier, as a graph of ONNX operators: the modules to trace, and two operators in ONNX.
 
-N boxes, D detections, (H, W) picture.  The graph takes one picture at a time, which fills its canvas: nothing is
-padded, and no norm needs a mask.  It is made for torch's TorchScript exporter, because the newer exporter supports
+N boxes, D detections, K classes, (H, W) picture.  The graph takes one picture at a time, which fills its canvas:
+nothing is padded, and no norm needs a mask.  It is made for torch's TorchScript exporter, as the newer one supports
 neither a stable sort nor `nms_keep` (torch 2.14 with onnxscript 0.7).
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx.symbolic_helper import parse_args
 
+from gndet.modeling.classifier import Classifier
 from gndet.modeling.detection_model import DetectionModel
 
 FLOAT = 1  # of onnx.TensorProto.DataType
@@ -35,6 +36,21 @@ class OnePicture(nn.Module):
         kept = found.valid[0].nonzero()[:, 0]
         boxes, scores, labels = found.boxes[0][kept], found.scores[0][kept], found.labels[0][kept]
         return (boxes, scores, labels, found.masks[0][kept]) if self.masks else (boxes, scores, labels)
+
+
+class OneClassified(nn.Module):
+    """A classifier for one picture (H, W, 3) uint8 RGB, already resized and cropped; no padding."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (H, W, 3).  Returns the probabilities of its classes (K,)."""
+        images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
+        sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced rather than constant
+        logits = self.model.classify(images, sizes, False)
+        return self.model.classifier.probabilities(logits)[0]
 
 
 @contextmanager

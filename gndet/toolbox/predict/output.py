@@ -114,10 +114,7 @@ class Output:
                 on_drawn(drawn)
 
     def _note(self, drawn: Drawn) -> None:
-        record, frame = drawn.task.record, drawn.task.frame
-        height, width = record.size
-        image = {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
-        self.images.append(image | ({"frame": frame.index} if frame else {}))
+        self.images.append(image_row(drawn.task.record, drawn.task.frame))
         self.results.append(drawn.found)
         if drawn.tile is not None and len(self.tiles) < TILES:
             self.tiles.append(drawn.tile)
@@ -160,12 +157,9 @@ class Output:
         """Write the contact sheet and the detections of all pictures, and show a summary."""
         self.finish()
         results, classes, ids = join(self.results), self.detector.classes, self.detector.category_ids
-        categories = [{"id": id, "name": name} for id, name in zip(ids, classes, strict=True)]
         file = self.out / PREDICTIONS
         save_results(file, results, marked=True)
-        info = {"description": "gndet predict"}
-        images = {"info": info, "images": self.images, "categories": categories, "annotations": []}
-        write_whole(self.out / IMAGES, json.dumps(images))
+        save_images(self.out, self.images, dict(zip(ids, classes, strict=True)))
         if self.tiles:
             save_marked(self.out / SHEET, grid(self.tiles, COLUMNS), COMPRESSION)
             show(f"contact sheet of {len(self.tiles)} pictures -> {self.out / SHEET}")
@@ -178,6 +172,21 @@ class Output:
         show(f"objects with a score of {self.wanted.threshold} or more:")
         show(text_table([["class", "objects", "images"], *rows, total]))
         show(f"{len(results)} detections, with lower scores too -> {file} (COCO results; image ids in images.json)")
+
+
+def image_row(record: Record, frame: Frame | None = None) -> dict[str, Any]:
+    """Return a picture's row of images.json; frame: if it is one of a video."""
+    height, width = record.size
+    row = {"id": record.image_id, "file_name": record.file_name, "height": height, "width": width}
+    return row | ({"frame": frame.index} if frame else {})
+
+
+def save_images(out: Path, images: list[dict[str, Any]], names: dict[int, str]) -> None:
+    """Write images.json; names: of the classes by category id."""
+    categories = [{"id": id, "name": name} for id, name in names.items()]
+    info = {"description": "gndet predict"}
+    content = {"info": info, "images": images, "categories": categories, "annotations": []}
+    write_whole(out / IMAGES, json.dumps(content))
 
 
 def crop_folders(classes: Sequence[str]) -> list[str]:

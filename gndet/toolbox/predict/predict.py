@@ -5,11 +5,11 @@ pictures, except for their detections, which are kept in columns.
 """
 
 import contextlib
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,16 +63,12 @@ def predict(
     """
     wanted = Wanted(threshold, _category_ids(detector, classes), crops, sheet)
     data, num = detector.config.data, detector.config.evaluation.images_per_gpu
-    found = without_own_drawings(find_sources(sources), out)
-    reading, told = Reading.of(data), Findings()
-    sizes, rates, broken = read_headers(found, reading, lambda file: _size(file, reading, told))
-    pictures = Pictures(sizes, reading)
+    found, pictures, rates, broken, notes = read_inputs(sources, out, Reading.of(data))
     video_names = unique_names([video.stem for video in rates], ".mp4")
     reserved = [frame_names(Path(name).stem) for name in video_names] + [Path(SHEET).stem] * sheet
     names = unique_names([file.stem for file in pictures.files], ".png", "|".join(reserved))
-    _refuse_outputs(output_kinds(out, names, video_names, detector.classes, wanted), [*found.pictures, *found.videos])
-    unusual = [describe_finding(finding._replace(remedy="")) for finding in told.listed()]
-    for line in itertools.chain(found.notes, *unusual):
+    refuse_outputs(output_kinds(out, names, video_names, detector.classes, wanted), [*found.pictures, *found.videos])
+    for line in notes:
         show(line)
 
     def report(drawn: Drawn) -> None:
@@ -94,7 +90,26 @@ def predict(
             broken |= {video: reason} if reason else {}
             first += count
         output.save(show)
-    _report_broken(broken, found.named, len(found.pictures) + len(found.videos), show)
+    report_broken(broken, found.named, len(found.pictures) + len(found.videos), show)
+
+
+class Inputs(NamedTuple):
+    """The pictures and videos that a user's arguments name, with what their headers say."""
+
+    found: Sources
+    pictures: Pictures
+    rates: dict[Path, Fraction]  # frames per second of the videos
+    broken: dict[Path, str]  # the reasons of files that cannot be read
+    notes: list[str]  # what was passed over, and what is unusual
+
+
+def read_inputs(sources: Sequence[str], out: Path, reading: Reading) -> Inputs:
+    """Find pictures and videos, and read their headers; what gndet drew into `out` is left out.  Raises DataError."""
+    found = without_own_drawings(find_sources(sources), out)
+    told = Findings()
+    sizes, rates, broken = read_headers(found, reading, lambda file: _size(file, reading, told))
+    unusual = [line for finding in told.listed() for line in describe_finding(finding._replace(remedy=""))]
+    return Inputs(found, Pictures(sizes, reading), rates, broken, [*found.notes, *unusual])
 
 
 def _size(file: Path, reading: Reading, told: Findings) -> tuple[int, int]:
@@ -136,7 +151,7 @@ def is_drawn(file: Path) -> bool:
         return False
 
 
-def _refuse_outputs(files: dict[Path, Kind], inputs: Sequence[Path]) -> None:
+def refuse_outputs(files: dict[Path, Kind], inputs: Sequence[Path]) -> None:
     """Raise OutputError if a file that may be written is an input, or is not gndet's own; else make its folder."""
     taken = set(map(_identity, inputs))
     for file, kind in files.items():
@@ -199,7 +214,7 @@ def _detect_in_video(
     return reason, count
 
 
-def _report_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:
+def report_broken(broken: dict[Path, str], named: frozenset[Path], num: int, show: Callable[[str], None]) -> None:
     """Show the unreadable files.  Raises DataError if one of them was named, or all `num` are unreadable."""
     lines = [f"  {reason}" for reason in list(broken.values())[:NAMED]]
     lines += [f"  and {len(broken) - NAMED} more"] if len(broken) > NAMED else []

@@ -15,11 +15,12 @@ from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.formats import FACTS
-from gndet.weights.foreign.names import layer_names
+from gndet.weights.foreign.names import layer_names, vgg_names
 from gndet.weights.read import PARTS, STEM, class_rows, has_background
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer in the toolkits
+VGG_HEAD = (7, 4096, 4096)  # of torchvision's VGG: side of the pooled map, and widths of the layers before the logits
 GROUPS = 32  # of GN in the toolkits, unless code chooses another number
 
 
@@ -44,17 +45,19 @@ def export_weights(
     state = _folded(dict(state), cfg, toolkit)
     dense_rows.to_file(state, cfg.dense, toolkit, background=FACTS[toolkit].background_first)
     norms, tensors = cfg.part_norms(), {}
-    format = toolkit if cfg.neck == "fpn" else f"{toolkit}_{cfg.neck}"
-    for layer, name in layer_names("resnet" if "classifier" in parts else format, cfg, parts).items():
+    for layer, name in _names(cfg, parts, toolkit).items():
         norm = norms.get(layer.partition(".")[0], NormConfig(kind="none"))  # a classifier's head has no norm
         for parameter in ("weight", "bias", "running_mean", "running_var"):
             key = f"{layer}.{parameter}"
             if key in state:
                 tensors[f"{name}.{parameter}"] = _rows(state[key], layer, cfg, toolkit).contiguous().clone()
-        has_counter = norm.has_running_statistics and (norm.kind != "frozen_bn" or toolkit == "mmdetection")
+        learns = norm.kind != "frozen_bn" or toolkit == "mmdetection" or cfg.backbone.kind == "vgg"
+        has_counter = norm.has_running_statistics and learns
         if layer.endswith(".norm") and has_counter:  # torch's BatchNorm2d counts batches, frozen layers do not
             counter = state.get(f"{layer}.num_batches_tracked", torch.tensor(0))
             tensors[f"{name}.num_batches_tracked"] = counter.clone()
+        if cfg.backbone.kind == "vgg" and layer.endswith(".conv") and f"{layer}.bias" not in state:
+            tensors[f"{name}.bias"] = torch.zeros(len(state[f"{layer}.weight"]))  # vgg16_bn has one before each norm
     content: dict[str, Any] = tensors
     if toolkit == "detectron2":
         content = {"model": tensors, "__author__": "gndet", "matching_heuristics": False}
@@ -66,11 +69,9 @@ def export_weights(
 
 def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
     """Raise ConfigError for a model that the toolkit cannot build."""
-    norms = cfg.part_norms()
-    if "classifier" in parts and (
-        toolkit != "torchvision" or cfg.classifier.fc_channels or cfg.classifier.pool_size > 1
-    ):
-        raise ConfigError(f"--to {toolkit}: of classifiers, gndet writes ResNets and ResNeXts for torchvision only")
+    norms, is_vgg = cfg.part_norms(), "classifier" in parts and cfg.backbone.kind == "vgg"
+    if "classifier" in parts:
+        _refuse_classifier(cfg, toolkit)
     if "classifier" not in parts and cfg.backbone.cardinality > 1:
         raise ConfigError(
             f"model.backbone.cardinality: {cfg.backbone.cardinality}; {toolkit} detectors have ResNets only"
@@ -85,9 +86,9 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
     for part in [part for part in parts if part in norms and norms[part].replaces_relu]:
         raise ConfigError(f"model.{part}.norm: {norms[part].kind}; {toolkit} has no such norm and activation")
-    if norms["backbone"].kind == "none":
+    if norms["backbone"].kind == "none" and not is_vgg:
         raise ConfigError(f"model.backbone.norm: none; {toolkit} has no ResNet without norms")
-    if cfg.backbone.kind != "resnet" or cfg.backbone.width != 1:
+    if (cfg.backbone.kind != "resnet" and not is_vgg) or cfg.backbone.width != 1:
         raise ConfigError(
             f"model.backbone: {cfg.backbone.kind}, width {cfg.backbone.width:g}; {toolkit} has other ResNets"
         )
@@ -125,6 +126,32 @@ def _refuse_dense(cfg: ModelConfig, toolkit: str) -> None:
             raise ConfigError(f"model.dense.{name}: {got}; {toolkit}'s {cfg.detector} has {value}")
     if cfg.part_norms()["dense"].kind == "none" and cfg.detector == "fcos":
         raise ConfigError("model.dense.norm: none; torchvision's fcos has GN")
+
+
+def _refuse_classifier(cfg: ModelConfig, toolkit: str) -> None:
+    """Raise ConfigError for a classifier that no classifier of the toolkit equals."""
+    head, norm = cfg.classifier, cfg.part_norms()["backbone"]
+    if toolkit != "torchvision":
+        raise ConfigError(f"--to {toolkit}: gndet writes classifiers for torchvision only, whose names timm reads, too")
+    shape = f"pool_size {head.pool_size}, fc_channels {list(head.fc_channels)}"
+    if cfg.backbone.kind != "vgg":
+        if head.fc_channels or head.pool_size > 1:
+            raise ConfigError(f"model.classifier: {shape}; torchvision's ResNets have one fully connected layer")
+        return
+    if (head.pool_size, *head.fc_channels) != VGG_HEAD:
+        raise ConfigError(f"model.classifier: {shape}; torchvision's VGG has pool_size 7, fc_channels [4096, 4096]")
+    if norm.kind != "none" and not norm.has_running_statistics:
+        raise ConfigError(
+            f"model.backbone.norm: {norm.kind}; torchvision has VGG-16 without norms (vgg16) and with BN (vgg16_bn), "
+            "whose norm no argument replaces"
+        )
+
+
+def _names(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> dict[str, str]:
+    """Return the toolkit's name of each layer."""
+    if "classifier" not in parts:
+        return layer_names(toolkit if cfg.neck == "fpn" else f"{toolkit}_{cfg.neck}", cfg, parts)
+    return vgg_names(cfg) if cfg.backbone.kind == "vgg" else layer_names("resnet", cfg, parts)
 
 
 def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[str, Tensor]:
@@ -215,21 +242,29 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
 
 
 def _classifier_notes(cfg: ModelConfig, num_classes: int) -> list[str]:
-    """Say how torchvision builds the same classifier, and how its pictures are prepared."""
+    """Say how torchvision and timm build the same classifier, and how its pictures are prepared."""
     norm, backbone = cfg.part_norms()["backbone"], cfg.backbone
+    mean = [round(x / 255, 6) for x in cfg.pixel_mean]
+    pictures = f"transforms.Normalize({mean}, [0.229, 0.224, 0.225])"
+    if backbone.kind == "vgg":
+        name, dropout = "vgg16" if norm.kind == "none" else "vgg16_bn", f"dropout={cfg.classifier.dropout:g}"
+        sides = "differs: if 32 does not divide a picture's sides, torchvision drops the last rows and columns of a map"
+        return [f"torchvision.models.{name}(num_classes={num_classes}, {dropout})", pictures, sides]
     per_group = norm.channels_per_group
     groups = {"gn": f"channels // {per_group}" if per_group else str(norm.groups), "ln": "1", "in": "channels"}
     layer = ", norm_layer=torchvision.ops.FrozenBatchNorm2d" if norm.kind == "frozen_bn" else ""
     if norm.kind in groups:
         layer = f", norm_layer=lambda channels: torch.nn.GroupNorm({groups[norm.kind]}, channels)"
-    is_wide, width = backbone.cardinality > 1 or backbone.group_width != 64, ""
+    is_wide, width, timm_width = backbone.cardinality > 1 or backbone.group_width != 64, "", ""
     if is_wide:
         width = f", groups={backbone.cardinality}, width_per_group={backbone.group_width}"
-    mean = [round(x / 255, 6) for x in cfg.pixel_mean]
-    return [
-        f"torchvision.models.resnet{backbone.depth}(num_classes={num_classes}{width}{layer})",
-        f"transforms.Normalize({mean}, [0.229, 0.224, 0.225])",
-    ]
+        timm_width = f", cardinality={backbone.cardinality}, base_width={backbone.group_width}"
+    lines = [f"torchvision.models.resnet{backbone.depth}(num_classes={num_classes}{width}{layer})", pictures]
+    if norm.kind == "gn" and not per_group and norm.groups == GROUPS:
+        timm_width += ", norm_layer=timm.layers.GroupNorm"
+    elif norm.is_group_norm or norm.kind == "frozen_bn":
+        return lines
+    return [*lines, f"timm.create_model('resnet{backbone.depth}', num_classes={num_classes}{timm_width})"]
 
 
 def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from gndet.config.schema import ModelConfig
 from gndet.modeling.resnet import BLOCKS
+from gndet.modeling.vgg import STAGES as VGG_STAGES
 
 STAGES = (2, 3, 4, 5)  # of the ResNet, and levels of the pyramid
 
@@ -177,6 +178,22 @@ def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[s
         if normed:
             result[f"{part}.{layer}.norm"] = template.norm.format(**numbers)
     return result
+
+
+def vgg_names(cfg: ModelConfig) -> dict[str, str]:
+    """Map the layers of a VGG-16 classifier to the names in torchvision's vgg16, or in its vgg16_bn with norms."""
+    names, place, normed = dict[str, str](), 0, cfg.part_norms()["backbone"].kind != "none"
+    for number, widths in enumerate(VGG_STAGES, start=1):
+        for i in range(len(widths)):
+            before = number > 1  # in the first stage, the stem is the first convolution
+            layer = f"backbone.stage{number}.{i - 1 + before}" if i or before else "backbone.stem"
+            names[f"{layer}.conv"] = f"features.{place}"
+            if normed:
+                names[f"{layer}.norm"] = f"features.{place + 1}"
+            place += 3 if normed else 2  # and the ReLU
+        place += 1  # the pooling
+    head = ("classifier.fcs.0", "classifier.fcs.1", "classifier.logits")
+    return names | {layer: f"classifier.{3 * i}" for i, layer in enumerate(head)}  # ReLU and dropout between
 
 
 def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:

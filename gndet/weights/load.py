@@ -32,7 +32,7 @@ from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
+    *("backbone.kind", "backbone.name", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
     *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
@@ -82,7 +82,7 @@ def initial_model(
     if not load or not cfg.train.weights:
         source = None
     else:
-        source = source or read_source(cfg.train.weights, cfg.train.source)
+        source = source or read_source(cfg.train.weights, cfg.train.source, cfg.model.backbone.name)
         cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.seed)
@@ -212,7 +212,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     parts = [part for part in source.parts if part in model.parts]
     ignored = () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)  # basic blocks have no 1x1
     names = [name for part, name in CONVENTIONS if part in parts and name not in ignored]
-    if model.part_norms()["backbone"].weight_standardization:
+    if model.part_norms()["backbone"].weight_standardization or STEM not in source.state:  # it cannot be folded
         names.append("pixel_std")
     different = _differences(names, file_model, model)
     if different and cfg.train.source.differences == "refuse":
@@ -224,7 +224,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
             "train.source.*; train.source.differences=report fine-tunes anyway"
         )
     lines = [f"warning: {line}" for line in different]
-    if file_model.pixel_std != model.pixel_std:
+    if file_model.pixel_std != model.pixel_std and STEM in source.state:
         lines.append(f"pixel_std {file_model.pixel_std} of the file is folded into the stem, exactly")
     lines += _differences([name for part, name in NOTED if part in parts], file_model, model)
     differing = mismatched(source, model)

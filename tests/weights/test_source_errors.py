@@ -1,6 +1,6 @@
 """Unusable weights are refused; the error names the file, the keys or the option, and what to do."""
 
-import importlib.util
+import sys
 import pickle
 import urllib.request
 from pathlib import Path
@@ -183,8 +183,8 @@ def test_nonsense_is_neither_file_nor_name(tmp_path: Path) -> None:
         assert "no such file or folder, and it is not a weight name like ResNet50_Weights" in refusal(where)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_a_name_of_timm_without_timm_says_what_to_do() -> None:
+def test_a_name_of_timm_without_timm_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
     text = refusal("timm:resnet50_gn.a1h_in1k")
     assert "pip install timm" in text and "https://huggingface.co/timm/resnet50_gn.a1h_in1k" in text
 

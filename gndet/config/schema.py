@@ -70,6 +70,9 @@ class NormConfig(Section):
     padding: Literal["auto", "masked", "plain"] = "auto"
     # standardize the weights of the convolutions before the norm. Source: Qiao et al. 2019
     weight_standardization: bool = False
+    # how: bit divides by sqrt(variance + 1e-10), qiao by the unbiased deviation + 1e-5 (mmdetection's weights).
+    # Source: Kolesnikov et al. 2020
+    standardization: Literal["bit", "qiao"] = "bit"
 
     @property
     def grouping(self) -> str:
@@ -141,7 +144,7 @@ class BackboneConfig(Section):
 
     # backbone network; timm: the network `name` of timm (pip install timm). Source: He et al. 2016
     kind: Literal["resnet", "vgg", "timm"] = "resnet"
-    name: str = ""  # timm: name of a convolutional network, like regnety_016; see [norms](norms.md#backbones-of-timm)
+    name: str = ""  # timm: name of a convolutional network, like regnety_016; see [backbones](backbones.md)
     depth: Literal[16, 18, 34, 50, 101, 152] = 50  # number of weight layers; 16 with vgg, 18 and more with resnet
     # resnet: share of the usual channels, for small data and machines (Howard et al. 2017). Source: He et al. 2016
     width: float = Field(1.0, ge=0.125, le=4)
@@ -550,6 +553,7 @@ class SourceConfig(Section):
     groups: int | None = Field(None, ge=1)  # number of groups of its GN layers; 32 in every toolkit
     channels_per_group: int | None = Field(None, ge=1)  # size of its GN layers' groups [channels]; replaces `groups`
     weight_standardization: bool | None = None  # its convolutions are weight-standardized
+    standardization: Literal["bit", "qiao"] | None = None  # in which way; qiao in every toolkit that gndet reads
     # conventions that it was trained with
     compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = None
     anchor_sizes: Five | None = None  # sides of its anchors on P2 to P6 [pixels]

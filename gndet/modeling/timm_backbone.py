@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.errors import ConfigError
@@ -40,7 +39,7 @@ def timm_network(name: str) -> nn.Module:
     try:
         timm = importlib.import_module("timm")
     except ImportError:
-        raise ConfigError('kind: timm needs timm: pip install "gndet[timm]", or pip install timm') from None
+        raise ConfigError("kind: timm needs timm: pip install timm") from None
     if not NAME.fullmatch(name) or not timm.is_model(name):
         near = timm.list_models(f"{name.partition('_')[0]}*")[:6] if NAME.fullmatch(name) else []
         raise ConfigError(f"name: timm has no network {name!r}{'; near it: ' * bool(near)}{', '.join(near)}")
@@ -111,17 +110,7 @@ class TimmBackbone(nn.Module):
     def _run(self, segment: Callable[..., Any], x: Tensor, areas: ValidAreas) -> Any:
         """Run a segment; keep its convolutions' results (balanced) or nothing (lean) for the backward pass."""
         function = partial(segment, self.net)
-        if self.memory == "balanced" and not self._counts_statistics and torch.is_grad_enabled():
-            if not torch.compiler.is_compiling():
-                return checkpoint(
-                    function, x, areas, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_convolutions
-                )
-        return recomputed(self, function, x, areas)
-
-    @property
-    def _counts_statistics(self) -> bool:
-        """Whether a second forward pass would count running statistics twice."""
-        return any(isinstance(module, nn.BatchNorm2d) for module in self.modules())
+        return recomputed(self, function, x, areas, keep=torch.ops.aten.convolution.default)
 
     def timm_names(self) -> dict[str, str]:
         """Return timm's names of the entries of `state_dict`, by gndet's."""
@@ -194,7 +183,9 @@ class TimmBackbone(nn.Module):
                     whole[:, : small.shape[2], : small.shape[3]] = small[0]
                     largest[level] = max(largest[level], float((large[i] - whole).norm() / small.norm()))
         except (RuntimeError, TypeError) as error:
-            self._refuse(f"it cannot compute pictures of {' and '.join('x'.join(map(str, s)) for s in CHECKED)} ({error})")
+            self._refuse(
+                f"it cannot compute pictures of {' and '.join('x'.join(map(str, s)) for s in CHECKED)} ({error})"
+            )
         return largest
 
     def _refuse(self, why: str) -> None:
@@ -222,7 +213,9 @@ def _replace_norms(net: nn.Module, norm: NormConfig, *, keep_gamma: bool) -> Non
                 gamma.data.copy_(old.weight.data)
             dropped = getattr(old, "drop", nn.Identity())
             act = getattr(old, "act", nn.Identity())
-            net.set_submodule(name, NormAct(new, act if isinstance(dropped, nn.Identity) else nn.Sequential(dropped, act)))
+            net.set_submodule(
+                name, NormAct(new, act if isinstance(dropped, nn.Identity) else nn.Sequential(dropped, act))
+            )
 
 
 def _prune(module: nn.Module, used: set[str], prefix: str) -> None:
@@ -237,13 +230,3 @@ def _prune(module: nn.Module, used: set[str], prefix: str) -> None:
     for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         if prefix + name not in used:
             delattr(module, name)
-
-
-def _keeping_convolutions() -> Any:
-    """Return the contexts of a forward pass that keeps convolutions' results, and of the pass that recomputes."""
-    return create_selective_checkpoint_contexts(_keep)
-
-
-def _keep(context: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
-    kept = operation is torch.ops.aten.convolution.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

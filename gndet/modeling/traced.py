@@ -302,14 +302,12 @@ def _program(writer: _Rewriter, outputs: list[fx.Node], ends: set[fx.Node]) -> P
     graph.lint()
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     number = {node: i for i, node in enumerate(graph.nodes)}
-    last_use = {node: max((number[user] for user in node.users), default=0) for node in graph.nodes}
     segments, part, entry = [], [], writer.x
     for node in nodes:
         part.append(node)
-        alive = {each for each in (entry, *part) if number[node] < last_use[each] and each not in outputs or each is node}
-        alive |= {each for each in (entry, *part) if any(number[user] > number[node] and user.op != "output"
-                                                         for user in each.users)}  # fmt: skip
-        if node is nodes[-1] or (alive == {node} and (node in ends or node in outputs)):
+        alive = [each for each in (entry, *part) if any(number[user] > number[node] and user.op != "output"
+                                                        for user in each.users)]  # fmt: skip
+        if node is nodes[-1] or (alive == [node] and (node in ends or node in outputs)):
             segments.append(_function_of(net, entry, writer.areas, part, [each for each in part if each in outputs]))
             entry, part = node, []
     layers = _layers(writer, nodes, outputs)

@@ -32,7 +32,14 @@ from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("backbone.kind", "backbone.name", "backbone.depth", "backbone.width", "backbone.cardinality", "backbone.group_width"),
+    *(
+        "backbone.kind",
+        "backbone.name",
+        "backbone.depth",
+        "backbone.width",
+        "backbone.cardinality",
+        "backbone.group_width",
+    ),
     *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
@@ -215,6 +222,11 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     if model.part_norms()["backbone"].weight_standardization or STEM not in source.state:  # it cannot be folded
         names.append("pixel_std")
     different = _differences(names, file_model, model)
+    old, new = file_model.part_norms(), model.part_norms()
+    for part in [part for part in parts if part in old and old[part].standardization != new[part].standardization]:
+        if old[part].weight_standardization and new[part].weight_standardization:
+            key = f"model.{part if getattr(model, part).norm else ''}.norm.standardization".replace("..", ".")
+            different.append(f"{key}: {old[part].standardization} in the file, {new[part].standardization} here")
     if different and cfg.train.source.differences == "refuse":
         preset = f"; model.compat={file_model.compat} sets all of its toolkit's conventions"
         raise CheckpointError(

@@ -151,7 +151,9 @@ def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str
         if (f"{conv}.weight" not in state and gamma is None) or misfit:
             continue  # load_weights will report what is missing or has another shape, and the likely cause
         if file_norm.weight_standardization and not model_norm.weight_standardization:
-            state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact
+            state[f"{conv}.weight"] = StandardizedConv2d.standardize(  # exact
+                state[f"{conv}.weight"], file_norm.standardization
+            )
         if part in differing:
             fates[name] = _carry(name, state, source, file_norm, module, cfg.train)
         elif file_norm.kind != "none":

@@ -1,4 +1,4 @@
-"""Networks of timm: equal to timm's at the same weights, and functions of each picture alone; the others are refused."""
+"""Networks of timm: timm's maps at the same weights, functions of each picture alone; other networks are refused."""
 
 import sys
 from typing import Any
@@ -73,7 +73,9 @@ def test_a_picture_is_computed_as_if_alone(name: str) -> None:
     x, areas = padded()
     together = built(x, areas)
     for i, (height, width) in enumerate(SIZES):
-        alone = built(x[i : i + 1, :, :height, :width], picture_areas(torch.tensor(SIZES[i : i + 1]), height, width, False))
+        alone = built(
+            x[i : i + 1, :, :height, :width], picture_areas(torch.tensor(SIZES[i : i + 1]), height, width, False)
+        )
         for small, large in zip(alone, together, strict=True):
             rows, columns = small.shape[2:]
             assert torch.allclose(large[i, :, :rows, :columns], small[0], rtol=1e-10, atol=1e-10)
@@ -160,7 +162,7 @@ def test_an_unknown_name_is_refused(name: str) -> None:
 
 def test_without_timm_the_command_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r'model.backbone: kind: timm needs timm: pip install "gndet\[timm\]"'):
+    with pytest.raises(ConfigError, match=r"model\.backbone: kind: timm needs timm: pip install timm"):
         build_model(ModelConfig(backbone=BackboneConfig(kind="timm", name="resnet18")), 2)
 
 

@@ -1,7 +1,7 @@
 """Unusable weights are refused; the error names the file, the keys or the option, and what to do."""
 
-import sys
 import pickle
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,12 @@ def test_unsupported_models_are_named(tmp_path: Path, name: str) -> None:
     assert word in refusal(saved(tmp_path / "file.pth", tensors))
 
 
-def test_grouped_and_wide_convolutions_are_refused(tmp_path: Path) -> None:
+def test_a_stage_with_other_groups_than_the_first_is_refused(tmp_path: Path) -> None:
     tensors = named(only(weights(detector("gn", "none")), "backbone"), "resnet")
     for i in range(3):
-        tensors[f"layer1.{i}.conv2.weight"] = torch.zeros(128, 4, 3, 3)
-    assert "[128, 4, 3, 3], expected [64, 64, 3, 3]; grouped" in refusal(saved(tmp_path / "file.pth", tensors))
+        tensors[f"layer1.{i}.conv2.weight"] = torch.zeros(64, 4, 3, 3)
+    assert "layer2.0.conv1.weight" in (text := refusal(saved(tmp_path / "file.pth", tensors)))
+    assert "layer2.0.conv2.weight (backbone.res3.0.conv2.conv.weight here): [128, 128, 3, 3] in the file" in text
 
 
 def test_class_agnostic_boxes_are_refused(tmp_path: Path, small: dict[str, Tensor]) -> None:

@@ -68,10 +68,6 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         toolkit != "torchvision" or cfg.classifier.fc_channels or cfg.classifier.pool_size > 1
     ):
         raise ConfigError(f"--to {toolkit}: of classifiers, gndet writes ResNets and ResNeXts for torchvision only")
-    if "classifier" not in parts and cfg.backbone.cardinality > 1:
-        raise ConfigError(
-            f"model.backbone.cardinality: {cfg.backbone.cardinality}; {toolkit} detectors have ResNets only"
-        )
     if "rpn" in parts and norms["rpn"].kind != "none":
         raise ConfigError(f"model.rpn.norm: {norms['rpn'].kind}; {toolkit} has no norm in the RPN")
     for part in [part for part in parts if part in norms and norms[part].replaces_relu]:
@@ -95,7 +91,7 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
         norm, layer = norms[key.partition(".")[0]], key.removesuffix(".conv.weight") + ".norm"
         weight = state[key]
         if norm.weight_standardization:
-            weight = StandardizedConv2d.standardize(weight)
+            weight = StandardizedConv2d.standardize(weight, norm.standardization)
         if norm.has_running_statistics and norm.eps != EPS:
             var = state[f"{layer}.running_var"].double()
             gamma = state[f"{layer}.weight"].double() * ((var + EPS) / (var + norm.eps)).sqrt()
@@ -136,18 +132,24 @@ def _meta(cfg: ModelConfig, classes: tuple[str, ...]) -> dict[str, Any]:
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
     """List the settings with which the toolkit reads pictures and builds the model like gndet."""
     mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
+    groups, width = cfg.backbone.cardinality, cfg.backbone.group_width
+    grouped = (groups, width) != (1, 64)
     return {
         "detectron2": [
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
-            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.ROI_HEADS.NUM_CLASSES {num_classes}",
+            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.ROI_HEADS.NUM_CLASSES {num_classes}"
+            + (f", MODEL.RESNETS.NUM_GROUPS {groups}, WIDTH_PER_GROUP {width}" if grouped else ""),
         ],
         "torchvision": [
             f"image_mean {[round(x / 255, 6) for x in mean]}, image_std [0.229, 0.224, 0.225], num_classes "
-            f"{num_classes + 1} (background first)",
+            f"{num_classes + 1} (background first)"
+            + (f"; backbone with groups={groups}, width_per_group={width}" if grouped else ""),
         ],
         "mmdetection": [
             f"data_preprocessor: mean={mean}, std={list(cfg.pixel_std)}, bgr_to_rgb=True",
-            f"backbone: depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
+            "backbone: "
+            + (f"type='ResNeXt', groups={groups}, base_width={width}, " if grouped else "")
+            + f"depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
         ],
     }[toolkit]
 

@@ -237,8 +237,10 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
     """Return one line that says what the file is assumed to be."""
     norms, detects = model.part_norms(), "rpn" in parts
     ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
+    groups, width = model.backbone.cardinality, model.backbone.group_width
     words = [
         f"read as {facts.title}: ResNet-{model.backbone.depth}",
+        f"cardinality {groups}, group width {width}" if (groups, width) != (1, 64) else "",
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
         "BGR, converted to RGB in the stem" if facts.bgr else "RGB",
         f"mean {facts.mean}, std {facts.std} (RGB)",

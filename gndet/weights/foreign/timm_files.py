@@ -36,7 +36,9 @@ def from_timm(file: WeightFile, cfg: SourceConfig) -> Source:
         if found is not None and found.shape == like.shape:
             state[f"backbone.{key}"] = found
         elif found is not None or not key.endswith("num_batches_tracked"):
-            wrong.append(f"{names[key]}: {'absent' if found is None else list(found.shape)}, expected {list(like.shape)}")
+            wrong.append(
+                f"{names[key]}: {'absent' if found is None else list(found.shape)}, expected {list(like.shape)}"
+            )
     if wrong:
         lines = "\n  ".join(first_few(wrong))
         raise CheckpointError(

@@ -27,6 +27,7 @@ from gndet.distributed.process import Process, place
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import triton_kernels as norm_kernels
 from gndet.modeling.recompute import set_memory
+from gndet.modeling.timm_backbone import TimmBackbone
 from gndet.structures import Batch, GroundTruth
 from gndet.training.setup import build_run
 from gndet.training.task import TASKS
@@ -154,6 +155,15 @@ def test_an_update_and_a_detection_do_not_wait_and_leave_nothing_behind(model: d
 @pytest.mark.parametrize("norm", [{"kind": "frn"}, {"kind": "evonorm_s0"}, {"weight_standardization": True}], ids=str)
 def test_nor_do_they_with_norms_that_replace_relu_or_with_standardized_weights(norm: dict[str, Any]) -> None:
     found = steps({"norm": norm}, "balanced")
+    assert [wait for phase in found.gpu.phases.values() for wait in phase.waits] == []
+    assert found.live[0] == found.live[1]
+
+
+def test_nor_do_they_with_a_backbone_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    monkeypatch.setattr(TimmBackbone, "check", lambda self: None)  # pictures without values show nothing
+    model = {"backbone": {"kind": "timm", "name": "regnety_002"}, "norm": {"channels_per_group": 8}}
+    found = steps(model, "balanced")
     assert [wait for phase in found.gpu.phases.values() for wait in phase.waits] == []
     assert found.live[0] == found.live[1]
 

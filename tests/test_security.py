@@ -336,6 +336,7 @@ ALLOWED_IMPORTS = {
     ("toolbox/norm_study/jobs.py", "subprocess"): "starts gndet train, a process per cell",
     ("toolbox/norm_study/child.py", "runpy"): "gndet.cli, by that name",
     ("toolbox/report/report.py", "importlib"): "reads the style and script that come with gndet",
+    ("modeling/timm_backbone.py", "importlib"): "timm, if the config's backbone is timm's",
     ("weights/foreign/source.py", "urllib"): "the error of a download that the user asked for by name",
     ("weights/foreign/source.py", "importlib"): "timm, if the user named weights of timm",
 }
@@ -350,6 +351,8 @@ ALLOWED_CALLS = {
     ("train.py", "import_module"): "gndet.cli.train, when gndet.train is called",
     ("ops/torchvision_ops.py", "importlib.import_module"): "torchvision and parts of it, by names in that file",
     ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names in that file",
+    ("modeling/timm_backbone.py", "importlib.import_module"): "timm and timm.layers",
+    ("modeling/timm_backbone.py", "timm.create_model"): "with random weights: nothing is downloaded",
     (
         "toolbox/doctor/packages.py",
         "importlib.import_module",

@@ -71,6 +71,9 @@ class NormConfig(Section):
     padding: Literal["auto", "masked", "plain"] = "auto"
     # standardize the weights of the convolutions before the norm. Source: Qiao et al. 2019
     weight_standardization: bool = False
+    # how: bit divides by sqrt(variance + 1e-10), qiao by the unbiased deviation + 1e-5 (mmdetection's weights).
+    # Source: Kolesnikov et al. 2020
+    standardization: Literal["bit", "qiao"] = "bit"
 
     @property
     def grouping(self) -> str:
@@ -137,9 +140,12 @@ class NormConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The backbone: a ResNet (He et al. 2016) or ResNeXt (Xie et al. 2017), or VGG-16 (Simonyan & Zisserman 2015)."""
+    """The backbone: a ResNet (He et al. 2016) or ResNeXt (Xie et al. 2017), VGG-16 (Simonyan & Zisserman 2015), or
+    timm's."""
 
-    kind: Literal["resnet", "vgg"] = "resnet"  # backbone network. Source: He et al. 2016
+    # backbone network; timm: the network `name` of timm (pip install timm). Source: He et al. 2016
+    kind: Literal["resnet", "vgg", "timm"] = "resnet"
+    name: str = ""  # timm: name of a convolutional network, like regnety_016; see [backbones](backbones.md)
     depth: Literal[16, 18, 34, 50, 101, 152] = 50  # number of weight layers; 16 with vgg, 18 and more with resnet
     # resnet: share of the usual channels, for small data and machines (Howard et al. 2017). Source: He et al. 2016
     width: float = Field(1.0, ge=0.125, le=4)
@@ -152,10 +158,29 @@ class BackboneConfig(Section):
     stride_in_1x1: bool = False
     # freeze the stem (1) and the stages res2 to res5 (2 to 5); 0 freezes nothing (Detectron: 2)
     freeze_at: int = Field(0, ge=0, le=5)
-    # start the last norm of each block with gamma 0. Source: Goyal et al. 2017, 5.1; Wu & He 2018
+    # start the last norm of each block with gamma 0 (timm: those that timm starts so). Source: Goyal et al. 2017, 5.1;
+    # Wu & He 2018
     zero_init_last_gamma: bool = False
     # neck dc5: blocks of res5 whose 3x3 is dilated by 2. all (detectron2), or after_first: the others (torchvision)
     dilated_blocks: Literal["all", "after_first"] = "all"
+
+    @model_validator(mode="after")
+    def _timm_is_named(self) -> "BackboneConfig":
+        if (self.kind == "timm") != bool(self.name):
+            raise ValueError(f"name: {self.name!r}; kind: timm needs the name of a network in timm, other kinds none")
+        own = ("depth", "width", "cardinality", "group_width", "stride_in_1x1")
+        changed = [key for key in own if getattr(self, key) != BackboneConfig.model_fields[key].default]
+        if self.kind == "timm" and changed:
+            raise ValueError(f"{changed[0]}: kind: timm has no such option; its name says which network it is")
+        if self.kind == "timm" and self.norm is not None:
+            self.refuse_for_timm(self.norm)
+        return self
+
+    def refuse_for_timm(self, norm: NormConfig) -> None:
+        """Raise ValueError for a norm that timm's layers do not go with."""
+        if self.kind == "timm" and (norm.replaces_relu or norm.kind == "none" or norm.weight_standardization):
+            what = "weight_standardization" if norm.weight_standardization else f"kind: {norm.kind}"
+            raise ValueError(f"norm {what} is not available with backbone kind: timm; use gn, ln, in, bn or frozen_bn")
 
     @model_validator(mode="after")
     def _network_exists(self) -> "BackboneConfig":
@@ -499,6 +524,11 @@ class ModelConfig(Section):
                 raise ValueError(f"mask_head.{option}: {mask}; {same}")
         return self
 
+    @model_validator(mode="after")
+    def _norm_fits_the_backbone(self) -> "ModelConfig":
+        self.backbone.refuse_for_timm(self.backbone.norm or self.norm)
+        return self
+
     def part_norms(self) -> dict[str, NormConfig]:
         """Return the norm of each part: its own, or model.norm."""
         parts = ("backbone", "fpn", "rpn", "box_head", "mask_head", "dense")
@@ -727,10 +757,13 @@ class ScheduleConfig(Section):
 class SourceConfig(Section):
     """How to read a weights file that does not describe itself; null takes the usual value of its format."""
 
-    # resnet: a classifier of torchvision or timm; auto: recognize the format by the tensors' names
+    # resnet: a classifier of torchvision or timm; timm: the network `name` of timm; auto: timm if model.backbone is,
+    # else recognize the format by the tensors' names
     format: Literal[
-        "auto", "gndet", "resnet", "torchvision", "detectron2", "detectron", "mmdetection", "maskrcnn-benchmark"
+        "auto", "gndet", "resnet", "timm", "torchvision", "detectron2", "detectron", "mmdetection",
+        "maskrcnn-benchmark",
     ] = "auto"  # fmt: skip
+    name: str = ""  # timm: name of its network; empty: model.backbone.name
     bgr: bool | None = None  # its stem takes blue, green, red
     pixel_mean: tuple[float, float, float] | None = None  # what it subtracts from a picture, RGB [0 to 255]
     pixel_std: tuple[Positive, Positive, Positive] | None = None  # what it divides a picture by, RGB [0 to 255]
@@ -739,6 +772,7 @@ class SourceConfig(Section):
     groups: int | None = Field(None, ge=1)  # number of groups of its GN layers; 32 in every toolkit
     channels_per_group: int | None = Field(None, ge=1)  # size of its GN layers' groups [channels]; replaces `groups`
     weight_standardization: bool | None = None  # its convolutions are weight-standardized
+    standardization: Literal["bit", "qiao"] | None = None  # in which way; qiao in every toolkit that gndet reads
     # conventions that it was trained with
     compat: Literal["torchvision", "detectron2", "detectron", "mmdetection"] | None = None
     anchor_sizes: Sizes | None = None  # sides of its anchors on P2 to P6, or of all on the only level [pixels]

@@ -22,9 +22,14 @@ from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
+from gndet.modeling.timm_backbone import TimmBackbone
 from gndet.modeling.vgg import VGG
 
-BACKBONES: dict[str, Callable[..., Any]] = {"resnet": ResNet, "vgg": VGG}  # model.backbone.kind: (options, norm)
+BACKBONES: dict[str, Callable[..., Any]] = {  # model.backbone.kind: (options, norm)
+    "resnet": ResNet,
+    "vgg": VGG,
+    "timm": TimmBackbone,
+}
 NECKS: dict[str, Callable[..., FPN | OneLevel]] = {  # model.neck: (options, norm, channels of the backbone's maps)
     "fpn": FPN,
     "c4": OneLevel,

@@ -19,11 +19,14 @@ from gndet.ops.conv3x3 import Convolution, Convolved, fastest
 class StandardizedConv2d(nn.Conv2d):
     """A convolution whose weights are standardized per output channel over (in, kh, kw) (Qiao et al. 2019, eq. 5-7).
 
-    w_hat = (w - mean) / sqrt(var + 1e-10), with the biased variance and no gain (the norm's gamma scales the result):
-    the variant of BiT (Kolesnikov et al. 2020).  Qiao et al.'s own code divides by the unbiased std + 1e-5.  timm's
-    ScaledStdConv2d (Brock et al. 2021), for networks without norms, adds a gain and divides by sqrt(in * kh * kw).
+    Variants (NormConfig.standardization) without a gain, because the norm's gamma scales the result:
+        bit   w_hat = (w - mean) / sqrt(var + 1e-10), with the biased variance: BiT (Kolesnikov et al. 2020)
+        qiao  w_hat = (w - mean) / (std + 1e-5), with the unbiased std: Qiao et al.'s own code and mmdetection's ConvWS
+    timm's ScaledStdConv2d (Brock et al. 2021), for networks without norms, adds a gain and divides by
+    sqrt(in * kh * kw).
     """
 
+    variant = "bit"
     shared: Tensor | None = None  # the standardized weights, within `standardized_once`
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,15 +34,18 @@ class StandardizedConv2d(nn.Conv2d):
 
     def standardized(self) -> Tensor:
         """Return the weights with which a plain convolution computes the same; (out, in, kh, kw)."""
-        return self.standardize(self.weight) if self.shared is None else self.shared
+        return self.standardize(self.weight, self.variant) if self.shared is None else self.shared
 
     @staticmethod
-    def standardize(weight: Tensor) -> Tensor:
+    def standardize(weight: Tensor, variant: str = "bit") -> Tensor:
         """Standardize a weight (out, in, kh, kw); the result lies in memory like it.
 
-        This is layer norm without gamma and beta over each row.  Its kernels read a row once for both sums, and the
-        gradient (g - mean(g) - w_hat mean(g w_hat)) / std is one more pass.
+        The variant of BiT is layer norm without gamma and beta over each row.  Its kernels read a row once for both
+        sums, and the gradient (g - mean(g) - w_hat mean(g w_hat)) / std is one more pass.
         """
+        if variant == "qiao":
+            std, mean = torch.std_mean(weight, (1, 2, 3), keepdim=True)
+            return (weight - mean) / (std + 1e-5)
         by_channel = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         rows = weight.permute(0, 2, 3, 1) if by_channel else weight
         rows = F.layer_norm(rows, rows.shape[1:], eps=1e-10)
@@ -54,7 +60,7 @@ def standardized_once(model: nn.Module, each: Callable[..., Iterable[Tensor]] = 
     gradients, which are sums over the passes, are taken to the weights.  each: a `map` that may use threads.
     """
     convs = [module for module in model.modules() if isinstance(module, StandardizedConv2d)]
-    whole = list(each(StandardizedConv2d.standardize, [conv.weight for conv in convs]))
+    whole = list(each(lambda conv: conv.standardize(conv.weight, conv.variant), convs))
     shared = [weight.detach().requires_grad_(weight.requires_grad) for weight in whole]
     try:
         for conv, weight in zip(convs, shared, strict=True):
@@ -92,6 +98,8 @@ class ConvNorm(nn.Module):
         layer = StandardizedConv2d if norm.weight_standardization else nn.Conv2d
         bias, padding = bias or norm.kind == "none", dilation * (kernel // 2)
         self.conv = layer(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
+        if isinstance(self.conv, StandardizedConv2d):
+            self.conv.variant = norm.standardization
         self.norm = make_norm(norm, out_channels) if relu or not norm.activates else Affine(out_channels, norm.masked)
         self.tlu = ThresholdLinear(out_channels, norm.masked) if norm.learns_threshold and (relu or adds) else None
         self.relu, self.regions, self.memory = relu and not norm.activates, regions, "fast"

@@ -15,12 +15,13 @@ Letters: n samples (images or regions), C channels, (H, W) maps.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.group_norm import gradients, normalize, renormalize
@@ -67,18 +68,24 @@ def keeping_all(model: nn.Module) -> Iterator[None]:
             module.memory = memory
 
 
-def recomputed(part: Any, function: Callable[..., Any], *arguments: Any, cheap: bool = False) -> Any:
+def recomputed(
+    part: Any, function: Callable[..., Any], *arguments: Any, cheap: bool = False, keep: Any = None
+) -> Any:  # fmt: skip
     """Call a part's function, keep only its arguments, and call it again in the backward pass.
 
-    Applies only if the part's memory is "lean" or, if cheap, "balanced".  Skipped for BN, whose running statistics
-    would be updated twice.
+    Applies only if the part's memory is "lean" or, if cheap, "balanced".  keep: an operator of torch, whose results are
+    kept if the memory is "balanced", so that the rest is cheap.  Skipped for BN, whose running statistics would be
+    updated twice.
     """
-    wanted = part.memory == "lean" or (cheap and part.memory == "balanced")
+    wanted = part.memory == "lean" or ((cheap or keep) and part.memory == "balanced")
     if not wanted or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*arguments)
     if any(isinstance(module, nn.BatchNorm2d) for module in part.modules()):
         return function(*arguments)
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    if keep is None or part.memory == "lean":
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    contexts = partial(create_selective_checkpoint_contexts, [keep])
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 def tower(

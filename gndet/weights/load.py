@@ -33,9 +33,9 @@ from gndet.weights.read import STEM, Source, class_rows, has_background, read_so
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("detector", "neck", "backbone.kind", "backbone.depth", "backbone.width", "backbone.cardinality"),
-    *("backbone.group_width", "fpn.channels", "fpn.p6", "rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes"),
-    *("classifier.fc_channels", "classifier.pool_size"),
+    *("detector", "neck", "backbone.kind", "backbone.name", "backbone.depth", "backbone.width"),
+    *("backbone.cardinality", "backbone.group_width", "fpn.channels", "fpn.p6"),
+    *("rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("box_head.norm_last", "box_head.class_agnostic", "cascade.positive_iou", "cascade.mask_stages"),
     *("mask_head.num_convs", "mask_head.channels"),
@@ -94,7 +94,7 @@ def initial_model(
     if not load or not cfg.train.weights:
         source = None
     else:
-        source = source or read_source(cfg.train.weights, cfg.train.source)
+        source = source or read_source(cfg.train.weights, cfg.train.source, cfg.model.backbone.name)
         cfg = cfg.model_copy(update={"model": with_policy(source, cfg.model, cfg.train)})
     cfg, counted = (cfg, []) if images is None or not load else with_positives(cfg, images)
     with torch.random.fork_rng(devices=[]):
@@ -232,9 +232,14 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     if model.detector != "cascade_rcnn":
         ignored += ("cascade.delta_weights", "cascade.average")
     names = [name for part, name in CONVENTIONS if part in parts and name not in ignored]
-    if model.part_norms()["backbone"].weight_standardization:
+    if model.part_norms()["backbone"].weight_standardization or STEM not in source.state:  # it cannot be folded
         names.append("pixel_std")
     different = _differences(names, file_model, model)
+    old, new = file_model.part_norms(), model.part_norms()
+    for part in [part for part in parts if part in old and old[part].standardization != new[part].standardization]:
+        if old[part].weight_standardization and new[part].weight_standardization:
+            key = f"model.{part if getattr(model, part).norm else ''}.norm.standardization".replace("..", ".")
+            different.append(f"{key}: {old[part].standardization} in the file, {new[part].standardization} here")
     if different and cfg.train.source.differences == "refuse":
         preset = f"; model.compat={file_model.compat} sets all of its toolkit's conventions"
         raise CheckpointError(
@@ -244,7 +249,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
             "train.source.*; train.source.differences=report fine-tunes anyway"
         )
     lines = [f"warning: {line}" for line in different]
-    if file_model.pixel_std != model.pixel_std:
+    if file_model.pixel_std != model.pixel_std and STEM in source.state:
         lines.append(f"pixel_std {file_model.pixel_std} of the file is folded into the stem, exactly")
     lines += _differences([name for part, name in NOTED if part in parts], file_model, model)
     differing = mismatched(source, model)

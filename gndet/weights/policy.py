@@ -13,6 +13,7 @@ from gndet.config.schema import Config, ModelConfig, NormConfig, TrainConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.modeling.norms.layers import make_norm
+from gndet.modeling.timm_backbone import norm_of
 from gndet.weights.convert import Fate, convert_batch_norm
 from gndet.weights.read import Source
 
@@ -35,6 +36,8 @@ def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig
     """
     file_norms, model_norms = source.model.part_norms(), model.part_norms()
     used = [part for part in source.parts if part in source.model.normed_parts and part in model.normed_parts]
+    if model.backbone.kind == "timm" and norm_of(model.backbone.name) is None:  # its LayerNorms stay
+        used.remove("backbone")
     pairs = {part: (file_norms[part], model_norms[part]) for part in used}
     return {
         part: (file_norm, model_norm)
@@ -140,15 +143,17 @@ def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str
     file_norms, model_norms = source.model.part_norms(), cfg.model.part_norms()
     for name, module in model.named_modules():
         part = name.partition(".")[0]
-        if not name.endswith(".norm") or part not in source.parts:
+        if not name.endswith(".norm") or part not in source.parts or isinstance(module, nn.LayerNorm):
             continue
         file_norm, model_norm, conv = file_norms[part], model_norms[part], name.removesuffix("norm") + "conv"
         gamma, model_gamma = state.get(f"{name}.weight"), getattr(module, "weight", None)
         misfit = gamma is not None and model_gamma is not None and gamma.shape != model_gamma.shape
-        if f"{conv}.weight" not in state or misfit:
+        if (f"{conv}.weight" not in state and gamma is None) or misfit:
             continue  # load_weights will report what is missing or has another shape, and the likely cause
         if file_norm.weight_standardization and not model_norm.weight_standardization:
-            state[f"{conv}.weight"] = StandardizedConv2d.standardize(state[f"{conv}.weight"])  # exact
+            state[f"{conv}.weight"] = StandardizedConv2d.standardize(  # exact
+                state[f"{conv}.weight"], file_norm.standardization
+            )
         if part in differing:
             fates[name] = _carry(name, state, source, file_norm, module, cfg.train)
         elif file_norm.kind != "none":
@@ -215,7 +220,7 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
     differing, state = mismatched(source, config), source.state
     for name, module in model.named_modules():
         part = name.partition(".")[0]
-        if part not in differing or not name.endswith(".norm"):
+        if part not in differing or not name.endswith(".norm") or isinstance(module, nn.LayerNorm):
             continue
         file_norm, model_norm = differing[part]
         if file_norm.replaces_relu or model_norm.replaces_relu:

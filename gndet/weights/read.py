@@ -40,8 +40,10 @@ class Source(NamedTuple):
     category_ids: tuple[int, ...] | None = None  # of its classes, if the file states them
 
 
-def read_source(weights: str, cfg: SourceConfig) -> Source:
+def read_source(weights: str, cfg: SourceConfig, network: str = "") -> Source:
     """Read the weights that `weights` names.
+
+    network: name of timm's network in the model to load them into; "": it has another backbone.
 
     weights: a gndet checkpoint or run folder; a file (.pth, .pkl, .safetensors ...); the name of weights that
     torchvision downloads (ResNet50_Weights.IMAGENET1K_V2), or that timm does, if installed (timm:resnet50_gn.a1h_in1k).
@@ -54,6 +56,8 @@ def read_source(weights: str, cfg: SourceConfig) -> Source:
     # imported here because training from scratch does not need the readers of other toolkits
     from gndet.weights.foreign.source import read_foreign
 
+    if network and cfg.format == "auto":
+        cfg = cfg.model_copy(update={"format": "timm", "name": cfg.name or network})
     return read_foreign(weights, cfg)
 
 

@@ -31,6 +31,10 @@ PUBLISHED = {  # box AP, mask AP and their source: the other toolkits' recipes t
     "cascade_mask_rcnn_r50_fpn_gn_4x": "box AP 46.1, mask AP 40.1 (tensorpack",
     "cascade_mask_rcnn_r50_fpn_frozen_bn_1x": "box AP 42.1, mask AP 36.4 (detectron2",
     "cascade_mask_rcnn_r101_fpn_scratch_gn_9x": "box AP 47.7, mask AP 41.7 (tensorpack",
+    "faster_rcnn_x50_32x4d_fpn_gn_ws_1x": "box AP 40.7 (mmdetection",
+    "faster_rcnn_x101_32x4d_fpn_gn_ws_1x": "box AP 42.1 (mmdetection",
+    "mask_rcnn_x50_32x4d_fpn_gn_ws_2x": "box AP 41.1, mask AP 37.0 (mmdetection",
+    "mask_rcnn_x101_32x4d_fpn_gn_ws_2x": "box AP 42.1, mask AP 37.9 (mmdetection",
 }
 
 
@@ -46,9 +50,11 @@ def test_every_config_is_valid(path: Path) -> None:
 def test_the_set_of_recipes_is_whole() -> None:
     kinds = ("gn_1x", "gn_2x", "gn_3x", "scratch_gn_3x", "frozen_bn_1x")
     heads, depths = ("faster_rcnn", "mask_rcnn"), ("r50", "r101")
-    whole = {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds}
+    resnets = {f"{head}_{depth}_fpn_{kind}" for head in heads for depth in depths for kind in kinds}
+    wide = ("x50_32x4d_fpn_gn_ws", "x101_32x4d_fpn_gn_ws")
+    resnexts = {f"{head}_{name}_{length}" for head, length in zip(heads, ("1x", "2x"), strict=True) for name in wide}
     cascades = {"r50_fpn_gn_1x", "r50_fpn_gn_4x", "r50_fpn_frozen_bn_1x", "r101_fpn_scratch_gn_9x"}
-    assert whole | {f"cascade_mask_rcnn_{name}" for name in cascades} == set(RECIPES)
+    assert resnets | resnexts | {f"cascade_mask_rcnn_{name}" for name in cascades} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -56,7 +62,9 @@ def test_a_recipe_is_what_its_name_says(name: str) -> None:
     cfg = recipe(name)
     assert cfg.model.masks == ("mask_rcnn" in name)
     assert cfg.model.detector == ("cascade_rcnn" if name.startswith("cascade") else "mask_rcnn")
-    assert cfg.model.backbone.depth == int(re.search(r"_r(\d+)_", name)[1])
+    assert cfg.model.backbone.depth == int(re.search(r"_[rx](\d+)_", name)[1])
+    assert (cfg.model.backbone.cardinality, cfg.model.backbone.group_width) == ((32, 4) if "_x" in name else (1, 64))
+    assert cfg.model.norm.weight_standardization == ("_ws_" in name)
     assert (cfg.train.schedule.updates, cfg.train.schedule.steps) == SCHEDULES[name[-2:]]
     kinds = {part: norm.kind for part, norm in cfg.model.part_norms().items()}
     if "frozen_bn" in name:

@@ -284,6 +284,19 @@ def test_weight_standardization_has_the_formula_and_the_gradient_of_its_papers(
     assert torch.autograd.gradcheck(StandardizedConv2d.standardize, weight.requires_grad_())
 
 
+def test_weight_standardization_as_in_qiaos_code_divides_by_the_unbiased_deviation() -> None:
+    weight = torch.randn(8, 3, 3, 3, dtype=torch.float64)
+    rows = weight.reshape(8, -1).numpy()
+    expected = (rows - rows.mean(1, keepdims=True)) / (rows.std(1, ddof=1, keepdims=True) + 1e-5)
+    block = ConvNorm(3, 8, 3, norm=NormConfig(groups=4, weight_standardization=True, standardization="qiao")).double()
+    block.conv.weight.data.copy_(weight)
+    np.testing.assert_allclose(block.weight().detach().reshape(8, -1).numpy(), expected, rtol=1e-12)
+    with standardized_once(block) as shared:
+        np.testing.assert_allclose(shared[block.conv.weight].detach().reshape(8, -1).numpy(), expected, rtol=1e-12)
+    constant = StandardizedConv2d.standardize(torch.ones(2, 3, 3, 3), "qiao")
+    assert not constant.any() and constant.isfinite().all()
+
+
 def test_weights_that_are_standardized_once_get_the_gradient_of_all_passes() -> None:
     norm = NormConfig(kind="none", weight_standardization=True)
     model = nn.ModuleList(ConvNorm(3, C, 3, norm=norm).double() for _ in range(3))

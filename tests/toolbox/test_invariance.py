@@ -82,6 +82,16 @@ def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, 
     assert 0 < max(features) < 1e-5
 
 
+def test_it_passes_on_a_backbone_of_timm(config: Path) -> None:
+    pytest.importorskip("timm")
+    own = yaml.safe_load(config.read_text())
+    own["model"]["backbone"] = {"kind": "timm", "name": "regnety_002"}
+    config.write_text(yaml.safe_dump(own))
+    found = report(config, "model.norm={kind: gn, channels_per_group: 8}", "model.masks=false", passes=True)
+    together = found["differences"]["float64"]["together"]
+    assert "d all / d backbone.net" in together and found["flips"]["float64"]["together"]["ReLUs"][1] > 0
+
+
 @pytest.mark.parametrize("kind", ["bn", "brn"])
 def test_batch_statistics_are_named_at_the_first_norm(
     config: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -1,7 +1,7 @@
 """Unusable weights are refused; the error names the file, the keys or the option, and what to do."""
 
-import importlib.util
 import pickle
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,12 @@ def test_unsupported_models_are_named(tmp_path: Path, name: str) -> None:
     assert word in refusal(saved(tmp_path / "file.pth", tensors))
 
 
-def test_grouped_and_wide_convolutions_are_refused(tmp_path: Path) -> None:
+def test_a_stage_with_other_groups_than_the_first_is_refused(tmp_path: Path) -> None:
     tensors = named(only(weights(detector("gn", "none")), "backbone"), "resnet")
     for i in range(3):
-        tensors[f"layer1.{i}.conv2.weight"] = torch.zeros(128, 4, 3, 3)
-    assert "[128, 4, 3, 3], expected [64, 64, 3, 3]; grouped" in refusal(saved(tmp_path / "file.pth", tensors))
+        tensors[f"layer1.{i}.conv2.weight"] = torch.zeros(64, 4, 3, 3)
+    assert "layer2.0.conv1.weight" in (text := refusal(saved(tmp_path / "file.pth", tensors)))
+    assert "layer2.0.conv2.weight (backbone.res3.0.conv2.conv.weight here): [128, 128, 3, 3] in the file" in text
 
 
 def test_boxes_that_are_neither_by_class_nor_of_all_classes_are_refused(
@@ -189,8 +190,8 @@ def test_nonsense_is_neither_file_nor_name(tmp_path: Path) -> None:
         assert "no such file or folder, and it is not a weight name like ResNet50_Weights" in refusal(where)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
-def test_a_name_of_timm_without_timm_says_what_to_do() -> None:
+def test_a_name_of_timm_without_timm_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
     text = refusal("timm:resnet50_gn.a1h_in1k")
     assert "pip install timm" in text and "https://huggingface.co/timm/resnet50_gn.a1h_in1k" in text
 

@@ -73,6 +73,7 @@ def test_settings_in_mmdetection_s_meta_are_used(tmp_path: Path) -> None:
     model = of_mmdetection(tmp_path, "style='pytorch', conv_cfg=dict(type='ConvWS')").model
     assert not model.backbone.stride_in_1x1 and model.part_norms()["backbone"].weight_standardization
     assert not model.part_norms()["rpn"].weight_standardization
+    assert model.part_norms()["fpn"].standardization == "qiao"
 
 
 @pytest.mark.parametrize("toolkit", ["mmdetection", "torchvision", "detectron2"])

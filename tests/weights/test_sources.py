@@ -1,5 +1,6 @@
 """Files of other toolkits become the same network in gndet, with every tensor and every convention preserved."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from foreign import BN_META, NUM_CLASSES, RPN2, detector, named, only, read, wei
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from gndet.config.schema import ModelConfig, SourceConfig
+from gndet.config.schema import BackboneConfig, ModelConfig, NormConfig, SourceConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.resnet import ResNet
 from gndet.weights.read import Source
@@ -134,6 +135,7 @@ class Case(NamedTuple):
 
 
 BACKBONE = {"parts": ("backbone",)}
+RESNEXT = BackboneConfig(cardinality=32, group_width=4, norm=NormConfig(kind="gn"))
 CASES = {
     "torchvision, old names": Case(
         "torchvision", lambda state, norm, box: old_torchvision(named(state, "torchvision", norm, box)),
@@ -163,6 +165,19 @@ CASES = {
     "detectron2 MSRA": Case(
         "detectron", detectron2_msra, detector("frozen_bn", "none"), IMAGENET, "detectron2", stride_in_1x1=True,
         unused=2, suffix=".pkl", **BACKBONE,
+    ),
+    "mmdetection ResNeXt": Case(
+        "mmdetection", lambda state, norm, box: {"meta": {"config": "style='pytorch'"}, "state_dict":
+            named(state, "mmdetection", norm, box)}, detector("gn", "gn", backbone=RESNEXT), RGB, "mmdetection",
+    ),
+    "backbone of mmdetection": Case(
+        "resnet", lambda state, norm, box: {
+            re.sub(r"(^|\.)bn(\d)", r"\1gn\2", key): value for key, value in named(state, "resnet").items()
+        }, detector("gn", "gn"), RGB, "gndet", **BACKBONE,
+    ),
+    "detectron2 ResNeXt": Case(
+        "detectron2", lambda state, norm, box: detectron2(state, norm, box), detector("bn", "none", "2fc",
+            backbone=RESNEXT.model_copy(update={"norm": NormConfig(kind="bn")})), RGB, "detectron2", unused=5,
     ),
     "Detectron": Case(
         "detectron", detectron, detector("frozen_bn", "none", "2fc"), CAFFE, "detectron", 0.0, stride_in_1x1=True,
@@ -201,6 +216,7 @@ def test_every_tensor_and_every_convention_of_a_file_comes_over(tmp_path: Path, 
     assert len(source.unused) == case.unused, source.unused
     model, kinds = source.model, source.model.part_norms()
     assert (model.backbone.depth, model.backbone.stride_in_1x1) == (case.model.backbone.depth, case.stride_in_1x1)
+    assert model.backbone.cardinality == case.model.backbone.cardinality
     assert (model.pixel_mean, model.pixel_std, model.compat) == (*case.mean_std, case.compat)
     assert kinds["backbone"].eps == case.eps and kinds["backbone"].groups == 32
     expected = case.model.part_norms()

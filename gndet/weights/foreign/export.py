@@ -72,10 +72,6 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
     norms, is_vgg = cfg.part_norms(), "classifier" in parts and cfg.backbone.kind == "vgg"
     if "classifier" in parts:
         _refuse_classifier(cfg, toolkit)
-    if "classifier" not in parts and cfg.backbone.cardinality > 1:
-        raise ConfigError(
-            f"model.backbone.cardinality: {cfg.backbone.cardinality}; {toolkit} detectors have ResNets only"
-        )
     if cfg.neck != "fpn" and toolkit != "detectron2":
         raise ConfigError(f"model.neck: {cfg.neck}; {toolkit} has no such detector, --to detectron2 writes it")
     if cfg.backbone.dilated_blocks != "all":
@@ -161,7 +157,7 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
         norm, layer = norms[key.partition(".")[0]], key.removesuffix(".conv.weight") + ".norm"
         weight = state[key]
         if norm.weight_standardization:
-            weight = StandardizedConv2d.standardize(weight)
+            weight = StandardizedConv2d.standardize(weight, norm.standardization)
         if norm.has_running_statistics and norm.eps != EPS:
             var = state[f"{layer}.running_var"].double()
             gamma = state[f"{layer}.weight"].double() * ((var + EPS) / (var + norm.eps)).sqrt()
@@ -211,19 +207,25 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
     ious = list(cascade.positive_iou)
     base = "RetinaNet" if cfg.is_dense else {"fpn": "RCNN-FPN", "c4": "RCNN-C4", "dc5": "RCNN-DilatedC5"}[cfg.neck]
     head = "RETINANET" if cfg.is_dense else "ROI_HEADS"
+    groups, width = cfg.backbone.cardinality, cfg.backbone.group_width
+    grouped = (groups, width) != (1, 64)
     settings = {
         "detectron2": [
             f"_BASE_ Base-{base}.yaml",
             f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR",
-            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.{head}.NUM_CLASSES {num_classes}",
+            f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.{head}.NUM_CLASSES {num_classes}"
+            + (f", MODEL.RESNETS.NUM_GROUPS {groups}, WIDTH_PER_GROUP {width}" if grouped else ""),
         ],
         "torchvision": [
             f"image_mean {[round(x / 255, 6) for x in mean]}, image_std [0.229, 0.224, 0.225], num_classes "
-            f"{num_classes + 1} (background first)",
+            f"{num_classes + 1} (background first)"
+            + (f"; backbone with groups={groups}, width_per_group={width}" if grouped else ""),
         ],
         "mmdetection": [
             f"data_preprocessor: mean={mean}, std={list(cfg.pixel_std)}, bgr_to_rgb=True",
-            f"backbone: depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
+            "backbone: "
+            + (f"type='ResNeXt', groups={groups}, base_width={width}, " if grouped else "")
+            + f"depth={depth}, style={'caffe' if in_1x1 else 'pytorch'}; num_classes={num_classes}",
         ],
     }[toolkit]
     more = {

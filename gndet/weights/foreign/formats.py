@@ -35,6 +35,7 @@ class Facts(NamedTuple):
     groups: int = 32
     channels_per_group: int | None = None
     standardized: bool = False  # weight standardization in backbone, pyramid and heads
+    standardization: str = "qiao"  # its variant
 
 
 FACTS = {
@@ -58,6 +59,7 @@ FACTS |= {
 }
 NUM_STAGES = 3  # of a cascade in every toolkit
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
+GROUPED = ("backbone.bottom_up.res2.0.conv2.weight", "res2.0.conv2.weight", "res2_0_branch2b_w")
 MARKS = (  # (start of a key, format); the first that fits decides
     ("backbone.bottom_up.", "detectron2"),
     ("roi_heads.res5.", "detectron2_c4"),
@@ -81,6 +83,8 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
     detectron2's MSRA backbones have Caffe2's names except for the norms, which get Caffe2's names here.
     """
+    if "layer1.0.gn1.weight" in tensors:  # backbones that mmdetection starts from (jhu/resnext50_32x4d_gn_ws)
+        return {re.sub(r"(^|\.)gn(\d)\.", r"\1bn\2.", key): tensor for key, tensor in tensors.items()}
     if "res_conv1_bn_gamma" in tensors:
         suffixes = {"_gamma": "_s", "_beta": "_b", "_running_mean": "_rm", "_running_var": "_riv"}
         pattern = rf"(?<=_bn)({'|'.join(suffixes)})$"
@@ -151,6 +155,10 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
         facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
     if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics, so this is an MSRA backbone of detectron2
         facts = facts._replace(mean=RGB_MEAN, compat="detectron2", frozen_eps=1e-5)
+    middle = next((tensors[key] for key in GROUPED if key in tensors), None)
+    if middle is not None and middle.shape[1] < len(middle):  # the ResNeXts of Detectron and detectron2 are their own
+        own_export = format == "detectron" or file.extras.get("__author__") == "gndet"
+        facts = facts._replace(std=facts.std if own_export else RGB_STD, msra=False)
     if format.startswith("detectron2") and all(key in tensors and tensors[key].numel() == 3 for key in PIXEL):
         mean, std = ([float(f"{x:.6g}") for x in tensors[key].flatten()] for key in PIXEL)  # undo float32's rounding
         bgr = mean[0] <= mean[2]  # blue has the smallest mean of ImageNet; BGR is the default
@@ -161,7 +169,7 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
     stated: dict[str, Any] = {
         "bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1,
         "gn_msra": cfg.stride_in_1x1, "groups": cfg.groups, "channels_per_group": cfg.channels_per_group,
-        "standardized": cfg.weight_standardization, "compat": cfg.compat,
+        "standardized": cfg.weight_standardization, "standardization": cfg.standardization, "compat": cfg.compat,
     }  # fmt: skip
     return facts._replace(**{key: value for key, value in stated.items() if value is not None})
 
@@ -235,6 +243,10 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
     tree: dict[str, Any] = {
         "backbone": {"depth": depth, "stride_in_1x1": depth >= 50 and in_1x1, "norm": backbone_norm}
     }
+    middle = reader.weight("block", s=2, t=1, i=0, k=2, abc="b", owner="backbone")
+    if depth >= 50 and middle is not None:  # (width, width / cardinality, 3, 3)
+        per_group = middle.shape[1]
+        tree["backbone"] |= {"cardinality": len(middle) // per_group, "group_width": per_group}
     is_dense = reader.weight("dense_cls") is not None
     finest = {"L": 2 + is_dense, "l": 0, "u": 1, "last": BLOCKS[depth][0] - 1}
     lateral, objectness = reader.weight("lateral", **finest), reader.weight("objectness")
@@ -256,6 +268,7 @@ def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> 
             "kind": kind, "eps": default if eps is None else eps, "padding": "plain", "groups": facts.groups,
             "channels_per_group": facts.channels_per_group,
             "weight_standardization": facts.standardized and kind != "none",
+            "standardization": facts.standardization if facts.standardized and kind != "none" else "bit",
         }  # fmt: skip
     tree |= {
         "compat": facts.compat,
@@ -316,12 +329,6 @@ def _depth(reader: Reader) -> int:
         raise CheckpointError(
             f"{reader.path}: its backbone has {counts} {'bottleneck' if bottleneck else 'basic'} blocks; gndet's "
             f"ResNets have {', '.join(f'{d} {b}' for d, b in BLOCKS.items())}; is a part of the file missing?"
-        )
-    middle = conv(2, 0, 2)
-    if bottleneck and middle is not None and middle.shape[:2] != (64, 64):
-        raise CheckpointError(
-            f"{reader.path}: its 3x3 convolutions in res2 are {list(middle.shape)}, expected [64, 64, 3, 3]; grouped "
-            "or wide ResNets (ResNeXt) are not supported"
         )
     return depths[0]
 

@@ -22,6 +22,7 @@ from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names, toolkit_of
+from gndet.weights.foreign.timm_files import from_timm
 from gndet.weights.read import STEM, Source, class_rows, fused_parts, has_background
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
@@ -46,7 +47,7 @@ def read_foreign(weights: str, cfg: SourceConfig) -> Source:
     """Read weights of another toolkit: a file, or the name of torchvision's or timm's.  Raises as read_source does."""
     path = Path(weights)
     if path.exists():
-        return understand(read_weights(path), cfg)
+        return from_timm(read_weights(path), cfg) if cfg.format == "timm" else understand(read_weights(path), cfg)
     if match := TORCHVISION_NAME.fullmatch(weights):
         return _torchvision(match[1], cfg)
     if match := TIMM_NAME.fullmatch(weights):
@@ -90,7 +91,9 @@ def _timm(name: str, cfg: SourceConfig) -> Source:
         ) from None
     stated = {key: tuple(round(255 * x, 4) for x in model.default_cfg[key]) for key in ("mean", "std")}
     pixels = {"pixel_mean": cfg.pixel_mean or stated["mean"], "pixel_std": cfg.pixel_std or stated["std"]}
-    source = understand(WeightFile(Path(name), model.state_dict(), {}), cfg.model_copy(update=pixels))
+    file, cfg = WeightFile(Path(name), model.state_dict(), {}), cfg.model_copy(update=pixels)
+    is_resnet = "layer1.0.conv1.weight" in file.tensors and cfg.format != "timm"
+    source = understand(file, cfg) if is_resnet else from_timm(file, cfg.model_copy(update={"name": name}))
     return source._replace(path=f"timm:{name}", notes=[f"loaded timm {name}", *source.notes])
 
 
@@ -249,8 +252,10 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
     """Return one line that says what the file is assumed to be."""
     norms, detects = model.part_norms(), "rpn" in parts
     ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
+    groups, width = model.backbone.cardinality, model.backbone.group_width
     words = [
         f"read as {facts.title}: ResNet-{model.backbone.depth}",
+        f"cardinality {groups}, group width {width}" if (groups, width) != (1, 64) else "",
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
         "BGR, converted to RGB in the stem" if facts.bgr else "RGB",
         f"mean {facts.mean}, std {facts.std} (RGB)",

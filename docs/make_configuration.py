@@ -158,7 +158,8 @@ def presets() -> str:
     for part, key in options:
         fields = section_of(schema.ModelConfig.model_fields[part]).model_fields
         own = default(fields[key])
-        cells = [f"`{yaml_value(preset[part][key])}`" if key in preset[part] else "" for preset in PRESETS.values()]
+        of_toolkits = [preset.get(part, {}) for preset in PRESETS.values()]
+        cells = [f"`{yaml_value(values[key])}`" if key in values else "" for values in of_toolkits]
         lines.append(f"| `model.{part}.{key}` | {own} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -32,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rpn": {"anchors_in_padding": True},
         "box_head": {"sampling_ratio": 0},
         "mask_head": {"sampling_ratio": 0},
+        "dense": {"anchors_in_padding": True},
     },
     "detectron": {
         "rpn": {
@@ -40,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "box_head": {"roi_align": "detectron", "sampling_ratio": 2, "clip": "pixels", "loss_beta": 1.0},
         "mask_head": {"roi_align": "detectron", "sampling_ratio": 2, "paste": "detectron"},
+        "dense": {"anchors_in_padding": True},
     },
 }  # fmt: skip
 

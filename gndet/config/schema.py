@@ -335,7 +335,7 @@ class DenseConfig(Section):
     # side of the square anchor on P3 to P7 [pixels]; with fcos it only assigns; retinanet: 32, 64, 128, 256, 512.
     # Source: Zhang et al. 2020, 3.2
     anchor_sizes: tuple[Side, Side, Side, Side, Side] = (64, 128, 256, 512, 1024)
-    # retinanet: sizes per level, as multiples of anchor_sizes: 1, 2^(1/3), 2^(2/3). Source: Lin et al. 2017, section 4
+    # sizes per level, as multiples of anchor_sizes; retinanet: 1, 2^(1/3), 2^(2/3). Source: Lin et al. 2017, section 4
     scales: tuple[Positive, ...] = Field((1.0,), min_length=1, max_length=16)
     # anchor height / width; retinanet: 0.5, 1, 2. Source: Zhang et al. 2020, 3.2
     aspect_ratios: tuple[Positive, ...] = Field((1.0,), min_length=1, max_length=16)

@@ -214,13 +214,14 @@ def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable
         )
     shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
     single = [layer for layer in layers if layer.per_group == 1 and layer.kind != "frn"]  # FRN keeps a number's sign
-    one = cfg.data.crop is not None and cfg.train.images_per_gpu == 1  # the last maps of a detector have more cells
+    # the last maps of a detector with regions have more cells
+    one = (cfg.data.crop is not None or cfg.model.is_dense) and cfg.train.images_per_gpu == 1
     mixing = [layer for layer in layers if layer.trainable and layer.kind in ("bn", "sync_bn", "brn")] if one else []
     cells = _cells(model, shortest) if single or mixing else {}
     if single_cell := [layer for layer in mixing if cells[layer.name] == 1]:
         yield (
             f"{_name(single_cell)}: {single_cell[0].kind} would take its statistics over one number on a picture of "
-            f"{shortest} x {shortest} pixels (data.crop.size) and train.images_per_gpu: 1; use larger pictures or more "
+            f"{shortest} x {shortest} pixels ({'data.crop.size' if cfg.data.crop else 'data.shortest_edge'}) and train.images_per_gpu: 1; use larger pictures or more "
             "images"
         )
     if alone := [layer for layer in single if cells[layer.name] == 1]:

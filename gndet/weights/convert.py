@@ -167,12 +167,12 @@ def compare_with_original(
     references: the original norm of each converted layer.  fit: fit gamma and beta of the converted layers, in forward
     order.  Both models use the regions that the original proposes.
     Returns relative errors ||new - old|| / ||old - mean old||, which include those of all layers before: by norm layer,
-    and by stage "C2".."C5", "P2".."P6".
+    and by stage "C2".."C5", "P2".."P6" or "P3".."P7".
     """
     stages: dict[str, float] = {}
 
     def note(letter: str, module: nn.Module, arguments: object, maps: list[Tensor]) -> None:
-        for level, x in enumerate(maps, start=2):
+        for level, x in enumerate(maps, start=getattr(module, "finest", 2)):
             old, new = x.chunk(2)
             deviation = old - old.mean((0, 2, 3), keepdim=True)
             stages[f"{letter}{level}"] = float((new - old).norm() / deviation.norm().clamp(min=1e-12))

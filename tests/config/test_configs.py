@@ -12,6 +12,7 @@ from gndet.config.schema import Config
 
 CONFIGS = REPOSITORY / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*x.yaml"))
+DENSE = ("atss_r50_fpn_gn_hybrid", "fcos_r50_fpn_gn_hybrid", "atss_r50_fpn_gn_1x", "retinanet_r50_fpn_gn_1x")
 FROM_OTHERS = ("mask_rcnn_r50_fpn_gn_from_bn", "mask_rcnn_r50_fpn_gn_hybrid")
 SCHEDULES = {
     "1x": (90_000, (60_000, 80_000)),
@@ -35,6 +36,8 @@ PUBLISHED = {  # box AP, mask AP and their source: the other toolkits' recipes t
     "faster_rcnn_x101_32x4d_fpn_gn_ws_1x": "box AP 42.1 (mmdetection",
     "mask_rcnn_x50_32x4d_fpn_gn_ws_2x": "box AP 41.1, mask AP 37.0 (mmdetection",
     "mask_rcnn_x101_32x4d_fpn_gn_ws_2x": "box AP 42.1, mask AP 37.9 (mmdetection",
+    "atss_r50_fpn_gn_hybrid": "box AP 39.3 (ATSS, 1x",
+    "fcos_r50_fpn_gn_hybrid": "box AP 38.7 (AdelaiDet, FCOS 1x",
 }
 
 
@@ -117,7 +120,22 @@ def test_the_configs_that_start_from_other_toolkits_say_how() -> None:
     assert recipe("finetune_gn_detector").model.box_head.roi_align == "detectron"
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *FROM_OTHERS])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_recipe_of_a_dense_detector_has_the_published_values(name: str) -> None:
+    cfg = recipe(name)
+    dense, norms, optimizer, schedule = cfg.model.dense, cfg.model.part_norms(), cfg.train.optimizer, cfg.train.schedule
+    assert (cfg.model.detector == "retinanet") == (name.startswith("retinanet")) and not cfg.model.masks
+    assert dense.assign == {"atss": "atss", "fcos": "center", "retinanet": "iou"}[name.split("_")[0]]
+    assert (optimizer.kind, optimizer.lr, optimizer.weight_decay, schedule.updates) == ("sgd", 0.01, 1e-4, 90_000)
+    assert (schedule.steps, cfg.train.global_batch) == ((60_000, 80_000), 16)
+    assert (norms["dense"].kind, norms["dense"].groups, dense.num_convs) == ("gn", 32, 4)
+    assert dense.conv_bias == (dense.quality == "centerness") == (cfg.model.detector == "fcos")
+    assert norms["backbone"].kind == ("frozen_bn" if "hybrid" in name else "gn")
+    assert dense.nms_threshold == (0.5 if cfg.model.detector == "retinanet" else 0.6)
+    assert dense.box_weight == (2 if dense.assign == "atss" else 1)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *FROM_OTHERS, *DENSE])
 def test_a_recipe_is_headed_by_its_commands_and_what_to_expect(name: str) -> None:
     single, multi, expect, *_ = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     assert parse(single.removeprefix("# gndet ").split()).config == f"configs/{name}.yaml"

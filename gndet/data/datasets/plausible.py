@@ -96,13 +96,14 @@ def limit_notes(train: Dataset, val: Dataset, cfg: Config) -> list[str]:
     """Say in a line each which limits of the config the data exceed, and what a metric of them cannot show."""
     if cfg.task != "detection":
         return []
+    head = cfg.model.final_head
     (_, detections_per_image), max_detections = cfg.model.detection_limits, cfg.evaluation.max_detections
     notes = []
     counts = {which: count_objects(dataset.records).trainable for which, dataset in (("train", train), ("val", val))}
     for which, objects in counts.items():
         if num := np.count_nonzero(objects > detections_per_image):
             notes.append(
-                f"{which}: {num} of {len(objects)} images have more objects than model.box_head.detections_per_image="
+                f"{which}: {num} of {len(objects)} images have more objects than model.{head}.detections_per_image="
                 f"{detections_per_image}, at most {objects.max()}: a detector cannot find them all"
             )
     most = [_most_of_a_class(val.records[i]) for i in np.flatnonzero(counts["val"] > max_detections).tolist()]
@@ -116,7 +117,7 @@ def limit_notes(train: Dataset, val: Dataset, cfg: Config) -> list[str]:
     if len(train.classes) > MANY_CLASSES:
         notes.append(
             f"train: {len(train.classes):,} classes: scores are low where so many compete; for LVIS, "
-            "model.box_head.score_threshold=0.0001 and detections_per_image=300 are usual"
+            f"model.{head}.score_threshold=0.0001 and detections_per_image=300 are usual"
         )
     return notes
 

@@ -32,11 +32,11 @@ ADVICE = {
     "Loc": "Boxes are loose: try a longer schedule, larger pictures, or tighter annotations.",
     "Both": "Detections near objects have the wrong class and a poor box: usually too little training or too few "
     "examples.",
-    "Dupe": "Objects are found twice: lower model.box_head.nms_threshold.",
+    "Dupe": "Objects are found twice: lower nms_threshold of model.box_head, or of model.dense.",
     "Bkg": "Detections lie where nothing is annotated: look for objects that were not annotated, and also train on "
     "images without objects (data.keep_empty).",
     "Miss": "Objects are missed: small or crowded objects need larger pictures (data.shortest_edge) or smaller "
-    "model.rpn.anchor_sizes.",
+    "anchor_sizes of model.rpn, or of model.dense.",
 }  # fmt: skip
 
 

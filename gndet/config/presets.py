@@ -54,7 +54,7 @@ DETECTOR_DEFAULTS: dict[str, dict[str, Any]] = {  # options with other defaults 
         },
     },
 }  # fmt: skip
-_ONE_LEVEL = {"pre_nms_train": 12000, "pre_nms_test": 6000, "post_nms_train": 2000, "post_nms_test": 1000}
+_ONE_LEVEL = {"pre_nms_train": 12000, "pre_nms_test": 6000, "post_nms_train": 2000}
 NECKS: dict[str, dict[str, Any]] = {  # by model.neck: detectron2's Base-RCNN-C4.yaml and Base-RCNN-DilatedC5.yaml
     "c4": {"rpn": _ONE_LEVEL, "box_head": {"kind": "res5", "pool_size": 14}, "mask_head": {"num_convs": 0}},
     "dc5": {"rpn": _ONE_LEVEL, "box_head": {"kind": "2fc"}},

@@ -11,7 +11,8 @@ from gndet.config.loading import load_config
 from gndet.config.schema import Config
 
 CONFIGS = REPOSITORY / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*x.yaml"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*_rcnn_*_fpn_*x.yaml"))
+ONE_LEVEL = sorted(path.stem for neck in ("c4", "dc5") for path in CONFIGS.glob(f"*_rcnn_*_{neck}_*x.yaml"))
 DENSE = ("atss_r50_fpn_gn_hybrid", "fcos_r50_fpn_gn_hybrid", "atss_r50_fpn_gn_1x", "retinanet_r50_fpn_gn_1x")
 FROM_OTHERS = ("mask_rcnn_r50_fpn_gn_from_bn", "mask_rcnn_r50_fpn_gn_hybrid")
 SCHEDULES = {
@@ -38,6 +39,9 @@ PUBLISHED = {  # box AP, mask AP and their source: the other toolkits' recipes t
     "mask_rcnn_x101_32x4d_fpn_gn_ws_2x": "box AP 42.1, mask AP 37.9 (mmdetection",
     "atss_r50_fpn_gn_hybrid": "box AP 39.3 (ATSS, 1x",
     "fcos_r50_fpn_gn_hybrid": "box AP 38.7 (AdelaiDet, FCOS 1x",
+    "mask_rcnn_r50_c4_gn_2x": "box AP 38.8, mask AP 33.6 (Wu & He 2018",
+    "mask_rcnn_r50_c4_frozen_bn_1x": "box AP 36.8, mask AP 32.2 (detectron2",
+    "mask_rcnn_r50_dc5_frozen_bn_1x": "box AP 38.3, mask AP 34.2 (detectron2",
 }
 
 
@@ -135,7 +139,25 @@ def test_a_recipe_of_a_dense_detector_has_the_published_values(name: str) -> Non
     assert dense.box_weight == (2 if dense.assign == "atss" else 1)
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *FROM_OTHERS, *DENSE])
+@pytest.mark.parametrize("name", ONE_LEVEL)
+def test_a_recipe_on_one_level_has_detectron2_s_proposals_and_its_name_s_norms_and_schedule(name: str) -> None:
+    cfg = recipe(name)
+    model, neck = cfg.model, name.split("_")[3]
+    assert (model.neck, model.masks) == (neck, name.startswith("mask_rcnn"))
+    rpn, box, mask = model.rpn, model.box_head, model.mask_head
+    assert (rpn.pre_nms_train, rpn.pre_nms_test, rpn.post_nms_train, rpn.post_nms_test) == (12_000, 6000, 2000, 1000)
+    assert len(rpn.anchor_sizes) * len(rpn.aspect_ratios) == 15
+    assert (box.pool_size, mask.pool_size, mask.num_convs) == ((14, 14, 0) if neck == "c4" else (7, 14, 4))
+    assert box.kind == {"c4": "res5", "dc5": "2fc" if "frozen_bn" in name else "4conv1fc"}[neck]
+    kinds = {part: norm.kind for part, norm in model.part_norms().items() if part in model.normed_parts}
+    assert kinds.pop("backbone") == ("frozen_bn" if "frozen_bn" in name else "gn")
+    assert set(kinds.values()) <= ({"none"} if "frozen_bn" in name else {"none", "gn"})
+    assert (cfg.train.schedule.updates, cfg.train.schedule.steps) == SCHEDULES[name[-2:]]
+    per_gpu, whole = cfg.train.images_per_gpu, cfg.train.global_batch
+    assert (per_gpu, whole) == ((1, 8) if "c4_gn" in name else (2, 16))
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *ONE_LEVEL, *FROM_OTHERS, *DENSE])
 def test_a_recipe_is_headed_by_its_commands_and_what_to_expect(name: str) -> None:
     single, multi, expect, *_ = (CONFIGS / f"{name}.yaml").read_text().splitlines()
     assert parse(single.removeprefix("# gndet ").split()).config == f"configs/{name}.yaml"

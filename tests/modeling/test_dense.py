@@ -157,8 +157,15 @@ def test_the_pyramid_ends_with_the_sizes_of_strided_convolutions() -> None:
 
 
 def tiny(**dense: object) -> dict[str, Any]:
-    model = {"detector": "fcos", "masks": False, "dense": {"num_convs": 1, "anchor_sizes": [32, 64, 128, 256, 512], **dense}}
-    return {**CONFIG, "model": {"norm": CONFIG["model"]["norm"], "backbone": {"depth": 18}, "fpn": {"channels": 16}, **model}}
+    model = {
+        "detector": "fcos",
+        "masks": False,
+        "dense": {"num_convs": 1, "anchor_sizes": [32, 64, 128, 256, 512], **dense},
+    }
+    return {
+        **CONFIG,
+        "model": {"norm": CONFIG["model"]["norm"], "backbone": {"depth": 18}, "fpn": {"channels": 16}, **model},
+    }
 
 
 @pytest.mark.parametrize("assign", ["atss", "center"])
@@ -203,7 +210,13 @@ def test_the_number_is_part_of_a_run_which_evaluates_predicts_and_converts(tmp_p
 
 def test_retinanet_has_its_own_defaults_below_a_preset_and_the_config() -> None:
     plain = ModelConfig.model_validate({"detector": "retinanet", "masks": False}).dense
-    assert (plain.assign, plain.kinds, plain.quality, plain.box_weight, plain.positives) == ("iou", 9, "none", 1, "measure")
+    assert (plain.assign, plain.kinds, plain.quality, plain.box_weight, plain.positives) == (
+        "iou",
+        9,
+        "none",
+        1,
+        "measure",
+    )
     preset = {"detector": "retinanet", "masks": False, "compat": "torchvision", "dense": {"nms_threshold": 0.4}}
     mixed = ModelConfig.model_validate(preset).dense
     assert (mixed.anchors, mixed.positives, mixed.nms_threshold, mixed.assign) == ("rounded", "image", 0.4, "iou")
@@ -216,8 +229,14 @@ def test_retinanet_has_its_own_defaults_below_a_preset_and_the_config() -> None:
     [
         ({"detector": "fcos"}, "model: masks: detector: fcos finds boxes only; expected model.masks=false"),
         ({"detector": "fcos", "masks": False, "dense": {"scales": [1, 2]}}, "fcos has one anchor per cell"),
-        ({"detector": "fcos", "masks": False, "dense": {"box_loss": "l1"}}, "fcos has one anchor per cell and box_loss: giou"),
-        ({"detector": "retinanet", "masks": False, "dense": {"assign": "center"}}, "center needs one anchor per cell, got 9"),
+        (
+            {"detector": "fcos", "masks": False, "dense": {"box_loss": "l1"}},
+            "fcos has one anchor per cell and box_loss: giou",
+        ),
+        (
+            {"detector": "retinanet", "masks": False, "dense": {"assign": "center"}},
+            "center needs one anchor per cell, got 9",
+        ),
         ({"dense": {"scales": [1, 2, 3, 4, 5, 6], "aspect_ratios": [1, 2, 3]}}, "18 anchors per cell"),
         ({"dense": {"positives": 0}}, "positives: got 0; expected measure, image or a positive number"),
         ({"dense": {"positives": "batch"}}, "positives: got 'batch'; expected measure, image or a positive number"),

@@ -21,7 +21,7 @@ from gndet.modeling.rpn import RPN
 from gndet.toolbox.invariance.leaks import find_leaks
 from gndet.weights.convert import compare_with_original
 
-SIZES = [(96, 128), (128, 97), (65, 80)]
+SIZES = [(64, 96), (96, 65), (50, 64)]
 PER_GROUP = 16
 NECKS = ("c4", "dc5")
 
@@ -88,7 +88,7 @@ def test_the_heads_of_c4_compute_what_torchvision_computes_on_each_region_alone(
         torch.testing.assert_close(masks[region], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("at_once", [1, 7, 50])
+@pytest.mark.parametrize("at_once", [1, 20])
 def test_detection_does_not_depend_on_how_many_regions_res5_sees_at_once(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +244,7 @@ def test_a_dilated_convolution_that_reads_the_padding_is_found() -> None:
     assert [leak.coupling for leak in find_leaks(model, singles, make_batch(SIZES))] == ["padding"]
 
 
-@pytest.mark.parametrize("kind", ["gn", "frozen_bn"])
+@pytest.mark.parametrize("kind", ["gn", pytest.param("frozen_bn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("neck", NECKS)
 def test_every_memory_option_gives_the_same_losses_and_gradients(neck: str, kind: str) -> None:
     model, batch = one_level(neck, norm={"kind": kind, "channels_per_group": PER_GROUP}), make_batch(SIZES[:2])

@@ -31,7 +31,10 @@ runs_kernels = pytest.mark.skipif(
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the options of each detector, with masks and without, as far as its config allows them."""
+    """Yield the name and the options of each detector, with masks and without, as far as its config allows them.
+
+    And of Mask R-CNN on one level.
+    """
     for name, masks in product(DETECTORS, (True, False)):
         model = {"detector": name, "masks": masks, "dense": {"positives": 20}}
         try:
@@ -39,6 +42,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
         except ConfigError:
             continue
         yield f"{name}{'' if masks else '-boxes'}", model
+    for neck in ("c4", "dc5"):
+        yield f"mask_rcnn-{neck}", {"neck": neck, "backbone": {"depth": 50}}
 
 
 def each_detector(*, slowly: bool = False) -> pytest.MarkDecorator:

@@ -8,6 +8,7 @@ canvas, and sampling and normalizers on pyramids that were computed image by ima
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,12 +61,16 @@ def _on_canvas_of(batch: Batch, i: int) -> Batch:
 
 @contextmanager
 def _listening(model: nn.Module, note: Callable[[str, nn.Module, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call note with the name, module, first input and output of every leaf module that runs."""
+    """Call note with the name, module, first input and output of every leaf module that runs on a tensor."""
+
+    def heard(name: str, module: nn.Module, arguments: tuple[Any, ...], out: Any) -> None:
+        if isinstance(out, Tensor):  # not what only chooses among maps, like OneLevel
+            note(name, module, arguments[0], out)
+
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if not list(module.children()):
-                hook = module.register_forward_hook(lambda m, args, out, name=name: note(name, m, args[0], out))
-                hooks.enter_context(hook)
+                hooks.enter_context(module.register_forward_hook(partial(heard, name)))
         yield
 
 

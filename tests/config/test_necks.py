@@ -1,0 +1,51 @@
+"""What each neck allows: its defaults give way to what a config states, and what cannot be built is refused."""
+
+from typing import Any
+
+import pytest
+
+from gndet.config.loading import config_from_dict, with_overrides
+from gndet.config.schema import Config, ModelConfig
+from gndet.errors import ConfigError
+
+
+def test_a_neck_s_defaults_give_way_to_what_is_stated_and_to_another_neck() -> None:
+    c4 = with_overrides(Config(), ["model.neck=c4"], "test")
+    assert (c4.model.box_head.kind, c4.model.rpn.pre_nms_train, c4.model.mask_head.num_convs) == ("res5", 12_000, 0)
+    assert c4.model.parts == ("backbone", "rpn", "box_head", "mask_head")
+    assert c4.model.normed_parts == ("backbone", "rpn")
+    dc5 = with_overrides(c4, ["model.neck=dc5"], "test")
+    assert dc5 == with_overrides(Config(), ["model.neck=dc5"], "test")
+    assert dc5.model.box_head.kind == "2fc" and dc5.model.box_head.pool_size == 7
+    assert with_overrides(dc5, ["model.neck=fpn"], "test") == Config()
+    stated = ModelConfig.model_validate({"neck": "dc5", "rpn": {"pre_nms_test": 77}, "box_head": {"kind": "4conv1fc"}})
+    assert (stated.rpn.pre_nms_test, stated.rpn.post_nms_train, stated.box_head.kind) == (77, 2000, "4conv1fc")
+
+
+def test_a_toolkit_s_conventions_apply_beside_a_neck_s_defaults() -> None:
+    model = ModelConfig.model_validate({"neck": "c4", "compat": "detectron2"})
+    assert (model.box_head.sampling_ratio, model.mask_head.sampling_ratio, model.rpn.anchors_in_padding) == (0, 0, True)
+    assert (model.rpn.pre_nms_test, model.box_head.kind) == (6000, "res5")
+    assert config_from_dict({"model": model.model_dump(mode="json")}, "test").model == model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"rpn": {"anchor_sizes": [32, 64]}}, r"rpn\.anchor_sizes: 2 sizes; expected 5, one for each of P2 to P6"),
+        (
+            {"neck": "c4", "rpn": {"anchor_sizes": [8, 16, 32, 64, 128, 256]}},
+            "18 anchors per cell .* expected up to 16",
+        ),
+        ({"neck": "c4", "backbone": {"kind": "vgg", "depth": 16}}, "needs the stages of a resnet; got .*vgg"),
+        ({"neck": "dc5", "backbone": {"depth": 18}}, r"backbone\.depth from 50 on, got 18"),
+        ({"backbone": {"dilated_blocks": "after_first"}}, "after_first has an effect with neck: dc5 only"),
+        ({"box_head": {"kind": "res5"}}, "res5 does not fit neck: fpn; c4 has res5, and only c4"),
+        ({"neck": "c4", "box_head": {"kind": "2fc"}}, "2fc does not fit neck: c4"),
+        ({"neck": "c4", "box_head": {"pool_size": 8}}, r"mask_head\.pool_size: 14; expected that of box_head, 8"),
+        ({"neck": "c5"}, "model.neck"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(model: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict({"model": model}, "test")

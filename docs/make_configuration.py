@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gndet.config import schema
-from gndet.config.presets import PRESETS
+from gndet.config.presets import CASCADE_PRESETS, PRESETS
 
 PAGE = Path(__file__).parent / "configuration.md"
 OPENING = """# Configuration
@@ -44,6 +44,10 @@ PRESET_WORDS = """## Presets of model.compat
 `model.compat` takes the conventions of another toolkit as defaults. An option that the config states itself wins. An
 empty cell means gndet's own default.
 """
+CASCADE_WORDS = """
+`model.detector: cascade_rcnn` changes these defaults, also beneath a preset; the last column adds what
+`model.compat: mmdetection` means for a cascade:
+"""
 BOUNDS = {Ge: "≥ {.ge}", Gt: "> {.gt}", Le: "≤ {.le}", Lt: "< {.lt}"}  # the bound's attribute has the class's name
 
 
@@ -51,7 +55,9 @@ def page() -> str:
     """Return the text of docs/configuration.md."""
     comments = option_comments(Path(schema.__file__).read_text(encoding="utf-8"))
     sections = [table(path, section, comments) for path, section in walk(schema.Config, "", set())]
-    return "\n".join([OPENING, *sections, PRESET_WORDS, presets(), "\nNext: [training](training.md)."]) + "\n"
+    cascades = {"cascade_rcnn": CASCADE_PRESETS["gndet"], "and mmdetection": CASCADE_PRESETS["mmdetection"]}
+    tables = [PRESET_WORDS, presets(PRESETS), CASCADE_WORDS, presets(cascades)]
+    return "\n".join([OPENING, *sections, *tables, "\nNext: [training](training.md)."]) + "\n"
 
 
 def walk(section: type[BaseModel], path: str, seen: set[type[BaseModel]]) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -151,14 +157,16 @@ def option_comments(source: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def presets() -> str:
-    """Return the table of the presets: one row per option, one column per toolkit."""
-    options = sorted({(part, key) for preset in PRESETS.values() for part, keys in preset.items() for key in keys})
-    lines = [f"| option | gndet | {' | '.join(PRESETS)} |", "|---|---|" + "---|" * len(PRESETS)]
+def presets(named: dict[str, dict[str, Any]]) -> str:
+    """Return a table of presets by name: one row per option, one column per preset."""
+    options = sorted({(part, key) for preset in named.values() for part, keys in preset.items() for key in keys})
+    lines = [f"| option | gndet | {' | '.join(named)} |", "|---|---|" + "---|" * len(named)]
     for part, key in options:
         fields = section_of(schema.ModelConfig.model_fields[part]).model_fields
         own = default(fields[key])
-        cells = [f"`{yaml_value(preset[part][key])}`" if key in preset[part] else "" for preset in PRESETS.values()]
+        cells = [
+            f"`{yaml_value(preset[part][key])}`" if key in preset.get(part, {}) else "" for preset in named.values()
+        ]
         lines.append(f"| `model.{part}.{key}` | {own} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

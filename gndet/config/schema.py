@@ -268,11 +268,11 @@ class CascadeConfig(Section):
     """The stages of a Cascade R-CNN (detector: cascade_rcnn): box heads with the options of model.box_head."""
 
     # a region is positive from this IoU on, per stage; replaces box_head.positive_iou. Source: Cai & Vasconcelos
-    # 2018, 4.1
+    # 2018
     positive_iou: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.5, 0.6, 0.7), min_length=1, max_length=8)
     # scale of the deltas (dx, dy) and (dw, dh), per stage. Source: detectron2
     delta_weights: tuple[tuple[Positive, Positive], ...] = ((10.0, 5.0), (20.0, 10.0), (30.0, 15.0))
-    # weight of the losses, per stage (mmdetection: 1, 0.5, 0.25). Source: Cai & Vasconcelos 2018, equation 9
+    # weight of the losses, per stage (mmdetection: 1, 0.5, 0.25). Source: detectron2
     loss_weights: tuple[Positive, ...] = (1.0, 1.0, 1.0)
     # divide the gradient of the box heads' features by the number of stages (mmdetection: false). Source: detectron2
     scale_gradient: bool = True
@@ -312,7 +312,7 @@ class ModelConfig(Section):
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    # kind of model; task: classification sets classifier. Source: He et al. 2017; cascade_rcnn: Cai & Vasconcelos 2018
+    # kind of model; cascade_rcnn: Cai & Vasconcelos 2018; task: classification sets classifier. Source: He et al. 2017
     detector: Literal["mask_rcnn", "cascade_rcnn", "classifier"] = "mask_rcnn"
     neck: Literal["fpn"] = "fpn"  # turns the backbone's stages into levels. Source: Lin et al. 2017
     norm: NormConfig = NormConfig()

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gndet.config import schema
-from gndet.config.presets import NECKS, PRESETS
+from gndet.config.presets import CASCADE_PRESETS, NECKS, PRESETS
 
 PAGE = Path(__file__).parent / "configuration.md"
 OPENING = """# Configuration
@@ -49,6 +49,10 @@ NECK_WORDS = """## Defaults of model.neck
 Some options have another default with these necks. An option that the config states itself wins. An empty cell means
 the default of `fpn`.
 """
+CASCADE_WORDS = """
+`model.detector: cascade_rcnn` changes these defaults, also beneath a preset; the last column adds what
+`model.compat: mmdetection` means for a cascade:
+"""
 BOUNDS = {Ge: "≥ {.ge}", Gt: "> {.gt}", Le: "≤ {.le}", Lt: "< {.lt}"}  # the bound's attribute has the class's name
 
 
@@ -56,7 +60,11 @@ def page() -> str:
     """Return the text of docs/configuration.md."""
     comments = option_comments(Path(schema.__file__).read_text(encoding="utf-8"))
     sections = [table(path, section, comments) for path, section in walk(schema.Config, "", set())]
-    tables = [PRESET_WORDS, presets("gndet", PRESETS), "", NECK_WORDS, presets("fpn", NECKS)]
+    cascades = {"cascade_rcnn": CASCADE_PRESETS["gndet"], "and mmdetection": CASCADE_PRESETS["mmdetection"]}
+    tables = [
+        *(PRESET_WORDS, presets("gndet", PRESETS), CASCADE_WORDS, presets("gndet", cascades)),
+        *("", NECK_WORDS, presets("fpn", NECKS)),
+    ]
     return "\n".join([OPENING, *sections, *tables, "\nNext: [training](training.md)."]) + "\n"
 
 

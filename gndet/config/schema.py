@@ -397,11 +397,11 @@ class CascadeConfig(Section):
     """The stages of a Cascade R-CNN (detector: cascade_rcnn): box heads with the options of model.box_head."""
 
     # a region is positive from this IoU on, per stage; replaces box_head.positive_iou. Source: Cai & Vasconcelos
-    # 2018, 4.1
+    # 2018
     positive_iou: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.5, 0.6, 0.7), min_length=1, max_length=8)
     # scale of the deltas (dx, dy) and (dw, dh), per stage. Source: detectron2
     delta_weights: tuple[tuple[Positive, Positive], ...] = ((10.0, 5.0), (20.0, 10.0), (30.0, 15.0))
-    # weight of the losses, per stage (mmdetection: 1, 0.5, 0.25). Source: Cai & Vasconcelos 2018, equation 9
+    # weight of the losses, per stage (mmdetection: 1, 0.5, 0.25). Source: detectron2
     loss_weights: tuple[Positive, ...] = (1.0, 1.0, 1.0)
     # divide the gradient of the box heads' features by the number of stages (mmdetection: false). Source: detectron2
     scale_gradient: bool = True
@@ -441,8 +441,8 @@ class ModelConfig(Section):
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    # kind of model: mask_rcnn; cascade_rcnn (Cai & Vasconcelos 2018); fcos and retinanet, dense detectors of boxes (masks:
-    # false); classifier, which task sets. Source: He et al. 2017
+    # kind of model: mask_rcnn; cascade_rcnn (Cai & Vasconcelos 2018); fcos and retinanet, dense detectors of boxes
+    # (masks: false); classifier, which task sets. Source: He et al. 2017
     detector: Literal["mask_rcnn", "cascade_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
     # the levels that RPN and heads work on. fpn: P2 to P6; c4: res4's map, and res5 on each region; dc5: the map of
     # res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the last table.

@@ -32,20 +32,15 @@ from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *(
-        "backbone.kind",
-        "backbone.name",
-        "backbone.depth",
-        "backbone.width",
-        "backbone.cardinality",
-        "backbone.group_width",
-    ),
+    *("backbone.kind", "backbone.name", "backbone.depth", "backbone.stem", "backbone.width"),
+    *("backbone.cardinality", "backbone.group_width"),
     *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
+    ("backbone", "backbone.average_shortcuts"),
     ("backbone", "pixel_mean"),
     ("rpn", "rpn.aspect_ratios"),
     ("rpn", "rpn.anchors"),

@@ -16,6 +16,7 @@ from gndet.modeling.trained import model_without_memory, read_trained
 
 PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head", "classifier")  # parts that a file may hold
 STEM = "backbone.stem.conv.weight"
+DEEP_STEM = "backbone.stem.conv1.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1, "classifier.logits": 1}  # rows per class
 

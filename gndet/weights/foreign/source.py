@@ -22,7 +22,7 @@ from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names
 from gndet.weights.foreign.timm_files import from_timm
-from gndet.weights.read import BACKGROUND, CLASS_ROWS, STEM, Source, fused_parts
+from gndet.weights.read import BACKGROUND, CLASS_ROWS, DEEP_STEM, STEM, Source, fused_parts
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
@@ -117,7 +117,8 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     fused = fused_parts(state, parts)
     _drop_conv_biases(state, names, reader.path)
     if facts.bgr:
-        state[STEM] = state[STEM].flip(1)
+        stem = STEM if STEM in state else DEEP_STEM
+        state[stem] = state[stem].flip(1)
     num_classes = _order_classes(state, format, facts, cfg)
     classes, notes = _classes(num_classes, file, cfg)
     notes = [_assumptions(facts, model, parts, fused), *notes]
@@ -240,6 +241,7 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
     groups, width = model.backbone.cardinality, model.backbone.group_width
     words = [
         f"read as {facts.title}: ResNet-{model.backbone.depth}",
+        "deep stem" if model.backbone.stem == "deep" else "",
         f"cardinality {groups}, group width {width}" if (groups, width) != (1, 64) else "",
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
         "BGR, converted to RGB in the stem" if facts.bgr else "RGB",

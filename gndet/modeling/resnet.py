@@ -157,7 +157,8 @@ class ResNet(nn.Module):
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
-        self.frozen = [self.stem, *self.stages()][:freeze_at]
+        parts: list[nn.Module] = [self.stem, *self.stages()]
+        self.frozen = parts[:freeze_at]
         for part in self.frozen:
             part.requires_grad_(False)
         self.train(self.training)

@@ -153,6 +153,11 @@ class BackboneConfig(Section):
     cardinality: int = Field(1, ge=1, le=1024)
     # width of such a group in res2 [channels]; with ResNeXt 32x4d, 4. Source: Xie et al. 2017, table 1
     group_width: int = Field(64, ge=1, le=1024)
+    # resnet: one 7x7 convolution, or three 3x3 (ResNet-D). Source: He et al. 2019, "Bag of Tricks", section 4
+    stem: Literal["plain", "deep"] = "plain"
+    # resnet: shortcuts that halve a map average 2x2 cells before their 1x1 convolution (ResNet-D).
+    # Source: He et al. 2019, "Bag of Tricks", section 4
+    average_shortcuts: bool = False
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
     # put a bottleneck's stride in its first 1x1 convolution, as MSRA's BN weights do, not in its 3x3
     stride_in_1x1: bool = False
@@ -168,7 +173,7 @@ class BackboneConfig(Section):
     def _timm_is_named(self) -> "BackboneConfig":
         if (self.kind == "timm") != bool(self.name):
             raise ValueError(f"name: {self.name!r}; kind: timm needs the name of a network in timm, other kinds none")
-        own = ("depth", "width", "cardinality", "group_width", "stride_in_1x1")
+        own = ("depth", "width", "cardinality", "group_width", "stem", "average_shortcuts", "stride_in_1x1")
         changed = [key for key in own if getattr(self, key) != BackboneConfig.model_fields[key].default]
         if self.kind == "timm" and changed:
             raise ValueError(f"{changed[0]}: kind: timm has no such option; its name says which network it is")
@@ -188,6 +193,8 @@ class BackboneConfig(Section):
             raise ValueError(f"depth: {self.depth}; vgg has depth 16, and resnet 18, 34, 50, 101 or 152")
         if self.depth < 50 and (self.cardinality, self.group_width) != (1, 64):
             raise ValueError("cardinality and group_width are of bottlenecks, which resnet has from depth 50 on")
+        if self.kind == "vgg" and (self.stem != "plain" or self.average_shortcuts):
+            raise ValueError("stem and average_shortcuts are of resnet")
         if self.kind == "vgg" and self.width != 1:
             raise ValueError(f"width: {self.width:g}; vgg has its usual channels only")
         return self

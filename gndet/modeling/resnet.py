@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from gndet.config.schema import BackboneConfig, NormConfig
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, choose_ways, conv_factory, initialize
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, below_all, clear_padding
+from gndet.modeling.pooling import Window, average_pool
 from gndet.modeling.recompute import recomputed, tower
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
 STRIDES = (4, 8, 16, 32)  # of C2..C5
 REGION = 7  # cells along a side of a region in res5
+HALVES = Window((2, 2), (2, 2), (0, 0))
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -28,11 +30,14 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int, conv: ConvFactory) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, conv: ConvFactory, averages: bool = False
+    ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
         self.conv2 = conv(channels, channels, 3, relu=False, adds=True)
-        self.shortcut = _shortcut(in_channels, channels, stride, conv)
+        self.averages = averages and stride > 1
+        self.shortcut = _shortcut(in_channels, channels, 1 if averages else stride, conv)
 
     @property
     def last(self) -> ConvNorm:
@@ -41,7 +46,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
         """Map x (B, C, H, W) to (B, channels, H/stride, W/stride); area_in, area: of x and of the result."""
-        shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
+        shortcut = _run_shortcut(self, x, area_in, area)
         return tower([self.conv1, self.conv2], x, [area, area], shortcut)
 
 
@@ -52,7 +57,7 @@ class Bottleneck(nn.Module):
 
     def __init__(
         self, in_channels: int, channels: int, stride: int, conv: ConvFactory, stride_in_1x1: bool = False,
-        cardinality: int = 1, group_width: int = 64, dilation: int = 1,
+        cardinality: int = 1, group_width: int = 64, dilation: int = 1, averages: bool = False,
     ) -> None:  # fmt: skip
         """cardinality, group_width: groups of the 3x3, and their width where channels are 64 (ResNeXt 32x4d: 32, 4).
 
@@ -65,7 +70,8 @@ class Bottleneck(nn.Module):
         stride_in_3x3 = 1 if stride_in_1x1 else stride
         self.conv2 = conv(width, width, 3, stride=stride_in_3x3, groups=cardinality, dilation=dilation)
         self.conv3 = conv(width, channels * 4, 1, relu=False, adds=True)
-        self.shortcut = _shortcut(in_channels, channels * 4, stride, conv)
+        self.averages = averages and stride > 1
+        self.shortcut = _shortcut(in_channels, channels * 4, 1 if averages else stride, conv)
 
     @property
     def last(self) -> ConvNorm:
@@ -74,7 +80,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
         """Map x (B, C, H, W) to (B, 4 * channels, H/stride, W/stride); area_in, area: of x and of the result."""
-        shortcut = x if self.shortcut is None else tower([self.shortcut], x, [area])
+        shortcut = _run_shortcut(self, x, area_in, area)
         first = area if self.stride_in_1x1 else area_in
         return tower([self.conv1, self.conv2, self.conv3], x, [first, area, area], shortcut)
 
@@ -83,6 +89,32 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactor
     if stride == 1 and in_channels == out_channels:
         return None
     return conv(in_channels, out_channels, 1, stride=stride, relu=False)
+
+
+def _run_shortcut(
+    block: "BasicBlock | Bottleneck", x: Tensor, area_in: ValidArea | None, area: ValidArea | None
+) -> Tensor:
+    """Return what a block adds to its result; a ResNet-D's averages see the cells of the pictures alone."""
+    if block.shortcut is None:
+        return x
+    if block.averages:
+        masked = getattr(block.shortcut.norm, "masked", False)
+        x = average_pool(x, HALVES, *((area_in, area) if masked else (None, None)))
+    return tower([block.shortcut], x, [area])
+
+
+class DeepStem(nn.Module):
+    """Three 3x3 convolutions instead of one 7x7 (He et al. 2019, "Bag of Tricks", section 4)."""
+
+    def __init__(self, width: int, conv: ConvFactory) -> None:
+        super().__init__()
+        self.conv1 = conv(3, width // 2, 3, stride=2)
+        self.conv2 = conv(width // 2, width // 2, 3)
+        self.conv3 = conv(width // 2, width, 3)
+
+    def forward(self, x: Tensor, area: ValidArea | None) -> Tensor:
+        """Map x (B, 3, H, W) to (B, width, H/2, W/2); area: of the result."""
+        return tower([self.conv1, self.conv2, self.conv3], x, [area] * 3)
 
 
 class ResNet(nn.Module):
@@ -103,11 +135,11 @@ class ResNet(nn.Module):
         bottleneck = partial(
             Bottleneck, stride_in_1x1=cfg.stride_in_1x1, cardinality=cfg.cardinality, group_width=cfg.group_width
         )
-        block = BasicBlock if cfg.depth < 50 else bottleneck
+        block = partial(BasicBlock if cfg.depth < 50 else bottleneck, averages=cfg.average_shortcuts)
         expansion = BasicBlock.expansion if cfg.depth < 50 else Bottleneck.expansion
         conv = conv_factory(norm)
         in_channels = width = round(WIDTH * cfg.width)
-        self.stem = conv(3, width, 7, stride=2)
+        self.stem = DeepStem(width, conv) if cfg.stem == "deep" else conv(3, width, 7, stride=2)
         channels = [width * 2**i * expansion for i in range(4)]
         self.strides: tuple[int, ...] = STRIDES
         for i, count in enumerate(BLOCKS[cfg.depth]):
@@ -167,7 +199,8 @@ class ResNet(nn.Module):
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
-        self.frozen = [self.stem, *self.stages()][:freeze_at]
+        parts: list[nn.Module] = [self.stem, *self.stages()]
+        self.frozen = parts[:freeze_at]
         for part in self.frozen:
             part.requires_grad_(False)
         self.train(self.training)

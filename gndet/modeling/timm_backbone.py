@@ -43,7 +43,10 @@ def timm_network(name: str) -> nn.Module:
     if not NAME.fullmatch(name) or not timm.is_model(name):
         near = timm.list_models(f"{name.partition('_')[0]}*")[:6] if NAME.fullmatch(name) else []
         raise ConfigError(f"name: timm has no network {name!r}{'; near it: ' * bool(near)}{', '.join(near)}")
-    network: nn.Module = timm.create_model(name, pretrained=False)
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=False)
+    except RuntimeError as error:  # no such weights: what follows the dot of the name
+        raise ConfigError(f"name: timm has no network {name!r}: {error}") from None
     return network
 
 

@@ -23,7 +23,7 @@ from gndet.modeling.pooling import Window, average_pool, global_mean, max_pool
 
 SIDES = (96, 160)  # of the picture [pixels]; no height of its maps at any stride is one of their widths
 STRIDES = (1, 2, 4, 8, 16, 32)
-PLACES = {(SIDES[0] // stride, SIDES[1] // stride): stride for stride in STRIDES}
+PLACES: dict[tuple[int, ...], int] = {(SIDES[0] // stride, SIDES[1] // stride): stride for stride in STRIDES}
 # what maps zeros to zeros cell by cell: functions and methods
 ZERO_KEEPING: set[Any] = {
     F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.dropout, torch.relu,

@@ -33,7 +33,7 @@ from gndet.weights.read import STEM, Source, class_rows, has_background, read_so
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
 SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("detector", "neck", "backbone.kind", "backbone.name", "backbone.depth", "backbone.width"),
+    *("detector", "neck", "backbone.kind", "backbone.name", "backbone.depth", "backbone.stem", "backbone.width"),
     *("backbone.cardinality", "backbone.group_width", "fpn.channels", "fpn.p6"),
     *("rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
@@ -43,6 +43,7 @@ SHAPING = (  # options of `model` that decide the shapes; an error about shapes 
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
+    ("backbone", "backbone.average_shortcuts"),
     ("backbone", "pixel_mean"),
     ("rpn", "neck"),
     ("rpn", "backbone.dilated_blocks"),

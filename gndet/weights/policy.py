@@ -37,7 +37,7 @@ def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig
     file_norms, model_norms = source.model.part_norms(), model.part_norms()
     used = [part for part in source.parts if part in source.model.normed_parts and part in model.normed_parts]
     if model.backbone.kind == "timm" and norm_of(model.backbone.name) is None:  # its LayerNorms stay
-        used.remove("backbone")
+        used = [part for part in used if part != "backbone"]
     pairs = {part: (file_norms[part], model_norms[part]) for part in used}
     return {
         part: (file_norm, model_norm)

@@ -17,6 +17,7 @@ from gndet.modeling.trained import model_without_memory, read_trained
 
 PARTS = ("backbone", "fpn", "rpn", "box_head", "mask_head", "dense", "classifier")  # parts that a file may hold
 STEM = "backbone.stem.conv.weight"
+DEEP_STEM = "backbone.stem.conv1.conv.weight"
 BACKGROUND = "box_head.cls_score"  # this layer has a row for the background
 CLASS_ROWS = {BACKGROUND: 1, "box_head.bbox_pred": 4, "mask_head.logits": 1, "classifier.logits": 1}  # rows per class
 DENSE = "dense.cls_logits"  # this layer has a row per class and anchor of a cell

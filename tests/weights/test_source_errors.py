@@ -107,7 +107,6 @@ def odd_files() -> dict[str, tuple[dict[str, Tensor], str]]:
         "mmdetection C4": ({"backbone.layer1.0.bn1.bias": bias, "roi_head.shared_head.layer4.0.bn1.bias": bias}, "C4"),
         "mmdetection 1": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.fc_cls.weight": bias}, "mmdetection 1"),
         "RetinaNet": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.retina_cls.weight": bias}, "one-stage"),
-        "deep stem": ({"conv1.0.weight": conv, "layer1.0.conv1.weight": conv}, "deep stem"),
     }  # fmt: skip
 
 

@@ -119,6 +119,12 @@ def maskrcnn_benchmark(state: Tensors, norm: str, box: str) -> dict[str, Any]:
     return {"model": {f"module.{key}": value for key, value in tensors.items()}, "iteration": 90000}
 
 
+def resnext(backbone: str, heads: str) -> ModelConfig:
+    """Return the config of a ResNeXt-50 32x4d Mask R-CNN; backbone and heads: the kinds of their norms."""
+    wide = BackboneConfig(cardinality=32, group_width=4, norm=NormConfig(kind=backbone))
+    return detector(backbone, heads).model_copy(update={"backbone": wide})
+
+
 class Case(NamedTuple):
     """A kind of file, and what reading it must give."""
 
@@ -135,7 +141,6 @@ class Case(NamedTuple):
 
 
 BACKBONE = {"parts": ("backbone",)}
-RESNEXT = BackboneConfig(cardinality=32, group_width=4, norm=NormConfig(kind="gn"))
 CASES = {
     "torchvision, old names": Case(
         "torchvision", lambda state, norm, box: old_torchvision(named(state, "torchvision", norm, box)),
@@ -166,19 +171,13 @@ CASES = {
         "detectron", detectron2_msra, detector("frozen_bn", "none"), IMAGENET, "detectron2", stride_in_1x1=True,
         unused=2, suffix=".pkl", **BACKBONE,
     ),
-    "mmdetection ResNeXt": Case(
-        "mmdetection", lambda state, norm, box: {"meta": {"config": "style='pytorch'"}, "state_dict":
-            named(state, "mmdetection", norm, box)}, detector("gn", "gn", backbone=RESNEXT), RGB, "mmdetection",
-    ),
+    "mmdetection ResNeXt": Case("mmdetection", mmdetection, resnext("gn", "gn"), IMAGENET, "mmdetection"),
     "backbone of mmdetection": Case(
         "resnet", lambda state, norm, box: {
             re.sub(r"(^|\.)bn(\d)", r"\1gn\2", key): value for key, value in named(state, "resnet").items()
         }, detector("gn", "gn"), RGB, "gndet", **BACKBONE,
     ),
-    "detectron2 ResNeXt": Case(
-        "detectron2", lambda state, norm, box: detectron2(state, norm, box), detector("bn", "none", "2fc",
-            backbone=RESNEXT.model_copy(update={"norm": NormConfig(kind="bn")})), RGB, "detectron2", unused=5,
-    ),
+    "detectron2 ResNeXt": Case("detectron2", detectron2, resnext("bn", "none"), RGB, "detectron2", unused=5),
     "Detectron": Case(
         "detectron", detectron, detector("frozen_bn", "none", "2fc"), CAFFE, "detectron", 0.0, stride_in_1x1=True,
         unused=2, suffix=".pkl",

@@ -121,12 +121,13 @@ def test_pictures_are_prepared_as_the_network_expects_or_it_is_refused(tmp_path:
         initial_model(cfg, ("a",))
 
 
-@pytest.mark.parametrize("name", ["resnet50_gn", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet50_gn", "resnext50_32x4d", "resnet18d", "resnet50d"])
 def test_gndets_own_resnet_computes_timms_maps(tmp_path: Path, name: str) -> None:
     net = network(name)
     source = read_source(saved(tmp_path, net), SourceConfig())
     is_wide = name.startswith("resnext")
     assert (source.model.backbone.cardinality, source.model.backbone.group_width) == ((32, 4) if is_wide else (1, 64))
+    assert (source.model.backbone.stem == "deep") == source.model.backbone.average_shortcuts == name.endswith("d")
     backbone = ResNet(source.model.backbone, source.model.part_norms()["backbone"])
     backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in source.state.items()})
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)

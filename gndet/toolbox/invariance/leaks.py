@@ -89,8 +89,8 @@ def _first_difference(model: nn.Module, small: Trace, large: Trace, row: int) ->
     Returns its description and the relative difference; None if no module differs.
     """
     for (name, expected), (_, got) in zip(small, large, strict=True):
-        inside = tuple(map(slice, expected.shape[1:]))  # maps (B, C, H, W), and timm's (B, H, W, C)
-        difference = relative(got[(row, *inside)], expected[0])
+        inside: tuple[Any, ...] = tuple(map(slice, expected.shape[1:]))  # maps (B, C, H, W), and timm's (B, H, W, C)
+        difference = relative(got[row][inside], expected[0])
         if difference > TOLERANCE:
             return described(model, name), difference
     return None

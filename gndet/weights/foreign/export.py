@@ -88,6 +88,8 @@ def _refuse(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> None:
         raise ConfigError(
             f"model.backbone: {cfg.backbone.kind}, width {cfg.backbone.width:g}; {toolkit} has other ResNets"
         )
+    if cfg.backbone.stem != "plain" or cfg.backbone.average_shortcuts:
+        raise ConfigError(f"model.backbone: a deep stem or average_shortcuts; gndet writes no ResNet-D for {toolkit}")
     if toolkit == "torchvision" and cfg.backbone.stride_in_1x1:
         raise ConfigError("model.backbone.stride_in_1x1: torchvision has the stride in the 3x3 only")
     if "box_head" in parts and norms["box_head"].kind != "none" and not cfg.box_head.norm_last:

@@ -143,8 +143,6 @@ def _unsupported(tensors: dict[str, Tensor]) -> str:
             "a model of mmdetection 1 or a one-stage detector (bbox_head at the top); gndet reads the two-stage "
             "detectors of mmdetection 2 and later (roi_head.bbox_head)"
         )
-    if has("conv1.0.weight") or has("backbone.stem.0."):
-        return "a ResNet with a deep stem (three 3x3 convolutions, like resnet50d); gndet has only the 7x7 stem"
     return ""
 
 
@@ -237,12 +235,15 @@ class Reader:
 
 def infer_config(reader: Reader, facts: Facts, cfg: SourceConfig, name: str) -> tuple[ModelConfig, tuple[str, ...]]:
     """Return the config of the model that fits a file's tensors, and the parts that the file holds."""
-    depth, backbone_norm = _depth(reader), reader.norm("stem")
+    is_deep = reader.weight("deep_stem", c=0) is not None
+    depth, backbone_norm = _depth(reader), reader.norm("deep_stem", c=0, d=1) if is_deep else reader.norm("stem")
     neck = {"c4": "c4", "dc5": "dc5"}.get(reader.format.partition("_")[2], "fpn")
     in_1x1 = facts.gn_msra if backbone_norm == "gn" else facts.msra
     tree: dict[str, Any] = {
         "backbone": {"depth": depth, "stride_in_1x1": depth >= 50 and in_1x1, "norm": backbone_norm}
     }
+    average = reader.weight("average_shortcut", s=3, t=2, i=0, owner="backbone")  # elsewhere a norm has this name
+    tree["backbone"] |= {"stem": "deep" if is_deep else "plain", "average_shortcuts": getattr(average, "ndim", 0) == 4}
     middle = reader.weight("block", s=2, t=1, i=0, k=2, abc="b", owner="backbone")
     if depth >= 50 and middle is not None:  # (width, width / cardinality, 3, 3)
         per_group = middle.shape[1]

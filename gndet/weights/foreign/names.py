@@ -44,6 +44,9 @@ def _resnet(prefix: str, stem: str = "", norm: str = "bn") -> dict[str, ConvName
         "stem": ConvNames(f"{prefix}{stem}conv1", f"{prefix}{stem}{norm}1"),
         "block": ConvNames(f"{block}conv{{k}}", f"{block}{norm}{{k}}"),
         "shortcut": ConvNames(f"{block}downsample.0", f"{block}downsample.1"),
+        "average_shortcut": ConvNames(f"{block}downsample.1", f"{block}downsample.2"),
+        "deep_stem": ConvNames(f"{prefix}conv1.{{c}}", f"{prefix}conv1.{{d}}"),
+        "deep_stem_end": ConvNames(f"{prefix}conv1.6", f"{prefix}{norm}1"),
     }
 
 
@@ -92,6 +95,8 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
     },
     "mmdetection": {
         **_resnet("backbone.", norm="{norm}"),
+        "deep_stem": ConvNames("backbone.stem.{c}", "backbone.stem.{d}"),
+        "deep_stem_end": ConvNames("backbone.stem.6", "backbone.stem.7"),
         "lateral": _module("neck.lateral_convs.{l}"), "output": _module("neck.fpn_convs.{l}"),
         "rpn": ConvNames("rpn_head.rpn_conv", ""), "rpn_many": _module("rpn_head.rpn_conv.{n}"),
         "objectness": "rpn_head.rpn_cls", "deltas": "rpn_head.rpn_reg",
@@ -200,12 +205,18 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
     """Yield each layer of a model: its part, gndet's name, its name in `names`, and the values of the placeholders."""
     depth = cfg.backbone.depth
     yield "classifier", "logits", "class_logits", {}
-    yield "backbone", "stem", "stem", {}
+    if cfg.backbone.stem == "deep":
+        for k in (1, 2):
+            yield "backbone", f"stem.conv{k}", "deep_stem", {"c": 3 * k - 3, "d": 3 * k - 2}
+        yield "backbone", "stem.conv3", "deep_stem_end", {}
+    else:
+        yield "backbone", "stem", "stem", {}
     for s, count in zip(STAGES, BLOCKS[depth], strict=True):
         for i, k in itertools.product(range(count), (1, 2, 3) if depth >= 50 else (1, 2)):
             numbers = {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1], "owner": stage_owner(s)}
             if i == 0 and k == 1 and (s > 2 or depth >= 50):
-                yield "backbone", f"res{s}.{i}.shortcut", "shortcut", numbers
+                name = "average_shortcut" if cfg.backbone.average_shortcuts else "shortcut"
+                yield "backbone", f"res{s}.{i}.shortcut", name, numbers
             yield "backbone", f"res{s}.{i}.conv{k}", "block", numbers
     levels = list(zip(STAGES, BLOCKS[depth], strict=True))[cfg.is_dense :]
     for number, (level, count) in enumerate(levels):

@@ -23,7 +23,7 @@ from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
 from gndet.weights.foreign.names import file_key, layer_names, toolkit_of
 from gndet.weights.foreign.timm_files import from_timm
-from gndet.weights.read import STEM, Source, class_rows, fused_parts, has_background
+from gndet.weights.read import DEEP_STEM, STEM, Source, class_rows, fused_parts, has_background
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
@@ -119,7 +119,8 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     _drop_conv_biases(state, names, reader.path, model)
     dense_rows.from_file(state, model.dense, format)
     if facts.bgr:
-        state[STEM] = state[STEM].flip(1)
+        stem = STEM if STEM in state else DEEP_STEM
+        state[stem] = state[stem].flip(1)
     if toolkit_of(format) == "detectron" and model.neck != "fpn":
         _order_anchors(state, len(model.rpn.aspect_ratios))
     num_classes = _order_classes(state, format, facts, cfg, model)
@@ -255,6 +256,7 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
     groups, width = model.backbone.cardinality, model.backbone.group_width
     words = [
         f"read as {facts.title}: ResNet-{model.backbone.depth}",
+        "deep stem" if model.backbone.stem == "deep" else "",
         f"cardinality {groups}, group width {width}" if (groups, width) != (1, 64) else "",
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
         "BGR, converted to RGB in the stem" if facts.bgr else "RGB",

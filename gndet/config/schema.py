@@ -266,9 +266,9 @@ class MaskHeadConfig(Section):
 
 
 class DenseConfig(Section):
-    """Head of the dense detectors FCOS (Tian et al. 2019), with ATSS (Zhang et al. 2020), and RetinaNet (Lin et al. 2017).
+    """Head of the dense detectors: FCOS (Tian et al. 2019), with ATSS (Zhang et al. 2020), and RetinaNet.
 
-    Where RetinaNet has another default, the option names it.
+    Where RetinaNet (Lin et al. 2017, "Focal Loss") has another default, the option names it.
     """
 
     num_convs: int = Field(4, ge=1, le=32)  # convolutions of each of the two towers. Source: Lin et al. 2017, section 4
@@ -308,7 +308,8 @@ class DenseConfig(Section):
     box_loss: Literal["giou", "l1"] = "giou"
     # weight of the box loss; retinanet: 1 (FCOS, torchvision, detectron2: 1). Source: Zhang et al. 2020 (code)
     box_weight: float = Field(2.0, gt=0)
-    # weigh the box losses of an image's positives by their centerness; retinanet: false. Source: Tian et al. 2019 (code)
+    # weigh the box losses of an image's positives by their centerness; retinanet: false.
+    # Source: Tian et al. 2019 (code)
     weigh_by_centerness: bool = True
     # what an image's losses are divided by. measure: the mean number of positives per image of data.train, found when
     # the run starts; a number: that mean; image: the image's own number (torchvision's RetinaNet)
@@ -365,7 +366,7 @@ class ModelConfig(Section):
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
-    # kind of model: mask_rcnn; fcos and retinanet, dense detectors of boxes (masks: false); classifier, which task sets.
+    # kind of model: mask_rcnn; fcos and retinanet, dense detectors of boxes (masks: false); classifier (task sets it).
     # Source: He et al. 2017
     detector: Literal["mask_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
     neck: Literal["fpn"] = "fpn"  # turns the backbone's stages into levels. Source: Lin et al. 2017
@@ -398,8 +399,8 @@ class ModelConfig(Section):
             raise ValueError(f"masks: detector: {self.detector} finds boxes only; expected model.masks=false")
         if self.detector == "fcos" and (self.dense.kinds > 1 or self.dense.box_loss == "l1"):
             raise ValueError(
-                f"dense: fcos has one anchor per cell and box_loss: giou, got {self.dense.kinds} (scales x aspect_ratios) "
-                f"and {self.dense.box_loss}; detector: retinanet takes others"
+                "dense: fcos has one anchor per cell and box_loss: giou, got "
+                f"{self.dense.kinds} (scales x aspect_ratios) and {self.dense.box_loss}; retinanet takes others"
             )
         return self
 

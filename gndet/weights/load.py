@@ -37,7 +37,8 @@ SHAPING = (  # options of `model` that decide the shapes; an error about shapes 
     *("fpn.channels", "rpn.num_convs", "rpn.aspect_ratios", "classifier.fc_channels", "classifier.pool_size"),
     *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
     *("mask_head.num_convs", "mask_head.channels"),
-    *("detector", "fpn.p6", "dense.num_convs", "dense.conv_bias", "dense.scales", "dense.aspect_ratios", "dense.quality"),
+    *("detector", "fpn.p6", "dense.num_convs", "dense.conv_bias", "dense.scales", "dense.aspect_ratios"),
+    "dense.quality",
 )
 CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
     ("backbone", "backbone.stride_in_1x1"),
@@ -76,8 +77,9 @@ def initial_model(
     """Build the model that training starts with: initialized from cfg.seed, then, if load, from train.weights.
 
     classes: in the order of the labels.  images: training images, to fit on (norm_policy: calibrate), to measure any
-    conversion on, and to count the positives of a dense detector (model.dense.positives: measure).  source: the content of train.weights, if it has been read already.  measure: False to skip fitting
-    and measuring, if rank 0 does both and broadcasts the weights, or if only the layers matter.
+    conversion on, and to count the positives of a dense detector (model.dense.positives: measure).  source: the content
+    of train.weights, if it has been read already.  measure: False to skip fitting and measuring, if rank 0 does both
+    and broadcasts the weights, or if only the layers matter.
     Raises ConfigError (also for frozen random stages), CheckpointError, DataError; never returns a half-loaded model.
     """
     if cfg.model.backbone.freeze_at and not cfg.train.weights:

@@ -149,8 +149,8 @@ def _refuse_unknown(reader: Reader, unused: list[str]) -> None:
         named = ", ".join(f"{key} {list(reader.tensors[key].shape)}" for key in strange[:MAX_NAMED])
         raise CheckpointError(
             f"{reader.path}: {len(strange)} tensors of parts that gndet reads have no place in its model: {named}; "
-            "expected a plain ResNet-FPN Faster or Mask R-CNN, RetinaNet or FCOS; likely cause: a variant (deformable convolutions, "
-            "squeeze-and-excitation, another pyramid or head)"
+            "expected a plain ResNet-FPN Faster or Mask R-CNN, RetinaNet or FCOS; likely cause: a variant (deformable "
+            "convolutions, squeeze-and-excitation, another pyramid or head)"
         )
 
 
@@ -172,9 +172,7 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
-def _order_classes(
-    state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig
-) -> int:
+def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig) -> int:
     """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
     rows = {layer: class_rows(layer, model) for layer in (*CLASS_ROWS, DENSE)}
     counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items() if f"{layer}.weight" in state}
@@ -252,10 +250,12 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
         f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
         f"{model.detector} with {model.dense.kinds} anchor(s) per cell, P6 from {model.fpn.p6.upper()}"
-        if "dense" in parts else "",
+        if "dense" in parts
+        else "",
         "box deltas by class, fc over (C, H, W)" if detects else "",
         ("background row left out" if "dense" in parts else "background row moved from first to last")
-        if facts.background_first else "",
+        if facts.background_first
+        else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]
     return ", ".join(filter(None, words))

@@ -469,13 +469,13 @@ class ModelConfig(Section):
                 return f"{key}.kind: {norms[part].kind} takes its statistics over all images that are computed at once"
             if not norms[part].masked and part in ("backbone", "fpn", "rpn", "dense"):
                 return f"{key}.padding: plain includes the padding around a picture, which depends on its batch"
-        part = next((part for part in ("rpn", "dense") if part in self.parts), None)
-        if part is None:
-            return None
-        if getattr(self, part).anchors_in_padding:
-            return f"model.{part}.anchors_in_padding: true places anchors in the padding, which depends on the batch"
-        if getattr(self, part).anchor_stride == "canvas":
-            return f"model.{part}.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
+        for part in [part for part in ("rpn", "dense") if part in self.parts]:
+            if getattr(self, part).anchors_in_padding:
+                return (
+                    f"model.{part}.anchors_in_padding: true places anchors in the padding, of which its batch decides"
+                )
+            if getattr(self, part).anchor_stride == "canvas":
+                return f"model.{part}.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
         return None
 
 

@@ -319,9 +319,9 @@ class MaskHeadConfig(Section):
 
 
 class DenseConfig(Section):
-    """Head of the dense detectors FCOS (Tian et al. 2019), with ATSS (Zhang et al. 2020), and RetinaNet (Lin et al. 2017).
+    """Head of the dense detectors: FCOS (Tian et al. 2019), with ATSS (Zhang et al. 2020), and RetinaNet.
 
-    Where RetinaNet has another default, the option names it.
+    Where RetinaNet (Lin et al. 2017, "Focal Loss") has another default, the option names it.
     """
 
     num_convs: int = Field(4, ge=1, le=32)  # convolutions of each of the two towers. Source: Lin et al. 2017, section 4
@@ -361,7 +361,8 @@ class DenseConfig(Section):
     box_loss: Literal["giou", "l1"] = "giou"
     # weight of the box loss; retinanet: 1 (FCOS, torchvision, detectron2: 1). Source: Zhang et al. 2020 (code)
     box_weight: float = Field(2.0, gt=0)
-    # weigh the box losses of an image's positives by their centerness; retinanet: false. Source: Tian et al. 2019 (code)
+    # weigh the box losses of an image's positives by their centerness; retinanet: false.
+    # Source: Tian et al. 2019 (code)
     weigh_by_centerness: bool = True
     # what an image's losses are divided by. measure: the mean number of positives per image of data.train, found when
     # the run starts; a number: that mean; image: the image's own number (torchvision's RetinaNet)
@@ -449,7 +450,7 @@ class ModelConfig(Section):
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
     # kind of model: mask_rcnn; cascade_rcnn (Cai & Vasconcelos 2018); fcos and retinanet, dense detectors of boxes
-    # (masks: false); classifier, which task sets. Source: He et al. 2017
+    # (masks: false); classifier (task sets it). Source: He et al. 2017
     detector: Literal["mask_rcnn", "cascade_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
     # the levels that RPN and heads work on. fpn: P2 to P6; c4: res4's map, and res5 on each region; dc5: the map of
     # res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the last table.
@@ -504,8 +505,8 @@ class ModelConfig(Section):
             raise ValueError(f"neck: {self.neck}; detector: {self.detector} works on the levels of fpn only")
         if self.detector == "fcos" and (self.dense.kinds > 1 or self.dense.box_loss == "l1"):
             raise ValueError(
-                f"dense: fcos has one anchor per cell and box_loss: giou, got {self.dense.kinds} (scales x aspect_ratios) "
-                f"and {self.dense.box_loss}; detector: retinanet takes others"
+                "dense: fcos has one anchor per cell and box_loss: giou, got "
+                f"{self.dense.kinds} (scales x aspect_ratios) and {self.dense.box_loss}; retinanet takes others"
             )
         return self
 
@@ -611,13 +612,13 @@ class ModelConfig(Section):
                 return f"{key}.kind: {norms[part].kind} takes its statistics over all images that are computed at once"
             if not norms[part].masked and part in ("backbone", "fpn", "rpn", "dense"):
                 return f"{key}.padding: plain includes the padding around a picture, which depends on its batch"
-        part = next((part for part in ("rpn", "dense") if part in self.parts), None)
-        if part is None:
-            return None
-        if getattr(self, part).anchors_in_padding:
-            return f"model.{part}.anchors_in_padding: true places anchors in the padding, which depends on the batch"
-        if getattr(self, part).anchor_stride == "canvas":
-            return f"model.{part}.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
+        for part in [part for part in ("rpn", "dense") if part in self.parts]:
+            if getattr(self, part).anchors_in_padding:
+                return (
+                    f"model.{part}.anchors_in_padding: true places anchors in the padding, of which its batch decides"
+                )
+            if getattr(self, part).anchor_stride == "canvas":
+                return f"model.{part}.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
         return None
 
 

@@ -57,8 +57,8 @@ def pyramid_anchors(
     """Return the anchors of maps L x (B, C, H, W).
 
     cells (L, A, 4): the anchors of each level's first cell; areas: of the pictures, by stride; canvas (height, width).
-    in_padding: anchors in the padding count as inside.  by_canvas: space them by canvas side // map side, as torchvision
-    does, which is not the stride if the stride does not divide the canvas.
+    in_padding: anchors in the padding count as inside.  by_canvas: space them by canvas side // map side, as
+    torchvision does, which is not the stride if the stride does not divide the canvas.
     """
     anchors = Anchors([], [], [])
     for level, (feature, stride) in enumerate(zip(features, strides, strict=True)):

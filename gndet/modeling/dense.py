@@ -65,7 +65,7 @@ class DenseDetector(DetectionModel):
         self.dense(*self.features(images, sizes, padded))
 
     def choices(self, step: DenseStep, image: int) -> Choices:
-        """Return the positive anchors of an image, with their objects; the other anchors in the picture are background."""
+        """Return the positive anchors of an image as ids, with their objects."""
         label, matched = step.assigned.label[image], step.assigned.matched[image]
         positive = label == 1
         rows = torch.stack([step.ids[positive], matched[positive]], dim=1)

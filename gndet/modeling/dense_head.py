@@ -126,9 +126,7 @@ class DenseHead(nn.Module):
         cls = sum(recomputed(self, _class_loss, *level, cheap=True) for level in levels)
 
         places, raw = torch.cat(anchors.boxes), torch.cat([level.boxes for level in predicted], 1)
-        decoded = [
-            self._decode(level.boxes, boxes, stride) for level, boxes, stride in self._levels(predicted, anchors)
-        ]
+        decoded = [self._decode(level.boxes, *place) for level, *place in self._levels(predicted, anchors)]
         # a box without an object stands for itself: with zero loss, and with finite gradients
         target = torch.where(positive[..., None], gather_rows(gt.boxes, assigned.matched), places)
         boxes = torch.where(positive[..., None], torch.cat(decoded, 1), places)

@@ -21,7 +21,7 @@ class FPN(nn.Module):
     """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path, and what lies above P5.
 
     finest 2 (Lin et al. 2017): P2..P5, and P6, which is P5 subsampled by 2.  finest 3 (Lin et al. 2017, "Focal Loss"):
-    P3..P5, P6 by a 3x3 convolution with stride 2 of P5 or C5 (cfg.p6), and P7 by another one after a ReLU, without
+    P3..P5, P6 by a 3x3 convolution with stride 2 of P5 or C5 (cfg.p6), and P7 by another one after a ReLU; both without
     norms.
     """
 
@@ -37,9 +37,8 @@ class FPN(nn.Module):
             self.add_module(f"output{level}", conv(cfg.channels, cfg.channels, 3, relu=False))
         self.from_c5 = cfg.p6 == "c5"
         if finest == 3:
-            bare = conv_factory(NormConfig(kind="none", padding="masked" if norm.masked else "plain"))
-            self.p6 = bare(in_channels[-1] if self.from_c5 else cfg.channels, cfg.channels, 3, stride=2, relu=False)
-            self.p7 = bare(cfg.channels, cfg.channels, 3, stride=2, relu=False)
+            self.p6 = nn.Conv2d(in_channels[-1] if self.from_c5 else cfg.channels, cfg.channels, 3, 2, 1)
+            self.p7 = nn.Conv2d(cfg.channels, cfg.channels, 3, 2, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)  # Xavier over fan-in, as Caffe2's XavierFill
@@ -66,8 +65,10 @@ class FPN(nn.Module):
             outputs.insert(0, tower([getattr(self, f"output{level}")], x, [area]))
         if self.finest == 2:
             return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]
-        p6 = self.p6(features[-1] if self.from_c5 else outputs[-1], areas[64])
-        return [*outputs, p6, self.p7(F.relu(p6), areas[128])]
+        p6 = self.p6(features[-1] if self.from_c5 else outputs[-1])
+        p6 = clear_padding(p6, areas[64]) if self.masked else p6
+        p7 = self.p7(F.relu(p6))
+        return [*outputs, p6, clear_padding(p7, areas[128]) if self.masked else p7]
 
 
 class OneLevel(nn.Module):

@@ -147,12 +147,8 @@ def _split(layer: Any, area: ValidArea | None, dtype: torch.dtype) -> tuple[Laye
     sides = layer.conv.stride[0], layer.conv.padding[0], layer.conv.dilation[0]
     plain = Layer(*sides, way, cheap, 0, 0.0, area, layer.relu)
     if isinstance(norm, GroupNorm):
-        return plain._replace(groups=norm.groups, eps=norm.eps), (
-            layer.weight(),
-            layer.conv.bias,
-            norm.weight,
-            norm.bias,
-        )
+        tensors = layer.weight(), layer.conv.bias, norm.weight, norm.bias
+        return plain._replace(groups=norm.groups, eps=norm.eps), tensors
     return plain, (*layer.folded(), None, None)
 
 

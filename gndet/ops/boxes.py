@@ -37,9 +37,8 @@ def paired_iou(a: Tensor, b: Tensor) -> Tensor:
 
 def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the areas (...) of intersection and union of boxes a and b (..., 4), broadcastable, pair by pair."""
-    width, height = (
-        (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(-1)
-    )
+    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    width, height = sides.clamp(min=0).unbind(-1)
     (aw, ah), (bw, bh) = ((box[..., 2:] - box[..., :2]).clamp(min=0).unbind(-1) for box in (a, b))
     intersection = width * height
     return intersection, aw * ah + bw * bh - intersection

@@ -218,11 +218,11 @@ def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable
     one = (cfg.data.crop is not None or cfg.model.is_dense) and cfg.train.images_per_gpu == 1
     mixing = [layer for layer in layers if layer.trainable and layer.kind in ("bn", "sync_bn", "brn")] if one else []
     cells = _cells(model, shortest) if single or mixing else {}
+    edge = "data.crop.size" if cfg.data.crop else "data.shortest_edge"
     if single_cell := [layer for layer in mixing if cells[layer.name] == 1]:
         yield (
             f"{_name(single_cell)}: {single_cell[0].kind} would take its statistics over one number on a picture of "
-            f"{shortest} x {shortest} pixels ({'data.crop.size' if cfg.data.crop else 'data.shortest_edge'}) and train.images_per_gpu: 1; use larger pictures or more "
-            "images"
+            f"{shortest} x {shortest} pixels ({edge}) and train.images_per_gpu: 1; use larger pictures or more images"
         )
     if alone := [layer for layer in single if cells[layer.name] == 1]:
         yield (

@@ -83,8 +83,9 @@ def initial_model(
     """Build the model that training starts with: initialized from cfg.seed, then, if load, from train.weights.
 
     classes: in the order of the labels.  images: training images, to fit on (norm_policy: calibrate), to measure any
-    conversion on, and to count the positives of a dense detector (model.dense.positives: measure).  source: the content of train.weights, if it has been read already.  measure: False to skip fitting
-    and measuring, if rank 0 does both and broadcasts the weights, or if only the layers matter.
+    conversion on, and to count the positives of a dense detector (model.dense.positives: measure).  source: the content
+    of train.weights, if it has been read already.  measure: False to skip fitting and measuring, if rank 0 does both
+    and broadcasts the weights, or if only the layers matter.
     Raises ConfigError (also for frozen random stages), CheckpointError, DataError; never returns a half-loaded model.
     """
     if cfg.model.backbone.freeze_at and not cfg.train.weights:

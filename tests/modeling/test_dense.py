@@ -1,4 +1,4 @@
-"""Dense detectors: losses and gradients, images kept apart, what is detected, and the number that losses are divided by."""
+"""Dense detectors: losses and gradients, images kept apart, what is detected, and what losses are divided by."""
 
 from pathlib import Path
 from typing import Any
@@ -157,15 +157,9 @@ def test_the_pyramid_ends_with_the_sizes_of_strided_convolutions() -> None:
 
 
 def tiny(**dense: object) -> dict[str, Any]:
-    model = {
-        "detector": "fcos",
-        "masks": False,
-        "dense": {"num_convs": 1, "anchor_sizes": [32, 64, 128, 256, 512], **dense},
-    }
-    return {
-        **CONFIG,
-        "model": {"norm": CONFIG["model"]["norm"], "backbone": {"depth": 18}, "fpn": {"channels": 16}, **model},
-    }
+    head = {"num_convs": 1, "anchor_sizes": [32, 64, 128, 256, 512], **dense}
+    kept = {key: CONFIG["model"][key] for key in ("norm", "backbone", "fpn")}
+    return {**CONFIG, "model": {**kept, "detector": "fcos", "masks": False, "dense": head}}
 
 
 @pytest.mark.parametrize("assign", ["atss", "center"])
@@ -187,11 +181,15 @@ def test_the_measured_positives_are_those_of_training(assign: str) -> None:
 
 
 def test_a_loss_without_that_number_says_how_to_get_it() -> None:
-    with pytest.raises(ConfigError, match="model.dense.positives: measure, which `gndet train` replaces by a number"):
+    with pytest.raises(
+        ConfigError, match=r"model\.dense\.positives: measure, which `gndet train` replaces by a number"
+    ):
         model_of("atss", positives="measure")(make_batch(SIZES[:1]))
 
 
-def test_the_number_is_part_of_a_run_which_evaluates_predicts_and_converts(tmp_path: Path) -> None:
+def test_the_number_is_part_of_a_run_which_evaluates_and_converts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny()))
     out = tmp_path / "run"
     first = [f"out={out}", "train.schedule.updates=2", "model.norm.kind=bn"]
@@ -200,9 +198,10 @@ def test_the_number_is_part_of_a_run_which_evaluates_predicts_and_converts(tmp_p
     assert main(["evaluate", str(out / "last"), "--out", str(tmp_path / "evaluated")]) == 0
     assert load_checkpoint(out / "last").meta["config"]["model"]["dense"]["positives"] > 1
     more = [f"out={tmp_path / 'more'}", f"train.weights={out}", "train.norm_policy=convert", "train.schedule.updates=1"]
+    capsys.readouterr()
     assert main(["train", str(tmp_path / "tiny.yaml"), *more]) == 0
-    log = (tmp_path / "more" / "log.txt").read_text()
-    assert "dense" in log and "model.dense.positives:" in log
+    said = capsys.readouterr().out
+    assert "model.dense.positives: " in said and "norm of dense: 2 gn" in said and "converted" in said
 
 
 # --- config
@@ -210,13 +209,8 @@ def test_the_number_is_part_of_a_run_which_evaluates_predicts_and_converts(tmp_p
 
 def test_retinanet_has_its_own_defaults_below_a_preset_and_the_config() -> None:
     plain = ModelConfig.model_validate({"detector": "retinanet", "masks": False}).dense
-    assert (plain.assign, plain.kinds, plain.quality, plain.box_weight, plain.positives) == (
-        "iou",
-        9,
-        "none",
-        1,
-        "measure",
-    )
+    assert (plain.assign, plain.kinds, plain.quality, plain.box_weight) == ("iou", 9, "none", 1)
+    assert plain.positives == "measure"
     preset = {"detector": "retinanet", "masks": False, "compat": "torchvision", "dense": {"nms_threshold": 0.4}}
     mixed = ModelConfig.model_validate(preset).dense
     assert (mixed.anchors, mixed.positives, mixed.nms_threshold, mixed.assign) == ("rounded", "image", 0.4, "iou")
@@ -229,14 +223,8 @@ def test_retinanet_has_its_own_defaults_below_a_preset_and_the_config() -> None:
     [
         ({"detector": "fcos"}, "model: masks: detector: fcos finds boxes only; expected model.masks=false"),
         ({"detector": "fcos", "masks": False, "dense": {"scales": [1, 2]}}, "fcos has one anchor per cell"),
-        (
-            {"detector": "fcos", "masks": False, "dense": {"box_loss": "l1"}},
-            "fcos has one anchor per cell and box_loss: giou",
-        ),
-        (
-            {"detector": "retinanet", "masks": False, "dense": {"assign": "center"}},
-            "center needs one anchor per cell, got 9",
-        ),
+        ({"detector": "fcos", "masks": False, "dense": {"box_loss": "l1"}}, "one anchor per cell and box_loss: giou"),
+        ({"detector": "retinanet", "masks": False, "dense": {"assign": "center"}}, "needs one anchor per cell, got 9"),
         ({"dense": {"scales": [1, 2, 3, 4, 5, 6], "aspect_ratios": [1, 2, 3]}}, "18 anchors per cell"),
         ({"dense": {"positives": 0}}, "positives: got 0; expected measure, image or a positive number"),
         ({"dense": {"positives": "batch"}}, "positives: got 'batch'; expected measure, image or a positive number"),

@@ -55,9 +55,7 @@ def rescale(model: nn.Module) -> None:
     layers = {name: layer for name, layer in model.head.named_modules() if name in SPREAD}
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     for name, layer in layers.items():
-        layer.register_forward_hook(
-            lambda m, args, out, name=name: outputs[name].append(out.transpose(0, 1).flatten(1))
-        )
+        layer.register_forward_hook(lambda m, args, out, name=name: outputs[name].append(out[0].flatten(1)))
     model([picture().double() / 255])
     for name, layer in layers.items():
         layer._forward_hooks.clear()
@@ -96,11 +94,10 @@ def batch() -> Batch:
     canvas = torch.zeros(1, 3, *CANVAS, dtype=torch.uint8)
     canvas[0, :, : SIZE[0], : SIZE[1]] = picture()
     boxes = torch.tensor(
-        [[[5.0, 8, 37, 30], [60, 20, 150, 110], [80, 30, 140, 100], [100, 5, 114, 19], [0, 0, 186, 122]]]
+        [[5.0, 8, 37, 30], [60, 20, 150, 110], [80, 30, 140, 100], [100, 5, 114, 19], [0, 0, 186, 122]]
     )
-    gt = GroundTruth(
-        boxes, torch.tensor([[0, 3, 5, 1, 2]]), torch.zeros(1, 5, 0, 0), torch.ones(1, 5, dtype=torch.bool)
-    )
+    labels, valid = torch.tensor([[0, 3, 5, 1, 2]]), torch.ones(1, 5, dtype=torch.bool)
+    gt = GroundTruth(boxes[None], labels, torch.zeros(1, 5, 0, 0), valid)
     return Batch(canvas, torch.tensor([SIZE]), torch.tensor([7]), gt, True)
 
 

@@ -92,6 +92,19 @@ def test_it_passes_on_a_backbone_of_timm(config: Path) -> None:
     assert "d all / d backbone.net" in together and found["flips"]["float64"]["together"]["ReLUs"][1] > 0
 
 
+@pytest.mark.faults  # T24
+@pytest.mark.parametrize("detector", ["fcos", pytest.param("retinanet", marks=pytest.mark.slow)])
+def test_it_passes_for_dense_detectors(config: Path, detector: str) -> None:
+    model = [f"model.detector={detector}", "model.masks=false", "model.dense.num_convs=1"]
+    found = report(config, *model, "model.norm.channels_per_group=8", passes=True)
+    groups = {"features P7", "loss_cls", "d loss_box_reg / d pyramid", "d all / d fpn", "d all / d dense"}
+    for column in found["differences"]["float64"].values():
+        assert all(diff["relative"] < 1e-11 and diff["cosine"] < 1e-20 for diff in column.values())
+    assert groups <= set(found["differences"]["float64"]["beside a wider"])
+    for kinds in found["flips"]["float64"].values():
+        assert kinds["choices"][0] == 0 < kinds["choices"][1] and kinds["ReLUs"][0] == 0 < kinds["ReLUs"][1]
+
+
 @pytest.mark.parametrize("kind", ["bn", "brn"])
 def test_batch_statistics_are_named_at_the_first_norm(
     config: Path, kind: str, capsys: pytest.CaptureFixture[str]

@@ -47,10 +47,15 @@ def detector(folder: Path, *overrides: str, seed: int = 0) -> Path:
         for name, tensor in model.state_dict().items():
             if "norm." in name and tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + 0.5)
-        for head in getattr(model.box_head, "stages", [model.box_head]):
-            head.cls_score.weight.mul_(30)
-            head.bbox_pred.weight.mul_(300)
-        model.rpn.objectness.weight.mul_(10)
+        if cfg.model.is_dense:
+            model.dense.cls_logits.weight.mul_(30)
+            model.dense.cls_logits.bias.zero_()
+            model.dense.boxes.bias.fill_(2)
+        else:
+            for head in getattr(model.box_head, "stages", [model.box_head]):
+                head.cls_score.weight.mul_(30)
+                head.bbox_pred.weight.mul_(300)
+            model.rpn.objectness.weight.mul_(10)
     where = folder / f"checkpoint-{seed}"
     meta = {"config": cfg.model_dump(mode="json"), "classes": list(CLASSES), "category_ids": [1, 2, 3, 4]}
     save_checkpoint(where, {"model": model.state_dict()}, meta)
@@ -89,8 +94,10 @@ VARIANTS = {
         "model.detector=cascade_rcnn", "model.cascade.mask_stages=each", "model.cascade.average=logits",
         "model.box_head.score_threshold=0.3",
     ),
+    "fcos": ("model.detector=fcos", "model.masks=false", "model.dense.score_threshold=0.2"),
+    "retinanet": ("model.detector=retinanet", "model.masks=false", "model.dense.score_threshold=0.2"),
 }  # fmt: skip
-SLOW = ("bn", "frozen_bn, torchvision's conventions")
+SLOW = ("bn", "retinanet", "frozen_bn, torchvision's conventions")
 
 
 @pytest.mark.parametrize(

@@ -136,10 +136,7 @@ def test_a_file_of_detectron2_is_read_and_exported_as_it_was(tmp_path: Path, nor
         (lambda file: file.pop("head.cls_subnet.4.weight"), r"head\.cls_subnet"),
         (lambda file: file.pop("backbone.top_block.p7.bias"), r"p7\.bias .*absent in the file"),
         (lambda file: file.update({"head.ctrness.weight": torch.zeros(1, 32, 3, 3)}), r"head\.ctrness\.weight"),
-        (
-            lambda file: file.update({"head.bbox_pred.weight": torch.zeros(12, 32, 3, 3)}),
-            "3 anchors per cell, expected 9",
-        ),
+        (lambda file: file.update({"head.bbox_pred.weight": torch.zeros(12, 32, 3, 3)}), "3 anchors .*, expected 9"),
     ],
 )
 def test_what_is_missing_or_unknown_is_refused(tmp_path: Path, change: Any, words: str) -> None:
@@ -163,12 +160,10 @@ def test_rows_of_known_classes_carry_over_to_other_data() -> None:
     model = build_model(cfg, 3)
     before = model.dense.cls_logits.weight.clone()
     load_weights(model, source, classes, Config.model_validate({"model": cfg.model_dump()}))
-    rows, theirs = (
-        tensor.view(3, 9, 32, 3, 3)
-        for tensor in (model.dense.cls_logits.weight, source.state["dense.cls_logits.weight"])
-    )
+    tensors = model.dense.cls_logits.weight, source.state["dense.cls_logits.weight"], before
+    rows, theirs, initial = (tensor.view(3, 9, 32, 3, 3) for tensor in tensors)  # a class has 9 rows
     assert torch.equal(rows[0], theirs[2]) and torch.equal(rows[2], theirs[0])
-    assert torch.equal(rows[1], before.view(3, 9, 32, 3, 3)[1])
+    assert torch.equal(rows[1], initial[1])
     assert torch.equal(model.dense.boxes.weight, source.state["dense.boxes.weight"])
 
 
@@ -176,9 +171,8 @@ def test_another_convention_is_refused() -> None:
     cfg = retinanet(positives=10)
     other = cfg.model_copy(update={"dense": cfg.dense.model_copy(update={"offset": 0.5})})
     with pytest.raises(CheckpointError, match=r"model\.dense\.offset: 0\.0 in the file, 0\.5 here"):
-        load_weights(
-            build_model(other, 3), source_of(cfg), CLASSES, Config.model_validate({"model": other.model_dump()})
-        )
+        whole = Config.model_validate({"model": other.model_dump()})
+        load_weights(build_model(other, 3), source_of(cfg), CLASSES, whole)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +180,7 @@ def test_another_convention_is_refused() -> None:
     [
         ("mmdetection", {"detector": "retinanet"}, "model.detector: retinanet for torchvision and detectron2 only"),
         ("detectron2", {"detector": "fcos"}, "model.detector: fcos for torchvision only"),
-        (
-            "torchvision",
-            {"detector": "fcos", "dense": {"quality": "iou"}},
-            "model.dense.quality: iou; .* has centerness",
-        ),
+        ("torchvision", {"detector": "fcos", "dense": {"quality": "iou"}}, "dense.quality: iou; .* has centerness"),
         ("torchvision", {"detector": "retinanet", "dense": {"scales": [1.0]}}, r"model\.dense\.scales: \(1\.0,\)"),
     ],
 )

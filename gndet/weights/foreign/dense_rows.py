@@ -1,7 +1,7 @@
 """The order of the channels that a dense head predicts, in gndet's files and in those of other toolkits.
 
-K classes, A anchors per cell: S scales times R ratios.  gndet orders class scores as (K, A), so that a class has rows of
-its own; toolkits order them as (A, K).  Anchors come scale by scale, except in torchvision, ratio by ratio.
+K classes, A anchors per cell: scales times ratios.  gndet orders class scores as (K, A), so that a class has its own
+rows; toolkits order them as (A, K).  Anchors come scale by scale, except in torchvision, ratio by ratio.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """The names of a detector's layers in other toolkits: one table for import and export.
 
 Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
-abc its letter, L level 2..5, l = L - 2, u = L - 1, last the last block's number in a stage, n = 0.. and m = 1.. a layer
-of a head, x = 3 n, e = 2 n, f = 6 + n, flat the place of the layer after the box head's convolutions, norm "bn" or
-"gn", owner where detectron2's C4 models keep a stage, stage "0.", "1." and so on in a cascade whose head has stages,
-otherwise empty.
+abc its letter, L level 2..5, l = 0.. from the finest level, u = L - 1, last the last block's number in a stage,
+n = 0.. and m = 1.. a layer of a head, x = 3 n, x1 = x + 1, e = 2 n, f = 6 + n, flat the place of the layer after the
+box head's convolutions, norm "bn" or "gn", owner where detectron2's C4 models keep a stage, stage "0.", "1." and so on
+in a cascade whose head has stages, otherwise empty.
 """
 
 import itertools
@@ -72,7 +72,7 @@ FORMATS: dict[str, dict[str, ConvNames | str]] = {
         "mask_logits": "roi_heads.mask_predictor.mask_fcn_logits",
         "p6": "backbone.fpn.extra_blocks.p6", "p7": "backbone.fpn.extra_blocks.p7",
         **{f"retinanet_{kind}": _sequence(f"head.{kind}_head.conv.{{n}}") for kind in TOWERS},
-        **{f"fcos_{kind}": ConvNames(f"head.{kind}_head.conv.{{x}}", f"head.{kind}_head.conv.{{x1}}") for kind in TOWERS},
+        **{f"fcos_{kind}": _with_endings(".{x}", ".{x1}", f"head.{kind}_head.conv") for kind in TOWERS},
         "dense_cls": "head.classification_head.cls_logits", "dense_boxes": "head.regression_head.bbox_reg",
         "quality": "head.regression_head.bbox_ctrness",
     },
@@ -257,8 +257,8 @@ def _heads(cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]
 
 def _dense_layers(cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
     """Yield the layers of a dense detector above the pyramid's P5, as `_layers` does."""
-    yield "fpn", "p6.conv", "p6", {}
-    yield "fpn", "p7.conv", "p7", {}
+    yield "fpn", "p6", "p6", {}
+    yield "fpn", "p7", "p7", {}
     for (kind, convs), n in itertools.product(TOWERS.items(), range(cfg.dense.num_convs)):
         yield "dense", f"{convs}.{n}", f"{cfg.detector}_{kind}", {"n": n, "e": 2 * n, "x": 3 * n, "x1": 3 * n + 1}
     yield "dense", "cls_logits", "dense_cls", {}

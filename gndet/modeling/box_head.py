@@ -117,7 +117,8 @@ class BoxHead(RegionHead):
     def detect(self, pyramid: Pyramid, found: Proposals, sizes: Tensor) -> Detections:
         """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
         cfg, num_classes = self.cfg, self.num_classes
-        parts = [found.boxes] if cfg.kind != "res5" else found.boxes.split(AT_ONCE, dim=1)
+        whole = cfg.kind != "res5" or torch.onnx.is_in_onnx_export()  # a trace would fix the number of parts
+        parts = [found.boxes] if whole else found.boxes.split(AT_ONCE, dim=1)
         logits, deltas = (torch.cat(part, dim=1) for part in zip(*[self(pyramid, part) for part in parts], strict=True))
         scores = logits.softmax(-1)[..., :-1]  # (B, K, num_classes)
         usable = found.valid[..., None] & (scores > cfg.score_threshold)

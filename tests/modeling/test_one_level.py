@@ -32,7 +32,8 @@ def one_level(neck: str, seed: int = 0, **changes: object) -> MaskRCNN:
     tree = {
         "neck": neck, "norm": {"channels_per_group": PER_GROUP}, "backbone": {"width": 0.25},
         "rpn": {"anchor_sizes": (16, 32, 64, 96, 128), "anchors_per_image": 64, **small},
-        "box_head": {"regions_per_image": 24, "fc_channels": 32, "detections_per_image": 8}, "mask_head": {"channels": 32},
+        "box_head": {"regions_per_image": 24, "fc_channels": 32, "detections_per_image": 8},
+        "mask_head": {"channels": 32},
     }  # fmt: skip
     torch.manual_seed(seed)
     model: MaskRCNN = build_model(ModelConfig.model_validate(tree | changes), NUM_CLASSES).double()

@@ -80,12 +80,13 @@ VARIANTS = {
     "gn": (),
     "gn, plain, 2fc, no masks": ("model.norm.padding=plain", "model.box_head.kind=2fc", "model.masks=false"),
     "bn": ("model.norm.kind=bn", "train.global_batch=2"),
+    "gn, C4": ("model.neck=c4",),
     "frozen_bn, torchvision's conventions": ("model.norm.kind=frozen_bn", "model.compat=torchvision"),
     "gn, weight standardization, adaptive samples": (
         "model.norm.weight_standardization=true", "model.box_head.sampling_ratio=0", "model.mask_head.sampling_ratio=0",
     ),
 }  # fmt: skip
-SLOW = ("bn", "frozen_bn, torchvision's conventions")
+SLOW = ("bn", "gn, C4", "frozen_bn, torchvision's conventions")
 
 
 @pytest.mark.parametrize(

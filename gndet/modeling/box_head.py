@@ -150,7 +150,8 @@ class BoxHead(RegionHead):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, found: Proposals, sizes: Tensor) -> Detections:
         """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
-        parts = [found.boxes] if self.cfg.kind != "res5" else found.boxes.split(AT_ONCE, dim=1)
+        whole = self.cfg.kind != "res5" or torch.onnx.is_in_onnx_export()  # a trace would fix the number of parts
+        parts = [found.boxes] if whole else found.boxes.split(AT_ONCE, dim=1)
         logits, deltas = (torch.cat(part, dim=1) for part in zip(*[self(pyramid, part) for part in parts], strict=True))
         return self.select(logits.softmax(-1), deltas, found, sizes)
 

@@ -62,7 +62,8 @@ def report(config: Path, *overrides: str, passes: bool) -> dict:
     "overrides",
     [
         (), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln"), ("model.norm.kind=frn",),
-        ("model.norm.kind=evonorm_s0", "model.norm.weight_standardization=true"), ("model.detector=cascade_rcnn",),
+         ("model.norm.kind=evonorm_s0", "model.norm.weight_standardization=true"), ("model.neck=c4",),
+         ("model.neck=dc5", "model.backbone.depth=50"), ("model.detector=cascade_rcnn",),
     ],
 )  # fmt: skip
 def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:
@@ -72,8 +73,9 @@ def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, 
     assert list(columns) == ["together", "in twos", "1 and 3", "permuted", "beside a wider", "2 processes"]
     for column in columns.values():
         assert all(diff["relative"] < 1e-11 and diff["cosine"] < 1e-20 for diff in column.values())
+    level = "features P4" if "neck" in "".join(overrides) else "features P2"
     cls = "loss_cls_stage2" if "model.detector=cascade_rcnn" in overrides else "loss_cls"
-    groups = {"features P2", cls, f"d {cls} / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
+    groups = {level, cls, f"d {cls} / d pyramid", "d all / d backbone.res5", "d all / d box_head"}
     assert groups <= set(columns["together"]) and "detections" in columns["beside a wider"]
     for kinds in found["flips"]["float64"].values():
         assert kinds["choices"][0] == 0 < kinds["choices"][1] and kinds["ReLUs"][0] == 0 < kinds["ReLUs"][1]

@@ -86,6 +86,7 @@ VARIANTS = {
     "gn": (),
     "gn, plain, 2fc, no masks": ("model.norm.padding=plain", "model.box_head.kind=2fc", "model.masks=false"),
     "bn": ("model.norm.kind=bn", "train.global_batch=2"),
+    "gn, C4": ("model.neck=c4",),
     "frozen_bn, torchvision's conventions": ("model.norm.kind=frozen_bn", "model.compat=torchvision"),
     "gn, weight standardization, adaptive samples": (
         "model.norm.weight_standardization=true", "model.box_head.sampling_ratio=0", "model.mask_head.sampling_ratio=0",
@@ -97,7 +98,7 @@ VARIANTS = {
     "fcos": ("model.detector=fcos", "model.masks=false", "model.dense.score_threshold=0.2"),
     "retinanet": ("model.detector=retinanet", "model.masks=false", "model.dense.score_threshold=0.2"),
 }  # fmt: skip
-SLOW = ("bn", "retinanet", "frozen_bn, torchvision's conventions")
+SLOW = ("bn", "gn, C4", "retinanet", "frozen_bn, torchvision's conventions")
 
 
 @pytest.mark.parametrize(

@@ -379,9 +379,10 @@ def _heads(reader: Reader, neck: str) -> dict[str, dict[str, Any]]:
         background_first = FACTS[reader.format].background_first
         by_class = len(deltas) == 4 * (len(scores) - (not background_first))
         if not by_class and (len(deltas) != 4 or background_first):
+            box_layer, score_layer = (str(reader.names[x]).format(stage=box_stage) for x in ("bbox_pred", "cls_score"))
             raise CheckpointError(
-                f"{reader.path}: {reader.names['bbox_pred']} has {len(deltas)} rows beside {len(scores)} of "
-                f"{reader.names['cls_score']}: expected 4 per class"
+                f"{reader.path}: {box_layer} has {len(deltas)} rows beside {len(scores)} of "
+                f"{score_layer}: expected 4 per class"
                 + ("; class-agnostic boxes are read from detectron2 and mmdetection only" if background_first else "")
             )
         sections["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}

@@ -36,18 +36,18 @@ def test_seven_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {f"{module}.py" for module in modules} | {"py.typed"}
 
 
-def test_the_library_has_at_most_32_900_lines() -> None:
-    """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 950 are of
+def test_the_library_has_at_most_33_600_lines() -> None:
+    """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 1,600 are of
     classification, and 2,000 keep runs and files from what breaks them: kills, full disks, links, damaged records,
     strangers' checkpoints."""
-    assert lines(FILES) <= 32_900
+    assert lines(FILES) <= 33_600
 
 
-def test_training_loads_at_most_149_files_of_22_000_lines() -> None:
+def test_training_loads_at_most_149_files_of_22_100_lines() -> None:
     """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 149 and lines(loaded) <= 22_000
+    assert len(loaded) <= 149 and lines(loaded) <= 22_100
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 

@@ -250,10 +250,10 @@ def test_pictures_that_cannot_be_read_are_skipped_and_reported(tmp_path: Path) -
     (tmp_path / "val.json").write_text(json.dumps(about))
     val = [f"data.root={tmp_path}", "data.val.kind=coco", "data.val.annotations=val.json", "data.val.images=."]
     cfg = with_overrides(cfg, val, "test")
-    pictures, name = onnx_export._candidates(cfg, None, said.append)
+    pictures, name = onnx_export.candidate_pictures(cfg, None, said.append)
     assert [image.shape for image in pictures] == [(40, 60, 3)] and "val.json" in name and said == []
     (tmp_path / "b.png").unlink()
-    pictures, name = onnx_export._candidates(cfg, None, said.append)
+    pictures, name = onnx_export.candidate_pictures(cfg, None, said.append)
     assert len(pictures) == onnx_export.TRIED and name == "drawn shapes" and "b.png" in said[0]
 
 
@@ -307,5 +307,5 @@ def test_the_reason_of_a_failed_export_is_reported(
     monkeypatch.setattr(onnx_export.OnePicture, "forward", cannot)
     status = main(["export", str(detector(tmp_path)), "--onnx", str(tmp_path / "d.onnx"), "--picture", str(picture)])
     said = capsys.readouterr().err
-    assert status == 2 and "cannot write this detector as ONNX" in said and "bessel_j0" in said
+    assert status == 2 and "cannot write this model as ONNX" in said and "bessel_j0" in said
     assert list(tmp_path.glob("d.onnx*")) == []

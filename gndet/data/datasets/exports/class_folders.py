@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gndet.data.datasets.exports.folders import (
     SPLITS,
@@ -80,7 +81,7 @@ def _names(train: Path, listed: Iterable[Path]) -> dict[str, str]:
 def _pairs(text: str, folders: Collection[str]) -> dict[str, str]:
     """Read lines like `FOLDER` and `FOLDER NAME`; what begins with no folder's name is a class without a folder."""
     lines = dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
-    names = {}
+    names = dict[str, str]()
     for line in lines:
         folder, _, name = line.partition("\t") if "\t" in line else line.partition(" ")
         is_pair = line not in folders and folder in folders and folder not in lines and name.strip()
@@ -91,7 +92,7 @@ def _pairs(text: str, folders: Collection[str]) -> dict[str, str]:
 def _indexed(path: Path) -> dict[str, str]:
     """Read INDEX.  Raises Fault unless each value is a folder and a name."""
     content = read_json(path)
-    pairs = list(content.values()) if isinstance(content, dict) else [None]
+    pairs: list[Any] = list(content.values()) if isinstance(content, dict) else [None]
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise Fault("json-broken", f'{path}: expected {{"0": ["n01440764", "tench"], ...}}')

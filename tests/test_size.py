@@ -36,26 +36,27 @@ def test_seven_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {f"{module}.py" for module in modules} | {"py.typed"}
 
 
-def test_the_library_has_at_most_32_900_lines() -> None:
+def test_the_library_has_at_most_33_800_lines() -> None:
     """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 950 are of
-    classification, and 2,000 keep runs and files from what breaks them: kills, full disks, links, damaged records,
+    classification, 700 turn networks of timm into backbones, and 2,000 keep runs and files from what breaks them: kills, full disks, links, damaged records,
     strangers' checkpoints."""
-    assert lines(FILES) <= 32_900
+    assert lines(FILES) <= 33_800
 
 
-def test_training_loads_at_most_149_files_of_22_000_lines() -> None:
-    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines."""
+def test_training_loads_at_most_152_files_of_22_800_lines() -> None:
+    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines; networks of timm 3,
+    600 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 149 and lines(loaded) <= 22_000
+    assert len(loaded) <= 152 and lines(loaded) <= 22_800
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 
-def test_the_trainer_is_read_in_35_files_of_5_300_lines() -> None:
+def test_the_trainer_is_read_in_35_files_of_5_400_lines() -> None:
     path = reading_path()
     assert path[0] == ROOM / "train.py" and len(path) == len(set(path)) >= 25
     assert all(file.is_file() for file in path)
-    assert len(path) <= 35 and lines(path) <= 5_300
+    assert len(path) <= 35 and lines(path) <= 5_400
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -38,14 +38,14 @@ def test_seven_modules_and_py_typed_are_at_the_root() -> None:
 
 def test_the_library_has_at_most_33_800_lines() -> None:
     """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 950 are of
-    classification, 700 turn networks of timm into backbones, and 2,000 keep runs and files from what breaks them: kills, full disks, links, damaged records,
-    strangers' checkpoints."""
+    classification, 700 turn networks of timm into backbones, and 2,000 keep runs and files from what breaks them:
+    kills, full disks, links, damaged records, strangers' checkpoints."""
     assert lines(FILES) <= 33_800
 
 
 def test_training_loads_at_most_152_files_of_22_800_lines() -> None:
-    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines; networks of timm 3,
-    600 lines."""
+    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines; networks of
+    timm take 3, 600 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
     assert len(loaded) <= 152 and lines(loaded) <= 22_800

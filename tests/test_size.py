@@ -36,27 +36,27 @@ def test_seven_modules_and_py_typed_are_at_the_root() -> None:
     assert names == {f"{module}.py" for module in modules} | {"py.typed"}
 
 
-def test_the_library_has_at_most_33_750_lines() -> None:
-    """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 950 are of
-    classification, 850 of dense detectors, and 2,000 keep runs and files from what breaks them: kills, full disks,
-    links, damaged records, strangers' checkpoints."""
-    assert lines(FILES) <= 33_750
+def test_the_library_has_at_most_37_100_lines() -> None:
+    """1,300 of them are the Triton kernels for GPUs, 2,300 the readers of labelling tools' exports, 1,600 are of
+    classification, 850 of dense detectors, 350 of cascades, 700 turn networks of timm into backbones, and 2,000 keep
+    runs and files from what breaks them: kills, full disks, links, damaged records, strangers' checkpoints."""
+    assert lines(FILES) <= 37_100
 
 
-def test_training_loads_at_most_153_files_of_22_700_lines() -> None:
-    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines, and
-    dense detectors take 4, 600 lines."""
+def test_training_loads_at_most_157_files_of_24_500_lines() -> None:
+    """Opening a data set of any format takes 41 of them, 6,100 lines; classification takes 6, 600 lines; dense
+    detectors take 4, 600 lines; networks of timm take 3, 600 lines."""
     done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     loaded = [Path(line) for line in done.stdout.splitlines()]
-    assert len(loaded) <= 153 and lines(loaded) <= 22_700
+    assert len(loaded) <= 157 and lines(loaded) <= 24_500
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 
-def test_the_trainer_is_read_in_35_files_of_5_500_lines() -> None:
+def test_the_trainer_is_read_in_35_files_of_6_100_lines() -> None:
     path = reading_path()
     assert path[0] == ROOM / "train.py" and len(path) == len(set(path)) >= 25
     assert all(file.is_file() for file in path)
-    assert len(path) <= 35 and lines(path) <= 5_500
+    assert len(path) <= 35 and lines(path) <= 6_100
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))

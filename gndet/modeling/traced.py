@@ -119,6 +119,11 @@ class _Shapes(fx.Interpreter):
         super().__init__(net, graph=graph)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Skip norms, which keep the shape and do not run on the meta device."""
+        is_norm = isinstance(self.fetch_attr(target), NormAct)
+        return args[0] if is_norm else super().call_module(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):

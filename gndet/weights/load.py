@@ -237,11 +237,14 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     if model.part_norms()["backbone"].weight_standardization or STEM not in source.state:  # it cannot be folded
         names.append("pixel_std")
     different = _differences(names, file_model, model)
-    old, new = file_model.part_norms(), model.part_norms()
-    for part in [part for part in parts if part in old and old[part].standardization != new[part].standardization]:
-        if old[part].weight_standardization and new[part].weight_standardization:
-            key = f"model.{part if getattr(model, part).norm else ''}.norm.standardization".replace("..", ".")
-            different.append(f"{key}: {old[part].standardization} in the file, {new[part].standardization} here")
+    for part in parts:
+        old, new = (norms.get(part) for norms in (file_model.part_norms(), model.part_norms()))
+        if old and new and old.weight_standardization and new.weight_standardization:
+            key = f"model.{part}.norm" if getattr(model, part).norm else "model.norm"
+            if old.standardization != new.standardization:
+                different.append(
+                    f"{key}.standardization: {old.standardization} in the file, {new.standardization} here"
+                )
     if different and cfg.train.source.differences == "refuse":
         preset = f"; model.compat={file_model.compat} sets all of its toolkit's conventions"
         raise CheckpointError(
@@ -259,9 +262,9 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     if not {*source.parts} <= {"backbone", "classifier"}:  # classifiers see no padding
         lines += padding_warnings(file_model, model, [part for part in PADDED if part in same])
     for part in [part for part in same if part in model.normed_parts]:
-        old, new = file_model.part_norms()[part], model.part_norms()[part]
-        if new.is_group_norm and old.eps != new.eps:
-            lines.append(f"{part}.norm: eps {old.eps:g} of the file is kept, not {new.eps:g} of the config")
+        file_norm, norm = file_model.part_norms()[part], model.part_norms()[part]
+        if norm.is_group_norm and file_norm.eps != norm.eps:
+            lines.append(f"{part}.norm: eps {file_norm.eps:g} of the file is kept, not {norm.eps:g} of the config")
     return lines
 
 

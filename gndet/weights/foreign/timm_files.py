@@ -1,5 +1,7 @@
 """Read the weights of a network of timm that has no counterpart among gndet's own backbones."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,8 @@ def from_timm(file: WeightFile, cfg: SourceConfig) -> Source:
     if not cfg.name:
         raise ConfigError(f"{file.path}: train.source.name is empty; expected the name of its network in timm")
     with torch.device("meta"):
-        stated = timm_network(cfg.name).default_cfg  # type: ignore[union-attr]
+        network: Any = timm_network(cfg.name)
+    stated = network.default_cfg
     norm = norm_of(cfg.name) or NormConfig(padding="plain")
     model = ModelConfig(
         backbone=BackboneConfig(kind="timm", name=cfg.name, norm=norm),

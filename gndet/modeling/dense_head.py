@@ -76,6 +76,7 @@ class DenseHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        assert self.cls_logits.bias is not None
         nn.init.constant_(self.cls_logits.bias, -math.log((1 - cfg.prior) / cfg.prior))
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Predicted]:
@@ -126,7 +127,8 @@ class DenseHead(nn.Module):
         cls = sum(recomputed(self, _class_loss, *level, cheap=True) for level in levels)
 
         places, raw = torch.cat(anchors.boxes), torch.cat([level.boxes for level in predicted], 1)
-        decoded = [self._decode(level.boxes, *place) for level, *place in self._levels(predicted, anchors)]
+        parts = self._levels(predicted, anchors)
+        decoded = [self._decode(level.boxes, place, stride) for level, place, stride in parts]
         # a box without an object stands for itself: with zero loss, and with finite gradients
         target = torch.where(positive[..., None], gather_rows(gt.boxes, assigned.matched), places)
         boxes = torch.where(positive[..., None], torch.cat(decoded, 1), places)

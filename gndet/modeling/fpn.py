@@ -6,6 +6,7 @@ Batch independence: each level is cleared in the padding before a convolution re
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,9 +66,9 @@ class FPN(nn.Module):
             outputs.insert(0, tower([getattr(self, f"output{level}")], x, [area]))
         if self.finest == 2:
             return [*outputs, F.max_pool2d(outputs[-1], 1, 2)]
-        p6 = self.p6(features[-1] if self.from_c5 else outputs[-1])
+        p6 = halved(self.p6, features[-1] if self.from_c5 else outputs[-1])
         p6 = clear_padding(p6, areas[64]) if self.masked else p6
-        p7 = self.p7(F.relu(p6))
+        p7 = halved(self.p7, F.relu(p6))
         return [*outputs, p6, clear_padding(p7, areas[128]) if self.masked else p7]
 
 
@@ -88,3 +89,14 @@ class OneLevel(nn.Module):
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
         """Return the last of the features."""
         return [features[-1]]
+
+
+def halved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 3x3 convolution with stride 2 and padding 1 to x (B, C, H, W).
+
+    A map with a side of 1 gets zeros to its right and below, which change no result: without them oneDNN leaves a
+    part of the weight's gradient unset in bf16, NaN or any number (torch 2.14).
+    """
+    if torch.is_grad_enabled() and 1 in x.shape[2:]:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    return conv(x)

@@ -11,6 +11,7 @@ from gndet.data.batches.crops import resized
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record
 from gndet.modeling.build import build_model
+from gndet.modeling.dense import DenseDetector
 from gndet.modeling.dense_head import DenseHead
 from gndet.structures import GroundTruth
 
@@ -30,8 +31,9 @@ def with_positives(cfg: Config, dataset: Dataset) -> tuple[Config, list[str]]:
         return cfg, []
     chosen = usable[np.unique(np.linspace(0, len(usable) - 1, min(MOST, len(usable))).astype(int))]
     with torch.device("meta"):
-        head = build_model(cfg.model, 1).dense
-    counts = [_positives(head, dataset.records[i], cfg.data) for i in chosen.tolist()]
+        model = build_model(cfg.model, 1)
+    assert isinstance(model, DenseDetector)
+    counts = [_positives(model.dense, dataset.records[i], cfg.data) for i in chosen.tolist()]
     mean = max(float(f"{np.mean(counts):.3g}"), 1.0)
     dense = cfg.model.dense.model_copy(update={"positives": mean})
     changed = cfg.model_copy(update={"model": cfg.model.model_copy(update={"dense": dense})})

@@ -21,6 +21,7 @@ from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.dense import DenseDetector
 from gndet.modeling.dense_head import Predicted
+from gndet.modeling.fpn import halved
 from gndet.modeling.recompute import set_memory
 from gndet.toolbox.invariance.leaks import Leak, find_leaks
 from gndet.weights.load import initial_model
@@ -151,6 +152,20 @@ def test_the_pyramid_ends_with_the_sizes_of_strided_convolutions() -> None:
     assert areas[128].sizes.tolist() == [[1, 1], [2, 2]]
     for x, stride in zip(features, model.strides, strict=True):
         assert not torch.where(areas[stride].mask, 0.0, x).any() and x.any()
+
+
+def test_halving_a_single_cell_has_the_gradient_of_its_middle_weight_in_bf16() -> None:
+    conv = torch.nn.Conv2d(16, 16, 3, 2, 1).to(torch.bfloat16)
+    for shape in ((1, 1), (1, 3), (4, 1), (5, 5)):
+        x = torch.randn(2, 16, *shape, dtype=torch.bfloat16)
+        torch.testing.assert_close(halved(conv, x), conv(x))
+        junk = [torch.full((2304 * n,), torch.nan, dtype=torch.bfloat16) for n in (1, 2, 3, 4)]  # freed, then reused
+        del junk
+        conv.zero_grad()
+        halved(conv, x).sum().backward()
+        expected = conv.weight.float().detach().requires_grad_()
+        torch.nn.functional.conv2d(x.float(), expected, stride=2, padding=1).sum().backward()
+        torch.testing.assert_close(conv.weight.grad.float(), expected.grad, rtol=0.02, atol=0.1)
 
 
 # --- the number that losses are divided by

@@ -30,7 +30,7 @@ BREAK = 2  # updates before a run is broken off
 FEW = (  # images, updates and regions, for Triton's interpreter
     "train.precision=float32", "train.global_batch=1", "train.schedule.reference_batch=1", "train.schedule.updates=2",
     "data.val.count=1", "model.rpn.post_nms_test=4", "model.box_head.regions_per_image=4",
-    "model.box_head.detections_per_image=2",
+    "model.box_head.detections_per_image=2", "model.dense.pre_nms=4", "model.dense.detections_per_image=2",
 )  # fmt: skip
 FOUR = ("train.global_batch=4", "train.schedule.reference_batch=4", "train.schedule.updates=2", "train.norm_images=0")
 

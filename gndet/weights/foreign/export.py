@@ -115,7 +115,7 @@ def _refuse_dense(cfg: ModelConfig, toolkit: str) -> None:
     if toolkit not in known:
         raise ConfigError(f"--to {toolkit}: gndet writes model.detector: {cfg.detector} for {' and '.join(known)} only")
     like = ModelConfig.model_validate({"detector": cfg.detector, "masks": False, "compat": toolkit}).dense
-    wanted = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
+    wanted: dict[str, Any] = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
     wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios")}
     if cfg.part_norms()["dense"].kind != "none":  # without a norm, every convolution has a bias
         wanted["conv_bias"] = cfg.detector == "fcos" or toolkit == "detectron2"

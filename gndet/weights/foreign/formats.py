@@ -91,7 +91,7 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {re.sub(pattern, lambda match: suffixes[match[1]], key): tensor for key, tensor in tensors.items()}
     if not any(key.startswith("backbone.body.") for key in tensors) or "backbone.body.stem.conv1.weight" in tensors:
         return tensors
-    rules = (
+    rules: tuple[tuple[str, Any], ...] = (
         (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2"),
         (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.head.conv.0.0.\1"),
         (

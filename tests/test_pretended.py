@@ -162,7 +162,7 @@ def test_nor_do_they_with_norms_that_replace_relu_or_with_standardized_weights(n
 def test_nor_do_they_with_a_backbone_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     monkeypatch.setattr(TimmBackbone, "check", lambda self: None)  # pictures without values show nothing
-    model = {"backbone": {"kind": "timm", "name": "regnety_002"}, "norm": {"channels_per_group": 8}}
+    model = {"backbone": {"kind": "timm", "name": "mobilenetv3_small_050"}, "norm": {"channels_per_group": 8}}
     found = steps(model, "balanced")
     assert [wait for phase in found.gpu.phases.values() for wait in phase.waits] == []
     assert found.live[0] == found.live[1]

@@ -159,6 +159,7 @@ def test_nor_do_they_with_norms_that_replace_relu_or_with_standardized_weights(n
     assert found.live[0] == found.live[1]
 
 
+@pytest.mark.slow
 def test_nor_do_they_with_a_backbone_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("timm")
     monkeypatch.setattr(TimmBackbone, "check", lambda self: None)  # pictures without values show nothing

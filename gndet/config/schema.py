@@ -772,7 +772,7 @@ class SourceConfig(Section):
         "auto", "gndet", "resnet", "timm", "torchvision", "detectron2", "detectron", "mmdetection",
         "maskrcnn-benchmark",
     ] = "auto"  # fmt: skip
-    name: str = ""  # timm: name of its network; empty: model.backbone.name
+    name: str | None = None  # timm: name of its network; null: model.backbone.name
     bgr: bool | None = None  # its stem takes blue, green, red
     pixel_mean: tuple[float, float, float] | None = None  # what it subtracts from a picture, RGB [0 to 255]
     pixel_std: tuple[Positive, Positive, Positive] | None = None  # what it divides a picture by, RGB [0 to 255]

@@ -105,7 +105,7 @@ def test_a_file_can_be_read_without_a_config(tmp_path: Path) -> None:
     source = read_source(path, SourceConfig(format="timm", name=BN_NETWORK))
     assert source.parts == ("backbone",) and source.model.backbone.name == BN_NETWORK
     assert source.model.backbone.norm == NormConfig(kind="bn", padding="plain")
-    with pytest.raises(ConfigError, match=r"train\.source\.name is empty"):
+    with pytest.raises(ConfigError, match=r"train\.source\.name is not set"):
         read_source(path, SourceConfig(format="timm"))
     with pytest.raises(CheckpointError, match=r"(?s)tensors do not fit timm's regnety_004.*another network"):
         read_source(path, SourceConfig(format="timm", name="regnety_004"))

@@ -20,7 +20,7 @@ def from_timm(file: WeightFile, cfg: SourceConfig) -> Source:
     and shapes, if tensors are missing or have other shapes.
     """
     if not cfg.name:
-        raise ConfigError(f"{file.path}: train.source.name is empty; expected the name of its network in timm")
+        raise ConfigError(f"{file.path}: train.source.name is not set; expected the name of its network in timm")
     with torch.device("meta"):
         network: Any = timm_network(cfg.name)
     stated = network.default_cfg

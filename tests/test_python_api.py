@@ -55,7 +55,9 @@ def test_the_command_line_imports_no_torch_for_its_help() -> None:
 def test_the_names_of_the_package_are_what_they_say() -> None:
     assert {"load", "train", "Detector", "Prediction", "__version__"} <= set(dir(gndet))
     assert gndet.load.__module__ == "gndet.evaluation.detector" and gndet.Prediction.__name__ == "Prediction"
-    with pytest.raises(AttributeError, match=r"no attribute 'lod'; it has ClassPrediction, Detector, .*load, load_classifier, train"):
+    with pytest.raises(
+        AttributeError, match=r"no attribute 'lod'; it has ClassPrediction, Detector, .*load, load_classifier, train"
+    ):
         gndet.lod  # noqa: B018
 
 

@@ -292,8 +292,8 @@ class BoxHeadConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_last_norm(self) -> "BoxHeadConfig":
-        if self.kind == "2fc" and not self.norm_last:
-            raise ValueError("norm_last: false; the 2fc head has no norm; leave norm_last out")
+        if self.kind != "4conv1fc" and not self.norm_last:
+            raise ValueError(f"norm_last: false; kind: {self.kind} has no norms of its own; leave norm_last out")
         return self
 
 

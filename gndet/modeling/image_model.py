@@ -49,7 +49,7 @@ class ImageModel(nn.Module, ABC):
 
     def normalize(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[Tensor, ValidAreas]:
         """Normalize images (B, 3, H, W) uint8 RGB and zero the padding.  Also returns the pictures' areas by stride."""
-        areas = picture_areas(sizes, images.shape[2], images.shape[3], padded)
+        areas = picture_areas(sizes, images.shape[2], images.shape[3], padded, coarsest=max(64, *self.strides))
         x = clear_padding((images.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std, areas[1])
         return x.contiguous(memory_format=torch.channels_last), areas
 

@@ -52,7 +52,7 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
         ("train: {ema: .nan}\n", r"a\.yaml:1: train\.ema"),
         ("seed: 1\nseed: 2\n", r"a\.yaml:2: key seed is given twice"),
         ("model: {norm: {kind: bn, padding: masked}}\n", r"padding: masked is not available for kind: bn"),
-        ("model: {box_head: {kind: 2fc, norm_last: false}}\n", r"norm_last: false; the 2fc head has no norm"),
+        ("model: {box_head: {kind: 2fc, norm_last: false}}\n", r"norm_last: false; kind: 2fc has no norms of its"),
         ("data: {train: {share: 0.5}}\n", r"a\.yaml:1: data: train\.share: only val takes a share"),
         ("data: {train: {kind: shapes}, val: {share: 0.2}}\n", r"a\.yaml:1: data: val\.share takes .* are drawn"),
         ("data: {val: {share: 0.2, images: x}}\n", r"a\.yaml:1: data: val\.share takes images of train"),

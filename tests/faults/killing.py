@@ -36,7 +36,7 @@ BOARD_EVERY = 25  # of the operations on TensorBoard's file, every 25th is tried
 FINISHED = "this run is finished"
 TIMES = {"seconds", "speed", "date", "budget"}  # keys of study.json that differ from time to time
 FLAKY = re.compile(  # what shows speeds and times in a page: numbers, charts, and a notice
-    r'\d+([.,:]\d+)*|<svg.*?</svg>|<p class="notice warn">Data-bound:.*?</p>', re.DOTALL
+    r'\d+([.,:]\d+)*|<svg.*?</svg>|\n?<p class="notice warn">Data-bound:.*?</p>', re.DOTALL
 )
 
 

@@ -32,12 +32,12 @@ class ValidArea(NamedTuple):
 ValidAreas = dict[int, ValidArea | None]  # by stride; None if nothing is padded
 
 
-def picture_areas(sizes: Tensor, height: int, width: int, padded: bool) -> ValidAreas:
-    """Return the areas of pictures of sizes (B, 2) on a (height, width) canvas, at strides 1 to 128.
+def picture_areas(sizes: Tensor, height: int, width: int, padded: bool, coarsest: int = 64) -> ValidAreas:
+    """Return the areas of pictures of sizes (B, 2) on a (height, width) canvas, at strides 1, 2, 4 to coarsest.
 
     Every layer that halves a map rounds up, so a picture has ceil(size / stride) cells.
     """
-    areas: ValidAreas = dict.fromkeys((1, 2, 4, 8, 16, 32, 64, 128))
+    areas: ValidAreas = dict.fromkeys(2**level for level in range(coarsest.bit_length()))
     for stride in areas if padded else ():
         if stride > 1:
             sizes, height, width = (sizes + 1) // 2, -(-height // 2), -(-width // 2)

@@ -16,7 +16,7 @@ from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.foreign import dense_rows
 from gndet.weights.foreign.formats import FACTS
 from gndet.weights.foreign.names import layer_names, vgg_names
-from gndet.weights.read import PARTS, STEM, class_rows, has_background
+from gndet.weights.read import DENSE, PARTS, STEM, class_rows, has_background
 
 TOOLKITS = ("detectron2", "torchvision", "mmdetection")
 EPS = 1e-5  # of every norm layer in the toolkits
@@ -181,9 +181,12 @@ def _folded(state: dict[str, Tensor], cfg: ModelConfig, toolkit: str) -> dict[st
 
 
 def _rows(tensor: Tensor, layer: str, cfg: ModelConfig, toolkit: str) -> Tensor:
-    """Put the background's row first if the toolkit has it there; a row that gndet lacks is zero."""
+    """Put the background's row first if the toolkit has it there; a row that gndet lacks is zero.
+
+    `dense_rows.to_file` has done it for dense detectors.
+    """
     rows = class_rows(layer, cfg)
-    if not rows or layer.startswith("classifier.") or not FACTS[toolkit].background_first:
+    if not rows or layer == DENSE or layer.startswith("classifier.") or not FACTS[toolkit].background_first:
         return tensor
     if has_background(layer):
         return torch.cat([tensor[-1:], tensor[:-1]])

@@ -2,8 +2,9 @@
 
 python -m benchmarks.starts RUN_WITH_BN --root datasets/bccd --out runs/starts [--updates 200] [--jobs 2]
 
-RUN_WITH_BN is a gndet run trained with bn, without weight standardization. With --backbone-only, pyramid and heads are new, as with an ImageNet
-backbone. Finished runs are not repeated. Prints a table of box AP50 and AP: the mean over the seeds and each value.
+RUN_WITH_BN is a gndet run trained with bn, without weight standardization. With --backbone-only, pyramid and heads are
+new, as with an ImageNet backbone. Finished runs are not repeated. Prints a table of box AP50 and AP: the mean over the
+seeds and each value.
 """
 
 import argparse
@@ -81,9 +82,10 @@ def main() -> None:
     starts = BACKBONE_ONLY if options.backbone_only else WHOLE
     common = [
         options.config, f"data.root={options.root}", f"train.weights={weights}", "data.workers=0",
-        "model.norm.weight_standardization=false", f"train.schedule.updates={options.updates}", "train.schedule.warmup=20", "train.eval_every=0",
-        "train.checkpoint_every=0", "train.vis_images=0", f"data.shortest_edge=[{options.edge}]",
-        f"data.shortest_edge_test={options.edge}", f"data.max_edge={2 * options.edge}", *options.set,
+        "model.norm.weight_standardization=false", f"train.schedule.updates={options.updates}",
+        "train.schedule.warmup=20", "train.eval_every=0", "train.checkpoint_every=0", "train.vis_images=0",
+        f"data.shortest_edge=[{options.edge}]", f"data.shortest_edge_test={options.edge}",
+        f"data.max_edge={2 * options.edge}", *options.set,
     ]  # fmt: skip
     jobs = {
         (name, lr, seed): [*common, *words, f"train.optimizer.lr={lr}", f"seed={seed}"]

@@ -723,6 +723,11 @@ class DataConfig(Section):
         parts = {name: values[name] for name in ("train", "val") if isinstance(values.get(name), dict)}
         return values | {name: part | {"split": part.get("split") or name} for name, part in parts.items()}
 
+    @property
+    def smallest_edge(self) -> int:
+        """Shortest edge of the smallest training pictures that the network sees, in pixels."""
+        return self.crop.size if self.crop else min(self.shortest_edge)
+
     @model_validator(mode="after")
     def _a_share_is_taken_from_train(self) -> "DataConfig":
         if self.train.share is not None:

@@ -156,7 +156,7 @@ def load_detector(path: Path, overrides: Sequence[str], proc: Process, tell: Tel
     detector = Detector(**load_trained(path, overrides, proc, DetectionModel, NO_DETECTOR, tell))
     data = detector.config.data
     if data.shortest_edge_test >= LARGE:
-        detector.model.choose_convolutions(min(data.shortest_edge))
+        detector.model.choose_convolutions(data.smallest_edge)
     return detector
 
 

@@ -157,7 +157,7 @@ def load_picture_classifier(
 ) -> PictureClassifier:
     """Load the classifier of a checkpoint or run folder.  Arguments and errors as in `load_detector`."""
     classifier = PictureClassifier(**load_trained(path, overrides, proc, Classifier, NO_CLASSIFIER, tell))
-    classifier.model.choose_convolutions(min(classifier.config.data.shortest_edge))
+    classifier.model.choose_convolutions(classifier.config.data.smallest_edge)
     return classifier
 
 

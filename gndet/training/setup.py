@@ -118,7 +118,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     with enough_memory(model, cfg, proc):
         model, autocast = place(model.train(), cfg.train.precision, proc)
         set_memory(model, cfg.train.memory)
-        model.choose_convolutions(min(cfg.data.shortest_edge))
+        model.choose_convolutions(cfg.data.smallest_edge)
         notes += slower_operators(proc.device)
         broadcast(model.state_dict().values(), proc)  # they are equal already, unless the machines differ
         average = WeightAverage(model, cfg.train.ema) if cfg.train.ema else None

@@ -38,6 +38,12 @@ def moved_by(path: Path, then: Callable[[Path], object] = lambda path: None) -> 
     return there
 
 
+def remove(path: Path) -> None:
+    """Remove a folder in which another process may be saving, as a repeated `rm -rf` does."""
+    while path.exists():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 MOVES: dict[str, Callable[[Path], object]] = {
     "renamed": lambda path: None,
     "replaced by an empty folder": Path.mkdir,
@@ -112,7 +118,7 @@ def test_a_parent_that_is_renamed_moves_the_run(folder: Path) -> None:
 def test_a_removed_folder_ends_the_run_and_nothing_is_made_anew(folder: Path, world: int) -> None:
     run = start(folder, "run", *OPTIONS, faults={"gate": [3]}, world=world)
     run.wait_for("fault: gate 3")
-    shutil.rmtree(run.out)
+    remove(run.out)
     run.open_gate(3)
     run.wait()
     assert run.statuses()[0] == 2 and not run.out.exists()
@@ -139,7 +145,7 @@ def test_checkpoints_that_are_gone_in_mid_run_are_made_anew(folder: Path, what: 
     place = run.out / "checkpoints"
     place.rename(folder / "taken")
     if what == "removed":
-        shutil.rmtree(folder / "taken")
+        remove(folder / "taken")
     elif what == "replaced by a folder":
         place.mkdir()
     elif what == "replaced by a link":
@@ -164,7 +170,7 @@ def test_files_that_are_removed_in_mid_run_are_missed(folder: Path) -> None:
     run = start(folder, "run", *OPTIONS, faults={"gate": [3]})
     run.wait_for("fault: gate 3")
     for path in run.out.iterdir():  # rm -rf, which a file that is made meanwhile makes fail
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        remove(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     run.open_gate(3)
     text = run.expect(2)
     assert "config.yaml: removed by another program; metrics.jsonl: removed by another program" in text

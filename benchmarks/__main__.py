@@ -1,4 +1,4 @@
-"""`python -m benchmarks step|norm|loader|start|eval|predict|commands [--rounds N] [--threads N] [its own options]`."""
+"""`python -m benchmarks NAME [--rounds N] [--threads N] [its own options]`; --help lists the names."""
 
 import argparse
 import functools
@@ -11,7 +11,7 @@ from gndet.cli.main import exit_status, parse
 
 MODULES = {
     "step": "step", "norm": "norm", "loader": "loader", "start": "start", "eval": "evaluation", "predict": "predicting",
-    "commands": "commands",
+    "commands": "commands", "detectors": "detectors",
 }  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gndet.cli.arguments import height_and_width, one_or_more
 
+DETECTORS = ("mask_rcnn", "c4", "dc5", "cascade", "fcos", "atss", "retinanet", "resnext", "timm")
+
 
 def common(parser: argparse.ArgumentParser) -> None:
     """Add the options that all benchmarks share."""
@@ -81,6 +83,15 @@ def commands(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout of gndet, to compare with")
 
 
+def detectors(parser: argparse.ArgumentParser) -> None:
+    """Time a training step and a detection of each kind of detector, beside torchvision's model of the same layers."""
+    parser.add_argument(
+        "--size", type=height_and_width, default=(480, 640), metavar="480x640", help="picture size (480x640)"
+    )
+    parser.add_argument("--batch", type=one_or_more, default=2, help="images at once (2)")
+    parser.add_argument("--only", nargs="+", choices=DETECTORS, help="some of them")
+
+
 def key_and_values(text: str) -> tuple[str, list[str]]:
     """Parse a config key and its values, e.g. train.memory:fast,lean."""
     key, colon, values = text.partition(":")
@@ -91,7 +102,7 @@ def key_and_values(text: str) -> tuple[str, list[str]]:
 
 NAMES = {
     "step": step, "norm": norm, "loader": loader, "start": start, "eval": evaluation, "predict": predict,
-    "commands": commands,
+    "commands": commands, "detectors": detectors,
 }  # fmt: skip
 
 

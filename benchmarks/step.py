@@ -237,19 +237,9 @@ def torchvision_step(
     if tuned and device == "cuda":
         model = model.to(memory_format=torch.channels_last)
     calm(model)
-    proposed = model.rpn.forward
-
-    def guided(images: Any, features: Any, targets: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
-        own, losses = proposed(images, features, targets)
-        boxes = [
-            torch.cat([target["near"][:NEAR], proposals[NEAR:], target["near"][NEAR:]])[:PROPOSALS]
-            for proposals, target in zip(own, targets, strict=True)
-        ]
-        return boxes, losses
-
-    model.rpn.forward = guided
+    guide_peer(model)
     batches = [
-        [_peer_sample(scene, device == "cuda") for scene in make_scenes(size, num, number)] for number in range(BATCHES)
+        [peer_sample(scene, device == "cuda") for scene in make_scenes(size, num, number)] for number in range(BATCHES)
     ]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=RATE, momentum=0.9, weight_decay=1e-4, fused=True)
@@ -273,6 +263,21 @@ def torchvision_step(
     return step
 
 
+def guide_peer(model: nn.Module) -> None:
+    """Make torchvision's model put the boxes near its targets' objects before its own proposals from now on."""
+    proposed: Any = model.rpn.forward
+
+    def guided(images: Any, features: Any, targets: Any = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+        own, losses = proposed(images, features, targets)
+        boxes = [
+            torch.cat([target["near"][:NEAR], proposals[NEAR:], target["near"][NEAR:]])[:PROPOSALS]
+            for proposals, target in zip(own, targets or (), strict=targets is not None)
+        ]
+        return boxes or own, losses
+
+    model.rpn.forward = guided
+
+
 def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
     """Return torchvision's Mask R-CNN with the shared architecture, for pictures of size (height, width)."""
     group_norm = partial(nn.GroupNorm, 32)
@@ -291,7 +296,7 @@ def peer_model(norm: str, size: tuple[int, int]) -> nn.Module:
     )  # fmt: skip
 
 
-def _peer_sample(scene: Scene, pin: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def peer_sample(scene: Scene, pin: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a scene as torchvision's model takes it, in which class 0 is the background; pin: in pinned memory."""
     image = scene.image.float() / 255
     target = {"boxes": scene.boxes, "labels": scene.labels + 1, "masks": scene.bitmaps(), "near": scene.near}

@@ -15,12 +15,13 @@ from conftest import REPOSITORY
 from models import NUM_CLASSES, make_batch, small_model
 from subjects import computing, failing, hanging, holding, noting, timing_itself
 
+from benchmarks.detectors import ROWS, row_config
 from benchmarks.loader import draw
-from benchmarks.options import NAMES
+from benchmarks.options import DETECTORS, NAMES
 from benchmarks.parts import memory_by_part
 from benchmarks.predicting import SIZES, decoded, peer_model, same_weights, settings
 from benchmarks.report import machine, table
-from benchmarks.scene import NEAR, PROPOSALS, make_scenes
+from benchmarks.scene import CLASSES, NEAR, PROPOSALS, make_scenes
 from benchmarks.step import guide, near_objects, to_batch
 from benchmarks.step import peer_model as step_peer
 from benchmarks.turns import Limits, Subject, Turn, take_turns
@@ -29,6 +30,7 @@ from gndet.config.schema import Config, TrainConfig
 from gndet.distributed.process import alone
 from gndet.errors import ConfigError, MachineError
 from gndet.evaluation.detector import load_detector
+from gndet.modeling.build import build_model
 from gndet.structures import Proposals
 from gndet.training.log import read_metrics
 from gndet.training.memory import MIB, TensorBytes
@@ -211,6 +213,16 @@ def test_the_memory_of_a_step_is_shared_out_to_its_parts() -> None:
 
 
 # --- the command
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_are_compared_with_models_of_as_many_parameters(name: str) -> None:
+    with torch.device("cpu" if name == "timm" else "meta"):  # torchvision computes RegNet's widths with tensors
+        models = build_model(row_config(name, (480, 640), 2).model, CLASSES), ROWS[name].peer((480, 640))
+    own, peer = (sum(parameter.numel() for parameter in model.parameters()) for model in models)
+    features = {"fcos": 0, "atss": 0, "retinanet": 0, "c4": 2048}.get(name, 1024)
+    background = 4 * (features + 1) + 256 + 1 if features else 0  # torchvision predicts its box and mask, too
+    assert own + background == peer or (name == "cascade" and own > peer)
 
 
 def test_every_benchmark_has_options_and_help() -> None:

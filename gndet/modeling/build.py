@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from gndet.config.schema import ModelConfig
+from gndet.config.model import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling import cascade
 from gndet.modeling.box_head import BoxHead

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.norms.activating import Affine, EvoNormS0, FilterResponseNorm, ThresholdLinear
 from gndet.modeling.norms.group_norm import Normalize

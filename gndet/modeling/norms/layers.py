@@ -206,7 +206,7 @@ def _num_groups(cfg: NormConfig, channels: int) -> int:
     return groups
 
 
-# The norms by name.  To add one, add an entry here and its name to NormConfig.kind in config/schema.py.
+# The norms by name.  To add one, add an entry here and its name to NormConfig.kind in config/norm.py.
 NORMS: dict[str, Callable[[NormConfig, int], nn.Module]] = {
     "gn": lambda cfg, channels: GroupNorm(channels, _num_groups(cfg, channels), cfg.eps, cfg.masked),
     "ln": lambda cfg, channels: GroupNorm(channels, 1, cfg.eps, cfg.masked),

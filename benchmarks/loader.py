@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from benchmarks.report import machine, table
 from benchmarks.scene import CATEGORIES, make_scenes
 from benchmarks.turns import Subject, Work, take_turns
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import train_sample
 from gndet.data.datasets.reading import read_dataset

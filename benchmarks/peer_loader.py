@@ -6,7 +6,7 @@ coco_root holds annotations/instances_SPLIT.json and the pictures in SPLIT.  get
 
 from collections.abc import Callable
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import train_sample
 from gndet.data.datasets.reading import read_dataset

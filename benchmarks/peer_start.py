@@ -6,7 +6,7 @@ As on a first opening, the file is read, checked and packed into a cache, which 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.records import Dataset
 

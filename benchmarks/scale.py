@@ -28,8 +28,8 @@ from benchmarks.report import machine
 from benchmarks.scene import CLASSES, NEAR, make_scenes
 from benchmarks.step import SETTINGS, guide, near, to_batch
 from gndet.cli.arguments import height_and_width
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import config_from_dict, load_config
-from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.children import python_command, safe_children

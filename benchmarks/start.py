@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 
 from benchmarks.report import machine, table
 from benchmarks.turns import Subject, Work, take_turns
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.cache import SETTLED
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import refuse

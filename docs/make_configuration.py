@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the schema: `python docs/make_configuration.py`.
 
-An option's comment in gndet/config/schema.py, above it or behind it, has the form
+An option's comment in the files of gndet/config/, above it or behind it, has the form
 
     what the option does [unit]; more. Source: where the default comes from
 
@@ -8,6 +8,7 @@ Sections become headings, in the order of the schema; ranges and choices come fr
 """
 
 import ast
+import inspect
 import io
 import tokenize
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gndet.config import schema
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
 from gndet.config.presets import CASCADE_PRESETS, NECKS, PRESETS
+from gndet.config.schema import Config
 
 PAGE = Path(__file__).parent / "configuration.md"
 OPENING = """# Configuration
@@ -58,8 +61,11 @@ BOUNDS = {Ge: "≥ {.ge}", Gt: "> {.gt}", Le: "≤ {.le}", Lt: "< {.lt}"}  # the
 
 def page() -> str:
     """Return the text of docs/configuration.md."""
-    comments = option_comments(Path(schema.__file__).read_text(encoding="utf-8"))
-    sections = [table(path, section, comments) for path, section in walk(schema.Config, "", set())]
+    found = [*walk(Config, "", set())]
+    comments: dict[tuple[str, str], str] = {}
+    for file in {inspect.getfile(section) for _, section in found}:
+        comments |= option_comments(Path(file).read_text(encoding="utf-8"))
+    sections = [table(path, section, comments) for path, section in found]
     cascades = {"cascade_rcnn": CASCADE_PRESETS["gndet"], "and mmdetection": CASCADE_PRESETS["mmdetection"]}
     tables = [
         *(PRESET_WORDS, presets("gndet", PRESETS), CASCADE_WORDS, presets("gndet", cascades)),
@@ -91,7 +97,7 @@ def table(path: str, section: type[BaseModel], comments: dict[tuple[str, str], s
     lines += ["| option | type | default | unit | what it does | source |", "|---|---|---|---|---|---|"]
     for name, field in section.model_fields.items():
         inner = section_of(field)
-        if inner and inner is not schema.NormConfig:
+        if inner and inner is not NormConfig:
             lines.append(f"| `{name}` | section | | | see {link(f'{path}.{name}'.strip('.'))} | |")
         elif inner and path == "model":
             lines.append(f"| `{name}` | section | | | the norm of every part; see {link('model.norm')} | |")
@@ -144,7 +150,7 @@ def words(kind: Any, bounds: list[Any]) -> str:
 
 def default(field: FieldInfo) -> str:
     """Return an option's default."""
-    is_norm = isinstance(field.default, schema.NormConfig)
+    is_norm = isinstance(field.default, NormConfig)
     return f"`{{kind: {field.default.kind}}}`" if is_norm else f"`{yaml_value(field.default)}`"
 
 
@@ -170,7 +176,7 @@ def presets(usual: str, named: dict[str, dict[str, Any]]) -> str:
     options = sorted({(part, key) for preset in named.values() for part, keys in preset.items() for key in keys})
     lines = [f"| option | {usual} | {' | '.join(named)} |", "|---|---|" + "---|" * len(named)]
     for part, key in options:
-        fields = section_of(schema.ModelConfig.model_fields[part]).model_fields
+        fields = section_of(ModelConfig.model_fields[part]).model_fields
         own = default(fields[key])
         of_toolkits = [preset.get(part, {}) for preset in named.values()]
         cells = [f"`{yaml_value(values[key])}`" if key in values else "" for values in of_toolkits]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.exports.engine import Opener, inspect_export
 from gndet.data.datasets.reading import inspect_both, read_dataset
 from gndet.data.records import Dataset

@@ -13,16 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gndet.config.schema import (
-    BackboneConfig,
-    BoxHeadConfig,
-    FPNConfig,
-    MaskHeadConfig,
-    ModelConfig,
-    NormConfig,
-    RPNConfig,
-    SourceConfig,
-)
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig, BoxHeadConfig, FPNConfig, MaskHeadConfig, RPNConfig
+from gndet.config.training import SourceConfig
 from gndet.modeling.build import build_model
 from gndet.weights.read import Source, read_source
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.exports.engine import Opener, inspect_export
 from gndet.data.datasets.segmentation import to_rle

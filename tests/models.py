@@ -2,16 +2,9 @@
 
 import torch
 
-from gndet.config.schema import (
-    BackboneConfig,
-    BoxHeadConfig,
-    CascadeConfig,
-    FPNConfig,
-    MaskHeadConfig,
-    ModelConfig,
-    NormConfig,
-    RPNConfig,
-)
+from gndet.config.model import CascadeConfig, ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig, BoxHeadConfig, FPNConfig, MaskHeadConfig, RPNConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.ops.boxes import clip_boxes

@@ -93,7 +93,7 @@ def test_a_module_imports_lower_floors_and_its_own_folder(path: Path) -> None:
         ("training.ending", "cli.train", False),
         ("checkpoint", "files", True),
         ("errors", "files", False),
-        ("config.schema", "distributed.process", False),
+        ("config.training", "distributed.process", False),
     ],
 )
 def test_the_rule_itself(here: str, there: str, allowed: bool) -> None:

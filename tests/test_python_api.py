@@ -13,8 +13,8 @@ from PIL import Image
 
 import gndet
 from gndet.cli.main import main
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import load_config, override_words
-from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.shapes import draw_image

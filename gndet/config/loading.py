@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gndet.config.data import DataConfig
 from gndet.config.presets import NECKS, PRESETS, without_conventions
-from gndet.config.schema import NOT_UNICODE, Config, DataConfig
+from gndet.config.schema import Config
+from gndet.config.section import NOT_UNICODE
 from gndet.errors import ConfigError
 from gndet.files import path_fault
 from gndet.text import valid_text

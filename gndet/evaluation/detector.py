@@ -10,8 +10,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from gndet.config.data import DataConfig
 from gndet.config.loading import override_words
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import Config
 from gndet.data.records import Dataset, Tell
 from gndet.distributed.process import Process, alone
 from gndet.errors import ConfigError

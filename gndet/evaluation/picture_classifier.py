@@ -13,8 +13,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import override_words
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.records import Dataset, Tell
 from gndet.distributed.process import Process, alone
 from gndet.evaluation.batch_norm import population_statistics

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.batches.batch import collate
 from gndet.data.batches.stream import Skipped, test_batches
 from gndet.data.batches.transforms import test_sample

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import find_config, load_config, with_overrides
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.formats import is_config
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.datasets.layout import sets_at

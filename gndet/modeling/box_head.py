@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import BoxHeadConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BoxHeadConfig
 from gndet.modeling.conv_norm import conv_factory, initialize
 from gndet.modeling.detection_model import RegionHead, image_index, region_features
 from gndet.modeling.recompute import recomputed, tower

@@ -1,6 +1,7 @@
 """Build a model from its config: a table of the available kinds of each part, and the code that joins the parts.
 
-To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to config/schema.py.
+To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to config/model.py, or
+to config/parts.py for a backbone.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from gndet.config.schema import ModelConfig
+from gndet.config.model import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling import cascade
 from gndet.modeling.box_head import BoxHead

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import BoxHeadConfig, CascadeConfig, MaskHeadConfig, NormConfig
+from gndet.config.model import CascadeConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BoxHeadConfig, MaskHeadConfig
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.detection_model import RegionHead
 from gndet.modeling.mask_head import MaskHead

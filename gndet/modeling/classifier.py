@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import ClassifierConfig
+from gndet.config.model import ClassifierConfig
 from gndet.modeling.image_model import Choices, ImageModel, Rectified
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.ops.matching import ranks

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.modeling.norms.activating import Affine, ThresholdLinear
 from gndet.modeling.norms.layers import FrozenBatchNorm, NoNorm, make_norm, stored_map
 from gndet.modeling.norms.valid_area import ValidArea, clear_padding

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import DenseConfig, NormConfig
+from gndet.config.model import DenseConfig
+from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.anchors import cell_anchors, pyramid_anchors
 from gndet.modeling.conv_norm import conv_factory

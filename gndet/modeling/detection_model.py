@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import BoxHeadConfig, MaskHeadConfig
+from gndet.config.parts import BoxHeadConfig, MaskHeadConfig
 from gndet.modeling.image_model import ImageModel
 from gndet.ops.roi_align import Pyramid, roi_align_pyramid
 from gndet.structures import Batch, Detections, Regions

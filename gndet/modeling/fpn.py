@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import FPNConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import FPNConfig
 from gndet.modeling.conv_norm import choose_ways, conv_factory
 from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
 from gndet.modeling.recompute import tower

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import MaskHeadConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import MaskHeadConfig
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.detection_model import RegionHead, image_index, region_features
 from gndet.modeling.recompute import recomputed, tower

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import BackboneConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, choose_ways, conv_factory, initialize
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, below_all, clear_padding
 from gndet.modeling.pooling import Window, average_pool

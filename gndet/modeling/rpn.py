@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import NormConfig, RPNConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import RPNConfig
 from gndet.modeling.anchors import cell_anchors, pyramid_anchors
 from gndet.modeling.conv_norm import conv_factory
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas

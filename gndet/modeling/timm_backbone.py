@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import BackboneConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.errors import ConfigError
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.valid_area import ValidAreas, picture_areas

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gndet.checkpoint import load_checkpoint, resolve
+from gndet.config.data import DataConfig
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config, DataConfig, ModelConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
 from gndet.errors import CheckpointError
 from gndet.modeling.build import build_model
 from gndet.modeling.image_model import ImageModel

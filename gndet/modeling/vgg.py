@@ -9,7 +9,8 @@ activations, pooling excludes the padding.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.schema import BackboneConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.modeling.conv_norm import ConvNorm, choose_ways, conv_factory, initialize
 from gndet.modeling.norms.valid_area import ValidAreas, below_all, clear_padding
 from gndet.modeling.recompute import tower

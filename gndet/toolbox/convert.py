@@ -9,8 +9,10 @@ from torch import Tensor
 
 from gndet.checkpoint import save_checkpoint
 from gndet.config.loading import with_overrides
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
 from gndet.config.presets import DATA
-from gndet.config.schema import Config, ModelConfig, NormConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.images import Reading, picture_size
 from gndet.data.records import Dataset
 from gndet.errors import ConfigError

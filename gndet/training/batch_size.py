@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from gndet.config.schema import Config, TrainConfig
+from gndet.config.schema import Config
+from gndet.config.training import TrainConfig
 from gndet.data.batches.batch import largest_batch
 from gndet.distributed.collectives import all_reduce_min
 from gndet.distributed.process import Process

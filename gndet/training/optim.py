@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import OptimizerConfig, ScheduleConfig
+from gndet.config.training import OptimizerConfig, ScheduleConfig
 from gndet.modeling.norms.layers import PER_CHANNEL
 
 

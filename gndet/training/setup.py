@@ -15,7 +15,8 @@ from torch import nn
 
 from gndet.checkpoint import Checkpoint
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config, TrainConfig
+from gndet.config.schema import Config
+from gndet.config.training import TrainConfig
 from gndet.data.batches.batch import largest_batch
 from gndet.data.batches.stream import micro_batches
 from gndet.data.datasets.fingerprints import fingerprints

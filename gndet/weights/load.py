@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config.schema import Config, ModelConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model

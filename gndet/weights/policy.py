@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.schema import Config, ModelConfig, NormConfig, TrainConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.schema import Config
+from gndet.config.training import TrainConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.modeling.norms.layers import make_norm

@@ -6,7 +6,8 @@ The anchors that are positive follow from boxes and sizes alone, so no picture i
 import numpy as np
 import torch
 
-from gndet.config.schema import Config, DataConfig
+from gndet.config.data import DataConfig
+from gndet.config.schema import Config
 from gndet.data.batches.crops import resized
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record

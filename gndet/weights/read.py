@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gndet.config.schema import Config, ModelConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.trained import model_without_memory, read_trained
 

@@ -26,7 +26,8 @@ from benchmarks.step import guide, near_objects, to_batch
 from benchmarks.step import peer_model as step_peer
 from benchmarks.turns import Limits, Subject, Turn, take_turns
 from benchmarks.typed import subject as command
-from gndet.config.schema import Config, TrainConfig
+from gndet.config.schema import Config
+from gndet.config.training import TrainConfig
 from gndet.distributed.process import alone
 from gndet.errors import ConfigError, MachineError
 from gndet.evaluation.detector import load_detector

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torchvision.ops import clip_boxes_to_image, roi_align
 
 from gndet.config.loading import config_from_dict, load_config, with_overrides
+from gndet.config.model import ModelConfig
 from gndet.config.presets import PRESETS
-from gndet.config.schema import Config, ModelConfig, TrainConfig
+from gndet.config.schema import Config
+from gndet.config.training import TrainConfig
 from gndet.modeling.anchors import cell_anchors
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from gndet.config.loading import config_from_dict, with_overrides
-from gndet.config.schema import Config, ModelConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
 from gndet.errors import ConfigError
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.batches.transforms import test_sample as load_sample
 from gndet.data.datasets.coco import inspect_file, to_coco
 from gndet.data.records import Dataset

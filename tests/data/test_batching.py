@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.batches import stream as batching
 from gndet.data.batches.batch import collate, largest_batch, split
 from gndet.data.batches.transforms import Sample

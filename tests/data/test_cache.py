@@ -17,8 +17,8 @@ import pytest
 from hostile import Hostile, make_bad_objects
 from PIL import Image
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import load_config
-from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets import cache as cache_module
 from gndet.data.datasets.cache import keep_pictures
 from gndet.data.datasets.coco import inspect_file
@@ -32,7 +32,7 @@ from gndet.toolbox.check.check import check
 CFG = DatasetConfig(annotations="file.json", images="pictures")
 READ = """
 import sys
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
 
 cfg = DatasetConfig(annotations="file.json", images="pictures")

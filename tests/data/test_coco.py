@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.masks import check_masks, check_segmentation
 from gndet.data.datasets.reading import read_dataset

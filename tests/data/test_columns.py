@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets import coco, json_parts
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns

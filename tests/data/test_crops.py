@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from gndet.config.schema import CropConfig
+from gndet.config.data import CropConfig
 from gndet.data.batches import crops
 from gndet.ops.noise import Stream, uniform
 

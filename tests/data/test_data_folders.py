@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exported import codes, picture, words, write
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.layout import find_sets, set_of

@@ -7,7 +7,7 @@ import pytest
 from exported import write
 from PIL import Image
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets import reading
 from gndet.data.datasets.exports import engine
 from gndet.data.datasets.reading import inspect_dataset

@@ -7,8 +7,9 @@ import pytest
 import yaml
 from classes import COLORS, write_classes
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import load_config
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.reading import inspect_both, inspect_dataset, read_dataset
 from gndet.errors import ConfigError, DataError
 from gndet.training.task import read_both

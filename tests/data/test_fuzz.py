@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import FAULTS
 from gndet.data.datasets.segmentation import box_frame_masks, to_rle

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets import json_parts
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.json_items import JsonItems, Raw, column, parse_outlines

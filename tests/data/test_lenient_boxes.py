@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import describe_finding
 from gndet.data.records import Dataset, Finding

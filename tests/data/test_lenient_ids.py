@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets import json_parts
 from gndet.data.datasets.coco import inspect_file, to_coco
 from gndet.data.datasets.comparing import between

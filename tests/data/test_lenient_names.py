@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.reading import inspect_dataset

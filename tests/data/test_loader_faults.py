@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from test_batching import DATA, equal
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data import workers as worker_pool
 from gndet.data.batches import stream as batching
 from gndet.data.batches.stream import Loaded, micro_batches, prefetch

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets import segmentation
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.masks import check_masks

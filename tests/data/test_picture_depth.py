@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import config_from_dict, with_overrides
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.images import Reading, Unusual, picture_record, picture_size, read_image
 from gndet.data.datasets.reading import inspect_dataset, read_dataset
 from gndet.errors import ConfigError, DataError

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gndet.config.data import DataConfig
 from gndet.config.loading import load_config, with_overrides
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import describe_finding
 from gndet.data.datasets.plausible import limit_notes

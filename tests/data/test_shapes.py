@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.shapes import CLASSES, draw_image
 from gndet.data.records import Dataset

@@ -7,7 +7,7 @@ import pytest
 from exported import codes, write
 from test_data_folders import COCO, CVAT, DATA_YAML, LABELME, LAYOUTS, VOC, YOLO, data_of
 
-from gndet.config.schema import DatasetConfig
+from gndet.config.data import DatasetConfig
 from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.guess import guess_folder

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.batches import crops, transforms
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import box_frame_masks, into_frames, to_rle

@@ -9,7 +9,7 @@ import pytest
 from exported import assert_equal, boxes, coco_tree, codes, inspected, inspected_alone, read_tree, words, write
 from PIL import Image
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.exports.engine import inspect_export
 from gndet.data.datasets.exports.yolo import open_outlines, open_yolo
 from gndet.data.datasets.layout import find_sets, sets_at

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gndet.cli.main import main
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.schema import Config
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process, spawn

@@ -15,7 +15,8 @@ import torch
 from test_evaluation import ENGINES
 from torch import Tensor, nn
 
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.batches.transforms import test_sample as evaluation_sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset

@@ -21,7 +21,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 import gndet.evaluation.results
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset

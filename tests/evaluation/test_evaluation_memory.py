@@ -9,7 +9,8 @@ import torch
 from test_drawing_memory import little_memory
 from torch import Tensor, nn
 
-from gndet.config.schema import Config, DataConfig
+from gndet.config.data import DataConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset, Record
 from gndet.distributed.process import Process

@@ -21,7 +21,7 @@ from pycocotools.coco import COCO
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
 from gndet.cli.main import main
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.datasets.shapes import draw_image

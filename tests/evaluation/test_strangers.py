@@ -18,8 +18,8 @@ from torch import Tensor
 import gndet
 from gndet.checkpoint import MAX_FILES, MAX_META, Checkpoint, load_checkpoint, save_checkpoint
 from gndet.cli.main import main
+from gndet.config.data import DatasetConfig
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.shapes import read_shapes
 from gndet.errors import CheckpointError

@@ -11,7 +11,7 @@ from PIL import Image
 from faults.launch import finish, start
 from faults.tiny import check, check_same, newest_update
 from gndet.checkpoint import load_checkpoint
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.shapes import read_shapes
 from gndet.training.log import read_metrics
 

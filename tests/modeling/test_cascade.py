@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
 from gndet.config.loading import config_from_dict
+from gndet.config.model import ModelConfig
 from gndet.config.presets import CASCADE_PRESETS
-from gndet.config.schema import ModelConfig
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.mask_rcnn import MaskRCNN

@@ -7,7 +7,9 @@ import torchvision
 from models import make_batch, small_model
 from torch import Tensor, nn
 
-from gndet.config.schema import BackboneConfig, ClassifierConfig, ModelConfig, NormConfig
+from gndet.config.model import ClassifierConfig, ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.classifier import Classifier, drop_by_key, pool_pictures

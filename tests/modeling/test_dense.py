@@ -13,7 +13,7 @@ from torch import Tensor
 from gndet.checkpoint import load_checkpoint
 from gndet.cli.main import main
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import ModelConfig
+from gndet.config.model import ModelConfig
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import train_sample
 from gndet.data.datasets.reading import read_dataset

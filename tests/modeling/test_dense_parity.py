@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 
-from gndet.config.schema import SourceConfig
+from gndet.config.training import SourceConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.dense import DenseDetector
 from gndet.structures import Batch, GroundTruth

@@ -10,7 +10,9 @@ from models import NUM_CLASSES, make_batch, rows, small_config, small_model
 from torch import nn
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 
-from gndet.config.schema import BackboneConfig, BoxHeadConfig, ModelConfig, NormConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig, BoxHeadConfig
 from gndet.errors import ConfigError
 from gndet.modeling.anchors import cell_anchors, cell_ids, level_anchors
 from gndet.modeling.box_head import BoxHead

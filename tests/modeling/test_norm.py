@@ -14,7 +14,7 @@ from faults.launch import spawn
 from models import make_batch, rows, small_model
 from torch import nn
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import ConvNorm, StandardizedConv2d, standardized_once
 from gndet.modeling.norms import group_norm

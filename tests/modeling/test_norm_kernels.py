@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from without_interpreter import answer_of
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.modeling import recompute
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms import group_norm

@@ -9,7 +9,9 @@ from models import NUM_CLASSES, make_batch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
-from gndet.config.schema import BackboneConfig, ModelConfig, NormConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.modeling import box_head
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import image_index, region_features

@@ -19,7 +19,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import FrozenBatchNorm2d
 
-from gndet.config.schema import SourceConfig
+from gndet.config.training import SourceConfig
 from gndet.data.records import MASK_SIDE
 from gndet.evaluation.results import paste_masks
 from gndet.modeling.build import build_model

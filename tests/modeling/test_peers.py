@@ -9,7 +9,7 @@ import torch
 from test_parity import NUM_CLASSES, SIZE, on_canvas, picture, rescale, truth
 from torch import Tensor, nn
 
-from gndet.config.schema import SourceConfig
+from gndet.config.training import SourceConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.structures import Batch, Step

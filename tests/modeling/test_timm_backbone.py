@@ -8,7 +8,9 @@ import torch
 from models import make_batch, small_config
 from torch import Tensor, nn
 
-from gndet.config.schema import BackboneConfig, ClassifierConfig, ModelConfig, NormConfig
+from gndet.config.model import ClassifierConfig, ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms.layers import GroupNorm

@@ -9,7 +9,7 @@ from models import make_batch, small_config, small_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.modeling import recompute
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from models import make_batch, small_model
 from torch import Tensor
 
-from gndet.config.schema import BoxHeadConfig, FPNConfig, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BoxHeadConfig, FPNConfig
 from gndet.modeling.conv_norm import ConvNorm, choose_ways
 from gndet.modeling.recompute import set_memory
 from gndet.ops import conv3x3, winograd

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.ops.conv3x3 import Convolution, Product, Winograd

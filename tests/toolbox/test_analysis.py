@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pycocotools.cocoeval import COCOeval
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset

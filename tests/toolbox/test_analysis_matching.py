@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.records import Dataset
 from gndet.evaluation.coco_metrics import RECALLS, coco_truths

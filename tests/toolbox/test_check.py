@@ -30,8 +30,8 @@ from hostile import (
 )
 from PIL import Image
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import load_config
-from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.faults import FAULTS
 from gndet.data.datasets.guess import guess_folder
 from gndet.data.datasets.images import Reading

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.coco import inspect_file
 from gndet.toolbox.check.report import sizes_in_words, summarize
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from gndet.checkpoint import load_checkpoint
 from gndet.cli.main import main
-from gndet.config.schema import SourceConfig
+from gndet.config.training import SourceConfig
 from gndet.distributed.process import Process
 from gndet.evaluation.detector import load_detector
 from gndet.modeling.build import build_model

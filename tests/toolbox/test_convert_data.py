@@ -11,7 +11,7 @@ from exported import codes, write
 from labeled import first_pictures
 from pycocotools import mask as coco_mask
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.datasets.segmentation import to_rle
 from gndet.data.records import Dataset

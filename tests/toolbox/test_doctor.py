@@ -23,7 +23,7 @@ from torch import Tensor
 from gndet.checkpoint import save_checkpoint
 from gndet.cli.main import main
 from gndet.config.loading import load_config
-from gndet.config.schema import OptimizerConfig, TrainConfig
+from gndet.config.training import OptimizerConfig, TrainConfig
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms import group_norm

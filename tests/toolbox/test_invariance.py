@@ -14,7 +14,8 @@ from models import cascade_model, make_batch, small_model
 
 from gndet.cli.main import main
 from gndet.config.loading import load_config
-from gndet.config.schema import BoxHeadConfig, NormConfig, RPNConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BoxHeadConfig, RPNConfig
 from gndet.data.batches.transforms import Sample
 from gndet.data.datasets.reading import read_dataset
 from gndet.distributed.process import Process

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gndet.checkpoint import load_checkpoint
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.evaluation.norm_statistics import affine, measure, moments, norm_layers, similarity
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import ValidArea

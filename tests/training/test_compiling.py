@@ -12,7 +12,8 @@ from run_files import load
 from test_micro_batch import difference
 from torch import Tensor
 
-from gndet.config.schema import DataConfig, TrainConfig
+from gndet.config.data import DataConfig
+from gndet.config.training import TrainConfig
 from gndet.data.batches.batch import collate, split
 from gndet.data.batches.stream import train_batches
 from gndet.data.batches.transforms import Sample

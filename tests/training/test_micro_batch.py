@@ -16,8 +16,9 @@ from rich.console import Console
 from run_files import forget, last, load, losses
 
 from gndet.checkpoint import load_checkpoint
+from gndet.config.data import DataConfig
 from gndet.config.loading import load_config
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import Config
 from gndet.data.batches.batch import largest_batch, split
 from gndet.data.batches.stream import Loaded, Replay, micro_batches, train_batches
 from gndet.data.datasets.reading import read_dataset

@@ -10,7 +10,8 @@ from models import small_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gndet.config.schema import NormConfig, OptimizerConfig, ScheduleConfig
+from gndet.config.norm import NormConfig
+from gndet.config.training import OptimizerConfig, ScheduleConfig
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.training.averaging import WeightAverage
 from gndet.training.optim import (

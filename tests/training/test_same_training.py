@@ -12,8 +12,8 @@ import pytest
 from exported import coco_tree
 from faults.tiny import CONFIG
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.evaluation.coco_metrics import coco_metrics, coco_truths

@@ -16,7 +16,8 @@ from run_files import last, load, losses
 from torch import Tensor, nn
 
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.schema import Config
 from gndet.distributed.process import Process, process
 from gndet.errors import out_of_memory
 from gndet.structures import Batch

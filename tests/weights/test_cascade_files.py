@@ -9,8 +9,10 @@ from foreign import NUM_CLASSES, detector, named, read, saved, weights
 from torch import Tensor
 
 from gndet.config.loading import config_from_dict
+from gndet.config.model import CascadeConfig, ModelConfig
+from gndet.config.norm import NormConfig
 from gndet.config.presets import CASCADE_PRESETS
-from gndet.config.schema import CascadeConfig, ModelConfig, NormConfig, SourceConfig
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.weights.foreign.export import export_weights

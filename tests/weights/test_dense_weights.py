@@ -10,7 +10,9 @@ from foreign import read, weights
 from torch import Tensor, nn
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 
-from gndet.config.schema import Config, ModelConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.weights.foreign.export import export_weights

@@ -16,7 +16,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import FrozenBatchNorm2d
 
-from gndet.config.schema import BoxHeadConfig, ModelConfig, NormConfig, RPNConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BoxHeadConfig, RPNConfig
+from gndet.config.training import SourceConfig
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN

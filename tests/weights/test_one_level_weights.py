@@ -8,7 +8,9 @@ import torch
 from foreign import NUM_CLASSES, named, only, read, saved, weights
 from torch import Tensor
 
-from gndet.config.schema import Config, ModelConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.weights.foreign.export import export_weights

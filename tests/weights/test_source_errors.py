@@ -11,7 +11,9 @@ import torch
 from foreign import BN_META, detector, named, only, read, saved, weights
 from torch import Tensor
 
-from gndet.config.schema import Config, ModelConfig, SourceConfig, TrainConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig, TrainConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.weights.load import initial_model
 from gndet.weights.read import read_source

@@ -8,7 +8,10 @@ from foreign import detector, named, only, read, saved, weights
 from torch import Tensor
 
 from gndet.checkpoint import save_checkpoint
-from gndet.config.schema import Config, ModelConfig, NormConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.toolbox.convert import with_group_norm
 from gndet.weights.foreign.export import export_weights

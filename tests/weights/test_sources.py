@@ -13,7 +13,10 @@ from foreign import BN_META, NUM_CLASSES, RPN2, detector, named, only, read, wei
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from gndet.config.schema import BackboneConfig, ModelConfig, NormConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
+from gndet.config.training import SourceConfig
 from gndet.modeling.build import build_model
 from gndet.modeling.resnet import ResNet
 from gndet.weights.read import Source

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import BackboneConfig, ClassifierConfig, Config, ModelConfig, NormConfig, SourceConfig
+from gndet.config.model import ClassifierConfig, ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.norms.valid_area import picture_areas

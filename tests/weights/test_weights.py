@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gndet.checkpoint import point, save_checkpoint
 from gndet.config.loading import config_from_dict
-from gndet.config.schema import Config, ModelConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.batches.crops import resized
 from gndet.data.batches.transforms import Sample, test_sample
 from gndet.data.datasets.packed import count_objects

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gndet.config.schema import CropConfig
+from gndet.config.data import CropConfig
 from gndet.ops.noise import Stream, hash_ints, uniform
 
 ATTEMPTS = 10  # to draw a part that lies inside the picture (Szegedy et al. 2015; torchvision, fb.resnet.torch)

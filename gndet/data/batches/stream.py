@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.batches.batch import collate, most_objects
 from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample, train_sample
 from gndet.data.datasets.packed import count_objects

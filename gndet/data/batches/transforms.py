@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.batches.crops import center_crop, random_crop, resize, resized
 from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE, Record

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.cache import cached
 from gndet.data.datasets.columns import Columns, Known, read_columns, with_ids
 from gndet.data.datasets.entries import Category, numbered, read_categories, read_images, settle_categories, valid_names

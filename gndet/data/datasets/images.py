@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.deep_pictures import Depth, all_values, depth_of, judge, to_8_bits
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import EMPTY, FILE, PICTURE, read_head, what_is

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import below, named_paths
-from gndet.config.schema import DataConfig, DatasetConfig
 from gndet.data.datasets.classes import taken_back, with_classes, with_known
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.exports.class_folders import open_class_folders

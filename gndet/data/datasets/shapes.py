@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from gndet.config.schema import DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.records import Dataset, Record, Tell
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from gndet.config.schema import NormConfig
+from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.norms.activating import Affine, EvoNormS0, FilterResponseNorm, ThresholdLinear
 from gndet.modeling.norms.group_norm import Normalize
@@ -206,7 +206,7 @@ def _num_groups(cfg: NormConfig, channels: int) -> int:
     return groups
 
 
-# The norms by name.  To add one, add an entry here and its name to NormConfig.kind in config/schema.py.
+# The norms by name.  To add one, add an entry here and its name to NormConfig.kind in config/norm.py.
 NORMS: dict[str, Callable[[NormConfig, int], nn.Module]] = {
     "gn": lambda cfg, channels: GroupNorm(channels, _num_groups(cfg, channels), cfg.eps, cfg.masked),
     "ln": lambda cfg, channels: GroupNorm(channels, 1, cfg.eps, cfg.masked),

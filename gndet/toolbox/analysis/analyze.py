@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gndet.config.data import DataConfig
 from gndet.config.loading import find_config, load_config
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import refuse
 from gndet.data.datasets.reading import inspect_dataset, read_dataset, user_paths

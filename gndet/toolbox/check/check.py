@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from gndet.config.data import DataConfig
 from gndet.config.loading import config_files, find_config, load_config, with_overrides
-from gndet.config.schema import Config, DataConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.classes import with_common_classes
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.comparing import between

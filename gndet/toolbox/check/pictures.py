@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.cache import keep_pictures
 from gndet.data.datasets.faults import SKIPPABLE, Fault, Findings, several, skipping_unreadable
 from gndet.data.datasets.first_pictures import RANGED, with_range

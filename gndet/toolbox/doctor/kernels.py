@@ -13,7 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from gndet.config.schema import Config, DataConfig, DatasetConfig, NormConfig
+from gndet.config.data import DataConfig, DatasetConfig
+from gndet.config.norm import NormConfig
+from gndet.config.schema import Config
 from gndet.data.datasets.shapes import read_shapes
 from gndet.evaluation.coco_metrics import coco_metrics, coco_truths
 from gndet.evaluation.results import from_coco

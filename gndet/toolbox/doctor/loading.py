@@ -4,7 +4,8 @@ import contextlib
 import resource
 import time
 
-from gndet.config.schema import Config, DataConfig, DatasetConfig
+from gndet.config.data import DataConfig, DatasetConfig
+from gndet.config.schema import Config
 from gndet.data.batches.stream import train_batches
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset

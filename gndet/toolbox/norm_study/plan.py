@@ -12,7 +12,8 @@ import torch
 
 from gndet import __version__
 from gndet.config.loading import config_from_dict, load_config
-from gndet.config.schema import Config, NormConfig
+from gndet.config.norm import NormConfig
+from gndet.config.schema import Config
 from gndet.data.workers import usable_cores
 from gndet.errors import ConfigError, OutputError
 from gndet.modeling.build import build_model

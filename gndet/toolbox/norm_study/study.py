@@ -15,7 +15,8 @@ import torch
 
 from gndet.checkpoint import sweep_run
 from gndet.config.loading import load_config
-from gndet.config.schema import NOT_UNICODE, Config
+from gndet.config.schema import Config
+from gndet.config.section import NOT_UNICODE
 from gndet.distributed.process import Process
 from gndet.distributed.signals import Stop, StopSignals
 from gndet.errors import ConfigError, OutputError, Preempted, TrainingError, in_one_line

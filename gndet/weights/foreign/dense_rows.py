@@ -7,7 +7,7 @@ rows; toolkits order them as (A, K).  Anchors come scale by scale, except in tor
 import torch
 from torch import Tensor
 
-from gndet.config.schema import DenseConfig
+from gndet.config.model import DenseConfig
 from gndet.weights.read import DENSE
 
 BOXES = "dense.boxes"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config.schema import ModelConfig, NormConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.weights.foreign import dense_rows

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gndet.config.schema import ModelConfig, RPNConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.parts import RPNConfig
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.resnet import BLOCKS
 from gndet.modeling.trained import MAX_NAMED

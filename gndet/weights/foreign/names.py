@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from gndet.config.schema import ModelConfig
+from gndet.config.model import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 from gndet.modeling.vgg import STAGES as VGG_STAGES
 

@@ -14,7 +14,8 @@ import torchvision
 from torch import Tensor
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
-from gndet.config.schema import ModelConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.trained import MAX_NAMED, first_few

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gndet.config.schema import BackboneConfig, ModelConfig, NormConfig, SourceConfig
+from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
+from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.timm_backbone import TimmBackbone, norm_of, timm_network
 from gndet.modeling.trained import first_few

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gndet.config.schema import DataConfig
+from gndet.config.data import DataConfig
 from gndet.data.datasets.cache import cached
 from gndet.data.datasets.coco import assemble, gc_paused
 from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns

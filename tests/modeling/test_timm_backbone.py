@@ -224,6 +224,18 @@ def test_a_detector_on_it_has_no_leak(name: str) -> None:
     assert find_leaks(model, singles, make_batch(sizes)) == []
 
 
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("regnety_002", marks=pytest.mark.slow)])
+def test_the_forward_is_one_graph(name: str) -> None:
+    """That of a detector behind its maps is one graph with any backbone."""
+    built = backbone(name).float().train()
+
+    def forward(x: Tensor, sizes: Tensor) -> list[Tensor]:
+        return built(x, picture_areas(sizes, 96, 96, True))
+
+    explained = torch._dynamo.explain(forward)(padded()[0].float(), torch.tensor(SIZES))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
 def test_a_classifier_can_have_it() -> None:
     cfg = ModelConfig(
         detector="classifier", masks=False, norm=GN8, classifier=ClassifierConfig(),

@@ -81,10 +81,10 @@ class Step(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Detections of a batch, by descending score, padded to D slots."""
+    """Detections of a batch, by descending score, padded to D slots; S side of a mask: 28, or 14 in a C4 model."""
 
     boxes: Tensor  # (B, D, 4) float32 xyxy in canvas pixels
     scores: Tensor  # (B, D) float32 in [0, 1]
     labels: Tensor  # (B, D) int64 in [0, num_classes)
-    masks: Tensor  # (B, D, 28, 28) float32 probabilities in the frame of the box; (B, D, 0, 0) if masks are off
+    masks: Tensor  # (B, D, S, S) float32 probabilities in the frame of the box; (B, D, 0, 0) if masks are off
     valid: Tensor  # (B, D) bool

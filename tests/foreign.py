@@ -23,7 +23,7 @@ from gndet.weights.read import Source, read_source
 NUM_CLASSES = 3
 ROWS = {"box_head.cls_score": 1, "box_head.bbox_pred": 4, "mask_head.logits": 1}  # per class
 BACKGROUND_FIRST = ("torchvision", "detectron", "detectron_c4", "maskrcnn-benchmark")
-ONE_LEVEL = ("detectron2_c4", "detectron2_dc5", "detectron_c4")
+ONE_LEVEL = ("detectron2_c4", "detectron2_dc5", "detectron_c4", "mmdetection_c4")
 BLUE_FIRST = ("detectron2", "detectron2_backbone", "detectron", "maskrcnn-benchmark", *ONE_LEVEL)
 RPN2 = RPNConfig(num_convs=2)  # torchvision's v2
 LAST_BLOCK = {2: 2, 3: 3, 4: 5, 5: 2}  # of a ResNet-50
@@ -200,6 +200,17 @@ def _detectron_c4(norm: str, box: str) -> Rules:
     return [*mine, *((pattern, name) for pattern, name in _detectron(norm, box) if not pattern.startswith("rpn"))]
 
 
+def _mmdetection_c4(norm: str, box: str) -> Rules:
+    """The fourth stage is a head that the others share."""
+    layer, own = "roi_head.shared_head.layer4", {"conv": 0, "norm": 1}
+    return [
+        (r"backbone.res5.(\d).conv(\d).conv", lambda i, k: f"{layer}.{i}.conv{k}"),
+        (r"backbone.res5.(\d).conv(\d).norm", lambda i, k: f"{layer}.{i}.{norm}{k}"),
+        (r"backbone.res5.(\d).shortcut.(conv|norm)", lambda i, what: f"{layer}.{i}.downsample.{own[what]}"),
+        *((pattern.replace(r"res(\d)", r"res([234])"), name) for pattern, name in _mmdetection(norm, box)),
+    ]
+
+
 def _staged(rules: Callable[[str, str], Rules], places: list[str]) -> Callable[[str, str], Rules]:
     """Add the names of a cascade's stages, whose number follows one of the places."""
 
@@ -229,6 +240,7 @@ RULES: dict[str, Callable[[str, str], Rules]] = {
     "detectron2_dc5": lambda norm, box: _detectron2(norm, box, prefix="backbone."),
     "detectron2_c4": _detectron2_c4,
     "detectron_c4": _detectron_c4,
+    "mmdetection_c4": _mmdetection_c4,
 }
 
 

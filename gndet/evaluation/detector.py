@@ -84,9 +84,9 @@ class Detector(TrainedModel):
         tensor (OpenCV reads blue, green, red: give it as x[..., ::-1]).  A list of these, even of one, gives a list.
         A folder, a pattern like "a/**/*.jpg" or a video gives an iterator, which holds a few batches at a time.  The
         EXIF orientation turns files and PIL images upright.
-        threshold: lowest score of an object.  The detector itself drops scores below
-        config.model.box_head.score_threshold.  batch: pictures to compute at once, evaluation.images_per_gpu by
-        default.  every: use every Nth frame of a video.
+        threshold: lowest score of an object.  The detector itself drops scores below score_threshold of
+        config.model.box_head, or of config.model.dense for fcos and retinanet.  batch: pictures to compute at once,
+        evaluation.images_per_gpu by default.  every: use every Nth frame of a video.
 
         Batch independence: what is found in a picture does not depend on the other pictures of its list: to the last
         bit where the shapes of canvas and batch agree, otherwise within 1e-5 (scores; boxes, as a share of the
@@ -142,7 +142,7 @@ def load(path: AnyPath, device: str = "auto", **overrides: Any) -> Detector:
 
     path: a run folder (its best checkpoint), a checkpoint folder, or a folder that `gndet convert` wrote.  Averaged
     weights are taken if there are any.  device: auto, cpu or cuda.  overrides: changes to its config, as in
-    `gndet.train`, e.g. model={"box_head": {"score_threshold": 0.01}}.
+    `gndet.train`, e.g. model={"box_head": {"score_threshold": 0.01}}; fcos and retinanet have it in "dense".
     Nothing is downloaded, and no code of the file is run.  Raises CheckpointError, ConfigError.
     """
     return load_detector(Path(os.path.expanduser(path)), override_words(overrides), alone(str(device)))

@@ -1,6 +1,7 @@
 """The detector: its losses, its single graph, and what may and may not influence the result of an image."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from gndet.modeling.box_head import BoxHead
 from gndet.modeling.build import build_model
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.layers import NORMS, FrozenBatchNorm, GroupNorm, NoNorm
+from gndet.modeling.norms.valid_area import picture_areas
 from gndet.modeling.resnet import ResNet
 from gndet.ops.boxes import encode, gather_rows
 from gndet.ops.roi_align import Pyramid
@@ -26,6 +28,11 @@ from gndet.structures import Batch
 
 LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
+BACKBONES: dict[str, dict[str, Any]] = {
+    "resnet18d": {"depth": 18, "stem": "deep", "average_shortcuts": True},
+    "resnet50d": {"depth": 50, "stem": "deep", "average_shortcuts": True},
+    "resnext50_32x4d": {"depth": 50, "cardinality": 32, "group_width": 4},
+}
 
 
 def gradients(model: MaskRCNN, *batches: Batch) -> torch.Tensor:
@@ -89,6 +96,30 @@ def test_an_image_s_features_do_not_depend_on_its_batch(kind: str, dtype: torch.
             got = level[i : i + 1, :, : expected.shape[2], : expected.shape[3]]
             assert (got - expected).norm() <= tolerance * expected.norm()
             assert level[i].abs().sum().isclose(got.abs().sum())  # and the padding is zero
+
+
+@pytest.mark.parametrize("kind", ["gn", "frozen_bn"])
+@pytest.mark.parametrize("options", BACKBONES.values(), ids=BACKBONES)
+def test_a_picture_of_odd_sides_has_the_same_maps_on_any_canvas(options: dict[str, Any], kind: str) -> None:
+    """A ResNet-D averages 2x2 cells, of which the last of an odd side must not be padding."""
+    torch.manual_seed(0)
+    norm = NormConfig(kind=kind, channels_per_group=8, weight_standardization="cardinality" in options)
+    backbone = ResNet(BackboneConfig(width=0.25, **options), norm).double()
+    for name, tensor in backbone.state_dict().items():
+        if name.endswith(("norm.weight", "norm.bias")):  # a beta that is not 0 would show up in the padding
+            tensor.uniform_(0.5, 1.5)
+    for height, width in ((65, 97), (43, 70)):
+        picture = torch.randn(1, 3, height, width, dtype=torch.float64)
+        alone = backbone(picture, picture_areas(torch.tensor([(height, width)]), height, width, False))
+        for canvas in ((height + 1, width + 1), (128, 160)):
+            batch = torch.randn(2, 3, *canvas, dtype=torch.float64)  # the other picture is as large as the canvas
+            batch[0] = 0
+            batch[0, :, :height, :width] = picture[0]
+            together = backbone(batch, picture_areas(torch.tensor([(height, width), canvas]), *canvas, True))
+            for small, large in zip(alone, together, strict=True):
+                rows, columns = small.shape[2:]
+                assert (large[0, :, :rows, :columns] - small[0]).norm() < 1e-12 * small.norm()
+                assert not large[0, :, rows:].any() and not large[0, :, :, columns:].any()
 
 
 @pytest.mark.parametrize("kind", ["gn", "ln", "in"])

@@ -25,7 +25,8 @@ FAMILIES = (  # the smallest network of each
     "resnet18", "resnext26ts", "regnetx_002", "regnety_002", "densenet121", "efficientnet_b0", "mobilenetv3_small_050",
     "convnext_atto",
 )  # fmt: skip
-OTHERS = ("convnextv2_atto", "seresnext26d_32x4d", "mobilenetv4_conv_small", "test_resnet")
+OTHERS = ("convnextv2_atto", "seresnext26d_32x4d", "mobilenetv4_conv_small", "test_resnet", "resnetv2_18d")
+PRE_ACTIVATION = ("resnetv2_50d_gn", "resnetv2_50x1_bit")  # GN from the start; BiT standardizes its weights
 GN8 = NormConfig(channels_per_group=8)  # divides the channels of all families
 SIZES = [(70, 52), (45, 90)]
 
@@ -68,7 +69,9 @@ def test_with_bn_the_maps_are_timms(name: str) -> None:
         assert torch.allclose(level, by_shape[level.shape], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *OTHERS, *(pytest.param(name, marks=pytest.mark.slow) for name in PRE_ACTIVATION)]
+)
 def test_a_picture_is_computed_as_if_alone(name: str) -> None:
     built = backbone(name)
     assert max(built.differences()) < 1e-13
@@ -99,6 +102,13 @@ def test_the_norms_of_timm_become_the_configs_and_layer_norms_stay() -> None:
         assert GroupNorm in kinds and not kinds & {nn.BatchNorm2d, nn.GroupNorm}
     kinds = {type(module).__name__ for module in backbone("convnext_atto").modules()}
     assert "LayerNorm2d" in kinds and "GroupNorm" not in kinds
+
+
+def test_the_gn_of_a_pre_activation_network_is_replaced_and_its_standardized_convolutions_stay() -> None:
+    modules = list(backbone("resnetv2_50x1_bit").modules())
+    assert {type(module).__name__ for module in modules if isinstance(module, nn.Conv2d)} == {"StdConv2d"}
+    norms = [module for module in modules if type(module).__name__.startswith("GroupNorm")]
+    assert len(norms) == 48 and all(type(norm) is GroupNorm and norm.masked for norm in norms)
 
 
 @pytest.mark.parametrize("name", ["regnety_002", "mobilenetv3_small_050"])
@@ -214,6 +224,18 @@ def test_a_detector_on_it_has_no_leak(name: str) -> None:
     sizes = [(96, 64), (64, 110), (128, 128)]
     singles = [make_batch([size], first=i) for i, size in enumerate(sizes)]
     assert find_leaks(model, singles, make_batch(sizes)) == []
+
+
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("regnety_002", marks=pytest.mark.slow)])
+def test_the_forward_is_one_graph(name: str) -> None:
+    """That of a detector behind its maps is one graph with any backbone."""
+    built = backbone(name).float().train()
+
+    def forward(x: Tensor, sizes: Tensor) -> list[Tensor]:
+        return built(x, picture_areas(sizes, 96, 96, True))
+
+    explained = torch._dynamo.explain(forward)(padded()[0].float(), torch.tensor(SIZES))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
 def test_a_classifier_can_have_it() -> None:

@@ -1,6 +1,7 @@
 """`gndet invariance` passes if images do not influence each other; otherwise it fails and names the leak."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -238,8 +239,13 @@ def test_out_of_memory_is_a_mistake_with_a_remedy(config: Path, monkeypatch: pyt
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(torch.autograd, "backward", full)
-    with pytest.raises(ConfigError, match=r"out of memory \(no room\); lower data\.max_edge"):
-        check_invariance(load_config(config), 4, Process(0, 1, torch.device("cpu")), lambda line: None)
+    told = {
+        (): "out of memory (no room); lower data.max_edge, data.shortest_edge, model.box_head.regions_per_image, or ",
+        ("model.detector=fcos", "model.masks=false"): "(no room); lower data.max_edge, data.shortest_edge, or --images",
+    }
+    for overrides, words in told.items():
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            check_invariance(load_config(config, overrides), 4, Process(0, 1, torch.device("cpu")), lambda line: None)
 
 
 def test_a_report_that_cannot_be_written_is_reported_first(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,11 @@ VARIANTS = {
     "gn, plain, 2fc, no masks": ("model.norm.padding=plain", "model.box_head.kind=2fc", "model.masks=false"),
     "bn": ("model.norm.kind=bn", "train.global_batch=2"),
     "gn, C4": ("model.neck=c4",),
+    "gn, DC5": ("model.neck=dc5", "model.backbone.depth=50"),
+    "gn, timm": (
+        "model.backbone.kind=timm", "model.backbone.name=regnety_002", "model.backbone.depth=50",
+        "model.norm.channels_per_group=8", "model.masks=false",
+    ),
     "frozen_bn, torchvision's conventions": ("model.norm.kind=frozen_bn", "model.compat=torchvision"),
     "gn, weight standardization, adaptive samples": (
         "model.norm.weight_standardization=true", "model.box_head.sampling_ratio=0", "model.mask_head.sampling_ratio=0",
@@ -98,7 +103,7 @@ VARIANTS = {
     "fcos": ("model.detector=fcos", "model.masks=false", "model.dense.score_threshold=0.2"),
     "retinanet": ("model.detector=retinanet", "model.masks=false", "model.dense.score_threshold=0.2"),
 }  # fmt: skip
-SLOW = ("bn", "gn, C4", "retinanet", "frozen_bn, torchvision's conventions")
+SLOW = ("bn", "gn, C4", "gn, DC5", "gn, timm", "retinanet", "frozen_bn, torchvision's conventions")
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,8 @@ SLOW = ("bn", "gn, C4", "retinanet", "frozen_bn, torchvision's conventions")
     [pytest.param(value, id=key, marks=[pytest.mark.slow] * (key in SLOW)) for key, value in VARIANTS.items()],
 )
 def test_the_file_detects_what_the_detector_does(tmp_path: Path, picture: Path, overrides: tuple[str, ...]) -> None:
+    if "model.backbone.kind=timm" in overrides:
+        pytest.importorskip("timm")
     checkpoint, file, said = detector(tmp_path, *overrides), tmp_path / "out" / "d.onnx", []
     assert export(checkpoint, file, [], said.append, picture=picture)
     assert sum(line.startswith("equal on") for line in said) == 2  # at two sizes

@@ -113,6 +113,19 @@ def test_a_cascade_of_other_stages_is_refused(tmp_path: Path) -> None:
         read_source(str(path), SourceConfig())
 
 
+def test_a_cascade_with_a_box_for_each_class_is_refused_by_name(tmp_path: Path) -> None:
+    """mmdetection's reg_class_agnostic=False."""
+    _, file = file_of(cascade("mmdetection"), "mmdetection")
+    for key in [key for key in file if ".fc_reg." in key]:
+        file[key] = torch.cat([file[key]] * NUM_CLASSES)
+    with pytest.raises(
+        CheckpointError,
+        match=r"roi_head\.bbox_head\.0\.fc_reg has 12 rows, a box for each class; expected 4, .* choose a cascade with "
+        "reg_class_agnostic=True, or a file without cascade",
+    ):
+        read(tmp_path / "file.pth", file)
+
+
 def test_mask_heads_that_a_toolkit_s_cascade_does_not_have_are_refused() -> None:
     for ours, theirs, words in (
         ("mmdetection", "detectron2", "mask_stages: each; a cascade of detectron2 has one mask head"),

@@ -1,4 +1,4 @@
-"""C4 and DC5 files of detectron2 and Detectron become the same network, and detectron2's can be written again."""
+"""C4 and DC5 files of other toolkits become the same network, and detectron2's can be written again."""
 
 from pathlib import Path
 
@@ -23,7 +23,9 @@ FILES = {  # neck, norm and depth of the backbone by format
     "detectron2_c4": ("c4", "gn", 18),
     "detectron2_dc5": ("dc5", "frozen_bn", 50),
     "detectron_c4": ("c4", "gn", 50),
+    "mmdetection_c4": ("c4", "bn", 50),
 }
+BY_RATIO = ("detectron_c4", "mmdetection_c4")  # how the anchors of a cell are ordered
 
 
 def detector(neck: str, kind: str, depth: int = 18, **changes: object) -> ModelConfig:
@@ -36,7 +38,7 @@ def detector(neck: str, kind: str, depth: int = 18, **changes: object) -> ModelC
 
 
 def anchors_by_ratio(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Order the 15 anchors of a cell as Detectron does: row 5 * ratio + size is gndet's row 3 * size + ratio."""
+    """Order a cell's 15 anchors as Detectron and mmdetection do: row 5 * ratio + size is gndet's 3 * size + ratio."""
     rows = [3 * size + ratio for ratio in range(3) for size in range(5)]
     result = dict(state)
     for key in ("rpn.objectness.weight", "rpn.objectness.bias"):
@@ -50,7 +52,8 @@ def anchors_by_ratio(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_every_tensor_of_a_file_comes_over(tmp_path: Path, format: str) -> None:
     neck, norm, depth = FILES[format]
     truth = weights(detector(neck, norm, depth))
-    content = named(anchors_by_ratio(truth) if format == "detectron_c4" else truth, format, "gn", "2fc")
+    kind = "bn" if format == "mmdetection_c4" else "gn"
+    content = named(anchors_by_ratio(truth) if format in BY_RATIO else truth, format, kind, "2fc")
     suffix = ".pkl" if format == "detectron_c4" else ".pth"
     if suffix == ".pkl":
         content = {"blobs": {key: tensor.numpy() for key, tensor in content.items()}}
@@ -58,11 +61,28 @@ def test_every_tensor_of_a_file_comes_over(tmp_path: Path, format: str) -> None:
     assert (source.format, source.parts, source.unused) == (format, PARTS, [])
     assert (source.model.neck, source.num_classes) == (neck, NUM_CLASSES)
     assert source.model.compat == format.partition("_")[0]
-    assert source.model.backbone.stride_in_1x1 == (norm == "frozen_bn")
+    assert source.model.backbone.stride_in_1x1 == (norm in ("bn", "frozen_bn"))
     assert source.model.part_norms()["backbone"].kind == norm
     model = build_model(source.model, NUM_CLASSES)
     model.load_state_dict(source.state, strict=True)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in truth.items())
+
+
+def test_mmdetection_s_c4_files_are_told_from_its_others(tmp_path: Path) -> None:
+    truth = weights(detector("c4", "bn", 18, masks=False))
+    content = named(anchors_by_ratio(truth), "mmdetection_c4", "bn", "2fc")
+    assert {key.split(".layer")[0] for key in content if ".layer" in key} == {"backbone", "roi_head.shared_head"}
+    source = read(tmp_path / "file.pth", content)
+    note = next(note for note in source.notes if note.startswith("read as"))
+    assert "read as mmdetection C4: ResNet-18" in note and "BGR, converted to RGB" in note
+    assert source.model.pixel_std == (1.0, 1.0, 1.0) and source.parts == PARTS[:-1]
+    assert (source.model.rpn.pre_nms_train, source.model.box_head.pool_size) == (12000, 14)
+    meta = {"config": "style='pytorch', img_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 6], to_rgb=True)"}
+    source = read(tmp_path / "file.pth", {"state_dict": content, "meta": meta})
+    assert (source.model.pixel_mean, source.model.pixel_std) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    content = {key.replace("roi_head.shared_head.", "backbone."): value for key, value in content.items()}
+    with pytest.raises(CheckpointError, match=r"mmdetection without a pyramid .*DC5; gndet reads .* of detectron2"):
+        read(tmp_path / "file.pth", content)
 
 
 def test_detectron2_s_names_of_res5_are_those_of_a_region_head() -> None:

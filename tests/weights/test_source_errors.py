@@ -106,7 +106,7 @@ def odd_files() -> dict[str, tuple[dict[str, Tensor], str]]:
         ),
         "Detectron on C5": ({"conv1_w": conv, "conv_rpn_w": conv, "fc6_w": conv}, "without a pyramid"),
         "maskrcnn-benchmark C4": ({"roi_heads.box.feature_extractor.head.layer4.0.conv1.weight": conv}, "C4"),
-        "mmdetection C4": ({"backbone.layer1.0.bn1.bias": bias, "roi_head.shared_head.layer4.0.bn1.bias": bias}, "C4"),
+        "mmdetection DC5": ({"backbone.layer1.0.bn1.bias": bias, "roi_head.bbox_head.fc_cls.weight": bias}, "DC5"),
         "mmdetection 1": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.fc_cls.weight": bias}, "mmdetection 1"),
         "RetinaNet": ({"backbone.layer1.0.conv1.weight": conv, "bbox_head.retina_cls.weight": bias}, "one-stage"),
     }  # fmt: skip

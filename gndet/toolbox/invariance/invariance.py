@@ -92,9 +92,9 @@ def check_invariance(cfg: Config, num: int, proc: Process, show: Callable[[str],
         if not out_of_memory(error):
             raise
         release(proc.device)
+        regions = "model.box_head.regions_per_image, " if cfg.model.region_heads else ""
         raise ConfigError(
-            f"out of memory ({error}); lower data.max_edge, data.shortest_edge, model.box_head.regions_per_image or "
-            "--images"
+            f"out of memory ({error}); lower data.max_edge, data.shortest_edge, {regions}or --images"
         ) from None
 
 

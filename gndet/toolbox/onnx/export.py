@@ -1,8 +1,9 @@
 """`gndet export`: write a detector as an ONNX file, after running it and comparing it with torch.
 
-D detections.  The file's input is `image`, a picture (H, W, 3) uint8 RGB already resized (metadata: shortest_edge,
-max_edge, antialias; or a fixed size); its outputs are boxes (D, 4) float32 xyxy in pixels of that picture, scores (D,),
-labels (D,) int64 (metadata: classes, category_ids), and masks (D, 28, 28), probabilities in the frame of the box.
+D detections, S side of a mask: 28, or 14 in a C4 model.  The file's input is `image`, a picture (H, W, 3) uint8 RGB
+already resized (metadata: shortest_edge, max_edge, antialias; or a fixed size); its outputs are boxes (D, 4) float32
+xyxy in pixels of that picture, scores (D,), labels (D,) int64 (metadata: classes, category_ids), and masks (D, S, S),
+probabilities in the frame of the box.
 """
 
 import io
@@ -52,7 +53,7 @@ class Found(NamedTuple):
     boxes: np.ndarray  # (D, 4) float32 xyxy
     scores: np.ndarray  # (D,) float32
     labels: np.ndarray  # (D,) int64
-    masks: np.ndarray | None  # (D, 28, 28) float32; None without a mask head
+    masks: np.ndarray | None  # (D, S, S) float32; None without a mask head
 
 
 def export(

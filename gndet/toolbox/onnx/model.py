@@ -1,8 +1,8 @@
 """The detector, or the classifier, as a graph of ONNX operators: the modules to trace, and two operators in ONNX.
 
-N boxes, D detections, K classes, (H, W) picture.  The graph takes one picture at a time, which fills its canvas:
-nothing is padded, and no norm needs a mask.  It is made for torch's TorchScript exporter, as the newer one supports
-neither a stable sort nor `nms_keep` (torch 2.14 with onnxscript 0.7).
+N boxes, D detections, K classes, S side of a mask, (H, W) picture.  The graph takes one picture at a time, which fills
+its canvas: nothing is padded, and no norm needs a mask.  It is made for torch's TorchScript exporter, as the newer one
+supports neither a stable sort nor `nms_keep` (torch 2.14 with onnxscript 0.7).
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ class OnePicture(nn.Module):
         self.model, self.masks = model, masks
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """image (H, W, 3).  Returns boxes (D, 4) xyxy in its pixels, scores (D,), labels (D,), masks (D, 28, 28)."""
+        """image (H, W, 3).  Returns boxes (D, 4) xyxy in its pixels, scores (D,), labels (D,), masks (D, S, S)."""
         model = self.model
         images = image.permute(2, 0, 1)[None]  # (1, 3, H, W)
         sizes = torch._shape_as_tensor(image)[:2][None].to(image.device)  # (1, 2), traced rather than constant

@@ -137,8 +137,8 @@ def _gap(layers: Sequence[Layer], x: list[int]) -> str:
     caption = (
         f"Batch statistics compared with the {'running' if live else 'stored'} ones that evaluation uses: means in "
         "stored standard deviations, standard deviations as |log ratio|, median over channels. Moving: the change from "
-        f"one batch to the next. BN assumes 0. Here the heads get the {PROBED_REGIONS} best proposals per image; in "
-        "training they also get others."
+        f"one batch to the next. BN assumes 0. Here layers on regions get the {PROBED_REGIONS} best proposals per "
+        "image; in training they also get others."
     )
     return charts.lines("norm-gap", series, caption, x_label="layer", y_label="distance")
 

@@ -58,6 +58,7 @@ FACTS |= {
     "detectron2_c4": FACTS["detectron2"]._replace(title="detectron2 C4"),
     "detectron2_dc5": FACTS["detectron2"]._replace(title="detectron2 DC5"),
     "detectron_c4": FACTS["detectron"]._replace(title="Detectron C4"),
+    "mmdetection_c4": FACTS["mmdetection"]._replace(title="mmdetection C4", bgr=True, std=NO_STD, msra=True),  # caffe
 }
 NUM_STAGES = 3  # of a cascade in every toolkit
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
@@ -71,6 +72,7 @@ MARKS = (  # (start of a key, format); the first that fits decides
     ("roi_heads.box.feature_extractor.", "maskrcnn-benchmark"),
     ("backbone.body.stem.", "maskrcnn-benchmark"),
     ("backbone.body.", "torchvision"),
+    ("roi_head.shared_head.", "mmdetection_c4"),
     ("roi_head.", "mmdetection"),
     ("neck.lateral_convs.", "mmdetection"),
     ("backbone.layer1.", "mmdetection"),
@@ -136,8 +138,10 @@ def _unsupported(tensors: dict[str, Tensor]) -> str:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in tensors)
 
-    if has("roi_heads.box.feature_extractor.head.") or has("roi_head.shared_head."):
-        return "a C4 model of another toolkit than detectron2 and Detectron, whose C4 files gndet reads"
+    if has("roi_heads.box.feature_extractor.head."):
+        return "a C4 model of maskrcnn-benchmark; gndet reads the C4 files of detectron2, Detectron and mmdetection"
+    if has("roi_head.") and not has("neck.") and not has("roi_head.shared_head."):
+        return "a model of mmdetection without a pyramid (neck), like DC5; gndet reads the DC5 files of detectron2"
     if has("conv_rpn_w") and has("fc6_w"):
         return "a Detectron model that works on res5 without a pyramid; gndet reads such files of detectron2 (DC5)"
     if has("bbox_head.fc_cls") or (has("bbox_head.") and has("backbone.layer1.")):
@@ -164,7 +168,7 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
         bgr = mean[0] <= mean[2]  # blue has the smallest mean of ImageNet; BGR is the default
         mean, std = (mean[::-1], std[::-1]) if bgr else (mean, std)
         facts = facts._replace(bgr=bgr, mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
-    if format == "mmdetection":
+    if toolkit_of(format) == "mmdetection":
         facts = _of_mmdetection(facts, file, any(".gn" in key for key in tensors))
     stated: dict[str, Any] = {
         "bgr": cfg.bgr, "mean": cfg.pixel_mean, "std": cfg.pixel_std, "msra": cfg.stride_in_1x1,
@@ -323,7 +327,7 @@ def _depth(reader: Reader) -> int:
     """Return the depth of the ResNet, inferred from its blocks.  Raises CheckpointError if gndet has no such ResNet."""
 
     def conv(s: int, i: int, k: int) -> Tensor | None:
-        return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1], owner=stage_owner(s))
+        return reader.weight("block", s=s, t=s - 1, i=i, k=k, abc="abc"[k - 1], owner=stage_owner(reader.format, s))
 
     counts = tuple(next(i for i in range(99) if conv(s, i, 1) is None) for s in STAGES)
     bottleneck = conv(2, 0, 3) is not None
@@ -386,6 +390,12 @@ def _heads(reader: Reader, neck: str) -> dict[str, dict[str, Any]]:
                 f"{reader.path}: {box_layer} has {len(deltas)} rows beside {len(scores)} of "
                 f"{score_layer}: expected 4 per class"
                 + ("; class-agnostic boxes are read from detectron2 and mmdetection only" if background_first else "")
+            )
+        if box_stage and len(deltas) != 4:
+            raise CheckpointError(
+                f"{reader.path}: {str(reader.names['bbox_pred']).format(stage=box_stage)} has {len(deltas)} rows, a "
+                "box for each class; expected 4, because a stage of gndet's cascade refines one box per region; choose "
+                "a cascade with reg_class_agnostic=True, or a file without cascade"
             )
         sections["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}
         sections["box_head"]["class_agnostic"] = not by_class or bool(box_stage)

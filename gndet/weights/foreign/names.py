@@ -3,12 +3,12 @@
 Placeholders: s stage 2..5, t = s - 1, i block, k convolution 1..3 of a block,
 abc its letter, L level 2..5, l = 0.. from the finest level, u = L - 1, last the last block's number in a stage,
 n = 0.. and m = 1.. a layer of a head, x = 3 n, x1 = x + 1, e = 2 n, f = 6 + n, flat the place of the layer after the
-box head's convolutions, norm "bn" or "gn", owner where detectron2's C4 models keep a stage, stage "0.", "1." and so on
+box head's convolutions, norm "bn" or "gn", owner where C4 models keep a stage, stage "0.", "1." and so on
 in a cascade whose head has stages, otherwise empty.
 """
 
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -138,6 +138,9 @@ FORMATS["detectron2_dc5"] = {**FORMATS["detectron2"], **_detectron2("backbone.")
 FORMATS["detectron2_c4"] = {
     **FORMATS["detectron2"], **_detectron2("{owner}."), "stem": _nested("backbone.stem.conv1"),
 }  # fmt: skip
+FORMATS["mmdetection_c4"] = FORMATS["mmdetection"] | {
+    layer: name for layer, name in _resnet("{owner}.", norm="{norm}").items() if "stem" not in layer
+}
 FORMATS["detectron_c4"] = {
     **FORMATS["detectron"], "rpn": ConvNames("conv_rpn", ""), "objectness": "rpn_cls_logits", "deltas": "rpn_bbox_pred",
 }  # fmt: skip
@@ -151,9 +154,11 @@ def toolkit_of(format: str) -> str:
     return format.partition("_")[0]
 
 
-def stage_owner(stage: int) -> str:
-    """Return where detectron2's C4 models keep a stage of the ResNet: res5 runs on regions."""
-    return "roi_heads" if stage == 5 else "backbone"
+def stage_owner(format: str, stage: int) -> str:
+    """Return where the C4 models of detectron2 and mmdetection keep a stage of the ResNet: res5 runs on regions."""
+    if stage < 5:
+        return "backbone"
+    return "roi_head.shared_head" if format == "mmdetection_c4" else "roi_heads"
 
 
 def file_key(format: str, layer: str, parameter: str) -> str:
@@ -168,7 +173,7 @@ def layer_names(format: str, cfg: ModelConfig, parts: tuple[str, ...]) -> dict[s
     """Map gndet's layer names in those parts ("backbone.res2.0.conv1.conv") to the format's, in model order."""
     norms, names = cfg.part_norms(), FORMATS[format]
     result: dict[str, str] = {}
-    for part, layer, name, numbers in _layers(names, cfg):
+    for part, layer, name, numbers in _layers(format, cfg):
         if part not in parts:
             continue
         template = names[name]
@@ -201,8 +206,8 @@ def vgg_names(cfg: ModelConfig) -> dict[str, str]:
     return names | {layer: f"classifier.{3 * i}" for i, layer in enumerate(head)}  # ReLU and dropout between
 
 
-def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
-    """Yield each layer of a model: its part, gndet's name, its name in `names`, and the values of the placeholders."""
+def _layers(format: str, cfg: ModelConfig) -> Iterator[tuple[str, str, str, dict[str, object]]]:
+    """Yield each layer of a model: its part, gndet's name, its name in FORMATS, and the values of the placeholders."""
     depth = cfg.backbone.depth
     yield "classifier", "logits", "class_logits", {}
     if cfg.backbone.stem == "deep":
@@ -213,7 +218,7 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
         yield "backbone", "stem", "stem", {}
     for s, count in zip(STAGES, BLOCKS[depth], strict=True):
         for i, k in itertools.product(range(count), (1, 2, 3) if depth >= 50 else (1, 2)):
-            numbers = {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1], "owner": stage_owner(s)}
+            numbers = {"s": s, "t": s - 1, "i": i, "k": k, "abc": "abc"[k - 1], "owner": stage_owner(format, s)}
             if i == 0 and k == 1 and (s > 2 or depth >= 50):
                 name = "average_shortcut" if cfg.backbone.average_shortcuts else "shortcut"
                 yield "backbone", f"res{s}.{i}.shortcut", name, numbers
@@ -221,7 +226,7 @@ def _layers(names: Container[str], cfg: ModelConfig) -> Iterator[tuple[str, str,
     levels = list(zip(STAGES, BLOCKS[depth], strict=True))[cfg.is_dense :]
     for number, (level, count) in enumerate(levels):
         numbers = {"L": level, "l": number, "u": level - 1, "last": count - 1}
-        yield "fpn", f"lateral{level}", "top" if level == 5 and "top" in names else "lateral", numbers
+        yield "fpn", f"lateral{level}", "top" if level == 5 and "top" in FORMATS[format] else "lateral", numbers
         yield "fpn", f"output{level}", "output", numbers
     if cfg.is_dense:
         yield from _dense_layers(cfg)

@@ -122,7 +122,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     if facts.bgr:
         stem = STEM if STEM in state else DEEP_STEM
         state[stem] = state[stem].flip(1)
-    if toolkit_of(format) == "detectron" and model.neck != "fpn":
+    if toolkit_of(format) in ("detectron", "mmdetection") and model.neck != "fpn":
         _order_anchors(state, len(model.rpn.aspect_ratios))
     num_classes = _order_classes(state, format, facts, cfg, model)
     classes, notes = _classes(num_classes, file, cfg)
@@ -181,7 +181,10 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
 
 
 def _order_anchors(state: dict[str, Tensor], num_ratios: int) -> None:
-    """Put the rows of a cell's anchors in gndet's order, ratios within sizes; Detectron has sizes within ratios."""
+    """Put the rows of a cell's anchors in gndet's order, ratios within sizes.
+
+    Detectron and mmdetection have sizes within ratios.
+    """
     for layer, values in (("rpn.objectness", 1), ("rpn.deltas", 4)):
         for key in (f"{layer}.weight", f"{layer}.bias"):
             if key in state:

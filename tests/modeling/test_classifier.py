@@ -17,7 +17,7 @@ from gndet.modeling.norms.activating import ThresholdLinear
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import set_memory
 from gndet.structures import Batch, GroundTruth
-from gndet.weights.foreign import export
+from gndet.weights.foreign import classifier as classifier_files
 from gndet.weights.foreign.export import export_weights
 
 CLASSES = ("a", "b", "c", "d", "e")
@@ -89,7 +89,7 @@ def test_logits_and_exported_weights_are_torchvisions(name: str, kind: str) -> N
 @pytest.mark.parametrize("kind", ["none", "bn", "frozen_bn"])
 def test_vgg_and_its_exported_weights_are_torchvisions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(NormConfig(kind=kind, eps=1e-3), {"kind": "vgg", "depth": 16}, pool_size=7, fc_channels=(64, 32))
-    monkeypatch.setattr(export, "VGG_HEAD", (7, 64, 32))  # a head of 4096 channels takes seconds
+    monkeypatch.setattr(classifier_files, "VGG_HEAD", (7, 64, 32))  # a head of 4096 channels takes seconds
     model = classifier(cfg).eval()
     exported = export_weights(dict(model.state_dict()), cfg, CLASSES, "torchvision")
     name = "vgg16" if kind == "none" else "vgg16_bn"

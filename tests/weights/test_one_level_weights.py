@@ -14,7 +14,7 @@ from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.weights.foreign.export import export_weights
-from gndet.weights.foreign.names import layer_names
+from gndet.weights.foreign.formats import layer_names
 from gndet.weights.load import initial_model
 
 CLASSES = ("ant", "bee", "cow")

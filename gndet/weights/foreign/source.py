@@ -1,7 +1,6 @@
 """Read a file of another toolkit, or published weights by name, into a Source that states what the weights assume.
 
-K classes; the background's row is the first in torchvision, Detectron and maskrcnn-benchmark, and the last in
-detectron2, mmdetection and gndet.
+K classes.
 """
 
 import importlib
@@ -19,10 +18,11 @@ from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.trained import MAX_NAMED, first_few
-from gndet.weights.foreign import dense_rows
+from gndet.weights.foreign import resnet
 from gndet.weights.foreign.files import WeightFile, read_weights
-from gndet.weights.foreign.formats import Facts, Reader, facts_of, format_of, infer_config, renamed
-from gndet.weights.foreign.names import file_key, layer_names, toolkit_of
+from gndet.weights.foreign.formats import FORMATS, PARTS, facts_of, format_of, infer_config, layer_names, renamed
+from gndet.weights.foreign.names import file_key, toolkit_of
+from gndet.weights.foreign.part import BACKGROUND_FIRST, Facts, Reader
 from gndet.weights.foreign.timm_files import from_timm
 from gndet.weights.read import DEEP_STEM, STEM, Source, class_rows, fused_parts, has_background
 
@@ -32,13 +32,9 @@ PARAMETERS = ("weight", "bias", "running_mean", "running_var", "num_batches_trac
 COCO_ROWS = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # the background, then COCO's ids 1 to 90
 CATEGORY_IDS = tuple(id for id, name in enumerate(COCO_ROWS) if name not in ("__background__", "N/A"))
 COCO_NAMES = tuple(COCO_ROWS[id] for id in CATEGORY_IDS)
-PREFIXES = {  # of tensors in the parts that gndet reads
+PREFIXES = {  # of tensors in the parts that gndet reads, in formats whose names have no section in front
     "resnet": ("conv1.", "bn1.", "layer"),
-    "torchvision": ("backbone.", "rpn.", "roi_heads.", "head."),
-    "detectron2": ("backbone.", "proposal_generator.", "roi_heads.", "head."),
     "detectron2_backbone": ("stem.", "res"),
-    "mmdetection": ("backbone.", "neck.", "rpn_head.", "roi_head."),
-    "maskrcnn-benchmark": ("backbone.", "rpn.", "roi_heads."),
     "detectron": ("res", "fpn_", "head_conv", "conv_rpn", "rpn_"),
 }
 HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tracked")  # of classifiers and other heads
@@ -103,13 +99,13 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
 
     cfg: what the user states about the file.  origin: the name that the weights were downloaded by, if any.
     Raises CheckpointError, with keys and shapes, if the format is unknown, if a layer or a part of one is missing, or
-    if gndet does not support the model (grouped or deep-stem ResNets).
+    if gndet does not support the model.
     """
     tensors = renamed(file.tensors)
     format = format_of(file, tensors, cfg)
     facts = facts_of(format, file, tensors, cfg)
-    reader = Reader(str(file.path), format, tensors)
-    model, parts = infer_config(reader, facts, cfg, origin or file.path.name)
+    reader = Reader(str(file.path), format, FORMATS[format], tensors, facts, cfg)
+    model, parts = infer_config(reader, origin or file.path.name)
     names = layer_names(format, model, parts)
     keys = {f"{layer}.{key}": file_key(format, name, key) for layer, name in names.items() for key in PARAMETERS}
     state = {name: tensors[key] for name, key in keys.items() if key in tensors}
@@ -118,15 +114,14 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     _complete_fused(state, model)
     fused = fused_parts(state, parts)
     _drop_conv_biases(state, names, reader.path, model)
-    dense_rows.from_file(state, model.dense, format)
+    for part in PARTS:
+        part.from_file(state, model, format)
     if facts.bgr:
         stem = STEM if STEM in state else DEEP_STEM
         state[stem] = state[stem].flip(1)
-    if toolkit_of(format) in ("detectron", "mmdetection") and model.neck != "fpn":
-        _order_anchors(state, len(model.rpn.aspect_ratios))
-    num_classes = _order_classes(state, format, facts, cfg, model)
+    num_classes = _order_classes(state, format, cfg, model)
     classes, notes = _classes(num_classes, file, cfg)
-    notes = [_assumptions(facts, model, parts, fused), *notes]
+    notes = [_assumptions(format, facts, model, parts, fused), *notes]
     if wrong := _misfits(state, model, parts, num_classes, keys):
         cause = "likely cause: a part of the file is missing, or the model is a variant that gndet does not support"
         lines = "\n  ".join([*first_few(wrong), cause])
@@ -151,7 +146,10 @@ def _complete_fused(state: dict[str, Tensor], model: ModelConfig) -> None:
 
 def _refuse_unknown(reader: Reader, unused: list[str]) -> None:
     """Raise CheckpointError for unknown tensors in a part that gndet reads: without them it computes something else."""
-    prefixes = PREFIXES.get(reader.format) or PREFIXES[toolkit_of(reader.format)]
+    toolkit = toolkit_of(reader.format)
+    templates = (name if isinstance(name, str) else name.conv for name in FORMATS[toolkit].values())
+    sections = {name.partition(".")[0] + "." for name in templates}
+    prefixes = PREFIXES.get(reader.format) or PREFIXES.get(toolkit) or tuple(sections)
     strange = [key for key in unused if key.startswith(prefixes) and not HARMLESS.search(key)]
     if strange:
         named = ", ".join(f"{key} {list(reader.tensors[key].shape)}" for key in strange[:MAX_NAMED])
@@ -165,11 +163,11 @@ def _refuse_unknown(reader: Reader, unused: list[str]) -> None:
 def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str, model: ModelConfig) -> None:
     """Fold the biases of convolutions before a norm into BN's mean; Detectron's MSRA backbones have zero biases there.
 
-    Those of a dense head stay if its convolutions have biases.
+    Those of a section with conv_bias stay.
 
     Raises CheckpointError if the norm is GN and the bias is not zero.
     """
-    kept = "dense." if model.dense.conv_bias else ()
+    kept = tuple(f"{section}." for section, options in model if getattr(options, "conv_bias", False))
     for norm in [layer for layer in names if layer.endswith(".norm") and not layer.startswith(kept)]:
         conv = norm.removesuffix("norm") + "conv"
         bias = state.pop(f"{conv}.bias", None)
@@ -180,32 +178,22 @@ def _drop_conv_biases(state: dict[str, Tensor], names: dict[str, str], path: str
         state[f"{norm}.running_mean"] = state[f"{norm}.running_mean"] - bias
 
 
-def _order_anchors(state: dict[str, Tensor], num_ratios: int) -> None:
-    """Put the rows of a cell's anchors in gndet's order, ratios within sizes.
-
-    Detectron and mmdetection have sizes within ratios.
-    """
-    for layer, values in (("rpn.objectness", 1), ("rpn.deltas", 4)):
-        for key in (f"{layer}.weight", f"{layer}.bias"):
-            if key in state:
-                state[key] = state[key].unflatten(0, (num_ratios, -1, values)).transpose(0, 1).flatten(0, 2)
-
-
-def _order_classes(state: dict[str, Tensor], format: str, facts: Facts, cfg: SourceConfig, model: ModelConfig) -> int:
+def _order_classes(state: dict[str, Tensor], format: str, cfg: SourceConfig, model: ModelConfig) -> int:
     """Put the background last, and pick COCO's 80 classes out of torchvision's 91 rows.  Returns K."""
     layers = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
     rows = {layer: n for layer in layers if (n := class_rows(layer, model))}
     if not rows:
         return 0
+    background_first = toolkit_of(format) in BACKGROUND_FIRST
     counts = {layer: len(state[f"{layer}.weight"]) // n for layer, n in rows.items()}
     scores = [layer for layer in rows if has_background(layer)]
-    total = counts[scores[0]] if scores else next(iter(counts.values())) + (not facts.background_first)
+    total = counts[scores[0]] if scores else next(iter(counts.values())) + (not background_first)
     sparse = format == "torchvision" and total == len(COCO_ROWS) != len(cfg.classes or ()) + 1
     gather = torch.tensor(CATEGORY_IDS) if sparse else None
     for layer, n in rows.items():
         for key in (f"{layer}.weight", f"{layer}.bias"):
             tensor = state[key].unflatten(0, (-1, n))  # (classes, n, ...)
-            if facts.background_first:
+            if background_first:
                 foreground = tensor[1:] if gather is None else tensor[gather]
                 tensor = torch.cat([foreground, tensor[:1]]) if has_background(layer) else foreground
             state[key] = tensor.flatten(0, 1)
@@ -253,15 +241,11 @@ def _misfits(
     ]  # fmt: skip
 
 
-def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
+def _assumptions(format: str, facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused: tuple[str, ...]) -> str:
     """Return one line that says what the file is assumed to be."""
-    norms, detects = model.part_norms(), "rpn" in parts
-    ratios = ", ".join(f"{ratio:g}" for ratio in model.rpn.aspect_ratios)
-    groups, width = model.backbone.cardinality, model.backbone.group_width
+    norms = model.part_norms()
     words = [
-        f"read as {facts.title}: ResNet-{model.backbone.depth}",
-        "deep stem" if model.backbone.stem == "deep" else "",
-        f"cardinality {groups}, group width {width}" if (groups, width) != (1, 64) else "",
+        *resnet.describe(model),
         f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
         "BGR, converted to RGB in the stem" if facts.bgr else "RGB",
         f"mean {facts.mean}, std {facts.std} (RGB)",
@@ -269,17 +253,10 @@ def _assumptions(facts: Facts, model: ModelConfig, parts: tuple[str, ...], fused
         norms["backbone"].grouping if norms["backbone"].kind == "gn" else "",
         f"eps {norms['backbone'].eps:g}",
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
-        f"anchor ratios {ratios}, RoIAlign {model.box_head.roi_align}" if detects else "",
-        f"{model.detector} with {model.dense.kinds} anchor(s) per cell, P6 from {model.fpn.p6.upper()}"
-        if "dense" in parts
-        else "",
-        f"box deltas {'of all classes' if model.box_head.class_agnostic else 'by class'}, fc over (C, H, W)"
-        if detects and model.neck != "c4"
-        else "",
-        f"a cascade of {len(model.cascade.positive_iou)} stages" if model.detector == "cascade_rcnn" else "",
-        ("background row left out" if "dense" in parts else "background row moved from first to last")
-        if facts.background_first
+        *(word for part in PARTS for word in part.describe(model, parts)),
+        ("background row left out" if model.is_dense else "background row moved from first to last")
+        if toolkit_of(format) in BACKGROUND_FIRST
         else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]
-    return ", ".join(filter(None, words))
+    return f"read as {facts.title}: " + ", ".join(filter(None, words))

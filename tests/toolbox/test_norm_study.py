@@ -281,6 +281,18 @@ def test_an_unknown_norm_is_named(norms: tuple[str, ...], groups: tuple[str, ...
         variants(norms, groups)
 
 
+@pytest.mark.parametrize(
+    ("override", "option"),
+    [("out=runs/mine", "--out"), ("model.norm.kind=bn", "--norms"), ("train.images_per_gpu=4", "--images-per-gpu")],
+)
+def test_an_override_that_each_cell_would_undo_is_refused(
+    config: str, tmp_path: Path, override: str, option: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{override}.*use {option}"):
+        study(config, (override,), print, **GRID, budget=None, jobs=1, out=tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 # --- the folder
 
 

@@ -28,6 +28,7 @@ RULES = {
     "a norm that mixes images can depend on images per GPU",
 }
 RATES = {"sgd": "scales linearly with", "adamw": "scales with the square root of"}
+OWN = {"out": "--out", "model.norm.kind": "--norms", "train.images_per_gpu": "--images-per-gpu"}  # {key: its option}
 
 
 def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
@@ -40,6 +41,13 @@ def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
             raise ConfigError(f"--groups: {count!r}, expected numbers >= 1, or channels (one group per channel)")
     names = [GROUPS + (c if c == "channels" else str(int(c))) for c in groups] if groups else norms
     return list(dict.fromkeys(names))
+
+
+def refuse_own(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override of a key that each cell sets."""
+    for override in overrides:
+        if option := OWN.get(override.partition("=")[0].strip()):
+            raise ConfigError(f"override {override!r}: the study sets this key in each cell; use {option}")
 
 
 def norm_overrides(variant: str) -> list[str]:

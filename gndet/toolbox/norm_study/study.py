@@ -40,7 +40,15 @@ from gndet.toolbox.analysis.study_results import (
 from gndet.toolbox.norm_study.cells import drop_optimizer, finished
 from gndet.toolbox.norm_study.curve import draw_curve
 from gndet.toolbox.norm_study.jobs import Job, run_jobs, slots
-from gndet.toolbox.norm_study.plan import begin, cell_overrides, estimate, fit_budget, resume_study, variants
+from gndet.toolbox.norm_study.plan import (
+    begin,
+    cell_overrides,
+    estimate,
+    fit_budget,
+    refuse_own,
+    resume_study,
+    variants,
+)
 from gndet.training.log import read_metrics
 from gndet.training.run_folder import METRICS as METRICS_FILE
 from gndet.training.run_folder import is_empty
@@ -64,6 +72,7 @@ def study(
     jobs: runs at once.  Raises ConfigError, OutputError, TrainingError if no cell can be measured, and Preempted after
     a signal.
     """
+    refuse_own(overrides)
     cfg = load_config(config, overrides)
     folder = out or Path("runs") / f"norm-study-{Path(config).stem}"
     if wrong := [path for path in (str(config), str(folder)) if valid_text(path) != path]:

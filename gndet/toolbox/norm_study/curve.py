@@ -29,6 +29,8 @@ def _figure(study: Study) -> Figure:
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         (_draw_groups if study.by_groups else _draw_sizes)(axes, study, metric)
         axes.set_ylabel(f"{METRICS[metric]}, %")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -2), min(high, 102))  # the interval of few seeds may reach beyond 0 or 100 %
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     return figure

@@ -4,7 +4,8 @@ To add a detector: its section and its name in ModelConfig here, and defaults th
 """
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +20,9 @@ class DenseConfig(Section):
 
     Where RetinaNet (Lin et al. 2017, "Focal Loss") has another default, the option names it.
     """
+
+    shapes: ClassVar = ("num_convs", "conv_bias", "scales", "aspect_ratios", "quality")
+    conventions: ClassVar = {"anchors": "dense", "offset": "dense"}
 
     num_convs: int = Field(4, ge=1, le=32)  # convolutions of each of the two towers. Source: Lin et al. 2017, section 4
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
@@ -100,6 +104,9 @@ class DenseConfig(Section):
 class CascadeConfig(Section):
     """The stages of a Cascade R-CNN (detector: cascade_rcnn): box heads with the options of model.box_head."""
 
+    shapes: ClassVar = ("positive_iou", "mask_stages")
+    conventions: ClassVar = {"delta_weights": "box_head", "average": "box_head"}
+
     # a region is positive from this IoU on, per stage; replaces box_head.positive_iou. Source: Cai & Vasconcelos
     # 2018
     positive_iou: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((0.5, 0.6, 0.7), min_length=1, max_length=8)
@@ -130,6 +137,8 @@ class CascadeConfig(Section):
 class ClassifierConfig(Section):
     """What classifies a picture: pooling, fully connected layers, one logit per class (task: classification)."""
 
+    shapes: ClassVar = ("fc_channels", "pool_size")
+
     # side of the map that each picture is pooled to [cells]; VGG with its own head: 7. Source: He et al. 2016
     pool_size: int = Field(1, ge=1, le=64)
     # widths of fully connected layers before the logits [channels]; VGG: [4096, 4096]. Source: He et al. 2016
@@ -142,6 +151,9 @@ class ClassifierConfig(Section):
 
 class ModelConfig(Section):
     """The detector, or the classifier."""
+
+    shapes: ClassVar = ("detector", "neck")
+    conventions: ClassVar = {"pixel_mean": "backbone", "neck": "rpn", "detector": "dense"}
 
     # a toolkit's conventions as the defaults of the options below; see the table of presets
     compat: Literal["gndet", "torchvision", "detectron2", "detectron", "mmdetection"] = "gndet"
@@ -231,7 +243,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _norm_fits_the_backbone(self) -> "ModelConfig":
-        self.backbone.refuse_for_timm(self.backbone.norm or self.norm)
+        self.backbone.check_norm(self.backbone.norm or self.norm)
         return self
 
     def part_norms(self) -> dict[str, NormConfig]:
@@ -269,6 +281,28 @@ class ModelConfig(Section):
         if self.is_dense:
             return ("backbone", "fpn", "dense")
         return ("backbone", *(["fpn"] if self.neck == "fpn" else []), "rpn", *self.region_heads)
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """The sections of this config that the model uses: its parts, and the stages of a cascade."""
+        return (*self.parts, *(["cascade"] if self.detector == "cascade_rcnn" else []))
+
+    def shaping(self) -> list[str]:
+        """Return the options of all sections that decide the shapes of weights: "fpn.channels" and so on."""
+        return [*self.shapes, *(f"{name}.{option}" for name, section in self._inner() for option in section.shapes)]
+
+    def meaning(self) -> Iterator[tuple[str, str]]:
+        """Yield (part, option) for each option in use that changes what the weights of a part compute."""
+        for option, part in self.conventions.items():
+            yield part, option
+        for name, section in self._inner():
+            if name in self.sections:
+                yield from ((part, f"{name}.{option}") for option, part in section.conventions.items())
+
+    def _inner(self) -> list[tuple[str, Section]]:
+        return [
+            (name, getattr(self, name)) for name in type(self).model_fields if isinstance(getattr(self, name), Section)
+        ]
 
     @property
     def normed_parts(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 Cascade R-CNN has all of them, a dense detector the backbone and the pyramid, a classifier the backbone.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,9 @@ RoIAlign = Literal["aligned", "unaligned", "detectron"]
 class BackboneConfig(Section):
     """The backbone: a ResNet (He et al. 2016) or ResNeXt (Xie et al. 2017), VGG-16 (Simonyan & Zisserman 2015), or
     timm's."""
+
+    shapes: ClassVar = ("kind", "name", "depth", "stem", "width", "cardinality", "group_width")
+    conventions: ClassVar = {"stride_in_1x1": "backbone", "average_shortcuts": "backbone", "dilated_blocks": "rpn"}
 
     # backbone network; timm: the network `name` of timm (pip install timm). Source: He et al. 2016
     kind: Literal["resnet", "vgg", "timm"] = "resnet"
@@ -54,11 +57,11 @@ class BackboneConfig(Section):
         if self.kind == "timm" and changed:
             raise ValueError(f"{changed[0]}: kind: timm has no such option; its name says which network it is")
         if self.kind == "timm" and self.norm is not None:
-            self.refuse_for_timm(self.norm)
+            self.check_norm(self.norm)
         return self
 
-    def refuse_for_timm(self, norm: NormConfig) -> None:
-        """Raise ValueError for a norm that timm's layers do not go with."""
+    def check_norm(self, norm: NormConfig) -> None:
+        """Raise ValueError for a norm that the network cannot have."""
         if self.kind == "timm" and (norm.replaces_relu or norm.kind == "none" or norm.weight_standardization):
             what = "weight_standardization" if norm.weight_standardization else f"kind: {norm.kind}"
             raise ValueError(f"norm {what} is not available with backbone kind: timm; use gn, ln, in, bn or frozen_bn")
@@ -79,6 +82,8 @@ class BackboneConfig(Section):
 class FPNConfig(Section):
     """Feature pyramid P2 to P6 (Lin et al. 2017), or P3 to P7 for dense detectors (Lin et al. 2017, "Focal Loss")."""
 
+    shapes: ClassVar = ("channels", "p6")
+
     # width of every pyramid level [channels]. Source: Lin et al. 2017, section 3
     channels: int = Field(256, ge=1, le=8192)
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
@@ -88,6 +93,9 @@ class FPNConfig(Section):
 
 class RPNConfig(Section):
     """Region proposal network (Ren et al. 2015), with one anchor size per level of a pyramid (Lin et al. 2017)."""
+
+    shapes: ClassVar = ("num_convs", "aspect_ratios", "anchor_sizes")
+    conventions: ClassVar = {"aspect_ratios": "rpn", "anchors": "rpn"}
 
     # sides of the square anchors: one on each of P2 to P6; all of them on the only level of c4 and dc5 [pixels].
     # Source: Lin et al. 2017, 4.1
@@ -133,6 +141,9 @@ class RPNConfig(Section):
 class BoxHeadConfig(Section):
     """Box head: 2fc (Lin et al. 2017), 4conv1fc (Wu & He 2018), or the backbone's res5 (He et al. 2016)."""
 
+    shapes: ClassVar = ("kind", "num_convs", "conv_channels", "fc_channels", "pool_size", "norm_last", "class_agnostic")
+    conventions: ClassVar = {"roi_align": "box_head"}
+
     # two fully connected layers (Lin et al. 2017), four convolutions and one, or with neck c4 the average of res5,
     # which runs on each region. Source: Wu & He 2018, 4.2
     kind: Literal["2fc", "4conv1fc", "res5"] = "4conv1fc"
@@ -175,6 +186,9 @@ class BoxHeadConfig(Section):
 
 class MaskHeadConfig(Section):
     """Mask head: convolutions, a deconvolution to 28 x 28, one mask per class (He et al. 2017)."""
+
+    shapes: ClassVar = ("num_convs", "channels")
+    conventions: ClassVar = {"roi_align": "mask_head"}
 
     channels: int = Field(256, ge=1, le=8192)  # width of the convolutions [channels]. Source: He et al. 2017, figure 4
     # convolutions before the deconvolution (neck c4: 0). Source: He et al. 2017, figure 4

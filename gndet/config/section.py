@@ -4,7 +4,7 @@ An option is a field of a section. The comment behind it, or above it, says what
 default. `docs/make_configuration.py` turns these comments into docs/configuration.md.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
@@ -31,6 +31,10 @@ Sizes = Annotated[tuple[Side, ...], Field(min_length=1, max_length=16)]
 
 class Section(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """A part of the config: immutable, and it refuses unknown keys and texts that are not valid Unicode."""
+
+    shapes: ClassVar[tuple[str, ...]] = ()  # options that decide the shapes of weights
+    # options that change what weights of the same shapes compute, and the part of the model whose weights these are
+    conventions: ClassVar[dict[str, str]] = {}
 
     @field_validator("*", mode="before")
     @classmethod

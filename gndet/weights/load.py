@@ -33,31 +33,6 @@ from gndet.weights.positives import with_positives
 from gndet.weights.read import STEM, Source, class_rows, has_background, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
-SHAPING = (  # options of `model` that decide the shapes; an error about shapes names those that differ
-    *("detector", "neck", "backbone.kind", "backbone.name", "backbone.depth", "backbone.stem", "backbone.width"),
-    *("backbone.cardinality", "backbone.group_width", "fpn.channels", "fpn.p6"),
-    *("rpn.num_convs", "rpn.aspect_ratios", "rpn.anchor_sizes", "classifier.fc_channels", "classifier.pool_size"),
-    *("box_head.kind", "box_head.num_convs", "box_head.conv_channels", "box_head.fc_channels", "box_head.pool_size"),
-    *("box_head.norm_last", "box_head.class_agnostic", "cascade.positive_iou", "cascade.mask_stages"),
-    *("mask_head.num_convs", "mask_head.channels"),
-    *("dense.num_convs", "dense.conv_bias", "dense.scales", "dense.aspect_ratios", "dense.quality"),
-)
-CONVENTIONS = (  # (a part in the file, an option of `model` that changes what its weights compute)
-    ("backbone", "backbone.stride_in_1x1"),
-    ("backbone", "backbone.average_shortcuts"),
-    ("backbone", "pixel_mean"),
-    ("rpn", "neck"),
-    ("rpn", "backbone.dilated_blocks"),
-    ("rpn", "rpn.aspect_ratios"),
-    ("rpn", "rpn.anchors"),
-    ("box_head", "box_head.roi_align"),
-    ("box_head", "cascade.delta_weights"),
-    ("box_head", "cascade.average"),
-    ("mask_head", "mask_head.roi_align"),
-    ("dense", "detector"),
-    ("dense", "dense.anchors"),
-    ("dense", "dense.offset"),
-)
 PADDED = ("backbone", "fpn", "rpn", "dense")  # parts that see whole pictures, including the padding
 # differences to report, not to refuse
 NOTED = tuple((part, f"{part}.{name}") for part in ("rpn", "dense") for name in ("anchor_sizes", "anchor_stride"))
@@ -133,7 +108,7 @@ def load_weights(
     carried = [(classes.index(name), known.index(name)) for name in classes if name in known]
     fitting, wrong = _fitting(model_state, state, source, fates, carried, cfg.model)
     if wrong:
-        cause = _differences(SHAPING, source.model, cfg.model) or [
+        cause = _differences(cfg.model.shaping(), source.model, cfg.model) or [
             "unknown: the options that decide the shapes are the same; was the file edited or cut short?"
         ]
         lines = [*first_few(wrong), "likely cause: " + "; ".join(cause)]
@@ -229,12 +204,8 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     """Refuse a model that computes something else from the file's weights.  Returns lines on smaller differences."""
     file_model, model = source.model, cfg.model
     parts = [part for part in source.parts if part in model.parts]
-    ignored: tuple[str, ...] = (
-        () if model.backbone.depth >= 50 else ("backbone.stride_in_1x1",)
-    )  # basic blocks have no 1x1
-    if model.detector != "cascade_rcnn":
-        ignored += ("cascade.delta_weights", "cascade.average")
-    names = [name for part, name in CONVENTIONS if part in parts and name not in ignored]
+    ignored = "" if model.backbone.depth >= 50 else "backbone.stride_in_1x1"  # basic blocks have no 1x1
+    names = [name for part, name in model.meaning() if part in parts and name != ignored]
     if model.part_norms()["backbone"].weight_standardization or STEM not in source.state:  # it cannot be folded
         names.append("pixel_std")
     different = _differences(names, file_model, model)

@@ -73,6 +73,8 @@ class DenseConfig(Section):
     score_threshold: float = Field(0.05, ge=0, le=1)  # lowest score of a detection. Source: Lin et al. 2017, section 4
     # IoU above which NMS drops a detection of the same class; retinanet: 0.5. Source: Zhang et al. 2020 (code)
     nms_threshold: float = Field(0.6, gt=0, le=1)
+    # what NMS compares: boxes clipped to the picture, or whole ones, clipped after it (detectron2). Source: torchvision
+    nms_boxes: Literal["clipped", "whole"] = "clipped"
     # largest number of detections. Source: Zhang et al. 2020 (code)
     detections_per_image: int = Field(100, ge=1, le=100_000)
 

@@ -26,7 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rpn": {"anchors_in_padding": True},
         "box_head": {"sampling_ratio": 0},
         "mask_head": {"sampling_ratio": 0},
-        "dense": {"anchors_in_padding": True, "box_weight": 1.0, "weigh_by_centerness": False},
+        "dense": {
+            "anchors_in_padding": True, "box_weight": 1.0, "weigh_by_centerness": False, "nms_boxes": "whole",
+        },
     },
     "mmdetection": {
         "rpn": {"anchors_in_padding": True},

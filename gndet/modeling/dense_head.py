@@ -177,9 +177,10 @@ class DenseHead(nn.Module):
         found = [self._candidates(*level, cells) for level, cells in zip(levels, anchors.inside, strict=True)]
         scores, boxes, labels = (torch.cat(field, 1) for field in zip(*found, strict=True))
         scores, index = best(scores, scores.shape[1])
-        boxes, labels = clip_boxes(gather_rows(boxes, index), sizes), labels.gather(1, index)
+        whole, labels = gather_rows(boxes, index), labels.gather(1, index)
+        boxes = clip_boxes(whole, sizes)
         usable = (scores > 0) & boxes.isfinite().all(-1) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        keep = nms_keep(boxes, scores, labels, usable, cfg.nms_threshold)
+        keep = nms_keep(boxes if cfg.nms_boxes == "clipped" else whole, scores, labels, usable, cfg.nms_threshold)
         scores, index = best(torch.where(keep, scores, -1.0), cfg.detections_per_image)
         no_masks = boxes.new_zeros((*scores.shape, 0, 0))
         return Detections(gather_rows(boxes, index), scores.clamp(min=0), labels.gather(1, index), no_masks, scores > 0)

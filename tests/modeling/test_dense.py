@@ -1,6 +1,7 @@
 """Dense detectors: losses and gradients, images kept apart, what is detected, and what losses are divided by."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,6 +143,20 @@ def test_the_best_of_all_anchors_and_classes_are_found_with_ties() -> None:
         assert labels[0, : len(real)].tolist() == [i % NUM_CLASSES for i in real]
         centers = torch.stack([anchors[i // NUM_CLASSES].view(2, 2).mean(0) for i in real])
         torch.testing.assert_close(boxes[0, : len(real), :2], centers)  # distances of 0 give the center
+
+
+@pytest.mark.parametrize(("boxes", "found"), [("clipped", [0.9]), ("whole", [0.9, 0.8])])
+def test_nms_compares_boxes_before_or_after_they_are_clipped(
+    monkeypatch: pytest.MonkeyPatch, boxes: str, found: list[float]
+) -> None:
+    head = model_of("retinanet", nms_boxes=boxes, nms_threshold=0.5).dense
+    candidates = torch.tensor([[[-60.0, 10, 40, 50], [0, 10, 40, 50]]])  # IoU 0.4; 1 inside the picture
+    best = torch.tensor([[0.9, 0.8]]), candidates, torch.zeros(1, 2, dtype=torch.long)
+    monkeypatch.setattr(head, "_candidates", lambda *level: best)
+    monkeypatch.setattr(head, "_levels", lambda *maps: [()])
+    result = head.detect([], SimpleNamespace(inside=[None]), torch.tensor([[100, 100]]))
+    assert result.scores[result.valid].tolist() == pytest.approx(found)
+    assert (result.boxes[result.valid] == torch.tensor([0.0, 10, 40, 50])).all()
 
 
 def test_the_pyramid_ends_with_the_sizes_of_strided_convolutions() -> None:

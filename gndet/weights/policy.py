@@ -153,6 +153,8 @@ def carry_norms(source: Source, model: nn.Module, cfg: Config) -> tuple[dict[str
         misfit = gamma is not None and model_gamma is not None and gamma.shape != model_gamma.shape
         if (f"{conv}.weight" not in state and gamma is None) or misfit:
             continue  # load_weights will report what is missing or has another shape, and the likely cause
+        if gamma is None and file_norm.kind != "none":
+            continue  # this layer of the file has no norm (box_head.norm_last: false)
         if file_norm.weight_standardization and not model_norm.weight_standardization:
             state[f"{conv}.weight"] = StandardizedConv2d.standardize(  # exact
                 state[f"{conv}.weight"], file_norm.standardization
@@ -228,6 +230,8 @@ def reference_norms(source: Source, model: nn.Module, config: ModelConfig) -> di
         file_norm, model_norm = differing[part]
         if file_norm.replaces_relu or model_norm.replaces_relu:
             continue  # what follows the norms differs, too
+        if file_norm.kind != "none" and f"{name}.weight" not in state:
+            continue  # this layer of the file has no norm
         tensors = {key: state[f"{name}.{key}"] for key in (*STATISTICS, "eps") if f"{name}.{key}" in state}
         norm = file_norm.model_copy(update={"padding": "masked" if model_norm.masked else "plain"})
         if file_norm.kind == "none":  # only the convolution's bias

@@ -319,6 +319,32 @@ def test_standardized_weights_become_plain_ones_exactly_and_not_the_reverse(tmp_
         start(back, "convert", {"kind": "gn", "groups": 8, "weight_standardization": True})
 
 
+@pytest.mark.parametrize("policy", ["hybrid", "convert", "calibrate", "affine"])
+def test_a_convolution_without_a_norm_comes_over_as_it_is(tmp_path: Path, policy: str) -> None:
+    bare = {"num_convs": 2, "norm_last": False}
+    file_cfg = config(BN, box_head=bare)
+    file, last = lived_in(file_cfg), f"box_head.convs.{file_cfg.model.box_head.num_convs - 1}"
+    saved = save(tmp_path / "a", file_cfg, file.state_dict())
+    model, _, _, fates = start(saved, policy, images=policy == "calibrate", box_head=bare)
+    state = model.state_dict()
+    for key in ("weight", "bias"):
+        assert torch.equal(state[f"{last}.conv.{key}"], file.state_dict()[f"{last}.conv.{key}"])
+    assert f"{last}.norm" not in fates and "box_head.convs.0.norm" in fates
+    with pytest.raises(CheckpointError, match=rf"(.|\n)*{last}.norm.weight: absent(.|\n)*box_head.norm_last: False"):
+        start(saved, policy, box_head={"num_convs": 2})
+
+
+def test_only_standardized_weights_are_folded(tmp_path: Path) -> None:
+    plain, bare = {"kind": "gn", "groups": 8}, {"norm_last": False}
+    file_cfg = config({**plain, "weight_standardization": True}, box_head=bare)
+    file = lived_in(file_cfg)
+    model = start(save(tmp_path / "a", file_cfg, file.state_dict()), "error", plain, box_head=bare).model
+    batch = pictures(file_cfg)
+    got, expected = (net.eval().detect(batch.images, batch.sizes, batch.padded) for net in (model, file))
+    assert expected.valid.any() and torch.equal(got.labels, expected.labels)
+    torch.testing.assert_close(got.scores, expected.scores, rtol=1e-4, atol=1e-5)
+
+
 FRN, EVONORM = {"kind": "frn"}, {"kind": "evonorm_s0", "groups": 8}
 
 

@@ -25,8 +25,10 @@ def run(options: Options) -> int:
     from gndet.toolbox.onnx.export import export
 
     if is_classifier(options.checkpoint):
-        if given := [name for name, value in (("--size", options.size), ("--no-masks", options.no_masks)) if value]:
-            raise ConfigError(f"{given[0]}: {options.checkpoint} is a classifier, whose pictures data.crop.size limits")
+        if options.size:
+            raise ConfigError(f"--size: {options.checkpoint} is a classifier, whose pictures data.crop.size limits")
+        if options.no_masks:
+            raise ConfigError(f"--no-masks: {options.checkpoint} is a classifier, which has no masks; leave it out")
         equal = export_classifier(
             options.checkpoint, options.onnx, options.overrides, say, opset=options.opset, picture=options.picture
         )

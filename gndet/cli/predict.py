@@ -49,11 +49,11 @@ def run(options: Options) -> int:
     chosen = objects if classifies else {"--top": options.top}
     if given := [name for name, value in chosen.items() if value is not None]:
         what = (
-            "a classifier finds no objects; --top chooses"
+            "classifier, which finds no objects; --top N sets how many classes"
             if classifies
-            else "a detector finds objects; --threshold chooses"
+            else "detector, which finds objects; --threshold sets which of them"
         )
-        raise ConfigError(f"{given[0]}: {options.checkpoint} is {what} how much is told")
+        raise ConfigError(f"{given[0]}: {options.checkpoint} is a {what} it shows")
     with removed_if_empty(options.out), process(device_of(options.overrides)) as proc:
         if classifies:
             classifier = load_picture_classifier(options.checkpoint, options.overrides, proc, say)

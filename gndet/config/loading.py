@@ -91,8 +91,11 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
     """Apply `key=value` overrides to a Config; errors call its origin `source`."""
     origin: Origin = {}
     tree = cfg.model_dump(mode="json")
+    change: dict[str, Any] = {}
+    _override(change, overrides, {})
+    model = change.get("model")
     for option, presets in (("compat", PRESETS), ("neck", NECKS)):
-        if any(text.startswith(f"model.{option}=") for text in overrides):
+        if isinstance(model, dict) and option in model:
             tree["model"] = without_conventions(tree["model"], presets)
     _override(tree, overrides, origin)
     return _validated(tree, origin, source)
@@ -176,6 +179,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         packaged = os.path.join(PACKAGED, f"{path.stem}.yaml")
         hint = f"; own_data data.root={path} trains on the data in a folder" if os.path.isdir(path) else ""
+        hint = f"; the config of this run is {path / 'config.yaml'}" if (path / "config.yaml").is_file() else hint
         hint = f"; the packaged config of this name is {packaged}" if os.path.isfile(packaged) else hint
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
@@ -280,7 +284,10 @@ def _cut(text: str) -> str:
 def _describe(error: Any, origin: Origin, source: str) -> str:
     """Turn one pydantic error into `file:line: key: value, expected ...`."""
     keys = tuple(str(part) for part in error["loc"])
-    place = next((origin[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in origin), source)
+    message = error["msg"].removeprefix("Value error, ")
+    # a rule on several options of a section begins with the option that it is about
+    about = (*keys, *message.partition(":")[0].split(".")) if error["type"] == "value_error" else keys
+    place = next((origin[about[:n]] for n in range(len(about), 0, -1) if about[:n] in origin), source)
     name = _cut(".".join(keys))
     if error["type"] == "extra_forbidden":
         paths, section = [path for path, _ in _fields()], ".".join((*keys[:-1], ""))
@@ -291,7 +298,6 @@ def _describe(error: Any, origin: Origin, source: str) -> str:
         if not close and elsewhere:
             hint = f"did you mean {elsewhere[0]}?"
         return f"{place}: unknown key {name}; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error" or not name:
         return f"{place}: {name + ': ' if name else ''}{message}"
     return f"{place}: {name}: got {_brief(error['input'])}; {message[0].lower() + message[1:]}"

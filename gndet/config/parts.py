@@ -180,7 +180,7 @@ class BoxHeadConfig(Section):
     @model_validator(mode="after")
     def _has_a_last_norm(self) -> "BoxHeadConfig":
         if self.kind != "4conv1fc" and not self.norm_last:
-            raise ValueError(f"norm_last: false; kind: {self.kind} has no norms of its own; leave norm_last out")
+            raise ValueError(f"norm_last: false; kind: {self.kind} has no norms of its own; expected true")
         return self
 
 

@@ -143,6 +143,7 @@ def _spread(num: int, most: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) * num // count
 
 
+@np.errstate(invalid="ignore", over="ignore")  # of activations that overflow; `nonfinite` counts them
 def _measured(name: str, layer: NormModule, calls: Sequence[Call], start: Start | None) -> Measured:
     gamma, beta = _array(layer.weight), _array(layer.bias)
     inputs = [Moments._make(map(_array, call)) for call, _ in calls]

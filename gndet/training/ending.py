@@ -157,8 +157,9 @@ def closing_words(out: Path, progress: Progress, task: str = "detection") -> str
     lines = [
         f"finished. best checkpoint  {best}   (last: {out / LAST})",
         f"          metrics          {out / METRICS}   (tensorboard --logdir {out / BOARD})",
-        f"          predictions      {out / pictures[0]}   ({pictures[1]})",
     ]
+    if os.path.lexists(out / pictures[0]):  # train.vis_images=0 draws none
+        lines.append(f"          predictions      {out / pictures[0]}   ({pictures[1]})")
     if progress.unreadable:
         lines.append(
             f"left out: {len(progress.unreadable)} training image(s) that cannot be read: {progress.unreadable}"
@@ -166,6 +167,5 @@ def closing_words(out: Path, progress: Progress, task: str = "detection") -> str
     if progress.nonfinite:
         lines.append(f"left out: {progress.nonfinite} update(s) that were not finite, see {out / NONFINITE}")
     lines.append(f"next:     gndet evaluate {best}")
-    if task == "detection":
-        lines.append(f"          gndet predict {best} IMAGE_OR_FOLDER --out predictions")
+    lines.append(f"          gndet predict {best} IMAGE_OR_FOLDER --out predictions")
     return "\n".join(lines)

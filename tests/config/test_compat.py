@@ -160,6 +160,14 @@ def test_another_preset_takes_the_place_of_the_first_in_a_resolved_config() -> N
     assert back == with_overrides(Config(), ["model.fpn.channels=64"], "test")
 
 
+@pytest.mark.parametrize("option", ["compat", "neck"])
+def test_a_section_changes_a_preset_as_its_dotted_name_does(option: str) -> None:
+    first, last = {"compat": ("torchvision", "detectron"), "neck": ("c4", "fpn")}[option]
+    cfg = with_overrides(Config(), [f"model.{option}={first}"], "test")
+    dotted = with_overrides(cfg, [f"model.{option}={last}"], "test")
+    assert with_overrides(cfg, [f"model={{{option}: {last}}}"], "test") == dotted
+
+
 def test_a_resolved_config_keeps_what_was_set_against_its_preset() -> None:
     cfg = with_overrides(Config(), ["model.compat=torchvision", "model.rpn.anchors=exact"], "test")
     again = config_from_dict(cfg.model_dump(mode="json"), "test")

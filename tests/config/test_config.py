@@ -79,6 +79,18 @@ def test_mistakes_name_file_line_key_and_what_was_expected(tmp_path: Path, text:
         load_config(write(tmp_path, "a.yaml", text))
 
 
+def test_a_rule_on_several_options_names_the_line_of_the_one_it_is_about(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.yaml", "model:\n  box_head:\n    kind: 2fc\n    norm_last: false\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml:4: model\.box_head: norm_last: false; .*; expected true"):
+        load_config(path, ["model.box_head.fc_channels=32"])
+
+
+def test_a_run_folder_given_as_a_config_is_told_where_its_config_is(tmp_path: Path) -> None:
+    config = write(tmp_path, "config.yaml", "")
+    with pytest.raises(ConfigError, match=f"cannot read the config: .*; the config of this run is {config}$"):
+        load_config(tmp_path)
+
+
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, "a.yaml", "seeed: 1\nmodel: {masks: perhaps}\n")
     with pytest.raises(ConfigError) as error:

@@ -83,6 +83,14 @@ def test_a_layer_s_quantiles_are_those_of_torch_in_float64() -> None:
         assert numbers(measured, name)["elements"] == 16 * given[name][0, 0].numel()
 
 
+@pytest.mark.filterwarnings("error")
+def test_bn_whose_input_overflows_is_counted_without_a_warning() -> None:
+    model = small_model(NormConfig(kind="bn"))
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(1e37)
+    assert numbers(look(model, [(64, 64)]))["nonfinite"] == 1
+
+
 def test_a_masked_picture_measures_the_same_in_any_batch() -> None:
     model = small_model().double()
     wide = look(model, [(96, 128), (64, 80)])

@@ -88,7 +88,7 @@ def test_each_frame_of_a_video_gets_its_classes(home: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--threshold", "0.2"], "--threshold: {} is a classifier"),
+        (["--threshold", "0.2"], "--threshold: {} is a classifier, which finds no objects; --top N sets how many"),
         (["--classes", "red"], "--classes: {} is a classifier"),
         (["--save-crops"], "--save-crops: {} is a classifier"),
     ],

@@ -19,7 +19,9 @@ from gndet.config.loading import load_config
 from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
+from gndet.training.ending import closing_words
 from gndet.training.gpu_notes import tf32
+from gndet.training.run import Progress
 
 pytestmark = pytest.mark.usefixtures("thin")
 
@@ -85,6 +87,14 @@ def test_a_run_leaves_what_users_look_for(config: Path) -> None:
     assert "update 6/6" in text and "finished. best checkpoint" in text
     assert sorted(update for update, _ in losses(out)) == [1, 2, 3, 4, 5, 6]
     assert safetensors.torch.load_file(out / "last" / "model.safetensors")
+
+
+@pytest.mark.parametrize(("task", "file"), [("detection", "predictions.png"), ("classification", "classified.json")])
+def test_the_last_words_name_only_what_was_written_and_how_to_predict(tmp_path: Path, task: str, file: str) -> None:
+    assert file not in closing_words(tmp_path, Progress(), task)  # train.vis_images=0
+    (tmp_path / file).touch()
+    text = closing_words(tmp_path, Progress(), task)
+    assert str(tmp_path / file) in text and f"gndet predict {tmp_path / 'best'} IMAGE_OR_FOLDER" in text
 
 
 def test_a_finished_or_different_run_in_the_folder_is_refused_with_what_to_do(finished: Path) -> None:

@@ -26,8 +26,9 @@ class BackboneConfig(Section):
     kind: Literal["resnet", "vgg", "timm"] = "resnet"
     name: str = ""  # timm: name of a convolutional network, like regnety_016; see [backbones](backbones.md)
     depth: Literal[16, 18, 34, 50, 101, 152] = 50  # number of weight layers; 16 with vgg, 18 and more with resnet
-    # resnet: share of the usual channels, for small data and machines (Howard et al. 2017). Source: He et al. 2016
-    width: float = Field(1.0, ge=0.125, le=4)
+    # resnet: share of the usual channels, for small data and machines (Howard et al. 2017); with less than 0.25 torch's
+    # gradient of a shortcut crashes on a CPU. Source: He et al. 2016
+    width: float = Field(1.0, ge=0.25, le=4)
     # resnet from depth 50 on: groups of a bottleneck's 3x3 convolution; with ResNeXt 32x4d, 32. Source: Xie et al. 2017
     cardinality: int = Field(1, ge=1, le=1024)
     # width of such a group in res2 [channels]; with ResNeXt 32x4d, 4. Source: Xie et al. 2017, table 1

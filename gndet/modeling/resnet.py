@@ -23,7 +23,6 @@ WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage b
 STRIDES = (4, 8, 16, 32)  # of C2..C5
 REGION = 7  # cells along a side of a region in res5
 HALVES = Window((2, 2), (2, 2), (0, 0))
-NARROW = 8  # channels of a map of which a shortcut takes every second cell before it convolves; see _run_shortcut
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -39,8 +38,7 @@ class BasicBlock(nn.Module):
         self.conv1 = conv(in_channels, channels, 3, stride=stride)
         self.conv2 = conv(channels, channels, 3, relu=False, adds=True)
         self.averages = averages and stride > 1
-        self.skips = not averages and stride == 2 and in_channels <= NARROW
-        self.shortcut = _shortcut(in_channels, channels, 1 if averages or self.skips else stride, conv)
+        self.shortcut = _shortcut(in_channels, channels, 1 if averages else stride, conv)
 
     @property
     def last(self) -> ConvNorm:
@@ -74,8 +72,7 @@ class Bottleneck(nn.Module):
         self.conv2 = conv(width, width, 3, stride=stride_in_3x3, groups=cardinality, dilation=dilation)
         self.conv3 = conv(width, channels * 4, 1, relu=False, adds=True)
         self.averages = averages and stride > 1
-        self.skips = not averages and stride == 2 and in_channels <= NARROW
-        self.shortcut = _shortcut(in_channels, channels * 4, 1 if averages or self.skips else stride, conv)
+        self.shortcut = _shortcut(in_channels, channels * 4, 1 if averages else stride, conv)
 
     @property
     def last(self) -> ConvNorm:
@@ -98,19 +95,12 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactor
 def _run_shortcut(
     block: "BasicBlock | Bottleneck", x: Tensor, area_in: ValidArea | None, area: ValidArea | None
 ) -> Tensor:
-    """Return what a block adds to its result; a ResNet-D's averages see the cells of the pictures alone.
-
-    On a CPU, torch's gradient of a 1x1 convolution with stride 2 of 8 channels writes beyond its memory if the map is
-    wide (200 cells; 128 are not too many), and ends the process (torch 2.14.1, Intel Xeon with AMX).  A convolution
-    with stride 1 of every second cell computes the same.
-    """
+    """Return what a block adds to its result; a ResNet-D's averages see the cells of the pictures alone."""
     if block.shortcut is None:
         return x
     if block.averages:
         masked = getattr(block.shortcut.norm, "masked", False)
         x = average_pool(x, HALVES, *((area_in, area) if masked else (None, None)))
-    elif block.skips:
-        x = x[:, :, ::2, ::2]
     return tower([block.shortcut], x, [area])
 
 

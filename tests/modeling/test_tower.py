@@ -1,23 +1,20 @@
 """What a tower keeps for the backward pass changes the memory and nothing else."""
 
-import multiprocessing
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from models import make_batch, small_config, small_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gndet.config.norm import NormConfig
 from gndet.modeling import recompute
-from gndet.modeling.conv_norm import ConvNorm, conv_factory
+from gndet.modeling.conv_norm import ConvNorm
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.norms.valid_area import ValidArea
 from gndet.modeling.recompute import keeping_all, set_memory, tower
-from gndet.modeling.resnet import BasicBlock, _run_shortcut
 from gndet.training.memory import TensorBytes
 
 NORMS = {
@@ -209,31 +206,3 @@ def test_all_weights_of_a_tower_are_cast_at_once_and_a_frozen_one_gets_no_gradie
             assert sum("_foreach_copy_" in name for name in copies.names) == 2  # forward and backward
     assert len(found[0]) == 2 + 3 * 2  # two weights, three pairs of gamma and beta
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
-
-
-def _narrow_block() -> BasicBlock:
-    torch.manual_seed(0)
-    block = BasicBlock(8, 16, 2, conv_factory(NormConfig(kind="none")))
-    return block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _train_on_wide_maps() -> None:
-    block = _narrow_block()
-    for _ in range(8):
-        x = torch.randn(2, 8, 16, 336).contiguous(memory_format=torch.channels_last).requires_grad_()
-        block(x, None, None).sum().backward()
-
-
-def test_a_narrow_block_s_shortcut_is_a_convolution_with_stride_2() -> None:
-    block, x = _narrow_block(), torch.randn(2, 8, 9, 14)
-    assert block.shortcut is not None
-    expected = F.conv2d(x, block.shortcut.conv.weight, block.shortcut.conv.bias, 2)
-    torch.testing.assert_close(_run_shortcut(block, x, None, None), expected)
-
-
-def test_a_narrow_block_trains_on_wide_maps() -> None:
-    """oneDNN wrote beyond its memory here, and the process died of a signal."""
-    child = multiprocessing.get_context("spawn").Process(target=_train_on_wide_maps)
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0

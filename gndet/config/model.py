@@ -220,6 +220,8 @@ class ModelConfig(Section):
             raise ValueError(f"neck: dc5 dilates bottlenecks; expected backbone.depth from 50 on, got {backbone.depth}")
         if neck != "dc5" and backbone.dilated_blocks != "all":
             raise ValueError(f"backbone.dilated_blocks: {backbone.dilated_blocks} has an effect with neck: dc5 only")
+        if neck == "c4" and backbone.stochastic_depth:
+            raise ValueError("backbone.stochastic_depth: res5 skips no block on the regions of neck: c4; expected 0")
         if (self.box_head.kind == "res5") != (neck == "c4"):
             raise ValueError(f"box_head.kind: {self.box_head.kind} does not fit neck: {neck}; c4 has res5, and only c4")
         for option in ("pool_size", "sampling_ratio", "roi_align") if neck == "c4" and self.masks else ():

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from gndet.config.model import ClassifierConfig
 from gndet.modeling.image_model import Choices, ImageModel, Rectified
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
-from gndet.ops.matching import ranks
+from gndet.ops.matching import kept_by_key
 from gndet.ops.noise import Stream
 from gndet.structures import Batch
 
 HEAD = "classifier"  # the part of the model that follows the backbone
-RANKS = 2.0**59  # `ranks` are below it
 DEVIATION = 0.01  # of the first weights of the fully connected layers (Goyal et al. 2017, 5.1; VGG)
 
 
@@ -96,8 +95,7 @@ def drop_by_key(x: Tensor, share: float, keys: Tensor, layer: int) -> Tensor:
     layer: number of the layer, so that two layers drop different units.
     """
     ids = torch.arange(x.shape[1], device=x.device) + (layer << 24)
-    kept = ranks(keys, Stream.DROPOUT, ids) >= share * RANKS  # (B, N)
-    return torch.where(kept, x / (1 - share), 0.0)
+    return torch.where(kept_by_key(keys, Stream.DROPOUT, ids, share), x / (1 - share), 0.0)
 
 
 class Classifier(ImageModel):
@@ -113,10 +111,12 @@ class Classifier(ImageModel):
         self.backbone = backbone
         self.classifier = head
 
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
+    def features(
+        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
+    ) -> tuple[list[Tensor], ValidAreas]:
         """Return [C5] of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
         x, areas = self.normalize(images, sizes, padded)
-        return self.backbone(x, areas)[-1:], areas
+        return self.backbone(x, areas, keys)[-1:], areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Classified:
         """Run the training forward pass after C5: loss_class.  An image's class is that of its first object."""

@@ -20,6 +20,7 @@ class Stream(IntEnum):
     CROP = 8
     COLOR = 9
     DROPOUT = 10
+    DEPTH = 11
 
 
 def hash_ints(*values: int) -> int:

@@ -39,6 +39,17 @@ class CropConfig(Section):
     # standard deviation of the color shift along ImageNet's principal components (fb.resnet.torch: 0.1).
     # Source: Krizhevsky et al. 2012, 4.1
     lighting: float = Field(0.0, ge=0, le=10)
+    # training: blend a picture with another; its share is drawn from Beta(mixup, mixup); 0 is off. With cutmix, too,
+    # half of the pictures are blended (Zhang et al. 2018; A2, A3 of Wightman et al. 2021: 0.1)
+    mixup: float = Field(0.0, ge=0, le=100)
+    # training: paste a box of another picture; the share of the rest is drawn from Beta(cutmix, cutmix); 0 is off
+    # (Yun et al. 2019; A2, A3: 1)
+    cutmix: float = Field(0.0, ge=0, le=100)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training mixes pictures."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "CropConfig":

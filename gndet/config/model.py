@@ -138,6 +138,17 @@ class ClassifierConfig(Section):
     # softmax: cross-entropy; sigmoid: binary cross-entropy, mean over the classes. Source: He et al. 2016
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target spread over all classes (Szegedy et al. 2016)
+    # sigmoid: each class with more than this share of a mixed picture has the target 1, the others 0, before smoothing
+    # (A2, A3 of Wightman et al. 2021: 0.2); null: the target is the share
+    target_threshold: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _softmax_takes_shares(self) -> "ClassifierConfig":
+        if self.loss == "softmax" and self.target_threshold is not None:
+            raise ValueError(
+                f"target_threshold: {self.target_threshold:g} is for loss: sigmoid; softmax takes the shares"
+            )
+        return self
 
 
 class ModelConfig(Section):

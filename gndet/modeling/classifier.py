@@ -3,7 +3,8 @@
 B images, C channels, K classes, P cells along a side of the pooled map, (H, W) canvas.
 
 Batch independence: pooling sees the picture without the padding, dropout draws by the image's key, and the loss of an
-image is divided by nothing that comes from other images.  Mixing pictures (mixup, CutMix) would break this.
+image is divided by nothing that comes from other images.  A mixed picture (mixup, CutMix) was mixed when it was loaded,
+with a picture of the data set and not of its batch; here it has two classes, with their shares.
 """
 
 from itertools import pairwise
@@ -56,12 +57,21 @@ class ClassHead(nn.Module):
                 x = drop_by_key(x, self.cfg.dropout, keys, number)
         return self.logits(x)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss (B,) of logits (B, K) for labels (B,), with smoothed labels (Szegedy et al. 2016, 7)."""
+    def loss(self, logits: Tensor, labels: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Return the loss (B,) of logits (B, K) for labels (B,), with smoothed labels (Szegedy et al. 2016, 7).
+
+        shares (B, M): of mixed pictures; labels are then (B, M).
+        """
         logits, smoothing = logits.to(self.logits.weight.dtype), self.cfg.label_smoothing
-        if self.cfg.loss == "softmax":
+        if self.cfg.loss == "softmax" and shares is None:
             return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        target = F.one_hot(labels, logits.shape[1]).to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[1]
+        target = F.one_hot(labels, logits.shape[1]).to(logits.dtype)  # (B, K), or (B, M, K)
+        target = target if shares is None else torch.einsum("bm,bmk->bk", shares.to(logits.dtype), target)
+        if self.cfg.loss == "softmax":
+            return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        if self.cfg.target_threshold is not None:
+            target = (target > self.cfg.target_threshold).to(logits.dtype)
+        target = target * (1 - smoothing) + smoothing / logits.shape[1]
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -119,9 +129,13 @@ class Classifier(ImageModel):
         return self.backbone(x, areas, keys)[-1:], areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Classified:
-        """Run the training forward pass after C5: loss_class.  An image's class is that of its first object."""
+        """Run the training forward pass after C5: loss_class.
+
+        An image's class is that of its first object; a mixed picture has the classes of all its objects.
+        """
         logits = self.classifier(features[-1], areas[32], batch.keys)  # (B, K)
-        return Classified({"loss_class": self.classifier.loss(logits, batch.gt.labels[:, 0])}, logits)
+        labels = batch.gt.labels[:, 0] if batch.shares is None else torch.where(batch.gt.valid, batch.gt.labels, 0)
+        return Classified({"loss_class": self.classifier.loss(logits, labels, batch.shares)}, logits)
 
     @torch.no_grad()
     def classify(self, images: Tensor, sizes: Tensor, padded: bool) -> Tensor:

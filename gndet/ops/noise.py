@@ -21,6 +21,8 @@ class Stream(IntEnum):
     COLOR = 9
     DROPOUT = 10
     DEPTH = 11
+    PARTNER = 12
+    MIX = 13
 
 
 def hash_ints(*values: int) -> int:

@@ -253,10 +253,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     with torch.cuda.stream(copying):
         gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
         images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
+        shares = None if batch.shares is None else batch.shares.to(device, non_blocking=True)
     computing.wait_stream(copying)
-    for tensor in (images, sizes, keys, *gt):
+    for tensor in (images, sizes, keys, *gt, *([] if shares is None else [shares])):
         tensor.record_stream(computing)  # do not reuse its memory while it is in use
-    return Batch(images, sizes, keys, gt, batch.padded)
+    return Batch(images, sizes, keys, gt, batch.padded, shares)
 
 
 @cache

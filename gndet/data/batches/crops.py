@@ -1,4 +1,4 @@
-"""Resize pictures; cut out the part that a classifier sees, and change its colors.
+"""Resize pictures; cut out the part that a classifier sees, change its colors, and mix it with another picture.
 
 All randomness is a function of the image's key.  Letters: (h, w) picture.
 """
@@ -7,6 +7,7 @@ import math
 import platform
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,6 +72,27 @@ def crop_window(size: tuple[int, int], crop: CropConfig, key: int) -> tuple[int,
     ratio = min(max(width / height, crop.ratio[0]), crop.ratio[1])
     h, w = min(height, max(round(width / ratio), 1)), min(width, max(round(height * ratio), 1))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def mix(image: Tensor, other: Tensor, crop: CropConfig, key: int) -> tuple[Tensor, float]:
+    """Blend a picture with another one (mixup, Zhang et al. 2018), or paste a box of that (CutMix, Yun et al. 2019).
+
+    image, other (3, h, w) uint8; key: the only source of randomness.  With both, each is as likely, as in timm.
+    Returns (3, h, w) uint8 and the share of the first picture in it; a box is cut off at the edges, which adds to it.
+    """
+    draws = np.random.Generator(np.random.PCG64(hash_ints(key, Stream.MIX)))
+    cuts = crop.cutmix > 0 and (not crop.mixup or draws.random() < 0.5)
+    alpha = crop.cutmix if cuts else crop.mixup
+    share = float(draws.beta(alpha, alpha))
+    if not cuts:
+        return (share * image.float() + (1 - share) * other.float()).round_().byte(), share
+    bounds = []
+    for side in image.shape[1:]:
+        middle, half = draws.uniform(0, side), side * math.sqrt(1 - share) / 2
+        bounds.append(slice(round(max(middle - half, 0)), round(min(middle + half, side))))
+    mixed = image.clone()
+    mixed[:, bounds[0], bounds[1]] = other[:, bounds[0], bounds[1]]
+    return mixed, 1 - math.prod(bound.stop - bound.start for bound in bounds) / image[0].numel()
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

@@ -56,7 +56,8 @@ def find_leaks(model: ImageModel, singles: list[Batch], together: Batch) -> list
 
 def _on_canvas_of(batch: Batch, i: int) -> Batch:
     gt = type(batch.gt)(*(field[i : i + 1] for field in batch.gt))
-    return Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.keys[i : i + 1], gt, batch.padded)
+    shares = None if batch.shares is None else batch.shares[i : i + 1]
+    return Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.keys[i : i + 1], gt, batch.padded, shares)
 
 
 @contextmanager

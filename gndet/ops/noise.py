@@ -23,6 +23,7 @@ class Stream(IntEnum):
     DEPTH = 11
     PARTNER = 12
     MIX = 13
+    AUGMENT = 14
 
 
 def hash_ints(*values: int) -> int:

@@ -31,7 +31,7 @@ from gndet.train import train
 from gndet.weights.load import initial_model
 
 MIXED = (  # everything that draws
-    "data.crop.mixup=0.2", "data.crop.cutmix=1", "model.backbone.stochastic_depth=0.3", "model.classifier.loss=sigmoid",
+    "data.crop.rand_augment=2", "data.crop.mixup=0.2", "data.crop.cutmix=1", "model.backbone.stochastic_depth=0.3", "model.classifier.loss=sigmoid",
     "model.classifier.target_threshold=0.2", "model.classifier.dropout=0.2", "model.classifier.fc_channels=[16]",
     "train.optimizer.kind=lamb", "train.optimizer.lr=0.005",
 )  # fmt: skip

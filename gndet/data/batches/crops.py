@@ -5,7 +5,8 @@ All randomness is a function of the image's key.  Letters: (h, w) picture.
 
 import math
 import platform
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from gndet.config.data import CropConfig
 from gndet.ops.noise import Stream, hash_ints, uniform
+from gndet.ops.torchvision_ops import transforms
 
 ATTEMPTS = 10  # to draw a part that lies inside the picture (Szegedy et al. 2015; torchvision, fb.resnet.torch)
+FILL = [124, 116, 104]  # ImageNet's mean color, where RandAugment moves a picture away, as in timm
 GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in the brightness (ITU-R BT.601)
 # principal components of ImageNet's colors: standard deviations and directions, of RGB in [0, 1] (Krizhevsky et al.
 # 2012; the numbers are fb.resnet.torch's)
@@ -43,7 +46,7 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
 
 
 def random_crop(image: Tensor, crop: CropConfig, key: int, flip: float, antialias: bool) -> Tensor:
-    """Cut out a random part of a picture, resize it to a square, flip it and change its colors.
+    """Cut out a random part of a picture, resize it to a square, flip it, augment it and change its colors.
 
     image (3, h, w) uint8; flip: probability of a left-right flip; key: the only source of randomness.  Returns
     (3, size, size) uint8.  Source: Szegedy et al. 2015, section 6; fb.resnet.torch.
@@ -51,7 +54,26 @@ def random_crop(image: Tensor, crop: CropConfig, key: int, flip: float, antialia
     top, left, height, width = crop_window((image.shape[1], image.shape[2]), crop, key)
     image = resize(image[:, top : top + height, left : left + width], (crop.size, crop.size), antialias)
     image = image.flip(-1) if uniform(key, Stream.FLIP) < flip else image
-    return change_colors(image, crop, key)
+    return change_colors(rand_augment(image, crop, key), crop, key)
+
+
+def rand_augment(image: Tensor, crop: CropConfig, key: int) -> Tensor:
+    """Apply crop.rand_augment random operations to a picture (3, h, w) uint8, by torchvision's RandAugment.
+
+    Source: Cubuk et al. 2020.  It draws from the global generator, which is seeded by the key, and restored.
+    """
+    if not crop.rand_augment:
+        return image
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash_ints(key, Stream.AUGMENT))
+        augmented: Tensor = _rand_augment(crop.rand_augment, crop.magnitude)(image)
+    return augmented
+
+
+@cache
+def _rand_augment(number: int, magnitude: int) -> Any:
+    bilinear = transforms().InterpolationMode.BILINEAR
+    return transforms().RandAugment(number, magnitude, interpolation=bilinear, fill=FILL)
 
 
 def crop_window(size: tuple[int, int], crop: CropConfig, key: int) -> tuple[int, int, int, int]:

@@ -86,7 +86,7 @@ def test_sample(record: Record, data: DataConfig) -> Sample:
     Raises UnreadablePicture.
     """
     image, _ = _load_resized(record, data.shortest_edge_test, data)
-    image = image if data.crop is None else center_crop(image, data.crop.size)
+    image = image if data.crop is None else center_crop(image, data.crop.tested)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
 

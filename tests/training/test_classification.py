@@ -31,9 +31,9 @@ from gndet.train import train
 from gndet.weights.load import initial_model
 
 MIXED = (  # everything that draws
-    "data.crop.rand_augment=2", "data.crop.mixup=0.2", "data.crop.cutmix=1", "model.backbone.stochastic_depth=0.3", "model.classifier.loss=sigmoid",
-    "model.classifier.target_threshold=0.2", "model.classifier.dropout=0.2", "model.classifier.fc_channels=[16]",
-    "train.optimizer.kind=lamb", "train.optimizer.lr=0.005",
+    "data.crop.rand_augment=2", "data.crop.mixup=0.2", "data.crop.cutmix=1", "model.backbone.stochastic_depth=0.3",
+    "model.classifier.loss=sigmoid", "model.classifier.target_threshold=0.2", "model.classifier.dropout=0.2",
+    "model.classifier.fc_channels=[16]", "train.optimizer.kind=lamb", "train.optimizer.lr=0.005",
 )  # fmt: skip
 TWO = "evaluation.images_per_gpu=2"  # one picture's last map is one number per channel
 pytestmark = pytest.mark.usefixtures("thin", "forked_ranks")

@@ -152,9 +152,15 @@ def test_an_update_and_a_detection_do_not_wait_and_leave_nothing_behind(model: d
     assert max(found.allocated) < MIB  # all memory of the optimizer is taken in set-up
 
 
-@pytest.mark.parametrize("norm", [{"kind": "frn"}, {"kind": "evonorm_s0"}, {"weight_standardization": True}], ids=str)
-def test_nor_do_they_with_norms_that_replace_relu_or_with_standardized_weights(norm: dict[str, Any]) -> None:
-    found = steps({"norm": norm}, "balanced")
+OTHERS = (
+    *({"norm": norm} for norm in ({"kind": "frn"}, {"kind": "evonorm_s0"}, {"weight_standardization": True})),
+    {"backbone": {"stochastic_depth": 0.2}},
+)
+
+
+@pytest.mark.parametrize("model", OTHERS, ids=str)
+def test_nor_do_they_with_other_activations_standardized_weights_or_skipped_blocks(model: dict[str, Any]) -> None:
+    found = steps(model, "balanced")
     assert [wait for phase in found.gpu.phases.values() for wait in phase.waits] == []
     assert found.live[0] == found.live[1]
 

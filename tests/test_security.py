@@ -337,6 +337,7 @@ ALLOWED_IMPORTS = {
     ("toolbox/norm_study/child.py", "runpy"): "gndet.cli, by that name",
     ("toolbox/report/report.py", "importlib"): "reads the style and script that come with gndet",
     ("modeling/timm_backbone.py", "importlib"): "timm, if the config's backbone is timm's",
+    ("training/optim.py", "importlib"): "timm, if the config's optimizer is LAMB",
     ("weights/foreign/source.py", "urllib"): "the error of a download that the user asked for by name",
     ("weights/foreign/source.py", "importlib"): "timm, if the user named weights of timm",
 }
@@ -352,6 +353,7 @@ ALLOWED_CALLS = {
     ("ops/torchvision_ops.py", "importlib.import_module"): "torchvision and parts of it, by names in that file",
     ("toolbox/doctor/inside.py", "importlib.import_module"): "steps of the doctor, by names in that file",
     ("modeling/timm_backbone.py", "importlib.import_module"): "timm and timm.layers",
+    ("training/optim.py", "importlib.import_module"): "timm.optim",
     ("modeling/timm_backbone.py", "timm.create_model"): "with random weights: nothing is downloaded",
     (
         "toolbox/doctor/packages.py",

@@ -52,11 +52,12 @@ def test_training_loads_at_most_163_files_of_24_500_lines() -> None:
     assert not [path for path in loaded if "toolbox" in path.parts]
 
 
-def test_the_trainer_is_read_in_41_files_of_6_100_lines() -> None:
+def test_the_trainer_is_read_in_41_files_of_6_250_lines() -> None:
+    """170 of them are the recipe of Wightman et al. 2021: stochastic depth, mixed pictures, LAMB."""
     path = reading_path()
     assert path[0] == ROOM / "train.py" and len(path) == len(set(path)) >= 25
     assert all(file.is_file() for file in path)
-    assert len(path) <= 41 and lines(path) <= 6_100
+    assert len(path) <= 41 and lines(path) <= 6_250
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -29,6 +29,8 @@ class CropConfig(Section):
     """How a classifier sees a picture: a part of it in training, its middle in evaluation (Szegedy et al. 2015)."""
 
     size: Edge = 224  # side of the square that the network sees [pixels]. Source: He et al. 2016
+    # evaluation: that side, if it is another one [pixels] (A3 of Wightman et al. 2021: 224, trained at 160)
+    size_test: Edge | None = None
     # training: least and largest part of the picture's area. Source: Szegedy et al. 2015, section 6
     area: tuple[float, float] = (0.08, 1.0)
     # training: least and largest width / height of the part. Source: Szegedy et al. 2015, section 6
@@ -39,6 +41,26 @@ class CropConfig(Section):
     # standard deviation of the color shift along ImageNet's principal components (fb.resnet.torch: 0.1).
     # Source: Krizhevsky et al. 2012, 4.1
     lighting: float = Field(0.0, ge=0, le=10)
+    # training: number of RandAugment's operations per picture; 0 is off (Cubuk et al. 2020: 2)
+    rand_augment: int = Field(0, ge=0, le=16)
+    # RandAugment: strength of its operations [of 30] (A2 of Wightman et al. 2021: 21, A3: 18). Source: torchvision
+    magnitude: int = Field(9, ge=0, le=30)
+    # training: blend a picture with another; its share is drawn from Beta(mixup, mixup); 0 is off. With cutmix, too,
+    # half of the pictures are blended (Zhang et al. 2018; A2, A3 of Wightman et al. 2021: 0.1)
+    mixup: float = Field(0.0, ge=0, le=100)
+    # training: paste a box of another picture; the share of the rest is drawn from Beta(cutmix, cutmix); 0 is off
+    # (Yun et al. 2019; A2, A3: 1)
+    cutmix: float = Field(0.0, ge=0, le=100)
+
+    @property
+    def tested(self) -> int:
+        """Side of the square that the network sees in evaluation, in pixels."""
+        return self.size_test or self.size
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training mixes pictures."""
+        return self.mixup > 0 or self.cutmix > 0
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "CropConfig":
@@ -97,7 +119,9 @@ class DataConfig(Section):
         size = crop.get("size", 224) if isinstance(crop, dict) else None
         if not isinstance(values, dict) or not isinstance(size, int):
             return values
-        edges = {"shortest_edge": [size], "shortest_edge_test": round(size * 256 / 224), "max_edge": MAX_EDGE}
+        tested = crop.get("size_test") if isinstance(crop, dict) else None
+        tested = tested if isinstance(tested, int) else size
+        edges = {"shortest_edge": [size], "shortest_edge_test": round(tested * 256 / 224), "max_edge": MAX_EDGE}
         return edges | values
 
     @model_validator(mode="before")

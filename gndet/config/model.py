@@ -149,6 +149,17 @@ class ClassifierConfig(Section):
     # softmax: cross-entropy; sigmoid: binary cross-entropy, mean over the classes. Source: He et al. 2016
     loss: Literal["softmax", "sigmoid"] = "softmax"
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target spread over all classes (Szegedy et al. 2016)
+    # sigmoid: each class with more than this share of a mixed picture has the target 1, the others 0, before smoothing
+    # (A2, A3 of Wightman et al. 2021: 0.2); null: the target is the share
+    target_threshold: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _softmax_takes_shares(self) -> "ClassifierConfig":
+        if self.loss == "softmax" and self.target_threshold is not None:
+            raise ValueError(
+                f"target_threshold: {self.target_threshold:g} is for loss: sigmoid; softmax takes the shares"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -234,6 +245,8 @@ class ModelConfig(Section):
             raise ValueError(f"neck: dc5 dilates bottlenecks; expected backbone.depth from 50 on, got {backbone.depth}")
         if neck != "dc5" and backbone.dilated_blocks != "all":
             raise ValueError(f"backbone.dilated_blocks: {backbone.dilated_blocks} has an effect with neck: dc5 only")
+        if neck == "c4" and backbone.stochastic_depth:
+            raise ValueError("backbone.stochastic_depth: res5 skips no block on the regions of neck: c4; expected 0")
         if (self.box_head.kind == "res5") != (neck == "c4"):
             raise ValueError(f"box_head.kind: {self.box_head.kind} does not fit neck: {neck}; c4 has res5, and only c4")
         for option in ("pool_size", "sampling_ratio", "roi_align") if neck == "c4" and self.masks else ():

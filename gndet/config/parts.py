@@ -46,6 +46,9 @@ class BackboneConfig(Section):
     # start the last norm of each block with gamma 0 (timm: those that timm starts so). Source: Goyal et al. 2017, 5.1;
     # Wu & He 2018
     zero_init_last_gamma: bool = False
+    # resnet: in training, share of the images that skip the last residual block; of the others it grows linearly from 0
+    # at the first one, drawn per image (Huang et al. 2016; A2 of Wightman et al. 2021: 0.05). Source: He et al. 2016
+    stochastic_depth: float = Field(0.0, ge=0, lt=1)
     # neck dc5: blocks of res5 whose 3x3 is dilated by 2. all (detectron2), or after_first: the others (torchvision)
     dilated_blocks: Literal["all", "after_first"] = "all"
 
@@ -77,6 +80,8 @@ class BackboneConfig(Section):
             raise ValueError("stem and average_shortcuts are of resnet")
         if self.kind == "vgg" and self.width != 1:
             raise ValueError(f"width: {self.width:g}; vgg has its usual channels only")
+        if self.kind != "resnet" and self.stochastic_depth:
+            raise ValueError(f"stochastic_depth: {self.stochastic_depth:g}; only resnet has residual blocks to skip")
         return self
 
 

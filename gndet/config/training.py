@@ -10,14 +10,15 @@ from gndet.config.section import FileName, Fraction, Positive, Section, Sizes
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"  # SGD with momentum, or AdamW (Loshchilov & Hutter 2019)
+    # SGD with momentum, AdamW (Loshchilov & Hutter 2019), or timm's LAMB (You et al. 2020; pip install timm)
+    kind: Literal["sgd", "adamw", "lamb"] = "sgd"
     # learning rate for the reference batch; follows global_batch linearly with sgd (Goyal et al. 2017, 2.1), by its
-    # square root with adamw (Malladi et al. 2022). Source: Detectron
+    # square root with adamw (Malladi et al. 2022) and lamb (You et al. 2020). Source: Detectron
     lr: float = Field(0.02, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)  # momentum of sgd. Source: Detectron
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # averaging of adamw's two moments. Source: torch
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # averaging of the two moments of adamw and lamb. Source: torch
     weight_decay: float = Field(1e-4, ge=0)  # decay of the weights. Source: Detectron
-    # decay of gamma and beta of the norms. Source: Detectron (WEIGHT_DECAY_GN)
+    # decay of gamma and beta of the norms; with lamb, as in timm, of all biases. Source: Detectron (WEIGHT_DECAY_GN)
     norm_weight_decay: float = Field(0.0, ge=0)
     clip_grad_norm: float = Field(0.0, ge=0)  # limit of the global gradient norm; 0 is off
 
@@ -25,11 +26,13 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over time, stated for `reference_batch` images per update and rescaled to `global_batch`."""
 
-    kind: Literal["step", "cosine"] = "step"  # step: multiply by gamma at `steps`; cosine: half a cosine down to 0
+    # step: multiply by gamma at `steps`; cosine: half a cosine down to final_factor
+    kind: Literal["step", "cosine"] = "step"
     # length of the training at the reference batch [updates]. Source: Detectron's 1x
     updates: int = Field(90_000, ge=1)
     steps: tuple[int, ...] = (60_000, 80_000)  # step: when the learning rate drops [updates]. Source: Detectron's 1x
     gamma: float = Field(0.1, gt=0, le=1)  # step: factor of each drop. Source: Detectron
+    final_factor: float = Field(0.0, ge=0, le=1)  # cosine: last learning rate, as a fraction
     warmup: int = Field(1000, ge=0)  # length of the linear warm-up [updates]. Source: detectron2
     warmup_factor: float = Field(0.001, ge=0, le=1)  # learning rate at update 0, as a fraction. Source: detectron2
     # global batch that lr, updates, steps and warmup are stated for [images]. Source: Detectron

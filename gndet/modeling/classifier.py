@@ -3,7 +3,8 @@
 B images, C channels, K classes, P cells along a side of the pooled map, (H, W) canvas.
 
 Batch independence: pooling sees the picture without the padding, dropout draws by the image's key, and the loss of an
-image is divided by nothing that comes from other images.  Mixing pictures (mixup, CutMix) would break this.
+image is divided by nothing that comes from other images.  A mixed picture (mixup, CutMix) was mixed when it was loaded,
+with a picture of the data set and not of its batch; here it has two classes, with their shares.
 """
 
 from itertools import pairwise
@@ -16,12 +17,11 @@ from torch import Tensor, nn
 from gndet.config.model import ClassifierConfig
 from gndet.modeling.image_model import Choices, ImageModel, Rectified
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
-from gndet.ops.matching import ranks
+from gndet.ops.matching import kept_by_key
 from gndet.ops.noise import Stream
 from gndet.structures import Batch
 
 HEAD = "classifier"  # the part of the model that follows the backbone
-RANKS = 2.0**59  # `ranks` are below it
 DEVIATION = 0.01  # of the first weights of the fully connected layers (Goyal et al. 2017, 5.1; VGG)
 
 
@@ -57,12 +57,21 @@ class ClassHead(nn.Module):
                 x = drop_by_key(x, self.cfg.dropout, keys, number)
         return self.logits(x)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss (B,) of logits (B, K) for labels (B,), with smoothed labels (Szegedy et al. 2016, 7)."""
+    def loss(self, logits: Tensor, labels: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Return the loss (B,) of logits (B, K) for labels (B,), with smoothed labels (Szegedy et al. 2016, 7).
+
+        shares (B, M): of mixed pictures; labels are then (B, M).
+        """
         logits, smoothing = logits.to(self.logits.weight.dtype), self.cfg.label_smoothing
-        if self.cfg.loss == "softmax":
+        if self.cfg.loss == "softmax" and shares is None:
             return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        target = F.one_hot(labels, logits.shape[1]).to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[1]
+        target = F.one_hot(labels, logits.shape[1]).to(logits.dtype)  # (B, K), or (B, M, K)
+        target = target if shares is None else torch.einsum("bm,bmk->bk", shares.to(logits.dtype), target)
+        if self.cfg.loss == "softmax":
+            return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        if self.cfg.target_threshold is not None:
+            target = (target > self.cfg.target_threshold).to(logits.dtype)
+        target = target * (1 - smoothing) + smoothing / logits.shape[1]
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -96,8 +105,7 @@ def drop_by_key(x: Tensor, share: float, keys: Tensor, layer: int) -> Tensor:
     layer: number of the layer, so that two layers drop different units.
     """
     ids = torch.arange(x.shape[1], device=x.device) + (layer << 24)
-    kept = ranks(keys, Stream.DROPOUT, ids) >= share * RANKS  # (B, N)
-    return torch.where(kept, x / (1 - share), 0.0)
+    return torch.where(kept_by_key(keys, Stream.DROPOUT, ids, share), x / (1 - share), 0.0)
 
 
 class Classifier(ImageModel):
@@ -113,15 +121,21 @@ class Classifier(ImageModel):
         self.backbone = backbone
         self.classifier = head
 
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
+    def features(
+        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
+    ) -> tuple[list[Tensor], ValidAreas]:
         """Return [C5] of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
         x, areas = self.normalize(images, sizes, padded)
-        return self.backbone(x, areas)[-1:], areas
+        return self.backbone(x, areas, keys)[-1:], areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Classified:
-        """Run the training forward pass after C5: loss_class.  An image's class is that of its first object."""
+        """Run the training forward pass after C5: loss_class.
+
+        An image's class is that of its first object; a mixed picture has the classes of all its objects.
+        """
         logits = self.classifier(features[-1], areas[32], batch.keys)  # (B, K)
-        return Classified({"loss_class": self.classifier.loss(logits, batch.gt.labels[:, 0])}, logits)
+        labels = batch.gt.labels[:, 0] if batch.shares is None else torch.where(batch.gt.valid, batch.gt.labels, 0)
+        return Classified({"loss_class": self.classifier.loss(logits, labels, batch.shares)}, logits)
 
     @torch.no_grad()
     def classify(self, images: Tensor, sizes: Tensor, padded: bool) -> Tensor:

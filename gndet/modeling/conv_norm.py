@@ -115,8 +115,10 @@ class ConvNorm(nn.Module):
             return fused
         x = self.norm(self.convolve(x), area)
         x = x if residual is None else x + residual
-        if not (self.relu or residual is not None):
-            return x
+        return self.activate(x, area) if self.relu or residual is not None else x
+
+    def activate(self, x: Tensor, area: ValidArea | None) -> Tensor:
+        """Apply the activation to maps x (B, C, H, W), whose memory it may reuse; area: of the pictures."""
         return F.relu(x, inplace=True) if self.tlu is None else self.tlu(x, area)
 
     def _fused(self, x: Tensor, area: ValidArea | None, residual: Tensor | None) -> Tensor | None:

@@ -38,10 +38,12 @@ class DenseDetector(DetectionModel):
         self.backbone = backbone
         self.fpn, self.dense, self.strides = fpn, head, fpn.strides
 
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
+    def features(
+        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
+    ) -> tuple[list[Tensor], ValidAreas]:
         """Return P3..P7 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
         x, areas = self.normalize(images, sizes, padded)
-        return self.fpn(self.backbone(x, areas), areas), areas
+        return self.fpn(self.backbone(x, areas, keys), areas), areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> DenseStep:
         """Run the training forward pass after P3..P7: loss_cls, loss_box_reg, loss_quality."""

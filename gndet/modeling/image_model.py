@@ -57,12 +57,18 @@ class ImageModel(nn.Module, ABC):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the training losses {name: (B,)}, one per image; each depends only on that image and its key."""
-        losses: dict[str, Tensor] = self.step(*self.features(batch.images, batch.sizes, batch.padded), batch).losses
+        found = self.features(batch.images, batch.sizes, batch.padded, batch.keys)
+        losses: dict[str, Tensor] = self.step(*found, batch).losses
         return losses
 
     @abstractmethod
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
-        """Return the levels L x (B, C, H/s, W/s) of images (B, 3, H, W), and the pictures' areas by stride."""
+    def features(
+        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
+    ) -> tuple[list[Tensor], ValidAreas]:
+        """Return the levels L x (B, C, H/s, W/s) of images (B, 3, H, W), and the pictures' areas by stride.
+
+        keys (B,): of the images, for stochastic depth in training; None: no block is skipped.
+        """
 
     @abstractmethod
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Any:

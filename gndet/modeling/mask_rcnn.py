@@ -59,13 +59,15 @@ class MaskRCNN(DetectionModel):
         """Return the stages of the backbone that run on regions: res5 in a C4 model."""
         return self.backbone.after_maps() if isinstance(self.backbone, ResNet) else []
 
-    def features(self, images: Tensor, sizes: Tensor, padded: bool) -> tuple[list[Tensor], ValidAreas]:
+    def features(
+        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
+    ) -> tuple[list[Tensor], ValidAreas]:
         """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas.
 
         With another neck than a pyramid it returns the only level.
         """
         x, areas = self.normalize(images, sizes, padded)
-        return self.neck(self.backbone(x, areas), areas), areas
+        return self.neck(self.backbone(x, areas, keys), areas), areas
 
     def step(self, features: list[Tensor], areas: ValidAreas, batch: Batch) -> Step:
         """Run the training forward pass after P2..P6: loss_rpn_cls, loss_rpn_loc, and the losses of the heads."""

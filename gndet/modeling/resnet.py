@@ -3,12 +3,14 @@
 R regions, P cells a side of a region.
 Batch independence: masked norms leave zeros in the padding, so that a 3x3 convolution reads beyond a picture what it
 reads beyond the canvas, at any dilation.  res5 on regions normalizes each region by itself, which has no padding.
+Stochastic depth draws by the image's key.
 """
 
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ from gndet.modeling.conv_norm import ConvFactory, ConvNorm, choose_ways, conv_fa
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, below_all, clear_padding
 from gndet.modeling.pooling import Window, average_pool
 from gndet.modeling.recompute import recomputed, tower
+from gndet.ops.matching import kept_by_key
+from gndet.ops.noise import Stream
 
 WIDTH = 64  # channels of the stem and of C2's 3x3 convolutions; doubled stage by stage
 STRIDES = (4, 8, 16, 32)  # of C2..C5
@@ -26,7 +30,33 @@ HALVES = Window((2, 2), (2, 2), (0, 0))
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
-class BasicBlock(nn.Module):
+class Residual(nn.Module):
+    """A residual block: convolutions that are added to a shortcut.
+
+    Stochastic depth (Huang et al. 2016): in training, a `skipped` share of the images, drawn by their keys and the
+    block's `number`, get the shortcut alone; the convolutions of the others are divided by 1 - skipped.  So evaluation
+    needs no factor, for which the paper multiplies there.  A skipped block is computed as well: shapes stay the same.
+    """
+
+    skipped, number = 0.0, 0
+    shortcut: ConvNorm | None
+    averages: bool
+
+    def add(
+        self, layers: list[ConvNorm], x: Tensor, areas: list[ValidArea | None], area_in: ValidArea | None,
+        keys: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Run the layers on x (B, C, H, W), add the shortcut and activate; areas: of the layers' results."""
+        shortcut = _run_shortcut(self, x, area_in, areas[-1])
+        if keys is None or not (self.skipped and self.training):
+            return tower(layers, x, areas, shortcut)
+        number = torch.full((1,), self.number, device=keys.device)
+        kept = kept_by_key(keys, Stream.DEPTH, number, self.skipped)[..., None, None]  # (B, 1, 1, 1)
+        y = torch.where(kept, tower(layers, x, areas) / (1 - self.skipped), 0.0)
+        return layers[-1].activate(shortcut + y, areas[-1])
+
+
+class BasicBlock(Residual):
     """Two 3x3 convolutions with a shortcut, for ResNet-18 and -34."""
 
     expansion = 1
@@ -45,13 +75,17 @@ class BasicBlock(nn.Module):
         """Return the ConvNorm whose norm may start with gamma 0."""
         return self.conv2
 
-    def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
-        """Map x (B, C, H, W) to (B, channels, H/stride, W/stride); area_in, area: of x and of the result."""
-        shortcut = _run_shortcut(self, x, area_in, area)
-        return tower([self.conv1, self.conv2], x, [area, area], shortcut)
+    def forward(
+        self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None, keys: Tensor | None = None
+    ) -> Tensor:
+        """Map x (B, C, H, W) to (B, channels, H/stride, W/stride); area_in, area: of x and of the result.
+
+        keys (B,): of the images, for stochastic depth.
+        """
+        return self.add([self.conv1, self.conv2], x, [area, area], area_in, keys)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Residual):
     """1x1, 3x3, 1x1 with a shortcut; the stride is in the 3x3, as in every GN recipe, or in the first 1x1 (MSRA)."""
 
     expansion = 4
@@ -79,11 +113,15 @@ class Bottleneck(nn.Module):
         """Return the ConvNorm whose norm may start with gamma 0."""
         return self.conv3
 
-    def forward(self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
-        """Map x (B, C, H, W) to (B, 4 * channels, H/stride, W/stride); area_in, area: of x and of the result."""
-        shortcut = _run_shortcut(self, x, area_in, area)
+    def forward(
+        self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None, keys: Tensor | None = None
+    ) -> Tensor:
+        """Map x (B, C, H, W) to (B, 4 * channels, H/stride, W/stride); area_in, area: of x and of the result.
+
+        keys (B,): of the images, for stochastic depth.
+        """
         first = area if self.stride_in_1x1 else area_in
-        return tower([self.conv1, self.conv2, self.conv3], x, [first, area, area], shortcut)
+        return self.add([self.conv1, self.conv2, self.conv3], x, [first, area, area], area_in, keys)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactory) -> ConvNorm | None:
@@ -92,9 +130,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int, conv: ConvFactor
     return conv(in_channels, out_channels, 1, stride=stride, relu=False)
 
 
-def _run_shortcut(
-    block: "BasicBlock | Bottleneck", x: Tensor, area_in: ValidArea | None, area: ValidArea | None
-) -> Tensor:
+def _run_shortcut(block: Residual, x: Tensor, area_in: ValidArea | None, area: ValidArea | None) -> Tensor:
     """Return what a block adds to its result; a ResNet-D's averages see the cells of the pictures alone."""
     if block.shortcut is None:
         return x
@@ -158,6 +194,9 @@ class ResNet(nn.Module):
         elif res5 == "regions":
             self.strides = STRIDES[:3]
         self.channels, self.region_channels = tuple(channels[: len(self.strides)]), channels[3]
+        residuals: list[Any] = [block for stage in self.stages() for block in stage]
+        for i, residual in enumerate(residuals):  # from 0 to the rate, as in timm; the paper: from rate / L
+            residual.number, residual.skipped = i, cfg.stochastic_depth * i / (len(residuals) - 1)
         self._initialize(cfg.zero_init_last_gamma)
         self.freeze(cfg.freeze_at)
 
@@ -223,9 +262,10 @@ class ResNet(nn.Module):
         x = F.max_pool2d(x, 3, 2, 1)
         return clear_padding(x, areas[4]) if self.masked else x
 
-    def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
+    def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
         """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
 
+        keys (B,): of the images, for stochastic depth in training; None: no block is skipped.
         Returns maps (B, C, ceil(H/s), ceil(W/s)) at `strides`, zero in the padding if the norm is masked.
         """
         x = recomputed(self, self._stem, x, areas, cheap=True)
@@ -234,9 +274,9 @@ class ResNet(nn.Module):
         for stage, stride in zip(self.on_maps(), self.strides, strict=True):
             for block in stage:
                 if isinstance(block, BasicBlock):
-                    x = recomputed(self, block, x, area, areas[stride])
+                    x = recomputed(self, block, x, area, areas[stride], keys)
                 else:  # not worth recomputing: a bottleneck's tower keeps only a quarter of its input's size
-                    x = block(x, area, areas[stride])
+                    x = block(x, area, areas[stride], keys)
                 area = areas[stride]
             features.append(x)
         return features
@@ -259,5 +299,5 @@ class ResNet(nn.Module):
 
 def _rectified(parts: Iterable[nn.Module]) -> list[nn.Module]:
     modules = [module for part in parts for module in part.modules()]
-    layers = [module for module in modules if isinstance(module, BasicBlock | Bottleneck | ConvNorm)]
+    layers = [module for module in modules if isinstance(module, Residual | ConvNorm)]
     return [layer for layer in layers if not isinstance(layer, ConvNorm) or layer.relu]

@@ -100,10 +100,10 @@ class TimmBackbone(nn.Module):
         _prune(self.net, set(self.layers), "")
         self.freeze(cfg.freeze_at)
 
-    def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
+    def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
         """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
 
-        Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
+        keys: not used.  Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
         """
         features: list[Tensor] = []
         for segment in self.segments:

@@ -69,10 +69,10 @@ class VGG(nn.Module):
             part.eval()
         return self
 
-    def forward(self, x: Tensor, areas: ValidAreas) -> list[Tensor]:
+    def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
         """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
 
-        Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
+        keys: not used.  Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
         """
         x = self.stem(x, areas[1])
         features = []

@@ -14,6 +14,7 @@ from gndet.ops.noise import Stream
 from gndet.ops.torchvision_ops import operators
 
 MAX_PAIRS = 4_500_000  # of objects and candidates, held at once: 16 slots by the 268,569 anchors of 800 x 1344 pixels
+RANKS = 2.0**59  # `ranks` are below it
 _FIRST = 1 << 60  # above every rank: lifts the chosen positives over the negatives
 _MASK32 = 0xFFFFFFFF
 
@@ -85,6 +86,14 @@ def ranks(keys: Tensor, stream: Stream, ids: Tensor) -> Tensor:
     value = _mix((ids * 0x9E3779B1 + int(stream)) & _MASK32)  # (N,) or (B, N)
     value = _mix(_mix(value ^ low) ^ high)  # (B, N)
     return (value >> 4 << 31) | ids
+
+
+def kept_by_key(keys: Tensor, stream: Stream, ids: Tensor, share: float) -> Tensor:
+    """Draw what is kept when a share of the candidates is dropped, by the images' keys alone.
+
+    Arguments as for `ranks`; share in [0, 1).  Returns (B, N) bool.
+    """
+    return ranks(keys, stream, ids) >= share * RANKS
 
 
 def _mix(x: Tensor) -> Tensor:

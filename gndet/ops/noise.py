@@ -20,6 +20,10 @@ class Stream(IntEnum):
     CROP = 8
     COLOR = 9
     DROPOUT = 10
+    DEPTH = 11
+    PARTNER = 12
+    MIX = 13
+    AUGMENT = 14
 
 
 def hash_ints(*values: int) -> int:

@@ -30,6 +30,11 @@ def operators() -> Any:
     return torch.ops.torchvision
 
 
+def transforms() -> Any:
+    """Return torchvision.transforms.v2, whose import takes seconds."""
+    return importlib.import_module("torchvision.transforms.v2")
+
+
 def roi_align(x: Tensor, rois: Tensor, size: int, scale: float, ratio: int, *, aligned: bool) -> Tensor:
     """Return torchvision.ops.roi_align of x (B, C, H, W) and rois (R, 5): (R, C, size, size)."""
     if x.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():  # its Python code takes over

@@ -23,7 +23,7 @@ def fixed_bytes(model: nn.Module, cfg: TrainConfig) -> dict[str, int]:
     """Return the bytes that training holds without any image, by what they are for."""
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     trainable = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    states = 2 if cfg.optimizer.kind == "adamw" else int(cfg.optimizer.momentum > 0)  # numbers per weight
+    states = 2 if cfg.optimizer.kind != "sgd" else int(cfg.optimizer.momentum > 0)  # numbers per weight
     return {
         "weights": weights, "averaged weights": weights if cfg.ema else 0, "gradients": trainable,
         "optimizer state": trainable * states,
@@ -54,7 +54,7 @@ def enough_memory(model: nn.Module, cfg: Config, proc: Process) -> Iterator[None
         room = f"train.memory_limit_mib is {limit:g}"
     if room:
         ways = ["a smaller model"]
-        ways += ["train.optimizer.kind=sgd"] if cfg.train.optimizer.kind == "adamw" else []
+        ways += ["train.optimizer.kind=sgd"] if cfg.train.optimizer.kind != "sgd" else []
         ways += ["train.ema=0"] if cfg.train.ema else []
         raise ConfigError(
             f"rank {proc.rank}: without any image, training takes {sum(sizes.values()):.0f} MiB on {proc.device} ("

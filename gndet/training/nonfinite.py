@@ -142,7 +142,8 @@ def _write(folder: Path, report: dict[str, Any], taken: list[Loaded]) -> str:
                 tensors = loaded.batch._asdict() | {
                     f"gt.{name}": field for name, field in loaded.batch.gt._asdict().items()
                 }
-                content = {name: torch.as_tensor(value).contiguous() for name, value in tensors.items() if name != "gt"}
+                given = {name: value for name, value in tensors.items() if name != "gt" and value is not None}
+                content = {name: torch.as_tensor(value).contiguous() for name, value in given.items()}
                 with create(temporary / f"batch-{number}.safetensors") as file:
                     file.write(safetensors.torch.save(content))
             with create(temporary / "report.json") as file:

@@ -4,13 +4,12 @@ The split does not change what is learned if images do not depend on each other 
 an update's gradient is the sum of its images' gradients over global_batch, for any split.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from gndet.errors import GndetError, TrainingError, out_of_memory
 from gndet.structures import Batch
 from gndet.training.gradient_buckets import Buckets, sum_gradients
 from gndet.training.memory import MIB, limited, release
+from gndet.training.optim import make_step
 from gndet.training.run import Progress, Run
 from gndet.training.side_by_side import add_gradients, total
 
@@ -253,10 +253,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     with torch.cuda.stream(copying):
         gt = type(batch.gt)(*(field.to(device, non_blocking=True) for field in batch.gt))
         images, sizes, keys = (field.to(device, non_blocking=True) for field in batch[:3])
+        shares = None if batch.shares is None else batch.shares.to(device, non_blocking=True)
     computing.wait_stream(copying)
-    for tensor in (images, sizes, keys, *gt):
+    for tensor in (images, sizes, keys, *gt, *([] if shares is None else [shares])):
         tensor.record_stream(computing)  # do not reuse its memory while it is in use
-    return Batch(images, sizes, keys, gt, batch.padded)
+    return Batch(images, sizes, keys, gt, batch.padded, shares)
 
 
 @cache
@@ -278,10 +279,7 @@ def make_update(run: Run, state: UpdateState, losses: dict[str, Tensor], norm: T
     bad = bad if state.halted is None else torch.maximum(state.halted, bad)
     state.whole, state.halted = False, bad
     state.unread.append(Unread(own, sums, tuple(losses), evaluation_due))
-    optimizer: Any = run.optimizer
-    optimizer.found_inf = state.halted  # the fused optimizers change nothing if it is 1
-    with torch.no_grad():  # optimizer.step() would import torch._dynamo, a longer import than torch
-        inspect.unwrap(type(optimizer).step)(optimizer)
+    make_step(run.optimizer, state.halted)
     if run.average is not None:
         run.average.update(skip=state.halted)
     if any(norm.trains_with_running_statistics for norm in run.cfg.model.part_norms().values()):

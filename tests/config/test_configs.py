@@ -193,3 +193,20 @@ def test_a_tool_is_the_verb_of_its_name(path: Path) -> None:
     (example,) = re.findall(rf"^python tools/{path.stem}\.py (.*)$", source, re.MULTILINE)
     parse([path.stem, *example.split()])
     assert f'main(["{path.stem}", *sys.argv[1:]])' in source
+
+
+@pytest.mark.parametrize(("name", "epochs", "lr", "size"), [("a2", 300, 5e-3, 224), ("a3", 100, 8e-3, 160)])
+def test_the_recipes_of_wightman_et_al_are_those_of_table_2(name: str, epochs: int, lr: float, size: int) -> None:
+    cfg = recipe(f"imagenet_r50_gn_{name}")
+    optimizer, schedule, crop, head = cfg.train.optimizer, cfg.train.schedule, cfg.data.crop, cfg.model.classifier
+    assert (optimizer.kind, optimizer.lr, optimizer.weight_decay, optimizer.norm_weight_decay) == ("lamb", lr, 0.02, 0)
+    epoch = 1_281_167 / 2048
+    assert cfg.train.global_batch == schedule.reference_batch == 2048 and schedule.kind == "cosine"
+    assert schedule.updates == round(epochs * epoch) and schedule.warmup == round(5 * epoch)
+    assert schedule.final_factor * lr == schedule.warmup_factor * lr == pytest.approx(1e-6)
+    assert (crop.size, crop.tested, crop.mixup, crop.cutmix) == (size, 224, 0.1, 1.0)
+    assert cfg.data.shortest_edge_test == round(224 / 0.95) and (crop.rand_augment, crop.magnitude) == (
+        2, 3 * {"a2": 7, "a3": 6}[name],
+    )  # fmt: skip
+    assert (head.loss, head.target_threshold, head.label_smoothing) == ("sigmoid", 0.2, 0)
+    assert cfg.model.backbone.stochastic_depth == {"a2": 0.05, "a3": 0}[name]

@@ -173,6 +173,28 @@ def test_losses_are_those_worked_by_hand(smoothing: float) -> None:
     assert torch.allclose(head.loss(logits, labels), -(target * p.log() + (1 - target) * (1 - p).log()).mean(1))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_mixed_pictures_are_torchs_with_probabilities(smoothing: float) -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, shares = (
+        torch.tensor([[0, 3, 0], [2, 2, 0], [4, 1, 0], [1, 0, 0]]),
+        torch.tensor([[0.7], [0.5], [0.9], [1]]),
+    )
+    shares = torch.cat([shares, 1 - shares, torch.zeros(4, 1)], dim=1).double()
+    probabilities = torch.tensor([[0.7, 0, 0, 0.3, 0], [0, 0, 1, 0, 0], [0, 0.1, 0, 0, 0.9], [0, 1, 0, 0, 0]]).double()
+    head = classifier(config(label_smoothing=smoothing)).classifier
+    expected = F.cross_entropy(logits, probabilities, reduction="none", label_smoothing=smoothing)
+    assert torch.allclose(head.loss(logits, labels, shares), expected, rtol=1e-6)
+    assert torch.allclose(head.loss(logits, labels, shares)[[1, 3]], head.loss(logits[[1, 3]], labels[[1, 3], 0]))
+    for threshold, target in ((None, probabilities), (0.2, (probabilities > 0.2).double())):
+        head = classifier(config(label_smoothing=smoothing, loss="sigmoid", target_threshold=threshold)).classifier
+        target = target * (1 - smoothing) + smoothing / 5
+        expected = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+        assert torch.allclose(head.loss(logits, labels, shares), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"target_threshold: 0\.2 is for loss: sigmoid"):
+        config(target_threshold=0.2)
+
+
 def test_dropout_is_a_function_of_the_key() -> None:
     x, keys = torch.ones(3, 4000, dtype=torch.float64), torch.tensor([5, 6, 7])
     found = drop_by_key(x, 0.3, keys, 0)

@@ -66,6 +66,7 @@ def report(config: Path, *overrides: str, passes: bool) -> dict:
         (), ("model.norm.kind=frozen_bn",), ("model.masks=false", "model.norm.kind=ln"), ("model.norm.kind=frn",),
          ("model.norm.kind=evonorm_s0", "model.norm.weight_standardization=true"), ("model.neck=c4",),
          ("model.neck=dc5", "model.backbone.depth=50"), ("model.detector=cascade_rcnn",),
+         ("model.backbone.stochastic_depth=0.5",),
     ],
 )  # fmt: skip
 def test_it_passes_if_images_are_kept_apart(config: Path, overrides: tuple[str, ...]) -> None:

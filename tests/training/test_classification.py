@@ -30,6 +30,11 @@ from gndet.toolbox.report.report import write_report
 from gndet.train import train
 from gndet.weights.load import initial_model
 
+MIXED = (  # everything that draws
+    "data.crop.rand_augment=2", "data.crop.mixup=0.2", "data.crop.cutmix=1", "model.backbone.stochastic_depth=0.3",
+    "model.classifier.loss=sigmoid", "model.classifier.target_threshold=0.2", "model.classifier.dropout=0.2",
+    "model.classifier.fc_channels=[16]", "train.optimizer.kind=lamb", "train.optimizer.lr=0.005",
+)  # fmt: skip
 TWO = "evaluation.images_per_gpu=2"  # one picture's last map is one number per channel
 pytestmark = pytest.mark.usefixtures("thin", "forked_ranks")
 
@@ -96,11 +101,12 @@ def test_gndet_invariance_passes(trained: Path) -> None:
     columns = json.loads(out.read_text())["differences"]["float64"]
     assert {"loss_class", "features P5", "d all / d classifier", "logits"} <= set(columns["beside a wider"])
     assert all(diff["relative"] < 1e-11 for column in columns.values() for diff in column.values())
+    assert main(["invariance", str(trained), *MIXED]) == 0
     assert main(["invariance", str(trained), "model.norm.kind=bn", "data.crop.size=64"]) == 1
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    words = overrides(tmp_path)
+    words = (*overrides(tmp_path), *MIXED)
     finish(tmp_path, "unbroken", *words)
     killed = start(tmp_path, "killed", "data.workers=1", *words, faults={"gate": [3]})
     wait_for((killed.out / "last").exists)
@@ -111,8 +117,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert losses(tmp_path / "unbroken") == losses(tmp_path / "killed")
 
 
-def test_two_ranks_and_accumulation_learn_what_one_batch_does(tmp_path: Path) -> None:
-    words = (*overrides(tmp_path), "train.precision=float64")
+@pytest.mark.parametrize("more", [(), MIXED], ids=["plain", "mixed"])
+def test_two_ranks_and_accumulation_learn_what_one_batch_does(tmp_path: Path, more: tuple[str, ...]) -> None:
+    words = (*overrides(tmp_path), "train.precision=float64", *more)
     finish(tmp_path, "whole", *words, "train.images_per_gpu=4")
     finish(tmp_path, "single", *words, "train.images_per_gpu=1")
     finish(tmp_path, "ranks", *words, "train.images_per_gpu=2", world=2)

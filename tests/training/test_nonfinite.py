@@ -199,7 +199,7 @@ def config(tmp_path: Path) -> Path:
 RARELY = ("train.log_every=5", "train.checkpoint_every=0")
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb"])
 def test_losses_that_are_read_once_per_log_line_skip_the_same_updates(
     config: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gndet.config.norm import NormConfig
 from gndet.config.training import OptimizerConfig, ScheduleConfig
+from gndet.errors import ConfigError
 from gndet.modeling.norms.layers import GroupNorm
 from gndet.training.averaging import WeightAverage
 from gndet.training.optim import (
     learning_rate,
     load_optimizer_tensors,
     make_optimizer,
+    make_step,
     optimizer_tensors,
     total_updates,
 )
@@ -49,6 +52,9 @@ def test_adamw_scales_with_the_root_and_cosine_ends_at_zero() -> None:
     assert learning_rate(50, adamw, cosine, 16) == pytest.approx(1e-3 / 2)
     assert learning_rate(100, adamw, cosine, 16) == pytest.approx(0, abs=1e-9)
     assert learning_rate(25, adamw, cosine, 16) == pytest.approx(1e-3 * (1 + math.cos(math.pi / 4)) / 2)
+    lamb, ending = OptimizerConfig(kind="lamb", lr=8e-3), cosine.model_copy(update={"final_factor": 1.25e-4})
+    rates = [learning_rate(update, lamb, ending, 16) for update in (0, 50, 100, 101)]
+    assert rates == pytest.approx([8e-3, (8e-3 + 1e-6) / 2, 1e-6, 1e-6])
 
 
 def test_gamma_and_beta_are_not_decayed_and_every_trainable_parameter_is_in_one_group() -> None:
@@ -61,7 +67,7 @@ def test_gamma_and_beta_are_not_decayed_and_every_trainable_parameter_is_in_one_
     assert decayed | free == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "lamb"])
 def test_optimizer_state_survives_a_round_trip(kind: str) -> None:
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -98,6 +104,38 @@ def test_state_made_beforehand_gives_the_steps_of_torchs_own_state_to_the_bit(ki
     found, expected = (optimizer_tensors(*pair) for pair in zip(optimizers, models, strict=True))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+def test_lamb_takes_the_steps_of_the_paper_and_biases_do_not_decay() -> None:
+    """You et al. 2020, algorithm 2, with the bias correction of Adam; without decay a layer has no trust ratio."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4).double()
+    cfg = OptimizerConfig(kind="lamb", lr=0.01, weight_decay=0.02, betas=(0.8, 0.9))
+    optimizer: Any = make_optimizer(cfg, layer)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    expected = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in expected.items()}
+    for update in range(1, 4):
+        for name, parameter in layer.named_parameters():
+            parameter.grad = grad = torch.randn_like(parameter)
+            m, v = moments[name]
+            m.mul_(0.8).add_(0.2 * grad), v.mul_(0.9).add_(0.1 * grad**2)
+            step = (m / (1 - 0.8**update)) / ((v / (1 - 0.9**update)).sqrt() + 1e-6)
+            if name == "weight":
+                step = step + 0.02 * expected[name]
+                step = step * expected[name].norm() / step.norm()
+            expected[name] -= 0.01 * step
+        make_step(optimizer, torch.zeros(()))
+    assert all(torch.allclose(p, expected[name], rtol=1e-12) for name, p in layer.named_parameters())
+    make_step(optimizer, torch.ones(()))
+    assert all(torch.allclose(p, expected[name], rtol=1e-12) for name, p in layer.named_parameters())
+    assert optimizer.param_groups[0]["step"] == 3
+
+
+def test_lamb_without_timm_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.kind: lamb needs timm: pip install timm"):
+        make_optimizer(OptimizerConfig(kind="lamb"), torch.nn.Linear(2, 2))
 
 
 def test_a_first_step_that_found_inf_turns_off_leaves_weights_and_state_without_garbage() -> None:

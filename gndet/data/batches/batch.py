@@ -43,14 +43,18 @@ def collate(
     boxes, labels = torch.zeros(num, slots, 4), torch.zeros(num, slots, dtype=torch.int64)
     masks = torch.zeros(num, slots, side, side, dtype=torch.bool)
     valid = torch.zeros(num, slots, dtype=torch.bool)
+    shares = torch.zeros(num, slots) if any(sample.shares is not None for sample in samples) else None
     for b, sample in enumerate(samples):
         height, width = sample.image.shape[1:]
         images[b, :, :height, :width] = sample.image
         filled = slice(len(sample.labels))
         boxes[b, filled], labels[b, filled], masks[b, filled] = sample.boxes, sample.labels, sample.masks
         valid[b, filled] = True
+        if shares is not None:
+            own = torch.ones(1) if sample.shares is None else sample.shares
+            shares[b, : len(own)] = own
     keys = torch.tensor([sample.key for sample in samples])
-    return Batch(images, sizes, keys, GroundTruth(boxes, labels, masks, valid), padded)
+    return Batch(images, sizes, keys, GroundTruth(boxes, labels, masks, valid), padded, shares)
 
 
 def _canvas(
@@ -94,7 +98,8 @@ def split(
         images = batch.images[rows, :, :height, :width]  # never larger than the whole batch's canvas
         images = images.contiguous(memory_format=torch.channels_last)
         gt = GroundTruth(*(field[rows] for field in batch.gt))
-        parts.append(Batch(images, batch.sizes[rows], batch.keys[rows], gt, padded))
+        shares = None if batch.shares is None else batch.shares[rows]
+        parts.append(Batch(images, batch.sizes[rows], batch.keys[rows], gt, padded, shares))
     return parts
 
 
@@ -124,7 +129,8 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
         torch.ones(num, slots, side, side, dtype=torch.bool), valid,
     )  # fmt: skip
     keys = torch.arange(num)
-    return Batch(images, torch.tensor([[height, width]] * num), keys, gt, padded)
+    shares = torch.full((num, slots), 1 / slots) if data.crop is not None and data.crop.mixes else None
+    return Batch(images, torch.tensor([[height, width]] * num), keys, gt, padded, shares)
 
 
 def most_objects(dataset: Dataset) -> int:

@@ -1,20 +1,24 @@
-"""Resize pictures; cut out the part that a classifier sees, and change its colors.
+"""Resize pictures; cut out the part that a classifier sees, change its colors, and mix it with another picture.
 
 All randomness is a function of the image's key.  Letters: (h, w) picture.
 """
 
 import math
 import platform
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gndet.config.data import CropConfig
 from gndet.ops.noise import Stream, hash_ints, uniform
+from gndet.ops.torchvision_ops import transforms
 
 ATTEMPTS = 10  # to draw a part that lies inside the picture (Szegedy et al. 2015; torchvision, fb.resnet.torch)
+FILL = [124, 116, 104]  # ImageNet's mean color, where RandAugment moves a picture away, as in timm
 GRAY = (0.299, 0.587, 0.114)  # weights of red, green and blue in the brightness (ITU-R BT.601)
 # principal components of ImageNet's colors: standard deviations and directions, of RGB in [0, 1] (Krizhevsky et al.
 # 2012; the numbers are fb.resnet.torch's)
@@ -42,7 +46,7 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
 
 
 def random_crop(image: Tensor, crop: CropConfig, key: int, flip: float, antialias: bool) -> Tensor:
-    """Cut out a random part of a picture, resize it to a square, flip it and change its colors.
+    """Cut out a random part of a picture, resize it to a square, flip it, augment it and change its colors.
 
     image (3, h, w) uint8; flip: probability of a left-right flip; key: the only source of randomness.  Returns
     (3, size, size) uint8.  Source: Szegedy et al. 2015, section 6; fb.resnet.torch.
@@ -50,7 +54,26 @@ def random_crop(image: Tensor, crop: CropConfig, key: int, flip: float, antialia
     top, left, height, width = crop_window((image.shape[1], image.shape[2]), crop, key)
     image = resize(image[:, top : top + height, left : left + width], (crop.size, crop.size), antialias)
     image = image.flip(-1) if uniform(key, Stream.FLIP) < flip else image
-    return change_colors(image, crop, key)
+    return change_colors(rand_augment(image, crop, key), crop, key)
+
+
+def rand_augment(image: Tensor, crop: CropConfig, key: int) -> Tensor:
+    """Apply crop.rand_augment random operations to a picture (3, h, w) uint8, by torchvision's RandAugment.
+
+    Source: Cubuk et al. 2020.  It draws from the global generator, which is seeded by the key, and restored.
+    """
+    if not crop.rand_augment:
+        return image
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(hash_ints(key, Stream.AUGMENT))
+        augmented: Tensor = _rand_augment(crop.rand_augment, crop.magnitude)(image)
+    return augmented
+
+
+@cache
+def _rand_augment(number: int, magnitude: int) -> Any:
+    bilinear = transforms().InterpolationMode.BILINEAR
+    return transforms().RandAugment(number, magnitude, interpolation=bilinear, fill=FILL)
 
 
 def crop_window(size: tuple[int, int], crop: CropConfig, key: int) -> tuple[int, int, int, int]:
@@ -71,6 +94,27 @@ def crop_window(size: tuple[int, int], crop: CropConfig, key: int) -> tuple[int,
     ratio = min(max(width / height, crop.ratio[0]), crop.ratio[1])
     h, w = min(height, max(round(width / ratio), 1)), min(width, max(round(height * ratio), 1))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def mix(image: Tensor, other: Tensor, crop: CropConfig, key: int) -> tuple[Tensor, float]:
+    """Blend a picture with another one (mixup, Zhang et al. 2018), or paste a box of that (CutMix, Yun et al. 2019).
+
+    image, other (3, h, w) uint8; key: the only source of randomness.  With both, each is as likely, as in timm.
+    Returns (3, h, w) uint8 and the share of the first picture in it; a box is cut off at the edges, which adds to it.
+    """
+    draws = np.random.Generator(np.random.PCG64(hash_ints(key, Stream.MIX)))
+    cuts = crop.cutmix > 0 and (not crop.mixup or draws.random() < 0.5)
+    alpha = crop.cutmix if cuts else crop.mixup
+    share = float(draws.beta(alpha, alpha))
+    if not cuts:
+        return (share * image.float() + (1 - share) * other.float()).round_().byte(), share
+    bounds = []
+    for side in image.shape[1:]:
+        middle, half = draws.uniform(0, side), side * math.sqrt(1 - share) / 2
+        bounds.append(slice(round(max(middle - half, 0)), round(min(middle + half, side))))
+    mixed = image.clone()
+    mixed[:, bounds[0], bounds[1]] = other[:, bounds[0], bounds[1]]
+    return mixed, 1 - math.prod(bound.stop - bound.start for bound in bounds) / image[0].numel()
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:

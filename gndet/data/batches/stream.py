@@ -7,6 +7,7 @@ Letters: B images, M ground-truth slots, n images of the data set, S mask side, 
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from gndet.config.data import DataConfig
 from gndet.data.batches.batch import collate, most_objects
-from gndet.data.batches.transforms import Sample, UnreadablePicture, test_sample, train_sample
+from gndet.data.batches.transforms import Sample, UnreadablePicture, mixed_sample, test_sample, train_sample
 from gndet.data.datasets.packed import count_objects
 from gndet.data.records import Dataset, Record, Tell
 from gndet.data.workers import REMEDY, Death, Failure, map_ahead
 from gndet.errors import DataError, MachineError
-from gndet.ops.noise import Stream, hash_ints
+from gndet.ops.noise import Stream, hash_ints, uniform
 from gndet.structures import Batch
 
 
@@ -38,7 +39,7 @@ class Loaded(NamedTuple):
 
     batch: Batch
     image_ids: tuple[int, ...]  # of the B images, in order
-    skipped: tuple[Skipped, ...]  # unreadable images, each replaced by one of the B
+    skipped: tuple[Skipped, ...]  # unreadable images, each replaced by one of the B, or missing in its mixture
 
 
 class Tested(NamedTuple):
@@ -162,7 +163,7 @@ class _Stream(NamedTuple):
         samples, image_ids, skipped = zip(*map(self._sample_at, positions), strict=True)
         data = self.data
         batch = collate(list(samples), data.canvas_multiple, data.exact_canvas, data.canvases, self.min_slots)
-        return Loaded(batch, image_ids, tuple(filter(None, skipped)))
+        return Loaded(batch, image_ids, tuple(itertools.chain(*skipped)))
 
     def describe(self, positions: range) -> str:
         """Name the images of these positions."""
@@ -172,8 +173,24 @@ class _Stream(NamedTuple):
         num = len(self.usable)
         return self.dataset.records[self.usable[order(self.seed, epoch, num)[place % num]]]
 
-    def _sample_at(self, position: int) -> tuple[Sample, int, Skipped | None]:
-        """Return the sample at a position, its image id, and the unreadable image that it replaces, if any.
+    def _sample(self, record: Record, key: int) -> tuple[Sample, tuple[Skipped, ...]]:
+        """Return the sample of a record, with data.crop.mixup or cutmix mixed with another image of the data set.
+
+        That one, and what is random about it, is a function of the key.  If it is unreadable, it is returned as
+        skipped, and the sample is not mixed.  Raises UnreadablePicture for the record.
+        """
+        sample, crop = train_sample(record, self.data, key, self.masks), self.data.crop
+        if crop is None or not crop.mixes:
+            return sample, ()
+        other = self.dataset.records[self.usable[int(uniform(key, Stream.PARTNER) * len(self.usable))]]
+        try:
+            partner = train_sample(other, self.data, hash_ints(key, other.image_id), self.masks)
+        except UnreadablePicture as error:
+            return sample._replace(shares=torch.ones(1)), (Skipped(other.image_id, str(error)),)
+        return mixed_sample(sample, partner, crop), ()
+
+    def _sample_at(self, position: int) -> tuple[Sample, int, tuple[Skipped, ...]]:
+        """Return the sample at a position, its image id, and the unreadable images that it does without.
 
         The replacement is the next readable picture in the epoch's order, a function of seed, position and which
         pictures are unreadable.  Its key differs from the key at its own position.  Raises DataError if there is none.
@@ -181,15 +198,16 @@ class _Stream(NamedTuple):
         epoch, place = divmod(position, len(self.usable))
         own = self._record(epoch, place)
         try:
-            key = hash_ints(self.seed, epoch, own.image_id)
-            return train_sample(own, self.data, key, self.masks), own.image_id, None
+            sample, missing = self._sample(own, hash_ints(self.seed, epoch, own.image_id))
+            return sample, own.image_id, missing
         except UnreadablePicture as error:
             skipped = Skipped(own.image_id, str(error))
         for next_place in range(place + 1, place + len(self.usable)):
             record = self._record(epoch, next_place)
             key = hash_ints(self.seed, epoch, record.image_id, position)
             with suppress(UnreadablePicture):  # reported at its own position
-                return train_sample(record, self.data, key, self.masks), record.image_id, skipped
+                sample, missing = self._sample(record, key)
+                return sample, record.image_id, (skipped, *missing)
         raise DataError(
             f"{self.dataset.name}: none of its {len(self.usable)} pictures to train on can be read; {skipped.reason}"
         )

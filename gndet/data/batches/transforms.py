@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gndet.config.data import DataConfig
-from gndet.data.batches.crops import center_crop, random_crop, resize, resized
+from gndet.config.data import CropConfig, DataConfig
+from gndet.data.batches.crops import center_crop, mix, random_crop, resize, resized
 from gndet.data.datasets.segmentation import box_frame_masks
 from gndet.data.records import MASK_SIDE, Record
 from gndet.errors import DataError
@@ -32,6 +32,7 @@ class Sample(NamedTuple):
     labels: Tensor  # (n,) int64
     masks: Tensor  # (n, S, S) bool, each in the frame of its box; (n, 0, 0) if masks are off
     key: int  # the only source of randomness for this image; 0 in evaluation
+    shares: Tensor | None = None  # (n,) float32, of a mixed picture: each object's share of the class
 
 
 def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sample:
@@ -72,13 +73,20 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
     return Sample(image, boxes_out, torch.from_numpy(record.labels[keep]), frames, key)
 
 
+def mixed_sample(sample: Sample, other: Sample, crop: CropConfig) -> Sample:
+    """Mix a classifier's sample with another one of its size, by its own key; each class has its share."""
+    image, share = mix(sample.image, other.image, crop, sample.key)
+    boxes, labels, masks = map(torch.cat, zip(sample[1:4], other[1:4], strict=True))
+    return Sample(image, boxes, labels, masks, sample.key, torch.tensor([share, 1 - share]))
+
+
 def test_sample(record: Record, data: DataConfig) -> Sample:
     """Load a record for evaluation: data.shortest_edge_test, with data.crop its middle; no objects (n = 0).
 
     Raises UnreadablePicture.
     """
     image, _ = _load_resized(record, data.shortest_edge_test, data)
-    image = image if data.crop is None else center_crop(image, data.crop.size)
+    image = image if data.crop is None else center_crop(image, data.crop.tested)
     no_masks = torch.zeros(0, 0, 0, dtype=torch.bool)
     return Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), no_masks, 0)
 

@@ -56,7 +56,8 @@ def find_leaks(model: ImageModel, singles: list[Batch], together: Batch) -> list
 
 def _on_canvas_of(batch: Batch, i: int) -> Batch:
     gt = type(batch.gt)(*(field[i : i + 1] for field in batch.gt))
-    return Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.keys[i : i + 1], gt, batch.padded)
+    shares = None if batch.shares is None else batch.shares[i : i + 1]
+    return Batch(batch.images[i : i + 1], batch.sizes[i : i + 1], batch.keys[i : i + 1], gt, batch.padded, shares)
 
 
 @contextmanager
@@ -122,8 +123,8 @@ def kept_statistics(model: nn.Module) -> Iterator[None]:
 def _behind_the_pyramid(model: ImageModel, singles: list[Batch], together: Batch) -> Iterator[Leak]:
     """Yield the leaks of the sampling, the heads and the losses, given pyramids that do not leak."""
     with kept_statistics(model):
-        pyramids = [model.features(single.images, single.sizes, single.padded) for single in singles]
-        shapes, areas = model.features(together.images, together.sizes, together.padded)
+        pyramids = [model.features(single.images, single.sizes, single.padded, single.keys) for single in singles]
+        shapes, areas = model.features(together.images, together.sizes, together.padded, together.keys)
     stitched = [torch.zeros_like(level) for level in shapes]
     for i, (pyramid, _) in enumerate(pyramids):
         for level, feature in zip(stitched, pyramid, strict=True):

@@ -83,7 +83,7 @@ def measure(
         regions: list[Tensor] = []
         with kept_statistics(model):
             with autocast(), _open_relus(model, maps, regions):
-                levels, areas = model.features(batch.images, batch.sizes, batch.padded)
+                levels, areas = model.features(batch.images, batch.sizes, batch.padded, batch.keys)
                 leaves = [level.detach().requires_grad_() for level in levels]
                 step = model.step(leaves, areas, batch)
             means = {name: loss[rows].sum() / num for name, loss in step.losses.items()}

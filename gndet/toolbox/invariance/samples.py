@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from gndet.config.schema import Config
-from gndet.data.batches.transforms import Sample, train_sample
+from gndet.data.batches.transforms import Sample, mixed_sample, train_sample
 from gndet.data.records import MASK_SIDE, Dataset, Record
 from gndet.errors import ConfigError, DataError
 from gndet.modeling.image_model import ImageModel
@@ -31,7 +31,11 @@ def choose_samples(dataset: Dataset, cfg: Config, num: int) -> list[Sample]:
     by_shape = sorted(usable, key=lambda record: (record.size[1] / record.size[0], record.image_id))
     chosen: list[Record] = [by_shape[round(i * (len(usable) - 1) / (num - 1))] for i in range(num)]
     keys = [hash_ints(cfg.seed, 0, record.image_id) for record in chosen]
-    return [train_sample(record, cfg.data, key, cfg.model.masks) for record, key in zip(chosen, keys, strict=True)]
+    samples = [train_sample(record, cfg.data, key, cfg.model.masks) for record, key in zip(chosen, keys, strict=True)]
+    crop = cfg.data.crop
+    if crop is None or not crop.mixes:
+        return samples
+    return [mixed_sample(sample, samples[i - 1], crop) for i, sample in enumerate(samples)]
 
 
 def wider_mate(samples: list[Sample], masks: bool) -> Sample:

@@ -27,7 +27,8 @@ RULES = {
     "fixed": "each update takes the {batch} images of train.global_batch in every cell, images per GPU at a time; only "
     "a norm that mixes images can depend on images per GPU",
 }
-RATES = {"sgd": "scales linearly with", "adamw": "scales with the square root of"}
+ROOT = "scales with the square root of"
+RATES = {"sgd": "scales linearly with", "adamw": ROOT, "lamb": ROOT}
 OWN = {"out": "--out", "model.norm.kind": "--norms", "train.images_per_gpu": "--images-per-gpu"}  # {key: its option}
 
 

@@ -2,7 +2,7 @@
 
 K classes.  The file's input is `image`, a picture (H, W, 3) uint8 RGB, already resized and cropped (metadata:
 shortest_edge, max_edge, antialias, crop); its output is `probabilities` (K,) float32 (metadata: classes, category_ids).
-H and W are any with global average pooling, and data.crop.size otherwise: ONNX pools only maps of one size to cells.
+H and W are any with global average pooling, and data.crop's size otherwise: ONNX pools only maps of one size to cells.
 """
 
 from collections.abc import Sequence
@@ -53,10 +53,10 @@ def export_classifier(
         cfg = classifier.config
         assert cfg.data.crop is not None  # the config demands it
         refuse_output(file, "--onnx", EXPORTED, user_paths(cfg.data))
-        size = [cfg.data.crop.size] * 2 if cfg.model.classifier.pool_size > 1 else None
-        about = metadata(classifier, crop=cfg.data.crop.size, size=size)
+        size = [cfg.data.crop.tested] * 2 if cfg.model.classifier.pool_size > 1 else None
+        about = metadata(classifier, crop=cfg.data.crop.tested, size=size)
         facts = dict(zip(FACTS, (cfg.data.shortest_edge_test, cfg.data.max_edge, cfg.data.antialias,
-                                 cfg.data.crop.size, size), strict=True))  # fmt: skip
+                                 cfg.data.crop.tested, size), strict=True))  # fmt: skip
         found, name = candidate_pictures(cfg, picture, show)
         pictures = [prepared(image, facts, name) for image in found]
         module = OneClassified(classifier.model.float()).eval()

@@ -63,6 +63,10 @@ class SourceConfig(Section):
     anchor_sizes: Sizes | None = None  # sides of its anchors on P2 to P6, or of all on the only level [pixels]
     aspect_ratios: tuple[Positive, Positive, Positive] | None = None  # height / width of its anchors
     classes: tuple[str, ...] | None = None  # its class names, in the order of its labels
+    # take these parts of the model only, for example [backbone] for another kind of detector; null: all that it holds
+    parts: tuple[Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "dense", "classifier"], ...] | None = Field(
+        None, min_length=1
+    )
     # refuse a model whose conventions differ from the file's, or report them and fine-tune anyway
     differences: Literal["refuse", "report"] = "refuse"
 

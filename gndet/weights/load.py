@@ -112,6 +112,9 @@ def load_weights(
             "unknown: the options that decide the shapes are the same; was the file edited or cut short?"
         ]
         lines = [*first_few(wrong), "likely cause: " + "; ".join(cause)]
+        fit = [part for part in source.parts if not any(line.startswith(f"{part}.") for line in wrong)]
+        if fit := [part for part in fit if part in cfg.model.parts]:
+            lines.append(f"train.source.parts=[{','.join(fit)}] takes only the parts that fit")
         raise CheckpointError("\n  ".join([f"{source.path}: {len(wrong)} tensors do not fit this model", *lines]))
     notes = [*source.notes, *_compare_conventions(source, cfg)]
     model.load_state_dict(model_state | fitting)

@@ -51,8 +51,26 @@ def read_source(weights: str, cfg: SourceConfig, network: str = "") -> Source:
     weights: a gndet checkpoint or run folder; a file (.pth, .pkl, .safetensors ...); the name of weights that
     torchvision downloads (ResNet50_Weights.IMAGENET1K_V2), or that timm does, if installed (timm:resnet50_gn.a1h_in1k).
     Raises CheckpointError or ConfigError if there is no such file, if it is damaged, unsafe, or of an unknown format or
-    model, or if there is no network; that error says which file to download.
+    model, or if there is no network; that error says which file to download.  Also if cfg.parts names a part that the
+    weights lack.
     """
+    source = _read(weights, cfg, network)
+    if cfg.parts is None:
+        return source
+    if missing := [part for part in cfg.parts if part not in source.parts]:
+        raise CheckpointError(
+            f"{source.path}: train.source.parts: it has no {missing[0]}, only {', '.join(source.parts)}"
+        )
+    left = [part for part in source.parts if part not in cfg.parts]
+    return source._replace(
+        parts=tuple(part for part in source.parts if part in cfg.parts),
+        state={key: tensor for key, tensor in source.state.items() if key.partition(".")[0] in cfg.parts},
+        fused=tuple(part for part in source.fused if part in cfg.parts),
+        notes=[*source.notes, *([f"left out by train.source.parts: {', '.join(left)}"] if left else [])],
+    )
+
+
+def _read(weights: str, cfg: SourceConfig, network: str) -> Source:
     path = Path(weights)
     if path.is_dir() or (path.exists() and cfg.format == "gndet"):
         return _gndet(path, cfg)
@@ -83,7 +101,7 @@ def _gndet(path: Path, cfg: SourceConfig) -> Source:
     if trained.nonfinite:
         raise CheckpointError(trained.fault)
     model_without_memory(trained, trained.config.model)
-    allowed = ("classes", "differences")  # the other options describe files of other toolkits
+    allowed = ("classes", "parts", "differences")  # the other options describe files of other toolkits
     if stated := [name for name, value in cfg if name not in allowed and value not in (None, "auto", "gndet")]:
         raise ConfigError(
             f"train.source.{stated[0]}: {trained.path} is a gndet checkpoint, which describes itself; remove the "

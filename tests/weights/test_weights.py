@@ -162,6 +162,24 @@ def test_tensors_of_another_shape_are_refused_with_the_likely_cause(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_chosen_parts_of_a_detector_start_another_kind_of_detector(tmp_path: Path) -> None:
+    path = save(tmp_path / "a", small(), model=trained(small()))
+    dense = small(detector="fcos", masks=False, dense={"num_convs": 1, "positives": 1.0}).model
+    model = build_model(dense, len(NEW))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"\n  train\.source\.parts=\[backbone\] takes only the parts that fit"):
+        load(model, path, NEW, dense)
+    with pytest.raises(
+        CheckpointError, match=r"train\.source\.parts: it has no dense, only backbone, fpn, rpn, box_head"
+    ):
+        read_source(str(path), SourceConfig(parts=("backbone", "dense")))
+    source = read_source(str(path), SourceConfig(parts=("backbone",)))
+    report, _ = load_weights(model, source, NEW, small().model_copy(update={"model": dense}))
+    assert "left out by train.source.parts: fpn, rpn, box_head, mask_head" in report
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, trained(small())[key] if key.startswith("backbone.") else before[key])
+
+
 def test_a_tensor_missing_from_the_backbone_is_refused(tmp_path: Path) -> None:
     cfg = small()
     source = trained(cfg)

@@ -29,9 +29,8 @@ class Batch(NamedTuple):
     keys: Tensor  # (B,) int64: hash of (seed, epoch, image id), the only source of randomness for an image
     gt: GroundTruth
     padded: bool  # False only if every picture fills the canvas (then no norm needs a mask)
-    shares: Tensor | None = (
-        None  # (B, M) float32, of mixed pictures: each object's share of the class, 0 in empty slots
-    )
+    # (B, M) float32, of mixed pictures: each object's share of the class, 0 in empty slots
+    shares: Tensor | None = None
 
 
 class Anchors(NamedTuple):

@@ -64,9 +64,7 @@ class SourceConfig(Section):
     aspect_ratios: tuple[Positive, Positive, Positive] | None = None  # height / width of its anchors
     classes: tuple[str, ...] | None = None  # its class names, in the order of its labels
     # take these parts of the model only, for example [backbone] for another kind of detector; null: all that it holds
-    parts: tuple[Literal["backbone", "fpn", "rpn", "box_head", "mask_head", "dense", "classifier"], ...] | None = Field(
-        None, min_length=1
-    )
+    parts: tuple[str, ...] | None = Field(None, min_length=1)
     # refuse a model whose conventions differ from the file's, or report them and fine-tune anyway
     differences: Literal["refuse", "report"] = "refuse"
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gndet.config.model import ClassifierConfig
-from gndet.modeling.image_model import Choices, ImageModel, Rectified
+from gndet.modeling.image_model import Choices, Features, ImageModel, Rectified
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
 from gndet.ops.matching import kept_by_key
 from gndet.ops.noise import Stream
@@ -121,9 +121,7 @@ class Classifier(ImageModel):
         self.backbone = backbone
         self.classifier = head
 
-    def features(
-        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
-    ) -> tuple[list[Tensor], ValidAreas]:
+    def features(self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None) -> Features:
         """Return [C5] of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
         x, areas = self.normalize(images, sizes, padded)
         return self.backbone(x, areas, keys)[-1:], areas

@@ -14,7 +14,7 @@ from gndet.modeling.conv_norm import choose_ways
 from gndet.modeling.dense_head import Assignment, DenseHead
 from gndet.modeling.detection_model import DetectionModel
 from gndet.modeling.fpn import FPN
-from gndet.modeling.image_model import Choices, Rectified
+from gndet.modeling.image_model import Choices, Features, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.structures import Batch, Detections
 
@@ -38,9 +38,7 @@ class DenseDetector(DetectionModel):
         self.backbone = backbone
         self.fpn, self.dense, self.strides = fpn, head, fpn.strides
 
-    def features(
-        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
-    ) -> tuple[list[Tensor], ValidAreas]:
+    def features(self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None) -> Features:
         """Return P3..P7 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas."""
         x, areas = self.normalize(images, sizes, padded)
         return self.fpn(self.backbone(x, areas, keys), areas), areas

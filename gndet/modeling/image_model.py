@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gndet.modeling.norms.valid_area import ValidAreas, clear_padding, picture_areas
 from gndet.structures import Batch
 
+Features = tuple[list[Tensor], ValidAreas]  # maps by level, and the pictures' areas by stride
 Choices = dict[str, set[tuple[int, ...]]]  # what a step chose for an image, by kind: ids, and what they were assigned
 
 
@@ -62,9 +63,7 @@ class ImageModel(nn.Module, ABC):
         return losses
 
     @abstractmethod
-    def features(
-        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
-    ) -> tuple[list[Tensor], ValidAreas]:
+    def features(self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None) -> Features:
         """Return the levels L x (B, C, H/s, W/s) of images (B, 3, H, W), and the pictures' areas by stride.
 
         keys (B,): of the images, for stochastic depth in training; None: no block is skipped.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gndet.modeling.conv_norm import choose_ways
 from gndet.modeling.detection_model import PROBED_REGIONS, DetectionModel, RegionHead
 from gndet.modeling.fpn import FPN, OneLevel
-from gndet.modeling.image_model import Choices, Rectified
+from gndet.modeling.image_model import Choices, Features, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.modeling.resnet import REGION, ResNet
 from gndet.modeling.rpn import RPN
@@ -59,9 +59,7 @@ class MaskRCNN(DetectionModel):
         """Return the stages of the backbone that run on regions: res5 in a C4 model."""
         return self.backbone.after_maps() if isinstance(self.backbone, ResNet) else []
 
-    def features(
-        self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None
-    ) -> tuple[list[Tensor], ValidAreas]:
+    def features(self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None) -> Features:
         """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas.
 
         With another neck than a pyramid it returns the only level.

@@ -78,10 +78,7 @@ class BasicBlock(Residual):
     def forward(
         self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None, keys: Tensor | None = None
     ) -> Tensor:
-        """Map x (B, C, H, W) to (B, channels, H/stride, W/stride); area_in, area: of x and of the result.
-
-        keys (B,): of the images, for stochastic depth.
-        """
+        """Map x (B, C, H, W) to (B, channels, H/stride, W/stride); area_in, area: of x and of the result."""
         return self.add([self.conv1, self.conv2], x, [area, area], area_in, keys)
 
 
@@ -116,10 +113,7 @@ class Bottleneck(Residual):
     def forward(
         self, x: Tensor, area_in: ValidArea | None, area: ValidArea | None, keys: Tensor | None = None
     ) -> Tensor:
-        """Map x (B, C, H, W) to (B, 4 * channels, H/stride, W/stride); area_in, area: of x and of the result.
-
-        keys (B,): of the images, for stochastic depth.
-        """
+        """Map x (B, C, H, W) to (B, 4 * channels, H/stride, W/stride); area_in, area: of x and of the result."""
         first = area if self.stride_in_1x1 else area_in
         return self.add([self.conv1, self.conv2, self.conv3], x, [first, area, area], area_in, keys)
 

@@ -152,7 +152,8 @@ def _blended_with(x: Tensor, name: str) -> Tensor:
     if name == "brightness":
         return torch.zeros_like(x)
     gray = (x * torch.tensor(GRAY)[:, None, None]).sum(0, keepdim=True)  # (1, h, w)
-    return gray.mean() if name == "contrast" else gray
+    # in float64, because a float32 sum depends on the threads that share it
+    return gray.mean(dtype=torch.float64).to(x.dtype) if name == "contrast" else gray
 
 
 def _lighting(deviation: float, key: int) -> Tensor:

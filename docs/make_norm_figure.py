@@ -1,4 +1,4 @@
-"""Draw docs/box_head_norm.png from the tables of docs/results.md: python docs/make_norm_figure.py"""
+"""Draw box_head_norm.png and gn_and_bn.png from the tables of docs/results.md: python docs/make_norm_figure.py"""
 
 import re
 from pathlib import Path
@@ -24,8 +24,14 @@ def rows(text: str, header: str) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Write the figure."""
+    """Write the figures."""
     text = (FOLDER / "results.md").read_text(encoding="utf-8")
+    draw_box_head(text)
+    draw_sets(text)
+
+
+def draw_box_head(text: str) -> None:
+    """Draw the APs of each norm of the box head."""
     tables = {title: rows(text, header) for header, title in TABLES.items()}
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     heights = [len(table) for table in tables.values()]
@@ -41,6 +47,28 @@ def main() -> None:
         axes.grid(axis="x", alpha=0.3)
     figure.axes[-1].set_xlabel("box AP on drawn shapes; a dot per seed, a line at their mean")
     figure.savefig(FOLDER / "box_head_norm.png", dpi=120)
+
+
+def draw_sets(text: str) -> None:
+    """Draw the AP of GN and BN on three sets, with its interval where three seeds were run."""
+    lines = text[text.index("| data | images per update | GN |") :].split("\n\n")[0].splitlines()[2:]
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    names = list(dict.fromkeys(row[0] for row in table))
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+        for column, norm, color in ((2, "GN", "tab:blue"), (3, "BN", "tab:orange")):
+            for x, row in enumerate(row for row in table if row[0] == name):
+                mean, _, spread = row[column].partition(" ± ")
+                label = norm if x == 0 else None
+                place, half = x + (0.08 if norm == "BN" else -0.08), float(spread) if spread else None
+                axes.errorbar(place, float(mean), half, fmt="o", color=color, capsize=4, label=label)
+        axes.set_xticks([0, 1], ["1 image", "2 images"])
+        axes.set_xlim(-0.5, 1.5)
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("box AP")
+    figure.savefig(FOLDER / "gn_and_bn.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     preset = ModelConfig.model_validate(
         {"compat": toolkit, "neck": cfg.neck, "detector": cfg.detector, "masks": cfg.masks}
     )
-    for part in [section for section in cfg.sections if section not in ("backbone", "fpn")]:
+    beside = [section for section in cfg.sections if section not in cfg.parts]  # a cascade's stages
+    for part in [*(part for part in parts if part not in ("backbone", "fpn")), *beside]:
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()
         lines += [
             f"differs: {part}.{option} is {options[option]} in this model, {defaults[option]} by {toolkit}'s default"

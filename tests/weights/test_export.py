@@ -214,6 +214,13 @@ def test_an_export_reports_what_the_toolkit_does_differently() -> None:
     assert any(note.startswith("differs: rpn.anchor_sizes is (8.0, 16.0") for note in notes)
 
 
+def test_an_export_of_a_backbone_reports_no_difference_of_other_parts() -> None:
+    cfg = ModelConfig(rpn=RPNConfig(positive_iou=0.6))
+    state = {key: tensor for key, tensor in weights(cfg).items() if key.startswith("backbone.")}
+    assert not [line for line in export_weights(state, cfg, CLASSES, "detectron2").notes if "differs: rpn" in line]
+    assert [line for line in export_weights(weights(cfg), cfg, CLASSES, "detectron2").notes if "differs: rpn" in line]
+
+
 @pytest.mark.parametrize(
     ("cfg", "toolkit", "message"),
     [

@@ -183,6 +183,11 @@ class BoxHeadConfig(Section):
     # largest number of detections. Source: He et al. 2017, 3.1
     detections_per_image: int = Field(100, ge=1, le=100_000)
 
+    @property
+    def layers(self) -> tuple[int, int]:
+        """The numbers of convolutions and of hidden linear layers."""
+        return {"2fc": (0, 2), "4conv1fc": (self.num_convs, 1), "res5": (0, 0)}[self.kind]
+
     @model_validator(mode="after")
     def _has_a_last_norm(self) -> "BoxHeadConfig":
         if self.kind != "4conv1fc" and not self.norm_last:

@@ -23,13 +23,11 @@ from gndet.structures import GROUND_TRUTH_IDS, Batch, Detections, GroundTruth, P
 
 DELTA_WEIGHTS = (10.0, 5.0)  # scales of (dx, dy) and (dw, dh), as in Detectron
 MAX_CANDIDATES = 2000  # best class-wise boxes per image that enter NMS; ten times what COCO images have
-AT_ONCE = 128  # regions per image that res5 sees at once in detection: 1,000 of them would take 3 GiB
 
 
 class BoxHead(RegionHead):
     """2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018), then class scores, and box deltas per class or for all.
 
-    Or, in a C4 model, the average of what the backbone's res5 makes of a region (He et al. 2016, appendix A).
     A norm per region gives every group of channels the same energy, whatever the region shows.  Before the linear
     layer this takes away how strongly a feature is there; `norm_last` false leaves out that norm (docs/results.md).
     """
@@ -42,7 +40,8 @@ class BoxHead(RegionHead):
         self.cfg, self.num_classes, self.memory = cfg, num_classes, "fast"
         self.stage, self.delta_weights = stage, delta_weights  # of a cascade
         self.num_boxes = 1 if cfg.class_agnostic else num_classes  # per region
-        norms = [norm] * (cfg.num_convs if cfg.kind == "4conv1fc" else 0)
+        num_convs, num_fcs = cfg.layers
+        norms = [norm] * num_convs
         if norms and not cfg.norm_last:
             norms[-1] = NormConfig(kind="none")
         self.convs = nn.ModuleList()
@@ -53,9 +52,9 @@ class BoxHead(RegionHead):
             initialize(layer)
             self.convs.append(layer)
             channels = cfg.conv_channels
-        width = channels if cfg.kind == "res5" else channels * cfg.pool_size**2
+        width = self.flat_channels(channels)
         self.fcs = nn.ModuleList()
-        for _ in range({"2fc": 2, "4conv1fc": 1, "res5": 0}[cfg.kind]):
+        for _ in range(num_fcs):
             fc = nn.Linear(width, cfg.fc_channels)
             nn.init.kaiming_uniform_(fc.weight, a=1)
             nn.init.zeros_(fc.bias)
@@ -68,9 +67,16 @@ class BoxHead(RegionHead):
         nn.init.zeros_(self.cls_score.bias)
         nn.init.zeros_(self.bbox_pred.bias)
 
+    def flat_channels(self, channels: int) -> int:
+        """Return the number of values of a region that enter the linear layers, from maps of that many channels."""
+        return channels * self.cfg.pool_size**2
+
+    def flat(self, x: Tensor) -> Tensor:
+        """Turn maps (R, C, P, P) into the values (R, flat_channels(C)) that enter the linear layers."""
+        return x.flatten(1)
+
     def forward(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map boxes (B, R, 4) on P2..P5 to class logits (B, R, num_classes + 1) and deltas (B, R, num_boxes, 4).
-
 
         features: what `shared` returned for the boxes, if it was called.
         """
@@ -82,7 +88,7 @@ class BoxHead(RegionHead):
         pool = partial(region_features, pyramid, boxes.flatten(0, 1), image, self.cfg)
         x = pool() if features is None else features.flatten(0, 1)
         x = tower(self.convs, x, make_input=pool) if self.convs else x
-        x = x.mean((2, 3)) if self.cfg.kind == "res5" else x.flatten(1)  # (B * R, C) or (B * R, C * size * size)
+        x = self.flat(x)
         for fc in self.fcs:
             x = F.relu(fc(x))
         logits = full(self.cls_score(x)).unflatten(0, (num_images, num_regions))
@@ -151,10 +157,13 @@ class BoxHead(RegionHead):
     @torch.no_grad()
     def detect(self, pyramid: Pyramid, found: Proposals, sizes: Tensor) -> Detections:
         """Return detections after NMS per class, without masks; sizes (B, 2) of the pictures."""
-        whole = self.cfg.kind != "res5" or torch.onnx.is_in_onnx_export()  # a trace would fix the number of parts
-        parts = [found.boxes] if whole else found.boxes.split(AT_ONCE, dim=1)
-        logits, deltas = (torch.cat(part, dim=1) for part in zip(*[self(pyramid, part) for part in parts], strict=True))
+        logits, deltas = self.predict_all(pyramid, found.boxes)
         return self.select(logits.softmax(-1), deltas, found, sizes)
+
+    def predict_all(self, pyramid: Pyramid, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the result of `forward` for all proposals (B, K, 4)."""
+        logits, deltas = self(pyramid, boxes)
+        return logits, deltas
 
     def refine(self, deltas: Tensor, boxes: Tensor, sizes: Tensor) -> Tensor:
         """Apply class-agnostic deltas (B, R, 1, 4) to boxes (B, R, 4), and clip the result to the pictures."""
@@ -178,13 +187,6 @@ class BoxHead(RegionHead):
         scores, index = best(scores, cfg.detections_per_image)
         no_masks = boxes.new_zeros((*scores.shape, 0, 0))
         return Detections(gather_rows(boxes, index), scores.clamp(min=0), label.gather(1, index), no_masks, scores > 0)
-
-    def shared(self, pyramid: Pyramid, boxes: Tensor) -> Tensor | None:
-        """Return what res5 makes of regions (B, R, 4), as (B, R, C, P, P), if this head works on it."""
-        if self.cfg.kind != "res5":
-            return None
-        image = image_index(boxes.shape[0], boxes.shape[1], boxes.device)
-        return region_features(pyramid, boxes.flatten(0, 1), image, self.cfg).unflatten(0, boxes.shape[:2])
 
     def probe(self, pyramid: Pyramid, boxes: Tensor, features: Tensor | None) -> None:
         """Run every layer once on regions (B, R, 4)."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from gndet.config.model import ModelConfig
+from gndet.config.parts import BoxHeadConfig
 from gndet.errors import ConfigError
 from gndet.modeling import cascade
 from gndet.modeling.box_head import BoxHead
@@ -17,10 +18,11 @@ from gndet.modeling.classifier import ClassHead, Classifier
 from gndet.modeling.dense import DenseDetector
 from gndet.modeling.dense_head import DenseHead
 from gndet.modeling.detection_model import DetectionModel, RegionHead
-from gndet.modeling.fpn import FPN, OneLevel
+from gndet.modeling.fpn import FPN
 from gndet.modeling.image_model import ImageModel
 from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.mask_rcnn import MaskRCNN
+from gndet.modeling.one_level import OneLevel, Res5BoxHead
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
 from gndet.modeling.timm_backbone import TimmBackbone
@@ -37,8 +39,15 @@ NECKS: dict[str, Callable[..., FPN | OneLevel]] = {  # model.neck: (options, nor
     "dc5": OneLevel,
 }
 RES5 = {"c4": "regions", "dc5": "dilated"}  # how a ResNet runs res5, by model.neck
+BOX_HEADS: dict[str, type[BoxHead]] = {"2fc": BoxHead, "4conv1fc": BoxHead, "res5": Res5BoxHead}  # box_head.kind
+
+
+def _box_head(cfg: BoxHeadConfig, *args: Any) -> BoxHead:
+    return BOX_HEADS[cfg.kind](cfg, *args)
+
+
 HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, norm, channels, num_classes)
-    "box_head": BoxHead,
+    "box_head": _box_head,
     "mask_head": MaskHead,
 }
 CASCADE_HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options of model.cascade, as above)

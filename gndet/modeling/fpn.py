@@ -1,5 +1,6 @@
-"""The necks: the feature pyramid network (Lin et al. 2017), C2..C5 to P2..P6, or to P3..P7 for dense detectors, or one
-level.  B images, C channels.
+"""The feature pyramid network (Lin et al. 2017): C2..C5 to P2..P6, or to P3..P7 for dense detectors.
+
+B images, C channels.
 
 Batch independence: each level is cleared in the padding before a convolution reads it, if the norm is masked.
 """
@@ -71,25 +72,6 @@ class FPN(nn.Module):
         p6 = clear_padding(p6, areas[64]) if self.masked else p6
         p7 = halved(self.p7, F.relu(p6))
         return [*outputs, p6, clear_padding(p7, areas[128]) if self.masked else p7]
-
-
-class OneLevel(nn.Module):
-    """The backbone's last map, at stride 16, as the only level: C4 (He et al. 2016, appendix A), or a dilated C5."""
-
-    part = "level"  # it has no tensors
-    strides: tuple[int, ...] = (16,)
-
-    def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
-        """norm: the backbone's.  in_channels: of its maps, the last of which becomes the level.  cfg has no effect."""
-        super().__init__()
-        self.channels, self.masked = in_channels[-1], norm.masked
-
-    def choose_convolutions(self, shortest_edge: int) -> None:
-        """Do nothing: there is no convolution."""
-
-    def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
-        """Return the last of the features."""
-        return [features[-1]]
 
 
 def halved(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ B images, N anchors, K proposals, R regions per image, D detections, (H, W) canv
 
 Batch independence: the RPN ignores anchors in the padding and samples by the image's key, as does each region head
 (detection_model.py).  A masked picture's edge is repeated once beyond the picture, so that RoIAlign reads no padding.
-The regions that res5 sees in a C4 model have no padding.
 """
 
 from collections.abc import Mapping
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from gndet.modeling.conv_norm import choose_ways
 from gndet.modeling.detection_model import PROBED_REGIONS, DetectionModel, RegionHead
-from gndet.modeling.fpn import FPN, OneLevel
+from gndet.modeling.fpn import FPN
 from gndet.modeling.image_model import Choices, Features, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
+from gndet.modeling.one_level import OneLevel
 from gndet.modeling.resnet import REGION, ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import Pyramid, extended, pyramid_level

@@ -12,7 +12,7 @@ from torchvision.models.resnet import Bottleneck
 from gndet.config.model import ModelConfig
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig
-from gndet.modeling import box_head
+from gndet.modeling import one_level as one_level_module
 from gndet.modeling.build import build_model
 from gndet.modeling.detection_model import image_index, region_features
 from gndet.modeling.mask_rcnn import MaskRCNN
@@ -97,7 +97,7 @@ def test_detection_does_not_depend_on_how_many_regions_res5_sees_at_once(
 ) -> None:
     model, batch = one_level("c4").eval(), make_batch(SIZES)
     whole = model.detect(batch.images, batch.sizes, batch.padded)
-    monkeypatch.setattr(box_head, "AT_ONCE", at_once)
+    monkeypatch.setattr(one_level_module, "AT_ONCE", at_once)
     seen: list[int] = []
     model.backbone.res5[0].register_forward_hook(lambda _, args, out: seen.append(len(args[0])))
     parts = model.detect(batch.images, batch.sizes, batch.padded)

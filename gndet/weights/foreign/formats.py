@@ -14,7 +14,7 @@ from gndet.config.model import ModelConfig
 from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.trained import MAX_NAMED
-from gndet.weights.foreign import classifier, dense, neck, resnet, two_stage
+from gndet.weights.foreign import classifier, dense, neck, one_level, resnet, two_stage
 from gndet.weights.foreign.files import WeightFile
 from gndet.weights.foreign.names import Names, of_norm, toolkit_of
 from gndet.weights.foreign.part import Facts, Part, Reader
@@ -27,9 +27,12 @@ def _activations(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iter
             yield f"model.{part}.norm: {norm.kind}; {toolkit} has no such norm and activation"
 
 
-PARTS = classifier.PART, resnet.PART, neck.PART, two_stage.RPN, two_stage.HEADS, dense.PART  # in model order
+PARTS = (  # in model order
+    *(classifier.PART, resnet.PART, one_level.PART, neck.PART),
+    *(two_stage.RPN, two_stage.HEADS, dense.PART),
+)
 KIND_FIRST = (  # in the order of refusals and of settings: first what kind of model it is, then its details
-    *(classifier.PART, neck.PART, dense.PART, two_stage.RPN),
+    *(classifier.PART, one_level.PART, neck.PART, dense.PART, two_stage.RPN),
     *(Part({}, refusals=_activations), resnet.PART, two_stage.HEADS),
 )
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, torchvision, timm, mmdetection
@@ -49,7 +52,8 @@ RETINANET_V1 = r"retinanet_resnet50_fpn_coco-|RetinaNet_ResNet50_FPN_W.*V1"
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
 GROUPED = ("backbone.bottom_up.res2.0.conv2.weight", "res2.0.conv2.weight", "res2_0_branch2b_w")
 MARKS = (  # (start of a key, format); the first that fits decides
-    *neck.MARKS,
+    ("backbone.bottom_up.", "detectron2"),
+    *one_level.MARKS,
     ("proposal_generator.", "detectron2"),
     ("roi_heads.box.feature_extractor.", "maskrcnn-benchmark"),
     ("backbone.body.stem.", "maskrcnn-benchmark"),
@@ -62,7 +66,7 @@ MARKS = (  # (start of a key, format); the first that fits decides
     ("layer1.0.conv1.weight", "resnet"),
 )
 UNSUPPORTED = {  # what a file is, whose keys have all of these starts, but none after a !, in one of several cases
-    **neck.UNSUPPORTED,
+    **one_level.UNSUPPORTED,
     "a model of mmdetection 1 or a one-stage detector (bbox_head at the top); gndet reads the two-stage detectors of "
     "mmdetection 2 and later (roi_head.bbox_head)": (("bbox_head.fc_cls",), ("bbox_head.", "backbone.layer1.")),
 }
@@ -70,11 +74,11 @@ FORMATS: dict[str, Names] = {
     format: {layer: name for part in PARTS for layer, name in part.names.get(format, {}).items()}
     for format in dict.fromkeys(format for part in PARTS for format in part.names)
 }
-for _format, _names in neck.ONE_LEVEL.items():
+for _format, _names in one_level.NAMES.items():
     _toolkit, _, _neck = _format.partition("_")
     FORMATS[_format] = FORMATS[_toolkit] | _names
-    FACTS[_format] = FACTS[_toolkit]._replace(title=f"{FACTS[_toolkit].title} {_neck.upper()}")
-FACTS["mmdetection_c4"] = FACTS["mmdetection_c4"]._replace(bgr=True, std=NO_STD, msra=True)  # style caffe
+    _title = f"{FACTS[_toolkit].title} {_neck.upper()}"
+    FACTS[_format] = FACTS[_toolkit]._replace(title=_title, **one_level.CHANGES.get(_format, {}))
 
 
 def layer_names(format: str, cfg: ModelConfig, sections: tuple[str, ...]) -> dict[str, str]:

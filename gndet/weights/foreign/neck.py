@@ -1,7 +1,7 @@
-"""The pyramid in the files of other toolkits, and the models on one level (C4, DC5), whose names differ.
+"""The pyramid in the files of other toolkits.
 
 Placeholders: L level 2..5, l = 0.. from the finest level, u = L - 1, last the last block's number in a stage, lateral
-the end of the lateral's name, which Detectron's P5 lacks; owner as in resnet.py.
+the end of the lateral's name, which Detectron's P5 lacks.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from gndet.config.model import ModelConfig
 from gndet.modeling.resnet import BLOCKS
 from gndet.weights.foreign import resnet
-from gndet.weights.foreign.names import ConvNames, Names, caffe2, module, nested, sequence
+from gndet.weights.foreign.names import Names, caffe2, module, nested, sequence
 from gndet.weights.foreign.part import Layer, Part, Reader, Tree
 
 NAMES: dict[str, Names] = {
@@ -25,32 +25,6 @@ NAMES: dict[str, Names] = {
         "output": sequence("backbone.fpn.fpn_layer{u}", bare="backbone.fpn.fpn_layer{u}")},
     "detectron": {
         "lateral": caffe2("fpn_inner_res{L}_{last}_sum{lateral}"), "output": caffe2("fpn_res{L}_{last}_sum")},
-}  # fmt: skip
-ONE_LEVEL: dict[str, Names] = {  # by format, a toolkit and a neck: the names in which it differs from the toolkit's
-    "detectron2_c4": {**resnet.detectron2("{owner}."), "stem": nested("backbone.stem.conv1")},
-    "detectron2_dc5": resnet.detectron2("backbone."),
-    "mmdetection_c4": {
-        layer: name for layer, name in resnet.torchvision("{shared}.", norm="{norm}").items() if "stem" not in layer
-    },
-    "detectron_c4": {"rpn": ConvNames("conv_rpn", ""), "objectness": "rpn_cls_logits", "deltas": "rpn_bbox_pred"},
-}
-MARKS = (  # as formats.MARKS, which they precede
-    ("backbone.bottom_up.", "detectron2"),
-    ("roi_heads.res5.", "detectron2_c4"),
-    ("backbone.res2.", "detectron2_dc5"),
-    ("roi_head.shared_head.", "mmdetection_c4"),
-    ("conv_rpn_w", "detectron_c4"),
-)
-UNSUPPORTED: dict[str, tuple[tuple[str, ...], ...]] = {  # as formats.UNSUPPORTED
-    "a C4 model of maskrcnn-benchmark; gndet reads the C4 files of detectron2, Detectron and mmdetection": (
-        ("roi_heads.box.feature_extractor.head.",),
-    ),
-    "a model of mmdetection without a pyramid (neck), like DC5; gndet reads the DC5 files of detectron2": (
-        ("roi_head.", "!neck.", "!roi_head.shared_head."),
-    ),
-    "a Detectron model that works on res5 without a pyramid; gndet reads such files of detectron2 (DC5)": (
-        ("conv_rpn_w", "fc6_w"),
-    ),
 }  # fmt: skip
 
 
@@ -73,29 +47,21 @@ def _layers(cfg: ModelConfig) -> Iterator[Layer]:
 
 
 def _infer(reader: Reader, tree: Tree) -> Tree:
-    """Infer the neck, and what P6 of a dense detector is made from."""
-    neck = {"neck": reader.format.partition("_")[2] if reader.format in ONE_LEVEL else "fpn"}
+    """Infer the pyramid, and what P6 of a dense detector is made from."""
     is_dense, p6 = reader.weight("dense_cls") is not None, reader.weight("p6")
     finest = _levels(tree["backbone"]["depth"], dense=is_dense)[0]
     lateral = reader.weight("lateral", **finest)
     if lateral is None:
-        return neck
+        return {}
     section: Tree = {"channels": len(lateral), "norm": reader.norm("lateral", **finest)}
     if is_dense and p6 is not None:
         section["p6"] = "p5" if p6.shape[1] == len(lateral) else "c5"
-    return {**neck, "fpn": section}
-
-
-def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterator[str]:
-    if cfg.neck != "fpn" and toolkit != "detectron2":
-        yield f"model.neck: {cfg.neck}; {toolkit} has no such detector, --to detectron2 writes it"
-    if cfg.backbone.dilated_blocks != "all":
-        yield f"model.backbone.dilated_blocks: {cfg.backbone.dilated_blocks}; {toolkit} dilates all blocks"
+    return {"fpn": section}
 
 
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> list[str]:
-    base = {"fpn": "RCNN-FPN", "c4": "RCNN-C4", "dc5": "RCNN-DilatedC5"}[cfg.neck]
-    return [f"_BASE_ Base-{base}.yaml"] if toolkit == "detectron2" and not cfg.is_dense else []
+    is_two_stage = toolkit == "detectron2" and cfg.neck == "fpn" and not cfg.is_dense
+    return ["_BASE_ Base-RCNN-FPN.yaml"] if is_two_stage else []
 
 
-PART = Part(NAMES, _layers, infer=_infer, refusals=_refusals, settings=_settings)
+PART = Part(NAMES, _layers, infer=_infer, settings=_settings)

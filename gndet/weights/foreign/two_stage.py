@@ -114,12 +114,12 @@ def _place(n: int, stage: str) -> dict[str, object]:
 def _layers(cfg: ModelConfig) -> Iterator[Layer]:
     is_cascade, kind = cfg.detector == "cascade_rcnn", cfg.box_head.kind
     stages = [f"{i}." for i in range(len(cfg.cascade.positive_iou))] if is_cascade else [""]
-    convs = cfg.box_head.num_convs if kind == "4conv1fc" else 0
+    convs, num_fcs = cfg.box_head.layers
     for stage in stages:
         prefix = f"stages.{stage}" if stage else ""
         for n in range(convs):
             yield "box_head", f"{prefix}convs.{n}", "box_conv", _place(n, stage)
-        for n in range({"2fc": 2, "4conv1fc": 1, "res5": 0}[kind]):
+        for n in range(num_fcs):
             fc = f"fc{6 + n}" if kind == "2fc" else convs + 1  # torchvision flattens the map between
             yield "box_head", f"{prefix}fcs.{n}", "fc", {**_place(n, stage), "fc": fc}
         yield "box_head", f"{prefix}cls_score", "cls_score", {"stage": stage}
@@ -136,7 +136,6 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
     """Infer the heads and a cascade.  Raises CheckpointError for other rows of boxes and for another cascade."""
     num, num_masks = _stages(reader, "cls_score"), _stages(reader, "mask_logits")
     box, mask = ([_place(n, "0." if count else "") for n in range(16)] for count in (num, num_masks))
-    is_c4 = tree["neck"] == "c4"
     found: Tree = {}
     scores, deltas = (reader.weight(layer, **box[0]) for layer in ("cls_score", "bbox_pred"))
     logits = reader.weight("mask_logits", **mask[0])
@@ -160,15 +159,13 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
                 "each class; expected 4, because a stage of gndet's cascade refines one box per region; choose a "
                 "cascade with reg_class_agnostic=True, or a file without cascade"
             )
-        found["box_head"] = {"kind": "2fc", "fc_channels": scores.shape[1], "norm": "none"}
-        found["box_head"]["class_agnostic"] = not by_class or num > 0
-        if is_c4:
-            found["box_head"] = {"kind": "res5", "norm": "none"}
+        layout = {"kind": "res5"} if tree["neck"] == "c4" else {"kind": "2fc", "fc_channels": scores.shape[1]}
+        found["box_head"] = {**layout, "norm": "none", "class_agnostic": not by_class or num > 0}
         if box_convs:
             convs = {"kind": "4conv1fc", "num_convs": len(box_convs), "conv_channels": len(box_convs[0])}
             found["box_head"] |= {**convs, "norm": reader.norm("box_conv", **box[0])}
     if logits is not None:
-        num_convs, norm = max(len(mask_convs), 0 if is_c4 else 1), reader.norm("mask_conv", **mask[0])
+        num_convs, norm = len(mask_convs), reader.norm("mask_conv", **mask[0])
         found["mask_head"] = {"num_convs": num_convs, "channels": logits.shape[1], "norm": norm}
     if not num:
         return found
@@ -204,7 +201,7 @@ def _describe(model: ModelConfig, parts: tuple[str, ...]) -> Iterator[str]:
     if "rpn" in parts:
         yield f"anchor ratios {', '.join(f'{ratio:g}' for ratio in model.rpn.aspect_ratios)}"
         yield f"RoIAlign {model.box_head.roi_align}"
-    if "rpn" in parts and model.box_head.kind != "res5":
+    if "rpn" in parts and any(model.box_head.layers):
         yield f"box deltas {'of all classes' if model.box_head.class_agnostic else 'by class'}, fc over (C, H, W)"
     if model.detector == "cascade_rcnn":
         yield f"a cascade of {len(model.cascade.positive_iou)} stages"

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from gndet.config.section import MAX_EDGE, Edge, FileName, Fraction, Positive, Section
+from gndet.config.presets import edges_of
+from gndet.config.section import Edge, FileName, Fraction, Positive, Section
 
 
 class DatasetConfig(Section):
@@ -115,14 +116,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _a_crop_sets_the_edges(cls, values: object) -> object:
-        crop = values.get("crop") if isinstance(values, dict) else None
-        size = crop.get("size", 224) if isinstance(crop, dict) else None
-        if not isinstance(values, dict) or not isinstance(size, int):
-            return values
-        tested = crop.get("size_test") if isinstance(crop, dict) else None
-        tested = tested if isinstance(tested, int) else size
-        edges = {"shortest_edge": [size], "shortest_edge_test": round(tested * 256 / 224), "max_edge": MAX_EDGE}
-        return edges | values
+        return edges_of(values.get("crop")) | values if isinstance(values, dict) else values
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gndet.config.data import DataConfig
-from gndet.config.presets import NECKS, PRESETS, without_conventions
+from gndet.config.presets import NECKS, PRESETS, edges_of, without_conventions
 from gndet.config.schema import Config
 from gndet.config.section import NOT_UNICODE
 from gndet.errors import ConfigError
@@ -97,6 +97,10 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
     for option, presets in (("compat", PRESETS), ("neck", NECKS)):
         if isinstance(model, dict) and option in model:
             tree["model"] = without_conventions(tree["model"], presets)
+    data, crop = tree["data"], change.get("data", {}).get("crop") if isinstance(change.get("data"), dict) else None
+    if isinstance(crop, dict) and crop.keys() & {"size", "size_test"}:  # edges that follow the crop, follow it anew
+        for edge in [edge for edge, value in edges_of(data["crop"]).items() if data[edge] == value]:
+            del data[edge]
     _override(tree, overrides, origin)
     return _validated(tree, origin, source)
 

@@ -235,6 +235,8 @@ class ModelConfig(Section):
     def _parts_fit_the_neck(self) -> "ModelConfig":
         neck, rpn, backbone = self.neck, self.rpn, self.backbone
         anchors = len(rpn.anchor_sizes) * len(rpn.aspect_ratios)
+        if neck != "fpn" and self.detector == "classifier":
+            raise ValueError(f"neck: {neck}; a classifier works on the backbone's last map; expected fpn")
         if neck == "fpn" and len(rpn.anchor_sizes) != 5:
             raise ValueError(f"rpn.anchor_sizes: {len(rpn.anchor_sizes)} sizes; expected 5, one for each of P2 to P6")
         if neck != "fpn" and anchors > 16:
@@ -331,11 +333,11 @@ class ModelConfig(Section):
     def max_positives(self) -> int:
         """The largest number of positive regions per image in training."""
         cascade, regions = self.cascade, self.box_head.regions_per_image
-        if self.is_dense:
+        if not self.region_heads:
             return 0
         if self.detector == "cascade_rcnn" and cascade.mask_stages != "first" and not cascade.resample:
             return regions
-        return int(regions * self.box_head.positive_fraction)
+        return max(int(regions * self.box_head.positive_fraction), 1)
 
     @property
     def detection_limits(self) -> tuple[float, int]:

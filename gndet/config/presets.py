@@ -9,6 +9,8 @@ pixel out. All of them assign a box to level floor(4 + log2(side / 224)).
 
 from typing import Any
 
+from gndet.config.section import MAX_EDGE
+
 PRESETS: dict[str, dict[str, Any]] = {
     "torchvision": {
         "rpn": {
@@ -86,6 +88,16 @@ DATA: dict[str, dict[str, Any]] = {  # options of the section `data` in checkpoi
     "mmdetection": {"antialias": False, "exact_canvas": False},
     "detectron": {"antialias": False, "exact_canvas": False},
 }
+
+
+def edges_of(crop: object) -> dict[str, Any]:
+    """Return the edges that data.crop, as in a config file, brings for the options that the file does not have."""
+    size = crop.get("size", 224) if isinstance(crop, dict) else None
+    if not isinstance(crop, dict) or not isinstance(size, int):
+        return {}
+    tested = crop.get("size_test")
+    edge = round((tested if isinstance(tested, int) else size) * 256 / 224)
+    return {"shortest_edge": [size], "shortest_edge_test": min(edge, MAX_EDGE), "max_edge": MAX_EDGE}
 
 
 def without_conventions(model: dict[str, Any], presets: dict[str, dict[str, Any]] = PRESETS) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class Config(Section):
     def _canvases_hold_all(self) -> "Config":
         longest = self.data.crop.size if self.data.crop else self.data.max_edge
         shorter = min(max(self.data.shortest_edge), longest)
-        needed = [(shorter, longest), (longest, shorter)]  # a picture; two of them, one portrait and one landscape:
-        needed += [] if self.train.images_per_gpu == 1 else [(longest, longest)]
+        needed = dict.fromkeys([(shorter, longest), (longest, shorter)])  # a picture; one portrait and one landscape:
+        needed |= {} if self.train.images_per_gpu == 1 else {(longest, longest): None}
         canvases = self.data.canvases
         if self.train.compile != "none" and not canvases:
             edges = [[-(-edge // 32) * 32 for edge in canvas] for canvas in needed]

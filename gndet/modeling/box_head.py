@@ -176,7 +176,7 @@ class BoxHead(RegionHead):
         scores = scores[..., :-1]  # (B, K, num_classes)
         usable = found.valid[..., None] & (scores > cfg.score_threshold)
         scores = torch.where(usable, scores, -1.0).flatten(1)  # (B, K * num_classes)
-        scores, index = best(scores, MAX_CANDIDATES)
+        scores, index = best(scores, max(MAX_CANDIDATES, cfg.detections_per_image))
         label = index % num_classes
         row = index // num_classes if cfg.class_agnostic else index
         refined = decode(deltas, found.boxes[:, :, None], self.delta_weights).flatten(1, 2)

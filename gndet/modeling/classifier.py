@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gndet.config.model import ClassifierConfig
 from gndet.modeling.image_model import Choices, Features, ImageModel, Rectified
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas
+from gndet.ops.boxes import full
 from gndet.ops.matching import kept_by_key
 from gndet.ops.noise import Stream
 from gndet.structures import Batch
@@ -66,7 +67,7 @@ class ClassHead(nn.Module):
         if self.cfg.loss == "softmax" and shares is None:
             return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         target = F.one_hot(labels, logits.shape[1]).to(logits.dtype)  # (B, K), or (B, M, K)
-        target = target if shares is None else torch.einsum("bm,bmk->bk", shares.to(logits.dtype), target)
+        target = target if shares is None else (shares.to(target.dtype)[..., None] * target).sum(1)
         if self.cfg.loss == "softmax":
             return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
         if self.cfg.target_threshold is not None:
@@ -86,9 +87,10 @@ def pool_pictures(x: Tensor, area: ValidArea | None, side: int) -> Tensor:
     """
     if area is None:
         return F.adaptive_avg_pool2d(x, side)
-    rows, columns = (_shares(area.sizes[:, axis], x.shape[2 + axis], side).to(x.dtype) for axis in (0, 1))
-    inside = torch.where(area.mask, x, 0.0)
-    return torch.einsum("bph,bchw,bqw->bcpq", rows, inside, columns)
+    inside = full(torch.where(area.mask, x, 0.0))
+    rows, columns = (_shares(area.sizes[:, axis], x.shape[2 + axis], side).to(inside.dtype) for axis in (0, 1))
+    with torch.autocast(x.device.type, enabled=False):  # in half precision, the shares of a mean do not add up to 1
+        return torch.einsum("bph,bchw,bqw->bcpq", rows, inside, columns).to(x.dtype)
 
 
 def _shares(sizes: Tensor, length: int, side: int) -> Tensor:

@@ -166,3 +166,29 @@ def test_a_text_that_is_not_unicode_is_refused_with_its_key(tmp_path: Path, text
             load_config(tmp_path / "c.yaml")
     with pytest.raises(ValidationError, match=words):
         Config(out=text)
+
+
+CROPPED = "task: classification\ndata: {crop: {size: 224}}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.neck=c4", "neck: c4; a classifier works on the backbone's last map; expected fpn"),
+        ("train.compile=default", r"like data\.canvases=\[\[224,224\]\]"),
+    ],
+)
+def test_options_that_do_not_fit_a_classifier_are_refused(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        load_config(write(tmp_path, "a.yaml", CROPPED), [override])
+
+
+def test_edges_follow_another_crop_unless_they_were_chosen(tmp_path: Path) -> None:
+    cfg = load_config(write(tmp_path, "a.yaml", CROPPED))
+    assert (cfg.data.shortest_edge, cfg.data.shortest_edge_test) == ((224,), 256)
+    larger = with_overrides(cfg, ["data.crop.size=320"], "a run")
+    assert (larger.data.shortest_edge, larger.data.shortest_edge_test) == ((320,), 366)
+    tested = with_overrides(cfg, ["data.crop.size_test=288"], "a run")
+    assert (tested.data.shortest_edge, tested.data.shortest_edge_test) == ((224,), 329)
+    chosen = with_overrides(with_overrides(cfg, ["data.shortest_edge_test=240"], "a"), ["data.crop.size=192"], "b")
+    assert (chosen.data.shortest_edge, chosen.data.shortest_edge_test) == ((192,), 240)

@@ -52,10 +52,22 @@ def test_the_crop_is_torchvisions_resized_crop() -> None:
         expected = functional.resized_crop(image, top, left, h, w, [32, 32], antialias=True)
         flipped = uniform(key, Stream.FLIP) < 0.5
         expected = expected.flip(-1) if flipped else expected
-        found = crops.random_crop(image, crop, key, 0.5, True)
+        found = crops.random_crop(image, crop, key, (0.5, 0.0), True)
         assert (found.int() - expected.int()).abs().max() <= 1
         flips[flipped] += 1
     assert len(flips) == 2
+
+
+def test_pictures_are_turned_upside_down_by_their_own_draw() -> None:
+    image, crop = picture(), CropConfig(size=32)
+    for key in range(6):
+        plain, down = (crops.random_crop(image, crop, key, (0.0, share), True) for share in (0.0, 0.5))
+        flipped = uniform(key, Stream.FLIP_VERTICAL) < 0.5
+        assert torch.equal(down, plain.flip(-2) if flipped else plain)
+    assert torch.equal(
+        crops.random_crop(image, crop, 3, (1.0, 1.0), True),
+        crops.random_crop(image, crop, 3, (0.0, 0.0), True).flip(-1, -2),
+    )
 
 
 @pytest.mark.parametrize("size", [(60, 80), (81, 64), (32, 33), (20, 50)])
@@ -97,5 +109,5 @@ def test_the_lighting_is_normal_along_the_components_of_imagenet() -> None:
 def test_nothing_changes_without_an_option_and_all_depends_on_the_key() -> None:
     image, crop = picture(), CropConfig(size=32, brightness=0.4, contrast=0.4, saturation=0.4, lighting=0.1)
     assert crops.change_colors(image, CropConfig(), 3) is image
-    found = [crops.random_crop(image, crop, key, 0.5, True) for key in (1, 1, 2)]
+    found = [crops.random_crop(image, crop, key, (0.5, 0.0), True) for key in (1, 1, 2)]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -123,6 +123,16 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         read_dataset(empty.train, empty)
 
 
+def test_a_single_class_is_refused_and_a_level_too_many_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path / "set", {"train": 3})
+    (tmp_path / "root" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "train").rename(tmp_path / "root" / "train" / "images")
+    data = data_of(tmp_path / "root")
+    assert refused(data, "train") == {"class-single"}
+    with pytest.raises(DataError, match=r"images, which holds folders: \w+, \w+.*; is data.root one level too high\?"):
+        read_dataset(data.train, data)
+
+
 def load(root: Path) -> Config:
     return Config.model_validate({"task": "classification", "data": {"root": str(root), "cache": ""}})
 

@@ -14,7 +14,7 @@ from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
 from gndet.modeling.classifier import Classifier, drop_by_key, pool_pictures
 from gndet.modeling.norms.activating import ThresholdLinear
-from gndet.modeling.norms.valid_area import ValidArea
+from gndet.modeling.norms.valid_area import ValidArea, channel_means
 from gndet.modeling.recompute import set_memory
 from gndet.structures import Batch, GroundTruth
 from gndet.weights.foreign import classifier as classifier_files
@@ -159,6 +159,26 @@ def test_pooling_is_adaptive_pooling_of_each_picture_alone(side: int) -> None:
         expected = F.adaptive_avg_pool2d(x[image, :, :height, :width], side)
         assert torch.allclose(found[image], expected, rtol=0, atol=1e-14)
     assert torch.equal(pool_pictures(x, None, side), F.adaptive_avg_pool2d(x, side))
+
+
+def test_half_precision_takes_the_same_means_of_a_picture_alone_and_padded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 64, 56, 60, generator=generator).add(1).bfloat16()
+    area = ValidArea.of(torch.tensor([[49, 53], [56, 60]]), 56, 60)
+    true = x[:1, :, :49, :53].double().mean((2, 3), keepdim=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {"pooled": pool_pictures(x, area, 1), "squeezed": channel_means(x, area)}
+    for name, means in found.items():
+        assert means.dtype == torch.bfloat16
+        assert ((means[:1] / true).mean() - 1).abs() < 5e-4, name  # as a mean of 64 rounded numbers
+
+
+def test_half_precision_keeps_the_shares_of_mixed_pictures() -> None:
+    logits, labels = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 3]])
+    head, shares = classifier(config()).float().classifier, torch.tensor([[0.7003, 0.2997]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.loss(logits, labels, shares)
+    assert torch.allclose(found, head.loss(logits, labels, shares), rtol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

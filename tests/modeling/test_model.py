@@ -24,7 +24,7 @@ from gndet.modeling.norms.valid_area import picture_areas
 from gndet.modeling.resnet import ResNet
 from gndet.ops.boxes import encode, gather_rows
 from gndet.ops.roi_align import Pyramid
-from gndet.structures import Batch
+from gndet.structures import Batch, Proposals
 
 LOSSES = ["loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"]
 SIZES = [(96, 128), (128, 97), (65, 80), (128, 128)]
@@ -230,6 +230,17 @@ def test_detections_are_those_of_the_image_alone_and_lie_inside_it() -> None:
         kept = found.boxes[i][found.valid[i]]
         assert kept.min() >= 0 and (kept[:, 2] <= width).all() and (kept[:, 3] <= height).all()
         assert (found.scores[i].diff() <= 0).all()
+
+
+def test_as_many_detections_are_kept_as_detections_per_image_allows() -> None:
+    cfg = BoxHeadConfig(num_convs=1, conv_channels=8, fc_channels=8, detections_per_image=2300, score_threshold=1e-4)
+    head = BoxHead(cfg, NormConfig(kind="none"), 8, 2)
+    corner = torch.arange(2500.0) * 4
+    boxes = torch.stack([corner, corner * 0, corner + 3, corner * 0 + 3], dim=1)[None]  # none overlaps another
+    found = Proposals(boxes, torch.arange(2500)[None], torch.ones(1, 2500, dtype=torch.bool))
+    scores = torch.tensor([0.6, 0.0, 0.4]).expand(1, 2500, 3)
+    kept = head.select(scores, torch.zeros(1, 2500, 2, 4), found, torch.tensor([[8, 20_000]]))
+    assert int(kept.valid.sum()) == 2300
 
 
 def test_the_same_batch_and_key_give_the_same_losses_and_another_key_samples_otherwise() -> None:

@@ -110,9 +110,12 @@ def largest_batch(dataset: Dataset, data: DataConfig, num: int, *, masks: bool, 
     has as many objects as the fullest image of the data set, and at least `objects`.  With data.canvases, the batch
     fills the largest canvas.
     """
-    shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist() if data.crop is None else [(1, 1)]
-    edges = (min(data.shortest_edge), max(data.shortest_edge))
-    sizes = torch.tensor([resized(shape, edge, data.max_edge) for shape in shapes for edge in edges])  # (.., 2)
+    if data.crop is None:
+        shapes = np.unique(count_objects(dataset.records).sizes, axis=0).tolist()
+        edges = (min(data.shortest_edge), max(data.shortest_edge))
+        sizes = torch.tensor([resized(shape, edge, data.max_edge) for shape in shapes for edge in edges])  # (.., 2)
+    else:
+        sizes = torch.tensor([[data.crop.size] * 2])
     if num == 1:
         sizes = sizes[sizes.prod(1).argmax()][None]
     (height, width), padded = _canvas(sizes, data.canvas_multiple, data.exact_canvas)

@@ -45,15 +45,18 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
     return resize(batch)[0] if native else resize(batch.float())[0].round_().byte()
 
 
-def random_crop(image: Tensor, crop: CropConfig, key: int, flip: float, antialias: bool) -> Tensor:
+def random_crop(
+    image: Tensor, crop: CropConfig, key: int, flips: tuple[float, float], antialias: bool
+) -> Tensor:  # fmt: skip
     """Cut out a random part of a picture, resize it to a square, flip it, augment it and change its colors.
 
-    image (3, h, w) uint8; flip: probability of a left-right flip; key: the only source of randomness.  Returns
-    (3, size, size) uint8.  Source: Szegedy et al. 2015, section 6; fb.resnet.torch.
+    image (3, h, w) uint8; flips: probabilities of a left-right and an upside-down flip; key: the only source of
+    randomness.  Returns (3, size, size) uint8.  Source: Szegedy et al. 2015, section 6; fb.resnet.torch.
     """
     top, left, height, width = crop_window((image.shape[1], image.shape[2]), crop, key)
     image = resize(image[:, top : top + height, left : left + width], (crop.size, crop.size), antialias)
-    image = image.flip(-1) if uniform(key, Stream.FLIP) < flip else image
+    across, down = uniform(key, Stream.FLIP) < flips[0], uniform(key, Stream.FLIP_VERTICAL) < flips[1]
+    image = image.flip([axis for axis, flipped in ((-1, across), (-2, down)) if flipped])
     return change_colors(rand_augment(image, crop, key), crop, key)
 
 

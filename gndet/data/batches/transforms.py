@@ -43,7 +43,7 @@ def train_sample(record: Record, data: DataConfig, key: int, masks: bool) -> Sam
     without a mask.
     """
     if data.crop is not None:
-        image = random_crop(_loaded(record), data.crop, key, data.flip, data.antialias)
+        image = random_crop(_loaded(record), data.crop, key, (data.flip, data.flip_vertical), data.antialias)
         return _classified(image, torch.from_numpy(record.labels.copy()), key)
     edge = data.shortest_edge[int(uniform(key, Stream.RESIZE) * len(data.shortest_edge))]
     across, down = uniform(key, Stream.FLIP) < data.flip, uniform(key, Stream.FLIP_VERTICAL) < data.flip_vertical

@@ -75,6 +75,8 @@ FAULTS: dict[str, Kind] = {
     "outline-unread": Kind(NOTED, "outlines in XML files that are not read", "only boxes are read from VOC"),
     "picture-unlabeled": Kind(NOTED, "pictures without an XML file, left out", "an XML without objects is background"),
     "class-empty": Kind(REFUSED, "folders of a class without a picture", "put pictures there, or remove the folder"),
+    "class-single": Kind(REFUSED, "sets with a single class, which leaves nothing to learn",
+        "make a folder for each class, two or more"),
     "class-unknown": Kind(REFUSED, "folders that are no class of train",
         "name them as in train; a classes.txt beside train and val lists the classes"),
     "csv-broken": Kind(REFUSED, "tables that are not CSV", "export the file again"),

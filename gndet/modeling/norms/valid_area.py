@@ -59,7 +59,9 @@ def channel_means(x: Tensor, area: ValidArea | None) -> Tensor:
     """Return the mean of each channel of x (B, C, H, W) over its map, or only over `area`, as (B, C, 1, 1)."""
     if area is None:
         return x.mean(tuple(range(2, x.dim())), keepdim=True)
-    return torch.where(area.mask, x, 0.0).sum((2, 3), keepdim=True) / area.num_cells.to(x.dtype)[:, :, None, None]
+    wide = torch.promote_types(x.dtype, torch.float32)  # half precision counts cells in steps, from 257 on
+    total = torch.where(area.mask, x, 0.0).sum((2, 3), keepdim=True, dtype=wide)
+    return (total / area.num_cells.to(wide)[:, :, None, None]).to(x.dtype)
 
 
 def along(values: Tensor, x: Tensor) -> Tensor:

@@ -48,6 +48,10 @@ def open_class_folders(annotations: Path, images: Path | None, split: str) -> Ex
     units: list[str] = []
     train = sets.get("train", home)
     names = _names(train, listed)
+    if len(names) == 1:
+        inner = [path.name for path in children(folders[0]) if path.is_dir()]
+        within = f", which holds folders: {', '.join(map(shown, inner[:3]))}; is data.root one level too high?"
+        found.append(("class-single", shown(str(folders[0])) + (within if inner else "")))
     for folder in folders:
         if folder.name not in names:
             known = listed[0] if listed and listed[0].name == LIST else train

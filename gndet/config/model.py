@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig, BoxHeadConfig, FPNConfig, MaskHeadConfig, RPNConfig
-from gndet.config.presets import CASCADE_PRESETS, DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
+from gndet.config.presets import C4_PRESETS, CASCADE_PRESETS, DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
 from gndet.config.section import Positive, Section, Side
 
 
@@ -199,6 +199,7 @@ class ModelConfig(Section):
             return values
         tables: list[tuple[object, dict[str, dict[str, Any]]]] = [
             (values.get("neck"), NECKS),
+            (values.get("compat"), C4_PRESETS if values.get("neck") == "c4" else {}),
             (values.get("compat", "gndet"), CASCADE_PRESETS if values.get("detector") == "cascade_rcnn" else {}),
             (values.get("compat"), PRESETS),
             (values.get("detector"), DETECTOR_DEFAULTS),

@@ -22,7 +22,7 @@ class DenseConfig(Section):
     """
 
     shapes: ClassVar = ("num_convs", "conv_bias", "scales", "aspect_ratios", "quality")
-    conventions: ClassVar = {"anchors": "dense", "offset": "dense"}
+    conventions: ClassVar = dict.fromkeys(("scales", "aspect_ratios", "anchors", "offset", "quality"), "dense")
 
     num_convs: int = Field(4, ge=1, le=32)  # convolutions of each of the two towers. Source: Lin et al. 2017, section 4
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part

@@ -169,12 +169,39 @@ def test_rows_of_known_classes_carry_over_to_other_data() -> None:
     assert torch.equal(model.dense.boxes.weight, source.state["dense.boxes.weight"])
 
 
-def test_another_convention_is_refused() -> None:
-    cfg = retinanet(positives=10)
-    other = cfg.model_copy(update={"dense": cfg.dense.model_copy(update={"offset": 0.5})})
-    with pytest.raises(CheckpointError, match=r"model\.dense\.offset: 0\.0 in the file, 0\.5 here"):
-        whole = Config.model_validate({"model": other.model_dump()})
-        load_weights(build_model(other, 3), source_of(cfg), CLASSES, whole)
+def loaded(cfg: ModelConfig, **changes: object) -> list[str]:
+    """Load weights of cfg into a model whose dense head has other options; return the report."""
+    other = ModelConfig.model_validate({**cfg.model_dump(), "dense": {**cfg.dense.model_dump(), **changes}})
+    whole = Config.model_validate({"model": other.model_dump()})
+    return load_weights(build_model(other, 3), source_of(cfg), CLASSES, whole)[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("offset", 0.5, r"0\.0 in the file, 0\.5 here"),
+        ("scales", (1.0, 1.5, 2.0), r"\(1\.0, 1\.2599.*\) in the file, \(1\.0, 1\.5, 2\.0\) here"),
+        ("aspect_ratios", (1.0, 2.0, 4.0), r"\(0\.5, 1\.0, 2\.0\) in the file, \(1\.0, 2\.0, 4\.0\) here"),
+    ],
+)
+def test_another_convention_is_refused(option: str, value: object, words: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"mean something else .*\n  model\.dense\.{option}: {words}"):
+        loaded(retinanet(positives=10), **{option: value})
+
+
+def test_a_centerness_is_not_read_as_an_iou() -> None:
+    cfg = ModelConfig.model_validate({**RETINANET, "detector": "fcos", "backbone": {"depth": 18}})
+    assert cfg.dense.quality == "centerness" and not any("model." in line for line in loaded(cfg, positives=10))
+    with pytest.raises(CheckpointError, match=r"model\.dense\.quality: centerness in the file, iou here"):
+        loaded(cfg, quality="iou", positives=10)
+
+
+def test_other_sizes_of_anchors_are_reported_as_the_rpn_s_are() -> None:
+    cfg, sizes = retinanet(positives=10), (16, 32, 64, 128, 256)
+    assert not any("model.dense" in line for line in loaded(cfg))
+    assert f"model.dense.anchor_sizes: {cfg.dense.anchor_sizes} in the file, {tuple(map(float, sizes))} here" in loaded(
+        cfg, anchor_sizes=sizes
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ import pytest
 import torch
 from foreign import read, weights
 from torch import Tensor, nn
+from torchvision.models import resnet18
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from gndet.config.model import ModelConfig
 from gndet.config.schema import Config
@@ -217,3 +221,81 @@ def test_what_a_toolkit_cannot_build_is_not_exported(toolkit: str, model: dict[s
     cfg = ModelConfig.model_validate({**model, "masks": False, "backbone": {"depth": 18}, "fpn": {"channels": 32}})
     with pytest.raises(ConfigError, match=words):
         export_weights(weights(cfg), cfg, CLASSES, toolkit)
+
+
+# --- what P6 is made from
+
+
+def settings_for_p6(detector: str, p6: str, toolkit: str, norm: str, depth: int = 18) -> list[str]:
+    """Return what an export says on P6."""
+    norms = {"norm": {"kind": "none"}, "backbone": {"depth": depth, "norm": {"kind": "bn"}}}
+    dense = {"norm": {"kind": norm}, "conv_bias": detector == "fcos" or norm == "none"}
+    tree = {"detector": detector, "masks": False, "fpn": {"p6": p6}, "dense": dense, **norms}
+    cfg = ModelConfig.model_validate(tree)
+    shapes = {"backbone.stem.conv": (64, 3, 7, 7), "fpn.p6": (1,), "dense.boxes": (4 * cfg.dense.kinds, 1)}
+    state = {f"{layer}.weight": torch.zeros(shape) for layer, shape in shapes.items()}
+    notes = export_weights(state, cfg, CLASSES, toolkit).notes
+    return [note for note in notes if "P6" in note or "_BASE_" in note]
+
+
+@pytest.mark.parametrize(
+    ("detector", "p6", "norm", "depth", "words"),
+    [
+        ("retinanet", "p5", "none", 50, None),
+        ("retinanet", "c5", "none", 50, "(2048, 256); retinanet_resnet50_fpn has LastLevelP6P7(256, 256)"),
+        ("retinanet", "c5", "none", 18, "(512, 256); retinanet_resnet50_fpn has LastLevelP6P7(256, 256)"),
+        ("retinanet", "c5", "gn", 50, None),
+        ("retinanet", "p5", "gn", 50, "(256, 256); retinanet_resnet50_fpn_v2 has LastLevelP6P7(2048, 256)"),
+        ("fcos", "p5", "gn", 50, None),
+        ("fcos", "c5", "gn", 50, "(2048, 256); fcos_resnet50_fpn has LastLevelP6P7(256, 256)"),
+    ],
+)
+def test_an_export_to_torchvision_says_what_p6_is_made_from(
+    detector: str, p6: str, norm: str, depth: int, words: str | None
+) -> None:
+    expected = [] if words is None else [f"backbone with extra_blocks=LastLevelP6P7{words}"]
+    assert settings_for_p6(detector, p6, "torchvision", norm, depth) == expected
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_torchvision_s_own_detectors_have_the_p6_that_is_taken_for_their_default(kind: str) -> None:
+    source = understand(WeightFile(Path("file.pth"), of_torchvision(kind).state_dict(), {}), UNNAMED)
+    notes = export_weights(source.state, source.model, CLASSES, "torchvision").notes
+    assert not any("LastLevelP6P7" in note for note in notes)
+
+
+@pytest.mark.parametrize("p6", ["p5", "c5"])
+def test_torchvision_s_pyramid_with_the_stated_p6_computes_the_same(p6: str) -> None:
+    norms = {"norm": {"kind": "none"}, "backbone": {"depth": 18, "norm": {"kind": "frozen_bn", "padding": "plain"}}}
+    cfg = ModelConfig.model_validate({**RETINANET, **norms, "fpn": {"channels": 32, "p6": p6}})
+    state = weights(cfg)
+    export = export_weights(state, cfg, CLASSES, "torchvision")
+    (channels,) = re.findall(r"=LastLevelP6P7\((\d+), (\d+)\);", "\n".join(export.notes))
+    blocks = LastLevelP6P7(*map(int, channels))
+    theirs = BackboneWithFPN(
+        resnet18(norm_layer=FrozenBatchNorm2d), {f"layer{n}": str(n) for n in (2, 3, 4)}, [128, 256, 512], 32, blocks
+    )
+    prefix = "backbone."
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in export.tensors.items() if k.startswith(prefix)})
+    ours = build_model(cfg, 3)
+    ours.load_state_dict(state)
+    picture, size = torch.randint(0, 256, (1, 3, 128, 96)).float(), torch.tensor([[128, 96]])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.pixel_mean, cfg.pixel_std))
+    with torch.no_grad():
+        expected = theirs.eval()((picture - mean) / std)
+        found, _ = ours.eval().features(picture, size, False)
+    for level, maps in zip(found, expected.values(), strict=True):
+        torch.testing.assert_close(level, maps, rtol=1e-4, atol=1e-4 * float(maps.abs().max()))
+
+
+def test_an_export_to_detectron2_names_the_config_that_makes_p6_from_the_same_map() -> None:
+    assert settings_for_p6("retinanet", "c5", "detectron2", "none") == ["_BASE_ Base-RetinaNet.yaml"]
+    (line,) = settings_for_p6("retinanet", "p5", "detectron2", "none")
+    assert "model.backbone.top_block.in_channels 256, in_feature p5; Base-RetinaNet.yaml makes P6 from res5" in line
+
+
+def test_p6_from_c5_is_refused_where_torchvision_would_take_p5() -> None:
+    tree = {**RETINANET, "backbone": {"depth": 18}, "fpn": {"channels": 512, "p6": "c5"}}
+    cfg = ModelConfig.model_validate(tree)
+    with pytest.raises(ConfigError, match=r"model\.fpn\.p6: c5; torchvision makes P6 from P5 if .* the pyramid, 512"):
+        export_weights(weights(cfg), cfg, CLASSES, "torchvision")

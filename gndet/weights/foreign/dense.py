@@ -133,9 +133,4 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
         yield "model.dense.norm: none; torchvision's fcos has GN"
 
 
-def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]:
-    if toolkit == "detectron2" and cfg.is_dense:
-        yield "_BASE_ Base-RetinaNet.yaml"
-
-
-PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals, _settings)
+PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals)

@@ -1,5 +1,6 @@
 """Files of dense detectors become the same network in gndet, and torchvision and detectron2 read what gndet writes."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,54 @@ def test_what_a_toolkit_cannot_build_is_not_exported(toolkit: str, model: dict[s
         export_weights(weights(cfg), cfg, CLASSES, toolkit)
 
 
+# --- what an export says of the toolkit's defaults
+
+
+def dense_differences(cfg: ModelConfig, toolkit: str) -> dict[str, str]:
+    """Return {option of the head: "this model's value, the toolkit's"} of an export's notes."""
+    found = (re.match(r"differs: dense\.(\w+) is (.*) in this model, (.*) by", note) for note in exported(cfg, toolkit))
+    return {match[1]: f"{match[2]}, {match[3]}" for match in found if match}
+
+
+def exported(cfg: ModelConfig, toolkit: str) -> list[str]:
+    """Return the notes of an export."""
+    shapes = {"backbone.stem.conv": (64, 3, 7, 7), "fpn.p6": (1,), "dense.boxes": (4 * cfg.dense.kinds, 1)}
+    return export_weights({f"{k}.weight": torch.zeros(v) for k, v in shapes.items()}, cfg, CLASSES, toolkit).notes
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_torchvision_s_own_detectors_differ_in_nothing_from_its_defaults(kind: str) -> None:
+    source = understand(WeightFile(Path("file.pth"), of_torchvision(kind).state_dict(), {}), UNNAMED)
+    assert dense_differences(source.model, "torchvision") == {}
+    assert not any("LastLevelP6P7" in note for note in exported(source.model, "torchvision"))
+    theirs = inspect.signature(type(of_torchvision(kind))).parameters
+    options = {
+        "score_threshold": "score_thresh", "nms_threshold": "nms_thresh", "detections_per_image": "detections_per_img",
+        "pre_nms": "topk_candidates", "center_radius": "center_sampling_radius", "positive_iou": "fg_iou_thresh",
+        "negative_iou": "bg_iou_thresh",
+    }  # fmt: skip
+    found = {key: theirs[name].default for key, name in options.items() if name in theirs}
+    assert len(found) >= 5 and found == {key: getattr(source.model.dense, key) for key in found}
+
+
+@pytest.mark.parametrize("norm", ["none", "gn"])
+def test_detectron2_s_retinanet_differs_in_nothing_from_its_defaults(tmp_path: Path, norm: str) -> None:
+    file = of_detectron2(weights(retinanet(norm, conv_bias=True)), norm == "gn")
+    assert dense_differences(read(tmp_path / "model.pth", file, UNNAMED).model, "detectron2") == {}
+
+
+def test_an_export_of_a_model_of_gndet_says_what_torchvision_s_fcos_and_retinanet_do_otherwise() -> None:
+    tree = {"masks": False, "compat": "torchvision", "backbone": {"depth": 18}}
+    fcos = ModelConfig.model_validate({**tree, "detector": "fcos"})
+    assert dense_differences(fcos, "torchvision") == {"assign": "atss, center", "score_threshold": "0.05, 0.2"}
+    v1, v2 = (
+        ModelConfig.model_validate({**tree, "detector": "retinanet", "dense": {"norm": {"kind": kind}}})
+        for kind in ("none", "gn")
+    )
+    assert dense_differences(v1, "torchvision") == {"detections_per_image": "100, 300"}
+    assert dense_differences(v2, "torchvision") == {"detections_per_image": "100, 300", "box_loss": "l1, giou"}
+
+
 # --- what P6 is made from
 
 
@@ -232,10 +281,7 @@ def settings_for_p6(detector: str, p6: str, toolkit: str, norm: str, depth: int 
     dense = {"norm": {"kind": norm}, "conv_bias": detector == "fcos" or norm == "none"}
     tree = {"detector": detector, "masks": False, "fpn": {"p6": p6}, "dense": dense, **norms}
     cfg = ModelConfig.model_validate(tree)
-    shapes = {"backbone.stem.conv": (64, 3, 7, 7), "fpn.p6": (1,), "dense.boxes": (4 * cfg.dense.kinds, 1)}
-    state = {f"{layer}.weight": torch.zeros(shape) for layer, shape in shapes.items()}
-    notes = export_weights(state, cfg, CLASSES, toolkit).notes
-    return [note for note in notes if "P6" in note or "_BASE_" in note]
+    return [note for note in exported(cfg, toolkit) if "P6" in note or "_BASE_" in note]
 
 
 @pytest.mark.parametrize(
@@ -255,13 +301,6 @@ def test_an_export_to_torchvision_says_what_p6_is_made_from(
 ) -> None:
     expected = [] if words is None else [f"backbone with extra_blocks=LastLevelP6P7{words}"]
     assert settings_for_p6(detector, p6, "torchvision", norm, depth) == expected
-
-
-@pytest.mark.parametrize("kind", BUILDERS)
-def test_torchvision_s_own_detectors_have_the_p6_that_is_taken_for_their_default(kind: str) -> None:
-    source = understand(WeightFile(Path("file.pth"), of_torchvision(kind).state_dict(), {}), UNNAMED)
-    notes = export_weights(source.state, source.model, CLASSES, "torchvision").notes
-    assert not any("LastLevelP6P7" in note for note in notes)
 
 
 @pytest.mark.parametrize("p6", ["p5", "c5"])

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from gndet.config.model import ModelConfig
 from gndet.config.norm import NormConfig
-from gndet.config.presets import CASCADE_PRESETS, NECKS, PRESETS
+from gndet.config.presets import C4_PRESETS, CASCADE_PRESETS, NECKS, PRESETS
 from gndet.config.schema import Config
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -50,7 +50,7 @@ empty cell means gndet's own default.
 NECK_WORDS = """## Defaults of model.neck
 
 Some options have another default with these necks. An option that the config states itself wins. An empty cell means
-the default of `fpn`.
+the default of `fpn`. The last column adds what `model.compat: detectron` means for `c4`.
 """
 CASCADE_WORDS = """
 `model.detector: cascade_rcnn` changes these defaults, also beneath a preset; the last column adds what
@@ -67,9 +67,10 @@ def page() -> str:
         comments |= option_comments(Path(file).read_text(encoding="utf-8"))
     sections = [table(path, section, comments) for path, section in found]
     cascades = {"cascade_rcnn": CASCADE_PRESETS["gndet"], "and mmdetection": CASCADE_PRESETS["mmdetection"]}
+    necks = {**NECKS, "c4 and detectron": C4_PRESETS["detectron"]}
     tables = [
         *(PRESET_WORDS, presets("gndet", PRESETS), CASCADE_WORDS, presets("gndet", cascades)),
-        *("", NECK_WORDS, presets("fpn", NECKS)),
+        *("", NECK_WORDS, presets("fpn", necks)),
     ]
     return "\n".join([OPENING, *sections, *tables, "\nNext: [training](training.md)."]) + "\n"
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig, BoxHeadConfig, FPNConfig, MaskHeadConfig, RPNConfig
-from gndet.config.presets import CASCADE_PRESETS, DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
+from gndet.config.presets import C4_PRESETS, CASCADE_PRESETS, DETECTOR_DEFAULTS, NECKS, PRESETS, beneath
 from gndet.config.section import Positive, Section, Side
 
 
@@ -22,7 +22,7 @@ class DenseConfig(Section):
     """
 
     shapes: ClassVar = ("num_convs", "conv_bias", "scales", "aspect_ratios", "quality")
-    conventions: ClassVar = {"anchors": "dense", "offset": "dense"}
+    conventions: ClassVar = dict.fromkeys(("scales", "aspect_ratios", "anchors", "offset", "quality"), "dense")
 
     num_convs: int = Field(4, ge=1, le=32)  # convolutions of each of the two towers. Source: Lin et al. 2017, section 4
     norm: NormConfig | None = None  # replaces model.norm as a whole for this part
@@ -199,6 +199,7 @@ class ModelConfig(Section):
             return values
         tables: list[tuple[object, dict[str, dict[str, Any]]]] = [
             (values.get("neck"), NECKS),
+            (values.get("compat"), C4_PRESETS if values.get("neck") == "c4" else {}),
             (values.get("compat", "gndet"), CASCADE_PRESETS if values.get("detector") == "cascade_rcnn" else {}),
             (values.get("compat"), PRESETS),
             (values.get("detector"), DETECTOR_DEFAULTS),

@@ -63,6 +63,11 @@ NECKS: dict[str, dict[str, Any]] = {  # by model.neck: detectron2's Base-RCNN-C4
     "c4": {"rpn": _ONE_LEVEL, "box_head": {"kind": "res5", "pool_size": 14}, "mask_head": {"num_convs": 0}},
     "dc5": {"rpn": _ONE_LEVEL, "box_head": {"kind": "2fc"}},
 }
+# added to a preset for neck: c4, because only Detectron's FPN configs state a ratio: e2e_mask_rcnn_R-50-C4_1x has the
+# default of core/config, 0. detectron2 and mmdetection have 0 with every neck.
+C4_PRESETS: dict[str, dict[str, Any]] = {
+    "detectron": {"box_head": {"sampling_ratio": 0}, "mask_head": {"sampling_ratio": 0}},
+}
 # added to a preset for detector: cascade_rcnn. Sources: detectron2 configs/Misc/cascade_mask_rcnn_R_50_FPN_1x and
 # modeling/roi_heads/cascade_rcnn; mmdetection configs/_base_/models/cascade_mask_rcnn_r50_fpn and models/roi_heads
 _CASCADE: dict[str, Any] = {"rpn": {"post_nms_train": 2000}, "box_head": {"class_agnostic": True}}

@@ -136,13 +136,13 @@ class TimmBackbone(nn.Module):
     def freeze(self, freeze_at: int) -> None:
         """Stop training the layers before stride 4 (freeze_at 1) and those up to C{freeze_at} (2 to 5)."""
         names = [name for name, level in self.layers.items() if level <= freeze_at]
-        modules = dict(self.net.named_modules())
+        modules, parameters = dict(self.net.named_modules()), dict(self.net.named_parameters(remove_duplicate=False))
         self.frozen = [modules[name] for name in names if name in modules]
         for part in self.frozen:
             part.requires_grad_(False)
         for name in names:
-            if name not in modules:
-                self.net.get_parameter(name).requires_grad_(False)
+            if name in parameters:  # not a buffer, like the filters of resnetblur50
+                parameters[name].requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "TimmBackbone":

@@ -31,6 +31,30 @@ def test_a_toolkit_s_conventions_apply_beside_a_neck_s_defaults() -> None:
 
 
 @pytest.mark.parametrize(
+    ("compat", "neck", "ratio"),
+    [
+        ("detectron", "c4", 0), ("detectron", "fpn", 2), ("detectron2", "c4", 0), ("mmdetection", "c4", 0),
+        ("torchvision", "c4", 2), ("gndet", "c4", 2),
+    ],
+)  # fmt: skip
+def test_detectron_samples_its_regions_as_its_config_of_the_neck_says(compat: str, neck: str, ratio: int) -> None:
+    model = ModelConfig.model_validate({"compat": compat, "neck": neck})
+    assert (model.box_head.sampling_ratio, model.mask_head.sampling_ratio) == (ratio, ratio)
+    other = with_overrides(
+        Config(), [f"model.compat={compat}", f"model.neck={'fpn' if neck == 'c4' else 'c4'}"], "test"
+    )
+    assert with_overrides(other, [f"model.neck={neck}"], "test").model == model
+
+
+def test_a_stated_sampling_ratio_wins_over_that_of_detectron_s_c4() -> None:
+    heads = {name: {"sampling_ratio": 3} for name in ("box_head", "mask_head")}
+    model = ModelConfig.model_validate({"compat": "detectron", "neck": "c4", **heads})
+    assert (model.box_head.sampling_ratio, model.mask_head.sampling_ratio) == (3, 3)
+    stated = with_overrides(Config(), ["model.box_head.sampling_ratio=3"], "test")
+    assert with_overrides(stated, ["model.neck=dc5"], "test").model.box_head.sampling_ratio == 3
+
+
+@pytest.mark.parametrize(
     ("model", "message"),
     [
         ({"rpn": {"anchor_sizes": [32, 64]}}, r"rpn\.anchor_sizes: 2 sizes; expected 5, one for each of P2 to P6"),

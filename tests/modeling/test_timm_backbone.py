@@ -197,13 +197,15 @@ def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
         backbone("regnety_002", NormConfig())
 
 
-@pytest.mark.parametrize(("name", "freeze_at"), [("regnety_002", 1), ("regnety_002", 3), ("convnext_atto", 2)])
+@pytest.mark.parametrize(
+    ("name", "freeze_at"), [("regnety_002", 1), ("regnety_002", 3), ("convnext_atto", 2), ("resnetblur18", 3)]
+)
 def test_frozen_layers_are_those_up_to_the_level(name: str, freeze_at: int) -> None:
     built, (x, areas) = backbone(name, freeze_at=freeze_at).train(), padded()
     levels = built(x, areas)
     trained = [level.requires_grad for level in levels]
     assert trained == [number > freeze_at for number in (2, 3, 4, 5)] if freeze_at > 1 else all(trained)
-    stem = {"regnety_002": "stem.conv", "convnext_atto": "stem.0"}[name]
+    stem = {"regnety_002": "stem.conv", "convnext_atto": "stem.0", "resnetblur18": "conv1"}[name]
     assert not built.net.get_submodule(stem).weight.requires_grad
     assert all(not part.training for part in built.frozen) and built.training
 

@@ -1,5 +1,6 @@
 """Files of dense detectors become the same network in gndet, and torchvision and detectron2 read what gndet writes."""
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ import pytest
 import torch
 from foreign import read, weights
 from torch import Tensor, nn
+from torchvision.models import resnet18
 from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from gndet.config.model import ModelConfig
 from gndet.config.schema import Config
@@ -169,12 +174,39 @@ def test_rows_of_known_classes_carry_over_to_other_data() -> None:
     assert torch.equal(model.dense.boxes.weight, source.state["dense.boxes.weight"])
 
 
-def test_another_convention_is_refused() -> None:
-    cfg = retinanet(positives=10)
-    other = cfg.model_copy(update={"dense": cfg.dense.model_copy(update={"offset": 0.5})})
-    with pytest.raises(CheckpointError, match=r"model\.dense\.offset: 0\.0 in the file, 0\.5 here"):
-        whole = Config.model_validate({"model": other.model_dump()})
-        load_weights(build_model(other, 3), source_of(cfg), CLASSES, whole)
+def loaded(cfg: ModelConfig, **changes: object) -> list[str]:
+    """Load weights of cfg into a model whose dense head has other options; return the report."""
+    other = ModelConfig.model_validate({**cfg.model_dump(), "dense": {**cfg.dense.model_dump(), **changes}})
+    whole = Config.model_validate({"model": other.model_dump()})
+    return load_weights(build_model(other, 3), source_of(cfg), CLASSES, whole)[0]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("offset", 0.5, r"0\.0 in the file, 0\.5 here"),
+        ("scales", (1.0, 1.5, 2.0), r"\(1\.0, 1\.2599.*\) in the file, \(1\.0, 1\.5, 2\.0\) here"),
+        ("aspect_ratios", (1.0, 2.0, 4.0), r"\(0\.5, 1\.0, 2\.0\) in the file, \(1\.0, 2\.0, 4\.0\) here"),
+    ],
+)
+def test_another_convention_is_refused(option: str, value: object, words: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"mean something else .*\n  model\.dense\.{option}: {words}"):
+        loaded(retinanet(positives=10), **{option: value})
+
+
+def test_a_centerness_is_not_read_as_an_iou() -> None:
+    cfg = ModelConfig.model_validate({**RETINANET, "detector": "fcos", "backbone": {"depth": 18}})
+    assert cfg.dense.quality == "centerness" and not any("model." in line for line in loaded(cfg, positives=10))
+    with pytest.raises(CheckpointError, match=r"model\.dense\.quality: centerness in the file, iou here"):
+        loaded(cfg, quality="iou", positives=10)
+
+
+def test_other_sizes_of_anchors_are_reported_as_the_rpn_s_are() -> None:
+    cfg, sizes = retinanet(positives=10), (16, 32, 64, 128, 256)
+    assert not any("model.dense" in line for line in loaded(cfg))
+    assert f"model.dense.anchor_sizes: {cfg.dense.anchor_sizes} in the file, {tuple(map(float, sizes))} here" in loaded(
+        cfg, anchor_sizes=sizes
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,3 +222,119 @@ def test_what_a_toolkit_cannot_build_is_not_exported(toolkit: str, model: dict[s
     cfg = ModelConfig.model_validate({**model, "masks": False, "backbone": {"depth": 18}, "fpn": {"channels": 32}})
     with pytest.raises(ConfigError, match=words):
         export_weights(weights(cfg), cfg, CLASSES, toolkit)
+
+
+# --- what an export says of the toolkit's defaults
+
+
+def dense_differences(cfg: ModelConfig, toolkit: str) -> dict[str, str]:
+    """Return {option of the head: "this model's value, the toolkit's"} of an export's notes."""
+    found = (re.match(r"differs: dense\.(\w+) is (.*) in this model, (.*) by", note) for note in exported(cfg, toolkit))
+    return {match[1]: f"{match[2]}, {match[3]}" for match in found if match}
+
+
+def exported(cfg: ModelConfig, toolkit: str) -> list[str]:
+    """Return the notes of an export."""
+    shapes = {"backbone.stem.conv": (64, 3, 7, 7), "fpn.p6": (1,), "dense.boxes": (4 * cfg.dense.kinds, 1)}
+    return export_weights({f"{k}.weight": torch.zeros(v) for k, v in shapes.items()}, cfg, CLASSES, toolkit).notes
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_torchvision_s_own_detectors_differ_in_nothing_from_its_defaults(kind: str) -> None:
+    source = understand(WeightFile(Path("file.pth"), of_torchvision(kind).state_dict(), {}), UNNAMED)
+    assert dense_differences(source.model, "torchvision") == {}
+    assert not any("LastLevelP6P7" in note for note in exported(source.model, "torchvision"))
+    theirs = inspect.signature(type(of_torchvision(kind))).parameters
+    options = {
+        "score_threshold": "score_thresh", "nms_threshold": "nms_thresh", "detections_per_image": "detections_per_img",
+        "pre_nms": "topk_candidates", "center_radius": "center_sampling_radius", "positive_iou": "fg_iou_thresh",
+        "negative_iou": "bg_iou_thresh",
+    }  # fmt: skip
+    found = {key: theirs[name].default for key, name in options.items() if name in theirs}
+    assert len(found) >= 5 and found == {key: getattr(source.model.dense, key) for key in found}
+
+
+@pytest.mark.parametrize("norm", ["none", "gn"])
+def test_detectron2_s_retinanet_differs_in_nothing_from_its_defaults(tmp_path: Path, norm: str) -> None:
+    file = of_detectron2(weights(retinanet(norm, conv_bias=True)), norm == "gn")
+    assert dense_differences(read(tmp_path / "model.pth", file, UNNAMED).model, "detectron2") == {}
+
+
+def test_an_export_of_a_model_of_gndet_says_what_torchvision_s_fcos_and_retinanet_do_otherwise() -> None:
+    tree = {"masks": False, "compat": "torchvision", "backbone": {"depth": 18}}
+    fcos = ModelConfig.model_validate({**tree, "detector": "fcos"})
+    assert dense_differences(fcos, "torchvision") == {"assign": "atss, center", "score_threshold": "0.05, 0.2"}
+    v1, v2 = (
+        ModelConfig.model_validate({**tree, "detector": "retinanet", "dense": {"norm": {"kind": kind}}})
+        for kind in ("none", "gn")
+    )
+    assert dense_differences(v1, "torchvision") == {"detections_per_image": "100, 300"}
+    assert dense_differences(v2, "torchvision") == {"detections_per_image": "100, 300", "box_loss": "l1, giou"}
+
+
+# --- what P6 is made from
+
+
+def settings_for_p6(detector: str, p6: str, toolkit: str, norm: str, depth: int = 18) -> list[str]:
+    """Return what an export says on P6."""
+    norms = {"norm": {"kind": "none"}, "backbone": {"depth": depth, "norm": {"kind": "bn"}}}
+    dense = {"norm": {"kind": norm}, "conv_bias": detector == "fcos" or norm == "none"}
+    tree = {"detector": detector, "masks": False, "fpn": {"p6": p6}, "dense": dense, **norms}
+    cfg = ModelConfig.model_validate(tree)
+    return [note for note in exported(cfg, toolkit) if "P6" in note or "_BASE_" in note]
+
+
+@pytest.mark.parametrize(
+    ("detector", "p6", "norm", "depth", "words"),
+    [
+        ("retinanet", "p5", "none", 50, None),
+        ("retinanet", "c5", "none", 50, "(2048, 256); retinanet_resnet50_fpn has LastLevelP6P7(256, 256)"),
+        ("retinanet", "c5", "none", 18, "(512, 256); retinanet_resnet50_fpn has LastLevelP6P7(256, 256)"),
+        ("retinanet", "c5", "gn", 50, None),
+        ("retinanet", "p5", "gn", 50, "(256, 256); retinanet_resnet50_fpn_v2 has LastLevelP6P7(2048, 256)"),
+        ("fcos", "p5", "gn", 50, None),
+        ("fcos", "c5", "gn", 50, "(2048, 256); fcos_resnet50_fpn has LastLevelP6P7(256, 256)"),
+    ],
+)
+def test_an_export_to_torchvision_says_what_p6_is_made_from(
+    detector: str, p6: str, norm: str, depth: int, words: str | None
+) -> None:
+    expected = [] if words is None else [f"backbone with extra_blocks=LastLevelP6P7{words}"]
+    assert settings_for_p6(detector, p6, "torchvision", norm, depth) == expected
+
+
+@pytest.mark.parametrize("p6", ["p5", "c5"])
+def test_torchvision_s_pyramid_with_the_stated_p6_computes_the_same(p6: str) -> None:
+    norms = {"norm": {"kind": "none"}, "backbone": {"depth": 18, "norm": {"kind": "frozen_bn", "padding": "plain"}}}
+    cfg = ModelConfig.model_validate({**RETINANET, **norms, "fpn": {"channels": 32, "p6": p6}})
+    state = weights(cfg)
+    export = export_weights(state, cfg, CLASSES, "torchvision")
+    (channels,) = re.findall(r"=LastLevelP6P7\((\d+), (\d+)\);", "\n".join(export.notes))
+    blocks = LastLevelP6P7(*map(int, channels))
+    theirs = BackboneWithFPN(
+        resnet18(norm_layer=FrozenBatchNorm2d), {f"layer{n}": str(n) for n in (2, 3, 4)}, [128, 256, 512], 32, blocks
+    )
+    prefix = "backbone."
+    theirs.load_state_dict({k.removeprefix(prefix): v for k, v in export.tensors.items() if k.startswith(prefix)})
+    ours = build_model(cfg, 3)
+    ours.load_state_dict(state)
+    picture, size = torch.randint(0, 256, (1, 3, 128, 96)).float(), torch.tensor([[128, 96]])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.pixel_mean, cfg.pixel_std))
+    with torch.no_grad():
+        expected = theirs.eval()((picture - mean) / std)
+        found, _ = ours.eval().features(picture, size, False)
+    for level, maps in zip(found, expected.values(), strict=True):
+        torch.testing.assert_close(level, maps, rtol=1e-4, atol=1e-4 * float(maps.abs().max()))
+
+
+def test_an_export_to_detectron2_names_the_config_that_makes_p6_from_the_same_map() -> None:
+    assert settings_for_p6("retinanet", "c5", "detectron2", "none") == ["_BASE_ Base-RetinaNet.yaml"]
+    (line,) = settings_for_p6("retinanet", "p5", "detectron2", "none")
+    assert "model.backbone.top_block.in_channels 256, in_feature p5; Base-RetinaNet.yaml makes P6 from res5" in line
+
+
+def test_p6_from_c5_is_refused_where_torchvision_would_take_p5() -> None:
+    tree = {**RETINANET, "backbone": {"depth": 18}, "fpn": {"channels": 512, "p6": "c5"}}
+    cfg = ModelConfig.model_validate(tree)
+    with pytest.raises(ConfigError, match=r"model\.fpn\.p6: c5; torchvision makes P6 from P5 if .* the pyramid, 512"):
+        export_weights(weights(cfg), cfg, CLASSES, "torchvision")

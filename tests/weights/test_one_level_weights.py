@@ -61,6 +61,8 @@ def test_every_tensor_of_a_file_comes_over(tmp_path: Path, format: str) -> None:
     assert (source.format, source.parts, source.unused) == (format, PARTS, [])
     assert (source.model.neck, source.num_classes) == (neck, NUM_CLASSES)
     assert source.model.compat == format.partition("_")[0]
+    heads = (source.model.box_head, source.model.mask_head)
+    assert {head.sampling_ratio for head in heads} == {0}  # no toolkit's C4 or DC5 config states another
     assert source.model.backbone.stride_in_1x1 == (norm in ("bn", "frozen_bn"))
     assert source.model.part_norms()["backbone"].kind == norm
     model = build_model(source.model, NUM_CLASSES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gndet.config.model import DenseConfig, ModelConfig
 from gndet.errors import CheckpointError
-from gndet.weights.foreign.names import ConvNames, Names, sequence, with_endings
+from gndet.weights.foreign.names import ConvNames, Names, sequence, toolkit_of, with_endings
 from gndet.weights.foreign.part import BACKGROUND_FIRST, Layer, Part, Reader, State, Tree
 from gndet.weights.read import DENSE
 
@@ -31,6 +31,29 @@ NAMES: dict[str, Names] = {
         "retinanet_regression": ConvNames("head.bbox_subnet.{x}", "head.bbox_subnet.{x1}", "head.bbox_subnet.{e}"),
         "dense_cls": "head.cls_score", "dense_boxes": "head.bbox_pred"},
 }  # fmt: skip
+
+# by detector and toolkit: where a new model of the toolkit differs from the defaults of its model.compat.  Sources:
+# torchvision models/detection/fcos and retinanet; detectron2 modeling/meta_arch/retinanet
+DEFAULTS: dict[tuple[str, str], Tree] = {
+    ("fcos", "torchvision"): {"assign": "center", "score_threshold": 0.2},
+    ("retinanet", "torchvision"): {"detections_per_image": 300},
+    ("retinanet", "detectron2"): {"conv_bias": True},
+}
+
+
+def _defaults(detector: str, toolkit: str, norm: str) -> Tree:
+    """Return the options of the toolkit's head that differ from the defaults of model.compat; norm: of the towers."""
+    is_v2 = (detector, toolkit) == ("retinanet", "torchvision") and norm != "none"
+    return DEFAULTS.get((detector, toolkit), {}) | ({"box_loss": "giou"} if is_v2 else {})
+
+
+def with_defaults(cfg: ModelConfig, toolkit: str) -> ModelConfig:
+    """Return the config of a new model of the toolkit, of the same kind as cfg's and with the toolkit's defaults."""
+    kind, norm = {"neck": cfg.neck, "detector": cfg.detector, "masks": cfg.masks}, cfg.part_norms()["dense"].kind
+    options = _defaults(cfg.detector, toolkit, norm)
+    if norm == "none":  # then every convolution has a bias
+        options["conv_bias"] = cfg.dense.conv_bias
+    return ModelConfig.model_validate({"compat": toolkit, **kind, "dense": options})
 
 
 def _place(n: int) -> dict[str, object]:
@@ -64,11 +87,8 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
     if kinds != expected:
         raise CheckpointError(f"{reader.path}: {kinds} anchors per cell, expected {expected}")
     section: Tree = {"num_convs": max(sum(key in reader.tensors for key in keys), 1), "norm": norm}
+    section |= _defaults(detector["detector"], toolkit_of(reader.format), norm)
     section["conv_bias"] = norm == "none" or keys[0].removesuffix("weight") + "bias" in reader.tensors
-    if is_fcos:  # torchvision's
-        section |= {"assign": "center", "score_threshold": 0.2}
-    elif reader.format == "torchvision":  # v2 has GN in the heads
-        section |= {"box_loss": "l1" if norm == "none" else "giou", "detections_per_image": 300}
     return {**detector, "dense": section}
 
 
@@ -121,11 +141,9 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
     known = {"fcos": ("torchvision",), "retinanet": ("torchvision", "detectron2")}[cfg.detector]
     if toolkit not in known:
         yield f"--to {toolkit}: gndet writes model.detector: {cfg.detector} for {' and '.join(known)} only"
-    like = ModelConfig.model_validate({"detector": cfg.detector, "masks": False, "compat": toolkit}).dense
+    like = with_defaults(cfg, toolkit).dense
     wanted: dict[str, Any] = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
-    wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios")}
-    if cfg.part_norms()["dense"].kind != "none":  # without a norm, every convolution has a bias
-        wanted["conv_bias"] = cfg.detector == "fcos" or toolkit == "detectron2"
+    wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios", "conv_bias")}
     for name, value in wanted.items():
         if (got := getattr(cfg.dense, name)) != value:
             yield f"model.dense.{name}: {got}; {toolkit}'s {cfg.detector} has {value}"
@@ -133,9 +151,4 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
         yield "model.dense.norm: none; torchvision's fcos has GN"
 
 
-def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]:
-    if toolkit == "detectron2" and cfg.is_dense:
-        yield "_BASE_ Base-RetinaNet.yaml"
-
-
-PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals, _settings)
+PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals)

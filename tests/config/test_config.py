@@ -192,3 +192,10 @@ def test_edges_follow_another_crop_unless_they_were_chosen(tmp_path: Path) -> No
     assert (tested.data.shortest_edge, tested.data.shortest_edge_test) == ((224,), 329)
     chosen = with_overrides(with_overrides(cfg, ["data.shortest_edge_test=240"], "a"), ["data.crop.size=192"], "b")
     assert (chosen.data.shortest_edge, chosen.data.shortest_edge_test) == ((192,), 240)
+
+
+def test_another_detector_brings_its_own_defaults_and_the_same_one_changes_nothing() -> None:
+    retinanet = Config.model_validate({"model": {"detector": "retinanet", "masks": False, "dense": {"offset": 0.25}}})
+    fcos = Config.model_validate({"model": {"detector": "fcos", "masks": False}})
+    assert with_overrides(retinanet, ["model.detector=fcos"], "a run").model.dense == fcos.model.dense
+    assert with_overrides(retinanet, ["model.detector=retinanet"], "a run") == retinanet

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from gndet.config.model import ModelConfig
-from gndet.config.parts import BoxHeadConfig
 from gndet.errors import ConfigError
 from gndet.modeling import cascade
 from gndet.modeling.box_head import BoxHead
@@ -40,14 +39,8 @@ NECKS: dict[str, Callable[..., FPN | OneLevel]] = {  # model.neck: (options, nor
 }
 RES5 = {"c4": "regions", "dc5": "dilated"}  # how a ResNet runs res5, by model.neck
 BOX_HEADS: dict[str, type[BoxHead]] = {"2fc": BoxHead, "4conv1fc": BoxHead, "res5": Res5BoxHead}  # box_head.kind
-
-
-def _box_head(cfg: BoxHeadConfig, *args: Any) -> BoxHead:
-    return BOX_HEADS[cfg.kind](cfg, *args)
-
-
 HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, norm, channels, num_classes)
-    "box_head": _box_head,
+    "box_head": lambda cfg, *args: BOX_HEADS[cfg.kind](cfg, *args),
     "mask_head": MaskHead,
 }
 CASCADE_HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options of model.cascade, as above)

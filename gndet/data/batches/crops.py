@@ -45,9 +45,7 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
     return resize(batch)[0] if native else resize(batch.float())[0].round_().byte()
 
 
-def random_crop(
-    image: Tensor, crop: CropConfig, key: int, flips: tuple[float, float], antialias: bool
-) -> Tensor:  # fmt: skip
+def random_crop(image: Tensor, crop: CropConfig, key: int, flips: tuple[float, float], antialias: bool) -> Tensor:
     """Cut out a random part of a picture, resize it to a square, flip it, augment it and change its colors.
 
     image (3, h, w) uint8; flips: probabilities of a left-right and an upside-down flip; key: the only source of

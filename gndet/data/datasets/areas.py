@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from gndet.data.datasets.marks import Marks
+from gndet.data.datasets.faults import Marks
 from gndet.data.datasets.masks import CheckedMasks
 from gndet.data.datasets.segmentation import to_rle
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gndet.data.datasets.faults import Marks
 from gndet.data.datasets.json_items import column
-from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import check_masks, to_floats
 
 MAX_COORDINATE = 1e6  # pixels, far beyond MAX_SIDE; larger numbers (or inf, NaN) do not make a box

@@ -12,10 +12,9 @@ import numpy as np
 
 from gndet.data.datasets.areas import check_areas
 from gndet.data.datasets.boxes import check_boxes
-from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings
+from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings, Marks
 from gndet.data.datasets.ids import NO_ID, Numbers, to_integer, to_integers, without_text
 from gndet.data.datasets.json_items import Item, Raw, column
-from gndet.data.datasets.marks import Marks
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
 from gndet.text import brief
 

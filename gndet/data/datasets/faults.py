@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from gndet.data.records import Dataset, Finding
 from gndet.errors import DataError
 
@@ -271,6 +273,23 @@ class Findings:
     def listed(self) -> tuple[Finding, ...]:
         """Return the findings, refused first, each severity in the order of FAULTS."""
         return in_order(self._found.values())
+
+
+class Marks:
+    """Record the faults of n annotations.  Refused or dropped annotations are not checked further."""
+
+    def __init__(self, num: int) -> None:
+        self.left = np.ones(num, dtype=bool)  # those still being checked
+        self.places: dict[str, np.ndarray] = {}  # indices, by code of FAULTS
+
+    def note(self, code: str, faulty: np.ndarray) -> None:
+        """Mark those of faulty (n,) bool that are left."""
+        self.places[code] = np.flatnonzero(self.left & faulty)
+
+    def drop(self, code: str, faulty: np.ndarray) -> None:
+        """Mark those of faulty (n,) bool that are left, and stop checking them."""
+        self.note(code, faulty)
+        self.left &= ~faulty
 
 
 def with_totals(findings: Iterable[Finding], annotations: int) -> tuple[Finding, ...]:

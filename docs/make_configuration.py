@@ -20,9 +20,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from gndet.config import dense
+from gndet.config.cascade import CASCADE, MMDETECTION
 from gndet.config.model import ModelConfig
 from gndet.config.norm import NormConfig
-from gndet.config.presets import C4_PRESETS, CASCADE_PRESETS, NECKS, PRESETS
+from gndet.config.one_level import C4, DC5, DETECTRON_C4
+from gndet.config.presets import PRESETS
 from gndet.config.schema import Config
 
 PAGE = Path(__file__).parent / "configuration.md"
@@ -66,10 +69,11 @@ def page() -> str:
     for file in {inspect.getfile(section) for _, section in found}:
         comments |= option_comments(Path(file).read_text(encoding="utf-8"))
     sections = [table(path, section, comments) for path, section in found]
-    cascades = {"cascade_rcnn": CASCADE_PRESETS["gndet"], "and mmdetection": CASCADE_PRESETS["mmdetection"]}
-    necks = {**NECKS, "c4 and detectron": C4_PRESETS["detectron"]}
+    toolkits = {name: PRESETS[name] | {"dense": options} for name, options in dense.TOOLKITS.items()}
+    cascades = {"cascade_rcnn": CASCADE.defaults, "and mmdetection": MMDETECTION.defaults}
+    necks = {"c4": C4.defaults, "dc5": DC5.defaults, "c4 and detectron": DETECTRON_C4.defaults}
     tables = [
-        *(PRESET_WORDS, presets("gndet", PRESETS), CASCADE_WORDS, presets("gndet", cascades)),
+        *(PRESET_WORDS, presets("gndet", toolkits), CASCADE_WORDS, presets("gndet", cascades)),
         *("", NECK_WORDS, presets("fpn", necks)),
     ]
     return "\n".join([OPENING, *sections, *tables, "\nNext: [training](training.md)."]) + "\n"

@@ -2,7 +2,8 @@
 
 import torch
 
-from gndet.config.model import CascadeConfig, ModelConfig
+from gndet.config.cascade import CascadeConfig
+from gndet.config.model import ModelConfig
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig, BoxHeadConfig, FPNConfig, MaskHeadConfig, RPNConfig
 from gndet.modeling.build import build_model

@@ -1,6 +1,7 @@
 """The layout rules: layers, what the toolbox may import, and no import inside a function."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +105,13 @@ def test_the_rule_itself(here: str, there: str, allowed: bool) -> None:
 def test_no_import_inside_a_function(path: Path) -> None:
     if path.parent == ROOM / "cli" or path == ROOM / "__init__.py":
         return  # --help and `import gndet` must answer before torch is imported
-    # only fine-tuning from another toolkit's file loads the readers of seven toolkits; supervision is an extra
-    places = {ROOM / "weights" / "read.py": "_read", ROOM / "evaluation" / "prediction.py": "to_supervision"}
-    allowed = {places.get(path)}
+    # only fine-tuning from another toolkit's file loads the readers of seven toolkits; timm and supervision are extras
+    allowed = {
+        ROOM / "weights" / "read.py": "_read", ROOM / "evaluation" / "prediction.py": "to_supervision",
+        ROOM / "modeling" / "build.py": "_timm", ROOM / "weights" / "policy.py": "mismatched",
+    }.get(path)  # fmt: skip
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef) and node.name not in allowed:
+        if isinstance(node, ast.FunctionDef) and node.name != allowed:
             assert not any(isinstance(inner, ast.Import | ast.ImportFrom) for inner in ast.walk(node)), node.name
 
 
@@ -120,3 +123,63 @@ def test_an_init_holds_no_code(path: Path) -> None:
         typed = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         at_root = path.parent == ROOM and (isinstance(node, ast.Assign) or lazy or typed)
         assert isinstance(node, ast.Expr | ast.ImportFrom) or at_root
+
+
+class Spread(NamedTuple):
+    """Where the code of a kind of detector or backbone is, relative to gndet/."""
+
+    words: str  # pattern of the names and short texts that it alone uses
+    own: tuple[str, ...]  # files for it alone
+    others: tuple[str, ...]  # files that also know it
+
+
+KINDS = {
+    "C4 and DC5": Spread(
+        r"(?i)'(c4|dc5|owner|dilated)'|^c4|one_?level|res5=|^res5",
+        ("config/one_level.py", "modeling/one_level.py", "weights/foreign/one_level.py"),
+        ("config/model.py", "modeling/build.py", "modeling/resnet.py", "weights/foreign/formats.py",
+         "weights/foreign/resnet.py"),
+    ),
+    "cascade": Spread(
+        r"(?i)cascade|^'\\\.stages",
+        ("config/cascade.py", "modeling/cascade.py"),
+        ("config/model.py", "modeling/build.py", "weights/foreign/two_stage.py", "weights/read.py"),
+    ),
+    "dense detectors": Spread(
+        r"(?i)^[.'](is_)?dense\b|dense(head|detector|config)|^'fcos|^'retinanet'|atss|RETINANET",
+        ("config/dense.py", "modeling/dense.py", "modeling/dense_head.py", "ops/assigning.py", "weights/positives.py",
+         "weights/foreign/dense.py"),
+        ("config/model.py", "modeling/build.py", "weights/foreign/formats.py", "weights/foreign/neck.py",
+         "weights/read.py"),
+    ),
+    "networks of timm": Spread(
+        r"^'timm['_:]|timm_backbone|timm_files|^TIMM|TimmB",
+        ("modeling/timm_backbone.py", "weights/foreign/timm_files.py"),
+        ("config/parts.py", "config/training.py", "modeling/build.py", "weights/policy.py",
+         "weights/foreign/source.py"),
+    ),
+}  # fmt: skip
+
+
+def words_of(tree: ast.AST) -> Iterator[str]:
+    """Yield the names in a file, attributes with a point before them, and its texts without spaces, in quotes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " not in node.value:
+            yield f"'{node.value}'"
+        elif isinstance(node, ast.Attribute):
+            yield f".{node.attr}"
+        else:
+            names = (getattr(node, field, None) for field in ("id", "arg", "name", "module"))
+            yield from (name for name in names if isinstance(name, str))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_of_detector_or_backbone_is_known_to_five_files_beside_its_own(kind: str) -> None:
+    spread = KINDS[kind]
+    found = {
+        str(path.relative_to(ROOM))
+        for path in FILES
+        if path.parts[len(ROOM.parts)] not in ("toolbox", "cli")
+        and any(re.search(spread.words, word) for word in words_of(ast.parse(path.read_text())))
+    }
+    assert found == {*spread.own, *spread.others} and len(spread.others) <= 5

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gndet.config.data import DataConfig
-from gndet.config.presets import C4_PRESETS, DETECTOR_DEFAULTS, NECKS, PRESETS, edges_of, without_conventions
+from gndet.config.model import CONVENTIONS
+from gndet.config.presets import edges_of, without
 from gndet.config.schema import Config
 from gndet.config.section import NOT_UNICODE
 from gndet.errors import ConfigError
@@ -94,11 +95,11 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
     change: dict[str, Any] = {}
     _override(change, overrides, {})
     model = change.get("model")
-    necks = NECKS | {compat: options for compat, options in C4_PRESETS.items() if compat == cfg.model.compat}
-    for option, presets in (("compat", PRESETS), ("neck", necks), ("detector", DETECTOR_DEFAULTS)):
-        current = tree["model"][option]
-        if isinstance(model, dict) and model.get(option, current) != current:
-            tree["model"] = without_conventions(tree["model"], presets)
+    if isinstance(model, dict):  # the defaults of another detector, neck or toolkit replace those of the present one
+        changed = [
+            each for each in CONVENTIONS if each.applies(tree["model"]) != each.applies({**tree["model"], **model})
+        ]
+        tree["model"] = without(changed, tree["model"])
     data, crop = tree["data"], change.get("data", {}).get("crop") if isinstance(change.get("data"), dict) else None
     if isinstance(crop, dict) and crop.keys() & {"size", "size_test"}:  # edges that follow the crop, follow it anew
         for edge in [edge for edge, value in edges_of(data["crop"]).items() if data[edge] == value]:

@@ -145,20 +145,20 @@ class RPNConfig(Section):
 
 
 class BoxHeadConfig(Section):
-    """Box head: 2fc (Lin et al. 2017), 4conv1fc (Wu & He 2018), or the backbone's res5 (He et al. 2016)."""
+    """Box head: 2fc (Lin et al. 2017) or 4conv1fc (Wu & He 2018); neck c4 averages what res5 makes of a region."""
 
     shapes: ClassVar = ("kind", "num_convs", "conv_channels", "fc_channels", "pool_size", "norm_last", "class_agnostic")
     conventions: ClassVar = {"roi_align": "box_head"}
 
-    # two fully connected layers (Lin et al. 2017), four convolutions and one, or with neck c4 the average of res5,
-    # which runs on each region. Source: Wu & He 2018, 4.2
-    kind: Literal["2fc", "4conv1fc", "res5"] = "4conv1fc"
+    # two fully connected layers (Lin et al. 2017), or four convolutions and one; neck c4 has neither.
+    # Source: Wu & He 2018, 4.2
+    kind: Literal["2fc", "4conv1fc"] = "4conv1fc"
     # width of the convolutions of 4conv1fc [channels]. Source: Wu & He 2018, 4.2
     conv_channels: int = Field(256, ge=1, le=8192)
     num_convs: int = Field(4, ge=1, le=32)  # number of convolutions of 4conv1fc. Source: Wu & He 2018, 4.2
     # width of the fully connected layers [channels]. Source: Lin et al. 2017
     fc_channels: int = Field(1024, ge=1, le=65_536)
-    # replaces model.norm as a whole for this part; the 2fc head has no norm, and res5 that of the backbone
+    # replaces model.norm as a whole for this part; 2fc has no norm, and res5 that of the backbone
     norm: NormConfig | None = None
     # whether the last convolution of 4conv1fc has a norm, too; without it a region's features keep their strength
     norm_last: bool = True
@@ -186,7 +186,7 @@ class BoxHeadConfig(Section):
     @property
     def layers(self) -> tuple[int, int]:
         """The numbers of convolutions and of hidden linear layers."""
-        return {"2fc": (0, 2), "4conv1fc": (self.num_convs, 1), "res5": (0, 0)}[self.kind]
+        return (0, 2) if self.kind == "2fc" else (self.num_convs, 1)
 
     @model_validator(mode="after")
     def _has_a_last_norm(self) -> "BoxHeadConfig":

@@ -40,7 +40,7 @@ class BoxHead(RegionHead):
         self.cfg, self.num_classes, self.memory = cfg, num_classes, "fast"
         self.stage, self.delta_weights = stage, delta_weights  # of a cascade
         self.num_boxes = 1 if cfg.class_agnostic else num_classes  # per region
-        num_convs, num_fcs = cfg.layers
+        num_convs, num_fcs = self.layers()
         norms = [norm] * num_convs
         if norms and not cfg.norm_last:
             norms[-1] = NormConfig(kind="none")
@@ -66,6 +66,10 @@ class BoxHead(RegionHead):
         nn.init.normal_(self.bbox_pred.weight, std=0.001)
         nn.init.zeros_(self.cls_score.bias)
         nn.init.zeros_(self.bbox_pred.bias)
+
+    def layers(self) -> tuple[int, int]:
+        """Return the numbers of convolutions and of hidden linear layers."""
+        return self.cfg.layers
 
     def flat_channels(self, channels: int) -> int:
         """Return the number of values of a region that enter the linear layers, from maps of that many channels."""

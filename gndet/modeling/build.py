@@ -7,9 +7,10 @@ to config/parts.py for a backbone.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from gndet.config.model import ModelConfig
+from gndet.config.norm import NormConfig
+from gndet.config.parts import BackboneConfig
 from gndet.errors import ConfigError
 from gndet.modeling import cascade
 from gndet.modeling.box_head import BoxHead
@@ -18,31 +19,38 @@ from gndet.modeling.dense import DenseDetector
 from gndet.modeling.dense_head import DenseHead
 from gndet.modeling.detection_model import DetectionModel, RegionHead
 from gndet.modeling.fpn import FPN
-from gndet.modeling.image_model import ImageModel
+from gndet.modeling.image_model import Backbone, ImageModel, Neck
 from gndet.modeling.mask_head import MaskHead
 from gndet.modeling.mask_rcnn import MaskRCNN
 from gndet.modeling.one_level import OneLevel, Res5BoxHead
 from gndet.modeling.resnet import ResNet
 from gndet.modeling.rpn import RPN
-from gndet.modeling.timm_backbone import TimmBackbone
 from gndet.modeling.vgg import VGG
 
-BACKBONES: dict[str, Callable[..., Any]] = {  # model.backbone.kind: (options, norm)
+
+def _timm(cfg: BackboneConfig, norm: NormConfig) -> Backbone:
+    """Build a network of timm, an optional extra."""
+    from gndet.modeling.timm_backbone import TimmBackbone
+
+    return TimmBackbone(cfg, norm)
+
+
+BACKBONES: dict[str, Callable[..., Backbone]] = {  # model.backbone.kind: (options, norm)
     "resnet": ResNet,
     "vgg": VGG,
-    "timm": TimmBackbone,
+    "timm": _timm,
 }
-NECKS: dict[str, Callable[..., FPN | OneLevel]] = {  # model.neck: (options, norm, channels of the backbone's maps)
+NECKS: dict[str, Callable[..., Neck]] = {  # model.neck: (options, norm, channels of the backbone's maps)
     "fpn": FPN,
     "c4": OneLevel,
     "dc5": OneLevel,
 }
 RES5 = {"c4": "regions", "dc5": "dilated"}  # how a ResNet runs res5, by model.neck
-BOX_HEADS: dict[str, type[BoxHead]] = {"2fc": BoxHead, "4conv1fc": BoxHead, "res5": Res5BoxHead}  # box_head.kind
 HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options, norm, channels, num_classes)
-    "box_head": lambda cfg, *args: BOX_HEADS[cfg.kind](cfg, *args),
+    "box_head": BoxHead,
     "mask_head": MaskHead,
 }
+C4_HEADS = {**HEADS, "box_head": Res5BoxHead}
 CASCADE_HEADS: dict[str, Callable[..., RegionHead]] = {  # by config section: (options of model.cascade, as above)
     "box_head": cascade.CascadeBoxHead,
     "mask_head": cascade.mask_head,
@@ -55,9 +63,10 @@ def build_model(cfg: ModelConfig, num_classes: int) -> ImageModel:
 
 
 def _mask_rcnn(
-    cfg: ModelConfig, num_classes: int, head_kinds: Mapping[str, Callable[..., RegionHead]] = HEADS
+    cfg: ModelConfig, num_classes: int, kinds: Mapping[str, Callable[..., RegionHead]] | None = None
 ) -> DetectionModel:
-    """Build a Mask R-CNN, or a Faster R-CNN if masks are off; head_kinds: as HEADS."""
+    """Build a Mask R-CNN, or a Faster R-CNN if masks are off; kinds: of heads, as HEADS; None: those of the neck."""
+    kinds = kinds or (C4_HEADS if cfg.neck == "c4" else HEADS)
     norms, backbone = cfg.part_norms(), _backbone(cfg)
     with _part_in_errors("fpn"):
         neck = NECKS[cfg.neck](cfg.fpn, norms["backbone" if cfg.neck in RES5 else "fpn"], backbone.channels)
@@ -66,8 +75,8 @@ def _mask_rcnn(
     heads = {}
     for part in cfg.region_heads:
         with _part_in_errors(part):
-            channels = backbone.region_channels if cfg.neck == "c4" else neck.channels
-            heads[part] = head_kinds[part](getattr(cfg, part), norms[part], channels, num_classes)
+            channels = backbone.region_channels or neck.channels
+            heads[part] = kinds[part](getattr(cfg, part), norms[part], channels, num_classes)
     return MaskRCNN(backbone, neck, rpn, heads, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
 
 
@@ -93,7 +102,7 @@ def _classifier(cfg: ModelConfig, num_classes: int) -> Classifier:
     return Classifier(backbone, head, pixel_mean=cfg.pixel_mean, pixel_std=cfg.pixel_std)
 
 
-def _backbone(cfg: ModelConfig) -> Any:
+def _backbone(cfg: ModelConfig) -> Backbone:
     with _part_in_errors("backbone"):
         options = {"res5": RES5[cfg.neck]} if cfg.neck in RES5 else {}
         return BACKBONES[cfg.backbone.kind](cfg.backbone, cfg.part_norms()["backbone"], **options)

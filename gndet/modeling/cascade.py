@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gndet.config.model import CascadeConfig
+from gndet.config.cascade import CascadeConfig
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BoxHeadConfig, MaskHeadConfig
 from gndet.modeling.box_head import BoxHead

@@ -156,7 +156,7 @@ class Classifier(ImageModel):
 
     def rectified(self) -> Rectified:
         """Return the layers of the backbone."""
-        return Rectified(self.backbone.rectified(), [])
+        return self.backbone.rectified()
 
     def sees_regions(self, module: str) -> bool:
         """Return whether the module belongs to the head, which sees pooled pictures."""

@@ -73,7 +73,7 @@ class DenseDetector(DetectionModel):
 
     def rectified(self) -> Rectified:
         """Return the layers of the backbone and of the head's towers."""
-        return Rectified([*self.backbone.rectified(), *self.dense.cls_convs, *self.dense.box_convs], [])
+        return Rectified([*self.backbone.rectified().maps, *self.dense.cls_convs, *self.dense.box_convs], [])
 
     def sees_regions(self, module: str) -> bool:
         """Return False: every module runs on whole maps."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gndet.config.model import DenseConfig
+from gndet.config.dense import DenseConfig
 from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.anchors import cell_anchors, pyramid_anchors

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from gndet.config.norm import NormConfig
 from gndet.config.parts import FPNConfig
 from gndet.modeling.conv_norm import choose_ways, conv_factory
+from gndet.modeling.image_model import Neck
 from gndet.modeling.norms.valid_area import ValidAreas, clear_padding
 from gndet.modeling.recompute import tower
 
 LEVELS = (2, 3, 4, 5)  # of the backbone
 
 
-class FPN(nn.Module):
+class FPN(Neck):
     """Lateral 1x1 and output 3x3 convolutions with a nearest-neighbor top-down path, and what lies above P5.
 
     finest 2 (Lin et al. 2017): P2..P5, and P6, which is P5 subsampled by 2.  finest 3 (Lin et al. 2017, "Focal Loss"):
@@ -28,7 +29,7 @@ class FPN(nn.Module):
     norms.
     """
 
-    part = "fpn"  # prefix of its tensors' names
+    part = "fpn"
 
     def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int], finest: int = 2) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class FPN(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def choose_convolutions(self, shortest_edge: int) -> None:
-        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+        """Choose the fastest way of each convolution on a CPU; see `Neck`."""
         for level in self.levels:
             choose_ways(self.get_submodule(f"output{level}"), shortest_edge / 2**level)
 

@@ -1,4 +1,4 @@
-"""The interface of models that are trained on images.  The rest of gndet relies on nothing else.
+"""The interfaces of models that are trained on images, and of their parts.  The rest of gndet relies on nothing else.
 
 B images, C channels, L levels, R regions per image, (H, W) canvas; sizes (B, 2) are the pictures' heights and widths.
 
@@ -8,7 +8,8 @@ and `rectified` let `gndet invariance` check this.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,85 @@ class Rectified(NamedTuple):
     regions: list[nn.Module]  # return (B * R, ...)
 
 
+class Backbone(nn.Module, ABC):
+    """What turns pictures into maps; its last stages may run on regions of the last map instead."""
+
+    channels: tuple[int, ...]  # of the maps
+    region_channels = 0  # of what `on_regions` returns, if stages run on regions
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen: list[nn.Module] = []  # parts that are not trained
+
+    @abstractmethod
+    def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
+        """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
+
+        keys (B,): of the images, for stochastic depth in training; None: no block is skipped.
+        Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
+        """
+
+    @abstractmethod
+    def rectified(self) -> Rectified:
+        """Return the modules that end with a ReLU; other activations have no zeros."""
+
+    @abstractmethod
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+
+    def check(self) -> None:
+        """Raise ConfigError where a picture's maps depend on its batch.
+
+        Networks that gndet did not write have to show this when a run starts; for the others, tests do.
+        """
+
+    def after_maps(self) -> list[nn.ModuleList]:
+        """Return the stages that run on regions: children of the backbone."""
+        return []
+
+    def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
+        """Run the stages of `after_maps` on regions.
+
+        pool: returns the regions' features (R, C, P, P); with train.memory "lean" it is called again in the backward
+        pass.  Returns (R, region_channels, P', P').
+        """
+        return pool()
+
+    def stop_training(self, parts: list[nn.Module]) -> None:
+        """Freeze parts: their parameters, and the statistics of their BN layers."""
+        self.frozen = parts
+        for part in parts:
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode; frozen parts stay in evaluation mode, so that BN keeps its statistics."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
+
+
+class Neck(nn.Module, ABC):
+    """What turns the backbone's maps into levels."""
+
+    part: str  # prefix of its tensors' names
+    channels: int  # of each level
+    strides: tuple[int, ...]  # of the levels, from the finest
+    masked: bool  # whether the levels are zero in the padding
+
+    @abstractmethod
+    def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
+        """Map the backbone's maps (B, C, H/s, W/s) to the levels (B, channels, H/s, W/s); areas: by stride."""
+
+    def choose_convolutions(self, shortest_edge: int) -> None:
+        """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
+
+
 class ImageModel(nn.Module, ABC):
     """A detector or a classifier: a backbone, and the parts that work on its maps."""
 
-    # a module; its list `frozen` holds the parts that are not trained; `check()` raises ConfigError where its maps of a
-    # picture depend on the batch, which only a network that gndet did not write has to show
-    backbone: Any
+    backbone: Backbone
     pixel_mean: Tensor
     pixel_std: Tensor
     strides: tuple[int, ...]  # of the levels that `features` returns

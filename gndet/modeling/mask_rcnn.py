@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from gndet.modeling.conv_norm import choose_ways
 from gndet.modeling.detection_model import PROBED_REGIONS, DetectionModel, RegionHead
-from gndet.modeling.fpn import FPN
-from gndet.modeling.image_model import Choices, Features, Rectified
+from gndet.modeling.image_model import Backbone, Choices, Features, Neck, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas
-from gndet.modeling.one_level import OneLevel
-from gndet.modeling.resnet import REGION, ResNet
 from gndet.modeling.rpn import RPN
 from gndet.ops.roi_align import Pyramid, extended, pyramid_level
 from gndet.structures import Batch, Detections, Proposals, Regions, Step
 
+SMALLEST = 7  # side of a region's map in most heads [cells]
 ROI_LEVELS = 4  # the heads pool from P2..P5, or from the only level
 
 
@@ -31,11 +29,11 @@ class MaskRCNN(DetectionModel):
     """Backbone, neck, RPN, and region heads that run one after the other."""
 
     def __init__(
-        self, backbone: ResNet, neck: FPN | OneLevel, rpn: RPN, heads: Mapping[str, RegionHead], *,
+        self, backbone: Backbone, neck: Neck, rpn: RPN, heads: Mapping[str, RegionHead], *,
         pixel_mean: tuple[float, float, float], pixel_std: tuple[float, float, float],
     ) -> None:  # fmt: skip
         super().__init__(pixel_mean, pixel_std)
-        self.backbone: ResNet = backbone
+        self.backbone = backbone
         self.neck_name = neck.part
         self.add_module(neck.part, neck)
         self.rpn = rpn
@@ -44,20 +42,15 @@ class MaskRCNN(DetectionModel):
             self.add_module(name, head)
 
     @property
-    def neck(self) -> FPN | OneLevel:
+    def neck(self) -> Neck:
         """Return what turns the backbone's maps into levels."""
-        neck: FPN | OneLevel = getattr(self, self.neck_name)
+        neck: Neck = getattr(self, self.neck_name)
         return neck
 
     @property
     def heads(self) -> list[RegionHead]:
         """Return the region heads in the order they run."""
         return [getattr(self, name) for name in self.head_names]
-
-    @property
-    def region_stages(self) -> list[nn.ModuleList]:
-        """Return the stages of the backbone that run on regions: res5 in a C4 model."""
-        return self.backbone.after_maps() if isinstance(self.backbone, ResNet) else []
 
     def features(self, images: Tensor, sizes: Tensor, padded: bool, keys: Tensor | None = None) -> Features:
         """Return P2..P6 of images (B, 3, H, W) uint8 RGB whose pictures have sizes (B, 2), and the pictures' areas.
@@ -106,7 +99,7 @@ class MaskRCNN(DetectionModel):
         strides = self.strides[:ROI_LEVELS]
         valid = [areas[stride] for stride in strides] if self.extends_edges else []
         sizes = [area.sizes for area in valid if area is not None]
-        last_stage = self.backbone.on_regions if self.region_stages else None
+        last_stage = self.backbone.on_regions if self.backbone.after_maps() else None
         return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None, last_stage))
 
     # --- for inspection: norm statistics, calibration, the proof of batch independence
@@ -145,21 +138,22 @@ class MaskRCNN(DetectionModel):
 
     def rectified(self) -> Rectified:
         """Return the layers of the backbone, the RPN and the first head, which the regions of a Step belong to."""
-        regions = self.backbone.rectified_on_regions() if self.region_stages else []
-        return Rectified([*self.backbone.rectified(), *self.rpn.convs], [*regions, *self.heads[0].rectified()])
+        maps, regions = self.backbone.rectified()
+        return Rectified([*maps, *self.rpn.convs], [*regions, *self.heads[0].rectified()])
 
     def sees_regions(self, module: str) -> bool:
-        """Return whether the module belongs to a head, or to the backbone's res5 in a C4 model."""
-        is_res5 = bool(self.region_stages) and module.startswith("backbone.res5")
-        return is_res5 or module.partition(".")[0] in self.head_names
+        """Return whether the module belongs to a head, or to a stage of the backbone that runs on regions."""
+        stages = {id(stage) for stage in self.backbone.after_maps()}
+        names = [f"backbone.{name}" for name, child in self.backbone.named_children() if id(child) in stages]
+        return f"{module}.".startswith(tuple(f"{name}." for name in (*self.head_names, *names)))
 
     def after_features(self) -> list[nn.Module]:
         """Return the RPN, the stages of the backbone that run on regions, and the heads."""
-        return [self.rpn, *self.region_stages, *self.heads]
+        return [self.rpn, *self.backbone.after_maps(), *self.heads]
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
         self.backbone.choose_convolutions(shortest_edge)
         self.neck.choose_convolutions(shortest_edge)
         for part in [self.rpn, *self.heads]:  # they see maps of all sizes or many regions
-            choose_ways(part, max(shortest_edge / self.strides[:2][-1], REGION))
+            choose_ways(part, max(shortest_edge / self.strides[:2][-1], SMALLEST))

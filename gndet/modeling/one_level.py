@@ -9,31 +9,29 @@ itself and normalizes it by itself, and a region has no padding; so regions in p
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gndet.config.norm import NormConfig
 from gndet.config.parts import FPNConfig
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.detection_model import image_index, region_features
+from gndet.modeling.image_model import Neck
 from gndet.modeling.norms.valid_area import ValidAreas
 from gndet.ops.roi_align import Pyramid
 
 AT_ONCE = 128  # regions per image that res5 sees at once in detection: 1,000 of them would take 3 GiB
 
 
-class OneLevel(nn.Module):
+class OneLevel(Neck):
     """The backbone's last map as the only level: C4, or a dilated C5."""
 
     part = "level"  # it has no tensors
-    strides: tuple[int, ...] = (16,)
+    strides = (16,)
 
     def __init__(self, cfg: FPNConfig, norm: NormConfig, in_channels: Sequence[int]) -> None:
         """norm: the backbone's.  in_channels: of its maps, the last of which becomes the level.  cfg has no effect."""
         super().__init__()
         self.channels, self.masked = in_channels[-1], norm.masked
-
-    def choose_convolutions(self, shortest_edge: int) -> None:
-        """Do nothing: there is no convolution."""
 
     def forward(self, features: Sequence[Tensor], areas: ValidAreas) -> list[Tensor]:
         """Return the last of the features."""
@@ -45,6 +43,10 @@ class Res5BoxHead(BoxHead):
 
     A mask head works on the same result, (R, C, P, P).
     """
+
+    def layers(self) -> tuple[int, int]:
+        """Return (0, 0): res5 takes their place."""
+        return 0, 0
 
     def flat_channels(self, channels: int) -> int:
         """Return the channels of res5."""

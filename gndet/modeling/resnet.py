@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig
 from gndet.modeling.conv_norm import ConvFactory, ConvNorm, choose_ways, conv_factory, initialize
+from gndet.modeling.image_model import Backbone, Rectified
 from gndet.modeling.norms.valid_area import ValidArea, ValidAreas, below_all, clear_padding
 from gndet.modeling.pooling import Window, average_pool
 from gndet.modeling.recompute import recomputed, tower
@@ -148,7 +149,7 @@ class DeepStem(nn.Module):
         return tower([self.conv1, self.conv2, self.conv3], x, [area] * 3)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """The backbone; `channels` and `strides` are of C2..C5; its stem has stride 4.
 
     res5: "map": C5 has stride 32.  "dilated": C5 has stride 16, because res5 does not stride but dilates (DC5).
@@ -161,7 +162,6 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.memory = "fast"
-        self.frozen: list[nn.Module] = []
         self.masked, self.clamps = norm.masked, not norm.replaces_relu
         bottleneck = partial(
             Bottleneck, stride_in_1x1=cfg.stride_in_1x1, cardinality=cfg.cardinality, group_width=cfg.group_width
@@ -187,7 +187,8 @@ class ResNet(nn.Module):
             self.strides = (*STRIDES[:3], STRIDES[2])
         elif res5 == "regions":
             self.strides = STRIDES[:3]
-        self.channels, self.region_channels = tuple(channels[: len(self.strides)]), channels[3]
+        self.channels = tuple(channels[: len(self.strides)])
+        self.region_channels = channels[3] if res5 == "regions" else 0
         residuals: list[Any] = [block for stage in self.stages() for block in stage]
         for i, residual in enumerate(residuals):  # from 0 to the rate, as in timm; the paper: from rate / L
             residual.number, residual.skipped = i, cfg.stochastic_depth * i / (len(residuals) - 1)
@@ -216,16 +217,9 @@ class ResNet(nn.Module):
         """Return the stages that run on regions."""
         return self.stages()[len(self.strides) :]
 
-    def rectified(self) -> list[nn.Module]:
-        """Return the modules on whole maps that end with a ReLU, in the order they run."""
-        return _rectified([self.stem, *self.on_maps()])
-
-    def rectified_on_regions(self) -> list[nn.Module]:
-        """Return the modules on regions that end with a ReLU, in the order they run."""
-        return _rectified(self.after_maps())
-
-    def check(self) -> None:
-        """Return: tests show that a picture's maps are a function of that picture alone."""
+    def rectified(self) -> Rectified:
+        """Return the modules on whole maps and on regions that end with a ReLU, in the order they run."""
+        return Rectified(_rectified([self.stem, *self.on_maps()]), _rectified(self.after_maps()))
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
@@ -237,17 +231,7 @@ class ResNet(nn.Module):
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem (freeze_at 1) and the stages up to res{freeze_at} (Detectron's FREEZE_AT)."""
         parts: list[nn.Module] = [self.stem, *self.stages()]
-        self.frozen = parts[:freeze_at]
-        for part in self.frozen:
-            part.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "ResNet":
-        """Set the training mode; frozen parts stay in evaluation mode, so that BN keeps its statistics."""
-        super().train(mode)
-        for part in self.frozen:
-            part.eval()
-        return self
+        self.stop_training(parts[:freeze_at])
 
     def _stem(self, x: Tensor, areas: ValidAreas) -> Tensor:
         x, area = self.stem(x, areas[2]), areas[2]
@@ -257,11 +241,7 @@ class ResNet(nn.Module):
         return clear_padding(x, areas[4]) if self.masked else x
 
     def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
-        """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
-
-        keys (B,): of the images, for stochastic depth in training; None: no block is skipped.
-        Returns maps (B, C, ceil(H/s), ceil(W/s)) at `strides`, zero in the padding if the norm is masked.
-        """
+        """Map x (B, 3, H, W) to C2..C5 at `strides`, as `Backbone.forward`."""
         x = recomputed(self, self._stem, x, areas, cheap=True)
         features = []
         area = areas[4]
@@ -276,11 +256,7 @@ class ResNet(nn.Module):
         return features
 
     def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
-        """Run the stages after the maps on regions.
-
-        pool: returns the regions' features (R, C, P, P); with train.memory "lean" it is called again in the backward
-        pass.  Returns (R, region_channels, ceil(P/2), ceil(P/2)).
-        """
+        """Run the stages of `after_maps` on regions (R, C, P, P), as `Backbone.on_regions`; P' is ceil(P/2)."""
         return recomputed(self, self._pooled, pool)
 
     def _pooled(self, pool: Callable[[], Tensor]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig
 from gndet.errors import ConfigError
+from gndet.modeling.image_model import Backbone, Rectified
 from gndet.modeling.norms.layers import make_norm
 from gndet.modeling.norms.valid_area import ValidAreas, picture_areas
 from gndet.modeling.recompute import recomputed
@@ -64,7 +65,7 @@ def norm_of(name: str) -> NormConfig | None:
     return None
 
 
-class TimmBackbone(nn.Module):
+class TimmBackbone(Backbone):
     """The backbone; `channels` holds the channel counts of C2..C5, at strides 4, 8, 16, 32.
 
     `net` is timm's network without what C5 does not need; its parameters have timm's names, except that each norm is
@@ -79,7 +80,6 @@ class TimmBackbone(nn.Module):
         """
         super().__init__()
         self.name, self.masked, self.memory = cfg.name, norm.masked, "fast"
-        self.frozen: list[nn.Module] = []
         self.net = timm_network(cfg.name)
         _replace_norms(self.net, norm, keep_gamma=cfg.zero_init_last_gamma)
         for module in self.net.modules():  # what a segment takes must still be there when it is recomputed
@@ -101,10 +101,7 @@ class TimmBackbone(nn.Module):
         self.freeze(cfg.freeze_at)
 
     def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
-        """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
-
-        keys: not used.  Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
-        """
+        """Map x (B, 3, H, W) to C2..C5, as `Backbone.forward`; keys have no effect."""
         features: list[Tensor] = []
         for segment in self.segments:
             x, *found = self._run(segment, x, areas)
@@ -126,9 +123,9 @@ class TimmBackbone(nn.Module):
             names[key] = f"{own}.{parameter}".removeprefix("net.")
         return names
 
-    def rectified(self) -> list[nn.Module]:
-        """Return the modules on maps that end with a ReLU, in the order they run; other activations have no zeros."""
-        return [self.net.get_submodule(name) for name in self._rectified]
+    def rectified(self) -> Rectified:
+        """Return the modules that end with a ReLU, in the order they run."""
+        return Rectified([self.net.get_submodule(name) for name in self._rectified], [])
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Leave the convolutions to torch."""
@@ -137,20 +134,10 @@ class TimmBackbone(nn.Module):
         """Stop training the layers before stride 4 (freeze_at 1) and those up to C{freeze_at} (2 to 5)."""
         names = [name for name, level in self.layers.items() if level <= freeze_at]
         modules, parameters = dict(self.net.named_modules()), dict(self.net.named_parameters(remove_duplicate=False))
-        self.frozen = [modules[name] for name in names if name in modules]
-        for part in self.frozen:
-            part.requires_grad_(False)
         for name in names:
             if name in parameters:  # not a buffer, like the filters of resnetblur50
                 parameters[name].requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "TimmBackbone":
-        """Set the training mode; frozen parts stay in evaluation mode, so that BN keeps its statistics."""
-        super().train(mode)
-        for part in self.frozen:
-            part.eval()
-        return self
+        self.stop_training([modules[name] for name in names if name in modules])
 
     def check(self) -> None:
         """Show on two small pictures that a picture's maps are a function of that picture alone.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gndet.config.norm import NormConfig
 from gndet.config.parts import BackboneConfig
 from gndet.modeling.conv_norm import ConvNorm, choose_ways, conv_factory, initialize
+from gndet.modeling.image_model import Backbone, Rectified
 from gndet.modeling.norms.valid_area import ValidAreas, below_all, clear_padding
 from gndet.modeling.recompute import tower
 
@@ -19,14 +20,13 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 STRIDES = (1, 2, 4, 8, 16)  # of the maps in a stage; its pooling doubles it
 
 
-class VGG(nn.Module):
+class VGG(Backbone):
     """The backbone; `channels` holds the channel counts of C2..C5, at strides 4, 8, 16, 32."""
 
     channels = tuple(stage[-1] for stage in STAGES[1:])
 
     def __init__(self, cfg: BackboneConfig, norm: NormConfig) -> None:
         super().__init__()
-        self.frozen: list[nn.Module] = []
         self.masked, self.clamps = norm.masked, not norm.replaces_relu
         conv, before = conv_factory(norm), 64
         self.stem = conv(3, before, 3)
@@ -43,12 +43,9 @@ class VGG(nn.Module):
         """Return the five stages; the stem belongs to the first."""
         return [getattr(self, f"stage{number}") for number in range(1, 6)]
 
-    def rectified(self) -> list[nn.Module]:
-        """Return the modules that end with a ReLU, in the order they run."""
-        return [part for part in self.modules() if isinstance(part, ConvNorm)]
-
-    def check(self) -> None:
-        """Return: tests show that a picture's maps are a function of that picture alone."""
+    def rectified(self) -> Rectified:
+        """Return all layers, in the order they run."""
+        return Rectified([part for part in self.modules() if isinstance(part, ConvNorm)], [])
 
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
@@ -57,23 +54,10 @@ class VGG(nn.Module):
 
     def freeze(self, freeze_at: int) -> None:
         """Stop training the stem and the first stage (freeze_at 1), and the stages up to the one of that number."""
-        self.frozen = [self.stem, *self.stages()][: freeze_at + 1 if freeze_at else 0]
-        for part in self.frozen:
-            part.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "VGG":
-        """Set the training mode; frozen parts stay in evaluation mode, so that BN keeps its statistics."""
-        super().train(mode)
-        for part in self.frozen:
-            part.eval()
-        return self
+        self.stop_training([self.stem, *self.stages()][: freeze_at + 1 if freeze_at else 0])
 
     def forward(self, x: Tensor, areas: ValidAreas, keys: Tensor | None = None) -> list[Tensor]:
-        """Map x (B, 3, H, W), normalized and zero in the padding, to C2..C5; areas: of the pictures, by stride.
-
-        keys: not used.  Returns maps (B, C, ceil(H/s), ceil(W/s)), zero in the padding if the norm is masked.
-        """
+        """Map x (B, 3, H, W) to C2..C5, as `Backbone.forward`; keys have no effect."""
         x = self.stem(x, areas[1])
         features = []
         for stage, stride in zip(self.stages(), STRIDES, strict=True):

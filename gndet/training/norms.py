@@ -215,7 +215,7 @@ def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable
     shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
     single = [layer for layer in layers if layer.per_group == 1 and layer.kind != "frn"]  # FRN keeps a number's sign
     # the last maps of a detector with regions have more cells
-    one = (cfg.data.crop is not None or cfg.model.is_dense) and cfg.train.images_per_gpu == 1
+    one = not cfg.model.region_heads and cfg.train.images_per_gpu == 1
     mixing = [layer for layer in layers if layer.trainable and layer.kind in ("bn", "sync_bn", "brn")] if one else []
     cells = _cells(model, shortest) if single or mixing else {}
     edge = "data.crop.size" if cfg.data.crop else "data.shortest_edge"

@@ -5,7 +5,8 @@ and its evaluation.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 from gndet.config.schema import Config
 from gndet.data.datasets.comparing import between
@@ -15,10 +16,17 @@ from gndet.data.datasets.plausible import limit_notes
 from gndet.data.datasets.reading import inspect_both
 from gndet.data.records import Dataset
 from gndet.distributed.signals import StopSignals
-from gndet.training.classifying import evaluate_classifier
+from gndet.evaluation.classification import (
+    classification_table,
+    classify_share,
+    join_rankings,
+    save_classification,
+)
+from gndet.files import CLASSIFIED
+from gndet.modeling.classifier import Classifier
 from gndet.training.log import Log
 from gndet.training.run import Run
-from gndet.training.validation import evaluate_run
+from gndet.training.validation import evaluate_run, on_all_ranks
 from gndet.weights.load import InitialModel, initial_model
 
 
@@ -43,6 +51,22 @@ def read_both(cfg: Config) -> tuple[Dataset, Dataset, list[str]]:
         noted = (finding for finding in found if finding.severity == NOTED)
         notes += [f"{source}: noted: {finding.code} ({share(finding)}): {finding.what}" for finding in noted]
     return sets["train"], sets["val"], notes
+
+
+def evaluate_classifier(run: Run, done: int, log: Log, stop: StopSignals) -> dict[str, float]:
+    """Evaluate on the validation set; log the errors, and write the class of each picture to classified.json.
+
+    Returns the metrics, {"top1": ..., "top5": ..., "error": ...}.  Raises, on all ranks, what `on_all_ranks` raises;
+    pictures that cannot be read count as errors.
+    """
+    model = cast(Classifier, run.detector)
+    work = partial(classify_share, model, run.val_set, run.cfg, run.proc, autocast=run.autocast)
+    found = join_rankings(on_all_ranks(run, done, log, stop, work, "errors"), run.val_set, run.proc)
+    values = found.scalars()
+    if run.proc.first:
+        log.evaluation(done, values, classification_table(found, run.val_set.classes))
+        log.attempt(CLASSIFIED, partial(save_classification, run.out / CLASSIFIED, found, run.val_set))
+    return values
 
 
 class Task(NamedTuple):

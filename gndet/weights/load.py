@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gndet.config.model import ModelConfig
+from gndet.config.model import WHOLE_PICTURES, ModelConfig
 from gndet.config.schema import Config
 from gndet.data.records import Dataset
 from gndet.errors import CheckpointError, ConfigError
@@ -33,9 +33,8 @@ from gndet.weights.positives import with_positives
 from gndet.weights.read import STEM, Source, class_rows, has_background, read_source
 
 COUNTER = "num_batches_tracked"  # bn has it, frozen_bn does not, and neither needs it
-PADDED = ("backbone", "fpn", "rpn", "dense")  # parts that see whole pictures, including the padding
 # differences to report, not to refuse
-NOTED = tuple((part, f"{part}.{name}") for part in ("rpn", "dense") for name in ("anchor_sizes", "anchor_stride"))
+NOTED = ("anchor_sizes", "anchor_stride")  # options of the part with the anchors
 
 
 class InitialModel(NamedTuple):
@@ -231,11 +230,11 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     lines = [f"warning: {line}" for line in different]
     if file_model.pixel_std != model.pixel_std and STEM in source.state:
         lines.append(f"pixel_std {file_model.pixel_std} of the file is folded into the stem, exactly")
-    lines += _differences([name for part, name in NOTED if part in parts], file_model, model)
+    lines += _differences([f"{model.anchored}.{name}" for name in NOTED if model.anchored in parts], file_model, model)
     differing = mismatched(source, model)
     same = [part for part in parts if part not in differing]
     if not {*source.parts} <= {"backbone", "classifier"}:  # classifiers see no padding
-        lines += padding_warnings(file_model, model, [part for part in PADDED if part in same])
+        lines += padding_warnings(file_model, model, [part for part in WHOLE_PICTURES if part in same])
     for part in [part for part in same if part in model.normed_parts]:
         file_norm, norm = file_model.part_norms()[part], model.part_norms()[part]
         if norm.is_group_norm and file_norm.eps != norm.eps:
@@ -243,7 +242,7 @@ def _compare_conventions(source: Source, cfg: Config) -> list[str]:
     return lines
 
 
-def padding_warnings(file_model: ModelConfig, model: ModelConfig, parts: Sequence[str] = PADDED) -> list[str]:
+def padding_warnings(file_model: ModelConfig, model: ModelConfig, parts: Sequence[str] = WHOLE_PICTURES) -> list[str]:
     """Warn of each part whose GN, LN or IN was trained with another padding (masked or plain) than the model's."""
     words = {True: "masked", False: "plain"}
     return [

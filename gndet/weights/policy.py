@@ -16,7 +16,6 @@ from gndet.config.training import TrainConfig
 from gndet.errors import CheckpointError
 from gndet.modeling.conv_norm import StandardizedConv2d
 from gndet.modeling.norms.layers import make_norm
-from gndet.modeling.timm_backbone import norm_of
 from gndet.weights.convert import Fate, convert_batch_norm
 from gndet.weights.read import Source
 
@@ -39,8 +38,10 @@ def mismatched(source: Source, model: ModelConfig) -> dict[str, tuple[NormConfig
     """
     file_norms, model_norms = source.model.part_norms(), model.part_norms()
     used = [part for part in source.parts if part in source.model.normed_parts and part in model.normed_parts]
-    if model.backbone.kind == "timm" and norm_of(model.backbone.name) is None:  # its LayerNorms stay
-        used = [part for part in used if part != "backbone"]
+    if model.backbone.kind == "timm":
+        from gndet.modeling.timm_backbone import norm_of
+
+        used = [part for part in used if part != "backbone" or norm_of(model.backbone.name)]  # LayerNorms stay
     pairs = {part: (file_norms[part], model_norms[part]) for part in used}
     return {
         part: (file_norm, model_norm)

@@ -46,7 +46,7 @@ class Source(NamedTuple):
 def read_source(weights: str, cfg: SourceConfig, network: str = "") -> Source:
     """Read the weights that `weights` names.
 
-    network: name of timm's network in the model to load them into; "": it has another backbone.
+    network: model.backbone.name of the model to load them into.
 
     weights: a gndet checkpoint or run folder; a file (.pth, .pkl, .safetensors ...); the name of weights that
     torchvision downloads (ResNet50_Weights.IMAGENET1K_V2), or that timm does, if installed (timm:resnet50_gn.a1h_in1k).
@@ -77,9 +77,7 @@ def _read(weights: str, cfg: SourceConfig, network: str) -> Source:
     # imported here because training from scratch does not need the readers of other toolkits
     from gndet.weights.foreign.source import read_foreign
 
-    if network and cfg.format == "auto":
-        cfg = cfg.model_copy(update={"format": "timm", "name": cfg.name or network})
-    return read_foreign(weights, cfg)
+    return read_foreign(weights, cfg, network)
 
 
 def class_rows(layer: str, cfg: ModelConfig) -> int:

@@ -148,7 +148,7 @@ def test_a_recipe_on_one_level_has_detectron2_s_proposals_and_its_name_s_norms_a
     assert (rpn.pre_nms_train, rpn.pre_nms_test, rpn.post_nms_train, rpn.post_nms_test) == (12_000, 6000, 2000, 1000)
     assert len(rpn.anchor_sizes) * len(rpn.aspect_ratios) == 15
     assert (box.pool_size, mask.pool_size, mask.num_convs) == ((14, 14, 0) if neck == "c4" else (7, 14, 4))
-    assert box.kind == {"c4": "res5", "dc5": "2fc" if "frozen_bn" in name else "4conv1fc"}[neck]
+    assert model.box_layers == ((0, 0) if neck == "c4" else (0, 2) if "frozen_bn" in name else (4, 1))
     kinds = {part: norm.kind for part, norm in model.part_norms().items() if part in model.normed_parts}
     assert kinds.pop("backbone") == ("frozen_bn" if "frozen_bn" in name else "gn")
     assert set(kinds.values()) <= ({"none"} if "frozen_bn" in name else {"none", "gn"})

@@ -12,7 +12,7 @@ from gndet.errors import ConfigError
 
 def test_a_neck_s_defaults_give_way_to_what_is_stated_and_to_another_neck() -> None:
     c4 = with_overrides(Config(), ["model.neck=c4"], "test")
-    assert (c4.model.box_head.kind, c4.model.rpn.pre_nms_train, c4.model.mask_head.num_convs) == ("res5", 12_000, 0)
+    assert (c4.model.box_layers, c4.model.rpn.pre_nms_train, c4.model.mask_head.num_convs) == ((0, 0), 12_000, 0)
     assert c4.model.parts == ("backbone", "rpn", "box_head", "mask_head")
     assert c4.model.normed_parts == ("backbone", "rpn")
     dc5 = with_overrides(c4, ["model.neck=dc5"], "test")
@@ -26,7 +26,7 @@ def test_a_neck_s_defaults_give_way_to_what_is_stated_and_to_another_neck() -> N
 def test_a_toolkit_s_conventions_apply_beside_a_neck_s_defaults() -> None:
     model = ModelConfig.model_validate({"neck": "c4", "compat": "detectron2"})
     assert (model.box_head.sampling_ratio, model.mask_head.sampling_ratio, model.rpn.anchors_in_padding) == (0, 0, True)
-    assert (model.rpn.pre_nms_test, model.box_head.kind) == (6000, "res5")
+    assert (model.rpn.pre_nms_test, model.box_head.pool_size) == (6000, 14)
     assert config_from_dict({"model": model.model_dump(mode="json")}, "test").model == model
 
 
@@ -65,8 +65,7 @@ def test_a_stated_sampling_ratio_wins_over_that_of_detectron_s_c4() -> None:
         ({"neck": "c4", "backbone": {"kind": "vgg", "depth": 16}}, "needs the stages of a resnet; got .*vgg"),
         ({"neck": "dc5", "backbone": {"depth": 18}}, r"backbone\.depth from 50 on, got 18"),
         ({"backbone": {"dilated_blocks": "after_first"}}, "after_first has an effect with neck: dc5 only"),
-        ({"box_head": {"kind": "res5"}}, "res5 does not fit neck: fpn; c4 has res5, and only c4"),
-        ({"neck": "c4", "box_head": {"kind": "2fc"}}, "2fc does not fit neck: c4"),
+        ({"neck": "c4", "backbone": {"stochastic_depth": 0.1}}, "res5 skips no block on the regions of neck: c4"),
         ({"neck": "c4", "box_head": {"pool_size": 8}}, r"mask_head\.pool_size: 14; expected that of box_head, 8"),
         ({"neck": "c5"}, "model.neck"),
     ],

@@ -14,9 +14,9 @@ from models import NUM_CLASSES, cascade_model, make_batch, small_config, small_m
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
+from gndet.config.cascade import MMDETECTION as OF_MMDETECTION
 from gndet.config.loading import config_from_dict
 from gndet.config.model import ModelConfig
-from gndet.config.presets import CASCADE_PRESETS
 from gndet.errors import ConfigError
 from gndet.modeling.box_head import BoxHead
 from gndet.modeling.mask_rcnn import MaskRCNN
@@ -25,7 +25,7 @@ from gndet.ops.boxes import decode, encode
 from gndet.structures import GROUND_TRUTH_IDS, Batch, Proposals, Regions, Step
 
 SIZES = [(96, 128), (128, 97), (65, 80)]
-MMDETECTION = CASCADE_PRESETS["mmdetection"]["cascade"]
+MMDETECTION = OF_MMDETECTION.defaults["cascade"]
 STAGES = ("loss_cls_stage{}", "loss_box_reg_stage{}")
 BOTH = pytest.mark.parametrize("options", [{}, MMDETECTION], ids=["detectron2", "mmdetection"])
 

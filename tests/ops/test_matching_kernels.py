@@ -12,7 +12,7 @@ from without_interpreter import answer_of
 
 from gndet.ops import matching, matching_kernels
 from gndet.ops.noise import Stream, hash_ints
-from gndet.training import gpu_notes
+from gndet.training import setup
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU conftest.py has chosen the interpreter
 TRITON = matching_kernels.triton
@@ -244,9 +244,9 @@ def test_the_self_test_passes_and_finds_a_wrong_kernel(monkeypatch: pytest.Monke
 
 def test_a_run_says_that_torch_matches_if_the_kernels_do_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("norm", "nms", "roi_align"):
-        monkeypatch.setattr(gpu_notes, f"{kind}_trouble", lambda device: "")
-    monkeypatch.setattr(gpu_notes, "match_trouble", lambda device: "random ranks are wrong")
-    (line,) = gpu_notes.slower_operators(torch.device("cuda", 0))
+        monkeypatch.setattr(setup, f"{kind}_trouble", lambda device: "")
+    monkeypatch.setattr(setup, "match_trouble", lambda device: "random ranks are wrong")
+    (line,) = setup.slower_operators(torch.device("cuda", 0))
     assert line.startswith("matching by torch's own operators") and line.endswith("(random ranks are wrong)")
 
 

@@ -20,8 +20,8 @@ from gndet.data.datasets import shapes
 from gndet.errors import ConfigError, DataError, GndetError, OutputError, TrainingError
 from gndet.train import train
 from gndet.training.ending import closing_words
-from gndet.training.gpu_notes import tf32
 from gndet.training.run import Progress
+from gndet.training.setup import tf32
 
 pytestmark = pytest.mark.usefixtures("thin")
 

@@ -8,10 +8,10 @@ import torch
 from foreign import NUM_CLASSES, detector, named, read, saved, weights
 from torch import Tensor
 
+from gndet.config.cascade import MMDETECTION, CascadeConfig
 from gndet.config.loading import config_from_dict
-from gndet.config.model import CascadeConfig, ModelConfig
+from gndet.config.model import ModelConfig
 from gndet.config.norm import NormConfig
-from gndet.config.presets import CASCADE_PRESETS
 from gndet.config.training import SourceConfig
 from gndet.errors import CheckpointError, ConfigError
 from gndet.modeling.build import build_model
@@ -28,7 +28,7 @@ def cascade(
 ) -> ModelConfig:
     cfg = detector(backbone, heads, box, 18, detector="cascade_rcnn", **changes)
     box_head = cfg.box_head.model_copy(update={"class_agnostic": True})
-    own = CascadeConfig(**CASCADE_PRESETS[toolkit].get("cascade", {}))
+    own = CascadeConfig(**(MMDETECTION.defaults["cascade"] if toolkit == "mmdetection" else {}))
     return cfg.model_copy(update={"box_head": box_head, "cascade": own})
 
 

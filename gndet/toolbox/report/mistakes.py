@@ -32,11 +32,11 @@ ADVICE = {
     "Loc": "Boxes are loose: try a longer schedule, larger pictures, or tighter annotations.",
     "Both": "Detections near objects have the wrong class and a poor box: usually too little training or too few "
     "examples.",
-    "Dupe": "Objects are found twice: lower nms_threshold of model.box_head, or of model.dense.",
+    "Dupe": "Objects are found twice: lower model.{head}.nms_threshold.",
     "Bkg": "Detections lie where nothing is annotated: look for objects that were not annotated, and also train on "
     "images without objects (data.keep_empty).",
     "Miss": "Objects are missed: small or crowded objects need larger pictures (data.shortest_edge) or smaller "
-    "anchor_sizes of model.rpn, or of model.dense.",
+    "model.{anchors}.anchor_sizes.",
 }  # fmt: skip
 
 
@@ -61,13 +61,14 @@ def section(run: RunRecord) -> Section | None:
     )  # fmt: skip
     kind, _, count, gained = table.rows[0]
     lost = f"{count:,} mistakes, {100 * (gained or 0):.1f} points of AP50"
+    advice = ADVICE[kind].format(head=run.cfg.model.final_head, anchors=run.cfg.model.anchored)
     return blocks.section(
         "errors", "Mistakes", bars,
         shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click a row for its pictures"),
         shown_table(image_table(found, dataset, LISTED), picks=picks(found.worst(LISTED))),
         shown_table(suspects, picks=picks(suspect.image for suspect in found.suspects[:LISTED]))
         if suspects.rows else blocks.paragraph("No annotation is contradicted by a confident detection."),
-        lead=f"The costliest kind is {TITLES[kind]}: {lost}. {ADVICE[kind]}" if gained else "No mistake costs AP50.",
+        lead=f"The costliest kind is {TITLES[kind]}: {lost}. {advice}" if gained else "No mistake costs AP50.",
     )  # fmt: skip
 
 

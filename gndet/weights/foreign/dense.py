@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gndet.config.model import DenseConfig, ModelConfig
+from gndet.config.dense import DenseConfig
+from gndet.config.model import ModelConfig
 from gndet.errors import CheckpointError
 from gndet.weights.foreign.names import ConvNames, Names, sequence, toolkit_of, with_endings
-from gndet.weights.foreign.part import BACKGROUND_FIRST, Layer, Part, Reader, State, Tree
+from gndet.weights.foreign.part import BACKGROUND_FIRST, Layer, Part, Reader, State, Tree, new_model
 from gndet.weights.read import DENSE
 
 BOXES = "dense.boxes"
@@ -47,13 +48,11 @@ def _defaults(detector: str, toolkit: str, norm: str) -> Tree:
     return DEFAULTS.get((detector, toolkit), {}) | ({"box_loss": "giou"} if is_v2 else {})
 
 
-def with_defaults(cfg: ModelConfig, toolkit: str) -> ModelConfig:
-    """Return the config of a new model of the toolkit, of the same kind as cfg's and with the toolkit's defaults."""
-    kind, norm = {"neck": cfg.neck, "detector": cfg.detector, "masks": cfg.masks}, cfg.part_norms()["dense"].kind
+def _defaults_beside(cfg: ModelConfig, toolkit: str) -> Tree:
+    """Return the sections of a new model of the toolkit, of the same kind as cfg's, that differ from model.compat."""
+    norm = cfg.part_norms()["dense"].kind
     options = _defaults(cfg.detector, toolkit, norm)
-    if norm == "none":  # then every convolution has a bias
-        options["conv_bias"] = cfg.dense.conv_bias
-    return ModelConfig.model_validate({"compat": toolkit, **kind, "dense": options})
+    return {"dense": options | ({"conv_bias": cfg.dense.conv_bias} if norm == "none" else {})}  # without norms: always
 
 
 def _place(n: int) -> dict[str, object]:
@@ -141,7 +140,7 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
     known = {"fcos": ("torchvision",), "retinanet": ("torchvision", "detectron2")}[cfg.detector]
     if toolkit not in known:
         yield f"--to {toolkit}: gndet writes model.detector: {cfg.detector} for {' and '.join(known)} only"
-    like = with_defaults(cfg, toolkit).dense
+    like = new_model(cfg, toolkit, _defaults_beside(cfg, toolkit)).dense
     wanted: dict[str, Any] = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
     wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios", "conv_bias")}
     for name, value in wanted.items():
@@ -149,6 +148,37 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
             yield f"model.dense.{name}: {got}; {toolkit}'s {cfg.detector} has {value}"
     if cfg.part_norms()["dense"].kind == "none" and cfg.detector == "fcos":
         yield "model.dense.norm: none; torchvision's fcos has GN"
+    p6, channels = _p6_channels(cfg)
+    if "fpn" in parts and toolkit == "torchvision" and cfg.fpn.p6 == "c5" and p6 == channels:
+        yield f"model.fpn.p6: c5; torchvision makes P6 from P5 if C5 has as many channels as the pyramid, {channels}"
 
 
-PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals)
+def _p6_channels(cfg: ModelConfig) -> tuple[int, int]:
+    """Return the channels of the map that P6 is made from, and of the pyramid, for a ResNet of width 1."""
+    c5 = 2048 if cfg.backbone.depth >= 50 else 512
+    return c5 if cfg.fpn.p6 == "c5" else cfg.fpn.channels, cfg.fpn.channels
+
+
+def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]:
+    """Yield the base config of detectron2, and what P6 is made from, where that is no default."""
+    p6, channels = _p6_channels(cfg)
+    if not cfg.is_dense:
+        return
+    if toolkit == "detectron2" and cfg.fpn.p6 == "c5":
+        yield "_BASE_ Base-RetinaNet.yaml"
+    elif toolkit == "detectron2":  # in_feature is no option of the YAML configs
+        yield (
+            f"configs/common/models/retinanet.py (LazyConfig), model.backbone.top_block.in_channels {p6}, in_feature "
+            "p5; Base-RetinaNet.yaml makes P6 from res5"
+        )
+    elif toolkit == "torchvision":
+        is_v2 = cfg.detector == "retinanet" and cfg.part_norms()["dense"].kind != "none"  # v2 has GN in the head
+        default = (2048, 256) if is_v2 else (256, 256)
+        if (p6, channels) != default:
+            builder = f"{cfg.detector}_resnet50_fpn{'_v2' if is_v2 else ''}"
+            yield f"backbone with extra_blocks=LastLevelP6P7{p6, channels}; {builder} has LastLevelP6P7{default}"
+    if toolkit == "detectron2":
+        yield f"MODEL.RETINANET.NUM_CLASSES {num_classes}"
+
+
+PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals, _settings, _defaults_beside)

@@ -13,9 +13,9 @@ from gndet.config.model import ModelConfig
 from gndet.config.norm import NormConfig
 from gndet.errors import ConfigError
 from gndet.modeling.conv_norm import StandardizedConv2d
-from gndet.weights.foreign import classifier, dense
+from gndet.weights.foreign import classifier
 from gndet.weights.foreign.formats import FACTS, KIND_FIRST, PARTS, layer_names
-from gndet.weights.foreign.part import GROUPS
+from gndet.weights.foreign.part import GROUPS, new_model
 from gndet.weights.read import PARTS as SECTIONS
 from gndet.weights.read import STEM
 
@@ -123,7 +123,8 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     lines.append("norms: " + ", ".join(f"{part} {norms[part].kind}" for part in parts))
     if any(norms[part].masked and norms[part].kind != "none" for part in parts):
         lines.append(f"differs: norms are masked in this model; in {toolkit} the padding around a picture enters them")
-    preset = dense.with_defaults(cfg, toolkit)
+    sections = {name: options for part in PARTS for name, options in part.defaults(cfg, toolkit).items()}
+    preset = new_model(cfg, toolkit, sections)
     beside = [section for section in cfg.sections if section not in cfg.parts]  # a cascade's stages
     for part in [*(part for part in parts if part not in ("backbone", "fpn")), *beside]:
         defaults, options = getattr(preset, part).model_dump(), getattr(cfg, part).model_dump()

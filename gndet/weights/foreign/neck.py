@@ -59,36 +59,9 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
     return {"fpn": section}
 
 
-def _p6_channels(cfg: ModelConfig) -> tuple[int, int]:
-    """Return the channels of the map that P6 is made from, and of the pyramid, for a ResNet of width 1."""
-    c5 = 2048 if cfg.backbone.depth >= 50 else 512
-    return c5 if cfg.fpn.p6 == "c5" else cfg.fpn.channels, cfg.fpn.channels
-
-
-def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterator[str]:
-    p6, channels = _p6_channels(cfg)
-    if cfg.is_dense and "fpn" in parts and toolkit == "torchvision" and cfg.fpn.p6 == "c5" and p6 == channels:
-        yield f"model.fpn.p6: c5; torchvision makes P6 from P5 if C5 has as many channels as the pyramid, {channels}"
-
-
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]:
-    """Yield the base config of detectron2, and for dense detectors what P6 is made from, where that is no default."""
-    p6, channels = _p6_channels(cfg)
-    if toolkit == "detectron2" and cfg.neck == "fpn" and not cfg.is_dense:
+    if toolkit == "detectron2" and cfg.neck == "fpn" and cfg.region_heads:
         yield "_BASE_ Base-RCNN-FPN.yaml"
-    elif toolkit == "detectron2" and cfg.is_dense and cfg.fpn.p6 == "c5":
-        yield "_BASE_ Base-RetinaNet.yaml"
-    elif toolkit == "detectron2" and cfg.is_dense:  # in_feature is no option of the YAML configs
-        yield (
-            f"configs/common/models/retinanet.py (LazyConfig), model.backbone.top_block.in_channels {p6}, in_feature "
-            "p5; Base-RetinaNet.yaml makes P6 from res5"
-        )
-    elif toolkit == "torchvision" and cfg.is_dense:
-        is_v2 = cfg.detector == "retinanet" and cfg.part_norms()["dense"].kind != "none"  # v2 has GN in the head
-        default = (2048, 256) if is_v2 else (256, 256)
-        if (p6, channels) != default:
-            builder = f"{cfg.detector}_resnet50_fpn{'_v2' if is_v2 else ''}"
-            yield f"backbone with extra_blocks=LastLevelP6P7{p6, channels}; {builder} has LastLevelP6P7{default}"
 
 
-PART = Part(NAMES, _layers, infer=_infer, refusals=_refusals, settings=_settings)
+PART = Part(NAMES, _layers, infer=_infer, settings=_settings)

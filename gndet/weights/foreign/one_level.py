@@ -1,5 +1,7 @@
 """The detectors on one level, C4 and DC5, in the files of other toolkits: formats of their own, as their names differ.
 
+Detectron and mmdetection have the anchors of a cell size by size within ratios; gndet has ratios within sizes.
+
 Placeholders as in resnet.py.
 """
 
@@ -8,8 +10,8 @@ from typing import Any
 
 from gndet.config.model import ModelConfig
 from gndet.weights.foreign import resnet
-from gndet.weights.foreign.names import ConvNames, Names, nested
-from gndet.weights.foreign.part import Part, Reader, Tree
+from gndet.weights.foreign.names import ConvNames, Names, nested, toolkit_of
+from gndet.weights.foreign.part import Part, Reader, State, Tree
 
 NAMES: dict[str, Names] = {  # by format, a toolkit and a neck: the layers whose names differ from the toolkit's
     "detectron2_c4": {**resnet.detectron2("{owner}."), "stem": nested("backbone.stem.conv1")},
@@ -46,6 +48,17 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
     return {"neck": reader.format.partition("_")[2] if reader.format in NAMES else "fpn"}
 
 
+def _order_anchors(state: State, model: ModelConfig, format: str) -> None:
+    """Put the rows of a cell's anchors in gndet's order, ratios within sizes, from sizes within ratios."""
+    if toolkit_of(format) not in ("detectron", "mmdetection") or model.neck == "fpn":
+        return
+    for layer, values in (("rpn.objectness", 1), ("rpn.deltas", 4)):
+        for key in (f"{layer}.weight", f"{layer}.bias"):
+            if key in state:
+                rows = state[key].unflatten(0, (len(model.rpn.aspect_ratios), -1, values))
+                state[key] = rows.transpose(0, 1).flatten(0, 2)
+
+
 def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterator[str]:
     if cfg.neck != "fpn" and toolkit != "detectron2":
         yield f"model.neck: {cfg.neck}; {toolkit} has no such detector, --to detectron2 writes it"
@@ -59,4 +72,4 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]
         yield f"_BASE_ Base-{base}.yaml"
 
 
-PART = Part({}, infer=_infer, refusals=_refusals, settings=_settings)
+PART = Part({}, infer=_infer, from_file=_order_anchors, refusals=_refusals, settings=_settings)

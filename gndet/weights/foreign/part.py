@@ -87,3 +87,11 @@ class Part(NamedTuple):
     describe: Callable[[ModelConfig, Parts], Iterable[str]] = _nothing  # what reading a file assumes
     refusals: Callable[[ModelConfig, Parts, str], Iterable[str]] = _nothing  # why the toolkit cannot build it
     settings: Callable[[ModelConfig, int, str], Iterable[str]] = _nothing  # to make in the toolkit, for K classes
+    # sections with options in which a new model of the toolkit differs from the defaults of its model.compat
+    defaults: Callable[[ModelConfig, str], Tree] = lambda cfg, toolkit: {}
+
+
+def new_model(cfg: ModelConfig, toolkit: str, sections: Tree) -> ModelConfig:
+    """Return the config of a new model of the toolkit, of the same kind as cfg's; sections: where compat differs."""
+    kind = {"neck": cfg.neck, "detector": cfg.detector, "masks": cfg.masks}
+    return ModelConfig.model_validate({"compat": toolkit, **kind, **sections})

@@ -129,11 +129,11 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]:
     mean, depth, in_1x1 = list(cfg.pixel_mean), cfg.backbone.depth, cfg.backbone.stride_in_1x1
     groups, width = cfg.backbone.cardinality, cfg.backbone.group_width
-    grouped, head = (groups, width) != (1, 64), "RETINANET" if cfg.is_dense else "ROI_HEADS"
+    grouped = (groups, width) != (1, 64)
     if toolkit == "detectron2":
         wide = f", MODEL.RESNETS.NUM_GROUPS {groups}, WIDTH_PER_GROUP {width}" if grouped else ""
         yield f"MODEL.PIXEL_MEAN {mean[::-1]}, PIXEL_STD [1.0, 1.0, 1.0], INPUT.FORMAT BGR"
-        yield f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}, MODEL.{head}.NUM_CLASSES {num_classes}{wide}"
+        yield f"MODEL.RESNETS.DEPTH {depth}, STRIDE_IN_1X1 {in_1x1}{wide}"
     elif toolkit == "torchvision":
         wide = f"; backbone with groups={groups}, width_per_group={width}" if grouped else ""
         classes = f"num_classes {num_classes + 1} (background first)"

@@ -24,7 +24,7 @@ from gndet.weights.foreign.formats import FORMATS, PARTS, facts_of, format_of, i
 from gndet.weights.foreign.names import file_key, toolkit_of
 from gndet.weights.foreign.part import BACKGROUND_FIRST, Facts, Reader
 from gndet.weights.foreign.timm_files import from_timm
-from gndet.weights.read import DEEP_STEM, STEM, Source, class_rows, fused_parts, has_background
+from gndet.weights.read import BACKGROUND, DEEP_STEM, STEM, Source, class_rows, fused_parts, has_background
 
 TORCHVISION_NAME = re.compile(r"(?:torchvision:)?(\w+_Weights\.\w+)")  # e.g. ResNet50_Weights.IMAGENET1K_V2
 TIMM_NAME = re.compile(r"timm:([\w.]+)")  # e.g. timm:resnet50_gn.a1h_in1k
@@ -40,8 +40,10 @@ PREFIXES = {  # of tensors in the parts that gndet reads, in formats whose names
 HARMLESS = re.compile(r"(^|\.)fc\.|keypoint|kps|anchor_generator|num_batches_tracked")  # of classifiers and other heads
 
 
-def read_foreign(weights: str, cfg: SourceConfig) -> Source:
+def read_foreign(weights: str, cfg: SourceConfig, network: str) -> Source:
     """Read weights of another toolkit: a file, or the name of torchvision's or timm's.  Raises as read_source does."""
+    if network and cfg.format == "auto":  # only timm's networks have names
+        cfg = cfg.model_copy(update={"format": "timm", "name": cfg.name or network})
     path = Path(weights)
     if path.exists():
         return from_timm(read_weights(path), cfg) if cfg.format == "timm" else understand(read_weights(path), cfg)
@@ -254,7 +256,7 @@ def _assumptions(format: str, facts: Facts, model: ModelConfig, parts: tuple[str
         f"eps {norms['backbone'].eps:g}",
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
         *(word for part in PARTS for word in part.describe(model, parts)),
-        ("background row left out" if model.is_dense else "background row moved from first to last")
+        f"background row {'moved from first to last' if BACKGROUND.startswith(model.final_head) else 'left out'}"
         if toolkit_of(format) in BACKGROUND_FIRST
         else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",

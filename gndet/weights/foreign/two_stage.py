@@ -1,7 +1,6 @@
 """The two-stage detectors in the files of other toolkits: the RPN, the box and mask heads, and the stages of a cascade.
 
 K classes; the background's row is the first in the toolkits of BACKGROUND_FIRST, and the last in the others and here.
-Detectron's models on one level have the anchors of a cell size by size within ratios; gndet has ratios within sizes.
 Placeholders: n = 0.. and m = 1.. a layer, x = 3 n, x1 = x + 1, f = 6 + n, fc the name of a fully connected layer in
 torchvision, stage "0.", "1." and so on in a cascade whose head has stages, otherwise empty.
 """
@@ -90,17 +89,6 @@ def _infer_rpn(reader: Reader, tree: Tree) -> Tree:
     return {"rpn": section}
 
 
-def _order_anchors(state: State, model: ModelConfig, format: str) -> None:
-    """Put the rows of a cell's anchors in gndet's order, ratios within sizes, from sizes within ratios."""
-    if toolkit_of(format) not in ("detectron", "mmdetection") or model.neck == "fpn":
-        return
-    for layer, values in (("rpn.objectness", 1), ("rpn.deltas", 4)):
-        for key in (f"{layer}.weight", f"{layer}.bias"):
-            if key in state:
-                rows = state[key].unflatten(0, (len(model.rpn.aspect_ratios), -1, values))
-                state[key] = rows.transpose(0, 1).flatten(0, 2)
-
-
 def _rpn_refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterator[str]:
     if "rpn" in parts and (kind := cfg.part_norms()["rpn"].kind) != "none":
         yield f"model.rpn.norm: {kind}; {toolkit} has no norm in the RPN"
@@ -114,7 +102,7 @@ def _place(n: int, stage: str) -> dict[str, object]:
 def _layers(cfg: ModelConfig) -> Iterator[Layer]:
     is_cascade, kind = cfg.detector == "cascade_rcnn", cfg.box_head.kind
     stages = [f"{i}." for i in range(len(cfg.cascade.positive_iou))] if is_cascade else [""]
-    convs, num_fcs = cfg.box_head.layers
+    convs, num_fcs = cfg.box_layers
     for stage in stages:
         prefix = f"stages.{stage}" if stage else ""
         for n in range(convs):
@@ -159,7 +147,8 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
                 "each class; expected 4, because a stage of gndet's cascade refines one box per region; choose a "
                 "cascade with reg_class_agnostic=True, or a file without cascade"
             )
-        layout = {"kind": "res5"} if tree["neck"] == "c4" else {"kind": "2fc", "fc_channels": scores.shape[1]}
+        hidden = tree["neck"] == "fpn" or box_convs or reader.weight("fc", **box[0], fc="fc6") is not None
+        layout = {"kind": "2fc", "fc_channels": scores.shape[1]} if hidden else {}
         found["box_head"] = {**layout, "norm": "none", "class_agnostic": not by_class or num > 0}
         if box_convs:
             convs = {"kind": "4conv1fc", "num_convs": len(box_convs), "conv_channels": len(box_convs[0])}
@@ -201,14 +190,14 @@ def _describe(model: ModelConfig, parts: tuple[str, ...]) -> Iterator[str]:
     if "rpn" in parts:
         yield f"anchor ratios {', '.join(f'{ratio:g}' for ratio in model.rpn.aspect_ratios)}"
         yield f"RoIAlign {model.box_head.roi_align}"
-    if "rpn" in parts and any(model.box_head.layers):
+    if "rpn" in parts and any(model.box_layers):
         yield f"box deltas {'of all classes' if model.box_head.class_agnostic else 'by class'}, fc over (C, H, W)"
     if model.detector == "cascade_rcnn":
         yield f"a cascade of {len(model.cascade.positive_iou)} stages"
 
 
 def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterator[str]:
-    if "box_head" in parts and cfg.part_norms()["box_head"].kind != "none" and not cfg.box_head.norm_last:
+    if "box_head" in cfg.normed_parts and cfg.part_norms()["box_head"].kind != "none" and not cfg.box_head.norm_last:
         yield f"model.box_head.norm_last: false; {toolkit} has the norm after every convolution or none"
     if "box_head" in parts and toolkit == "torchvision" and cfg.box_head.class_agnostic:
         yield "model.box_head.class_agnostic: torchvision's detectors have a box per class, and no cascades"
@@ -224,6 +213,8 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
 def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]:
     ious, weights = list(cfg.cascade.positive_iou), [[xy, xy, wh, wh] for xy, wh in cfg.cascade.delta_weights]
     is_cascade, stds = cfg.detector == "cascade_rcnn", [[1 / weight for weight in stage] for stage in weights]
+    if toolkit == "detectron2" and cfg.region_heads:
+        yield f"MODEL.ROI_HEADS.NUM_CLASSES {num_classes}"
     if cfg.box_head.class_agnostic and toolkit == "detectron2":
         yield "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True"
     if cfg.box_head.class_agnostic and toolkit == "mmdetection":
@@ -235,5 +226,5 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]
         yield f"roi_head: type='CascadeRoIHead'; target_stds by stage: {stds}"
 
 
-RPN = Part(RPN_NAMES, _rpn_layers, _infer_rpn, from_file=_order_anchors, refusals=_rpn_refusals)
+RPN = Part(RPN_NAMES, _rpn_layers, _infer_rpn, refusals=_rpn_refusals)
 HEADS = Part(NAMES, _layers, _infer, to_file=_to_file, describe=_describe, refusals=_refusals, settings=_settings)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gndet.data.datasets.exports.engine import Export, Found, Picture, SizeOf
 from gndet.data.datasets.exports.folders import (
     SPLITS,
     children,
@@ -20,7 +21,6 @@ from gndet.data.datasets.exports.folders import (
     set_missing,
     set_named,
 )
-from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES
 from gndet.text import shown

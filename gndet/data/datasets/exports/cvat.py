@@ -16,9 +16,9 @@ from xml.parsers import expat
 
 from gndet.data.datasets.columns import Item, Size
 from gndet.data.datasets.exports.cvat_shapes import Attributes, Shape, add_object, to_integer, to_size
+from gndet.data.datasets.exports.engine import Export, Found, Picture, SizeOf
 from gndet.data.datasets.exports.folders import SPLITS, find_images, set_missing, set_named
 from gndet.data.datasets.exports.geometry import join_groups
-from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.image_folder import read_head
 from gndet.data.datasets.images import PICTURES

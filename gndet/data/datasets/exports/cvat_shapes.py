@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gndet.data.datasets.columns import Item, Size
+from gndet.data.datasets.exports.engine import Found
 from gndet.data.datasets.exports.geometry import check_window, ellipse, window_rle
-from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.faults import Fault
 from gndet.text import brief, printable
 

@@ -1,10 +1,12 @@
 """Read an export of a labelling tool: open it, parse its files in processes, check them by the rules of COCO's format.
 
+A reader of a format hands over an Export, whose units become Pictures with their objects, unchecked.
+
 Letters: N pictures, n objects.  Each part numbers its pictures, objects and classes from 1; joining renumbers them.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +18,6 @@ from gndet.data.datasets.cache import cached
 from gndet.data.datasets.coco import assemble, gc_paused
 from gndet.data.datasets.columns import Columns, Known, end_to_end, read_columns
 from gndet.data.datasets.entries import read_images
-from gndet.data.datasets.exports.pictures import Export, Picture
 from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
@@ -25,9 +26,38 @@ from gndet.data.records import Dataset, Finding, Tell
 from gndet.data.workers import read_in_processes
 from gndet.text import brief
 
-Opener = Callable[[Path, Path | None, str], Export]  # (annotations, image folder or None, set)
+Found = list[tuple[str, str]]  # what is wrong: codes of FAULTS, and words that begin with the place
+SizeOf = Callable[[str], tuple[int, int]]  # file_name -> height, width of the picture, upright; raises Fault
 PART = 1000  # units parsed at once
 USUAL = ("area-missing",)  # findings that say nothing about an export: no format but COCO's has areas
+
+
+class Picture(NamedTuple):
+    """A picture with its objects; the engine checks all of it by the rules of COCO's format.
+
+    An object is a dict with COCO's keys (bbox [x, y, width, height] in pixels, segmentation, iscrowd, area), "category"
+    (the name of its class) and "place" (where it is, like "labels/a.txt, line 3").
+    """
+
+    file_name: str  # relative to the image folder
+    size: tuple[Any, Any] | None  # height, width as the export states them; None: read from the picture's header
+    objects: list[dict[str, Any]]
+    findings: Sequence[tuple[str, str]] = ()  # as in Found
+
+
+class Export(NamedTuple):
+    """An export that was opened: its units, parsed in parallel, and the classes that it declares."""
+
+    units: Sequence[Any]  # picklable, in a fixed order: a unit per annotation file, or per picture
+    parse: Callable[[Any, SizeOf], list[Picture]]  # picklable; runs in worker processes.  Raises Fault
+    classes: tuple[str, ...] | None  # in label order; None: the names that occur, sorted
+    images: Path  # the folder that file_name is relative to
+    files: Sequence[Path]  # every annotation file, for the key of the cache
+    findings: Sequence[tuple[str, str]] = ()  # as in Found
+    notes: tuple[str, ...] = ()  # lines to show
+
+
+Opener = Callable[[Path, Path | None, str], Export]  # (annotations, image folder or None, set)
 
 
 class Part(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from gndet.data.datasets.columns import Item, Size
-from gndet.data.datasets.exports.pictures import Found
+from gndet.data.datasets.exports.engine import Found
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import MAX_PIXELS
 from gndet.data.datasets.masks import check_segmentation

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from gndet.data.datasets.columns import Item, Size
+from gndet.data.datasets.exports.engine import Export, Found, Picture, SizeOf
 from gndet.data.datasets.exports.folders import files_below, find_images, read_json
 from gndet.data.datasets.exports.geometry import box_around, check_window, ellipse, join_groups, window_rle
-from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import HEAD

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from gndet.data.datasets.columns import Item
+from gndet.data.datasets.exports.engine import Export, Found, Picture, SizeOf
 from gndet.data.datasets.exports.folders import find_images, read_json, read_text
 from gndet.data.datasets.exports.geometry import ellipse, with_box
-from gndet.data.datasets.exports.pictures import Export, Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.formats import name_format, sniff
 from gndet.data.datasets.image_folder import read_head

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from gndet.data.datasets.exports.engine import Export, Found
 from gndet.data.datasets.exports.folders import (
     ALIASES,
     Listings,
@@ -20,7 +21,6 @@ from gndet.data.datasets.exports.folders import (
     stem_of,
     swapped,
 )
-from gndet.data.datasets.exports.pictures import Export, Found
 from gndet.data.datasets.exports.voc_xml import Unit, counted_from_0, parse_voc, read_xml
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES

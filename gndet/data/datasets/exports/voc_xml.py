@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
 
+from gndet.data.datasets.exports.engine import Found, Picture, SizeOf
 from gndet.data.datasets.exports.folders import read_text, stem_of
-from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault
 from gndet.text import brief, shown
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from gndet.data.datasets.exports.engine import Export
 from gndet.data.datasets.exports.folders import (
     ALIASES,
     candidates,
@@ -24,7 +25,6 @@ from gndet.data.datasets.exports.folders import (
     read_text,
     set_missing,
 )
-from gndet.data.datasets.exports.pictures import Export
 from gndet.data.datasets.exports.yolo_files import Group, Labels, Opened, in_folder, in_list, in_tree, sets_in_folder
 from gndet.data.datasets.exports.yolo_rows import Unit, parse_labels, refuse_other_rows
 from gndet.data.datasets.faults import Fault, several

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from gndet.data.datasets.exports.engine import Found
 from gndet.data.datasets.exports.folders import (
     ALIASES,
     Listings,
@@ -19,7 +20,6 @@ from gndet.data.datasets.exports.folders import (
     stem_of,
     swapped,
 )
-from gndet.data.datasets.exports.pictures import Found
 from gndet.data.datasets.exports.yolo_rows import Unit
 from gndet.data.datasets.faults import Fault
 from gndet.data.datasets.images import PICTURES

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from gndet.data.datasets.exports.engine import Found, Picture, SizeOf
 from gndet.data.datasets.exports.folders import read_text
-from gndet.data.datasets.exports.pictures import Found, Picture, SizeOf
 from gndet.data.datasets.faults import Fault, several
 from gndet.text import brief, shown
 

@@ -50,6 +50,9 @@ PRESET_WORDS = """## Presets of model.compat
 `model.compat` takes the conventions of another toolkit as defaults. An option that the config states itself wins. An
 empty cell means gndet's own default.
 """
+DENSE_WORDS = """
+The dense detectors of some toolkits differ from this in:
+"""
 NECK_WORDS = """## Defaults of model.neck
 
 Some options have another default with these necks. An option that the config states itself wins. An empty cell means
@@ -71,9 +74,17 @@ def page() -> str:
     sections = [table(path, section, comments) for path, section in found]
     toolkits = {name: PRESETS[name] | {"dense": options} for name, options in dense.TOOLKITS.items()}
     cascades = {"cascade_rcnn": CASCADE.defaults, "and mmdetection": MMDETECTION.defaults}
+    own = {f"{each.chosen['detector']} and {each.chosen['compat']}": each.defaults for each in dense.OF_TOOLKITS}
     necks = {"c4": C4.defaults, "dc5": DC5.defaults, "c4 and detectron": DETECTRON_C4.defaults}
     tables = [
-        *(PRESET_WORDS, presets("gndet", toolkits), CASCADE_WORDS, presets("gndet", cascades)),
+        *(
+            PRESET_WORDS,
+            presets("gndet", toolkits),
+            DENSE_WORDS,
+            presets("gndet", own),
+            CASCADE_WORDS,
+            presets("gndet", cascades),
+        ),
         *("", NECK_WORDS, presets("fpn", necks)),
     ]
     return "\n".join([OPENING, *sections, *tables, "\nNext: [training](training.md)."]) + "\n"

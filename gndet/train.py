@@ -39,7 +39,7 @@ def train(
     *,
     fresh: bool = False,
     console: Console | None = None,
-    at_end: Callable[[Path], None] = lambda out: None,
+    at_end: Callable[[Path], None] | None = None,
 ) -> dict[str, float]:
     """Train a detector into the folder cfg.out, or resume an unfinished run of the same config.
 

@@ -94,7 +94,8 @@ def _train(cfg: "Config", *, fresh: bool, progress: bool) -> dict[str, float]:
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     try:
-        return train(cfg, fresh=fresh, console=console if progress else None, at_end=write_report)
+        at_end = write_report if cfg.train.report else None
+        return train(cfg, fresh=fresh, console=console if progress else None, at_end=at_end)
     except RunFinished:
         out = Path(cfg.out).expanduser()
         if not os.path.lexists(out / REPORT):  # a kill may have come before

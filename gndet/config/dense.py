@@ -122,7 +122,18 @@ TOOLKITS: dict[str, dict[str, object]] = {  # by model.compat
     "mmdetection": {"anchors_in_padding": True},
     "detectron": {"anchors_in_padding": True},
 }  # fmt: skip
-CONVENTIONS = (*(Convention({"compat": name}, {"dense": options}) for name, options in TOOLKITS.items()), RETINANET)
+# where a toolkit's detector differs from both: torchvision models/detection/fcos and retinanet; detectron2
+# modeling/meta_arch/retinanet
+OF_TOOLKITS = (
+    Convention({"detector": "fcos", "compat": "torchvision"}, {"dense": {"assign": "center", "score_threshold": 0.2}}),
+    Convention({"detector": "retinanet", "compat": "torchvision"}, {"dense": {"detections_per_image": 300}}),
+    Convention({"detector": "retinanet", "compat": "detectron2"}, {"dense": {"conv_bias": True}}),
+)
+CONVENTIONS = (
+    *OF_TOOLKITS,
+    *(Convention({"compat": name}, {"dense": options}) for name, options in TOOLKITS.items()),
+    RETINANET,
+)
 
 
 def check_dense(model: "ModelConfig") -> None:

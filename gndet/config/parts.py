@@ -76,8 +76,10 @@ class BackboneConfig(Section):
             raise ValueError(f"depth: {self.depth}; vgg has depth 16, and resnet 18, 34, 50, 101 or 152")
         if self.depth < 50 and (self.cardinality, self.group_width) != (1, 64):
             raise ValueError("cardinality and group_width are of bottlenecks, which resnet has from depth 50 on")
-        if self.kind == "vgg" and (self.stem != "plain" or self.average_shortcuts):
-            raise ValueError("stem and average_shortcuts are of resnet")
+        if self.kind == "vgg" and (self.stem != "plain" or self.average_shortcuts or self.stride_in_1x1):
+            raise ValueError("stem, average_shortcuts and stride_in_1x1 are of resnet")
+        if self.kind == "vgg" and self.zero_init_last_gamma:
+            raise ValueError("zero_init_last_gamma: true; vgg has no residual blocks")
         if self.kind == "vgg" and self.width != 1:
             raise ValueError(f"width: {self.width:g}; vgg has its usual channels only")
         if self.kind != "resnet" and self.stochastic_depth:

@@ -33,7 +33,7 @@ from gndet.training.work_folder import WorkFolder
 
 @contextmanager
 def marked(
-    out: WorkFolder, at_end: Callable[[Path], None], stop: StopSignals, console: Console | None
+    out: WorkFolder, at_end: Callable[[Path], None] | None, stop: StopSignals, console: Console | None
 ) -> Iterator[None]:
     """Mark a run that an error ended, and call at_end(its folder), except after a signal, when there is no time.
 
@@ -41,6 +41,8 @@ def marked(
     """
 
     def end() -> None:
+        if at_end is None:
+            return
         try:
             with stop.at_once():
                 at_end(out.path)

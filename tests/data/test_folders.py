@@ -155,6 +155,11 @@ def test_a_subset_of_the_classes_leaves_the_other_pictures_without_one(tmp_path:
         ({"task": "classification", "data": {"crop": {"area": [0.5, 0.2]}}}, "the smaller one first"),
         ({"task": "classification", "data": {"crop": {"ratio": [2, 1]}}}, "the smaller one first"),
         ({"model": {"backbone": {"kind": "vgg"}}}, "vgg has depth 16"),
+        ({"model": {"backbone": {"kind": "vgg", "depth": 16, "stride_in_1x1": True}}}, "stride_in_1x1 are of resnet"),
+        (
+            {"model": {"backbone": {"kind": "vgg", "depth": 16, "zero_init_last_gamma": True}}},
+            "zero_init_last_gamma: true; vgg has no residual blocks",
+        ),
         ({"model": {"backbone": {"depth": 18, "cardinality": 32}}}, "from depth 50 on"),
     ],
 )

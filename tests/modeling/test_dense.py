@@ -13,8 +13,9 @@ from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint
 from gndet.cli.main import main
-from gndet.config.loading import config_from_dict
+from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.model import ModelConfig
+from gndet.config.schema import Config
 from gndet.data.batches.batch import collate
 from gndet.data.batches.transforms import train_sample
 from gndet.data.datasets.reading import read_dataset
@@ -246,6 +247,22 @@ def test_retinanet_has_its_own_defaults_below_a_preset_and_the_config() -> None:
     assert (mixed.anchors, mixed.positives, mixed.nms_threshold, mixed.assign) == ("rounded", "image", 0.4, "iou")
     again = ModelConfig.model_validate(ModelConfig.model_validate(preset).model_dump())
     assert again.dense == mixed
+
+
+@pytest.mark.parametrize(
+    ("detector", "compat", "expected"),
+    [
+        ("fcos", "torchvision", {"assign": "center", "score_threshold": 0.2, "detections_per_image": 100}),
+        ("retinanet", "torchvision", {"assign": "iou", "score_threshold": 0.05, "detections_per_image": 300}),
+        ("retinanet", "detectron2", {"conv_bias": True, "nms_boxes": "whole", "offset": 0.0}),
+        ("fcos", "gndet", {"assign": "atss", "score_threshold": 0.05, "conv_bias": True}),
+    ],
+)
+def test_a_toolkit_s_detector_has_its_defaults(detector: str, compat: str, expected: dict[str, Any]) -> None:
+    model = ModelConfig.model_validate({"detector": detector, "masks": False, "compat": compat})
+    assert {name: getattr(model.dense, name) for name in expected} == expected
+    other = with_overrides(Config(), ["model.masks=false", "model.detector=fcos", "model.compat=torchvision"], "a run")
+    assert with_overrides(other, [f"model.detector={detector}", f"model.compat={compat}"], "a run").model == model
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import pytest
 import torch
 import yaml
 from faults.tiny import CONFIG
+from rich.console import Console
 from run_files import forget, load
 
 from gndet.checkpoint import adopt_copies, load_checkpoint, point, prune, resolve, run_checkpoints
 from gndet.cli.train import train_run
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
+from gndet.distributed.signals import StopSignals
 from gndet.errors import CheckpointError, GndetError, OutputError, RunFinished, TrainingError
 from gndet.train import train
 from gndet.training import work_folder
+from gndet.training.ending import marked
 from gndet.training.run_folder import HEAD, find_run, make_run, may_write, move_aside
 from gndet.training.work_folder import WorkFolder, locked
 
@@ -436,3 +440,13 @@ def test_an_out_that_leads_nowhere_is_refused(made: Path, tmp_path: Path) -> Non
     (tmp_path / "run").symlink_to("/not/mounted/run")
     with pytest.raises(TrainingError, match="a link to /not/mounted/run, which is not there"):
         find_run(load(made, "run"), tmp_path / "run", False, ALONE)
+
+
+@pytest.mark.parametrize("report", [True, False])
+def test_a_signal_at_the_end_names_the_report_only_if_one_was_to_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], report: bool
+) -> None:
+    stop = StopSignals()
+    with marked(WorkFolder(tmp_path), (lambda out: None) if report else None, stop, Console()):
+        stop.number = signal.SIGTERM
+    assert ("no report was written, because a signal came" in capsys.readouterr().out) == report

@@ -143,7 +143,9 @@ def test_a_file_of_detectron2_is_read_and_exported_as_it_was(tmp_path: Path, nor
         (lambda file: file.pop("head.cls_subnet.4.weight"), r"head\.cls_subnet"),
         (lambda file: file.pop("backbone.top_block.p7.bias"), r"p7\.bias .*absent in the file"),
         (lambda file: file.update({"head.ctrness.weight": torch.zeros(1, 32, 3, 3)}), r"head\.ctrness\.weight"),
-        (lambda file: file.update({"head.bbox_pred.weight": torch.zeros(12, 32, 3, 3)}), "3 anchors .*, expected 9"),
+        (lambda file: file.update({"head.bbox_pred.weight": torch.zeros(12, 32, 3, 3)}), "12 rows .*: 36 rows"),
+        (lambda file: file.update({"head.bbox_pred.weight": torch.zeros(37, 32, 3, 3)}), "37 rows .*: 36 rows"),
+        (lambda file: file.update({"head.cls_score.weight": torch.zeros(28, 32, 3, 3)}), "28 of class .*of 9"),
     ],
 )
 def test_what_is_missing_or_unknown_is_refused(tmp_path: Path, change: Any, words: str) -> None:
@@ -262,10 +264,14 @@ def test_detectron2_s_retinanet_differs_in_nothing_from_its_defaults(tmp_path: P
 
 def test_an_export_of_a_model_of_gndet_says_what_torchvision_s_fcos_and_retinanet_do_otherwise() -> None:
     tree = {"masks": False, "compat": "torchvision", "backbone": {"depth": 18}}
-    fcos = ModelConfig.model_validate({**tree, "detector": "fcos"})
+    assert not dense_differences(ModelConfig.model_validate({**tree, "detector": "fcos"}), "torchvision")
+    options = {"assign": "atss", "score_threshold": 0.05}
+    fcos = ModelConfig.model_validate({**tree, "detector": "fcos", "dense": options})
     assert dense_differences(fcos, "torchvision") == {"assign": "atss, center", "score_threshold": "0.05, 0.2"}
     v1, v2 = (
-        ModelConfig.model_validate({**tree, "detector": "retinanet", "dense": {"norm": {"kind": kind}}})
+        ModelConfig.model_validate(
+            {**tree, "detector": "retinanet", "dense": {"norm": {"kind": kind}, "detections_per_image": 100}}
+        )
         for kind in ("none", "gn")
     )
     assert dense_differences(v1, "torchvision") == {"detections_per_image": "100, 300"}

@@ -33,26 +33,13 @@ NAMES: dict[str, Names] = {
         "dense_cls": "head.cls_score", "dense_boxes": "head.bbox_pred"},
 }  # fmt: skip
 
-# by detector and toolkit: where a new model of the toolkit differs from the defaults of its model.compat.  Sources:
-# torchvision models/detection/fcos and retinanet; detectron2 modeling/meta_arch/retinanet
-DEFAULTS: dict[tuple[str, str], Tree] = {
-    ("fcos", "torchvision"): {"assign": "center", "score_threshold": 0.2},
-    ("retinanet", "torchvision"): {"detections_per_image": 300},
-    ("retinanet", "detectron2"): {"conv_bias": True},
-}
 
-
-def _defaults(detector: str, toolkit: str, norm: str) -> Tree:
-    """Return the options of the toolkit's head that differ from the defaults of model.compat; norm: of the towers."""
-    is_v2 = (detector, toolkit) == ("retinanet", "torchvision") and norm != "none"
-    return DEFAULTS.get((detector, toolkit), {}) | ({"box_loss": "giou"} if is_v2 else {})
-
-
-def _defaults_beside(cfg: ModelConfig, toolkit: str) -> Tree:
-    """Return the sections of a new model of the toolkit, of the same kind as cfg's, that differ from model.compat."""
-    norm = cfg.part_norms()["dense"].kind
-    options = _defaults(cfg.detector, toolkit, norm)
-    return {"dense": options | ({"conv_bias": cfg.dense.conv_bias} if norm == "none" else {})}  # without norms: always
+def _defaults(cfg: ModelConfig, toolkit: str) -> Tree:
+    """Return the options of a new model of the toolkit, of cfg's kind, that depend on the norm of its towers."""
+    has_norm = cfg.part_norms()["dense"].kind != "none"
+    is_v2 = (cfg.detector, toolkit, has_norm) == ("retinanet", "torchvision", True)
+    bias = {} if has_norm else {"conv_bias": cfg.dense.conv_bias}  # without norms, every convolution has a bias
+    return {"dense": {**bias, **({"box_loss": "giou"} if is_v2 else {})}}
 
 
 def _place(n: int) -> dict[str, object]:
@@ -80,13 +67,17 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
     if "fpn" not in tree:
         return detector
     conv = f"{detector['detector']}_classification"
-    norm, boxes = reader.norm(conv, **_place(0)), reader.weight("dense_boxes")
+    norm, boxes, scores = (reader.norm(conv, **_place(0)), reader.weight("dense_boxes"), reader.weight("dense_cls"))
     keys = [_key(reader, conv, norm, n) for n in range(16)]
-    kinds, expected = 0 if boxes is None else len(boxes) // 4, 1 if is_fcos else 9
-    if kinds != expected:
-        raise CheckpointError(f"{reader.path}: {kinds} anchors per cell, expected {expected}")
+    rows, expected = [0 if each is None else len(each) for each in (boxes, scores)], 1 if is_fcos else 9
+    if rows[0] != 4 * expected or rows[1] % expected:
+        raise CheckpointError(
+            f"{reader.path}: {rows[0]} rows of boxes and {rows[1]} of class scores; expected {expected} anchors per "
+            f"cell: {4 * expected} rows, and a multiple of {expected}"
+        )
     section: Tree = {"num_convs": max(sum(key in reader.tensors for key in keys), 1), "norm": norm}
-    section |= _defaults(detector["detector"], toolkit_of(reader.format), norm)
+    if not is_fcos and norm != "none" and toolkit_of(reader.format) == "torchvision":  # v2
+        section["box_loss"] = "giou"
     section["conv_bias"] = norm == "none" or keys[0].removesuffix("weight") + "bias" in reader.tensors
     return {**detector, "dense": section}
 
@@ -140,7 +131,7 @@ def _refusals(cfg: ModelConfig, parts: tuple[str, ...], toolkit: str) -> Iterato
     known = {"fcos": ("torchvision",), "retinanet": ("torchvision", "detectron2")}[cfg.detector]
     if toolkit not in known:
         yield f"--to {toolkit}: gndet writes model.detector: {cfg.detector} for {' and '.join(known)} only"
-    like = new_model(cfg, toolkit, _defaults_beside(cfg, toolkit)).dense
+    like = new_model(cfg, toolkit, _defaults(cfg, toolkit)).dense
     wanted: dict[str, Any] = {"quality": "centerness" if cfg.detector == "fcos" else "none"}
     wanted |= {name: getattr(like, name) for name in ("scales", "aspect_ratios", "conv_bias")}
     for name, value in wanted.items():
@@ -181,4 +172,4 @@ def _settings(cfg: ModelConfig, num_classes: int, toolkit: str) -> Iterator[str]
         yield f"MODEL.RETINANET.NUM_CLASSES {num_classes}"
 
 
-PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals, _settings, _defaults_beside)
+PART = Part(NAMES, _layers, _infer, _from_file, _to_file, _describe, _refusals, _settings, _defaults)

@@ -51,7 +51,7 @@ PRESET_WORDS = """## Presets of model.compat
 empty cell means gndet's own default.
 """
 DENSE_WORDS = """
-The dense detectors of some toolkits differ from this in:
+The dense detectors of some toolkits differ from this, and from gndet's RetinaNet, whose `conv_bias` is `false`, in:
 """
 NECK_WORDS = """## Defaults of model.neck
 

@@ -122,8 +122,8 @@ TOOLKITS: dict[str, dict[str, object]] = {  # by model.compat
     "mmdetection": {"anchors_in_padding": True},
     "detectron": {"anchors_in_padding": True},
 }  # fmt: skip
-# where a toolkit's detector differs from both: torchvision models/detection/fcos and retinanet; detectron2
-# modeling/meta_arch/retinanet
+# where a toolkit's detector differs from the defaults of the toolkit and of the detector: torchvision
+# models/detection/fcos and retinanet; detectron2 modeling/meta_arch/retinanet
 OF_TOOLKITS = (
     Convention({"detector": "fcos", "compat": "torchvision"}, {"dense": {"assign": "center", "score_threshold": 0.2}}),
     Convention({"detector": "retinanet", "compat": "torchvision"}, {"dense": {"detections_per_image": 300}}),

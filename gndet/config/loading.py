@@ -96,9 +96,9 @@ def with_overrides(cfg: Config, overrides: Sequence[str], source: str) -> Config
     _override(change, overrides, {})
     model = change.get("model")
     if isinstance(model, dict):  # the defaults of another detector, neck or toolkit replace those of the present one
-        changed = [
-            each for each in CONVENTIONS if each.applies(tree["model"]) != each.applies({**tree["model"], **model})
-        ]
+        before, after = tree["model"], {**tree["model"], **model}
+        compat = before["compat"] != after["compat"]  # another toolkit's replace all that a toolkit may decide
+        changed = [c for c in CONVENTIONS if c.applies(before) != c.applies(after) or (compat and "compat" in c.chosen)]
         tree["model"] = without(changed, tree["model"])
     data, crop = tree["data"], change.get("data", {}).get("crop") if isinstance(change.get("data"), dict) else None
     if isinstance(crop, dict) and crop.keys() & {"size", "size_test"}:  # edges that follow the crop, follow it anew

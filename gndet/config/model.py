@@ -153,7 +153,13 @@ class ModelConfig(Section):
 
     def shaping(self) -> list[str]:
         """Return the options of all sections that decide the shapes of weights: "fpn.channels" and so on."""
-        return [*self.shapes, *(f"{name}.{option}" for name, section in self._inner() for option in section.shapes)]
+        found = [*self.shapes, *(f"{name}.{option}" for name, section in self._inner() for option in section.shapes)]
+        return [option for option in found if option not in self.lacks]
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """The options of sections in use that have no effect: "box_head.kind" and so on."""
+        return one_level.C4_LACKS if self.neck == "c4" else ()
 
     def meaning(self) -> Iterator[tuple[str, str]]:
         """Yield (part, option) for each option in use that changes what the weights of a part compute."""
@@ -211,7 +217,7 @@ class ModelConfig(Section):
                 return f"{key}.padding: plain includes the padding around a picture, which depends on its batch"
         part = self.anchored
         if part in self.parts and getattr(self, part).anchors_in_padding:
-            return f"model.{part}.anchors_in_padding: true places anchors in the padding, of which its batch decides"
+            return f"model.{part}.anchors_in_padding: true places anchors in the padding, whose size the batch decides"
         if part in self.parts and getattr(self, part).anchor_stride == "canvas":
             return f"model.{part}.anchor_stride: canvas places anchors by the canvas, which depends on the batch"
         return None

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from gndet.config.model import ModelConfig
 
 SHARED = ("pool_size", "sampling_ratio", "roi_align")  # options of how the heads of a C4 model pool the same regions
+# options without effect in a C4 model, where res5 takes the place of the box head's convolutions and linear layers
+C4_LACKS = tuple(f"box_head.{name}" for name in ("kind", "num_convs", "conv_channels", "fc_channels", "norm_last"))
 _RPN = {"pre_nms_train": 12000, "pre_nms_test": 6000, "post_nms_train": 2000}
 # only Detectron's FPN configs state a sampling ratio: e2e_mask_rcnn_R-50-C4_1x has the default of core/config, 0.
 # detectron2 and mmdetection have 0 with every neck

@@ -79,7 +79,7 @@ class BackboneConfig(Section):
         if self.kind == "vgg" and (self.stem != "plain" or self.average_shortcuts or self.stride_in_1x1):
             raise ValueError("stem, average_shortcuts and stride_in_1x1 are of resnet")
         if self.kind == "vgg" and self.zero_init_last_gamma:
-            raise ValueError("zero_init_last_gamma: true; vgg has no residual blocks")
+            raise ValueError("zero_init_last_gamma: true; vgg has no residual blocks; expected false")
         if self.kind == "vgg" and self.width != 1:
             raise ValueError(f"width: {self.width:g}; vgg has its usual channels only")
         if self.kind != "resnet" and self.stochastic_depth:

@@ -1,7 +1,7 @@
 """The config of a run, and what its sections must agree on. `loading.py` reads it from YAML.
 
-Every option stands in the file of its section, with its type, default, unit and source: `model.py`, `norm.py` and
-`parts.py` for `model`, `data.py` for `data`, `training.py` for `train` and `evaluation`.
+Every option stands in the file of its section, with its type, default, unit and source: `model.py`, `norm.py`,
+`parts.py`, `dense.py` and `cascade.py` for `model`, `data.py` for `data`, `training.py` for `train` and `evaluation`.
 """
 
 from typing import Literal

@@ -1,7 +1,6 @@
 """Build a model from its config: a table of the available kinds of each part, and the code that joins the parts.
 
-To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to config/model.py, or
-to config/parts.py for a backbone.
+To add a detector, backbone, neck or head: add a file to this folder, a row here, and its options to a file of config/.
 """
 
 from collections.abc import Callable, Iterator, Mapping

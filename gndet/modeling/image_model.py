@@ -65,12 +65,12 @@ class Backbone(nn.Module, ABC):
         return []
 
     def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
-        """Run the stages of `after_maps` on regions.
+        """Run the stages of `after_maps` on regions; it is called only if there are any.
 
         pool: returns the regions' features (R, C, P, P); with train.memory "lean" it is called again in the backward
         pass.  Returns (R, region_channels, P', P').
         """
-        return pool()
+        raise NotImplementedError
 
     def stop_training(self, parts: list[nn.Module]) -> None:
         """Freeze parts: their parameters, and the statistics of their BN layers."""

@@ -160,6 +160,12 @@ def test_another_preset_takes_the_place_of_the_first_in_a_resolved_config() -> N
     assert back == with_overrides(Config(), ["model.fpn.channels=64"], "test")
 
 
+def test_another_preset_replaces_what_any_preset_may_decide() -> None:
+    stated = with_overrides(Config(), ["model.rpn.clip=pixels", "model.mask_head.paste=rounded"], "test")
+    expected = with_overrides(Config(), ["model.compat=detectron2"], "test")
+    assert with_overrides(stated, ["model.compat=detectron2"], "test") == expected
+
+
 @pytest.mark.parametrize("option", ["compat", "neck"])
 def test_a_section_changes_a_preset_as_its_dotted_name_does(option: str) -> None:
     first, last = {"compat": ("torchvision", "detectron"), "neck": ("c4", "fpn")}[option]

@@ -73,3 +73,12 @@ def test_a_stated_sampling_ratio_wins_over_that_of_detectron_s_c4() -> None:
 def test_what_cannot_be_built_is_refused(model: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_dict({"model": model}, "test")
+
+
+def test_options_that_c4_lacks_name_no_cause_and_no_difference() -> None:
+    c4, fpn = (
+        ModelConfig.model_validate({"neck": neck, "box_head": {"kind": "2fc", "norm_last": True}})
+        for neck in ("c4", "fpn")
+    )
+    assert "box_head.kind" in fpn.shaping() and not any(option.startswith("box_head.kind") for option in c4.shaping())
+    assert "box_head.pool_size" in c4.shaping() and c4.lacks and not fpn.lacks

@@ -16,10 +16,13 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from gndet.cli.main import main
 from gndet.config.loading import load_config, with_overrides
+from gndet.config.model import ModelConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError
+from gndet.toolbox.analysis.errors import TITLES
 from gndet.toolbox.report import blocks, charts
+from gndet.toolbox.report.mistakes import ADVICE, advice
 from gndet.toolbox.report.overview import run_verdict
 from gndet.toolbox.report.record import _read, read_run
 from gndet.toolbox.report.report import write_report
@@ -213,6 +216,24 @@ def test_the_verdict_says_what_the_numbers_show(finished: Path) -> None:
     assert "Data-bound: waiting for data took 50 %" in said(train=waiting) and "Data-bound" not in said(train=[])
     bn = with_overrides(run.cfg, ["model.norm.kind=bn"], "test")
     assert "bn takes its statistics over 1 image(s) at once" in said(cfg=bn)
+
+
+@pytest.mark.parametrize(
+    ("detector", "head", "anchors"), [("mask_rcnn", "box_head", "rpn"), ("fcos", "dense", "dense")]
+)
+def test_advice_names_the_options_of_the_model(detector: str, head: str, anchors: str) -> None:
+    model = ModelConfig.model_validate({"detector": detector, "masks": False})
+    words = {kind: advice(kind, model) for kind in ADVICE}
+    assert f"lower model.{head}.nms_threshold" in words["Dupe"] and f"model.{anchors}.anchor_sizes" in words["Miss"]
+    assert not any("{" in text for text in words.values())
+
+
+def test_the_verdict_names_the_option_against_the_costliest_mistake(finished: Path) -> None:
+    run = read_run(finished)
+    assert run.analysis is not None
+    errors = run.analysis.errors._replace(delta_ap={kind: 0.5 * (kind == "Dupe") for kind in TITLES})
+    words = " ".join(text for _, text in run_verdict(run._replace(analysis=run.analysis._replace(errors=errors))))
+    assert "lower model.box_head.nms_threshold" in words and "{" not in words
 
 
 def test_tensorboard_shows_the_same_pictures_and_curves(finished: Path) -> None:

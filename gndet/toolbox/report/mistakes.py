@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw
 
+from gndet.config.model import ModelConfig
 from gndet.data.records import Dataset, Record
 from gndet.errors import in_one_line
 from gndet.evaluation.drawing import draw_ground_truth, draw_objects, shrunk, side_by_side
@@ -40,6 +41,11 @@ ADVICE = {
 }  # fmt: skip
 
 
+def advice(kind: str, model: ModelConfig) -> str:
+    """Return what helps against the mistakes of a kind, with the names of the model's options."""
+    return ADVICE[kind].format(head=model.final_head, anchors=model.anchored)
+
+
 def section(run: RunRecord) -> Section | None:
     """Return the section with kinds of mistakes, the worst images, and annotations that may be wrong.
 
@@ -61,14 +67,14 @@ def section(run: RunRecord) -> Section | None:
     )  # fmt: skip
     kind, _, count, gained = table.rows[0]
     lost = f"{count:,} mistakes, {100 * (gained or 0):.1f} points of AP50"
-    advice = ADVICE[kind].format(head=run.cfg.model.final_head, anchors=run.cfg.model.anchored)
     return blocks.section(
         "errors", "Mistakes", bars,
         shown_table(table, picks=[f"error:{row[0]}" for row in table.rows], note="; click a row for its pictures"),
         shown_table(image_table(found, dataset, LISTED), picks=picks(found.worst(LISTED))),
         shown_table(suspects, picks=picks(suspect.image for suspect in found.suspects[:LISTED]))
         if suspects.rows else blocks.paragraph("No annotation is contradicted by a confident detection."),
-        lead=f"The costliest kind is {TITLES[kind]}: {lost}. {advice}" if gained else "No mistake costs AP50.",
+        lead=f"The costliest kind is {TITLES[kind]}: {lost}. {advice(kind, run.cfg.model)}"
+        if gained else "No mistake costs AP50.",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from gndet.toolbox.analysis.bootstrap import Interval
 from gndet.toolbox.analysis.errors import TITLES
 from gndet.toolbox.report import blocks
 from gndet.toolbox.report.blocks import Section
-from gndet.toolbox.report.mistakes import ADVICE
+from gndet.toolbox.report.mistakes import advice
 from gndet.toolbox.report.record import RunRecord, training_time
 from gndet.training.norms import SMALL_BATCH
 
@@ -64,7 +64,7 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         kind = max(TITLES, key=lambda kind: 0.0 if math.isnan(delta[kind]) else delta[kind])
         if delta[kind] > FALL:
             lost = f"The costliest kind of mistake is {TITLES[kind]}: {100 * delta[kind]:.1f} points of AP50"
-            yield "plain", f"{lost}. {ADVICE[kind]}"
+            yield "plain", f"{lost}. {advice(kind, run.cfg.model)}"
         contradicted = Counter(suspect.kind for suspect in run.analysis.suspects)
         for kind, words in SUSPECTS.items():
             if count := contradicted[kind]:

@@ -111,7 +111,7 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
     """List what to set in the toolkit for the same results, and which differences remain."""
     norms = cfg.part_norms()
     lines = [line for part in KIND_FIRST for line in part.settings(cfg, num_classes, toolkit)]
-    for part in parts:
+    for part in [part for part in parts if part in cfg.normed_parts]:
         norm = norms[part]
         if norm.is_group_norm and (norm.kind != "gn" or norm.channels_per_group or norm.groups != GROUPS):
             lines.append(
@@ -131,6 +131,6 @@ def _notes(cfg: ModelConfig, parts: tuple[str, ...], num_classes: int, toolkit: 
         lines += [
             f"differs: {part}.{option} is {options[option]} in this model, {defaults[option]} by {toolkit}'s default"
             for option in options
-            if option != "norm" and options[option] != defaults[option]
+            if option != "norm" and f"{part}.{option}" not in cfg.lacks and options[option] != defaults[option]
         ]
     return lines

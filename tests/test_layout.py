@@ -141,7 +141,7 @@ KINDS = {
          "weights/foreign/resnet.py"),
     ),
     "cascade": Spread(
-        r"(?i)cascade|^'\\\.stages",
+        r"(?i)cascade(?!_rcnn_stage)|^'\\\.stages",
         ("config/cascade.py", "modeling/cascade.py"),
         ("config/model.py", "modeling/build.py", "weights/foreign/two_stage.py", "weights/read.py"),
     ),

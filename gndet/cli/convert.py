@@ -9,7 +9,9 @@ def add(verbs: Verbs) -> None:
         "convert", help="convert weights from another toolkit, from BN to GN, or to another toolkit"
     )
     verb.add_argument(
-        "source", type=file_name, help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors), or a name"
+        "source",
+        type=file_name,
+        help="gndet run or checkpoint, a weights file (.pth, .pkl, .safetensors, .npz), or a name",
     )
     verb.add_argument("out", type=path, help="checkpoint folder to write; with --to TOOLKIT, a .pth file")
     verb.add_argument(

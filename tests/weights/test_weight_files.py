@@ -406,7 +406,7 @@ def test_tensors_that_are_not_dense_values_are_refused(tmp_path: Path, name: str
 
 
 def test_files_that_are_not_weight_files_are_distinguished(tmp_path: Path) -> None:
-    expected = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
+    expected = "expected a file of torch.save, a .safetensors, an .npz or a pickle of numpy arrays"
     path = tmp_path / "a.pth"
     assert failure(path) == f"cannot read it: No such file or directory; {expected}"
     path.mkdir()

@@ -22,7 +22,7 @@ from gndet.weights.foreign.unpickling import Array, Names, Unfit, Unpickler
 
 ZIP = b"PK"  # torch.save since torch 1.6
 LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # before: two bytes of protocol, then torch's magic number, pickled
-EXPECTED = "expected a file of torch.save, a .safetensors or a pickle of numpy arrays"
+EXPECTED = "expected a file of torch.save, a .safetensors, an .npz or a pickle of numpy arrays"
 CONTAINERS = ("blobs", "model", "state_dict")  # Detectron; detectron2 and DETR; mmdetection, MMEngine and timm
 SHARED = 8  # tensors may have this many times the file's bytes: heads share their weights, half precision is widened
 
@@ -45,7 +45,7 @@ class _Lines(io.BufferedReader):
 
 
 def read_weights(path: Path) -> WeightFile:
-    """Read the tensors of a .safetensors, a .pth of torch.save or a .pkl of numpy arrays; the content decides which.
+    """Read the tensors of a .safetensors, a .pth of torch.save, an .npz or a .pkl of numpy arrays; the content decides.
 
     Returns them on the CPU: floating point of any width as float32, integers and bools as they are.  Leaves out the
     momentum among Detectron's blobs.
@@ -107,6 +107,8 @@ def _zip_content(file: io.BufferedReader, names: Names) -> Any:
     records = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
     if any(name.endswith("/constants.pkl") for name in records):
         raise Unfit("a TorchScript archive, which is a program; expected weights: save module.state_dict()")
+    if records and all(name.endswith(".npy") for name in records):
+        return _npz_content(file)
     pickles = sorted((name for name in records if name.endswith("/data.pkl")), key=len)
     if not pickles:
         raise Unfit(f"a zip of {', '.join([*records][:MAX_NAMED])}; {EXPECTED}: should it be unpacked?")
@@ -135,6 +137,24 @@ def _zip_content(file: io.BufferedReader, names: Names) -> Any:
     top, storages = pickles[0].removesuffix("data.pkl"), dict[str, Tensor]()
     is_big = f"{top}byteorder" in records and content(f"{top}byteorder").numpy().tobytes() == b"big"
     return Unpickler(io.BytesIO(content(pickles[0]).numpy().tobytes()), names, stored).load()
+
+
+def _npz_content(file: io.BufferedReader) -> dict[str, Tensor]:
+    """Read a file of numpy.savez: a zip of arrays, compressed or not."""
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        total, size = sum(info.file_size for info in archive.infolist()), file.seek(0, io.SEEK_END)
+        if total > SHARED * size:
+            raise Unfit(f"refused: its arrays would take {total:,} bytes, far more than the file's {size:,}")
+        for info in archive.infolist():
+            content = io.BytesIO(archive.read(info))  # checks the CRC
+            version = np.lib.format.read_magic(content)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, by_column, dtype = read(content)
+            values = np.frombuffer(content.getvalue(), dtype, offset=content.tell())  # refuses objects: no pickle
+            values = values.reshape(shape, order="F" if by_column else "C")
+            found[info.filename.removesuffix(".npy")] = torch.from_numpy(values.astype(dtype.newbyteorder("=")))
+    return found
 
 
 def _legacy_content(file: io.BufferedReader, names: Names) -> Any:

@@ -18,6 +18,7 @@ from gndet.weights.foreign import classifier, dense, neck, one_level, resnet, tw
 from gndet.weights.foreign.files import WeightFile
 from gndet.weights.foreign.names import Names, of_norm, toolkit_of
 from gndet.weights.foreign.part import Facts, Part, Reader
+from gndet.weights.foreign.tensorpack import AUTHOR
 from gndet.weights.read import PARTS as SECTIONS
 
 
@@ -146,8 +147,8 @@ def format_of(file: WeightFile, tensors: dict[str, Tensor], cfg: SourceConfig) -
         keys = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in list(tensors.items())[:MAX_NAMED])
         raise CheckpointError(
             f"{file.path}: expected {expected}, but its tensors are named as in {found or 'no format that gndet knows'}"
-            f": {keys}; gndet reads files of gndet, torchvision, timm (ResNet), detectron2, Detectron, mmdetection and "
-            "maskrcnn-benchmark"
+            f": {keys}; gndet reads files of gndet, torchvision, timm (ResNet), detectron2, Detectron, mmdetection, "
+            "maskrcnn-benchmark and tensorpack"
         )
     return found
 
@@ -161,6 +162,9 @@ def facts_of(format: str, file: WeightFile, tensors: dict[str, Tensor], cfg: Sou
     facts = FACTS[format]
     if file.extras.get("__author__") == "torchvision":  # detectron2's conversion of torchvision's ResNets
         facts = facts._replace(bgr=False, std=RGB_STD, msra=False)
+    if file.extras.get("__author__") == AUTHOR:  # two samples per cell and axis, as gndet
+        title = f"{AUTHOR} file, its names translated to those of {facts.title}"
+        facts = facts._replace(title=title, mean=RGB_MEAN, std=RGB_STD, msra=False, compat="gndet")
     if "res_conv1_bn_riv" in tensors:  # Detectron's BN has no statistics, so this is an MSRA backbone of detectron2
         facts = facts._replace(mean=RGB_MEAN, compat="detectron2", frozen_eps=1e-5)
     middle = next((tensors[key] for key in GROUPED if key in tensors), None)

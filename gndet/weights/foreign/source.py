@@ -23,6 +23,7 @@ from gndet.weights.foreign.files import WeightFile, read_weights
 from gndet.weights.foreign.formats import FORMATS, PARTS, facts_of, format_of, infer_config, layer_names, renamed
 from gndet.weights.foreign.names import file_key, toolkit_of
 from gndet.weights.foreign.part import BACKGROUND_FIRST, Facts, Reader
+from gndet.weights.foreign.tensorpack import translated
 from gndet.weights.foreign.timm_files import from_timm
 from gndet.weights.read import BACKGROUND, DEEP_STEM, STEM, Source, class_rows, fused_parts, has_background
 
@@ -103,6 +104,7 @@ def understand(file: WeightFile, cfg: SourceConfig, origin: str = "") -> Source:
     Raises CheckpointError, with keys and shapes, if the format is unknown, if a layer or a part of one is missing, or
     if gndet does not support the model.
     """
+    file = translated(file, cfg.parts)
     tensors = renamed(file.tensors)
     format = format_of(file, tensors, cfg)
     facts = facts_of(format, file, tensors, cfg)

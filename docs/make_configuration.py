@@ -72,7 +72,7 @@ def page() -> str:
     for file in {inspect.getfile(section) for _, section in found}:
         comments |= option_comments(Path(file).read_text(encoding="utf-8"))
     sections = [table(path, section, comments) for path, section in found]
-    toolkits = {name: PRESETS[name] | {"dense": options} for name, options in dense.TOOLKITS.items()}
+    toolkits = {name: PRESETS[name] | {"dense": options} for name, options in dense.PRESETS.items()}
     cascades = {"cascade_rcnn": CASCADE.defaults, "and mmdetection": MMDETECTION.defaults}
     own = {f"{each.chosen['detector']} and {each.chosen['compat']}": each.defaults for each in dense.OF_TOOLKITS}
     necks = {"c4": C4.defaults, "dc5": DC5.defaults, "c4 and detectron": DETECTRON_C4.defaults}

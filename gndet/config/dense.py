@@ -111,7 +111,7 @@ RETINANET = Convention(
         },
     },
 )  # fmt: skip
-TOOLKITS: dict[str, dict[str, object]] = {  # by model.compat
+PRESETS: dict[str, dict[str, object]] = {  # by model.compat
     "torchvision": {
         "anchors": "rounded", "anchor_stride": "canvas", "anchors_in_padding": True, "offset": 0.0,
         "box_weight": 1.0, "weigh_by_centerness": False, "positives": "image",
@@ -131,7 +131,7 @@ OF_TOOLKITS = (
 )
 CONVENTIONS = (
     *OF_TOOLKITS,
-    *(Convention({"compat": name}, {"dense": options}) for name, options in TOOLKITS.items()),
+    *(Convention({"compat": name}, {"dense": options}) for name, options in PRESETS.items()),
     RETINANET,
 )
 

@@ -76,8 +76,9 @@ def edges_of(crop: object) -> dict[str, Any]:
 def without(conventions: Iterable[Convention], model: dict[str, Any]) -> dict[str, Any]:
     """Return the section `model` of a resolved config without the options of conventions, so that others can apply."""
     result = dict(model)
-    for part, options in ((part, options) for each in conventions for part, options in each.defaults.items()):
-        result[part] = {key: value for key, value in result.get(part, {}).items() if key not in options}
+    for convention in conventions:
+        for part, options in convention.defaults.items():
+            result[part] = {key: value for key, value in result.get(part, {}).items() if key not in options}
     return result
 
 

@@ -65,12 +65,12 @@ class Backbone(nn.Module, ABC):
         return []
 
     def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
-        """Run the stages of `after_maps` on regions; it is called only if there are any.
+        """Run the stages of `after_maps` on regions; without such stages the features stay as they are.
 
         pool: returns the regions' features (R, C, P, P); with train.memory "lean" it is called again in the backward
-        pass.  Returns (R, region_channels, P', P').
+        pass.  Returns (R, region_channels, P', P'), or (R, C, P, P).
         """
-        raise NotImplementedError
+        return pool()
 
     def stop_training(self, parts: list[nn.Module]) -> None:
         """Freeze parts: their parameters, and the statistics of their BN layers."""

@@ -99,8 +99,7 @@ class MaskRCNN(DetectionModel):
         strides = self.strides[:ROI_LEVELS]
         valid = [areas[stride] for stride in strides] if self.extends_edges else []
         sizes = [area.sizes for area in valid if area is not None]
-        last_stage = self.backbone.on_regions if self.backbone.after_maps() else None
-        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None, last_stage))
+        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None, self.backbone.on_regions))
 
     # --- for inspection: norm statistics, calibration, the proof of batch independence
 

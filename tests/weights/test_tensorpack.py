@@ -180,3 +180,11 @@ def test_hostile_and_damaged_archives_are_refused(tmp_path: Path) -> None:
             read_weights(npz(path, "conv0/W.npy", content, **options))
     found = read_weights(npz(path, "conv0/b.npy", npy(np.arange(6, dtype=">f8").reshape(2, 3, order="F"))))
     assert torch.equal(found.tensors["conv0/b"], torch.arange(6.0).view(3, 2).t())
+
+
+def test_a_scalar_in_place_of_a_layer_is_refused(tmp_path: Path) -> None:
+    state = {key: value for key, value in weights(model_of("fpn", "gn")).items() if key.startswith("backbone.")}
+    file = as_tensorpack(named(state, "detectron2", "gn", "2fc"), "fpn")
+    for key in ("fastrcnn/outputs/class/W", "fastrcnn/outputs/box/b", "group0/block0/conv1/W"):
+        with pytest.raises(CheckpointError, match="model.npz"):
+            read(tmp_path / "model.npz", file | {key: np.asarray(1.0, np.float32), "rpn/conv0/b": np.ones(4)})

@@ -60,7 +60,7 @@ def translated(file: WeightFile, parts: tuple[str, ...] | None) -> WeightFile:
     for key, tensor in tensors.items():
         layer, parameter = _split(key)
         name = _named(layer, maps, on_regions=has_rpn and not has_pyramid)
-        if name is None or parameter not in PARAMETERS:
+        if name is None or parameter not in PARAMETERS or not tensor.ndim:
             result[key] = tensor
             continue
         value = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.t() if tensor.ndim == 2 else tensor

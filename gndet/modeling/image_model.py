@@ -32,7 +32,7 @@ class Backbone(nn.Module, ABC):
     """What turns pictures into maps; its last stages may run on regions of the last map instead."""
 
     channels: tuple[int, ...]  # of the maps
-    region_channels = 0  # of what `on_regions` returns, if stages run on regions
+    region_channels = 0  # of what `last_stage` returns, if stages run on regions
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,13 +64,14 @@ class Backbone(nn.Module, ABC):
         """Return the stages that run on regions: children of the backbone."""
         return []
 
-    def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
-        """Run the stages of `after_maps` on regions; without such stages the features stay as they are.
+    @property
+    def last_stage(self) -> Callable[[Callable[[], Tensor]], Tensor] | None:
+        """What runs the stages of `after_maps` on regions; None if there are none.
 
-        pool: returns the regions' features (R, C, P, P); with train.memory "lean" it is called again in the backward
-        pass.  Returns (R, region_channels, P', P'), or (R, C, P, P).
+        It takes a function that returns the regions' features (R, C, P, P), which with train.memory "lean" is called
+        again in the backward pass, and returns (R, region_channels, P', P').
         """
-        return pool()
+        return None
 
     def stop_training(self, parts: list[nn.Module]) -> None:
         """Freeze parts: their parameters, and the statistics of their BN layers."""

@@ -99,7 +99,7 @@ class MaskRCNN(DetectionModel):
         strides = self.strides[:ROI_LEVELS]
         valid = [areas[stride] for stride in strides] if self.extends_edges else []
         sizes = [area.sizes for area in valid if area is not None]
-        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None, self.backbone.on_regions))
+        return extended(Pyramid(features[:ROI_LEVELS], strides, sizes or None, self.backbone.last_stage))
 
     # --- for inspection: norm statistics, calibration, the proof of batch independence
 

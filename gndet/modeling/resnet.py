@@ -255,8 +255,13 @@ class ResNet(Backbone):
             features.append(x)
         return features
 
+    @property
+    def last_stage(self) -> Callable[[Callable[[], Tensor]], Tensor] | None:
+        """What runs the stages of `after_maps` on regions, as `Backbone.last_stage`."""
+        return self.on_regions if self.after_maps() else None
+
     def on_regions(self, pool: Callable[[], Tensor]) -> Tensor:
-        """Run the stages of `after_maps` on regions (R, C, P, P), as `Backbone.on_regions`; P' is ceil(P/2)."""
+        """Run the stages of `after_maps` on regions (R, C, P, P) that pool returns; the result has sides ceil(P/2)."""
         return recomputed(self, self._pooled, pool)
 
     def _pooled(self, pool: Callable[[], Tensor]) -> Tensor:

@@ -186,5 +186,5 @@ def test_a_scalar_in_place_of_a_layer_is_refused(tmp_path: Path) -> None:
     state = {key: value for key, value in weights(model_of("fpn", "gn")).items() if key.startswith("backbone.")}
     file = as_tensorpack(named(state, "detectron2", "gn", "2fc"), "fpn")
     for key in ("fastrcnn/outputs/class/W", "fastrcnn/outputs/box/b", "group0/block0/conv1/W"):
-        with pytest.raises(CheckpointError, match="model.npz"):
+        with pytest.raises(CheckpointError, match=r"model\.npz"):
             read(tmp_path / "model.npz", file | {key: np.asarray(1.0, np.float32), "rpn/conv0/b": np.ones(4)})

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -15,6 +16,11 @@ class EscapingConsole(Console):
 
     def __init__(self) -> None:
         super().__init__(file=sys.stdout.stream if isinstance(sys.stdout, EscapingStream) else None)
+
+    def on_broken_pipe(self) -> None:
+        """Write nothing more, where rich would also end the program: what runs behind `| head` goes on."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render as rich does; only rich's own control codes stay."""

@@ -6,7 +6,7 @@ An update is one step of the optimizer; numbers logged at update u describe the 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ class Log:
     def message(self, text: str) -> None:
         """Show text, above the live display if there is one; it is not written to a file."""
         if self._console is not None:
-            with self._console_may_fail():
+            with suppress(OSError):  # a run survives its console: a full disk, a closed terminal
                 # unwrapped: paths and commands can be copied, and a log file has no width
                 self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -168,7 +168,7 @@ class Log:
     def __exit__(self, *exception: object) -> None:
         """Retry all failed writes, and restore the console."""
         if self._live is not None:
-            with self._console_may_fail():
+            with suppress(OSError):
                 self._live.stop()
         self.lost()
         for file in self._files.values():
@@ -179,7 +179,7 @@ class Log:
 
     def _show_below_bar(self, *texts: str) -> None:
         if self._live is not None:
-            with self._console_may_fail():
+            with suppress(OSError):
                 self._live.update(Group(self._progress, Text("  ".join(filter(None, texts)))), refresh=True)
 
     def _to_board(self, update: int, *summaries: Callable[[], Summary]) -> None:
@@ -191,14 +191,6 @@ class Log:
                 self._board = Board(self._out / BOARD, self._first_step)
             for make in summaries:
                 self._board.add(make(), update)
-
-    @contextmanager
-    def _console_may_fail(self) -> Iterator[None]:
-        """Let a run survive its console: a file on a full disk, a pipe whose reader is gone."""
-        try:
-            yield
-        except OSError as error:
-            self._failed.setdefault("console output", str(error.strerror or error))
 
     @contextmanager
     def _may_fail(self, what: str) -> Iterator[None]:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,20 @@ def test_a_run_leaves_what_users_look_for(config: Path) -> None:
     assert "update 6/6" in text and "finished. best checkpoint" in text
     assert sorted(update for update, _ in losses(out)) == [1, 2, 3, 4, 5, 6]
     assert safetensors.torch.load_file(out / "last" / "model.safetensors")
+
+
+def test_a_run_outlives_its_console(config: Path) -> None:
+    """As in `gndet train ... | head`, and with a log file on a disk that is full."""
+    words = [sys.executable, "-m", "gndet.cli", "train", str(config)]
+    piped = subprocess.Popen([*words, f"out={config.parent / 'piped'}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert piped.stdout and piped.stdout.readline()
+    piped.stdout.close()
+    with open("/dev/full", "w") as full:
+        logged = subprocess.Popen([*words, f"out={config.parent / 'full'}"], stdout=full, stderr=subprocess.PIPE)
+    for process, name in ((piped, "piped"), (logged, "full")):
+        assert process.wait() == 0, process.stderr.read()
+        assert load_checkpoint(config.parent / name / "last").meta["update"] == 6
+        assert not (config.parent / name / "FAILED").exists()
 
 
 @pytest.mark.parametrize(("task", "file"), [("detection", "predictions.png"), ("classification", "classified.json")])

@@ -1,4 +1,4 @@
-"""Train a detector: `train(cfg)` reads from top to bottom.  An update is an optimizer step over global_batch images."""
+"""Train a model: `train(cfg)` reads from top to bottom.  An update is an optimizer step over global_batch images."""
 
 import math
 import os
@@ -41,12 +41,12 @@ def train(
     console: Console | None = None,
     at_end: Callable[[Path], None] | None = None,
 ) -> dict[str, float]:
-    """Train a detector into the folder cfg.out, or resume an unfinished run of the same config.
+    """Train a model into the folder cfg.out, or resume an unfinished run of the same config.
 
     fresh: move an existing run aside and start over.  at_end: called on rank 0 with the folder when a run that has
     started ends, also after an error, but not after a signal.  Returns the metrics of the last evaluation,
-    {"box/AP": ...}.  Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and Preempted after
-    a signal; the progress is saved first.
+    {"box/AP": ...} or {"top1": ...}.  Raises ConfigError, DataError, CheckpointError, TrainingError or OutputError, and
+    Preempted after a signal; the progress is saved first.
     """
     out, total = Path(os.path.expanduser(cfg.out)), total_updates(cfg.train.schedule, cfg.train.global_batch)
     with ExitStack() as ending, ExitStack() as stack:
@@ -86,8 +86,9 @@ def train(
         with meter.pause():
             norms = NormWatch(run, log, progress)
         if progress.evaluation_due:
-            evaluate_and_save(run, progress, saver, log, stop, norms)
-            saver.wait()  # before loader processes are forked
+            with meter.pause():
+                evaluate_and_save(run, progress, saver, log, stop, norms)
+                saver.wait()  # before loader processes are forked
         # --- the loop
         update = progress.update
         while update < total:

@@ -165,7 +165,7 @@ def room_for_checkpoints(run: Run, free_bytes: float) -> str:
     )
 
 
-ROUNDING = ("images_per_gpu", "memory", "compile")  # options of `train` that affect rounding only
+ROUNDING = ("train.images_per_gpu", "train.memory", "train.compile", "data.canvases")  # affect rounding only
 
 
 def restore(run: Run, saved: Checkpoint) -> tuple[Progress, list[str]]:
@@ -215,15 +215,17 @@ def refuse_drift(run: Run, saved: Checkpoint) -> None:
 
 
 def drift(run: Run, saved: Checkpoint) -> list[str]:
-    """Return a line for each difference that changes rounding only; no line if the run resumes bit for bit.
+    """Return a line about what changes rounding, unless the run resumes bit for bit, and one for each change of data.
 
     On a GPU it does not with `deterministic: false`: cuDNN may choose convolutions that add in any order.
     """
     before = {key: saved.meta[key] for key in ("processes", "device")} | saved.meta["versions"]
     now = {"processes": run.proc.world, "device": run.proc.device.type} | versions(run)
+    asked = run.asked.model_dump(mode="json")
     for key in ROUNDING:
-        before[f"train.{key}"] = saved.meta["asked"]["train"][key]
-        now[f"train.{key}"] = getattr(run.asked.train, key)
+        section, name = key.split(".")
+        now[key] = asked[section][name]
+        before[key] = saved.meta["asked"][section].get(name, now[key])
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if run.proc.device.type == "cuda" and not run.cfg.deterministic:
         changed.append("deterministic: false on a GPU")

@@ -2,7 +2,7 @@
 
 A rank writes nonfinite/update-0000012-process1/ into the run folder: report.json with the update, the losses, the
 images' ids and keys and, per image, the first module whose output is not finite; and batch-0.safetensors, batch-1...
-with the model's inputs.  The run's last checkpoint holds the weights that the update started from.
+with the model's inputs.  If the run ends, its last checkpoint holds the weights that the update started from.
 Letters: B images.
 """
 
@@ -44,9 +44,14 @@ def describe(run: Run, update: int, taken: list[Loaded], bad: Nonfinite) -> str:
     update: number of updates before it.  taken: the batches of this rank.  Every rank must call it.  It changes the
     model's running statistics, which the caller must restore.
     """
-    images = examine(run, taken) if breakable(run.cfg, run.proc) else []
+    alone = run.cfg.model.batch_coupling() is None
+    finite = "each image alone is finite" if alone else "each batch is finite when it is computed again"
+    if breakable(run.cfg, run.proc):
+        images = examine(run, taken)
+    else:
+        images, finite = [], "images not examined, because ranks wait for each other in SyncBN"
     found = [f"image {image['image_id']}: {image['first']}" for image in images if image["first"]]
-    culprits = "; ".join(found[:3]) or "each image alone is finite"
+    culprits = "; ".join(found[:3]) or finite
     shown = ", ".join(f"{name} {value:.4g}" for name, value in bad.losses.items())
     report = {
         "update": update, "process": run.proc.rank, "processes": run.proc.world,

@@ -86,7 +86,7 @@ class NormWatch:
 
     @cached_property
     def _images(self) -> list[Batch]:
-        """The first readable validation images: one by one, or for BN two batches of train.images_per_gpu."""
+        """The first readable validation images: one by one, or for BN in batches of train.images_per_gpu."""
         cfg, num, size = self._run.cfg, self._run.cfg.train.norm_images, 1
         per_gpu = cfg.train.images_per_gpu  # a number, if norms mix images
         if isinstance(per_gpu, int) and any(norm.mixes_images for norm in cfg.model.part_norms().values()):
@@ -212,7 +212,8 @@ def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable
             f"{_name(random)}: frozen by model.backbone.freeze_at: {cfg.model.backbone.freeze_at} with random weights; "
             "set freeze_at=0, or a train.norm_policy that keeps the norms of the weights"
         )
-    shortest = min(*cfg.data.shortest_edge, cfg.data.shortest_edge_test)
+    tested = cfg.data.crop.tested if cfg.data.crop else cfg.data.shortest_edge_test
+    shortest = min(cfg.data.smallest_edge, tested)
     single = [layer for layer in layers if layer.per_group == 1 and layer.kind != "frn"]  # FRN keeps a number's sign
     # the last maps of a detector with regions have more cells
     one = not cfg.model.region_heads and cfg.train.images_per_gpu == 1
@@ -227,7 +228,7 @@ def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable
     if alone := [layer for layer in single if cells[layer.name] == 1]:
         yield (
             f"{_name(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
-            "(data.shortest_edge, data.shortest_edge_test), so the result is beta for every picture; use fewer "
+            f"({edge}, {edge}_test), so the result is beta for every picture; use fewer "
             "groups or larger pictures"
         )
 

@@ -44,7 +44,7 @@ from gndet.training.work_folder import WorkFolder
 
 
 def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Progress, int, list[str]]:
-    """Read, check and build everything, and load the newest checkpoint if there is one; write nothing.
+    """Read, check and build everything, and load the newest checkpoint if there is one.
 
     Returns the run, its progress, the number of images at once, and lines to log.
     """
@@ -184,6 +184,7 @@ def compile_ahead(run: Run, size: int) -> list[str]:
         if not out_of_memory(error):
             raise  # out of memory is not an error here: the first update meets it, too, and continues with fewer images
         release(proc.device)
+        return ["out of memory while compiling ahead: the other graphs are compiled when they are needed"]
     finally:
         undo()
         run.model.zero_grad()

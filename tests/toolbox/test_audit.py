@@ -12,7 +12,7 @@ from lived_in import BN, CLASSES, GN, STATISTICS, config, dataset, lived_in, nor
 from torch import Tensor
 
 from gndet.cli.main import main
-from gndet.config.loading import config_to_yaml, with_overrides
+from gndet.config.loading import config_from_dict, config_to_yaml, with_overrides
 from gndet.config.schema import Config
 from gndet.errors import ConfigError
 from gndet.modeling.build import build_model
@@ -154,6 +154,16 @@ def test_a_group_of_one_number_is_an_error(norm: dict[str, Any], edge: int, laye
     assert len(errors) == (layers is not None)
     for error in errors:
         assert error.startswith(f"{layers}: a group is one number on a picture of {edge} x {edge} pixels")
+
+
+@pytest.mark.parametrize("crop", ["{size: 32}", "{size: 64, size_test: 32}", "{size: 64}"])
+def test_a_classifier_s_pictures_have_the_size_of_the_crop(tmp_path: Path, crop: str) -> None:
+    tree = {"task": "classification", "model": {"norm": {"kind": "in"}, "backbone": {"depth": 18}}, "data": {}}
+    cfg = with_overrides(config_from_dict(tree, "test"), [f"data.crop={crop}", "data.shortest_edge_test=64"], "test")
+    errors = audit(build_model(cfg.model, 2), cfg, {}, 1, None).errors
+    assert len(errors) == ("32" in crop)
+    for error in errors:
+        assert "a picture of 32 x 32 pixels (data.crop.size, data.crop.size_test)" in error
 
 
 @pytest.mark.parametrize(("edge", "wrong"), [(32, True), (64, False)])

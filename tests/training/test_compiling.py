@@ -119,6 +119,15 @@ def test_a_missing_compiler_is_reported(run: Run) -> None:
         compile_ahead(run._replace(forward=torch.compile(Toy(), backend=compiler)), 2)
 
 
+def test_graphs_that_were_not_made_for_want_of_memory_are_not_reported_as_made(run: Run) -> None:
+    class Large(Toy):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            raise torch.OutOfMemoryError("out of memory")
+
+    (note,) = compile_ahead(run._replace(forward=Large()), 2)
+    assert note.startswith("out of memory while compiling ahead")
+
+
 @pytest.mark.slow  # the trace of the whole model; test_model makes one, too
 def test_the_graphs_made_ahead_serve_the_run_and_change_rounding_only(run: Run) -> None:
     """The graphs are only traced; the next test compiles them, which takes minutes."""

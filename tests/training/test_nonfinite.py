@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gndet.train as training
 from gndet.checkpoint import load_checkpoint
-from gndet.config.loading import config_from_dict
+from gndet.config.loading import config_from_dict, with_overrides
 from gndet.config.schema import Config
 from gndet.data.batches.stream import Loaded, train_batches
 from gndet.distributed.process import Process
@@ -123,6 +123,23 @@ def test_the_first_module_and_the_image_are_named(
     after = run.model.state_dict()
     assert all(torch.equal(weights[name], after[name]) for name in weights)
     assert all(parameter.grad is None for parameter in run.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.norm.padding=masked", "each image alone is finite"),
+        ("model.norm.padding=plain", "each batch is finite when it is computed again"),
+        ("model.norm.kind=sync_bn", "images not examined, because ranks wait for each other in SyncBN"),
+    ],
+)
+def test_the_text_claims_only_what_was_examined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, words: str
+) -> None:
+    run = make_run(tmp_path)
+    run = run._replace(cfg=with_overrides(run.cfg, [override], "test"))
+    monkeypatch.setattr("gndet.training.nonfinite.breakable", lambda cfg, proc: "sync_bn" not in override)
+    assert f"; {words}; " in describe(run, 0, first_update(run), Nonfinite({"loss_cls": math.nan}, math.nan, False))
 
 
 def read_batch(path: Path) -> Batch:

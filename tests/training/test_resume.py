@@ -84,6 +84,15 @@ def test_a_resume_promises_the_same_bits_on_a_gpu_only_if_deterministic(
         assert lines == []
 
 
+def test_other_canvases_change_rounding(stopped: Path, tmp_path: Path) -> None:
+    run, _ = build_run(load(stopped, "run", *OPTIONS), tmp_path, Process(0, 1, torch.device("cpu")), None)
+    saved = load_checkpoint(stopped.parent / "run" / "checkpoints" / "update-0000004")
+    assert drift(run, saved) == []
+    saved.meta["asked"]["data"]["canvases"] = [[64, 96]]
+    (line,) = drift(run, saved)
+    assert line.endswith("data.canvases [[64, 96]] -> []")
+
+
 def test_other_validation_data_is_said_and_not_refused(stopped: Path) -> None:
     assert "differs from the data of earlier evaluations" not in go_on(stopped)
     forget(stopped.parent / "run", 6)

@@ -60,7 +60,7 @@ class Proposals(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Regions of interest sampled for the box and mask heads; positives come first."""
+    """Regions of interest to train the heads on; sampled ones have their positives first."""
 
     boxes: Tensor  # (B, R, 4) float32 xyxy in canvas pixels
     ids: Tensor  # (B, R) int64: the proposal's id, or GROUND_TRUTH_IDS + slot for a ground-truth box

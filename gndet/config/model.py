@@ -64,8 +64,9 @@ class ModelConfig(Section):
     # kind of model: mask_rcnn; cascade_rcnn (Cai & Vasconcelos 2018); fcos and retinanet, dense detectors of boxes
     # (masks: false); classifier (task sets it). Source: He et al. 2017
     detector: Literal["mask_rcnn", "cascade_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
-    # the levels that RPN and heads work on. fpn: P2 to P6; c4: res4's map, and res5 on each region; dc5: the map of
-    # res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the last table.
+    # the levels that RPN and heads work on. fpn: P2 to P6 for the RPN, P2 to P5 for the heads; c4: res4's map, and res5
+    # on each region; dc5: the map of res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the
+    # last table.
     # Source: Lin et al. 2017
     neck: Literal["fpn", "c4", "dc5"] = "fpn"
     norm: NormConfig = NormConfig()

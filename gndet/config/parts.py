@@ -68,7 +68,8 @@ class BackboneConfig(Section):
         """Raise ValueError for a norm that the network cannot have."""
         if self.kind == "timm" and (norm.replaces_relu or norm.kind == "none" or norm.weight_standardization):
             what = "weight_standardization" if norm.weight_standardization else f"kind: {norm.kind}"
-            raise ValueError(f"norm {what} is not available with backbone kind: timm; use gn, ln, in, bn or frozen_bn")
+            others = "gn, ln, in, bn, sync_bn, brn or frozen_bn"
+            raise ValueError(f"norm {what} is not available with backbone kind: timm; use {others}")
 
     @model_validator(mode="after")
     def _network_exists(self) -> "BackboneConfig":

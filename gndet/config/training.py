@@ -100,7 +100,8 @@ class TrainConfig(Section):
     eval_every: int = Field(5000, ge=0)  # interval of evaluations [updates]; 0: at the end only
     checkpoint_every: int = Field(1000, ge=0)  # interval of checkpoints [updates]; 0: with evaluations only
     keep_last: int = Field(2, ge=1)  # number of newest checkpoints to keep, in addition to the best one
-    vis_images: int = Field(4, ge=0)  # validation images drawn at each evaluation [images]
+    # training images drawn at the start, and validation images drawn at each evaluation [images]; 0: none
+    vis_images: int = Field(4, ge=0)
     report: bool = True  # write report.html when the run ends
     # validation images that the norm report looks at [images]; 0: no norm report
     norm_images: int = Field(4, ge=0, le=16)

@@ -17,7 +17,7 @@ AnchorStyle = Literal["exact", "rounded", "detectron"]
 def cell_anchors(size: float, ratios: Sequence[float], stride: int, style: AnchorStyle) -> Tensor:
     """Return the anchors of the cell at the picture's top-left corner, (A, 4) float32 xyxy pixels.
 
-    exact: of area size x size, centered on the cell's top-left pixel (detectron2, mmdetection).  rounded: the same,
+    exact: of area size x size, centered on the cell's top-left corner (detectron2, mmdetection).  rounded: the same,
     with corners rounded to whole pixels (torchvision).  detectron: Detectron's generate_anchors, which rounds the sides
     of a stride x stride box, scales it, and centers it on the cell.
     """

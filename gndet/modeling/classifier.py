@@ -145,7 +145,7 @@ class Classifier(ImageModel):
         return logits
 
     def probe(self, images: Tensor, sizes: Tensor, padded: bool, *, copies: int = 1, regions: bool = True) -> None:
-        """Run images through the backbone and, as its regions, the pooled pictures through the head."""
+        """Run images through the backbone and, if regions, the pooled pictures through the head."""
         features, areas = self.features(images, sizes, padded)
         if regions:
             self.classifier(features[-1], areas[32])

@@ -86,6 +86,5 @@ class DenseDetector(DetectionModel):
     def choose_convolutions(self, shortest_edge: int) -> None:
         """Choose the fastest way of each convolution on a CPU, for pictures with that shortest edge in pixels."""
         self.backbone.choose_convolutions(shortest_edge)
-        for level in self.fpn.levels:
-            choose_ways(self.fpn.get_submodule(f"output{level}"), shortest_edge / 2**level)
+        self.fpn.choose_convolutions(shortest_edge)
         choose_ways(self.dense, shortest_edge / self.strides[0])  # most of its cells are on the finest level

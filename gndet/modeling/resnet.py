@@ -1,6 +1,6 @@
 """ResNet (He et al. 2016) and ResNeXt (Xie et al. 2017) that return C2..C5. B images, C channels, (H, W) canvas.
 
-R regions, P cells a side of a region.
+R regions, P cells along a side of a region.
 Batch independence: masked norms leave zeros in the padding, so that a 3x3 convolution reads beyond a picture what it
 reads beyond the canvas, at any dilation.  res5 on regions normalizes each region by itself, which has no padding.
 Stochastic depth draws by the image's key.

@@ -151,7 +151,7 @@ def finish(run: Run, progress: Progress, saver: Saver, log: Log) -> None:
         raise OutputError(f"{run.out}: the run is finished and saved, but these files are incomplete: {lost}")
 
 
-def closing_words(out: Path, progress: Progress, task: str = "detection") -> str:
+def closing_words(out: Path, progress: Progress, task: str) -> str:
     """Return a text that says where the results are, what was left out, and what to do next."""
     best, pictures = out / BEST, (PREDICTIONS, "ground truth beside detections")
     if task == "classification":

@@ -61,7 +61,7 @@ UNSET = "not set"  # a key that only the other config has
 
 
 def find_run(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Checkpoint | None, list[str]]:
-    """Find an unfinished run to resume.  Only stale temporary files, `last` and `best` are touched.
+    """Find an unfinished run to resume, and put its checkpoints and links in order; nothing else is touched.
 
     Returns the newest whole checkpoint, or None, and lines: damaged checkpoints that were passed over, links that could
     not be written.  Raises TrainingError on every rank if the folder holds a finished run, a different run, one whose

@@ -38,7 +38,7 @@ def normalize(
 def _normalize(
     x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float, area: ValidArea | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same with torch's operators, in gamma's type and without ReLU."""
+    """Do the same with torch's operators, in gamma's type, without residual and ReLU."""
     if area is None:
         y, mean, rstd = torch.native_group_norm(
             _for_torch(x), gamma, beta, x.shape[0], x.shape[1], x.shape[2] * x.shape[3], groups, eps

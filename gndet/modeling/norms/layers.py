@@ -1,7 +1,7 @@
 """The normalization layers, and the one place that turns a config's `norm` into layers.
 
-Every method computes y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel.  The methods differ
-in the set over which mu and var are taken (Wu & He 2018, section 3); FRN and EvoNorm-S0 subtract no mean.
+All but FRN, EvoNorm-S0 and none compute y = gamma (x - mu) / sqrt(var + eps) + beta with gamma and beta per channel.
+They differ in the set over which mu and var are taken (Wu & He 2018, section 3).  FRN and EvoNorm-S0 subtract no mean.
 x is (B, C, H, W), or a video's (B, C, T, H, W); G groups.
 
 The images of a batch share a canvas.  A *masked* layer takes its statistics over each picture alone and leaves zeros in

@@ -6,8 +6,8 @@ MEMORY = {  # what lowers the memory that a verb needs, besides the size of its 
     "train": "lower train.images_per_gpu, evaluation.images_per_gpu, data.workers or data.max_edge",
     "evaluate": "lower evaluation.images_per_gpu, data.shortest_edge_test or data.workers",
     "predict": "lower evaluation.images_per_gpu, data.shortest_edge_test or data.workers",
-    "export": "choose a smaller --size or data.shortest_edge_test",
-    "check": "lower data.workers, or check fewer images (data.train.limit=1000 data.val.limit=1000)",
+    "export": "choose a smaller data.shortest_edge_test or, for a detector, --size",
+    "check": "end other programs or, with a config, check fewer images (data.train.limit=1000 data.val.limit=1000)",
 }
 OTHERWISE = "end other programs, or use a machine with more memory"
 

@@ -28,7 +28,7 @@ end_with_parent(int(parent))
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 LOOK = 0.5  # seconds between checks that the parent process is alive
-# seconds for an orphan to save its state; shorter than run_folder.LOCK_WAIT, so that a new run can take its folder
+# seconds for an orphan to save its state; shorter than work_folder.LOCK_WAIT, so that a new run can take its folder
 ORPHAN_GRACE = 6.0
 
 

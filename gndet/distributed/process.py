@@ -1,4 +1,4 @@
-"""A rank of a run: its number, device and memory allocator.  Only this file reads the environment."""
+"""A rank of a run: its number, device and memory allocator.  Only this file reads torchrun's variables."""
 
 import ctypes
 import fcntl

@@ -90,6 +90,10 @@ def _read_from(source: str, overrides: list[str]) -> list[Path]:
 def _read(source: str, overrides: list[str], show: Show, image_folder: Path | None) -> dict[str, Dataset]:
     path = find_config(source)
     if is_config(path):
+        if image_folder is not None:
+            raise OutputError(
+                f"--image-folder {image_folder}: is only for data without a config; {source} names its own"
+            )
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data

@@ -68,7 +68,7 @@ def test_a_check_is_done_or_says_that_memory_ran_out(trained: Path, tmp_path: Pa
     for mib in (1, 8):
         ended = gndet(tmp_path, *check, before=little_memory(mib))
         if ended.status != 0:
-            assert_one_line(ended, "check", "out of memory (", "lower data.workers")
+            assert_one_line(ended, "check", "out of memory (", "end other programs or, with a config, check fewer")
 
 
 def test_a_full_disk_leaves_nothing_of_a_prediction(trained: Path, folder: Path, tmp_path: Path) -> None:

@@ -14,14 +14,15 @@ from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.reading import read_dataset
 from gndet.data.records import Dataset
-from gndet.errors import DataError
+from gndet.errors import ConfigError, DataError
 from gndet.evaluation.coco_metrics import coco_truths
 from gndet.evaluation.results import Results, from_coco
 from gndet.toolbox.analysis.analysis import Analysis, image_counts, make_analysis
-from gndet.toolbox.analysis.analyze import analyze, read_subject
+from gndet.toolbox.analysis.analyze import analyze, read_subject, terminal_table
 from gndet.toolbox.analysis.bootstrap import ap_intervals, average_precision, paired_interval, resample
 from gndet.toolbox.analysis.errors import KINDS
 from gndet.toolbox.analysis.matches import SCORES, best_thresholds, false_positives, true_positives
+from gndet.toolbox.analysis.tables import COLUMNS, Table
 
 
 def detections(dataset: Dataset, *, masks: bool, seed: int = 0) -> list[dict]:
@@ -267,6 +268,23 @@ def test_what_is_missing_is_asked_for(tmp_path: Path, annotations: Path) -> None
         read_subject(tmp_path, None, [])
     with pytest.raises(DataError, match="the objects of the data set have no masks"):
         analyze(file, [], print, data=str(annotations), kind="mask")
+
+
+def test_an_option_without_effect_is_refused(tmp_path: Path, annotations: Path) -> None:
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps([GOOD]))
+    assert read_subject(file, str(annotations), ["evaluation.max_detections=500"])[2] == 500
+    with pytest.raises(ConfigError, match=r"unknown key nonsense"):
+        read_subject(file, str(annotations), ["nonsense=1"])
+    with pytest.raises(DataError, match=r"--data .* is only for a results file; the run .* names its own data"):
+        read_subject(tmp_path, str(annotations), [])
+
+
+def test_scores_are_shown_as_options_take_them() -> None:
+    table = Table("suspects", "", COLUMNS["suspects"], [("a.png", 1, "missing", None, "-", "cat", 0.93)])
+    assert "0.93" in terminal_table(table) and "93.0" not in terminal_table(table)
+    thresholds = Table("thresholds", "", COLUMNS["thresholds"], [("cat", 0.45, 0.9, 0.8, 0.85)])
+    assert terminal_table(thresholds).splitlines()[-1].split() == ["cat", "0.45", "90.0", "80.0", "85.0"]
 
 
 def test_masks_of_other_toolkits_need_no_box(tmp_path: Path, annotations: Path) -> None:

@@ -161,6 +161,11 @@ def test_sets_of_different_classes_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "copy").exists()
 
 
+def test_pictures_are_not_named_beside_a_config(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"--image-folder .* is only for data without a config; quickstart names"):
+        convert_data("quickstart", tmp_path / "out", "coco", [], lambda line: None, tmp_path)
+
+
 def test_drawn_data_has_no_files_to_copy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no picture files"):
         convert_data("quickstart", tmp_path / "copy", "coco", ["data.train.count=2"], lambda line: None)

@@ -325,7 +325,15 @@ def test_a_bad_config_or_json_file_is_refused_before_anything_is_said(tmp_path: 
         doctor(said.append, None, [], tmp_path / "mine.json")
     with pytest.raises(OutputError, match="expected the name of a file"):
         doctor(said.append, None, [], tmp_path)
+    with pytest.raises(ConfigError, match=r"override 'seed=1': has no effect without --config"):
+        doctor(said.append, None, ["seed=1"], None)
     assert said == [] and (tmp_path / "mine.json").read_text() == '{"images": []}'
+
+
+def test_the_disk_of_the_home_is_the_one_that_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fact = next(fact for fact in room.facts(load_config(QUICKSTART, ["out=~/runs"])) if isinstance(fact, Fact))
+    assert fact.text.startswith(f"{tmp_path}/runs: ")
 
 
 def test_data_that_is_refused_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,18 @@ def test_groups_of_one_number_are_found() -> None:
     assert words(measured).startswith("bad: backbone.res5.0.conv1.norm and 6 more: groups of one number")
 
 
+@pytest.mark.parametrize(
+    ("kind", "finding"), [("frozen_bn", ""), ("frn", "statistics over as few as"), ("in", "groups of one number")]
+)
+def test_only_a_norm_that_takes_statistics_is_blamed_for_them(kind: str, finding: str) -> None:
+    found = words(look(small_model(NormConfig(kind=kind)), [(32, 32)] * 2))
+    assert finding in found and ("beta for every picture" in found) == (kind == "in")
+    if kind == "frozen_bn":
+        assert "statistics over" not in found and "variance below eps" not in found
+    else:
+        assert "Try kind: gn with few groups in model.backbone.norm" in found and "fewer groups" not in found
+
+
 def test_values_that_are_not_finite_are_reported_and_end_nothing() -> None:
     def change(model: MaskRCNN) -> None:
         model.backbone.res3[0].conv1.conv.weight[0] = math.inf

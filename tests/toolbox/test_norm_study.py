@@ -283,12 +283,16 @@ def test_an_unknown_norm_is_named(norms: tuple[str, ...], groups: tuple[str, ...
 
 @pytest.mark.parametrize(
     ("override", "option"),
-    [("out=runs/mine", "--out"), ("model.norm.kind=bn", "--norms"), ("train.images_per_gpu=4", "--images-per-gpu")],
-)
+    [
+        ("out=runs/mine", "; use --out"), ("model.norm.kind=bn", "; use --norms"),
+        ("train.images_per_gpu=4", "; use --images-per-gpu"), ("train.eval_every=9", "$"),
+        ("train.global_batch=8", " to --images-per-gpu; --batch fixed keeps it"),
+    ],
+)  # fmt: skip
 def test_an_override_that_each_cell_would_undo_is_refused(
     config: str, tmp_path: Path, override: str, option: str
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"{override}.*use {option}"):
+    with pytest.raises(ConfigError, match=rf"{override}.*in each cell{option}"):
         study(config, (override,), print, **GRID, budget=None, jobs=1, out=tmp_path / "study")
     assert not (tmp_path / "study").exists()
 

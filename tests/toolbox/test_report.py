@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,6 +27,7 @@ from gndet.toolbox.report.mistakes import ADVICE, advice
 from gndet.toolbox.report.overview import run_verdict
 from gndet.toolbox.report.record import _read, read_run
 from gndet.toolbox.report.report import write_report
+from gndet.toolbox.report.setup import next_commands
 from gndet.train import train
 from gndet.training.run_folder import HEAD
 
@@ -216,6 +218,20 @@ def test_the_verdict_says_what_the_numbers_show(finished: Path) -> None:
     assert "Data-bound: waiting for data took 50 %" in said(train=waiting) and "Data-bound" not in said(train=[])
     bn = with_overrides(run.cfg, ["model.norm.kind=bn"], "test")
     assert "bn takes its statistics over 1 image(s) at once" in said(cfg=bn)
+    ranks = {"images_at_once": 2, "processes": 8}
+    synced = with_overrides(run.cfg, ["model.norm.kind=sync_bn"], "test")
+    assert "bn takes its statistics over 2 image(s) at once" in said(cfg=bn, meta=run.meta | ranks)
+    assert "takes its statistics" not in said(cfg=synced, meta=run.meta | ranks)
+    only_masks = with_overrides(run.cfg, ["model.mask_head.norm.kind=bn", "model.masks=false"], "test")
+    assert "takes its statistics" not in said(cfg=only_masks)  # a part that the model lacks
+
+
+def test_the_commands_are_typed_as_they_stand(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "my run", symlinks=True)
+    again, evaluate, *_ = next_commands(read_run(folder))
+    words = shlex.split(again, comments=True)
+    assert words == ["gndet", "train", str(folder / "config.yaml"), f"out={folder}-again"]
+    assert shlex.split(evaluate) == ["gndet", "evaluate", str(folder)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gndet.config.data import DataConfig
-from gndet.config.loading import find_config, load_config
+from gndet.config.loading import find_config, load_config, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.coco import inspect_file
 from gndet.data.datasets.faults import refuse
@@ -20,6 +20,7 @@ from gndet.toolbox.analysis.analysis import Analysis, chosen_kind, make_analysis
 from gndet.toolbox.analysis.tables import FILES, Table, all_tables, known
 
 SHOWN = 20  # rows per table on the terminal; the files hold all rows
+DECIMAL = ("threshold", "score")  # columns that are not in percent, because options such as --threshold are not
 
 
 def analyze(
@@ -37,8 +38,8 @@ def analyze(
 
     source: a run folder, or a JSON file in COCO's results format; the latter needs `data`: COCO annotations, or a
     config with data.val.  kind: "box" or "mask"; by default masks if both detections and objects have them.
-    json_file, csv_folder: where to write the whole analysis.  images: how many of the worst images and of the
-    suspected annotations to list.  Raises ConfigError, DataError or OutputError before it writes anything.
+    json_file, csv_folder: where to write the whole analysis.  images: how many of the worst images to list.
+    Raises ConfigError, DataError or OutputError before it writes anything.
     """
     _refuse_outputs(source, data, overrides, json_file, csv_folder)
     dataset, results, limit = read_subject(source, data, overrides)
@@ -68,6 +69,8 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
     """
     path = source
     if source.is_dir():
+        if data is not None:
+            raise DataError(f"--data {data}: is only for a results file; the run {source} names its own data")
         path, data = source / DETECTIONS, str(source / CONFIG)
         if not Path(data).is_file():
             raise DataError(f"{source}: not a run folder, it has no {CONFIG}")
@@ -79,7 +82,7 @@ def read_subject(source: Path, data: str | None, overrides: Sequence[str]) -> tu
         raise DataError(f"{source}: no such file or folder; expected a run folder, or detections as JSON")
     if data is None:
         raise DataError(f"{source}: --data is missing; name the COCO annotations of these detections, or a config")
-    cfg = Config()
+    cfg = with_overrides(Config(), overrides, "the defaults")
     if find_config(data).suffix in (".yaml", ".yml"):
         cfg = load_config(data, overrides)
         dataset = read_dataset(cfg.data.val, cfg.data, known=inspect_dataset(cfg.data.train, cfg.data).classes)
@@ -109,15 +112,18 @@ def _refuse_outputs(
 
 def terminal_table(table: Table) -> str:
     """Return a table for the terminal, with fractions in percent and at most SHOWN rows."""
-    rows = [table.columns, *([_shown(value) for value in row] for row in table.rows[:SHOWN])]
+    named = ([*zip(table.columns, row, strict=True)] for row in table.rows[:SHOWN])
+    rows = [table.columns, *([_shown(*cell) for cell in row] for row in named)]
     left = [index for index in range(len(table.columns)) if all(isinstance(row[index], str) for row in table.rows)]
     more = f"\n... and {len(table.rows) - SHOWN} more" if len(table.rows) > SHOWN else ""
     return text_table(rows, left) + (more if table.rows else "\n(none)")
 
 
-def _shown(value: Any) -> str:
+def _shown(column: str, value: Any) -> str:
     if value is None:
         return "-"
+    if column in DECIMAL:
+        return f"{value:.2f}"
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 

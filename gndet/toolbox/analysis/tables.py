@@ -80,8 +80,8 @@ def image_table(found: Analysis, dataset: Dataset, count: int) -> Table:
     return _table("images", f"worst images, scores >= {found.threshold:.2f}", rows)
 
 
-def suspect_table(found: Analysis, dataset: Dataset, count: int) -> Table:
-    """Return the annotations that may be wrong, the most suspicious first."""
+def suspect_table(found: Analysis, dataset: Dataset, count: int | None = None) -> Table:
+    """Return the annotations that may be wrong, the most suspicious first; count: how many at most."""
     rows = [
         (dataset.records[suspect.image].file_name, dataset.records[suspect.image].image_id,
          suspect.kind.replace("_", " "), suspect.annotation_id or None, suspect.annotated or "-", suspect.found,
@@ -99,7 +99,7 @@ def all_tables(found: Analysis, dataset: Dataset, images: int) -> list[Table]:
     """Return all tables in reading order."""
     return [
         class_table(found), error_table(found), threshold_table(found), confusion_table(found),
-        image_table(found, dataset, images), suspect_table(found, dataset, images),
+        image_table(found, dataset, images), suspect_table(found, dataset),
     ]  # fmt: skip
 
 

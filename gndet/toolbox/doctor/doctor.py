@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from gndet.config.loading import load_config, named_paths
 from gndet.distributed.children import python_command
+from gndet.errors import ConfigError
 from gndet.files import refuse_output, report_kind, write_whole
 from gndet.toolbox.doctor import machine
 from gndet.toolbox.doctor.facts import Fact, health_verdict, line, without_names
@@ -30,6 +31,8 @@ def doctor(show: Show, config: str | None, overrides: Sequence[str], json_file: 
     folder.  json_file: where to write the report as JSON.  Returns whether everything works; warnings do not count.
     Raises ConfigError or OutputError before it tries anything.
     """
+    if overrides and config is None:
+        raise ConfigError(f"override {overrides[0]!r}: has no effect without --config FILE")
     data = named_paths(load_config(config, overrides).data) if config is not None else []
     if json_file is not None:
         refuse_output(json_file, "--json", report_kind("doctor"), data)

@@ -56,7 +56,8 @@ MODEL, RESULT = "model.safetensors", "result.safetensors"  # files that two rank
 REMEDIES = {
     "padding": "norm: {padding: masked} keeps the padding out of gn, ln, in and frozen_bn; bn cannot do this",
     "batch statistics": "norm: {kind: gn}, or ln, in, frozen_bn, does not mix the images of a batch",
-    "sampling": "draw random numbers with ops.matching.ranks, keyed by the image's key and the candidate's id",
+    "sampling": "anchors_in_padding: false and anchor_stride: level, in model.rpn or model.dense; in code of your own, "
+    "draw random numbers with ops.matching.ranks, keyed by the image's key and the candidate's id",
     "normalizer": "divide an image's loss by a number that depends on that image alone",
 }
 

@@ -30,6 +30,7 @@ RULES = {
 ROOT = "scales with the square root of"
 RATES = {"sgd": "scales linearly with", "adamw": ROOT, "lamb": ROOT}
 OWN = {"out": "--out", "model.norm.kind": "--norms", "train.images_per_gpu": "--images-per-gpu"}  # {key: its option}
+SET = ("keep_last", "vis_images", "report", "eval_every", "checkpoint_every", "log_every")  # of train, in each cell
 
 
 def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
@@ -44,11 +45,16 @@ def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def refuse_own(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for an override of a key that each cell sets."""
+def refuse_own(overrides: Sequence[str], batch: str, by_groups: bool) -> None:
+    """Raise ConfigError for an override of a key that each cell sets (`cell_overrides`)."""
+    instead = {key: f"; use {option}" for key, option in OWN.items()} | {f"train.{name}": "" for name in SET}
+    if batch == "scaled":
+        instead["train.global_batch"] = " to --images-per-gpu; --batch fixed keeps it"
+    if by_groups:
+        instead |= {f"model.norm.{key}": "; use --groups" for key in ("groups", "channels_per_group")}
     for override in overrides:
-        if option := OWN.get(override.partition("=")[0].strip()):
-            raise ConfigError(f"override {override!r}: the study sets this key in each cell; use {option}")
+        if (words := instead.get(override.partition("=")[0].strip())) is not None:
+            raise ConfigError(f"override {override!r}: the study sets this key in each cell{words}")
 
 
 def norm_overrides(variant: str) -> list[str]:
@@ -217,7 +223,7 @@ def fit_budget(
         cells = math.floor(len(sizes) * room / needed)
         raise ConfigError(
             f"--budget: the remaining {budget:.0f} s suffice for {left} updates of {reference_batch} images in each of "
-            f"{len(sizes)} cells; expected at least {fewest}.  Set --budget {math.ceil(needed / RESERVE / 60) + 2}m "
-            f"or shrink the grid to {cells} cells: fewer norms, sizes or --seeds"
+            f"{len(sizes)} cells; expected at least {fewest}.  Set --budget {math.ceil(needed / RESERVE / 60) + 2}m"
+            + (f" or shrink the grid to {cells} cells: fewer norms, sizes or --seeds" if cells else "")
         )
     return left / updates, left

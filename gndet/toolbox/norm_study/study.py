@@ -72,7 +72,7 @@ def study(
     jobs: runs at once.  Raises ConfigError, OutputError, TrainingError if no cell can be measured, and Preempted after
     a signal.
     """
-    refuse_own(overrides)
+    refuse_own(overrides, batch, groups is not None)
     cfg = load_config(config, overrides)
     folder = out or Path("runs") / f"norm-study-{Path(config).stem}"
     if wrong := [path for path in (str(config), str(folder)) if valid_text(path) != path]:

@@ -102,7 +102,7 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
         text = cell if len(cell) <= MOST_LETTERS else f"{cell[:MOST_LETTERS]}…"
         return f"<td>{escape(text)}</td>"
-    value = cell[0] if math.isfinite(cell[0]) else -1e300  # undefined values sort last
+    value = cell[0] if math.isfinite(cell[0]) else -1e300  # undefined values are the smallest
     return f'<td class="number" data-value="{value:.10g}">{escape(cell[1])}</td>'
 
 

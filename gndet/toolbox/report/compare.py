@@ -44,6 +44,9 @@ def ap_gain(first: RunRecord, second: RunRecord) -> Gain:
 def comparison_verdict(runs: Mapping[str, RunRecord], gains: Mapping[str, Gain]) -> Iterator[tuple[str, str]]:
     """Yield sentences, each with its sign, on which run is better as far as these images can tell."""
     first = next(iter(runs))
+    if all(run.cfg.task == "classification" for run in runs.values()):
+        yield "plain", "These are classifiers: the curves compare their errors."
+        return
     for name, compared in gains.items():
         if isinstance(compared, str):
             yield "warn", f"{name} and {first} cannot be compared image by image: {compared}."

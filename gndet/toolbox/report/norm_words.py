@@ -49,10 +49,10 @@ def _percent(value: float) -> str:
 
 def _advice(layer: Layer) -> str:
     """Say how the layer's statistics could be taken over more numbers."""
-    if layer["groups"] is None:
+    if layer["kind"] in BATCH_KINDS:
         return "Try larger pictures (data.shortest_edge) or more train.images_per_gpu"
-    part = layer["name"].partition(".")[0]
-    return f"Try fewer groups in model.{part}.norm or larger pictures (data.shortest_edge)"
+    what = "fewer groups" if layer["kind"] in ("gn", "evonorm_s0") else "kind: gn with few groups"
+    return f"Try {what} in model.{layer['name'].partition('.')[0]}.norm or larger pictures (data.shortest_edge)"
 
 
 def _judge_inputs(layers: Sequence[Layer]) -> Iterator[tuple[str, str]]:
@@ -63,7 +63,8 @@ def _judge_inputs(layers: Sequence[Layer]) -> Iterator[tuple[str, str]]:
             "nonfinite/ in the run's folder, and try a lower train.optimizer.lr, a longer warmup or "
             "train.optimizer.clip_grad_norm"
         )  # fmt: skip
-    if alone := [layer for layer in layers if layer["one_element"]]:
+    layers = [layer for layer in layers if layer["kind"] != "frozen_bn"]  # takes no statistics
+    if alone := [layer for layer in layers if layer["one_element"] and layer["kind"] != "frn"]:  # FRN keeps the sign
         yield "bad", (
             f"{_names(alone)}: {'groups' if alone[0]['groups'] else 'batches'} of one number, because a channel's map "
             f"has one cell: the result is beta for every picture. {_advice(alone[0])}, or set kind: none for this part"
@@ -76,7 +77,8 @@ def _judge_inputs(layers: Sequence[Layer]) -> Iterator[tuple[str, str]]:
             f"{_names(few)}: statistics over as few as {few[0]['elements']} numbers, {maps}, are mostly noise. "
             f"{_advice(few[0])}"
         )  # fmt: skip
-    if low := _worst_first(others, lambda layer: layer["eps_dominated"], SOME):
+    centered = [layer for layer in others if layer["kind"] != "frn"]  # FRN does not divide by the variance
+    if low := _worst_first(centered, lambda layer: layer["eps_dominated"], SOME):
         worst = low[0]
         yield "bad" if worst["eps_dominated"] >= MOST else "warn", (
             f"{_names(low)}: {_percent(worst['eps_dominated'])} of its {'groups' if worst['groups'] else 'channels'} "

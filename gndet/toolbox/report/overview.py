@@ -68,7 +68,7 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         contradicted = Counter(suspect.kind for suspect in run.analysis.suspects)
         for kind, words in SUSPECTS.items():
             if count := contradicted[kind]:
-                yield "warn", f"{count} {words}; they are listed under Mistakes, the most confident first."
+                yield "warn", f"{count} {words}; the most confident are listed under Mistakes."
         if few := [row["name"] for row in run.analysis.metrics.per_class if row["num_objects"] < FEW]:
             yield (
                 "warn",
@@ -81,9 +81,12 @@ def run_verdict(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "warn", f"{skipped} update(s) were skipped because losses or gradients were not finite; see nonfinite/."
     if run.meta.get("unreadable"):
         yield "warn", f"{len(run.meta['unreadable'])} training picture(s) could not be read and were left out."
-    mixing = sorted({norm.kind for norm in run.cfg.model.part_norms().values() if norm.mixes_images})
-    if mixing and run.images_at_once and run.images_at_once < SMALL_BATCH:
-        over = f"{', '.join(mixing)} takes its statistics over {run.images_at_once} image(s) at once"
+    norms = run.cfg.model.part_norms()
+    for kind in sorted({norms[part].kind for part in run.cfg.model.normed_parts if norms[part].mixes_images}):
+        count = (run.images_at_once or 0) * (run.meta.get("processes", 1) if kind == "sync_bn" else 1)
+        if not 0 < count < SMALL_BATCH:
+            continue
+        over = f"{kind} takes its statistics over {count} image(s) at once"
         why = f"with fewer than {SMALL_BATCH} they are noisy (Wu & He 2018, figure 1); gn does not depend on the batch"
         yield "warn", f"{over}; {why}."
 

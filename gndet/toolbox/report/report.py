@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from gndet.config.loading import load_config
 from gndet.data.datasets.reading import user_paths
-from gndet.errors import DataError, in_one_line
+from gndet.errors import ConfigError, DataError, in_one_line
 from gndet.files import Kind, refuse_output, write_whole
 from gndet.toolbox.analysis.study_results import is_study, read_study
 from gndet.toolbox.report import (
@@ -55,6 +55,8 @@ def write_report(folders: Sequence[Path], out: Path | None, overrides: Sequence[
     if any(map(is_study, folders)):
         if len(folders) > 1:
             raise DataError("a report covers one norm study alone; to compare its runs, name folders of its cells/")
+        if overrides:
+            raise ConfigError(f"override {overrides[0]!r}: has no effect on the report of a norm study")
         html = study_page(folders[0], show)
     elif len(folders) == 1:
         html = run_page(folders[0], overrides, show)

@@ -1,5 +1,6 @@
 """The report's section on how the run was made: commands, weights, environment and config."""
 
+import shlex
 from collections import Counter
 
 from gndet.config.loading import config_to_yaml
@@ -30,8 +31,8 @@ def section(run: RunRecord) -> Section:
 
 def next_commands(run: RunRecord) -> list[str]:
     """Return commands that repeat the run, and commands that use its checkpoint."""
-    folder = run.folder
-    lines = [f"gndet train {folder / CONFIG} out={folder}-again      # repeats the run"]
+    folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / CONFIG))
+    lines = [f"gndet train {config} {shlex.quote(f'out={run.folder}-again')}      # repeats the run"]
     if run.meta:  # there is a checkpoint
         lines.append(f"gndet evaluate {folder}")
     if run.meta and run.cfg.task == "detection":
@@ -40,7 +41,7 @@ def next_commands(run: RunRecord) -> list[str]:
             f"gndet analyze {folder} --json analysis.json",
         ]
     if run.ending[0] != "finished":
-        lines.append(f"gndet train {folder / CONFIG} out={folder}            # continues the run")
+        lines.append(f"gndet train {config} {shlex.quote(f'out={run.folder}')}            # continues the run")
     return lines
 
 

@@ -35,7 +35,7 @@ def study_command(study: Study) -> str:
     sizes, seeds = ",".join(map(str, study.sizes)), len({result.seed for result in study.results})
     words = ["gndet", "norm-study", study.config, "--groups" if study.by_groups else "--norms", ",".join(variants)]
     words += ["--images-per-gpu", sizes, "--seeds", str(seeds), "--batch", study.batch]
-    words += ["--budget", f"{study.budget:g}s"] if study.budget else []
+    words += ["--budget", f"{study.budget:.0f}s"] if study.budget else []
     return shlex.join([*words, *study.overrides])
 
 
@@ -79,9 +79,10 @@ def cells_section(study: Study) -> Section:
     shown = metrics_of(study)
     rows = []
     for r in study.results:
+        whole = [blocks.number(value, "d") for value in (r.images, r.seed)]
         scores = [blocks.percent(r.metrics.get(metric)) for metric in shown]
-        rows.append([variant_title(r.variant), blocks.number(r.images), blocks.number(r.seed), r.state, *scores,
-                     blocks.number(r.seconds, ".0f"), r.reason])  # fmt: skip
+        seconds = blocks.number(r.seconds, ".0f")
+        rows.append([variant_title(r.variant), *whole, r.state, *scores, seconds, r.reason])
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
     table = blocks.sortable_table("study-cells", head, rows, "All cells")
     return blocks.section("cells", "Cells", table, blocks.preformatted(study_command(study)))

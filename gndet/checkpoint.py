@@ -346,7 +346,7 @@ def _verified(folder: Path, name: str, entry: _File) -> bytes:
 
 def _describe(path: Path) -> str:
     """Describe what is at a path that is not a checkpoint."""
-    if os.path.isfile(path.parent / MANIFEST):
+    if os.path.lexists(path) and os.path.isfile(path.parent / MANIFEST):
         return f"it is a file of the checkpoint {path.parent}; name this folder"
     if os.path.isfile(path):
         return "it is a file; train.weights and gndet convert read files of other toolkits"

@@ -131,6 +131,8 @@ def test_what_cannot_be_loaded_is_named(trained: Path, tmp_path: Path) -> None:
         gndet.load(tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"meta\.json: .*a file of the checkpoint .*update-\d+; name this folder"):
         gndet.load(next((trained / "checkpoints").iterdir()) / "meta.json")
+    with pytest.raises(CheckpointError, match=r"nothing: .*there is no such folder"):
+        gndet.load(next((trained / "checkpoints").iterdir()) / "nothing")
     with pytest.raises(ConfigError, match="device: got 'tpu', expected auto, cpu or cuda"):
         gndet.load(trained, "tpu")
     with pytest.raises(ConfigError, match=r"unknown key model\.norms"):

@@ -31,8 +31,8 @@ def is_one_picture(source: object) -> bool:
 def records_of(pictures: Sequence[Any], reading: Reading) -> list[Record]:
     """Return the pictures of a list as records without objects; image ids count from 1.
 
-    The pixels of an array stay where they are and are not changed.  Raises DataError that tells the place in the list
-    for a picture that cannot be used, with the remedy.
+    The pixels of an array are not changed, and copied only if they must be.  Raises DataError that tells the place in
+    the list for a picture that cannot be used, with the remedy.
     """
     records = []
     for place, picture in enumerate(pictures):
@@ -61,7 +61,7 @@ def _record(picture: Any, image_id: int, reading: Reading) -> Record:
 
 
 def _checked(array: np.ndarray | Tensor) -> np.ndarray:
-    """Return the pixels of an array as torch takes them: a copy only if they are read-only or strided backward.
+    """Return the pixels of an array as torch takes them: a copy only if they are read-only or not contiguous.
 
     Raises DataError that names the remedy for pixels that are not (h, w, 3) uint8.
     """

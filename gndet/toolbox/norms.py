@@ -1,8 +1,10 @@
 """`gndet norms`: audit the norm layers of a config or of a checkpoint."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from gndet.checkpoint import led_to
 from gndet.config.loading import load_config, with_overrides
 from gndet.data.datasets.reading import read_dataset
 from gndet.errors import DataError
@@ -16,8 +18,8 @@ def audit_path(where: str, overrides: Sequence[str], show: Callable[[str], None]
 
     Returns whether there is no error.  Raises ConfigError, CheckpointError and DataError.
     """
-    is_checkpoint = Path(where).is_dir()
-    report, notes = _audit_checkpoint(Path(where), overrides) if is_checkpoint else _audit_config(where, overrides)
+    path = led_to(Path(os.path.expanduser(where)))
+    report, notes = _audit_checkpoint(path, overrides) if path.is_dir() else _audit_config(where, overrides)
     show(audit_table(report))
     for line in [*(note for note in notes if note.startswith("warning")), *summary(report)]:
         show(line)

@@ -106,7 +106,8 @@ def with_policy(source: Source, model: ModelConfig, train: TrainConfig) -> Model
 def _as_override(norm: NormConfig) -> str:
     """Return the value of model.PART.norm that keeps the part as it is."""
     groups = "channels_per_group" if norm.channels_per_group else "groups"
-    return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.has_groups else "")
+    eps = f", eps: {norm.eps}" if norm.replaces_relu else ""  # it is part of what these norms compute
+    return norm.kind + (f", {groups}: {getattr(norm, groups)}" if norm.has_groups else "") + eps
 
 
 def _words(norm: NormConfig) -> str:

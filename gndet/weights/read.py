@@ -3,6 +3,7 @@
 K classes; the background is the last row of the layer BACKGROUND.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from gndet.checkpoint import led_to
 from gndet.config.model import ModelConfig
 from gndet.config.schema import Config
 from gndet.config.training import SourceConfig
@@ -71,7 +73,7 @@ def read_source(weights: str, cfg: SourceConfig, network: str = "") -> Source:
 
 
 def _read(weights: str, cfg: SourceConfig, network: str) -> Source:
-    path = Path(weights)
+    path = led_to(Path(os.path.expanduser(weights)))
     if path.is_dir() or (path.exists() and cfg.format == "gndet"):
         return _gndet(path, cfg)
     # imported here because training from scratch does not need the readers of other toolkits

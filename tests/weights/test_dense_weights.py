@@ -196,6 +196,13 @@ def test_another_convention_is_refused(option: str, value: object, words: str) -
         loaded(retinanet(positives=10), **{option: value})
 
 
+def test_stated_anchors_are_those_of_the_file() -> None:
+    state = of_torchvision("v1").state_dict()
+    stated = {"aspect_ratios": (0.3, 1.0, 3.0), "anchor_sizes": (16.0, 32.0, 64.0, 128.0, 256.0)}
+    dense = understand(WeightFile(Path("file.pth"), state, {}), SourceConfig(classes=CLASSES, **stated)).model.dense
+    assert (dense.aspect_ratios, dense.anchor_sizes) == tuple(stated.values())
+
+
 def test_a_centerness_is_not_read_as_an_iou() -> None:
     cfg = ModelConfig.model_validate({**RETINANET, "detector": "fcos", "backbone": {"depth": 18}})
     assert cfg.dense.quality == "centerness" and not any("model." in line for line in loaded(cfg, positives=10))

@@ -1,6 +1,7 @@
 """If weights have other norms than the model, train.norm_policy refuses, keeps, converts or fits them."""
 
 import copy
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from run_files import assert_same
 from torch import Tensor
 
 from gndet.checkpoint import load_checkpoint, save_checkpoint
-from gndet.config.loading import load_config
+from gndet.config.loading import load_config, with_overrides
 from gndet.config.schema import Config
 from gndet.distributed.process import Process
 from gndet.errors import CheckpointError, ConfigError, TrainingError
@@ -370,6 +371,18 @@ def test_norms_that_replace_relu_load_their_own_weights_and_others_only_by_name(
         assert start(saved["own"], policy, GN).model.state_dict().keys() == gn.state_dict().keys()
     with pytest.raises(ConfigError, match=rf"model\.backbone\.norm: {own['kind']}; torchvision has no such norm"):
         export_weights(model.state_dict(), config(own).model, CLASSES, "torchvision")
+
+
+@pytest.mark.parametrize("own", [FRN, EVONORM], ids=str)
+def test_the_options_that_the_error_offers_load_the_file(own: dict[str, Any], tmp_path: Path) -> None:
+    cfg = config({**own, "eps": 1e-6})  # the FRN paper's
+    path = save(tmp_path / "file", cfg, lived_in(cfg).state_dict())
+    mine = with_overrides(config(own), [f"train.weights={path}"], "test")
+    with pytest.raises(CheckpointError, match="as in the file") as refused:
+        initial_model(mine, CLASSES)
+    offered = re.findall(r"model\.\w+\.norm=\{.*?\}", str(refused.value))
+    assert offered
+    initial_model(with_overrides(mine, offered, "test"), CLASSES)
 
 
 @pytest.mark.parametrize("file_eps", [0.0, 1e-5, 1e-3])

@@ -107,7 +107,13 @@ def test_a_stated_format_must_be_the_file_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("origin", "eps"),
-    [("MaskRCNN_ResNet50_FPN_Weights.COCO_V1", 0.0), ("MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1", 1e-5), ("", 1e-5)],
+    [
+        ("MaskRCNN_ResNet50_FPN_Weights.COCO_V1", 0.0),
+        ("MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1", 1e-5),
+        ("", 1e-5),
+        ("KeypointRCNN_ResNet50_FPN_Weights.COCO_V1", 0.0),
+        ("KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY", 1e-5),
+    ],
 )
 def test_torchvision_s_coco_weights_have_no_eps(origin: str, eps: float) -> None:
     file = WeightFile(Path("file.pth"), named(weights(SMALL), "torchvision", box="2fc"), {})

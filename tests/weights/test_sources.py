@@ -227,6 +227,7 @@ def test_every_tensor_and_every_convention_of_a_file_comes_over(tmp_path: Path, 
     assert all(kinds[part].kind == expected[part].kind for part in case.parts)
     assert model.masks == ("mask_head" in case.parts)
     assert source.fused == (("backbone",) if name in ("Detectron", "Detectron backbone") else ())
+    assert ("background row" in source.notes[0]) <= ("box_head" in case.parts)
     if case.parts == WHOLE:
         assert source.num_classes == NUM_CLASSES and model.box_head.kind == box
         assert source.classes == (("ant", "bee", "cow") if case.format == "mmdetection" else None)

@@ -185,6 +185,21 @@ def test_a_name_of_timm_is_read_as_timms_or_as_gndets_own_resnet(monkeypatch: py
     assert (source.format, source.model.backbone.kind) == ("timm", "timm")
 
 
+def test_strides_without_parameters_that_gndet_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: original(name, **options))
+    for name in ("resnetaa50", "resnetblur18"):
+        with pytest.raises(CheckpointError, match=rf"strides are anti-aliased.* model\.backbone\.name={name} takes"):
+            read_source(f"timm:{name}", SourceConfig())
+    assert read_source("timm:resnet18d", SourceConfig()).format == "resnet"
+
+
+def test_what_a_network_s_name_says_cannot_be_stated(tmp_path: Path) -> None:
+    path = saved(tmp_path, network(BN_NETWORK))
+    with pytest.raises(ConfigError, match=r"train\.source\.bgr: has no effect on a network of timm"):
+        read_source(path, SourceConfig(bgr=True, name=BN_NETWORK, format="timm"))
+
+
 def test_a_stranger_s_checkpoint_needs_timm_only_if_it_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     build_model(ModelConfig(backbone=BackboneConfig(depth=18)), 2)

@@ -113,6 +113,20 @@ def test_averaged_weights_of_a_runs_best_checkpoint_are_preferred(tmp_path: Path
     assert report[0].endswith("update-1, group ema, update 7")
 
 
+def test_weights_are_found_in_the_home_and_through_a_file_that_names_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without links has `last` as a file with the name of the checkpoint."""
+    cfg = small()
+    source = trained(cfg)
+    save(tmp_path / "checkpoints" / "update-1", cfg, model=source)
+    (tmp_path / "last").write_text("checkpoints/update-1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("~", "~/last", str(tmp_path / "last")):
+        state = read_source(name, SourceConfig()).state
+        assert torch.equal(state["fpn.lateral2.conv.weight"], source["fpn.lateral2.conv.weight"])
+
+
 @pytest.mark.parametrize("from_masks", [True, False])
 def test_heads_that_one_side_lacks_are_listed_tensor_by_tensor(tmp_path: Path, from_masks: bool) -> None:
     target, origin = small(masks=not from_masks), small(masks=from_masks)

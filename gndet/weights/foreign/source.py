@@ -4,13 +4,14 @@ K classes.
 """
 
 import importlib
+import os
 import re
 from pathlib import Path
 from urllib.error import URLError
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
 
 from gndet.config.model import ModelConfig
@@ -45,7 +46,7 @@ def read_foreign(weights: str, cfg: SourceConfig, network: str) -> Source:
     """Read weights of another toolkit: a file, or the name of torchvision's or timm's.  Raises as read_source does."""
     if network and cfg.format == "auto":  # only timm's networks have names
         cfg = cfg.model_copy(update={"format": "timm", "name": cfg.name or network})
-    path = Path(weights)
+    path = Path(os.path.expanduser(weights))
     if path.exists():
         return from_timm(read_weights(path), cfg) if cfg.format == "timm" else understand(read_weights(path), cfg)
     if match := TORCHVISION_NAME.fullmatch(weights):
@@ -93,6 +94,12 @@ def _timm(name: str, cfg: SourceConfig) -> Source:
     pixels = {"pixel_mean": cfg.pixel_mean or stated["mean"], "pixel_std": cfg.pixel_std or stated["std"]}
     file, cfg = WeightFile(Path(name), model.state_dict(), {}), cfg.model_copy(update=pixels)
     is_resnet = "layer1.0.conv1.weight" in file.tensors and cfg.format != "timm"
+    pools = [getattr(module, "aa", None) for module in model.modules()]  # they have no parameters
+    if is_resnet and any(isinstance(pool, nn.Module) and not isinstance(pool, nn.Identity) for pool in pools):
+        raise CheckpointError(
+            f"timm:{name}: its strides are anti-aliased, which gndet's ResNet lacks; model.backbone.kind=timm "
+            f"model.backbone.name={name.partition('.')[0]} takes this network"
+        )
     source = understand(file, cfg) if is_resnet else from_timm(file, cfg.model_copy(update={"name": name}))
     return source._replace(path=f"timm:{name}", notes=[f"loaded timm {name}", *source.notes])
 
@@ -250,7 +257,7 @@ def _assumptions(format: str, facts: Facts, model: ModelConfig, parts: tuple[str
     norms = model.part_norms()
     words = [
         *resnet.describe(model),
-        f"norms {', '.join(sorted({norm.kind for norm in norms.values()}))}",
+        f"norms {', '.join(sorted({norms[part].kind for part in parts if part in norms}))}",
         "BGR, converted to RGB in the stem" if facts.bgr else "RGB",
         f"mean {facts.mean}, std {facts.std} (RGB)",
         f"conventions {model.compat}",
@@ -259,7 +266,7 @@ def _assumptions(format: str, facts: Facts, model: ModelConfig, parts: tuple[str
         f"stride in the {'1x1' if model.backbone.stride_in_1x1 else '3x3'}" if model.backbone.depth >= 50 else "",
         *(word for part in PARTS for word in part.describe(model, parts)),
         f"background row {'moved from first to last' if BACKGROUND.startswith(model.final_head) else 'left out'}"
-        if toolkit_of(format) in BACKGROUND_FIRST
+        if toolkit_of(format) in BACKGROUND_FIRST and model.final_head in parts
         else "",
         f"the BN layers of {', '.join(fused)} are affine maps without statistics" if fused else "",
     ]

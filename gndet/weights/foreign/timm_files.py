@@ -24,6 +24,12 @@ def from_timm(file: WeightFile, cfg: SourceConfig) -> Source:
     """
     if not cfg.name:
         raise ConfigError(f"{file.path}: train.source.name is not set; expected the name of its network in timm")
+    used = ("name", "pixel_mean", "pixel_std", "parts", "differences")
+    if stated := [option for option, value in cfg if option not in used and value not in (None, "auto", "timm")]:
+        raise ConfigError(
+            f"train.source.{stated[0]}: has no effect on a network of timm, whose name says what it computes; remove "
+            "the option"
+        )
     with torch.device("meta"):
         network: Any = timm_network(cfg.name)
     stated = network.default_cfg
@@ -51,10 +57,9 @@ def from_timm(file: WeightFile, cfg: SourceConfig) -> Source:
             f"{file.path}: {len(wrong)} tensors do not fit timm's {cfg.name}:\n  {lines}\n  is it the file of another "
             "network? name it in train.source.name"
         )
-    used = set(names.values())
     kind = f"norm {norm.kind}, eps {norm.eps:g}" if norm_of(cfg.name) else "no norm that gndet replaces"
     note = f"read as timm's {cfg.name}: {kind}, RGB, mean {model.pixel_mean}, std {model.pixel_std}"
-    unused = [key for key in file.tensors if key not in used]
+    unused = [key for key in file.tensors if key not in names.values()]
     return Source(
         str(file.path), "timm", state, model, ("backbone",), None, 0, fused_parts(state, ("backbone",)), [note], unused
     )

@@ -55,7 +55,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "gndet").write_text(SCRIPT)
     (home / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"device": "cpu"}))
     cfg = load_config(home / "tiny.yaml")
-    dataset = read_shapes(cfg.data.val, cfg.data)
+    dataset = read_shapes(cfg.data.val)
     (home / "ann.json").write_text(json.dumps(to_coco(dataset)))
     (home / "images").mkdir()
     for record in dataset.records:

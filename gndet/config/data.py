@@ -139,4 +139,6 @@ class DataConfig(Section):
             raise ValueError("val.share takes images of train, whose pictures are drawn; val.count draws some for val")
         if self.val.share is not None and (self.val.annotations or self.val.images):
             raise ValueError("val.share takes images of train; val.share=null lets val have annotations and images")
+        if self.val.share is not None and self.val.split not in ("", "val"):
+            raise ValueError("val.share takes images of train; val.share=null lets val have a split of its own")
         return self

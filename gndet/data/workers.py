@@ -36,7 +36,7 @@ GRACE = 3.0  # seconds for a worker to finish its item when the pool closes, and
 CAUSES: dict[int, str] = {signal.SIGKILL: "out of memory?"}
 SMALL = 1 << 16  # bytes: a smaller result goes through the pipe
 ALIGNED = 64  # bytes: arrays start at multiples of it in memory, as PyTorch's do
-REMEDY = "lower data.workers (0: no processes)"
+REMEDY = "end other programs or, in training, lower data.workers (0: no processes)"
 
 
 class Death(Exception):
@@ -234,7 +234,7 @@ def _content(file: int) -> memoryview:
             done += os.preadv(file, [content[done:]], done)
         return content
     except MemoryError:
-        raise MachineError(f"no memory for a batch: {REMEDY}") from None
+        raise MachineError(f"no memory for the result of a loader process: {REMEDY}") from None
     finally:
         os.close(file)
 

@@ -17,6 +17,7 @@ from gndet.config.loading import find_config, load_config, with_overrides
 from gndet.config.schema import Config
 from gndet.data.datasets.classes import with_common_classes
 from gndet.data.datasets.coco import to_coco
+from gndet.data.datasets.exports.yolo_files import IMAGES
 from gndet.data.datasets.exports.yolo_rows import row_of
 from gndet.data.datasets.faults import Fault, refuse_all, several
 from gndet.data.datasets.formats import is_config
@@ -91,9 +92,8 @@ def _read(source: str, overrides: list[str], show: Show, image_folder: Path | No
     path = find_config(source)
     if is_config(path):
         if image_folder is not None:
-            raise OutputError(
-                f"--image-folder {image_folder}: is only for data without a config; {source} names its own"
-            )
+            words = f"is only for data without a config; {source} names its own"
+            raise OutputError(f"--image-folder {image_folder}: {words}")
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data
@@ -162,11 +162,14 @@ def _clipped(record: Record) -> Record:
 def _copy(records: PackedRecords, index: int, folder: Path, stems: set[str] | None = None) -> str:
     """Copy the picture of a record below a folder.  Returns its path there.
 
-    stems: of the pictures copied before; a name whose stem is among them gets a number, so that labels do not collide.
+    stems: of the pictures copied before, for YOLO: a name whose stem is among them gets a number, so that labels do not
+    collide, and a folder gets an underscore if YOLO would look for labels beside it.
     """
     source = records.path(index)
     name = Path(source).relative_to(records.folder)
     if stems is not None:
+        parents = (f"{part}_" if part.lower() in (*IMAGES, "labels") else part for part in name.parent.parts)
+        name = Path(*parents, name.name)
         stem, number = cut_name(name.stem), 1
         while (taken := str(name.with_suffix("")).casefold()) in stems:  # some disks do not know upper from lower case
             number += 1

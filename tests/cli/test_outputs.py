@@ -108,7 +108,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, thin: None) -> Path:
     with only_by_the_writer(folder) as written:
         train(cfg)
     assert written >= {"config.yaml", "metrics.jsonl", "norms.jsonl", "meta.json", "last", "best", "predictions.png"}
-    dataset = read_shapes(cfg.data.val, cfg.data)
+    dataset = read_shapes(cfg.data.val)
     (folder / "ann.json").write_text(json.dumps(to_coco(dataset)))
     (folder / "images").mkdir()
     for record in dataset.records:

@@ -12,6 +12,7 @@ from exported import codes, picture, words, write
 from gndet.config.data import DataConfig, DatasetConfig
 from gndet.data.datasets.comparing import between
 from gndet.data.datasets.faults import Fault
+from gndet.data.datasets.formats import HEAD, sniff
 from gndet.data.datasets.layout import find_sets, set_of
 from gndet.data.datasets.reading import inspect_both, inspect_dataset, read_dataset
 from gndet.errors import DataError
@@ -167,6 +168,39 @@ def test_val_without_a_set_names_the_share(tmp_path: Path) -> None:
     data = data_of(export_of(tmp_path, 4))
     with pytest.raises(DataError, match=r"(?s)no val.*data\.val\.share=0\.2"):
         read_dataset(data.val, data)
+
+
+def test_label_studios_order_of_lists_is_known_however_long_they_are(tmp_path: Path) -> None:
+    """Images, categories, annotations: neither the beginning nor the end of the file shows two lists."""
+    tree = json.loads((export_of(tmp_path, 1200) / "result.json").read_text())
+    text = json.dumps({key: tree[key] for key in ("images", "categories", "annotations")} | {"info": {"year": 2026}})
+    assert text.index('"categories"') > HEAD and len(text) - text.index('"annotations"') > HEAD
+    (tmp_path / "result.json").write_text(text)
+    assert sniff(tmp_path / "result.json") == "coco"
+
+
+@pytest.mark.parametrize("split", ["val", "test", "tset"])
+def test_a_set_that_is_not_there_is_not_replaced_by_train(tmp_path: Path, split: str) -> None:
+    export_of(tmp_path, 4)
+    data = DataConfig(root=str(tmp_path), cache="", val=DatasetConfig(split=split))
+    with pytest.raises(DataError, match=f"one set of images, and no {split}"):
+        read_dataset(data.val, data)
+
+
+def test_a_share_and_another_split_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"val\.share=null lets val have a split of its own"):
+        DataConfig.model_validate({"val": {"share": 0.25, "split": "test"}})
+
+
+def test_a_user_s_own_keys_are_not_taken_for_an_export_s(tmp_path: Path) -> None:
+    tree = json.loads(COCO)
+    tree["images"][0]["place"] = "kitchen"
+    tree["annotations"][0] |= {"category": "dog", "place": "floor", "category_id": 7}
+    write(tmp_path, {"a.json": json.dumps(tree), "a.png": None})
+    cfg = DatasetConfig(annotations="a.json", images=".")
+    said = words(inspect_dataset(cfg, DataConfig(root=str(tmp_path), cache="", train=cfg)))
+    assert "annotation 1" in said and "category_id 7 is not in the file" in said
+    assert "dog" not in said and "floor" not in said and "kitchen" not in said
 
 
 def test_a_share_divides_one_set(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def test_a_process_without_open_files_left_says_so_in_a_line() -> None:
     with limited(resource.RLIMIT_NOFILE, FULL), pytest.raises(MachineError) as error:
         list(results)
     assert str(error.value) == (
-        "too many open files: raise the limit (ulimit -n 4096), or lower data.workers (0: no processes)"
+        "too many open files: raise the limit (ulimit -n 4096), or end other programs or, in training, lower "
+        "data.workers (0: no processes)"
     )
 
 
@@ -113,7 +114,8 @@ def test_processes_that_cannot_be_started_name_the_remedy() -> None:
     with limited(resource.RLIMIT_NOFILE, FULL), pytest.raises(MachineError) as error:
         list(batches(40))
     assert str(error.value) == (
-        "a loader process cannot be started: Too many open files: lower data.workers (0: no processes)"
+        "a loader process cannot be started: Too many open files: end other programs or, in training, lower "
+        "data.workers (0: no processes)"
     )
 
 
@@ -127,5 +129,7 @@ def too_large_array(item: int) -> np.ndarray:
 
 @pytest.mark.parametrize("load", [too_large, too_large_array])
 def test_a_process_that_runs_out_of_memory_names_the_remedy(load: Any) -> None:
-    with pytest.raises(MachineError, match=r"^a loader process ran out of memory: lower data\.workers"):
+    with pytest.raises(
+        MachineError, match=r"^a loader process ran out of memory: end other programs or, .*lower data\.workers"
+    ):
         list(batches(8, load=load))

@@ -52,9 +52,9 @@ def test_an_item_has_the_values_of_the_file() -> None:
     items: list[dict[str, Any]] = [
         {"id": 10**40, "bbox": None, "area": 5, "segmentation": {"size": [1, 1], "counts": "01"}, "ignore": [1]},
         {"bbox": [1, 2.0, "3"], "attributes": {"rotation": 90}, "iscrowd": True, "segmentation": [[1, 2]]},
-        {"id": "7", "image_id": -0.0, "category_id": [], "place": "x", "category": "cat", "segmentation": None},
+        {"id": "7", "image_id": -0.0, "category_id": [], "segmentation": None},
     ]
-    stated = [item | {"unknown": {"id": 2}, "caption": "\u00e9"} for item in items]
+    stated = [item | {"unknown": {"id": 2}, "caption": "\u00e9", "place": "x", "category": "cat"} for item in items]
     read = JsonItems(json.dumps(stated).encode())
     assert len(read) == 3 and list(map(repr, map(in_order, read))) == list(map(repr, map(in_order, items)))
     for key in ("id", "image_id", "category_id", "iscrowd", "ignore", "area", "bbox", "attributes"):

@@ -109,6 +109,11 @@ LAYOUTS: dict[str, dict[str, str | None]] = {
 }  # fmt: skip
 
 
+def test_a_file_of_vocs_own_layout_is_read_alone(tmp_path: Path) -> None:
+    dataset = read(write(tmp_path, LAYOUTS["VOC"]) / "Annotations" / "a.xml", "")
+    assert boxes(dataset) == {"a.png": [PIXELS]} and codes(dataset) == {}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_sets_of_a_layout_are_found(tmp_path: Path, layout: str) -> None:
     for name, text in LAYOUTS[layout].items():

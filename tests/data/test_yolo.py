@@ -65,6 +65,29 @@ def test_boxes_in_roboflows_layout_are_those_of_the_coco_file(tmp_path: Path, da
             assert codes(dataset) == {}
 
 
+def test_a_folder_of_labels_and_one_of_pictures_are_named(tmp_path: Path) -> None:
+    write(tmp_path, {**PAIR, "classes.txt": "cell\nplate", "txt/a.txt": BOX, "pics/a.png": None})
+    for annotations, images in (("labels/train", "images/train"), ("txt", "pics")):
+        for kind in ("auto", "yolo"):
+            dataset, _ = inspected_alone(tmp_path, annotations=annotations, images=images, kind=kind)
+            assert boxes(dataset)["a.png"] == [PIXELS]
+
+
+def test_labels_outside_the_folder_of_a_relative_data_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {f"datasets/my/{name}": text for name, text in PAIR.items()})
+    write(tmp_path, {"yamls/my.yaml": f"path: ../datasets/my\n{YAML}"})
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("yamls/my.yaml"), tmp_path / "yamls" / "my.yaml"):
+        dataset = inspected(open_yolo, place)
+        assert boxes(dataset)["a.png"] == [PIXELS] and codes(dataset) == {}
+
+
+def test_a_label_file_alone_is_named_as_such(tmp_path: Path) -> None:
+    write(tmp_path, PAIR)
+    dataset = inspected(open_yolo, tmp_path / "labels/train/a.txt")
+    assert codes(dataset) == {"data-unknown": 1} and "labels of one picture" in words(dataset)
+
+
 def test_outlines_are_the_polygons_of_the_coco_file(tmp_path: Path, data_root: Path) -> None:
     tree = coco_tree(data_root / "coco-tiny", "val2017")
     tree["annotations"] = [
@@ -381,7 +404,10 @@ OTHERS = {
 def test_rows_of_another_task_are_refused_by_name(tmp_path: Path, case: str) -> None:
     text, yaml, code, expected = OTHERS[case]
     dataset = one(tmp_path, text, **{"data.yaml": f"names: [cell, plate]\n{yaml}\n"})
-    assert codes(dataset) == {code: 1} and expected in words(dataset) and "kind: yolo" in words(dataset)
+    assert codes(dataset) == {code: 1} and expected in words(dataset)
+    write(tmp_path, {"data.yaml": f"names: [cell, plate]\n{yaml}\n"})
+    as_outlines = inspected_alone(tmp_path, kind="yolo")[0]
+    assert ("kind: yolo" in words(dataset)) == (not as_outlines.refused)  # what the remedy says is true
 
 
 def test_rows_of_equal_length_are_outlines_if_the_user_says_so(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A stranger's checkpoint chooses no folder to write to and no memory; weights that are not finite are said by all."""
 
-import copy
 import json
 import resource
 import shutil
@@ -19,7 +18,6 @@ import gndet
 from gndet.checkpoint import MAX_FILES, MAX_META, Checkpoint, load_checkpoint, save_checkpoint
 from gndet.cli.main import main
 from gndet.config.data import DatasetConfig
-from gndet.config.loading import config_from_dict
 from gndet.data.datasets.coco import to_coco
 from gndet.data.datasets.shapes import read_shapes
 from gndet.errors import CheckpointError
@@ -38,8 +36,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data folder with pictures in COCO's format, as a set that a cache keeps."""
-    config = config_from_dict(copy.deepcopy(CONFIG), "tiny")
-    dataset = read_shapes(DatasetConfig(kind="shapes", count=2, size=64, seed=3), config.data)
+    dataset = read_shapes(DatasetConfig(kind="shapes", count=2, size=64, seed=3))
     (tmp_path / "data" / "images").mkdir(parents=True)
     for record in dataset.records:
         Image.fromarray(record.load()).save(tmp_path / "data" / "images" / f"{record.image_id}.png")

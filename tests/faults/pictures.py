@@ -11,7 +11,7 @@ from PIL import Image
 from faults.launch import finish, start
 from faults.tiny import check, check_same, newest_update
 from gndet.checkpoint import load_checkpoint
-from gndet.config.data import DataConfig, DatasetConfig
+from gndet.config.data import DatasetConfig
 from gndet.data.datasets.shapes import read_shapes
 from gndet.training.log import read_metrics
 
@@ -21,7 +21,7 @@ def write_coco(folder: Path, name: str, count: int, classes: int = 4) -> tuple[s
 
     classes: how many of the 4 classes are kept; 0: one class without any objects.
     """
-    drawn = read_shapes(DatasetConfig(kind="shapes", count=count, size=64, seed=1), DataConfig())
+    drawn = read_shapes(DatasetConfig(kind="shapes", count=count, size=64, seed=1))
     home = folder / name
     (home / "pictures").mkdir(parents=True)
     tree: dict[str, list[Any]] = {"images": [], "annotations": [], "categories": []}

@@ -125,6 +125,15 @@ def test_pictures_of_one_stem_keep_their_own_labels(tmp_path: Path) -> None:
     assert {record.file_name: round(record.boxes[0, 0]) for record in copy.records} == {"a.png": 8, "a-2.bmp": 1}
 
 
+def test_pictures_in_a_folder_images_keep_their_labels(tmp_path: Path) -> None:
+    second = BOX | {"id": 2, "image_id": 2, "bbox": [1, 1, 9, 9]}
+    source = small(tmp_path / "data", BOX, second, names=("images/a.png", "labels/deep/b.png"))
+    convert_data(str(source), tmp_path / "copy", "yolo", [], lambda line: None)
+    copy = read(tmp_path / "copy")
+    found = {record.file_name: round(record.boxes[0, 0]) for record in copy.records}
+    assert found == {"images_/a.png": 8, "labels_/deep/b.png": 1}
+
+
 def test_numbered_names_fit_and_differ_not_only_in_case(tmp_path: Path) -> None:
     names = ("ü" * 125 + ".png", "ü" * 125 + ".bmp", "A.png", "a.bmp")
     boxes = [BOX | {"id": place, "image_id": place} for place in range(1, 5)]

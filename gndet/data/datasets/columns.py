@@ -14,7 +14,7 @@ from gndet.data.datasets.areas import check_areas
 from gndet.data.datasets.boxes import check_boxes
 from gndet.data.datasets.faults import EXAMPLES, SHOWN, Findings, Marks
 from gndet.data.datasets.ids import NO_ID, Numbers, to_integer, to_integers, without_text
-from gndet.data.datasets.json_items import Item, Raw, column
+from gndet.data.datasets.json_items import CATEGORY, PLACE, Item, Raw, column
 from gndet.data.datasets.masks import CheckedMasks, Masks, check_masks, to_floats
 from gndet.text import brief
 
@@ -40,8 +40,8 @@ def _area(item: Item, size: Size) -> str:
 
 
 def _of_no_class(item: Item) -> str:
-    if "category" in item:  # of an export
-        return f"class {brief(item['category'])} is not among the classes that the export declares"
+    if CATEGORY in item:  # of an export
+        return f"class {brief(item[CATEGORY])} is not among the classes that the export declares"
     return f"category_id {brief(item.get('category_id'))} is not in the file"
 
 
@@ -172,8 +172,8 @@ def _first(places: np.ndarray, image_ids: np.ndarray) -> list[int]:
 def _named(item: Item, place: int) -> str:
     """Return words that name an annotation: its place in an export, its id, or its index in the file's list."""
     number = to_integer(item.get("id"))
-    if "place" in item or number is not None:
-        return item.get("place") or f"annotation {number}"
+    if PLACE in item or number is not None:
+        return item.get(PLACE) or f"annotation {number}"
     return f"annotations[{place}]" + ("" if item.get("id") is None else f" (id {brief(item['id'])})")
 
 

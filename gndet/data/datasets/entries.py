@@ -10,6 +10,7 @@ from gndet.data.datasets.file_names import is_foreign, readings, split_name
 from gndet.data.datasets.ids import NO_NAMES, Numbers, number_names, number_of, to_integer
 from gndet.data.datasets.image_folder import Found, ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
+from gndet.data.datasets.json_items import PLACE
 from gndet.data.datasets.packed import Image
 from gndet.text import brief, printable, valid_text
 
@@ -215,7 +216,7 @@ def _file_words(item: Item) -> str:
 
 
 def _named(item: Item) -> str:
-    return item["place"] if "place" in item else f"image {brief(item.get('id'))}"
+    return item[PLACE] if PLACE in item else f"image {brief(item.get('id'))}"
 
 
 def _new_id(item: Item, place: int, kind: str, numbers: Numbers, known: Collection[int], found: Findings) -> int | None:

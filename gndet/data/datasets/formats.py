@@ -14,7 +14,7 @@ HEAD = 64 << 10  # bytes of the beginning of a file, and of its end, that are lo
 DEPTH = 4  # keys of JSON that are nested deeper are not looked at
 
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\]]')
-_LATE = re.compile(r'"(images|annotations|categories|shapes)"\s*:\s*\[|"(imagePath|imageHeight)"\s*:')
+_LATE = re.compile(r'"(images|annotations|categories|shapes)"\s*:\s*\[|"(imagePath|imageHeight|image_id)"\s*:')
 _LINES = re.compile(r"\s*\{[^\n]*\}\s*\n\s*\{")  # two objects, one per line
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
@@ -60,7 +60,8 @@ class Format(NamedTuple):
 
 def _is_coco(form: Form) -> bool:
     lists = sum(form.has(key) for key in ("images", "annotations", "categories"))
-    return form.kind == "object" and (lists >= 2 or form.has("annotations", "image_id"))
+    cut = form.has("images") and form.has("image_id")  # only one list begins near an end of the file
+    return form.kind == "object" and (lists >= 2 or form.has("annotations", "image_id") or cut)
 
 
 def _is_labelme(form: Form) -> bool:

@@ -13,10 +13,11 @@ import simdjson
 OPENS, COMMA = b"[,"
 Raw = msgspec.Raw  # the JSON text of a value; msgspec has checked its grammar, but not its UTF-8
 Item = dict[str, Any]  # an annotation as the file has it
+CATEGORY, PLACE = "\0category", "\0place"  # keys of an export's annotation that no file has: its class, where it is
 
 
 # what is checked, or occurs in messages
-_KEYS = ("id", "image_id", "category_id", "iscrowd", "ignore", "area", "bbox", "attributes", "category", "place")
+_KEYS = ("id", "image_id", "category_id", "iscrowd", "ignore", "area", "bbox", "attributes")
 _Row: Any = msgspec.defstruct(
     "_Row", [*((key, Any, msgspec.UNSET) for key in _KEYS), ("segmentation", Raw, Raw(b"null"))], gc=False
 )

@@ -79,6 +79,8 @@ def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
     kind: its format, or auto.  Raises Fault if it is not one that gndet reads.
     """
     if path.is_dir():
+        if kind in ("auto", "yolo") and _holds_labels(path):
+            return Source("yolo", path, images, split)
         sets = find_sets(path, kind)
         found = sets[""] if list(sets) == [""] else choose_set(path, sets, split)  # a folder that is named is that set
         return found if images is None else found._replace(images=images)
@@ -86,13 +88,21 @@ def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
     return Source(known, path, images, split)
 
 
+def _holds_labels(folder: Path) -> bool:
+    """Return whether a folder holds YOLO's label files and no pictures, which then lie elsewhere."""
+    files = _list(folder).files
+    texts = [file for file in files if file.suffix.lower() == ".txt" and file.name != "classes.txt"]
+    pictures = any(file.suffix.lower() in PICTURES for file in files)
+    return not pictures and any(sniff(file) == "yolo" for file in texts[:LOOKED_AT])
+
+
 def choose_set(root: Path, found: dict[str, Source], split: str) -> Source:
     """Return the set `split` of a folder, or its only one if it has no names.  Raises Fault if it is not there."""
     if split in found:
         return found[split]
     if list(found) == [""]:
-        if split == "val":
-            raise Fault("set-missing", f"{root}: has one set of images, and no val")
+        if split not in ("", "train"):
+            raise Fault("set-missing", f"{root}: has one set of images, and no {split}")
         return found[""]
     raise Fault("set-missing", f"{root}: has {', '.join(name or 'a set without a name' for name in found)}, no {split}")
 

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from gndet.config.data import DataConfig, DatasetConfig
-from gndet.data.records import Dataset, Record, Tell
+from gndet.config.data import DatasetConfig
+from gndet.data.records import Dataset, Record
 from gndet.errors import DataError
 from gndet.ops.noise import Stream, hash_ints
 
@@ -24,11 +24,10 @@ MAX_TILT = np.pi / 8  # objects are nearly upright; arbitrary rotations take sev
 OUTLINE, COLOR = 0, 1  # the random streams of an image
 
 
-def read_shapes(cfg: DatasetConfig, data: DataConfig, tell: Tell | None = None) -> Dataset:
+def read_shapes(cfg: DatasetConfig) -> Dataset:
     """Lay out cfg.count images of cfg.size x cfg.size pixels; `Record.load` draws them.
 
-    Boxes and masks are those of the visible part.  data and tell are unused; other readers need them.
-    Raises DataError for a seed or count out of range.
+    Boxes and masks are those of the visible part.  Raises DataError for a seed or count out of range.
     """
     if not 0 <= cfg.seed <= MAX_SEED or cfg.count > MAX_COUNT:
         expected = f"a seed from 0 to {MAX_SEED} and a count from 1 to {MAX_COUNT}"

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from gndet.config.data import DataConfig, DatasetConfig
+from gndet.config.data import DatasetConfig
 from gndet.config.norm import NormConfig
 from gndet.config.schema import Config
 from gndet.data.datasets.shapes import read_shapes
@@ -174,7 +174,7 @@ def roi_align(device: torch.device, dtype: torch.dtype) -> Errors:
 
 def metrics() -> Errors:
     """Compare hotcoco with the reference, pycocotools, on objects of drawn pictures whose boxes are moved a little."""
-    truths = coco_truths(read_shapes(DatasetConfig(kind="shapes", count=6, size=64), DataConfig()), masks=True)
+    truths = coco_truths(read_shapes(DatasetConfig(kind="shapes", count=6, size=64)), masks=True)
     rng = np.random.default_rng(0)
     results = from_coco(
         [

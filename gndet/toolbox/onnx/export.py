@@ -183,7 +183,7 @@ def candidate_pictures(cfg: Config, path: Path | None, show: Show) -> tuple[list
         return pictures, dataset.name
     show(f"note: compared on drawn shapes, because data.val gives no picture (--picture FILE names one): {reason}")
     val = cfg.data.val.model_copy(update={"kind": "shapes", "count": TRIED})
-    return [record.load() for record in read_shapes(val, cfg.data).records], "drawn shapes"
+    return [record.load() for record in read_shapes(val).records], "drawn shapes"
 
 
 def resize_picture(picture: np.ndarray, size: Sequence[int], antialias: bool) -> torch.Tensor:

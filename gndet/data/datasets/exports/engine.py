@@ -21,6 +21,7 @@ from gndet.data.datasets.entries import read_images
 from gndet.data.datasets.faults import Fault, Findings, in_order
 from gndet.data.datasets.image_folder import ImageFolder
 from gndet.data.datasets.images import Reading, picture_size
+from gndet.data.datasets.json_items import CATEGORY, PLACE
 from gndet.data.datasets.packed import Image
 from gndet.data.records import Dataset, Finding, Tell
 from gndet.data.workers import read_in_processes
@@ -172,14 +173,16 @@ def _read_part(export: Export, files: ImageFolder, reading: Reading, start: int)
             found.add(fault.code, f"{brief(picture.file_name)} {fault}")
             continue
         entries.append({
-            "id": number, "place": brief(picture.file_name), "file_name": picture.file_name, "height": height,
+            "id": number, PLACE: brief(picture.file_name), "file_name": picture.file_name, "height": height,
             "width": width,
         })  # fmt: skip
         for item in picture.objects:
             if export.classes is None:
                 names.setdefault(item["category"], len(names) + 1)
-            items.append(item | {
-                "id": len(items) + 1, "image_id": number, "category_id": names.get(item["category"], 0)
+            values = {key: value for key, value in item.items() if key not in ("category", "place")}
+            items.append(values | {
+                "id": len(items) + 1, "image_id": number, "category_id": names.get(item["category"], 0),
+                CATEGORY: item["category"], PLACE: item.get("place"),
             })  # fmt: skip
     images, sizes = read_images(entries, files, reading, found)
     columns = read_columns(items, Known.of(sizes, names.values()), found)

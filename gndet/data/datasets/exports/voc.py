@@ -82,7 +82,7 @@ def _find_files(
 ) -> tuple[list[str], list[Path]]:
     """Return the XML files of a set, relative to home, and the lists that were read; whole: all files below home."""
     if annotations.suffix.lower() == ".xml" and not annotations.is_dir():
-        return [annotations.name], []
+        return [annotations.relative_to(home).as_posix()], []
     if annotations.is_file():
         return _listed(annotations, home, home, found), [annotations]
     sets = _lists_of_sets(home)

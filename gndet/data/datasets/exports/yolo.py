@@ -28,6 +28,7 @@ from gndet.data.datasets.exports.folders import (
 from gndet.data.datasets.exports.yolo_files import Group, Labels, Opened, in_folder, in_list, in_tree, sets_in_folder
 from gndet.data.datasets.exports.yolo_rows import Unit, parse_labels, refuse_other_rows
 from gndet.data.datasets.faults import Fault, several
+from gndet.data.datasets.formats import name_format, sniff
 from gndet.text import brief, shown
 
 YAML, DARKNET = (".yaml", ".yml"), ".data"
@@ -125,6 +126,8 @@ def _find_pictures(
     """Return the pictures of a split by folder.  Raises Fault if there is no such split, or no picture in it."""
     keys = [key for key in tree if key in ALIASES and tree[key]]
     if annotations.is_file() and file is None:
+        if sniff(annotations) == "yolo":
+            raise Fault("data-unknown", f"{annotations}: {name_format(annotations)}")
         groups = in_list(annotations, [*([images] if images else []), annotations.parent], opened)
     elif file is None or not keys:
         groups = in_folder(images or (file.parent if file else annotations), split, images is not None, opened)

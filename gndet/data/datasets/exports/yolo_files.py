@@ -129,9 +129,8 @@ class Labels:
         for parent, pictures in below.items():
             place = self._choose(folder, parent, {stem for _, stem in pictures})
             listing = self.listings.of(place)
-            if place == self.home:
-                place = ""
-            place = place.removeprefix(f"{self.home}/")
+            is_inside = f"{place}/".startswith(f"{self.home}/")
+            place = place[len(self.home) + 1 :] if is_inside else os.path.abspath(place)
             for name, stem in pictures:
                 yield name, os.path.join(place, listing[stem][0]) if stem in listing else ""
 

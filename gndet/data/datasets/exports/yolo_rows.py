@@ -162,12 +162,13 @@ def refuse_other_rows(home: str, labels: Iterable[str], keypoints: int, outlines
             return
     if flags and width:
         raise Fault("rows-pose", f"{first}: a box and {(width - BOX) // 3} keypoints of 3 numbers, as in all rows")
+    way = "; kind: yolo (data.train.kind, data.val.kind) reads them as outlines"
     if width in (CORNERS, CORNERS + 1):
         words = f"all rows have {width} numbers: 4 corners of oriented boxes (OBB), or outlines of 4 points"
-        raise Fault("rows-obb", f"{first}: {words}")
+        raise Fault("rows-obb", f"{first}: {words}{way if width == CORNERS else ''}")
     if width:
         words = f"all rows have {width} numbers: boxes with keypoints, or outlines of {width // 2} points"
-        raise Fault("rows-pose", f"{first}: {words}")
+        raise Fault("rows-pose", f"{first}: {words}{way}")
 
 
 def _all_rows(home: str, labels: Iterable[str]) -> Iterator[tuple[str, Row]]:

@@ -6,21 +6,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).parent
-TABLES = {  # first cell of a table's header: the figure's title
-    "norm of the two convolutions of the box head": "32 regions per image",
-    "quickstart, box / mask AP": "64 regions per image",
-}
+BOX_HEAD, SETS = "norm of the two convolutions of the box head", "data, images per update, norm"  # first cells
 
 
-def rows(text: str, header: str) -> dict[str, list[float]]:
-    """Return the box APs of each row of the table whose header starts with a cell, one per seed that was run."""
+def rows(text: str, header: str) -> list[list[str]]:
+    """Return the cells of each row of the table whose header starts with a cell."""
     lines = text[text.index(f"| {header} |") :].split("\n\n")[0].splitlines()[2:]
-    result = {}
-    for line in lines:
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
-        found = [float(match[1]) for cell in cells[:3] if (match := re.match(r"([\d.]+) / [\d.]+$", cell))]
-        result[re.sub(r"`|: `.*| \(\d\)$", "", name)] = found
-    return result
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def main() -> None:
@@ -31,40 +23,37 @@ def main() -> None:
 
 
 def draw_box_head(text: str) -> None:
-    """Draw the APs of each norm of the box head."""
-    tables = {title: rows(text, header) for header, title in TABLES.items()}
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    heights = [len(table) for table in tables.values()]
-    for axes, (title, table) in zip(
-        figure.subplots(len(tables), 1, sharex=True, height_ratios=heights), tables.items(), strict=True
-    ):
-        names = list(table)[::-1]
-        for y, name in enumerate(names):
-            axes.plot(table[name], [y] * len(table[name]), "o", color="tab:blue", alpha=0.7)
-            axes.plot(sum(table[name]) / len(table[name]), y, "|", color="black", markersize=14)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-        axes.set_title(title, fontsize=9, loc="left")
-        axes.grid(axis="x", alpha=0.3)
-    figure.axes[-1].set_xlabel("box AP on drawn shapes; a dot per seed, a line at their mean")
+    """Draw the APs of each norm of the box head, one per seed."""
+    table = {}
+    for name, *cells in rows(text, BOX_HEAD):
+        found = [float(match[1]) for cell in cells[:3] if (match := re.match(r"([\d.]+) / [\d.]+$", cell))]
+        table[re.sub(r": .*| \(\d\)$", "", name)] = found
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    axes = figure.subplots()
+    names = list(table)[::-1]
+    for y, name in enumerate(names):
+        axes.plot(table[name], [y] * len(table[name]), "o", color="tab:blue", alpha=0.7)
+        axes.plot(sum(table[name]) / len(table[name]), y, "|", color="black", markersize=14)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("box AP on drawn shapes, 32 regions per image; a dot per seed, a line at their mean")
     figure.savefig(FOLDER / "box_head_norm.png", dpi=120)
 
 
 def draw_sets(text: str) -> None:
-    """Draw the AP of GN and BN on three sets, with its interval where three seeds were run."""
-    lines = text[text.index("| data | images per update | GN |") :].split("\n\n")[0].splitlines()[2:]
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    names = list(dict.fromkeys(row[0] for row in table))
+    """Draw the mean AP of GN and BN on three sets, with its interval."""
+    table = [(*name.split(", "), cells[4].split(" / ")[0]) for name, *cells in rows(text, SETS)]
+    sets = list(dict.fromkeys(row[0] for row in table))
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
-        for column, norm, color in ((2, "GN", "tab:blue"), (3, "BN", "tab:orange")):
-            for x, row in enumerate(row for row in table if row[0] == name):
-                mean, _, spread = row[column].partition(" ± ")
-                label = norm if x == 0 else None
-                place, half = x + (0.08 if norm == "BN" else -0.08), float(spread) if spread else None
-                axes.errorbar(place, float(mean), half, fmt="o", color=color, capsize=4, label=label)
-        axes.set_xticks([0, 1], ["1 image", "2 images"])
-        axes.set_xlim(-0.5, 1.5)
-        axes.set_title(name, fontsize=9, loc="left")
+    for axes, title in zip(figure.subplots(1, len(sets)), sets, strict=True):
+        for norm, color, shift in (("GN", "tab:blue", -0.08), ("BN", "tab:orange", 0.08)):
+            found = [(int(images), *map(float, mean.split(" ± "))) for name, images, n, mean in table
+                     if (name, n) == (title, norm)]  # fmt: skip
+            places, means, halves = zip(*found, strict=True)
+            axes.errorbar([x + shift for x in places], means, halves, fmt="o", color=color, capsize=4, label=norm)
+        axes.set_xticks([1, 2], ["1 image", "2 images"])
+        axes.set_xlim(0.5, 2.5)
+        axes.set_title(title, fontsize=9, loc="left")
         axes.grid(axis="y", alpha=0.3)
         axes.legend(fontsize=8)
     figure.axes[0].set_ylabel("box AP")

@@ -88,7 +88,8 @@ class TrainConfig(Section):
     memory_limit_mib: float | None = Field(None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    # auto: bf16 autocast on a GPU, float32 on a CPU; float64 is slow and shows what differs by rounding only
+    # auto: bf16 autocast on a GPU that has bf16 (since Ampere), otherwise float32; float64 is slow and shows what
+    # differs by rounding only
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     # what the forward pass keeps for backward. fast: everything; balanced: less than half, about 5 % slower;
     # lean: about a fifth, about 11 % slower

@@ -21,6 +21,8 @@ def exchange(proc: Process) -> Iterator[None]:
         with proc.watch.waiting() if proc.watch else nullcontext():
             yield
     except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):  # this rank's own GPU
+            raise
         reason = str(error).splitlines()[0].split(". ")[0]
         reason = re.sub(r"^\[\S+\] ", "", reason)  # without the place in gloo's source
         if proc.watch is None:

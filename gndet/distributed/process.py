@@ -25,6 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # variables that torchrun sets; defaults without it
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # the new and old names
 START_TIMEOUT = 600.0  # seconds for ranks to connect and read their data, and for rank 0 to calibrate
+NCCL_GRACE = 60.0  # seconds that NCCL waits longer than gloo
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
 _INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names gloo's network interface
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>: asks for the IPv4 address of an interface
@@ -100,6 +101,11 @@ def _member(
         # canvases of many sizes fragment fixed segments; torch reads this when it first uses the GPU
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"rank {rank} needs GPU {local} (from 0) of this machine, which has {torch.cuda.device_count()} for it; "
+            "start as many ranks per machine as it has GPUs (torchrun --nproc-per-node, CUDA_VISIBLE_DEVICES)"
+        )
     chosen = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(chosen)
@@ -168,6 +174,9 @@ def limit_waiting(proc: Process, seconds: float) -> None:
     if proc.world > 1:
         named = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # before torch 2.12
         named(timedelta(seconds=seconds))
+        if "nccl" in dist.get_backend_config():  # it ends the process; gloo comes first, so that this rank can save
+            nccl = dist.distributed_c10d._get_default_group()._get_backend(proc.device)
+            nccl._set_default_timeout(timedelta(seconds=seconds + NCCL_GRACE))
 
 
 def keep_freed_memory() -> None:
@@ -178,10 +187,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device is a GPU that computes in bfloat16 itself, as NVIDIA's do since Ampere."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def place(model: Model, precision: str, proc: Process) -> tuple[Model, Callable[[], AbstractContextManager]]:
     """Move a model to the device in a precision (train.precision).  Returns it and a factory of autocast contexts."""
     model = model.to(proc.device, torch.float64 if precision == "float64" else None)
     if proc.device.type == "cuda" or not model.training:  # on a CPU, gradients and the optimizer would copy each weight
         model = model.to(memory_format=torch.channels_last)
-    bf16 = precision == "bf16" or (precision == "auto" and proc.device.type == "cuda")
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16(proc.device))
     return model, partial(torch.autocast, proc.device.type, torch.bfloat16) if bf16 else nullcontext

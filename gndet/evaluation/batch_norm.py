@@ -157,7 +157,7 @@ def _add_moments(total: Tensor, layer: nn.Module, inputs: tuple[Any, ...]) -> No
         var, mean = torch.var_mean(x.to(layer.weight.dtype), (0, *range(2, x.dim())), correction=0)  # (C,)
     count = x.numel() // x.shape[1]
     mean, var = mean.double(), var.double()
-    total += torch.cat([count * mean, count * (var + mean.square()), mean.new_tensor([count])])
+    total += torch.cat([count * mean, count * (var + mean.square()), mean.new_full((1,), count)])
 
 
 def set_population(layers: Iterable[Any], sums: Tensor) -> None:

@@ -27,6 +27,7 @@ except ImportError:  # a torch without GPU support
 ROWS, COLUMNS = 128, 16  # of pairs of boxes that a program compares at once
 EXACT = {"enable_fp_fusion": False}  # a launch option: a fused multiply-add rounds once instead of twice
 WARP_WORDS = 128  # words that one warp walks; more words need more warps
+MOST_BOXES = 1 << 16  # of an image: their bits take 512 MiB
 
 if triton is not None:
 
@@ -100,8 +101,9 @@ if triton is not None:
 
 
 def usable(boxes: Tensor) -> bool:
-    """Return whether the kernels can take these boxes and work on their GPU."""
-    return boxes.is_cuda and boxes.dtype == torch.float32 and not trouble(boxes.device)
+    """Return whether the kernels can take these boxes (B, N, 4) and work on their GPU."""
+    is_fit = boxes.is_cuda and boxes.dtype == torch.float32 and boxes.shape[1] <= MOST_BOXES
+    return is_fit and not trouble(boxes.device)
 
 
 def keep_boxes(boxes: Tensor, groups: Tensor, valid: Tensor, threshold: float) -> Tensor:

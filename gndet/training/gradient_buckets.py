@@ -62,23 +62,28 @@ class Buckets:
         finally:
             self._open = []
 
+    def send_rest(self) -> None:
+        """Send the remaining buckets.  The ranks must agree next, on the host, that all of them have come this far.
+
+        A lost rank shows there.  On GPUs nothing waits for the sums before, so that this rank can still save.
+        """
+        if self.proc.world > 1:
+            for bucket in self.buckets[self._next :]:
+                self._send(bucket)
+
     def finish(self) -> None:
-        """Send the remaining buckets and wait for all of them.
+        """Let what follows wait for the sums: on a CPU this rank, on a GPU its stream.
 
         Afterwards the gradients are the sums over the ranks; they count if every rank's were complete.  Raises
         ProcessLost.
         """
         if self.proc.world == 1:
             return
-        for bucket in self.buckets[self._next :]:
-            self._send(bucket)
         with exchange(self.proc):
             if self._error is not None:
                 raise self._error
             for work in self._sent:
                 work.wait()
-            if self.proc.device.type == "cuda":  # NCCL calls return at once; a lost rank shows here
-                torch.cuda.synchronize(self.proc.device)
         self.begun, self._next, self._sent = False, 0, []
 
     def _count(self, number: int, _: Tensor) -> None:
@@ -138,6 +143,3 @@ def sum_gradients(model: nn.Module, proc: Process) -> None:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for parameter, gradient, part in zip(parameters, gradients, parts, strict=True):
             parameter.grad = gradient.copy_(part.view_as(gradient))
-    if proc.device.type == "cuda":  # NCCL calls return at once; a lost rank shows here
-        with exchange(proc):
-            torch.cuda.synchronize(proc.device)

@@ -22,7 +22,7 @@ from gndet.data.batches.stream import micro_batches
 from gndet.data.datasets.fingerprints import fingerprints
 from gndet.distributed.collectives import all_gather, broadcast
 from gndet.distributed.neighbors import core_time, taken_by_others
-from gndet.distributed.process import Process, place
+from gndet.distributed.process import Process, has_bf16, place
 from gndet.errors import ConfigError, DataError, TrainingError, out_of_memory
 from gndet.modeling.norms.triton_kernels import trouble as norm_trouble
 from gndet.modeling.recompute import set_memory
@@ -208,7 +208,9 @@ def slower_operators(device: torch.device) -> list[str]:
 
 
 def tf32(precision: str, device: torch.device) -> list[str]:
-    """Return a line to log if train.precision is float32 but torch rounds the inputs of convolutions to TF32."""
+    """Return a line to log if torch rounds the inputs of float32's convolutions to TF32, or bf16 is not the default."""
+    if precision == "auto" and device.type == "cuda" and not has_bf16(device):
+        return ["float32, because this GPU only emulates bf16; train.precision=bf16 uses it all the same"]
     if precision != "float32" or device.type == "cpu" or not torch.backends.cudnn.allow_tf32:
         return []
     return ["float32: convolutions use TF32 if the GPU has it, torch's default, unless NVIDIA_TF32_OVERRIDE=0 is set"]

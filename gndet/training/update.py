@@ -89,11 +89,13 @@ def compute_gradients(run: Run, state: UpdateState, batches: Replay, size: int, 
         while not whole:
             losses, size, refusal = attempt(run, batches, size, stop, state.undo)
             if run.buckets is not None:
-                run.buckets.finish()
+                run.buckets.send_rest()
             all_read = int(not any(loaded.skipped for loaded in batches.taken))
             size, going_on, all_read, whole = all_reduce_min(
                 [size, int(not stop.asked), all_read, int(bool(losses))], proc
             )
+            if run.buckets is not None:
+                run.buckets.finish()
             if size == 0:
                 raise TrainingError("\n".join(text for texts in all_gather([refusal], proc) for text in texts if text))
             if not going_on:

@@ -46,7 +46,9 @@ def test_memory_that_runs_out_names_the_options_that_lower_it(
     evaluate = ["evaluate", trained, "data.val.count=8", "evaluation.images_per_gpu=8", ENGINE, *LARGE]
     assert_one_line(gndet(tmp_path, *evaluate, before=little_memory(mib)), "evaluate", *words)
     export = ["export", trained, "--onnx", tmp_path / "x.onnx", "--size", "1600x1600"]
-    assert_one_line(gndet(tmp_path, *export, before=little_memory(mib)), "export", "choose a smaller --size")
+    assert_one_line(
+        gndet(tmp_path, *export, before=little_memory(mib)), "export", "choose a smaller data.shortest_edge_test"
+    )
     assert not (tmp_path / "x.onnx").exists()
 
 

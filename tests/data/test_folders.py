@@ -95,15 +95,6 @@ def test_a_set_alone_and_a_share_of_train(tmp_path: Path) -> None:
     assert len(read_dataset(alone.train, alone).records) == 15
 
 
-def test_an_undivided_folder_has_no_validation_set(tmp_path: Path) -> None:
-    data = data_of(write_classes(tmp_path, {"train": 5}) / "train")
-    assert len(read_dataset(data.train, data).records) == 15
-    with pytest.raises(DataError, match="one set of images, and no val"):
-        read_dataset(data.val, data)
-    named = data_of(tmp_path, val={"annotations": "train", "kind": "folders"})  # a folder that is named is the set
-    assert len(read_dataset(named.val, named).records) == 15
-
-
 def test_the_cache_notices_a_new_picture(tmp_path: Path) -> None:
     root = write_classes(tmp_path / "set")
     data = data_of(root, cache=str(tmp_path / "cache"))

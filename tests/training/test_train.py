@@ -219,6 +219,9 @@ def test_the_norm_is_changed_from_the_command_line_alone(config: Path, kind: str
 
 def test_tf32_is_said_where_float32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    (emulated,) = tf32("auto", gpu)  # no GPU here has bf16
+    assert emulated.startswith("float32, because this GPU only emulates bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     (line,) = tf32("float32", gpu)
     assert "convolutions use TF32" in line
     assert tf32("bf16", gpu) == tf32("auto", gpu) == tf32("float64", gpu) == tf32("float32", cpu) == []

@@ -16,7 +16,7 @@ from gndet.config.data import DataConfig, DatasetConfig
 from gndet.config.loading import below, named_paths
 from gndet.data.datasets.classes import taken_back, with_classes, with_known
 from gndet.data.datasets.coco import inspect_file
-from gndet.data.datasets.exports.class_folders import class_sets, open_class_folders
+from gndet.data.datasets.exports.class_folders import open_class_folders
 from gndet.data.datasets.exports.cvat import open_cvat
 from gndet.data.datasets.exports.engine import Opener, inspect_export
 from gndet.data.datasets.exports.labelme import open_labelme
@@ -85,8 +85,6 @@ def source_in(cfg: DatasetConfig, data: DataConfig) -> Source:
     root, split = below(data.root, ""), cfg.split or "train"
     images = below(data.root, cfg.images) if cfg.images else None
     if cfg.kind == "folders":
-        if not (cfg.annotations or cfg.images) and split != "train" and not class_sets(root):
-            raise Fault("set-missing", f"{root}: has one set of images, and no {split}")
         return Source(cfg.kind, below(data.root, cfg.annotations), images, split)
     if cfg.annotations:
         return source_of(below(data.root, cfg.annotations), images, cfg.kind, split)

@@ -105,7 +105,7 @@ class SyncBatchNorm(BatchNorm):
             return super().forward(x)
         wide = x.to(self.running_mean.dtype)
         dims = (0, *range(2, x.dim()))
-        total = all_reduce(torch.cat([wide.sum(dims), wide.new_tensor([x[:, 0].numel()])]))
+        total = all_reduce(torch.cat([wide.sum(dims), wide.new_full((1,), x[:, 0].numel())]))
         n = total[-1]
         mean = total[:-1] / n  # (C,)
         centered = wide - along(mean, x)

@@ -215,10 +215,11 @@ def dense(x: Tensor) -> Tensor:
 
 # --- the self-test
 
-SELF_TESTS = (  # (B, C, H, W, G), type, padded: training's type and the widest, many stripes to merge and few
+SELF_TESTS = (  # (B, C, H, W, G), type, padded: training's type and the widest; many stripes and few; long loops
     ((1, 64, 25, 24, 32), torch.bfloat16, False), ((2, 64, 25, 24, 32), torch.bfloat16, True),
     ((1, 64, 25, 24, 32), torch.float32, False), ((2, 64, 25, 24, 32), torch.float32, True),
     ((3, 96, 5, 7, 3), torch.bfloat16, True),
+    ((1, 1024, 17, 16, 32), torch.bfloat16, True), ((1, 1024, 17, 16, 32), torch.float32, True),
 )  # fmt: skip
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # of the largest value
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

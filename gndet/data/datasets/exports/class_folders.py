@@ -30,18 +30,13 @@ SYNSETS = "LOC_synset_mapping.txt"  # of ImageNet at Kaggle: "n01440764 tench, T
 INDEX = "imagenet_class_index.json"  # of Keras: {"0": ["n01440764", "tench"], ...}
 
 
-def class_sets(root: Path) -> dict[str, Path]:
-    """Return the folders of a data set that are named after a set, by its name."""
-    return {name: path for path in children(root) if path.is_dir() and (name := set_named(path.name))}
-
-
 def open_class_folders(annotations: Path, images: Path | None, split: str) -> Export:
     """Find the pictures of each class of a set ("train", "val", "test").
 
     annotations: ROOT, which holds a folder per set; without such folders it is the set itself.  images: the folder of
     the set, None to find it.  Raises Fault if there is no such folder, or none of a class in it.
     """
-    sets = class_sets(annotations)
+    sets = {set_named(path.name): path for path in children(annotations) if path.is_dir() and set_named(path.name)}
     if images is None and sets and split not in sets:
         raise set_missing(annotations, split, [name for name in SPLITS if name in sets])
     home = images or sets.get(split, annotations)

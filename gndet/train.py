@@ -1,5 +1,6 @@
 """Train a model: `train(cfg)` reads from top to bottom.  An update is an optimizer step over global_batch images."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Generator
@@ -9,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import gndet
 from gndet.config.schema import Config
@@ -108,7 +109,7 @@ def train(
             size = progress.images_at_once = share.size
             if share.skipped:
                 note_unreadable(run, progress, batches.taken, log)
-            norm = clipped_norm(run.model, cfg.train.optimizer.clip_grad_norm)
+            norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.train.optimizer.clip_grad_norm or math.inf)
             update += 1
             make_update(run, state, share.losses, norm, due(update, cfg.train.eval_every, total))
             if reads_late(run) and not any(due(update, every, total) for every in intervals(cfg)):
@@ -140,13 +141,6 @@ def train(
                     saver.save(progress)
         finish(run, progress, saver, log)
     return progress.values
-
-
-def clipped_norm(model: nn.Module, largest: float) -> Tensor:
-    """Scale the gradient down to a largest norm, 0 for none.  Returns its norm before that, 0-dim."""
-    if largest:
-        return nn.utils.clip_grad_norm_(model.parameters(), largest)
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
 def due(done: int, every: int, total: int) -> bool:

@@ -66,8 +66,7 @@ class ModelConfig(Section):
     detector: Literal["mask_rcnn", "cascade_rcnn", "fcos", "retinanet", "classifier"] = "mask_rcnn"
     # the levels that RPN and heads work on. fpn: P2 to P6 for the RPN, P2 to P5 for the heads; c4: res4's map, and res5
     # on each region; dc5: the map of res5 with stride 16 and dilation 2. c4 and dc5 have defaults of their own, see the
-    # last table.
-    # Source: Lin et al. 2017
+    # last table. Source: Lin et al. 2017
     neck: Literal["fpn", "c4", "dc5"] = "fpn"
     norm: NormConfig = NormConfig()
     masks: bool = True  # train and predict masks; false makes the model a Faster R-CNN

@@ -88,8 +88,7 @@ class TrainConfig(Section):
     memory_limit_mib: float | None = Field(None, gt=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    # auto: bf16 autocast on a GPU that has bf16 (since Ampere), otherwise float32; float64 is slow and shows what
-    # differs by rounding only
+    # auto: bf16 autocast on GPUs since Ampere, else float32; float64 is slow and shows what differs by rounding only
     precision: Literal["auto", "float32", "bf16", "float64"] = "auto"
     # what the forward pass keeps for backward. fast: everything; balanced: less than half, about 5 % slower;
     # lean: about a fifth, about 11 % slower
@@ -101,8 +100,7 @@ class TrainConfig(Section):
     eval_every: int = Field(5000, ge=0)  # interval of evaluations [updates]; 0: at the end only
     checkpoint_every: int = Field(1000, ge=0)  # interval of checkpoints [updates]; 0: with evaluations only
     keep_last: int = Field(2, ge=1)  # number of newest checkpoints to keep, in addition to the best one
-    # training images drawn at the start, and validation images drawn at each evaluation [images]; 0: none
-    vis_images: int = Field(4, ge=0)
+    vis_images: int = Field(4, ge=0)  # drawn: training images at the start, validation images at evaluations [images]
     report: bool = True  # write report.html when the run ends
     # validation images that the norm report looks at [images]; 0: no norm report
     norm_images: int = Field(4, ge=0, le=16)

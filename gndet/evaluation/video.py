@@ -52,8 +52,7 @@ def video_rate(path: Path, max_pixels: int) -> Fraction:
 def read_frames(path: Path, every: int) -> Iterator[Frame]:
     """Decode every `every`th frame of a video, starting with the first.
 
-    Raises DataError without PyAV, for a file that is no video and, after all earlier frames, for one that is damaged or
-    has no frame.
+    Raises DataError without PyAV, for no video and, after all earlier frames, for one that is damaged or has no frame.
     """
     count = 0
     with _opened(path) as (container, stream):

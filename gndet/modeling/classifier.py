@@ -89,9 +89,8 @@ def pool_pictures(x: Tensor, area: ValidArea | None, side: int) -> Tensor:
     if area is None and not (side > 1 and torch.are_deterministic_algorithms_enabled()):
         return F.adaptive_avg_pool2d(x, side)
     inside = full(x if area is None else torch.where(area.mask, x, 0.0))
-    whole = (torch.full((len(x),), length, device=x.device) for length in x.shape[2:])
-    sizes = whole if area is None else area.sizes.unbind(1)
-    rows, columns = (_shares(*pair, side).to(inside.dtype) for pair in zip(sizes, x.shape[2:], strict=True))
+    sizes = torch.tensor(x.shape[2:], device=x.device).expand(len(x), 2) if area is None else area.sizes
+    rows, columns = (_shares(sizes[:, axis], x.shape[2 + axis], side).to(inside.dtype) for axis in (0, 1))
     with torch.autocast(x.device.type, enabled=False):  # in half precision, the shares of a mean do not add up to 1
         return torch.einsum("bph,bchw,bqw->bcpq", rows, inside, columns).to(x.dtype)
 

@@ -37,8 +37,7 @@ def convert(
     where: the weights, named as in train.weights.  out: a checkpoint folder, or a .pth file if `to` is a toolkit; it
     must not exist yet.  overrides: `key=value` over the config of the source's model, including train.source.*.
     to: "gn" turns every part with BN into GN by `policy`, with channels_per_group and damp.  pictures: files and
-    folders of images; "calibrate" fits and measures on `count` of them, other policies measure on a few.
-    show: called with each line of the report.
+    folders of images; "calibrate" takes `count` of them, other policies a few.  show: called with each line to report.
     Raises CheckpointError, ConfigError, DataError or OutputError before it writes anything.
     """
     if refused := [text for text in overrides if text.startswith("train.") and not text.startswith("train.source.")]:

@@ -92,8 +92,7 @@ def _read(source: str, overrides: list[str], show: Show, image_folder: Path | No
     path = find_config(source)
     if is_config(path):
         if image_folder is not None:
-            words = f"is only for data without a config; {source} names its own"
-            raise OutputError(f"--image-folder {image_folder}: {words}")
+            raise OutputError(f"--image-folder {image_folder}: only for data without a config; {source} names its own")
         cfg = load_config(source, overrides)
         return dict(zip(("train", "val"), inspect_both(cfg.data, masks=False, tell=show), strict=True))
     data = with_overrides(Config(), overrides, "the defaults").data

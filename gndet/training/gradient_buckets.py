@@ -63,22 +63,21 @@ class Buckets:
             self._open = []
 
     def send_rest(self) -> None:
-        """Send the remaining buckets.  The ranks must agree next, on the host, that all of them have come this far.
+        """Send the remaining buckets without waiting.
 
-        A lost rank shows there.  On GPUs nothing waits for the sums before, so that this rank can still save.
+        If the ranks then agree on the host that all have come this far, a lost rank shows before a GPU waits for it.
         """
-        if self.proc.world > 1:
-            for bucket in self.buckets[self._next :]:
-                self._send(bucket)
+        for bucket in self.buckets[self._next :] if self.proc.world > 1 else ():
+            self._send(bucket)
+        self._next = len(self.buckets)
 
     def finish(self) -> None:
-        """Let what follows wait for the sums: on a CPU this rank, on a GPU its stream.
+        """Send what remains, and let what follows wait for the sums: on a CPU this rank, on a GPU its stream.
 
         Afterwards the gradients are the sums over the ranks; they count if every rank's were complete.  Raises
         ProcessLost.
         """
-        if self.proc.world == 1:
-            return
+        self.send_rest()
         with exchange(self.proc):
             if self._error is not None:
                 raise self._error

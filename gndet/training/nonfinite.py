@@ -46,10 +46,8 @@ def describe(run: Run, update: int, taken: list[Loaded], bad: Nonfinite) -> str:
     """
     alone = run.cfg.model.batch_coupling() is None
     finite = "each image alone is finite" if alone else "each batch is finite when it is computed again"
-    if breakable(run.cfg, run.proc):
-        images = examine(run, taken)
-    else:
-        images, finite = [], "images not examined, because ranks wait for each other in SyncBN"
+    images = examine(run, taken) if (examined := breakable(run.cfg, run.proc)) else []
+    finite = finite if examined else "images not examined, because ranks wait for each other in SyncBN"
     found = [f"image {image['image_id']}: {image['first']}" for image in images if image["first"]]
     culprits = "; ".join(found[:3]) or finite
     shown = ", ".join(f"{name} {value:.4g}" for name, value in bad.losses.items())

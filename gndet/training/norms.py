@@ -120,8 +120,6 @@ def read_start(folder: Path) -> Start | None:
 
 
 SMALL_BATCH = 8  # images per GPU below which BN's statistics are noise: Wu & He 2018, figure 1
-
-
 ANEW = ("new", "anew")  # origins of layers that got nothing from the weights file
 
 
@@ -228,8 +226,7 @@ def _errors(model: ImageModel, layers: list[NormLayer], cfg: Config) -> Iterable
     if alone := [layer for layer in single if cells[layer.name] == 1]:
         yield (
             f"{_name(alone)}: a group is one number on a picture of {shortest} x {shortest} pixels "
-            f"({edge}, {edge}_test), so the result is beta for every picture; use fewer "
-            "groups or larger pictures"
+            f"({edge}, {edge}_test), so the result is beta for every picture; use fewer groups or larger pictures"
         )
 
 

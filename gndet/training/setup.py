@@ -73,7 +73,7 @@ def set_up(cfg: Config, out: Path, fresh: bool, proc: Process) -> tuple[Run, Pro
     notes.append(
         f"{cfg.train.global_batch} images per update over {proc.world} rank(s) on {proc.device.type}, {size} at once"
     )
-    notes += tf32(cfg.train.precision, proc.device)
+    notes += float32_notes(cfg.train.precision, proc.device)
     if proc.world == 1 and (taken := taken_by_others(since)):
         notes.append(f"{taken}; updates take longer")
     return run, progress, size, notes
@@ -207,7 +207,7 @@ def slower_operators(device: torch.device) -> list[str]:
     return [f"{what} {words} ({reason})" for what, reason in wrong.items() if reason]
 
 
-def tf32(precision: str, device: torch.device) -> list[str]:
+def float32_notes(precision: str, device: torch.device) -> list[str]:
     """Return a line to log if torch rounds the inputs of float32's convolutions to TF32, or bf16 is not the default."""
     if precision == "auto" and device.type == "cuda" and not has_bf16(device):
         return ["float32, because this GPU only emulates bf16; train.precision=bf16 uses it all the same"]

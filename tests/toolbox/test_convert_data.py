@@ -171,7 +171,7 @@ def test_sets_of_different_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_pictures_are_not_named_beside_a_config(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"--image-folder .* is only for data without a config; quickstart names"):
+    with pytest.raises(OutputError, match=r"--image-folder .*: only for data without a config; quickstart names"):
         convert_data("quickstart", tmp_path / "out", "coco", [], lambda line: None, tmp_path)
 
 

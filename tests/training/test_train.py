@@ -23,7 +23,7 @@ from gndet.errors import ConfigError, DataError, GndetError, OutputError, Traini
 from gndet.train import train
 from gndet.training.ending import closing_words
 from gndet.training.run import Progress
-from gndet.training.setup import tf32
+from gndet.training.setup import float32_notes
 
 pytestmark = pytest.mark.usefixtures("thin")
 
@@ -219,11 +219,17 @@ def test_the_norm_is_changed_from_the_command_line_alone(config: Path, kind: str
 
 def test_tf32_is_said_where_float32_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    (emulated,) = tf32("auto", gpu)  # no GPU here has bf16
+    (emulated,) = float32_notes("auto", gpu)  # no GPU here has bf16
     assert emulated.startswith("float32, because this GPU only emulates bf16")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    (line,) = tf32("float32", gpu)
+    (line,) = float32_notes("float32", gpu)
     assert "convolutions use TF32" in line
-    assert tf32("bf16", gpu) == tf32("auto", gpu) == tf32("float64", gpu) == tf32("float32", cpu) == []
+    assert (
+        float32_notes("bf16", gpu)
+        == float32_notes("auto", gpu)
+        == float32_notes("float64", gpu)
+        == float32_notes("float32", cpu)
+        == []
+    )
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert tf32("float32", gpu) == []
+    assert float32_notes("float32", gpu) == []

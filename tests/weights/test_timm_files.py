@@ -196,7 +196,9 @@ def test_strides_without_parameters_that_gndet_lacks_are_refused(monkeypatch: py
 
 def test_what_a_network_s_name_says_cannot_be_stated(tmp_path: Path) -> None:
     path = saved(tmp_path, network(BN_NETWORK))
-    with pytest.raises(ConfigError, match=r"train\.source\.bgr: has no effect on a network of timm"):
+    with pytest.raises(
+        ConfigError, match=r"train\.source\.bgr: remove this option; it has no effect on a network of timm"
+    ):
         read_source(path, SourceConfig(bgr=True, name=BN_NETWORK, format="timm"))
 
 

@@ -1,10 +1,9 @@
 """Cache data sets, read and checked, in a folder of the user's cache; later starts map them into memory.
 
 An entry holds arrays as .npy files, and facts as JSON sealed by a hash; nothing in it is executed.  It is used only if
-the annotation file's content (of an export: the sizes, times and inodes of its files), the listing of the image folder
-and the reader's code are unchanged and every file of the entry matches its hash; otherwise the data is read again.  As
-in git, a file is not hashed again if its size, times and inode are unchanged since it was last hashed, so a start does
-not look at every byte.
+the annotation file's content (of an export: its files' sizes, times, inodes), the listing of the image folder and the
+reader's code are unchanged and every file of the entry matches its hash; otherwise the data is read again.  As in git,
+a file whose size, times and inode are unchanged is not hashed again, so a start does not look at every byte.
 """
 
 import datetime

@@ -91,9 +91,8 @@ def source_of(path: Path, images: Path | None, kind: str, split: str) -> Source:
 def _holds_labels(folder: Path) -> bool:
     """Return whether a folder holds YOLO's label files and no pictures, which then lie elsewhere."""
     files = _list(folder).files
-    texts = [file for file in files if file.suffix.lower() == ".txt" and file.name != "classes.txt"]
-    pictures = any(file.suffix.lower() in PICTURES for file in files)
-    return not pictures and any(sniff(file) == "yolo" for file in texts[:LOOKED_AT])
+    texts = [file for file in files if file.suffix.lower() == ".txt"][:LOOKED_AT]
+    return not any(file.suffix.lower() in PICTURES for file in files) and any(sniff(file) == "yolo" for file in texts)
 
 
 def choose_set(root: Path, found: dict[str, Source], split: str) -> Source:

@@ -112,8 +112,7 @@ def _refuse_outputs(
 
 def terminal_table(table: Table) -> str:
     """Return a table for the terminal, with fractions in percent and at most SHOWN rows."""
-    named = ([*zip(table.columns, row, strict=True)] for row in table.rows[:SHOWN])
-    rows = [table.columns, *([_shown(*cell) for cell in row] for row in named)]
+    rows = [table.columns, *(list(map(_shown, table.columns, row)) for row in table.rows[:SHOWN])]
     left = [index for index in range(len(table.columns)) if all(isinstance(row[index], str) for row in table.rows)]
     more = f"\n... and {len(table.rows) - SHOWN} more" if len(table.rows) > SHOWN else ""
     return text_table(rows, left) + (more if table.rows else "\n(none)")

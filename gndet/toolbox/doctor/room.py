@@ -22,8 +22,8 @@ def facts(cfg: Config | None) -> Facts:
     with torch.device("meta"):  # no memory for the weights
         model = build_model(used.model, len(used.data.classes or ()) or COCO_CLASSES)
     size = checkpoint_bytes(model, used.train)
-    name, folder = ("run folder", os.path.expanduser(cfg.out)) if cfg else ("this folder", ".")
-    yield disk(name, Path(folder), size, used.train.keep_last + 2)
+    folder = Path(os.path.expanduser(cfg.out) if cfg else ".")
+    yield disk("run folder" if cfg else "this folder", folder, size, used.train.keep_last + 2)
     if used.data.cache:
         yield cache(Path(os.path.expanduser(used.data.cache)))
 

@@ -29,7 +29,7 @@ RULES = {
 }
 ROOT = "scales with the square root of"
 RATES = {"sgd": "scales linearly with", "adamw": ROOT, "lamb": ROOT}
-OWN = {"out": "--out", "model.norm.kind": "--norms", "train.images_per_gpu": "--images-per-gpu"}  # {key: its option}
+OWN = {"out": "; use --out", "model.norm.kind": "; use --norms", "train.images_per_gpu": "; use --images-per-gpu"}
 SET = ("keep_last", "vis_images", "report", "eval_every", "checkpoint_every", "log_every")  # of train, in each cell
 
 
@@ -47,7 +47,7 @@ def variants(norms: Sequence[str], groups: Sequence[str] | None) -> list[str]:
 
 def refuse_own(overrides: Sequence[str], batch: str, by_groups: bool) -> None:
     """Raise ConfigError for an override of a key that each cell sets (`cell_overrides`)."""
-    instead = {key: f"; use {option}" for key, option in OWN.items()} | {f"train.{name}": "" for name in SET}
+    instead = OWN | {f"train.{name}": "" for name in SET}
     if batch == "scaled":
         instead["train.global_batch"] = " to --images-per-gpu; --batch fixed keeps it"
     if by_groups:
@@ -180,8 +180,6 @@ def _changed_settings(old: Study, new: Study) -> list[str]:
 
 
 FEWEST_UPDATES = 50  # at the reference batch; shorter runs say nothing about training
-
-
 RESERVE = 0.95  # share of the budget that is planned; the rest is a reserve
 
 

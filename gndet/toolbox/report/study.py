@@ -79,10 +79,9 @@ def cells_section(study: Study) -> Section:
     shown = metrics_of(study)
     rows = []
     for r in study.results:
-        whole = [blocks.number(value, "d") for value in (r.images, r.seed)]
         scores = [blocks.percent(r.metrics.get(metric)) for metric in shown]
-        seconds = blocks.number(r.seconds, ".0f")
-        rows.append([variant_title(r.variant), *whole, r.state, *scores, seconds, r.reason])
+        images, seed, seconds = (blocks.number(value, ".0f") for value in (r.images, r.seed, r.seconds))
+        rows.append([variant_title(r.variant), images, seed, r.state, *scores, seconds, r.reason])
     head = ["norm", "images", "seed", "state", *(METRICS[metric] for metric in shown), "seconds", "reason"]
     table = blocks.sortable_table("study-cells", head, rows, "All cells")
     return blocks.section("cells", "Cells", table, blocks.preformatted(study_command(study)))

@@ -69,7 +69,6 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
     conv = f"{detector['detector']}_classification"
     norm, boxes, scores = (reader.norm(conv, **_place(0)), reader.weight("dense_boxes"), reader.weight("dense_cls"))
     keys = [_key(reader, conv, norm, n) for n in range(16)]
-    stated = {} if is_fcos else {name: getattr(reader.stated, name) for name in ("aspect_ratios", "anchor_sizes")}
     rows, expected = [0 if each is None else len(each) for each in (boxes, scores)], 1 if is_fcos else 9
     if rows[0] != 4 * expected or rows[1] % expected:
         raise CheckpointError(
@@ -77,7 +76,8 @@ def _infer(reader: Reader, tree: Tree) -> Tree:
             f"cell: {4 * expected} rows, and a multiple of {expected}"
         )
     section: Tree = {"num_convs": max(sum(key in reader.tensors for key in keys), 1), "norm": norm}
-    section |= {name: values for name, values in stated.items() if values}
+    stated = () if is_fcos else ("aspect_ratios", "anchor_sizes")
+    section |= {name: values for name in stated if (values := getattr(reader.stated, name))}
     if not is_fcos and norm != "none" and toolkit_of(reader.format) == "torchvision":  # v2
         section["box_loss"] = "giou"
     section["conv_bias"] = norm == "none" or keys[0].removesuffix("weight") + "bias" in reader.tensors

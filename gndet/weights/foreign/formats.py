@@ -48,10 +48,8 @@ FACTS = {
     "maskrcnn-benchmark": Facts("maskrcnn-benchmark", True, CAFFE_MEAN, NO_STD, True, "detectron", frozen_eps=0.0),
 }
 # torchvision's weights whose frozen BN has eps 0, as files and by name
-RCNN_V1 = (
-    r"(maskrcnn|fasterrcnn)_resnet50_fpn_coco-|keypointrcnn_resnet50_fpn_coco-fc266e95|"
-    r"(Mask|Faster|Keypoint)RCNN_ResNet50_FPN_W.*V1"
-)
+KEYPOINT_V1 = "keypointrcnn_resnet50_fpn_coco-fc266e95"  # the older file of it has eps
+RCNN_V1 = rf"(mask|faster)rcnn_resnet50_fpn_coco-|{KEYPOINT_V1}|(Mask|Faster|Keypoint)RCNN_ResNet50_FPN_W.*V1"
 RETINANET_V1 = r"retinanet_resnet50_fpn_coco-|RetinaNet_ResNet50_FPN_W.*V1"
 PIXEL = ("pixel_mean", "pixel_std")  # in files of early detectron2, in the channel order of its model
 GROUPED = ("backbone.bottom_up.res2.0.conv2.weight", "res2.0.conv2.weight", "res2_0_branch2b_w")

@@ -26,10 +26,7 @@ def from_timm(file: WeightFile, cfg: SourceConfig) -> Source:
         raise ConfigError(f"{file.path}: train.source.name is not set; expected the name of its network in timm")
     used = ("name", "pixel_mean", "pixel_std", "parts", "differences")
     if stated := [option for option, value in cfg if option not in used and value not in (None, "auto", "timm")]:
-        raise ConfigError(
-            f"train.source.{stated[0]}: has no effect on a network of timm, whose name says what it computes; remove "
-            "the option"
-        )
+        raise ConfigError(f"train.source.{stated[0]}: remove this option; it has no effect on a network of timm")
     with torch.device("meta"):
         network: Any = timm_network(cfg.name)
     stated = network.default_cfg
